@@ -1,0 +1,3 @@
+"""Gradient clipping for PyTorch."""
+
+__version__ = "0.1.0"

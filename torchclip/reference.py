@@ -1,0 +1,350 @@
+"""What every clipper must compute, in NumPy alone, written to be read beside the book.
+
+The subject is section 6.1.4 of *Deep Learning from Scratch 2* (gradient clipping against the exploding
+gradients of an RNN).  All gradients together are one vector ``ĝ``; when its norm passes a threshold it is
+scaled back onto it::
+
+    if ‖ĝ‖ ≥ threshold:   ĝ ← (threshold / ‖ĝ‖) ĝ
+
+:func:`clip_grads` is the book's function.  Every other function is the twin of a torch function of the same
+name (without the trailing underscore), so that each can be tested against its twin.  Nothing in the package
+depends on this module; it is slow and plain on purpose.
+
+Gradients are NumPy arrays of floating or complex dtype.  Functions that clip modify them in place, and refuse
+bad input (integer arrays, arrays that cannot be written, a negative or NaN threshold) before they change
+anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "clip_coefficient",
+    "clip_grad_adaptive",
+    "clip_grad_norm_per_parameter",
+    "clip_grad_value",
+    "clip_grads",
+    "clip_grads_with_norm",
+    "clip_per_example",
+    "global_norm",
+]
+
+Array = NDArray[Any]
+
+
+def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
+    r"""The norm of all gradients, taken as one vector.
+
+    Section 6.1.4 gives it for ``norm_type=2``::
+
+        ‖ĝ‖ = sqrt( Σ_grads Σ_elements g² )
+
+    and in general it is ``(Σ |g|^p)^(1/p)``; for ``p = inf`` the largest ``|g|``, for ``-inf`` the smallest,
+    for ``0`` the number of elements that are not zero.
+
+    The book adds up ``g²``.  Here each ``|g|`` is first divided by the largest one, and the result multiplied
+    by it again, which is the same number but cannot overflow or underflow on the way.
+
+    Args:
+        grads: floating or complex arrays of any shape; may be empty.
+        norm_type: the order ``p`` of the norm, any number or ``"inf"``.
+
+    Returns:
+        The norm as a Python float; ``0.0`` for no elements; ``inf`` or ``nan`` where gradients are.
+
+    Raises:
+        TypeError: if a gradient is not a floating or complex array.
+        ValueError: if ``norm_type`` is NaN or an unknown string.
+
+    Example:
+        >>> global_norm([np.array([3.0, 0.0]), np.array([[4.0]])])
+        5.0
+    """
+    p = _order(norm_type)
+    _check_arrays(grads, writeable=False)
+    return _norm([_magnitudes(g) for g in grads], p)
+
+
+def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str = 2.0) -> float:
+    r"""Scale all gradients so that their joint norm is at most ``max_norm``: the book's ``clip_grads``.
+
+    Section 6.1.4::
+
+        rate = max_norm / (‖ĝ‖ + 1e-6)
+        if rate < 1:
+            for every gradient:  grad *= rate
+
+    The 1e-6 keeps the division from being one by zero.  All gradients share one ``rate``, so the direction of
+    the step stays the same and only its length changes.
+
+    Twin of :func:`torchclip.clip_grad_norm_`.  One thing goes beyond the book, as in torch: if the norm is NaN,
+    the rate is too, and it is multiplied in, so that a NaN in one gradient is seen in all of them.
+
+    Args:
+        grads: floating or complex arrays of any shape, modified in place.
+        max_norm: the threshold, at least 0. ``inf`` only measures.
+        norm_type: the order of the norm, any number or ``"inf"``.
+
+    Returns:
+        The norm before clipping. (The book's function returns nothing.)
+
+    Raises:
+        TypeError: if a gradient is not a floating or complex array, or ``max_norm`` is not a number.
+        ValueError: if ``max_norm`` is negative or NaN, or a gradient is not writeable.
+
+    Example:
+        >>> grads = [np.array([3.0, 0.0]), np.array([[4.0]])]
+        >>> clip_grads(grads, max_norm=1.0)
+        5.0
+        >>> np.round(grads[1], 4)
+        array([[0.8]])
+    """
+    p = _order(norm_type)
+    max_norm = _threshold("max_norm", max_norm)
+    _check_arrays(grads, writeable=True)
+    total_norm = _norm([_magnitudes(g) for g in grads], p)
+    _scale(grads, clip_coefficient(max_norm, total_norm))
+    return total_norm
+
+
+def clip_coefficient(max_norm: float, total_norm: float) -> float:
+    """What the gradients are multiplied by: ``min(1, max_norm / (total_norm + 1e-6))``.
+
+    NaN if ``total_norm`` is NaN; always 1 for an infinite ``max_norm``, which only measures.
+
+    Example:
+        >>> round(clip_coefficient(5.0, 21.71), 2)
+        0.23
+        >>> clip_coefficient(5.0, 2.0)
+        1.0
+    """
+    if math.isinf(max_norm):
+        return 1.0
+    rate = max_norm / (total_norm + 1e-6)
+    return 1.0 if rate >= 1 else rate
+
+
+def clip_grads_with_norm(grads: Sequence[Array], max_norm: float, total_norm: float) -> None:
+    """Scale the gradients as :func:`clip_grads` does, with a norm that was computed before.
+
+    Twin of :func:`torchclip.clip_grads_with_norm_`.
+
+    Args:
+        grads: floating or complex arrays, modified in place.
+        max_norm: the threshold, at least 0.
+        total_norm: the norm to compare with it.
+    """
+    max_norm = _threshold("max_norm", max_norm)
+    _check_arrays(grads, writeable=True)
+    _scale(grads, clip_coefficient(max_norm, total_norm))
+
+
+def clip_grad_value(grads: Sequence[Array], clip_value: float) -> None:
+    """Limit every single element to ``[-clip_value, clip_value]``.
+
+    Twin of :func:`torchclip.clip_grad_value_`.  Unlike clipping by norm this turns the direction of the step.
+
+    Args:
+        grads: real floating arrays, modified in place. NaN stays NaN.
+        clip_value: the largest magnitude allowed, at least 0.
+
+    Example:
+        >>> grad = np.array([-3.0, 0.5])
+        >>> clip_grad_value([grad], 1.0)
+        >>> grad
+        array([-1. ,  0.5])
+    """
+    clip_value = _threshold("clip_value", clip_value)
+    _check_arrays(grads, writeable=True, real=True)
+    for grad in grads:
+        np.clip(grad, -clip_value, clip_value, out=grad)
+
+
+def clip_grad_norm_per_parameter(
+    grads: Sequence[Array], max_norm: float, norm_type: float | str = 2.0
+) -> list[float]:
+    """Clip each gradient to ``max_norm`` on its own, as if the others were not there.
+
+    Twin of :func:`torchclip.clip_grad_norm_per_parameter_`.
+
+    Args:
+        grads: floating or complex arrays, modified in place.
+        max_norm: the threshold for each gradient's norm, at least 0.
+        norm_type: the order of the norm.
+
+    Returns:
+        Their norms before clipping, in order.
+
+    Example:
+        >>> clip_grad_norm_per_parameter([np.array([3.0, 4.0]), np.array([0.5])], max_norm=1.0)
+        [5.0, 0.5]
+    """
+    p = _order(norm_type)
+    max_norm = _threshold("max_norm", max_norm)
+    _check_arrays(grads, writeable=True)
+    norms = [_norm([_magnitudes(g)], p) for g in grads]
+    for grad, norm in zip(grads, norms, strict=True):
+        _scale([grad], clip_coefficient(max_norm, norm))
+    return norms
+
+
+def clip_grad_adaptive(
+    weights: Sequence[Array],
+    grads: Sequence[Array],
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    norm_type: float | str = 2.0,
+) -> None:
+    r"""Adaptive gradient clipping: each unit's gradient relative to the norm of the unit's own weights.
+
+    For the ``i``-th unit (row, output channel) of every weight ``W`` with gradient ``G``::
+
+        limit_i = clip_factor · max(‖W_i‖, eps)
+        if ‖G_i‖ > limit_i:   G_i ← (limit_i / ‖G_i‖) G_i
+
+    The units of an array with two or more axes lie along its first axis; a vector or a scalar is one unit.
+    Twin of :func:`torchclip.clip_grad_adaptive_`.
+
+    Args:
+        weights: the parameters' values, unchanged.
+        grads: their gradients, of the same shapes, modified in place.
+        clip_factor: the largest ratio of the two norms (λ in the paper), at least 0.
+        eps: the least weight norm that counts, so that weights that start at zero can move.
+        norm_type: the order of the norm.
+
+    References:
+        Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
+        2021, section 4, https://arxiv.org/abs/2102.06171
+
+    Example:
+        >>> grad = np.array([[3.0, 4.0], [0.3, 0.4]])
+        >>> clip_grad_adaptive([np.array([[6.0, 8.0], [6.0, 8.0]])], [grad], clip_factor=0.1)
+        >>> np.round(grad, 4)
+        array([[0.6, 0.8], [0.3, 0.4]])
+    """
+    p = _order(norm_type)
+    clip_factor = _threshold("clip_factor", clip_factor)
+    eps = _threshold("eps", eps)
+    _check_arrays(weights, writeable=False)
+    _check_arrays(grads, writeable=True)
+    for weight, grad in zip(weights, grads, strict=True):
+        if weight.shape != grad.shape:
+            raise ValueError(f"a gradient of shape {grad.shape} does not fit its weight of {weight.shape}")
+    for weight, grad in zip(weights, grads, strict=True):
+        units = [()] if grad.ndim < 2 else list(np.ndindex(grad.shape[0]))
+        for unit in units:
+            limit = clip_factor * max(_norm([_magnitudes(weight[unit])], p), eps)
+            norm = _norm([_magnitudes(grad[unit])], p)
+            if not norm <= limit:
+                _scale([grad[(*unit, ...)]], limit / norm)
+
+
+def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Array], int]:
+    r"""Clip each example's gradient, then add the examples up: the clipping step of DP-SGD.
+
+    Example ``i`` owns slice ``i`` of every array.  Its norm is taken over all of them::
+
+        g_i ← min(1, max_norm / (‖g_i‖ + 1e-6)) · g_i        sums = Σ_i g_i
+
+    Twin of :func:`torchclip.clip_per_example`.
+
+    Args:
+        grads: one array a parameter, of shape ``(examples, *parameter.shape)``, unchanged.
+        max_norm: the threshold for each example's norm, at least 0.
+
+    Returns:
+        The sums of the clipped gradients, of the parameters' shapes, and the number of examples clipped.
+
+    References:
+        Abadi et al., *Deep Learning with Differential Privacy*, 2016, algorithm 1,
+        https://arxiv.org/abs/1607.00133
+
+    Example:
+        >>> clip_per_example([np.array([[3.0, 4.0], [0.3, 0.4]])], max_norm=0.5)
+        ([array([0.6, 0.8])], 1)
+    """
+    max_norm = _threshold("max_norm", max_norm)
+    _check_arrays(grads, writeable=False)
+    counts = {g.shape[0] if g.ndim else None for g in grads}
+    if None in counts or len(counts) > 1:
+        raise ValueError(
+            "every array in `grads` must have the same number of examples along its first axis, "
+            f"got shapes {[g.shape for g in grads]}"
+        )
+    examples = range(next(iter(counts), None) or 0)
+    coefficients = [
+        clip_coefficient(max_norm, _norm([_magnitudes(g[i]) for g in grads], 2.0)) for i in examples
+    ]
+    sums = []
+    for grad in grads:
+        wide = np.result_type(grad.dtype, np.float64)
+        total = np.zeros(grad.shape[1:], dtype=wide)
+        for i in examples:
+            total += coefficients[i] * grad[i].astype(wide)
+        sums.append(total.astype(grad.dtype))
+    return sums, sum(not c >= 1 for c in coefficients)
+
+
+def _norm(magnitudes: Sequence[Array], p: float) -> float:
+    """``(Σ m^p)^(1/p)`` over float64 arrays of magnitudes, without overflow on the way."""
+    m = np.concatenate([a.ravel() for a in magnitudes]) if magnitudes else np.zeros(0)
+    if m.size == 0:
+        return 0.0
+    if p == 0:
+        return float(np.count_nonzero(m))
+    leading = float(m.max() if p > 0 else m.min())
+    if math.isinf(p) or leading == 0 or not math.isfinite(leading):
+        return leading
+    with np.errstate(over="ignore"):
+        return float(leading * np.sum((m / leading) ** p) ** (1 / p))
+
+
+def _magnitudes(grad: Array) -> Array:
+    """``|g|`` in float64."""
+    return np.abs(grad.astype(np.complex128 if np.iscomplexobj(grad) else np.float64))
+
+
+def _scale(grads: Sequence[Array], rate: float) -> None:
+    """Multiply in place by ``rate`` where it is below 1 (or NaN), the product rounded once."""
+    if rate >= 1:
+        return
+    for grad in grads:
+        # A complex number times a real one: each part on its own.
+        parts = [grad.real, grad.imag] if np.iscomplexobj(grad) else [grad]
+        for part in parts:
+            with np.errstate(invalid="ignore", under="ignore"):
+                part[...] = part.astype(np.float64) * rate
+
+
+def _order(norm_type: float | str) -> float:
+    if isinstance(norm_type, str) and norm_type not in ("inf", "-inf"):
+        raise ValueError(f"`norm_type` must be a number or 'inf', got {norm_type!r}")
+    p = float(norm_type)
+    if math.isnan(p):
+        raise ValueError("`norm_type` is nan; pass a number such as 2.0, or 'inf'")
+    return p
+
+
+def _threshold(name: str, value: float) -> float:
+    if isinstance(value, str) or not np.isscalar(value):
+        raise TypeError(f"`{name}` must be a number, got {value!r}")
+    if not value >= 0:
+        raise ValueError(f"`{name}` must be at least 0, got {value}")
+    return float(value)
+
+
+def _check_arrays(arrays: Sequence[Array], *, writeable: bool, real: bool = False) -> None:
+    for i, a in enumerate(arrays):
+        if not isinstance(a, np.ndarray):
+            raise TypeError(f"gradient {i} must be a NumPy array, got {type(a).__name__}")
+        if not np.issubdtype(a.dtype, np.floating if real else np.inexact):
+            kind = "real floating" if real else "floating or complex"
+            raise TypeError(f"gradient {i} must be of a {kind} dtype, got {a.dtype}; convert it first")
+        if writeable and not a.flags.writeable:
+            raise ValueError(f"gradient {i} is not writeable, and clipping works in place; pass a copy")
