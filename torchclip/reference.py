@@ -266,8 +266,9 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
         https://arxiv.org/abs/1607.00133
 
     Example:
-        >>> clip_per_example([np.array([[3.0, 4.0], [0.3, 0.4]])], max_norm=0.5)
-        ([array([0.6, 0.8])], 1)
+        >>> sums, clipped = clip_per_example([np.array([[3.0, 4.0], [0.03, 0.04]])], max_norm=0.5)
+        >>> np.round(sums[0], 4), clipped
+        (array([0.33, 0.44]), 1)
     """
     max_norm = _threshold("max_norm", max_norm)
     _check_arrays(grads, writeable=False)
