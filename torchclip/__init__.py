@@ -1,3 +1,25 @@
 """Gradient clipping for PyTorch."""
 
+from torchclip import reference
+from torchclip.clip import (
+    clip_grad_adaptive_,
+    clip_grad_norm_,
+    clip_grad_norm_per_parameter_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    clip_per_example,
+    get_total_norm,
+)
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "clip_grad_adaptive_",
+    "clip_grad_norm_",
+    "clip_grad_norm_per_parameter_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "clip_per_example",
+    "get_total_norm",
+    "reference",
+]

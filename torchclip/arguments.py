@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import types
-import warnings
+import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_gradients", "as_tensors", "norm_order", "threshold"]
+__all__ = ["norm_order", "refuse_item", "shown", "tensor_iterable", "threshold"]
 
 
 def threshold(name: str, value: Any) -> float:
     """``value`` as a float that is at least 0 (``inf`` included), or an error that names the argument."""
     if type(value) is not float:
-        value = _number(name, value)
+        hint = "; to measure without clipping pass float('inf')" if name == "max_norm" else ""
+        value = _number(name, value, hint)
     if not value >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}")
     return float(value)
@@ -26,53 +26,47 @@ def threshold(name: str, value: Any) -> float:
 
 def norm_order(norm_type: Any) -> float:
     """The order of a norm: any number but NaN, or ``"inf"`` or ``"-inf"``."""
-    if norm_type in ("inf", "-inf"):
-        return float(norm_type)
-    order = norm_type if type(norm_type) is float else _number("norm_type", norm_type, " or 'inf'")
-    if math.isnan(order):
+    if type(norm_type) is not float:
+        is_name = isinstance(norm_type, str) and norm_type in ("inf", "-inf")
+        norm_type = float(norm_type) if is_name else _number("norm_type", norm_type, " or 'inf'")
+    if math.isnan(norm_type):
         raise ValueError("`norm_type` is nan; pass a number such as 2.0, or 'inf'")
-    return order
+    return float(norm_type)
 
 
-def _number(name: str, value: Any, alternative: str = "") -> float:
+def _number(name: str, value: Any, hint: str) -> float:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value)
-    # Real covers int, float, bool and NumPy's scalars; a bool is a slip of the pen here.
+    # Real covers int, float and NumPy's scalars; bool is one too, but never meant here.
     if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
-    hint = "; to measure without clipping pass float('inf')" if name == "max_norm" else ""
-    raise TypeError(f"`{name}` must be a number{alternative}, got {_shown(value)}{hint}")
+    raise TypeError(f"`{name}` must be a number, got {shown(value)}{hint}")
 
 
-def as_tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """The tensors of an argument, each once, in order."""
+def tensor_iterable(name: str, tensors: Any) -> Iterable[Tensor]:
+    """``tensors`` as an iterable, a single tensor as one of itself, or an error that says what to pass."""
     if isinstance(tensors, Tensor):
-        return [tensors]
+        return (tensors,)
+    if isinstance(tensors, (nn.ParameterList, list, tuple)):
+        return tensors
     if isinstance(tensors, nn.Module):
-        raise TypeError(f"`{name}` is a Module ({type(tensors).__name__}); pass its `.parameters()`")
+        raise TypeError(f"`{name}` is a module ({type(tensors).__name__}); pass its `.parameters()`")
     if isinstance(tensors, torch.optim.Optimizer):
         raise TypeError(
             f"`{name}` is an optimizer ({type(tensors).__name__}); pass the model's `.parameters()`, "
             "or attach a torchclip.Clipper to the optimizer"
         )
     if isinstance(tensors, (Mapping, str, bytes)) or not isinstance(tensors, Iterable):
-        raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {_shown(tensors)}")
-    distinct: dict[int, Tensor] = {}
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            hint = "; pass `.parameters()`, not `.named_parameters()`" if isinstance(tensor, tuple) else ""
-            raise TypeError(f"`{name}` must hold tensors only, item {i} is {_shown(tensor)}{hint}")
-        distinct[id(tensor)] = tensor
-    if not distinct and isinstance(tensors, types.GeneratorType):
-        # Users know this warning, and its cause (a generator that was used up before), from torch.
-        warnings.warn(
-            f"`{name}` is an empty generator, no gradient clipping will occur.",
-            stacklevel=_frames_to_the_caller(),
-        )
-    return list(distinct.values())
+        raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}")
+    return tensors
 
 
-def as_gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """The gradients of the parameters that have one, each once, in order."""
-    grads = {id(p.grad): p.grad for p in as_tensors("parameters", parameters) if p.grad is not None}
-    return list(grads.values())
+def refuse_item(name: str, index: int, item: Any) -> NoReturn:
+    """The error for something among the tensors that is none."""
+    hint = "; pass `.parameters()`, not `.named_parameters()`" if isinstance(item, tuple) else ""
+    raise TypeError(f"`{name}` must hold tensors only, item {index} is {shown(item)}{hint}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: what it looks like, shortened, and its type."""
+    return f"{reprlib.repr(value)} ({type(value).__name__})"

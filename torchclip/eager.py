@@ -1,0 +1,271 @@
+"""The two primitives in torch operations, for every tensor that the CPU kernel does not take.
+
+Tensors in CPU memory give norms as floats.  Tensors elsewhere, and all of them while operations are being
+recorded (``torch.compile``), give 0-dim float64 tensors: nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from torchclip.combine import combine, combine_tensors
+
+__all__ = ["clamp_", "norm", "norms", "on_host", "row_norms", "scale_", "scale_rows_", "traced"]
+
+# Elements looked at in one go, so that what is allocated on the way does not grow with the gradients.
+_PIECE = 1 << 20
+# Torch splits no reduction of this length over threads, which would make results depend on their number.
+_ROW = 1 << 10
+# Below this size a tensor's own call costs more than copying it beside others.
+_SMALL = 1 << 14
+# From this size on a float32 norm that has to be verified is cheaper than an exact one.
+_LARGE = 1 << 16
+
+
+def traced() -> bool:
+    """Whether operations are being recorded or intercepted, so that no value may be looked at."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def on_host(tensors: Sequence[Tensor]) -> bool:
+    """Whether values can be looked at without waiting for a device."""
+    return not traced() and all(t.device.type == "cpu" for t in tensors)
+
+
+# Norms
+
+
+def norm(tensors: Sequence[Tensor], p: float) -> float | Tensor:
+    """The norm of order ``p`` of all the tensors' elements as one vector."""
+    with torch.no_grad():
+        if on_host(tensors):
+            return _host_norm(tensors, p)
+        device = tensors[0].device
+        parts = [_device_norm(t, p).to(device) for t in tensors if t.numel()]
+        return (
+            combine_tensors(torch.stack(parts), p)
+            if parts
+            else tensors[0].new_zeros((), dtype=_wide(tensors[0]))
+        )
+
+
+def norms(tensors: Sequence[Tensor], p: float) -> list[float | Tensor]:
+    """The norm of each tensor on its own, in order."""
+    return [norm([t], p) for t in tensors]
+
+
+def row_norms(tensor: Tensor, p: float) -> Tensor:
+    """The norms of the slices of a tensor along its first axis: float64, of shape ``(len(tensor),)``."""
+    rows = tensor.reshape(len(tensor), -1)
+    columns = rows.shape[1]
+    if rows.numel() == 0:
+        return tensor.new_zeros(len(tensor), dtype=torch.float64)
+    blocks = torch.split(rows, max(1, _PIECE // columns))
+    parts = [
+        torch.stack([_matrix_norms(b, p) for b in torch.split(block, _PIECE, dim=1)], -1) for block in blocks
+    ]
+    return torch.cat([combine_tensors(part, p) for part in parts])
+
+
+def _host_norm(tensors: Sequence[Tensor], p: float) -> float:
+    parts: list[float] = []
+    small: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for values in (v for t in tensors for v in _stored(t, p) if v.numel()):
+        if values.numel() <= _SMALL:
+            small[values.dtype].append(values)
+        else:
+            parts += [_piece_norm(piece, p) for piece in _pieces(values)]
+    for group in small.values():
+        parts += [_piece_norm(piece, p) for piece in _joined(group)]
+    return combine(parts, p)
+
+
+def _device_norm(tensor: Tensor, p: float) -> Tensor:
+    parts = [_matrix_norms(v.reshape(1, -1), p) for v in _stored(tensor, p) if v.numel()]
+    return combine_tensors(torch.cat(parts), p)
+
+
+def _piece_norm(piece: Tensor, p: float) -> float:
+    """The norm of a one-dimensional tensor of at most ``_PIECE`` elements."""
+    if p in (1, 2) and len(piece) >= _LARGE and piece.dtype in _NARROW:
+        of_piece = _verified_float32_norm(piece.float(), p)
+        if of_piece is not None:
+            return of_piece
+    whole = len(piece) - len(piece) % _ROW
+    parts = [part for part in (piece[:whole].view(-1, _ROW), piece[whole:].view(1, -1)) if part.numel()]
+    return combine(torch.cat([_matrix_norms(part, p) for part in parts]).tolist(), p)
+
+
+def _verified_float32_norm(piece: Tensor, p: float) -> float | None:
+    """The norm at the speed of float32, or None where that is not accurate.
+
+    Rows of 128 are summed in float32 and joined in float64.  On most gradients the rows' rounding errors
+    cancel out (to some 1e-9); where they do not, as for constant ones, every sixteenth row, done again in
+    float64, shows it.
+    """
+    whole = len(piece) - len(piece) % 128
+    rows = piece[:whole].view(-1, 128)
+    of_rows = vector_norm(rows, p, dim=1).double()
+    sampled, exact = (
+        float(vector_norm(n, p))
+        for n in (of_rows[::16], vector_norm(rows[::16], p, dim=1, dtype=torch.float64))
+    )
+    of_whole = float(vector_norm(of_rows, p))
+    # Far from both ends of the float32 range, where squares overflow or lose their digits.
+    in_range = of_whole > 1e-15 * len(of_rows) and of_whole < 1e15
+    if not (in_range and abs(sampled - exact) <= 2e-8 * exact):
+        return None
+    return combine([of_whole, float(vector_norm(piece[whole:], p, dtype=torch.float64))], p)
+
+
+def _matrix_norms(rows: Tensor, p: float) -> Tensor:
+    """The norms of the rows of a matrix in float64, without overflow or underflow on the way."""
+    wide = rows.to(_wide(rows))
+    plain = vector_norm(wide, p, dim=1)
+    if p in (0, math.inf, -math.inf) or (p in (1, 2) and rows.dtype in _NARROW):
+        return plain
+    # The powers are in range if those of the results are.
+    regular = (plain > 0) & (abs(p) * plain.log().abs() < 600)
+    if on_host([rows]) and bool(regular.all()):
+        return plain
+    magnitudes = wide.abs()
+    leading = magnitudes.amax(dim=1) if p > 0 else magnitudes.amin(dim=1)
+    usable = (leading > 0) & leading.isfinite()
+    divisor = torch.where(usable, leading, 1.0)
+    scaled = vector_norm(magnitudes / divisor[:, None], p, dim=1) * divisor
+    return torch.where(usable, scaled, leading)
+
+
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex32})
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype to accumulate in: the widest that the device has."""
+    if tensor.device.type == "mps":
+        return torch.complex64 if tensor.is_complex() else torch.float32
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
+# How tensors lie in memory
+
+
+def _stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
+    """The strided tensors whose elements are the tensor's; for a sparse one, those that it stores."""
+    if tensor.layout == torch.strided:
+        yield tensor
+        return
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+    if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+        yield tensor.to_dense()
+        return
+    values = tensor.values()
+    yield values
+    if p < 0 and values.numel() < tensor.numel():
+        yield values.new_zeros(1)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of a strided tensor in pieces of at most ``_PIECE``, copied only if they are scattered."""
+    flat = _flat(tensor)
+    if flat is not None:
+        yield from torch.split(flat, _PIECE)
+    elif tensor.numel() <= _PIECE:
+        yield tensor.reshape(-1)
+    else:
+        longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
+        for half in tensor.chunk(2, dim=longest):
+            yield from _pieces(half)
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """A one-dimensional view of a tensor that fills its memory in any order of its axes, else None."""
+    strides = tensor.stride()
+    by_stride = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
+    ordered = tensor.permute(by_stride)
+    return ordered.view(-1) if ordered.is_contiguous() else None
+
+
+def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Small tensors of one dtype, copied beside each other into pieces of at most ``_PIECE`` elements."""
+    group: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if size + tensor.numel() > _PIECE:
+            yield torch.cat(group)
+            group, size = [], 0
+        group.append(tensor.reshape(-1))
+        size += tensor.numel()
+    yield torch.cat(group)
+
+
+# Changes in place
+
+
+def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply every tensor in place; each product is formed in at least float32 and rounded once."""
+    with torch.no_grad():
+        together: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
+                real = torch.view_as_real(_without_conj(tensor)) if tensor.is_complex() else tensor
+                together[real.device, real.dtype].append(real)
+            else:
+                _scale_alone(tensor, factor)
+        for (device, dtype), group in together.items():
+            if isinstance(factor, float):
+                torch._foreach_mul_(group, factor)
+            elif dtype in (torch.float32, torch.float64):
+                torch._foreach_mul_(group, factor.to(device, dtype))
+            else:
+                # A factor of the gradients' own low precision would be off by up to 0.4 %.
+                for tensor in group:
+                    tensor.copy_(tensor.float() * factor.to(device, torch.float32))
+
+
+def scale_rows_(tensor: Tensor, factors: Tensor) -> None:
+    """Multiply each slice along the first axis in place by its own float64 factor."""
+    real = torch.view_as_real(_without_conj(tensor)) if tensor.is_complex() else tensor
+    real.mul_(factors.view(-1, *[1] * (real.dim() - 1)))
+
+
+def _scale_alone(tensor: Tensor, factor: float | Tensor) -> None:
+    if tensor.layout == torch.sparse_coo:
+        scale_([tensor._values()], factor)
+        torch.autograd.graph.increment_version(tensor)
+    elif tensor.layout in _COMPRESSED:
+        scale_([tensor.values()], factor)
+        torch.autograd.graph.increment_version(tensor)
+    else:
+        tensor.mul_(factor)
+
+
+def clamp_(tensors: Sequence[Tensor], limit: float) -> None:
+    """Limit every element in place to ``[-limit, limit]``; NaN stays NaN."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.layout == torch.sparse_coo:
+                # Duplicate entries add up to the element that is meant.
+                if not tensor.is_coalesced():
+                    tensor.copy_(tensor.coalesce())
+                clamp_([tensor._values()], limit)
+                torch.autograd.graph.increment_version(tensor)
+            elif tensor.layout in _COMPRESSED:
+                clamp_([tensor.values()], limit)
+                torch.autograd.graph.increment_version(tensor)
+            else:
+                tensor.clamp_(-limit, limit)
+
+
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+
+
+def _without_conj(tensor: Tensor) -> Tensor:
+    """The same memory without the lazy conjugation, which scaling by a real number does not see."""
+    return tensor.conj() if tensor.is_conj() else tensor

@@ -1,0 +1,129 @@
+"""The compiled CPU kernel: loading it, and what stands in for it where it cannot be used.
+
+The kernel gathers the tensors of a call into a ``Batch``, which knows those that it can work on and keeps the
+others in ``rest``, for :mod:`torchclip.eager`.  Without the kernel a :class:`Batch` takes nothing, and all of
+its tensors are the rest: the callers need not know which of the two they have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchclip import arguments
+
+__all__ = ["Batch", "disabled", "gradients", "status", "tensors"]
+
+
+class Batch:
+    """The distinct tensors of one call, in order, none of them for the kernel.
+
+    Twin of the kernel's own ``Batch``; ``_kernel.pyi`` says what the methods do there.
+
+    Args:
+        items: parameters or tensors; anything else among them is refused.
+        name: the argument that they come from, for the error message.
+        take_grad: whether the gradients of the items are meant; those without one are passed over.
+
+    Attributes:
+        all: the tensors.
+        count: how many items there were.
+        double, complex: whether the kernel takes any of double precision, any complex one.
+    """
+
+    __slots__ = ("all", "count")
+    double = complex = False
+
+    def __init__(self, items: Iterable[Tensor], name: str, take_grad: bool) -> None:
+        distinct: dict[int, Tensor] = {}
+        self.count = 0
+        for item in items:
+            if not isinstance(item, Tensor):
+                arguments.refuse_item(name, self.count, item)
+            self.count += 1
+            tensor = item.grad if take_grad else item
+            if tensor is not None:
+                distinct[id(tensor)] = tensor
+        self.all = list(distinct.values())
+
+    @property
+    def rest(self) -> list[Tensor]:
+        """The tensors that the kernel does not take: here, all."""
+        return self.all
+
+    def norm(self, order: float, threads: int) -> float:
+        """The norm of nothing."""
+        return 0.0
+
+    def norms(self, order: float, threads: int) -> list[float | None]:
+        """No norm for any tensor."""
+        return [None] * len(self.all)
+
+    def scale(self, factor: float, threads: int) -> None:
+        """Scales nothing."""
+
+    def scale_each(self, factors: Sequence[float | None], threads: int) -> None:
+        """Scales nothing."""
+
+    def clamp(self, limit: float, threads: int) -> None:
+        """Clamps nothing."""
+
+
+def gradients(parameters: Iterable[Tensor]) -> Any:
+    """A batch of the gradients of the parameters that have one."""
+    if _extension is None:
+        return Batch(parameters, "parameters", take_grad=True)
+    return _extension.gradients(parameters)
+
+
+def tensors(items: Iterable[Tensor]) -> Any:
+    """A batch of the tensors themselves."""
+    if _extension is None:
+        return Batch(items, "tensors", take_grad=False)
+    return _extension.tensors(items)
+
+
+def status() -> str:
+    """One line on whether the kernel is active, and why not if it is not."""
+    return _reason if _extension is None else f"active ({_extension.instruction_set()})"
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Everything through torch operations, to compare the kernel with."""
+    global _extension
+    before, _extension = _extension, None
+    try:
+        yield
+    finally:
+        _extension = before
+
+
+def _load() -> tuple[Any, str]:
+    """The extension, or None and the reason why it is not there."""
+    if os.environ.get("TORCHCLIP_KERNEL") == "0":
+        return None, "off (TORCHCLIP_KERNEL=0)"
+    exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange_api is None:
+        return None, f"off (torch {torch.__version__} has no DLPack exchange table; a newer one has)"
+    try:
+        from torchclip import _kernel
+    except ImportError as error:
+        return None, f"off (the extension was not built or cannot be loaded: {error})"
+    if not hasattr(_kernel.Batch, "double"):
+        return None, "off (TEMPORARY GUARD)"
+    try:
+        _kernel.connect(
+            Tensor, nn.Parameter, exchange_api, torch._C._increment_version, arguments.refuse_item
+        )
+    except RuntimeError as error:
+        return None, f"off ({error})"
+    return _kernel, "active"
+
+
+_extension, _reason = _load()

@@ -1,0 +1,73 @@
+"""The total norm of a set of gradients: how it is returned, and the error when it is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_result", "as_results", "refuse_nonfinite"]
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_DOUBLE = frozenset({torch.float64, torch.complex128})
+_CPU = torch.device("cpu")
+_SHOWN = 10
+
+
+def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
+    """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
+    dtype = _dtype(batch)
+    if isinstance(total_norm, Tensor):
+        return total_norm.to(batch.all[0].device, dtype)
+    if dtype == torch.float64:
+        return torch.scalar_tensor(total_norm, dtype=dtype, device=_CPU)
+    if total_norm > _FLOAT32_MAX:
+        total_norm = math.inf
+    return torch.scalar_tensor(total_norm, dtype=torch.float32, device=_CPU)
+
+
+def as_results(norms: Sequence[float | Tensor], batch: Any) -> Tensor:
+    """Several norms as a tensor of one dimension, as :func:`as_result` returns one."""
+    device = batch.all[0].device if batch.all else _CPU
+    in_double = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in norms]
+    return torch.stack(in_double).to(_dtype(batch)) if in_double else torch.zeros(0, device=device)
+
+
+def _dtype(batch: Any) -> torch.dtype:
+    double = batch.double or any(t.dtype in _DOUBLE for t in batch.rest)
+    return torch.float64 if double else torch.float32
+
+
+def refuse_nonfinite(
+    total_norm: float | Tensor,
+    norm_type: float,
+    tensors: Sequence[Tensor],
+    names: Mapping[int, str] | None = None,
+) -> None:
+    """Raise torch's error if the norm is not finite, saying which gradients are to blame.
+
+    Args:
+        total_norm: the norm; on an accelerator this waits for it.
+        norm_type: its order.
+        tensors: the gradients.
+        names: what to call a gradient, by its ``id``; its position otherwise.
+    """
+    if math.isfinite(total_norm):
+        return
+    found = []
+    for i, tensor in enumerate(tensors):
+        values = tensor.detach() if tensor.layout == torch.strided else tensor.detach().coalesce().values()
+        inf, nan = int(values.isinf().sum()), int(values.isnan().sum())
+        if inf or nan:
+            name = names[id(tensor)] if names else f"gradient {i}"
+            found.append(f"{name} of shape {tuple(tensor.shape)} ({inf} inf, {nan} nan)")
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    which = ", ".join(found[:_SHOWN]) + more if found else "none, their norm exceeds the range of float64"
+    raise RuntimeError(
+        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+        "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+        f"`error_if_nonfinite=False`. Nothing was changed. Non-finite: {which}."
+    )
