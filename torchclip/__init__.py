@@ -10,10 +10,17 @@ from torchclip.clip import (
     clip_per_example,
     get_total_norm,
 )
+from torchclip.clipper import Clipper
+from torchclip.patch import install, installed, uninstall
+from torchclip.thresholds import Percentile, Threshold, ZScore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Clipper",
+    "Percentile",
+    "Threshold",
+    "ZScore",
     "clip_grad_adaptive_",
     "clip_grad_norm_",
     "clip_grad_norm_per_parameter_",
@@ -21,5 +28,8 @@ __all__ = [
     "clip_grads_with_norm_",
     "clip_per_example",
     "get_total_norm",
+    "install",
+    "installed",
     "reference",
+    "uninstall",
 ]

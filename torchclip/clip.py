@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from torchclip import eager, gradients
-from torchclip.arguments import norm_order, refuse_item, tensor_iterable, threshold
+from torchclip.arguments import norm_order, number, refuse_item, tensor_iterable, threshold
 from torchclip.combine import combine_tensors
 from torchclip.norm import as_result, as_results, refuse_nonfinite
 
 __all__ = [
+    "clip_coefficient",
     "clip_grad_adaptive_",
     "clip_grad_norm_",
     "clip_grad_norm_per_parameter_",
@@ -23,6 +24,24 @@ __all__ = [
     "clip_per_example",
     "get_total_norm",
 ]
+
+
+@overload
+def clip_coefficient(max_norm: float, total_norm: float) -> float: ...
+@overload
+def clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor: ...
+
+
+def clip_coefficient(max_norm: float, total_norm: float | Tensor) -> float | Tensor:
+    """What gradients are multiplied by, ``min(1, max_norm / (total_norm + 1e-6))``; NaN for a NaN norm."""
+    if isinstance(total_norm, Tensor):
+        # An infinite threshold only measures, also where the norm is infinite or NaN.
+        ratio = max_norm / (total_norm + 1e-6)
+        return torch.ones_like(total_norm) if math.isinf(max_norm) else ratio.clamp(max=1.0)
+    if math.isinf(max_norm):
+        return 1.0
+    rate = max_norm / (total_norm + 1e-6)
+    return 1.0 if rate >= 1.0 else rate
 
 
 def clip_grad_norm_(
@@ -81,7 +100,7 @@ def clip_grad_norm_(
     total_norm = gradients.norm(batch, p)
     if error_if_nonfinite:
         refuse_nonfinite(total_norm, p, batch.all)
-    gradients.scale_(batch, _coefficient(max_norm, total_norm))
+    gradients.scale_(batch, clip_coefficient(max_norm, total_norm))
     return as_result(total_norm, batch)
 
 
@@ -154,7 +173,7 @@ def clip_grads_with_norm_(
     norm = _as_norm(total_norm)
     batch = gradients.of_parameters(parameters)
     gradients.refuse_expanded(batch.rest)
-    gradients.scale_(batch, _coefficient(max_norm, norm))
+    gradients.scale_(batch, clip_coefficient(max_norm, norm))
 
 
 def clip_grad_value_(
@@ -226,7 +245,7 @@ def clip_grad_norm_per_parameter_(
     batch = gradients.of_parameters(parameters)
     gradients.refuse_expanded(batch.rest)
     norms = gradients.norms(batch, p)
-    gradients.scale_each_(batch, [_coefficient(max_norm, n) for n in norms])
+    gradients.scale_each_(batch, [clip_coefficient(max_norm, n) for n in norms])
     return as_results(norms, batch)
 
 
@@ -347,11 +366,11 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
     max_norm = threshold("max_norm", max_norm)
     tensors = _examples(grads)
     if not tensors:
-        return [], torch.tensor(0)
+        return [], torch.tensor(0, device="cpu")
     with torch.no_grad():
         device = tensors[0].device
         norms = torch.stack([eager.row_norms(g, 2.0).to(device) for g in tensors], dim=-1)
-        factors = _coefficient(max_norm, combine_tensors(norms, 2.0))
+        factors = clip_coefficient(max_norm, combine_tensors(norms, 2.0))
         return [_weighted_sum(g, factors) for g in tensors], (~(factors >= 1)).sum()
 
 
@@ -374,33 +393,15 @@ def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def _weighted_sum(grad: Tensor, factors: Tensor) -> Tensor:
     wide = torch.promote_types(grad.dtype, torch.float32)
-    total = factors.to(grad.device, wide) @ grad.flatten(1).to(wide)
+    total = factors.to(grad.device, wide) @ grad.reshape(len(grad), math.prod(grad.shape[1:])).to(wide)
     return total.to(grad.dtype).view(grad.shape[1:])
-
-
-@overload
-def _coefficient(max_norm: float, total_norm: float) -> float: ...
-@overload
-def _coefficient(max_norm: float, total_norm: Tensor) -> Tensor: ...
-
-
-def _coefficient(max_norm: float, total_norm: float | Tensor) -> float | Tensor:
-    """What gradients are multiplied by, ``min(1, max_norm / (total_norm + 1e-6))``; NaN for a NaN norm."""
-    if isinstance(total_norm, Tensor):
-        # An infinite threshold only measures, also where the norm is infinite or NaN.
-        ratio = max_norm / (total_norm + 1e-6)
-        return torch.ones_like(total_norm) if math.isinf(max_norm) else ratio.clamp(max=1.0)
-    if math.isinf(max_norm):
-        return 1.0
-    rate = max_norm / (total_norm + 1e-6)
-    return 1.0 if rate >= 1.0 else rate
 
 
 def _as_norm(total_norm: Tensor | float) -> float | Tensor:
     """A norm that the user computed: left on its device if it is on one."""
     if isinstance(total_norm, Tensor) and not eager.on_host([total_norm]):
         return total_norm.detach().to(torch.float64)
-    value = float(total_norm)
+    value = number("total_norm", total_norm)
     if value < 0:
         raise ValueError(f"`total_norm` must be at least 0, got {value}")
     return value

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_result", "as_results", "refuse_nonfinite"]
+from torchclip import eager
+
+__all__ = ["as_result", "as_results", "refuse_nonfinite", "result_dtype"]
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _DOUBLE = frozenset({torch.float64, torch.complex128})
@@ -19,7 +21,7 @@ _SHOWN = 10
 
 def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
     """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
-    dtype = _dtype(batch)
+    dtype = result_dtype(batch)
     if isinstance(total_norm, Tensor):
         return total_norm.to(batch.all[0].device, dtype)
     if dtype == torch.float64:
@@ -33,10 +35,12 @@ def as_results(norms: Sequence[float | Tensor], batch: Any) -> Tensor:
     """Several norms as a tensor of one dimension, as :func:`as_result` returns one."""
     device = batch.all[0].device if batch.all else _CPU
     in_double = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in norms]
-    return torch.stack(in_double).to(_dtype(batch)) if in_double else torch.zeros(0, device=device)
+    dtype = result_dtype(batch)
+    return torch.stack(in_double).to(dtype) if in_double else torch.zeros(0, dtype=dtype, device=device)
 
 
-def _dtype(batch: Any) -> torch.dtype:
+def result_dtype(batch: Any) -> torch.dtype:
+    """The dtype of a norm: float64 if any gradient is float64 or complex128, else float32."""
     double = batch.double or any(t.dtype in _DOUBLE for t in batch.rest)
     return torch.float64 if double else torch.float32
 
@@ -46,6 +50,8 @@ def refuse_nonfinite(
     norm_type: float,
     tensors: Sequence[Tensor],
     names: Mapping[int, str] | None = None,
+    remedy: str = "To disable this error and scale the gradients by the non-finite norm anyway, set "
+    "`error_if_nonfinite=False`",
 ) -> None:
     """Raise torch's error if the norm is not finite, saying which gradients are to blame.
 
@@ -54,12 +60,13 @@ def refuse_nonfinite(
         norm_type: its order.
         tensors: the gradients.
         names: what to call a gradient, by its ``id``; its position otherwise.
+        remedy: what the user can do.
     """
     if math.isfinite(total_norm):
         return
     found = []
     for i, tensor in enumerate(tensors):
-        values = tensor.detach() if tensor.layout == torch.strided else tensor.detach().coalesce().values()
+        (values,) = eager.stored(tensor.detach(), math.inf)
         inf, nan = int(values.isinf().sum()), int(values.isnan().sum())
         if inf or nan:
             name = names[id(tensor)] if names else f"gradient {i}"
@@ -68,6 +75,5 @@ def refuse_nonfinite(
     which = ", ".join(found[:_SHOWN]) + more if found else "none, their norm exceeds the range of float64"
     raise RuntimeError(
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
-        "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-        f"`error_if_nonfinite=False`. Nothing was changed. Non-finite: {which}."
+        f"clipped. {remedy}. Nothing was changed. Non-finite: {which}."
     )

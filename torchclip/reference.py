@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ __all__ = [
     "clip_grads_with_norm",
     "clip_per_example",
     "global_norm",
+    "percentile_thresholds",
+    "zscore_thresholds",
 ]
 
 Array = NDArray[Any]
@@ -83,8 +86,8 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
     The 1e-6 keeps the division from being one by zero.  All gradients share one ``rate``, so the direction of
     the step stays the same and only its length changes.
 
-    Twin of :func:`torchclip.clip_grad_norm_`.  One thing goes beyond the book, as in torch: if the norm is NaN,
-    the rate is too, and it is multiplied in, so that a NaN in one gradient is seen in all of them.
+    Twin of :func:`torchclip.clip_grad_norm_`.  One thing goes beyond the book, as in torch: if the norm is
+    NaN, the rate is too, and it is multiplied in, so that a NaN in one gradient is seen in all of them.
 
     Args:
         grads: floating or complex arrays of any shape, modified in place.
@@ -141,6 +144,9 @@ def clip_grads_with_norm(grads: Sequence[Array], max_norm: float, total_norm: fl
         total_norm: the norm to compare with it.
     """
     max_norm = _threshold("max_norm", max_norm)
+    total_norm = _number("total_norm", total_norm)
+    if total_norm < 0:
+        raise ValueError(f"`total_norm` must be at least 0, got {total_norm}")
     _check_arrays(grads, writeable=True)
     _scale(grads, clip_coefficient(max_norm, total_norm))
 
@@ -292,6 +298,120 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
     return sums, sum(not c >= 1 for c in coefficients)
 
 
+def percentile_thresholds(
+    norms: Sequence[float],
+    percentile: float = 10.0,
+    window: int | None = None,
+    warmup: int = 0,
+    max_norm: float = math.inf,
+) -> Array:
+    r"""AutoClip's threshold for every step of a run: a percentile of the norms so far.
+
+    With ``H_t`` the finite ones of the norms up to and including the step's own, or the last ``window`` of
+    those::
+
+        threshold_t = min(percentile of H_t, max_norm)
+
+    Twin of :class:`torchclip.Percentile`.
+
+    Args:
+        norms: the gradient norm of each step.
+        percentile: between 0 and 100.
+        window: how many of the latest finite norms count; ``None`` for all.
+        warmup: before so many finite norms were seen, the threshold is ``max_norm``.
+        max_norm: the largest threshold.
+
+    Returns:
+        The thresholds, of shape ``(len(norms),)``, float64.
+
+    References:
+        Seetharaman, Wichern, Pardo and Le Roux, *AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks*, 2020, https://arxiv.org/abs/2007.14469
+
+    Example:
+        >>> percentile_thresholds([1.0, 3.0, 100.0, math.nan], percentile=50.0)
+        array([1., 2., 3., 3.])
+    """
+    thresholds = np.full(len(norms), float(max_norm))
+    history: list[float] = []
+    for t, norm in enumerate(norms):
+        warm = len(history) >= warmup
+        if math.isfinite(norm):
+            history.append(norm)
+        if warm and history:
+            latest = history if window is None else history[-window:]
+            thresholds[t] = min(float(np.percentile(latest, percentile)), max_norm)
+    return thresholds
+
+
+def zscore_thresholds(
+    norms: Sequence[float],
+    alpha: float = 0.97,
+    threshold: float = 2.5,
+    warmup: int = 25,
+    clip_option: str = "adaptive_scaling",
+    skip_update_on_spike: bool = False,
+    max_norm: float = math.inf,
+) -> Array:
+    r"""ZClip's threshold for every step of a run: spikes above the z-score ``threshold`` are pulled back.
+
+    Mean ``μ`` and variance ``σ²`` start as those of the first ``warmup`` finite norms.  Then, step by step::
+
+        z = (g - μ) / σ
+        if z > threshold:  g ← μ + (threshold² / z) σ    ("adaptive_scaling")
+                           g ← μ                         ("mean")
+                           g ← μ + threshold σ           ("percentile")
+        μ  ← alpha μ  + (1 - alpha) g
+        σ² ← alpha σ² + (1 - alpha) (g - μ)²
+
+    The step's threshold is the new ``g`` for a spike and ``μ + threshold σ`` otherwise, ``max_norm`` in the
+    warm-up, and never more than ``max_norm``.  Twin of :class:`torchclip.ZScore`.
+
+    Args:
+        norms: the gradient norm of each step.
+        alpha: how much of the mean and variance is kept each step.
+        threshold: the z-score above which a norm is a spike.
+        warmup: how many finite norms the mean and variance start from.
+        clip_option: what a spike is pulled back to.
+        skip_update_on_spike: a spike leaves mean and variance as they are.
+        max_norm: the largest threshold.
+
+    Returns:
+        The thresholds, of shape ``(len(norms),)``, float64.
+
+    References:
+        Kumar, Owen, Chowdhury and Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
+        https://arxiv.org/abs/2504.02507
+
+    Example:
+        >>> zscore_thresholds([1.0, 3.0, 10.0], threshold=2.0, warmup=2)
+        array([inf, inf, 2.5])
+    """
+    thresholds = np.full(len(norms), float(max_norm))
+    first: list[float] = []
+    mean = var = 0.0
+    for t, norm in enumerate(norms):
+        if len(first) < warmup:
+            if math.isfinite(norm):
+                first.append(norm)
+                mean, var = float(np.mean(first)), float(np.var(first))
+            continue
+        std = math.sqrt(var)
+        limit = mean + threshold * std
+        spike = math.isfinite(norm) and norm > limit
+        if spike and clip_option == "adaptive_scaling":
+            # threshold²/z · σ, with z's σ multiplied up: no spike divides by zero.
+            limit = mean + threshold**2 * var / (norm - mean)
+        elif spike and clip_option == "mean":
+            limit = mean
+        thresholds[t] = min(limit, max_norm)
+        if math.isfinite(norm) and not (spike and skip_update_on_spike):
+            g = limit if spike else norm
+            mean = alpha * mean + (1 - alpha) * g
+            var = alpha * var + (1 - alpha) * (g - mean) ** 2
+    return thresholds
+
+
 def _norm(magnitudes: Sequence[Array], p: float) -> float:
     """``(Σ m^p)^(1/p)`` over float64 arrays of magnitudes, without overflow on the way."""
     m = np.concatenate([a.ravel() for a in magnitudes]) if magnitudes else np.zeros(0)
@@ -326,21 +446,27 @@ def _scale(grads: Sequence[Array], rate: float) -> None:
 def _order(norm_type: float | str) -> float:
     if isinstance(norm_type, str) and norm_type not in ("inf", "-inf"):
         raise ValueError(f"`norm_type` must be a number or 'inf', got {norm_type!r}")
-    p = float(norm_type)
+    p = float(norm_type) if isinstance(norm_type, str) else _number("norm_type", norm_type)
     if math.isnan(p):
         raise ValueError("`norm_type` is nan; pass a number such as 2.0, or 'inf'")
     return p
 
 
 def _threshold(name: str, value: float) -> float:
-    if isinstance(value, str) or not np.isscalar(value):
-        raise TypeError(f"`{name}` must be a number, got {value!r}")
-    if not value >= 0:
+    if not _number(name, value) >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}")
     return float(value)
 
 
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number, got {value!r}")
+    return float(value)
+
+
 def _check_arrays(arrays: Sequence[Array], *, writeable: bool, real: bool = False) -> None:
+    if not isinstance(arrays, (list, tuple)):
+        raise TypeError(f"gradients must come in a list or a tuple, got {type(arrays).__name__}")
     for i, a in enumerate(arrays):
         if not isinstance(a, np.ndarray):
             raise TypeError(f"gradient {i} must be a NumPy array, got {type(a).__name__}")

@@ -1,0 +1,273 @@
+"""The history of a run: what is recorded, what is kept, and when tensors are read."""
+
+import copy
+import csv
+import json
+import math
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchclip.history import History, Record
+
+NAN, INF = math.nan, math.inf
+
+
+class Operations(TorchDispatchMode):
+    """Names of the torch operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def history_of(norms, max_norm=1.0, **options):
+    history = History(**options)
+    for step, norm in enumerate(norms):
+        history.append(step, norm, max_norm, min(1.0, max_norm / norm))
+    return history
+
+
+def test_a_record_says_what_was_done():
+    history = History()
+    history.append(7, total_norm=0.5, max_norm=1.0, clip_coef=1.0)
+    history.append(8, total_norm=4.0, max_norm=1.0, clip_coef=0.25)
+    history.append(9, total_norm=INF, max_norm=1.0, clip_coef=0.0)
+    history.append(10, total_norm=NAN, max_norm=1.0, clip_coef=NAN)
+    history.append(11, total_norm=INF, max_norm=1.0, clip_coef=0.0, skipped=True)
+    assert history[0] == Record(7, 0.5, 1.0, 1.0, clipped=False, nonfinite=False, skipped=False)
+    assert history[1] == Record(8, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False)
+    assert history[2] == Record(9, INF, 1.0, 0.0, clipped=True, nonfinite=True, skipped=False)
+    assert (history[3].clipped, history[3].nonfinite) == (False, True)
+    assert history[4] == Record(11, INF, 1.0, 0.0, clipped=False, nonfinite=True, skipped=True)
+
+
+def test_it_is_a_sequence():
+    history = history_of([1.0, 2.0, 3.0])
+    assert len(history) == 3
+    assert [r.step for r in history] == [0, 1, 2]
+    assert history[-1].step == 2
+    assert [r.step for r in history[1:]] == [1, 2]
+    assert [r.step for r in reversed(history)] == [2, 1, 0]
+    assert history[1] in history
+    with pytest.raises(IndexError):
+        history[3]
+    assert not History()
+    assert repr(history) == "<History of 3 steps, at most 10,000>"
+
+
+def test_the_record_is_bounded_and_the_counts_are_not():
+    history = history_of([5.0] + [0.5] * 3000 + [2.0], maxlen=10)
+    assert [r.step for r in history] == list(range(2992, 3002))
+    summary = history.summary()
+    assert (summary.steps, summary.clipped, summary.kept) == (3002, 2, 10)
+    assert (summary.largest_norm, summary.largest_step) == (5.0, 0)
+    assert summary.quantiles[0.5] == 0.5
+
+
+# --- tensors are read late, and together --------------------------------------------------------------------
+
+
+def test_appending_runs_no_operation_and_reading_runs_one_transfer():
+    norms = [torch.tensor(float(n)) for n in range(1, 101)]
+    coefficients = [torch.tensor(1.0 / n) for n in range(1, 101)]
+    history = History()
+    with Operations() as operations:
+        for step in range(100):
+            history.append(step, norms[step], 1.0, coefficients[step])
+        assert operations.names == []
+        last = history[-1]
+        assert operations.names == ["stack"]
+        assert [r.step for r in history] == list(range(100))
+        history.summary()
+        assert operations.names == ["stack"]
+    assert last == Record(99, 100.0, 1.0, coefficients[99].item(), True, False, False)
+
+
+def test_tensors_of_several_dtypes_become_python_numbers():
+    history = History()
+    history.append(
+        0,
+        torch.tensor(1e300, dtype=torch.float64),
+        torch.tensor(0.1, dtype=torch.float32),
+        torch.tensor(0.5, dtype=torch.bfloat16),
+        torch.tensor(True),
+    )
+    history.append(1, 3.0, 1.0, 1.0, torch.tensor(False))
+    assert history[0] == Record(0, 1e300, torch.tensor(0.1).item(), 0.5, False, False, True)
+    assert [type(value) for value in history[0]] == [int, float, float, float, bool, bool, bool]
+    assert history[1] == Record(1, 3.0, 1.0, 1.0, False, False, False)
+
+
+def test_tensors_do_not_pile_up_without_bound():
+    history, most = History(), 0
+    with Operations() as operations:
+        for step in range(5000):
+            history.append(step, torch.ones(()), 1.0, 1.0)
+            most = max(most, step + 1 - 1024 * operations.names.count("stack"))
+    assert most <= 1024
+    assert len(history) == 5000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_appending_does_not_wait_for_the_gpu():
+    history = History()
+    norms = torch.arange(1.0, 101.0, device="cuda").unbind()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, norm in enumerate(norms):
+            history.append(step, norm, 1.0, (1.0 / norm).clamp(max=1.0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [r.total_norm for r in history] == list(range(1, 101))
+
+
+# --- summary ------------------------------------------------------------------------------------------------
+
+
+def test_summary_counts_and_quantiles():
+    history = History()
+    norms = [0.5, 2.0, INF, NAN, 8.0, 8.0]
+    for step, norm in enumerate(norms):
+        history.append(step, norm, 1.0, min(1.0, 1.0 / norm), skipped=not math.isfinite(norm))
+    summary = history.summary()
+    assert (summary.steps, summary.clipped, summary.nonfinite, summary.skipped) == (6, 3, 2, 2)
+    assert summary.clipped_share == 0.5
+    assert (summary.largest_norm, summary.largest_step) == (8.0, 4)
+    finite = [0.5, 2.0, 8.0, 8.0]
+    assert summary.quantiles == {q: np.quantile(finite, q) for q in (0.1, 0.5, 0.9, 0.99)}
+    assert str(summary) == (
+        "6 steps: 3 clipped (50.0%), 2 non-finite, 2 skipped\n"
+        "norm: 10% 0.95, 50% 5, 90% 8, 99% 8; largest 8 at step 4"
+    )
+
+
+def test_summary_of_part_of_a_run_says_so():
+    assert "(last 2 steps); largest 9 at step 0" in str(history_of([9.0, 1.0, 1.0], maxlen=2).summary())
+
+
+@pytest.mark.parametrize("norms", [[], [NAN, INF]])
+def test_summary_without_a_finite_norm(norms):
+    summary = history_of(norms).summary()
+    assert summary.steps == summary.nonfinite == len(norms)
+    assert math.isnan(summary.largest_norm)
+    assert summary.largest_step is None
+    assert summary.quantiles == {}
+    assert "none finite" in str(summary)
+
+
+# --- files and pictures -------------------------------------------------------------------------------------
+
+
+def test_as_dict_has_a_column_a_field():
+    columns = history_of([0.5, 4.0]).as_dict()
+    assert tuple(columns) == Record._fields
+    assert columns["total_norm"] == [0.5, 4.0]
+    assert columns["clipped"] == [False, True]
+    assert History().as_dict() == {name: [] for name in Record._fields}
+
+
+def test_csv_keeps_full_precision(tmp_path):
+    path = tmp_path / "history.csv"
+    norms = [1 / 3, 1e-300, INF]
+    history_of(norms).to_csv(path)
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["total_norm"]) for row in rows] == norms
+    assert [row["nonfinite"] for row in rows] == ["False", "False", "True"]
+    assert tuple(rows[0]) == Record._fields
+
+
+def test_plot_shows_norms_threshold_and_marks(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "history.png"
+    history = history_of([0.5, 4.0, INF, 0.1, 3.0])
+    history.append(5, NAN, 1.0, NAN, skipped=True)
+    figure = history.plot(path)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_array_equal(lines["norm"].get_ydata(), [0.5, 4.0, NAN, 0.1, 3.0, NAN])
+    np.testing.assert_array_equal(lines["threshold"].get_ydata(), [1.0] * 6)
+    assert lines["clipped (3)"].get_xdata().tolist() == [1, 2, 4]
+    assert lines["non-finite (2)"].get_xdata().tolist() == [2, 5]
+    assert lines["skipped (1)"].get_xdata().tolist() == [5]
+    from matplotlib.image import imread
+
+    assert imread(path).std() > 0.05
+
+
+@pytest.mark.parametrize("norms", [[], [NAN], [0.0], [INF, 0.0]])
+def test_plot_of_a_run_with_nothing_to_draw(norms, tmp_path):
+    pytest.importorskip("matplotlib")
+    history = History()
+    for step, norm in enumerate(norms):
+        history.append(step, norm, INF, 1.0)
+    history.plot(tmp_path / "history.png")
+
+
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchclip\[demo\]'"):
+        History().plot()
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+
+def duplicate_by_state(history):
+    other = History(maxlen=50)
+    other.append(0, 1e9, 1.0, 1.0)  # is replaced
+    other.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    return other
+
+
+@pytest.mark.parametrize(
+    "duplicate", [duplicate_by_state, copy.deepcopy, lambda history: pickle.loads(pickle.dumps(history))]
+)
+def test_a_resumed_history_goes_on_as_if_not_interrupted(duplicate):
+    norms = np.random.default_rng(0).lognormal(size=100).tolist()
+    uninterrupted = history_of(norms, maxlen=50)
+    first = history_of(norms[:70], maxlen=50)
+    first.append(70, torch.tensor(norms[70], dtype=torch.float64), 1.0, min(1.0, 1 / norms[70]))
+    second = duplicate(first)
+    for step in range(71, 100):
+        second.append(step, norms[step], 1.0, min(1.0, 1 / norms[step]))
+    assert list(second) == list(uninterrupted)
+    assert second.summary() == uninterrupted.summary()
+    assert len(first) == 50
+    assert first[-1].step == 70
+
+
+def test_a_shorter_history_keeps_the_last_steps_of_a_state():
+    history = History(maxlen=3)
+    history.load_state_dict(history_of([9.0] + [0.5] * 9).state_dict())
+    assert [r.step for r in history] == [7, 8, 9]
+    assert history.summary().steps == 10
+    assert history.summary().largest_norm == 9.0
+
+
+def test_the_wrong_state_is_refused_and_changes_nothing():
+    history = history_of([1.0, 2.0])
+    with pytest.raises(ValueError, match="`state` holds 'step'; pass what History"):
+        history.load_state_dict({"step": 3})
+    with pytest.raises(KeyError):
+        history.load_state_dict({**history.state_dict(), "records": {"step": []}})
+    assert len(history) == 2
+
+
+@pytest.mark.parametrize(
+    ("maxlen", "error", "message"),
+    [(0, ValueError, "`maxlen` must be at least 1, got 0"), (1.5, TypeError, "`maxlen` must be an integer")],
+)
+def test_bad_bounds_are_named(maxlen, error, message):
+    with pytest.raises(error, match=message):
+        History(maxlen)

@@ -1,0 +1,315 @@
+"""Thresholds: the streaming objects against their NumPy twins, and the promises of their docstrings."""
+
+import copy
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchclip import reference
+from torchclip.thresholds import Percentile, Threshold, ZScore
+
+INF = math.inf
+REPEATABLE = settings(deadline=None, derandomize=True)
+norms = st.lists(
+    st.one_of(
+        st.floats(min_value=0, max_value=1e300),
+        st.integers(0, 3).map(float),  # ties
+        st.sampled_from([INF, math.nan]),
+    ),
+    max_size=60,
+)
+ceilings = st.sampled_from([INF, 1.0, 0.0])
+percentile_options = st.fixed_dictionaries(
+    {
+        "percentile": st.one_of(st.floats(0, 100), st.sampled_from([0.0, 10.0, 50.0, 100.0])),
+        "window": st.one_of(st.none(), st.integers(1, 20)),
+        "warmup": st.integers(0, 10),
+        "max_norm": ceilings,
+    }
+)
+zscore_options = st.fixed_dictionaries(
+    {
+        "alpha": st.sampled_from([0.0, 0.5, 0.97, 1.0]),
+        "threshold": st.sampled_from([0.5, 1.0, 2.5]),
+        "warmup": st.integers(1, 10),
+        "clip_option": st.sampled_from(["adaptive_scaling", "mean", "percentile"]),
+        "skip_update_on_spike": st.booleans(),
+        "max_norm": ceilings,
+    }
+)
+
+
+def noisy_norms(seed, steps=120):
+    """A run with spikes and non-finite norms. Random numbers: none lies on the border of being a spike."""
+    rng = np.random.default_rng(seed)
+    norms = rng.lognormal(sigma=0.5, size=steps) * 10.0 ** rng.integers(-6, 6)
+    norms[rng.random(steps) < 0.05] *= 100
+    norms[rng.random(steps) < 0.05] = INF
+    norms[rng.random(steps) < 0.05] = math.nan
+    return norms.tolist()
+
+
+def stream(threshold, norms):
+    return [threshold.update(norm) for norm in norms]
+
+
+# --- against the twins -----------------------------------------------------------------------------
+
+
+@given(norms, percentile_options)
+@REPEATABLE
+def test_percentile_equals_numpys_percentile_at_every_step(norms, options):
+    streamed = stream(Percentile(**options), norms)
+    np.testing.assert_array_equal(streamed, reference.percentile_thresholds(norms, **options))
+
+
+@given(st.integers(0, 2**32), zscore_options)
+@REPEATABLE
+def test_zscore_equals_its_twin(seed, options):
+    norms = noisy_norms(seed)
+    streamed = stream(ZScore(**options), norms)
+    np.testing.assert_allclose(streamed, reference.zscore_thresholds(norms, **options), rtol=1e-9)
+
+
+def test_percentile_defaults_are_the_papers():
+    norms = np.random.default_rng(0).lognormal(size=300)
+    expected = [np.percentile(norms[: t + 1], 10) for t in range(300)]
+    np.testing.assert_array_equal(stream(Percentile(), norms.tolist()), expected)
+
+
+# --- resuming --------------------------------------------------------------------------------------
+
+
+@given(norms, percentile_options, st.integers(0, 60))
+@REPEATABLE
+def test_percentile_resumes_exactly(norms, options, stop):
+    first, second = Percentile(**options), Percentile(**options)
+    stream(first, norms[:stop])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert stream(second, norms[stop:]) == stream(first, norms[stop:])
+
+
+@given(st.integers(0, 2**32), zscore_options, st.integers(0, 120))
+@REPEATABLE
+def test_zscore_resumes_exactly(seed, options, stop):
+    norms = noisy_norms(seed)
+    first, second = ZScore(**options), ZScore(**options)
+    stream(first, norms[:stop])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert stream(second, norms[stop:]) == stream(first, norms[stop:])
+
+
+@pytest.mark.parametrize(
+    "threshold", [Percentile(window=5), Percentile(), ZScore(warmup=5), ZScore(warmup=50)]
+)
+def test_a_state_is_a_snapshot_and_loading_replaces(threshold):
+    norms = noisy_norms(1)
+    stream(threshold, norms[:20])
+    state = threshold.state_dict()
+    expected = stream(threshold, norms[20:40])
+    threshold.load_state_dict(state)
+    assert stream(threshold, norms[20:40]) == expected
+    threshold.load_state_dict(state)
+    assert stream(threshold, norms[20:40]) == expected
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+@pytest.mark.parametrize("threshold", [Percentile(window=5), Percentile(), ZScore(warmup=5)])
+def test_copies_and_pickles_go_on_alone(threshold, duplicate):
+    norms = noisy_norms(2)
+    stream(threshold, norms[:20])
+    other = duplicate(threshold)
+    assert repr(other) == repr(threshold)
+    assert stream(other, norms[20:]) == stream(threshold, norms[20:])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "state", "message"),
+    [
+        (Percentile(), ZScore().state_dict(), "kind 'ZScore'; a Percentile cannot"),
+        (ZScore(), Percentile().state_dict(), "kind 'Percentile'; a ZScore cannot"),
+        (ZScore(), {}, "kind None"),
+        (Percentile(window=5), Percentile().state_dict(), "window=None.*same window"),
+        (Percentile(), {"kind": "Percentile", "window": None}, "lacks 'seen', 'norms'"),
+        (ZScore(), {"kind": "ZScore", "mean": 1.0, "std": 1.0}, "lacks 'warmup_norms'"),
+    ],
+)
+def test_the_wrong_state_is_refused_and_changes_nothing(threshold, state, message):
+    threshold = copy.deepcopy(threshold)
+    stream(threshold, [1.0, 2.0])
+    before = threshold.state_dict()
+    with pytest.raises(ValueError, match=message):
+        threshold.load_state_dict(state)
+    assert threshold.state_dict() == before
+
+
+# --- warm-up, ceiling, non-finite norms ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Percentile, ZScore])
+def test_the_warm_up_counts_finite_norms_and_ends(make):
+    norms = [1.0, INF, 2.0, math.nan, 3.0, 4.0]
+    answers = stream(make(warmup=3, max_norm=7.0), norms)
+    assert answers[:5] == [7.0] * 5
+    assert 0 < answers[5] < 7.0
+
+
+@pytest.mark.parametrize("make", [Percentile, ZScore])
+def test_the_ceiling_limits_the_answer_and_not_what_is_learned(make):
+    norms = noisy_norms(3)
+    free, limited = make(), make(max_norm=1e-3)
+    np.testing.assert_array_equal(stream(limited, norms), np.minimum(stream(free, norms), 1e-3))
+    assert limited.state_dict() == free.state_dict()
+
+
+@pytest.mark.parametrize("threshold", [Percentile(), Percentile(window=3), ZScore(warmup=2)])
+@pytest.mark.parametrize("norm", [INF, -INF, math.nan])
+def test_a_norm_that_is_not_finite_leaves_no_trace(threshold, norm):
+    threshold = copy.deepcopy(threshold)
+    stream(threshold, [1.0, 2.0, 3.0, 2.0])
+    before = threshold.state_dict()
+    assert math.isfinite(threshold.update(norm))
+    assert threshold.state_dict() == before
+
+
+@pytest.mark.parametrize("threshold", [Percentile(), Percentile(window=3), ZScore()])
+def test_nothing_but_non_finite_norms_means_no_clipping(threshold):
+    assert stream(copy.deepcopy(threshold), [INF, math.nan]) == [INF, INF]
+
+
+def test_huge_norms_do_not_overflow_the_statistics():
+    threshold = ZScore(warmup=3)
+    answers = stream(threshold, [1e308, 1.5e308, 1.7e308, 1e-300, 1.0, 1e308])
+    assert not any(map(math.isnan, answers))
+    state = threshold.state_dict()
+    assert math.isfinite(state["mean"])
+    assert math.isfinite(state["std"])
+
+
+# --- what the methods promise ----------------------------------------------------------------------
+
+
+def test_percentile_never_raises_a_norm_and_100_never_clips():
+    norms = [n for n in noisy_norms(4) if math.isfinite(n)]
+    running_max = np.maximum.accumulate(norms)
+    assert stream(Percentile(100.0), norms) == running_max.tolist()
+
+
+def test_a_window_forgets():
+    threshold = Percentile(50.0, window=10)
+    stream(threshold, [1000.0] * 50)
+    assert stream(threshold, [1.0] * 10)[-1] == 1.0
+
+
+def test_steps_that_are_no_spikes_are_not_clipped_and_spikes_are():
+    quiet = np.random.default_rng(5).normal(10, 1, size=100)
+    threshold = ZScore(threshold=6.0)
+    answers = stream(threshold, quiet.tolist())
+    assert all(answer > norm for answer, norm in zip(answers, quiet, strict=True))
+    assert threshold.update(1000.0) < 12
+
+
+@pytest.mark.parametrize("clip_option", ["adaptive_scaling", "mean", "percentile"])
+def test_what_a_spike_is_pulled_back_to(clip_option):
+    threshold = ZScore(threshold=2.0, warmup=2, clip_option=clip_option)
+    stream(threshold, [1.0, 3.0])  # mean 2, deviation 1
+    expected = {"adaptive_scaling": 2 + 2**2 / 8, "mean": 2.0, "percentile": 2 + 2 * 1.0}
+    assert threshold.update(10.0) == expected[clip_option]
+
+
+def test_larger_spikes_are_pulled_back_further():
+    def answer(spike):
+        threshold = ZScore(threshold=2.0, warmup=2)
+        return stream(threshold, [1.0, 3.0, spike])[-1]
+
+    answers = [answer(spike) for spike in [5.0, 10.0, 100.0, 1e6]]
+    assert answers == sorted(answers, reverse=True)
+    assert answers[-1] == pytest.approx(2.0, rel=1e-5)
+
+
+def test_a_spike_counts_with_what_it_is_pulled_back_to():
+    threshold = ZScore(alpha=0.5, threshold=2.0, warmup=2, clip_option="percentile")
+    stream(threshold, [1.0, 3.0, 1e9])  # counts as 4
+    state = threshold.state_dict()
+    assert state["mean"] == 3.0
+    assert state["std"] == pytest.approx(1.0)  # sqrt(0.5 · 1² + 0.5 · (4 - 3)²)
+
+
+def test_skip_update_on_spike_learns_nothing_from_it():
+    threshold = ZScore(threshold=2.0, warmup=2, skip_update_on_spike=True)
+    stream(threshold, [1.0, 3.0])
+    before = threshold.state_dict()
+    threshold.update(1000.0)
+    assert threshold.state_dict() == before
+    threshold.update(2.5)
+    assert threshold.state_dict() != before
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("clip_option", ["adaptive_scaling", "mean", "percentile"])
+def test_constant_norms_are_not_clipped(norm, clip_option):
+    answers = stream(ZScore(warmup=3, clip_option=clip_option), [norm] * 10)
+    assert answers[3:] == pytest.approx([norm] * 7, rel=1e-12)
+
+
+def test_zscore_follows_the_scale_of_the_norms():
+    norms = noisy_norms(6)
+    small = stream(ZScore(), [norm * 2.0**-80 for norm in norms])
+    np.testing.assert_array_equal(np.array(small) * 2.0**80, stream(ZScore(), norms))
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "message"),
+    [
+        (Percentile, {"percentile": 101}, ValueError, "`percentile` must be between 0 and 100, got 101"),
+        (Percentile, {"percentile": -1}, ValueError, "`percentile`.*-1"),
+        (Percentile, {"percentile": math.nan}, ValueError, "`percentile`.*nan"),
+        (Percentile, {"percentile": "10"}, TypeError, "`percentile` must be a number"),
+        (Percentile, {"window": 0}, ValueError, "`window` must be at least 1, got 0"),
+        (Percentile, {"window": 10.0}, TypeError, "`window` must be an integer, got 10.0"),
+        (Percentile, {"window": True}, TypeError, "`window` must be an integer, got True"),
+        (Percentile, {"warmup": -1}, ValueError, "`warmup` must be at least 0, got -1"),
+        (Percentile, {"warmup": None}, TypeError, "`warmup`"),
+        (Percentile, {"max_norm": -1.0}, ValueError, "`max_norm` must be at least 0, got -1.0"),
+        (Percentile, {"max_norm": None}, TypeError, "`max_norm` must be a number"),
+        (ZScore, {"alpha": 1.1}, ValueError, "`alpha` must be between 0 and 1, got 1.1"),
+        (ZScore, {"alpha": "0.9"}, TypeError, "`alpha` must be a number"),
+        (ZScore, {"threshold": -2.5}, ValueError, "`threshold` must be at least 0, got -2.5"),
+        (ZScore, {"threshold": INF}, ValueError, "`threshold` is inf.*finite"),
+        (ZScore, {"warmup": 0}, ValueError, "`warmup` must be at least 1, got 0"),
+        (
+            ZScore,
+            {"clip_option": "max"},
+            ValueError,
+            "`clip_option` must be one of 'adaptive_scaling', .*'max'",
+        ),
+        (ZScore, {"max_norm": math.nan}, ValueError, "`max_norm`.*nan"),
+    ],
+)
+def test_bad_arguments_are_named(make, arguments, error, message):
+    with pytest.raises(error, match=message):
+        make(**arguments)
+
+
+def test_repr_is_the_call():
+    for threshold in [
+        Percentile(5, window=np.int64(7), warmup=3, max_norm=2),
+        ZScore(0.9, 3, warmup=4, clip_option="mean", skip_update_on_spike=True, max_norm=1.5),
+    ]:
+        assert repr(eval(repr(threshold))) == repr(threshold)
+    assert repr(Percentile()) == "Percentile(percentile=10.0, window=None, warmup=0, max_norm=inf)"
+
+
+def test_both_follow_the_protocol_and_a_number_does_not():
+    assert isinstance(Percentile(), Threshold)
+    assert isinstance(ZScore(), Threshold)
+    assert not isinstance(1.0, Threshold)
+    assert not isinstance(lambda step: 1.0, Threshold)

@@ -1,0 +1,169 @@
+"""The figures of the commands: data in, a matplotlib figure out, which the caller saves.
+
+Figures are made as objects, without ``pyplot``: no window, no global state, nothing to close.  matplotlib
+comes with the ``demo`` extra and is imported where a figure is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[Any]
+RunValues = Mapping[str, Sequence[float]]
+
+
+def tanh_figure(h: Array, y: Array, dy: Array) -> Figure:
+    """The hyperbolic tangent, and its derivative dashed.
+
+    Args:
+        h: the inputs, of shape ``(n,)``.
+        y: ``tanh(h)``.
+        dy: the derivative at ``h``.
+    """
+    figure, axes = _book_figure("tanh and its derivative", x="h", y="y")
+    axes.plot(h, y, label="tanh(h)")
+    axes.plot(h, dy, linestyle="--", label="dy/dh")
+    axes.legend()
+    return figure
+
+
+def gradient_norms_figure(norms: Array, title: str) -> Figure:
+    """The gradient's norm after each time step, on a linear scale.
+
+    Args:
+        norms: one norm a step, of shape ``(steps,)``.
+        title: what the norms show.
+    """
+    figure, axes = _steps_figure(title)
+    axes.plot(_steps(norms), norms, marker="o")
+    return figure
+
+
+def clipped_norms_figure(unclipped: Array, clipped: Array, threshold: float) -> Figure:
+    """The norm without clipping against the norm with clipping at each step, on a log scale.
+
+    Args:
+        unclipped: one norm a step, of shape ``(steps,)``.
+        clipped: the same steps, clipped each time.
+        threshold: where clipping sets in, on the scale of the norms; drawn dotted.
+    """
+    figure, axes = _steps_figure("Exploding Gradients, Clipped at Each Step")
+    axes.plot(_steps(unclipped), unclipped, marker="o", label="without clipping")
+    axes.plot(_steps(clipped), clipped, marker="o", label="clipped at each step")
+    axes.axhline(threshold, color="black", linestyle=":", label=f"threshold ({threshold:g})")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    return figure
+
+
+def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
+    """The norm over the steps on a log scale, with the threshold; steps that were clipped are marked.
+
+    A norm that a log scale has no place for (0, inf, nan) leaves a gap.  Steps that were not finite or were
+    skipped are marked at the upper edge.
+
+    Args:
+        columns: what :meth:`torchclip.history.History.as_dict` returns; may have no rows.
+    """
+    from matplotlib.figure import Figure
+
+    step = np.asarray(columns["step"])
+    norm, threshold = _on_log_scale(columns["total_norm"]), _on_log_scale(columns["max_norm"])
+    clipped, nonfinite, skipped = (
+        np.asarray(columns[name], dtype=bool) for name in ("clipped", "nonfinite", "skipped")
+    )
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="gradient norm before clipping")
+    axes.set_title("Norms over Steps", fontsize=16)
+    axes.grid(alpha=0.3)
+    axes.plot(step, norm, color="tab:blue", linewidth=0.8, marker=".", markersize=2, label="norm")
+    label = f"clipped ({clipped.sum():,})"
+    axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=4, label=label)
+    axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
+    edge = axes.get_xaxis_transform()  # y from 0 to 1, whatever the scale
+    for mask, name, marker, y in [(nonfinite, "non-finite", "v", 0.98), (skipped, "skipped", "x", 0.94)]:
+        if mask.any():
+            label, heights = f"{name} ({mask.sum():,})", np.full(mask.sum(), y)
+            axes.plot(step[mask], heights, marker, color="tab:red", transform=edge, label=label)
+    if np.isfinite([*norm, *threshold]).any():  # a log scale must have something to show
+        axes.set_yscale("log")
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+# Vermilion and blue of Okabe and Ito's palette, which colour-blind readers can tell apart.
+RUN_COLOURS = {"unclipped": "#D55E00", "clipped": "#0072B2"}
+
+
+def training_figure(losses: RunValues, norms: RunValues, max_norm: float) -> Figure:
+    """Loss and gradient norm of training runs, beside each other, on log scales.
+
+    Args:
+        losses: for the runs ``"unclipped"``, ``"clipped"`` or both, one loss a step; non-finite ones leave a gap.
+        norms: likewise the norms before clipping.
+        max_norm: the threshold of the clipped run, drawn dashed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=140, layout="constrained")
+    loss_axes, norm_axes = figure.subplots(1, 2)
+    _draw_runs(loss_axes, "Loss", losses)
+    _draw_runs(norm_axes, "Gradient norm before clipping", norms)
+    norm_axes.axhline(max_norm, color="black", linestyle="--", label=f"threshold {max_norm:g}")
+    norm_axes.legend(fontsize=12)
+    return figure
+
+
+def _draw_runs(axes: Axes, title: str, runs: RunValues) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for name, values in runs.items():
+        numbers = _on_log_scale(values)
+        axes.plot(_steps(numbers), numbers, color=RUN_COLOURS[name], linewidth=1.4, label=name)
+    axes.set_title(title, size=15, loc="left")
+    axes.set_xlabel("training step", size=13)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(labelsize=12)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _on_log_scale(values: Sequence[float]) -> Array:
+    """Values that a log scale has no place for become NaN, which leaves a gap in a line."""
+    numbers = np.asarray(values, dtype=np.float64)
+    return np.where((numbers > 0) & np.isfinite(numbers), numbers, np.nan)
+
+
+def _book_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=16)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _steps_figure(title: str) -> tuple[Figure, Axes]:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _book_figure(title, x="time step", y="mean norm of the gradient")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _steps(norms: Array) -> range:
+    """Time steps as the book counts them, from 1."""
+    return range(1, len(norms) + 1)
