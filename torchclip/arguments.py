@@ -8,17 +8,18 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["norm_order", "refuse_item", "shown", "tensor_iterable", "threshold"]
+__all__ = ["norm_order", "number", "refuse_item", "shown", "tensor_iterable", "threshold"]
 
 
 def threshold(name: str, value: Any) -> float:
     """``value`` as a float that is at least 0 (``inf`` included), or an error that names the argument."""
     if type(value) is not float:
         hint = "; to measure without clipping pass float('inf')" if name == "max_norm" else ""
-        value = _number(name, value, hint)
+        value = number(name, value, hint)
     if not value >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}")
     return float(value)
@@ -28,15 +29,16 @@ def norm_order(norm_type: Any) -> float:
     """The order of a norm: any number but NaN, or ``"inf"`` or ``"-inf"``."""
     if type(norm_type) is not float:
         is_name = isinstance(norm_type, str) and norm_type in ("inf", "-inf")
-        norm_type = float(norm_type) if is_name else _number("norm_type", norm_type, " or 'inf'")
+        norm_type = float(norm_type) if is_name else number("norm_type", norm_type, " or 'inf'")
     if math.isnan(norm_type):
         raise ValueError("`norm_type` is nan; pass a number such as 2.0, or 'inf'")
     return float(norm_type)
 
 
-def _number(name: str, value: Any, hint: str) -> float:
+def number(name: str, value: Any, hint: str = "") -> float:
+    """``value`` as a float, or an error that names the argument."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value)
+        return float(value.detach())
     # Real covers int, float and NumPy's scalars; bool is one too, but never meant here.
     if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
@@ -56,7 +58,7 @@ def tensor_iterable(name: str, tensors: Any) -> Iterable[Tensor]:
             f"`{name}` is an optimizer ({type(tensors).__name__}); pass the model's `.parameters()`, "
             "or attach a torchclip.Clipper to the optimizer"
         )
-    if isinstance(tensors, (Mapping, str, bytes)) or not isinstance(tensors, Iterable):
+    if isinstance(tensors, (Mapping, str, bytes, np.ndarray)) or not isinstance(tensors, Iterable):
         raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}")
     return tensors
 

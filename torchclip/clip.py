@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
-from torchclip import eager, gradients
+from torchclip import eager, gradients, units
 from torchclip.arguments import norm_order, number, refuse_item, tensor_iterable, threshold
 from torchclip.combine import combine_tensors
 from torchclip.norm import as_result, as_results, refuse_nonfinite
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "clip_coefficient",
@@ -50,6 +53,8 @@ def clip_grad_norm_(
     norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: ProcessGroup | Sequence[ProcessGroup] | None = None,
 ) -> Tensor:
     r"""Scale all gradients together so that their joint norm is at most ``max_norm``.
 
@@ -60,7 +65,8 @@ def clip_grad_norm_(
         \min\left(1, \frac{\text{max\_norm}}{\text{total\_norm} + 10^{-6}}\right)
 
     The norm is accumulated in float64, the coefficient computed in float64.  Gradients in CPU memory are not
-    touched where no clipping is needed; on an accelerator nothing waits for the device.
+    touched where no clipping is needed; on an accelerator nothing waits for the device.  Of DTensors the norm
+    is that of the full tensors, the same on every rank, on any mixture of meshes.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Those without a gradient are
@@ -70,6 +76,8 @@ def clip_grad_norm_(
         error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, before anything is changed.  By default
             it is returned, and spreads to all gradients.
         foreach: accepted for compatibility, without effect.
+        group: a process group, or several, whose other ranks hold further gradients (pipeline stages, shards
+            made by hand); all of its ranks must make the call.  DTensors need none.
 
     Returns:
         The norm before clipping, a 0-dim tensor on the device of the first gradient: float64 if any gradient
@@ -95,7 +103,7 @@ def clip_grad_norm_(
     """
     max_norm = threshold("max_norm", max_norm)
     p = norm_order(norm_type)
-    batch = gradients.of_parameters(parameters)
+    batch = gradients.of_parameters(parameters, group)
     gradients.refuse_expanded(batch.rest)
     total_norm = gradients.norm(batch, p)
     if error_if_nonfinite:
@@ -109,6 +117,8 @@ def get_total_norm(
     norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: ProcessGroup | Sequence[ProcessGroup] | None = None,
 ) -> Tensor:
     """The norm of all tensors, taken as one vector.
 
@@ -120,6 +130,7 @@ def get_total_norm(
         norm_type: the order of the norm, any number or ``"inf"``.
         error_if_nonfinite: raise if the norm is ``inf`` or ``nan``.
         foreach: accepted for compatibility, without effect.
+        group: as for :func:`clip_grad_norm_`.
 
     Returns:
         A 0-dim tensor on the device of the first one, float64 if any tensor is float64 or complex128, else
@@ -134,7 +145,7 @@ def get_total_norm(
         tensor(5.)
     """
     p = norm_order(norm_type)
-    batch = gradients.of_tensors(tensors)
+    batch = gradients.of_tensors(tensors, group)
     total_norm = gradients.norm(batch, p)
     if error_if_nonfinite:
         refuse_nonfinite(total_norm, p, batch.all)
@@ -273,8 +284,9 @@ def clip_grad_adaptive_(
         norm_type: the order of the norm, any number or ``"inf"``.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters``, or a sparse gradient that is not made of whole
-            rows (as those of :class:`torch.nn.Embedding` are).
+        TypeError: for anything but tensors in ``parameters``, a sparse gradient that is not made of whole
+            rows (as those of :class:`torch.nn.Embedding` are), or a DTensor gradient that is not split as its
+            parameter is.
         ValueError: if ``clip_factor`` or ``eps`` is negative or NaN.
         RuntimeError: if a gradient is an expanded tensor.
 
@@ -293,41 +305,13 @@ def clip_grad_adaptive_(
     clip_factor = threshold("clip_factor", clip_factor)
     eps = threshold("eps", eps)
     p = norm_order(norm_type)
-    pairs = gradients.pairs(parameters)
-    for i, (_, grad) in enumerate(pairs):
-        if grad.layout != torch.strided and not _is_row_sparse(grad):
-            raise TypeError(
-                f"gradient {i} of shape {tuple(grad.shape)} is sparse within its rows, whose norms adaptive "
-                "clipping needs; make it dense first (`p.grad = p.grad.to_dense()`)"
-            )
-    with torch.no_grad():
-        for weight, grad in pairs:
-            if grad.layout == torch.strided:
-                _clip_units_(weight, grad, clip_factor, eps, p)
-            else:
-                _clip_sparse_rows_(weight, grad, clip_factor, eps, p)
-
-
-def _clip_units_(weight: Tensor, grad: Tensor, clip_factor: float, eps: float, p: float) -> None:
-    if grad.dim() < 2:
-        weight, grad = weight.reshape(1, -1), grad.view(1, -1)
-    limits = clip_factor * eager.row_norms(weight, p).clamp(min=eps)
-    norms = eager.row_norms(grad, p)
-    # A NaN compares false, and spreads through its unit.
-    factors = torch.where(norms <= limits, 1.0, limits / norms)
-    if not (eager.on_host([factors]) and bool((factors == 1).all())):
-        eager.scale_rows_(grad, factors)
-
-
-def _clip_sparse_rows_(weight: Tensor, grad: Tensor, clip_factor: float, eps: float, p: float) -> None:
-    if not grad.is_coalesced():
-        grad.copy_(grad.coalesce())
-    _clip_units_(weight[grad._indices()[0]], grad._values(), clip_factor, eps, p)
-    torch.autograd.graph.increment_version(grad)
-
-
-def _is_row_sparse(grad: Tensor) -> bool:
-    return grad.layout == torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() > 1
+    of_parameters = units.of_parameters(parameters)
+    for each, (of_weight, of_grad) in zip(of_parameters, units.norms(of_parameters, p), strict=True):
+        limits = clip_factor * of_weight.clamp(min=eps)
+        # A NaN compares false, and spreads through its unit.
+        factors = torch.where(of_grad <= limits, 1.0, limits / of_grad)
+        if not (eager.on_host([factors]) and bool((factors == 1).all())):
+            units.scale_(each, factors)
 
 
 def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:

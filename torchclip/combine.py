@@ -26,8 +26,12 @@ def combine(norms: Sequence[float], p: float) -> float:
     leading = max(norms) if p > 0 else min(norms)
     if math.isinf(p) or leading == 0 or math.isinf(leading) or len(norms) == 1:
         return leading
-    powers: float = math.fsum((n / leading) ** p for n in norms) ** (1 / p)
-    return leading * powers
+    powers = math.fsum((n / leading) ** p for n in norms)
+    # With logarithms where the root alone would leave the range, as it does for a small p.
+    exponent = math.log(powers) / p
+    if abs(exponent) < 600:
+        return float(leading * powers ** (1 / p))
+    return math.inf if exponent + math.log(leading) > 709 else math.exp(exponent + math.log(leading))
 
 
 def combine_tensors(norms: Tensor, p: float) -> Tensor:

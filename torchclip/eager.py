@@ -143,6 +143,8 @@ def _verified_float32_norm(piece: Tensor, p: float) -> float | None:
 def _matrix_norms(rows: Tensor, p: float) -> Tensor:
     """The norms of the rows of a matrix in float64, without overflow or underflow on the way."""
     wide = rows.to(_wide(rows))
+    if wide.is_complex() and p != 2:
+        wide = wide.abs()  # vector_norm's order 0 looks at real parts only
     plain: Tensor = vector_norm(wide, p, dim=1)
     if p in (0, math.inf, -math.inf) or (p in (1, 2) and rows.dtype in _NARROW):
         return plain
@@ -248,7 +250,14 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
 def scale_rows_(tensor: Tensor, factors: Tensor) -> None:
     """Multiply each slice along the first axis in place by its own float64 factor."""
     real = torch.view_as_real(_without_conj(tensor)) if tensor.is_complex() else tensor
-    real.mul_(factors.view(-1, *[1] * (real.dim() - 1)))
+    factors = factors.to(torch.promote_types(real.dtype, torch.float32)).view(-1, *[1] * (real.dim() - 1))
+    if factors.dtype == real.dtype:
+        real.mul_(factors)
+        return
+    # Torch would widen the whole tensor at once.
+    rows = max(1, _PIECE * len(real) // max(1, real.numel()))
+    for part, of_part in zip(real.split(rows), factors.split(rows), strict=True):
+        part.mul_(of_part)
 
 
 def _scale_alone(tensor: Tensor, factor: float | Tensor) -> None:

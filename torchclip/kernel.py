@@ -19,6 +19,8 @@ from torchclip import arguments
 
 __all__ = ["Batch", "disabled", "gradients", "status", "tensors"]
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class Batch:
     """The distinct tensors of one call, in order, none of them for the kernel.
@@ -33,19 +35,21 @@ class Batch:
     Attributes:
         all: the tensors.
         count: how many items there were.
+        subclassed: whether any item is of a subclass of Tensor other than Parameter.
         double, complex: whether the kernel takes any of double precision, any complex one.
     """
 
-    __slots__ = ("all", "count")
+    __slots__ = ("all", "count", "subclassed")
     double = complex = False
 
     def __init__(self, items: Iterable[Tensor], name: str, take_grad: bool) -> None:
         distinct: dict[int, Tensor] = {}
-        self.count = 0
+        self.count, self.subclassed = 0, False
         for item in items:
             if not isinstance(item, Tensor):
                 arguments.refuse_item(name, self.count, item)
             self.count += 1
+            self.subclassed |= type(item) not in _PLAIN
             tensor = item.grad if take_grad else item
             if tensor is not None:
                 distinct[id(tensor)] = tensor
@@ -115,8 +119,6 @@ def _load() -> tuple[Any, str]:
         from torchclip import _kernel
     except ImportError as error:
         return None, f"off (the extension was not built or cannot be loaded: {error})"
-    if not hasattr(_kernel.Batch, "double"):
-        return None, "off (TEMPORARY GUARD)"
     try:
         _kernel.connect(
             Tensor, nn.Parameter, exchange_api, torch._C._increment_version, arguments.refuse_item

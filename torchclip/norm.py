@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchclip import eager
+from torchclip import distributed, eager
 
 __all__ = ["as_result", "as_results", "refuse_nonfinite", "result_dtype"]
 
@@ -23,7 +23,7 @@ def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
     """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
     dtype = result_dtype(batch)
     if isinstance(total_norm, Tensor):
-        return total_norm.to(batch.all[0].device, dtype)
+        return total_norm.to(batch.all[0].device if batch.all else total_norm.device, dtype)
     if dtype == torch.float64:
         return torch.scalar_tensor(total_norm, dtype=dtype, device=_CPU)
     if total_norm > _FLOAT32_MAX:
@@ -65,14 +65,15 @@ def refuse_nonfinite(
     if math.isfinite(total_norm):
         return
     found = []
-    for i, tensor in enumerate(tensors):
-        (values,) = eager.stored(tensor.detach(), math.inf)
+    for i, (tensor, held) in enumerate(zip(tensors, distributed.locals_of(tensors), strict=True)):
+        (values,) = eager.stored(held.detach(), math.inf)
         inf, nan = int(values.isinf().sum()), int(values.isnan().sum())
         if inf or nan:
             name = names[id(tensor)] if names else f"gradient {i}"
             found.append(f"{name} of shape {tuple(tensor.shape)} ({inf} inf, {nan} nan)")
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    which = ", ".join(found[:_SHOWN]) + more if found else "none, their norm exceeds the range of float64"
+    elsewhere = "none of this rank's" if distributed.has_ranks() else "none, the norm exceeds float64"
+    which = ", ".join(found[:_SHOWN]) + more if found else elsewhere
     raise RuntimeError(
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
         f"clipped. {remedy}. Nothing was changed. Non-finite: {which}."

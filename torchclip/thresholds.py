@@ -13,7 +13,7 @@ import operator
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from torch import Tensor
@@ -325,13 +325,19 @@ class MaxNormRule:
     """
 
     def __init__(self, max_norm: MaxNorm) -> None:
-        is_object = isinstance(max_norm, Threshold) or callable(max_norm)
-        self._max_norm = max_norm if is_object else arguments.threshold("max_norm", max_norm)
+        if isinstance(max_norm, type):
+            raise TypeError(
+                f"`max_norm` is the class {max_norm.__name__}; pass an object, {max_norm.__name__}()"
+            )
+        # Asked once: to ask a protocol takes longer than all the rest of a small step.
+        self._learns = isinstance(max_norm, Threshold)
+        is_object = self._learns or callable(max_norm)
+        self._max_norm: Any = max_norm if is_object else arguments.threshold("max_norm", max_norm)
         self._copies: dict[str, Threshold] = {}
 
-    def max_norms(self, step: int, names: Sequence[str], norms: Sequence[float | Tensor]) -> list[float]:
+    def max_norms(self, step: int, names: Iterable[str], norms: Sequence[float | Tensor]) -> list[float]:
         """This step's threshold for each of the sets with these names and norms."""
-        if isinstance(self._max_norm, Threshold):
+        if self._learns:
             return [self._learned(name, float(norm)) for name, norm in zip(names, norms, strict=True)]
         max_norm = self._max_norm
         if not isinstance(max_norm, float):
@@ -340,7 +346,7 @@ class MaxNormRule:
 
     def _learned(self, name: str, norm: float) -> float:
         if name not in self._copies:
-            self._copies[name] = copy.deepcopy(self._max_norm)  # type: ignore[assignment]
+            self._copies[name] = copy.deepcopy(self._max_norm)
         return arguments.threshold(
             f"{type(self._max_norm).__name__}.update()", self._copies[name].update(norm)
         )
@@ -355,7 +361,7 @@ class MaxNormRule:
         Raises:
             ValueError: if ``state`` holds what another kind of threshold learned.
         """
-        if state and not isinstance(self._max_norm, Threshold):
+        if state and not self._learns:
             raise ValueError(
                 f"`state` holds what a threshold object learned, but `max_norm` is {self._max_norm!r}; pass "
                 "the same kind of threshold object as in the saved run"
