@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, Literal, TypeAlias, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from torchclip import arguments, eager, gradients
 from torchclip.clip import clip_coefficient
@@ -26,6 +29,7 @@ Norm: TypeAlias = float | Tensor
 
 _REMEDY = "To go on, use `nonfinite='skip'` (leave such steps out) or 'zero' (put 0 in their place)"
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_CPU = torch.device("cpu")
 _clipped_optimizers: WeakSet[Optimizer] = WeakSet()
 
 
@@ -36,17 +40,27 @@ class _Set:
     """
 
     def __init__(
-        self, name: str, parameters: list[Tensor], max_norm: float | None, order: float, each: bool
+        self, name: str, parameters: Sequence[Tensor], max_norm: float | None, order: float, each: bool
     ) -> None:
         self.max_norm = max_norm
         self.batch = gradients.of_parameters(parameters)
         gradients.refuse_expanded(self.batch.rest)
-        self._order, self._each = order, each
-        self.names = [name]
-        if each:
-            self.names = [f"{name}, parameter {i}" for i, p in enumerate(parameters) if p.grad is not None]
+        self._name, self._parameters, self._order, self._each = name, parameters, order, each
         self.norms: list[Norm] = []
-        self.measure(None)
+        self.max_norms: list[float] = []
+        self.factors: list[Norm] = []
+
+    def names(self) -> Iterator[str]:
+        """What to call the norms."""
+        if not self._each:
+            return iter([self._name])
+        # Parameters may share a gradient, which is clipped once.
+        names = {
+            id(p.grad): f"{self._name}, parameter {i}"
+            for i, p in enumerate(self._parameters)
+            if p.grad is not None
+        }
+        return iter(names.values())
 
     def measure(self, grad_scale: Tensor | None) -> None:
         """Take the norms of the gradients as they are now, divided by a GradScaler's scale."""
@@ -55,14 +69,24 @@ class _Set:
             if self._each
             else [gradients.norm(self.batch, self._order)]
         )
-        self.norms = norms if grad_scale is None else [_divided(n, grad_scale) for n in norms]
+        self.norms = [_unscaled(n, grad_scale, self._order) for n in norms]
 
-    def scale_(self, factors: Sequence[Norm]) -> None:
+    def limit(self, max_norms: list[float]) -> None:
+        """Set the threshold of each norm."""
+        self.max_norms = max_norms
+        self.factors = [clip_coefficient(m, n) for m, n in zip(max_norms, self.norms, strict=True)]
+
+    def scale_(self) -> None:
         """Multiply the gradients in place."""
         if self._each:
-            gradients.scale_each_(self.batch, factors)
+            gradients.scale_each_(self.batch, self.factors)
         else:
-            gradients.scale_(self.batch, factors[0])
+            gradients.scale_(self.batch, self.factors[0])
+
+    def shares_gradients(self) -> bool:
+        """Whether a gradient belongs to several parameters, so that a step meets it several times."""
+        distinct = len(self.batch.all)
+        return distinct < self.batch.count and distinct < sum(p.grad is not None for p in self._parameters)
 
 
 class Clipper:
@@ -80,13 +104,17 @@ class Clipper:
     clipped gradient as usual.
 
     A parameter group may carry its own ``max_norm``: it is then clipped on its own, with it, and ``None``
-    leaves it unclipped. Like a learning rate it may change during training::
+    leaves it unclipped (its norm is measured all the same).  Like a learning rate it may change during
+    training::
 
         head = {"params": model.head.parameters(), "max_norm": 0.1}
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
 
     Copies and pickles of the optimizer do not clip, as they have no hooks; attach a new clipper to them and
-    load its :meth:`state_dict`.
+    load the old one's :meth:`state_dict`.  The clipper itself can be neither copied nor pickled.
+
+    A step that a GradScaler leaves out never comes to an unfused optimizer, nor to its clipper; with a fused
+    one it is recorded, as skipped.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.  Names of parameters, in errors and :meth:`norms`, are
@@ -95,13 +123,13 @@ class Clipper:
             :class:`Percentile`, or a callable that is given the number of the step, from 0.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: what is clipped together: ``"global"``, all parameters; ``"group"``, each parameter group;
-            ``"parameter"``, each parameter. With the last two, a threshold object is copied for each of them.
+            ``"parameter"``, each parameter. Each of them gets its own copy of a threshold object.
         nonfinite: what to do about a norm that is ``inf`` or ``nan``. ``"propagate"``: nothing, as torch.
             ``"error"``: raise, naming the parameters, before anything changes. ``"skip"``: this step changes
             neither parameters nor optimizer state. ``"zero"``: non-finite elements become 0, and the rest is
             clipped.
-        on_clip: called with the :class:`Record` of every step, just before the step is taken.  On an
-            accelerator this waits for the norm.
+        on_clip: called with the :class:`Record` of every step, just before anything is changed; an exception
+            from it calls the step off.  On an accelerator this waits for the norm.
 
     Attributes:
         history (History): what clipping did, step by step; reading it is what waits for an accelerator.
@@ -154,8 +182,9 @@ class Clipper:
         self._nonfinite = nonfinite
         self._on_clip = on_clip
         self._steps = 0
+        self._step_frame: FrameType | None = None
         self._undo: list[Callable[[], None]] = []
-        self._hooks = (
+        self._hooks: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
@@ -169,22 +198,34 @@ class Clipper:
     def norms(self) -> dict[str, float]:
         """The norm of each gradient as it is now, by the name of its parameter, largest first.
 
-        Call it between ``backward()`` and ``step()`` to see which layer explodes; after the step the
-        gradients are the clipped ones.  Waits for an accelerator.
+        Call it between ``backward()`` and ``step()``, or from ``on_clip``, to see which layer explodes; after
+        the step the gradients are the clipped ones.  With a GradScaler call its ``unscale_()`` before.  Waits
+        for an accelerator.
         """
-        batch = gradients.of_parameters([p for _, p in self._named_parameters()])
+        named = list(self._named_parameters())
+        batch = gradients.of_parameters([p for _, p in named])
+        grad_scale = getattr(self.optimizer, "grad_scale", None)
         of_grad = {
-            id(g): float(n) for g, n in zip(batch.all, gradients.norms(batch, self._order), strict=True)
+            id(g): float(_unscaled(n, grad_scale, self._order))
+            for g, n in zip(batch.all, gradients.norms(batch, self._order), strict=True)
         }
-        found = {name: of_grad[id(p.grad)] for name, p in self._named_parameters()}
+        found = {name: of_grad[id(p.grad)] for name, p in named}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
 
     def detach(self) -> None:
-        """Take the clipper off its optimizer, which no longer clips.  The history stays readable."""
+        """Take the clipper off its optimizer, which no longer clips.  The history stays readable.
+
+        Raises:
+            RuntimeError: if called during a step, from ``on_clip`` or a closure.
+        """
+        if self._stepping(sys._getframe()):
+            raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
         self._take_back()
+        if self._hooks:
+            _clipped_optimizers.discard(self.optimizer)
         for hook in self._hooks:
             hook.remove()
-        _clipped_optimizers.discard(self.optimizer)
+        self._hooks = ()
 
     def __enter__(self) -> Clipper:
         return self
@@ -196,6 +237,8 @@ class Clipper:
         """Everything that a resumed run needs to go on exactly as an uninterrupted one, as plain data."""
         return {
             "steps": self._steps,
+            "norm_type": self._order,
+            "scope": self._scope,
             "thresholds": self._rule.state_dict(),
             "history": self.history.state_dict(),
         }
@@ -204,14 +247,28 @@ class Clipper:
         """Go on from a :meth:`state_dict`; the arguments stay those of this clipper.
 
         Raises:
-            ValueError: if ``state`` is not a clipper's, or its thresholds are of another kind.
+            ValueError: if ``state`` is not a clipper's, or its thresholds are of another kind or have learned
+                from norms of another ``scope`` or ``norm_type``.
         """
-        if not {"steps", "thresholds", "history"} <= state.keys():
+        if not {"steps", "norm_type", "scope", "thresholds", "history"} <= state.keys():
             found = ", ".join(map(repr, state)) or "nothing"
             raise ValueError(f"`state` holds {found}; pass what Clipper.state_dict() returned")
+        learned_from, own = (state["scope"], state["norm_type"]), (self._scope, self._order)
+        if state["thresholds"] and learned_from != own:
+            raise ValueError(
+                "the thresholds in `state` have learned from norms of (scope, norm_type) = "
+                f"{learned_from}, but this clipper's are {own}; make it with the same ones"
+            )
+        History().load_state_dict(state["history"])  # refuses a wrong one before anything is changed
         self._rule.load_state_dict(state["thresholds"])
         self.history.load_state_dict(state["history"])
         self._steps = state["steps"]
+
+    def __getstate__(self) -> None:
+        raise TypeError(
+            "a Clipper can be neither copied nor pickled, as its optimizer's hooks cannot; attach a new one "
+            "to the copied optimizer and load this one's state_dict()"
+        )
 
     def __repr__(self) -> str:
         return (
@@ -222,8 +279,13 @@ class Clipper:
     # The optimizer's hooks
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        caller = sys._getframe(1)
+        if self._stepping(caller):
+            return None
+        self._step_frame = caller
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
+            self._take_back()
             self._clip()
             return None
 
@@ -238,11 +300,25 @@ class Clipper:
         return (args[0], closure_then_clip, *args[2:]), kwargs
 
     def _after_step(self, *_: Any) -> None:
-        self._take_back()
-        self._steps += 1
+        if sys._getframe(1) is self._step_frame:
+            self._step_frame = None
+            self._take_back()
+            self._steps += 1
+
+    def _stepping(self, frame: FrameType | None) -> bool:
+        """Whether a frame lies within a step that has been clipped already.
+
+        So it is when the ``step()`` of a subclass calls its parent's, which has the same hooks.  A step that
+        ended in an exception has never reached the second hook, but no frame lies within it any more.
+        """
+        if self._step_frame is None:
+            return False
+        while frame is not None and frame is not self._step_frame:
+            frame = frame.f_back
+        return frame is not None
 
     def _take_back(self) -> None:
-        """Undo what was arranged for one step only."""
+        """Undo what was arranged for one step only, which may have ended in an exception."""
         while self._undo:
             self._undo.pop()()
 
@@ -250,31 +326,26 @@ class Clipper:
 
     def _clip(self) -> None:
         """Clip the gradients that are there now, and record it."""
-        self._take_back()  # what a step that ended in an exception has left
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         sets = list(self._sets())
-        if grad_scale is not None:
-            for each in sets:
-                each.measure(grad_scale)
+        for each in sets:
+            each.measure(grad_scale)
         total_norm = _joint([n for s in sets for n in s.norms], self._order)
         skipped = self._skipped(total_norm)
-        max_norm: float = math.inf
-        clip_coef: Norm = 1.0
-        if skipped is not True:
-            self._treat_nonfinite(sets, total_norm, grad_scale)
-            max_norms = [self._max_norms(s) for s in sets]
-            factors = [
-                [clip_coefficient(m, n) for m, n in zip(of_set, s.norms, strict=True)]
-                for of_set, s in zip(max_norms, sets, strict=True)
-            ]
-            self._apply(sets, factors, grad_scale)
-            max_norm = min((m for of_set in max_norms for m in of_set), default=max_norm)
-            clip_coef = _joint([f for of_set in factors for f in of_set], -math.inf) if sets else clip_coef
-        elif self._nonfinite == "skip":
-            self._hide_gradients()
-        self.history.append(self._steps, total_norm, max_norm, clip_coef, skipped)
-        if self._on_clip is not None:
-            self._on_clip(self.history[-1])
+        if skipped is True:
+            self._record(total_norm, math.inf, 1.0, skipped)
+            if self._nonfinite == "skip":
+                self._hide_gradients()
+            return
+        self._treat_nonfinite(sets, total_norm, grad_scale)
+        for each in sets:
+            each.limit(self._max_norms(each))
+        max_norm = min((m for s in sets for m in s.max_norms), default=math.inf)
+        factors = [f for s in sets for f in s.factors]
+        clip_coef = _joint(factors, -math.inf) if factors else 1.0
+        self._record(total_norm, max_norm, clip_coef, skipped)
+        if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
+            self._apply(sets, grad_scale)
 
     def _sets(self) -> Iterator[_Set]:
         """The gradients, parted by what shares a threshold."""
@@ -283,9 +354,9 @@ class Clipper:
         for i, group in enumerate(self.optimizer.param_groups):
             parameters = group["params"]
             if "max_norm" in group:
-                if group["max_norm"] is not None:
-                    own = arguments.threshold(f"param_groups[{i}]['max_norm']", group["max_norm"])
-                    yield _Set(f"group {i}", parameters, own, self._order, each)
+                own = group["max_norm"]
+                max_norm = math.inf if own is None else arguments.threshold(_place(i, "max_norm"), own)
+                yield _Set(f"group {i}", parameters, max_norm, self._order, each)
             elif self._scope == "global":
                 together = together + parameters if together else parameters
             else:
@@ -296,13 +367,14 @@ class Clipper:
     def _skipped(self, total_norm: Norm) -> bool | Tensor:
         """Whether this step changes nothing: by a GradScaler's decision, or by ours."""
         found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None:
-            found: Tensor = found_inf > 0
-            return bool(found) if eager.on_host([found]) else found
+        if isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
+            # To raise an error, or not, is to wait for an accelerator.
+            known = eager.on_host([found_inf]) or self._nonfinite == "error"
+            return bool(found_inf > 0) if known else found_inf > 0
         return self._nonfinite == "skip" and not math.isfinite(total_norm)
 
     def _treat_nonfinite(self, sets: Sequence[_Set], total_norm: Norm, grad_scale: Tensor | None) -> None:
-        if self._nonfinite == "error":
+        if self._nonfinite == "error" and not math.isfinite(total_norm):
             names = {id(p.grad): name for name, p in self._named_parameters()}
             grads = [grad for each in sets for grad in each.batch.all]
             refuse_nonfinite(total_norm, self._order, grads, names, _REMEDY)
@@ -316,22 +388,21 @@ class Clipper:
     def _max_norms(self, of: _Set) -> list[float]:
         if of.max_norm is not None:
             return [of.max_norm] * len(of.norms)
-        return self._rule.max_norms(self._steps, of.names, of.norms)
+        return self._rule.max_norms(self._steps, of.names(), of.norms)
 
-    def _apply(
-        self, sets: Sequence[_Set], factors: Sequence[Sequence[Norm]], grad_scale: Tensor | None
-    ) -> None:
+    def _record(self, total_norm: Norm, max_norm: float, clip_coef: Norm, skipped: bool | Tensor) -> None:
+        self.history.append(self._steps, total_norm, max_norm, clip_coef, skipped)
+        if self._on_clip is not None:
+            self._on_clip(self.history[-1])
+
+    def _apply(self, sets: Sequence[_Set], grad_scale: Tensor | None) -> None:
         """Multiply the gradients by their factors: now, or within a fused step, as its ``grad_scale``."""
-        if self._fused(sets):
-            ((factor,),) = factors
-            if isinstance(factor, float) and factor == 1.0:
-                return
-            fused_scale = _fused_scale(factor, grad_scale)
-            if fused_scale is not None:
-                self._lend_grad_scale(fused_scale)
-                return
-        for each, of_set in zip(sets, factors, strict=True):
-            each.scale_(of_set)
+        fused_scale = _fused_scale(sets[0].factors[0], grad_scale) if self._fused(sets) else None
+        if fused_scale is not None:
+            self._lend_grad_scale(fused_scale)
+            return
+        for each in sets:
+            each.scale_()
 
     def _fused(self, sets: Sequence[_Set]) -> bool:
         """Whether one factor for all gradients can go along with the step.
@@ -339,46 +410,61 @@ class Clipper:
         Optimizers say by ``_step_supports_amp_scaling`` that they divide by a ``grad_scale``, for GradScaler.
         It is a float32 number, too coarse for gradients in float64.
         """
-        groups = self.optimizer.param_groups
         return (
             getattr(self.optimizer, "_step_supports_amp_scaling", False)
-            and all(group.get("fused") for group in groups)
+            and all(group.get("fused") for group in self.optimizer.param_groups)
             and len(sets) == 1
             and self._scope != "parameter"
-            and (len(groups) == 1 or not any("max_norm" in group for group in groups))
             and result_dtype(sets[0].batch) == torch.float32
+            and not sets[0].shares_gradients()
         )
 
     def _lend_grad_scale(self, value: Tensor) -> None:
         """Set the optimizer's ``grad_scale`` for this step only."""
-        attributes = self.optimizer.__dict__
+        attributes = vars(self.optimizer)
         had, before = "grad_scale" in attributes, attributes.get("grad_scale")
 
         def take_back() -> None:
-            if had:
-                attributes["grad_scale"] = before
-            elif attributes["grad_scale"] is value:
-                del attributes["grad_scale"]
-            else:
+            now = attributes.get("grad_scale")
+            if now is not None and now is not value:
                 # The step ended in an exception, and a GradScaler has multiplied its scale by ours since.
-                attributes["grad_scale"] = attributes["grad_scale"] / value
+                attributes["grad_scale"] = now / value
+            elif had or "found_inf" in attributes:  # of a GradScaler, which deletes them itself
+                attributes["grad_scale"] = before
+            else:
+                attributes.pop("grad_scale", None)
 
         attributes["grad_scale"] = value
         self._undo.append(take_back)
 
     def _hide_gradients(self) -> None:
         """Let this step see no gradients, so that it changes neither parameters nor state."""
-        for _, parameter in list(self._named_parameters()):
-            grad, parameter.grad = parameter.grad, None
-            self._undo.append(lambda p=parameter, g=grad: setattr(p, "grad", g))  # type: ignore[misc]
+        hidden = [(p, p.grad) for _, p in self._named_parameters()]
+        for parameter, _ in hidden:
+            parameter.grad = None
+
+        def take_back() -> None:
+            for parameter, grad in hidden:
+                if parameter.grad is None:  # else there are new ones, after a step that ended in an exception
+                    parameter.grad = grad
+
+        self._undo.append(take_back)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that have a gradient, by the name that the optimizer knows, or their place in it."""
+        used = set()
         for i, group in enumerate(self.optimizer.param_groups):
-            for j, parameter in enumerate(group["params"]):
+            names = group.get("param_names", [None] * len(group["params"]))
+            for j, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
                 if parameter.grad is not None:
-                    known = group.get("param_names")
-                    yield known[j] if known else f"param_groups[{i}]['params'][{j}]", parameter
+                    if name is None or name in used:  # as the names of two models may be
+                        name = f"{_place(i, 'params')}[{j}]"
+                    used.add(name)
+                    yield name, parameter
+
+
+def _place(group: int, key: str) -> str:
+    return f"param_groups[{group}][{key!r}]"
 
 
 def _joint(values: Sequence[Norm], p: float) -> Norm:
@@ -392,19 +478,20 @@ def _joint(values: Sequence[Norm], p: float) -> Norm:
     return combine_tensors(torch.stack(on_device), p)
 
 
-def _divided(norm: Norm, grad_scale: Tensor) -> Norm:
+def _unscaled(norm: Norm, grad_scale: Tensor | None, order: float) -> Norm:
+    """The norm of gradients once a GradScaler's scale is taken out of them; order 0 only counts them."""
+    if grad_scale is None or order == 0:
+        return norm
     return norm / grad_scale.to(norm) if isinstance(norm, Tensor) else norm / float(grad_scale)
 
 
 def _fused_scale(factor: Norm, grad_scale: Tensor | None) -> Tensor | None:
-    """What a fused step must divide the gradients by; None if that is beyond float32."""
+    """What a fused step must divide the gradients by; None if that is no finite float32."""
     scale = 1.0 if grad_scale is None else grad_scale
     if isinstance(factor, Tensor):
         return (scale / factor).to(torch.float32)
     divisor = float(scale) / factor if factor else math.inf
-    if factor and divisor > _FLOAT32_MAX:
-        return None
-    return torch.tensor(divisor, dtype=torch.float32)
+    return torch.scalar_tensor(divisor, dtype=torch.float32, device=_CPU) if divisor <= _FLOAT32_MAX else None
 
 
 def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:

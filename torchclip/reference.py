@@ -169,7 +169,9 @@ def clip_grad_value(grads: Sequence[Array], clip_value: float) -> None:
     clip_value = _threshold("clip_value", clip_value)
     _check_arrays(grads, writeable=True, real=True)
     for grad in grads:
-        np.clip(grad, -clip_value, clip_value, out=grad)
+        # A limit beyond the dtype's range limits nothing.
+        limit = clip_value if clip_value <= np.finfo(grad.dtype).max else math.inf
+        np.clip(grad, -limit, limit, out=grad)
 
 
 def clip_grad_norm_per_parameter(

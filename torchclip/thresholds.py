@@ -326,9 +326,8 @@ class MaxNormRule:
 
     def __init__(self, max_norm: MaxNorm) -> None:
         if isinstance(max_norm, type):
-            raise TypeError(
-                f"`max_norm` is the class {max_norm.__name__}; pass an object, {max_norm.__name__}()"
-            )
+            name = max_norm.__name__
+            raise TypeError(f"`max_norm` is the class {name}; pass an object of it, such as {name}()")
         # Asked once: to ask a protocol takes longer than all the rest of a small step.
         self._learns = isinstance(max_norm, Threshold)
         is_object = self._learns or callable(max_norm)

@@ -1,0 +1,93 @@
+"""Which targets of ``targets.json`` a measurement meets, and which it misses.
+
+    python benchmarks/check_targets.py RESULTS.json
+
+RESULTS.json is what ``torchclip bench --json``, with or without ``--scaling``, wrote.  The exit status is 1
+if a target is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TARGETS = json.loads(Path(__file__).with_name("targets.json").read_text())
+
+Row = dict[str, Any]
+
+
+class Check(NamedTuple):
+    """A target, and what was measured: medians."""
+
+    row: str
+    what: str
+    measured: float
+    at_least: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it is reached."""
+        return self.measured >= self.at_least
+
+    def __str__(self) -> str:
+        verdict = "met   " if self.met else "MISSED"
+        return f"{verdict} {self.row:<46} {self.what:<34} {self.measured:8.2f}  (target {self.at_least:g})"
+
+
+def checks(rows: list[Row]) -> list[Check]:
+    """All targets that the rows say something about."""
+    scaling = any(row["workload"].endswith("-tensors") for row in rows)
+    return list(_flatness(rows)) if scaling else [check for row in rows for check in _of_row(row)]
+
+
+def _of_row(row: Row) -> Iterator[Check]:
+    workload, operation = row["workload"], row["operation"]
+    name = f"{row['title']}, {operation}"
+    own, others = row["contenders"]["torchclip"], row["contenders"]
+
+    target = TARGETS["speedup"][workload].get(operation)
+    if target is not None:
+        yield Check(name, "torch ÷ torchclip", own["speedup"][1], target)
+    if "seconds" in others.get("optax", {}):
+        speedup = others["optax"]["seconds"][1] / own["seconds"][1]
+        yield Check(name, "optax ÷ torchclip", speedup, TARGETS["speedup_over_optax"])
+    eager = others.get("kernel off", own)
+    yield Check(name, "torch ÷ torchclip, kernel off", eager["speedup"][1], TARGETS["speedup_of_eager"])
+    reading = TARGETS["read_pass_share_of_floor"]
+    if operation in ("norm", "no clipping") and workload in reading["workloads"]:
+        yield Check(name, "share of the plain sum's bandwidth", own["floor_share"][1], reading["at_least"])
+
+
+def _flatness(rows: list[Row]) -> Iterator[Check]:
+    """Growth of costs over the series, as how much of the first or best is left at the worst size."""
+    (of_gradient, gradient_limit), (of_byte, byte_limit) = TARGETS["growth_of_cost"].items()
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        chosen = [row for row in rows if row["operation"] == operation]
+        many = [_median(row) / row["tensors"] for row in chosen if row["workload"].endswith("-tensors")]
+        yield Check(operation, f"cost of {of_gradient}", many[0] / max(many), 1 / gradient_limit)
+        shares = [row["contenders"]["torchclip"]["floor_share"][1] for row in chosen if row["tensors"] == 1]
+        yield Check(operation, f"cost of {of_byte}", min(shares), 1 / byte_limit)
+
+
+def _median(row: Row) -> float:
+    median: float = row["contenders"]["torchclip"]["seconds"][1]
+    return median
+
+
+def main() -> int:
+    """Print the checks, the missed ones last."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    found = checks(json.loads(Path(sys.argv[1]).read_text())["rows"])
+    for check in sorted(found, key=lambda check: not check.met):
+        print(check)
+    missed = sum(not check.met for check in found)
+    print(f"{len(found) - missed} of {len(found)} targets met")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

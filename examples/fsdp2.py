@@ -1,0 +1,48 @@
+"""FSDP2: every rank holds a part of each gradient, and all clip by the norm of the whole.
+
+pip install torchclip
+torchrun --nproc-per-node=2 examples/fsdp2.py
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+import torchclip
+
+device = torch.accelerator.current_accelerator() or torch.device("cpu")
+dist.init_process_group()
+rank, ranks = dist.get_rank(), dist.get_world_size()
+if device.type != "cpu":
+    torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
+
+torch.manual_seed(0)
+model = nn.Sequential(
+    *(layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.GELU())), nn.Linear(64, 1)
+)
+mesh = init_device_mesh(device.type, (ranks,))
+for layer in model:
+    if isinstance(layer, nn.Linear):
+        fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+
+optimizer = torch.optim.AdamW(model.named_parameters(), lr=3e-3)
+clipper = torchclip.Clipper(optimizer, max_norm=1.0)
+
+torch.manual_seed(rank)  # every rank its own data
+for step in range(50):
+    x = torch.randn(32, 64, device=device)
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), 3 * x.sin().sum(1, keepdim=True))
+    loss.backward()
+    optimizer.step()
+
+norms = [None] * ranks
+dist.all_gather_object(norms, clipper.last.total_norm)
+if rank == 0:
+    print(f"norm of the last step on each rank: {norms}")
+    print(clipper.history.summary())
+dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""Lightning: a callback puts a clipper on the Trainer's optimizers, and logs what it does.
+
+pip install 'torchclip[lightning]'
+python examples/lightning_callback.py
+"""
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import torchclip
+from torchclip.integrations.lightning import ClipperCallback
+
+
+class Regression(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
+
+    def training_step(self, batch, _):
+        x, y = batch
+        loss = F.mse_loss(self.net(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.net.named_parameters(), lr=3e-3)
+
+
+pl.seed_everything(0)
+x = torch.randn(2048, 16)
+data = DataLoader(TensorDataset(x, x.sin().sum(1, keepdim=True)), batch_size=64, shuffle=True)
+
+clipping = ClipperCallback(torchclip.Percentile(50.0))  # AutoClip, at the median of the norms so far
+trainer = pl.Trainer(
+    accelerator="cpu",
+    max_epochs=3,
+    callbacks=[clipping],
+    logger=False,  # with one, clip/total_norm, clip/max_norm and clip/clipped_share go there
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+)
+trainer.fit(Regression(), data)
+
+print({name: round(float(value), 3) for name, value in trainer.logged_metrics.items()})
+print(clipping.clippers[0].history.summary())

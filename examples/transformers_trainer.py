@@ -1,0 +1,40 @@
+"""Hugging Face Trainer: a callback clips in the place of the Trainer.
+
+pip install 'torchclip[transformers]'
+python examples/transformers_trainer.py
+"""
+
+import tempfile
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+
+import torchclip
+from torchclip.integrations.transformers import ClipperCallback
+
+set_seed(0)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2))
+starts = torch.randint(64, (256, 1))
+sequences = (starts + 3 * torch.arange(32)) % 64  # count in threes
+
+clipping = ClipperCallback(torchclip.ZScore(warmup=10))
+trainer = Trainer(
+    model,
+    TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=60,
+        per_device_train_batch_size=16,
+        learning_rate=3e-3,
+        max_grad_norm=0.0,  # by default the Trainer itself clips at 1.0
+        logging_steps=20,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    ),
+    train_dataset=[{"input_ids": row, "labels": row} for row in sequences],
+    callbacks=[clipping],
+)
+trainer.train()  # logs clip/total_norm, clip/max_norm and clip/clipped_share beside the loss
+
+print(clipping.clipper.history.summary())

@@ -1,0 +1,141 @@
+"""What the test modules share: gradients to clip, exact norms, and a table of all clippers with their twins."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import torchclip
+from torchclip import reference
+
+INF = math.inf
+NORM_TYPES = [0, 0.5, 1, 2, 3, INF, -INF, "inf"]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+]
+LOW_PRECISION = {torch.float16, torch.bfloat16}
+
+
+def with_gradients(gradients: Sequence[Tensor | None], values: Sequence[Tensor] | None = None):
+    """Parameters with these gradients, and with these values or zeros."""
+    parameters = []
+    for i, gradient in enumerate(gradients):
+        value = torch.zeros(2) if gradient is None else torch.zeros(gradient.shape, dtype=gradient.dtype)
+        parameter = nn.Parameter(value if values is None else values[i])
+        parameter.grad = gradient
+        parameters.append(parameter)
+    return parameters
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers that are the same every time."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return (torch.randn(shape, dtype=wide, generator=generator) * scale).to(dtype)
+
+
+def random_gradients(shapes: Sequence[Sequence[int]], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+    return [randn(*shape, dtype=dtype, seed=i, scale=scale) for i, shape in enumerate(shapes)]
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy of the values; NumPy has no bfloat16, float32 holds its numbers."""
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).resolve_conj().numpy().copy()
+
+
+def assert_same_up_to_rounding(actual: Tensor, expected: np.ndarray) -> None:
+    """Each number within two units in the last place of the tensor's dtype."""
+    info = torch.finfo(actual.dtype)
+    # The twin adds up in another order, which float64 shows.
+    close = dict(rtol=max(2 * info.eps, 1e-14), atol=2 * info.smallest_normal * info.eps)
+    np.testing.assert_allclose(as_numpy(actual), expected, **close)
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def exact_norm(values: Sequence[float]) -> float:
+    """The 2-norm, rounded once: rational numbers, and an integer square root of 200 binary digits."""
+    total = sum((Fraction(v) ** 2 for v in values), Fraction(0))
+    if total == 0:
+        return 0.0
+    shift = 200 - (total.numerator.bit_length() - total.denominator.bit_length()) // 2
+    root = math.isqrt(math.floor(total * Fraction(4) ** shift))
+    return float(Fraction(root) / Fraction(2) ** shift)
+
+
+@dataclass(frozen=True)
+class Clipper:
+    """A function, its NumPy twin and torch's function, all called alike.
+
+    Attributes:
+        ours: called with parameters, limit and order.
+        twin: called with weights, gradients, limit and order.
+        torchs: called as ``ours``; None where torch has none.
+        changes: whether it changes gradients.
+        orders: whether it takes an order of the norm.
+    """
+
+    ours: Callable
+    twin: Callable
+    torchs: Callable | None = None
+    changes: bool = True
+    orders: bool = True
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _with_norm(module):
+    def clip(parameters, limit, order):
+        total_norm = module.get_total_norm(_gradients(parameters), order)
+        return module.clip_grads_with_norm_(parameters, limit, total_norm)
+
+    return clip
+
+
+def _twin_with_norm(weights, grads, limit, order):
+    reference.clip_grads_with_norm(grads, limit, reference.global_norm(grads, order))
+
+
+CLIPPERS = {
+    "get_total_norm": Clipper(
+        lambda ps, limit, order: torchclip.get_total_norm(_gradients(ps), order),
+        lambda weights, grads, limit, order: reference.global_norm(grads, order),
+        lambda ps, limit, order: nn.utils.get_total_norm(_gradients(ps), order),
+        changes=False,
+    ),
+    "clip_grad_norm_": Clipper(
+        torchclip.clip_grad_norm_,
+        lambda weights, grads, limit, order: reference.clip_grads(grads, limit, order),
+        nn.utils.clip_grad_norm_,
+    ),
+    "clip_grads_with_norm_": Clipper(_with_norm(torchclip), _twin_with_norm, _with_norm(nn.utils)),
+    "clip_grad_value_": Clipper(
+        lambda ps, limit, order: torchclip.clip_grad_value_(ps, limit),
+        lambda weights, grads, limit, order: reference.clip_grad_value(grads, limit),
+        lambda ps, limit, order: nn.utils.clip_grad_value_(ps, limit),
+        orders=False,
+    ),
+    "clip_grad_norm_per_parameter_": Clipper(
+        torchclip.clip_grad_norm_per_parameter_,
+        lambda weights, grads, limit, order: reference.clip_grad_norm_per_parameter(grads, limit, order),
+    ),
+    "clip_grad_adaptive_": Clipper(
+        lambda ps, limit, order: torchclip.clip_grad_adaptive_(ps, limit, 1e-3, order),
+        lambda weights, grads, limit, order: reference.clip_grad_adaptive(weights, grads, limit, 1e-3, order),
+    ),
+}
+CHANGING = {name: clipper for name, clipper in CLIPPERS.items() if clipper.changes}

@@ -1,0 +1,534 @@
+"""The functions against their NumPy twins and torch's own, and what they take: layouts, iterables, modes."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CHANGING,
+    CLIPPERS,
+    DTYPES,
+    INF,
+    LOW_PRECISION,
+    NORM_TYPES,
+    as_numpy,
+    assert_same_up_to_rounding,
+    bits,
+    randn,
+    random_gradients,
+    with_gradients,
+)
+from torch import nn
+
+import torchclip
+from torchclip import reference
+
+pytestmark = [
+    pytest.mark.usefixtures("kernel_on_and_off"),
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
+]
+
+SHAPES = {
+    "scalar": [()],
+    "vector": [(3,)],
+    "two": [(2, 3), (4,)],
+    "many": [(5,)] * 40,
+    "mixed": [(2, 3, 4), (), (7, 1), (1, 1, 1, 1)],
+    "with empty ones": [(0,), (5,), (3, 0), (0, 3)],
+    "large": [(300, 257), (70_000,), (3,)],
+}
+LIMITS = [0, 0.01, 1.0, 3, 1e9, INF]
+names = pytest.mark.parametrize("name", CLIPPERS)
+changing = pytest.mark.parametrize("name", CHANGING)
+
+
+def grid(name):
+    """Shapes, dtypes and orders that a function takes."""
+    orders = NORM_TYPES if CLIPPERS[name].orders else [2]
+    for shapes, dtype, order in itertools.product(SHAPES.values(), DTYPES, orders):
+        if not (name == "clip_grad_value_" and dtype.is_complex):
+            yield shapes, dtype, order
+
+
+def norms_close(actual, expected, dtype):
+    rtol = 1e-12 if dtype in (torch.float64, torch.complex128) else 1e-7
+    np.testing.assert_allclose(as_numpy(actual), expected, rtol=rtol)
+
+
+# Twins
+
+
+@names
+def test_equals_its_numpy_twin(name):
+    clipper = CLIPPERS[name]
+    for shapes, dtype, order in grid(name):
+        gradients, values = random_gradients(shapes, dtype), random_gradients(shapes, dtype, scale=0.5)
+        for limit in LIMITS if len(shapes) < 5 else LIMITS[2:3]:
+            parameters = with_gradients([g.clone() for g in gradients], [v.clone() for v in values])
+            twins = [as_numpy(g) for g in gradients]
+            result = clipper.ours(parameters, limit, order)
+            expected = clipper.twin([as_numpy(v) for v in values], twins, limit, order)
+            if expected is not None:
+                norms_close(result, expected, dtype)
+            for parameter, value, twin in zip(parameters, values, twins, strict=True):
+                assert torch.equal(parameter, value)
+                assert_same_up_to_rounding(parameter.grad, twin)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CLIPPERS.items() if c.torchs])
+def test_equals_torch_where_torch_is_right(name):
+    clipper = CLIPPERS[name]
+    for shapes, dtype, order in grid(name):
+        # Torch counts tensors for order 0, has no inf norm of nothing, and sums in float16.
+        if order == 0 or shapes is SHAPES["with empty ones"]:
+            continue
+        if dtype in LOW_PRECISION and (order not in (2, INF, "inf") or shapes is SHAPES["large"]):
+            continue
+        gradients = random_gradients(shapes, dtype)
+        for limit in LIMITS:
+            if name == "clip_grad_value_" and dtype == torch.float16 and limit == 1e9:
+                continue  # torch refuses a number beyond the dtype's range
+            mine, theirs = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
+            result, expected = clipper.ours(mine, limit, order), clipper.torchs(theirs, limit, order)
+            rtol = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
+            if expected is not None:
+                np.testing.assert_allclose(float(result), float(expected), rtol=rtol)
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    "shapes", [[(4,)], [(4, 3), (4, 2, 2), (4,)], [(1, 5)], [(0, 3)], [(3, 0)], [(0,)], [(33, 3000)]]
+)
+def test_per_example_equals_its_numpy_twin(shapes, limit, dtype):
+    gradients = random_gradients(shapes, dtype)
+    before = [bits(g) for g in gradients]
+    sums, clipped = torchclip.clip_per_example(gradients, limit)
+    expected, expected_clipped = reference.clip_per_example([as_numpy(g) for g in gradients], limit)
+    assert clipped.shape == () and clipped.dtype == torch.int64
+    assert int(clipped) == expected_clipped
+    assert [bits(g) for g in gradients] == before
+    for total, gradient, twin in zip(sums, gradients, expected, strict=True):
+        assert total.shape == gradient.shape[1:] and total.dtype == dtype
+        np.testing.assert_allclose(
+            as_numpy(total), twin, rtol=1e-5, atol=10 * torch.finfo(dtype).eps * max(1, len(gradient)) ** 0.5
+        )
+
+
+def test_per_example_gives_what_single_examples_clipped_one_by_one_add_up_to():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    inputs, targets = randn(6, 4), randn(6, 1)
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values, x, y):
+        return (torch.func.functional_call(model, values, x) - y).square().sum()
+
+    per_example = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(values, inputs, targets)
+    sums, clipped = torchclip.clip_per_example(list(per_example.values()), max_norm=1.0)
+
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    above = 0
+    for x, y in zip(inputs, targets, strict=True):
+        model.zero_grad()
+        (model(x) - y).square().sum().backward()
+        above += int(torchclip.clip_grad_norm_(model.parameters(), 1.0) > 1)
+        for total, p in zip(expected, model.parameters(), strict=True):
+            total += p.grad
+    assert 0 < above < 6 and int(clipped) == above
+    for a, b in zip(sums, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adaptive_clips_units_and_not_others():
+    weight = nn.Parameter(torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]]))
+    weight.grad = torch.tensor([[30.0, 40.0], [0.03, 0.04], [3.0, 4.0]])
+    torchclip.clip_grad_adaptive_(weight, clip_factor=0.1, eps=0.5)
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.3, 0.4], [0.03, 0.04], [0.03, 0.04]]))
+
+
+# Which gradients
+
+
+@changing
+def test_parameters_without_gradient_are_passed_over(name):
+    parameters = with_gradients([torch.full((3,), 2.0), None, torch.full((2,), 2.0)])
+    CLIPPERS[name].ours(parameters, 0.5, 2)
+    assert parameters[1].grad is None
+    assert all(bool((p.grad < 2).all()) for p in (parameters[0], parameters[2]))
+
+
+def dict_values(parameters):
+    return dict(enumerate(parameters)).values()
+
+
+@changing
+@pytest.mark.parametrize("wrap", [list, tuple, iter, lambda ps: (p for p in ps), nn.ParameterList, set, dict_values])
+def test_any_iterable_of_parameters(name, wrap):
+    parameters = with_gradients([torch.full((3,), 2.0), torch.full((2,), 2.0)])
+    CLIPPERS[name].ours(wrap(parameters), 0.5, 2) if name != "clip_grads_with_norm_" else (
+        torchclip.clip_grads_with_norm_(wrap(parameters), 0.5, 4.0)
+    )
+    assert all(bool((p.grad < 2).all()) for p in parameters)
+
+
+@changing
+def test_a_single_tensor(name):
+    (one,) = with_gradients([torch.full((3,), 2.0)])
+    (same,) = with_gradients([torch.full((3,), 2.0)])
+    CLIPPERS[name].ours([one], 0.5, 2)
+    if name == "clip_grads_with_norm_":
+        torchclip.clip_grads_with_norm_(same, 0.5, torchclip.get_total_norm(same.grad))
+    else:
+        CLIPPERS[name].ours(same, 0.5, 2)
+    assert torch.equal(one.grad, same.grad)
+    assert float(one.grad[0]) < 2
+
+
+def test_a_single_tensor_of_several_rows_is_one_gradient():
+    grad = randn(4, 5)
+    assert torchclip.get_total_norm(grad) == torchclip.get_total_norm([grad])
+    assert torchclip.clip_per_example(grad, 1.0)[0][0].shape == (5,)
+
+
+def test_no_parameters():
+    assert torchclip.get_total_norm([]).equal(torch.tensor(0.0))
+    assert torchclip.clip_grad_norm_([], 1.0).equal(torch.tensor(0.0))
+    assert torchclip.clip_grad_norm_(with_gradients([None]), 1.0, "inf").equal(torch.tensor(0.0))
+    assert torchclip.clip_grad_norm_per_parameter_([], 1.0).equal(torch.zeros(0))
+    sums, clipped = torchclip.clip_per_example([], 1.0)
+    assert sums == [] and clipped.equal(torch.tensor(0))
+    torchclip.clip_grad_value_([], 1.0)
+    torchclip.clip_grads_with_norm_([], 1.0, 5.0)
+    torchclip.clip_grad_adaptive_([])
+
+
+@changing
+def test_an_empty_generator_warns_where_it_was_passed(name):
+    call = {
+        "clip_grad_norm_": lambda: torchclip.clip_grad_norm_((p for p in []), 1.0),
+        "clip_grads_with_norm_": lambda: torchclip.clip_grads_with_norm_((p for p in []), 1.0, 1.0),
+        "clip_grad_value_": lambda: torchclip.clip_grad_value_((p for p in []), 1.0),
+        "clip_grad_norm_per_parameter_": lambda: torchclip.clip_grad_norm_per_parameter_((p for p in []), 1.0),
+        "clip_grad_adaptive_": lambda: torchclip.clip_grad_adaptive_(p for p in []),
+    }[name]
+    with pytest.warns(UserWarning, match="`parameters` is an empty generator, no gradient clipping") as caught:
+        call()
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings(record=True) as torchs:
+        warnings.simplefilter("always")
+        nn.utils.clip_grad_norm_((p for p in []), 1.0)
+    assert str(caught[0].message) == str(torchs[0].message)
+
+
+def test_a_generator_of_parameters_without_gradient_does_not_warn():
+    torchclip.clip_grad_norm_((p for p in with_gradients([None])), 1.0)
+
+
+# Layouts
+
+
+def permuted(gradient):
+    return gradient.permute(*reversed(range(gradient.dim())))
+
+
+LAYOUTS = {
+    "contiguous": lambda: randn(6, 4, 5),
+    "transposed": lambda: permuted(randn(6, 4, 5)),
+    "channels last": lambda: randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "every second": lambda: randn(12, 10)[::2, ::2],
+    "with gaps, large": lambda: randn(700, 400)[:, ::3],
+    "column": lambda: randn(9, 4)[:, 1],
+    "view into a flat buffer": lambda: randn(100)[17:37].view(4, 5),
+    "0-dim": lambda: randn(),
+    "0-dim of a vector": lambda: randn(5)[2],
+    "empty": lambda: torch.zeros(3, 0, 2),
+    "overlapping windows": lambda: randn(10).unfold(0, 1, 1),
+    "float64 of transposed": lambda: permuted(randn(6, 4, dtype=torch.float64)),
+    "float16 with gaps": lambda: randn(8, 6, dtype=torch.float16)[:, 1::2],
+    "bfloat16 transposed": lambda: permuted(randn(8, 6, dtype=torch.bfloat16)),
+    "complex with gaps": lambda: randn(8, 6, dtype=torch.complex64)[:, 1::2],
+    "conjugated": lambda: randn(8, 6, dtype=torch.complex64).conj(),
+    "conjugated transposed": lambda: randn(8, 6, dtype=torch.complex128).mH,
+    "imaginary part of a conjugate": lambda: randn(8, dtype=torch.complex64).conj().imag,
+}
+
+
+@names
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_makes_no_difference(name, layout):
+    gradient = LAYOUTS[layout]()
+    if name == "clip_grad_value_" and gradient.is_complex():
+        pytest.skip("complex numbers have no order")
+    buffer = gradient._base if gradient._base is not None else gradient
+    plain = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    strided = with_gradients([None, None])
+    contiguous = with_gradients([plain, torch.ones(3)])
+    strided[0] = nn.Parameter(torch.zeros(plain.shape, dtype=plain.dtype))
+    strided[0].grad, strided[1] = gradient, with_gradients([torch.ones(3)])[0]
+    assert strided[0].grad.data_ptr() == gradient.data_ptr()
+    outside = float(buffer.abs().double().sum() - gradient.abs().double().sum())
+
+    results = [CLIPPERS[name].ours(ps, 0.5, 2) for ps in (strided, contiguous)]
+    if results[0] is not None:
+        torch.testing.assert_close(*results, rtol=1e-7, atol=0)
+    assert_same_up_to_rounding(strided[0].grad.resolve_neg(), as_numpy(plain))
+    # Elements between those of the gradient belong to someone else.
+    assert float(buffer.abs().double().sum() - gradient.abs().double().sum()) == pytest.approx(outside)
+
+
+@changing
+def test_an_expanded_gradient_is_torchs_error_and_changes_nothing(name):
+    parameters = with_gradients([torch.full((3,), 5.0), torch.ones(1).expand(4), torch.full((3,), 5.0)])
+    with pytest.raises(RuntimeError, match=r"more than one element of the written-to tensor.*\(4,\)"):
+        CLIPPERS[name].ours(parameters, 0.1, 2)
+    assert all(bool((p.grad == 5).all()) for p in (parameters[0], parameters[2]))
+    assert [p.grad._version for p in parameters] == [0, 0, 0]
+
+
+def test_the_norm_of_expanded_and_overlapping_tensors_counts_every_element():
+    assert torchclip.get_total_norm([torch.full((1,), 3.0).expand(4)]) == 6
+    windows = torch.ones(5).unfold(0, 3, 1)
+    assert torchclip.get_total_norm([windows]) == 3
+
+
+def sparse_gradients():
+    places = torch.tensor([[0, 2, 2], [1, 0, 0]])
+    uncoalesced = torch.sparse_coo_tensor(places, torch.tensor([3.0, 4.0, 5.0]), (3, 2), check_invariants=True)
+    hybrid = torch.sparse_coo_tensor([[1, 3, 1]], randn(3, 4), (5, 4), check_invariants=True)
+    dense = torch.tensor([[0.0, -3.0], [0.0, 0.0], [9.0, 0.5]])
+    return {
+        "coalesced": uncoalesced.coalesce(),
+        "uncoalesced": uncoalesced,
+        "hybrid": hybrid.coalesce(),
+        "hybrid uncoalesced": hybrid,
+        "csr": dense.to_sparse_csr(),
+        "csc": dense.to_sparse_csc(),
+        "bsr": randn(4, 4).to_sparse_bsr((2, 2)),
+        "float64": hybrid.double(),
+        "bfloat16": hybrid.bfloat16(),
+        "nothing stored": torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (3, 2), check_invariants=True),
+    }
+
+
+WHOLE_ROWS = ("hybrid", "hybrid uncoalesced", "float64", "bfloat16")
+
+
+def with_sparse_gradient(gradient, value=None):
+    """A parameter for it; only one that is compressed itself can have a compressed gradient."""
+    value = torch.zeros(gradient.shape, dtype=gradient.dtype) if value is None else value
+    compressed = gradient.layout != torch.sparse_coo
+    parameter = nn.Parameter(gradient.clone() if compressed else value)
+    parameter.grad = gradient
+    return parameter
+
+
+@names
+def test_sparse_gradients_are_clipped_as_dense_ones(name):
+    clipper = CLIPPERS[name]
+    orders = NORM_TYPES if clipper.orders else [2]
+    for (kind, sparse), order, limit in itertools.product(sparse_gradients().items(), orders, (0.5, 1e6)):
+        if name == "clip_grad_adaptive_" and kind not in WHOLE_ROWS:
+            continue
+        # Not through zero, where added entries leave different rounding errors.
+        value = torch.ones(sparse.shape, dtype=sparse.dtype)
+        parameters = [with_sparse_gradient(sparse.clone(), value.clone()), *with_gradients([torch.ones(2)])]
+        dense = with_gradients([sparse.to_dense(), torch.ones(2)], [value.clone(), torch.zeros(2)])
+        version = parameters[0].grad._version
+        results = [clipper.ours(ps, limit, order) for ps in (parameters, dense)]
+        if results[0] is not None:
+            torch.testing.assert_close(*results, rtol=1e-7, atol=0)
+        after = parameters[0].grad
+        assert after.layout == sparse.layout
+        tolerance = 4 * torch.finfo(sparse.dtype).eps
+        torch.testing.assert_close(after.to_dense(), dense[0].grad, rtol=tolerance, atol=tolerance * limit)
+        if clipper.changes and limit < 1 and order == 2 and kind != "nothing stored":
+            assert after._version > version
+
+
+def test_the_sparse_gradient_of_an_embedding():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    embedding(torch.tensor([1, 2, 1])).sum().backward()
+    assert torchclip.clip_grad_norm_(embedding.parameters(), 1.0) == pytest.approx(20**0.5)
+    assert torchclip.get_total_norm(embedding.weight.grad) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_adaptive_refuses_gradients_that_are_sparse_within_rows():
+    parameters = with_gradients([torch.full((3,), 5.0)])
+    parameters.append(with_sparse_gradient(sparse_gradients()["csr"]))
+    with pytest.raises(TypeError, match=r"gradient 1 of shape \(3, 2\) is sparse within its rows.*to_dense"):
+        torchclip.clip_grad_adaptive_(parameters)
+    assert bool((parameters[0].grad == 5).all())
+
+
+@names
+def test_mixed_dtypes_in_one_call(name):
+    dtypes = [d for d in DTYPES if not (name == "clip_grad_value_" and d.is_complex)]
+    gradients = [randn(30, dtype=d, seed=i) for i, d in enumerate(dtypes)]
+    parameters = with_gradients([g.clone() for g in gradients])
+    twins = [as_numpy(g) for g in gradients]
+    result = CLIPPERS[name].ours(parameters, 0.7, 2)
+    expected = CLIPPERS[name].twin([np.zeros_like(t) for t in twins], twins, 0.7, 2)
+    if expected is not None:
+        assert result.dtype == torch.float64
+        np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12)
+    for parameter, twin in zip(parameters, twins, strict=True):
+        assert_same_up_to_rounding(parameter.grad, twin)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@names
+def test_tensor_subclasses(name):
+    plain, wrapped = ([randn(4, 3), randn(5)] for _ in range(2))
+    mine = with_gradients([None, None])
+    for i, gradient in enumerate(wrapped):
+        mine[i] = nn.Parameter(torch.zeros(gradient.shape))
+        mine[i].grad = gradient.as_subclass(Subclass)
+    others = with_gradients(plain)
+    results = [CLIPPERS[name].ours(ps, 0.5, 2) for ps in (mine, others)]
+    if results[0] is not None:
+        torch.testing.assert_close(torch.Tensor(results[0]), results[1])
+    for a, b in zip(mine, others, strict=True):
+        torch.testing.assert_close(a.grad.as_subclass(torch.Tensor), b.grad)
+
+
+# Modes
+
+
+@names
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_under_every_mode_of_autograd(name, mode):
+    gradients = [randn(4, 3), randn(5)]
+    mine, others = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
+    with mode():
+        inside = CLIPPERS[name].ours(mine, 0.5, 2)
+    outside = CLIPPERS[name].ours(others, 0.5, 2)
+    assert inside is None or inside.equal(outside)
+    for a, b in zip(mine, others, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@names
+def test_gradients_made_in_inference_mode(name):
+    with torch.inference_mode():
+        parameters = [torch.zeros(4, 3), torch.zeros(5)]
+        for p, gradient in zip(parameters, (randn(4, 3), randn(5)), strict=True):
+            p.grad = gradient.clone()
+        result = CLIPPERS[name].ours(parameters, 0.5, 2)
+    others = with_gradients([randn(4, 3), randn(5)])
+    expected = CLIPPERS[name].ours(others, 0.5, 2)
+    assert result is None or torch.equal(result, expected)
+    for a, b in zip(parameters, others, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@names
+def test_torchs_defaults_do_not_matter(name):
+    gradients = [randn(4, 3), randn(5)]
+    mine, others = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
+    expected = CLIPPERS[name].ours(others, 0.5, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            result = CLIPPERS[name].ours(mine, 0.5, 3)
+            none = torchclip.clip_grad_norm_per_parameter_([], 1.0), torchclip.get_total_norm([])
+            count = torchclip.clip_per_example([], 1.0)[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(n.dtype == torch.float32 and n.device.type == "cpu" for n in none)
+    assert count.device.type == "cpu"
+    if result is not None:
+        assert result.dtype == expected.dtype and torch.equal(result, expected)
+    for a, b in zip(mine, others, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def on_meta():
+    parameters = [nn.Parameter(torch.zeros(4, 3, device="meta")) for _ in range(2)]
+    for p in parameters:
+        p.grad = torch.ones(4, 3, device="meta")
+    return parameters
+
+
+@names
+def test_meta_tensors_give_shapes(name):
+    result = CLIPPERS[name].ours(on_meta(), 0.5, 2)
+    if result is not None:
+        per_parameter = name == "clip_grad_norm_per_parameter_"
+        assert result.device.type == "meta" and result.shape == ((2,) if per_parameter else ())
+
+
+@names
+def test_fake_tensors_give_shapes(name):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        parameters = with_gradients([torch.ones(4, 3), torch.ones(5)])
+        result = CLIPPERS[name].ours(parameters, 0.5, 2)
+        sums, clipped = torchclip.clip_per_example([torch.ones(4, 3)], 1.0)
+    if result is not None:
+        assert result.shape == ((2,) if name == "clip_grad_norm_per_parameter_" else ())
+    assert sums[0].shape == (3,) and clipped.shape == ()
+
+
+def test_norms_inside_functional_transforms():
+    batch = randn(3, 4)
+    norms = torch.func.vmap(lambda g: torchclip.get_total_norm([g]))(batch)
+    torch.testing.assert_close(norms, batch.norm(dim=1))
+    functional = torch.func.functionalize(lambda g: torchclip.get_total_norm([g]))(batch)
+    torch.testing.assert_close(functional, batch.norm())
+    scaled = torch.func.grad(lambda g: (g * torchclip.get_total_norm([g])).sum())(batch)
+    torch.testing.assert_close(scaled, batch.norm().expand(3, 4))
+
+
+# Resources
+
+MEASURE = """
+import resource, sys, torch, torchclip
+from torchclip import kernel
+def parameter(grad):
+    p = torch.empty(0, dtype=grad.dtype).expand(0)
+    p = torch.nn.Parameter(grad, requires_grad=False)  # its value is its gradient: half the memory
+    p.grad = grad
+    return p
+def calls():
+    ps = [parameter(torch.full((8, 1 << 20), 1.5, dtype=d)) for d in (torch.float32, torch.bfloat16)]
+    ps.append(parameter(torch.full((1 << 13, 1 << 10), 1.5).t()))
+    ps.append(parameter(torch.full((1 << 13, 1 << 11), 1.5)[:, ::2]))
+    yield
+    for order in (1, 2, 3, float("inf")):
+        torchclip.clip_grad_norm_(ps, 1.0, order)
+        torchclip.clip_grad_norm_per_parameter_(ps, 1e-3, order)
+    torchclip.clip_grad_value_(ps, 1e-6)
+    torchclip.clip_grad_adaptive_(ps[:2], 1e-6)
+def run():
+    small = torch.nn.Parameter(torch.ones(300, 300)); small.grad = torch.ones(300, 300)
+    for order in (1, 2, 3):
+        torchclip.clip_grad_norm_(small, 1.0, order)
+    torchclip.clip_grad_adaptive_(small)
+    steps = calls()
+    next(steps)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in steps: pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+if sys.argv[1] == "kernel":
+    run()
+else:
+    with kernel.disabled():
+        run()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is measured in other units elsewhere")
+def test_what_is_allocated_does_not_grow_with_the_gradients(kernel_on_and_off):
+    command = [sys.executable, "-c", MEASURE, kernel_on_and_off]
+    grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(grown) < 64 * 1024, "KiB, for gradients of 144 MiB in all"

@@ -1,0 +1,408 @@
+"""torchclip within the frameworks that people train with: real ones, a few steps each."""
+
+import contextlib
+import copy
+import math
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import stable_baselines3 as sb3
+import torch
+import transformers
+from accelerate import Accelerator
+from lightning.pytorch.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+
+import torchclip
+from torchclip.integrations import lightning as for_lightning
+from torchclip.integrations import transformers as for_transformers
+from torchclip.integrations.loggers import DictLogger
+from torchclip.integrations.tensorboard import ScalarLogger
+
+# What frameworks warn about depends on their versions and on the machine.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@contextlib.contextmanager
+def counted(name):
+    """Torchclip installed, with the calls of one function counted."""
+    calls = []
+    with torchclip.installed():
+        function = getattr(torch.nn.utils, name)
+
+        def counting(*args, **kwargs):
+            calls.append(function(*args, **kwargs))
+            return calls[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.utils, name, counting)
+            yield calls
+
+
+def assert_same(found, expected, **tolerances):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], **tolerances)
+
+
+# Stable-Baselines3 under install()
+
+
+ALGORITHMS = {
+    "PPO": lambda: sb3.PPO(
+        "MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu"
+    ),
+    "A2C": lambda: sb3.A2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu"),
+    "DQN": lambda: sb3.DQN(
+        "MlpPolicy", "CartPole-v1", learning_starts=32, max_grad_norm=0.1, seed=0, device="cpu"
+    ),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_stable_baselines3_trains_as_before(algorithm):
+    steps = 128
+    plain = ALGORITHMS[algorithm]().learn(steps)
+    with counted("clip_grad_norm_") as norms:
+        clipped = ALGORITHMS[algorithm]().learn(steps)
+    assert len(norms) >= 8
+    assert any(norm > clipped.max_grad_norm for norm in norms)
+    assert_same(clipped.policy.state_dict(), plain.policy.state_dict())
+
+
+# Accelerate under install()
+
+
+def test_accelerate_clips_with_torchclip():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(4, 1, bias=False))
+    model.weight.grad = torch.full((1, 4), 1e20)
+    accelerator.sync_gradients = True
+    with counted("clip_grad_norm_") as norms:
+        assert accelerator.clip_grad_norm_(model.parameters(), 1.0) == 2e20
+    assert norms == [2e20]
+    torch.testing.assert_close(model.weight.grad, torch.full((1, 4), 0.5))
+    with counted("clip_grad_value_") as calls:
+        accelerator.clip_grad_value_(model.parameters(), 0.25)
+    assert len(calls) == 1
+    torch.testing.assert_close(model.weight.grad, torch.full((1, 4), 0.25))
+
+
+# Lightning
+
+
+MAX_NORM = 0.5
+
+
+class Module(pl.LightningModule):
+    def __init__(self, optimizer=torch.optim.SGD, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.optimizer, self.options = optimizer, {"lr": 0.1} | options
+
+    def training_step(self, batch, _):
+        x, y = batch
+        return F.mse_loss(self.net(x), y)
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), **self.options)
+
+
+class TwoByHand(Module):
+    """Manual optimization, an optimizer a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+
+def data(batch_size=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(48, 4, generator=generator)
+    return DataLoader(TensorDataset(x, 10 * x.sum(1, keepdim=True)), batch_size)
+
+
+def fit(module, tmp_path, *callbacks, resume=None, **options):
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False} | options
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[*callbacks],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, data(), ckpt_path=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_lightnings_own_clipping_under_install(tmp_path, algorithm):
+    options = {"gradient_clip_val": MAX_NORM, "gradient_clip_algorithm": algorithm}
+    plain, clipped = Module(), Module()
+    fit(plain, tmp_path, **options)
+    with counted(f"clip_grad_{algorithm}_") as calls:
+        fit(clipped, tmp_path, **options)
+    assert len(calls) == 6
+    assert_same(clipped.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str
+)
+def test_the_lightning_callback_clips_as_the_trainer_would(tmp_path, options):
+    plain, clipped = Module(), Module()
+    fit(plain, tmp_path, gradient_clip_val=MAX_NORM, **options)
+    callback = for_lightning.ClipperCallback(MAX_NORM)
+    fit(clipped, tmp_path, callback, **options)
+    (clipper,) = callback.clippers
+    assert len(clipper.history) == 6 // options.get("accumulate_grad_batches", 1)
+    assert all(record.clipped for record in clipper.history)
+    assert_same(clipped.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_lightning_callback_with_a_grad_scaler(tmp_path, fused):
+    def mixed_precision():
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return MixedPrecision("16-mixed", "cpu", scaler)
+
+    plain, clipped = Module(torch.optim.Adam), Module(torch.optim.Adam, fused=fused)
+    fit(plain, tmp_path, gradient_clip_val=MAX_NORM, plugins=mixed_precision())
+    callback = for_lightning.ClipperCallback(MAX_NORM)
+    fit(clipped, tmp_path, callback, plugins=mixed_precision())
+    assert len(callback.clippers[0].history) == 6
+    assert all(MAX_NORM < record.total_norm < 100 for record in callback.clippers[0].history)
+    assert_same(clipped.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_lightning_callback_with_several_optimizers_by_hand(tmp_path):
+    module = TwoByHand()
+    before = copy.deepcopy(module.state_dict())
+    callback = for_lightning.ClipperCallback(MAX_NORM)
+    trainer = fit(module, tmp_path, callback, max_steps=2)
+    assert [len(clipper.history) for clipper in callback.clippers] == [1, 1]
+    for layer in (0, 2):
+        moved = [
+            module.state_dict()[f"net.{layer}.{n}"] - before[f"net.{layer}.{n}"] for n in ("weight", "bias")
+        ]
+        assert torchclip.get_total_norm(moved) == pytest.approx(0.1 * MAX_NORM, rel=1e-4)
+    assert {"clip_0/total_norm", "clip_1/clipped_share"} <= trainer.logged_metrics.keys()
+
+
+def test_the_lightning_callback_logs(tmp_path):
+    callback = for_lightning.ClipperCallback(MAX_NORM)
+    logged = fit(Module(), tmp_path, callback).logged_metrics
+    last = callback.clippers[0].last
+    assert logged["clip/total_norm"] == pytest.approx(last.total_norm, rel=1e-6)
+    assert logged["clip/max_norm"] == MAX_NORM
+    assert logged["clip/clipped_share"] == 1.0
+    assert not fit(Module(), tmp_path, for_lightning.ClipperCallback(MAX_NORM, log=False)).logged_metrics
+
+
+def test_lightnings_checkpoints_carry_the_clipper(tmp_path):
+    """A run that is resumed ends where an uninterrupted one does."""
+
+    def callback():
+        return for_lightning.ClipperCallback(torchclip.Percentile(30.0, warmup=2))
+
+    whole, first, second = Module(), Module(), Module()
+    expected, interrupted, found = callback(), callback(), callback()
+    fit(whole, tmp_path, expected, max_epochs=2)
+    trainer = fit(first, tmp_path, interrupted, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(second, tmp_path, found, max_epochs=2, resume=tmp_path / "half.ckpt")
+    assert_same(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert list(found.clippers[0].history) == list(expected.clippers[0].history)
+
+
+def test_the_lightning_callback_leaves_the_optimizer_as_it_was(tmp_path):
+    class Failing(Module):
+        def training_step(self, batch, index):
+            if index == 1:
+                raise FloatingPointError
+            return super().training_step(batch, index)
+
+    for module in (Module(), Failing()):
+        callback = for_lightning.ClipperCallback(MAX_NORM)
+        expectation = (
+            pytest.raises(FloatingPointError) if isinstance(module, Failing) else contextlib.nullcontext()
+        )
+        with expectation:
+            fit(module, tmp_path, callback)
+        torchclip.Clipper(callback.clippers[0].optimizer, MAX_NORM)
+
+
+def test_the_lightning_callback_refuses_to_clip_twice(tmp_path):
+    with pytest.raises(ValueError, match="gradient_clip_val"):
+        fit(Module(), tmp_path, for_lightning.ClipperCallback(MAX_NORM), gradient_clip_val=1.0)
+
+
+# Hugging Face
+
+
+TEXT = torch.arange(32).reshape(8, 4) % 16
+
+
+def language_model():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=16, n_positions=4, n_embd=8, n_layer=1, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def train(tmp_path, *callbacks, resume=None, model=None, **options):
+    """A tiny language model, trained for six steps."""
+    options = {"max_steps": 6, "max_grad_norm": 0.0, "save_strategy": "no"} | options
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    examples = [{"input_ids": row, "labels": row} for row in TEXT]
+    trainer = transformers.Trainer(
+        model or language_model(), arguments, train_dataset=examples, callbacks=[*callbacks]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+def test_the_transformers_callback_clips_as_the_trainer_would(tmp_path, options):
+    plain = train(tmp_path, max_grad_norm=MAX_NORM, **options)
+    with counted("clip_grad_norm_") as norms:
+        installed = train(tmp_path, max_grad_norm=MAX_NORM, **options)
+    callback = for_transformers.ClipperCallback(MAX_NORM)
+    clipped = train(tmp_path, callback, **options)
+    assert len(norms) == len(callback.clipper.history) == 6
+    assert any(record.clipped for record in callback.clipper.history)
+    np.testing.assert_allclose([r.total_norm for r in callback.clipper.history], norms, rtol=1e-4)
+    assert_same(installed.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
+    assert_same(clipped.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_transformers_callback_logs(tmp_path, capsys):
+    seen = []
+    callback = for_transformers.ClipperCallback(MAX_NORM, on_clip=seen.append)
+    log = train(tmp_path, callback).state.log_history
+    records = list(callback.clipper.history)
+    assert seen == records
+    assert [entry["clip/total_norm"] for entry in log if "loss" in entry] == [r.total_norm for r in records]
+    assert log[-2]["clip/max_norm"] == MAX_NORM
+    assert log[-2]["clip/clipped_share"] == sum(r.clipped for r in records) / 6
+    assert "clip/total_norm" not in log[-1]  # the summary of the run
+    assert capsys.readouterr().out.count("clip/total_norm") == 6
+
+
+def test_the_trainers_checkpoints_carry_the_clipper(tmp_path):
+    def callback():
+        return for_transformers.ClipperCallback(torchclip.ZScore(warmup=2))
+
+    options = {"save_strategy": "steps", "save_steps": 3}
+    expected, found = callback(), callback()
+    whole = train(tmp_path, expected, **options)
+    resumed = train(tmp_path, found, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert_same(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    assert list(found.clipper.history) == list(expected.clipper.history)
+
+
+def test_a_checkpoint_from_before_the_transformers_callback(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, **options)
+    callback = for_transformers.ClipperCallback(MAX_NORM)
+    train(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert len(callback.clipper.history) == 3
+
+
+def test_training_again_starts_anew(tmp_path):
+    callback = for_transformers.ClipperCallback(MAX_NORM)
+    trainer = train(tmp_path, callback)
+    trainer.train()
+    assert [record.step for record in callback.clipper.history] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"restore_callback_states_from_checkpoint": True}, "restore_"),
+    ],
+)
+def test_the_transformers_callback_refuses_what_does_not_go_with_it(tmp_path, options, argument):
+    with pytest.raises(ValueError, match=argument):
+        train(tmp_path, for_transformers.ClipperCallback(MAX_NORM), **options)
+
+
+# Loggers
+
+
+def clip_three_steps(on_clip):
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    torchclip.Clipper(optimizer, 2.0, on_clip=on_clip)
+    for norm in (1.0, 4.0, math.inf):
+        weight.grad = torch.tensor([0.0, norm])
+        optimizer.step()
+
+
+def test_scalars_in_tensorboard(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        clip_three_steps(ScalarLogger(writer, prefix="clipping"))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found["clipping/total_norm"] == [(0, 1.0), (1, 4.0), (2, math.inf)]
+    assert found["clipping/max_norm"] == [(0, 2.0), (1, 2.0), (2, 2.0)]
+    assert found["clipping/clipped_share"] == [(0, 0.0), (1, 0.5), (2, pytest.approx(2 / 3))]
+
+
+def test_scalars_for_any_logger():
+    logged = []
+    clip_three_steps(DictLogger(logged.append))
+    assert logged[:2] == [
+        {"clip/total_norm": 1.0, "clip/max_norm": 2.0, "clip/clipped_share": 0.0},
+        {"clip/total_norm": 4.0, "clip/max_norm": 2.0, "clip/clipped_share": 0.5},
+    ]
+
+
+# Extras
+
+
+@pytest.mark.parametrize("framework", ["lightning", "transformers"])
+def test_a_missing_framework_is_named_with_its_extra(framework):
+    source = f"""
+import sys
+sys.modules[{framework!r}] = None  # as if it were not installed
+import torchclip
+import torchclip.integrations.{framework}
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert f"pip install 'torchclip[{framework}]'" in done.stderr.splitlines()[-1]
+
+
+def test_torchclip_imports_no_framework():
+    frameworks = ["lightning", "transformers", "accelerate", "stable_baselines3", "tensorboard"]
+    source = f"import sys, torchclip; print([name for name in {frameworks} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", source], capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,183 @@
+"""install(), uninstall(), installed(): whose functions a program gets."""
+
+import inspect
+import pickle
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad
+from torch.nn.utils import clip_grad_norm_ as early
+
+import torchclip
+
+NAMES = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+HOMES = [(torch.nn.utils, n) for n in NAMES] + [
+    (clip_grad, n)
+    for n in ["clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_", "_get_total_norm"]
+]
+TORCHS = [getattr(module, name) for module, name in HOMES]
+HUGE = [torch.full((4,), 1e20)]  # torch's norm of it overflows
+
+
+@pytest.fixture(autouse=True)
+def _torchs_again():
+    yield
+    torchclip.uninstall()
+
+
+def is_torchs():
+    return [getattr(module, name) is original for (module, name), original in zip(HOMES, TORCHS, strict=True)]
+
+
+def parameter(*grad):
+    weight = torch.zeros(len(grad), requires_grad=True)
+    weight.grad = torch.tensor(grad)
+    return weight
+
+
+def test_install_replaces_and_uninstall_puts_back_exactly():
+    torchclip.install()
+    assert not any(is_torchs())
+    torchclip.uninstall()
+    assert all(is_torchs())
+
+
+def test_the_functions_are_torchclips():
+    torchclip.install()
+    assert torch.nn.utils.get_total_norm(HUGE) == 2e20
+    weight = parameter(3e30, 4e30)
+    assert torch.nn.utils.clip_grad_norm_(weight, 1.0) == 5e30
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+    with pytest.raises(ValueError, match="max_norm"):
+        torch.nn.utils.clip_grads_with_norm_(weight, -1.0, 5.0)
+    with pytest.raises(ValueError, match="clip_value"):
+        torch.nn.utils.clip_grad_value_(weight, -1.0)
+
+
+def test_twice_is_once():
+    torchclip.install()
+    torchclip.install()
+    torchclip.uninstall()
+    assert all(is_torchs())
+    torchclip.uninstall()
+    assert all(is_torchs())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrapped_is_what_was_there_and_the_rest_is_torchclips(name):
+    theirs, ours = getattr(torch.nn.utils, name), getattr(torchclip, name)
+    torchclip.install()
+    function = getattr(torch.nn.utils, name)
+    assert function.__wrapped__ is theirs
+    assert inspect.signature(function) == inspect.signature(ours)
+    assert function.__doc__ == ours.__doc__
+    assert function.__module__.startswith("torchclip.")
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert not hasattr(ours, "__wrapped__")
+
+
+def test_what_somebody_else_put_there_is_put_back():
+    def another(*args, **kwargs):
+        return early(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", another)
+        torchclip.install()
+        assert torch.nn.utils.clip_grad_norm_.__wrapped__ is another
+        torchclip.uninstall()
+        assert torch.nn.utils.clip_grad_norm_ is another
+        assert clip_grad.clip_grad_norm_ is early
+
+
+def test_names_imported_before_are_listed():
+    module = types.ModuleType("of_a_user")
+    module.clip = early
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "of_a_user", module)
+        holders = torchclip.install()
+        assert "of_a_user.clip" in holders
+        assert f"{__name__}.early" in holders
+        assert not [name for name in holders if name.startswith("torch.nn.utils")]
+        assert torchclip.install() == holders
+
+
+def test_an_old_reference_to_clip_grad_norm_computes_through_torchclip():
+    torchclip.install()
+    weight = parameter(3e30, 4e30)
+    assert early(weight, 1.0) == 5e30
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+
+
+def test_blocks_nest():
+    with torchclip.installed():
+        with torchclip.installed():
+            pass
+        assert not any(is_torchs())
+    assert all(is_torchs())
+
+
+def test_a_block_does_not_undo_install():
+    torchclip.install()
+    with torchclip.installed():
+        pass
+    assert not any(is_torchs())
+
+
+def test_install_in_a_block_stays_and_uninstall_in_a_block_acts_at_once():
+    with torchclip.installed():
+        torchclip.install()
+    assert not any(is_torchs())
+    with torchclip.installed():
+        torchclip.uninstall()
+        assert all(is_torchs())
+    assert all(is_torchs())
+
+
+def test_a_block_ends_with_an_exception_too():
+    with pytest.raises(KeyError), torchclip.installed():
+        raise KeyError
+    assert all(is_torchs())
+
+
+def test_blocks_of_threads_overlap():
+    """Within a block the functions are torchclip's, whatever other threads enter and leave."""
+    seen, start = [], threading.Barrier(4)
+
+    def work():
+        start.wait()
+        for _ in range(200):
+            with torchclip.installed():
+                seen.append(torch.nn.utils.clip_grad_norm_ is not early)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 800
+    assert all(seen)
+    assert all(is_torchs())
+
+
+def test_a_warning_points_at_the_callers_line():
+    torchclip.install()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.nn.utils.clip_grad_norm_((p for p in ()), 1.0)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_compiled_functions_follow():
+    def clip(weight):
+        return torch.nn.utils.clip_grad_norm_([weight], 1.0)
+
+    compiled = torch.compile(clip, backend="aot_eager", fullgraph=True)
+    assert compiled(parameter(3e30, 4e30)).isinf()
+    with torchclip.installed():
+        weight = parameter(3e30, 4e30)
+        assert compiled(weight) == 5e30
+        torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+    assert compiled(parameter(3e30, 4e30)).isinf()

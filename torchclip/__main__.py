@@ -1,0 +1,7 @@
+"""``python -m torchclip``: the same as the command ``torchclip``."""
+
+import sys
+
+from torchclip.cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""The command line: ``torchclip COMMAND``, also ``python -m torchclip COMMAND``.
+
+A command is a line in :data:`COMMANDS` and a module of this package with two functions::
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None    # declares its options
+    def run(**options) -> int | None                              # gets them by name, returns the exit status
+
+What ``run`` cannot work with, such as options that do not go together or a file that cannot be read, it
+refuses by raising ``argparse.ArgumentError(None, message)`` or an ``OSError``.  The user then sees one line
+on stderr, as for an option that argparse refuses, and the exit status is 2.  After Ctrl-C it is 130.
+
+Only the module of the command that is called gets imported, so that ``torchclip info`` needs no extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import io
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import torchclip
+
+__all__ = ["COMMANDS", "main"]
+
+
+class Command(NamedTuple):
+    """What the overview of all commands has to know of each."""
+
+    summary: str
+    needs_demo: bool
+
+
+COMMANDS = {
+    "train": Command("Train a language model with and without clipping, and compare.", needs_demo=True),
+    "book": Command("The book's chapter on exploding gradients, as experiments that run.", needs_demo=True),
+    "run": Command(
+        "Your training script with torchclip installed; then what clipping did.", needs_demo=False
+    ),
+    "bench": Command(
+        "How fast and how exact clipping is on this machine, beside torch and others.", needs_demo=True
+    ),
+    "info": Command("Versions, threads, and what is available on this machine.", needs_demo=False),
+}
+
+DEMO_PACKAGES = ("rich", "matplotlib")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line, without repeating the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: what follows the program's name; by default that of this process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: after ``--help`` and ``--version``, and with code 2 for what a command refuses.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+    parser = Parser(prog="torchclip", description="Gradient clipping for PyTorch: the commands.")
+    parser.add_argument("--version", action="version", version=f"torchclip {torchclip.__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.summary, description=command.summary)
+
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        parser.parse_args(arguments)
+        parser.print_help()
+        return 0
+    return _run(name, subparsers.choices[name], arguments[1:])
+
+
+def _run(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    if COMMANDS[name].needs_demo:
+        missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
+        if missing:
+            parser.error(f"needs {' and '.join(missing)}; install with: pip install 'torchclip[demo]'")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # ASCII output gets "?" for "é", not an exception
+    command = importlib.import_module(f"torchclip.{name}")
+    command.add_arguments(parser)
+    options = vars(parser.parse_args(arguments))
+    try:
+        return command.run(**options) or 0
+    except (argparse.ArgumentError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,52 @@
+"""What there is on this machine: the command ``torchclip info``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+
+import numpy as np
+import torch
+
+import torchclip
+from torchclip import kernel
+
+__all__ = ["add_arguments", "facts", "installed_version", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has no options."""
+
+
+def run() -> None:
+    """Print the facts, one a line."""
+    for name, value in facts().items():
+        print(f"{name:<18} {value}")
+
+
+def facts() -> dict[str, str]:
+    """Versions, threads, and what is available, by name."""
+    accelerator = torch.accelerator.current_accelerator()
+    return {
+        "torchclip": torchclip.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "rich": installed_version("rich"),
+        "matplotlib": installed_version("matplotlib"),
+        "platform": platform.platform(),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "CPU kernel": kernel.status(),
+        "torch threads": str(torch.get_num_threads()),
+        "accelerator": str(accelerator) if accelerator else "none",
+        "torch.distributed": "available" if torch.distributed.is_available() else "not available",
+    }
+
+
+def installed_version(package: str) -> str:
+    """The version of a package, or that there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,127 @@
+"""A Clipper on the optimizers of a Lightning Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torchclip.clipper import Clipper, Nonfinite, Scope
+from torchclip.history import Record
+from torchclip.integrations.loggers import Scalars
+from torchclip.thresholds import MaxNorm
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "torchclip.integrations.lightning needs lightning; install it with: "
+        "pip install 'torchclip[lightning]'"
+    ) from error
+
+__all__ = ["ClipperCallback"]
+
+
+class ClipperCallback(Callback):
+    """Clips in every step of the Trainer's optimizers, with automatic and with manual optimization.
+
+    ::
+
+        trainer = Trainer(callbacks=[ClipperCallback(max_norm=1.0)])
+
+    Each optimizer has its own :class:`torchclip.Clipper` while ``fit`` runs.  Checkpoints carry the clippers'
+    state.  Do not pass ``gradient_clip_val`` to the Trainer as well.
+
+    Args:
+        max_norm, norm_type, scope, nonfinite: as for :class:`torchclip.Clipper`.
+        log: whether to log ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` (``clip_0/...``,
+            ``clip_1/...`` for several optimizers) with the module's ``log_dict``.  On an accelerator this
+            waits for the norm in every step.
+
+    Attributes:
+        clippers (list[Clipper]): one for each optimizer, in order, from the start of ``fit``; their history
+            stays readable afterwards.
+    """
+
+    def __init__(
+        self,
+        max_norm: MaxNorm,
+        *,
+        norm_type: float | str = 2.0,
+        scope: Scope = "global",
+        nonfinite: Nonfinite = "propagate",
+        log: bool = True,
+    ) -> None:
+        super().__init__()
+        self._max_norm = max_norm
+        self._options: dict[str, Any] = {"norm_type": norm_type, "scope": scope, "nonfinite": nonfinite}
+        self._log = log
+        self._to_log: dict[str, float] = {}
+        self._states: list[dict[str, Any]] = []
+        self.clippers: list[Clipper] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put a clipper on each optimizer.
+
+        Raises:
+            ValueError: if the Trainer clips too, or its strategy hides the gradients from the optimizer.
+        """
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip before ClipperCallback "
+                "does; leave it out"
+            )
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} shards gradients out of ClipperCallback's sight; use "
+                "ModelParallelStrategy (FSDP2), or Trainer(gradient_clip_val=...) without this callback"
+            )
+        self.clippers = []
+        several = len(trainer.optimizers) > 1
+        for i, optimizer in enumerate(trainer.optimizers):
+            note = self._note(f"clip_{i}" if several else "clip") if self._log else None
+            self.clippers.append(Clipper(optimizer, self._max_norm, on_clip=note, **self._options))
+        self._restore()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log the batch's step, if there was one."""
+        if self._to_log:
+            pl_module.log_dict(self._to_log)
+            self._to_log = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the clippers off."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the clippers off."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clippers' state, for the checkpoint."""
+        return {"clippers": [clipper.state_dict() for clipper in self.clippers]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; the Trainer loads it before the optimizers exist, or after."""
+        self._states = list(state_dict["clippers"])
+        self._restore()
+
+    def _note(self, prefix: str) -> Callable[[Record], None]:
+        scalars = Scalars(prefix)
+        return lambda record: self._to_log.update(scalars(record))
+
+    def _restore(self) -> None:
+        if not (self.clippers and self._states):
+            return
+        if len(self._states) != len(self.clippers):
+            raise ValueError(
+                f"the checkpoint holds the state of {len(self._states)} clippers, "
+                f"but there are {len(self.clippers)} optimizers"
+            )
+        for clipper, state in zip(self.clippers, self._states, strict=True):
+            clipper.load_state_dict(state)
+        self._states = []
+
+    def _detach(self) -> None:
+        for clipper in self.clippers:
+            clipper.detach()

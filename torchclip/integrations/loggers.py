@@ -1,0 +1,63 @@
+"""What a clipper did in a step, as numbers for any logger."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from torchclip.history import Record
+
+__all__ = ["DictLogger", "Scalars"]
+
+
+class Scalars:
+    """Turns the records of one clipper into named numbers.
+
+    Args:
+        prefix: what the names begin with, before a slash.
+        window: over how many of the latest steps the share of clipped steps is taken.
+
+    Example:
+        >>> scalars = Scalars()
+        >>> scalars(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False))
+        {'clip/total_norm': 4.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
+    """
+
+    def __init__(self, prefix: str = "clip", window: int = 100) -> None:
+        self._prefix = prefix
+        self._clipped: deque[bool] = deque(maxlen=window)
+
+    def __call__(self, record: Record) -> dict[str, float]:
+        """The numbers after a step; call it once for every step."""
+        self._clipped.append(record.clipped)
+        return {
+            f"{self._prefix}/total_norm": record.total_norm,
+            f"{self._prefix}/max_norm": record.max_norm,
+            f"{self._prefix}/clipped_share": sum(self._clipped) / len(self._clipped),
+        }
+
+
+class DictLogger:
+    """For ``Clipper(on_clip=...)``: hands the numbers of every step to a function that takes a dictionary.
+
+    For Weights & Biases, so that they go along with what is logged next::
+
+        on_clip=DictLogger(functools.partial(wandb.log, commit=False))
+
+    Args:
+        log: called with a dictionary of names and numbers after every step.
+        prefix: what the names begin with, before a slash.
+
+    Example:
+        >>> on_clip = DictLogger(print)
+        >>> on_clip(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False))
+        {'clip/total_norm': 4.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
+    """
+
+    def __init__(self, log: Callable[[dict[str, float]], object], prefix: str = "clip") -> None:
+        self._log = log
+        self._scalars = Scalars(prefix)
+
+    def __call__(self, record: Record) -> None:
+        """Log one step."""
+        self._log(self._scalars(record))

@@ -1,0 +1,38 @@
+"""Clipping in TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torchclip.history import Record
+from torchclip.integrations.loggers import Scalars
+
+__all__ = ["ScalarLogger"]
+
+
+class _Writer(Protocol):
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
+
+
+class ScalarLogger:
+    """For ``Clipper(on_clip=...)``: writes norm, threshold and share of clipped steps as scalars.
+
+    ::
+
+        from torch.utils.tensorboard import SummaryWriter  # pip install 'torchclip[tensorboard]'
+
+        clipper = torchclip.Clipper(optimizer, 1.0, on_clip=ScalarLogger(SummaryWriter()))
+
+    Args:
+        writer: a :class:`torch.utils.tensorboard.SummaryWriter`, or whatever has its ``add_scalar``.
+        prefix: what the tags begin with, before a slash.
+    """
+
+    def __init__(self, writer: _Writer, prefix: str = "clip") -> None:
+        self._writer = writer
+        self._scalars = Scalars(prefix)
+
+    def __call__(self, record: Record) -> None:
+        """Write one step."""
+        for tag, value in self._scalars(record).items():
+            self._writer.add_scalar(tag, value, record.step)

@@ -1,0 +1,152 @@
+"""torchclip in the place of torch's own clipping functions, for code that calls those."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.nn.utils import clip_grad
+
+from torchclip import clip
+
+__all__ = ["install", "installed", "places", "uninstall"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _stand_in(ours: _Function) -> _Function:
+    """A twin of one of torchclip's functions, to carry a ``__wrapped__`` (untrue of the original).
+
+    It has the same code, not a call to it: a warning's ``stacklevel`` still points at the user's line.
+    """
+    twin = types.FunctionType(
+        ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__
+    )
+    twin.__kwdefaults__ = ours.__kwdefaults__
+    twin.__annotations__ = ours.__annotations__
+    twin.__doc__ = ours.__doc__
+    twin.__module__ = __name__  # where pickle finds it
+    twin.__signature__ = inspect.signature(ours)  # type: ignore[attr-defined]  # not that of __wrapped__
+    return cast(_Function, twin)
+
+
+clip_grad_norm_ = _stand_in(clip.clip_grad_norm_)
+clip_grad_value_ = _stand_in(clip.clip_grad_value_)
+clip_grads_with_norm_ = _stand_in(clip.clip_grads_with_norm_)
+get_total_norm = _stand_in(clip.get_total_norm)
+
+_STAND_INS = (clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm)
+_lock = threading.RLock()
+_replaced: dict[tuple[types.ModuleType, str], Any] = {}
+_stays = False
+_blocks = 0
+
+
+def install() -> list[str]:
+    """Put torchclip in the place of torch's clipping functions, in this process, until :func:`uninstall`.
+
+    From now on ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and
+    ``get_total_norm``, and the same in ``torch.nn.utils.clip_grad``, are torchclip's; the ``__wrapped__`` of
+    each is the function that was there.  Installing twice changes nothing.
+
+    What does not change: FSDP1's own method ``model.clip_grad_norm_``, and names imported before, as by
+    ``from torch.nn.utils import clip_grad_norm_``.  Install before the modules with such a line are
+    imported.  (torch's ``clip_grad_norm_`` looks its two halves up when it is called, so that even an old
+    reference to it computes the norm and scales through torchclip; the three others stay torch's.)
+
+    Returns:
+        The names in loaded modules that still hold one of torch's functions, as ``"module.name"``, sorted.
+        Attributes of classes and objects are not searched.
+
+    Example:
+        >>> holders = install()
+        >>> parameters = torch.nn.Linear(2, 2).parameters()
+        >>> torch.nn.utils.clip_grad_norm_(parameters, max_norm=-1.0)
+        Traceback (most recent call last):
+        ValueError: `max_norm` must be at least 0, got -1.0
+        >>> uninstall()
+    """
+    global _stays
+    with _lock:
+        _stays = True
+        _put()
+        return _holders()
+
+
+def uninstall() -> None:
+    """Put back exactly what was there before :func:`install` or :func:`installed`, also within its block."""
+    global _stays
+    with _lock:
+        _stays = False
+        _put_back()
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """:func:`install` for the length of a ``with`` block.
+
+    The functions are replaced for all threads.  Blocks may be nested and may overlap: the last one to end
+    puts torch's functions back, unless :func:`install` was called.
+
+    Example:
+        >>> with installed():
+        ...     norm = torch.nn.utils.get_total_norm([torch.full((4,), 1e20)])  # torch's would be inf
+        >>> norm
+        tensor(2.0000e+20)
+    """
+    global _blocks
+    with _lock:
+        _blocks += 1
+        _put()
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if not (_blocks or _stays):
+                _put_back()
+
+
+def places() -> Iterator[tuple[types.ModuleType, str, Callable[..., Any]]]:
+    """Where torch keeps the functions: module, name there, and what :func:`install` puts there."""
+    for module in (torch.nn.utils, clip_grad):
+        for function in _STAND_INS:
+            # Some are private where they are defined.
+            for name in (function.__name__, f"_{function.__name__}"):
+                if hasattr(module, name):
+                    yield module, name, function
+
+
+def _put() -> None:
+    if _replaced:
+        return
+    for function in _STAND_INS:
+        vars(function)["__wrapped__"] = getattr(torch.nn.utils, function.__name__)
+    for module, name, function in places():
+        _replaced[module, name] = getattr(module, name)
+        setattr(module, name, function)
+
+
+def _put_back() -> None:
+    for (module, name), function in _replaced.items():
+        setattr(module, name, function)
+    _replaced.clear()
+
+
+def _holders() -> list[str]:
+    originals = {id(function) for function in _replaced.values()}
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+    return sorted(
+        {
+            f"{module.__name__}.{name}"
+            for module in modules
+            for name, value in list(vars(module).items())
+            if id(value) in originals
+        }
+    )

@@ -1,0 +1,371 @@
+"""A recurrent language model that learns because its gradients are clipped: the command ``torchclip train``.
+
+Read from top to bottom, this file shows how clipping goes into a training loop: it is one line in
+:func:`train`.  The rest is a plain character-level language model on real text, trained by truncated
+backpropagation through time: a recurrent network reads some 64 characters, predicts the successor of each,
+and the gradient flows back through all of these steps.  At each of them it is multiplied by the recurrent
+weights, and that is where it explodes.
+
+The command trains two models, from the same weights and on the same batches: one with clipping, one without.
+A model stored with ``--save`` is loaded and used like this::
+
+    from torchclip.train import load_model, sample
+
+    model, vocabulary = load_model("model.pt")
+    print(sample(model, vocabulary, length=500, seed=1))
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torchclip
+
+# The learning rates are as high as training with clipping bears; that is what clipping is good for.
+LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0}
+MAX_NORMS = {"rnn": 0.5, "lstm": 0.25}
+EMBEDDING = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the numbers of a run depend on, besides the text."""
+
+    cell: str
+    hidden: int
+    lr: float
+    max_norm: float
+    steps: int
+    batch: int
+    bptt: int
+    seed: int
+
+
+# The text
+
+
+def read_text(path: Path | None) -> str:
+    """The text of a file; without one, Python's documentation of itself, topic after topic."""
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _refusal(f"--text {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise _refusal(
+            "this Python lacks its documentation (pydoc_data): pass a text with --text FILE"
+        ) from None
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def encode(text: str, vocabulary: str) -> Tensor:
+    """Each character's position in the vocabulary: int64, of shape ``(characters,)``."""
+    position = {character: i for i, character in enumerate(vocabulary)}
+    return torch.tensor([position[character] for character in text])
+
+
+def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows of text, and the same windows one character later, which are to be predicted.
+
+    The text is cut into ``batch`` equally long streams, which are read side by side.  Each window begins
+    where the last one ended, so that the network can carry its state on; after the end they begin anew.
+
+    Args:
+        tokens: the encoded text, int64, of shape ``(characters,)``.
+        options: of which ``batch``, ``bptt`` and ``steps`` are used.
+
+    Yields:
+        ``steps`` pairs of inputs and targets, each of shape ``(batch, bptt)``.
+    """
+    length = len(tokens) // options.batch
+    streams = tokens[: options.batch * length].view(options.batch, length)
+    for step in range(options.steps):
+        start = step * options.bptt % (length - options.bptt)
+        stop = start + options.bptt
+        yield streams[:, start:stop], streams[:, start + 1 : stop + 1]
+
+
+# The model
+
+State = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None at the beginning
+
+
+class Model(nn.Module):
+    """Characters in, a score for every possible next character out."""
+
+    def __init__(self, cell: str, vocabulary_size: int, hidden: int) -> None:
+        super().__init__()
+        recurrent = {"rnn": nn.RNN, "lstm": nn.LSTM}[cell]
+        self.embedding = nn.Embedding(vocabulary_size, EMBEDDING)
+        self.recurrent = recurrent(EMBEDDING, hidden, batch_first=True)
+        self.output = nn.Linear(hidden, vocabulary_size)
+
+    def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Read on from a state.
+
+        Args:
+            tokens: int64, of shape ``(batch, time)``.
+            state: the one in which the last call ended.
+
+        Returns:
+            scores of shape ``(batch, time, vocabulary_size)``, and the state in which this call ended.
+        """
+        hidden, state = self.recurrent(self.embedding(tokens), state)
+        return self.output(hidden), state
+
+
+def detached(state: State) -> State:
+    """The state without its past: here backpropagation through time is truncated."""
+    if isinstance(state, tuple):
+        return state[0].detach(), state[1].detach()
+    return None if state is None else state.detach()
+
+
+# Training
+
+
+class Step(NamedTuple):
+    """What is kept of one training step."""
+
+    loss: float
+    norm: float  # of all gradients together, before clipping
+
+
+def train(model: Model, tokens: Tensor, options: Options, max_norm: float) -> Iterator[Step]:
+    """Train the model in place, a step for each ``next()``.
+
+    An infinite ``max_norm`` measures the gradients without clipping them.  A loss that is not finite is the
+    last one: nothing can be learned after it.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
+    state = None
+    for inputs, targets in batches(tokens, options):
+        scores, state = model(inputs, detached(state))
+        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        # Clipping is this line: after backward() has made the gradients, before step() uses them.
+        norm = torchclip.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+
+        yield Step(loss.item(), norm.item())
+        if not loss.isfinite():
+            return
+
+
+@dataclass
+class Run:
+    """One model in training, with its steps so far."""
+
+    name: str
+    model: Model
+    max_norm: float
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss is not finite."""
+        return bool(self.steps) and not math.isfinite(self.steps[-1].loss)
+
+
+def start_runs(only: str | None, vocabulary: str, options: Options) -> list[Run]:
+    """The runs to compare, without and with clipping, from the same weights."""
+    max_norms = {"unclipped": math.inf, "clipped": options.max_norm}
+    runs = []
+    for name in [only] if only else max_norms:
+        torch.manual_seed(options.seed)
+        runs.append(Run(name, Model(options.cell, len(vocabulary), options.hidden), max_norms[name]))
+    return runs
+
+
+def advance(runs: list[Run], tokens: Tensor, options: Options) -> None:
+    """Train all runs to their end, step by step beside each other, so that an interrupt meets them level."""
+    trainings = [train(run.model, tokens, options, run.max_norm) for run in runs]
+    for steps in zip_longest(*trainings):
+        for run, step in zip(runs, steps, strict=True):
+            if step is not None:
+                run.steps.append(step)
+
+
+# Using the model
+
+
+@torch.no_grad()
+def sample(model: Model, vocabulary: str, length: int, seed: int) -> str | None:
+    """Text that the model writes, or None if its scores are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    token = torch.zeros(1, 1, dtype=torch.int64)  # the first of the vocabulary: in most texts, the line break
+    state, text = None, ""
+    for _ in range(length):
+        scores, state = model(token, state)
+        if not scores.isfinite().all():
+            return None
+        token = scores[:, -1].softmax(-1).multinomial(1, generator=generator)
+        text += vocabulary[int(token)]
+    return text
+
+
+def save_model(path: Path, model: Model, vocabulary: str, options: Options) -> None:
+    """Store the model's weights, and what :func:`load_model` needs to build it again."""
+    torch.save({"model": model.state_dict(), "vocabulary": vocabulary, "options": asdict(options)}, path)
+
+
+def load_model(path: str | Path) -> tuple[Model, str]:
+    """The model in a file that ``torchclip train --save`` wrote, and its vocabulary."""
+    stored = torch.load(path, weights_only=True)
+    vocabulary, options = stored["vocabulary"], stored["options"]
+    model = Model(options["cell"], len(vocabulary), options["hidden"])
+    model.load_state_dict(stored["model"])
+    return model, vocabulary
+
+
+# The command
+
+
+def run(
+    text: Path | None,
+    only: str | None,
+    plot: Path | None,
+    save: Path | None,
+    cell: str,
+    lr: float | None,
+    max_norm: float | None,
+    **counts: int,
+) -> int:
+    """Train with and without clipping, and show the difference.
+
+    Args:
+        text: the file to learn from; by default Python's own documentation.
+        only: ``"clipped"`` or ``"unclipped"`` for one run instead of both.
+        plot: where the picture of loss and gradient norm goes.
+        save: where the clipped (or only) model goes.
+        cell: ``"rnn"`` or ``"lstm"``.
+        lr: the learning rate; by default the cell's in ``LEARNING_RATES``.
+        max_norm: the threshold of clipping; by default the cell's in ``MAX_NORMS``.
+        counts: the other :class:`Options`.
+
+    Returns:
+        the exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        argparse.ArgumentError: if the text cannot be used.
+        OSError: if a file cannot be read or written.
+    """
+    from torchclip import display  # needs rich, which the functions above do not
+
+    options = Options(cell, lr=lr or LEARNING_RATES[cell], max_norm=max_norm or MAX_NORMS[cell], **counts)
+    characters = read_text(text)
+    needed = options.batch * (options.bptt + 1)
+    if len(characters) < needed:
+        raise _refusal(
+            f"the text is too short: it has {len(characters):,} characters, and --batch {options.batch} with "
+            f"--bptt {options.bptt} needs {needed:,}; pass a longer text or smaller numbers"
+        )
+    vocabulary = "".join(sorted(set(characters)))
+    tokens = encode(characters, vocabulary)
+    runs = start_runs(only, vocabulary, options)
+
+    display.introduction(options, text, tokens, vocabulary)
+    interrupted = False
+    with display.live_table(runs, options):
+        try:
+            advance(runs, tokens, options)
+        except KeyboardInterrupt:
+            interrupted = True
+    display.closing_table(runs, options, vocabulary)
+    display.samples(runs, [sample(run.model, vocabulary, length=400, seed=options.seed) for run in runs])
+    if plot is not None:
+        display.plot(runs, options, plot)
+    if save is not None:
+        save_model(save, runs[-1].model, vocabulary, options)
+        display.saved(save)
+    return 130 if interrupted else 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``torchclip train``."""
+    add = parser.add_argument
+    rates, thresholds = _by_cell(LEARNING_RATES), _by_cell(MAX_NORMS)
+    add(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to learn from (default: Python's documentation)"
+    )
+    add("--only", choices=["clipped", "unclipped"], help="one run instead of both")
+    add("--cell", choices=["rnn", "lstm"], default="rnn", help="tanh RNN or LSTM (default: %(default)s)")
+    add("--max-norm", type=positive, metavar="X", help=f"threshold of clipping (default: {thresholds})")
+    add("--lr", type=positive, metavar="X", help=f"learning rate of SGD (default: {rates})")
+    add("--steps", type=count, metavar="N", default=300, help="training steps (default: %(default)s)")
+    add("--hidden", type=count, metavar="N", default=128, help="hidden units (default: %(default)s)")
+    add("--batch", type=count, metavar="N", default=32, help="streams of text (default: %(default)s)")
+    add("--bptt", type=count, metavar="N", default=64, help="characters a step (default: %(default)s)")
+    add("--seed", type=seed, metavar="N", default=0, help="same seed, same numbers (default: %(default)s)")
+    add("--plot", type=png_file, metavar="FILE", help="draw loss and gradient norm into a PNG file")
+    add(
+        "--save",
+        type=file_to_write,
+        metavar="FILE",
+        help="store the clipped (or only) model; torchclip.train.load_model reads it",
+    )
+
+
+def _by_cell(defaults: dict[str, float]) -> str:
+    return ", ".join(f"{value:g} for {cell}" for cell, value in defaults.items())
+
+
+def positive(text: str) -> float:
+    """An option's value that is a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+    return value
+
+
+def count(text: str) -> int:
+    """An option's value that is a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An option's value that torch takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {text}")
+    return value
+
+
+def file_to_write(text: str) -> Path:
+    """An option's value that is a file to write; refused now rather than after the training."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written to")
+    return path
+
+
+def png_file(text: str) -> Path:
+    """An option's value that is a PNG file to write."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text}")
+    return file_to_write(text)
+
+
+def _refusal(message: str) -> argparse.ArgumentError:
+    return argparse.ArgumentError(None, message)
