@@ -50,7 +50,7 @@ def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
     found = [*checks(rows), *(checks(series) if series else [])]
     missed = [check for check in found if not check.met]
     lines = (
-        [f"{len(found) - len(missed)} of {len(found)} targets are met. Missed:"] if missed else ["All met."]
+        [f"{len(found) - len(missed)} of {len(found)} targets are met. Missed:\n"] if missed else ["All met."]
     )
     lines += [f"- {c.row}: {c.what} {c.measured:.2f}, target {c.at_least:.2g}" for c in missed]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Mixed precision with a GradScaler and gradient accumulation: norm and threshold are those of unscaled gradients.
+"""Mixed precision with a GradScaler, and gradient accumulation: clipping sees the unscaled gradients.
 
 pip install torchclip
 python examples/amp.py

@@ -1,4 +1,4 @@
-"""A plain training loop: an RNN learns to add two numbers of a sequence; the clipper belongs to the optimizer.
+"""A plain training loop: an RNN learns to add two numbers, and its optimizer clips.
 
 pip install torchclip
 python examples/plain.py
@@ -17,14 +17,14 @@ optimizer = torch.optim.Adam([*rnn.named_parameters(), *readout.named_parameters
 clipper = torchclip.Clipper(optimizer, max_norm=1.0)  # from here on optimizer.step() clips
 
 
-def batch(size=64, length=20):
+def batch(size=32, length=10):
     """Sequences of numbers, two of them marked; the answer is the sum of these two."""
     numbers = torch.rand(size, length)
     marks = torch.zeros(size, length).scatter(1, torch.rand(size, length).topk(2).indices, 1.0)
     return torch.stack([numbers, marks], dim=-1), (numbers * marks).sum(1, keepdim=True)
 
 
-for step in range(400):
+for step in range(300):
     x, y = batch()
     optimizer.zero_grad()
     loss = F.mse_loss(readout(rnn(x)[0][:, -1]), y)

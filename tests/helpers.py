@@ -1,4 +1,4 @@
-"""What the test modules share: gradients to clip, exact norms, and a table of all clippers with their twins."""
+"""What the test modules share: gradients to clip, exact norms, and all clippers with their twins."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -57,12 +57,19 @@ def assert_same_up_to_rounding(actual: Tensor, expected: np.ndarray) -> None:
     """Each number within two units in the last place of the tensor's dtype."""
     info = torch.finfo(actual.dtype)
     # The twin adds up in another order, which float64 shows.
-    close = dict(rtol=max(2 * info.eps, 1e-14), atol=2 * info.smallest_normal * info.eps)
+    close = {"rtol": max(2 * info.eps, 1e-14), "atol": 2 * info.smallest_normal * info.eps}
     np.testing.assert_allclose(as_numpy(actual), expected, **close)
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.detach()
+        .clone(memory_format=torch.contiguous_format)
+        .view(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 def exact_norm(values: Sequence[float]) -> float:

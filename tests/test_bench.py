@@ -66,7 +66,7 @@ def test_gradients_are_restored_bit_for_bit():
 def test_the_exact_norm_is_that_of_numpy():
     gradients = Gradients(SMALL)
     everything = np.concatenate([tensor.double().numpy().ravel() for tensor in gradients.tensors])
-    assert gradients.exact_norm() == pytest.approx(np.linalg.norm(everything), rel=1e-14)
+    assert gradients.norm == pytest.approx(np.linalg.norm(everything), rel=1e-14)
 
 
 @pytest.mark.parametrize("name", ["torch", "kernel off", "torchclip"])
@@ -76,7 +76,7 @@ def test_every_call_clips_and_nothing_loses_its_digits(name, dtype):
     found = contenders.contenders(gradients, rivals=[])
     if name not in found:
         pytest.skip("the kernel is not built")
-    numbers = bench.second_arguments("clipping", gradients.exact_norm())
+    numbers = bench.second_arguments("clipping", gradients.norm)
     clip, parameters = found[name].calls["clipping"]
     for max_norm in numbers:
         norm = clip(parameters, max_norm)
@@ -88,7 +88,7 @@ def test_every_call_clips_and_nothing_loses_its_digits(name, dtype):
 
 def test_no_call_clips_where_it_is_not_needed():
     gradients = Gradients(SMALL)
-    numbers = bench.second_arguments("no clipping", gradients.exact_norm())
+    numbers = bench.second_arguments("no clipping", gradients.norm)
     torch.nn.utils.clip_grad_norm_(gradients.parameters, min(numbers))
     assert all(torch.equal(a, b) for a, b in zip(gradients.tensors, gradients.originals(), strict=True))
 

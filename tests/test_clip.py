@@ -39,7 +39,7 @@ SHAPES = {
     "many": [(5,)] * 40,
     "mixed": [(2, 3, 4), (), (7, 1), (1, 1, 1, 1)],
     "with empty ones": [(0,), (5,), (3, 0), (0, 3)],
-    "large": [(300, 257), (70_000,), (3,)],
+    "large": [(66_000,), (90, 200), (3,)],
 }
 LIMITS = [0, 0.01, 1.0, 3, 1e9, INF]
 names = pytest.mark.parametrize("name", CLIPPERS)
@@ -49,9 +49,11 @@ changing = pytest.mark.parametrize("name", CHANGING)
 def grid(name):
     """Shapes, dtypes and orders that a function takes."""
     orders = NORM_TYPES if CLIPPERS[name].orders else [2]
-    for shapes, dtype, order in itertools.product(SHAPES.values(), DTYPES, orders):
-        if not (name == "clip_grad_value_" and dtype.is_complex):
-            yield shapes, dtype, order
+    for (kind, shapes), dtype, order in itertools.product(SHAPES.items(), DTYPES, orders):
+        if name == "clip_grad_value_" and dtype.is_complex:
+            continue
+        for limit in [1.0] if kind in ("large", "many") else LIMITS:
+            yield shapes, dtype, order, limit
 
 
 def norms_close(actual, expected, dtype):
@@ -65,57 +67,56 @@ def norms_close(actual, expected, dtype):
 @names
 def test_equals_its_numpy_twin(name):
     clipper = CLIPPERS[name]
-    for shapes, dtype, order in grid(name):
+    for shapes, dtype, order, limit in grid(name):
         gradients, values = random_gradients(shapes, dtype), random_gradients(shapes, dtype, scale=0.5)
-        for limit in LIMITS if len(shapes) < 5 else LIMITS[2:3]:
-            parameters = with_gradients([g.clone() for g in gradients], [v.clone() for v in values])
-            twins = [as_numpy(g) for g in gradients]
-            result = clipper.ours(parameters, limit, order)
-            expected = clipper.twin([as_numpy(v) for v in values], twins, limit, order)
-            if expected is not None:
-                norms_close(result, expected, dtype)
-            for parameter, value, twin in zip(parameters, values, twins, strict=True):
-                assert torch.equal(parameter, value)
-                assert_same_up_to_rounding(parameter.grad, twin)
+        parameters = with_gradients([g.clone() for g in gradients], [v.clone() for v in values])
+        twins = [as_numpy(g) for g in gradients]
+        result = clipper.ours(parameters, limit, order)
+        expected = clipper.twin([as_numpy(v) for v in values], twins, limit, order)
+        if expected is not None:
+            norms_close(result, expected, dtype)
+        for parameter, value, twin in zip(parameters, values, twins, strict=True):
+            assert torch.equal(parameter, value)
+            assert_same_up_to_rounding(parameter.grad, twin)
 
 
 @pytest.mark.parametrize("name", [n for n, c in CLIPPERS.items() if c.torchs])
 def test_equals_torch_where_torch_is_right(name):
     clipper = CLIPPERS[name]
-    for shapes, dtype, order in grid(name):
+    for shapes, dtype, order, limit in grid(name):
         # Torch counts tensors for order 0, has no inf norm of nothing, and sums in float16.
         if order == 0 or shapes is SHAPES["with empty ones"]:
             continue
         if dtype in LOW_PRECISION and (order not in (2, INF, "inf") or shapes is SHAPES["large"]):
             continue
-        gradients = random_gradients(shapes, dtype)
-        for limit in LIMITS:
-            if name == "clip_grad_value_" and dtype == torch.float16 and limit == 1e9:
-                continue  # torch refuses a number beyond the dtype's range
-            mine, theirs = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
-            result, expected = clipper.ours(mine, limit, order), clipper.torchs(theirs, limit, order)
-            rtol = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
-            if expected is not None:
-                np.testing.assert_allclose(float(result), float(expected), rtol=rtol)
-            for a, b in zip(mine, theirs, strict=True):
-                torch.testing.assert_close(a.grad, b.grad, rtol=rtol, atol=rtol)
+        if name == "clip_grad_value_" and dtype == torch.float16 and limit == 1e9:
+            continue  # torch refuses a number beyond the dtype's range
+        mine, theirs = (with_gradients(random_gradients(shapes, dtype)) for _ in range(2))
+        result, expected = clipper.ours(mine, limit, order), clipper.torchs(theirs, limit, order)
+        rtol = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
+        if expected is not None:
+            np.testing.assert_allclose(float(result), float(expected), rtol=rtol)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize(
-    "shapes", [[(4,)], [(4, 3), (4, 2, 2), (4,)], [(1, 5)], [(0, 3)], [(3, 0)], [(0,)], [(33, 3000)]]
+    "shapes", [[(4,)], [(4, 3), (4, 2, 2), (4,)], [(0, 3)], [(3, 0)], [(0,)], [(33, 3000)]]
 )
+@pytest.mark.parametrize("limit", [0.0, 1.0, INF])
 def test_per_example_equals_its_numpy_twin(shapes, limit, dtype):
     gradients = random_gradients(shapes, dtype)
     before = [bits(g) for g in gradients]
     sums, clipped = torchclip.clip_per_example(gradients, limit)
     expected, expected_clipped = reference.clip_per_example([as_numpy(g) for g in gradients], limit)
-    assert clipped.shape == () and clipped.dtype == torch.int64
+    assert clipped.shape == ()
+    assert clipped.dtype == torch.int64
     assert int(clipped) == expected_clipped
     assert [bits(g) for g in gradients] == before
     for total, gradient, twin in zip(sums, gradients, expected, strict=True):
-        assert total.shape == gradient.shape[1:] and total.dtype == dtype
+        assert total.shape == gradient.shape[1:]
+        assert total.dtype == dtype
         np.testing.assert_allclose(
             as_numpy(total), twin, rtol=1e-5, atol=10 * torch.finfo(dtype).eps * max(1, len(gradient)) ** 0.5
         )
@@ -140,7 +141,8 @@ def test_per_example_gives_what_single_examples_clipped_one_by_one_add_up_to():
         above += int(torchclip.clip_grad_norm_(model.parameters(), 1.0) > 1)
         for total, p in zip(expected, model.parameters(), strict=True):
             total += p.grad
-    assert 0 < above < 6 and int(clipped) == above
+    assert 0 < above < 6
+    assert int(clipped) == above
     for a, b in zip(sums, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -163,12 +165,18 @@ def test_parameters_without_gradient_are_passed_over(name):
     assert all(bool((p.grad < 2).all()) for p in (parameters[0], parameters[2]))
 
 
+def generator(parameters):
+    yield from parameters
+
+
 def dict_values(parameters):
     return dict(enumerate(parameters)).values()
 
 
 @changing
-@pytest.mark.parametrize("wrap", [list, tuple, iter, lambda ps: (p for p in ps), nn.ParameterList, set, dict_values])
+@pytest.mark.parametrize(
+    "wrap", [list, tuple, iter, lambda ps: (p for p in ps), nn.ParameterList, set, dict_values]
+)
 def test_any_iterable_of_parameters(name, wrap):
     parameters = with_gradients([torch.full((3,), 2.0), torch.full((2,), 2.0)])
     CLIPPERS[name].ours(wrap(parameters), 0.5, 2) if name != "clip_grads_with_norm_" else (
@@ -202,7 +210,8 @@ def test_no_parameters():
     assert torchclip.clip_grad_norm_(with_gradients([None]), 1.0, "inf").equal(torch.tensor(0.0))
     assert torchclip.clip_grad_norm_per_parameter_([], 1.0).equal(torch.zeros(0))
     sums, clipped = torchclip.clip_per_example([], 1.0)
-    assert sums == [] and clipped.equal(torch.tensor(0))
+    assert sums == []
+    assert clipped.equal(torch.tensor(0))
     torchclip.clip_grad_value_([], 1.0)
     torchclip.clip_grads_with_norm_([], 1.0, 5.0)
     torchclip.clip_grad_adaptive_([])
@@ -214,10 +223,14 @@ def test_an_empty_generator_warns_where_it_was_passed(name):
         "clip_grad_norm_": lambda: torchclip.clip_grad_norm_((p for p in []), 1.0),
         "clip_grads_with_norm_": lambda: torchclip.clip_grads_with_norm_((p for p in []), 1.0, 1.0),
         "clip_grad_value_": lambda: torchclip.clip_grad_value_((p for p in []), 1.0),
-        "clip_grad_norm_per_parameter_": lambda: torchclip.clip_grad_norm_per_parameter_((p for p in []), 1.0),
+        "clip_grad_norm_per_parameter_": lambda: torchclip.clip_grad_norm_per_parameter_(
+            (p for p in []), 1.0
+        ),
         "clip_grad_adaptive_": lambda: torchclip.clip_grad_adaptive_(p for p in []),
     }[name]
-    with pytest.warns(UserWarning, match="`parameters` is an empty generator, no gradient clipping") as caught:
+    with pytest.warns(
+        UserWarning, match="`parameters` is an empty generator, no gradient clipping"
+    ) as caught:
         call()
     assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings(record=True) as torchs:
@@ -299,7 +312,9 @@ def test_the_norm_of_expanded_and_overlapping_tensors_counts_every_element():
 
 def sparse_gradients():
     places = torch.tensor([[0, 2, 2], [1, 0, 0]])
-    uncoalesced = torch.sparse_coo_tensor(places, torch.tensor([3.0, 4.0, 5.0]), (3, 2), check_invariants=True)
+    uncoalesced = torch.sparse_coo_tensor(
+        places, torch.tensor([3.0, 4.0, 5.0]), (3, 2), check_invariants=True
+    )
     hybrid = torch.sparse_coo_tensor([[1, 3, 1]], randn(3, 4), (5, 4), check_invariants=True)
     dense = torch.tensor([[0.0, -3.0], [0.0, 0.0], [9.0, 0.5]])
     return {
@@ -312,7 +327,9 @@ def sparse_gradients():
         "bsr": randn(4, 4).to_sparse_bsr((2, 2)),
         "float64": hybrid.double(),
         "bfloat16": hybrid.bfloat16(),
-        "nothing stored": torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (3, 2), check_invariants=True),
+        "nothing stored": torch.sparse_coo_tensor(
+            torch.zeros(2, 0), torch.zeros(0), (3, 2), check_invariants=True
+        ),
     }
 
 
@@ -446,7 +463,8 @@ def test_torchs_defaults_do_not_matter(name):
     assert all(n.dtype == torch.float32 and n.device.type == "cpu" for n in none)
     assert count.device.type == "cpu"
     if result is not None:
-        assert result.dtype == expected.dtype and torch.equal(result, expected)
+        assert result.dtype == expected.dtype
+        assert torch.equal(result, expected)
     for a, b in zip(mine, others, strict=True):
         assert torch.equal(a.grad, b.grad)
 
@@ -463,7 +481,8 @@ def test_meta_tensors_give_shapes(name):
     result = CLIPPERS[name].ours(on_meta(), 0.5, 2)
     if result is not None:
         per_parameter = name == "clip_grad_norm_per_parameter_"
-        assert result.device.type == "meta" and result.shape == ((2,) if per_parameter else ())
+        assert result.device.type == "meta"
+        assert result.shape == ((2,) if per_parameter else ())
 
 
 @names
@@ -476,7 +495,8 @@ def test_fake_tensors_give_shapes(name):
         sums, clipped = torchclip.clip_per_example([torch.ones(4, 3)], 1.0)
     if result is not None:
         assert result.shape == ((2,) if name == "clip_grad_norm_per_parameter_" else ())
-    assert sums[0].shape == (3,) and clipped.shape == ()
+    assert sums[0].shape == (3,)
+    assert clipped.shape == ()
 
 
 def test_norms_inside_functional_transforms():

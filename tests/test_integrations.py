@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
@@ -28,6 +29,11 @@ from torchclip.integrations.tensorboard import ScalarLogger
 
 # What frameworks warn about depends on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
@@ -255,6 +261,13 @@ def test_the_lightning_callback_leaves_the_optimizer_as_it_was(tmp_path):
 def test_the_lightning_callback_refuses_to_clip_twice(tmp_path):
     with pytest.raises(ValueError, match="gradient_clip_val"):
         fit(Module(), tmp_path, for_lightning.ClipperCallback(MAX_NORM), gradient_clip_val=1.0)
+
+
+def test_the_lightning_callback_refuses_gradients_that_it_cannot_see():
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer._accelerator_connector.strategy = FSDPStrategy()  # which no Trainer takes without a GPU
+    with pytest.raises(ValueError, match="FSDPStrategy shards"):
+        for_lightning.ClipperCallback(MAX_NORM).on_fit_start(trainer, Module())
 
 
 # Hugging Face

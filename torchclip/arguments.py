@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["norm_order", "number", "refuse_item", "shown", "tensor_iterable", "threshold"]
+__all__ = ["norm_order", "number", "refuse_item", "shown", "tensor_list", "threshold"]
 
 
 def threshold(name: str, value: Any) -> float:
@@ -45,13 +45,16 @@ def number(name: str, value: Any, hint: str = "") -> float:
     raise TypeError(f"`{name}` must be a number, got {shown(value)}{hint}")
 
 
-def tensor_iterable(name: str, tensors: Any) -> Iterable[Tensor]:
-    """``tensors`` as an iterable, a single tensor as one of itself, or an error that says what to pass."""
-    if isinstance(tensors, Tensor):
-        return (tensors,)
-    if isinstance(tensors, (nn.ParameterList, list, tuple)):
+def tensor_list(name: str, tensors: Any) -> list[Tensor]:
+    """``tensors`` as a list, a single tensor as a list of itself, or an error that says what to pass.
+
+    What the items are is not looked at here.
+    """
+    if type(tensors) is list:
         return tensors
-    if isinstance(tensors, nn.Module):
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if isinstance(tensors, nn.Module) and not isinstance(tensors, nn.ParameterList):
         raise TypeError(f"`{name}` is a module ({type(tensors).__name__}); pass its `.parameters()`")
     if isinstance(tensors, torch.optim.Optimizer):
         raise TypeError(
@@ -60,7 +63,7 @@ def tensor_iterable(name: str, tensors: Any) -> Iterable[Tensor]:
         )
     if isinstance(tensors, (Mapping, str, bytes, np.ndarray)) or not isinstance(tensors, Iterable):
         raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}")
-    return tensors
+    return list(tensors)
 
 
 def refuse_item(name: str, index: int, item: Any) -> NoReturn:

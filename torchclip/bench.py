@@ -189,8 +189,7 @@ def compare(
         The number of rounds, quartiles of the floor's seconds, and for each contender what :func:`summary`
         says, with the relative error of the norm that it returned; or, where it failed, the error's message.
     """
-    exact = gradients.exact_norm()
-    numbers = second_arguments(operation, exact)
+    numbers = second_arguments(operation, gradients.norm)
     timers = {"floor": Timer(floors(gradients), operation, numbers)}
     entries: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():
@@ -203,7 +202,7 @@ def compare(
             entries[name] = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
         else:
             timers[name] = timer
-            entries[name] = {"norm_error": None if norm is None else abs(norm / exact - 1)}
+            entries[name] = {"norm_error": None if norm is None else abs(norm / gradients.norm - 1)}
     times = _rounds(timers, effort)
     for name in timers.keys() & entries.keys():
         entries[name] |= summary(times[name], times["torch"], times["floor"])
@@ -233,7 +232,7 @@ class Timer:
     def __init__(self, contender: Contender, operation: str, numbers: Sequence[float]) -> None:
         self.function, self.gradients = contender.calls[operation]
         self.contender = contender
-        self.numbers = numbers
+        self.numbers = [numbers[0]] * len(numbers) if contender.one_number else numbers
         self.calls = 1
 
     def first_call(self) -> float | None:
@@ -241,7 +240,7 @@ class Timer:
         with self.contender.context():
             self.contender.restore()
             norm = self.function(self.gradients, self.numbers[0])
-            self._call(self.numbers[1:4])  # torch.compile compiles once more when numbers turn out to vary
+            self._call(self.numbers[1:4])
         return None if norm is None else float(norm)
 
     def fill(self, seconds: float) -> None:

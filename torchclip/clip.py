@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchclip import eager, gradients, units
-from torchclip.arguments import norm_order, number, refuse_item, tensor_iterable, threshold
+from torchclip.arguments import norm_order, number, refuse_item, tensor_list, threshold
 from torchclip.combine import combine_tensors
 from torchclip.norm import as_result, as_results, refuse_nonfinite
 
@@ -359,7 +359,7 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
 
 
 def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    tensors = list(tensor_iterable("grads", grads))
+    tensors = tensor_list("grads", grads)
     for i, grad in enumerate(tensors):
         if not isinstance(grad, Tensor):
             refuse_item("grads", i, grad)

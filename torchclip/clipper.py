@@ -18,7 +18,7 @@ from torchclip import arguments, eager, gradients
 from torchclip.clip import clip_coefficient
 from torchclip.combine import combine, combine_tensors
 from torchclip.history import History, Record
-from torchclip.norm import refuse_nonfinite, result_dtype
+from torchclip.norm import in_double, refuse_nonfinite
 from torchclip.thresholds import MaxNorm, MaxNormRule
 
 __all__ = ["Clipper"]
@@ -415,7 +415,7 @@ class Clipper:
             and all(group.get("fused") for group in self.optimizer.param_groups)
             and len(sets) == 1
             and self._scope != "parameter"
-            and result_dtype(sets[0].batch) == torch.float32
+            and not in_double(sets[0].batch)
             and not sets[0].shares_gradients()
         )
 

@@ -10,11 +10,9 @@ the same parameters; it does not matter whether these have a gradient on every r
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -26,28 +24,30 @@ from torchclip.combine import combine_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Placement, Shard
 
 __all__ = [
+    "ABSENT",
     "Layout",
-    "across_groups",
     "across_meshes",
     "as_groups",
+    "dtensor_types",
     "has_ranks",
     "is_partial",
     "is_sharded",
     "layout_of",
     "locals_of",
-    "neutral",
+    "split_alike",
+    "total",
     "without_partial",
 ]
 
-# How many layouts one exchange can carry; real models have up to about four.
-_SLOTS = 16
+ABSENT = -1.0
+"""What ranks exchange for the norm of no elements at all; it changes no joint norm, of whatever order."""
 
 
 class Layout(NamedTuple):
-    """A mesh, and the dimensions of it along which a tensor is split."""
+    """A mesh, and the dimensions of it along which a tensor is split over several ranks, in order."""
 
     mesh: DeviceMesh
     dims: tuple[int, ...]
@@ -58,28 +58,61 @@ def has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def dtensor_types() -> tuple[type, ...]:
+    """DTensor, or nothing while there can be none: its module, slow to import, has not been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor."""
-    # The module is slow to import, and without it there can be none.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return isinstance(tensor, dtensor_types())
 
 
 def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None:
-    """How a tensor is split; None if this rank has all of it.
+    """How a tensor lies on its mesh; None for a plain one.
 
     With ``except_dim``, only as far as it is split along other dimensions of its own than this one.
     """
     if not is_sharded(tensor):
         return None
-    dims = tuple(
-        i
-        for i, placement in enumerate(tensor.placements)
-        if not (placement.is_replicate() or placement.is_partial())
-        # Not only Shard, also the other kinds of it, which have a dim as well.
-        and cast("Shard", placement).dim != except_dim
+    mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:  # a rank outside of the mesh holds nothing, and takes no part
+        return Layout(mesh, ())
+    return Layout(
+        mesh,
+        tuple(
+            i
+            for i, placement in enumerate(tensor.placements)
+            if mesh.size(i) > 1
+            and not (placement.is_replicate() or placement.is_partial())
+            # Not only Shard, also the other kinds of it, which have a dim as well.
+            and cast("Shard", placement).dim != except_dim
+        ),
     )
-    return Layout(tensor.device_mesh, dims) if dims else None
+
+
+def split_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether this rank holds the same elements of two tensors of one shape."""
+    if not (is_sharded(a) and is_sharded(b)):
+        return is_sharded(a) == is_sharded(b)
+    return a.device_mesh == b.device_mesh and _splits(a) == _splits(b)
+
+
+def _splits(tensor: DTensor) -> list[Placement | None]:
+    return [None if p.is_replicate() or p.is_partial() else p for p in tensor.placements]
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor, in the tensor's own memory."""
+    dtensor = dtensor_types()
+    with torch.no_grad():
+        return [cast("DTensor", t).to_local() if isinstance(t, dtensor) else t for t in tensors]
+
+
+def is_partial(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor that is pending a reduction."""
+    return is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements)
 
 
 def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -119,59 +152,6 @@ def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
-def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, in the tensor's own memory."""
-    with torch.no_grad():
-        return [t.to_local() if is_sharded(t) else t for t in tensors]
-
-
-def is_partial(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor that is pending a reduction."""
-    return is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements)
-
-
-def neutral(p: float) -> float:
-    """The norm of a part without elements, which changes no joint norm."""
-    return math.inf if p < 0 else 0.0
-
-
-def across_meshes(vectors: Mapping[Layout | None, Tensor], p: float) -> dict[Layout | None, Tensor]:
-    """Join this rank's norms with those of the ranks that hold the other parts, element by element.
-
-    Args:
-        vectors: for each layout, norms of parts that lie like this: float64, one dimension.
-        p: the order of the norms.
-
-    Returns:
-        The joint norms, the same on every rank that holds a part; those without a layout as they are.
-    """
-    split = {layout: vector for layout, vector in vectors.items() if layout is not None}
-    joint = _across_meshes(split, p)
-    return {layout: vector if layout is None else joint[layout] for layout, vector in vectors.items()}
-
-
-def _across_meshes(vectors: Mapping[Layout, Tensor], p: float) -> Mapping[Layout, Tensor]:
-    groups = list(dict.fromkeys(layout.mesh.get_group(d) for layout in vectors for d in layout.dims))
-    if len(groups) > 1 and all(len(v) == 1 for v in vectors.values()) and _span_world(vectors):
-        return _across_world(vectors, p)
-    joint = dict(vectors)
-    for group in groups:
-        split = [layout for layout in vectors if any(layout.mesh.get_group(d) is group for d in layout.dims)]
-        gathered = _gather(torch.cat([joint[layout] for layout in split]), group)
-        combined = torch.split(combine_tensors(gathered.T, p), [len(joint[layout]) for layout in split])
-        joint.update(zip(split, combined, strict=True))
-    return joint
-
-
-def across_groups(norm: Tensor, groups: Sequence[dist.ProcessGroup], p: float) -> Tensor:
-    """Join a norm (0-dim) with those of the other ranks of each group."""
-    for group in groups:
-        # Somebody's pipeline stage may lie on the CPU, another's on an accelerator; the group decides.
-        device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
-        norm = combine_tensors(_gather(norm.reshape(1).to(device), group).T, p)[0]
-    return norm
-
-
 def as_groups(group: Any) -> list[dist.ProcessGroup]:
     """The argument ``group`` as a list: None, a process group, or several."""
     if group is None:
@@ -186,55 +166,108 @@ def as_groups(group: Any) -> list[dist.ProcessGroup]:
     return groups
 
 
-def _gather(vector: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's vector, as the rows of a matrix."""
-    rows = [torch.empty_like(vector) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, vector.contiguous(), group=group)
-    return torch.stack(rows)
+# Norms
 
 
-def _span_world(layouts: Iterable[Layout]) -> bool:
-    """Whether one of the meshes has all ranks, so that all of them make this call."""
-    return any(layout.mesh.size() == dist.get_world_size() for layout in layouts)
+def total(norms: Mapping[Layout | None, Tensor], groups: Sequence[dist.ProcessGroup], p: float) -> Tensor:
+    """The joint norm of everything that the ranks hold.
 
+    Args:
+        norms: for each layout and for None, the norm of what this rank holds of the tensors that lie like
+            this, or :data:`ABSENT`: float64, of shape (1,).
+        groups: process groups whose other ranks hold other plain tensors, and DTensors on other meshes.
+        p: the order of the norms.
 
-def _across_world(vectors: Mapping[Layout, Tensor], p: float) -> dict[Layout, Tensor]:
-    """:func:`across_meshes` for one norm a layout, in a single collective among all ranks.
-
-    Ranks may have different meshes besides the one that they share, so what they send is labelled.
+    Returns:
+        A float64 tensor of shape (1,), the same on every rank.
     """
-    if len(vectors) > _SLOTS:
-        raise RuntimeError(
-            f"gradients are split in {len(vectors)} different ways over the meshes, more than {_SLOTS}; clip "
-            "them in several calls, with the norms from get_total_norm"
-        )
-    some = next(iter(vectors.values()))
-    labels = some.new_tensor([_label(layout) for layout in vectors])
-    sent = some.new_full((2, _SLOTS), neutral(p))
-    sent[0].fill_(-1.0)[: len(labels)] = labels
-    sent[1, : len(labels)] = torch.cat(list(vectors.values()))
-    world = cast("dist.ProcessGroup", dist.group.WORLD)
-    gathered = _gather(sent.view(-1), world).view(-1, 2, _SLOTS)
-    joint = {}
-    for layout, label in zip(vectors, labels, strict=True):
-        holders = gathered[_holders(layout)]
-        values = torch.where(holders[:, 0] == label, holders[:, 1], neutral(p))
-        # One slot of a rank has the value, the others are neutral.
-        of_ranks = values.amin(dim=1) if p < 0 else values.amax(dim=1)
-        joint[layout] = combine_tensors(of_ranks, p).reshape(1)
+    on_meshes = {layout: norm for layout, norm in norms.items() if layout is not None}
+    world = next((layout.mesh for layout in on_meshes if layout.dims and _has_all_ranks(layout.mesh)), None)
+    # With each norm a mesh all of whose ranks have got it.
+    joint: list[tuple[DeviceMesh, Tensor]]
+    if world is None:
+        joint = [(layout.mesh, norm) for layout, norm in across_meshes(on_meshes, p).items()]
+    else:
+        # Every rank makes this call: one exchange does, whatever other meshes some of them have besides.
+        mine = [norm for layout, norm in on_meshes.items() if _has_first_copy(layout)]
+        of_rank = _join(torch.cat(mine), p).view(1) if mine else torch.full_like(norms[None], ABSENT)
+        joint = [(world, _across_group(of_rank, cast("dist.ProcessGroup", dist.group.WORLD), p))]
+    mine = [norm for mesh, norm in joint if all(_comes_first(mesh, group) for group in groups)]
+    result = _join(torch.cat([norms[None], *mine]), p).view(1)
+    for group in groups:
+        result = _across_group(result, group, p)
+    return result.clamp(min=0.0)
+
+
+def across_meshes(vectors: Mapping[Any, Tensor], p: float) -> dict[Any, Tensor]:
+    """Join this rank's norms with those of the ranks that hold the other parts, element by element.
+
+    Args:
+        vectors: for each layout, norms of parts that lie like this, or :data:`ABSENT`: float64, of one
+            dimension.
+        p: the order of the norms.
+
+    Returns:
+        The joint norms, the same on every rank that holds a part; those without a layout as they are.
+    """
+    joint = dict(vectors)
+    for group, layouts in _rounds([layout for layout in vectors if layout is not None]):
+        sent = torch.cat([joint[layout] for layout in layouts])
+        gathered = _gather(sent.to(layouts[0].mesh.device_type), group).to(sent.device)
+        parts = torch.split(_join(gathered.T, p), [len(joint[layout]) for layout in layouts])
+        joint.update(zip(layouts, parts, strict=True))
     return joint
 
 
-@functools.lru_cache
-def _holders(layout: Layout) -> list[int]:
-    """The ranks that hold the other parts of what this rank has a part of, and itself."""
-    here = cast("Sequence[int]", layout.mesh.get_coordinate())
-    at = tuple(slice(None) if d in layout.dims else here[d] for d in range(layout.mesh.ndim))
-    return layout.mesh.mesh[at].flatten().tolist()
+def _rounds(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layout]]]:
+    """Which groups of ranks exchange something, in order, and the layouts that it concerns.
+
+    Each set of ranks once.  A norm is joined along the dimensions of its mesh one by one, in the same order
+    on every rank of the mesh, whatever other meshes a rank has besides.
+    """
+    found: dict[frozenset[int], tuple[dist.ProcessGroup, list[Layout]]] = {}
+    latest: dict[frozenset[int], int] = {}
+    for layout in layouts:
+        for dim in layout.dims:
+            group = layout.mesh.get_group(dim)
+            ranks = frozenset(dist.get_process_group_ranks(group))
+            found.setdefault(ranks, (group, []))[1].append(layout)
+            latest[ranks] = max(dim, latest.get(ranks, 0))
+    return [found[ranks] for ranks in sorted(found, key=latest.__getitem__)]
 
 
-@functools.lru_cache
-def _label(layout: Layout) -> float:
-    """A number that the ranks of a mesh agree on, another for another mesh: a hash that fits a float64."""
-    text = repr((layout.mesh.mesh.tolist(), layout.dims))
-    return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
+def _across_group(norm: Tensor, group: dist.ProcessGroup, p: float) -> Tensor:
+    """Join a norm of shape (1,) with those of the other ranks of a group."""
+    # The tensors of one rank may lie on the CPU, another's on an accelerator; the group decides.
+    device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
+    return _join(_gather(norm.to(device), group).T, p).to(norm.device)
+
+
+def _gather(vector: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's vector, as the rows of a matrix."""
+    rows = vector.new_empty(dist.get_world_size(group), len(vector))
+    dist.all_gather(list(rows.unbind()), vector, group=group)
+    return rows
+
+
+def _join(norms: Tensor, p: float) -> Tensor:
+    """The joint norms along the last dimension; :data:`ABSENT` where all are."""
+    absent = norms < 0
+    joint = combine_tensors(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
+    return joint.masked_fill(absent.all(dim=-1), ABSENT)
+
+
+def _has_all_ranks(mesh: DeviceMesh) -> bool:
+    return mesh.size() == dist.get_world_size()
+
+
+def _has_first_copy(layout: Layout) -> bool:
+    """Whether of all ranks that have copies of the same parts this one counts them."""
+    here = layout.mesh.get_coordinate()
+    return here is not None and all(at == 0 for d, at in enumerate(here) if d not in layout.dims)
+
+
+def _comes_first(mesh: DeviceMesh, group: dist.ProcessGroup) -> bool:
+    """Whether of all ranks of a group that are in a mesh this is the first."""
+    ranks = dist.get_process_group_ranks(group)
+    return dist.get_rank() == min(set(ranks).intersection(mesh.mesh.flatten().tolist()), default=None)

@@ -21,12 +21,16 @@ __all__ = [
     "norm",
     "norms",
     "on_host",
+    "recorded",
     "row_norms",
     "scale_",
     "scale_rows_",
     "traced",
     "zero_nonfinite_",
 ]
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 # Elements looked at in one go, so that what is allocated on the way does not grow with the gradients.
 _PIECE = 1 << 20
@@ -38,13 +42,14 @@ _SMALL = 1 << 14
 _LARGE = 1 << 16
 
 
+def recorded() -> bool:
+    """Whether operations are being compiled or intercepted, so that all have to be torch's."""
+    return _is_compiling() or _dispatch_modes() > 0
+
+
 def traced() -> bool:
-    """Whether operations are being recorded or intercepted, so that no value may be looked at."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+    """Whether no value may be looked at: operations are recorded, or inside a transform as ``vmap``."""
+    return recorded() or torch._C._functorch.maybe_current_level() is not None
 
 
 def on_host(tensors: Sequence[Tensor]) -> bool:
@@ -144,7 +149,7 @@ def _matrix_norms(rows: Tensor, p: float) -> Tensor:
     """The norms of the rows of a matrix in float64, without overflow or underflow on the way."""
     wide = rows.to(_wide(rows))
     if wide.is_complex() and p != 2:
-        wide = wide.abs()  # vector_norm's order 0 looks at real parts only
+        wide = wide.abs()  # of a single complex number vector_norm looks at the real part only for order 0
     plain: Tensor = vector_norm(wide, p, dim=1)
     if p in (0, math.inf, -math.inf) or (p in (1, 2) and rows.dtype in _NARROW):
         return plain

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchclip import arguments, distributed, eager, kernel
-from torchclip.combine import combine, combine_tensors
+from torchclip.combine import combine
 
 __all__ = [
     "clamp_",
@@ -31,13 +31,16 @@ __all__ = [
 
 _KERNEL_ORDERS = frozenset({1.0, 2.0, math.inf})
 _threads = torch.get_num_threads
+_CPU = torch.device("cpu")
 
 
 def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> Any:
     """The distinct gradients of the parameters that have one, in order, as a batch or as :class:`Sharded`."""
-    items = arguments.tensor_iterable("parameters", parameters)
-    batch = _gathered(items, "parameters", group)
-    if batch.count == 0 and isinstance(parameters, types.GeneratorType):
+    items = arguments.tensor_list("parameters", parameters)
+    batch = kernel.Batch(items, "parameters", True) if eager.recorded() else kernel.gradients(items)
+    if batch.subclassed or group is not None:
+        return _sharded(batch, items, True, group)
+    if not items and isinstance(parameters, types.GeneratorType):
         # Users know the warning from torch: most often the generator was used up before.
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     return batch
@@ -45,25 +48,20 @@ def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> A
 
 def of_tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Any:
     """The distinct tensors of an argument named ``tensors``, likewise."""
-    return _gathered(arguments.tensor_iterable("tensors", tensors), "tensors", group)
+    items = arguments.tensor_list("tensors", tensors)
+    batch = _local(items)
+    return _sharded(batch, items, False, group) if batch.subclassed or group is not None else batch
 
 
-def _gathered(items: Iterable[Tensor], name: str, group: Any) -> Any:
-    groups = distributed.as_groups(group)
-    if not isinstance(items, (list, tuple)):
-        items = list(items)
-    take_grad = name == "parameters"
-    batch = _local(items, name, take_grad)
+def _local(tensors: Sequence[Tensor]) -> Any:
+    return kernel.Batch(tensors, "tensors", False) if eager.recorded() else kernel.tensors(tensors)
+
+
+def _sharded(batch: Any, items: Sequence[Tensor], take_grad: bool, group: Any) -> Any:
     # A parameter without a gradient here may have one on another rank, which waits for this one.
-    if groups or (batch.subclassed and any(map(distributed.is_sharded, items))):
-        return Sharded(items, take_grad, groups)
+    if group is not None or any(map(distributed.is_sharded, items)):
+        return Sharded(items, take_grad, distributed.as_groups(group))
     return batch
-
-
-def _local(items: Sequence[Tensor], name: str, take_grad: bool) -> Any:
-    if eager.traced():
-        return kernel.Batch(items, name, take_grad)
-    return kernel.gradients(items) if take_grad else kernel.tensors(items)
 
 
 class Sharded:
@@ -81,18 +79,35 @@ class Sharded:
 
     def __init__(self, items: Sequence[Tensor], take_grad: bool, groups: Sequence[Any]) -> None:
         self._groups = groups
-        found: dict[int, Tensor] = {}
-        # In the order of the items, on every rank: how each is split, and which of `all` it is, if here.
-        self._places: list[tuple[distributed.Layout | None, int | None]] = []
+        self.all: list[Tensor] = []
+        # How tensors lie, in the order of the items on every rank, and which of `all` do: None stands for one
+        # that is not here, but may be on other ranks.
+        self._places: dict[distributed.Layout | None, list[int | None]] = {}
+        self._partial = False
+        self._sharded: list[Tensor] = []
+        found: dict[int, int] = {}
+        places_like: dict[Any, list[int | None]] = {}
+        dtensor = distributed.dtensor_types()
         for item in dict.fromkeys(items):
-            tensor = item.grad if take_grad else item
-            if tensor is None:
-                self._places.append((distributed.layout_of(item), None))
-            elif id(tensor) not in found:
-                self._places.append((distributed.layout_of(tensor), len(found)))
-                found[id(tensor)] = tensor
-        self.all = list(found.values())
-        self.local = _local(distributed.locals_of(self.all), "tensors", take_grad=False)
+            grad = item.grad if take_grad else item
+            tensor = item if grad is None else grad
+            sharded = isinstance(tensor, dtensor)
+            like = (id(tensor.device_mesh), tensor.placements) if sharded else None  # type: ignore[attr-defined]
+            places = places_like.get(like)
+            if places is None:
+                layout = distributed.layout_of(tensor)
+                places = places_like[like] = self._places.setdefault(layout, [])
+                self._partial |= distributed.is_partial(tensor)
+            if grad is None:
+                places.append(None)
+                continue
+            places.append(found.setdefault(id(grad), len(self.all)))
+            if len(found) > len(self.all):
+                self.all.append(grad)
+                if sharded:
+                    self._sharded.append(grad)
+        self._locals = distributed.locals_of(self.all)
+        self.local = _local(self._locals)
         self.count, self.complex, self.double = len(items), self.local.complex, self.local.double
 
     @property
@@ -102,60 +117,67 @@ class Sharded:
 
     def written(self) -> Any:
         """The local batch, for a change in place that the tensors it belongs to shall know of."""
-        sharded = [tensor for tensor in self.all if distributed.is_sharded(tensor)]
-        torch.autograd.graph.increment_version(sharded)
+        torch.autograd.graph.increment_version(self._sharded)
         return self.local
+
+    def refuse_partial(self, what: str) -> None:
+        """Raise an error for tensors pending a reduction, whose elements are not known before it."""
+        for i, tensor in enumerate(self.all if self._partial else []):
+            if distributed.is_sharded(tensor) and distributed.is_partial(tensor):
+                raise TypeError(
+                    f"{what} needs the elements of gradient {i} of shape {tuple(tensor.shape)}, but it is "
+                    f"pending a reduction over ranks ({tensor.placements}); reduce it first "
+                    "(`p.grad = p.grad.redistribute(placements=p.placements)`)"
+                )
 
     def norm(self, p: float) -> float | Tensor:
         """The norm of all the tensors on all ranks."""
         held = self._held()
-        by_layout: dict[distributed.Layout | None, list[Tensor]] = {}
-        for layout, place in self._places:
-            by_layout.setdefault(layout, []).extend([] if place is None else [held[place]])
-        vectors = {layout: self._vector([_norm_of(tensors, p)]) for layout, tensors in by_layout.items()}
-        joint = distributed.across_meshes(vectors, p)
-        total = combine_tensors(torch.cat([self._vector([distributed.neutral(p)]), *joint.values()]), p)
-        return self._numbers(distributed.across_groups(total, self._groups, p).reshape(1))[0]
+        norms: dict[distributed.Layout | None, Tensor] = {None: self._vector([distributed.ABSENT])}
+        for layout, places in self._places.items():
+            tensors = [held[i] for i in dict.fromkeys(places) if i is not None]
+            norms[layout] = self._vector([self._norm_of(tensors, p)])
+        return self._numbers(distributed.total(norms, self._groups, p))[0]
 
     def norms(self, p: float) -> list[float | Tensor]:
         """The norm of each tensor, with the parts of it that other ranks hold."""
         held = self._held()
-        by_layout: dict[distributed.Layout | None, list[int | None]] = {}
-        for layout, place in self._places:
-            by_layout.setdefault(layout, []).append(place)
+        of_held = [self._norm_of([tensor], p) for tensor in held]
         vectors = {
-            layout: self._vector([_norm_of([] if i is None else [held[i]], p) for i in places])
-            for layout, places in by_layout.items()
+            layout: self._vector([distributed.ABSENT if i is None else of_held[i] for i in places])
+            for layout, places in self._places.items()
         }
         of_all: list[Any] = [None] * len(self.all)
         for layout, joint in distributed.across_meshes(vectors, p).items():
-            for i, value in zip(by_layout[layout], self._numbers(joint), strict=True):
+            for i, value in zip(self._places[layout], self._numbers(joint.clamp(min=0.0)), strict=True):
                 if i is not None:
                     of_all[i] = value
         return of_all
 
     def _held(self) -> Sequence[Tensor]:
         """What this rank holds of each tensor, to be measured: reduced if that is pending."""
-        if not any(map(distributed.is_partial, self.all)):
-            return self.local.all  # type: ignore[no-any-return]
+        if not self._partial:
+            return self._locals
         return distributed.locals_of(distributed.without_partial(self.all))
+
+    def _norm_of(self, tensors: Sequence[Tensor], p: float) -> float | Tensor:
+        """The norm of some of what this rank holds."""
+        if not any(tensor.numel() for tensor in tensors):
+            return distributed.ABSENT
+        whole = not self._partial and len(tensors) == len(self.local.all)
+        return norm(self.local if whole else _local(tensors), p)
 
     def _vector(self, values: Sequence[float | Tensor]) -> Tensor:
         """Norms as a float64 tensor of one dimension, where ranks exchange it."""
-        mesh = next((layout.mesh for layout, _ in self._places if layout is not None), None)
-        device = mesh.device_type if mesh else next((t.device for t in self.local.all), "cpu")
+        mesh = next((layout.mesh for layout in self._places if layout is not None), None)
+        device = mesh.device_type if mesh else next((t.device for t in self._locals), _CPU)
+        if not any(isinstance(v, Tensor) for v in values):
+            return torch.tensor(values, dtype=torch.float64, device=device)
         return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
 
     def _numbers(self, vector: Tensor) -> list[float | Tensor]:
         """The elements of a vector: floats, if nobody has to wait for the tensors' device."""
-        return vector.tolist() if eager.on_host(self.local.all) else list(vector)
-
-
-def _norm_of(tensors: list[Tensor], p: float) -> float | Tensor:
-    """The norm of what this rank holds, the neutral one if that is nothing."""
-    if not any(tensor.numel() for tensor in tensors):
-        return distributed.neutral(p)
-    return norm(_local(tensors, "tensors", take_grad=False), p)
+        return vector.tolist() if eager.on_host(self._locals) else list(vector)
 
 
 def refuse_expanded(tensors: Iterable[Tensor]) -> None:
@@ -193,7 +215,7 @@ def norms(batch: Any, p: float) -> list[float | Tensor]:
     """The norm of each tensor of the batch, in order: floats, or float64 tensors as in :func:`norm`."""
     if type(batch) is Sharded:
         return batch.norms(p)
-    if p not in _KERNEL_ORDERS:
+    if p not in _KERNEL_ORDERS or len(batch.rest) == len(batch.all):
         return eager.norms(batch.all, p)
     of_all: list[float | Tensor | None] = batch.norms(p, _threads())
     of_rest = iter(eager.norms(batch.rest, p))
@@ -230,6 +252,8 @@ def scale_each_(batch: Any, factors: Sequence[float | Tensor]) -> None:
 def clamp_(batch: Any, limit: float) -> None:
     """Limit every element of the batch in place to ``[-limit, limit]``."""
     if type(batch) is Sharded:
+        batch.refuse_partial("clipping by value")
         batch = batch.written()
-    batch.clamp(limit, _threads())
+    if len(batch.rest) < len(batch.all):
+        batch.clamp(limit, _threads())
     eager.clamp_(batch.rest, limit)

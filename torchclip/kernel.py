@@ -7,8 +7,9 @@ its tensors are the rest: the callers need not know which of the two they have.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +18,16 @@ from torch import Tensor, nn
 
 from torchclip import arguments
 
-__all__ = ["Batch", "disabled", "gradients", "status", "tensors"]
+__all__ = ["Batch", "disabled", "gradients", "scalar", "status", "tensors"]
 
+gradients: Callable[[Iterable[Tensor]], Any]
+"""A batch of the gradients of the parameters that have one."""
+tensors: Callable[[Iterable[Tensor]], Any]
+"""A batch of the tensors themselves."""
+scalar: Callable[[float, bool], Tensor]
+"""A 0-dim CPU tensor of a value, float64 (True) or float32."""
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -78,18 +87,28 @@ class Batch:
         """Clamps nothing."""
 
 
-def gradients(parameters: Iterable[Tensor]) -> Any:
-    """A batch of the gradients of the parameters that have one."""
-    if _extension is None:
-        return Batch(parameters, "parameters", take_grad=True)
-    return _extension.gradients(parameters)
+def _gradients(parameters: Iterable[Tensor]) -> Any:
+    return Batch(parameters, "parameters", take_grad=True)
 
 
-def tensors(items: Iterable[Tensor]) -> Any:
-    """A batch of the tensors themselves."""
-    if _extension is None:
-        return Batch(items, "tensors", take_grad=False)
-    return _extension.tensors(items)
+def _tensors(items: Iterable[Tensor]) -> Any:
+    return Batch(items, "tensors", take_grad=False)
+
+
+def _scalar(value: float, double: bool) -> Tensor:
+    in_range = double or value <= _FLOAT32_MAX or math.isnan(value)
+    dtype = torch.float64 if double else torch.float32
+    return torch.scalar_tensor(value if in_range else math.inf, dtype=dtype, device="cpu")
+
+
+def _use(extension: Any) -> None:
+    """Let the module's functions be those of the extension, or their twins in Python."""
+    global _extension, gradients, tensors, scalar
+    _extension = extension
+    if extension is None:
+        gradients, tensors, scalar = _gradients, _tensors, _scalar
+    else:
+        gradients, tensors, scalar = extension.gradients, extension.tensors, extension.scalar
 
 
 def status() -> str:
@@ -100,12 +119,12 @@ def status() -> str:
 @contextmanager
 def disabled() -> Iterator[None]:
     """Everything through torch operations, to compare the kernel with."""
-    global _extension
-    before, _extension = _extension, None
+    before = _extension
+    _use(None)
     try:
         yield
     finally:
-        _extension = before
+        _use(before)
 
 
 def _load() -> tuple[Any, str]:
@@ -128,4 +147,5 @@ def _load() -> tuple[Any, str]:
     return _kernel, "active"
 
 
-_extension, _reason = _load()
+_loaded, _reason = _load()
+_use(_loaded)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchclip import distributed, eager
+from torchclip import distributed, eager, kernel
 
-__all__ = ["as_result", "as_results", "refuse_nonfinite", "result_dtype"]
+__all__ = ["as_result", "as_results", "in_double", "refuse_nonfinite"]
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 _DOUBLE = frozenset({torch.float64, torch.complex128})
 _CPU = torch.device("cpu")
 _SHOWN = 10
@@ -21,28 +20,25 @@ _SHOWN = 10
 
 def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
     """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
-    dtype = result_dtype(batch)
-    if isinstance(total_norm, Tensor):
-        return total_norm.to(batch.all[0].device if batch.all else total_norm.device, dtype)
-    if dtype == torch.float64:
-        return torch.scalar_tensor(total_norm, dtype=dtype, device=_CPU)
-    if total_norm > _FLOAT32_MAX:
-        total_norm = math.inf
-    return torch.scalar_tensor(total_norm, dtype=torch.float32, device=_CPU)
+    if isinstance(total_norm, float):
+        return kernel.scalar(total_norm, in_double(batch))
+    return total_norm.to(
+        batch.all[0].device if batch.all else total_norm.device,
+        torch.float64 if in_double(batch) else torch.float32,
+    )
 
 
 def as_results(norms: Sequence[float | Tensor], batch: Any) -> Tensor:
     """Several norms as a tensor of one dimension, as :func:`as_result` returns one."""
     device = batch.all[0].device if batch.all else _CPU
-    in_double = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in norms]
-    dtype = result_dtype(batch)
-    return torch.stack(in_double).to(dtype) if in_double else torch.zeros(0, dtype=dtype, device=device)
+    wide = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in norms]
+    dtype = torch.float64 if in_double(batch) else torch.float32
+    return torch.stack(wide).to(dtype) if wide else torch.zeros(0, dtype=dtype, device=device)
 
 
-def result_dtype(batch: Any) -> torch.dtype:
-    """The dtype of a norm: float64 if any gradient is float64 or complex128, else float32."""
-    double = batch.double or any(t.dtype in _DOUBLE for t in batch.rest)
-    return torch.float64 if double else torch.float32
+def in_double(batch: Any) -> bool:
+    """Whether any gradient is float64 or complex128: then norms are float64, and else float32."""
+    return batch.double or (bool(batch.rest) and any(t.dtype in _DOUBLE for t in batch.rest))
 
 
 def refuse_nonfinite(

@@ -34,6 +34,7 @@ class Cost:
         calls: how many there were.
         ours: times in torchclip.
         torchs: times that torch's function took, in other calls.
+        sampled: whether torch's function ran at all.
         torch_error: what torch's function raised, if it did.
     """
 
@@ -41,18 +42,19 @@ class Cost:
         self.calls = 0
         self.ours: deque[float] = deque(maxlen=_MOST_TIMES)
         self.torchs: deque[float] = deque(maxlen=_MOST_TIMES)
+        self.sampled = False
         self.torch_error: str | None = None
 
 
 class Recorder:
     """Stands between a program and the functions that :func:`torchclip.install` has put in place.
 
-    A function's first call is only counted, every other is timed or sampled.  In a sampled call torch's
-    function runs first, on the same gradients, with a threshold that leaves them as they are: it computes
-    their norm and multiplies them by 1.  It thus finds them as the backward pass has left them, like
-    torchclip in the timed calls; what torchclip takes in a sampled call does not count.  Half of the first
-    calls and a sixteenth of the others are sampled, drawn at random (not with the program's random
-    numbers).  Tensor subclasses are not: for DTensors torch's function would communicate.
+    Every call is either timed or sampled.  In a sampled call torch's function runs first, on the same
+    gradients, with a threshold that leaves them as they are: it computes their norm and multiplies them by 1.
+    It thus finds them as the backward pass has left them, like torchclip in the timed calls; what torchclip
+    takes in a sampled call does not count.  Nor do a function's first call, and the first of torch's.  Half
+    of the first calls and a sixteenth of the others are sampled, drawn at random (not with the program's
+    random numbers).  Tensor subclasses are not: for DTensors torch's function would communicate.
 
     Nothing waits for an accelerator; work there that goes on when a call has returned is not in the times.
     Calls inside of a function under ``torch.compile`` are not seen.
@@ -138,7 +140,9 @@ class Recorder:
             # Torch's function would have raised here; what the program sees is torchclip's answer.
             cost.torch_error = f"{type(error).__name__}: {error}"
         else:
-            cost.torchs.append(seconds)
+            if cost.sampled:
+                cost.torchs.append(seconds)
+            cost.sampled = True
 
     def _harmless(
         self, name: str, items: list[Tensor], norm_type: Any = 2.0, foreach: bool | None = None, **_: Any

@@ -131,7 +131,7 @@ def _cost_line(name: str, cost: Cost, seconds: float) -> str:
     torchs = float(np.median(cost.torchs))
     saved = (torchs - ours) * cost.calls
     return (
-        f"{line}; torch's own {_duration(torchs)} (measured {len(cost.torchs):,} times): "
+        f"{line}; torch's own {_duration(torchs)} (measured {_count(len(cost.torchs), 'time')}): "
         f"{'saves' if saved >= 0 else 'costs'} {_duration(abs(saved))}, {abs(saved) / seconds:.1%} of the run"
     )
 

@@ -32,7 +32,7 @@ class Units(NamedTuple):
 
 def of_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Units]:
     """The units of the distinct parameters that have a gradient, here or (if sharded) on other ranks."""
-    items = arguments.tensor_iterable("parameters", parameters)
+    items = arguments.tensor_list("parameters", parameters)
     distinct = kernel.Batch(items, "parameters", take_grad=False).all
     chosen = [p for p in distinct if p.grad is not None or distributed.is_sharded(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
@@ -59,7 +59,7 @@ def _check(i: int, parameter: Tensor) -> None:
             f"gradient {i} of shape {tuple(grad.shape)} is sparse within its rows, whose norms adaptive "
             "clipping needs; make it dense first (`p.grad = p.grad.to_dense()`)"
         )
-    if distributed.layout_of(grad) != distributed.layout_of(parameter):
+    if not distributed.split_alike(grad, parameter):
         raise TypeError(
             f"gradient {i} of shape {tuple(grad.shape)} is not split as its parameter is; redistribute it "
             "(`p.grad = p.grad.redistribute(p.device_mesh, p.placements)`)"
@@ -91,7 +91,7 @@ def norms(units: Sequence[Units], p: float) -> list[Tensor]:
     Where units are split over ranks, with the parts of them that other ranks hold.
     """
     with torch.no_grad():
-        of_units = [torch.stack([eager.row_norms(u.weight, p), _grad_norms(u, p)]) for u in units]
+        of_units = [torch.stack([_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)]) for u in units]
     by_layout: dict[Layout | None, list[int]] = {}
     for i, each in enumerate(units):
         by_layout.setdefault(each.layout, []).append(i)
@@ -99,14 +99,15 @@ def norms(units: Sequence[Units], p: float) -> list[Tensor]:
     for layout, joint in distributed.across_meshes(vectors, p).items():
         at = by_layout[layout]
         for i, part in zip(at, torch.split(joint, [of_units[i].numel() for i in at]), strict=True):
-            of_units[i] = part.view(2, -1)
+            of_units[i] = part.view(2, -1).clamp(min=0.0)
     return of_units
 
 
-def _grad_norms(units: Units, p: float) -> Tensor:
-    if units.measured is None:
-        return units.weight.new_full((len(units.weight),), distributed.neutral(p), dtype=torch.float64)
-    return eager.row_norms(units.measured, p)
+def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
+    """The norms of what this rank holds of the units of a tensor."""
+    if tensor is None or (units.layout is not None and tensor.numel() == 0):
+        return units.weight.new_full((len(units.weight),), distributed.ABSENT, dtype=torch.float64)
+    return eager.row_norms(tensor, p)
 
 
 def scale_(units: Units, factors: Tensor) -> None:

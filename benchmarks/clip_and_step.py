@@ -1,0 +1,100 @@
+"""What clipping adds to a step of fused AdamW when there is something to clip: torch's function, and Clipper.
+
+    python benchmarks/clip_and_step.py [--only gpt2] [--json FILE]
+
+One process, the same parameters, and their gradients put back before every call.  Each round takes one step in
+every way, so that whatever else the machine does falls on all of them.  Shown are medians over the rounds.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torchclip
+from torchclip.bench import machine
+from torchclip.contenders import Gradients
+from torchclip.workloads import WORKLOADS
+
+ROUNDS = {"two-3x3": 1001, "ppo": 1001, "1000x64": 301, "gpt2": 15}
+WARM_UP = 3
+
+
+def ways(parameters: list[Tensor], max_norm: float) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    optimizer, clipped = (torch.optim.AdamW(parameters, lr=1e-6, fused=True) for _ in range(2))
+    torchclip.Clipper(clipped, max_norm)
+
+    def after(clip: Callable[..., Any]) -> Callable[[], object]:
+        return lambda: (clip(parameters, max_norm), optimizer.step())
+
+    return {
+        "step": optimizer.step,
+        "torch": after(torch.nn.utils.clip_grad_norm_),
+        "torchclip.clip_grad_norm_": after(torchclip.clip_grad_norm_),
+        "torchclip.Clipper": clipped.step,
+    }
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Median seconds of each way, and what the Clipper gains on torch."""
+    gradients = Gradients(WORKLOADS[name])
+    for parameter in gradients.parameters:
+        parameter.data.zero_()
+    contenders = ways(gradients.parameters, gradients.norm / 2)
+    times: dict[str, list[float]] = {way: [] for way in contenders}
+    order = list(contenders)
+    gc.disable()
+    for i in range(WARM_UP + ROUNDS[name]):
+        for way in order:
+            gradients.restore()
+            start = perf_counter()
+            contenders[way]()
+            seconds = perf_counter() - start
+            if i >= WARM_UP:
+                times[way].append(seconds)
+        order.reverse()  # so that a machine that slows down favours nobody
+    gc.enable()
+    medians = {way: median(of_way) for way, of_way in times.items()}
+    added = {way: seconds - medians["step"] for way, seconds in medians.items()}
+    return {
+        "workload": name,
+        "seconds": medians,
+        "speedup": median(t / c for t, c in zip(times["torch"], times["torchclip.Clipper"], strict=True)),
+        "added_share": added["torchclip.Clipper"] / added["torch"],
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=ROUNDS, help="a workload")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    arguments = parser.parse_args()
+    facts = machine()
+    print("\n".join(f"{name:<18} {value}" for name, value in facts.items()))
+    rows = []
+    for name in arguments.only or ROUNDS:
+        row = measure(name)
+        rows.append(row)
+        print(f"\n{WORKLOADS[name].title}")
+        for way, seconds in row["seconds"].items():
+            print(f"  {way:<28}{seconds * 1e6:>14,.1f} µs")
+        print(
+            f"  Clipper: {row['speedup']:.2f} x torch's speed, with {row['added_share']:.0%} of its added cost"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

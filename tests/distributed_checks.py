@@ -1,0 +1,626 @@
+"""Checks that all ranks run together, against the plain functions on the full tensors."""
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_helpers import worlds_of
+from helpers import DTYPES, NORM_TYPES, bits, randn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import torchclip
+
+INF = math.inf
+# Uneven over 2 and 4 ranks, with fewer rows than ranks, with none, and without an axis.
+SHAPES = [(10, 6), (3, 5), (7,), (1,), (2, 1, 3), (0, 4), (16, 4)]
+
+
+def split(full: Tensor, mesh, *placements) -> Tensor:
+    """A DTensor that has this value."""
+    return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
+
+
+def addends(full: Tensor, mesh, *placements) -> Tensor:
+    """A DTensor that has this value once the ranks' addends are reduced."""
+    where = [Replicate() if p.is_partial() else p for p in placements]
+    held = split(full, mesh, *where).to_local().clone()
+    for dim, placement in enumerate(placements):
+        if placement.is_partial():
+            # Powers of two: exact in every dtype.
+            ranks, place = mesh.size(dim), mesh.get_local_rank(dim)
+            shares = [2.0**-i for i in range(1, ranks)] + [2.0 ** (1 - ranks)]
+            held = held * (shares[place] * (ranks if placement.reduce_op == "avg" else 1))
+    return DTensor.from_local(held, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+
+
+def parameter(grad: Tensor | None, like: Tensor | None = None) -> nn.Parameter:
+    """A parameter that lies as its gradient, or as another tensor, does."""
+    like = grad if like is None else like
+    if isinstance(like, DTensor) and any(p.is_partial() for p in like.placements):
+        where = [Replicate() if p.is_partial() else p for p in like.placements]
+        like = split(torch.zeros(like.shape, dtype=like.dtype), like.device_mesh, *where)
+    result = nn.Parameter(torch.zeros_like(like))
+    result.grad = grad
+    return result
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_agreed(value: Tensor, group=None) -> None:
+    """The same bits on all ranks, in a plain tensor."""
+    assert type(value) is Tensor
+    of_ranks = [None] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, (value.dtype, bits(value)), group=group)
+    assert len(set(of_ranks)) == 1, value
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    # The product with the coefficient is rounded once: at most the last digit may differ.
+    rtol = max(torch.finfo(actual.dtype).eps, 1e-14)
+    torch.testing.assert_close(whole(actual), expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+def compare(fulls, grads, clip) -> None:
+    """The same result and the same gradients as of the full tensors, and the same result on every rank."""
+    oracle = [parameter(full.clone()) for full in fulls]
+    parameters = [parameter(grad) for grad in grads]
+    versions = [grad._version for grad in grads]
+    memory = [grad.to_local().data_ptr() if isinstance(grad, DTensor) else None for grad in grads]
+    expected, actual = clip(oracle), clip(parameters)
+    if expected is not None:
+        assert_agreed(actual)
+        assert actual.dtype == expected.dtype
+        rtol = 1e-12 if actual.dtype == torch.float64 else 0
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=0, equal_nan=True)
+    for full, before, at, grad, p, q in zip(fulls, versions, memory, grads, parameters, oracle, strict=True):
+        assert p.grad is grad
+        assert_same(grad, q.grad)
+        if isinstance(grad, DTensor):
+            assert grad.to_local().data_ptr() == at
+        if not torch.equal(q.grad, full):
+            assert grad._version > before
+
+
+def global_norm(limit, order=2.0):
+    return lambda parameters: torchclip.clip_grad_norm_(parameters, limit, order)
+
+
+def with_norm(limit, order):
+    def clip(parameters):
+        norm = torchclip.get_total_norm([p.grad for p in parameters], order)
+        torchclip.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
+    return clip
+
+
+def placements_on(mesh, shape) -> list[tuple]:
+    """All ways in which a tensor can lie on a mesh."""
+    each = [Replicate(), *(Shard(d) for d in range(len(shape)))]
+    ways = list(itertools.product(each, repeat=mesh.ndim))
+    if mesh.ndim == 2 and shape:
+        ways.append((_StridedShard(0, split_factor=mesh.size(1)), Shard(0)))
+    return ways
+
+
+def check_every_placement_on_a_line_of_ranks():
+    mesh = init_device_mesh("cpu", (4,))
+    fulls, grads = [], []
+    for i, shape in enumerate(SHAPES):
+        for way in placements_on(mesh, shape):
+            fulls.append(randn(*shape, seed=i))
+            grads.append(split(fulls[-1], mesh, *way))
+    for limit in (1.0, 1e6):
+        compare(fulls, [g.clone() for g in grads], global_norm(limit))
+
+
+def check_every_placement_on_a_grid_of_ranks():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    for i, shape in enumerate(SHAPES):
+        fulls, grads = [], []
+        for way in placements_on(mesh, shape):
+            fulls.append(randn(*shape, seed=i))
+            grads.append(split(fulls[-1], mesh, *way))
+            # One by one, as a mistake in one may be made good by another.
+            assert_agreed(torchclip.get_total_norm(grads[-1]))
+            assert torchclip.get_total_norm(grads[-1]) == torchclip.get_total_norm(fulls[-1])
+        compare(fulls, grads, global_norm(1.0))
+
+
+def check_norm_types():
+    mesh = init_device_mesh("cpu", (4,))
+    fulls = [randn(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    fulls[0][3, 2] = 0
+    for order, clip in itertools.product(NORM_TYPES, (global_norm, with_norm)):
+        compare(fulls, [split(f, mesh, Shard(0)) for f in fulls], clip(0.5, order))
+
+
+def check_norm_types_without_any_element():
+    mesh = init_device_mesh("cpu", (4,))
+    for order in NORM_TYPES:
+        for grads in ([], [split(torch.zeros(0, 4), mesh, Shard(0))]):
+            assert torchclip.get_total_norm(grads, order) == 0
+        assert torchclip.get_total_norm([], order, group=dist.group.WORLD) == 0
+
+
+def check_dtypes():
+    grid = init_device_mesh("cpu", (2, 2))
+    for dtype in DTYPES:
+        fulls = [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
+        for way in [(Shard(0), Replicate()), (_StridedShard(0, split_factor=2), Shard(0))]:
+            compare(fulls, [split(f, grid, *way) for f in fulls], global_norm(1.0))
+    mixed = [randn(5, 2, dtype=dtype, seed=i) for i, dtype in enumerate(DTYPES)]
+    compare(mixed, [split(f, grid, Shard(0), Shard(1)) for f in mixed], global_norm(1.0))
+
+
+def check_range():
+    """Norms whose squares leave float64."""
+    mesh = init_device_mesh("cpu", (4,))
+    for scale in (1e200, 1e-200):
+        full = randn(9, 4, dtype=torch.float64) * scale
+        compare([full], [split(full, mesh, Shard(0))], global_norm(scale))
+
+
+def check_pending_sums_and_averages():
+    grid = init_device_mesh("cpu", (2, 2))
+    ways = [
+        (Partial(), Replicate()),
+        (Shard(0), Partial()),
+        (Partial("avg"), Shard(1)),
+        (Partial(), Partial()),
+        (Shard(0), Replicate()),
+    ]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
+        fulls = [randn(6, 5, dtype=dtype, seed=i) for i in range(len(ways))]
+        grads = [addends(f, grid, *way) for f, way in zip(fulls, ways, strict=True)]
+        compare(fulls, [g.clone() for g in grads], global_norm(1.0))
+        compare(
+            fulls, [g.clone() for g in grads], lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 1.0)
+        )
+        assert all(g.placements == way for g, way in zip(grads, ways, strict=True))
+
+
+def check_pending_sums_are_not_clamped():
+    mesh = init_device_mesh("cpu", (4,))
+    p = parameter(addends(randn(6, 5), mesh, Partial()))
+    before = p.grad.to_local().clone()
+    with pytest.raises(TypeError, match=r"gradient 0 of shape \(6, 5\).*pending.*redistribute"):
+        torchclip.clip_grad_value_([p], 0.1)
+    assert torch.equal(p.grad.to_local(), before)
+
+
+def check_value():
+    grid = init_device_mesh("cpu", (2, 2))
+    for dtype in (torch.float32, torch.bfloat16):
+        fulls = [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
+        grads = [split(f, grid, Replicate(), Shard(0)) for f in fulls]
+        compare(fulls, grads, lambda ps: torchclip.clip_grad_value_(ps, 0.5))
+
+
+def check_norm_per_parameter():
+    grid = init_device_mesh("cpu", (2, 2))
+    for order in NORM_TYPES:
+        fulls, grads = [], []
+        for i, shape in enumerate(SHAPES):
+            for way in placements_on(grid, shape)[:6]:
+                fulls.append(randn(*shape, seed=i))
+                grads.append(split(fulls[-1], grid, *way))
+        plain = randn(4)
+        fulls.append(plain)
+        grads.append(plain.clone())
+        compare(fulls, grads, lambda ps, o=order: torchclip.clip_grad_norm_per_parameter_(ps, 0.5, o))
+
+
+def check_adaptive():
+    grid = init_device_mesh("cpu", (2, 2))
+    for order in (1, 2, 3, INF, -1):
+        for shape in SHAPES:
+            for way in placements_on(grid, shape):
+                full, weight = randn(*shape), randn(*shape, seed=7, scale=0.1)
+                oracle = parameter(full.clone())
+                oracle.data.copy_(weight)
+                p = nn.Parameter(split(weight, grid, *way))
+                p.grad = split(full, grid, *way)
+                for each in (oracle, p):
+                    torchclip.clip_grad_adaptive_([each], 0.1, norm_type=order)
+                assert_same(p.grad, oracle.grad)
+
+
+def check_adaptive_with_pending_sums():
+    mesh = init_device_mesh("cpu", (4,))
+    full, weight = randn(6, 5), randn(6, 5, seed=7, scale=0.1)
+    oracle, p = nn.Parameter(weight.clone()), nn.Parameter(split(weight, mesh, Replicate()))
+    oracle.grad, p.grad = full.clone(), addends(full, mesh, Partial())
+    for each in (oracle, p):
+        torchclip.clip_grad_adaptive_([each], 0.1)
+    assert_same(p.grad, oracle.grad)
+
+
+def check_adaptive_needs_gradients_split_as_weights():
+    mesh = init_device_mesh("cpu", (4,))
+    p = nn.Parameter(split(randn(8, 8), mesh, Shard(0)))
+    p.grad = split(randn(8, 8), mesh, Shard(1))
+    with pytest.raises(TypeError, match=r"not split as its parameter.*redistribute"):
+        torchclip.clip_grad_adaptive_([p])
+
+
+def check_beside_plain_tensors():
+    mesh = init_device_mesh("cpu", (4,))
+    fulls = [randn(6, 5), randn(3, seed=1)]
+    compare(fulls, [split(fulls[0], mesh, Shard(0)), fulls[1].clone()], global_norm(1.0))
+    compare(fulls, [split(fulls[0], mesh, Replicate()), fulls[1].clone()], global_norm(1.0))
+
+
+def check_shared_gradients_and_parameters_listed_twice():
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(6, 5)
+    a, b = parameter(full.clone()), parameter(split(full, mesh, Shard(0)))
+    expected, actual = (torchclip.clip_grad_norm_([p, p], 1.0) for p in (a, b))
+    assert actual == expected
+    assert_same(b.grad, a.grad)
+    c = parameter(None, like=b.grad)
+    c.grad = b.grad
+    assert len(torchclip.clip_grad_norm_per_parameter_([b, c], 0.5)) == 1
+
+
+def check_gradients_that_some_ranks_lack():
+    rank = dist.get_rank()
+    mesh, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    for order in (0, 2, INF, -1):
+        fulls = [randn(8, 5, seed=i) for i in range(4)]
+        grads = [split(f, mesh, Shard(0)) for f in fulls[:3]] + [split(fulls[3], grid, Shard(0), Shard(1))]
+        lacking = {0: [1], 1: [0, 2], 2: [0, 1, 2, 3], 3: []}
+        parameters = [parameter(None if i in lacking[rank] else g, like=g) for i, g in enumerate(grads)]
+        # By rows of 2, which is what a rank has of the first three.
+        rows = [slice(2 * r, 2 * r + 2) for r in range(4)]
+        there = [fulls[i][rows[r]] for r in range(4) for i in range(3) if i not in lacking[r]]
+        there += [fulls[3][4 * (r // 2) :][:4].chunk(2, 1)[r % 2] for r in range(4) if 3 not in lacking[r]]
+        norm = torchclip.clip_grad_norm_(parameters, 1.0, order)
+        assert_agreed(norm)
+        assert norm == torchclip.get_total_norm([t.contiguous() for t in there], order)
+        norms = torchclip.clip_grad_norm_per_parameter_(parameters, INF)
+        assert len(norms) == 4 - len(lacking[rank])
+        torchclip.clip_grad_adaptive_(parameters)
+
+
+def check_gradients_that_a_rank_has_none_of():
+    mesh = init_device_mesh("cpu", (4,))
+    p = parameter(None, like=split(randn(8, 5), mesh, Shard(0)))
+    if dist.get_rank() == 2:
+        p.grad = split(randn(8, 5), mesh, Shard(0))
+    norm = torchclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
+    assert_agreed(norm)
+    assert norm == torchclip.get_total_norm(randn(8, 5)[4:6].contiguous())
+
+
+def check_experts_on_meshes_that_only_some_ranks_have():
+    """One mesh for all, one for each pair of ranks with an expert of its own."""
+    rank = dist.get_rank()
+    everyone = init_device_mesh("cpu", (4,))
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = DeviceMesh.from_group(pairs[rank // 2], "cpu")
+    fulls = [randn(8, 5), randn(6, 3, seed=1), randn(6, 3, seed=2)]
+    expert = fulls[1 + rank // 2]
+    for order in (0, 1, 2, INF, -INF):
+        for experts_first in (False, True):
+            grads = [split(fulls[0], everyone, Shard(0)), split(expert, pair, Shard(0))]
+            if experts_first:
+                grads.reverse()
+            norm = torchclip.clip_grad_norm_([parameter(g) for g in grads], 0.5, order)
+            assert_agreed(norm)
+            assert norm == torchclip.get_total_norm(fulls, order)
+    # Experts on the first pair only.
+    grads = [split(fulls[0], everyone, Shard(0))]
+    grads += [split(expert, pair, Shard(0))] if rank < 2 else []
+    norm = torchclip.clip_grad_norm_([parameter(g) for g in grads], 0.5)
+    assert_agreed(norm)
+    assert norm == torchclip.get_total_norm(fulls[:2])
+    grads = [split(fulls[0], everyone, Shard(0)), *([split(expert, pair, Shard(0))] if rank < 2 else [])]
+    each = torchclip.clip_grad_norm_per_parameter_([parameter(g) for g in grads], INF)
+    assert each.tolist() == [torchclip.get_total_norm(f).item() for f in fulls[: len(grads)]]
+
+
+def check_expert_parallel_over_submeshes():
+    """Dense parameters over all ranks; experts split over ``ep`` and, within it, over ``shard``."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "ep"))
+    dense = init_device_mesh("cpu", (4,))
+    fulls = [randn(9, 5), randn(4, 6, 3, seed=1), randn(4, seed=2), randn(3, 3, seed=3)]
+    grads = [
+        split(fulls[0], dense, Shard(0)),
+        split(fulls[1], root, Shard(1), Shard(0)),
+        split(fulls[2], root["ep"], Shard(0)),
+        split(fulls[3], root["shard"], Replicate()),
+    ]
+    for order in (0, 2, INF, -INF):
+        for arrangement in itertools.permutations(range(4)):
+            arranged = [grads[i].clone() for i in arrangement]
+            compare([fulls[i] for i in arrangement], arranged, global_norm(0.5, order))
+    compare(fulls, grads, lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5))
+
+
+def check_asymmetric_submeshes():
+    """Ranks meet the dimensions of their mesh in different orders."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    fulls = [randn(6, seed=1), randn(6, 4)]
+    grads = [split(fulls[0], grid["b"], Shard(0))] if dist.get_rank() < 2 else []
+    grads.append(split(fulls[1], grid, Shard(0), Shard(1)))
+    norms = torchclip.clip_grad_norm_per_parameter_([parameter(g) for g in grads], INF)
+    assert norms[-1] == torchclip.get_total_norm(fulls[1])
+
+
+def check_meshes_without_all_ranks():
+    group = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        full = randn(7, 3)
+        norm = torchclip.clip_grad_norm_([parameter(split(full, mesh, Shard(0)))], 1.0)
+        assert norm == torchclip.get_total_norm(full)
+
+
+def check_pipeline():
+    """Stages over which parameters are parted, each of them sharded by itself."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    fulls = [randn(7, 5), randn(3, 4, seed=1), randn(4, seed=2), randn(2, seed=3)]
+    stage = root.get_local_rank("pp")
+    mine = fulls[2 * stage : 2 * stage + 2]
+    for order in NORM_TYPES:
+        p = [
+            parameter(split(mine[0], root["dp"], Shard(0))),
+            parameter(split(mine[1], root["dp"], Replicate())),
+        ]
+        oracle = [parameter(f.clone()) for f in fulls]
+        norm = torchclip.clip_grad_norm_(p, 0.5, order, group=root.get_group("pp"))
+        assert_agreed(norm)
+        assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
+        for each, expected in zip(p, oracle[2 * stage : 2 * stage + 2], strict=True):
+            assert_same(each.grad, expected.grad)
+
+
+def check_parts_made_by_hand():
+    """Plain tensors over one group of ranks, over two that cross, and a rank without parameters."""
+    rank = dist.get_rank()
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    fulls = [randn(5, 2, seed=i) for i in range(4)]
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    for order, group in itertools.product(NORM_TYPES, (dist.group.WORLD, crossing)):
+        p = parameter(fulls[rank].clone())
+        oracle = [parameter(f.clone()) for f in fulls]
+        norm = torchclip.clip_grad_norm_([p], 0.5, order, group=group)
+        assert_agreed(norm)
+        assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
+        assert_same(p.grad, oracle[rank].grad)
+        without_me = [] if rank == 1 else [fulls[rank]]
+        norm = torchclip.get_total_norm(without_me, order, group=group)
+        assert_agreed(norm)
+        assert norm == torchclip.get_total_norm([f for r, f in enumerate(fulls) if r != 1], order)
+
+
+def check_parts_made_by_hand_beside_a_mesh_of_all():
+    """What all ranks of the group have in common counts once."""
+    mesh = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    fulls = [randn(5, 2, seed=i) for i in range(4)]
+    common = randn(9, 3)
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    for group in (dist.group.WORLD, crossing):
+        grads = [fulls[dist.get_rank()].clone(), split(common, mesh, Shard(0))]
+        norm = torchclip.clip_grad_norm_([parameter(g) for g in grads], 0.5, group=group)
+        assert_agreed(norm)
+        assert norm == torchclip.get_total_norm([common, *fulls])
+
+
+def check_groups_are_process_groups():
+    for wrong in ("world", [dist.group.WORLD, 1], dist.GroupMember.NON_GROUP_MEMBER):
+        with pytest.raises(TypeError, match="`group` must be a process group"):
+            torchclip.get_total_norm([], group=wrong)
+
+
+def check_nonfinite_on_one_rank():
+    mesh = init_device_mesh("cpu", (4,))
+    for bad in (math.nan, INF):
+        full = randn(8, 3)
+        full[5, 1] = bad
+        grad = split(full, mesh, Shard(0))
+        before = grad.to_local().clone()
+        blamed = "gradient 0 of shape" if dist.get_rank() == 2 else "none of this rank's"
+        for call in (
+            lambda g: torchclip.clip_grad_norm_([parameter(g)], 1.0, error_if_nonfinite=True),
+            lambda g: torchclip.get_total_norm([g], error_if_nonfinite=True),
+            lambda g: torchclip.clip_grad_norm_(
+                [parameter(g.to_local())], 1.0, error_if_nonfinite=True, group=dist.group.WORLD
+            ),
+        ):
+            with pytest.raises(RuntimeError, match=f"non-finite.*{blamed}"):
+                call(grad)
+        assert torch.equal(grad.to_local().nan_to_num(), before.nan_to_num())
+        compare([full], [grad], global_norm(1.0))
+
+
+def collectives(call) -> list[str]:
+    """The collectives of a call, as torch's profiler saw them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+    names = [event.name for event in profile.events()]
+    return [n for n in names if n.startswith(("c10d::", "_c10d_functional::")) and "wait" not in n]
+
+
+def check_number_of_collectives():
+    everyone = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    pair = grid["tp"]
+    full = randn(8, 8)
+
+    def count(*grads, clip=torchclip.clip_grad_norm_, **options):
+        parameters = [parameter(grad) for grad in grads]
+        return len(collectives(lambda: clip(parameters, 1.0, **options)))
+
+    per_parameter = torchclip.clip_grad_norm_per_parameter_
+    sharded = [split(full, everyone, Shard(0)) for _ in range(20)]
+    assert count(*sharded) == 1
+    assert count(*sharded, clip=per_parameter) == 1
+    replicated = [split(full, everyone, Replicate()), split(full, grid, Replicate(), Replicate())]
+    assert count(*replicated) == 0
+    assert count(full.clone()) == 0
+    fsdp_tp = [
+        split(full, grid, _StridedShard(0, split_factor=2), Shard(0)),
+        split(full, grid, Shard(0), Replicate()),
+        split(full, grid, Shard(0), Shard(1)),
+    ]
+    expert = split(full, pair, Shard(0))
+    assert count(*fsdp_tp) == 1
+    assert count(*fsdp_tp, *replicated, expert, *sharded, full.clone()) == 1
+    # Norms of single parameters go along each of the mesh's two dimensions.
+    assert count(*fsdp_tp, expert, clip=per_parameter) == 2
+    assert count(expert, split(full, pair, Shard(1))) == 1
+    assert count(full.clone(), group=dist.group.WORLD) == 1
+    # One reduction more for all that is pending.
+    assert count(*[addends(full, everyone, Partial()) for _ in range(3)], *sharded) == 2
+    # Of what is not split over several ranks, nothing is exchanged.
+    alone = init_device_mesh("cpu", (4, 1))
+    assert count(split(full, alone, Replicate(), Shard(0))) == 0
+    value = lambda parameters, limit: torchclip.clip_grad_value_(parameters, limit)  # noqa: E731
+    assert count(*sharded, clip=value) == 0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+SEQUENCE_PARALLEL = {
+    "norm": SequenceParallel(),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Replicate()),
+}
+
+
+def model_of(blocks: int = 2, dtype=torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(blocks))).to(dtype)
+
+
+def batch_of(ranks: int, dtype=torch.float32) -> Tensor:
+    return randn(4 * ranks, 3, 6, dtype=dtype)
+
+
+def backward(model: nn.Module, x: Tensor) -> None:
+    (100 * model(x).square().mean()).backward()
+
+
+def trained_alone(dtype=torch.float64) -> nn.Module:
+    """Float64, so that sums over ranks in another order make no difference that counts."""
+    model = model_of(dtype=dtype)
+    backward(model, batch_of(4, dtype))
+    return model
+
+
+def compare_models(model: nn.Module, oracle: nn.Module, rtol: float = 1e-11) -> None:
+    names = [name.replace("module.", "") for name, _ in model.named_parameters()]
+    assert names == [name for name, _ in oracle.named_parameters()]
+    expected = torchclip.clip_grad_norm_(oracle.parameters(), 0.1)
+    actual = torchclip.clip_grad_norm_(model.parameters(), 0.1)
+    assert_agreed(actual)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
+    for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(whole(p.grad), q.grad, rtol=rtol, atol=rtol)
+
+
+def my_part(x: Tensor, parts: int = 4, place: int | None = None) -> Tensor:
+    return x.chunk(parts)[dist.get_rank() if place is None else place]
+
+
+def sharded(model: nn.Module, **options) -> nn.Module:
+    for block in model:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def check_fsdp2():
+    model = sharded(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64)))
+    assert any(p.grad.to_local().numel() == 0 for p in model.parameters())
+    compare_models(model, trained_alone())
+
+
+def check_fsdp2_on_replicated_groups():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(model_of(dtype=torch.float64), mesh=mesh)
+    backward(model, my_part(batch_of(4, torch.float64)))
+    compare_models(model, trained_alone())
+
+
+@worlds_of(2)
+def check_fsdp2_on_two_ranks():
+    model = sharded(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64), 2))
+    compare_models(model, trained_alone())
+
+
+def check_fsdp2_in_mixed_precision():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(model_of(), mp_policy=policy)
+    backward(model, my_part(batch_of(4, torch.bfloat16)))
+    fulls = [whole(p.grad).clone() for p in model.parameters()]
+    compare(fulls, [p.grad for p in model.parameters()], global_norm(0.1))
+
+
+def check_tensor_parallel_sequence():
+    """SequenceParallel leaves gradients of which each rank has an addend."""
+    mesh = init_device_mesh("cpu", (4,))
+
+    model, oracle = (model_of(1, torch.float64)[0] for _ in range(2))
+    parallelize_module(model, mesh, SEQUENCE_PARALLEL)
+    x = randn(4, 8, 6, dtype=torch.float64)
+    for each in (model, oracle):
+        backward(each, x)
+    assert model.norm.weight.grad.placements == (Partial(),)
+    compare_models(model, oracle)
+    assert model.norm.weight.grad.placements == (Partial(),)
+
+
+def check_fsdp2_with_tensor_parallel():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    model, oracle = (model_of(dtype=torch.float64) for _ in range(2))
+    for block in model:
+        parallelize_module(block, mesh["tp"], SEQUENCE_PARALLEL)
+    model = sharded(model, mesh=mesh["dp"])
+    x = randn(4, 8, 6, dtype=torch.float64)
+    backward(oracle, x)
+    backward(model, my_part(x, 2, mesh.get_local_rank("dp")))
+    kinds = {type(p).__name__ for q in model.parameters() for p in q.grad.placements}
+    assert "_StridedShard" in kinds
+    grads = [p.grad for p in model.parameters()]
+    assert len(collectives(lambda: torchclip.get_total_norm(grads))) == 1
+    compare_models(model, oracle)
+
+
+def check_ddp():
+    model = nn.parallel.DistributedDataParallel(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64)))
+    grads = [p.grad for p in model.parameters()]
+    assert collectives(lambda: torchclip.get_total_norm(grads)) == []
+    compare_models(model, trained_alone())

@@ -1,0 +1,499 @@
+"""The numerical contract, item by item, and what torch gets wrong and torchclip does not.
+
+Item 1: the norm.  2: what is returned.  3: the coefficient.  4: non-finite gradients.  5: the same answer
+every time.  6: arguments (most of it in test_arguments.py).  7: autograd.  8: layouts (more in test_clip.py).
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import CHANGING, CLIPPERS, DTYPES, INF, NORM_TYPES, bits, exact_norm, randn, with_gradients
+from torch import nn
+
+import torchclip
+from torchclip import clip_grad_norm_, get_total_norm
+
+pytestmark = [
+    pytest.mark.usefixtures("kernel_on_and_off"),
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
+]
+names = pytest.mark.parametrize("name", CLIPPERS)
+changing = pytest.mark.parametrize("name", CHANGING)
+
+
+def relative_error(actual, expected):
+    return abs(float(actual) - expected) / expected
+
+
+class TestWhatTorchGetsWrong:
+    """Each is a silent error, or a refusal, of torch.nn.utils in torch 2.13."""
+
+    def test_a_hundred_million_float32_gradients(self):
+        # Torch is off by a percent and more: it adds up in float32.
+        million = randn(10**6)
+        expected = 10 * math.sqrt(math.fsum(million.double().square().tolist()))
+        assert relative_error(get_total_norm(million.repeat(100)), expected) < 1e-7
+
+    def test_four_gradients_of_1e20(self):
+        # Torch's norm is inf, and the gradients become zero.
+        parameters = with_gradients([torch.full((2,), 1e20), torch.full((2,), -1e20)])
+        assert relative_error(clip_grad_norm_(parameters, 1.0), 2e20) < 1e-7
+        assert torch.cat([p.grad for p in parameters]).tolist() == pytest.approx(
+            [0.5, 0.5, -0.5, -0.5], rel=1e-6
+        )
+
+    def test_gradients_of_1e_minus_25(self):
+        # Torch's norm is 0.
+        assert relative_error(get_total_norm(torch.full((4,), 1e-25)), 2e-25) < 1e-7
+
+    def test_float16_gradients_of_300(self):
+        # Torch's norm is inf, and the gradients become zero.
+        (p,) = with_gradients([torch.full((90_000,), 300.0, dtype=torch.float16)])
+        assert float(clip_grad_norm_(p, 900.0)) == 90_000
+        assert bool((p.grad == 3).all())
+
+    def test_a_bfloat16_norm_has_more_than_three_digits_and_does_not_depend_on_the_split(self):
+        gradient = randn(10_000, dtype=torch.bfloat16)
+        whole = get_total_norm(gradient)
+        assert relative_error(whole, float(gradient.double().norm())) < 1e-7
+        for size in (1, 7, 1000, 9999):
+            assert get_total_norm(gradient.split(size)).equal(whole)
+
+    def test_sparse_gradients(self):
+        # Torch raises.
+        embedding = nn.Embedding(10, 3, sparse=True)
+        embedding(torch.tensor([1, 1, 5])).sum().backward()
+        assert relative_error(clip_grad_norm_(embedding.parameters(), 1.0), 15**0.5) < 1e-7
+        torch.testing.assert_close(embedding.weight.grad.to_dense().norm(), torch.tensor(1.0))
+
+    def test_a_negative_max_norm(self):
+        # Torch turns every gradient around.
+        (p,) = with_gradients([torch.ones(3)])
+        with pytest.raises(ValueError, match="`max_norm` must be at least 0, got -1"):
+            clip_grad_norm_(p, -1.0)
+        assert p.grad.tolist() == [1, 1, 1]
+
+    @changing
+    def test_a_parameter_listed_twice(self, name):
+        # Torch counts it twice and scales it twice.
+        once = with_gradients([torch.full((3,), 2.0), torch.full((2,), 2.0)])
+        twice = with_gradients([torch.full((3,), 2.0), torch.full((2,), 2.0)])
+        results = [CLIPPERS[name].ours(once, 0.5, 2), CLIPPERS[name].ours([*twice, twice[0]], 0.5, 2)]
+        assert results[0] is None or results[0].equal(results[1])
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(once, twice, strict=True))
+
+    def test_norm_type_0_counts_elements(self):
+        # Torch counts the tensors that are not zero.
+        assert get_total_norm([torch.tensor([1.0, 0.0, 2.0]), torch.tensor([3.0, 0.0])], 0) == 3
+
+    def test_the_largest_of_no_elements(self):
+        # Torch raises.
+        assert get_total_norm([torch.zeros(0), torch.tensor([2.0])], "inf") == 2
+        assert get_total_norm([torch.zeros(0), torch.tensor([2.0])], -INF) == 2
+
+    def test_clip_value_beyond_the_range_of_the_dtype(self):
+        # Torch raises.
+        parameters = with_gradients([torch.tensor([3.0]), torch.tensor([3.0], dtype=torch.float16)])
+        torchclip.clip_grad_value_(parameters, 1e6)
+        torchclip.clip_grad_value_(parameters, 1e300)
+        assert [float(p.grad) for p in parameters] == [3, 3]
+
+    def test_clip_value_without_parameters(self):
+        # Torch raises an internal error.
+        torchclip.clip_grad_value_([], 1.0)
+
+    def test_an_infinite_max_norm_only_measures(self):
+        # Torch makes every gradient NaN.
+        parameters = with_gradients([torch.tensor([INF]), torch.tensor([2.0])])
+        assert clip_grad_norm_(parameters, INF) == INF
+        assert [float(p.grad) for p in parameters] == [INF, 2.0]
+
+
+class TestItem1TheNorm:
+    SIZES = (1, 2, 31, 127, 128, 1023, 1025, 16_384, 16_385, 65_536, 65_537, 1_048_577, 3_000_001)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_of_constant_and_of_random_gradients_of_every_size(self, size):
+        for gradient in (torch.full((size,), 1.893), randn(size), torch.arange(1.0, size + 1.0)):
+            # Squares of float32 are exact in float64.
+            wide = gradient.double().numpy()
+            squares = math.fsum(np.square(wide).tolist()) if size < 10**6 else float(np.square(wide).sum())
+            assert relative_error(get_total_norm(gradient), math.sqrt(squares)) < 1e-7
+            assert relative_error(get_total_norm(gradient, 1), float(np.abs(wide).sum())) < 1e-7
+            assert get_total_norm(gradient, INF) == float(np.abs(wide).max())
+
+    @pytest.mark.parametrize("order", [1, 2])
+    @pytest.mark.parametrize("width", [128, 256, 2048, 4096, 17 * 128])
+    def test_where_part_of_each_row_is_zero_and_the_rest_constant(self, width, order):
+        gradient = torch.full((300, width), 1.893)
+        gradient[:, : width // 16] = 0
+        expected = float(torch.linalg.vector_norm(gradient.double(), order))
+        assert relative_error(get_total_norm(gradient, order), expected) < 1e-7
+
+    def test_where_few_rows_are_not_zero(self):
+        gradient = torch.zeros(1000, 256)
+        gradient[[3, 77, 500]] = 1.893
+        assert relative_error(get_total_norm(gradient), float(gradient.double().norm())) < 1e-7
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("exponents", [(-2, 2), (-12, 12), (-37, 37), (-44, -38), (30, 38)])
+    def test_of_mixed_magnitudes(self, exponents, dtype):
+        if dtype == torch.float64:
+            exponents = [8 * e for e in exponents]
+        rng = np.random.default_rng(0)
+        values = rng.standard_normal(500) * 10.0 ** rng.uniform(*exponents, 500)
+        gradient = torch.tensor(values, dtype=dtype)
+        gradient = torch.where(gradient.isfinite(), gradient, 1.0)
+        expected = exact_norm(gradient.tolist())
+        total_norm = float(get_total_norm(gradient))
+        if expected > torch.finfo(dtype).max:
+            assert total_norm == INF
+        else:
+            assert total_norm == pytest.approx(expected, rel=1e-7, abs=1e-45 if dtype == torch.float32 else 0)
+
+    @pytest.mark.parametrize("number", [1e200, 1e-200, 1e307, 5e-324])
+    @pytest.mark.parametrize("order", [1, 2, 3, INF])
+    def test_neither_overflows_nor_underflows_in_float64(self, number, order):
+        expected = number * (8 ** (1 / order))
+        assert float(get_total_norm([torch.full((8,), number, dtype=torch.float64)], order)) == pytest.approx(
+            expected, rel=1e-12, abs=5e-324
+        )
+        split = [torch.full((4,), number, dtype=torch.float64) for _ in range(2)]
+        assert float(get_total_norm(split, order)) == pytest.approx(expected, rel=1e-12, abs=5e-324)
+
+    @pytest.mark.parametrize("order", [-2, -1, 0.5, 1, 3, 20, 100])
+    @pytest.mark.parametrize("number", [1e-40, 1e-25, 1.0, 1e20, 3e38])
+    def test_neither_overflows_nor_underflows_for_any_order(self, number, order):
+        number = float(torch.tensor(number))
+        expected = number * 4 ** (1 / order)
+        actual = float(get_total_norm([torch.full((3,), number), torch.full((1,), -number)], order))
+        assert actual == pytest.approx(expected if expected < 3.4e38 else INF, rel=1e-6, abs=1e-45)
+
+    def test_an_order_near_0_overflows_to_inf(self):
+        ones = [torch.ones(1, dtype=d) for d in (torch.float32, torch.float64, torch.float16)]
+        assert get_total_norm(ones, 1e-3) == INF
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_of_low_precision(self, dtype):
+        everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+        finite = everything[everything.isfinite() & (everything.abs() < 1e33)]
+        assert relative_error(get_total_norm(finite, 1), math.fsum(finite.abs().tolist())) < 1e-7
+        small = finite[finite.abs() < 1e-5]
+        assert relative_error(get_total_norm(small), exact_norm(small.tolist())) < 1e-7
+
+    def test_of_complex_gradients_of_every_size(self):
+        for size, dtype in itertools.product((1, 100, 70_000), (torch.complex64, torch.complex128)):
+            gradient = torch.full((size,), 3 + 4j, dtype=dtype)
+            assert float(get_total_norm(gradient)) == pytest.approx(5 * size**0.5, rel=1e-7)
+            assert float(get_total_norm(gradient, 1)) == 5 * size
+            assert float(get_total_norm(gradient, "inf")) == 5
+            assert float(get_total_norm(gradient * 1j, 0)) == size
+
+    @pytest.mark.parametrize("order", NORM_TYPES)
+    def test_does_not_depend_on_split_or_order(self, order):
+        gradient = randn(70_000)
+        whole = float(get_total_norm(gradient, order))
+        for size in (1000, 30_000, 69_999):
+            parts = gradient.split(size)
+            assert float(get_total_norm(parts, order)) == pytest.approx(whole, rel=1.2e-7)
+            assert float(get_total_norm(parts[::-1], order)) == pytest.approx(whole, rel=1.2e-7)
+
+
+class TestItem2WhatIsReturned:
+    def test_dtype(self):
+        one = {d: torch.ones(2, dtype=d) for d in DTYPES}
+        for a, b in itertools.product(DTYPES, DTYPES):
+            wide = {a, b} & {torch.float64, torch.complex128}
+            total_norm = get_total_norm([one[a], one[b]])
+            assert total_norm.dtype == (torch.float64 if wide else torch.float32)
+            assert total_norm.shape == ()
+            assert not total_norm.requires_grad
+            norms = torchclip.clip_grad_norm_per_parameter_(with_gradients([one[a], one[b].clone()]), 9.0)
+            assert norms.dtype == total_norm.dtype
+            assert norms.shape == (2,)
+
+    def test_the_largest_float32_and_above(self):
+        top = torch.finfo(torch.float32).max
+        assert float(get_total_norm(torch.tensor([top]))) == top
+        # Above it the clipping is still right, as the coefficient is float64.
+        (p,) = with_gradients([torch.tensor([top, -top])])
+        assert clip_grad_norm_(p, 1.0, error_if_nonfinite=True) == INF
+        torch.testing.assert_close(p.grad, torch.tensor([0.5**0.5, -(0.5**0.5)]))
+
+    def test_no_gradients_give_0_of_float32(self):
+        assert get_total_norm([]).equal(torch.tensor(0.0))
+        assert clip_grad_norm_([], 1.0).equal(torch.tensor(0.0))
+
+
+class TestItem3TheCoefficient:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1.0, 4.999])
+    def test_every_gradient_is_multiplied_by_it_and_rounded_once(self, dtype, max_norm):
+        gradient = torch.tensor([3.0, 4.0], dtype=dtype)
+        (p,) = with_gradients([gradient.clone()])
+        clip_grad_norm_(p, max_norm)
+        rate = max_norm / (5 + 1e-6)
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        expected = (gradient.to(wide) * rate).to(dtype)
+        eps = torch.finfo(dtype).eps if dtype in (torch.float32, torch.complex64) else 0
+        torch.testing.assert_close(p.grad, expected, rtol=eps, atol=0)
+
+    @pytest.mark.parametrize("name", [n for n in CHANGING if n != "clip_grad_value_"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_gradients_are_not_touched_where_no_clipping_is_needed(self, name, dtype):
+        values = torch.tensor([3.0, -0.0, 1e-7]).to(dtype)
+        parameters = with_gradients(
+            [values.clone(), values.clone()], [values.clone() * 100 for _ in range(2)]
+        )
+        CLIPPERS[name].ours(parameters, 4.3, 2)
+        for p in parameters:
+            assert bits(p.grad) == bits(values)
+            assert p.grad._version == 0
+
+    def test_a_norm_just_below_the_threshold_still_counts_the_1e_6(self):
+        (p,) = with_gradients([torch.tensor([1.0], dtype=torch.float64)])
+        clip_grad_norm_(p, 1.0)
+        assert float(p.grad) == 1.0 / (1.0 + 1e-6)
+
+    def test_the_norm_after_clipping_is_at_most_max_norm(self):
+        for seed, max_norm in itertools.product(range(5), (1e-6, 0.1, 1.0, 50.0)):
+            (p,) = with_gradients([randn(1000, seed=seed)])
+            before = clip_grad_norm_(p, max_norm)
+            after = float(get_total_norm(p.grad))
+            assert after <= min(max_norm, float(before)) * (1 + 1e-7)
+
+    def test_zero_gradients_stay_zero(self):
+        (p,) = with_gradients([torch.zeros(3)])
+        assert clip_grad_norm_(p, 0.0) == 0
+        assert p.grad.tolist() == [0, 0, 0]
+
+
+class TestItem4NonFinite:
+    @pytest.mark.parametrize("bad", [INF, -INF, math.nan])
+    @pytest.mark.parametrize("order", [1, 2, 3, INF])
+    def test_spreads_as_torchs(self, bad, order):
+        for where in (0, 1):
+            gradients = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+            gradients[where][1] = bad
+            mine, theirs = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
+            norms = clip_grad_norm_(mine, 1.0, order), nn.utils.clip_grad_norm_(theirs, 1.0, order)
+            torch.testing.assert_close(*norms, equal_nan=True, rtol=0, atol=0)
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a.grad, b.grad, equal_nan=True, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("order", [1, 2, 3, INF])
+    def test_nan_wins_over_inf_wherever_they_lie(self, order):
+        for size in (2, 70_000):
+            for i, j in itertools.permutations((0, size // 2, size - 1), 2):
+                gradient = torch.ones(size)
+                if i != j:
+                    gradient[i], gradient[j] = INF, math.nan
+                    assert get_total_norm(gradient, order).isnan()
+            gradient = torch.ones(size, dtype=torch.float64)
+            gradient[-1] = -INF
+            assert get_total_norm(gradient, order) == INF
+
+    def test_nan_stays_and_inf_is_limited_by_value(self):
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            (p,) = with_gradients([torch.tensor([INF, -INF, math.nan, 0.5], dtype=dtype)])
+            torchclip.clip_grad_value_(p, 1.0)
+            torch.testing.assert_close(
+                p.grad, torch.tensor([1, -1, math.nan, 0.5], dtype=dtype), equal_nan=True, rtol=0, atol=0
+            )
+
+    def test_per_parameter_and_per_example_spread_only_within_their_own(self):
+        parameters = with_gradients([torch.tensor([math.nan, 1.0]), torch.tensor([3.0, 4.0])])
+        norms = torchclip.clip_grad_norm_per_parameter_(parameters, 1.0)
+        assert norms[0].isnan()
+        assert norms[1] == 5
+        assert parameters[0].grad.isnan().all()
+        torch.testing.assert_close(parameters[1].grad, torch.tensor([0.6, 0.8]))
+
+        weight = nn.Parameter(torch.ones(2, 2))
+        weight.grad = torch.tensor([[math.nan, 1.0], [0.0, 0.001]])
+        torchclip.clip_grad_adaptive_(weight)
+        assert weight.grad[0].isnan().all()
+        assert weight.grad[1].isfinite().all()
+
+    @pytest.mark.parametrize("kind", ["dense", "float16", "complex", "sparse", "csr"])
+    def test_the_error_comes_before_any_change_and_names_the_gradients(self, kind):
+        bad = torch.tensor([[1.0, INF], [math.nan, -INF]])
+        convert = {
+            "dense": torch.Tensor.clone,
+            "float16": torch.Tensor.half,
+            "complex": lambda t: t.to(torch.complex64),
+            "sparse": torch.Tensor.to_sparse,
+            "csr": torch.Tensor.to_sparse_csr,
+        }
+        bad = convert[kind](bad)
+        parameters = with_gradients([torch.full((3,), 5.0), None, torch.full((4,), INF)])
+        parameters[1] = nn.Parameter(torch.zeros_like(bad) if kind != "csr" else bad.clone())
+        parameters[1].grad = bad
+        message = (
+            r"total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be.*"
+            r"gradient 1 of shape \(2, 2\) \(2 inf, 1 nan\), gradient 2 of shape \(4,\) \(4 inf, 0 nan\)\."
+        )
+        with pytest.raises(RuntimeError, match=message):
+            clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        assert parameters[0].grad.tolist() == [5, 5, 5]
+        assert [p.grad._version for p in parameters] == [0, 0, 0]
+        with pytest.raises(RuntimeError, match="non-finite"):
+            get_total_norm([p.grad for p in parameters], error_if_nonfinite=True)
+
+    def test_many_gradients_are_shortened(self):
+        with pytest.raises(
+            RuntimeError, match=r"gradient 9 of shape \(1,\) \(1 inf, 0 nan\) and 40 more\."
+        ) as error:
+            get_total_norm([torch.tensor([INF]) for _ in range(50)], error_if_nonfinite=True)
+        assert len(str(error.value)) < 1000
+
+    def test_finite_gradients_pass(self):
+        (p,) = with_gradients([torch.tensor([3.0, 4.0])])
+        assert clip_grad_norm_(p, 9.0, error_if_nonfinite=True) == 5
+
+
+class TestItem5TheSameAnswerEveryTime:
+    @names
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_the_number_of_threads_does_not_matter(self, name, dtype, threads):
+        gradients = [randn(200_000, dtype=dtype), randn(900, 100, dtype=dtype), randn(7, dtype=dtype)]
+        gradients.append(randn(300, 400, dtype=dtype).t())
+        for order in (1, 2, 3) if name != "clip_grad_value_" else (2,):
+            seen = set()
+            for count in (1, 2, 4):
+                torch.set_num_threads(count)
+                parameters = with_gradients([g.clone() for g in gradients])
+                result = CLIPPERS[name].ours(parameters, 0.3, order)
+                seen.add((None if result is None else bits(result), *(bits(p.grad) for p in parameters)))
+            assert len(seen) == 1
+
+    def test_the_number_of_threads_does_not_matter_per_example(self, threads):
+        gradients = [randn(1000, 300), randn(1000)]
+        seen = set()
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            seen.add(tuple(bits(total) for total in torchclip.clip_per_example(gradients, 0.5)[0]))
+        assert len(seen) == 1
+
+
+class TestItem6Arguments:
+    """What is refused stands in test_arguments.py."""
+
+    def test_the_same_tensor_under_two_parameters_counts_once(self):
+        shared = torch.tensor([3.0, 4.0])
+        parameters = with_gradients([shared, shared])
+        assert clip_grad_norm_(parameters, 1.0) == 5
+        torch.testing.assert_close(shared, torch.tensor([0.6, 0.8]))
+
+
+class TestItem7Autograd:
+    @changing
+    def test_changes_bump_the_version_as_torchs_do(self, name):
+        for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+            if name == "clip_grad_value_" and dtype.is_complex:
+                continue
+            parameters = with_gradients(
+                [torch.full((3,), 5, dtype=dtype), torch.full((2, 2), 5, dtype=dtype)]
+            )
+            CLIPPERS[name].ours(parameters, 0.1, 2)
+            assert all(p.grad._version > 0 for p in parameters)
+            assert all(p._version == 0 for p in parameters)
+
+    @changing
+    def test_a_graph_that_saved_the_gradient_notices(self, name):
+        (p,) = with_gradients([torch.full((3,), 5.0)])
+        factor = torch.ones(3, requires_grad=True)
+        product = factor * p.grad
+        CLIPPERS[name].ours([p], 0.1, 2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+    @changing
+    def test_no_graph_is_built(self, name):
+        (p,) = with_gradients([torch.full((3,), 5.0)])
+        result = CLIPPERS[name].ours([p], 0.1, 2)
+        assert p.grad.grad_fn is None
+        assert result is None or not result.requires_grad
+
+    @changing
+    @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+    def test_gradients_that_require_grad(self, name):
+        def parameters():
+            p = nn.Parameter(torch.tensor([3.0, 4.0]))
+            (p**3).sum().backward(create_graph=True)
+            return p
+
+        mine, plain = parameters(), nn.Parameter(torch.tensor([3.0, 4.0]))
+        plain.grad = mine.grad.detach().clone()
+        results = CLIPPERS[name].ours([mine], 0.5, 2), CLIPPERS[name].ours([plain], 0.5, 2)
+        assert results[0] is None or (results[0].equal(results[1]) and not results[0].requires_grad)
+        assert mine.grad.requires_grad
+        assert torch.equal(mine.grad.detach(), plain.grad)
+        mine.grad = None
+
+    def test_a_total_norm_that_requires_grad(self):
+        (p,) = with_gradients([torch.tensor([3.0, 4.0])])
+        torchclip.clip_grads_with_norm_(p, 1.0, torch.tensor(5.0, requires_grad=True) * 1)
+        torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]))
+
+
+COMPILED = {
+    "get_total_norm": lambda ps: get_total_norm([p.grad for p in ps]),
+    "clip_grad_norm_": lambda ps: clip_grad_norm_(ps, 0.5),
+    "clip_grad_norm_, inf": lambda ps: clip_grad_norm_(ps, 1, "inf"),
+    "clip_grads_with_norm_": lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, get_total_norm(ps[0].grad)),
+    "clip_grad_value_": lambda ps: torchclip.clip_grad_value_(ps, 0.5),
+    "clip_grad_norm_per_parameter_": lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5),
+    "clip_grad_adaptive_": lambda ps: torchclip.clip_grad_adaptive_(ps, 0.1),
+    "clip_per_example": lambda ps: torchclip.clip_per_example([ps[0].grad], 0.5)[0][0],
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_item_7_compiles_without_a_break(name, backend):
+    torch.compiler.reset()
+    call = COMPILED[name]
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    mine, others = (with_gradients([randn(4, 3), randn(5)]) for _ in range(2))
+    result, expected = compiled(mine), call(others)
+    if expected is not None:
+        torch.testing.assert_close(result, expected, check_dtype=True)
+    for a, b in zip(mine, others, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_item_7_compiles_with_the_norm_and_the_threshold_right():
+    torch.compiler.reset()
+    compiled = torch.compile(clip_grad_norm_, fullgraph=True, backend="aot_eager")
+    for max_norm in (0.5, 2.0, 100.0):
+        mine, others = (with_gradients([randn(4, 3), randn(5)]) for _ in range(2))
+        torch.testing.assert_close(compiled(mine, max_norm), clip_grad_norm_(others, max_norm))
+        for a, b in zip(mine, others, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+class TestItem8Layouts:
+    """Each layout and function on its own stands in test_clip.py."""
+
+    def test_all_together_are_one_vector(self):
+        with torch.no_grad():
+            gradients = [
+                torch.full((2, 3), 2.0).t(),
+                torch.full((), 2.0),
+                torch.zeros(0),
+                torch.full((10,), 2.0)[::2],
+                torch.full((4,), 2.0, dtype=torch.float64),
+                torch.full((4,), 2.0, dtype=torch.bfloat16),
+                torch.full((2,), 2.0j, dtype=torch.complex64).conj(),
+                torch.full((3, 1), 2.0).to_sparse(),
+                torch.full((2, 3), 2.0).to_sparse_csr(),
+                torch.full((1,), 2.0).expand(5),
+            ]
+        count = 6 + 1 + 5 + 4 + 4 + 2 + 3 + 6 + 5
+        assert float(get_total_norm(gradients)) == pytest.approx(2 * count**0.5, rel=1e-12)
+        assert float(get_total_norm(gradients, 1)) == 2 * count
+        assert float(get_total_norm(gradients, 0)) == count
