@@ -2,7 +2,7 @@
 
     python benchmarks/clip_and_step.py [--only gpt2] [--json FILE]
 
-One process, the same parameters, and their gradients put back before every call.  Each round takes one step in
+One process, the same parameters, and their gradients put back before every call.  A round is one step in
 every way, so that whatever else the machine does falls on all of them.  Shown are medians over the rounds.
 """
 
@@ -89,9 +89,7 @@ def main() -> None:
         print(f"\n{WORKLOADS[name].title}")
         for way, seconds in row["seconds"].items():
             print(f"  {way:<28}{seconds * 1e6:>14,.1f} µs")
-        print(
-            f"  Clipper: {row['speedup']:.2f} x torch's speed, with {row['added_share']:.0%} of its added cost"
-        )
+        print(f"  Clipper: {row['speedup']:.2f} x torch's speed, {row['added_share']:.0%} of its added cost")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
 

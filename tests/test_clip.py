@@ -174,9 +174,7 @@ def dict_values(parameters):
 
 
 @changing
-@pytest.mark.parametrize(
-    "wrap", [list, tuple, iter, lambda ps: (p for p in ps), nn.ParameterList, set, dict_values]
-)
+@pytest.mark.parametrize("wrap", [list, tuple, iter, generator, nn.ParameterList, set, dict_values])
 def test_any_iterable_of_parameters(name, wrap):
     parameters = with_gradients([torch.full((3,), 2.0), torch.full((2,), 2.0)])
     CLIPPERS[name].ours(wrap(parameters), 0.5, 2) if name != "clip_grads_with_norm_" else (

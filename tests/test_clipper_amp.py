@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 import torchclip
 from torchclip import Clipper, Percentile
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread")
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
 
 INF, NAN = math.inf, math.nan
 SCALE = 1024.0
@@ -28,6 +28,12 @@ KINDS = {
 @pytest.fixture
 def one_thread(threads):
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_ones_too(monkeypatch):
+    """Has fused steps multiply the gradients even where they are so small that it does not pay."""
+    monkeypatch.setattr(torchclip.clipper, "_SMALL", -1)
 
 
 def make_model():

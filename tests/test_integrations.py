@@ -31,6 +31,9 @@ from torchclip.integrations.tensorboard import ScalarLogger
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+MAX_NORM = 0.5
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(threads):
     torch.set_num_threads(1)
@@ -83,7 +86,29 @@ def test_stable_baselines3_trains_as_before(algorithm):
     assert_same(clipped.policy.state_dict(), plain.policy.state_dict())
 
 
-# Accelerate under install()
+# Accelerate
+
+
+def test_a_clipper_from_before_accelerates_prepare():
+    def train(clip):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = torchclip.Clipper(optimizer, MAX_NORM) if clip == "clipper" else None
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, data())
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                optimizer.zero_grad()
+                accelerator.backward(F.mse_loss(model(x), y))
+                if clip == "accelerator" and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+                optimizer.step()
+        return model, clipper
+
+    (expected, _), (found, clipper) = train("accelerator"), train("clipper")
+    assert clipper.history.summary().clipped == 3
+    assert_same(found.state_dict(), expected.state_dict())
 
 
 def test_accelerate_clips_with_torchclip():
@@ -102,9 +127,6 @@ def test_accelerate_clips_with_torchclip():
 
 
 # Lightning
-
-
-MAX_NORM = 0.5
 
 
 class Module(pl.LightningModule):
@@ -282,8 +304,8 @@ def language_model():
     return transformers.GPT2LMHeadModel(config)
 
 
-def train(tmp_path, *callbacks, resume=None, model=None, **options):
-    """A tiny language model, trained for six steps."""
+def trainer_of(tmp_path, *callbacks, **options):
+    """A tiny language model, to be trained for six steps."""
     options = {"max_steps": 6, "max_grad_norm": 0.0, "save_strategy": "no"} | options
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path,
@@ -296,9 +318,11 @@ def train(tmp_path, *callbacks, resume=None, model=None, **options):
         **options,
     )
     examples = [{"input_ids": row, "labels": row} for row in TEXT]
-    trainer = transformers.Trainer(
-        model or language_model(), arguments, train_dataset=examples, callbacks=[*callbacks]
-    )
+    return transformers.Trainer(language_model(), arguments, train_dataset=examples, callbacks=[*callbacks])
+
+
+def train(*arguments, resume=None, **options):
+    trainer = trainer_of(*arguments, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -348,6 +372,21 @@ def test_a_checkpoint_from_before_the_transformers_callback(tmp_path):
     callback = for_transformers.ClipperCallback(MAX_NORM)
     train(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), **options)
     assert len(callback.clipper.history) == 3
+
+
+def test_training_again_after_an_interruption(tmp_path):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    callback, interrupt = for_transformers.ClipperCallback(MAX_NORM), Interrupt()
+    trainer = trainer_of(tmp_path, callback, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train()
+    assert [record.step for record in callback.clipper.history] == list(range(6))
 
 
 def test_training_again_starts_anew(tmp_path):

@@ -40,8 +40,8 @@ def clip_coefficient(max_norm: float, total_norm: float | Tensor) -> float | Ten
     if isinstance(total_norm, Tensor):
         # An infinite threshold only measures, also where the norm is infinite or NaN.
         ratio = max_norm / (total_norm + 1e-6)
-        return torch.ones_like(total_norm) if math.isinf(max_norm) else ratio.clamp(max=1.0)
-    if math.isinf(max_norm):
+        return torch.ones_like(total_norm) if max_norm == math.inf else ratio.clamp(max=1.0)
+    if max_norm == math.inf:
         return 1.0
     rate = max_norm / (total_norm + 1e-6)
     return 1.0 if rate >= 1.0 else rate

@@ -16,15 +16,15 @@ def combine(norms: Sequence[float], p: float) -> float:
 
     Parts without elements must be left out: for ``p < 0`` a norm of 0 means a zero element.
     """
-    if not norms:
-        return 0.0
+    if len(norms) < 2:
+        return norms[0] if norms else 0.0
     if any(n != n for n in norms):
         return math.nan
     if p == 0:
         return math.fsum(norms)
     # Divided by the leading one, no power leaves the range, whatever p is.
     leading = max(norms) if p > 0 else min(norms)
-    if math.isinf(p) or leading == 0 or math.isinf(leading) or len(norms) == 1:
+    if math.isinf(p) or leading == 0 or math.isinf(leading):
         return leading
     powers = math.fsum((n / leading) ** p for n in norms)
     # With logarithms where the root alone would leave the range, as it does for a small p.

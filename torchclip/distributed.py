@@ -170,7 +170,7 @@ def as_groups(group: Any) -> list[dist.ProcessGroup]:
 
 
 def total(norms: Mapping[Layout | None, Tensor], groups: Sequence[dist.ProcessGroup], p: float) -> Tensor:
-    """The joint norm of everything that the ranks hold.
+    """The joint norm of what this rank and those that share its meshes and groups hold.
 
     Args:
         norms: for each layout and for None, the norm of what this rank holds of the tensors that lie like
@@ -179,24 +179,31 @@ def total(norms: Mapping[Layout | None, Tensor], groups: Sequence[dist.ProcessGr
         p: the order of the norms.
 
     Returns:
-        A float64 tensor of shape (1,), the same on every rank.
+        A float64 tensor of shape (1,), the same on every rank that holds parts of the same tensors.
     """
-    on_meshes = {layout: norm for layout, norm in norms.items() if layout is not None}
-    world = next((layout.mesh for layout in on_meshes if layout.dims and _has_all_ranks(layout.mesh)), None)
-    # With each norm a mesh all of whose ranks have got it.
-    joint: list[tuple[DeviceMesh, Tensor]]
-    if world is None:
-        joint = [(layout.mesh, norm) for layout, norm in across_meshes(on_meshes, p).items()]
+    sharded = {layout: norm for layout, norm in norms.items() if layout is not None}
+    if any(_has_all_ranks(group) for group in groups):
+        result = _across_world([norms[None], *_first_copies(sharded)], p)
     else:
-        # Every rank makes this call: one exchange does, whatever other meshes some of them have besides.
-        mine = [norm for layout, norm in on_meshes.items() if _has_first_copy(layout)]
-        of_rank = _join(torch.cat(mine), p).view(1) if mine else torch.full_like(norms[None], ABSENT)
-        joint = [(world, _across_group(of_rank, cast("dist.ProcessGroup", dist.group.WORLD), p))]
-    mine = [norm for mesh, norm in joint if all(_comes_first(mesh, group) for group in groups)]
-    result = _join(torch.cat([norms[None], *mine]), p).view(1)
-    for group in groups:
-        result = _across_group(result, group, p)
+        joint = _joint_norms(sharded, p)
+        counted = [n for mesh, n in joint if all(_comes_first(mesh, group) for group in groups)]
+        result = _join_parts([norms[None], *counted], p)
+        for group in groups:
+            result = _across_group(result, group, p)
     return result.clamp(min=0.0)
+
+
+def _joint_norms(norms: Mapping[Layout, Tensor], p: float) -> list[tuple[DeviceMesh, Tensor]]:
+    """Norms of whole tensors: each with a mesh all of whose ranks get it."""
+    of_all = {layout: norm for layout, norm in norms.items() if _has_all_ranks(layout.mesh)}
+    split = next((layout.mesh for layout in of_all if layout.dims), None)
+    if split is None:
+        return [(layout.mesh, norm) for layout, norm in across_meshes(norms, p).items()]
+    # Every rank is here: one exchange among all does for these meshes, however many dimensions they have.
+    nothing = torch.full_like(of_all[next(iter(of_all))], ABSENT)
+    joint = _across_world([nothing, *_first_copies(of_all)], p)
+    others = across_meshes({layout: norm for layout, norm in norms.items() if layout not in of_all}, p)
+    return [(split, joint), *((layout.mesh, norm) for layout, norm in others.items())]
 
 
 def across_meshes(vectors: Mapping[Any, Tensor], p: float) -> dict[Any, Tensor]:
@@ -236,6 +243,11 @@ def _rounds(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Lay
     return [found[ranks] for ranks in sorted(found, key=latest.__getitem__)]
 
 
+def _across_world(norms: Sequence[Tensor], p: float) -> Tensor:
+    """Join norms of shape (1,), any number on each rank, with those of all other ranks."""
+    return _across_group(_join_parts(norms, p), cast("dist.ProcessGroup", dist.group.WORLD), p)
+
+
 def _across_group(norm: Tensor, group: dist.ProcessGroup, p: float) -> Tensor:
     """Join a norm of shape (1,) with those of the other ranks of a group."""
     # The tensors of one rank may lie on the CPU, another's on an accelerator; the group decides.
@@ -257,14 +269,22 @@ def _join(norms: Tensor, p: float) -> Tensor:
     return joint.masked_fill(absent.all(dim=-1), ABSENT)
 
 
-def _has_all_ranks(mesh: DeviceMesh) -> bool:
-    return mesh.size() == dist.get_world_size()
+def _join_parts(norms: Sequence[Tensor], p: float) -> Tensor:
+    return _join(torch.cat(list(norms)), p).view(1)
 
 
-def _has_first_copy(layout: Layout) -> bool:
-    """Whether of all ranks that have copies of the same parts this one counts them."""
-    here = layout.mesh.get_coordinate()
-    return here is not None and all(at == 0 for d, at in enumerate(here) if d not in layout.dims)
+def _has_all_ranks(ranks: DeviceMesh | dist.ProcessGroup) -> bool:
+    return ranks.size() == dist.get_world_size()
+
+
+def _first_copies(norms: Mapping[Layout, Tensor]) -> list[Tensor]:
+    """The norms of those parts that of all ranks with copies of them this one counts: the first."""
+    return [
+        norm
+        for layout, norm in norms.items()
+        if (here := layout.mesh.get_coordinate()) is not None
+        and all(at == 0 for dim, at in enumerate(here) if dim not in layout.dims)
+    ]
 
 
 def _comes_first(mesh: DeviceMesh, group: dist.ProcessGroup) -> bool:

@@ -183,9 +183,9 @@ class Sharded:
 def refuse_expanded(tensors: Iterable[Tensor]) -> None:
     """Raise torch's error for tensors whose elements share memory, before anything is written."""
     for tensor in tensors:
-        if tensor.layout == torch.strided and any(
-            stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        ):
+        if tensor.layout is not torch.strided or 0 not in tensor.stride():
+            continue
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a single "
                 f"memory location (a gradient of shape {tuple(tensor.shape)} is expanded). Please clone() "

@@ -20,6 +20,7 @@ from torchclip import arguments
 
 __all__ = ["Batch", "disabled", "gradients", "scalar", "status", "tensors"]
 
+_extension: Any
 gradients: Callable[[Iterable[Tensor]], Any]
 """A batch of the gradients of the parameters that have one."""
 tensors: Callable[[Iterable[Tensor]], Any]
