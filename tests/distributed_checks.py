@@ -70,7 +70,7 @@ def assert_agreed(value: Tensor, group=None) -> None:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    # The product with the coefficient is rounded once: at most the last digit may differ.  Of addends, each is.
+    # The product with the coefficient is rounded once, that of each addend too: the last digit may differ.
     pending = isinstance(actual, DTensor) and any(p.is_partial() for p in actual.placements)
     rtol = max(torch.finfo(actual.dtype).eps, 1e-14) * (4 if pending else 1)
     torch.testing.assert_close(whole(actual), expected, rtol=rtol, atol=0, equal_nan=True)
@@ -640,3 +640,155 @@ def check_ddp():
     grads = [p.grad for p in model.parameters()]
     assert collectives(lambda: torchclip.get_total_norm(grads)) == []
     compare_models(model, trained_alone())
+
+
+def steps(model: nn.Module, x: Tensor, make_clipper, steps: int = 4, bad_step: int | None = None, **options):
+    """Train a little; what the clipper recorded, and the parameters that came out."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+    clipper = make_clipper(optimizer)
+    for step in range(steps):
+        backward(model, x)
+        if step == bad_step:
+            spoil(next(model.parameters()).grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    records = [(r.total_norm, r.max_norm, r.clip_coef, r.skipped) for r in clipper.history]
+    return records, [whole(p).detach() for p in model.parameters()]
+
+
+def spoil(grad: Tensor) -> None:
+    """Put NaN into the last row, which only one rank holds."""
+    if not isinstance(grad, DTensor):
+        grad[-1] = math.nan
+    elif dist.get_rank() == 2:
+        grad.to_local()[-1] = math.nan
+
+
+def compare_training(make_clipper, **options) -> None:
+    """Norms, thresholds and decisions are the same on all ranks, and those of one process."""
+    x = batch_of(4, torch.float64)
+    expected, weights = steps(model_of(dtype=torch.float64), x, make_clipper, **options)
+    actual, sharded_weights = steps(
+        sharded(model_of(dtype=torch.float64)), my_part(x), make_clipper, **options
+    )
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, actual)
+    assert all(repr(records) == repr(actual) for records in everyones)
+    torch.testing.assert_close(
+        torch.tensor(actual), torch.tensor(expected), rtol=1e-7, atol=0, equal_nan=True
+    )
+    for a, b in zip(sharded_weights, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7, equal_nan=True)
+
+
+def check_clipper_on_fsdp2():
+    thresholds = [0.1, INF, lambda step: 0.1 / (1 + step), torchclip.ZScore(warmup=2)]
+    thresholds.append(torchclip.Percentile(50.0))
+    for max_norm, scope in itertools.product(thresholds, ("global", "group", "parameter")):
+        compare_training(lambda o, m=max_norm, s=scope: torchclip.Clipper(o, m, scope=s))
+    compare_training(lambda o: torchclip.Clipper(o, 0.1), fused=True)
+    compare_training(lambda o: torchclip.Clipper(o, 0.1), foreach=True)
+
+
+def check_clipper_and_nonfinite_gradients_on_fsdp2():
+    for nonfinite, scope in itertools.product(
+        ("propagate", "skip", "zero"), ("global", "group", "parameter")
+    ):
+        compare_training(
+            lambda o, n=nonfinite, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite=n), bad_step=1
+        )
+    for scope in ("global", "group", "parameter"):
+        with pytest.raises(RuntimeError, match="non-finite"):
+            compare_training(
+                lambda o, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite="error"), bad_step=1
+            )
+        model = sharded(model_of())
+        with pytest.raises(RuntimeError, match=r"param_groups|none of this rank's"):
+            steps(
+                model,
+                my_part(batch_of(4)),
+                lambda o, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite="error"),
+                bad_step=1,
+            )
+
+
+def check_clipper_with_a_fused_optimizer():
+    """The coefficient goes along with the step, as the optimizer's ``grad_scale``, in float32 only."""
+    results = []
+    for build, x in ((model_of, batch_of(4)), (lambda: sharded(model_of()), my_part(batch_of(4)))):
+        model = build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        clipper = torchclip.Clipper(optimizer, 0.1)
+        backward(model, x)
+        optimizer.step()
+        assert clipper.last.clip_coef < 1
+        results.append([whole(t).detach() for p in model.parameters() for t in (p, p.grad)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def check_clipper_over_groups():
+    """Stages of a pipeline: every rank has parameters of its own."""
+    rank = dist.get_rank()
+    fulls = [randn(5, 2, seed=i) for i in range(4)]
+    for scope, nonfinite in itertools.product(("global", "group"), ("propagate", "skip", "zero")):
+        for bad in (False, True):
+            grads = [f.clone() for f in fulls]
+            if bad:
+                grads[2][1, 1] = math.nan
+            p = parameter(grads[rank].clone())
+            q = [parameter(g.clone()) for g in grads]
+            ours, oracle = torch.optim.SGD([p], lr=1.0), torch.optim.SGD(q, lr=1.0)
+            clipper = torchclip.Clipper(ours, 0.5, scope=scope, nonfinite=nonfinite, group=dist.group.WORLD)
+            expected = torchclip.Clipper(oracle, 0.5, scope=scope, nonfinite=nonfinite)
+            for each in (ours, oracle):
+                each.step()
+            assert repr(clipper.last) == repr(expected.last)
+            assert_same(p.detach(), q[rank].detach())
+    spoilt = parameter(torch.full((2,), math.nan if rank == 1 else 1.0))
+    optimizer = torch.optim.SGD([spoilt], lr=1.0)
+    torchclip.Clipper(optimizer, 0.5, nonfinite="error", group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.step()
+    assert (spoilt == 0).all()
+
+
+def check_versions_of_gradients_that_stay():
+    """What is not changed keeps its version, as what autograd has saved of it stays valid."""
+    mesh = init_device_mesh("cpu", (4,))
+    grads = [split(randn(8, 3), mesh, Shard(0)), split(randn(8, 3) / 100, mesh, Shard(0))]
+    before = [g._version for g in grads]
+    torchclip.clip_grad_norm_([parameter(g) for g in grads], 1e6)
+    assert [g._version for g in grads] == before
+
+
+def check_gradients_still_being_reduced():
+    """Local tensors that wait for a collective, as tensor parallelism leaves them."""
+    from torch.distributed._functional_collectives import all_reduce
+
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(6, 5)
+    pending = all_reduce(full / 4, "sum", mesh)
+    assert type(pending) is not Tensor
+    grad = DTensor.from_local(pending, mesh, [Replicate()], run_check=False)
+    p, oracle = parameter(grad), parameter(full.clone())
+    assert torchclip.clip_grad_norm_([p], 0.5) == torchclip.clip_grad_norm_([oracle], 0.5)
+    assert_same(p.grad, oracle.grad)
+
+
+def check_gradients_that_require_grad():
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(6, 5)
+    p = parameter(split(full, mesh, Shard(0)).requires_grad_())
+    norm = torchclip.get_total_norm(p.grad)
+    assert not norm.requires_grad
+    assert norm == torchclip.get_total_norm(full)
+
+
+def check_compiled():
+    """A compiled step may break its graph at the exchange; the result is the same."""
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(6, 5)
+    p, oracle = parameter(split(full, mesh, Shard(0))), parameter(full.clone())
+    compiled = torch.compile(lambda q: torchclip.clip_grad_norm_([q], 0.5), backend="eager")
+    assert compiled(p) == torchclip.clip_grad_norm_([oracle], 0.5)
+    assert_same(p.grad, oracle.grad)

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from weakref import WeakSet
 
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip import arguments, eager, gradients
+from torchclip import arguments, distributed, eager, gradients
 from torchclip.clip import clip_coefficient
 from torchclip.combine import combine, combine_tensors
 from torchclip.history import History, Record
 from torchclip.norm import in_double, refuse_nonfinite
 from torchclip.thresholds import MaxNorm, MaxNormRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Clipper"]
 
@@ -42,10 +45,16 @@ class _Set:
     """
 
     def __init__(
-        self, name: str, parameters: Sequence[Tensor], max_norm: float | None, order: float, each: bool
+        self,
+        name: str,
+        parameters: Sequence[Tensor],
+        max_norm: float | None,
+        order: float,
+        each: bool,
+        group: Any,
     ) -> None:
         self.max_norm = max_norm
-        self.batch = gradients.of_parameters(parameters)
+        self.batch = gradients.of_parameters(parameters, group)
         gradients.refuse_expanded(self.batch.rest)
         self._name, self._parameters, self._order, self._each = name, parameters, order, each
         self.norms: list[Norm] = []
@@ -135,6 +144,9 @@ class Clipper:
             ``"error"``: raise, naming the parameters, before anything changes. ``"skip"``: this step changes
             neither parameters nor optimizer state. ``"zero"``: non-finite elements become 0, and the rest is
             clipped.
+        group: a process group, or several, whose other ranks hold further gradients, as for
+            :func:`clip_grad_norm_`; all ranks must have the same number of parameter groups.  DTensors need
+            none.
         on_clip: called with the :class:`Record` of every step, just before anything is changed; an exception
             from it calls the step off.  On an accelerator this waits for the norm.
 
@@ -166,6 +178,7 @@ class Clipper:
         norm_type: float | str = 2.0,
         scope: Scope = "global",
         nonfinite: Nonfinite = "propagate",
+        group: ProcessGroup | Sequence[ProcessGroup] | None = None,
         on_clip: Callable[[Record], object] | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -187,6 +200,7 @@ class Clipper:
         self._order = arguments.norm_order(norm_type)
         self._scope = scope
         self._nonfinite = nonfinite
+        self._group = distributed.as_groups(group) or None
         self._on_clip = on_clip
         self._steps = 0
         self._step_frame: FrameType | None = None
@@ -363,13 +377,13 @@ class Clipper:
             if "max_norm" in group:
                 own = group["max_norm"]
                 max_norm = math.inf if own is None else arguments.threshold(_place(i, "max_norm"), own)
-                yield _Set(f"group {i}", parameters, max_norm, self._order, each)
+                yield _Set(f"group {i}", parameters, max_norm, self._order, each, self._group)
             elif self._scope == "global":
                 together = together + parameters if together else parameters
             else:
-                yield _Set(f"group {i}", parameters, None, self._order, each)
+                yield _Set(f"group {i}", parameters, None, self._order, each, self._group)
         if together:
-            yield _Set("all", together, None, self._order, each)
+            yield _Set("all", together, None, self._order, each, self._group)
 
     def _skipped(self, total_norm: Norm) -> bool | Tensor:
         """Whether this step changes nothing: by a GradScaler's decision, or by ours."""
@@ -389,7 +403,7 @@ class Clipper:
             for each in sets:
                 # On an accelerator nobody waits to know whether it is needed.
                 if any(isinstance(n, Tensor) or not math.isfinite(n) for n in each.norms):
-                    eager.zero_nonfinite_(each.batch.all)
+                    gradients.zero_nonfinite_(each.batch)
                     each.measure(grad_scale)
 
     def _max_norms(self, of: _Set) -> list[float]:

@@ -101,7 +101,7 @@ def row_norms(tensor: Tensor, p: float) -> Tensor:
 def _block_norms(rows: Tensor, p: float) -> Tensor:
     """The norms of the rows of a matrix of about ``_PIECE`` elements, whatever the number of threads."""
     whole = rows.shape[1] - rows.shape[1] % _ROW
-    pieces = (rows[:, :whole].unflatten(1, (-1, _ROW)), rows[:, None, whole:])
+    pieces = (rows[:, :whole].reshape(len(rows), -1, _ROW), rows[:, None, whole:])
     return combine_tensors(torch.cat([_matrix_norms(n, p) for n in pieces if n.numel()], dim=1), p)
 
 

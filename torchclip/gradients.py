@@ -27,6 +27,8 @@ __all__ = [
     "refuse_expanded",
     "scale_",
     "scale_each_",
+    "warn_if_used_up",
+    "zero_nonfinite_",
 ]
 
 _KERNEL_ORDERS = frozenset({1.0, 2.0, math.inf})
@@ -40,10 +42,15 @@ def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> A
     batch = kernel.Batch(items, "parameters", True) if eager.recorded() else kernel.gradients(items)
     if batch.subclassed or group is not None:
         return _sharded(batch, items, True, group)
-    if not items and isinstance(parameters, types.GeneratorType):
-        # Users know the warning from torch: most often the generator was used up before.
-        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+    warn_if_used_up(parameters, items)
     return batch
+
+
+def warn_if_used_up(parameters: Tensor | Iterable[Tensor], items: Sequence[Tensor]) -> None:
+    """Torch's warning for a generator without items: most often it was used up before."""
+    if not items and isinstance(parameters, types.GeneratorType):
+        # The line to show is three calls up, where a clipping function was called.
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
 
 
 def of_tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Any:
@@ -257,3 +264,11 @@ def clamp_(batch: Any, limit: float) -> None:
     if len(batch.rest) < len(batch.all):
         batch.clamp(limit, _threads())
     eager.clamp_(batch.rest, limit)
+
+
+def zero_nonfinite_(batch: Any) -> None:
+    """Put 0 in the place of every infinite or NaN element of the batch."""
+    if type(batch) is Sharded:
+        batch.refuse_partial("zeroing non-finite elements")
+        batch = batch.written()
+    eager.zero_nonfinite_(batch.all)

@@ -170,7 +170,7 @@ def clip_grad_value(grads: Sequence[Array], clip_value: float) -> None:
     _check_arrays(grads, writeable=True, real=True)
     for grad in grads:
         # A limit beyond the dtype's range limits nothing.
-        limit = clip_value if clip_value <= np.finfo(grad.dtype).max else math.inf
+        limit = clip_value if clip_value <= float(np.finfo(grad.dtype).max) else math.inf
         np.clip(grad, -limit, limit, out=grad)
 
 
