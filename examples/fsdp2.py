@@ -44,5 +44,5 @@ norms = [None] * ranks
 dist.all_gather_object(norms, clipper.last.total_norm)
 if rank == 0:
     print(f"norm of the last step on each rank: {norms}")
-    print(clipper.history.summary())
+    print(clipper.history.summary(), flush=True)
 dist.destroy_process_group()

@@ -134,7 +134,7 @@ def test_orders_that_are_none(name, order, parameters):
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("order", [math.nan, np.float32("nan")], ids=repr)
 def test_an_order_of_nan(name, order, parameters):
-    with pytest.raises(ValueError, match="`norm_type` is nan; pass a number such as 2.0, or 'inf'"):
+    with pytest.raises(ValueError, match=r"`norm_type` is nan; pass a number such as 2.0, or 'inf'"):
         ORDERS[name](parameters, order)
 
 
@@ -187,7 +187,7 @@ def test_items_that_are_no_tensors(name, item, parameters):
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_named_parameters(name):
-    call, argument = TENSORS[name]
+    call, _argument = TENSORS[name]
     with pytest.raises(TypeError, match=r"item 0 is \('weight'.*; pass `.parameters\(\)`, not `.named_param"):
         call(MODEL.named_parameters())
 
@@ -203,7 +203,7 @@ def test_an_error_of_the_users_own_generator_comes_through(parameters):
 
 def test_complex_gradients_have_no_order(parameters):
     (z,) = with_gradients([torch.tensor([1 + 2j])])
-    with pytest.raises(TypeError, match="`parameters` has complex gradients, .* clip by norm instead"):
+    with pytest.raises(TypeError, match=r"`parameters` has complex gradients, .* clip by norm instead"):
         torchclip.clip_grad_value_([*parameters, z], 0.5)
 
 

@@ -466,6 +466,15 @@ def test_item_7_compiles_without_a_break(name, backend):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_item_7_compiles_with_complex_gradients():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda ps: clip_grad_norm_(ps, 0.5), fullgraph=True, backend="eager")
+    mine, others = (with_gradients([randn(4, dtype=torch.complex64), randn(3).bfloat16()]) for _ in range(2))
+    torch.testing.assert_close(compiled(mine), clip_grad_norm_(others, 0.5))
+    for a, b in zip(mine, others, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_item_7_compiles_with_the_norm_and_the_threshold_right():
     torch.compiler.reset()
     compiled = torch.compile(clip_grad_norm_, fullgraph=True, backend="aot_eager")

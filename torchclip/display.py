@@ -17,29 +17,45 @@ from rich.text import Text
 from torch import Tensor
 
 from torchclip import plots
+from torchclip.parallel import ranks
 
 if TYPE_CHECKING:
+    from torchclip.parallel import Way
     from torchclip.train import Options, Run, Step
 
 PROGRESS_WIDTH = 15
 RECENT = 20  # the loss shown is the mean of so many steps, since single ones are noisy
 SAMPLE_LINES = 6
+WAYS = {"fsdp": "FSDP2", "ddp": "DDP"}
 
 console = Console(width=min(Console().width, 80))
 
 
-def introduction(options: Options, text: Path | None, tokens: Tensor, vocabulary: str) -> None:
+def introduction(
+    options: Options, text: Path | None, tokens: Tensor, vocabulary: str, way: Way | None
+) -> None:
     """Say what is going to be trained, and on what."""
     source = "Python's own documentation" if text is None else str(text)
     cell = {"rnn": "Tanh RNN", "lstm": "LSTM"}[options.cell]
+    spread = "" if way is None else f", on {ranks()} processes with {WAYS[way]}"
     console.print(
         f"{cell} with {options.hidden} hidden units, learning to predict the next character of {source} "
         f"({len(tokens):,} characters, {len(vocabulary)} different). "
         f"{options.steps} steps of SGD, learning rate {options.lr:g}, on {options.batch} × {options.bptt} "
-        f"characters each; seed {options.seed}.",
+        f"characters each{spread}; seed {options.seed}. {_clipping(options)}",
         highlight=False,
         markup=False,
     )
+
+
+def _clipping(options: Options) -> str:
+    if options.threshold == "fixed":
+        return f"Clipped to a norm of {options.max_norm:g}."
+    where = {
+        "percentile": "Clipped at the 10th percentile of the norms so far (AutoClip)",
+        "zscore": "Spikes of the norm are pulled back (ZClip)",
+    }[options.threshold]
+    return f"{where}." if math.isinf(options.max_norm) else f"{where}, never above {options.max_norm:g}."
 
 
 def live_table(runs: Sequence[Run], options: Options) -> Live:
@@ -75,19 +91,19 @@ def _table(runs: Sequence[Run], progress: Callable[[Run], RenderableType]) -> Ta
     for header in ("loss", "perplexity", "gradient\nnorm", "largest\nnorm", "clipped\nsteps"):
         table.add_column(header, justify="right", vertical="bottom")
     for run in runs:
-        table.add_row(run.name, progress(run), *_numbers(run.steps, run.max_norm))
+        table.add_row(run.name, progress(run), *_numbers(run.steps, clips=run.name == "clipped"))
     return table
 
 
-def _numbers(steps: Sequence[Step], max_norm: float) -> list[str]:
+def _numbers(steps: Sequence[Step], clips: bool) -> list[str]:
     if not steps:
         return []
     recent = [step.loss for step in steps[-RECENT:]]
     loss = sum(recent) / len(recent)
     norms = [step.norm for step in steps]
-    clipped = sum(norm > max_norm for norm in norms) / len(norms)
+    clipped = sum(step.norm > step.max_norm for step in steps) / len(steps)
     numbers = (loss, perplexity(loss), norms[-1], max(norms))
-    return [*(f"{number:.3g}" for number in numbers), "–" if math.isinf(max_norm) else f"{clipped:.0%}"]
+    return [*(f"{number:.3g}" for number in numbers), f"{clipped:.0%}" if clips else "–"]
 
 
 def perplexity(loss: float) -> float:
@@ -111,12 +127,12 @@ def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
         console.print(Panel(body, title=f"written by the {run.name} model", title_align="left"))
 
 
-def plot(runs: Sequence[Run], options: Options, path: Path) -> None:
-    """Write the picture of both runs."""
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Write the picture of the runs."""
     figure = plots.training_figure(
         losses={run.name: [step.loss for step in run.steps] for run in runs},
         norms={run.name: [step.norm for step in run.steps] for run in runs},
-        max_norm=options.max_norm,
+        max_norms=[step.max_norm for step in runs[-1].steps],
     )
     figure.savefig(path)
     console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)

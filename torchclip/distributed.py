@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from torchclip import arguments
-from torchclip.combine import combine_tensors
+from torchclip import arguments, eager
+from torchclip.combine import combine, combine_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -166,46 +167,54 @@ def as_groups(group: Any) -> list[dist.ProcessGroup]:
     return groups
 
 
-# Norms
+# Norms.  Groups of ranks are opaque to torch.compile, so a compiled function leaves its graph here.
 
 
-def total(norms: Mapping[Layout | None, Tensor], groups: Sequence[dist.ProcessGroup], p: float) -> Tensor:
+@_disable_dynamo
+def total(
+    norms: Mapping[Layout | None, float | Tensor], groups: Sequence[dist.ProcessGroup], p: float
+) -> float | Tensor:
     """The joint norm of what this rank and those that share its meshes and groups hold.
 
     Args:
-        norms: for each layout and for None, the norm of what this rank holds of the tensors that lie like
-            this, or :data:`ABSENT`: float64, of shape (1,).
+        norms: for each layout, and for None, the norm of what this rank holds of the tensors that lie like
+            this, or :data:`ABSENT`; on an accelerator in float64.
         groups: process groups whose other ranks hold other plain tensors, and DTensors on other meshes.
         p: the order of the norms.
 
     Returns:
-        A float64 tensor of shape (1,), the same on every rank that holds parts of the same tensors.
+        The norm, the same on every rank that holds parts of the same tensors; 0.0 if none has any element.
     """
+    plain = [norm for layout, norm in norms.items() if layout is None]
     sharded = {layout: norm for layout, norm in norms.items() if layout is not None}
     if any(_has_all_ranks(group) for group in groups):
-        result = _across_world([norms[None], *_first_copies(sharded)], p)
+        result = _across_world([*plain, *_first_copies(sharded)], p)
     else:
         joint = _joint_norms(sharded, p)
         counted = [n for mesh, n in joint if all(_comes_first(mesh, group) for group in groups)]
-        result = _join_parts([norms[None], *counted], p)
+        result = _join([*plain, *counted], p)
         for group in groups:
             result = _across_group(result, group, p)
-    return result.clamp(min=0.0)
+    return max(result, 0.0) if isinstance(result, float) else result.clamp(min=0.0)
 
 
-def _joint_norms(norms: Mapping[Layout, Tensor], p: float) -> list[tuple[DeviceMesh, Tensor]]:
+def _joint_norms(norms: Mapping[Layout, float | Tensor], p: float) -> list[tuple[DeviceMesh, float | Tensor]]:
     """Norms of whole tensors: each with a mesh all of whose ranks get it."""
     of_all = {layout: norm for layout, norm in norms.items() if _has_all_ranks(layout.mesh)}
     split = next((layout.mesh for layout in of_all if layout.dims), None)
-    if split is None:
-        return [(layout.mesh, norm) for layout, norm in across_meshes(norms, p).items()]
-    # Every rank is here: one exchange among all does for these meshes, however many dimensions they have.
-    nothing = torch.full_like(of_all[next(iter(of_all))], ABSENT)
-    joint = _across_world([nothing, *_first_copies(of_all)], p)
-    others = across_meshes({layout: norm for layout, norm in norms.items() if layout not in of_all}, p)
-    return [(split, joint), *((layout.mesh, norm) for layout, norm in others.items())]
+    joint: list[tuple[DeviceMesh, float | Tensor]] = []
+    if split is not None:
+        # Every rank is here: one exchange among all does for these meshes, however many dimensions they have.
+        joint = [(split, _across_world(_first_copies(of_all), p))]
+        norms = {layout: norm for layout, norm in norms.items() if layout not in of_all}
+    vectors = {
+        layout: torch.as_tensor(norm, dtype=torch.float64, device=layout.mesh.device_type).view(1)
+        for layout, norm in norms.items()
+    }
+    return joint + [(layout.mesh, _number(norm[0])) for layout, norm in across_meshes(vectors, p).items()]
 
 
+@_disable_dynamo
 def across_meshes(vectors: Mapping[Any, Tensor], p: float) -> dict[Any, Tensor]:
     """Join this rank's norms with those of the ranks that hold the other parts, element by element.
 
@@ -221,7 +230,7 @@ def across_meshes(vectors: Mapping[Any, Tensor], p: float) -> dict[Any, Tensor]:
     for group, layouts in _rounds([layout for layout in vectors if layout is not None]):
         sent = torch.cat([joint[layout] for layout in layouts])
         gathered = _gather(sent.to(layouts[0].mesh.device_type), group).to(sent.device)
-        parts = torch.split(_join(gathered.T, p), [len(joint[layout]) for layout in layouts])
+        parts = torch.split(_join_tensors(gathered.T, p), [len(joint[layout]) for layout in layouts])
         joint.update(zip(layouts, parts, strict=True))
     return joint
 
@@ -243,16 +252,17 @@ def _rounds(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Lay
     return [found[ranks] for ranks in sorted(found, key=latest.__getitem__)]
 
 
-def _across_world(norms: Sequence[Tensor], p: float) -> Tensor:
-    """Join norms of shape (1,), any number on each rank, with those of all other ranks."""
-    return _across_group(_join_parts(norms, p), cast("dist.ProcessGroup", dist.group.WORLD), p)
+def _across_world(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
+    """Join norms, any number on each rank, with those of all other ranks."""
+    return _across_group(_join(norms, p), cast("dist.ProcessGroup", dist.group.WORLD), p)
 
 
-def _across_group(norm: Tensor, group: dist.ProcessGroup, p: float) -> Tensor:
-    """Join a norm of shape (1,) with those of the other ranks of a group."""
+def _across_group(norm: float | Tensor, group: dist.ProcessGroup, p: float) -> float | Tensor:
+    """Join a norm with those of the other ranks of a group."""
     # The tensors of one rank may lie on the CPU, another's on an accelerator; the group decides.
     device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
-    return _join(_gather(norm.to(device), group).T, p).to(norm.device)
+    of_ranks = _gather(torch.as_tensor(norm, dtype=torch.float64, device=device).view(1), group).view(-1)
+    return _join(of_ranks.tolist(), p) if eager.on_host([of_ranks]) else _join_tensors(of_ranks, p)
 
 
 def _gather(vector: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -262,22 +272,32 @@ def _gather(vector: Tensor, group: dist.ProcessGroup) -> Tensor:
     return rows
 
 
-def _join(norms: Tensor, p: float) -> Tensor:
-    """The joint norms along the last dimension; :data:`ABSENT` where all are."""
+def _number(norm: Tensor) -> float | Tensor:
+    return norm.item() if eager.on_host([norm]) else norm
+
+
+def _join(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
+    """The joint norm; :data:`ABSENT` for none, or if all are."""
+    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+    if device is None:
+        present = [norm for norm in cast("Sequence[float]", norms) if not norm < 0]
+        return combine(present, p) if present else ABSENT
+    on_device = [torch.as_tensor(norm, dtype=torch.float64, device=device) for norm in norms]
+    return _join_tensors(torch.stack(on_device), p)
+
+
+def _join_tensors(norms: Tensor, p: float) -> Tensor:
+    """:func:`_join` along the last dimension of a tensor."""
     absent = norms < 0
     joint = combine_tensors(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
     return joint.masked_fill(absent.all(dim=-1), ABSENT)
-
-
-def _join_parts(norms: Sequence[Tensor], p: float) -> Tensor:
-    return _join(torch.cat(list(norms)), p).view(1)
 
 
 def _has_all_ranks(ranks: DeviceMesh | dist.ProcessGroup) -> bool:
     return ranks.size() == dist.get_world_size()
 
 
-def _first_copies(norms: Mapping[Layout, Tensor]) -> list[Tensor]:
+def _first_copies(norms: Mapping[Layout, float | Tensor]) -> list[float | Tensor]:
     """The norms of those parts that of all ranks with copies of them this one counts: the first."""
     return [
         norm

@@ -251,10 +251,15 @@ def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 
 def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     """Multiply every tensor in place; each product is formed in at least float32 and rounded once."""
+    if isinstance(factor, float) and 0 < factor < _FLOAT32_TINY:
+        # Too small for float32; a power of two, which rounds nothing, takes it part of the way.
+        scale_(tensors, _STEP)
+        scale_(tensors, factor / _STEP)
+        return
     with torch.no_grad():
         together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
-            if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or _is_lazy(tensor):
                 _scale_alone(tensor, factor)
                 continue
             real = torch.view_as_real(_without_conj(tensor)) if tensor.is_complex() else tensor
@@ -272,11 +277,23 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_FLOAT32_TINY, _STEP = torch.finfo(torch.float32).tiny, 2.0**-64
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether a tensor may stand for its memory's negative or, while recording, for its conjugate."""
+    return tensor.is_complex() if recorded() else tensor.is_neg()
 
 
 def scale_rows_(tensor: Tensor, factors: Tensor) -> None:
     """Multiply each slice along the first axis in place by its own float64 factor."""
     real = torch.view_as_real(_without_conj(tensor)) if tensor.is_complex() else tensor
+    too_small = (factors > 0) & (factors < _FLOAT32_TINY)
+    if on_host([factors]) and bool(too_small.any()):
+        steps = torch.where(too_small, _STEP, 1.0)
+        scale_rows_(tensor, steps)
+        scale_rows_(tensor, factors / steps)
+        return
     factors = factors.to(torch.promote_types(real.dtype, torch.float32)).view(-1, *[1] * (real.dim() - 1))
     if factors.dtype == real.dtype:
         real.mul_(factors)
@@ -331,7 +348,8 @@ _SPARSE = frozenset(
 
 def _own_values(tensor: Tensor) -> Tensor:
     """The values that a sparse tensor stores, not a copy of them."""
-    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+    # Of values() not detached no view can be made, as complex ones need.
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values().detach()
 
 
 def _without_conj(tensor: Tensor) -> Tensor:

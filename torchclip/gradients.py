@@ -140,11 +140,11 @@ class Sharded:
     def norm(self, p: float) -> float | Tensor:
         """The norm of all the tensors on all ranks."""
         held = self._held()
-        norms: dict[distributed.Layout | None, Tensor] = {None: self._vector([distributed.ABSENT])}
-        for layout, places in self._places.items():
-            tensors = [held[i] for i in dict.fromkeys(places) if i is not None]
-            norms[layout] = self._vector([self._norm_of(tensors, p)])
-        return self._numbers(distributed.total(norms, self._groups, p))[0]
+        norms = {
+            layout: self._norm_of([held[i] for i in dict.fromkeys(places) if i is not None], p)
+            for layout, places in self._places.items()
+        }
+        return distributed.total(norms, self._groups, p)
 
     def norms(self, p: float) -> list[float | Tensor]:
         """The norm of each tensor, with the parts of it that other ranks hold."""
@@ -190,7 +190,7 @@ class Sharded:
 def refuse_expanded(tensors: Iterable[Tensor]) -> None:
     """Raise torch's error for tensors whose elements share memory, before anything is written."""
     for tensor in tensors:
-        if tensor.layout is not torch.strided or 0 not in tensor.stride():
+        if tensor.layout is not torch.strided or 0 not in tensor.stride() or tensor.numel() == 0:
             continue
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise RuntimeError(

@@ -104,14 +104,14 @@ def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
 RUN_COLOURS = {"unclipped": "#D55E00", "clipped": "#0072B2"}
 
 
-def training_figure(losses: RunValues, norms: RunValues, max_norm: float) -> Figure:
+def training_figure(losses: RunValues, norms: RunValues, max_norms: Sequence[float]) -> Figure:
     """Loss and gradient norm of training runs, beside each other, on log scales.
 
     Args:
         losses: for the runs ``"unclipped"``, ``"clipped"`` or both, one loss a step; where it is
             not finite there is a gap.
         norms: likewise the norms before clipping.
-        max_norm: the threshold of the clipped run, drawn dashed.
+        max_norms: the threshold of the last run at each step, drawn dashed, with a gap where it is infinite.
     """
     from matplotlib.figure import Figure
 
@@ -119,7 +119,10 @@ def training_figure(losses: RunValues, norms: RunValues, max_norm: float) -> Fig
     loss_axes, norm_axes = figure.subplots(1, 2)
     _draw_runs(loss_axes, "Loss", losses)
     _draw_runs(norm_axes, "Gradient norm before clipping", norms)
-    norm_axes.axhline(max_norm, color="black", linestyle="--", label=f"threshold {max_norm:g}")
+    threshold = _on_log_scale(max_norms)
+    if np.isfinite(threshold).any():
+        label = f"threshold {threshold[0]:g}" if (threshold == threshold[0]).all() else "threshold"
+        norm_axes.plot(_steps(threshold), threshold, color="black", linestyle="--", label=label)
     norm_axes.legend(fontsize=12)
     return figure
 

@@ -250,7 +250,8 @@ def clip_grad_adaptive(
             limit = clip_factor * max(_norm([_magnitudes(weight[unit])], p), eps)
             norm = _norm([_magnitudes(grad[unit])], p)
             if not norm <= limit:
-                _scale([grad[(*unit, ...)]], limit / norm)
+                # A norm of 0 comes here with a limit of NaN only.
+                _scale([grad[(*unit, ...)]], limit / norm if norm else limit)
 
 
 def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Array], int]:
@@ -294,9 +295,11 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
     for grad in grads:
         wide = np.result_type(grad.dtype, np.float64)
         total = np.zeros(grad.shape[1:], dtype=wide)
-        for i in examples:
-            total += coefficients[i] * grad[i].astype(wide)
-        sums.append(total.astype(grad.dtype))
+        # 0 (of an infinite norm) times inf is NaN, and a sum beyond the dtype's range is inf.
+        with np.errstate(invalid="ignore", over="ignore"):
+            for i in examples:
+                total += coefficients[i] * grad[i].astype(wide)
+            sums.append(total.astype(grad.dtype))
     return sums, sum(not c >= 1 for c in coefficients)
 
 

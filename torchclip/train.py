@@ -1,12 +1,13 @@
 """A recurrent language model that learns because its gradients are clipped: the command ``torchclip train``.
 
-Read from top to bottom, this file shows how clipping goes into a training loop: it is one line in
-:func:`train`.  The rest is a plain character-level language model on real text, trained by truncated
-backpropagation through time: a recurrent network reads some 64 characters, predicts the successor of each,
-and the gradient flows back through all of these steps.  At each of them it is multiplied by the recurrent
-weights, and that is where it explodes.
+Read from top to bottom, this file shows how clipping goes into a training: it is one line in :func:`train`.
+The rest is a plain character-level language model on real text, trained by truncated backpropagation through
+time: a recurrent network reads some 64 characters, predicts the successor of each, and the gradient flows
+back through all of these steps.  At each of them it is multiplied by the recurrent weights, and that is where
+it explodes.
 
 The command trains two models, from the same weights and on the same batches: one with clipping, one without.
+Started by ``torchrun``, several processes train them together, for which :mod:`torchclip.parallel` is there.
 A model stored with ``--save`` is loaded and used like this::
 
     from torchclip.train import load_model, sample
@@ -24,17 +25,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchclip
+from torchclip import parallel
+from torchclip.thresholds import MaxNorm
 
 # The learning rates are as high as training with clipping bears; that is what clipping is good for.
 LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0}
 MAX_NORMS = {"rnn": 0.5, "lstm": 0.25}
+THRESHOLDS = ("fixed", "percentile", "zscore")
 EMBEDDING = 32
 
 
@@ -45,6 +49,7 @@ class Options:
     cell: str
     hidden: int
     lr: float
+    threshold: str
     max_norm: float
     steps: int
     batch: int
@@ -82,16 +87,17 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 
     The text is cut into ``batch`` equally long streams, which are read side by side.  Each window begins
     where the last one ended, so that the network can carry its state on; after the end they begin anew.
+    Of several processes each reads its share of the streams.
 
     Args:
         tokens: the encoded text, int64, of shape ``(characters,)``.
         options: of which ``batch``, ``bptt`` and ``steps`` are used.
 
     Yields:
-        ``steps`` pairs of inputs and targets, each of shape ``(batch, bptt)``.
+        ``steps`` pairs of inputs and targets, each of shape ``(batch, bptt)``, or fewer rows in a share.
     """
     length = len(tokens) // options.batch
-    streams = tokens[: options.batch * length].view(options.batch, length)
+    streams = parallel.share(tokens[: options.batch * length].view(options.batch, length))
     for step in range(options.steps):
         start = step * options.bptt % (length - options.bptt)
         stop = start + options.bptt
@@ -100,7 +106,7 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 
 # The model
 
-State = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None at the beginning
+State: TypeAlias = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None at the beginning
 
 
 class Model(nn.Module):
@@ -127,6 +133,9 @@ class Model(nn.Module):
         return self.output(hidden), state
 
 
+Weights: TypeAlias = dict[str, Any]  # what a module's state_dict() returns
+
+
 def detached(state: State) -> State:
     """The state without its past: here backpropagation through time is truncated."""
     if isinstance(state, tuple):
@@ -137,32 +146,44 @@ def detached(state: State) -> State:
 # Training
 
 
+def max_norm_of(options: Options) -> MaxNorm:
+    """The ``max_norm`` of the clipped run: a number, or an object that learns one from the norms so far."""
+    if options.threshold == "percentile":
+        return torchclip.Percentile(10, max_norm=options.max_norm)
+    if options.threshold == "zscore":
+        return torchclip.ZScore(max_norm=options.max_norm)
+    return options.max_norm
+
+
 class Step(NamedTuple):
     """What is kept of one training step."""
 
     loss: float
     norm: float  # of all gradients together, before clipping
+    max_norm: float  # to which they were clipped
 
 
-def train(model: Model, tokens: Tensor, options: Options, max_norm: float) -> Iterator[Step]:
+def train(model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm) -> Iterator[Step]:
     """Train the model in place, a step for each ``next()``.
 
     An infinite ``max_norm`` measures the gradients without clipping them.  A loss that is not finite is the
     last one: nothing can be learned after it.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
+    # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
+    clipper = torchclip.Clipper(optimizer, max_norm)
     state = None
     for inputs, targets in batches(tokens, options):
         scores, state = model(inputs, detached(state))
         loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        # Clipping is this line: after backward() has made the gradients, before step() uses them.
-        norm = torchclip.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
 
-        yield Step(loss.item(), norm.item())
-        if not loss.isfinite():
+        clipping = clipper.history[-1]
+        step = Step(parallel.mean(loss), clipping.total_norm, clipping.max_norm)
+        yield step
+        if not math.isfinite(step.loss):
             return
 
 
@@ -171,8 +192,8 @@ class Run:
     """One model in training, with its steps so far."""
 
     name: str
-    model: Model
-    max_norm: float
+    model: nn.Module
+    max_norm: MaxNorm
     steps: list[Step] = field(default_factory=list)
 
     @property
@@ -181,23 +202,30 @@ class Run:
         return bool(self.steps) and not math.isfinite(self.steps[-1].loss)
 
 
-def start_runs(only: str | None, vocabulary: str, options: Options) -> list[Run]:
-    """The runs to compare, without and with clipping, from the same weights."""
-    max_norms = {"unclipped": math.inf, "clipped": options.max_norm}
+def start_runs(
+    only: str | None, vocabulary: str, options: Options, way: parallel.Way | None = None
+) -> list[Run]:
+    """The runs to compare, without and with clipping, from the same weights, on one process or several."""
+    max_norms = {"unclipped": math.inf, "clipped": max_norm_of(options)}
     runs = []
     for name in [only] if only else max_norms:
         torch.manual_seed(options.seed)
-        runs.append(Run(name, Model(options.cell, len(vocabulary), options.hidden), max_norms[name]))
+        model = parallel.spread(Model(options.cell, len(vocabulary), options.hidden), way)
+        runs.append(Run(name, model, max_norms[name]))
     return runs
 
 
-def advance(runs: list[Run], tokens: Tensor, options: Options) -> None:
-    """Train all runs to their end, step by step beside each other, so that an interrupt meets them level."""
+def advance(runs: list[Run], tokens: Tensor, options: Options) -> bool:
+    """Train all runs beside each other, step by step, to their end or to Ctrl-C: whether that came."""
     trainings = [train(run.model, tokens, options, run.max_norm) for run in runs]
-    for steps in zip_longest(*trainings):
-        for run, step in zip(runs, steps, strict=True):
-            if step is not None:
-                run.steps.append(step)
+    with parallel.CtrlC() as ctrl_c:
+        for steps in zip_longest(*trainings):
+            for run, step in zip(runs, steps, strict=True):
+                if step is not None:
+                    run.steps.append(step)
+            if ctrl_c.on_any_rank():
+                return True
+    return False
 
 
 # Using the model
@@ -218,18 +246,23 @@ def sample(model: Model, vocabulary: str, length: int, seed: int) -> str | None:
     return text
 
 
-def save_model(path: Path, model: Model, vocabulary: str, options: Options) -> None:
-    """Store the model's weights, and what :func:`load_model` needs to build it again."""
-    torch.save({"model": model.state_dict(), "vocabulary": vocabulary, "options": asdict(options)}, path)
+def model_of(weights: Weights, vocabulary: str, cell: str, hidden: int) -> Model:
+    """A model with these weights."""
+    model = Model(cell, len(vocabulary), hidden)
+    model.load_state_dict(weights)
+    return model
+
+
+def save_model(path: Path, weights: Weights, vocabulary: str, options: Options) -> None:
+    """Store a model's weights, and what :func:`load_model` needs to build it again."""
+    torch.save({"model": weights, "vocabulary": vocabulary, "options": asdict(options)}, path)
 
 
 def load_model(path: str | Path) -> tuple[Model, str]:
     """The model in a file that ``torchclip train --save`` wrote, and its vocabulary."""
     stored = torch.load(path, weights_only=True)
     vocabulary, options = stored["vocabulary"], stored["options"]
-    model = Model(options["cell"], len(vocabulary), options["hidden"])
-    model.load_state_dict(stored["model"])
-    return model, vocabulary
+    return model_of(stored["model"], vocabulary, options["cell"], options["hidden"]), vocabulary
 
 
 # The command
@@ -240,8 +273,10 @@ def run(
     only: str | None,
     plot: Path | None,
     save: Path | None,
+    way: parallel.Way | None,
     cell: str,
     lr: float | None,
+    threshold: str,
     max_norm: float | None,
     **counts: int,
 ) -> int:
@@ -252,65 +287,115 @@ def run(
         only: ``"clipped"`` or ``"unclipped"`` for one run instead of both.
         plot: where the picture of loss and gradient norm goes.
         save: where the clipped (or only) model goes.
+        way: how several processes train one model; by default ``"fsdp"``.
         cell: ``"rnn"`` or ``"lstm"``.
         lr: the learning rate; by default the cell's in ``LEARNING_RATES``.
-        max_norm: the threshold of clipping; by default the cell's in ``MAX_NORMS``.
+        threshold: one of ``THRESHOLDS``.
+        max_norm: the fixed threshold, by default the cell's in ``MAX_NORMS``, or a ceiling for the others, by
+            default none.
         counts: the other :class:`Options`.
 
     Returns:
         the exit status: 0, or 130 after Ctrl-C.
 
     Raises:
-        argparse.ArgumentError: if the text cannot be used.
+        argparse.ArgumentError: if the text or the options cannot be used.
         OSError: if a file cannot be read or written.
     """
     from torchclip import display  # needs rich, which the functions above do not
 
-    options = Options(cell, lr=lr or LEARNING_RATES[cell], max_norm=max_norm or MAX_NORMS[cell], **counts)
+    if max_norm is None:
+        max_norm = MAX_NORMS[cell] if threshold == "fixed" else math.inf
+    options = Options(
+        cell=cell, lr=lr or LEARNING_RATES[cell], threshold=threshold, max_norm=max_norm, **counts
+    )
     characters = read_text(text)
+    _check_length(characters, options)
+    vocabulary = "".join(sorted(set(characters)))
+    tokens = encode(characters, vocabulary)
+
+    with parallel.process_group():
+        way = _checked_way(way, options)
+        shows = parallel.rank() == 0
+        display.console.quiet = not shows
+        display.introduction(options, text, tokens, vocabulary, way)
+        runs = start_runs(only, vocabulary, options, way)
+        with display.live_table(runs, options):
+            interrupted = advance(runs, tokens, options)
+        weights = [parallel.whole_weights(run.model) for run in runs]
+    if shows:
+        models = [model_of(w, vocabulary, cell, options.hidden) for w in weights]
+        display.closing_table(runs, options, vocabulary)
+        display.samples(runs, [sample(model, vocabulary, length=400, seed=options.seed) for model in models])
+        if plot is not None:
+            display.plot(runs, plot)
+        if save is not None:
+            save_model(save, weights[-1], vocabulary, options)
+            display.saved(save)
+    return 130 if interrupted else 0
+
+
+def _check_length(characters: str, options: Options) -> None:
     needed = options.batch * (options.bptt + 1)
     if len(characters) < needed:
         raise _refusal(
             f"the text is too short: it has {len(characters):,} characters, and --batch {options.batch} with "
             f"--bptt {options.bptt} needs {needed:,}; pass a longer text or smaller numbers"
         )
-    vocabulary = "".join(sorted(set(characters)))
-    tokens = encode(characters, vocabulary)
-    runs = start_runs(only, vocabulary, options)
 
-    display.introduction(options, text, tokens, vocabulary)
-    interrupted = False
-    with display.live_table(runs, options):
-        try:
-            advance(runs, tokens, options)
-        except KeyboardInterrupt:
-            interrupted = True
-    display.closing_table(runs, options, vocabulary)
-    display.samples(runs, [sample(run.model, vocabulary, length=400, seed=options.seed) for run in runs])
-    if plot is not None:
-        display.plot(runs, options, plot)
-    if save is not None:
-        save_model(save, runs[-1].model, vocabulary, options)
-        display.saved(save)
-    return 130 if interrupted else 0
+
+def _checked_way(way: parallel.Way | None, options: Options) -> parallel.Way | None:
+    """How to train on the processes that there are, or None in a process that nobody launched."""
+    if not parallel.launched():
+        if way is not None:
+            raise _refusal(
+                f"--parallel {way} needs several processes; start them with: "
+                "torchrun --nproc-per-node 2 -m torchclip train"
+            )
+        return None
+    ranks = parallel.ranks()
+    if options.batch % ranks:
+        raise _refusal(
+            f"--batch {options.batch} cannot be shared equally by {ranks} processes; "
+            f"pass a multiple of {ranks}"
+        )
+    return way or "fsdp"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``torchclip train``."""
     add = parser.add_argument
-    rates, thresholds = _by_cell(LEARNING_RATES), _by_cell(MAX_NORMS)
+    rates, max_norms = _by_cell(LEARNING_RATES), _by_cell(MAX_NORMS)
     add(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to learn from (default: Python's documentation)"
     )
     add("--only", choices=["clipped", "unclipped"], help="one run instead of both")
     add("--cell", choices=["rnn", "lstm"], default="rnn", help="tanh RNN or LSTM (default: %(default)s)")
-    add("--max-norm", type=positive, metavar="X", help=f"threshold of clipping (default: {thresholds})")
+    add(
+        "--threshold",
+        choices=THRESHOLDS,
+        default="fixed",
+        help="to what gradients are clipped: to --max-norm, to the 10th percentile of the norms so far "
+        "(AutoClip), or, only if they are spikes, to what is usual (ZClip) (default: %(default)s)",
+    )
+    add(
+        "--max-norm",
+        type=positive,
+        metavar="X",
+        help=f"the fixed threshold (default: {max_norms}); for the other two a ceiling (default: none)",
+    )
     add("--lr", type=positive, metavar="X", help=f"learning rate of SGD (default: {rates})")
     add("--steps", type=count, metavar="N", default=300, help="training steps (default: %(default)s)")
     add("--hidden", type=count, metavar="N", default=128, help="hidden units (default: %(default)s)")
     add("--batch", type=count, metavar="N", default=32, help="streams of text (default: %(default)s)")
     add("--bptt", type=count, metavar="N", default=64, help="characters a step (default: %(default)s)")
     add("--seed", type=seed, metavar="N", default=0, help="same seed, same numbers (default: %(default)s)")
+    add(
+        "--parallel",
+        dest="way",
+        choices=get_args(parallel.Way),
+        help="how the processes that torchrun started train one model (default: fsdp)",
+    )
     add("--plot", type=png_file, metavar="FILE", help="draw loss and gradient norm into a PNG file")
     add(
         "--save",

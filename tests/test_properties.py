@@ -1,0 +1,154 @@
+"""What holds for any gradients at all, checked on ones that hypothesis makes up."""
+
+import math
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from helpers import CLIPPERS, as_numpy, assert_same_up_to_rounding, with_gradients
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import torchclip
+from torchclip import get_total_norm, reference
+
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
+repeatable = settings(
+    deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.differing_executors]
+)
+
+REAL = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+COMPLEX = {torch.complex64: np.complex64, torch.complex128: np.complex128}
+shapes = arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
+limits = st.one_of(st.sampled_from([0.0, 1.0, math.inf]), st.floats(1e-6, 1e6))
+orders = st.sampled_from([0, 0.5, 1, 2, 3, -1, math.inf, -math.inf])
+
+
+@st.composite
+def gradients(draw, dtypes=(*REAL, torch.bfloat16, *COMPLEX), magnitude=None):
+    """Several gradients of several dtypes and shapes, of all magnitudes, in any order of their axes."""
+    tensors = []
+    for dtype in draw(st.lists(st.sampled_from(dtypes), max_size=4)):
+        kind = {**REAL, **COMPLEX}.get(dtype, np.float32)
+        top = float(np.finfo(kind).max) / 8 if magnitude is None else magnitude
+        width = 8 * np.finfo(kind).dtype.itemsize
+        # A limit has to be a number of the dtype.
+        top = float(np.finfo(kind).dtype.type(top))
+        if dtype in COMPLEX:
+            elements = st.complex_numbers(max_magnitude=top, width=2 * width)
+        else:
+            elements = st.floats(-top, top, width=width)
+        array = draw(arrays.arrays(kind, draw(shapes), elements=elements))
+        tensor = torch.from_numpy(array.copy()).to(dtype)
+        tensors.append(tensor.permute(draw(st.permutations(range(tensor.dim())))))
+    return tensors
+
+
+def copies(tensors):
+    return [t.clone() for t in tensors]
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+@given(tensors=gradients(magnitude=1e4), limit=limits, order=orders)
+@repeatable
+def test_a_function_is_its_numpy_twin(name, tensors, limit, order):
+    if name == "clip_grad_value_":
+        tensors = [t for t in tensors if not t.is_complex()]
+    weights = [t.flip(0) if t.dim() else t + 1 for t in tensors]
+    parameters = with_gradients(copies(tensors), copies(weights))
+    twins = [as_numpy(t) for t in tensors]
+    result = CLIPPERS[name].ours(parameters, limit, order)
+    expected = CLIPPERS[name].twin([as_numpy(w) for w in weights], twins, limit, order)
+    if expected is not None:
+        expected = np.asarray(expected)
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(
+                result.double().numpy(),
+                expected.astype(as_numpy(result).dtype).astype(np.float64),
+                rtol=1e-12 if result.dtype == torch.float64 else 1.2e-7,
+                atol=1e-45,
+            )
+    for parameter, twin in zip(parameters, twins, strict=True):
+        assert_same_up_to_rounding(parameter.grad, twin)
+
+
+@given(tensors=gradients(), order=orders)
+@repeatable
+def test_the_norm_of_any_magnitudes_is_that_of_numpy(tensors, order):
+    total_norm = get_total_norm(tensors, order)
+    expected = reference.global_norm([as_numpy(t) for t in tensors], order)
+    if total_norm.dtype == torch.float32 and expected > torch.finfo(torch.float32).max:
+        assert total_norm == math.inf
+    else:
+        smallest = 5e-324 if total_norm.dtype == torch.float64 else 1e-45
+        np.testing.assert_allclose(float(total_norm), expected, rtol=1.2e-7, atol=smallest)
+
+
+@given(tensors=gradients(magnitude=1e4), limit=st.floats(1e-3, 1e4))
+@repeatable
+def test_after_clipping_the_norm_is_at_most_max_norm_and_clipping_again_changes_little(tensors, limit):
+    parameters = with_gradients(copies(tensors))
+    before = float(torchclip.clip_grad_norm_(parameters, limit))
+    after = float(get_total_norm([p.grad for p in parameters]))
+    # Each number is rounded to its own dtype: half a unit of bfloat16, or of its smallest number.
+    assert after <= min(before, limit) * (1 + 2**-8) + 1e-5
+    if before * (1 + 1e-7) + 1e-6 <= limit:
+        assert all(torch.equal(p.grad, t) for p, t in zip(parameters, tensors, strict=True))
+
+
+@given(tensors=gradients((torch.float64,), magnitude=1e4), limit=st.floats(1e-3, 1e4))
+@repeatable
+def test_the_direction_stays(tensors, limit):
+    parameters = with_gradients(copies(tensors))
+    before = float(torchclip.clip_grad_norm_(parameters, limit))
+    rate = min(1.0, limit / (before + 1e-6))
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        torch.testing.assert_close(parameter.grad, tensor * rate, rtol=1e-12, atol=1e-320)
+
+
+@given(tensors=gradients(magnitude=1e4), order=orders, data=st.data())
+@repeatable
+def test_the_norm_does_not_depend_on_the_order_of_the_tensors(tensors, order, data):
+    shuffled = data.draw(st.permutations(tensors))
+    a, b = (float(get_total_norm(ts, order)) for ts in (tensors, shuffled))
+    assert a == pytest.approx(b, rel=1e-12 if any(t.dtype == torch.float64 for t in tensors) else 1.2e-7)
+
+
+@given(tensors=gradients((*REAL, torch.bfloat16)), limit=st.floats(0, 1e6))
+@repeatable
+def test_by_value_every_element_ends_within_the_limit_and_others_stay(tensors, limit):
+    parameters = with_gradients(copies(tensors))
+    torchclip.clip_grad_value_(parameters, limit)
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        rounded = torch.tensor(limit, dtype=torch.float64).to(tensor.dtype)
+        assert bool((parameter.grad.abs() <= rounded).all())
+        inside = tensor.abs() <= rounded
+        assert torch.equal(parameter.grad[inside], tensor[inside])
+        assert torch.equal(parameter.grad.sign(), tensor.sign() if rounded > 0 else torch.zeros_like(tensor))
+
+
+@given(data=st.data(), limit=limits, examples=st.integers(0, 5))
+@repeatable
+def test_per_example_is_its_numpy_twin(data, limit, examples):
+    dtype = data.draw(st.sampled_from(["float32", "float64", "complex64"]))
+    array = data.draw(
+        st.lists(
+            arrays.array_shapes(min_dims=0, max_dims=2, max_side=4).flatmap(
+                lambda shape: arrays.arrays(
+                    dtype,
+                    (examples, *shape),
+                    elements={"max_magnitude": 100}
+                    if dtype.startswith("c")
+                    else st.floats(-100, 100, width=32),
+                )
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    sums, clipped = torchclip.clip_per_example([torch.from_numpy(a) for a in array], limit)
+    expected, expected_clipped = reference.clip_per_example(array, limit)
+    assert int(clipped) == expected_clipped
+    for total, twin in zip(sums, expected, strict=True):
+        np.testing.assert_allclose(total.numpy(), twin, rtol=1e-5, atol=1e-4)

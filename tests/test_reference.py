@@ -1,0 +1,182 @@
+"""The NumPy reference on its own: the book's function, formulas written out, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+
+from torchclip import reference
+
+INF = math.inf
+RNG = np.random.default_rng(0)
+
+
+def arrays():
+    return [RNG.standard_normal((3, 4)), RNG.standard_normal(5)]
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 100.0])
+def test_is_the_books_formula(max_norm):
+    grads = arrays()
+    expected = [g.copy() for g in grads]
+    total_norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
+    rate = max_norm / (total_norm + 1e-6)
+    if rate < 1:
+        expected = [g * rate for g in expected]
+    assert reference.clip_grads(grads, max_norm) == pytest.approx(total_norm, rel=1e-14)
+    for a, b in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-14)
+
+
+@pytest.mark.parametrize("order", [-2, -1, 0.5, 1, 2, 3])
+def test_the_norm_is_its_formula(order):
+    grads = arrays()
+    joint = np.concatenate([g.ravel() for g in grads])
+    assert reference.global_norm(grads, order) == pytest.approx(np.linalg.norm(joint, order), rel=1e-13)
+
+
+def test_the_norms_without_a_formula():
+    grads = [np.array([3.0, -4.0]), np.array([0.0])]
+    assert reference.global_norm(grads, "inf") == reference.global_norm(grads, INF) == 4
+    assert reference.global_norm(grads, "-inf") == 0
+    assert reference.global_norm(grads[:1], -INF) == 3
+    assert reference.global_norm(grads, 0) == 2
+    assert reference.global_norm(grads, -1) == 0
+    assert reference.global_norm([], 2) == reference.global_norm([np.zeros((0, 3))], INF) == 0
+    assert reference.global_norm([np.array([3 + 4j])], 1) == 5
+
+
+@pytest.mark.parametrize("number", [1e20, 1e-25])
+def test_neither_overflows_nor_underflows(number):
+    assert reference.global_norm([np.full(4, number, np.float32)]) == pytest.approx(2 * number, rel=1e-7)
+    assert reference.global_norm([np.full(4, number**8)]) == pytest.approx(2 * number**8, rel=1e-12)
+
+
+def test_nan_and_inf_spread():
+    grads = [np.array([1.0, math.nan]), np.array([2.0])]
+    assert math.isnan(reference.clip_grads(grads, 1.0))
+    assert np.isnan(grads[1]).all()
+    grads = [np.array([1.0, INF]), np.array([2.0])]
+    assert reference.clip_grads(grads, 1.0) == INF
+    assert grads[1].tolist() == [0]
+    assert grads[0][0] == 0
+    assert math.isnan(grads[0][1])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.complex64, np.complex128])
+def test_arrays_keep_their_dtype_and_their_memory(dtype):
+    buffer = np.full(10, 4, dtype)
+    view = buffer[2:9:2]
+    reference.clip_grads([view], 4.0)
+    assert buffer.dtype == dtype
+    np.testing.assert_allclose(buffer, [4, 4, 2, 4, 2, 4, 2, 4, 2, 4], rtol=1e-3)
+
+
+def test_a_limit_beyond_the_dtype_limits_nothing():
+    grad = np.array([3.0, -4.0], np.float16)
+    reference.clip_grad_value([grad], 1e9)
+    assert grad.tolist() == [3, -4]
+
+
+CALLS = {
+    "clip_grads": lambda grads, x=0.5: reference.clip_grads(grads, x),
+    "clip_grads_with_norm": lambda grads, x=0.5: reference.clip_grads_with_norm(grads, x, 5.0),
+    "clip_grad_value": lambda grads, x=0.5: reference.clip_grad_value(grads, x),
+    "clip_grad_norm_per_parameter": lambda grads, x=0.5: reference.clip_grad_norm_per_parameter(grads, x),
+    "clip_grad_adaptive": lambda grads, x=0.5: reference.clip_grad_adaptive([np.ones(2)] * 2, grads, x),
+    "clip_per_example": lambda grads, x=0.5: reference.clip_per_example(grads, x),
+}
+IN_PLACE = [name for name in CALLS if name != "clip_per_example"]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("value", [None, "1", 1j, True, [1.0], np.ones(2)], ids=repr)
+def test_thresholds_that_are_no_numbers(name, value):
+    grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
+    with pytest.raises(TypeError, match=r"^`(max_norm|clip_value|clip_factor)` must be a number, got"):
+        CALLS[name](grads, value)
+    assert grads[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("value", [-1, -INF, math.nan, np.float32(-1)], ids=repr)
+def test_thresholds_below_0(name, value):
+    grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
+    with pytest.raises(ValueError, match="must be at least 0, got"):
+        CALLS[name](grads, value)
+    assert grads[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arrays_of_whole_numbers(name):
+    grads = [np.array([3.0, 4.0]), np.array([5, 6])]
+    with pytest.raises(TypeError, match=r"gradient 1 must be of a .* dtype, got int64; convert it first"):
+        CALLS[name](grads)
+    assert grads[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_array(name):
+    with pytest.raises(TypeError, match="gradient 1 must be a NumPy array, got list"):
+        CALLS[name]([np.array([3.0, 4.0]), [5.0, 6.0]])
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("wrap", [iter, lambda grads: dict(enumerate(grads)), np.array])
+def test_what_is_no_list(name, wrap):
+    with pytest.raises(TypeError, match="gradients must come in a list or a tuple, got"):
+        CALLS[name](wrap([np.array([3.0, 4.0]), np.array([5.0, 6.0])]))
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_arrays_that_cannot_be_written(name):
+    grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
+    grads[1].flags.writeable = False
+    with pytest.raises(
+        ValueError, match="gradient 1 is not writeable, and clipping works in place; pass a copy"
+    ):
+        CALLS[name](grads)
+    assert grads[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("order", [None, [2], 1j, True])
+def test_orders_that_are_no_numbers(order):
+    with pytest.raises(TypeError, match="`norm_type` must be a number, got"):
+        reference.global_norm([np.ones(2)], order)
+
+
+@pytest.mark.parametrize("order", ["2", "fro", math.nan])
+def test_orders_without_meaning(order):
+    with pytest.raises(ValueError, match="`norm_type`"):
+        reference.global_norm([np.ones(2)], order)
+
+
+def test_a_norm_that_is_no_number_or_negative():
+    grads = [np.array([3.0, 4.0])]
+    with pytest.raises(TypeError, match="`total_norm` must be a number, got None"):
+        reference.clip_grads_with_norm(grads, 1.0, None)
+    with pytest.raises(ValueError, match="`total_norm` must be at least 0, got -1"):
+        reference.clip_grads_with_norm(grads, 1.0, -1.0)
+    assert grads[0].tolist() == [3, 4]
+
+
+def test_complex_numbers_have_no_order():
+    with pytest.raises(TypeError, match="gradient 0 must be of a real floating dtype"):
+        reference.clip_grad_value([np.array([1j])], 1.0)
+
+
+def test_weights_of_another_shape():
+    with pytest.raises(ValueError, match=r"a gradient of shape \(2,\) does not fit its weight of \(3,\)"):
+        reference.clip_grad_adaptive([np.ones(3)], [np.ones(2)])
+
+
+@pytest.mark.parametrize("grads", [[np.ones((2, 3)), np.ones((3, 3))], [np.ones(())]])
+def test_numbers_of_examples_that_differ(grads):
+    with pytest.raises(ValueError, match="same number of examples along its first axis, got shapes"):
+        reference.clip_per_example(grads, 1.0)
+
+
+def test_no_gradients():
+    assert reference.clip_grads([], 1.0) == 0
+    assert reference.clip_per_example([], 1.0) == ([], 0)
+    assert reference.clip_grad_norm_per_parameter([], 1.0) == []
