@@ -391,13 +391,11 @@ def check_pipeline():
     fulls = [randn(7, 5), randn(3, 4, seed=1), randn(4, seed=2), randn(2, seed=3)]
     stage = root.get_local_rank("pp")
     mine = fulls[2 * stage : 2 * stage + 2]
-    for order in NORM_TYPES:
-        p = [
-            parameter(split(mine[0], root["dp"], Shard(0))),
-            parameter(split(mine[1], root["dp"], Replicate())),
-        ]
+    for order, group in itertools.product(NORM_TYPES, (root.get_group("pp"), dist.group.WORLD)):
+        ways = (Shard(0), Replicate())
+        p = [parameter(split(f, root["dp"], way)) for f, way in zip(mine, ways, strict=True)]
         oracle = [parameter(f.clone()) for f in fulls]
-        norm = torchclip.clip_grad_norm_(p, 0.5, order, group=root.get_group("pp"))
+        norm = torchclip.clip_grad_norm_(p, 0.5, order, group=group)
         assert_agreed(norm)
         assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
         for each, expected in zip(p, oracle[2 * stage : 2 * stage + 2], strict=True):

@@ -125,14 +125,14 @@ def values_of(tensor: Tensor) -> Array:
     return copy
 
 
-def compare(actual: Array, expected: Array, relative: float, absolute: Any, what: str) -> None:
+def compare(actual: Any, expected: Any, relative: float, absolute: Any, what: str) -> None:
     """Raise :class:`Wrong` unless the parts of all numbers are close, inf and NaN the same."""
     if np.iscomplexobj(expected):
         # Of a complex number that is not finite, it does not matter which part is what.
         finite = np.isfinite(actual) | np.isfinite(expected)
         for part in ("real", "imag"):
-            pair = (np.where(finite, getattr(array, part), math.nan) for array in (actual, expected))
-            compare(*pair, relative, absolute, f"{what}, {part}")
+            a, e = (np.where(finite, getattr(array, part), math.nan) for array in (actual, expected))
+            compare(a, e, relative, absolute, f"{what}, {part}")
         return
     a, e = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -161,7 +161,7 @@ class Draw:
     def __init__(self, seed: int, case: int, mesh: Any) -> None:
         self.rng = np.random.default_rng([seed, case])
         self.mesh = mesh if self.chance(0.05) else None
-        self.large = self.chance(0.01)
+        self.large = self.chance(0.005)
         self.nonfinite = self.chance(0.1)
         self.extreme = self.chance(0.25)
 
@@ -348,7 +348,7 @@ class Model:
 
     def values(self) -> list[Array]:
         """Copies of the parameters' values."""
-        locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in self.parameters]  # type: ignore[operator]
+        locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in self.parameters]
         return [values_of(p) for p in locals_]
 
     @property
@@ -497,7 +497,10 @@ def clip_per_example(draw: Draw) -> None:
         absolute = np.where(summed > wide.max / 2, math.inf, 16 * wide.eps * summed)
         wanted = np.where(np.isinf(absolute), 0, wanted).astype(wanted.dtype)
         values = np.where(np.isinf(absolute), 0, values_of(actual)).astype(wanted.dtype)
-        absolute = absolute + 2 * own.smallest_normal * own.eps
+        # So are the factors: one below its range counts as 0.
+        with np.errstate(over="ignore", invalid="ignore"):
+            lost = np.nan_to_num(abs(array).sum(axis=0, dtype=np.float64) * wide.smallest_normal * wide.eps)
+        absolute = absolute + lost + 2 * own.smallest_normal * own.eps
         compare(values, wanted, 2 * own.eps + 1e-7, absolute, f"sums of {actual.dtype}")
 
 
@@ -514,7 +517,8 @@ def clipper(draw: Draw) -> None:
     policy = draw.among(["propagate", "propagate", "error", "skip", "zero"])
     limit = draw.limit(reference.global_norm(model.before(), order))
     learns = scope == "global" and draw.chance(0.3)
-    max_norm = torchclip.Percentile(50.0, max_norm=limit) if learns else limit
+    most = limit
+    max_norm = torchclip.Percentile(50.0, max_norm=most) if learns else most
     ours = torchclip.Clipper(optimizer, max_norm, norm_type=order, scope=scope, nonfinite=policy)
     seen: list[float] = []
     for _ in range(1 + draw.up_to(2)):
@@ -538,7 +542,7 @@ def clipper(draw: Draw) -> None:
                     array[~np.isfinite(array)] = 0
         if learns:
             seen += _norms(arrays, order, scope)
-            limit = float(reference.percentile_thresholds(seen, 50.0, max_norm=float(max_norm.max_norm))[-1])
+            limit = float(reference.percentile_thresholds(seen, 50.0, max_norm=most)[-1])
         for each in sets:
             clip = reference.clip_grad_norm_per_parameter if scope == "parameter" else reference.clip_grads
             clip(each, limit, order)
@@ -554,7 +558,7 @@ def check_record(record: Any, total_norm: float, model: Model, order: float | st
     """What the clipper says the norm was."""
     # The norms of parts joined: the sum of several powers once more.
     error = model.norm_error + (1e-10 if order in (0.5, -1, -2.0) else 1e-11)
-    compare(np.float64(record.total_norm), np.float64(total_norm), error, 0.0, "the recorded norm")
+    compare(record.total_norm, total_norm, error, 0.0, "the recorded norm")
 
 
 CALLS: dict[str, Callable[[Draw], None]] = {
@@ -611,7 +615,7 @@ def run_case(seed: int, case: int, mesh: Any = None) -> str:
     """Run one case, and say what it was; :class:`Wrong` or any other exception if it fails."""
     draw = Draw(seed, case, mesh)
     backend = draw.among(backends())
-    threads = draw.among([1, 2, 3, 4])
+    threads = draw.among([1, 1, 1, 2, 2, 3, 4])
     name = draw.rng.choice(list(CALLS), p=WEIGHTS / WEIGHTS.sum())
     torch.set_num_threads(threads)
     what = f"{name}, {backend}, {threads} threads"
@@ -630,7 +634,8 @@ def mesh_of_one() -> Iterator[Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # only not listed
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,))
     finally:

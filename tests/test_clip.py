@@ -41,7 +41,7 @@ SHAPES = {
     "with empty ones": [(0,), (5,), (3, 0), (0, 3)],
     "large": [(66_000,), (90, 200), (3,)],
 }
-LIMITS = [0, 0.01, 1.0, 3, 1e9, INF]
+LIMITS = [0, 0.01, 3, INF]
 names = pytest.mark.parametrize("name", CLIPPERS)
 changing = pytest.mark.parametrize("name", CHANGING)
 
@@ -89,15 +89,13 @@ def test_equals_torch_where_torch_is_right(name):
             continue
         if dtype in LOW_PRECISION and (order not in (2, INF, "inf") or shapes is SHAPES["large"]):
             continue
-        if name == "clip_grad_value_" and dtype == torch.float16 and limit == 1e9:
-            continue  # torch refuses a number beyond the dtype's range
         mine, theirs = (with_gradients(random_gradients(shapes, dtype)) for _ in range(2))
         result, expected = clipper.ours(mine, limit, order), clipper.torchs(theirs, limit, order)
         rtol = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
         if expected is not None:
             np.testing.assert_allclose(float(result), float(expected), rtol=rtol)
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=rtol, atol=rtol)
+        joint = [torch.cat([p.grad.flatten() for p in parameters]) for parameters in (mine, theirs)]
+        torch.testing.assert_close(*joint, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

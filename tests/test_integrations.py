@@ -111,6 +111,14 @@ def test_a_clipper_from_before_accelerates_prepare():
     assert_same(found.state_dict(), expected.state_dict())
 
 
+def test_accelerates_wrapper_of_an_optimizer_is_refused():
+    model = nn.Linear(4, 1)
+    wrapped = Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="wrapper without hooks .* pass the optimizer that it wraps"):
+        torchclip.Clipper(wrapped, MAX_NORM)
+    torchclip.Clipper(wrapped.optimizer, MAX_NORM)
+
+
 def test_accelerate_clips_with_torchclip():
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(nn.Linear(4, 1, bias=False))

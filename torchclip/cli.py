@@ -18,6 +18,7 @@ import argparse
 import importlib
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -53,8 +54,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line, without repeating the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """Exit with status 2; of the processes that ``torchrun`` starts here, one speaks for all."""
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\n" if speaks else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

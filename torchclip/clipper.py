@@ -183,6 +183,11 @@ class Clipper:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {arguments.shown(optimizer)}")
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"`optimizer` is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer that "
+                "it wraps"
+            )
         if optimizer in _clipped_optimizers:
             raise ValueError("`optimizer` already has a Clipper; call its detach() first")
         _check_option("scope", scope, get_args(Scope))

@@ -93,6 +93,8 @@ def norms(units: Sequence[Units], p: float) -> list[Tensor]:
     """
     with torch.no_grad():
         of_units = [torch.stack([_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)]) for u in units]
+    if all(u.layout is None for u in units):
+        return of_units
     by_layout: dict[Layout | None, list[int]] = {}
     for i, each in enumerate(units):
         by_layout.setdefault(each.layout, []).append(i)

@@ -1,0 +1,50 @@
+"""Trains small models; started by ``torchrun``, on its processes, whose first prints the numbers as JSON."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from torchclip import parallel, train
+
+MODEL = {
+    "cell": "rnn",
+    "hidden": 8,
+    "batch": 4,
+    "bptt": 10,
+    "seed": 0,
+    "lr": 3.0,
+    "threshold": "fixed",
+    "max_norm": 0.5,
+}
+
+
+def trained(steps=6, only=None, way=None, **changes):
+    """Finished runs on the default text."""
+    text = train.read_text(None)
+    options = train.Options(steps=steps, **{**MODEL, **changes})
+    vocabulary = "".join(sorted(set(text)))
+    runs = train.start_runs(only, vocabulary, options, way)
+    train.advance(runs, train.encode(text, vocabulary), options)
+    return runs
+
+
+def numbers(cell, threshold, way=None):
+    """Steps and final weights of both runs."""
+    runs = trained(steps=20, hidden=16, cell=cell, lr=1.0, threshold=threshold, max_norm=0.4, way=way)
+    weights = [parallel.whole_weights(run.model) for run in runs]
+    return {
+        "steps": [run.steps for run in runs],
+        "weights": [{name: value.tolist() for name, value in w.items()} for w in weights],
+    }
+
+
+if __name__ == "__main__":
+    with parallel.process_group():
+        report = numbers(*sys.argv[1:])
+        steps = [None] * parallel.ranks()
+        dist.all_gather_object(steps, report["steps"])
+        assert steps == steps[:1] * parallel.ranks(), "the ranks disagree"
+        if parallel.rank() == 0:
+            print(json.dumps({**report, "ranks": parallel.ranks(), "threads": torch.get_num_threads()}))
