@@ -744,6 +744,8 @@ def check_clipper_over_groups():
             assert_same(p.detach(), q[rank].detach())
     spoilt = parameter(torch.full((2,), math.nan if rank == 1 else 1.0))
     optimizer = torch.optim.SGD([spoilt], lr=1.0)
+    with pytest.raises(ValueError, match="`group` has no meaning with `scope='parameter'`"):
+        torchclip.Clipper(optimizer, 0.5, scope="parameter", group=dist.group.WORLD)
     torchclip.Clipper(optimizer, 0.5, nonfinite="error", group=dist.group.WORLD)
     with pytest.raises(RuntimeError, match="non-finite"):
         optimizer.step()

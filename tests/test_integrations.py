@@ -114,7 +114,7 @@ def test_a_clipper_from_before_accelerates_prepare():
 def test_accelerates_wrapper_of_an_optimizer_is_refused():
     model = nn.Linear(4, 1)
     wrapped = Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match="wrapper without hooks .* pass the optimizer that it wraps"):
+    with pytest.raises(TypeError, match=r"wrapper without hooks .* pass the optimizer that it wraps"):
         torchclip.Clipper(wrapped, MAX_NORM)
     torchclip.Clipper(wrapped.optimizer, MAX_NORM)
 

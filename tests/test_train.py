@@ -1,20 +1,25 @@
 """The command ``torchclip train``: what it learns, shows, writes and refuses."""
 
+import json
 import math
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import train_on_ranks
 from matplotlib.image import imread
+from train_on_ranks import MODEL, trained
 
-from torchclip import train
+from torchclip import Percentile, ZScore, parallel, plots, train
 from torchclip.cli import main
 
 TINY = ["--steps", "6", "--hidden", "8", "--batch", "4", "--bptt", "10"]
-MODEL = {"cell": "rnn", "hidden": 8, "batch": 4, "bptt": 10, "seed": 0, "lr": 3.0, "max_norm": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +45,67 @@ def refusal(capsys, *arguments):
     return output.err
 
 
+# A real Ctrl-C in the third step of the unclipped run; of several processes, only the last one gets it.
+INTERRUPTED = """
+import os, signal, sys
+from torchclip import train
+from torchclip.cli import main
+
+batches, trainings = train.batches, []
+
+def interrupted_batches(*arguments):
+    trainings.append(None)
+    for step, batch in enumerate(batches(*arguments)):
+        if step == 2 and len(trainings) == 1 and os.environ.get("RANK", "1") == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+        yield batch
+
+train.batches = interrupted_batches
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def torchrun(*arguments):
+    """The outcome of a script or module on two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
+    )
+
+
+def on_two_ranks(*arguments):
+    """The outcome of Python on each of two processes that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
 def row(output, name):
     """The cells of a run's row in the closing table."""
     line = next(line for line in output.splitlines() if line.strip().startswith(f"{name} "))
     return re.split(r"\s{2,}", line.strip())
-
-
-def trained(steps=6, only=None, **changes):
-    """Finished runs on the default text."""
-    text = train.read_text(None)
-    options = train.Options(steps=steps, **{**MODEL, **changes})
-    vocabulary = "".join(sorted(set(text)))
-    runs = train.start_runs(only, vocabulary, options)
-    train.advance(runs, train.encode(text, vocabulary), options)
-    return runs
 
 
 # What it learns
@@ -110,6 +162,17 @@ def test_targets_are_the_characters_after_the_inputs():
     assert torch.equal(pairs[1][0], pairs[0][0] + 10)
 
 
+@pytest.mark.parametrize("ceiling", [math.inf, 0.4])
+@pytest.mark.parametrize("threshold", ["percentile", "zscore"])
+def test_a_threshold_that_learns_follows_the_norms(threshold, ceiling):
+    unclipped, clipped = trained(steps=40, threshold=threshold, max_norm=ceiling)
+    twin = {"percentile": Percentile(10, max_norm=ceiling), "zscore": ZScore(warmup=10, max_norm=ceiling)}
+    expected = twin[threshold]
+    assert [step.max_norm for step in clipped.steps] == [expected.update(s.norm) for s in clipped.steps]
+    assert len({step.max_norm for step in clipped.steps}) > 1
+    assert {step.max_norm for step in unclipped.steps} == {math.inf}
+
+
 # What it shows
 
 
@@ -153,36 +216,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_reported(tmp_path, capsys
 
 
 def test_ctrl_c_shows_what_there_is(tmp_path):
-    # A real signal, in the middle of the clipped run's third step.
-    interrupting = """
-import os, signal, sys
-import torchclip
-from torchclip.cli import main
-
-clip, calls = torchclip.clip_grad_norm_, 0
-
-def clip_and_interrupt(*arguments):
-    global calls
-    calls += 1
-    if calls == 6:
-        os.kill(os.getpid(), signal.SIGINT)
-    return clip(*arguments)
-
-torchclip.clip_grad_norm_ = clip_and_interrupt
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(main(sys.argv[1:]))
-"""
     plot, model = tmp_path / "plot.png", tmp_path / "model.pt"
     files = ["--plot", str(plot), "--save", str(model)]
     result = subprocess.run(
-        [sys.executable, "-c", interrupting, "train", *TINY, *files], capture_output=True, encoding="utf-8"
+        [sys.executable, "-c", INTERRUPTED, "train", *TINY, *files], capture_output=True, encoding="utf-8"
     )
     assert (result.returncode, result.stderr) == (130, "")
-    assert row(result.stdout, "clipped")[1] == "2 of 6"
+    assert [row(result.stdout, name)[1] for name in ("unclipped", "clipped")] == ["3 of 6", "3 of 6"]
     assert "written by the clipped model" in result.stdout
     assert imread(plot).std() > 0.01
     train.load_model(model)
 
+
+def test_ctrl_c_breaks_off_the_second_time_and_after_the_training():
+    with parallel.CtrlC() as ctrl_c:
+        assert not ctrl_c.on_any_rank()
+        signal.raise_signal(signal.SIGINT)
+        assert ctrl_c.on_any_rank()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+# What it writes
 
 # What it writes
 
@@ -199,6 +256,19 @@ def test_plot_is_a_picture_with_something_in_it(only, tmp_path, capsys):
         for name, rgb in colours.items()
     }
     assert drawn == {"vermilion": not only, "blue": True, "black": True}
+
+
+@pytest.mark.parametrize(
+    ("max_norms", "label"),
+    [([0.5, 0.5], "threshold 0.5"), ([math.inf, 0.4], "threshold"), ([math.inf] * 2, None)],
+)
+def test_plot_shows_the_threshold_where_there_is_one(max_norms, label):
+    runs = {"unclipped": [3.0, 2.0], "clipped": [3.0, 1.0]}
+    _, axes = plots.training_figure(losses=runs, norms=runs, max_norms=max_norms).axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines() if line.get_color() == "black"}
+    assert list(drawn) == ([label] if label else [])
+    for values in drawn.values():
+        np.testing.assert_array_equal(values, np.where(np.isinf(max_norms), np.nan, max_norms))
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm"])
@@ -262,6 +332,7 @@ def test_python_without_its_documentation(monkeypatch, capsys):
         ),
         *(("--seed", value) for value in ("-1", str(2**63), "x")),
         ("--cell", "gru"),
+        ("--threshold", "mean"),
         ("--only", "both"),
     ],
 )
@@ -280,3 +351,57 @@ def test_files_that_cannot_be_written(option, tmp_path, capsys):
 
 def test_plot_must_be_a_png(tmp_path, capsys):
     assert "must end in .png" in refusal(capsys, "--plot", tmp_path / "plot.svg")
+
+
+# On several processes
+
+
+@pytest.mark.parametrize("way", ["fsdp", "ddp"])
+@pytest.mark.parametrize(("cell", "threshold"), [("rnn", "fixed"), ("lstm", "percentile")])
+def test_two_processes_have_the_numbers_of_one(cell, threshold, way):
+    result = torchrun(train_on_ranks.__file__, cell, threshold, way)
+    assert result.returncode == 0, result.stderr
+    two, one = json.loads(result.stdout), train_on_ranks.numbers(cell, threshold)
+    assert two["ranks"] == 2
+    assert two["threads"] == max(1, os.cpu_count() // 2)
+    np.testing.assert_allclose(two["steps"], one["steps"], rtol=1e-5)
+    for weights, expected in zip(two["weights"], one["weights"], strict=True):
+        assert weights.keys() == expected.keys()
+        for name in weights:
+            np.testing.assert_allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_under_torchrun_the_first_process_shows_and_writes_all(tmp_path, capsys):
+    plot, model = tmp_path / "plot.png", tmp_path / "model.pt"
+    result = torchrun("-m", "torchclip", "train", *TINY, "--plot", plot, "--save", model)
+    assert result.returncode == 0, result.stderr
+    _, alone = run(capsys, "--save", tmp_path / "alone.pt")
+    assert "on 2 processes with FSDP2" in " ".join(result.stdout.split())
+    assert result.stdout.count("written by the clipped model") == 1
+    for name in ("unclipped", "clipped"):
+        assert row(result.stdout, name) == row(alone, name)
+    assert imread(plot).std() > 0.01
+    loaded, expected = (train.load_model(path)[0].state_dict() for path in (model, tmp_path / "alone.pt"))
+    torch.testing.assert_close(loaded, expected)
+
+
+def test_ctrl_c_on_one_process_ends_all_after_the_same_step():
+    (first, output, first_errors), (second, nothing, second_errors) = on_two_ranks(
+        "-c", INTERRUPTED, "train", *TINY
+    )
+    assert (first, second) == (130, 130), first_errors + second_errors
+    assert [row(output, name)[1] for name in ("unclipped", "clipped")] == ["3 of 6", "3 of 6"]
+    assert (nothing, first_errors, second_errors) == ("", "", "")
+
+
+def test_all_processes_refuse_and_one_says_why():
+    (first, output, error), (second, *nothing) = on_two_ranks("-m", "torchclip", "train", "--batch", "5")
+    assert (first, second) == (2, 2)
+    assert (output, nothing) == ("", ["", ""])
+    assert error == (
+        "torchclip train: error: --batch 5 cannot be shared equally by 2 processes; pass a multiple of 2\n"
+    )
+
+
+def test_one_process_has_no_way_to_choose(capsys):
+    assert "torchrun --nproc-per-node 2 -m torchclip train" in refusal(capsys, "--parallel", "ddp")

@@ -156,7 +156,8 @@ class Clipper:
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
         ValueError: if ``max_norm`` is negative or NaN, ``scope`` or ``nonfinite`` unknown, the optimizer
-            already has a clipper, or ``"skip"`` is asked of LBFGS, whose steps cannot be skipped half-way.
+            already has a clipper, ``"skip"`` is asked of LBFGS, whose steps cannot be skipped half-way, or
+            ``group`` is combined with ``"parameter"``.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -185,8 +186,8 @@ class Clipper:
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {arguments.shown(optimizer)}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise TypeError(
-                f"`optimizer` is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer that "
-                "it wraps"
+                f"`optimizer` is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
+                "that it wraps"
             )
         if optimizer in _clipped_optimizers:
             raise ValueError("`optimizer` already has a Clipper; call its detach() first")
@@ -206,6 +207,11 @@ class Clipper:
         self._scope = scope
         self._nonfinite = nonfinite
         self._group = distributed.as_groups(group) or None
+        if self._group and scope == "parameter":
+            raise ValueError(
+                "`group` has no meaning with `scope='parameter'`, which clips every gradient by its norm: "
+                "leave it out"
+            )
         self._on_clip = on_clip
         self._steps = 0
         self._step_frame: FrameType | None = None

@@ -151,7 +151,7 @@ def max_norm_of(options: Options) -> MaxNorm:
     if options.threshold == "percentile":
         return torchclip.Percentile(10, max_norm=options.max_norm)
     if options.threshold == "zscore":
-        return torchclip.ZScore(max_norm=options.max_norm)
+        return torchclip.ZScore(warmup=10, max_norm=options.max_norm)  # a warm-up for a short run
     return options.max_norm
 
 
