@@ -301,6 +301,28 @@ def test_an_expanded_gradient_is_torchs_error_and_changes_nothing(name):
     assert [p.grad._version for p in parameters] == [0, 0, 0]
 
 
+@changing
+def test_an_expanded_sparse_gradient_changes_nothing(name):
+    values = torch.ones(1).expand(2)
+    expanded = torch.sparse_coo_tensor([[0, 1]], values, (4,), check_invariants=True, is_coalesced=True)
+    (first, parameter) = with_gradients([torch.full((3,), 5.0), torch.ones(4)])
+    parameter.grad = expanded
+    with pytest.raises((RuntimeError, TypeError)):
+        CLIPPERS[name].ours([first, parameter], 0.1, 2)
+    assert bool((first.grad == 5).all())
+
+
+@changing
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e5m2])
+def test_a_gradient_that_cannot_be_scaled_changes_nothing(name, dtype):
+    (first,) = with_gradients([torch.full((3,), 5.0)])
+    other = torch.zeros(2, dtype=dtype)
+    other.grad = torch.ones(2).to(dtype)
+    with pytest.raises(TypeError, match="cannot be scaled; convert it first"):
+        CLIPPERS[name].ours([first, other], 0.1, 2)
+    assert bool((first.grad == 5).all())
+
+
 def test_the_norm_of_expanded_and_overlapping_tensors_counts_every_element():
     assert torchclip.get_total_norm([torch.full((1,), 3.0).expand(4)]) == 6
     windows = torch.ones(5).unfold(0, 3, 1)

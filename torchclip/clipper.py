@@ -55,7 +55,7 @@ class _Set:
     ) -> None:
         self.max_norm = max_norm
         self.batch = gradients.of_parameters(parameters, group)
-        gradients.refuse_expanded(self.batch.rest)
+        gradients.refuse_unwritable(self.batch.rest)
         self._name, self._parameters, self._order, self._each = name, parameters, order, each
         self.norms: list[Norm] = []
         self.max_norms: list[float] = []

@@ -16,10 +16,12 @@ from torch.linalg import vector_norm
 from torchclip.combine import combine, combine_tensors
 
 __all__ = [
+    "SPARSE",
     "clamp_",
     "norm",
     "norms",
     "on_host",
+    "own_values",
     "recorded",
     "row_norms",
     "scale_",
@@ -305,8 +307,8 @@ def scale_rows_(tensor: Tensor, factors: Tensor) -> None:
 
 
 def _scale_alone(tensor: Tensor, factor: float | Tensor) -> None:
-    if tensor.layout in _SPARSE:
-        scale_([_own_values(tensor)], factor)
+    if tensor.layout in SPARSE:
+        scale_([own_values(tensor)], factor)
         torch.autograd.graph.increment_version(tensor)
     else:
         tensor.mul_(factor)
@@ -331,22 +333,20 @@ def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:
 def _change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tensor]) -> None:
     with torch.no_grad():
         for tensor in tensors:
-            if tensor.layout not in _SPARSE:
+            if tensor.layout not in SPARSE:
                 change_(tensor)
                 continue
             if tensor.layout == torch.sparse_coo and not tensor.is_coalesced():
                 # Entries for the same place add up to the element that is meant.
                 tensor.copy_(tensor.coalesce())
-            change_(_own_values(tensor))
+            change_(own_values(tensor))
             torch.autograd.graph.increment_version(tensor)
 
 
-_SPARSE = frozenset(
-    {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
-)
+SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 
-def _own_values(tensor: Tensor) -> Tensor:
+def own_values(tensor: Tensor) -> Tensor:
     """The values that a sparse tensor stores, not a copy of them."""
     # Of values() not detached no view can be made, as complex ones need.
     return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values().detach()

@@ -24,13 +24,17 @@ __all__ = [
     "norms",
     "of_parameters",
     "of_tensors",
-    "refuse_expanded",
+    "refuse_unwritable",
     "scale_",
     "scale_each_",
     "warn_if_used_up",
     "zero_nonfinite_",
 ]
 
+_WRITABLE = frozenset(
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    | {torch.complex32, torch.complex64, torch.complex128}
+)
 _KERNEL_ORDERS = frozenset({1.0, 2.0, math.inf})
 _threads = torch.get_num_threads
 _CPU = torch.device("cpu")
@@ -187,12 +191,21 @@ class Sharded:
         return vector.tolist() if eager.on_host(self._locals) else list(vector)
 
 
-def refuse_expanded(tensors: Iterable[Tensor]) -> None:
-    """Raise torch's error for tensors whose elements share memory, before anything is written."""
+def refuse_unwritable(tensors: Iterable[Tensor]) -> None:
+    """Raise an error for tensors that cannot be changed in place, before any is.
+
+    Torch's own where elements share memory, so that one would be changed several times.
+    """
     for tensor in tensors:
-        if tensor.layout is not torch.strided or 0 not in tensor.stride() or tensor.numel() == 0:
+        if tensor.dtype not in _WRITABLE:
+            raise TypeError(
+                f"a gradient of shape {tuple(tensor.shape)} is of dtype {tensor.dtype}, which cannot be "
+                "scaled; convert it first (`p.grad = p.grad.float()`)"
+            )
+        values = eager.own_values(tensor) if tensor.layout in eager.SPARSE else tensor
+        if values.layout is not torch.strided or 0 not in values.stride() or values.numel() == 0:
             continue
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if any(stride == 0 and size > 1 for stride, size in zip(values.stride(), values.shape, strict=True)):
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a single "
                 f"memory location (a gradient of shape {tuple(tensor.shape)} is expanded). Please clone() "

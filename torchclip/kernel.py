@@ -7,6 +7,7 @@ its tensors are the rest: the callers need not know which of the two they have.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,7 +137,7 @@ def _load() -> tuple[Any, str]:
     if exchange_api is None:
         return None, f"off (torch {torch.__version__} has no DLPack exchange table; a newer one has)"
     try:
-        from torchclip import _kernel
+        _kernel = importlib.import_module("torchclip._kernel")
     except ImportError as error:
         return None, f"off (the extension was not built or cannot be loaded: {error})"
     try:

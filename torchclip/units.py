@@ -37,7 +37,7 @@ def of_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Units]:
     distinct = kernel.Batch(items, "parameters", take_grad=False).all
     chosen = [p for p in distinct if p.grad is not None or distributed.is_sharded(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
-    gradients.refuse_expanded(grads)
+    gradients.refuse_unwritable(grads)
     for i, parameter in enumerate(chosen):
         _check(i, parameter)
     weights = distributed.locals_of([p.detach() for p in chosen])
