@@ -1,8 +1,8 @@
-"""Put a measurement's table into this folder's README.md, between its two marks.
+"""Put the measurements into docs/performance.md, between its two marks.
 
     python benchmarks/write_page.py
 
-It reads results.json, and scaling.json where there is one, beside it.
+It reads results.json beside it, and scaling.json and clip_and_step.json where they are.
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ from check_targets import checks
 
 from torchclip.bench import cells, headers, present
 from torchclip.contenders import OPERATIONS
+from torchclip.workloads import WORKLOADS
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "performance.md"
+PICTURES = {"figures/speed.png": "Speed relative to torch", "figures/scaling.png": "Cost a gradient and a byte"}
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def measured() -> str:
-    """The machine, the table, and the verdict on every target, as Markdown."""
+    """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
     report = json.loads((HERE / "results.json").read_text())
-    scaling = HERE / "scaling.json"
-    series = json.loads(scaling.read_text())["rows"] if scaling.exists() else []
-    return "\n\n".join(
-        [_machine(report["machine"]), _table(report["rows"]), _verdict(report["rows"], series)]
-    )
+    parts = [_machine(report["machine"]), _table(report["rows"])]
+    parts += [_steps(rows) for rows in [_rows("clip_and_step.json")] if rows]
+    parts.append(_verdict(report["rows"], _rows("scaling.json")))
+    parts += [f"![{title}]({name})" for name, title in PICTURES.items() if (PAGE.parent / name).exists()]
+    return "\n\n".join(parts)
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = HERE / name
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def _machine(facts: dict[str, str]) -> str:
-    return "\n".join(["```", *(f"{name:<18} {value}" for name, value in facts.items()), "```"])
+    return "\n".join(["```text", *(f"{name:<18} {value}" for name, value in facts.items()), "```"])
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -43,6 +51,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
             size = f"{row['tensors']:,} tensors, {row['elements']:,} elements"
             lines.append([f"**{row['title']}**, {size}", *[""] * (len(columns) - 1)])
         lines.append([f"`{OPERATIONS[row['operation']]}`", *cells(row, names)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    lines = [["clipping, and a step of fused AdamW; µs", *rows[0]["seconds"], "torch ÷ Clipper"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for row in rows:
+        times = [f"{seconds * 1e6:,.1f}" for seconds in row["seconds"].values()]
+        lines.append([WORKLOADS[row["workload"]].title, *times, f"{row['speedup']:.2f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -58,10 +75,9 @@ def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Rewrite the page."""
-    page = HERE / "README.md"
-    before, rest = page.read_text().split(BEGIN)
+    before, rest = PAGE.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{measured()}\n\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{measured()}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

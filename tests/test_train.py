@@ -51,12 +51,12 @@ import os, signal, sys
 from torchclip import train
 from torchclip.cli import main
 
-batches, trainings = train.batches, []
+batches, pending = train.batches, [os.environ.get("RANK", "1") == "1"]
 
 def interrupted_batches(*arguments):
-    trainings.append(None)
     for step, batch in enumerate(batches(*arguments)):
-        if step == 2 and len(trainings) == 1 and os.environ.get("RANK", "1") == "1":
+        if step == 2 and any(pending):
+            pending.clear()
             os.kill(os.getpid(), signal.SIGINT)
         yield batch
 
@@ -124,8 +124,8 @@ def test_clipping_decides_whether_the_model_learns():
 
 def test_both_runs_start_from_the_same_weights_and_batches():
     unclipped, clipped = trained()
-    assert unclipped.steps[0] == clipped.steps[0]
-    assert unclipped.steps[-1] != clipped.steps[-1]
+    assert unclipped.steps[0][:2] == clipped.steps[0][:2]
+    assert unclipped.steps[-1][:2] != clipped.steps[-1][:2]
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm"])
@@ -162,14 +162,14 @@ def test_targets_are_the_characters_after_the_inputs():
     assert torch.equal(pairs[1][0], pairs[0][0] + 10)
 
 
-@pytest.mark.parametrize("ceiling", [math.inf, 0.4])
+@pytest.mark.parametrize("ceiling", [math.inf, 2.0])
 @pytest.mark.parametrize("threshold", ["percentile", "zscore"])
 def test_a_threshold_that_learns_follows_the_norms(threshold, ceiling):
     unclipped, clipped = trained(steps=40, threshold=threshold, max_norm=ceiling)
-    twin = {"percentile": Percentile(10, max_norm=ceiling), "zscore": ZScore(warmup=10, max_norm=ceiling)}
-    expected = twin[threshold]
-    assert [step.max_norm for step in clipped.steps] == [expected.update(s.norm) for s in clipped.steps]
-    assert len({step.max_norm for step in clipped.steps}) > 1
+    twins = {"percentile": Percentile(10, max_norm=ceiling), "zscore": ZScore(warmup=10, max_norm=ceiling)}
+    expected = [twins[threshold].update(step.norm) for step in clipped.steps]
+    assert [step.max_norm for step in clipped.steps] == expected
+    assert 0 < min(expected) < max(expected) <= ceiling
     assert {step.max_norm for step in unclipped.steps} == {math.inf}
 
 

@@ -37,14 +37,11 @@ def clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor: ...
 
 def clip_coefficient(max_norm: float, total_norm: float | Tensor) -> float | Tensor:
     """What gradients are multiplied by, ``min(1, max_norm / (total_norm + 1e-6))``; NaN for a NaN norm."""
-    if isinstance(total_norm, Tensor):
-        # An infinite threshold only measures, also where the norm is infinite or NaN.
-        ratio = max_norm / (total_norm + 1e-6)
-        return torch.ones_like(total_norm) if max_norm == math.inf else ratio.clamp(max=1.0)
-    if max_norm == math.inf:
-        return 1.0
     rate = max_norm / (total_norm + 1e-6)
-    return 1.0 if rate >= 1.0 else rate
+    if isinstance(rate, float):
+        # An infinite threshold only measures, also where the norm is infinite or NaN.
+        return 1.0 if rate >= 1.0 or max_norm == math.inf else rate
+    return torch.ones_like(rate) if max_norm == math.inf else rate.clamp(max=1.0)
 
 
 def clip_grad_norm_(

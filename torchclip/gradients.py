@@ -46,13 +46,14 @@ def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> A
     batch = kernel.Batch(items, "parameters", True) if eager.recorded() else kernel.gradients(items)
     if batch.subclassed or group is not None:
         return _sharded(batch, items, True, group)
-    warn_if_used_up(parameters, items)
+    if not items:
+        warn_if_used_up(parameters)
     return batch
 
 
-def warn_if_used_up(parameters: Tensor | Iterable[Tensor], items: Sequence[Tensor]) -> None:
-    """Torch's warning for a generator without items: most often it was used up before."""
-    if not items and isinstance(parameters, types.GeneratorType):
+def warn_if_used_up(parameters: Tensor | Iterable[Tensor]) -> None:
+    """Torch's warning for a generator that gave no items: most often it was used up before."""
+    if isinstance(parameters, types.GeneratorType):
         # The line to show is three calls up, where a clipping function was called.
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
 
@@ -217,9 +218,9 @@ def norm(batch: Any, p: float) -> float | Tensor:
     """The norm of the whole batch: a float, or a float64 tensor where a device must not be waited for."""
     if type(batch) is Sharded:
         return batch.norm(p)
-    rest = batch.rest
     if p not in _KERNEL_ORDERS:
         return eager.norm(batch.all, p) if batch.all else 0.0
+    rest = batch.rest
     if not rest:
         return batch.norm(p, _threads())  # type: ignore[no-any-return]
     of_rest = eager.norm(rest, p)
@@ -248,10 +249,11 @@ def scale_(batch: Any, factor: float | Tensor) -> None:
         return
     if type(batch) is Sharded:
         batch = batch.written()
-    if len(batch.rest) < len(batch.all):
+    rest = batch.rest
+    if len(rest) < len(batch.all):
         batch.scale(float(factor), _threads())
-    if batch.rest:
-        eager.scale_(batch.rest, factor)
+    if rest:
+        eager.scale_(rest, factor)
 
 
 def scale_each_(batch: Any, factors: Sequence[float | Tensor]) -> None:

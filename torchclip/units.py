@@ -33,7 +33,8 @@ class Units(NamedTuple):
 def of_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Units]:
     """The units of the distinct parameters that have a gradient, here or (if sharded) on other ranks."""
     items = arguments.tensor_list("parameters", parameters)
-    gradients.warn_if_used_up(parameters, items)
+    if not items:
+        gradients.warn_if_used_up(parameters)
     distinct = kernel.Batch(items, "parameters", take_grad=False).all
     chosen = [p for p in distinct if p.grad is not None or distributed.is_sharded(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
