@@ -19,7 +19,10 @@ from torchclip.workloads import WORKLOADS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
-PICTURES = {"figures/speed.png": "Speed relative to torch", "figures/scaling.png": "Cost a gradient and a byte"}
+PICTURES = {
+    "figures/speed.png": "Speed relative to torch",
+    "figures/scaling.png": "Cost a gradient and a byte",
+}
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 

@@ -24,6 +24,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -117,9 +118,11 @@ class Gradient:
 def values_of(tensor: Tensor) -> Array:
     """A copy of the elements, duplicates added up; NumPy has no bfloat16, float32 holds its numbers."""
     tensor = tensor.detach()
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    if tensor.layout != torch.strided:
+        coo = tensor.to_sparse().coalesce()
+        # Torch's to_dense() multiplies complex numbers by 1, which makes NaN of some.
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        tensor[tuple(coo.indices())] = coo.values()
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     copy: Array = tensor.resolve_conj().resolve_neg().numpy().copy()
     return copy
@@ -351,12 +354,12 @@ class Model:
         locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in self.parameters]
         return [values_of(p) for p in locals_]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that norms are returned in."""
         return torch.float64 if any(g.tensor.dtype in DOUBLE for g in self.gradients) else torch.float32
 
-    @property
+    @cached_property
     def norm_error(self) -> float:
         """How far a norm in float64 may be off."""
         return 1e-7 if any(g.held.numel() > 30_000 for g in self.gradients) else 1e-11

@@ -1,8 +1,8 @@
 """The code in README.md and on the pages of the documentation runs.
 
-Every block that is fenced as ``python`` runs as it stands; one fenced as ``pycon`` is a session, whose answers
-have to come out as printed.  Both start from ``PREAMBLE`` alone: no block needs another one to have run before.
-What a page shows besides, such as the output of a command, is fenced as one of ``NOT_PYTHON``.
+Every block that is fenced as ``python`` runs as it stands; one fenced as ``pycon`` is a session, whose
+answers have to come out as printed.  Both start from ``PREAMBLE`` alone: no block needs another one to have
+run before.  What a page shows besides, such as the output of a command, is fenced as one of ``NOT_PYTHON``.
 """
 
 import doctest

@@ -19,6 +19,8 @@ from train_on_ranks import MODEL, trained
 from torchclip import Percentile, ZScore, parallel, plots, train
 from torchclip.cli import main
 
+# The sizes of the command's defaults, and small ones.
+COMMAND = {"hidden": 128, "batch": 32, "bptt": 64}
 TINY = ["--steps", "6", "--hidden", "8", "--batch", "4", "--bptt", "10"]
 
 
@@ -108,18 +110,31 @@ def row(output, name):
     return re.split(r"\s{2,}", line.strip())
 
 
+def perplexity(run):
+    """Of the last 20 steps."""
+    return math.exp(np.mean([step.loss for step in run.steps[-20:]]))
+
+
 # What it learns
 
 
 def test_clipping_decides_whether_the_model_learns():
     # The command's defaults, shortened to 150 of their 300 steps.
-    unclipped, clipped = trained(steps=150, hidden=128, batch=32, bptt=64)
-    perplexity = {
-        run.name: math.exp(np.mean([s.loss for s in run.steps[-20:]])) for run in (unclipped, clipped)
-    }
-    assert perplexity["clipped"] < 12
-    assert perplexity["unclipped"] > 10 * perplexity["clipped"]
+    unclipped, clipped = trained(steps=150, **COMMAND)
+    assert perplexity(clipped) < 12
+    assert perplexity(unclipped) > 10 * perplexity(clipped)
     assert max(step.norm for step in unclipped.steps) > 100
+
+
+@pytest.mark.parametrize(
+    ("threshold", "setting"),
+    [("percentile", {"steps": 60}), ("zscore", {"steps": 110, "warmup": 100, "seed": 1})],
+)
+def test_a_threshold_that_learns_rescues_what_a_large_fixed_one_does_not(threshold, setting):
+    (fixed,) = trained(only="clipped", max_norm=5.0, **COMMAND, **setting)
+    (learned,) = trained(only="clipped", threshold=threshold, max_norm=math.inf, **COMMAND, **setting)
+    assert perplexity(learned) < 20
+    assert perplexity(fixed) > 10 * perplexity(learned)
 
 
 def test_both_runs_start_from_the_same_weights_and_batches():
@@ -151,6 +166,16 @@ def test_gradients_are_clipped_to_the_threshold():
     assert (after - before).norm() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_the_learning_rate_rises_during_the_warm_up():
+    # Of a single step of SGD, the gradients being the same.
+    def moved(warmup):
+        before, after = (trained(steps=n, only="unclipped", warmup=warmup)[0].model for n in (0, 1))
+        pairs = zip(before.parameters(), after.parameters(), strict=True)
+        return torch.cat([(p - q).detach().flatten() for p, q in pairs]).norm().item()
+
+    assert moved(4) == pytest.approx(moved(1) / 4, rel=1e-3)
+
+
 def test_targets_are_the_characters_after_the_inputs():
     options = train.Options(steps=9, **MODEL)
     tokens = torch.arange(4 * 25)
@@ -166,7 +191,7 @@ def test_targets_are_the_characters_after_the_inputs():
 @pytest.mark.parametrize("threshold", ["percentile", "zscore"])
 def test_a_threshold_that_learns_follows_the_norms(threshold, ceiling):
     unclipped, clipped = trained(steps=40, threshold=threshold, max_norm=ceiling)
-    twins = {"percentile": Percentile(10, max_norm=ceiling), "zscore": ZScore(warmup=10, max_norm=ceiling)}
+    twins = {"percentile": Percentile(10, max_norm=ceiling), "zscore": ZScore(max_norm=ceiling)}
     expected = [twins[threshold].update(step.norm) for step in clipped.steps]
     assert [step.max_norm for step in clipped.steps] == expected
     assert 0 < min(expected) < max(expected) <= ceiling
@@ -327,7 +352,7 @@ def test_python_without_its_documentation(monkeypatch, capsys):
         *(("--lr", value) for value in ("-1", "0", "nan", "inf", "much")),
         *(
             (name, value)
-            for name in ("--steps", "--hidden", "--batch", "--bptt")
+            for name in ("--steps", "--warmup", "--hidden", "--batch", "--bptt")
             for value in ("0", "-3", "1.5")
         ),
         *(("--seed", value) for value in ("-1", str(2**63), "x")),
@@ -356,19 +381,20 @@ def test_plot_must_be_a_png(tmp_path, capsys):
 # On several processes
 
 
-@pytest.mark.parametrize("way", ["fsdp", "ddp"])
 @pytest.mark.parametrize(("cell", "threshold"), [("rnn", "fixed"), ("lstm", "percentile")])
-def test_two_processes_have_the_numbers_of_one(cell, threshold, way):
-    result = torchrun(train_on_ranks.__file__, cell, threshold, way)
+def test_two_processes_have_the_numbers_of_one(cell, threshold):
+    result = torchrun(train_on_ranks.__file__, cell, threshold)
     assert result.returncode == 0, result.stderr
-    two, one = json.loads(result.stdout), train_on_ranks.numbers(cell, threshold)
-    assert two["ranks"] == 2
-    assert two["threads"] == max(1, os.cpu_count() // 2)
-    np.testing.assert_allclose(two["steps"], one["steps"], rtol=1e-5)
-    for weights, expected in zip(two["weights"], one["weights"], strict=True):
-        assert weights.keys() == expected.keys()
-        for name in weights:
-            np.testing.assert_allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+    report, one = json.loads(result.stdout), train_on_ranks.numbers(cell, threshold)
+    assert report["ranks"] == 2
+    assert report["threads"] == max(1, os.cpu_count() // 2)
+    assert report["ways"].keys() == {"fsdp", "ddp"}
+    for two in report["ways"].values():
+        np.testing.assert_allclose(two["steps"], one["steps"], rtol=1e-5)
+        for weights, expected in zip(two["weights"], one["weights"], strict=True):
+            assert weights.keys() == expected.keys()
+            for name in weights:
+                np.testing.assert_allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_under_torchrun_the_first_process_shows_and_writes_all(tmp_path, capsys):

@@ -15,6 +15,7 @@ MODEL = {
     "bptt": 10,
     "seed": 0,
     "lr": 3.0,
+    "warmup": 1,
     "threshold": "fixed",
     "max_norm": 0.5,
 }
@@ -40,11 +41,17 @@ def numbers(cell, threshold, way=None):
     }
 
 
+def report():
+    """The same training in both ways, and what the processes are."""
+    ways = {way: numbers(*sys.argv[1:], way) for way in ("fsdp", "ddp")}
+    steps = [None] * parallel.ranks()
+    dist.all_gather_object(steps, [ways[way]["steps"] for way in ways])
+    assert all(each == steps[0] for each in steps), "the ranks disagree"
+    return {"ways": ways, "ranks": parallel.ranks(), "threads": torch.get_num_threads()}
+
+
 if __name__ == "__main__":
     with parallel.process_group():
-        report = numbers(*sys.argv[1:])
-        steps = [None] * parallel.ranks()
-        dist.all_gather_object(steps, report["steps"])
-        assert steps == steps[:1] * parallel.ranks(), "the ranks disagree"
+        result = report()
         if parallel.rank() == 0:
-            print(json.dumps({**report, "ranks": parallel.ranks(), "threads": torch.get_num_threads()}))
+            print(json.dumps(result))

@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["norm_order", "number", "refuse_item", "shown", "tensor_list", "threshold"]
+__all__ = [
+    "flag",
+    "mapping",
+    "norm_order",
+    "number",
+    "option",
+    "refuse_item",
+    "shown",
+    "tensor_list",
+    "threshold",
+]
 
 
 def threshold(name: str, value: Any) -> float:
@@ -43,6 +53,26 @@ def number(name: str, value: Any, hint: str = "") -> float:
     if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     raise TypeError(f"`{name}` must be a number, got {shown(value)}{hint}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a truth value, or an error that names the argument."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"`{name}` must be True or False, got {shown(value)}")
+
+
+def option(name: str, value: Any, options: tuple[Any, ...]) -> Any:
+    """``value``, if it is one of some strings, or an error that lists them."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def mapping(name: str, value: Any, what: str) -> None:
+    """Raise an error for a saved state that is no dictionary."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` must be a dictionary, {what}; got {shown(value)}")
 
 
 def tensor_list(name: str, tensors: Any) -> list[Tensor]:

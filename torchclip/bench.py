@@ -186,7 +186,7 @@ def compare(
         effort: how long.
 
     Returns:
-        The number of rounds, quartiles of the floor's seconds, and for each contender what :func:`summary`
+        The number of rounds, quartiles of the floor's seconds, and for each contender what ``summary``
         says, with the relative error of the norm that it returned; or, where it failed, the error's message.
     """
     numbers = second_arguments(operation, gradients.norm)
@@ -360,7 +360,7 @@ def present(rows: Sequence[Row]) -> list[str]:
 
 
 def headers(names: Sequence[str]) -> list[str]:
-    """What :func:`cells` are."""
+    """What ``cells`` are."""
     return [*names, "torch ÷\ntorchclip", "GB/s", "of\nfloor", "torch:\nerror", "torchclip:\nerror"]
 
 

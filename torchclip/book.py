@@ -3,7 +3,7 @@
 The subject is sections 6.1.3 and 6.1.4 of *Deep Learning from Scratch 2*: why gradients vanish or explode on
 their way back through a recurrent network, and clipping as the remedy for the second.  Each experiment is a
 function that returns its numbers, written twice: with the NumPy reference, as in the book, and with torch and
-torchclip (``*_torch``).  :func:`run` prints both beside each other, with the prose of a short lesson.
+torchclip (``*_torch``).  ``run`` prints both beside each other, with the prose of a short lesson.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def tanh_curve() -> tuple[Array, Array, Array]:
 
 
 def tanh_curve_torch() -> tuple[Array, Array, Array]:
-    """:func:`tanh_curve` with the derivative taken by autograd."""
+    """``tanh_curve`` with the derivative taken by autograd."""
     h = torch.nn.Parameter(torch.arange(-5.0, 5.0, 0.1, dtype=torch.float64))
     y = torch.tanh(h)
     (dy,) = torch.autograd.grad(y.sum(), h)
@@ -81,7 +81,7 @@ def gradient_norms(scale: float, max_norm: float = math.inf) -> Array:
 
 
 def gradient_norms_torch(scale: float, max_norm: float = math.inf) -> Array:
-    """:func:`gradient_norms` on the ``.grad`` of a parameter."""
+    """``gradient_norms`` on the ``.grad`` of a parameter."""
     weights = torch.from_numpy(recurrent_weights(scale))
     h = torch.nn.Parameter(torch.zeros(BATCH, HIDDEN, dtype=weights.dtype))
     h.grad = torch.ones_like(h)
@@ -113,7 +113,7 @@ class WorkedExample:
 def large_gradients() -> tuple[list[Array], list[Array]]:
     """The gradients of the two worked examples: two 3x3 arrays, then three, uniform in [0, 10).
 
-    They continue the random stream whose first draw is :func:`recurrent_weights`.
+    They continue the random stream whose first draw is ``recurrent_weights``.
     """
     stream = np.random.RandomState(SEED)
     stream.randn(HIDDEN, HIDDEN)
@@ -130,7 +130,7 @@ def worked_example(grads: Sequence[Array]) -> WorkedExample:
 
 
 def worked_example_torch(grads: Sequence[Array]) -> WorkedExample:
-    """:func:`worked_example` on the ``.grad`` of one parameter for each gradient."""
+    """``worked_example`` on the ``.grad`` of one parameter for each gradient."""
     clipped = [torch.tensor(grad) for grad in grads]
     parameters = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in clipped]
     for parameter, grad in zip(parameters, clipped, strict=True):

@@ -1,6 +1,6 @@
 """The command line: ``torchclip COMMAND``, also ``python -m torchclip COMMAND``.
 
-A command is a line in :data:`COMMANDS` and a module of this package with two functions::
+A command is a line in ``COMMANDS`` and a module of this package with two functions:
 
     def add_arguments(parser: argparse.ArgumentParser) -> None    # declares its options
     def run(**options) -> int | None                              # gets them by name, returns the exit status

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchclip import eager, gradients, units
-from torchclip.arguments import norm_order, number, refuse_item, tensor_list, threshold
+from torchclip.arguments import flag, norm_order, number, refuse_item, tensor_list, threshold
 from torchclip.combine import combine_tensors
 from torchclip.norm import as_result, as_results, refuse_nonfinite
 
@@ -55,11 +55,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     r"""Scale all gradients together so that their joint norm is at most ``max_norm``.
 
-    The drop-in for :func:`torch.nn.utils.clip_grad_norm_`.  All gradients are one vector; with its norm,
-    every gradient is multiplied by
+    The drop-in for ``torch.nn.utils.clip_grad_norm_``.  All gradients are one vector; with its norm,
+    every gradient is multiplied by:
 
-    .. math::
-        \min\left(1, \frac{\text{max\_norm}}{\text{total\_norm} + 10^{-6}}\right)
+        min(1, max_norm / (total_norm + 1e-6))
 
     The norm is accumulated in float64, the coefficient computed in float64.  Gradients in CPU memory are not
     touched where no clipping is needed; on an accelerator nothing waits for the device.  Of DTensors the norm
@@ -90,7 +89,7 @@ def clip_grad_norm_(
         Pascanu, Mikolov and Bengio, *On the difficulty of training recurrent neural networks*, 2013, section
         3.2, https://arxiv.org/abs/1211.5063; *Deep Learning from Scratch 2*, section 6.1.4.
 
-    Example:
+    Examples:
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> (weight * torch.tensor([3.0, 4.0])).sum().backward()
         >>> clip_grad_norm_(weight, max_norm=1.0)
@@ -100,6 +99,7 @@ def clip_grad_norm_(
     """
     max_norm = threshold("max_norm", max_norm)
     p = norm_order(norm_type)
+    error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)
     batch = gradients.of_parameters(parameters, group)
     gradients.refuse_unwritable(batch.rest)
     total_norm = gradients.norm(batch, p)
@@ -119,7 +119,7 @@ def get_total_norm(
 ) -> Tensor:
     """The norm of all tensors, taken as one vector.
 
-    The drop-in for :func:`torch.nn.utils.get_total_norm`.  Unlike the ``clip`` functions it takes the tensors
+    The drop-in for ``torch.nn.utils.get_total_norm``.  Unlike the ``clip`` functions it takes the tensors
     (gradients) themselves.  Nothing is modified.
 
     Args:
@@ -127,7 +127,7 @@ def get_total_norm(
         norm_type: the order of the norm, any number or ``"inf"``.
         error_if_nonfinite: raise if the norm is ``inf`` or ``nan``.
         foreach: accepted for compatibility, without effect.
-        group: as for :func:`clip_grad_norm_`.
+        group: as for ``clip_grad_norm_``.
 
     Returns:
         A 0-dim tensor on the device of the first one, float64 if any tensor is float64 or complex128, else
@@ -137,11 +137,12 @@ def get_total_norm(
         TypeError: for anything but tensors.
         RuntimeError: if ``error_if_nonfinite`` and the norm is not finite.
 
-    Example:
+    Examples:
         >>> get_total_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
     p = norm_order(norm_type)
+    error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)
     batch = gradients.of_tensors(tensors, group)
     total_norm = gradients.norm(batch, p)
     if error_if_nonfinite:
@@ -155,14 +156,14 @@ def clip_grads_with_norm_(
     total_norm: Tensor | float,
     foreach: bool | None = None,
 ) -> None:
-    """Scale all gradients as :func:`clip_grad_norm_` does, with a norm that was computed before.
+    """Scale all gradients as ``clip_grad_norm_`` does, with a norm that was computed before.
 
-    The drop-in for :func:`torch.nn.utils.clip_grads_with_norm_`.
+    The drop-in for ``torch.nn.utils.clip_grads_with_norm_``.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, or a single one.
         max_norm: the threshold, at least 0.
-        total_norm: the norm to compare with it, from :func:`get_total_norm`; a 0-dim tensor or a number.
+        total_norm: the norm to compare with it, from ``get_total_norm``; a 0-dim tensor or a number.
         foreach: accepted for compatibility, without effect.
 
     Raises:
@@ -170,7 +171,7 @@ def clip_grads_with_norm_(
         ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative.
         RuntimeError: if a gradient is an expanded tensor.
 
-    Example:
+    Examples:
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grads_with_norm_(weight, 1.0, get_total_norm(weight.grad))
@@ -189,7 +190,7 @@ def clip_grad_value_(
 ) -> None:
     """Limit every single element of the gradients to ``[-clip_value, clip_value]``.
 
-    The drop-in for :func:`torch.nn.utils.clip_grad_value_`.  Unlike clipping by norm this turns the direction
+    The drop-in for ``torch.nn.utils.clip_grad_value_``.  Unlike clipping by norm this turns the direction
     of the step.
 
     Args:
@@ -203,7 +204,7 @@ def clip_grad_value_(
         ValueError: if ``clip_value`` is negative or NaN.
         RuntimeError: if a gradient is an expanded tensor.
 
-    Example:
+    Examples:
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([-3.0, 0.5])
         >>> clip_grad_value_(weight, 1.0)
@@ -233,14 +234,14 @@ def clip_grad_norm_per_parameter_(
 
     Returns:
         The norms before clipping, in the order of the distinct gradients: a tensor of shape ``(gradients,)``,
-        of dtype and device as :func:`clip_grad_norm_` returns them.
+        of dtype and device as ``clip_grad_norm_`` returns them.
 
     Raises:
         TypeError: for anything but tensors in ``parameters``, or a ``max_norm`` that is not a number.
         ValueError: if ``max_norm`` is negative or NaN.
         RuntimeError: if a gradient is an expanded tensor.
 
-    Example:
+    Examples:
         >>> a, b = (torch.zeros(2, requires_grad=True) for _ in range(2))
         >>> a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
         >>> clip_grad_norm_per_parameter_([a, b], max_norm=1.0)
@@ -265,24 +266,22 @@ def clip_grad_adaptive_(
 ) -> None:
     r"""Adaptive gradient clipping (AGC): each unit's gradient relative to the norm of the unit's own weights.
 
-    For the :math:`i`-th unit (row, output channel) of every weight :math:`W` with gradient :math:`G`
+    For the i-th unit (row, output channel) of every weight ``W`` with gradient ``G``:
 
-    .. math::
-        G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
-        \quad \text{if } \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
+        G_i ← λ max(‖W_i‖, eps) / ‖G_i‖ · G_i    if ‖G_i‖ > λ max(‖W_i‖, eps)
 
     The units of a parameter with two or more axes lie along its first axis; a vector or a scalar is one unit.
     The paper leaves the last linear layer out: do not pass its parameters.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Their values stay.
-        clip_factor: the largest ratio of the two norms, at least 0 (:math:`\lambda` in the paper).
+        clip_factor: the largest ratio of the two norms, at least 0 (``λ`` in the paper).
         eps: the least weight norm that counts, so that weights that start at zero can move.
         norm_type: the order of the norm, any number or ``"inf"``.
 
     Raises:
         TypeError: for anything but tensors in ``parameters``, a sparse gradient that is not made of whole
-            rows (as those of :class:`torch.nn.Embedding` are), or a DTensor gradient that is not split as its
+            rows (as those of ``torch.nn.Embedding`` are), or a DTensor gradient that is not split as its
             parameter is.
         ValueError: if ``clip_factor`` or ``eps`` is negative or NaN.
         RuntimeError: if a gradient is an expanded tensor.
@@ -291,7 +290,7 @@ def clip_grad_adaptive_(
         Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
         2021, section 4, https://arxiv.org/abs/2102.06171
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[6.0, 8.0], [6.0, 8.0]], requires_grad=True)
         >>> weight.grad = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
         >>> clip_grad_adaptive_(weight, clip_factor=0.1)
@@ -314,10 +313,9 @@ def clip_grad_adaptive_(
 def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
     r"""Clip each example's gradient, then add the examples up: the clipping step of DP-SGD.
 
-    Example :math:`i` owns slice :math:`i` of every tensor, and its norm is taken over all of them:
+    Example ``i`` owns slice ``i`` of every tensor, and its norm is taken over all of them:
 
-    .. math::
-        \text{sums} = \sum_i \min\left(1, \frac{\text{max\_norm}}{\|g_i\| + 10^{-6}}\right) g_i
+        sums = Σ_i min(1, max_norm / (‖g_i‖ + 1e-6)) g_i
 
     For differential privacy, add noise of standard deviation ``noise_multiplier * max_norm`` to the sums and
     divide by the batch size.
@@ -339,7 +337,7 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
         Abadi et al., *Deep Learning with Differential Privacy*, 2016, algorithm 1,
         https://arxiv.org/abs/1607.00133
 
-    Example:
+    Examples:
         >>> sums, clipped = clip_per_example([torch.tensor([[3.0, 4.0], [0.03, 0.04]])], max_norm=0.5)
         >>> sums, clipped
         ([tensor([0.3300, 0.4400])], tensor(1))

@@ -57,6 +57,7 @@ class _Set:
         self.batch = gradients.of_parameters(parameters, group)
         gradients.refuse_unwritable(self.batch.rest)
         self._name, self._parameters, self._order, self._each = name, parameters, order, each
+        self._group = group
         self.norms: list[Norm] = []
         self.max_norms: list[float] = []
         self.factors: list[Norm] = []
@@ -81,6 +82,16 @@ class _Set:
             else [gradients.norm(self.batch, self._order)]
         )
         self.norms = [_unscaled(n, grad_scale, self._order) for n in norms]
+
+    def joined_norms(self) -> list[Norm]:
+        """The norms that the norm of all gradients is made of."""
+        if self._order >= 0 or self._group is not None:
+            return self.norms
+        # For a negative order a norm of 0 means an element that is 0; without elements there is none.
+        counts = [t.numel() for t in self.batch.all]
+        return [
+            n for n, count in zip(self.norms, counts if self._each else [sum(counts)], strict=True) if count
+        ]
 
     def limit(self, max_norms: list[float]) -> None:
         """Set the threshold of each norm."""
@@ -108,35 +119,35 @@ class _Set:
 class Clipper:
     r"""Clips the gradients of an optimizer before every step it takes.
 
-    Say once how to clip, then only call ``optimizer.step()``::
+    Say once how to clip, then only call ``optimizer.step()``:
 
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
         clipper = torchclip.Clipper(optimizer, max_norm=1.0)
 
     This works with closures (clipping follows the closure's backward pass, each time), gradient
-    accumulation, learning rate schedulers, and :class:`torch.amp.GradScaler`: norms and thresholds are those
+    accumulation, learning rate schedulers, and ``torch.amp.GradScaler``: norms and thresholds are those
     of the unscaled gradients.  Fused optimizers get the coefficient as their ``grad_scale`` and multiply it
     in while they step, so that no pass over the gradients is spent on it; afterwards ``p.grad`` is the
     clipped gradient as usual.
 
     A parameter group may carry its own ``max_norm``: it is then clipped on its own, with it, and ``None``
     leaves it unclipped (its norm is measured all the same).  Like a learning rate it may change during
-    training::
+    training:
 
         head = {"params": model.head.parameters(), "max_norm": 0.1}
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
 
     Copies and pickles of the optimizer do not clip, as they have no hooks; attach a new clipper to them and
-    load the old one's :meth:`state_dict`.  The clipper itself can be neither copied nor pickled.
+    load the old one's ``state_dict``.  The clipper itself can be neither copied nor pickled.
 
     A step that a GradScaler leaves out never comes to an unfused optimizer, nor to its clipper; with a fused
     one it is recorded, as skipped.
 
     Args:
-        optimizer: any :class:`torch.optim.Optimizer`.  Names of parameters, in errors and :meth:`norms`, are
+        optimizer: any ``torch.optim.Optimizer``.  Names of parameters, in errors and ``norms``, are
             known if it was made from ``model.named_parameters()``.
         max_norm: the threshold: a number (``float("inf")`` only measures), a threshold object such as
-            :class:`Percentile`, or a callable that is given the number of the step, from 0.
+            ``Percentile``, or a callable that is given the number of the step, from 0.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: what is clipped together: ``"global"``, all parameters; ``"group"``, each parameter group;
             ``"parameter"``, each parameter. Each of them gets its own copy of a threshold object.
@@ -145,9 +156,9 @@ class Clipper:
             neither parameters nor optimizer state. ``"zero"``: non-finite elements become 0, and the rest is
             clipped.
         group: a process group, or several, whose other ranks hold further gradients, as for
-            :func:`clip_grad_norm_`; all ranks must have the same number of parameter groups.  DTensors need
+            ``clip_grad_norm_``; all ranks must have the same number of parameter groups.  DTensors need
             none.
-        on_clip: called with the :class:`Record` of every step, just before anything is changed; an exception
+        on_clip: called with the ``Record`` of every step, just before anything is changed; an exception
             from it calls the step off.  On an accelerator this waits for the norm.
 
     Attributes:
@@ -159,7 +170,7 @@ class Clipper:
             already has a clipper, ``"skip"`` is asked of LBFGS, whose steps cannot be skipped half-way, or
             ``group`` is combined with ``"parameter"``.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
         >>> clipper = Clipper(optimizer, max_norm=1.0)
@@ -191,8 +202,8 @@ class Clipper:
             )
         if optimizer in _clipped_optimizers:
             raise ValueError("`optimizer` already has a Clipper; call its detach() first")
-        _check_option("scope", scope, get_args(Scope))
-        _check_option("nonfinite", nonfinite, get_args(Nonfinite))
+        arguments.option("scope", scope, get_args(Scope))
+        arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
         if nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "`nonfinite='skip'` cannot be had with LBFGS, which moves the parameters several times in a "
@@ -276,12 +287,13 @@ class Clipper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; the arguments stay those of this clipper.
+        """Go on from a ``state_dict``; the arguments stay those of this clipper.
 
         Raises:
             ValueError: if ``state`` is not a clipper's, or its thresholds are of another kind or have learned
                 from norms of another ``scope`` or ``norm_type``.
         """
+        arguments.mapping("state", state, "what Clipper.state_dict() returned")
         if not {"steps", "norm_type", "scope", "thresholds", "history"} <= state.keys():
             found = ", ".join(map(repr, state)) or "nothing"
             raise ValueError(f"`state` holds {found}; pass what Clipper.state_dict() returned")
@@ -362,7 +374,7 @@ class Clipper:
         sets = list(self._sets())
         for each in sets:
             each.measure(grad_scale)
-        total_norm = _joint([n for s in sets for n in s.norms], self._order)
+        total_norm = _joint([n for s in sets for n in s.joined_norms()], self._order)
         skipped = self._skipped(total_norm)
         if skipped is True:
             self._record(total_norm, math.inf, 1.0, skipped)
@@ -525,8 +537,3 @@ def _fused_scale(factor: Norm, grad_scale: Tensor | None) -> Tensor | None:
         return (scale / factor).to(torch.float32)
     divisor = float(scale) / factor if factor else math.inf
     return torch.scalar_tensor(divisor, dtype=torch.float32, device=_CPU) if divisor <= _FLOAT32_MAX else None
-
-
-def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {value!r}")

@@ -35,7 +35,7 @@ def combine(norms: Sequence[float], p: float) -> float:
 
 
 def combine_tensors(norms: Tensor, p: float) -> Tensor:
-    """:func:`combine` along the last dimension of a tensor, without waiting for its device."""
+    """``combine`` along the last dimension of a tensor, without waiting for its device."""
     if norms.shape[-1] == 0:
         return norms.new_zeros(norms.shape[:-1])
     if p == 0:

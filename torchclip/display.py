@@ -37,12 +37,14 @@ def introduction(
     """Say what is going to be trained, and on what."""
     source = "Python's own documentation" if text is None else str(text)
     cell = {"rnn": "Tanh RNN", "lstm": "LSTM"}[options.cell]
+    warmup = f" after {options.warmup} steps of warm-up" if options.warmup > 1 else ""
     spread = "" if way is None else f", on {ranks()} processes with {WAYS[way]}"
     console.print(
         f"{cell} with {options.hidden} hidden units, learning to predict the next character of {source} "
         f"({len(tokens):,} characters, {len(vocabulary)} different). "
-        f"{options.steps} steps of SGD, learning rate {options.lr:g}, on {options.batch} × {options.bptt} "
-        f"characters each{spread}; seed {options.seed}. {_clipping(options)}",
+        f"{options.steps} steps of SGD, learning rate {options.lr:g}{warmup}, on "
+        f"{options.batch} × {options.bptt} characters each{spread}; seed {options.seed}. "
+        f"{_clipping(options)}",
         highlight=False,
         markup=False,
     )

@@ -178,7 +178,7 @@ def total(
 
     Args:
         norms: for each layout, and for None, the norm of what this rank holds of the tensors that lie like
-            this, or :data:`ABSENT`; on an accelerator in float64.
+            this, or ``ABSENT``; on an accelerator in float64.
         groups: process groups whose other ranks hold other plain tensors, and DTensors on other meshes.
         p: the order of the norms.
 
@@ -219,7 +219,7 @@ def across_meshes(vectors: Mapping[Any, Tensor], p: float) -> dict[Any, Tensor]:
     """Join this rank's norms with those of the ranks that hold the other parts, element by element.
 
     Args:
-        vectors: for each layout, norms of parts that lie like this, or :data:`ABSENT`: float64, of one
+        vectors: for each layout, norms of parts that lie like this, or ``ABSENT``: float64, of one
             dimension.
         p: the order of the norms.
 
@@ -277,7 +277,7 @@ def _number(norm: Tensor) -> float | Tensor:
 
 
 def _join(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
-    """The joint norm; :data:`ABSENT` for none, or if all are."""
+    """The joint norm; ``ABSENT`` for none, or if all are."""
     device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
     if device is None:
         present = [norm for norm in cast("Sequence[float]", norms) if not norm < 0]
@@ -287,7 +287,7 @@ def _join(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
 
 
 def _join_tensors(norms: Tensor, p: float) -> Tensor:
-    """:func:`_join` along the last dimension of a tensor."""
+    """``_join`` along the last dimension of a tensor."""
     absent = norms < 0
     joint = combine_tensors(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
     return joint.masked_fill(absent.all(dim=-1), ABSENT)

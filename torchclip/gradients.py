@@ -41,7 +41,7 @@ _CPU = torch.device("cpu")
 
 
 def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> Any:
-    """The distinct gradients of the parameters that have one, in order, as a batch or as :class:`Sharded`."""
+    """The distinct gradients of the parameters that have one, in order, as a batch or as ``Sharded``."""
     items = arguments.tensor_list("parameters", parameters)
     batch = kernel.Batch(items, "parameters", True) if eager.recorded() else kernel.gradients(items)
     if batch.subclassed or group is not None:
@@ -233,7 +233,7 @@ def norm(batch: Any, p: float) -> float | Tensor:
 
 
 def norms(batch: Any, p: float) -> list[float | Tensor]:
-    """The norm of each tensor of the batch, in order: floats, or float64 tensors as in :func:`norm`."""
+    """The norm of each tensor of the batch, in order: floats, or float64 tensors as in ``norm``."""
     if type(batch) is Sharded:
         return batch.norms(p)
     if p not in _KERNEL_ORDERS or len(batch.rest) == len(batch.all):

@@ -1,7 +1,7 @@
 """What clipping did, step by step: a bounded record that costs the step next to nothing.
 
 On an accelerator the norm of a step is a tensor whose value is not there yet when the step is recorded.
-:class:`History` keeps such tensors as they are and fetches all values in one transfer when somebody reads.
+``History`` keeps such tensors as they are and fetches all values in one transfer when somebody reads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 import torch
 from torch import Tensor
+
+from torchclip import arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,13 +92,13 @@ class Summary:
 class History(Sequence[Record]):
     """The last ``maxlen`` steps in full, and counts over all steps.
 
-    A sequence of :class:`Record`, oldest first: ``history[-1]`` is the latest step, ``len(history)`` is how
+    A sequence of ``Record``, oldest first: ``history[-1]`` is the latest step, ``len(history)`` is how
     many are kept.
 
     Args:
         maxlen: how many steps to keep, at least 1; about 300 bytes each.
 
-    Example:
+    Examples:
         >>> history = History()
         >>> history.append(0, total_norm=0.5, max_norm=1.0, clip_coef=1.0)
         >>> history.append(1, total_norm=torch.tensor(4.0), max_norm=1.0, clip_coef=torch.tensor(0.25))
@@ -198,7 +200,7 @@ class History(Sequence[Record]):
         )
 
     def as_dict(self) -> dict[str, list[Any]]:
-        """The steps kept as columns: field of :class:`Record` → its values, oldest first."""
+        """The steps kept as columns: field of ``Record`` → its values, oldest first."""
         records = self._records
         return {name: [record[i] for record in records] for i, name in enumerate(Record._fields)}
 
@@ -239,11 +241,12 @@ class History(Sequence[Record]):
         return {"records": self.as_dict(), "counts": dict(self._counts), "largest": list(self._largest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace everything by what :meth:`state_dict` returned; only the last ``maxlen`` steps stay.
+        """Replace everything by what ``state_dict`` returned; only the last ``maxlen`` steps stay.
 
         Raises:
             ValueError: if ``state`` is not a history's.
         """
+        arguments.mapping("state", state, "what History.state_dict() returned")
         if not {"records", "counts", "largest"} <= state.keys():
             found = ", ".join(map(repr, state)) or "nothing"
             raise ValueError(f"`state` holds {found}; pass what History.state_dict() returned")

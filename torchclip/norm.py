@@ -29,7 +29,7 @@ def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
 
 
 def as_results(norms: Sequence[float | Tensor], batch: Any) -> Tensor:
-    """Several norms as a tensor of one dimension, as :func:`as_result` returns one."""
+    """Several norms as a tensor of one dimension, as ``as_result`` returns one."""
     device = batch.all[0].device if batch.all else _CPU
     wide = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in norms]
     dtype = torch.float64 if in_double(batch) else torch.float32

@@ -88,7 +88,7 @@ def mean(value: Tensor) -> float:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The state dict of the model as it was before :func:`spread`; on rank 0, while all ranks call this."""
+    """The state dict of the model as it was before ``spread``; on rank 0, while all ranks call this."""
     if not dist.is_initialized():
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -49,7 +49,7 @@ _blocks = 0
 
 
 def install() -> list[str]:
-    """Put torchclip in the place of torch's clipping functions, in this process, until :func:`uninstall`.
+    """Put torchclip in the place of torch's clipping functions, in this process, until ``uninstall``.
 
     From now on ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and
     ``get_total_norm``, and the same in ``torch.nn.utils.clip_grad``, are torchclip's; the ``__wrapped__`` of
@@ -64,7 +64,7 @@ def install() -> list[str]:
         The names in loaded modules that still hold one of torch's functions, as ``"module.name"``, sorted.
         Attributes of classes and objects are not searched.
 
-    Example:
+    Examples:
         >>> holders = install()
         >>> parameters = torch.nn.Linear(2, 2).parameters()
         >>> torch.nn.utils.clip_grad_norm_(parameters, max_norm=-1.0)
@@ -80,7 +80,7 @@ def install() -> list[str]:
 
 
 def uninstall() -> None:
-    """Put back exactly what was there before :func:`install` or :func:`installed`, also within its block."""
+    """Put back exactly what was there before ``install`` or ``installed``, also within its block."""
     global _stays
     with _lock:
         _stays = False
@@ -89,12 +89,12 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """:func:`install` for the length of a ``with`` block.
+    """``install`` for the length of a ``with`` block.
 
     The functions are replaced for all threads.  Blocks may be nested and may overlap: the last one to end
-    puts torch's functions back, unless :func:`install` was called.
+    puts torch's functions back, unless ``install`` was called.
 
-    Example:
+    Examples:
         >>> with installed():
         ...     norm = torch.nn.utils.get_total_norm([torch.full((4,), 1e20)])  # torch's would be inf
         >>> norm
@@ -114,7 +114,7 @@ def installed() -> Iterator[None]:
 
 
 def places() -> Iterator[tuple[types.ModuleType, str, Callable[..., Any]]]:
-    """Where torch keeps the functions: module, name there, and what :func:`install` puts there."""
+    """Where torch keeps the functions: module, name there, and what ``install`` puts there."""
     for module in (torch.nn.utils, clip_grad):
         for function in _STAND_INS:
             # Some are private where they are defined.

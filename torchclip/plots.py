@@ -72,7 +72,7 @@ def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
     skipped are marked at the upper edge.
 
     Args:
-        columns: what :meth:`torchclip.history.History.as_dict` returns; may have no rows.
+        columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
     """
     from matplotlib.figure import Figure
 

@@ -47,7 +47,7 @@ class Cost:
 
 
 class Recorder:
-    """Stands between a program and the functions that :func:`torchclip.install` has put in place.
+    """Stands between a program and the functions that ``torchclip.install`` has put in place.
 
     Every call is either timed or sampled.  In a sampled call torch's function runs first, on the same
     gradients, with a threshold that leaves them as they are: it computes their norm and multiplies them by 1.
@@ -74,7 +74,7 @@ class Recorder:
         self._torchs = {name: vars(function)["__wrapped__"] for name, function in self._ours.items()}
 
     def attach(self) -> None:
-        """Step in; :func:`torchclip.uninstall` takes it out with the rest."""
+        """Step in; ``torchclip.uninstall`` takes it out with the rest."""
         recording = {
             "clip_grad_norm_": self._clip_grad_norm_,
             "clip_grad_value_": self._clip_grad_value_,

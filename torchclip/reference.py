@@ -2,11 +2,11 @@
 
 The subject is section 6.1.4 of *Deep Learning from Scratch 2* (gradient clipping against the exploding
 gradients of an RNN).  All gradients together are one vector ``ĝ``; when its norm passes a threshold it is
-scaled back onto it::
+scaled back onto it:
 
     if ‖ĝ‖ ≥ threshold:   ĝ ← (threshold / ‖ĝ‖) ĝ
 
-:func:`clip_grads` is the book's function.  Every other function is the twin of a torch function of the same
+``clip_grads`` is the book's function.  Every other function is the twin of a torch function of the same
 name (without the trailing underscore), so that each can be tested against its twin.  Nothing in the package
 depends on this module; it is slow and plain on purpose.
 
@@ -44,7 +44,7 @@ Array = NDArray[Any]
 def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
     r"""The norm of all gradients, taken as one vector.
 
-    Section 6.1.4 gives it for ``norm_type=2``::
+    Section 6.1.4 gives it for ``norm_type=2``:
 
         ‖ĝ‖ = sqrt( Σ_grads Σ_elements g² )
 
@@ -65,7 +65,7 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
         TypeError: if a gradient is not a floating or complex array.
         ValueError: if ``norm_type`` is NaN or an unknown string.
 
-    Example:
+    Examples:
         >>> global_norm([np.array([3.0, 0.0]), np.array([[4.0]])])
         5.0
     """
@@ -77,7 +77,7 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
 def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str = 2.0) -> float:
     r"""Scale all gradients so that their joint norm is at most ``max_norm``: the book's ``clip_grads``.
 
-    Section 6.1.4::
+    Section 6.1.4:
 
         rate = max_norm / (‖ĝ‖ + 1e-6)
         if rate < 1:
@@ -86,7 +86,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
     The 1e-6 keeps the division from being one by zero.  All gradients share one ``rate``, so the direction of
     the step stays the same and only its length changes.
 
-    Twin of :func:`torchclip.clip_grad_norm_`.  One thing goes beyond the book, as in torch: if the norm is
+    Twin of ``torchclip.clip_grad_norm_``.  One thing goes beyond the book, as in torch: if the norm is
     NaN, the rate is too, and it is multiplied in, so that a NaN in one gradient is seen in all of them.
 
     Args:
@@ -101,7 +101,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
         TypeError: if a gradient is not a floating or complex array, or ``max_norm`` is not a number.
         ValueError: if ``max_norm`` is negative or NaN, or a gradient is not writeable.
 
-    Example:
+    Examples:
         >>> grads = [np.array([3.0, 0.0]), np.array([[4.0]])]
         >>> clip_grads(grads, max_norm=1.0)
         5.0
@@ -121,7 +121,7 @@ def clip_coefficient(max_norm: float, total_norm: float) -> float:
 
     NaN if ``total_norm`` is NaN; always 1 for an infinite ``max_norm``, which only measures.
 
-    Example:
+    Examples:
         >>> round(clip_coefficient(5.0, 21.71), 2)
         0.23
         >>> clip_coefficient(5.0, 2.0)
@@ -134,9 +134,9 @@ def clip_coefficient(max_norm: float, total_norm: float) -> float:
 
 
 def clip_grads_with_norm(grads: Sequence[Array], max_norm: float, total_norm: float) -> None:
-    """Scale the gradients as :func:`clip_grads` does, with a norm that was computed before.
+    """Scale the gradients as ``clip_grads`` does, with a norm that was computed before.
 
-    Twin of :func:`torchclip.clip_grads_with_norm_`.
+    Twin of ``torchclip.clip_grads_with_norm_``.
 
     Args:
         grads: floating or complex arrays, modified in place.
@@ -154,13 +154,13 @@ def clip_grads_with_norm(grads: Sequence[Array], max_norm: float, total_norm: fl
 def clip_grad_value(grads: Sequence[Array], clip_value: float) -> None:
     """Limit every single element to ``[-clip_value, clip_value]``.
 
-    Twin of :func:`torchclip.clip_grad_value_`.  Unlike clipping by norm this turns the direction of the step.
+    Twin of ``torchclip.clip_grad_value_``.  Unlike clipping by norm this turns the direction of the step.
 
     Args:
         grads: real floating arrays, modified in place. NaN stays NaN.
         clip_value: the largest magnitude allowed, at least 0.
 
-    Example:
+    Examples:
         >>> grad = np.array([-3.0, 0.5])
         >>> clip_grad_value([grad], 1.0)
         >>> grad
@@ -179,7 +179,7 @@ def clip_grad_norm_per_parameter(
 ) -> list[float]:
     """Clip each gradient to ``max_norm`` on its own, as if the others were not there.
 
-    Twin of :func:`torchclip.clip_grad_norm_per_parameter_`.
+    Twin of ``torchclip.clip_grad_norm_per_parameter_``.
 
     Args:
         grads: floating or complex arrays, modified in place.
@@ -189,7 +189,7 @@ def clip_grad_norm_per_parameter(
     Returns:
         Their norms before clipping, in order.
 
-    Example:
+    Examples:
         >>> clip_grad_norm_per_parameter([np.array([3.0, 4.0]), np.array([0.5])], max_norm=1.0)
         [5.0, 0.5]
     """
@@ -211,13 +211,13 @@ def clip_grad_adaptive(
 ) -> None:
     r"""Adaptive gradient clipping: each unit's gradient relative to the norm of the unit's own weights.
 
-    For the ``i``-th unit (row, output channel) of every weight ``W`` with gradient ``G``::
+    For the ``i``-th unit (row, output channel) of every weight ``W`` with gradient ``G``:
 
         limit_i = clip_factor · max(‖W_i‖, eps)
         if ‖G_i‖ > limit_i:   G_i ← (limit_i / ‖G_i‖) G_i
 
     The units of an array with two or more axes lie along its first axis; a vector or a scalar is one unit.
-    Twin of :func:`torchclip.clip_grad_adaptive_`.
+    Twin of ``torchclip.clip_grad_adaptive_``.
 
     Args:
         weights: the parameters' values, unchanged.
@@ -230,7 +230,7 @@ def clip_grad_adaptive(
         Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
         2021, section 4, https://arxiv.org/abs/2102.06171
 
-    Example:
+    Examples:
         >>> grad = np.array([[3.0, 4.0], [0.3, 0.4]])
         >>> clip_grad_adaptive([np.array([[6.0, 8.0], [6.0, 8.0]])], [grad], clip_factor=0.1)
         >>> np.round(grad, 4)
@@ -257,11 +257,11 @@ def clip_grad_adaptive(
 def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Array], int]:
     r"""Clip each example's gradient, then add the examples up: the clipping step of DP-SGD.
 
-    Example ``i`` owns slice ``i`` of every array.  Its norm is taken over all of them::
+    Example ``i`` owns slice ``i`` of every array.  Its norm is taken over all of them:
 
         g_i ← min(1, max_norm / (‖g_i‖ + 1e-6)) · g_i        sums = Σ_i g_i
 
-    Twin of :func:`torchclip.clip_per_example`.
+    Twin of ``torchclip.clip_per_example``.
 
     Args:
         grads: one array a parameter, of shape ``(examples, *parameter.shape)``, unchanged.
@@ -274,7 +274,7 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
         Abadi et al., *Deep Learning with Differential Privacy*, 2016, algorithm 1,
         https://arxiv.org/abs/1607.00133
 
-    Example:
+    Examples:
         >>> sums, clipped = clip_per_example([np.array([[3.0, 4.0], [0.03, 0.04]])], max_norm=0.5)
         >>> np.round(sums[0], 4), clipped
         (array([0.33, 0.44]), 1)
@@ -313,11 +313,11 @@ def percentile_thresholds(
     r"""AutoClip's threshold for every step of a run: a percentile of the norms so far.
 
     With ``H_t`` the finite ones of the norms up to and including the step's own, or the last ``window`` of
-    those::
+    those:
 
         threshold_t = min(percentile of H_t, max_norm)
 
-    Twin of :class:`torchclip.Percentile`.
+    Twin of ``torchclip.Percentile``.
 
     Args:
         norms: the gradient norm of each step.
@@ -333,7 +333,7 @@ def percentile_thresholds(
         Seetharaman, Wichern, Pardo and Le Roux, *AutoClip: Adaptive Gradient Clipping for Source Separation
         Networks*, 2020, https://arxiv.org/abs/2007.14469
 
-    Example:
+    Examples:
         >>> percentile_thresholds([1.0, 3.0, 100.0, math.nan], percentile=50.0)
         array([1., 2., 3., 3.])
     """
@@ -360,7 +360,7 @@ def zscore_thresholds(
 ) -> Array:
     r"""ZClip's threshold for every step of a run: spikes above the z-score ``threshold`` are pulled back.
 
-    Mean ``μ`` and variance ``σ²`` start as those of the first ``warmup`` finite norms.  Then, step by step::
+    Mean ``μ`` and variance ``σ²`` start as those of the first ``warmup`` finite norms.  Then, step by step:
 
         z = (g - μ) / σ
         if z > threshold:  g ← μ + (threshold² / z) σ    ("adaptive_scaling")
@@ -370,7 +370,7 @@ def zscore_thresholds(
         σ² ← alpha σ² + (1 - alpha) (g - μ)²
 
     The step's threshold is the new ``g`` for a spike and ``μ + threshold σ`` otherwise, ``max_norm`` in the
-    warm-up, and never more than ``max_norm``.  Twin of :class:`torchclip.ZScore`.
+    warm-up, and never more than ``max_norm``.  Twin of ``torchclip.ZScore``.
 
     Args:
         norms: the gradient norm of each step.
@@ -388,7 +388,7 @@ def zscore_thresholds(
         Kumar, Owen, Chowdhury and Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
         https://arxiv.org/abs/2504.02507
 
-    Example:
+    Examples:
         >>> zscore_thresholds([1.0, 3.0, 10.0], threshold=2.0, warmup=2)
         array([inf, inf, 2.5])
     """

@@ -1,7 +1,7 @@
 """A training script as it is, with torchclip installed: the command ``torchclip run``.
 
 At its end the command prints on stderr what clipping did and cost, as medians.
-:class:`torchclip.recorder.Recorder` says how that is measured.
+``torchclip.recorder.Recorder`` says how that is measured.
 """
 
 from __future__ import annotations

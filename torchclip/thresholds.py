@@ -1,6 +1,6 @@
 """Thresholds that follow the run: the norms seen so far decide where to clip.
 
-A threshold is any object with the three methods of :class:`Threshold`.  Once a step it is told the norm of
+A threshold is any object with the three methods of ``Threshold``.  Once a step it is told the norm of
 the gradients and answers with the ``max_norm`` to clip to.  This needs the norm as a Python float, so on an
 accelerator every step waits for it; with a plain number as ``max_norm`` none does.
 """
@@ -27,12 +27,12 @@ ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
 
 @runtime_checkable
 class Threshold(Protocol):
-    """What a :class:`torchclip.Clipper` asks of a threshold object; there is nothing to inherit from.
+    """What a ``torchclip.Clipper`` asks of a threshold object; there is nothing to inherit from.
 
     In a distributed run every rank passes the same norms, so a threshold that decides by them alone gives the
     same answer everywhere.
 
-    Example:
+    Examples:
         >>> class TwiceTheMean:
         ...     def __init__(self):
         ...         self.total, self.steps = 0.0, 0
@@ -70,25 +70,25 @@ class Threshold(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken."""
+        """Go on from where ``state_dict`` was taken."""
         ...
 
 
 class Percentile:
     r"""Clip at a percentile of the norms so far: AutoClip.
 
-    With the history ``H_t = {‖g_1‖, …, ‖g_t‖}``, which includes the current step's norm::
+    With the history ``H_t = {‖g_1‖, …, ‖g_t‖}``, which includes the current step's norm:
 
         max_norm_t = min(p-th percentile of H_t, max_norm)
 
-    The percentile is exact, with linear interpolation as in :func:`numpy.percentile`.  Norms that are not
+    The percentile is exact, with linear interpolation as in ``numpy.percentile``.  Norms that are not
     finite do not enter the history; such a step gets the percentile of the norms before it.
 
     The history is kept sorted, so a step inserts one value instead of sorting again.  What that costs is
     moving the larger values up: with a history of 10,000 norms a step takes about 1 µs, with 100,000 norms
     4 µs, with a million 40 µs.  The memory is 8 bytes a norm, 40 with a ``window``.
 
-    Twin: :func:`torchclip.reference.percentile_thresholds`.
+    Twin: ``torchclip.reference.percentile_thresholds``.
 
     Args:
         percentile: between 0 (the smallest norm so far) and 100 (the largest: no clipping). Low values clip
@@ -106,7 +106,7 @@ class Percentile:
         Seetharaman, Wichern, Pardo and Le Roux, *AutoClip: Adaptive Gradient Clipping for Source Separation
         Networks*, 2020, https://arxiv.org/abs/2007.14469
 
-    Example:
+    Examples:
         >>> threshold = Percentile(50.0)
         >>> [threshold.update(norm) for norm in [1.0, 3.0, 100.0, math.nan]]
         [1.0, 2.0, 3.0, 3.0]
@@ -129,6 +129,7 @@ class Percentile:
 
     def update(self, norm: float) -> float:
         """Add ``norm`` to the history and return the threshold of this step."""
+        norm = _norm(norm)
         warming_up = self._seen < self.warmup
         if math.isfinite(norm):
             self._seen += 1
@@ -151,7 +152,7 @@ class Percentile:
         return {"kind": "Percentile", "window": self.window, "seen": self._seen, "norms": list(norms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; the arguments stay those of this object.
+        """Go on from a ``state_dict``; the arguments stay those of this object.
 
         Raises:
             ValueError: if ``state`` is that of another kind of threshold or of another ``window``.
@@ -178,14 +179,14 @@ class ZScore:
 
     A norm ``g`` is a spike if its z-score against the mean ``μ`` and standard deviation ``σ`` of the steps
     before it is above the threshold: ``z = (g - μ) / σ > z*``.  A spike is clipped to ``g*``, which depends
-    on ``clip_option``::
+    on ``clip_option``:
 
         "adaptive_scaling":   g* = μ + (z*² / z) σ      the larger the spike, the closer to the mean
         "mean":               g* = μ
         "percentile":         g* = μ + z* σ             the largest norm that is no spike
 
     Other steps are not clipped: their threshold is ``μ + z* σ``.  Then ``μ`` and ``σ`` learn from the step, a
-    spike counting with ``g*`` in place of ``g``::
+    spike counting with ``g*`` in place of ``g``:
 
         μ ← α μ + (1 - α) g          σ² ← α σ² + (1 - α) (g - μ)²
 
@@ -196,7 +197,7 @@ class ZScore:
     The authors' code adds a small constant to ``σ`` against division by zero.  Here no division can meet a
     zero, so there is none, and norms scaled by a factor get thresholds scaled by that factor.
 
-    Twin: :func:`torchclip.reference.zscore_thresholds`.
+    Twin: ``torchclip.reference.zscore_thresholds``.
 
     Args:
         alpha: ``α``, how much of the mean and variance is kept each step, between 0 and 1.
@@ -217,7 +218,7 @@ class ZScore:
         Kumar, Owen, Chowdhury and Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
         https://arxiv.org/abs/2504.02507
 
-    Example:
+    Examples:
         >>> threshold = ZScore(threshold=2.0, warmup=2)
         >>> [threshold.update(norm) for norm in [1.0, 3.0, 10.0]]  # μ = 2, σ = 1, so z = 8
         [inf, inf, 2.5]
@@ -239,11 +240,8 @@ class ZScore:
                 "`threshold` is inf, so no step would be clipped; pass a finite z-score such as 2.5"
             )
         self.warmup = _count("warmup", warmup, least=1)
-        if clip_option not in get_args(ClipOption):
-            options = ", ".join(map(repr, get_args(ClipOption)))
-            raise ValueError(f"`clip_option` must be one of {options}, got {clip_option!r}")
-        self.clip_option = clip_option
-        self.skip_update_on_spike = bool(skip_update_on_spike)
+        self.clip_option: ClipOption = arguments.option("clip_option", clip_option, get_args(ClipOption))
+        self.skip_update_on_spike = arguments.flag("skip_update_on_spike", skip_update_on_spike)
         self.max_norm = arguments.threshold("max_norm", max_norm)
         self._warmup_norms: list[float] = []
         self._mean: float | None = None  # None until the warm-up is over
@@ -252,6 +250,7 @@ class ZScore:
 
     def update(self, norm: float) -> float:
         """Judge ``norm`` by the steps before it, learn from it, and return the threshold of this step."""
+        norm = _norm(norm)
         if self._mean is None:
             if math.isfinite(norm):
                 self._warm_up(norm)
@@ -296,7 +295,7 @@ class ZScore:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; the arguments stay those of this object.
+        """Go on from a ``state_dict``; the arguments stay those of this object.
 
         Raises:
             ValueError: if ``state`` is that of another kind of threshold.
@@ -355,7 +354,7 @@ class MaxNormRule:
         return {name: threshold.state_dict() for name, threshold in self._copies.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`.
+        """Go on from a ``state_dict``.
 
         Raises:
             ValueError: if ``state`` holds what another kind of threshold learned.
@@ -391,14 +390,26 @@ def _at_most(name: str, value: Any, most: float) -> float:
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+    try:
+        count = operator.index(value)
+    except TypeError:  # as tensors and arrays of several elements raise it, which have an index otherwise
+        count = None
+    if count is None or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, got {value!r}")
-    if operator.index(value) < least:
+    if count < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}")
-    return operator.index(value)
+    return count
+
+
+def _norm(value: Any) -> float:
+    norm = value if type(value) is float else arguments.number("norm", value)
+    if norm < 0:
+        raise ValueError(f"`norm` must be at least 0 (or nan), got {value}")
+    return norm
 
 
 def _check_state(state: Mapping[str, Any], kind: str, keys: tuple[str, ...]) -> None:
+    arguments.mapping("state", state, f"what {kind}.state_dict() returned")
     if state.get("kind") != kind:
         raise ValueError(
             f"`state` was taken from a threshold of kind {state.get('kind')!r}; a {kind} cannot go on from it"

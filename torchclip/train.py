@@ -49,6 +49,7 @@ class Options:
     cell: str
     hidden: int
     lr: float
+    warmup: int
     threshold: str
     max_norm: float
     steps: int
@@ -107,6 +108,7 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 # The model
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None at the beginning
+Weights: TypeAlias = dict[str, Any]  # what a module's state_dict() returns
 
 
 class Model(nn.Module):
@@ -133,9 +135,6 @@ class Model(nn.Module):
         return self.output(hidden), state
 
 
-Weights: TypeAlias = dict[str, Any]  # what a module's state_dict() returns
-
-
 def detached(state: State) -> State:
     """The state without its past: here backpropagation through time is truncated."""
     if isinstance(state, tuple):
@@ -151,7 +150,7 @@ def max_norm_of(options: Options) -> MaxNorm:
     if options.threshold == "percentile":
         return torchclip.Percentile(10, max_norm=options.max_norm)
     if options.threshold == "zscore":
-        return torchclip.ZScore(warmup=10, max_norm=options.max_norm)  # a warm-up for a short run
+        return torchclip.ZScore(max_norm=options.max_norm)
     return options.max_norm
 
 
@@ -172,6 +171,7 @@ def train(model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
     # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
     clipper = torchclip.Clipper(optimizer, max_norm)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / options.warmup))
     state = None
     for inputs, targets in batches(tokens, options):
         scores, state = model(inputs, detached(state))
@@ -179,6 +179,7 @@ def train(model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        schedule.step()
 
         clipping = clipper.history[-1]
         step = Step(parallel.mean(loss), clipping.total_norm, clipping.max_norm)
@@ -385,6 +386,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the fixed threshold (default: {max_norms}); for the other two a ceiling (default: none)",
     )
     add("--lr", type=positive, metavar="X", help=f"learning rate of SGD (default: {rates})")
+    add(
+        "--warmup",
+        type=count,
+        metavar="N",
+        default=1,
+        help="steps in which the learning rate rises to its full height (default: %(default)s)",
+    )
     add("--steps", type=count, metavar="N", default=300, help="training steps (default: %(default)s)")
     add("--hidden", type=count, metavar="N", default=128, help="hidden units (default: %(default)s)")
     add("--batch", type=count, metavar="N", default=32, help="streams of text (default: %(default)s)")

@@ -23,17 +23,18 @@ __all__ = ["ClipperCallback"]
 
 
 class ClipperCallback(Callback):
-    """Clips in every step of the Trainer's optimizers, with automatic and with manual optimization.
-
-    ::
+    """Clips in every step of the Trainer's optimizers, with automatic and with manual optimization:
 
         trainer = Trainer(callbacks=[ClipperCallback(max_norm=1.0)])
 
-    Each optimizer has its own :class:`torchclip.Clipper` while ``fit`` runs.  Checkpoints carry the clippers'
+    Each optimizer has its own ``torchclip.Clipper`` while ``fit`` runs.  Checkpoints carry the clippers'
     state.  Do not pass ``gradient_clip_val`` to the Trainer as well.
 
     Args:
-        max_norm, norm_type, scope, nonfinite: as for :class:`torchclip.Clipper`.
+        max_norm: as for ``torchclip.Clipper``.
+        norm_type: likewise.
+        scope: likewise.
+        nonfinite: likewise.
         log: whether to log ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` (``clip_0/...``,
             ``clip_1/...`` for several optimizers) with the module's ``log_dict``.  On an accelerator this
             waits for the norm in every step.

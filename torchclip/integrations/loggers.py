@@ -17,7 +17,7 @@ class Scalars:
         prefix: what the names begin with, before a slash.
         window: over how many of the latest steps the share of clipped steps is taken.
 
-    Example:
+    Examples:
         >>> scalars = Scalars()
         >>> scalars(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False))
         {'clip/total_norm': 4.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
@@ -40,7 +40,7 @@ class Scalars:
 class DictLogger:
     """For ``Clipper(on_clip=...)``: hands the numbers of every step to a function that takes a dictionary.
 
-    For Weights & Biases, so that they go along with what is logged next::
+    For Weights & Biases, so that they go along with what is logged next:
 
         on_clip=DictLogger(functools.partial(wandb.log, commit=False))
 
@@ -48,7 +48,7 @@ class DictLogger:
         log: called with a dictionary of names and numbers after every step.
         prefix: what the names begin with, before a slash.
 
-    Example:
+    Examples:
         >>> on_clip = DictLogger(print)
         >>> on_clip(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False))
         {'clip/total_norm': 4.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}

@@ -15,16 +15,14 @@ class _Writer(Protocol):
 
 
 class ScalarLogger:
-    """For ``Clipper(on_clip=...)``: writes norm, threshold and share of clipped steps as scalars.
-
-    ::
+    """For ``Clipper(on_clip=...)``: writes norm, threshold and share of clipped steps as scalars:
 
         from torch.utils.tensorboard import SummaryWriter  # pip install 'torchclip[tensorboard]'
 
         clipper = torchclip.Clipper(optimizer, 1.0, on_clip=ScalarLogger(SummaryWriter()))
 
     Args:
-        writer: a :class:`torch.utils.tensorboard.SummaryWriter`, or whatever has its ``add_scalar``.
+        writer: a ``torch.utils.tensorboard.SummaryWriter``, or whatever has its ``add_scalar``.
         prefix: what the tags begin with, before a slash.
     """
 

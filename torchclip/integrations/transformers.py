@@ -23,9 +23,7 @@ __all__ = ["ClipperCallback"]
 
 
 class ClipperCallback(TrainerCallback, ExportableState):
-    """Clips in every step of the Trainer's optimizer, in the place of the Trainer's own clipping.
-
-    ::
+    """Clips in every step of the Trainer's optimizer, in the place of the Trainer's own clipping:
 
         args = TrainingArguments(max_grad_norm=0.0, ...)
         trainer = Trainer(model, args, callbacks=[ClipperCallback(max_norm=1.0)], ...)
@@ -36,16 +34,20 @@ class ClipperCallback(TrainerCallback, ExportableState):
     ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` go into ``trainer.state.log_history``,
     and into the logs that callbacks after this one see, such as the printed ones.  Callbacks of
     ``report_to`` come before those of the user: for them pass ``on_clip``, with one of
-    :mod:`torchclip.integrations.loggers` or :mod:`torchclip.integrations.tensorboard`.
+    ``torchclip.integrations.loggers`` or ``torchclip.integrations.tensorboard``.
 
     Not for DeepSpeed and FSDP1, which keep the gradients to themselves: there use ``max_grad_norm``.
 
     Args:
-        max_norm, norm_type, scope, nonfinite, on_clip: as for :class:`torchclip.Clipper`.
+        max_norm: as for ``torchclip.Clipper``.
+        norm_type: likewise.
+        scope: likewise.
+        nonfinite: likewise.
+        on_clip: likewise.
 
     Attributes:
         clipper (Clipper | None): the clipper, from the start of training; its history stays readable
-        afterwards.
+            afterwards.
     """
 
     def __init__(
