@@ -110,21 +110,21 @@ def test_thresholds_below_0(name, value):
 @pytest.mark.parametrize("name", CALLS)
 def test_arrays_of_whole_numbers(name):
     grads = [np.array([3.0, 4.0]), np.array([5, 6])]
-    with pytest.raises(TypeError, match=r"gradient 1 must be of a .* dtype, got int64; convert it first"):
+    with pytest.raises(TypeError, match=r"`grads` must be of a .* dtype, item 1 is int64; convert it first"):
         CALLS[name](grads)
     assert grads[0].tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_what_is_no_array(name):
-    with pytest.raises(TypeError, match="gradient 1 must be a NumPy array, got list"):
+    with pytest.raises(TypeError, match="`grads` must hold NumPy arrays, item 1 is list"):
         CALLS[name]([np.array([3.0, 4.0]), [5.0, 6.0]])
 
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("wrap", [iter, lambda grads: dict(enumerate(grads)), np.array])
 def test_what_is_no_list(name, wrap):
-    with pytest.raises(TypeError, match="gradients must come in a list or a tuple, got"):
+    with pytest.raises(TypeError, match="`grads` must be a list or a tuple of arrays, got"):
         CALLS[name](wrap([np.array([3.0, 4.0]), np.array([5.0, 6.0])]))
 
 
@@ -133,7 +133,8 @@ def test_arrays_that_cannot_be_written(name):
     grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
     grads[1].flags.writeable = False
     with pytest.raises(
-        ValueError, match="gradient 1 is not writeable, and clipping works in place; pass a copy"
+        ValueError,
+        match="`grads` must be writeable, as clipping works in place, but item 1 is not; pass a copy",
     ):
         CALLS[name](grads)
     assert grads[0].tolist() == [3, 4]
@@ -161,7 +162,7 @@ def test_a_norm_that_is_no_number_or_negative():
 
 
 def test_complex_numbers_have_no_order():
-    with pytest.raises(TypeError, match="gradient 0 must be of a real floating dtype"):
+    with pytest.raises(TypeError, match="`grads` must be of a real floating dtype, item 0 is complex128"):
         reference.clip_grad_value([np.array([1j])], 1.0)
 
 

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel, as :mod:`torchclip.kernel` sees it; the source is ``_kernel.cpp``."""
+"""The compiled CPU kernel, as ``torchclip.kernel`` sees it; the source is ``_kernel.cpp``."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final

@@ -64,6 +64,9 @@ def clip_grad_norm_(
     touched where no clipping is needed; on an accelerator nothing waits for the device.  Of DTensors the norm
     is that of the full tensors, the same on every rank, on any mixture of meshes.
 
+    Ctrl-C leaves either all gradients scaled or none where the compiled kernel works on all of them; gradients
+    that it does not take (sparse ones, those on an accelerator) may be left scaled in part.
+
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Those without a gradient are
             passed over; one that is listed twice counts once.

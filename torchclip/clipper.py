@@ -110,6 +110,10 @@ class _Set:
         tensors = self.batch.all
         return len(tensors) <= _FEW and sum(t.numel() for t in tensors) <= _SMALL
 
+    def has_gaps(self) -> bool:
+        """Whether a gradient has memory between its elements, which torch's fused steps on CPU write into."""
+        return not all(t.is_contiguous() or eager.fills_its_memory(t) for t in self.batch.all)
+
     def shares_gradients(self) -> bool:
         """Whether a gradient belongs to several parameters, so that a step meets it several times."""
         distinct = len(self.batch.all)
@@ -461,6 +465,7 @@ class Clipper:
             and self._scope != "parameter"
             and not in_double(sets[0].batch)
             and not sets[0].shares_gradients()
+            and not sets[0].has_gaps()
             and (isinstance(sets[0].norms[0], Tensor) or not sets[0].is_small())
         )
 

@@ -18,6 +18,7 @@ from torchclip.combine import combine, combine_tensors
 __all__ = [
     "SPARSE",
     "clamp_",
+    "fills_its_memory",
     "norm",
     "norms",
     "on_host",
@@ -225,6 +226,11 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
         for half in tensor.chunk(2, dim=longest):
             yield from _pieces(half)
+
+
+def fills_its_memory(tensor: Tensor) -> bool:
+    """Whether a strided tensor has no gaps between its elements, in whatever order its axes lie."""
+    return _flat(tensor) is not None
 
 
 def _flat(tensor: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,8 @@ def clip_coefficient(max_norm: float, total_norm: float) -> float:
         >>> clip_coefficient(5.0, 2.0)
         1.0
     """
+    max_norm = _threshold("max_norm", max_norm)
+    total_norm = _number("total_norm", total_norm)
     if math.isinf(max_norm):
         return 1.0
     rate = max_norm / (total_norm + 1e-6)
@@ -239,8 +241,12 @@ def clip_grad_adaptive(
     p = _order(norm_type)
     clip_factor = _threshold("clip_factor", clip_factor)
     eps = _threshold("eps", eps)
-    _check_arrays(weights, writeable=False)
+    _check_arrays(weights, writeable=False, name="weights")
     _check_arrays(grads, writeable=True)
+    if len(weights) != len(grads):
+        raise ValueError(
+            f"`weights` and `grads` must be of the same length, got {len(weights)} and {len(grads)}"
+        )
     for weight, grad in zip(weights, grads, strict=True):
         if weight.shape != grad.shape:
             raise ValueError(f"a gradient of shape {grad.shape} does not fit its weight of {weight.shape}")
@@ -337,7 +343,12 @@ def percentile_thresholds(
         >>> percentile_thresholds([1.0, 3.0, 100.0, math.nan], percentile=50.0)
         array([1., 2., 3., 3.])
     """
-    thresholds = np.full(len(norms), float(max_norm))
+    norms = _norms(norms)
+    percentile = _at_most("percentile", percentile, 100)
+    window = None if window is None else _count("window", window, 1)
+    warmup = _count("warmup", warmup, 0)
+    max_norm = _threshold("max_norm", max_norm)
+    thresholds = np.full(len(norms), max_norm)
     history: list[float] = []
     for t, norm in enumerate(norms):
         warm = len(history) >= warmup
@@ -392,7 +403,16 @@ def zscore_thresholds(
         >>> zscore_thresholds([1.0, 3.0, 10.0], threshold=2.0, warmup=2)
         array([inf, inf, 2.5])
     """
-    thresholds = np.full(len(norms), float(max_norm))
+    norms = _norms(norms)
+    alpha = _at_most("alpha", alpha, 1)
+    threshold = _threshold("threshold", threshold)
+    warmup = _count("warmup", warmup, 1)
+    if not isinstance(clip_option, str) or clip_option not in ("adaptive_scaling", "mean", "percentile"):
+        raise ValueError(
+            f"`clip_option` must be 'adaptive_scaling', 'mean' or 'percentile', got {clip_option!r}"
+        )
+    max_norm = _threshold("max_norm", max_norm)
+    thresholds = np.full(len(norms), max_norm)
     first: list[float] = []
     mean = var = 0.0
     for t, norm in enumerate(norms):
@@ -469,14 +489,38 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _check_arrays(arrays: Sequence[Array], *, writeable: bool, real: bool = False) -> None:
+def _at_most(name: str, value: float, most: float) -> float:
+    if not 0 <= _number(name, value) <= most:
+        raise ValueError(f"`{name}` must be between 0 and {most}, got {value}")
+    return float(value)
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}")
+    return int(value)
+
+
+def _norms(norms: Sequence[float]) -> list[float]:
+    if not isinstance(norms, (list, tuple, np.ndarray)):
+        raise TypeError(f"`norms` must be a list, a tuple or an array of numbers, got {norms!r}")
+    return [_number("norms", norm) for norm in norms]
+
+
+def _check_arrays(
+    arrays: Sequence[Array], *, writeable: bool, real: bool = False, name: str = "grads"
+) -> None:
     if not isinstance(arrays, (list, tuple)):
-        raise TypeError(f"gradients must come in a list or a tuple, got {type(arrays).__name__}")
+        raise TypeError(f"`{name}` must be a list or a tuple of arrays, got {type(arrays).__name__}")
     for i, a in enumerate(arrays):
         if not isinstance(a, np.ndarray):
-            raise TypeError(f"gradient {i} must be a NumPy array, got {type(a).__name__}")
+            raise TypeError(f"`{name}` must hold NumPy arrays, item {i} is {type(a).__name__}")
         if not np.issubdtype(a.dtype, np.floating if real else np.inexact):
             kind = "real floating" if real else "floating or complex"
-            raise TypeError(f"gradient {i} must be of a {kind} dtype, got {a.dtype}; convert it first")
+            raise TypeError(f"`{name}` must be of a {kind} dtype, item {i} is {a.dtype}; convert it first")
         if writeable and not a.flags.writeable:
-            raise ValueError(f"gradient {i} is not writeable, and clipping works in place; pass a copy")
+            raise ValueError(
+                f"`{name}` must be writeable, as clipping works in place, but item {i} is not; pass a copy"
+            )

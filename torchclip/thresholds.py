@@ -403,8 +403,8 @@ def _count(name: str, value: Any, least: int) -> int:
 
 def _norm(value: Any) -> float:
     norm = value if type(value) is float else arguments.number("norm", value)
-    if norm < 0:
-        raise ValueError(f"`norm` must be at least 0 (or nan), got {value}")
+    if -math.inf < norm < 0:
+        raise ValueError(f"`norm` must be at least 0, got {value}")
     return norm
 
 

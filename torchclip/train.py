@@ -1,14 +1,14 @@
 """A recurrent language model that learns because its gradients are clipped: the command ``torchclip train``.
 
-Read from top to bottom, this file shows how clipping goes into a training: it is one line in :func:`train`.
+Read from top to bottom, this file shows how clipping goes into a training: it is one line in ``train``.
 The rest is a plain character-level language model on real text, trained by truncated backpropagation through
 time: a recurrent network reads some 64 characters, predicts the successor of each, and the gradient flows
 back through all of these steps.  At each of them it is multiplied by the recurrent weights, and that is where
 it explodes.
 
 The command trains two models, from the same weights and on the same batches: one with clipping, one without.
-Started by ``torchrun``, several processes train them together, for which :mod:`torchclip.parallel` is there.
-A model stored with ``--save`` is loaded and used like this::
+Started by ``torchrun``, several processes train them together, for which ``torchclip.parallel`` is there.
+A model stored with ``--save`` is loaded and used like this:
 
     from torchclip.train import load_model, sample
 
@@ -255,7 +255,7 @@ def model_of(weights: Weights, vocabulary: str, cell: str, hidden: int) -> Model
 
 
 def save_model(path: Path, weights: Weights, vocabulary: str, options: Options) -> None:
-    """Store a model's weights, and what :func:`load_model` needs to build it again."""
+    """Store a model's weights, and what ``load_model`` needs to build it again."""
     torch.save({"model": weights, "vocabulary": vocabulary, "options": asdict(options)}, path)
 
 
@@ -294,7 +294,7 @@ def run(
         threshold: one of ``THRESHOLDS``.
         max_norm: the fixed threshold, by default the cell's in ``MAX_NORMS``, or a ceiling for the others, by
             default none.
-        counts: the other :class:`Options`.
+        counts: the other ``Options``.
 
     Returns:
         the exit status: 0, or 130 after Ctrl-C.

@@ -1,0 +1,48 @@
+"""A short run of ``stress.py``, and that it finds what is wrong."""
+
+import math
+
+import pytest
+import stress
+import torch
+
+import torchclip
+from torchclip import clip_grad_norm_
+
+pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.filterwarnings("ignore:Sparse ")]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_calls_agree_with_the_twins(seed):
+    with stress.mesh_of_one() as mesh:
+        for case in range(60):
+            try:
+                stress.run_case(seed, case, mesh)
+            except Exception as error:
+                raise AssertionError(
+                    f"repeat it: python tests/stress.py --seed {seed} --first {case} --cases 1"
+                ) from error
+
+
+def one_part_in_ten_thousand_off(parameters, max_norm, *arguments):
+    return clip_grad_norm_(parameters, max_norm * 1.0001, *arguments)
+
+
+def without_a_trace(parameters, *arguments):
+    return torch.tensor(math.nan)
+
+
+@pytest.mark.parametrize("wrong", [one_part_in_ten_thousand_off, without_a_trace])
+def test_the_first_wrong_case_is_printed_with_how_to_repeat_it(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(torchclip, "clip_grad_norm_", wrong)
+    assert stress.main(["--seed", "1", "--cases", "100"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("repeat it: python ")
+    again = last.split("--seed ")[1].split()
+    assert again[1::2] == ["--first", "--cases"]
+    assert stress.main(["--seed", *again]) == 1
+
+
+def test_the_time_is_limited(capsys):
+    assert stress.main(["--seconds", "0"]) == 0
+    assert "0 cases of seed 0 right" in capsys.readouterr().out
