@@ -64,8 +64,8 @@ def clip_grad_norm_(
     touched where no clipping is needed; on an accelerator nothing waits for the device.  Of DTensors the norm
     is that of the full tensors, the same on every rank, on any mixture of meshes.
 
-    Ctrl-C leaves either all gradients scaled or none where the compiled kernel works on all of them; gradients
-    that it does not take (sparse ones, those on an accelerator) may be left scaled in part.
+    Ctrl-C leaves either all gradients scaled or none, where the compiled kernel works on all of them.  Of
+    those that it does not take (sparse ones, those on an accelerator) some may be scaled and others not.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Those without a gradient are
@@ -217,7 +217,7 @@ def clip_grad_value_(
     clip_value = threshold("clip_value", clip_value)
     batch = gradients.of_parameters(parameters)
     gradients.refuse_unwritable(batch.rest)
-    if batch.complex or any(grad.is_complex() for grad in batch.rest):
+    if batch.complex or (batch.rest and any(grad.is_complex() for grad in batch.rest)):
         raise TypeError(
             "`parameters` has complex gradients, and complex numbers have no order to limit them by value; "
             "clip by norm instead (clip_grad_norm_)"

@@ -322,13 +322,24 @@ def _scale_alone(tensor: Tensor, factor: float | Tensor) -> None:
 
 def clamp_(tensors: Sequence[Tensor], limit: float) -> None:
     """Limit every element in place to ``[-limit, limit]``; NaN stays NaN."""
-    _change_elements_(tensors, lambda values: _clamp_(values, limit))
+    small: dict[torch.dtype, list[Tensor]] = {}
+    others = []
+    for tensor in tensors:
+        plain = type(tensor) in _PLAIN and tensor.layout is torch.strided and not _is_lazy(tensor)
+        if plain and tensor.numel() <= _SMALL:
+            small.setdefault(tensor.dtype, []).append(tensor)
+        else:
+            others.append(tensor)
+    with torch.no_grad():
+        for dtype, group in small.items():
+            torch._foreach_clamp_max_(group, _within(dtype, limit))
+            torch._foreach_clamp_min_(group, -_within(dtype, limit))
+    _change_elements_(others, lambda v: v.clamp_(-_within(v.dtype, limit), _within(v.dtype, limit)))
 
 
-def _clamp_(values: Tensor, limit: float) -> Tensor:
+def _within(dtype: torch.dtype, limit: float) -> float:
     # Torch refuses a limit beyond the dtype's range, which limits nothing.
-    within = limit if limit <= torch.finfo(values.dtype).max else math.inf
-    return values.clamp_(-within, within)
+    return limit if limit <= torch.finfo(dtype).max else math.inf
 
 
 def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:

@@ -276,9 +276,11 @@ def clamp_(batch: Any, limit: float) -> None:
     if type(batch) is Sharded:
         batch.refuse_partial("clipping by value")
         batch = batch.written()
-    if len(batch.rest) < len(batch.all):
+    rest = batch.rest
+    if len(rest) < len(batch.all):
         batch.clamp(limit, _threads())
-    eager.clamp_(batch.rest, limit)
+    if rest:
+        eager.clamp_(rest, limit)
 
 
 def zero_nonfinite_(batch: Any) -> None:
