@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import torchclip
 
-device = torch.accelerator.current_accelerator() or torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 dist.init_process_group()
 rank, ranks = dist.get_rank(), dist.get_world_size()
 if device.type != "cpu":

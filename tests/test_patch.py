@@ -174,7 +174,7 @@ def test_compiled_functions_follow():
     def clip(weight):
         return torch.nn.utils.clip_grad_norm_([weight], 1.0)
 
-    compiled = torch.compile(clip, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(clip, backend="aot_eager")  # the whole graph torch 2.10 cannot make of its own
     assert compiled(parameter(3e30, 4e30)).isinf()
     with torchclip.installed():
         weight = parameter(3e30, 4e30)

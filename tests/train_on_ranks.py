@@ -55,3 +55,4 @@ if __name__ == "__main__":
         result = report()
         if parallel.rank() == 0:
             print(json.dumps(result))
+    parallel.leave(0)

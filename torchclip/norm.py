@@ -38,7 +38,7 @@ def as_results(norms: Sequence[float | Tensor], batch: Any) -> Tensor:
 
 def in_double(batch: Any) -> bool:
     """Whether any gradient is float64 or complex128: then norms are float64, and else float32."""
-    return batch.double or (bool(batch.rest) and any(t.dtype in _DOUBLE for t in batch.rest))
+    return batch.double or (len(batch.rest) > 0 and any(t.dtype in _DOUBLE for t in batch.rest))
 
 
 def refuse_nonfinite(

@@ -333,7 +333,10 @@ def run(
         if save is not None:
             save_model(save, weights[-1], vocabulary, options)
             display.saved(save)
-    return 130 if interrupted else 0
+    status = 130 if interrupted else 0
+    if parallel.launched():
+        parallel.leave(status)
+    return status
 
 
 def _check_length(characters: str, options: Options) -> None:
