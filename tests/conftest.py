@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from torchclip import kernel
+from torchclip import clipper, kernel
 
 _ACTIVE = kernel.status().startswith("active")
 
@@ -30,3 +30,15 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """Where all is small, threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has fused steps multiply the gradients even where they are so small that it does not pay."""
+    monkeypatch.setattr(clipper, "_SMALL", -1)

@@ -41,18 +41,6 @@ OPTIMIZERS = {
 WAYS = {"default": {}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}, "fused": {"fused": True}}
 
 
-@pytest.fixture
-def one_thread(threads):
-    """Where all is small, threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def small_ones_too(monkeypatch):
-    """Has fused steps multiply the gradients even where they are so small that it does not pay."""
-    monkeypatch.setattr(torchclip.clipper, "_SMALL", -1)
-
-
 def takes(name, arguments):
     return arguments.keys() <= inspect.signature(getattr(torch.optim, name)).parameters.keys()
 

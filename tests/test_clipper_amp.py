@@ -25,17 +25,6 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def one_thread(threads):
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def small_ones_too(monkeypatch):
-    """Has fused steps multiply the gradients even where they are so small that it does not pay."""
-    monkeypatch.setattr(torchclip.clipper, "_SMALL", -1)
-
-
 def make_model():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
     for i, parameter in enumerate(model.parameters()):
