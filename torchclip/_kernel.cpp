@@ -73,7 +73,7 @@ constexpr int32_t kCPU = 1;
 constexpr uint8_t kFloat = 2, kBfloat = 4, kComplex = 5;
 
 // ---------------------------------------------------------------------------------------------------------------
-// Number formats: every element is widened to double, worked on, and rounded once to nearest even
+// Number formats: every element is widened, worked on, and rounded to nearest even
 // ---------------------------------------------------------------------------------------------------------------
 
 struct Half { uint16_t bits; };
@@ -92,10 +92,8 @@ INLINE uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
     return (yes & mask) | (no & ~mask);
 }
 
-INLINE double widen(double x) { return x; }
-INLINE double widen(float x) { return x; }
-INLINE double widen(BFloat x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-INLINE double widen(Half x) {
+INLINE float to_float(BFloat x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+INLINE float to_float(Half x) {
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, exponent = magnitude & (31u << 23);
     const uint32_t normal = magnitude + (112u << 23);
     // A subnormal gets the exponent of its last bit and a leading one, which the subtraction takes away again.
@@ -105,25 +103,14 @@ INLINE double widen(Half x) {
     return bit_cast<float>(absolute | uint32_t(x.bits & 0x8000) << 16);
 }
 
-// Cuts x to a float that still tells on which side of every 16-bit number and every tie x lies: whatever was cut
-// off leaves a one in the last bit kept.  Rounding the float to 16 bits then gives what rounding x would give.
-INLINE uint32_t short_bits(double x) {
-    constexpr uint64_t cut = (uint64_t(1) << 40) - 1;
-    const uint64_t bits = bit_cast<uint64_t>(x);
-    return bit_cast<uint32_t>(float(bit_cast<double>((bits | ((bits & cut) + cut)) & ~cut)));
-}
-
-template <class T> INLINE T narrow(double x);
-template <> INLINE double narrow<double>(double x) { return x; }
-template <> INLINE float narrow<float>(double x) { return float(x); }
-INLINE BFloat nearest_bfloat(uint32_t bits) {
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+template <class T> INLINE T nearest(float x);
+template <> INLINE BFloat nearest<BFloat>(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;
     return {uint16_t(choose(nan, (bits >> 16) | 0x40, rounded))};
 }
-template <> INLINE BFloat narrow<BFloat>(double x) { return nearest_bfloat(short_bits(x)); }
-template <> INLINE Half narrow<Half>(double x) {
-    const uint32_t bits = short_bits(x), magnitude = bits & 0x7fffffff;
+template <> INLINE Half nearest<Half>(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
     const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     // Adding 0.5 lets the addition itself round a subnormal: its last bit becomes the float's last bit.
     const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
@@ -132,6 +119,20 @@ template <> INLINE Half narrow<Half>(double x) {
     const uint32_t rounded = choose(magnitude < (143u << 23), finite, special);
     return {uint16_t(rounded | ((bits >> 16) & 0x8000))};
 }
+
+INLINE double widen(double x) { return x; }
+INLINE double widen(float x) { return x; }
+template <class T> INLINE double widen(T x) { return to_float(x); }
+
+template <class T> INLINE T narrow(double x) {
+    // Cut to a float that still tells on which side of every 16-bit number and every tie x lies: whatever was cut
+    // off leaves a one in the last bit kept.  Rounding it then gives what rounding x would give.
+    constexpr uint64_t cut = (uint64_t(1) << 40) - 1;
+    const uint64_t bits = bit_cast<uint64_t>(x);
+    return nearest<T>(float(bit_cast<double>((bits | ((bits & cut) + cut)) & ~cut)));
+}
+template <> INLINE double narrow<double>(double x) { return x; }
+template <> INLINE float narrow<float>(double x) { return float(x); }
 
 // Without their sign, floating-point numbers are ordered as the integers of the same bits, inf above every number
 // and nan above inf.
@@ -153,19 +154,22 @@ template <class T> INLINE typename Bits<T>::type magnitude(T x) {
 // Sums run in this many lanes whatever the instruction set, so that all give the same bits.
 constexpr size_t kLanes = 32;
 
+// Adds up `n` lanes, halves onto halves; spelled out for the compiler, as a loop over `n` costs more than the sums.
+template <size_t n> INLINE double fold_lanes(double* lanes) {
+    if constexpr (n > 1) {
+        for (size_t j = 0; j < n / 2; ++j) lanes[j] += lanes[j + n / 2];
+        return fold_lanes<n / 2>(lanes);
+    }
+    return lanes[0];
+}
+
 template <class T, class Add> INLINE double sum_lanes(const T* x, size_t n, Add add) {
     double lanes[kLanes] = {};
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
         for (size_t j = 0; j < kLanes; ++j) lanes[j] = add(lanes[j], widen(x[i + j]));
-    if (i < n) {
-        T rest[kLanes] = {};
-        std::memcpy(rest, x + i, (n - i) * sizeof(T));
-        for (size_t j = 0; j < kLanes; ++j) lanes[j] = add(lanes[j], widen(rest[j]));
-    }
-    for (size_t half = kLanes / 2; half > 0; half /= 2)
-        for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-    return lanes[0];
+    for (size_t j = 0; i < n; ++i, ++j) lanes[j] = add(lanes[j], widen(x[i]));
+    return fold_lanes<kLanes>(lanes);
 }
 
 // The square of a shorter number is exact in double: fusing it with the addition changes nothing but the time.
@@ -197,31 +201,15 @@ template <class T> INLINE double largest(const T* x, size_t n) {
 }
 
 template <class T> INLINE void scale(T* x, size_t n, double factor) {
-    for (size_t i = 0; i < n; ++i) x[i] = narrow<T>(widen(x[i]) * factor);
-}
-
-// The same for bfloat16, faster: a product in float is at most two units of its last bit off.  Where the bits to
-// be rounded away are further than that from a tie, it rounds as the product in double does.
-INLINE void scale(BFloat* x, size_t n, double factor) {
-    constexpr size_t kStretch = 64;
-    const float near = float(factor);
-    const bool normal = std::fabs(factor) > 1e-30 && std::fabs(factor) < 1e30;
-    size_t start = 0;
-    for (; normal && start + kStretch <= n; start += kStretch) {
-        BFloat* const stretch = x + start;
-        uint16_t rounded[kStretch];
-        uint32_t close = 0;
-        for (size_t i = 0; i < kStretch; ++i) {
-            const uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(uint32_t(stretch[i].bits) << 16) * near);
-            close |= uint32_t(((bits - 0x7ffc) & 0xffff) <= 8);
-            rounded[i] = nearest_bfloat(bits).bits;
+    const float single = float(factor);
+    if constexpr (sizeof(T) == 2) {
+        // In float, as torch multiplies 16-bit numbers, unless the factor is too small for one.
+        if (std::isnormal(single)) {
+            for (size_t i = 0; i < n; ++i) x[i] = nearest<T>(to_float(x[i]) * single);
+            return;
         }
-        if (close)
-            scale<BFloat>(stretch, kStretch, factor);
-        else
-            std::memcpy(stretch, rounded, sizeof rounded);
     }
-    scale<BFloat>(x + start, n - start, factor);
+    for (size_t i = 0; i < n; ++i) x[i] = narrow<T>(widen(x[i]) * factor);
 }
 
 template <class T> INLINE void clamp(T* x, size_t n, double limit) {
@@ -440,9 +428,9 @@ void copy_grid(const Strip& strip, const Axis* axes, size_t start, size_t n, cha
 
 constexpr size_t kChunk = 16 * 1024;           // elements; sums are added chunk by chunk, in order
 constexpr size_t kChunkCost = 256;             // what starting a chunk costs, in elements
-constexpr size_t kWorthReleasing = 32 * 1024;  // elements in all below which holding the GIL is cheaper
+constexpr size_t kWorthReleasing = 32 * 1024;  // cost in all below which holding the GIL is cheaper
+constexpr size_t kWorthThreads = 64 * 1024;    // cost in all below which one thread is faster
 #ifdef _OPENMP
-constexpr size_t kWorthThreads = 64 * 1024;  // elements in all below which one thread is faster
 const pid_t loaded_in = getpid();
 #endif
 
@@ -455,7 +443,7 @@ struct Batch {
     PyObject* all = nullptr;   // list of distinct tensors, in order
     PyObject* rest = nullptr;  // list of those that are not in `strips`, once there is one
     Py_ssize_t count = 0;      // items seen, counting those without a gradient and those that came before
-    size_t distinct = 0, elements = 0, cost = 0;
+    size_t distinct = 0, cost = 0;  // cost: as if in elements
     bool has_double = false, has_complex = false;  // among the strips
     bool has_subclass = false;                     // among the items
     std::vector<Strip> strips;
@@ -487,7 +475,6 @@ struct Batch {
             chunks.push_back({strips.size(), start, std::min(kChunk, strip.count - start), cost});
             cost += chunks.back().count + kChunkCost;
         }
-        elements += strip.count;
         has_double |= format.alignment == sizeof(double);
         has_complex |= format.code == kComplex;
         strip.tensor = tensor;
@@ -499,7 +486,7 @@ struct Batch {
     // GNU's OpenMP has no threads in a forked child and waits for them for ever; so a child works alone.
     int usable_threads(long threads) const {
 #ifdef _OPENMP
-        const bool many = threads > 1 && elements >= kWorthThreads && getpid() == loaded_in;
+        const bool many = threads > 1 && cost >= kWorthThreads && getpid() == loaded_in;
         return many ? int(std::min(threads, 1024L)) : 1;
 #else
         return (void)threads, 1;
@@ -519,7 +506,7 @@ struct Batch {
 
     // Calls work(i) for chunks [first, last), without the GIL if there is much to do.
     template <class Work> void run(size_t first, size_t last, int threads, Work work) {
-        PyThreadState* const state = elements >= kWorthReleasing ? PyEval_SaveThread() : nullptr;
+        PyThreadState* const state = cost >= kWorthReleasing ? PyEval_SaveThread() : nullptr;
 #ifdef _OPENMP
         if (threads > 1 && first < last) {
 #pragma omp parallel num_threads(threads)
@@ -608,7 +595,9 @@ struct Batch {
 
     // Changes the strips for which `number(strip, value)` sets a value.
     template <class Number> void write(Write Loops::*loop, int threads, Number number) {
-        if (threads > 1 && overlaps()) threads = 1;
+        // For many small ones, finding out whether they overlap costs more than a second thread saves.
+        const size_t elements = cost - chunks.size() * kChunkCost;
+        if (threads > 1 && (elements < kWorthThreads || overlaps())) threads = 1;
         run(0, chunks.size(), threads, [=](size_t i) {
             double value = 0;
             if (!number(chunks[i].strip, value)) return;

@@ -104,7 +104,6 @@ def clip_grad_norm_(
     p = norm_order(norm_type)
     error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)
     batch = gradients.of_parameters(parameters, group)
-    gradients.refuse_unwritable(batch.rest)
     total_norm = gradients.norm(batch, p)
     if error_if_nonfinite:
         refuse_nonfinite(total_norm, p, batch.all)
@@ -184,7 +183,6 @@ def clip_grads_with_norm_(
     max_norm = threshold("max_norm", max_norm)
     norm = _as_norm(total_norm)
     batch = gradients.of_parameters(parameters)
-    gradients.refuse_unwritable(batch.rest)
     gradients.scale_(batch, clip_coefficient(max_norm, norm))
 
 
@@ -216,7 +214,6 @@ def clip_grad_value_(
     """
     clip_value = threshold("clip_value", clip_value)
     batch = gradients.of_parameters(parameters)
-    gradients.refuse_unwritable(batch.rest)
     if batch.complex or (batch.rest and any(grad.is_complex() for grad in batch.rest)):
         raise TypeError(
             "`parameters` has complex gradients, and complex numbers have no order to limit them by value; "
@@ -255,7 +252,6 @@ def clip_grad_norm_per_parameter_(
     max_norm = threshold("max_norm", max_norm)
     p = norm_order(norm_type)
     batch = gradients.of_parameters(parameters)
-    gradients.refuse_unwritable(batch.rest)
     norms = gradients.norms(batch, p)
     gradients.scale_each_(batch, [clip_coefficient(max_norm, n) for n in norms])
     return as_results(norms, batch)

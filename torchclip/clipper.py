@@ -55,7 +55,6 @@ class _Set:
     ) -> None:
         self.max_norm = max_norm
         self.batch = gradients.of_parameters(parameters, group)
-        gradients.refuse_unwritable(self.batch.rest)
         self._name, self._parameters, self._order, self._each = name, parameters, order, each
         self._group = group
         self.norms: list[Norm] = []
@@ -250,7 +249,7 @@ class Clipper:
         for an accelerator.
         """
         named = list(self._named_parameters())
-        batch = gradients.of_parameters([p for _, p in named])
+        batch = gradients.of_tensors([p.grad for _, p in named if p.grad is not None])
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         of_grad = {
             id(g): float(_unscaled(n, grad_scale, self._order))

@@ -258,7 +258,7 @@ def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
-    """Multiply every tensor in place; each product is formed in at least float32 and rounded once."""
+    """Multiply every tensor in place; each product is formed in at least float32, then rounded."""
     if isinstance(factor, float) and 0 < factor < _FLOAT32_TINY:
         # Too small for float32; a power of two, which rounds nothing, takes it part of the way.
         scale_(tensors, _STEP)

@@ -41,13 +41,18 @@ _CPU = torch.device("cpu")
 
 
 def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> Any:
-    """The distinct gradients of the parameters that have one, in order, as a batch or as ``Sharded``."""
+    """The distinct gradients of the parameters that have one, in order, to be changed in place.
+
+    As a batch or as ``Sharded``; gradients that cannot be changed are refused.
+    """
     items = arguments.tensor_list("parameters", parameters)
     batch = kernel.Batch(items, "parameters", True) if eager.recorded() else kernel.gradients(items)
     if batch.subclassed or group is not None:
-        return _sharded(batch, items, True, group)
-    if not items:
+        batch = _sharded(batch, items, True, group)
+    elif not items:
         warn_if_used_up(parameters)
+    if batch.rest:
+        refuse_unwritable(batch.rest)
     return batch
 
 
@@ -59,7 +64,7 @@ def warn_if_used_up(parameters: Tensor | Iterable[Tensor]) -> None:
 
 
 def of_tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Any:
-    """The distinct tensors of an argument named ``tensors``, likewise."""
+    """The distinct tensors of an argument named ``tensors``, to be measured, likewise."""
     items = arguments.tensor_list("tensors", tensors)
     batch = _local(items)
     return _sharded(batch, items, False, group) if batch.subclassed or group is not None else batch
@@ -250,7 +255,7 @@ def scale_(batch: Any, factor: float | Tensor) -> None:
     if type(batch) is Sharded:
         batch = batch.written()
     rest = batch.rest
-    if len(rest) < len(batch.all):
+    if not rest or len(rest) < len(batch.all):
         batch.scale(float(factor), _threads())
     if rest:
         eager.scale_(rest, factor)
@@ -277,7 +282,7 @@ def clamp_(batch: Any, limit: float) -> None:
         batch.refuse_partial("clipping by value")
         batch = batch.written()
     rest = batch.rest
-    if len(rest) < len(batch.all):
+    if not rest or len(rest) < len(batch.all):
         batch.clamp(limit, _threads())
     if rest:
         eager.clamp_(rest, limit)
