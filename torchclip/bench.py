@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at the least
-SHRINK = 0.98  # of the threshold from call to call: there is something to clip always, whatever bfloat16 rounds
+SHRINK = 0.98  # of the threshold from call to call: there is always something to clip, even in bfloat16
 MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, far from where numbers lose digits
 CACHED = 1 << 20  # bytes up to which the memory's bandwidth says nothing
 WIDTH = 140  # of the table, where no terminal sets it

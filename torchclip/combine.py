@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "combine_tensors"]
+__all__ = ["ABSENT", "combine", "combine_tensors", "joint", "joint_tensors", "stacked"]
+
+ABSENT = -1.0
+"""What stands for the norm of no elements at all; it changes no joint norm, of whatever order."""
 
 
 def combine(norms: Sequence[float], p: float) -> float:
@@ -47,3 +51,28 @@ def combine_tensors(norms: Tensor, p: float) -> Tensor:
     divisor = torch.where(regular, leading, 1.0).unsqueeze(-1)
     sums = (norms / divisor).pow(p).sum(dim=-1)
     return torch.where(regular, leading * sums.pow(1 / p), leading)
+
+
+def joint(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
+    """The joint norm, some of the norms perhaps on an accelerator; ``ABSENT`` for none, or if all are."""
+    if len(norms) == 1:
+        return norms[0]
+    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+    if device is None:
+        present = [norm for norm in cast("Sequence[float]", norms) if not norm < 0]
+        return combine(present, p) if present else ABSENT
+    return joint_tensors(stacked(norms, device), p)
+
+
+def joint_tensors(norms: Tensor, p: float) -> Tensor:
+    """``joint`` along the last dimension of a tensor."""
+    absent = norms < 0
+    result = combine_tensors(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
+    return result.masked_fill(absent.all(dim=-1), ABSENT)
+
+
+def stacked(norms: Sequence[float | Tensor], device: torch.device | str) -> Tensor:
+    """Norms as a float64 tensor of one dimension."""
+    if not any(isinstance(norm, Tensor) for norm in norms):
+        return torch.tensor(norms, dtype=torch.float64, device=device)
+    return torch.stack([torch.as_tensor(norm, dtype=torch.float64, device=device) for norm in norms])

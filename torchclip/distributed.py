@@ -21,14 +21,13 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from torchclip import arguments, eager
-from torchclip.combine import combine, combine_tensors
+from torchclip.combine import joint, joint_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement, Shard
 
 __all__ = [
-    "ABSENT",
     "Layout",
     "across_meshes",
     "as_groups",
@@ -42,10 +41,6 @@ __all__ = [
     "total",
     "without_partial",
 ]
-
-ABSENT = -1.0
-"""What ranks exchange for the norm of no elements at all; it changes no joint norm, of whatever order."""
-
 
 class Layout(NamedTuple):
     """A mesh, and the dimensions of it along which a tensor is split over several ranks, in order."""
@@ -192,7 +187,7 @@ def total(
     else:
         joint = _joint_norms(sharded, p)
         counted = [n for mesh, n in joint if all(_comes_first(mesh, group) for group in groups)]
-        result = _join([*plain, *counted], p)
+        result = joint([*plain, *counted], p)
         for group in groups:
             result = _across_group(result, group, p)
     return max(result, 0.0) if isinstance(result, float) else result.clamp(min=0.0)
@@ -230,7 +225,7 @@ def across_meshes(vectors: Mapping[Any, Tensor], p: float) -> dict[Any, Tensor]:
     for group, layouts in _rounds([layout for layout in vectors if layout is not None]):
         sent = torch.cat([joint[layout] for layout in layouts])
         gathered = _gather(sent.to(layouts[0].mesh.device_type), group).to(sent.device)
-        parts = torch.split(_join_tensors(gathered.T, p), [len(joint[layout]) for layout in layouts])
+        parts = torch.split(joint_tensors(gathered.T, p), [len(joint[layout]) for layout in layouts])
         joint.update(zip(layouts, parts, strict=True))
     return joint
 
@@ -254,7 +249,7 @@ def _rounds(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Lay
 
 def _across_world(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
     """Join norms, any number on each rank, with those of all other ranks."""
-    return _across_group(_join(norms, p), cast("dist.ProcessGroup", dist.group.WORLD), p)
+    return _across_group(joint(norms, p), cast("dist.ProcessGroup", dist.group.WORLD), p)
 
 
 def _across_group(norm: float | Tensor, group: dist.ProcessGroup, p: float) -> float | Tensor:
@@ -262,7 +257,7 @@ def _across_group(norm: float | Tensor, group: dist.ProcessGroup, p: float) -> f
     # The tensors of one rank may lie on the CPU, another's on an accelerator; the group decides.
     device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
     of_ranks = _gather(torch.as_tensor(norm, dtype=torch.float64, device=device).view(1), group).view(-1)
-    return _join(of_ranks.tolist(), p) if eager.on_host([of_ranks]) else _join_tensors(of_ranks, p)
+    return joint(of_ranks.tolist(), p) if eager.on_host([of_ranks]) else joint_tensors(of_ranks, p)
 
 
 def _gather(vector: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -274,23 +269,6 @@ def _gather(vector: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _number(norm: Tensor) -> float | Tensor:
     return norm.item() if eager.on_host([norm]) else norm
-
-
-def _join(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
-    """The joint norm; ``ABSENT`` for none, or if all are."""
-    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
-    if device is None:
-        present = [norm for norm in cast("Sequence[float]", norms) if not norm < 0]
-        return combine(present, p) if present else ABSENT
-    on_device = [torch.as_tensor(norm, dtype=torch.float64, device=device) for norm in norms]
-    return _join_tensors(torch.stack(on_device), p)
-
-
-def _join_tensors(norms: Tensor, p: float) -> Tensor:
-    """``_join`` along the last dimension of a tensor."""
-    absent = norms < 0
-    joint = combine_tensors(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
-    return joint.masked_fill(absent.all(dim=-1), ABSENT)
 
 
 def _has_all_ranks(ranks: DeviceMesh | dist.ProcessGroup) -> bool:

@@ -43,7 +43,7 @@ _ROW = 1 << 10
 # Below this size a tensor's own call costs more than copying it beside others.
 _SMALL = 1 << 14
 # From this size on a float32 norm that has to be verified is cheaper than an exact one.
-_LARGE = 1 << 16
+_LARGE = 1 << 18
 
 
 def recorded() -> bool:
@@ -110,75 +110,107 @@ def _block_norms(rows: Tensor, p: float) -> Tensor:
 
 def _host_norm(tensors: Sequence[Tensor], p: float) -> float:
     parts: list[float] = []
+    of_rows: list[Tensor] = []
+    for piece in _host_pieces(tensors, p):
+        if p in (1, 2) and piece.dtype in _NARROW_REAL:
+            of_rows += _narrow_norms(piece, p)
+        else:
+            parts.append(_piece_norm(piece, p))
+    if of_rows:
+        joined = of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows)
+        # Their powers are far from both ends of the range of float64.
+        parts += [float(vector_norm(some, p)) for some in _split(joined, _SERIAL)]
+    return combine(parts, p)
+
+
+def _host_pieces(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
+    """The elements of tensors in one-dimensional pieces of at most ``_PIECE``, small tensors joined."""
     small: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         for values in (tensor,) if tensor.layout is torch.strided else stored(tensor, p):
             size = values.numel()
             if size > _SMALL:
-                parts += [_piece_norm(piece, p) for piece in _pieces(values)]
+                yield from _pieces(values)
             elif size:
                 small.setdefault(values.dtype, []).append(values)
     for group in small.values():
-        parts += [_piece_norm(piece, p) for piece in _joined(group)]
-    return combine(parts, p)
+        yield from _joined(group)
 
 
 def _device_norm(tensor: Tensor, p: float) -> Tensor:
-    parts = [_matrix_norms(v.reshape(1, -1), p) for v in stored(tensor, p) if v.numel()]
+    parts = []
+    for values in stored(tensor, p):
+        if values.numel():
+            whole = values.dtype in _NARROW or recorded()
+            pieces = (values.reshape(1, -1),) if whole else (n.view(1, -1) for n in _pieces(values))
+            parts += [_matrix_norms(piece, p) for piece in pieces]
     return combine_tensors(torch.cat(parts), p)
 
 
 def _piece_norm(piece: Tensor, p: float) -> float:
     """The norm of a one-dimensional tensor of at most ``_PIECE`` elements."""
-    size = len(piece)
-    if p in (1, 2) and piece.dtype in _NARROW and not piece.is_complex():
-        if size <= _SERIAL:
-            return float(vector_norm(piece, p, dtype=torch.float64))
-        of_piece = _verified_float32_norm(piece.float(), p) if size >= _LARGE else None
-        if of_piece is not None:
-            return of_piece
-    whole = size - size % _ROW
-    parts = [part for part in (piece[:whole].view(-1, _ROW), piece[whole:].view(1, -1)) if part.numel()]
-    return combine(torch.cat([_matrix_norms(part, p) for part in parts]).tolist(), p)
+    return combine(torch.cat([_matrix_norms(rows, p) for rows in _rows(piece, _ROW)]).tolist(), p)
 
 
-def _verified_float32_norm(piece: Tensor, p: float) -> float | None:
-    """The norm at the speed of float32, or None where that is not accurate.
+def _rows(piece: Tensor, length: int) -> list[Tensor]:
+    """A one-dimensional tensor as a matrix of rows of some length, and one of a single row with the rest."""
+    whole = len(piece) - len(piece) % length
+    return [part for part in (piece[:whole].view(-1, length), piece[whole:].view(1, -1)) if part.numel()]
+
+
+def _narrow_norms(piece: Tensor, p: float) -> list[Tensor]:
+    """Float64 norms of the parts of a piece, for the orders 1 and 2 of real numbers shorter than float64."""
+    if len(piece) <= _SMALL:
+        return [vector_norm(piece, p, dim=0, keepdim=True, dtype=torch.float64)]
+    verified = _verified_float32_norms(piece.float(), p) if len(piece) >= _LARGE else None
+    if verified is not None:
+        return verified
+    return [vector_norm(rows, p, dim=1, dtype=torch.float64) for rows in _rows(piece, _ROW)]
+
+
+def _verified_float32_norms(piece: Tensor, p: float) -> list[Tensor] | None:
+    """The norms of two parts of a piece at the speed of float32, or None where they are not accurate.
 
     Rows of 128 are summed in float32 and joined in float64.  On most gradients the rows' rounding errors
-    cancel out (to some 1e-9); where they do not, as for constant ones, every 17th row, done again in float64,
-    shows it: 17 is in step with no usual width of a matrix.
+    cancel out (to some 1e-9); where they do not, as for constant ones, every 67th row, done again in float64,
+    shows it: 67 is in step with no usual width of a matrix.
     """
-    whole = len(piece) - len(piece) % 128
-    rows = piece[:whole].view(-1, 128)
+    rows, *rest = _rows(piece, 128)
     of_rows = vector_norm(rows, p, dim=1).double()
-    sampled, exact = (
-        float(vector_norm(n, p))
-        for n in (of_rows[::17], vector_norm(rows[::17], p, dim=1, dtype=torch.float64))
-    )
-    of_whole = float(vector_norm(of_rows, p))
+    of_whole = vector_norm(of_rows, p)
+    sampled, exact, whole = torch.stack(
+        [
+            vector_norm(of_rows[::67], p),
+            vector_norm(vector_norm(rows[::67], p, dim=1, dtype=torch.float64), p),
+            of_whole,
+        ]
+    ).tolist()
     # Far from both ends of the float32 range, where squares overflow or lose their digits.
-    in_range = of_whole > 1e-15 * len(of_rows) and of_whole < 1e15
+    in_range = 1e-15 * len(of_rows) < whole < 1e15
     # Next to nothing in the rows looked at says nothing about the others.
-    telling = exact**p > of_whole**p / 64
+    telling = exact**p > whole**p / 256
     if not (in_range and telling and abs(sampled - exact) <= 2e-8 * exact):
         return None
-    return combine([of_whole, float(vector_norm(piece[whole:], p, dtype=torch.float64))], p)
+    return [of_whole.view(1), *(vector_norm(part, p, dim=1, dtype=torch.float64) for part in rest)]
 
 
 def _matrix_norms(rows: Tensor, p: float) -> Tensor:
-    """The norms along the last axis in float64, without overflow or underflow on the way."""
-    wide = rows.to(_wide(rows))
-    if wide.is_complex() and p != 2:
-        wide = wide.abs()  # of a single complex number vector_norm looks at the real part only for order 0
-    plain: Tensor = vector_norm(wide, p, dim=-1)
-    if p in (0, math.inf, -math.inf) or (p in (1, 2) and rows.dtype in _NARROW):
+    """The norms along the last axis in the widest dtype, without overflow or underflow on the way."""
+    narrow, wide = rows.dtype in _NARROW, _wide(rows)
+    if not narrow:
+        rows = rows.to(wide)  # as vector_norm does not read float8
+    if rows.is_complex() and p != 2:
+        # Of a single complex number vector_norm looks at the real part only, for order 0.
+        rows = rows.to(wide).abs()
+        wide = rows.dtype
+    plain: Tensor = vector_norm(rows, p, dim=-1, dtype=wide)
+    if p in (0, math.inf, -math.inf) or (p in (1, 2) and narrow and wide in _DOUBLE):
         return plain
     # The powers are in range if those of the results are.
     regular = (plain > 0) & (abs(p) * plain.log().abs() < 600)
     if on_host([rows]) and bool(regular.all()):
         return plain
-    magnitudes = wide.abs()
+    magnitudes = rows.to(wide).abs()
     leading = magnitudes.amax(dim=-1) if p > 0 else magnitudes.amin(dim=-1)
     usable = (leading > 0) & leading.isfinite()
     divisor = torch.where(usable, leading, 1.0)
@@ -186,7 +218,9 @@ def _matrix_norms(rows: Tensor, p: float) -> Tensor:
     return torch.where(usable, scaled, leading)
 
 
-_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex32})
+_NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_NARROW = _NARROW_REAL | {torch.complex64, torch.complex32}
+_DOUBLE = frozenset({torch.float64, torch.complex128})
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -219,13 +253,17 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The elements of a strided tensor in pieces of at most ``_PIECE``, copied only if they are scattered."""
     flat = _flat(tensor)
     if flat is not None:
-        yield from torch.split(flat, _PIECE)
+        yield from _split(flat, _PIECE)
     elif tensor.numel() <= _PIECE:
         yield tensor.reshape(-1)
     else:
         longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
         for half in tensor.chunk(2, dim=longest):
             yield from _pieces(half)
+
+
+def _split(vector: Tensor, length: int) -> Sequence[Tensor]:
+    return (vector,) if len(vector) <= length else torch.split(vector, length)
 
 
 def fills_its_memory(tensor: Tensor) -> bool:
@@ -235,6 +273,8 @@ def fills_its_memory(tensor: Tensor) -> bool:
 
 def _flat(tensor: Tensor) -> Tensor | None:
     """A one-dimensional view of a tensor that fills its memory in any order of its axes, else None."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
     strides = tensor.stride()
     by_stride = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
     ordered = tensor.permute(by_stride)
@@ -265,16 +305,13 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
         scale_(tensors, factor / _STEP)
         return
     with torch.no_grad():
-        together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or _is_lazy(tensor):
-                _scale_alone(tensor, factor)
-                continue
-            real = torch.view_as_real(_without_conj(tensor)) if tensor.is_complex() else tensor
-            together.setdefault((real.device, real.dtype), []).append(real)
-        for (device, dtype), group in together.items():
+        together, alone = _parted(tensors)
+        for tensor in alone:
+            _scale_alone(tensor, factor)
+        for (dtype, device), group in together.items():
             if dtype in (torch.float32, torch.float64):
-                torch._foreach_mul_(group, factor if isinstance(factor, float) else factor.to(device, dtype))
+                # Of a number torch would make a tensor again for each of the group.
+                torch._foreach_mul_(group, _as_tensor(factor, dtype, device))
                 continue
             # Multiplied together, they would round the factor to their own low precision, by up to 0.4 %.
             for tensor in group:
@@ -284,13 +321,37 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
                     tensor.copy_(tensor.float() * factor.to(device, torch.float32))
 
 
+def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.scalar_tensor(value, dtype=dtype, device=device)
+
+
+def _parted(
+    tensors: Sequence[Tensor],
+) -> tuple[dict[tuple[torch.dtype, torch.device], list[Tensor]], list[Tensor]]:
+    """The tensors that can be changed together, as real numbers, by dtype and device; and the others."""
+    together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    alone = []
+    recording = recorded()
+    for tensor in tensors:
+        is_complex = tensor.is_complex()
+        # A tensor may stand for its memory's negative or, while recording, for its conjugate.
+        lazy = is_complex if recording else tensor.is_neg()
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or lazy:
+            alone.append(tensor)
+            continue
+        real = torch.view_as_real(_without_conj(tensor)) if is_complex else tensor
+        key = (real.dtype, real.device)
+        if key in together:
+            together[key].append(real)
+        else:
+            together[key] = [real]
+    return together, alone
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FLOAT32_TINY, _STEP = torch.finfo(torch.float32).tiny, 2.0**-64
-
-
-def _is_lazy(tensor: Tensor) -> bool:
-    """Whether a tensor may stand for its memory's negative or, while recording, for its conjugate."""
-    return tensor.is_complex() if recorded() else tensor.is_neg()
 
 
 def scale_rows_(tensor: Tensor, factors: Tensor) -> None:
@@ -322,19 +383,16 @@ def _scale_alone(tensor: Tensor, factor: float | Tensor) -> None:
 
 def clamp_(tensors: Sequence[Tensor], limit: float) -> None:
     """Limit every element in place to ``[-limit, limit]``; NaN stays NaN."""
-    small: dict[torch.dtype, list[Tensor]] = {}
-    others = []
-    for tensor in tensors:
-        plain = type(tensor) in _PLAIN and tensor.layout is torch.strided and not _is_lazy(tensor)
-        if plain and tensor.numel() <= _SMALL:
-            small.setdefault(tensor.dtype, []).append(tensor)
-        else:
-            others.append(tensor)
+    together, alone = _parted(tensors)
     with torch.no_grad():
-        for dtype, group in small.items():
-            torch._foreach_clamp_max_(group, _within(dtype, limit))
-            torch._foreach_clamp_min_(group, -_within(dtype, limit))
-    _change_elements_(others, lambda v: v.clamp_(-_within(v.dtype, limit), _within(v.dtype, limit)))
+        for (dtype, _), group in together.items():
+            small = [tensor for tensor in group if tensor.numel() <= _SMALL]
+            if small:
+                torch._foreach_clamp_max_(small, _within(dtype, limit))
+                torch._foreach_clamp_min_(small, -_within(dtype, limit))
+            if len(small) < len(group):
+                alone += [tensor for tensor in group if tensor.numel() > _SMALL]
+    _change_elements_(alone, lambda v: v.clamp_(-_within(v.dtype, limit), _within(v.dtype, limit)))
 
 
 def _within(dtype: torch.dtype, limit: float) -> float:

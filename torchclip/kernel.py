@@ -30,7 +30,7 @@ scalar: Callable[[float, bool], Tensor]
 """A 0-dim CPU tensor of a value, float64 (True) or float32."""
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class Batch:
@@ -54,17 +54,16 @@ class Batch:
     double = complex = False
 
     def __init__(self, items: Iterable[Tensor], name: str, take_grad: bool) -> None:
-        distinct: dict[int, Tensor] = {}
-        self.count, self.subclassed = 0, False
-        for item in items:
-            if not isinstance(item, Tensor):
-                arguments.refuse_item(name, self.count, item)
-            self.count += 1
-            self.subclassed |= type(item) not in _PLAIN
-            tensor = item.grad if take_grad else item
-            if tensor is not None:
-                distinct[id(tensor)] = tensor
-        self.all = list(distinct.values())
+        items = list(items)
+        kinds = set(map(type, items))
+        if not kinds <= _PLAIN:
+            for i, item in enumerate(items):
+                if not isinstance(item, Tensor):
+                    arguments.refuse_item(name, i, item)
+        self.count = len(items)
+        self.subclassed = not kinds <= _PLAIN
+        tensors = [item.grad for item in items] if take_grad else items
+        self.all = list({id(t): t for t in tensors if t is not None}.values())
 
     @property
     def rest(self) -> list[Tensor]:
