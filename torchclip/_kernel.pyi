@@ -81,7 +81,7 @@ class Batch:
     def norms(self, order: float, threads: int, /) -> list[float | None]:
         """The norm of each tensor of ``all``, None for the rest."""
     def scale(self, factor: float, threads: int, /) -> None:
-        """Multiply the taken tensors in place: products in float64 (of 16-bit numbers in float32), rounded."""
+        """Multiply the taken tensors in place: products in float64 (float32 for 16-bit ones), rounded."""
     def scale_each(self, factors: Sequence[Any], threads: int, /) -> None:
         """Multiply each by its own factor; those with None, and the rest, are left alone."""
     def clamp(self, limit: float, threads: int, /) -> None:
