@@ -1,4 +1,4 @@
-"""Put the measurements into docs/performance.md, between its two marks.
+"""Put the measurements into docs/performance.md and the README's table of speed, each between its two marks.
 
     python benchmarks/write_page.py
 
@@ -19,6 +19,7 @@ from torchclip.workloads import WORKLOADS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
+README = HERE.parent / "README.md"
 PICTURES = {
     "figures/speed.png": "Speed relative to torch",
     "figures/scaling.png": "Cost a gradient and a byte",
@@ -66,6 +67,19 @@ def _steps(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def in_short(rows: list[dict[str, Any]]) -> str:
+    """The README's table: torch and torchclip, where clipping is not needed and where it is, as Markdown."""
+    columns = ["gradients", "torch, not needed", "torchclip", "times faster"]
+    lines = [[*columns, "torch, clipping", *columns[2:]], ["---", *["--:"] * 6]]
+    for title in dict.fromkeys(row["title"] for row in rows):
+        line = [title]
+        for row in rows:
+            if row["title"] == title and row["operation"] in ("no clipping", "clipping"):
+                line += cells(row, ["torch", "torchclip"])[:3]  # two times, and how they compare
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
     found = [*checks(rows), *(checks(series) if series else [])]
     missed = [check for check in found if not check.met]
@@ -76,11 +90,16 @@ def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rewrite(page: Path, text: str) -> None:
+    """Put a text between the marks of a page."""
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
-    """Rewrite the page."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{measured()}\n\n{END}{after}")
+    """Rewrite both."""
+    rewrite(PAGE, measured())
+    rewrite(README, in_short(_rows("results.json")))
 
 
 if __name__ == "__main__":
