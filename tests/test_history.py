@@ -271,3 +271,7 @@ def test_the_wrong_state_is_refused_and_changes_nothing():
 def test_bad_bounds_are_named(maxlen, error, message):
     with pytest.raises(error, match=message):
         History(maxlen)
+
+
+def test_numpys_integers_are_integers():
+    assert len(history_of([1.0, 2.0, 3.0], maxlen=np.int64(2))) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "count",
     "flag",
     "mapping",
     "norm_order",
@@ -53,6 +55,19 @@ def number(name: str, value: Any, hint: str = "") -> float:
     if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     raise TypeError(f"`{name}` must be a number, got {shown(value)}{hint}")
+
+
+def count(name: str, value: Any, least: float) -> int:
+    """``value`` as an integer that is at least so large, or an error that names the argument."""
+    try:
+        integer = operator.index(value)
+    except TypeError:  # as tensors and arrays of several elements raise it, which have an index otherwise
+        integer = None
+    if integer is None or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {shown(value)}")
+    if integer < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {shown(value)}")
+    return integer
 
 
 def flag(name: str, value: Any) -> bool:

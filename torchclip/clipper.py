@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchclip import arguments, distributed, eager, gradients
 from torchclip.clip import clip_coefficient
-from torchclip.combine import combine, combine_tensors
+from torchclip.combine import join
 from torchclip.history import History, Record
 from torchclip.norm import in_double, refuse_nonfinite
 from torchclip.thresholds import MaxNorm, MaxNormRule
@@ -377,7 +377,8 @@ class Clipper:
         sets = list(self._sets())
         for each in sets:
             each.measure(grad_scale)
-        total_norm = _joint([n for s in sets for n in s.joined_norms()], self._order)
+        norms = [n for s in sets for n in s.joined_norms()]
+        total_norm = join(norms, self._order) if norms else 0.0
         skipped = self._skipped(total_norm)
         if skipped is True:
             self._record(total_norm, math.inf, 1.0, skipped)
@@ -389,7 +390,7 @@ class Clipper:
             each.limit(self._max_norms(each))
         max_norm = min((m for s in sets for m in s.max_norms), default=math.inf)
         factors = [f for s in sets for f in s.factors]
-        clip_coef = _joint(factors, -math.inf) if factors else 1.0
+        clip_coef = join(factors, -math.inf) if factors else 1.0
         self._record(total_norm, max_norm, clip_coef, skipped)
         if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
             self._apply(sets, grad_scale)
@@ -514,17 +515,6 @@ class Clipper:
 
 def _place(group: int, key: str) -> str:
     return f"param_groups[{group}][{key!r}]"
-
-
-def _joint(values: Sequence[Norm], p: float) -> Norm:
-    """The norm of order ``p`` of several numbers, some of them perhaps on an accelerator."""
-    if len(values) == 1:
-        return values[0]
-    device = next((v.device for v in values if isinstance(v, Tensor)), None)
-    if device is None:
-        return combine(values, p)  # type: ignore[arg-type]
-    on_device = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
-    return combine_tensors(torch.stack(on_device), p)
 
 
 def _unscaled(norm: Norm, grad_scale: Tensor | None, order: float) -> Norm:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "combine", "combine_tensors", "joint", "joint_tensors", "stacked"]
+__all__ = ["ABSENT", "combine", "combine_tensors", "join", "join_tensors", "stacked"]
 
 ABSENT = -1.0
 """What stands for the norm of no elements at all; it changes no joint norm, of whatever order."""
@@ -53,7 +53,7 @@ def combine_tensors(norms: Tensor, p: float) -> Tensor:
     return torch.where(regular, leading * sums.pow(1 / p), leading)
 
 
-def joint(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
+def join(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
     """The joint norm, some of the norms perhaps on an accelerator; ``ABSENT`` for none, or if all are."""
     if len(norms) == 1:
         return norms[0]
@@ -61,11 +61,11 @@ def joint(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
     if device is None:
         present = [norm for norm in cast("Sequence[float]", norms) if not norm < 0]
         return combine(present, p) if present else ABSENT
-    return joint_tensors(stacked(norms, device), p)
+    return join_tensors(stacked(norms, device), p)
 
 
-def joint_tensors(norms: Tensor, p: float) -> Tensor:
-    """``joint`` along the last dimension of a tensor."""
+def join_tensors(norms: Tensor, p: float) -> Tensor:
+    """``join`` along the last dimension of a tensor."""
     absent = norms < 0
     result = combine_tensors(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
     return result.masked_fill(absent.all(dim=-1), ABSENT)

@@ -103,7 +103,7 @@ def _numbers(steps: Sequence[Step], clips: bool) -> list[str]:
     recent = [step.loss for step in steps[-RECENT:]]
     loss = sum(recent) / len(recent)
     norms = [step.norm for step in steps]
-    clipped = sum(step.norm > step.max_norm for step in steps) / len(steps)
+    clipped = sum(step.clipped for step in steps) / len(steps)
     numbers = (loss, perplexity(loss), norms[-1], max(norms))
     return [*(f"{number:.3g}" for number in numbers), f"{clipped:.0%}" if clips else "–"]
 

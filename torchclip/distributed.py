@@ -10,7 +10,6 @@ the same parameters; it does not matter whether these have a gradient on every r
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from torchclip import arguments, eager
-from torchclip.combine import joint, joint_tensors
+from torchclip.combine import join, join_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,6 +40,7 @@ __all__ = [
     "total",
     "without_partial",
 ]
+
 
 class Layout(NamedTuple):
     """A mesh, and the dimensions of it along which a tensor is split over several ranks, in order."""
@@ -187,7 +187,7 @@ def total(
     else:
         joint = _joint_norms(sharded, p)
         counted = [n for mesh, n in joint if all(_comes_first(mesh, group) for group in groups)]
-        result = joint([*plain, *counted], p)
+        result = join([*plain, *counted], p)
         for group in groups:
             result = _across_group(result, group, p)
     return max(result, 0.0) if isinstance(result, float) else result.clamp(min=0.0)
@@ -225,7 +225,7 @@ def across_meshes(vectors: Mapping[Any, Tensor], p: float) -> dict[Any, Tensor]:
     for group, layouts in _rounds([layout for layout in vectors if layout is not None]):
         sent = torch.cat([joint[layout] for layout in layouts])
         gathered = _gather(sent.to(layouts[0].mesh.device_type), group).to(sent.device)
-        parts = torch.split(joint_tensors(gathered.T, p), [len(joint[layout]) for layout in layouts])
+        parts = torch.split(join_tensors(gathered.T, p), [len(joint[layout]) for layout in layouts])
         joint.update(zip(layouts, parts, strict=True))
     return joint
 
@@ -249,7 +249,7 @@ def _rounds(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Lay
 
 def _across_world(norms: Sequence[float | Tensor], p: float) -> float | Tensor:
     """Join norms, any number on each rank, with those of all other ranks."""
-    return _across_group(joint(norms, p), cast("dist.ProcessGroup", dist.group.WORLD), p)
+    return _across_group(join(norms, p), cast("dist.ProcessGroup", dist.group.WORLD), p)
 
 
 def _across_group(norm: float | Tensor, group: dist.ProcessGroup, p: float) -> float | Tensor:
@@ -257,7 +257,7 @@ def _across_group(norm: float | Tensor, group: dist.ProcessGroup, p: float) -> f
     # The tensors of one rank may lie on the CPU, another's on an accelerator; the group decides.
     device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
     of_ranks = _gather(torch.as_tensor(norm, dtype=torch.float64, device=device).view(1), group).view(-1)
-    return joint(of_ranks.tolist(), p) if eager.on_host([of_ranks]) else joint_tensors(of_ranks, p)
+    return join(of_ranks.tolist(), p) if eager.on_host([of_ranks]) else join_tensors(of_ranks, p)
 
 
 def _gather(vector: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchclip import arguments, distributed, eager, kernel
-from torchclip.combine import combine
+from torchclip.combine import ABSENT, combine, stacked
 
 __all__ = [
     "clamp_",
@@ -160,8 +160,10 @@ class Sharded:
         """The norm of each tensor, with the parts of it that other ranks hold."""
         held = self._held()
         of_held = [self._norm_of([tensor], p) for tensor in held]
+        mesh = next((layout.mesh for layout in self._places if layout is not None), None)
+        device = mesh.device_type if mesh else next((t.device for t in self._locals), _CPU)
         vectors = {
-            layout: self._vector([distributed.ABSENT if i is None else of_held[i] for i in places])
+            layout: stacked([ABSENT if i is None else of_held[i] for i in places], device)
             for layout, places in self._places.items()
         }
         of_all: list[Any] = [None] * len(self.all)
@@ -180,17 +182,9 @@ class Sharded:
     def _norm_of(self, tensors: Sequence[Tensor], p: float) -> float | Tensor:
         """The norm of some of what this rank holds."""
         if not any(tensor.numel() for tensor in tensors):
-            return distributed.ABSENT
+            return ABSENT
         whole = not self._partial and len(tensors) == len(self.local.all)
         return norm(self.local if whole else _local(tensors), p)
-
-    def _vector(self, values: Sequence[float | Tensor]) -> Tensor:
-        """Norms as a float64 tensor of one dimension, where ranks exchange it."""
-        mesh = next((layout.mesh for layout in self._places if layout is not None), None)
-        device = mesh.device_type if mesh else next((t.device for t in self._locals), _CPU)
-        if not any(isinstance(v, Tensor) for v in values):
-            return torch.tensor(values, dtype=torch.float64, device=device)
-        return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
 
     def _numbers(self, vector: Tensor) -> list[float | Tensor]:
         """The elements of a vector: floats, if nobody has to wait for the tensors' device."""

@@ -111,12 +111,8 @@ class History(Sequence[Record]):
     """
 
     def __init__(self, maxlen: int = 10_000) -> None:
-        if not isinstance(maxlen, int) or isinstance(maxlen, bool):
-            raise TypeError(f"`maxlen` must be an integer, got {maxlen!r}")
-        if maxlen < 1:
-            raise ValueError(f"`maxlen` must be at least 1, got {maxlen}")
         self._pending: list[tuple[Any, ...]] = []
-        self._kept: deque[Record] = deque(maxlen=maxlen)
+        self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
         self._largest: tuple[float, int | None] = (math.nan, None)
 

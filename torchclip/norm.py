@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchclip import distributed, eager, kernel
+from torchclip.combine import stacked
 
 __all__ = ["as_result", "as_results", "in_double", "refuse_nonfinite"]
 
@@ -31,9 +32,7 @@ def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
 def as_results(norms: Sequence[float | Tensor], batch: Any) -> Tensor:
     """Several norms as a tensor of one dimension, as ``as_result`` returns one."""
     device = batch.all[0].device if batch.all else _CPU
-    wide = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in norms]
-    dtype = torch.float64 if in_double(batch) else torch.float32
-    return torch.stack(wide).to(dtype) if wide else torch.zeros(0, dtype=dtype, device=device)
+    return stacked(norms, device).to(torch.float64 if in_double(batch) else torch.float32)
 
 
 def in_double(batch: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
@@ -120,8 +119,8 @@ class Percentile:
         max_norm: float = math.inf,
     ) -> None:
         self.percentile = _at_most("percentile", percentile, 100)
-        self.window = None if window is None else _count("window", window, least=1)
-        self.warmup = _count("warmup", warmup, least=0)
+        self.window = None if window is None else arguments.count("window", window, least=1)
+        self.warmup = arguments.count("warmup", warmup, least=0)
         self.max_norm = arguments.threshold("max_norm", max_norm)
         self._seen = 0
         self._sorted = array("d")
@@ -239,7 +238,7 @@ class ZScore:
             raise ValueError(
                 "`threshold` is inf, so no step would be clipped; pass a finite z-score such as 2.5"
             )
-        self.warmup = _count("warmup", warmup, least=1)
+        self.warmup = arguments.count("warmup", warmup, least=1)
         self.clip_option: ClipOption = arguments.option("clip_option", clip_option, get_args(ClipOption))
         self.skip_update_on_spike = arguments.flag("skip_update_on_spike", skip_update_on_spike)
         self.max_norm = arguments.threshold("max_norm", max_norm)
@@ -387,18 +386,6 @@ def _at_most(name: str, value: Any, most: float) -> float:
     if number > most:
         raise ValueError(f"`{name}` must be between 0 and {most}, got {value}")
     return number
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:  # as tensors and arrays of several elements raise it, which have an index otherwise
-        count = None
-    if count is None or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}")
-    if count < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")
-    return count
 
 
 def _norm(value: Any) -> float:

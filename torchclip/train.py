@@ -160,6 +160,7 @@ class Step(NamedTuple):
     loss: float
     norm: float  # of all gradients together, before clipping
     max_norm: float  # to which they were clipped
+    clipped: bool
 
 
 def train(model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm) -> Iterator[Step]:
@@ -182,7 +183,7 @@ def train(model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm)
         schedule.step()
 
         clipping = clipper.history[-1]
-        step = Step(parallel.mean(loss), clipping.total_norm, clipping.max_norm)
+        step = Step(parallel.mean(loss), clipping.total_norm, clipping.max_norm, clipping.clipped)
         yield step
         if not math.isfinite(step.loss):
             return
