@@ -175,6 +175,27 @@ def test_overflows_are_the_scalers_to_treat(fused, unscales, value, nonfinite):
     assert not clipper.last.skipped
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_skip_looks_at_the_norm_where_the_scaler_found_nothing(waits, monkeypatch):
+    if not waits:  # as on an accelerator
+        monkeypatch.setattr(torchclip.eager, "on_host", lambda tensors: False)
+    optimizer = sgd(True)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+
+    def spoil(*_):  # as the gradients of another rank would spoil the norm
+        optimizer.param_groups[0]["params"][1].grad.fill_(NAN)
+
+    hook = optimizer.register_step_pre_hook(spoil)
+    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
+    scaled_step(optimizer, scaler, GRADS)
+    assert [p.tolist() for p in optimizer.param_groups[0]["params"]] == [[0.0, 0.0], [0.0]]
+    assert (clipper.last.skipped, clipper.last.nonfinite) == (True, True)
+    hook.remove()
+    scaled_step(optimizer, scaler, GRADS)
+    assert not clipper.last.skipped
+    assert optimizer.param_groups[0]["params"][1].tolist() == pytest.approx([-12 / 13])
+
+
 @fused_or_not
 def test_without_scaling_the_policies_are_as_ever(fused):
     optimizer = sgd(fused)

@@ -417,8 +417,16 @@ class Clipper:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
             # To raise an error, or not, is to wait for an accelerator.
-            known = eager.on_host([found_inf]) or self._nonfinite == "error"
-            return bool(found_inf > 0) if known else found_inf > 0
+            if self._nonfinite != "error" and not eager.on_host([found_inf]):
+                skipped = found_inf > 0
+                if self._nonfinite == "skip":
+                    norm = torch.as_tensor(total_norm, device=found_inf.device)
+                    skipped = skipped | ~norm.isfinite()
+                    # To hide the gradients would be to wait; a fused step heeds this.
+                    vars(self.optimizer)["found_inf"] = skipped.to(found_inf.dtype)
+                return skipped
+            if found_inf > 0:
+                return True
         return self._nonfinite == "skip" and not math.isfinite(total_norm)
 
     def _treat_nonfinite(self, sets: Sequence[_Set], total_norm: Norm, grad_scale: Tensor | None) -> None:
