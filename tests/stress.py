@@ -524,6 +524,8 @@ def clipper(draw: Draw) -> None:
     optimizer = draw.among(kinds)(by_group, lr=0.1, fused=True) if fused else Still(by_group)
     scope, order = draw.among(["global", "global", "group", "parameter"]), draw.order()
     policy = draw.among(["propagate", "propagate", "error", "skip", "zero"])
+    if float(order) <= 0:  # whose norms do not show what is not finite
+        policy = "propagate"
     limit = draw.limit(reference.global_norm(model.before(), order))
     learns = scope == "global" and draw.chance(0.3)
     most = limit

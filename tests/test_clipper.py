@@ -1042,6 +1042,15 @@ def test_lbfgs_cannot_skip():
         Clipper(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]), 1.0, nonfinite="skip")
 
 
+@pytest.mark.parametrize("norm_type", [0, -1, "-inf"])
+@pytest.mark.parametrize("nonfinite", ["error", "skip", "zero"])
+def test_policies_need_a_norm_that_shows_what_is_not_finite(nonfinite, norm_type):
+    optimizer = sgd([torch.tensor([3.0, INF])])
+    with pytest.raises(ValueError, match=rf"`nonfinite='{nonfinite}'`.*pass an order above 0.*'propagate'"):
+        Clipper(optimizer, 1.0, norm_type=norm_type, nonfinite=nonfinite)
+    Clipper(optimizer, 1.0, norm_type=norm_type)
+
+
 def test_repr():
     clipper = Clipper(sgd([torch.ones(1)]), Percentile(20), scope="group")
     threshold = "Percentile(percentile=20.0, window=None, warmup=0, max_norm=inf)"

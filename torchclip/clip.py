@@ -73,7 +73,8 @@ def clip_grad_norm_(
         max_norm: the threshold, at least 0. ``float("inf")`` only measures.
         norm_type: the order of the norm, any number or ``"inf"``.
         error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, before anything is changed.  By default
-            it is returned, and spreads to all gradients.
+            it is returned, and spreads to all gradients.  It is the norm that is looked at, as in torch: of
+            an order of 0 or less it may be finite though a gradient is not.
         foreach: accepted for compatibility, without effect.
         group: a process group, or several, whose other ranks hold further gradients (pipeline stages, shards
             made by hand); all of its ranks must make the call.  DTensors need none.
@@ -127,7 +128,7 @@ def get_total_norm(
     Args:
         tensors: the tensors, or a single one; one that is listed twice counts once.
         norm_type: the order of the norm, any number or ``"inf"``.
-        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``.
+        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, as for ``clip_grad_norm_``.
         foreach: accepted for compatibility, without effect.
         group: as for ``clip_grad_norm_``.
 

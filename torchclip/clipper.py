@@ -170,8 +170,9 @@ class Clipper:
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
         ValueError: if ``max_norm`` is negative or NaN, ``scope`` or ``nonfinite`` unknown, the optimizer
-            already has a clipper, ``"skip"`` is asked of LBFGS, whose steps cannot be skipped half-way, or
-            ``group`` is combined with ``"parameter"``.
+            already has a clipper, ``"skip"`` is asked of LBFGS, whose steps cannot be skipped half-way,
+            ``group`` is combined with ``"parameter"``, or a policy other than ``"propagate"`` with a
+            ``norm_type`` of 0 or less, whose norm may be finite though a gradient is not.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -218,6 +219,11 @@ class Clipper:
         self.history = History()
         self._rule = MaxNormRule(max_norm)
         self._order = arguments.norm_order(norm_type)
+        if self._order <= 0 and nonfinite != "propagate":
+            raise ValueError(
+                f"`nonfinite={nonfinite!r}` goes by the norm, which of order {self._order} may be finite though "
+                "a gradient is not; pass an order above 0 as `norm_type`, or use 'propagate'"
+            )
         self._scope = scope
         self._nonfinite = nonfinite
         self._group = distributed.as_groups(group) or None
