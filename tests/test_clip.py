@@ -146,6 +146,15 @@ def test_per_example_gives_what_single_examples_clipped_one_by_one_add_up_to():
         torch.testing.assert_close(a, b)
 
 
+def test_per_example_adds_up_in_float64():
+    # More than one piece, and of numbers that float32 loses most digits of.
+    gradient = randn(700, 3000) * torch.tensor([1e4, 1.0]).repeat(350)[:, None] + 100
+    (total,), _ = torchclip.clip_per_example(gradient, 50.0)
+    wide = gradient.double()
+    expected = (wide * (50 / (wide.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)).sum(dim=0)
+    torch.testing.assert_close(total, expected.float(), rtol=1.2e-7, atol=0)
+
+
 def test_adaptive_clips_units_and_not_others():
     weight = nn.Parameter(torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]]))
     weight.grad = torch.tensor([[30.0, 40.0], [0.03, 0.04], [3.0, 4.0]])
@@ -450,6 +459,30 @@ def test_under_every_mode_of_autograd(name, mode):
     assert inside is None or inside.equal(outside)
     for a, b in zip(mine, others, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@names
+def test_autocast_does_not_matter(name, dtype):
+    for gradients, order in itertools.product(
+        ([randn(40, 30, dtype=d), randn(70_000, dtype=d)] for d in (dtype, torch.float32, torch.float64)),
+        NORM_TYPES if CLIPPERS[name].orders else [2],
+    ):
+        mine, others = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
+        with torch.autocast("cpu", dtype):
+            inside = CLIPPERS[name].ours(mine, 0.5, order)
+        outside = CLIPPERS[name].ours(others, 0.5, order)
+        assert inside is None or (inside.dtype == outside.dtype and inside.equal(outside))
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_matter_per_example(dtype):
+    gradients = [randn(8, 30), randn(8, 4, 5)]
+    with torch.autocast("cpu", dtype):
+        inside, _ = torchclip.clip_per_example(gradients, 0.5)
+    outside, _ = torchclip.clip_per_example(gradients, 0.5)
+    assert all(map(torch.equal, inside, outside))
 
 
 @names

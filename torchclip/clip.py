@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -27,6 +28,9 @@ __all__ = [
     "clip_per_example",
     "get_total_norm",
 ]
+
+# Elements of examples copied in one go.
+_PIECE = 1 << 20
 
 
 @overload
@@ -371,8 +375,15 @@ def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _weighted_sum(grad: Tensor, factors: Tensor) -> Tensor:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    total = factors.to(grad.device, wide) @ grad.reshape(len(grad), math.prod(grad.shape[1:])).to(wide)
+    # On mps, which has no float64, float32, and then autocast must not narrow the product.
+    on_mps = grad.device.type == "mps"
+    wide = torch.promote_types(grad.dtype, torch.float32 if on_mps else torch.float64)
+    factors = factors.to(grad.device, wide)
+    rows = grad.reshape(len(grad), math.prod(grad.shape[1:]))
+    with torch.autocast("mps", enabled=False) if on_mps else nullcontext():
+        # By pieces, so that the copies do not grow with the gradients.
+        pieces = torch.split(rows, max(1, _PIECE // max(1, len(rows))), dim=1)
+        total = torch.cat([factors @ piece.to(wide) for piece in pieces])
     return total.to(grad.dtype).view(grad.shape[1:])
 
 
