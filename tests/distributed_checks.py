@@ -3,6 +3,8 @@
 import itertools
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from helpers import DTYPES, NORM_TYPES, bits, randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -28,12 +30,12 @@ INF = math.inf
 SHAPES = [(10, 6), (3, 5), (7,), (1,), (2, 1, 3), (0, 4), (16, 4)]
 
 
-def split(full: Tensor, mesh, *placements) -> Tensor:
+def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> Tensor:
     """A DTensor that has this value."""
     return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
 
 
-def addends(full: Tensor, mesh, *placements) -> Tensor:
+def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> Tensor:
     """A DTensor that has this value once the ranks' addends are reduced."""
     where = [Replicate() if p.is_partial() else p for p in placements]
     held = split(full, mesh, *where).to_local().clone()
@@ -61,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_agreed(value: Tensor, group=None) -> None:
+def assert_agreed(value: Tensor, group: Any = None) -> None:
     """The same bits on all ranks, in a plain tensor."""
     assert type(value) is Tensor
     of_ranks = [None] * dist.get_world_size(group)
@@ -76,7 +78,9 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(whole(actual), expected, rtol=rtol, atol=0, equal_nan=True)
 
 
-def compare(fulls, grads, clip) -> None:
+def compare(
+    fulls: Sequence[Tensor], grads: Sequence[Tensor], clip: Callable[[list[nn.Parameter]], Any]
+) -> None:
     """The same result and the same gradients as of the full tensors, and the same result on every rank."""
     oracle = [parameter(full.clone()) for full in fulls]
     parameters = [parameter(grad) for grad in grads]
@@ -97,12 +101,12 @@ def compare(fulls, grads, clip) -> None:
             assert grad._version > before
 
 
-def global_norm(limit, order=2.0):
+def global_norm(limit: float, order: float | str = 2.0) -> Callable[[list[nn.Parameter]], Tensor]:
     return lambda parameters: torchclip.clip_grad_norm_(parameters, limit, order)
 
 
-def with_norm(limit, order):
-    def clip(parameters):
+def with_norm(limit: float, order: float | str) -> Callable[[list[nn.Parameter]], Tensor]:
+    def clip(parameters: list[nn.Parameter]) -> Tensor:
         norm = torchclip.get_total_norm([p.grad for p in parameters], order)
         torchclip.clip_grads_with_norm_(parameters, limit, norm)
         return norm
@@ -110,7 +114,7 @@ def with_norm(limit, order):
     return clip
 
 
-def placements_on(mesh, shape) -> list[tuple]:
+def placements_on(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple]:
     """All ways in which a tensor can lie on a mesh."""
     each = [Replicate(), *(Shard(d) for d in range(len(shape)))]
     ways = list(itertools.product(each, repeat=mesh.ndim))
@@ -119,7 +123,7 @@ def placements_on(mesh, shape) -> list[tuple]:
     return ways
 
 
-def check_every_placement_on_a_line_of_ranks():
+def check_every_placement_on_a_line_of_ranks() -> None:
     mesh = init_device_mesh("cpu", (4,))
     fulls, grads = [], []
     for i, shape in enumerate(SHAPES):
@@ -130,7 +134,7 @@ def check_every_placement_on_a_line_of_ranks():
         compare(fulls, [g.clone() for g in grads], global_norm(limit))
 
 
-def check_every_placement_on_a_grid_of_ranks():
+def check_every_placement_on_a_grid_of_ranks() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     for i, shape in enumerate(SHAPES):
         fulls, grads = [], []
@@ -143,7 +147,7 @@ def check_every_placement_on_a_grid_of_ranks():
         compare(fulls, grads, global_norm(1.0))
 
 
-def check_norm_types():
+def check_norm_types() -> None:
     mesh = init_device_mesh("cpu", (4,))
     fulls = [randn(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     fulls[0][3, 2] = 0
@@ -151,7 +155,7 @@ def check_norm_types():
         compare(fulls, [split(f, mesh, Shard(0)) for f in fulls], clip(0.5, order))
 
 
-def check_norm_types_without_any_element():
+def check_norm_types_without_any_element() -> None:
     mesh = init_device_mesh("cpu", (4,))
     for order in NORM_TYPES:
         for grads in ([], [split(torch.zeros(0, 4), mesh, Shard(0))]):
@@ -159,7 +163,7 @@ def check_norm_types_without_any_element():
         assert torchclip.get_total_norm([], order, group=dist.group.WORLD) == 0
 
 
-def check_dtypes():
+def check_dtypes() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     for dtype in DTYPES:
         fulls = [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
@@ -169,7 +173,7 @@ def check_dtypes():
     compare(mixed, [split(f, grid, Shard(0), Shard(1)) for f in mixed], global_norm(1.0))
 
 
-def check_range():
+def check_range() -> None:
     """Norms whose squares leave float64."""
     mesh = init_device_mesh("cpu", (4,))
     for scale in (1e200, 1e-200):
@@ -177,7 +181,7 @@ def check_range():
         compare([full], [split(full, mesh, Shard(0))], global_norm(scale))
 
 
-def check_pending_sums_and_averages():
+def check_pending_sums_and_averages() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     ways = [
         (Partial(), Replicate()),
@@ -196,7 +200,7 @@ def check_pending_sums_and_averages():
         assert all(g.placements == way for g, way in zip(grads, ways, strict=True))
 
 
-def check_pending_sums_are_not_clamped():
+def check_pending_sums_are_not_clamped() -> None:
     mesh = init_device_mesh("cpu", (4,))
     p = parameter(addends(randn(6, 5), mesh, Partial()))
     before = p.grad.to_local().clone()
@@ -205,7 +209,7 @@ def check_pending_sums_are_not_clamped():
     assert torch.equal(p.grad.to_local(), before)
 
 
-def check_value():
+def check_value() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     for dtype in (torch.float32, torch.bfloat16):
         fulls = [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
@@ -213,7 +217,7 @@ def check_value():
         compare(fulls, grads, lambda ps: torchclip.clip_grad_value_(ps, 0.5))
 
 
-def check_norm_per_parameter():
+def check_norm_per_parameter() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     for order in NORM_TYPES:
         fulls, grads = [], []
@@ -227,7 +231,7 @@ def check_norm_per_parameter():
         compare(fulls, grads, lambda ps, o=order: torchclip.clip_grad_norm_per_parameter_(ps, 0.5, o))
 
 
-def check_adaptive():
+def check_adaptive() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     for order in (1, 2, 3, INF, -1):
         for shape in SHAPES:
@@ -242,7 +246,7 @@ def check_adaptive():
                 assert_same(p.grad, oracle.grad)
 
 
-def check_adaptive_with_pending_sums():
+def check_adaptive_with_pending_sums() -> None:
     mesh = init_device_mesh("cpu", (4,))
     full, weight = randn(6, 5), randn(6, 5, seed=7, scale=0.1)
     oracle, p = nn.Parameter(weight.clone()), nn.Parameter(split(weight, mesh, Replicate()))
@@ -252,7 +256,7 @@ def check_adaptive_with_pending_sums():
     assert_same(p.grad, oracle.grad)
 
 
-def check_adaptive_needs_gradients_split_as_weights():
+def check_adaptive_needs_gradients_split_as_weights() -> None:
     mesh = init_device_mesh("cpu", (4,))
     p = nn.Parameter(split(randn(8, 8), mesh, Shard(0)))
     p.grad = split(randn(8, 8), mesh, Shard(1))
@@ -260,14 +264,25 @@ def check_adaptive_needs_gradients_split_as_weights():
         torchclip.clip_grad_adaptive_([p])
 
 
-def check_beside_plain_tensors():
+def check_beside_plain_tensors() -> None:
     mesh = init_device_mesh("cpu", (4,))
     fulls = [randn(6, 5), randn(3, seed=1)]
     compare(fulls, [split(fulls[0], mesh, Shard(0)), fulls[1].clone()], global_norm(1.0))
     compare(fulls, [split(fulls[0], mesh, Replicate()), fulls[1].clone()], global_norm(1.0))
 
 
-def check_shared_gradients_and_parameters_listed_twice():
+def check_limits_and_norms_that_are_pending() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(8, 5)
+    norm = torch.linalg.vector_norm(split(full, mesh, Shard(0)))  # on each rank, that of its part
+    assert norm.placements[0].is_partial()
+    compare([full], [split(full, mesh, Shard(0))], lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, norm))
+    p = parameter(split(full, mesh, Shard(0)))
+    torchclip.clip_grad_norm_(p, norm / 2)
+    torch.testing.assert_close(whole(p.grad), full / 2)
+
+
+def check_shared_gradients_and_parameters_listed_twice() -> None:
     mesh = init_device_mesh("cpu", (4,))
     full = randn(6, 5)
     a, b = parameter(full.clone()), parameter(split(full, mesh, Shard(0)))
@@ -279,7 +294,7 @@ def check_shared_gradients_and_parameters_listed_twice():
     assert len(torchclip.clip_grad_norm_per_parameter_([b, c], 0.5)) == 1
 
 
-def check_gradients_that_some_ranks_lack():
+def check_gradients_that_some_ranks_lack() -> None:
     rank = dist.get_rank()
     mesh, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     for order in (0, 2, INF, -1):
@@ -299,7 +314,7 @@ def check_gradients_that_some_ranks_lack():
         torchclip.clip_grad_adaptive_(parameters)
 
 
-def check_gradients_that_a_rank_has_none_of():
+def check_gradients_that_a_rank_has_none_of() -> None:
     mesh = init_device_mesh("cpu", (4,))
     p = parameter(None, like=split(randn(8, 5), mesh, Shard(0)))
     if dist.get_rank() == 2:
@@ -309,7 +324,7 @@ def check_gradients_that_a_rank_has_none_of():
     assert norm == torchclip.get_total_norm(randn(8, 5)[4:6].contiguous())
 
 
-def check_experts_on_meshes_that_only_some_ranks_have():
+def check_experts_on_meshes_that_only_some_ranks_have() -> None:
     """One mesh for all, one for each pair of ranks with an expert of its own; ``group`` tells them apart."""
     rank = dist.get_rank()
     everyone = init_device_mesh("cpu", (4,))
@@ -331,7 +346,7 @@ def check_experts_on_meshes_that_only_some_ranks_have():
             assert norm == torchclip.get_total_norm(fulls, order)
 
 
-def check_experts_that_some_ranks_lack():
+def check_experts_that_some_ranks_lack() -> None:
     rank = dist.get_rank()
     everyone = init_device_mesh("cpu", (4,))
     group = dist.new_group([0, 1])
@@ -348,7 +363,7 @@ def check_experts_that_some_ranks_lack():
     assert each.tolist() == [norm.item() for norm in expected]
 
 
-def check_expert_parallel_over_submeshes():
+def check_expert_parallel_over_submeshes() -> None:
     """Dense parameters over all ranks; experts split over ``ep`` and, within it, over ``shard``."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "ep"))
     dense = init_device_mesh("cpu", (4,))
@@ -366,7 +381,7 @@ def check_expert_parallel_over_submeshes():
     compare(fulls, grads, lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5))
 
 
-def check_asymmetric_submeshes():
+def check_asymmetric_submeshes() -> None:
     """Ranks meet the dimensions of their mesh in different orders."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     fulls = [randn(6, seed=1), randn(6, 4)]
@@ -376,7 +391,7 @@ def check_asymmetric_submeshes():
     assert norms[-1] == torchclip.get_total_norm(fulls[1])
 
 
-def check_meshes_without_all_ranks():
+def check_meshes_without_all_ranks() -> None:
     group = dist.new_group([0, 1])
     if dist.get_rank() < 2:
         mesh = DeviceMesh.from_group(group, "cpu")
@@ -385,7 +400,7 @@ def check_meshes_without_all_ranks():
         assert norm == torchclip.get_total_norm(full)
 
 
-def check_pipeline():
+def check_pipeline() -> None:
     """Stages over which parameters are parted, each of them sharded by itself."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     fulls = [randn(7, 5), randn(3, 4, seed=1), randn(4, seed=2), randn(2, seed=3)]
@@ -402,7 +417,7 @@ def check_pipeline():
             assert_same(each.grad, expected.grad)
 
 
-def check_parts_made_by_hand():
+def check_parts_made_by_hand() -> None:
     """Plain tensors over one group of ranks, over two that cross, and a rank without parameters."""
     rank = dist.get_rank()
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
@@ -421,7 +436,7 @@ def check_parts_made_by_hand():
         assert norm == torchclip.get_total_norm([f for r, f in enumerate(fulls) if r != 1], order)
 
 
-def check_parts_made_by_hand_beside_a_mesh_of_all():
+def check_parts_made_by_hand_beside_a_mesh_of_all() -> None:
     """What all ranks of the group have in common counts once."""
     mesh = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
@@ -435,13 +450,13 @@ def check_parts_made_by_hand_beside_a_mesh_of_all():
         assert norm == torchclip.get_total_norm([common, *fulls])
 
 
-def check_groups_are_process_groups():
+def check_groups_are_process_groups() -> None:
     for wrong in ("world", [dist.group.WORLD, 1], dist.GroupMember.NON_GROUP_MEMBER):
         with pytest.raises(TypeError, match="`group` must be a process group"):
             torchclip.get_total_norm([], group=wrong)
 
 
-def check_nonfinite_on_one_rank():
+def check_nonfinite_on_one_rank() -> None:
     mesh = init_device_mesh("cpu", (4,))
     for bad in (math.nan, INF):
         full = randn(8, 3)
@@ -462,7 +477,7 @@ def check_nonfinite_on_one_rank():
         compare([full], [grad], global_norm(1.0))
 
 
-def collectives(call) -> list[str]:
+def collectives(call: Callable[..., Any]) -> list[str]:
     """The collectives of a call, as torch's profiler saw them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -471,13 +486,13 @@ def collectives(call) -> list[str]:
     return [event.name for event in profile.events() if event.name.startswith("gloo:")]
 
 
-def check_number_of_collectives():
+def check_number_of_collectives() -> None:
     everyone = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     pair = grid["tp"]
     full = randn(8, 8)
 
-    def count(*grads, clip=torchclip.clip_grad_norm_, **options):
+    def count(*grads: Tensor, clip: Callable[..., Any] = torchclip.clip_grad_norm_, **options: Any) -> int:
         parameters = [parameter(grad) for grad in grads]
         return len(collectives(lambda: clip(parameters, 1.0, **options)))
 
@@ -530,12 +545,12 @@ SEQUENCE_PARALLEL = {
 }
 
 
-def model_of(blocks: int = 2, dtype=torch.float32) -> nn.Sequential:
+def model_of(blocks: int = 2, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(Block() for _ in range(blocks))).to(dtype)
 
 
-def batch_of(ranks: int, dtype=torch.float32) -> Tensor:
+def batch_of(ranks: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return randn(4 * ranks, 3, 6, dtype=dtype)
 
 
@@ -543,7 +558,7 @@ def backward(model: nn.Module, x: Tensor, weight: float = 100.0) -> None:
     (weight * model(x).square().mean()).backward()
 
 
-def trained_alone(dtype=torch.float64) -> nn.Module:
+def trained_alone(dtype: torch.dtype = torch.float64) -> nn.Module:
     """Float64, so that sums over ranks in another order make no difference that counts."""
     model = model_of(dtype=dtype)
     backward(model, batch_of(4, dtype))
@@ -565,20 +580,20 @@ def my_part(x: Tensor, parts: int = 4, place: int | None = None) -> Tensor:
     return x.chunk(parts)[dist.get_rank() if place is None else place]
 
 
-def sharded(model: nn.Module, **options) -> nn.Module:
+def sharded(model: nn.Module, **options: Any) -> nn.Module:
     for block in model:
         fully_shard(block, **options)
     return fully_shard(model, **options)
 
 
-def check_fsdp2():
+def check_fsdp2() -> None:
     model = sharded(model_of(dtype=torch.float64))
     backward(model, my_part(batch_of(4, torch.float64)))
     assert dist.get_rank() < 3 or any(p.grad.to_local().numel() == 0 for p in model.parameters())
     compare_models(model, trained_alone())
 
 
-def check_fsdp2_on_replicated_groups():
+def check_fsdp2_on_replicated_groups() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = sharded(model_of(dtype=torch.float64), mesh=mesh)
     backward(model, my_part(batch_of(4, torch.float64)))
@@ -586,13 +601,13 @@ def check_fsdp2_on_replicated_groups():
 
 
 @worlds_of(2)
-def check_fsdp2_on_two_ranks():
+def check_fsdp2_on_two_ranks() -> None:
     model = sharded(model_of(dtype=torch.float64))
     backward(model, my_part(batch_of(4, torch.float64), 2))
     compare_models(model, trained_alone())
 
 
-def check_fsdp2_in_mixed_precision():
+def check_fsdp2_in_mixed_precision() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(model_of(), mp_policy=policy)
     backward(model, my_part(batch_of(4, torch.bfloat16)))
@@ -600,7 +615,7 @@ def check_fsdp2_in_mixed_precision():
     compare(fulls, [p.grad for p in model.parameters()], global_norm(0.1))
 
 
-def check_tensor_parallel_sequence():
+def check_tensor_parallel_sequence() -> None:
     """SequenceParallel leaves gradients of which each rank has an addend."""
     mesh = init_device_mesh("cpu", (4,))
 
@@ -614,7 +629,7 @@ def check_tensor_parallel_sequence():
     assert model.norm.weight.grad.placements == (Partial(),)
 
 
-def check_fsdp2_with_tensor_parallel():
+def check_fsdp2_with_tensor_parallel() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
     model, oracle = (model_of(dtype=torch.float64) for _ in range(2))
@@ -632,7 +647,7 @@ def check_fsdp2_with_tensor_parallel():
     compare_models(model, oracle)
 
 
-def check_ddp():
+def check_ddp() -> None:
     model = nn.parallel.DistributedDataParallel(model_of(dtype=torch.float64))
     backward(model, my_part(batch_of(4, torch.float64)))
     grads = [p.grad for p in model.parameters()]
@@ -640,7 +655,14 @@ def check_ddp():
     compare_models(model, trained_alone())
 
 
-def steps(model: nn.Module, x: Tensor, make_clipper, steps: int = 4, bad_step: int | None = None, **options):
+def steps(
+    model: nn.Module,
+    x: Tensor,
+    make_clipper: Callable[[torch.optim.Optimizer], torchclip.Clipper],
+    steps: int = 4,
+    bad_step: int | None = None,
+    **options: Any,
+) -> tuple[list[tuple[float, float, float, bool]], list[Tensor]]:
     """Train a little; what the clipper recorded, and the parameters that came out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
     clipper = make_clipper(optimizer)
@@ -662,7 +684,9 @@ def spoil(grad: Tensor) -> None:
         grad.to_local()[-1] = math.nan
 
 
-def compare_training(make_clipper, **options) -> None:
+def compare_training(
+    make_clipper: Callable[[torch.optim.Optimizer], torchclip.Clipper], **options: Any
+) -> None:
     """Norms, thresholds and decisions are the same on all ranks, and those of one process."""
     x = batch_of(4, torch.float64)
     expected, weights = steps(model_of(dtype=torch.float64), x, make_clipper, **options)
@@ -679,7 +703,7 @@ def compare_training(make_clipper, **options) -> None:
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7, equal_nan=True)
 
 
-def check_clipper_on_fsdp2():
+def check_clipper_on_fsdp2() -> None:
     thresholds = [0.1, INF, lambda step: 0.1 / (1 + step), torchclip.ZScore(warmup=2)]
     thresholds.append(torchclip.Percentile(50.0))
     for max_norm, scope in itertools.product(thresholds, ("global", "group", "parameter")):
@@ -688,7 +712,7 @@ def check_clipper_on_fsdp2():
     compare_training(lambda o: torchclip.Clipper(o, 0.1), foreach=True)
 
 
-def check_clipper_and_nonfinite_gradients_on_fsdp2():
+def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
     for nonfinite, scope in itertools.product(
         ("propagate", "skip", "zero"), ("global", "group", "parameter")
     ):
@@ -710,7 +734,7 @@ def check_clipper_and_nonfinite_gradients_on_fsdp2():
             )
 
 
-def check_clipper_with_a_fused_optimizer():
+def check_clipper_with_a_fused_optimizer() -> None:
     """The coefficient goes along with the step, as the optimizer's ``grad_scale``, in float32 only."""
     results = []
     for build, x in ((model_of, batch_of(4)), (lambda: sharded(model_of()), my_part(batch_of(4)))):
@@ -724,7 +748,7 @@ def check_clipper_with_a_fused_optimizer():
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-def check_clipper_over_groups():
+def check_clipper_over_groups() -> None:
     """Stages of a pipeline: every rank has parameters of its own."""
     rank = dist.get_rank()
     fulls = [randn(5, 2, seed=i) for i in range(4)]
@@ -752,7 +776,7 @@ def check_clipper_over_groups():
     assert (spoilt == 0).all()
 
 
-def check_versions_of_gradients_that_stay():
+def check_versions_of_gradients_that_stay() -> None:
     """What is not changed keeps its version, as what autograd has saved of it stays valid."""
     mesh = init_device_mesh("cpu", (4,))
     grads = [split(randn(8, 3), mesh, Shard(0)), split(randn(8, 3) / 100, mesh, Shard(0))]
@@ -761,7 +785,7 @@ def check_versions_of_gradients_that_stay():
     assert [g._version for g in grads] == before
 
 
-def check_gradients_still_being_reduced():
+def check_gradients_still_being_reduced() -> None:
     """Local tensors that wait for a collective, as tensor parallelism leaves them."""
     from torch.distributed._functional_collectives import all_reduce
 
@@ -775,7 +799,7 @@ def check_gradients_still_being_reduced():
     assert_same(p.grad, oracle.grad)
 
 
-def check_gradients_that_require_grad():
+def check_gradients_that_require_grad() -> None:
     mesh = init_device_mesh("cpu", (4,))
     full = randn(6, 5)
     p = parameter(split(full, mesh, Shard(0)).requires_grad_())
@@ -784,7 +808,7 @@ def check_gradients_that_require_grad():
     assert norm == torchclip.get_total_norm(full)
 
 
-def check_compiled():
+def check_compiled() -> None:
     """A compiled step may break its graph at the exchange; the result is the same."""
     mesh = init_device_mesh("cpu", (4,))
     full = randn(6, 5)

@@ -1,22 +1,25 @@
 """The NumPy reference on its own: the book's function, formulas written out, and what is refused."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from torchclip import reference
+from torchclip.reference import Array
 
 INF = math.inf
 RNG = np.random.default_rng(0)
 
 
-def arrays():
+def arrays() -> list[Array]:
     return [RNG.standard_normal((3, 4)), RNG.standard_normal(5)]
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 100.0])
-def test_is_the_books_formula(max_norm):
+def test_is_the_books_formula(max_norm: float) -> None:
     grads = arrays()
     expected = [g.copy() for g in grads]
     total_norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
@@ -29,13 +32,13 @@ def test_is_the_books_formula(max_norm):
 
 
 @pytest.mark.parametrize("order", [-2, -1, 0.5, 1, 2, 3])
-def test_the_norm_is_its_formula(order):
+def test_the_norm_is_its_formula(order: Any) -> None:
     grads = arrays()
     joint = np.concatenate([g.ravel() for g in grads])
     assert reference.global_norm(grads, order) == pytest.approx(np.linalg.norm(joint, order), rel=1e-13)
 
 
-def test_the_norms_without_a_formula():
+def test_the_norms_without_a_formula() -> None:
     grads = [np.array([3.0, -4.0]), np.array([0.0])]
     assert reference.global_norm(grads, "inf") == reference.global_norm(grads, INF) == 4
     assert reference.global_norm(grads, "-inf") == 0
@@ -47,12 +50,12 @@ def test_the_norms_without_a_formula():
 
 
 @pytest.mark.parametrize("number", [1e20, 1e-25])
-def test_neither_overflows_nor_underflows(number):
+def test_neither_overflows_nor_underflows(number: float) -> None:
     assert reference.global_norm([np.full(4, number, np.float32)]) == pytest.approx(2 * number, rel=1e-7)
     assert reference.global_norm([np.full(4, number**8)]) == pytest.approx(2 * number**8, rel=1e-12)
 
 
-def test_nan_and_inf_spread():
+def test_nan_and_inf_spread() -> None:
     grads = [np.array([1.0, math.nan]), np.array([2.0])]
     assert math.isnan(reference.clip_grads(grads, 1.0))
     assert np.isnan(grads[1]).all()
@@ -64,7 +67,7 @@ def test_nan_and_inf_spread():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.complex64, np.complex128])
-def test_arrays_keep_their_dtype_and_their_memory(dtype):
+def test_arrays_keep_their_dtype_and_their_memory(dtype: Any) -> None:
     buffer = np.full(10, 4, dtype)
     view = buffer[2:9:2]
     reference.clip_grads([view], 4.0)
@@ -72,7 +75,7 @@ def test_arrays_keep_their_dtype_and_their_memory(dtype):
     np.testing.assert_allclose(buffer, [4, 4, 2, 4, 2, 4, 2, 4, 2, 4], rtol=1e-3)
 
 
-def test_a_limit_beyond_the_dtype_limits_nothing():
+def test_a_limit_beyond_the_dtype_limits_nothing() -> None:
     grad = np.array([3.0, -4.0], np.float16)
     reference.clip_grad_value([grad], 1e9)
     assert grad.tolist() == [3, -4]
@@ -91,7 +94,7 @@ IN_PLACE = [name for name in CALLS if name != "clip_per_example"]
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("value", [None, "1", 1j, True, [1.0], np.ones(2)], ids=repr)
-def test_thresholds_that_are_no_numbers(name, value):
+def test_thresholds_that_are_no_numbers(name: str, value: Any) -> None:
     grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
     with pytest.raises(TypeError, match=r"^`(max_norm|clip_value|clip_factor)` must be a number, got"):
         CALLS[name](grads, value)
@@ -100,7 +103,7 @@ def test_thresholds_that_are_no_numbers(name, value):
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("value", [-1, -INF, math.nan, np.float32(-1)], ids=repr)
-def test_thresholds_below_0(name, value):
+def test_thresholds_below_0(name: str, value: Any) -> None:
     grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
     with pytest.raises(ValueError, match="must be at least 0, got"):
         CALLS[name](grads, value)
@@ -108,7 +111,13 @@ def test_thresholds_below_0(name, value):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_arrays_of_whole_numbers(name):
+def test_thresholds_beyond_float64(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^`\w+` must be within the range of float64, got a larger int"):
+        CALLS[name]([np.array([3.0, 4.0]), np.array([5.0, 6.0])], 10**400)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arrays_of_whole_numbers(name: str) -> None:
     grads = [np.array([3.0, 4.0]), np.array([5, 6])]
     with pytest.raises(TypeError, match=r"`grads` must be of a .* dtype, item 1 is int64; convert it first"):
         CALLS[name](grads)
@@ -116,20 +125,20 @@ def test_arrays_of_whole_numbers(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_is_no_array(name):
+def test_what_is_no_array(name: str) -> None:
     with pytest.raises(TypeError, match="`grads` must hold NumPy arrays, item 1 is list"):
         CALLS[name]([np.array([3.0, 4.0]), [5.0, 6.0]])
 
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("wrap", [iter, lambda grads: dict(enumerate(grads)), np.array])
-def test_what_is_no_list(name, wrap):
+def test_what_is_no_list(name: str, wrap: Callable[[Any], Any]) -> None:
     with pytest.raises(TypeError, match="`grads` must be a list or a tuple of arrays, got"):
         CALLS[name](wrap([np.array([3.0, 4.0]), np.array([5.0, 6.0])]))
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_arrays_that_cannot_be_written(name):
+def test_arrays_that_cannot_be_written(name: str) -> None:
     grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
     grads[1].flags.writeable = False
     with pytest.raises(
@@ -141,18 +150,18 @@ def test_arrays_that_cannot_be_written(name):
 
 
 @pytest.mark.parametrize("order", [None, [2], 1j, True])
-def test_orders_that_are_no_numbers(order):
+def test_orders_that_are_no_numbers(order: Any) -> None:
     with pytest.raises(TypeError, match="`norm_type` must be a number, got"):
         reference.global_norm([np.ones(2)], order)
 
 
 @pytest.mark.parametrize("order", ["2", "fro", math.nan])
-def test_orders_without_meaning(order):
+def test_orders_without_meaning(order: Any) -> None:
     with pytest.raises(ValueError, match="`norm_type`"):
         reference.global_norm([np.ones(2)], order)
 
 
-def test_a_norm_that_is_no_number_or_negative():
+def test_a_norm_that_is_no_number_or_negative() -> None:
     grads = [np.array([3.0, 4.0])]
     with pytest.raises(TypeError, match="`total_norm` must be a number, got None"):
         reference.clip_grads_with_norm(grads, 1.0, None)
@@ -161,23 +170,23 @@ def test_a_norm_that_is_no_number_or_negative():
     assert grads[0].tolist() == [3, 4]
 
 
-def test_complex_numbers_have_no_order():
+def test_complex_numbers_have_no_order() -> None:
     with pytest.raises(TypeError, match="`grads` must be of a real floating dtype, item 0 is complex128"):
         reference.clip_grad_value([np.array([1j])], 1.0)
 
 
-def test_weights_of_another_shape():
+def test_weights_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"a gradient of shape \(2,\) does not fit its weight of \(3,\)"):
         reference.clip_grad_adaptive([np.ones(3)], [np.ones(2)])
 
 
 @pytest.mark.parametrize("grads", [[np.ones((2, 3)), np.ones((3, 3))], [np.ones(())]])
-def test_numbers_of_examples_that_differ(grads):
+def test_numbers_of_examples_that_differ(grads: list[Array]) -> None:
     with pytest.raises(ValueError, match="same number of examples along its first axis, got shapes"):
         reference.clip_per_example(grads, 1.0)
 
 
-def test_no_gradients():
+def test_no_gradients() -> None:
     assert reference.clip_grads([], 1.0) == 0
     assert reference.clip_per_example([], 1.0) == ([], 0)
     assert reference.clip_grad_norm_per_parameter([], 1.0) == []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = [
     "count",
     "flag",
+    "full",
     "mapping",
     "norm_order",
     "number",
@@ -31,7 +32,7 @@ def threshold(name: str, value: Any) -> float:
     """``value`` as a float that is at least 0 (``inf`` included), or an error that names the argument."""
     if type(value) is not float:
         hint = "; to measure without clipping pass float('inf')" if name == "max_norm" else ""
-        value = number(name, value, hint)
+        value = number(name, value, hint=hint)
     if not value >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}")
     return float(value)
@@ -41,20 +42,29 @@ def norm_order(norm_type: Any) -> float:
     """The order of a norm: any number but NaN, or ``"inf"`` or ``"-inf"``."""
     if type(norm_type) is not float:
         is_name = isinstance(norm_type, str) and norm_type in ("inf", "-inf")
-        norm_type = float(norm_type) if is_name else number("norm_type", norm_type, " or 'inf'")
+        norm_type = float(norm_type) if is_name else number("norm_type", norm_type, "a number or 'inf'")
     if math.isnan(norm_type):
         raise ValueError("`norm_type` is nan; pass a number such as 2.0, or 'inf'")
     return float(norm_type)
 
 
-def number(name: str, value: Any, hint: str = "") -> float:
+def number(name: str, value: Any, what: str = "a number", hint: str = "") -> float:
     """``value`` as a float, or an error that names the argument."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value.detach())
+        return float(full(value.detach()))
     # Real covers int, float and NumPy's scalars; bool is one too, but never meant here.
     if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
-    raise TypeError(f"`{name}` must be a number, got {shown(value)}{hint}")
+        try:
+            return float(value)
+        except OverflowError:
+            kind = type(value).__name__
+            raise ValueError(f"`{name}` must be within the range of float64, got a larger {kind}") from None
+    raise TypeError(f"`{name}` must be {what}, got {shown(value)}{hint}")
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The tensor; for a DTensor, which may be pending a reduction, what it is on all ranks together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def count(name: str, value: Any, least: float) -> int:

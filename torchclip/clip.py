@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchclip import eager, gradients, units
-from torchclip.arguments import flag, norm_order, number, refuse_item, tensor_list, threshold
+from torchclip.arguments import flag, full, norm_order, number, refuse_item, tensor_list, threshold
 from torchclip.combine import combine_tensors
 from torchclip.norm import as_result, as_results, refuse_nonfinite
 
@@ -390,7 +390,7 @@ def _weighted_sum(grad: Tensor, factors: Tensor) -> Tensor:
 def _as_norm(total_norm: Tensor | float) -> float | Tensor:
     """A norm that the user computed: left on its device if it is on one."""
     if isinstance(total_norm, Tensor) and not eager.on_host([total_norm]):
-        return total_norm.detach().to(torch.float64)
+        return full(total_norm.detach()).to(torch.float64)
     value = number("total_norm", total_norm)
     if value < 0:
         raise ValueError(f"`total_norm` must be at least 0, got {value}")

@@ -486,7 +486,11 @@ def _threshold(name: str, value: float) -> float:
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        kind = type(value).__name__
+        raise ValueError(f"`{name}` must be within the range of float64, got a larger {kind}") from None
 
 
 def _at_most(name: str, value: float, most: float) -> float:
