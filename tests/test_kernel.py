@@ -13,6 +13,7 @@ import copy
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -506,3 +507,21 @@ def test_memory_does_not_grow() -> None:
         call()
     assert resident() - before < 20_000_000  # had each call lost its batch, it would be more than 50 MB
     assert [sys.getrefcount(gradient), sys.getrefcount(sparse)] == counts
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["del torch._C._increment_version", "torch.Tensor.__dlpack_c_exchange_api__ = 0"],
+)
+def test_a_torch_that_does_not_fit_turns_the_kernel_off(change: str) -> None:
+    script = f"""
+import torch
+{change}
+import torchclip
+from torchclip import cli
+assert torchclip.get_total_norm(torch.tensor([3.0, 4.0])) == 5
+cli.main(["info"])
+"""
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert re.search(r"CPU kernel +off \(torch .* does not fit: .+\)", output)

@@ -143,8 +143,8 @@ def _load() -> tuple[Any, str]:
         _kernel.connect(
             Tensor, nn.Parameter, exchange_api, torch._C._increment_version, arguments.refuse_item
         )
-    except RuntimeError as error:
-        return None, f"off ({error})"
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        return None, f"off (torch {torch.__version__} does not fit: {error})"
     return _kernel, "active"
 
 
