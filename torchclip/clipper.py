@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torchclip import arguments, distributed, eager, gradients
 from torchclip.clip import clip_coefficient
 from torchclip.combine import join
-from torchclip.history import History, Record
+from torchclip.history import History, Record, as_records
 from torchclip.norm import in_double, refuse_nonfinite
 from torchclip.thresholds import MaxNorm, MaxNormRule
 
@@ -73,12 +73,12 @@ class _Set:
         }
         return iter(names.values())
 
-    def measure(self, grad_scale: Tensor | None) -> None:
-        """Take the norms of the gradients as they are now, divided by a GradScaler's scale."""
+    def measure(self, grad_scale: Tensor | None, finite: bool = False) -> None:
+        """Take the norms of the gradients, or of their finite elements, divided by a GradScaler's scale."""
         norms = (
-            gradients.norms(self.batch, self._order)
+            gradients.norms(self.batch, self._order, finite)
             if self._each
-            else [gradients.norm(self.batch, self._order)]
+            else [gradients.norm(self.batch, self._order, finite)]
         )
         self.norms = [_unscaled(n, grad_scale, self._order) for n in norms]
 
@@ -161,8 +161,9 @@ class Clipper:
         group: a process group, or several, whose other ranks hold further gradients, as for
             ``clip_grad_norm_``; all ranks must have the same number of parameter groups.  DTensors need
             none.
-        on_clip: called with the ``Record`` of every step, just before anything is changed; an exception
-            from it calls the step off.  On an accelerator this waits for the norm.
+        on_clip: called with the ``Record`` of every step, just before anything is changed and before it is
+            in the history; an exception from it calls the step off, and only what a threshold object has
+            learned stays.  On an accelerator this waits for the norm.
 
     Attributes:
         history (History): what clipping did, step by step; reading it is what waits for an accelerator.
@@ -221,8 +222,8 @@ class Clipper:
         self._order = arguments.norm_order(norm_type)
         if self._order <= 0 and nonfinite != "propagate":
             raise ValueError(
-                f"`nonfinite={nonfinite!r}` goes by the norm, which of order {self._order} may be finite though "
-                "a gradient is not; pass an order above 0 as `norm_type`, or use 'propagate'"
+                f"`nonfinite={nonfinite!r}` goes by the norm, which of order {self._order} may be finite "
+                "though a gradient is not; pass an order above 0 as `norm_type`, or use 'propagate'"
             )
         self._scope = scope
         self._nonfinite = nonfinite
@@ -391,13 +392,15 @@ class Clipper:
             if self._nonfinite == "skip":
                 self._hide_gradients()
             return
-        self._treat_nonfinite(sets, total_norm, grad_scale)
+        to_zero = self._treat_nonfinite(sets, total_norm, grad_scale)
         for each in sets:
             each.limit(self._max_norms(each))
-        max_norm = min((m for s in sets for m in s.max_norms), default=math.inf)
+        max_norm = min([m for s in sets for m in s.max_norms], default=math.inf)
         factors = [f for s in sets for f in s.factors]
         clip_coef = join(factors, -math.inf) if factors else 1.0
         self._record(total_norm, max_norm, clip_coef, skipped)
+        for each in to_zero:
+            gradients.zero_nonfinite_(each.batch)
         if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
             self._apply(sets, grad_scale)
 
@@ -435,17 +438,21 @@ class Clipper:
                 return True
         return self._nonfinite == "skip" and not math.isfinite(total_norm)
 
-    def _treat_nonfinite(self, sets: Sequence[_Set], total_norm: Norm, grad_scale: Tensor | None) -> None:
+    def _treat_nonfinite(
+        self, sets: Sequence[_Set], total_norm: Norm, grad_scale: Tensor | None
+    ) -> Sequence[_Set]:
+        """Raise the error, or return the sets with elements to be set to 0, measured as if they were."""
         if self._nonfinite == "error" and not math.isfinite(total_norm):
             names = {id(p.grad): name for name, p in self._named_parameters()}
             grads = [grad for each in sets for grad in each.batch.all]
             refuse_nonfinite(total_norm, self._order, grads, names, _REMEDY)
-        elif self._nonfinite == "zero":
-            for each in sets:
-                # On an accelerator nobody waits to know whether it is needed.
-                if any(isinstance(n, Tensor) or not math.isfinite(n) for n in each.norms):
-                    gradients.zero_nonfinite_(each.batch)
-                    each.measure(grad_scale)
+        if self._nonfinite != "zero":
+            return ()
+        # On an accelerator nobody waits to know whether it is needed.
+        to_zero = [s for s in sets if any(isinstance(n, Tensor) or not math.isfinite(n) for n in s.norms)]
+        for each in to_zero:
+            each.measure(grad_scale, finite=True)
+        return to_zero
 
     def _max_norms(self, of: _Set) -> list[float]:
         if of.max_norm is not None:
@@ -453,9 +460,11 @@ class Clipper:
         return self._rule.max_norms(self._steps, of.names(), of.norms)
 
     def _record(self, total_norm: Norm, max_norm: float, clip_coef: Norm, skipped: bool | Tensor) -> None:
-        self.history.append(self._steps, total_norm, max_norm, clip_coef, skipped)
         if self._on_clip is not None:
-            self._on_clip(self.history[-1])
+            (record,) = as_records([(self._steps, total_norm, max_norm, clip_coef, skipped)])
+            self._on_clip(record)
+            _, total_norm, max_norm, clip_coef, *_, skipped = record  # fetched already
+        self.history.append(self._steps, total_norm, max_norm, clip_coef, skipped)
 
     def _apply(self, sets: Sequence[_Set], grad_scale: Tensor | None) -> None:
         """Multiply the gradients by their factors: now, or within a fused step, as its ``grad_scale``."""

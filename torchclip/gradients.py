@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchclip import arguments, distributed, eager, kernel
-from torchclip.combine import ABSENT, combine, stacked
+from torchclip.combine import ABSENT, combine, join, stacked
 
 __all__ = [
     "clamp_",
@@ -147,19 +147,19 @@ class Sharded:
                     "(`p.grad = p.grad.redistribute(placements=p.placements)`)"
                 )
 
-    def norm(self, p: float) -> float | Tensor:
+    def norm(self, p: float, finite: bool) -> float | Tensor:
         """The norm of all the tensors on all ranks."""
-        held = self._held()
+        held = self._held(finite)
         norms = {
-            layout: self._norm_of([held[i] for i in dict.fromkeys(places) if i is not None], p)
+            layout: self._norm_of([held[i] for i in dict.fromkeys(places) if i is not None], p, finite)
             for layout, places in self._places.items()
         }
         return distributed.total(norms, self._groups, p)
 
-    def norms(self, p: float) -> list[float | Tensor]:
+    def norms(self, p: float, finite: bool) -> list[float | Tensor]:
         """The norm of each tensor, with the parts of it that other ranks hold."""
-        held = self._held()
-        of_held = [self._norm_of([tensor], p) for tensor in held]
+        held = self._held(finite)
+        of_held = [self._norm_of([tensor], p, finite) for tensor in held]
         mesh = next((layout.mesh for layout in self._places if layout is not None), None)
         device = mesh.device_type if mesh else next((t.device for t in self._locals), _CPU)
         vectors = {
@@ -173,18 +173,20 @@ class Sharded:
                     of_all[i] = value
         return of_all
 
-    def _held(self) -> Sequence[Tensor]:
+    def _held(self, finite: bool) -> Sequence[Tensor]:
         """What this rank holds of each tensor, to be measured: reduced if that is pending."""
+        if finite:
+            self.refuse_partial("zeroing non-finite elements")
         if not self._partial:
             return self._locals
         return distributed.locals_of(distributed.without_partial(self.all))
 
-    def _norm_of(self, tensors: Sequence[Tensor], p: float) -> float | Tensor:
+    def _norm_of(self, tensors: Sequence[Tensor], p: float, finite: bool) -> float | Tensor:
         """The norm of some of what this rank holds."""
         if not any(tensor.numel() for tensor in tensors):
             return ABSENT
         whole = not self._partial and len(tensors) == len(self.local.all)
-        return norm(self.local if whole else _local(tensors), p)
+        return norm(self.local if whole else _local(tensors), p, finite)
 
     def _numbers(self, vector: Tensor) -> list[float | Tensor]:
         """The elements of a vector: floats, if nobody has to wait for the tensors' device."""
@@ -213,10 +215,15 @@ def refuse_unwritable(tensors: Iterable[Tensor]) -> None:
             )
 
 
-def norm(batch: Any, p: float) -> float | Tensor:
-    """The norm of the whole batch: a float, or a float64 tensor where a device must not be waited for."""
+def norm(batch: Any, p: float, finite: bool = False) -> float | Tensor:
+    """The norm of the whole batch: a float, or a float64 tensor where a device must not be waited for.
+
+    With ``finite``, for an order above 0, as if its elements that are infinite or NaN were 0.
+    """
     if type(batch) is Sharded:
-        return batch.norm(p)
+        return batch.norm(p, finite)
+    if finite:
+        return join(norms(batch, p, finite), p) if batch.all else 0.0
     if p not in _KERNEL_ORDERS:
         return eager.norm(batch.all, p) if batch.all else 0.0
     rest = batch.rest
@@ -231,10 +238,17 @@ def norm(batch: Any, p: float) -> float | Tensor:
     return combine([of_kernel, of_rest], p)
 
 
-def norms(batch: Any, p: float) -> list[float | Tensor]:
+def norms(batch: Any, p: float, finite: bool = False) -> list[float | Tensor]:
     """The norm of each tensor of the batch, in order: floats, or float64 tensors as in ``norm``."""
     if type(batch) is Sharded:
-        return batch.norms(p)
+        return batch.norms(p, finite)
+    if finite:
+        of_copies = []
+        for tensor in batch.all:
+            copy = tensor.detach().clone()  # of one at a time, so that there is never a second set of them
+            eager.zero_nonfinite_([copy])
+            of_copies.append(norm(_local([copy]), p))
+        return of_copies
     if p not in _KERNEL_ORDERS or len(batch.rest) == len(batch.all):
         return eager.norms(batch.all, p)
     of_all: list[float | Tensor | None] = batch.norms(p, _threads())
@@ -285,6 +299,5 @@ def clamp_(batch: Any, limit: float) -> None:
 def zero_nonfinite_(batch: Any) -> None:
     """Put 0 in the place of every infinite or NaN element of the batch."""
     if type(batch) is Sharded:
-        batch.refuse_partial("zeroing non-finite elements")
         batch = batch.written()
     eager.zero_nonfinite_(batch.all)

@@ -24,7 +24,7 @@ from torchclip import arguments
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History", "Record", "Summary"]
+__all__ = ["History", "Record", "Summary", "as_records"]
 
 # How many steps may wait for their values; when so many do, they are fetched without being asked for.
 _MOST_PENDING = 1024
@@ -144,20 +144,16 @@ class History(Sequence[Record]):
         """Turn what is pending into records."""
         if not self._pending:
             return
-        rows = _fetch(self._pending)
+        records = as_records(self._pending)
         self._pending.clear()
-        for step, total_norm, max_norm, clip_coef, skipped in rows:
-            nonfinite = not math.isfinite(total_norm)
-            clipped = clip_coef < 1 and not skipped
-            self._kept.append(
-                Record(step, total_norm, max_norm, clip_coef, clipped, nonfinite, bool(skipped))
-            )
+        for record in records:
+            self._kept.append(record)
             self._counts["steps"] += 1
-            self._counts["clipped"] += clipped
-            self._counts["nonfinite"] += nonfinite
-            self._counts["skipped"] += bool(skipped)
-            if not nonfinite and not total_norm <= self._largest[0]:
-                self._largest = (total_norm, step)
+            self._counts["clipped"] += record.clipped
+            self._counts["nonfinite"] += record.nonfinite
+            self._counts["skipped"] += record.skipped
+            if not record.nonfinite and not record.total_norm <= self._largest[0]:
+                self._largest = (record.total_norm, record.step)
 
     @property
     def _records(self) -> deque[Record]:
@@ -260,8 +256,8 @@ class History(Sequence[Record]):
         return self.__dict__
 
 
-def _fetch(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-    """The rows with Python numbers in the place of tensors: one transfer for each device and dtype."""
+def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
+    """What ``History.append`` was given, as records: one transfer for each device and dtype."""
     fetched = [list(row) for row in rows]
     places: dict[tuple[torch.device, torch.dtype], list[tuple[int, int]]] = {}
     for i, row in enumerate(rows):
@@ -272,4 +268,15 @@ def _fetch(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
         values = torch.stack([rows[i][j] for i, j in where]).tolist()
         for (i, j), value in zip(where, values, strict=True):
             fetched[i][j] = value
-    return fetched
+    return [
+        Record(
+            step,
+            total_norm,
+            max_norm,
+            clip_coef,
+            clipped=clip_coef < 1 and not skipped,
+            nonfinite=not math.isfinite(total_norm),
+            skipped=bool(skipped),
+        )
+        for step, total_norm, max_norm, clip_coef, skipped in fetched
+    ]
