@@ -75,6 +75,24 @@ def test_arrays_keep_their_dtype_and_their_memory(dtype: Any) -> None:
     np.testing.assert_allclose(buffer, [4, 4, 2, 4, 2, 4, 2, 4, 2, 4], rtol=1e-3)
 
 
+WEIGHT = np.ones(2)
+COUNT_ONCE: dict[str, Callable[[list[Array]], Any]] = {
+    "global_norm": reference.global_norm,
+    "clip_grads": lambda grads: reference.clip_grads(grads, 1.0),
+    "clip_grads_with_norm": lambda grads: reference.clip_grads_with_norm(grads, 1.0, 5.0),
+    "clip_grad_norm_per_parameter": lambda grads: reference.clip_grad_norm_per_parameter(grads, 1.0),
+    "clip_grad_adaptive": lambda grads: reference.clip_grad_adaptive([WEIGHT] * len(grads), grads, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", COUNT_ONCE)
+def test_an_array_listed_twice_counts_once(name: str) -> None:
+    for values in ([3.0, 4.0], [INF, 4.0]):
+        once, twice = np.array(values), np.array(values)
+        assert COUNT_ONCE[name]([once]) == COUNT_ONCE[name]([twice, twice])
+        np.testing.assert_array_equal(once, twice)
+
+
 def test_a_limit_beyond_the_dtype_limits_nothing() -> None:
     grad = np.array([3.0, -4.0], np.float16)
     reference.clip_grad_value([grad], 1e9)

@@ -6,13 +6,15 @@ scaled back onto it:
 
     if ‖ĝ‖ ≥ threshold:   ĝ ← (threshold / ‖ĝ‖) ĝ
 
-``clip_grads`` is the book's function.  Every other function is the twin of a torch function of the same
-name (without the trailing underscore), so that each can be tested against its twin.  Nothing in the package
-depends on this module; it is slow and plain on purpose.
+``clip_grads`` is the book's function, and the twin of ``torchclip.clip_grad_norm_``.  The other clippers are
+the twins of the torch functions of the same name (without the trailing underscore), ``global_norm`` is that
+of ``torchclip.get_total_norm``, and the thresholds are those of ``torchclip.Percentile`` and
+``torchclip.ZScore``: each can be tested against its twin.  The tests, the book's chapter and the
+documentation use this module, nothing that computes with torch does; it is slow and plain on purpose.
 
-Gradients are NumPy arrays of floating or complex dtype.  Functions that clip modify them in place, and refuse
-bad input (integer arrays, arrays that cannot be written, a negative or NaN threshold) before they change
-anything.
+Gradients are NumPy arrays of floating or complex dtype; one that is listed twice counts once.  Functions that
+clip modify them in place, and refuse bad input (integer arrays, arrays that cannot be written, a negative or
+NaN threshold) before they change anything.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
     The book adds up ``g²``.  Here each ``|g|`` is first divided by the largest one, and the result multiplied
     by it again, which is the same number but cannot overflow or underflow on the way.
 
+    Twin of ``torchclip.get_total_norm``.
+
     Args:
         grads: floating or complex arrays of any shape; may be empty.
         norm_type: the order ``p`` of the norm, any number or ``"inf"``.
@@ -70,7 +74,7 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
         5.0
     """
     p = _order(norm_type)
-    _check_arrays(grads, writeable=False)
+    grads = _check_arrays(grads, writeable=False)
     return _norm([_magnitudes(g) for g in grads], p)
 
 
@@ -110,7 +114,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
     """
     p = _order(norm_type)
     max_norm = _threshold("max_norm", max_norm)
-    _check_arrays(grads, writeable=True)
+    grads = _check_arrays(grads, writeable=True)
     total_norm = _norm([_magnitudes(g) for g in grads], p)
     _scale(grads, clip_coefficient(max_norm, total_norm))
     return total_norm
@@ -149,7 +153,7 @@ def clip_grads_with_norm(grads: Sequence[Array], max_norm: float, total_norm: fl
     total_norm = _number("total_norm", total_norm)
     if total_norm < 0:
         raise ValueError(f"`total_norm` must be at least 0, got {total_norm}")
-    _check_arrays(grads, writeable=True)
+    grads = _check_arrays(grads, writeable=True)
     _scale(grads, clip_coefficient(max_norm, total_norm))
 
 
@@ -189,7 +193,7 @@ def clip_grad_norm_per_parameter(
         norm_type: the order of the norm.
 
     Returns:
-        Their norms before clipping, in order.
+        The norms before clipping, in the order of the distinct gradients.
 
     Examples:
         >>> clip_grad_norm_per_parameter([np.array([3.0, 4.0]), np.array([0.5])], max_norm=1.0)
@@ -197,7 +201,7 @@ def clip_grad_norm_per_parameter(
     """
     p = _order(norm_type)
     max_norm = _threshold("max_norm", max_norm)
-    _check_arrays(grads, writeable=True)
+    grads = _check_arrays(grads, writeable=True)
     norms = [_norm([_magnitudes(g)], p) for g in grads]
     for grad, norm in zip(grads, norms, strict=True):
         _scale([grad], clip_coefficient(max_norm, norm))
@@ -250,7 +254,8 @@ def clip_grad_adaptive(
     for weight, grad in zip(weights, grads, strict=True):
         if weight.shape != grad.shape:
             raise ValueError(f"a gradient of shape {grad.shape} does not fit its weight of {weight.shape}")
-    for weight, grad in zip(weights, grads, strict=True):
+    distinct = {(id(w), id(g)): (w, g) for w, g in zip(weights, grads, strict=True)}
+    for weight, grad in distinct.values():
         units = [()] if grad.ndim < 2 else list(np.ndindex(grad.shape[0]))
         for unit in units:
             limit = clip_factor * max(_norm([_magnitudes(weight[unit])], p), eps)
@@ -515,7 +520,8 @@ def _norms(norms: Sequence[float]) -> list[float]:
 
 def _check_arrays(
     arrays: Sequence[Array], *, writeable: bool, real: bool = False, name: str = "grads"
-) -> None:
+) -> list[Array]:
+    """The distinct ones of the arrays, in order, or an error that says what is wrong with them."""
     if not isinstance(arrays, (list, tuple)):
         raise TypeError(f"`{name}` must be a list or a tuple of arrays, got {type(arrays).__name__}")
     for i, a in enumerate(arrays):
@@ -528,3 +534,4 @@ def _check_arrays(
             raise ValueError(
                 f"`{name}` must be writeable, as clipping works in place, but item {i} is not; pass a copy"
             )
+    return list({id(a): a for a in arrays}.values())
