@@ -759,14 +759,20 @@ def test_wrong_states_are_refused_and_change_nothing():
     before = str(good)
     broken_history = {**good, "thresholds": {}, "history": {"records": {}}}
     for state, message in [
-        ({}, "nothing"),
+        ({}, "`state` lacks 'steps'"),
+        ({**good, "steps": "x"}, r"`state\['steps'\]` must be an integer, got 'x'"),
+        ({**good, "steps": -1}, r"`state\['steps'\]` must be at least 0"),
+        ({**good, "scope": 1}, r"`state\['scope'\]` must be one of"),
+        ({**good, "norm_type": "two"}, r"`state\['norm_type'\]` must be a number"),
+        ({**good, "thresholds": [1]}, r"`state\['thresholds'\]` must be a dictionary"),
+        ({**good, "history": None}, r"`state\['history'\]` must be a dictionary"),
         (optimizer.state_dict(), "Clipper.state_dict"),
         ({**good, "scope": "group"}, r"\('group', 2.0\)"),
         ({**good, "norm_type": 1.0}, r"\('global', 1.0\)"),
         ({**good, "thresholds": {"all": ZScore().state_dict()}}, "kind 'ZScore'"),
         (broken_history, "History.state_dict"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             clipper.load_state_dict(state)
         assert str(clipper.state_dict()) == before
     numeric = Clipper(sgd([torch.ones(2)]), 1.0)

@@ -6,6 +6,9 @@ import json
 import math
 import pickle
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,7 +258,33 @@ def test_a_shorter_history_keeps_the_last_steps_of_a_state():
     assert history.summary().largest_norm == 9.0
 
 
-def test_the_wrong_state_is_refused_and_changes_nothing():
+COUNTS = {"steps": 2, "clipped": 1, "nonfinite": 0, "skipped": 0}
+COLUMNS = history_of([1.0, 2.0]).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        ({"records": [1.0]}, TypeError, r"`state\['records'\]` must be a dictionary"),
+        ({"records": {}}, ValueError, r"`state\['records'\]` lacks 'step', .*History\.state_dict"),
+        ({"records": {**COLUMNS, "step": 3}}, TypeError, r"`state\['records'\]\['step'\]` must be a list"),
+        ({"records": {**COLUMNS, "step": [0, 1.5]}}, TypeError, r"\['step'\]` must be an integer, got 1\.5"),
+        ({"records": {**COLUMNS, "max_norm": [1.0, "1"]}}, TypeError, r"\['max_norm'\]` must be a number"),
+        ({"records": {**COLUMNS, "clipped": [True, None]}}, TypeError, r"\['clipped'\]` must be True or"),
+        ({"records": {**COLUMNS, "clipped": [True]}}, ValueError, r"`state\['records'\]` .*same length"),
+        ({"counts": None}, TypeError, r"`state\['counts'\]` must be a dictionary"),
+        ({"counts": {}}, ValueError, r"`state\['counts'\]` lacks 'steps'"),
+        ({"counts": {**COUNTS, "steps": "2"}}, TypeError, r"`state\['counts'\]\['steps'\]` must be an int"),
+        ({"counts": {**COUNTS, "steps": -1}}, ValueError, r"`state\['counts'\]\['steps'\]` must be at least"),
+        ({"largest": 2.0}, TypeError, r"`state\['largest'\]` must be a pair"),
+        ({"largest": [2.0]}, TypeError, r"`state\['largest'\]` must be a pair"),
+        ({"largest": ["2", 1]}, TypeError, r"`state\['largest'\]` must be a number"),
+        ({"largest": [2.0, 1.5]}, TypeError, r"`state\['largest'\]` must be an integer"),
+    ],
+)
+def test_the_wrong_state_is_refused_and_changes_nothing(
+    part: dict[str, Any], error: type[Exception], message: str
+) -> None:
     history = history_of([1.0, 2.0])
     with pytest.raises(ValueError, match="`state` holds 'step'; pass what History"):
         history.load_state_dict({"step": 3})

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,17 +135,34 @@ def test_copies_and_pickles_go_on_alone(threshold, duplicate):
     [
         (Percentile(), ZScore().state_dict(), "kind 'ZScore'; a Percentile cannot"),
         (ZScore(), Percentile().state_dict(), "kind 'Percentile'; a ZScore cannot"),
-        (ZScore(), {}, "kind None"),
+        (ZScore(), {}, "lacks 'kind'"),
+        (ZScore(), {"kind": None}, "kind None"),
         (Percentile(window=5), Percentile().state_dict(), "window=None.*same window"),
         (Percentile(), {"kind": "Percentile", "window": None}, "lacks 'seen', 'norms'"),
         (ZScore(), {"kind": "ZScore", "mean": 1.0, "std": 1.0}, "lacks 'warmup_norms'"),
+        *(
+            (threshold, {**threshold.state_dict(), key: value}, rf"`state\['{key}'\]` must be ")
+            for threshold, key, value in [
+                (Percentile(), "seen", 1.5),
+                (Percentile(), "seen", -1),
+                (Percentile(), "norms", None),
+                (Percentile(), "norms", "123"),
+                (Percentile(), "norms", [1.0, "2"]),
+                (Percentile(), "norms", [math.nan]),
+                (ZScore(), "mean", "1"),
+                (ZScore(), "mean", -1.0),
+                (ZScore(), "std", None),
+                (ZScore(), "warmup_norms", 1.0),
+                (ZScore(), "warmup_norms", [None]),
+            ]
+        ),
     ],
 )
 def test_the_wrong_state_is_refused_and_changes_nothing(threshold, state, message):
     threshold = copy.deepcopy(threshold)
     stream(threshold, [1.0, 2.0])
     before = threshold.state_dict()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         threshold.load_state_dict(state)
     assert threshold.state_dict() == before
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +17,18 @@ __all__ = [
     "count",
     "flag",
     "full",
-    "mapping",
+    "items",
     "norm_order",
     "number",
     "option",
     "refuse_item",
+    "saved",
     "shown",
     "tensor_list",
     "threshold",
 ]
+
+T = TypeVar("T")
 
 
 def threshold(name: str, value: Any) -> float:
@@ -94,10 +97,21 @@ def option(name: str, value: Any, options: tuple[Any, ...]) -> Any:
     return value
 
 
-def mapping(name: str, value: Any, what: str) -> None:
-    """Raise an error for a saved state that is no dictionary."""
+def saved(name: str, value: Any, keys: Iterable[str], kind: str) -> None:
+    """Raise an error for a saved state, or a part of it, that is no dictionary or lacks one of some keys."""
+    remedy = f"pass what {kind}.state_dict() returned"
     if not isinstance(value, Mapping):
-        raise TypeError(f"`{name}` must be a dictionary, {what}; got {shown(value)}")
+        raise TypeError(f"`{name}` must be a dictionary, got {shown(value)}; {remedy}")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise ValueError(f"`{name}` lacks {', '.join(map(repr, missing))}; {remedy}")
+
+
+def items(name: str, values: Any, check: Callable[[str, Any], T]) -> list[T]:
+    """A list with each of its items checked by another function, or an error that names the list."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"`{name}` must be a list, got {shown(values)}")
+    return [check(name, value) for value in values]
 
 
 def tensor_list(name: str, tensors: Any) -> list[Tensor]:

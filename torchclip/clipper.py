@@ -300,14 +300,18 @@ class Clipper:
         """Go on from a ``state_dict``; the arguments stay those of this clipper.
 
         Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is not a clipper's, or its thresholds are of another kind or have learned
                 from norms of another ``scope`` or ``norm_type``.
         """
-        arguments.mapping("state", state, "what Clipper.state_dict() returned")
-        if not {"steps", "norm_type", "scope", "thresholds", "history"} <= state.keys():
-            found = ", ".join(map(repr, state)) or "nothing"
-            raise ValueError(f"`state` holds {found}; pass what Clipper.state_dict() returned")
-        learned_from, own = (state["scope"], state["norm_type"]), (self._scope, self._order)
+        keys = ("steps", "norm_type", "scope", "thresholds", "history")
+        arguments.saved("state", state, keys, "Clipper")
+        steps = arguments.count("state['steps']", state["steps"], least=0)
+        order = arguments.number("state['norm_type']", state["norm_type"])
+        scope = arguments.option("state['scope']", state["scope"], get_args(Scope))
+        arguments.saved("state['thresholds']", state["thresholds"], (), "Clipper")
+        arguments.saved("state['history']", state["history"], (), "Clipper")
+        learned_from, own = (scope, order), (self._scope, self._order)
         if state["thresholds"] and learned_from != own:
             raise ValueError(
                 "the thresholds in `state` have learned from norms of (scope, norm_type) = "
@@ -316,7 +320,7 @@ class Clipper:
         History().load_state_dict(state["history"])  # refuses a wrong one before anything is changed
         self._rule.load_state_dict(state["thresholds"])
         self.history.load_state_dict(state["history"])
-        self._steps = state["steps"]
+        self._steps = steps
 
     def __getstate__(self) -> None:
         raise TypeError(

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -49,6 +49,22 @@ class Record(NamedTuple):
     """Whether ``total_norm`` is ``inf`` or ``nan``."""
     skipped: bool
     """Whether the step was left out: parameters and optimizer state did not change."""
+
+
+def _integer(name: str, value: Any) -> int:
+    return arguments.count(name, value, least=-math.inf)
+
+
+# What the fields of a record must be in a saved state, in order.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "step": _integer,
+    "total_norm": arguments.number,
+    "max_norm": arguments.number,
+    "clip_coef": arguments.number,
+    "clipped": arguments.flag,
+    "nonfinite": arguments.flag,
+    "skipped": arguments.flag,
+}
 
 
 @dataclass(frozen=True)
@@ -236,15 +252,27 @@ class History(Sequence[Record]):
         """Replace everything by what ``state_dict`` returned; only the last ``maxlen`` steps stay.
 
         Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is not a history's.
         """
-        arguments.mapping("state", state, "what History.state_dict() returned")
-        if not {"records", "counts", "largest"} <= state.keys():
-            found = ", ".join(map(repr, state)) or "nothing"
-            raise ValueError(f"`state` holds {found}; pass what History.state_dict() returned")
-        columns = [state["records"][name] for name in Record._fields]
-        counts = {name: state["counts"][name] for name in self._counts}
-        norm, step = state["largest"]
+        arguments.saved("state", state, ("records", "counts", "largest"), "History")
+        arguments.saved("state['records']", state["records"], Record._fields, "History")
+        arguments.saved("state['counts']", state["counts"], self._counts, "History")
+        columns = [
+            arguments.items(f"state['records']['{name}']", state["records"][name], check)
+            for name, check in _CHECKS.items()
+        ]
+        if len(set(map(len, columns))) > 1:
+            raise ValueError("`state['records']` must have columns of the same length")
+        counts = {
+            name: arguments.count(f"state['counts']['{name}']", state["counts"][name], least=0)
+            for name in self._counts
+        }
+        largest = state["largest"]
+        if not isinstance(largest, (list, tuple)) or len(largest) != 2:
+            raise TypeError(f"`state['largest']` must be a pair, got {arguments.shown(largest)}")
+        norm = arguments.number("state['largest']", largest[0])
+        step = None if largest[1] is None else _integer("state['largest']", largest[1])
         self._pending.clear()
         self._kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         self._counts = counts

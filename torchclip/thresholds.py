@@ -154,6 +154,7 @@ class Percentile:
         """Go on from a ``state_dict``; the arguments stay those of this object.
 
         Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is that of another kind of threshold or of another ``window``.
         """
         _check_state(state, "Percentile", ("window", "seen", "norms"))
@@ -162,9 +163,11 @@ class Percentile:
                 f"`state` was taken with window={state['window']}, but this is {self!r}; "
                 "make the Percentile with the same window"
             )
-        self._seen = state["seen"]
-        self._sorted = array("d", sorted(state["norms"]))
-        self._arrivals = deque(state["norms"] if self.window is not None else ())
+        seen = arguments.count("state['seen']", state["seen"], least=0)
+        norms = arguments.items("state['norms']", state["norms"], arguments.threshold)
+        self._seen = seen
+        self._sorted = array("d", sorted(norms))
+        self._arrivals = deque(norms if self.window is not None else ())
 
     def __repr__(self) -> str:
         return (
@@ -297,12 +300,14 @@ class ZScore:
         """Go on from a ``state_dict``; the arguments stay those of this object.
 
         Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is that of another kind of threshold.
         """
         _check_state(state, "ZScore", ("mean", "std", "warmup_norms"))
-        self._mean = state["mean"]
-        self._std = state["std"]
-        self._warmup_norms = list(state["warmup_norms"])
+        mean = None if state["mean"] is None else arguments.threshold("state['mean']", state["mean"])
+        std = arguments.threshold("state['std']", state["std"])
+        norms = arguments.items("state['warmup_norms']", state["warmup_norms"], arguments.threshold)
+        self._mean, self._std, self._warmup_norms = mean, std, norms
 
     def __repr__(self) -> str:
         return (
@@ -396,13 +401,9 @@ def _norm(value: Any) -> float:
 
 
 def _check_state(state: Mapping[str, Any], kind: str, keys: tuple[str, ...]) -> None:
-    arguments.mapping("state", state, f"what {kind}.state_dict() returned")
-    if state.get("kind") != kind:
+    arguments.saved("state", state, ["kind"], kind)
+    if state["kind"] != kind:
         raise ValueError(
-            f"`state` was taken from a threshold of kind {state.get('kind')!r}; a {kind} cannot go on from it"
+            f"`state` was taken from a threshold of kind {state['kind']!r}; a {kind} cannot go on from it"
         )
-    missing = [key for key in keys if key not in state]
-    if missing:
-        raise ValueError(
-            f"`state` lacks {', '.join(map(repr, missing))}; pass what {kind}.state_dict() returned"
-        )
+    arguments.saved("state", state, keys, kind)
