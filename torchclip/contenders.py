@@ -30,7 +30,7 @@ OPERATIONS = {
 }
 NAMES = ("torch", "torch.compile", "optax", "kernel off", "torchclip")
 RIVALS = ("torch.compile", "optax")
-MOST_COMPILED = 200  # gradients: so many take torch.compile a minute; 1,000 were not done after nine
+MOST_COMPILED = 200  # gradients: torch.compile takes a minute for them, and was not done after nine for 1,000
 _PIECE = 1 << 20  # elements in float64 at a time
 
 Call = tuple[Callable[[Any, float], Any], Any]

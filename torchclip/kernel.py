@@ -114,7 +114,10 @@ def _use(extension: Any) -> None:
 
 def status() -> str:
     """One line on whether the kernel is active, and why not if it is not."""
-    return _reason if _extension is None else f"active ({_extension.instruction_set()})"
+    if _extension is None:
+        return _reason
+    # Outside of Linux there is no OpenMP that could be shared with torch.
+    return f"active ({_extension.instruction_set()}{'' if _extension.openmp else ', one thread'})"
 
 
 @contextmanager
