@@ -153,7 +153,26 @@ def test_summary_counts_and_quantiles():
     )
 
 
-def test_summary_of_part_of_a_run_says_so():
+@pytest.mark.parametrize("maxlen", [1, 100])
+def test_records_of_the_same_step_count_as_one(maxlen: int) -> None:
+    history, resumed = History(maxlen), History(maxlen)
+    for step, norm in [(0, 0.5), (0, 4.0), (0, 4.0), (1, 0.5), (1, INF), (2, 8.0), (2, 0.5)]:
+        for each in (history, resumed):
+            each.append(step, norm, 1.0, min(1.0, 1 / norm), skipped=norm == INF)
+        state, resumed = resumed.state_dict(), History(maxlen)
+        resumed.load_state_dict(state)
+    summary = history.summary()
+    assert (summary.steps, summary.clipped, summary.nonfinite, summary.skipped) == (3, 2, 1, 1)
+    assert summary.clipped_share == pytest.approx(2 / 3)
+    assert summary.kept == min(maxlen, 3)
+    assert len(history) == min(maxlen, 7)
+    if maxlen > 1:
+        assert resumed.summary() == summary
+        assert str(summary).startswith("3 steps: 2 clipped (66.7%)")
+        assert "last" not in str(summary)
+
+
+def test_summary_of_part_of_a_run_says_so() -> None:
     assert "(last 2 steps); largest 9 at step 0" in str(history_of([9.0, 1.0, 1.0], maxlen=2).summary())
 
 

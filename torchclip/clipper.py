@@ -127,8 +127,8 @@ class Clipper:
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
         clipper = torchclip.Clipper(optimizer, max_norm=1.0)
 
-    This works with closures (clipping follows the closure's backward pass, each time), gradient
-    accumulation, learning rate schedulers, and ``torch.amp.GradScaler``: norms and thresholds are those
+    This works with closures (clipping follows the closure's backward pass, each time, and a step of LBFGS has
+    a record for each), gradient accumulation, learning rate schedulers, and ``torch.amp.GradScaler``: norms and thresholds are those
     of the unscaled gradients.  Fused optimizers get the coefficient as their ``grad_scale`` and multiply it
     in while they step, so that no pass over the gradients is spent on it; afterwards ``p.grad`` is the
     clipped gradient as usual.
@@ -167,6 +167,7 @@ class Clipper:
 
     Attributes:
         history (History): what clipping did, step by step; reading it is what waits for an accelerator.
+            With several thresholds a ``Record`` holds the smallest of them and the smallest coefficient.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
@@ -396,7 +397,9 @@ class Clipper:
             if self._nonfinite == "skip":
                 self._hide_gradients()
             return
-        to_zero = self._treat_nonfinite(sets, total_norm, grad_scale)
+        to_zero: Sequence[_Set] = ()
+        if self._nonfinite != "propagate":
+            to_zero = self._treat_nonfinite(sets, total_norm, grad_scale)
         for each in sets:
             each.limit(self._max_norms(each))
         max_norm = min([m for s in sets for m in s.max_norms], default=math.inf)

@@ -33,16 +33,19 @@ _QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
 class Record(NamedTuple):
-    """One step: what the gradients' norm was and what was done about it."""
+    """One step: what the gradients' norm was and what was done about it.
+
+    A step whose closure is called several times, as by LBFGS, has a record for each call.
+    """
 
     step: int
     """The step's number, as the caller counts."""
     total_norm: float
     """The norm of all gradients before clipping."""
     max_norm: float
-    """The threshold of this step; ``inf`` if the step was only measured."""
+    """The threshold of this step, the smallest of several; ``inf`` if the step was only measured."""
     clip_coef: float
-    """What the gradients were multiplied by, at most 1."""
+    """What the gradients were multiplied by, at most 1; with several thresholds the smallest factor."""
     clipped: bool
     """Whether ``clip_coef`` is below 1 and the step was taken."""
     nonfinite: bool
@@ -71,7 +74,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 class Summary:
     """A run in a few numbers; ``str()`` puts them in two lines.
 
-    Counts and the largest norm are those of all steps, the quantiles those of the ``kept`` last ones.
+    Counts and the largest norm are those of all steps, the quantiles those of the ``kept`` last ones.  A step
+    with several records counts once: as clipped, non-finite or skipped if one of them is.
     """
 
     steps: int
@@ -106,13 +110,13 @@ class Summary:
 
 
 class History(Sequence[Record]):
-    """The last ``maxlen`` steps in full, and counts over all steps.
+    """The last ``maxlen`` records in full, and counts over all steps.
 
-    A sequence of ``Record``, oldest first: ``history[-1]`` is the latest step, ``len(history)`` is how
-    many are kept.
+    A sequence of ``Record``, oldest first: ``history[-1]`` is the latest, ``len(history)`` is how many are
+    kept.
 
     Args:
-        maxlen: how many steps to keep, at least 1; about 300 bytes each.
+        maxlen: how many records to keep, at least 1; about 300 bytes each.
 
     Examples:
         >>> history = History()
@@ -131,6 +135,8 @@ class History(Sequence[Record]):
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
         self._largest: tuple[float, int | None] = (math.nan, None)
+        # Whether a record of the latest step was clipped, non-finite, skipped.
+        self._latest = (False, False, False)
 
     def append(
         self,
@@ -146,7 +152,7 @@ class History(Sequence[Record]):
         until their values are read, or until a thousand steps wait to be.
 
         Args:
-            step: the step's number.
+            step: the step's number; records in a row that have the same one are counted as one step.
             total_norm: the norm of all gradients before clipping, ``inf`` and ``nan`` as they come.
             max_norm: the threshold of this step.
             clip_coef: what the gradients are multiplied by, at most 1.
@@ -163,11 +169,18 @@ class History(Sequence[Record]):
         records = as_records(self._pending)
         self._pending.clear()
         for record in records:
+            is_new = not self._kept or self._kept[-1].step != record.step
+            clipped, nonfinite, skipped = (False, False, False) if is_new else self._latest
+            self._latest = (
+                record.clipped or clipped,
+                record.nonfinite or nonfinite,
+                record.skipped or skipped,
+            )
             self._kept.append(record)
-            self._counts["steps"] += 1
-            self._counts["clipped"] += record.clipped
-            self._counts["nonfinite"] += record.nonfinite
-            self._counts["skipped"] += record.skipped
+            self._counts["steps"] += is_new
+            self._counts["clipped"] += record.clipped > clipped
+            self._counts["nonfinite"] += record.nonfinite > nonfinite
+            self._counts["skipped"] += record.skipped > skipped
             if not record.nonfinite and not record.total_norm <= self._largest[0]:
                 self._largest = (record.total_norm, record.step)
 
@@ -203,17 +216,17 @@ class History(Sequence[Record]):
             **self._counts,
             largest_norm=largest_norm,
             largest_step=largest_step,
-            kept=len(self),
+            kept=len({record.step for record in self}),
             quantiles=quantiles,
         )
 
     def as_dict(self) -> dict[str, list[Any]]:
-        """The steps kept as columns: field of ``Record`` → its values, oldest first."""
+        """The records kept as columns: field of ``Record`` → its values, oldest first."""
         records = self._records
         return {name: [record[i] for record in records] for i, name in enumerate(Record._fields)}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the steps kept to a file, one line a step, numbers in full precision."""
+        """Write the records kept to a file, one line each, numbers in full precision."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Record._fields)
@@ -249,7 +262,7 @@ class History(Sequence[Record]):
         return {"records": self.as_dict(), "counts": dict(self._counts), "largest": list(self._largest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace everything by what ``state_dict`` returned; only the last ``maxlen`` steps stay.
+        """Replace everything by what ``state_dict`` returned; only the last ``maxlen`` records stay.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.
@@ -277,6 +290,12 @@ class History(Sequence[Record]):
         self._kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         self._counts = counts
         self._largest = (norm, step)
+        latest = [record for record in self._kept if record.step == self._kept[-1].step]
+        self._latest = (
+            any(record.clipped for record in latest),
+            any(record.nonfinite for record in latest),
+            any(record.skipped for record in latest),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle with tensors of an accelerator could not be read on a machine without one.
@@ -297,14 +316,6 @@ def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
         for (i, j), value in zip(where, values, strict=True):
             fetched[i][j] = value
     return [
-        Record(
-            step,
-            total_norm,
-            max_norm,
-            clip_coef,
-            clipped=clip_coef < 1 and not skipped,
-            nonfinite=not math.isfinite(total_norm),
-            skipped=bool(skipped),
-        )
-        for step, total_norm, max_norm, clip_coef, skipped in fetched
+        Record(step, norm, max_norm, coef, coef < 1 and not skipped, not math.isfinite(norm), bool(skipped))
+        for step, norm, max_norm, coef, skipped in fetched
     ]
