@@ -340,7 +340,8 @@ class TestItem4NonFinite:
             clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
         assert parameters[0].grad.tolist() == [5, 5, 5]
         assert [p.grad._version for p in parameters] == [0, 0, 0]
-        with pytest.raises(RuntimeError, match="non-finite"):
+        message = "gradients from `tensors` is non-finite.* and get the non-finite norm, set `error_if"
+        with pytest.raises(RuntimeError, match=message):
             get_total_norm([p.grad for p in parameters], error_if_nonfinite=True)
 
     def test_many_gradients_are_shortened(self):

@@ -93,7 +93,7 @@ def flag(name: str, value: Any) -> bool:
 def option(name: str, value: Any, options: tuple[Any, ...]) -> Any:
     """``value``, if it is one of some strings, or an error that lists them."""
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {shown(value)}")
     return value
 
 

@@ -153,7 +153,8 @@ def get_total_norm(
     batch = gradients.of_tensors(tensors, group)
     total_norm = gradients.norm(batch, p)
     if error_if_nonfinite:
-        refuse_nonfinite(total_norm, p, batch.all)
+        remedy = "To disable this error and get the non-finite norm, set `error_if_nonfinite=False`"
+        refuse_nonfinite(total_norm, p, batch.all, remedy=remedy, argument="tensors")
     return as_result(total_norm, batch)
 
 

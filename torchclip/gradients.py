@@ -52,7 +52,7 @@ def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> A
     elif not items:
         warn_if_used_up(parameters)
     if batch.rest:
-        refuse_unwritable(batch.rest)
+        refuse_unwritable(batch.rest, items)
     return batch
 
 
@@ -193,16 +193,20 @@ class Sharded:
         return vector.tolist() if eager.on_host(self._locals) else list(vector)
 
 
-def refuse_unwritable(tensors: Iterable[Tensor]) -> None:
-    """Raise an error for tensors that cannot be changed in place, before any is.
+def refuse_unwritable(tensors: Iterable[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Raise an error for gradients that cannot be changed in place, before any is.
 
     Torch's own where elements share memory, so that one would be changed several times.
+
+    Args:
+        tensors: what this rank holds of some of the parameters' gradients.
+        parameters: the items of the argument, to say which of them it is.
     """
     for tensor in tensors:
         if tensor.dtype not in _WRITABLE:
             raise TypeError(
-                f"a gradient of shape {tuple(tensor.shape)} is of dtype {tensor.dtype}, which cannot be "
-                "scaled; convert it first (`p.grad = p.grad.float()`)"
+                f"{_whose(tensor, parameters)} and dtype {tensor.dtype}, which cannot be scaled; "
+                "convert it first (`p.grad = p.grad.float()`)"
             )
         values = eager.own_values(tensor) if tensor.layout in eager.SPARSE else tensor
         if values.layout is not torch.strided or 0 not in values.stride() or values.numel() == 0:
@@ -210,9 +214,15 @@ def refuse_unwritable(tensors: Iterable[Tensor]) -> None:
         if any(stride == 0 and size > 1 for stride, size in zip(values.stride(), values.shape, strict=True)):
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a single "
-                f"memory location (a gradient of shape {tuple(tensor.shape)} is expanded). Please clone() "
-                "the tensor before performing the operation."
+                f"memory location ({_whose(tensor, parameters)}, which is expanded). Please clone() the "
+                "tensor before performing the operation."
             )
+
+
+def _whose(gradient: Tensor, parameters: Sequence[Tensor]) -> str:
+    held = distributed.locals_of([p if p.grad is None else p.grad for p in parameters])
+    item = next((f"item {i}" for i, each in enumerate(held) if each is gradient), "an item")
+    return f"{item} of `parameters` has a gradient of shape {tuple(gradient.shape)}"
 
 
 def norm(batch: Any, p: float, finite: bool = False) -> float | Tensor:

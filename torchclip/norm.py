@@ -47,6 +47,7 @@ def refuse_nonfinite(
     names: Mapping[int, str] | None = None,
     remedy: str = "To disable this error and scale the gradients by the non-finite norm anyway, set "
     "`error_if_nonfinite=False`",
+    argument: str = "parameters",
 ) -> None:
     """Raise torch's error if the norm is not finite, saying which gradients are to blame.
 
@@ -56,6 +57,7 @@ def refuse_nonfinite(
         tensors: the gradients.
         names: what to call a gradient, by its ``id``; its position otherwise.
         remedy: what the user can do.
+        argument: where the gradients are from.
     """
     if math.isfinite(total_norm):
         return
@@ -70,6 +72,6 @@ def refuse_nonfinite(
     elsewhere = "none of this rank's" if distributed.has_ranks() else "none, the norm exceeds float64"
     which = ", ".join(found[:_SHOWN]) + more if found else elsewhere
     raise RuntimeError(
-        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+        f"The total norm of order {norm_type} for gradients from `{argument}` is non-finite, so it cannot be "
         f"clipped. {remedy}. Nothing was changed. Non-finite: {which}."
     )

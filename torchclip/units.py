@@ -39,11 +39,12 @@ def of_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Units]:
     distinct = kernel.Batch(items, "parameters", take_grad=False).all
     chosen = [p for p in distinct if p.grad is not None or distributed.is_sharded(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
-    gradients.refuse_unwritable(grads)
+    held = distributed.locals_of(grads)
+    gradients.refuse_unwritable(held, items)
     for i, parameter in enumerate(chosen):
         _check(i, parameter)
     weights = distributed.locals_of([p.detach() for p in chosen])
-    local = iter(distributed.locals_of(grads))
+    local = iter(held)
     measured = iter(distributed.locals_of(distributed.without_partial(grads)))
     return [
         _units(p, weight, next(local), next(measured))
