@@ -1075,7 +1075,25 @@ def test_only_optimizers_have_clippers(optimizer):
         Clipper(optimizer, 1.0)
 
 
-def test_lbfgs_cannot_skip():
+def test_a_step_with_several_closures_has_several_records_and_counts_once() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.LBFGS([weight], lr=0.01, max_iter=3)
+    clipper = Clipper(optimizer, 0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    summary = clipper.history.summary()
+    assert len(clipper.history) > 4
+    assert (summary.steps, summary.clipped, summary.kept) == (4, 4, 4)
+
+
+def test_lbfgs_cannot_skip() -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         Clipper(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]), 1.0, nonfinite="skip")
 
