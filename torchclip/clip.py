@@ -68,9 +68,6 @@ def clip_grad_norm_(
     touched where no clipping is needed; on an accelerator nothing waits for the device.  Of DTensors the norm
     is that of the full tensors, the same on every rank, on any mixture of meshes.
 
-    Ctrl-C leaves either all gradients scaled or none, where the compiled kernel works on all of them.  Of
-    those that it does not take (sparse ones, those on an accelerator) some may be scaled and others not.
-
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Those without a gradient are
             passed over; one that is listed twice counts once.
@@ -88,8 +85,9 @@ def clip_grad_norm_(
         is float64 or complex128, else float32.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters``, or a ``max_norm`` that is not a number.
-        ValueError: if ``max_norm`` is negative or NaN.
+        TypeError: for anything but tensors in ``parameters``, an integer gradient, a ``max_norm`` or
+            ``norm_type`` that is not a number, or a ``group`` that is no process group.
+        ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is NaN.
         RuntimeError: if a gradient is an expanded tensor; if ``error_if_nonfinite`` and the norm is not
             finite (the message names the gradients).
 
@@ -141,7 +139,9 @@ def get_total_norm(
         float32.  ``tensor(0.)`` for no tensors.
 
     Raises:
-        TypeError: for anything but tensors.
+        TypeError: for anything but tensors, a ``norm_type`` that is not a number, or a ``group`` that is no
+            process group.
+        ValueError: if ``norm_type`` is NaN.
         RuntimeError: if ``error_if_nonfinite`` and the norm is not finite.
 
     Examples:
@@ -166,16 +166,20 @@ def clip_grads_with_norm_(
 ) -> None:
     """Scale all gradients as ``clip_grad_norm_`` does, with a norm that was computed before.
 
-    The drop-in for ``torch.nn.utils.clip_grads_with_norm_``.
+    The drop-in for ``torch.nn.utils.clip_grads_with_norm_``.  Every gradient is multiplied by:
+
+        min(1, max_norm / (total_norm + 1e-6))
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, or a single one.
         max_norm: the threshold, at least 0.
-        total_norm: the norm to compare with it, from ``get_total_norm``; a 0-dim tensor or a number.
+        total_norm: the norm to compare with it, from ``get_total_norm``; a number, or a tensor (also a
+            DTensor) of one element.
         foreach: accepted for compatibility, without effect.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters``, or numbers in the others.
+        TypeError: for anything but tensors in ``parameters`` and numbers in the others, or an integer
+            gradient.
         ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative.
         RuntimeError: if a gradient is an expanded tensor.
 
@@ -206,8 +210,8 @@ def clip_grad_value_(
         foreach: accepted for compatibility, without effect.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters``, a complex gradient, or a ``clip_value`` that is
-            not a number.
+        TypeError: for anything but tensors in ``parameters``, an integer or complex gradient, or a
+            ``clip_value`` that is not a number.
         ValueError: if ``clip_value`` is negative or NaN.
         RuntimeError: if a gradient is an expanded tensor.
 
@@ -243,8 +247,9 @@ def clip_grad_norm_per_parameter_(
         of dtype and device as ``clip_grad_norm_`` returns them.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters``, or a ``max_norm`` that is not a number.
-        ValueError: if ``max_norm`` is negative or NaN.
+        TypeError: for anything but tensors in ``parameters``, an integer gradient, or a ``max_norm`` or
+            ``norm_type`` that is not a number.
+        ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is NaN.
         RuntimeError: if a gradient is an expanded tensor.
 
     Examples:
@@ -285,10 +290,10 @@ def clip_grad_adaptive_(
         norm_type: the order of the norm, any number or ``"inf"``.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters``, a sparse gradient that is not made of whole
-            rows (as those of ``torch.nn.Embedding`` are), or a DTensor gradient that is not split as its
-            parameter is.
-        ValueError: if ``clip_factor`` or ``eps`` is negative or NaN.
+        TypeError: for anything but tensors in ``parameters`` and numbers in the others, an integer gradient,
+            a sparse gradient that is not made of whole rows (as those of ``torch.nn.Embedding`` are), or a
+            DTensor gradient that is not split as its parameter is.
+        ValueError: if ``clip_factor`` or ``eps`` is negative or NaN, or ``norm_type`` is NaN.
         RuntimeError: if a gradient is an expanded tensor.
 
     References:
