@@ -810,6 +810,33 @@ def test_a_clipper_cannot_be_copied(copied):
 # Looking at it
 
 
+@pytest.mark.parametrize(
+    ("scope", "names"),
+    [
+        ("global", ["all"]),
+        ("group", ["group 0", "group 1"]),
+        ("parameter", ["group 0, parameter 0", "group 1, parameter 0"]),
+    ],
+)
+def test_what_the_threshold_objects_have_learned(scope: Scope, names: list[str]) -> None:
+    optimizer = two_groups()
+    clipper = Clipper(optimizer, Percentile(50, warmup=1), scope=scope)
+    assert clipper.thresholds == {}
+    optimizer.step()
+    assert list(clipper.thresholds) == names
+    for threshold, norm in zip(
+        clipper.thresholds.values(), [125**0.5] if scope == "global" else [5, 10], strict=True
+    ):
+        assert isinstance(threshold, Percentile)
+        assert threshold.state_dict()["norms"] == pytest.approx([norm])
+    with pytest.raises(TypeError):
+        clipper.thresholds["all"] = Percentile()  # type: ignore[index]
+    its_clipper = Clipper(two_groups(), Percentile(50), scope=scope)
+    its_clipper.load_state_dict(clipper.state_dict())
+    assert list(its_clipper.thresholds) == names
+    assert Clipper(two_groups(), 1.0).thresholds == {}
+
+
 @fused_or_not
 def test_the_record_of_a_step(fused):
     optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)

@@ -19,7 +19,7 @@ from torchclip.clip import clip_coefficient
 from torchclip.combine import join
 from torchclip.history import History, Record, as_records
 from torchclip.norm import in_double, refuse_nonfinite
-from torchclip.thresholds import MaxNorm, MaxNormRule
+from torchclip.thresholds import MaxNorm, MaxNormRule, Threshold
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -150,7 +150,8 @@ class Clipper:
         optimizer: any ``torch.optim.Optimizer``.  Names of parameters, in errors and ``norms``, are
             known if it was made from ``model.named_parameters()``.
         max_norm: the threshold: a number (``float("inf")`` only measures), a threshold object such as
-            ``Percentile``, or a callable that is given the number of the step, from 0.
+            ``Percentile``, or a callable that is given the number of the step, from 0.  The object stays as
+            it is; the copies that learn are in ``thresholds``.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: what is clipped together: ``"global"``, all parameters; ``"group"``, each parameter group;
             ``"parameter"``, each parameter. Each of them gets its own copy of a threshold object.
@@ -248,6 +249,15 @@ class Clipper:
     def last(self) -> Record | None:
         """The record of the latest step, or None before the first."""
         return self.history[-1] if len(self.history) else None
+
+    @property
+    def thresholds(self) -> Mapping[str, Threshold]:
+        """The threshold objects with what they have learned, by the name of what each of them is for.
+
+        From the first step on: ``"all"``, ``"group 0"`` or ``"group 0, parameter 0"`` and so on, according to
+        ``scope``.  None if ``max_norm`` is a number or a callable.  Read-only.
+        """
+        return self._rule.thresholds
 
     def norms(self) -> dict[str, float]:
         """The norm of each gradient as it is now, by the name of its parameter, largest first.

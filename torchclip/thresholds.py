@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from torch import Tensor
@@ -336,6 +337,11 @@ class MaxNormRule:
         is_object = self._learns or callable(max_norm)
         self._max_norm: Any = max_norm if is_object else arguments.threshold("max_norm", max_norm)
         self._copies: dict[str, Threshold] = {}
+
+    @property
+    def thresholds(self) -> Mapping[str, Threshold]:
+        """The copies, by the name of the set."""
+        return MappingProxyType(self._copies)
 
     def max_norms(self, step: int, names: Iterable[str], norms: Sequence[float | Tensor]) -> list[float]:
         """This step's threshold for each of the sets with these names and norms."""
