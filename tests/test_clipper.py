@@ -807,6 +807,20 @@ def test_a_clipper_cannot_be_copied(copied):
         copied(Clipper(sgd([torch.ones(2)]), 1.0))
 
 
+def test_a_history_of_another_length_stays_when_a_state_is_loaded() -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])])
+    clipper = Clipper(optimizer, 1.0)
+    clipper.history = torchclip.history.History(maxlen=2)
+    for _ in range(5):
+        optimizer.step()
+    assert [record.step for record in clipper.history] == [3, 4]
+    its_clipper = Clipper(sgd([torch.tensor([3.0, 4.0])]), 1.0)
+    its_clipper.history = torchclip.history.History(maxlen=1)
+    its_clipper.load_state_dict(clipper.state_dict())
+    assert [record.step for record in its_clipper.history] == [4]
+    assert its_clipper.history.summary().steps == 5
+
+
 # Looking at it
 
 

@@ -169,6 +169,8 @@ class Clipper:
     Attributes:
         history (History): what clipping did, step by step; reading it is what waits for an accelerator.
             With several thresholds a ``Record`` holds the smallest of them and the smallest coefficient.
+            To keep another number of records, assign ``torchclip.history.History(maxlen=...)`` before the
+            first step.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
@@ -298,7 +300,10 @@ class Clipper:
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on exactly as an uninterrupted one, as plain data."""
+        """Everything that a resumed run needs to go on exactly as an uninterrupted one, as plain data.
+
+        The history is part of it, with all records that it keeps.
+        """
         return {
             "steps": self._steps,
             "norm_type": self._order,
