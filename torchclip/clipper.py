@@ -266,7 +266,8 @@ class Clipper:
 
         Call it between ``backward()`` and ``step()``, or from ``on_clip``, to see which layer explodes; after
         the step the gradients are the clipped ones.  With a GradScaler call its ``unscale_()`` before.  Waits
-        for an accelerator.
+        for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
+        parts.
         """
         named = list(self._named_parameters())
         batch = gradients.of_tensors([p.grad for _, p in named if p.grad is not None])
