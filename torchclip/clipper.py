@@ -128,10 +128,10 @@ class Clipper:
         clipper = torchclip.Clipper(optimizer, max_norm=1.0)
 
     This works with closures (clipping follows the closure's backward pass, each time, and a step of LBFGS has
-    a record for each), gradient accumulation, learning rate schedulers, and ``torch.amp.GradScaler``: norms and thresholds are those
-    of the unscaled gradients.  Fused optimizers get the coefficient as their ``grad_scale`` and multiply it
-    in while they step, so that no pass over the gradients is spent on it; afterwards ``p.grad`` is the
-    clipped gradient as usual.
+    a record for each), gradient accumulation, learning rate schedulers, and ``torch.amp.GradScaler``: norms
+    and thresholds are those of the unscaled gradients.  Fused optimizers get the coefficient as their
+    ``grad_scale`` and multiply it in while they step, so that no pass over the gradients is spent on it;
+    afterwards ``p.grad`` is the clipped gradient as usual, to the rounding of that float32 number.
 
     A parameter group may carry its own ``max_norm``: it is then clipped on its own, with it, and ``None``
     leaves it unclipped (its norm is measured all the same).  Like a learning rate it may change during
