@@ -208,6 +208,8 @@ def refuse_unwritable(tensors: Iterable[Tensor], parameters: Sequence[Tensor]) -
                 f"{_whose(tensor, parameters)} and dtype {tensor.dtype}, which cannot be scaled; "
                 "convert it first (`p.grad = p.grad.float()`)"
             )
+        if tensor.layout is torch.strided and tensor.is_contiguous():
+            continue  # as most are, and sooner seen than that no stride is 0
         values = eager.own_values(tensor) if tensor.layout in eager.SPARSE else tensor
         if values.layout is not torch.strided or 0 not in values.stride() or values.numel() == 0:
             continue
