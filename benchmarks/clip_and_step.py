@@ -9,7 +9,7 @@ every way, so that whatever else the machine does falls on all of them.  Shown a
 import argparse
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -27,7 +27,7 @@ ROUNDS = {"two-3x3": 1001, "ppo": 1001, "1000x64": 301, "gpt2": 15}
 WARM_UP = 3
 
 
-def ways(parameters: list[Tensor], max_norm: float) -> dict[str, Callable[[], object]]:
+def ways(parameters: Sequence[Tensor], max_norm: float) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     optimizer, clipped = (torch.optim.AdamW(parameters, lr=1e-6, fused=True) for _ in range(2))
     torchclip.Clipper(clipped, max_norm)

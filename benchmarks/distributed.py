@@ -60,7 +60,7 @@ CONTENDERS: dict[str, Callable[[list[Tensor], float], Tensor]] = {
 
 def measure(parameters: int) -> list[dict[str, Any]]:
     """One row for each case, on every rank."""
-    tensors = list(fsdp2_model(parameters).parameters())
+    tensors: list[Tensor] = list(fsdp2_model(parameters).parameters())
     collectives = {name: count_collectives(clip, tensors) for name, clip in CONTENDERS.items()}
     rows = []
     for case, max_norm in CASES.items():

@@ -13,6 +13,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from stable_baselines3 import PPO
@@ -38,12 +39,13 @@ class Timed:
         return result
 
 
-def update(model: PPO, before: dict[str, object], clip: Callable[..., object]) -> tuple[float, float, int]:
+def update(model: PPO, before: dict[str, Any], clip: Callable[..., object]) -> tuple[float, float, int]:
     """One update from the same state: its seconds, those of clipping, and how often it clipped."""
     model.set_parameters(copy.deepcopy(before))
     torch.manual_seed(0)
     timed = Timed(clip)
-    torch.nn.utils.clip_grad_norm_ = timed
+    utils: Any = torch.nn.utils
+    utils.clip_grad_norm_ = timed
     start = time.perf_counter()
     model.train()
     return time.perf_counter() - start, timed.seconds, timed.calls
@@ -61,7 +63,7 @@ def main() -> None:
     before = copy.deepcopy(model.get_parameters())
     for clip in functions.values():
         update(model, before, clip)
-    runs = {name: [] for name in functions}
+    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in functions}
     for _ in range(options.updates):
         for name, clip in functions.items():
             runs[name].append(update(model, before, clip))

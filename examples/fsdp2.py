@@ -40,8 +40,8 @@ for _ in range(50):
     loss.backward()
     optimizer.step()
 
-norms = [None] * ranks
-dist.all_gather_object(norms, clipper.last.total_norm)
+norms: list[float | None] = [None] * ranks
+dist.all_gather_object(norms, clipper.history[-1].total_norm)
 if rank == 0:
     print(f"norm of the last step on each rank: {norms}")
     print(clipper.history.summary(), flush=True)

@@ -6,7 +6,7 @@ python examples/lightning_callback.py
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,17 +15,17 @@ from torchclip.integrations.lightning import ClipperCallback
 
 
 class Regression(pl.LightningModule):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         x, y = batch
         loss = F.mse_loss(self.net(x), y)
         self.log("loss", loss)
         return loss
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.net.named_parameters(), lr=3e-3)
 
 

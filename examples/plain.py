@@ -5,7 +5,7 @@ python examples/plain.py
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchclip
@@ -17,7 +17,7 @@ optimizer = torch.optim.Adam([*rnn.named_parameters(), *readout.named_parameters
 clipper = torchclip.Clipper(optimizer, max_norm=1.0)  # from here on optimizer.step() clips
 
 
-def batch(size=32, length=10):
+def batch(size: int = 32, length: int = 10) -> tuple[Tensor, Tensor]:
     """Sequences of numbers, two of them marked; the answer is the sum of these two."""
     numbers = torch.rand(size, length)
     marks = torch.zeros(size, length).scatter(1, torch.rand(size, length).topk(2).indices, 1.0)
@@ -31,6 +31,6 @@ for step in range(300):
     loss.backward()
     optimizer.step()
     if step % 100 == 99:
-        print(f"step {step + 1}: loss {loss:.4f}, norm {clipper.last.total_norm:.3g}")
+        print(f"step {step + 1}: loss {loss:.4f}, norm {clipper.history[-1].total_norm:.3g}")
 
 print(clipper.history.summary())

@@ -6,6 +6,8 @@ python examples/sb3_ppo.py
 Without an edit, and with a report at the end: torchclip run SCRIPT.
 """
 
+from typing import Any
+
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -14,8 +16,9 @@ import torchclip
 torchclip.install()
 
 
-def reward():
-    return evaluate_policy(model, model.get_env(), n_eval_episodes=5, deterministic=False)[0]
+def reward() -> Any:
+    env: Any = model.get_env()
+    return evaluate_policy(model, env, n_eval_episodes=5, deterministic=False)[0]
 
 
 model = PPO("MlpPolicy", "CartPole-v1", n_steps=256, learning_rate=1e-3, seed=2, device="cpu")

@@ -36,4 +36,5 @@ trainer = Trainer(
 )
 trainer.train()  # logs clip/total_norm, clip/max_norm and clip/clipped_share beside the loss
 
-print(clipping.clipper.history.summary())
+if clipping.clipper is not None:  # made when training begins
+    print(clipping.clipper.history.summary())

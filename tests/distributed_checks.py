@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_helpers import worlds_of
-from helpers import DTYPES, NORM_TYPES, bits, randn
+from helpers import DTYPES, NORM_TYPES, bits, last_of, randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,23 +24,27 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchclip
+from torchclip.clipper import Nonfinite, Scope
+from torchclip.thresholds import MaxNorm
 
 INF = math.inf
 # Uneven over 2 and 4 ranks, with fewer rows than ranks, with none, and without an axis.
 SHAPES = [(10, 6), (3, 5), (7,), (1,), (2, 1, 3), (0, 4), (16, 4)]
+SCOPES: list[Scope] = ["global", "group", "parameter"]
+POLICIES: list[Nonfinite] = ["propagate", "skip", "zero"]
 
 
-def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> Tensor:
+def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
     """A DTensor that has this value."""
     return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
 
 
-def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> Tensor:
+def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
     """A DTensor that has this value once the ranks' addends are reduced."""
     where = [Replicate() if p.is_partial() else p for p in placements]
     held = split(full, mesh, *where).to_local().clone()
     for dim, placement in enumerate(placements):
-        if placement.is_partial():
+        if isinstance(placement, Partial):
             # Powers of two: exact in every dtype.
             ranks, place = mesh.size(dim), mesh.get_local_rank(dim)
             shares = [2.0**-i for i in range(1, ranks)] + [2.0 ** (1 - ranks)]
@@ -48,9 +52,10 @@ def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> Tensor:
     return DTensor.from_local(held, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 
-def parameter(grad: Tensor | None, like: Tensor | None = None) -> nn.Parameter:
-    """A parameter that lies as its gradient, or as another tensor, does."""
+def parameter(grad: Tensor | None, like: Tensor | None = None) -> Any:
+    """A parameter that lies as its gradient, or as another tensor, does; it passes for anything, as there."""
     like = grad if like is None else like
+    assert like is not None
     if isinstance(like, DTensor) and any(p.is_partial() for p in like.placements):
         where = [Replicate() if p.is_partial() else p for p in like.placements]
         like = split(torch.zeros(like.shape, dtype=like.dtype), like.device_mesh, *where)
@@ -78,9 +83,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(whole(actual), expected, rtol=rtol, atol=0, equal_nan=True)
 
 
-def compare(
-    fulls: Sequence[Tensor], grads: Sequence[Tensor], clip: Callable[[list[nn.Parameter]], Any]
-) -> None:
+def compare(fulls: Sequence[Tensor], grads: Sequence[Tensor], clip: Callable[..., Any]) -> None:
     """The same result and the same gradients as of the full tensors, and the same result on every rank."""
     oracle = [parameter(full.clone()) for full in fulls]
     parameters = [parameter(grad) for grad in grads]
@@ -101,12 +104,12 @@ def compare(
             assert grad._version > before
 
 
-def global_norm(limit: float, order: float | str = 2.0) -> Callable[[list[nn.Parameter]], Tensor]:
+def global_norm(limit: float, order: float | str = 2.0) -> Callable[..., Tensor]:
     return lambda parameters: torchclip.clip_grad_norm_(parameters, limit, order)
 
 
-def with_norm(limit: float, order: float | str) -> Callable[[list[nn.Parameter]], Tensor]:
-    def clip(parameters: list[nn.Parameter]) -> Tensor:
+def with_norm(limit: float, order: float | str) -> Callable[..., Tensor]:
+    def clip(parameters: list[Any]) -> Tensor:
         norm = torchclip.get_total_norm([p.grad for p in parameters], order)
         torchclip.clip_grads_with_norm_(parameters, limit, norm)
         return norm
@@ -114,7 +117,7 @@ def with_norm(limit: float, order: float | str) -> Callable[[list[nn.Parameter]]
     return clip
 
 
-def placements_on(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple]:
+def placements_on(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, ...]]:
     """All ways in which a tensor can lie on a mesh."""
     each = [Replicate(), *(Shard(d) for d in range(len(shape)))]
     ways = list(itertools.product(each, repeat=mesh.ndim))
@@ -220,7 +223,8 @@ def check_value() -> None:
 def check_norm_per_parameter() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     for order in NORM_TYPES:
-        fulls, grads = [], []
+        fulls: list[Tensor] = []
+        grads: list[Tensor] = []
         for i, shape in enumerate(SHAPES):
             for way in placements_on(grid, shape)[:6]:
                 fulls.append(randn(*shape, seed=i))
@@ -451,7 +455,8 @@ def check_parts_made_by_hand_beside_a_mesh_of_all() -> None:
 
 
 def check_groups_are_process_groups() -> None:
-    for wrong in ("world", [dist.group.WORLD, 1], dist.GroupMember.NON_GROUP_MEMBER):
+    groups: list[Any] = ["world", [dist.group.WORLD, 1], dist.GroupMember.NON_GROUP_MEMBER]
+    for wrong in groups:
         with pytest.raises(TypeError, match="`group` must be a process group"):
             torchclip.get_total_norm([], group=wrong)
 
@@ -464,13 +469,14 @@ def check_nonfinite_on_one_rank() -> None:
         grad = split(full, mesh, Shard(0))
         before = grad.to_local().clone()
         blamed = "gradient 0 of shape" if dist.get_rank() == 2 else "none of this rank's"
-        for call in (
+        calls: list[Callable[[DTensor], Tensor]] = [
             lambda g: torchclip.clip_grad_norm_([parameter(g)], 1.0, error_if_nonfinite=True),
             lambda g: torchclip.get_total_norm([g], error_if_nonfinite=True),
             lambda g: torchclip.clip_grad_norm_(
                 [parameter(g.to_local())], 1.0, error_if_nonfinite=True, group=dist.group.WORLD
             ),
-        ):
+        ]
+        for call in calls:
             with pytest.raises(RuntimeError, match=f"non-finite.*{blamed}"):
                 call(grad)
         assert torch.equal(grad.to_local().nan_to_num(), before.nan_to_num())
@@ -534,7 +540,8 @@ class Block(nn.Module):
         self.down = nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(self.norm(x))))
+        result: Tensor = self.down(torch.tanh(self.up(self.norm(x))))
+        return result
 
 
 # Activations between the layers are split along the sequence, and so are the gradients of LayerNorm's sums.
@@ -543,6 +550,11 @@ SEQUENCE_PARALLEL = {
     "up": ColwiseParallel(input_layouts=Shard(1)),
     "down": RowwiseParallel(output_layouts=Shard(1)),
 }
+
+
+def parameters_of(model: nn.Module) -> list[Any]:
+    """Its parameters, which pass for anything: gradients are there, and DTensors where it is sharded."""
+    return list(model.parameters())
 
 
 def model_of(blocks: int = 2, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -572,7 +584,7 @@ def compare_models(model: nn.Module, oracle: nn.Module, rtol: float = 1e-11) -> 
     actual = torchclip.clip_grad_norm_(model.parameters(), 0.1)
     assert_agreed(actual)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
-    for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+    for p, q in zip(parameters_of(model), oracle.parameters(), strict=True):
         torch.testing.assert_close(whole(p.grad), q.grad, rtol=rtol, atol=rtol)
 
 
@@ -580,16 +592,17 @@ def my_part(x: Tensor, parts: int = 4, place: int | None = None) -> Tensor:
     return x.chunk(parts)[dist.get_rank() if place is None else place]
 
 
-def sharded(model: nn.Module, **options: Any) -> nn.Module:
+def sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
     for block in model:
         fully_shard(block, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def check_fsdp2() -> None:
     model = sharded(model_of(dtype=torch.float64))
     backward(model, my_part(batch_of(4, torch.float64)))
-    assert dist.get_rank() < 3 or any(p.grad.to_local().numel() == 0 for p in model.parameters())
+    assert dist.get_rank() < 3 or any(p.grad.to_local().numel() == 0 for p in parameters_of(model))
     compare_models(model, trained_alone())
 
 
@@ -611,15 +624,16 @@ def check_fsdp2_in_mixed_precision() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(model_of(), mp_policy=policy)
     backward(model, my_part(batch_of(4, torch.bfloat16)))
-    fulls = [whole(p.grad).clone() for p in model.parameters()]
-    compare(fulls, [p.grad for p in model.parameters()], global_norm(0.1))
+    fulls = [whole(p.grad).clone() for p in parameters_of(model)]
+    compare(fulls, [p.grad for p in parameters_of(model)], global_norm(0.1))
 
 
 def check_tensor_parallel_sequence() -> None:
     """SequenceParallel leaves gradients of which each rank has an addend."""
     mesh = init_device_mesh("cpu", (4,))
 
-    model, oracle = (model_of(1, torch.float64)[0] for _ in range(2))
+    blocks: list[Any] = [model_of(1, torch.float64)[0] for _ in range(2)]
+    model, oracle = blocks
     parallelize_module(model, mesh, SEQUENCE_PARALLEL)
     x = randn(4, 8, 6, dtype=torch.float64)
     backward(oracle, x)
@@ -640,9 +654,9 @@ def check_fsdp2_with_tensor_parallel() -> None:
     backward(oracle, x)
     part = my_part(x, 2, mesh.get_local_rank("dp")).chunk(2, dim=1)[mesh.get_local_rank("tp")]
     backward(model, part, 100 / 2)
-    kinds = {type(p).__name__ for q in model.parameters() for p in q.grad.placements}
+    kinds = {type(p).__name__ for q in parameters_of(model) for p in q.grad.placements}
     assert "_StridedShard" in kinds
-    grads = [p.grad for p in model.parameters()]
+    grads = [p.grad for p in parameters_of(model)]
     assert len(collectives(lambda: torchclip.get_total_norm(grads))) == 1
     compare_models(model, oracle)
 
@@ -650,7 +664,7 @@ def check_fsdp2_with_tensor_parallel() -> None:
 def check_ddp() -> None:
     model = nn.parallel.DistributedDataParallel(model_of(dtype=torch.float64))
     backward(model, my_part(batch_of(4, torch.float64)))
-    grads = [p.grad for p in model.parameters()]
+    grads = [p.grad for p in parameters_of(model)]
     assert collectives(lambda: torchclip.get_total_norm(grads)) == []
     compare_models(model, trained_alone())
 
@@ -658,7 +672,7 @@ def check_ddp() -> None:
 def steps(
     model: nn.Module,
     x: Tensor,
-    make_clipper: Callable[[torch.optim.Optimizer], torchclip.Clipper],
+    make_clipper: Callable[..., torchclip.Clipper],
     steps: int = 4,
     bad_step: int | None = None,
     **options: Any,
@@ -669,7 +683,7 @@ def steps(
     for step in range(steps):
         backward(model, x)
         if step == bad_step:
-            spoil(next(model.parameters()).grad)
+            spoil(parameters_of(model)[0].grad)
         optimizer.step()
         optimizer.zero_grad()
     records = [(r.total_norm, r.max_norm, r.clip_coef, r.skipped) for r in clipper.history]
@@ -684,9 +698,7 @@ def spoil(grad: Tensor) -> None:
         grad.to_local()[-1] = math.nan
 
 
-def compare_training(
-    make_clipper: Callable[[torch.optim.Optimizer], torchclip.Clipper], **options: Any
-) -> None:
+def compare_training(make_clipper: Callable[..., torchclip.Clipper], **options: Any) -> None:
     """Norms, thresholds and decisions are the same on all ranks, and those of one process."""
     x = batch_of(4, torch.float64)
     expected, weights = steps(model_of(dtype=torch.float64), x, make_clipper, **options)
@@ -704,22 +716,20 @@ def compare_training(
 
 
 def check_clipper_on_fsdp2() -> None:
-    thresholds = [0.1, INF, lambda step: 0.1 / (1 + step), torchclip.ZScore(warmup=2)]
+    thresholds: list[MaxNorm] = [0.1, INF, lambda step: 0.1 / (1 + step), torchclip.ZScore(warmup=2)]
     thresholds.append(torchclip.Percentile(50.0))
-    for max_norm, scope in itertools.product(thresholds, ("global", "group", "parameter")):
+    for max_norm, scope in itertools.product(thresholds, SCOPES):
         compare_training(lambda o, m=max_norm, s=scope: torchclip.Clipper(o, m, scope=s))
     compare_training(lambda o: torchclip.Clipper(o, 0.1), fused=True)
     compare_training(lambda o: torchclip.Clipper(o, 0.1), foreach=True)
 
 
 def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
-    for nonfinite, scope in itertools.product(
-        ("propagate", "skip", "zero"), ("global", "group", "parameter")
-    ):
+    for nonfinite, scope in itertools.product(POLICIES, SCOPES):
         compare_training(
             lambda o, n=nonfinite, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite=n), bad_step=1
         )
-    for scope in ("global", "group", "parameter"):
+    for scope in SCOPES:
         with pytest.raises(RuntimeError, match="non-finite"):
             compare_training(
                 lambda o, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite="error"), bad_step=1
@@ -737,14 +747,13 @@ def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
 def check_clipper_with_a_fused_optimizer() -> None:
     """The coefficient goes along with the step, as the optimizer's ``grad_scale``, in float32 only."""
     results = []
-    for build, x in ((model_of, batch_of(4)), (lambda: sharded(model_of()), my_part(batch_of(4)))):
-        model = build()
+    for model, x in ((model_of(), batch_of(4)), (sharded(model_of()), my_part(batch_of(4)))):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
         clipper = torchclip.Clipper(optimizer, 0.1)
         backward(model, x)
         optimizer.step()
-        assert clipper.last.clip_coef < 1
-        results.append([whole(t).detach() for p in model.parameters() for t in (p, p.grad)])
+        assert last_of(clipper).clip_coef < 1
+        results.append([whole(t).detach() for p in parameters_of(model) for t in (p, p.grad)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
@@ -752,7 +761,7 @@ def check_clipper_over_groups() -> None:
     """Stages of a pipeline: every rank has parameters of its own."""
     rank = dist.get_rank()
     fulls = [randn(5, 2, seed=i) for i in range(4)]
-    for scope, nonfinite in itertools.product(("global", "group"), ("propagate", "skip", "zero")):
+    for scope, nonfinite in itertools.product(SCOPES[:2], POLICIES):
         for bad in (False, True):
             grads = [f.clone() for f in fulls]
             if bad:

@@ -22,13 +22,14 @@ RANKS = 4
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 300.0
 MODES = ["kernel", "torch operations"]
+Check = Callable[[], None]
 
 
-def worlds_of(ranks: int) -> Callable[[Callable], Callable]:
+def worlds_of(ranks: int) -> Callable[[Check], Check]:
     """Marks a check to be run in worlds of this many ranks; without it, in one of all."""
 
-    def mark(check: Callable) -> Callable:
-        check.ranks = ranks
+    def mark(check: Check) -> Check:
+        vars(check)["ranks"] = ranks
         return check
 
     return mark
@@ -63,7 +64,7 @@ def run_on_ranks(module: str, folder: Path) -> dict[tuple[str, str], list[str]]:
     return errors
 
 
-def _start(module: str, rank: int, folder: Path) -> subprocess.Popen:
+def _start(module: str, rank: int, folder: Path) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
     with _output(folder, rank).open("w") as output:
         return subprocess.Popen(
@@ -96,7 +97,7 @@ def _run_rank(module: ModuleType, rank: int, folder: Path) -> None:
                 print(json.dumps([check, mode, error]), file=report)
 
 
-def _run_check(check: Callable, rank: int, store: Path) -> str:
+def _run_check(check: Check, rank: int, store: Path) -> str:
     import torch.distributed as dist
 
     ranks = getattr(check, "ranks", RANKS)

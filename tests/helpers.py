@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 import torchclip
 from torchclip import reference
+from torchclip.history import Record
+from torchclip.reference import Array
 
 INF = math.inf
-NORM_TYPES = [0, 0.5, 1, 2, 3, INF, -INF, "inf"]
+NORM_TYPES: list[float | str] = [0, 0.5, 1, 2, 3, INF, -INF, "inf"]
 DTYPES = [
     torch.float32,
     torch.float64,
@@ -25,8 +28,11 @@ DTYPES = [
 LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 
-def with_gradients(gradients: Sequence[Tensor | None], values: Sequence[Tensor] | None = None):
-    """Parameters with these gradients, and with these values or zeros."""
+def with_gradients(gradients: Sequence[Tensor | None], values: Sequence[Tensor] | None = None) -> list[Any]:
+    """Parameters with these gradients, and with these values or zeros.
+
+    They pass for anything, so that a test can use a gradient that is there without asking whether it is.
+    """
     parameters = []
     for i, gradient in enumerate(gradients):
         value = torch.zeros(2) if gradient is None else torch.zeros(gradient.shape, dtype=gradient.dtype)
@@ -57,8 +63,20 @@ def assert_same_up_to_rounding(actual: Tensor, expected: np.ndarray) -> None:
     """Each number within two units in the last place of the tensor's dtype."""
     info = torch.finfo(actual.dtype)
     # The twin adds up in another order, which float64 shows.
-    close = {"rtol": max(2 * info.eps, 1e-14), "atol": 2 * info.smallest_normal * info.eps}
+    close: dict[str, Any] = {"rtol": max(2 * info.eps, 1e-14), "atol": 2 * info.smallest_normal * info.eps}
     np.testing.assert_allclose(as_numpy(actual), expected, **close)
+
+
+def grad_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def last_of(clipper: torchclip.Clipper) -> Record:
+    """The record of the last step, of which there was one."""
+    assert clipper.last is not None
+    return clipper.last
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -94,9 +112,9 @@ class Clipper:
         orders: whether it takes an order of the norm.
     """
 
-    ours: Callable
-    twin: Callable
-    torchs: Callable | None = None
+    ours: Callable[..., Any]
+    twin: Callable[..., Any]
+    torchs: Callable[..., Any] | None = None
     changes: bool = True
     orders: bool = True
 
@@ -105,15 +123,17 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _with_norm(module):
-    def clip(parameters, limit, order):
+def _with_norm(module: Any) -> Callable[..., Any]:
+    def clip(parameters: Sequence[Tensor], limit: float, order: float | str) -> Any:
         total_norm = module.get_total_norm(_gradients(parameters), order)
         return module.clip_grads_with_norm_(parameters, limit, total_norm)
 
     return clip
 
 
-def _twin_with_norm(weights, grads, limit, order):
+def _twin_with_norm(
+    weights: Sequence[Array], grads: Sequence[Array], limit: float, order: float | str
+) -> None:
     reference.clip_grads_with_norm(grads, limit, reference.global_norm(grads, order))
 
 

@@ -645,7 +645,7 @@ def mesh_of_one() -> Iterator[Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    store = dist.HashStore()  # type: ignore[attr-defined]  # only not listed
+    store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,))

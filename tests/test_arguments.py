@@ -1,7 +1,7 @@
 """What is refused, with which words, and that nothing has changed afterwards."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +15,7 @@ import torchclip
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
 
-CALLS = {
+CALLS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": lambda ps, x=0.5: torchclip.clip_grad_norm_(ps, x),
     "clip_grad_value_": lambda ps, x=0.5: torchclip.clip_grad_value_(ps, x),
     "clip_grads_with_norm_": lambda ps, x=0.5: torchclip.clip_grads_with_norm_(ps, x, 5.0),
@@ -35,13 +35,13 @@ NUMBER = {
     "clip_per_example": "max_norm",
     "clip_grads_with_norm_ total_norm": "total_norm",
 }
-ORDERS = {
+ORDERS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": lambda ps, p: torchclip.clip_grad_norm_(ps, 0.5, p),
     "get_total_norm": lambda ps, p: torchclip.get_total_norm([q.grad for q in ps], p),
     "clip_grad_norm_per_parameter_": lambda ps, p: torchclip.clip_grad_norm_per_parameter_(ps, 0.5, p),
     "clip_grad_adaptive_": lambda ps, p: torchclip.clip_grad_adaptive_(ps, 0.01, 1e-3, p),
 }
-TENSORS = {
+TENSORS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "clip_grad_norm_": (lambda ps: torchclip.clip_grad_norm_(ps, 0.5), "parameters"),
     "clip_grad_value_": (lambda ps: torchclip.clip_grad_value_(ps, 0.5), "parameters"),
     "clip_grads_with_norm_": (lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, 5.0), "parameters"),
@@ -115,10 +115,11 @@ def test_numbers_beyond_float64(name: str, value: Any, parameters: list[Any]) ->
 
 
 def test_the_remedy_for_max_norm_none(parameters: list[Any]) -> None:
+    nothing: Any = None
     with pytest.raises(
         TypeError, match=r"got None \(NoneType\); to measure without clipping pass float\('inf'\)"
     ):
-        torchclip.clip_grad_norm_(parameters, None)
+        torchclip.clip_grad_norm_(parameters, nothing)
 
 
 NUMBERS = [2, np.float32(2), np.float16(2), np.int64(2), Fraction(2), torch.tensor(2), torch.tensor([2.0])]
@@ -157,7 +158,7 @@ def test_orders_by_name_and_of_other_types(name: str) -> None:
 
 
 MODEL = nn.Linear(2, 1)
-NOT_TENSORS = {
+NOT_TENSORS: dict[str, tuple[Any, str]] = {
     "a module": (MODEL, r"is a module \(Linear\); pass its `\.parameters\(\)`"),
     "an optimizer": (
         torch.optim.SGD(MODEL.parameters(), lr=0.1),

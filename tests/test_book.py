@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,19 +83,19 @@ examples = pytest.mark.parametrize("worked_example", [book.worked_example, book.
 
 
 @pytest.fixture(autouse=True)
-def _plain_terminal(monkeypatch):
+def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 
-def assert_prints(values, printed):
+def assert_prints(values: Any, printed: str) -> None:
     """The values, in order and rounded to two decimals, are the printed ones."""
     flat = np.round(np.ravel(values), 2)
     np.testing.assert_array_equal(flat, [float(number) for number in printed.split()])
 
 
 @tanh_curves
-def test_tanh_and_its_derivative(tanh_curve):
+def test_tanh_and_its_derivative(tanh_curve: Callable[..., Any]) -> None:
     h, y, dy = tanh_curve()
     np.testing.assert_allclose(h, np.arange(-50, 50) / 10, atol=1e-12)
     assert_prints(y, TANH)
@@ -100,36 +103,40 @@ def test_tanh_and_its_derivative(tanh_curve):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_recurrent_weights(scale):
+def test_recurrent_weights(scale: float) -> None:
     assert_prints(book.recurrent_weights(scale), WEIGHTS[scale])
 
 
 @norms
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_the_gradient_explodes_or_vanishes_with_the_scale_of_the_weights(gradient_norms, scale):
+def test_the_gradient_explodes_or_vanishes_with_the_scale_of_the_weights(
+    gradient_norms: Callable[..., Any], scale: float
+) -> None:
     assert_prints(gradient_norms(scale), NORMS[scale])
 
 
 @norms
-def test_clipping_at_each_step_keeps_the_exploding_gradient_at_the_threshold(gradient_norms):
+def test_clipping_at_each_step_keeps_the_exploding_gradient_at_the_threshold(
+    gradient_norms: Callable[..., Any],
+) -> None:
     clipped = gradient_norms(1.0, max_norm=5.0)
     assert clipped[0] == gradient_norms(1.0)[0] < 2.5
     np.testing.assert_allclose(clipped[1:], 2.5, rtol=1e-6)
 
 
 @norms
-def test_clipping_does_nothing_to_the_vanishing_gradient(gradient_norms):
+def test_clipping_does_nothing_to_the_vanishing_gradient(gradient_norms: Callable[..., Any]) -> None:
     np.testing.assert_array_equal(gradient_norms(0.5, max_norm=5.0), gradient_norms(0.5))
 
 
-def test_large_gradients_continue_the_stream_of_the_weights():
+def test_large_gradients_continue_the_stream_of_the_weights() -> None:
     two, three = book.large_gradients()
     assert_prints(two, TWO_GRADIENTS)
     assert_prints(three, THREE_GRADIENTS)
 
 
 @examples
-def test_two_gradients(worked_example):
+def test_two_gradients(worked_example: Callable[..., Any]) -> None:
     two, _ = book.large_gradients()
     example = worked_example(two)
     assert_prints([example.norm, example.rate, example.clipped_norm], "21.71 0.23 5.0")
@@ -137,7 +144,7 @@ def test_two_gradients(worked_example):
 
 
 @examples
-def test_three_gradients(worked_example):
+def test_three_gradients(worked_example: Callable[..., Any]) -> None:
     _, three = book.large_gradients()
     example = worked_example(three)
     assert_prints(example.clipped_norm, "5.0")
@@ -145,19 +152,19 @@ def test_three_gradients(worked_example):
 
 
 @examples
-def test_the_example_clips_copies(worked_example):
+def test_the_example_clips_copies(worked_example: Callable[..., Any]) -> None:
     two, _ = book.large_gradients()
     worked_example(two)
     assert_prints(two, TWO_GRADIENTS)
 
 
-def chunks(printed, size):
+def chunks(printed: str, size: int) -> list[str]:
     """The printed numbers as the lesson shows them, ``size`` to a line."""
     numbers = [f"{float(number) + 0.0:.2f}" for number in printed.split()]
     return [" ".join(numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
 
-def assert_lesson(lesson):
+def assert_lesson(lesson: str) -> None:
     """Every array of the text is in the lesson, NumPy's and torch's."""
     lines = lesson.splitlines()
     assert max(map(len, lines)) <= 80
@@ -175,7 +182,7 @@ def assert_lesson(lesson):
         assert row in words
 
 
-def assert_figures(directory):
+def assert_figures(directory: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == FIGURES
     for name in FIGURES:
         pixels = imread(directory / name)
@@ -183,25 +190,27 @@ def assert_figures(directory):
         assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
 
 
-def test_the_lesson_shows_numpy_and_torch_beside_each_other(capsys):
+def test_the_lesson_shows_numpy_and_torch_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     book.run(figures=None)
     assert_lesson(capsys.readouterr().out)
 
 
-def test_figures_replace_those_of_an_earlier_run(tmp_path):
+def test_figures_replace_those_of_an_earlier_run(tmp_path: Path) -> None:
     (tmp_path / "tanh.png").write_bytes(b"old")
     book.run(tmp_path)
     assert_figures(tmp_path)
 
 
-def test_a_directory_that_cannot_be_made_is_refused_before_the_lesson(tmp_path, capsys):
+def test_a_directory_that_cannot_be_made_is_refused_before_the_lesson(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         book.run(tmp_path / "file")
     assert capsys.readouterr().out == ""
 
 
-def test_command(tmp_path):
+def test_command(tmp_path: Path) -> None:
     directory = tmp_path / "not" / "there"
     command = [sys.executable, "-m", "torchclip", "book", "--figures", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -212,7 +221,7 @@ def test_command(tmp_path):
     assert_figures(directory)
 
 
-def test_command_refuses_a_file_in_the_directory_s_place(tmp_path):
+def test_command_refuses_a_file_in_the_directory_s_place(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
     command = [sys.executable, "-m", "torchclip", "book", "--figures", str(path)]

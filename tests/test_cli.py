@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,26 +21,28 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
-def test_module_runs_as_the_command_does():
+def test_module_runs_as_the_command_does() -> None:
     result = python("-m", "torchclip", "--version")
     assert (result.returncode, result.stdout) == (0, f"torchclip {torchclip.__version__}\n")
 
 
-def test_without_a_command_there_is_help(capsys):
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     output = capsys.readouterr().out
     assert all(f"\n    {name} " in output for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_help(command, capsys):
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert f"usage: torchclip {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["trian"], ["--nonsense"], ["info", "--nonsense"], ["book", "extra"]])
-def test_unknown_arguments_are_refused_in_one_line(arguments, capsys):
+def test_unknown_arguments_are_refused_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     errors = capsys.readouterr().err
@@ -48,7 +51,7 @@ def test_unknown_arguments_are_refused_in_one_line(arguments, capsys):
     assert arguments[-1] in errors
 
 
-def test_info_shows_versions_and_threads(capsys):
+def test_info_shows_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     facts = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
     assert facts["torchclip"] == torchclip.__version__
@@ -57,14 +60,14 @@ def test_info_shows_versions_and_threads(capsys):
     assert facts["numpy"] == np.__version__
 
 
-def test_info_needs_no_extra():
+def test_info_needs_no_extra() -> None:
     result = python("-c", WITHOUT_DEMO + MAIN, "info")
     assert result.returncode == 0, result.stderr
     assert "CPU kernel" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["train", "book"])
-def test_a_missing_extra_is_named_with_its_remedy(command):
+def test_a_missing_extra_is_named_with_its_remedy(command: str) -> None:
     result = python("-c", WITHOUT_DEMO + MAIN, command)
     assert result.returncode == 2
     assert result.stderr == (
@@ -73,14 +76,18 @@ def test_a_missing_extra_is_named_with_its_remedy(command):
     )
 
 
-def test_only_what_is_missing_of_an_extra_is_named(monkeypatch, capsys):
+def test_only_what_is_missing_of_an_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="2"):
         main(["train"])
     assert "needs matplotlib; install" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
         main(["book", "--figures", str(tmp_path / "file")])

@@ -1,15 +1,18 @@
 """Clipper with a GradScaler: norms and thresholds are those of the unscaled gradients, whatever is fused."""
 
 import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import pytest
 import torch
-from helpers import bits, randn, with_gradients
-from torch import nn
+from helpers import bits, last_of, randn, with_gradients
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import torchclip
 from torchclip import Clipper, Percentile
+from torchclip.clipper import Nonfinite, Scope
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
 
@@ -17,7 +20,7 @@ INF, NAN = math.inf, math.nan
 SCALE = 1024.0
 fused_or_not = pytest.mark.parametrize("fused", [False, True])
 unscaled_or_not = pytest.mark.parametrize("unscales", [False, True])
-KINDS = {
+KINDS: dict[str, Callable[[Any, bool], torch.optim.Optimizer]] = {
     "Adam": lambda ps, fused: torch.optim.Adam(ps, lr=0.05, fused=fused),
     "AdamW": lambda ps, fused: torch.optim.AdamW(ps, lr=0.05, fused=fused),
     "SGD": lambda ps, fused: torch.optim.SGD(ps, lr=0.1, momentum=0.9, fused=fused),
@@ -25,14 +28,22 @@ KINDS = {
 }
 
 
-def make_model():
+def make_model() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
     for i, parameter in enumerate(model.parameters()):
         parameter.data = randn(*parameter.shape, seed=i)
     return model
 
 
-def train(model, optimizer, steps, dtype=torch.bfloat16, unscales=False, before_step=None, overflows=()):
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    dtype: torch.dtype = torch.bfloat16,
+    unscales: bool = False,
+    before_step: Callable[[], object] | None = None,
+    overflows: Collection[int] = (),
+) -> list[float]:
     """Trains with autocast, with an overflow where told to; returns the scale of each step."""
     scaler = GradScaler("cpu", init_scale=SCALE, growth_interval=3)
     scales = []
@@ -53,7 +64,7 @@ def train(model, optimizer, steps, dtype=torch.bfloat16, unscales=False, before_
     return scales
 
 
-def all_bits(model, optimizer):
+def all_bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[bytes]:
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return [bits(t) for t in [*model.parameters(), *state]]
 
@@ -62,12 +73,14 @@ def all_bits(model, optimizer):
 @unscaled_or_not
 @fused_or_not
 @pytest.mark.parametrize("name", KINDS)
-def test_the_run_is_that_of_unscaling_clipping_and_stepping(name, fused, unscales, dtype):
+def test_the_run_is_that_of_unscaling_clipping_and_stepping(
+    name: str, fused: bool, unscales: bool, dtype: torch.dtype
+) -> None:
     models = [make_model(), make_model()]
     plain, clipped = KINDS[name](models[0].parameters(), False), KINDS[name](models[1].parameters(), fused)
     norms = []
 
-    def clip():
+    def clip() -> None:
         norms.append(float(torchclip.clip_grad_norm_(models[0].parameters(), 0.3)))
 
     clipper = Clipper(clipped, 0.3)
@@ -83,7 +96,12 @@ def test_the_run_is_that_of_unscaling_clipping_and_stepping(name, fused, unscale
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
 
 
-def scaled_step(optimizer, scaler, grads, unscales=False):
+def scaled_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    grads: Sequence[Tensor | None],
+    unscales: bool = False,
+) -> None:
     """Takes a step with the gradients that a scaled backward pass would have left."""
     scale = scaler.scale(torch.tensor(1.0))
     for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
@@ -94,7 +112,7 @@ def scaled_step(optimizer, scaler, grads, unscales=False):
     scaler.update()
 
 
-def sgd(fused, **options):
+def sgd(fused: bool, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(with_gradients([torch.zeros(2), torch.zeros(1)]), lr=1.0, fused=fused, **options)
 
 
@@ -109,7 +127,9 @@ GRADS = [torch.tensor([3.0, 4.0]), torch.tensor([12.0])]
     [2.0, lambda step: 2.0 + step, Percentile(0), INF],
     ids=["number", "callable", "threshold", "inf"],
 )
-def test_norms_and_thresholds_are_of_the_unscaled_gradients(max_norm, fused, unscales, scope):
+def test_norms_and_thresholds_are_of_the_unscaled_gradients(
+    max_norm: Any, fused: bool, unscales: bool, scope: Scope
+) -> None:
     runs = []
     for scale in (1.0, SCALE):
         optimizer = sgd(fused)
@@ -131,21 +151,21 @@ def test_norms_and_thresholds_are_of_the_unscaled_gradients(max_norm, fused, uns
 @unscaled_or_not
 @fused_or_not
 @pytest.mark.parametrize("norm_type", [0, 1, 3, "inf"])
-def test_every_order(norm_type, fused, unscales):
+def test_every_order(norm_type: float | str, fused: bool, unscales: bool) -> None:
     optimizer = sgd(fused)
     clipper = Clipper(optimizer, 1.0, norm_type=norm_type)
     scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS, unscales)
     expected = float(torchclip.get_total_norm(GRADS, norm_type))
-    assert clipper.last.total_norm == pytest.approx(expected, rel=1e-6)
+    assert last_of(clipper).total_norm == pytest.approx(expected, rel=1e-6)
 
 
 @fused_or_not
 @pytest.mark.parametrize("max_norm", [0.0, 1e-32])
-def test_coefficients_beyond_float32(max_norm, fused):
+def test_coefficients_beyond_float32(max_norm: Any, fused: bool) -> None:
     optimizer = sgd(fused)
     clipper = Clipper(optimizer, max_norm)
     scaled_step(optimizer, GradScaler("cpu", init_scale=2.0**20), GRADS)
-    assert clipper.last.clip_coef == pytest.approx(max_norm / 13)
+    assert last_of(clipper).clip_coef == pytest.approx(max_norm / 13)
     expected = [g * max_norm / 13 for g in GRADS]
     for parameter, grad in zip(optimizer.param_groups[0]["params"], expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=0)
@@ -155,7 +175,9 @@ def test_coefficients_beyond_float32(max_norm, fused):
 @pytest.mark.parametrize("value", [INF, NAN])
 @unscaled_or_not
 @fused_or_not
-def test_overflows_are_the_scalers_to_treat(fused, unscales, value, nonfinite):
+def test_overflows_are_the_scalers_to_treat(
+    fused: bool, unscales: bool, value: float, nonfinite: Nonfinite
+) -> None:
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
     clipper = Clipper(optimizer, Percentile(50, max_norm=1.0), nonfinite=nonfinite)
@@ -172,41 +194,43 @@ def test_overflows_are_the_scalers_to_treat(fused, unscales, value, nonfinite):
     assert [r.skipped for r in clipper.history] == ([False, True] if fused else [False])
     scaled_step(optimizer, scaler, finite, unscales)
     assert all_bits(model, optimizer) != before
-    assert not clipper.last.skipped
+    assert not last_of(clipper).skipped
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_skip_looks_at_the_norm_where_the_scaler_found_nothing(waits, monkeypatch):
+def test_skip_looks_at_the_norm_where_the_scaler_found_nothing(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not waits:  # as on an accelerator
         monkeypatch.setattr(torchclip.eager, "on_host", lambda tensors: False)
     optimizer = sgd(True)
     scaler = GradScaler("cpu", init_scale=SCALE)
 
-    def spoil(*_):  # as the gradients of another rank would spoil the norm
+    def spoil(*_: object) -> None:  # as the gradients of another rank would spoil the norm
         optimizer.param_groups[0]["params"][1].grad.fill_(NAN)
 
     hook = optimizer.register_step_pre_hook(spoil)
     clipper = Clipper(optimizer, 1.0, nonfinite="skip")
     scaled_step(optimizer, scaler, GRADS)
     assert [p.tolist() for p in optimizer.param_groups[0]["params"]] == [[0.0, 0.0], [0.0]]
-    assert (clipper.last.skipped, clipper.last.nonfinite) == (True, True)
+    assert (last_of(clipper).skipped, last_of(clipper).nonfinite) == (True, True)
     hook.remove()
     scaled_step(optimizer, scaler, GRADS)
-    assert not clipper.last.skipped
+    assert not last_of(clipper).skipped
     assert optimizer.param_groups[0]["params"][1].tolist() == pytest.approx([-12 / 13])
 
 
 @fused_or_not
-def test_without_scaling_the_policies_are_as_ever(fused):
+def test_without_scaling_the_policies_are_as_ever(fused: bool) -> None:
     optimizer = sgd(fused)
     clipper = Clipper(optimizer, 1.0, nonfinite="skip")
     scaled_step(optimizer, GradScaler("cpu", enabled=False), [torch.tensor([3.0, NAN]), None])
-    assert clipper.last.skipped
+    assert last_of(clipper).skipped
     assert optimizer.param_groups[0]["params"][0].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 3.0])
-def test_a_fused_step_without_any_gradient(norm_type):
+def test_a_fused_step_without_any_gradient(norm_type: float | str) -> None:
     optimizer = sgd(True)
     clipper = Clipper(optimizer, 1.0, norm_type=norm_type)
     optimizer.zero_grad()
@@ -220,13 +244,13 @@ class Failing(torch.optim.SGD):
     fails = False
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         if self.fails:
             raise KeyboardInterrupt
         return super().step(closure)
 
 
-def fail(optimizer, step):
+def fail(optimizer: Failing, step: Callable[[], object]) -> None:
     optimizer.fails = True
     with pytest.raises(KeyboardInterrupt):
         step()
@@ -235,7 +259,7 @@ def fail(optimizer, step):
 
 @unscaled_or_not
 @pytest.mark.parametrize("value", [1.0, INF])
-def test_after_a_plain_step_that_failed_the_scalers_next_is_as_usual(unscales, value):
+def test_after_a_plain_step_that_failed_the_scalers_next_is_as_usual(unscales: bool, value: float) -> None:
     optimizer = Failing(
         with_gradients([torch.tensor([3.0, value]), torch.tensor([12.0])]), lr=1.0, fused=True
     )
@@ -244,16 +268,16 @@ def test_after_a_plain_step_that_failed_the_scalers_next_is_as_usual(unscales, v
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.data.zero_()
     scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS, unscales)
-    assert clipper.last.total_norm == pytest.approx(13.0)
+    assert last_of(clipper).total_norm == pytest.approx(13.0)
     assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])
     assert not hasattr(optimizer, "grad_scale")
 
 
-def test_after_a_scalers_step_that_failed_its_next_is_as_usual():
+def test_after_a_scalers_step_that_failed_its_next_is_as_usual() -> None:
     optimizer = Failing(with_gradients([torch.zeros(2), torch.zeros(1)]), lr=1.0, fused=True)
     clipper = Clipper(optimizer, 1.0)
     fail(optimizer, lambda: scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS))
     scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE / 4), GRADS)
-    assert clipper.last.total_norm == pytest.approx(13.0)
+    assert last_of(clipper).total_norm == pytest.approx(13.0)
     assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])
     assert not hasattr(optimizer, "grad_scale")

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,14 @@ sys.modules["my_training_framework"] = types.ModuleType("my_training_framework")
 FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 
 
-def blocks(page):
+def blocks(page: Path) -> Iterator[tuple[str, str, int]]:
     """Each fenced block of a page: its language, its text, and the line that it begins in, from 0."""
     text = page.read_text(encoding="utf-8")
     for match in FENCED.finditer(text):
         yield match[1].strip(), match[2], text.count("\n", 0, match.start(2))
 
 
-def run_page(page):
+def run_page(page: Path) -> None:
     """Run every block of a page; the first that fails ends the process, and shows the page's own lines."""
     for language, code, line in blocks(page):
         names = {"__name__": "__main__"}
@@ -64,13 +65,13 @@ def run_page(page):
                 sys.exit(1)
 
 
-def test_every_block_says_what_it_is():
+def test_every_block_says_what_it_is() -> None:
     languages = {language for page in PAGES for language, _, _ in blocks(page)}
     assert {"python", "pycon"} <= languages <= {"python", "pycon", *NOT_PYTHON}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_code_runs(page, tmp_path):
+def test_code_runs(page: Path, tmp_path: Path) -> None:
     if page.name == "contract.md" and tuple(map(int, torch.__version__.split(".")[:2])) != MEASURED_WITH:
         pytest.skip("the page shows what torch 2.13 answers")
     # In a process of its own: pages install torchclip in torch's place, and attach clippers.

@@ -20,14 +20,14 @@ EXPECTED = {
 }
 
 
-def test_all_examples_are_here_and_short():
+def test_all_examples_are_here_and_short() -> None:
     assert EXPECTED.keys() == {path.name for path in EXAMPLES.glob("*.py")}
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 60
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_example(name, tmp_path):
+def test_example(name: str, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name == "fsdp2.py" else []
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / name)],

@@ -6,20 +6,24 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import bits, with_gradients
+from helpers import bits, last_of, with_gradients
 from torch import nn
 
 import torchclip
 from torchclip import Clipper, Percentile, ZScore, kernel, reference
+from torchclip.clipper import Scope
+from torchclip.reference import Array
 
 # Wrong arguments.  What the functions refuse of their numbers and tensors is in test_arguments.py.
 
 MODEL = nn.Linear(2, 1)
-WRONG = {
+WRONG: dict[str, Any] = {
     "None": None,
     "a string": "one",
     "bytes": b"1",
@@ -41,20 +45,20 @@ WRONG = {
 NUMBERS = {"inf", "a fraction"}
 
 
-def parameters():
+def parameters() -> list[Any]:
     return with_gradients([torch.tensor([3.0, 4.0])])
 
 
-def clipper(*arguments, **options):
+def clipper(*arguments: Any, **options: Any) -> Clipper:
     return Clipper(torch.optim.SGD(parameters(), lr=0.1), *arguments, **options)
 
 
-def arrays():
+def arrays() -> list[Array]:
     return [np.array([3.0, 4.0])]
 
 
 # What each is given, the argument that is named, and which of the wrong values are right for it.
-ARGUMENTS = {
+ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str, set[str]]] = {
     "clip_grad_norm_": (
         lambda v: torchclip.clip_grad_norm_(parameters(), 1.0, error_if_nonfinite=v),
         "error_if_nonfinite",
@@ -184,7 +188,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_every_wrong_value_is_refused_by_the_name_of_its_argument(name):
+def test_every_wrong_value_is_refused_by_the_name_of_its_argument(name: str) -> None:
     call, argument, right = ARGUMENTS[name]
     for kind, value in WRONG.items():
         if kind in right:
@@ -197,7 +201,7 @@ def test_every_wrong_value_is_refused_by_the_name_of_its_argument(name):
 
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("argument", ["error_if_nonfinite", "group"])
-def test_no_gradient_changes_where_an_argument_is_wrong(argument, kind):
+def test_no_gradient_changes_where_an_argument_is_wrong(argument: str, kind: str) -> None:
     if kind in ARGUMENTS["clip_grad_norm_" if argument != "group" else "clip_grad_norm_, group"][2]:
         pytest.skip("is right")
     (parameter,) = parameters()
@@ -208,8 +212,9 @@ def test_no_gradient_changes_where_an_argument_is_wrong(argument, kind):
     assert parameter.grad._version == 0
 
 
-def test_install_and_uninstall_take_nothing():
-    for function in (torchclip.install, torchclip.uninstall, torchclip.installed):
+def test_install_and_uninstall_take_nothing() -> None:
+    functions: list[Callable[..., object]] = [torchclip.install, torchclip.uninstall, torchclip.installed]
+    for function in functions:
         with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given"):
             function(MODEL)
 
@@ -249,7 +254,7 @@ INTERRUPTED = """
 
 @pytest.mark.skipif(kernel.status().startswith("off"), reason="promised where the kernel does it")
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to itself")
-def test_ctrl_c_leaves_all_gradients_scaled_or_none():
+def test_ctrl_c_leaves_all_gradients_scaled_or_none() -> None:
     command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     interrupted, scaled = map(int, output.split())
@@ -294,7 +299,7 @@ STEPS = """
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("with_kernel", ["1", "0"])
-def test_ten_thousand_steps_leave_no_growth(with_kernel):
+def test_ten_thousand_steps_leave_no_growth(with_kernel: str) -> None:
     output = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(STEPS)],
         check=True,
@@ -311,7 +316,7 @@ def test_ten_thousand_steps_leave_no_growth(with_kernel):
 # Warnings
 
 
-def test_nothing_warns_where_warnings_are_errors():
+def test_nothing_warns_where_warnings_are_errors() -> None:
     script = """
         import torch, torchclip
         parameters = list(torch.nn.Linear(2, 2).parameters())
@@ -333,7 +338,7 @@ on_and_off = pytest.mark.usefixtures("kernel_on_and_off")
 
 @on_and_off
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
-def test_coefficients_below_the_range_of_float32(dtype):
+def test_coefficients_below_the_range_of_float32(dtype: torch.dtype) -> None:
     for clip in (torchclip.clip_grad_norm_, torchclip.clip_grad_adaptive_):
         parameters = with_gradients([torch.full((4,), 1e30).to(dtype)])
         clip(parameters, 1e-30) if clip is torchclip.clip_grad_norm_ else clip(parameters, 1e-30, 1.0)
@@ -344,7 +349,7 @@ def test_coefficients_below_the_range_of_float32(dtype):
 
 @on_and_off
 @pytest.mark.filterwarnings("ignore:Sparse ")
-def test_complex_compressed_gradients():
+def test_complex_compressed_gradients() -> None:
     gradient = torch.tensor([[3 + 0j, 0], [0, 4j]]).to_sparse_csr()
     parameter = nn.Parameter(gradient.clone())
     parameter.grad = gradient
@@ -354,7 +359,7 @@ def test_complex_compressed_gradients():
 
 @on_and_off
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
-def test_fused_steps_write_nothing_between_the_elements_of_a_gradient(name):
+def test_fused_steps_write_nothing_between_the_elements_of_a_gradient(name: str) -> None:
     memory = torch.full((100, 1000), 7.0)
     parameter = nn.Parameter(torch.zeros(100, 500))
     parameter.grad = memory[:, ::2]
@@ -367,17 +372,17 @@ def test_fused_steps_write_nothing_between_the_elements_of_a_gradient(name):
 
 @on_and_off
 @pytest.mark.parametrize("scope", ["global", "group", "parameter"])
-def test_an_empty_gradient_has_no_part_in_a_norm_of_negative_order(scope):
+def test_an_empty_gradient_has_no_part_in_a_norm_of_negative_order(scope: Scope) -> None:
     groups = [
         {"params": with_gradients([gradient])} for gradient in (torch.tensor([2.0, 3.0]), torch.zeros(0))
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     clipper = Clipper(optimizer, 1.0, norm_type=-math.inf, scope=scope)
     optimizer.step()
-    assert clipper.last.total_norm == 2
+    assert last_of(clipper).total_norm == 2
 
 
-def test_the_twins_do_not_stumble_over_inf():
+def test_the_twins_do_not_stumble_over_inf() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sums, clipped = reference.clip_per_example([np.array([[math.inf, 1.0], [3.0, 4.0]])], 1.0)

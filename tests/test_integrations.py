@@ -5,6 +5,9 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,15 +16,17 @@ import stable_baselines3 as sb3
 import torch
 import transformers
 from accelerate import Accelerator
+from helpers import last_of
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 import torchclip
+from torchclip.history import History, Record
 from torchclip.integrations import lightning as for_lightning
 from torchclip.integrations import transformers as for_transformers
 from torchclip.integrations.loggers import DictLogger
@@ -35,18 +40,18 @@ MAX_NORM = 0.5
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(threads):
+def _one_thread(threads: None) -> None:
     torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
-def counted(name):
+def counted(name: str) -> Iterator[list[Any]]:
     """Torchclip installed, with the calls of one function counted."""
     calls = []
     with torchclip.installed():
         function = getattr(torch.nn.utils, name)
 
-        def counting(*args, **kwargs):
+        def counting(*args: Any, **kwargs: Any) -> Any:
             calls.append(function(*args, **kwargs))
             return calls[-1]
 
@@ -55,7 +60,7 @@ def counted(name):
             yield calls
 
 
-def assert_same(found, expected, **tolerances):
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerances: Any) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], **tolerances)
@@ -64,7 +69,7 @@ def assert_same(found, expected, **tolerances):
 # Stable-Baselines3 under install()
 
 
-ALGORITHMS = {
+ALGORITHMS: dict[str, Callable[[], Any]] = {
     "PPO": lambda: sb3.PPO(
         "MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu"
     ),
@@ -76,7 +81,7 @@ ALGORITHMS = {
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_stable_baselines3_trains_as_before(algorithm):
+def test_stable_baselines3_trains_as_before(algorithm: str) -> None:
     steps = 128
     plain = ALGORITHMS[algorithm]().learn(steps)
     with counted("clip_grad_norm_") as norms:
@@ -89,8 +94,8 @@ def test_stable_baselines3_trains_as_before(algorithm):
 # Accelerate
 
 
-def test_a_clipper_from_before_accelerates_prepare():
-    def train(clip):
+def test_a_clipper_from_before_accelerates_prepare() -> None:
+    def train(clip: str) -> tuple[nn.Module, torchclip.Clipper | None]:
         torch.manual_seed(0)
         model = nn.Linear(4, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -107,11 +112,12 @@ def test_a_clipper_from_before_accelerates_prepare():
         return model, clipper
 
     (expected, _), (found, clipper) = train("accelerator"), train("clipper")
+    assert clipper is not None
     assert clipper.history.summary().clipped == 3
     assert_same(found.state_dict(), expected.state_dict())
 
 
-def test_accelerates_wrapper_of_an_optimizer_is_refused():
+def test_accelerates_wrapper_of_an_optimizer_is_refused() -> None:
     model = nn.Linear(4, 1)
     wrapped = Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(TypeError, match=r"wrapper without hooks .* pass the optimizer that it wraps"):
@@ -119,7 +125,7 @@ def test_accelerates_wrapper_of_an_optimizer_is_refused():
     torchclip.Clipper(wrapped.optimizer, MAX_NORM)
 
 
-def test_accelerate_clips_with_torchclip():
+def test_accelerate_clips_with_torchclip() -> None:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(nn.Linear(4, 1, bias=False))
     model.weight.grad = torch.full((1, 4), 1e20)
@@ -138,46 +144,55 @@ def test_accelerate_clips_with_torchclip():
 
 
 class Module(pl.LightningModule):
-    def __init__(self, optimizer=torch.optim.SGD, **options):
+    def __init__(
+        self, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **options: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
         self.optimizer, self.options = optimizer, {"lr": 0.1} | options
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: Any, _: int) -> Any:
         x, y = batch
         return F.mse_loss(self.net(x), y)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters(), **self.options)
 
 
 class TwoByHand(Module):
     """Manual optimization, an optimizer a layer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: Any, index: int) -> Any:
         loss = super().training_step(batch, index)
-        for optimizer in self.optimizers():
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        for optimizer in self.optimizers():
+        for optimizer in optimizers:
             optimizer.step()
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
 
 
-def data(batch_size=8):
+def data(batch_size: int = 8) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(48, 4, generator=generator)
     return DataLoader(TensorDataset(x, 10 * x.sum(1, keepdim=True)), batch_size)
 
 
-def fit(module, tmp_path, *callbacks, resume=None, **options):
+def fit(
+    module: pl.LightningModule,
+    tmp_path: Path,
+    *callbacks: pl.Callback,
+    resume: Path | None = None,
+    **options: Any,
+) -> pl.Trainer:
     options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False} | options
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -192,8 +207,8 @@ def fit(module, tmp_path, *callbacks, resume=None, **options):
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_lightnings_own_clipping_under_install(tmp_path, algorithm):
-    options = {"gradient_clip_val": MAX_NORM, "gradient_clip_algorithm": algorithm}
+def test_lightnings_own_clipping_under_install(tmp_path: Path, algorithm: str) -> None:
+    options: dict[str, Any] = {"gradient_clip_val": MAX_NORM, "gradient_clip_algorithm": algorithm}
     plain, clipped = Module(), Module()
     fit(plain, tmp_path, **options)
     with counted(f"clip_grad_{algorithm}_") as calls:
@@ -205,7 +220,7 @@ def test_lightnings_own_clipping_under_install(tmp_path, algorithm):
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str
 )
-def test_the_lightning_callback_clips_as_the_trainer_would(tmp_path, options):
+def test_the_lightning_callback_clips_as_the_trainer_would(tmp_path: Path, options: dict[str, Any]) -> None:
     plain, clipped = Module(), Module()
     fit(plain, tmp_path, gradient_clip_val=MAX_NORM, **options)
     callback = for_lightning.ClipperCallback(MAX_NORM)
@@ -217,8 +232,8 @@ def test_the_lightning_callback_clips_as_the_trainer_would(tmp_path, options):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_lightning_callback_with_a_grad_scaler(tmp_path, fused):
-    def mixed_precision():
+def test_the_lightning_callback_with_a_grad_scaler(tmp_path: Path, fused: bool) -> None:
+    def mixed_precision() -> MixedPrecision:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return MixedPrecision("16-mixed", "cpu", scaler)
 
@@ -231,7 +246,7 @@ def test_the_lightning_callback_with_a_grad_scaler(tmp_path, fused):
     assert_same(clipped.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_lightning_callback_with_several_optimizers_by_hand(tmp_path):
+def test_the_lightning_callback_with_several_optimizers_by_hand(tmp_path: Path) -> None:
     module = TwoByHand()
     before = copy.deepcopy(module.state_dict())
     callback = for_lightning.ClipperCallback(MAX_NORM)
@@ -245,20 +260,20 @@ def test_the_lightning_callback_with_several_optimizers_by_hand(tmp_path):
     assert {"clip_0/total_norm", "clip_1/clipped_share"} <= trainer.logged_metrics.keys()
 
 
-def test_the_lightning_callback_logs(tmp_path):
+def test_the_lightning_callback_logs(tmp_path: Path) -> None:
     callback = for_lightning.ClipperCallback(MAX_NORM)
     logged = fit(Module(), tmp_path, callback).logged_metrics
-    last = callback.clippers[0].last
+    last = last_of(callback.clippers[0])
     assert logged["clip/total_norm"] == pytest.approx(last.total_norm, rel=1e-6)
     assert logged["clip/max_norm"] == MAX_NORM
     assert logged["clip/clipped_share"] == 1.0
     assert not fit(Module(), tmp_path, for_lightning.ClipperCallback(MAX_NORM, log=False)).logged_metrics
 
 
-def test_lightnings_checkpoints_carry_the_clipper(tmp_path):
+def test_lightnings_checkpoints_carry_the_clipper(tmp_path: Path) -> None:
     """A run that is resumed ends where an uninterrupted one does."""
 
-    def callback():
+    def callback() -> for_lightning.ClipperCallback:
         return for_lightning.ClipperCallback(torchclip.Percentile(30.0, warmup=2))
 
     whole, first, second = Module(), Module(), Module()
@@ -271,9 +286,9 @@ def test_lightnings_checkpoints_carry_the_clipper(tmp_path):
     assert list(found.clippers[0].history) == list(expected.clippers[0].history)
 
 
-def test_the_lightning_callback_leaves_the_optimizer_as_it_was(tmp_path):
+def test_the_lightning_callback_leaves_the_optimizer_as_it_was(tmp_path: Path) -> None:
     class Failing(Module):
-        def training_step(self, batch, index):
+        def training_step(self, batch: Any, index: int) -> Any:
             if index == 1:
                 raise FloatingPointError
             return super().training_step(batch, index)
@@ -288,12 +303,12 @@ def test_the_lightning_callback_leaves_the_optimizer_as_it_was(tmp_path):
         torchclip.Clipper(callback.clippers[0].optimizer, MAX_NORM)
 
 
-def test_the_lightning_callback_refuses_to_clip_twice(tmp_path):
+def test_the_lightning_callback_refuses_to_clip_twice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gradient_clip_val"):
         fit(Module(), tmp_path, for_lightning.ClipperCallback(MAX_NORM), gradient_clip_val=1.0)
 
 
-def test_the_lightning_callback_refuses_gradients_that_it_cannot_see():
+def test_the_lightning_callback_refuses_gradients_that_it_cannot_see() -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer._accelerator_connector.strategy = FSDPStrategy()  # which no Trainer takes without a GPU
     with pytest.raises(ValueError, match="FSDPStrategy shards"):
@@ -306,54 +321,68 @@ def test_the_lightning_callback_refuses_gradients_that_it_cannot_see():
 TEXT = torch.arange(32).reshape(8, 4) % 16
 
 
-def language_model():
+def language_model() -> transformers.GPT2LMHeadModel:
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=16, n_positions=4, n_embd=8, n_layer=1, n_head=2)
     return transformers.GPT2LMHeadModel(config)
 
 
-def trainer_of(tmp_path, *callbacks, **options):
+def trainer_of(
+    tmp_path: Path, *callbacks: transformers.TrainerCallback, **options: Any
+) -> transformers.Trainer:
     """A tiny language model, to be trained for six steps."""
-    options = {"max_steps": 6, "max_grad_norm": 0.0, "save_strategy": "no"} | options
+    settings: dict[str, Any] = {"max_steps": 6, "max_grad_norm": 0.0, "save_strategy": "no"} | options
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path,
+        output_dir=str(tmp_path),
         use_cpu=True,
         per_device_train_batch_size=2,
         learning_rate=0.01,
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
-        **options,
+        **settings,
     )
     examples = [{"input_ids": row, "labels": row} for row in TEXT]
     return transformers.Trainer(language_model(), arguments, train_dataset=examples, callbacks=[*callbacks])
 
 
-def train(*arguments, resume=None, **options):
+def train(*arguments: Any, resume: str | None = None, **options: Any) -> transformers.Trainer:
     trainer = trainer_of(*arguments, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
+def weights_of(trainer: transformers.Trainer) -> dict[str, Tensor]:
+    assert trainer.model is not None
+    return trainer.model.state_dict()
+
+
+def history_of(callback: for_transformers.ClipperCallback) -> History:
+    assert callback.clipper is not None
+    return callback.clipper.history
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
-def test_the_transformers_callback_clips_as_the_trainer_would(tmp_path, options):
+def test_the_transformers_callback_clips_as_the_trainer_would(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     plain = train(tmp_path, max_grad_norm=MAX_NORM, **options)
     with counted("clip_grad_norm_") as norms:
         installed = train(tmp_path, max_grad_norm=MAX_NORM, **options)
     callback = for_transformers.ClipperCallback(MAX_NORM)
     clipped = train(tmp_path, callback, **options)
-    assert len(norms) == len(callback.clipper.history) == 6
-    assert any(record.clipped for record in callback.clipper.history)
-    np.testing.assert_allclose([r.total_norm for r in callback.clipper.history], norms, rtol=1e-4)
-    assert_same(installed.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
-    assert_same(clipped.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
+    assert len(norms) == len(history_of(callback)) == 6
+    assert any(record.clipped for record in history_of(callback))
+    np.testing.assert_allclose([r.total_norm for r in history_of(callback)], norms, rtol=1e-4)
+    assert_same(weights_of(installed), weights_of(plain), rtol=1e-4, atol=1e-5)
+    assert_same(weights_of(clipped), weights_of(plain), rtol=1e-4, atol=1e-5)
 
 
-def test_the_transformers_callback_logs(tmp_path, capsys):
-    seen = []
+def test_the_transformers_callback_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Record] = []
     callback = for_transformers.ClipperCallback(MAX_NORM, on_clip=seen.append)
     log = train(tmp_path, callback).state.log_history
-    records = list(callback.clipper.history)
+    records = list(history_of(callback))
     assert seen == records
     assert [entry["clip/total_norm"] for entry in log if "loss" in entry] == [r.total_norm for r in records]
     assert log[-2]["clip/max_norm"] == MAX_NORM
@@ -362,29 +391,29 @@ def test_the_transformers_callback_logs(tmp_path, capsys):
     assert capsys.readouterr().out.count("clip/total_norm") == 6
 
 
-def test_the_trainers_checkpoints_carry_the_clipper(tmp_path):
-    def callback():
+def test_the_trainers_checkpoints_carry_the_clipper(tmp_path: Path) -> None:
+    def callback() -> for_transformers.ClipperCallback:
         return for_transformers.ClipperCallback(torchclip.ZScore(warmup=2))
 
-    options = {"save_strategy": "steps", "save_steps": 3}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
     expected, found = callback(), callback()
     whole = train(tmp_path, expected, **options)
     resumed = train(tmp_path, found, resume=str(tmp_path / "checkpoint-3"), **options)
-    assert_same(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
-    assert list(found.clipper.history) == list(expected.clipper.history)
+    assert_same(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
+    assert list(history_of(found)) == list(history_of(expected))
 
 
-def test_a_checkpoint_from_before_the_transformers_callback(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3}
+def test_a_checkpoint_from_before_the_transformers_callback(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
     train(tmp_path, **options)
     callback = for_transformers.ClipperCallback(MAX_NORM)
     train(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), **options)
-    assert len(callback.clipper.history) == 3
+    assert len(history_of(callback)) == 3
 
 
-def test_training_again_after_an_interruption(tmp_path):
+def test_training_again_after_an_interruption(tmp_path: Path) -> None:
     class Interrupt(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 2:
                 raise KeyboardInterrupt
 
@@ -394,14 +423,14 @@ def test_training_again_after_an_interruption(tmp_path):
         trainer.train()
     trainer.remove_callback(interrupt)
     trainer.train()
-    assert [record.step for record in callback.clipper.history] == list(range(6))
+    assert [record.step for record in history_of(callback)] == list(range(6))
 
 
-def test_training_again_starts_anew(tmp_path):
+def test_training_again_starts_anew(tmp_path: Path) -> None:
     callback = for_transformers.ClipperCallback(MAX_NORM)
     trainer = train(tmp_path, callback)
     trainer.train()
-    assert [record.step for record in callback.clipper.history] == list(range(6))
+    assert [record.step for record in history_of(callback)] == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -411,7 +440,9 @@ def test_training_again_starts_anew(tmp_path):
         ({"restore_callback_states_from_checkpoint": True}, "restore_"),
     ],
 )
-def test_the_transformers_callback_refuses_what_does_not_go_with_it(tmp_path, options, argument):
+def test_the_transformers_callback_refuses_what_does_not_go_with_it(
+    tmp_path: Path, options: dict[str, Any], argument: str
+) -> None:
     with pytest.raises(ValueError, match=argument):
         train(tmp_path, for_transformers.ClipperCallback(MAX_NORM), **options)
 
@@ -419,7 +450,7 @@ def test_the_transformers_callback_refuses_what_does_not_go_with_it(tmp_path, op
 # Loggers
 
 
-def clip_three_steps(on_clip):
+def clip_three_steps(on_clip: Callable[[Record], object]) -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     torchclip.Clipper(optimizer, 2.0, on_clip=on_clip)
@@ -428,7 +459,7 @@ def clip_three_steps(on_clip):
         optimizer.step()
 
 
-def test_scalars_in_tensorboard(tmp_path):
+def test_scalars_in_tensorboard(tmp_path: Path) -> None:
     with SummaryWriter(tmp_path) as writer:
         clip_three_steps(ScalarLogger(writer, prefix="clipping"))
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -438,8 +469,8 @@ def test_scalars_in_tensorboard(tmp_path):
     assert found["clipping/clipped_share"] == [(0, 0.0), (1, 0.5), (2, pytest.approx(2 / 3))]
 
 
-def test_scalars_for_any_logger():
-    logged = []
+def test_scalars_for_any_logger() -> None:
+    logged: list[dict[str, float]] = []
     clip_three_steps(DictLogger(logged.append))
     assert logged[:2] == [
         {"clip/total_norm": 1.0, "clip/max_norm": 2.0, "clip/clipped_share": 0.0},
@@ -451,7 +482,7 @@ def test_scalars_for_any_logger():
 
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
-def test_a_missing_framework_is_named_with_its_extra(framework):
+def test_a_missing_framework_is_named_with_its_extra(framework: str) -> None:
     source = f"""
 import sys
 sys.modules[{framework!r}] = None  # as if it were not installed
@@ -462,7 +493,7 @@ import torchclip.integrations.{framework}
     assert f"pip install 'torchclip[{framework}]'" in done.stderr.splitlines()[-1]
 
 
-def test_torchclip_imports_no_framework():
+def test_torchclip_imports_no_framework() -> None:
     frameworks = ["lightning", "transformers", "accelerate", "stable_baselines3", "tensorboard"]
     source = f"import sys, torchclip; print([name for name in {frameworks} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", source], capture_output=True, text=True).stdout == "[]\n"

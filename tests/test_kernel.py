@@ -99,8 +99,8 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         return np.where(np.abs(result) > info.max, np.copysign(np.inf, values), result)
 
 
-def scaled(values: np.ndarray, factor: float, dtype: torch.dtype) -> np.ndarray:
-    """The products, rounded to ``dtype``; those of 16-bit numbers are formed in float32, if it holds the factor."""
+def scaled(values: np.ndarray, factor: float | np.float32, dtype: torch.dtype) -> np.ndarray:
+    """The products, rounded to ``dtype``; those of 16-bit numbers in float32, if it holds the factor."""
     if np.iscomplexobj(values):
         parts = values.reshape(-1).view(np.float64)
         real = {torch.complex64: torch.float32, torch.complex128: torch.float64}[dtype]
@@ -312,7 +312,12 @@ def test_gradients_in_order_once_and_only_where_there_are_some() -> None:
 
 
 def test_nothing_at_all() -> None:
-    for batch in (_kernel.gradients([]), _kernel.tensors(t for t in ()), _kernel.tensors([torch.empty(0)])):
+    nothing: list[torch.Tensor] = []
+    for batch in (
+        _kernel.gradients([]),
+        _kernel.tensors(t for t in nothing),
+        _kernel.tensors([torch.empty(0)]),
+    ):
         assert [batch.norm(p, 4) for p in ORDERS] == [0.0, 0.0, 0.0]
         batch.scale(0.5, 4)
         batch.clamp(0.5, 4)
@@ -342,7 +347,7 @@ def test_errors_of_the_iterable_come_through() -> None:
 def test_a_list_that_shrinks_while_it_is_walked() -> None:
     class Shrinking(nn.Parameter):
         @property
-        def grad(self) -> torch.Tensor:
+        def grad(self) -> torch.Tensor:  # type: ignore[override]  # reading it has an effect: that is the test
             items.clear()
             return torch.ones(4)
 

@@ -5,6 +5,8 @@ import pickle
 import threading
 import types
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,41 +25,41 @@ HUGE = [torch.full((4,), 1e20)]  # torch's norm of it overflows
 
 
 @pytest.fixture(autouse=True)
-def _torchs_again():
+def _torchs_again() -> Iterator[None]:
     yield
     torchclip.uninstall()
 
 
-def is_torchs():
+def is_torchs() -> list[bool]:
     return [getattr(module, name) is original for (module, name), original in zip(HOMES, TORCHS, strict=True)]
 
 
-def parameter(*grad):
+def parameter(*grad: float) -> torch.Tensor:
     weight = torch.zeros(len(grad), requires_grad=True)
     weight.grad = torch.tensor(grad)
     return weight
 
 
-def test_install_replaces_and_uninstall_puts_back_exactly():
+def test_install_replaces_and_uninstall_puts_back_exactly() -> None:
     torchclip.install()
     assert not any(is_torchs())
     torchclip.uninstall()
     assert all(is_torchs())
 
 
-def test_the_functions_are_torchclips():
+def test_the_functions_are_torchclips() -> None:
     torchclip.install()
     assert torch.nn.utils.get_total_norm(HUGE) == 2e20
     weight = parameter(3e30, 4e30)
     assert torch.nn.utils.clip_grad_norm_(weight, 1.0) == 5e30
     torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
     with pytest.raises(ValueError, match="max_norm"):
-        torch.nn.utils.clip_grads_with_norm_(weight, -1.0, 5.0)
+        torch.nn.utils.clip_grads_with_norm_(weight, -1.0, torch.tensor(5.0))
     with pytest.raises(ValueError, match="clip_value"):
         torch.nn.utils.clip_grad_value_(weight, -1.0)
 
 
-def test_twice_is_once():
+def test_twice_is_once() -> None:
     torchclip.install()
     torchclip.install()
     torchclip.uninstall()
@@ -67,7 +69,7 @@ def test_twice_is_once():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_wrapped_is_what_was_there_and_the_rest_is_torchclips(name):
+def test_wrapped_is_what_was_there_and_the_rest_is_torchclips(name: str) -> None:
     theirs, ours = getattr(torch.nn.utils, name), getattr(torchclip, name)
     torchclip.install()
     function = getattr(torch.nn.utils, name)
@@ -79,21 +81,22 @@ def test_wrapped_is_what_was_there_and_the_rest_is_torchclips(name):
     assert not hasattr(ours, "__wrapped__")
 
 
-def test_what_somebody_else_put_there_is_put_back():
-    def another(*args, **kwargs):
+def test_what_somebody_else_put_there_is_put_back() -> None:
+    def another(*args: Any, **kwargs: Any) -> Any:
         return early(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", another)
         torchclip.install()
-        assert torch.nn.utils.clip_grad_norm_.__wrapped__ is another
+        function: Any = torch.nn.utils.clip_grad_norm_
+        assert function.__wrapped__ is another
         torchclip.uninstall()
         assert torch.nn.utils.clip_grad_norm_ is another
         assert clip_grad.clip_grad_norm_ is early
 
 
-def test_names_imported_before_are_listed():
-    module = types.ModuleType("of_a_user")
+def test_names_imported_before_are_listed() -> None:
+    module: Any = types.ModuleType("of_a_user")
     module.clip = early
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(__import__("sys").modules, "of_a_user", module)
@@ -104,14 +107,14 @@ def test_names_imported_before_are_listed():
         assert torchclip.install() == holders
 
 
-def test_an_old_reference_to_clip_grad_norm_computes_through_torchclip():
+def test_an_old_reference_to_clip_grad_norm_computes_through_torchclip() -> None:
     torchclip.install()
     weight = parameter(3e30, 4e30)
     assert early(weight, 1.0) == 5e30
     torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
 
 
-def test_blocks_nest():
+def test_blocks_nest() -> None:
     with torchclip.installed():
         with torchclip.installed():
             pass
@@ -119,14 +122,14 @@ def test_blocks_nest():
     assert all(is_torchs())
 
 
-def test_a_block_does_not_undo_install():
+def test_a_block_does_not_undo_install() -> None:
     torchclip.install()
     with torchclip.installed():
         pass
     assert not any(is_torchs())
 
 
-def test_install_in_a_block_stays_and_uninstall_in_a_block_acts_at_once():
+def test_install_in_a_block_stays_and_uninstall_in_a_block_acts_at_once() -> None:
     with torchclip.installed():
         torchclip.install()
     assert not any(is_torchs())
@@ -136,17 +139,17 @@ def test_install_in_a_block_stays_and_uninstall_in_a_block_acts_at_once():
     assert all(is_torchs())
 
 
-def test_a_block_ends_with_an_exception_too():
+def test_a_block_ends_with_an_exception_too() -> None:
     with pytest.raises(KeyError), torchclip.installed():
         raise KeyError
     assert all(is_torchs())
 
 
-def test_blocks_of_threads_overlap():
+def test_blocks_of_threads_overlap() -> None:
     """Within a block the functions are torchclip's, whatever other threads enter and leave."""
     seen, start = [], threading.Barrier(4)
 
-    def work():
+    def work() -> None:
         start.wait()
         for _ in range(200):
             with torchclip.installed():
@@ -162,16 +165,17 @@ def test_blocks_of_threads_overlap():
     assert all(is_torchs())
 
 
-def test_a_warning_points_at_the_callers_line():
+def test_a_warning_points_at_the_callers_line() -> None:
+    nothing: list[torch.Tensor] = []
     torchclip.install()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.nn.utils.clip_grad_norm_((p for p in ()), 1.0)
+        torch.nn.utils.clip_grad_norm_((p for p in nothing), 1.0)
     assert [w.filename for w in caught] == [__file__]
 
 
-def test_compiled_functions_follow():
-    def clip(weight):
+def test_compiled_functions_follow() -> None:
+    def clip(weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_([weight], 1.0)
 
     compiled = torch.compile(clip, backend="aot_eager")  # the whole graph torch 2.10 cannot make of its own

@@ -1,6 +1,8 @@
 """What holds for any gradients at all, checked on ones that hypothesis makes up."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from helpers import CLIPPERS, as_numpy, assert_same_up_to_rounding, with_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import torchclip
 from torchclip import get_total_norm, reference
@@ -26,13 +29,17 @@ orders = st.sampled_from([0, 0.5, 1, 2, 3, -1, math.inf, -math.inf])
 
 
 @st.composite
-def gradients(draw, dtypes=(*REAL, torch.bfloat16, *COMPLEX), magnitude=None):
+def gradients(
+    draw: st.DrawFn,
+    dtypes: Sequence[torch.dtype] = (*REAL, torch.bfloat16, *COMPLEX),
+    magnitude: float | None = None,
+) -> list[Tensor]:
     """Several gradients of several dtypes and shapes, of all magnitudes, in any order of their axes."""
     tensors = []
     for dtype in draw(st.lists(st.sampled_from(dtypes), max_size=4)):
         kind = {**REAL, **COMPLEX}.get(dtype, np.float32)
         top = float(np.finfo(kind).max) / 8 if magnitude is None else magnitude
-        width = 8 * np.finfo(kind).dtype.itemsize
+        width: Any = 8 * np.finfo(kind).dtype.itemsize
         # A limit has to be a number of the dtype.
         top = float(np.finfo(kind).dtype.type(top))
         if dtype in COMPLEX:
@@ -45,14 +52,14 @@ def gradients(draw, dtypes=(*REAL, torch.bfloat16, *COMPLEX), magnitude=None):
     return tensors
 
 
-def copies(tensors):
+def copies(tensors: list[Tensor]) -> list[Tensor]:
     return [t.clone() for t in tensors]
 
 
 @pytest.mark.parametrize("name", CLIPPERS)
 @given(tensors=gradients(magnitude=1e4), limit=limits, order=orders)
 @repeatable
-def test_a_function_is_its_numpy_twin(name, tensors, limit, order):
+def test_a_function_is_its_numpy_twin(name: str, tensors: list[Tensor], limit: float, order: float) -> None:
     if name == "clip_grad_value_":
         tensors = [t for t in tensors if not t.is_complex()]
     weights = [t.flip(0) if t.dim() else t + 1 for t in tensors]
@@ -75,7 +82,7 @@ def test_a_function_is_its_numpy_twin(name, tensors, limit, order):
 
 @given(tensors=gradients(), order=orders)
 @repeatable
-def test_the_norm_of_any_magnitudes_is_that_of_numpy(tensors, order):
+def test_the_norm_of_any_magnitudes_is_that_of_numpy(tensors: list[Tensor], order: float) -> None:
     total_norm = get_total_norm(tensors, order)
     expected = reference.global_norm([as_numpy(t) for t in tensors], order)
     if total_norm.dtype == torch.float32 and expected > torch.finfo(torch.float32).max:
@@ -87,7 +94,9 @@ def test_the_norm_of_any_magnitudes_is_that_of_numpy(tensors, order):
 
 @given(tensors=gradients(magnitude=1e4), limit=st.floats(1e-3, 1e4))
 @repeatable
-def test_after_clipping_the_norm_is_at_most_max_norm_and_clipping_again_changes_little(tensors, limit):
+def test_after_clipping_the_norm_is_at_most_max_norm_and_clipping_again_changes_little(
+    tensors: list[Tensor], limit: float
+) -> None:
     parameters = with_gradients(copies(tensors))
     before = float(torchclip.clip_grad_norm_(parameters, limit))
     after = float(get_total_norm([p.grad for p in parameters]))
@@ -99,7 +108,7 @@ def test_after_clipping_the_norm_is_at_most_max_norm_and_clipping_again_changes_
 
 @given(tensors=gradients((torch.float64,), magnitude=1e4), limit=st.floats(1e-3, 1e4))
 @repeatable
-def test_the_direction_stays(tensors, limit):
+def test_the_direction_stays(tensors: list[Tensor], limit: float) -> None:
     parameters = with_gradients(copies(tensors))
     before = float(torchclip.clip_grad_norm_(parameters, limit))
     rate = min(1.0, limit / (before + 1e-6))
@@ -109,7 +118,9 @@ def test_the_direction_stays(tensors, limit):
 
 @given(tensors=gradients(magnitude=1e4), order=orders, data=st.data())
 @repeatable
-def test_the_norm_does_not_depend_on_the_order_of_the_tensors(tensors, order, data):
+def test_the_norm_does_not_depend_on_the_order_of_the_tensors(
+    tensors: list[Tensor], order: float, data: st.DataObject
+) -> None:
     shuffled = data.draw(st.permutations(tensors))
     a, b = (float(get_total_norm(ts, order)) for ts in (tensors, shuffled))
     assert a == pytest.approx(b, rel=1e-12 if any(t.dtype == torch.float64 for t in tensors) else 1.2e-7)
@@ -117,7 +128,9 @@ def test_the_norm_does_not_depend_on_the_order_of_the_tensors(tensors, order, da
 
 @given(tensors=gradients((*REAL, torch.bfloat16)), limit=st.floats(0, 1e6))
 @repeatable
-def test_by_value_every_element_ends_within_the_limit_and_others_stay(tensors, limit):
+def test_by_value_every_element_ends_within_the_limit_and_others_stay(
+    tensors: list[Tensor], limit: float
+) -> None:
     parameters = with_gradients(copies(tensors))
     torchclip.clip_grad_value_(parameters, limit)
     for parameter, tensor in zip(parameters, tensors, strict=True):
@@ -130,7 +143,7 @@ def test_by_value_every_element_ends_within_the_limit_and_others_stay(tensors, l
 
 @given(data=st.data(), limit=limits, examples=st.integers(0, 5))
 @repeatable
-def test_per_example_is_its_numpy_twin(data, limit, examples):
+def test_per_example_is_its_numpy_twin(data: st.DataObject, limit: float, examples: int) -> None:
     dtype = data.draw(st.sampled_from(["float32", "float64", "complex64"]))
     array = data.draw(
         st.lists(

@@ -99,7 +99,7 @@ def test_a_limit_beyond_the_dtype_limits_nothing() -> None:
     assert grad.tolist() == [3, -4]
 
 
-CALLS = {
+CALLS: dict[str, Callable[..., Any]] = {
     "clip_grads": lambda grads, x=0.5: reference.clip_grads(grads, x),
     "clip_grads_with_norm": lambda grads, x=0.5: reference.clip_grads_with_norm(grads, x, 5.0),
     "clip_grad_value": lambda grads, x=0.5: reference.clip_grad_value(grads, x),
@@ -181,8 +181,9 @@ def test_orders_without_meaning(order: Any) -> None:
 
 def test_a_norm_that_is_no_number_or_negative() -> None:
     grads = [np.array([3.0, 4.0])]
+    nothing: Any = None
     with pytest.raises(TypeError, match="`total_norm` must be a number, got None"):
-        reference.clip_grads_with_norm(grads, 1.0, None)
+        reference.clip_grads_with_norm(grads, 1.0, nothing)
     with pytest.raises(ValueError, match="`total_norm` must be at least 0, got -1"):
         reference.clip_grads_with_norm(grads, 1.0, -1.0)
     assert grads[0].tolist() == [3, 4]

@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +32,14 @@ for norm in (1.0, 2.0, 3.0, 4.0, 4.0):
 """
 
 
-def run(tmp_path, source, *arguments, options=(), launcher=("-m", "torchclip", "run"), **environment):
+def run(
+    tmp_path: Path,
+    source: str,
+    *arguments: str,
+    options: Sequence[str] = (),
+    launcher: Sequence[str] = ("-m", "torchclip", "run"),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
     (tmp_path / "script.py").write_text(textwrap.dedent(source))
     command = [sys.executable, *launcher, *options, "script" if options else "script.py", *arguments]
     return subprocess.run(
@@ -37,11 +47,11 @@ def run(tmp_path, source, *arguments, options=(), launcher=("-m", "torchclip", "
     )
 
 
-def test_the_report_tells_what_clipping_did(tmp_path):
+def test_the_report_tells_what_clipping_did(tmp_path: Path) -> None:
     done = run(tmp_path, SCRIPT)
     assert done.returncode == 0
     norms = np.array([line.split() for line in done.stdout.splitlines()], dtype=float)
-    np.testing.assert_allclose(norms, [[1, 1], [2, 2], [3, 2.5], [4, 2.5], [4, 2.5]], rtol=1e-6)
+    np.testing.assert_allclose(norms, [[1.0, 1.0], [2.0, 2.0], [3.0, 2.5], [4.0, 2.5], [4.0, 2.5]], rtol=1e-6)
     assert re.match(r"torchclip: what clipping did in \S+ \S?s\n  clip_grad_norm_: 5 calls", done.stderr)
     assert "clipped 3 of 5 times (60.0%); non-finite norms: 0\n" in done.stderr
     assert "norm before clipping: min 1, median 3, max 4\n" in done.stderr
@@ -59,7 +69,7 @@ ENVIRONMENT = """
 
 
 @pytest.mark.parametrize("options", [(), ("-m",)])
-def test_the_script_finds_what_it_finds_under_python(tmp_path, options):
+def test_the_script_finds_what_it_finds_under_python(tmp_path: Path, options: tuple[str, ...]) -> None:
     arguments = ["--help", "-m", "--", "x y", "--lr=3"]
     under_python = run(tmp_path, ENVIRONMENT, *arguments, options=options, launcher=())
     under_torchclip = run(tmp_path, ENVIRONMENT, *arguments, options=options)
@@ -79,7 +89,7 @@ def test_the_script_finds_what_it_finds_under_python(tmp_path, options):
         ("this is no Python", 1),
     ],
 )
-def test_it_ends_as_under_python(tmp_path, end, status):
+def test_it_ends_as_under_python(tmp_path: Path, end: str, status: int) -> None:
     source = f"import sys\nprint('begun')\n{end}\n"
     under_python = run(tmp_path, source, launcher=())
     under_torchclip = run(tmp_path, source)
@@ -91,7 +101,7 @@ def test_it_ends_as_under_python(tmp_path, end, status):
     assert re.sub(report, "", under_torchclip.stderr) == under_python.stderr
 
 
-def test_a_script_that_is_not_there(tmp_path):
+def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torchclip", "run", "nowhere.py"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -99,7 +109,7 @@ def test_a_script_that_is_not_there(tmp_path):
     assert re.fullmatch(r"torchclip run: error: .*No such file.*nowhere\.py.*\n", done.stderr)
 
 
-def test_of_many_ranks_the_first_reports(tmp_path):
+def test_of_many_ranks_the_first_reports(tmp_path: Path) -> None:
     assert run(tmp_path, SCRIPT, RANK="1").stderr == ""
 
 
@@ -107,7 +117,7 @@ def test_of_many_ranks_the_first_reports(tmp_path):
 
 
 @pytest.fixture
-def recorder():
+def recorder() -> Iterator[Recorder]:
     torchclip.install()
     found = Recorder()
     found.attach()
@@ -116,7 +126,7 @@ def recorder():
     assert torch.nn.utils.clip_grad_norm_.__module__.startswith("torch.")
 
 
-def weights(seed=0):
+def weights(seed: int = 0) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
     found = [torch.zeros(3, 4, requires_grad=True) for _ in range(3)]
     for weight in found:
@@ -133,7 +143,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_recording_changes_no_number(recorder, call):
+def test_recording_changes_no_number(recorder: Recorder, call: Callable[..., Any]) -> None:
     """Also not in the calls in which torch's function is timed."""
     for i in range(100):
         recorded, expected = weights(i), weights(i)
@@ -147,7 +157,7 @@ def test_recording_changes_no_number(recorder, call):
     assert cost.torch_error is None
 
 
-def test_gradients_that_are_not_finite_stay_as_they_are(recorder):
+def test_gradients_that_are_not_finite_stay_as_they_are(recorder: Recorder) -> None:
     for _ in range(50):
         weight = torch.zeros(3, requires_grad=True)
         weight.grad = torch.tensor([torch.inf, torch.nan, -0.0])
@@ -158,7 +168,7 @@ def test_gradients_that_are_not_finite_stay_as_they_are(recorder):
     assert "norm before clipping" not in report(recorder, seconds=1.0)
 
 
-def test_parameters_that_can_be_walked_once_are_clipped_in_every_call(recorder):
+def test_parameters_that_can_be_walked_once_are_clipped_in_every_call(recorder: Recorder) -> None:
     for _ in range(50):
         found = weights()
         torch.nn.utils.clip_grad_norm_(itertools.chain(found), 0.5)
@@ -166,7 +176,7 @@ def test_parameters_that_can_be_walked_once_are_clipped_in_every_call(recorder):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_where_torchs_function_fails_the_report_says_so(recorder):
+def test_where_torchs_function_fails_the_report_says_so(recorder: Recorder) -> None:
     weight = torch.eye(3).to_sparse_csr().requires_grad_()
     for _ in range(50):
         weight.grad = torch.eye(3).to_sparse_csr()
@@ -176,17 +186,18 @@ def test_where_torchs_function_fails_the_report_says_so(recorder):
     )
 
 
-def test_bad_arguments_are_refused_as_without_the_recorder(recorder):
+def test_bad_arguments_are_refused_as_without_the_recorder(recorder: Recorder) -> None:
     weight = weights()
+    module: Any = torch.nn.Linear(2, 2)
     for _ in range(20):
         with pytest.raises(ValueError, match="max_norm"):
             torch.nn.utils.clip_grad_norm_(weight, -1.0)
         with pytest.raises(TypeError, match="module"):
-            torch.nn.utils.clip_grad_norm_(torch.nn.Linear(2, 2), 1.0)
+            torch.nn.utils.clip_grad_norm_(module, 1.0)
     assert not len(recorder.history)
 
 
-def test_the_programs_random_numbers_are_its_own(recorder):
+def test_the_programs_random_numbers_are_its_own(recorder: Recorder) -> None:
     torch.manual_seed(0)
     random.seed(0)
     expected = [torch.rand(()), random.random()]
@@ -197,8 +208,8 @@ def test_the_programs_random_numbers_are_its_own(recorder):
     assert [torch.rand(()), random.random()] == expected
 
 
-def test_compiled_code_stays_whole(recorder):
-    def clip(weight):
+def test_compiled_code_stays_whole(recorder: Recorder) -> None:
+    def clip(weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_([weight], 1.0)
 
     weight = torch.zeros(2, requires_grad=True)
@@ -208,7 +219,7 @@ def test_compiled_code_stays_whole(recorder):
     assert not len(recorder.history)
 
 
-def test_the_report_adds_up(recorder):
+def test_the_report_adds_up(recorder: Recorder) -> None:
     for _ in range(40):
         torch.nn.utils.clip_grad_norm_(weights(), 1.0)
     cost = recorder.costs["clip_grad_norm_"]

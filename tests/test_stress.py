@@ -1,10 +1,13 @@
 """A short run of ``stress.py``, and that it finds what is wrong."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import stress
 import torch
+from torch import Tensor
 
 import torchclip
 from torchclip import clip_grad_norm_
@@ -13,7 +16,7 @@ pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.filterwarnings("ig
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_random_calls_agree_with_the_twins(seed):
+def test_random_calls_agree_with_the_twins(seed: int) -> None:
     with stress.mesh_of_one() as mesh:
         for case in range(60):
             try:
@@ -24,16 +27,18 @@ def test_random_calls_agree_with_the_twins(seed):
                 ) from error
 
 
-def one_part_in_ten_thousand_off(parameters, max_norm, *arguments):
+def one_part_in_ten_thousand_off(parameters: Any, max_norm: float, *arguments: Any) -> Tensor:
     return clip_grad_norm_(parameters, max_norm * 1.0001, *arguments)
 
 
-def without_a_trace(parameters, *arguments):
+def without_a_trace(parameters: Any, *arguments: Any) -> Tensor:
     return torch.tensor(math.nan)
 
 
 @pytest.mark.parametrize("wrong", [one_part_in_ten_thousand_off, without_a_trace])
-def test_the_first_wrong_case_is_printed_with_how_to_repeat_it(wrong, monkeypatch, capsys):
+def test_the_first_wrong_case_is_printed_with_how_to_repeat_it(
+    wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torchclip, "clip_grad_norm_", wrong)
     assert stress.main(["--seed", "1", "--cases", "100"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
@@ -43,6 +48,6 @@ def test_the_first_wrong_case_is_printed_with_how_to_repeat_it(wrong, monkeypatc
     assert stress.main(["--seed", *again]) == 1
 
 
-def test_the_time_is_limited(capsys):
+def test_the_time_is_limited(capsys: pytest.CaptureFixture[str]) -> None:
     assert stress.main(["--seconds", "0"]) == 0
     assert "0 cases of seed 0 right" in capsys.readouterr().out

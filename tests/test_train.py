@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,27 +18,27 @@ import train_on_ranks
 from matplotlib.image import imread
 from train_on_ranks import MODEL, trained
 
-from torchclip import Percentile, ZScore, parallel, plots, train
+from torchclip import Percentile, Threshold, ZScore, parallel, plots, train
 from torchclip.cli import main
 
 # The sizes of the command's defaults, and small ones.
-COMMAND = {"hidden": 128, "batch": 32, "bptt": 64}
+COMMAND: dict[str, Any] = {"hidden": 128, "batch": 32, "bptt": 64}
 TINY = ["--steps", "6", "--hidden", "8", "--batch", "4", "--bptt", "10"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads: None) -> None:
     """So small a model gains nothing from more, and on a busy machine they wait for each other."""
     torch.set_num_threads(1)
 
 
-def run(capsys, *arguments):
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     """The status and the output of the command, with tiny settings unless others are given."""
     status = main(["train", *TINY, *map(str, arguments)])
     return status, capsys.readouterr().out
 
 
-def refusal(capsys, *arguments):
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line with which the command refuses its arguments."""
     with pytest.raises(SystemExit, match="2"):
         main(["train", *TINY, *map(str, arguments)])
@@ -68,12 +70,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def without_gloo(output):
+def without_gloo(output: str) -> str:
     """What we have printed: gloo in torch 2.10 says on standard output whom it is connected to."""
     return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo]"))
 
 
-def torchrun(*arguments):
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The outcome of a script or module on two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
@@ -83,7 +85,7 @@ def torchrun(*arguments):
     return result
 
 
-def on_two_ranks(*arguments):
+def on_two_ranks(*arguments: str) -> list[tuple[int, str, str]]:
     """The outcome of Python on each of two processes that find each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,13 +116,13 @@ def on_two_ranks(*arguments):
     ]
 
 
-def row(output, name):
+def row(output: str, name: str) -> list[str]:
     """The cells of a run's row in the closing table."""
     line = next(line for line in output.splitlines() if line.strip().startswith(f"{name} "))
     return re.split(r"\s{2,}", line.strip())
 
 
-def perplexity(run):
+def perplexity(run: train.Run) -> float:
     """Of the last 20 steps."""
     return math.exp(np.mean([step.loss for step in run.steps[-20:]]))
 
@@ -128,7 +130,7 @@ def perplexity(run):
 # What it learns
 
 
-def test_clipping_decides_whether_the_model_learns():
+def test_clipping_decides_whether_the_model_learns() -> None:
     # The command's defaults, shortened to 150 of their 300 steps.
     unclipped, clipped = trained(steps=150, **COMMAND)
     assert perplexity(clipped) < 12
@@ -141,31 +143,33 @@ def test_clipping_decides_whether_the_model_learns():
     ("threshold", "setting"),
     [("percentile", {"steps": 60}), ("zscore", {"steps": 110, "warmup": 100, "seed": 3})],
 )
-def test_a_threshold_that_learns_rescues_what_a_large_fixed_one_does_not(threshold, setting):
+def test_a_threshold_that_learns_rescues_what_a_large_fixed_one_does_not(
+    threshold: str, setting: dict[str, Any]
+) -> None:
     (fixed,) = trained(only="clipped", max_norm=5.0, **COMMAND, **setting)
     (learned,) = trained(only="clipped", threshold=threshold, max_norm=math.inf, **COMMAND, **setting)
     assert perplexity(learned) < 20
     assert perplexity(fixed) > 10 * perplexity(learned)
 
 
-def test_both_runs_start_from_the_same_weights_and_batches():
+def test_both_runs_start_from_the_same_weights_and_batches() -> None:
     unclipped, clipped = trained()
     assert unclipped.steps[0][:2] == clipped.steps[0][:2]
     assert unclipped.steps[-1][:2] != clipped.steps[-1][:2]
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm"])
-def test_same_seed_same_numbers(cell):
+def test_same_seed_same_numbers(cell: str) -> None:
     first, again, other = (trained(cell=cell, seed=seed) for seed in (1, 1, 2))
     assert [run.steps for run in first] == [run.steps for run in again]
     assert first[0].steps != other[0].steps
 
 
-def test_a_run_alone_has_the_numbers_that_it_has_beside_the_other():
+def test_a_run_alone_has_the_numbers_that_it_has_beside_the_other() -> None:
     assert trained(only="clipped")[0].steps == trained()[1].steps
 
 
-def test_gradients_are_clipped_to_the_threshold():
+def test_gradients_are_clipped_to_the_threshold() -> None:
     # One step of SGD moves the weights by lr times the clipped gradient.
     options = train.Options(steps=1, **{**MODEL, "lr": 1.0, "max_norm": 0.01})
     tokens = torch.arange(200) % 7
@@ -177,17 +181,17 @@ def test_gradients_are_clipped_to_the_threshold():
     assert (after - before).norm() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_learning_rate_rises_during_the_warm_up():
+def test_the_learning_rate_rises_during_the_warm_up() -> None:
     # Of a single step of SGD, the gradients being the same.
-    def moved(warmup):
+    def moved(warmup: int) -> float:
         before, after = (trained(steps=n, only="unclipped", warmup=warmup)[0].model for n in (0, 1))
         pairs = zip(before.parameters(), after.parameters(), strict=True)
-        return torch.cat([(p - q).detach().flatten() for p, q in pairs]).norm().item()
+        return float(torch.cat([(p - q).detach().flatten() for p, q in pairs]).norm())
 
     assert moved(4) == pytest.approx(moved(1) / 4, rel=1e-3)
 
 
-def test_targets_are_the_characters_after_the_inputs():
+def test_targets_are_the_characters_after_the_inputs() -> None:
     options = train.Options(steps=9, **MODEL)
     tokens = torch.arange(4 * 25)
     pairs = list(train.batches(tokens, options))
@@ -200,9 +204,12 @@ def test_targets_are_the_characters_after_the_inputs():
 
 @pytest.mark.parametrize("ceiling", [math.inf, 2.0])
 @pytest.mark.parametrize("threshold", ["percentile", "zscore"])
-def test_a_threshold_that_learns_follows_the_norms(threshold, ceiling):
+def test_a_threshold_that_learns_follows_the_norms(threshold: str, ceiling: float) -> None:
     unclipped, clipped = trained(steps=40, threshold=threshold, max_norm=ceiling)
-    twins = {"percentile": Percentile(10, max_norm=ceiling), "zscore": ZScore(max_norm=ceiling)}
+    twins: dict[str, Threshold] = {
+        "percentile": Percentile(10, max_norm=ceiling),
+        "zscore": ZScore(max_norm=ceiling),
+    }
     expected = [twins[threshold].update(step.norm) for step in clipped.steps]
     assert [step.max_norm for step in clipped.steps] == expected
     assert 0 < min(expected) < max(expected) <= ceiling
@@ -212,7 +219,7 @@ def test_a_threshold_that_learns_follows_the_norms(threshold, ceiling):
 # What it shows
 
 
-def test_closing_table_has_both_runs(capsys):
+def test_closing_table_has_both_runs(capsys: pytest.CaptureFixture[str]) -> None:
     status, output = run(capsys)
     assert status == 0
     _, progress, loss, perplexity, norm, largest, share = row(output, "unclipped")
@@ -222,28 +229,30 @@ def test_closing_table_has_both_runs(capsys):
     assert re.fullmatch(r"\d+%", row(output, "clipped")[-1])
 
 
-def test_output_is_the_same_each_time_and_fits_80_columns(capsys):
+def test_output_is_the_same_each_time_and_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     _, output = run(capsys, "--seed", 5)
     assert output == run(capsys, "--seed", 5)[1]
     assert output != run(capsys, "--seed", 6)[1]
     assert max(map(len, output.splitlines())) <= 80
 
 
-def test_text_of_each_model_is_shown(capsys):
+def test_text_of_each_model_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     _, output = run(capsys)
     assert "written by the unclipped model" in output
     assert "written by the clipped model" in output
 
 
 @pytest.mark.parametrize(("only", "other"), [("clipped", "unclipped"), ("unclipped", "clipped")])
-def test_only_one_run(only, other, capsys):
+def test_only_one_run(only: str, other: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, output = run(capsys, "--only", only)
     assert row(output, only)[1] == "6 of 6"
     assert not re.search(rf"^ *{other} ", output, re.MULTILINE)
     assert f"written by the {other}" not in output
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_reported(tmp_path, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, output = run(capsys, "--lr", "3e38", "--plot", tmp_path / "plot.png")
     assert status == 0
     for name in ("unclipped", "clipped"):
@@ -251,7 +260,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_reported(tmp_path, capsys
     assert "scores are not finite" in output
 
 
-def test_ctrl_c_shows_what_there_is(tmp_path):
+def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
     plot, model = tmp_path / "plot.png", tmp_path / "model.pt"
     files = ["--plot", str(plot), "--save", str(model)]
     result = subprocess.run(
@@ -264,7 +273,7 @@ def test_ctrl_c_shows_what_there_is(tmp_path):
     train.load_model(model)
 
 
-def test_ctrl_c_breaks_off_the_second_time_and_after_the_training():
+def test_ctrl_c_breaks_off_the_second_time_and_after_the_training() -> None:
     with parallel.CtrlC() as ctrl_c:
         assert not ctrl_c.on_any_rank()
         signal.raise_signal(signal.SIGINT)
@@ -279,7 +288,9 @@ def test_ctrl_c_breaks_off_the_second_time_and_after_the_training():
 
 
 @pytest.mark.parametrize("only", [[], ["--only", "clipped"]])
-def test_plot_is_a_picture_with_something_in_it(only, tmp_path, capsys):
+def test_plot_is_a_picture_with_something_in_it(
+    only: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plot = tmp_path / "plot.png"
     _, output = run(capsys, "--plot", plot, *only)
     assert str(plot) in output
@@ -296,7 +307,7 @@ def test_plot_is_a_picture_with_something_in_it(only, tmp_path, capsys):
     ("max_norms", "label"),
     [([0.5, 0.5], "threshold 0.5"), ([math.inf, 0.4], "threshold"), ([math.inf] * 2, None)],
 )
-def test_plot_shows_the_threshold_where_there_is_one(max_norms, label):
+def test_plot_shows_the_threshold_where_there_is_one(max_norms: list[float], label: str | None) -> None:
     runs = {"unclipped": [3.0, 2.0], "clipped": [3.0, 1.0]}
     _, axes = plots.training_figure(losses=runs, norms=runs, max_norms=max_norms).axes
     drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines() if line.get_color() == "black"}
@@ -306,18 +317,22 @@ def test_plot_shows_the_threshold_where_there_is_one(max_norms, label):
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm"])
-def test_saved_model_writes_the_same_text_when_loaded(cell, tmp_path, capsys):
+def test_saved_model_writes_the_same_text_when_loaded(
+    cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "model.pt"
     _, output = run(capsys, "--cell", cell, "--save", path)
     assert str(path) in output
     model, vocabulary = train.load_model(path)
-    trained_model = trained(cell=cell, lr=train.LEARNING_RATES[cell], max_norm=train.MAX_NORMS[cell])[1].model
+    trained_model: Any = trained(cell=cell, lr=train.LEARNING_RATES[cell], max_norm=train.MAX_NORMS[cell])[
+        1
+    ].model
     written = [train.sample(m, vocabulary, length=50, seed=3) for m in (model, trained_model)]
     assert written[0] == written[1]
-    assert len(written[0]) == 50
+    assert len(written[0] or "") == 50
 
 
-def test_text_is_read_from_a_file(tmp_path, capsys):
+def test_text_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(("\ufeff" + "häßlich – schön\r\n" * 20).encode())
     _, output = run(capsys, "--text", path)
@@ -336,20 +351,24 @@ def test_text_is_read_from_a_file(tmp_path, capsys):
         (b"\xff" * 100, "is not UTF-8: invalid start byte at byte 0"),
     ],
 )
-def test_text_that_cannot_be_used(content, message, tmp_path, capsys):
+def test_text_that_cannot_be_used(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
     assert message in refusal(capsys, "--text", path)
 
 
-def test_the_shortest_text_that_can_be_used(tmp_path, capsys):
+def test_the_shortest_text_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "text.txt"
     path.write_text("abcd" * 11, encoding="utf-8")
     assert run(capsys, "--text", path)[0] == 0
 
 
-def test_python_without_its_documentation(monkeypatch, capsys):
+def test_python_without_its_documentation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert "pass a text with --text FILE" in refusal(capsys)
 
@@ -370,20 +389,22 @@ def test_python_without_its_documentation(monkeypatch, capsys):
         ("--only", "both"),
     ],
 )
-def test_bad_values(option, value, capsys):
+def test_bad_values(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, option, value)
     assert f"argument {option}: " in message
     assert value in message
 
 
 @pytest.mark.parametrize("option", ["--plot", "--save"])
-def test_files_that_cannot_be_written(option, tmp_path, capsys):
+def test_files_that_cannot_be_written(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "directory.png").mkdir()
     assert "is a directory" in refusal(capsys, option, tmp_path / "directory.png")
     assert "there is no directory" in refusal(capsys, option, tmp_path / "missing" / "file.png")
 
 
-def test_plot_must_be_a_png(tmp_path, capsys):
+def test_plot_must_be_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must end in .png" in refusal(capsys, "--plot", tmp_path / "plot.svg")
 
 
@@ -391,12 +412,12 @@ def test_plot_must_be_a_png(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("cell", "threshold"), [("rnn", "fixed"), ("lstm", "percentile")])
-def test_two_processes_have_the_numbers_of_one(cell, threshold):
+def test_two_processes_have_the_numbers_of_one(cell: str, threshold: str) -> None:
     result = torchrun(train_on_ranks.__file__, cell, threshold)
     assert result.returncode == 0, result.stderr
     report, one = json.loads(result.stdout), train_on_ranks.numbers(cell, threshold)
     assert report["ranks"] == 2
-    assert report["threads"] == max(1, os.cpu_count() // 2)
+    assert report["threads"] == max(1, (os.cpu_count() or 1) // 2)
     assert report["ways"].keys() == {"fsdp", "ddp"}
     for two in report["ways"].values():
         np.testing.assert_allclose(two["steps"], one["steps"], rtol=1e-5)
@@ -406,7 +427,9 @@ def test_two_processes_have_the_numbers_of_one(cell, threshold):
                 np.testing.assert_allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_under_torchrun_the_first_process_shows_and_writes_all(tmp_path, capsys):
+def test_under_torchrun_the_first_process_shows_and_writes_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plot, model = tmp_path / "plot.png", tmp_path / "model.pt"
     result = torchrun("-m", "torchclip", "train", *TINY, "--plot", plot, "--save", model)
     assert result.returncode == 0, result.stderr
@@ -420,7 +443,7 @@ def test_under_torchrun_the_first_process_shows_and_writes_all(tmp_path, capsys)
     torch.testing.assert_close(loaded, expected)
 
 
-def test_ctrl_c_on_one_process_ends_all_after_the_same_step():
+def test_ctrl_c_on_one_process_ends_all_after_the_same_step() -> None:
     (first, output, first_errors), (second, nothing, second_errors) = on_two_ranks(
         "-c", INTERRUPTED, "train", *TINY
     )
@@ -429,7 +452,7 @@ def test_ctrl_c_on_one_process_ends_all_after_the_same_step():
     assert (nothing, first_errors, second_errors) == ("", "", "")
 
 
-def test_all_processes_refuse_and_one_says_why():
+def test_all_processes_refuse_and_one_says_why() -> None:
     (first, output, error), (second, *nothing) = on_two_ranks("-m", "torchclip", "train", "--batch", "5")
     assert (first, second) == (2, 2)
     assert (output, nothing) == ("", ["", ""])
@@ -438,5 +461,5 @@ def test_all_processes_refuse_and_one_says_why():
     )
 
 
-def test_one_process_has_no_way_to_choose(capsys):
+def test_one_process_has_no_way_to_choose(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torchrun --nproc-per-node 2 -m torchclip train" in refusal(capsys, "--parallel", "ddp")

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
 from torchclip import parallel, train
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "cell": "rnn",
     "hidden": 8,
     "batch": 4,
@@ -21,7 +22,9 @@ MODEL = {
 }
 
 
-def trained(steps=6, only=None, way=None, **changes):
+def trained(
+    steps: int = 6, only: str | None = None, way: parallel.Way | None = None, **changes: Any
+) -> list[train.Run]:
     """Finished runs on the default text."""
     text = train.read_text(None)
     options = train.Options(steps=steps, **{**MODEL, **changes})
@@ -31,7 +34,7 @@ def trained(steps=6, only=None, way=None, **changes):
     return runs
 
 
-def numbers(cell, threshold, way=None):
+def numbers(cell: str, threshold: str, way: parallel.Way | None = None) -> dict[str, Any]:
     """Steps and final weights of both runs."""
     runs = trained(steps=20, hidden=16, cell=cell, lr=1.0, threshold=threshold, max_norm=0.4, way=way)
     weights = [parallel.whole_weights(run.model) for run in runs]
@@ -41,10 +44,11 @@ def numbers(cell, threshold, way=None):
     }
 
 
-def report():
+def report() -> dict[str, Any]:
     """The same training in both ways, and what the processes are."""
-    ways = {way: numbers(*sys.argv[1:], way) for way in ("fsdp", "ddp")}
-    steps = [None] * parallel.ranks()
+    cell, threshold = sys.argv[1:]
+    ways = {way: numbers(cell, threshold, way) for way in get_args(parallel.Way)}
+    steps: list[Any] = [None] * parallel.ranks()
     dist.all_gather_object(steps, [ways[way]["steps"] for way in ways])
     assert all(each == steps[0] for each in steps), "the ranks disagree"
     return {"ways": ways, "ranks": parallel.ranks(), "threads": torch.get_num_threads()}
