@@ -469,6 +469,11 @@ def test_scalars_in_tensorboard(tmp_path: Path) -> None:
     assert found["clipping/clipped_share"] == [(0, 0.0), (1, 0.5), (2, pytest.approx(2 / 3))]
 
 
+def test_a_logger_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`log` must be callable, got 3 \(int\)"):
+        DictLogger(3)  # type: ignore[arg-type]
+
+
 def test_scalars_for_any_logger() -> None:
     logged: list[dict[str, float]] = []
     clip_three_steps(DictLogger(logged.append))

@@ -37,7 +37,7 @@ def threshold(name: str, value: Any) -> float:
         hint = "; to measure without clipping pass float('inf')" if name == "max_norm" else ""
         value = number(name, value, hint=hint)
     if not value >= 0:
-        raise ValueError(f"`{name}` must be at least 0, got {value}")
+        raise ValueError(f"`{name}` must be at least 0, got {shown(value)}")
     return float(value)
 
 

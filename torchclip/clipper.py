@@ -215,7 +215,7 @@ class Clipper:
         arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
         if nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                "`nonfinite='skip'` cannot be had with LBFGS, which moves the parameters several times in a "
+                "`nonfinite='skip'` does not work with LBFGS, which moves the parameters several times in a "
                 "step; use 'error' or 'zero'"
             )
         if on_clip is not None and not callable(on_clip):

@@ -69,7 +69,7 @@ def install() -> list[str]:
         >>> parameters = torch.nn.Linear(2, 2).parameters()
         >>> torch.nn.utils.clip_grad_norm_(parameters, max_norm=-1.0)
         Traceback (most recent call last):
-        ValueError: `max_norm` must be at least 0, got -1.0
+        ValueError: `max_norm` must be at least 0, got -1.0 (float)
         >>> uninstall()
     """
     global _stays

@@ -393,16 +393,16 @@ def _percentile(ordered: array[float], percentile: float) -> float:
 
 
 def _at_most(name: str, value: Any, most: float) -> float:
-    number = arguments.threshold(name, value)
-    if number > most:
-        raise ValueError(f"`{name}` must be between 0 and {most}, got {value}")
+    number = arguments.number(name, value)
+    if not 0 <= number <= most:
+        raise ValueError(f"`{name}` must be between 0 and {most}, got {arguments.shown(value)}")
     return number
 
 
 def _norm(value: Any) -> float:
     norm = value if type(value) is float else arguments.number("norm", value)
     if -math.inf < norm < 0:
-        raise ValueError(f"`norm` must be at least 0, got {value}")
+        raise ValueError(f"`norm` must be at least 0, got {arguments.shown(value)}")
     return norm
 
 

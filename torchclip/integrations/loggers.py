@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from torchclip import arguments
 from torchclip.history import Record
 
 __all__ = ["DictLogger", "Scalars"]
@@ -48,6 +49,9 @@ class DictLogger:
         log: called with a dictionary of names and numbers after every step.
         prefix: what the names begin with, before a slash.
 
+    Raises:
+        TypeError: if ``log`` is not callable.
+
     Examples:
         >>> on_clip = DictLogger(print)
         >>> on_clip(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False))
@@ -55,6 +59,8 @@ class DictLogger:
     """
 
     def __init__(self, log: Callable[[dict[str, float]], object], prefix: str = "clip") -> None:
+        if not callable(log):
+            raise TypeError(f"`log` must be callable, got {arguments.shown(log)}")
         self._log = log
         self._scalars = Scalars(prefix)
 
