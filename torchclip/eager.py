@@ -287,11 +287,17 @@ def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     size = 0
     for tensor in tensors:
         if size + tensor.numel() > _PIECE:
-            yield _flatten(group)
+            yield _beside(group)
             group, size = [], 0
         group.append(tensor)
         size += tensor.numel()
-    yield _flatten(group)
+    yield _beside(group)
+
+
+def _beside(tensors: Sequence[Tensor]) -> Tensor:
+    # Autocast meddles with all that concatenates: it refuses float16 where it is about bfloat16.
+    with torch._C._DisableAutocast():
+        return _flatten(tensors)
 
 
 # Changes in place
