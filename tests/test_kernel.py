@@ -530,3 +530,12 @@ cli.main(["info"])
     command = [sys.executable, "-c", script]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert re.search(r"CPU kernel +off \(torch .* does not fit: .+\)", output)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="None has no count of references there")
+def test_none_comes_with_a_reference() -> None:
+    batch = _kernel.tensors([torch.ones(3)])
+    before = sys.getrefcount(None)
+    held = [batch.scale(1.0, 1) for _ in range(1000)]
+    assert sys.getrefcount(None) - before > 900
+    assert held == [None] * 1000

@@ -734,6 +734,7 @@ bool connected() {
     return false;
 }
 
+// Also of None: Py_RETURN_NONE of Python 3.12.1's headers takes it for immortal, which it is not in 3.10 and 3.11.
 PyObject* new_reference(PyObject* object) {
     Py_INCREF(object);
     return object;
@@ -842,7 +843,7 @@ PyObject* change(Batch& batch, Write Loops::*loop, int threads, bool every, Numb
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }
-    Py_RETURN_NONE;
+    return new_reference(Py_None);
 }
 
 PyObject* change_all(Batch& batch, Write Loops::*loop, int threads, double number) {
@@ -971,7 +972,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     torch.refuse = new_reference(args[4]);
     torch.read = api->dltensor_from_py_object_no_sync;
     torch.make = api->managed_tensor_to_py_object_no_sync;
-    Py_RETURN_NONE;
+    return new_reference(Py_None);
 }
 
 PyObject* gradients(PyObject*, PyObject* parameters) { return gather(parameters, true); }
@@ -1015,7 +1016,7 @@ PyObject* get_instruction_set(PyObject*, PyObject*) { return PyUnicode_FromStrin
 PyObject* select_instruction_set(PyObject*, PyObject* name) {
     const char* const text = PyUnicode_AsUTF8AndSize(name, nullptr);
     if (text == nullptr) return nullptr;
-    if (use_instruction_set(text)) Py_RETURN_NONE;
+    if (use_instruction_set(text)) return new_reference(Py_None);
     return PyErr_Format(PyExc_ValueError, "this machine has no instruction set %R", name);
 }
 
