@@ -44,6 +44,8 @@ _ROW = 1 << 10
 _SMALL = 1 << 14
 # From this size on a float32 norm that has to be verified is cheaper than an exact one.
 _LARGE = 1 << 18
+# Of those so many can be looked at in one go: no copy is made, and the norms of their rows are at most _SERIAL.
+_LONG_PIECE = 128 * _SERIAL
 
 
 def recorded() -> bool:
@@ -112,25 +114,24 @@ def _host_norm(tensors: Sequence[Tensor], p: float) -> float:
     parts: list[float] = []
     of_rows: list[Tensor] = []
     for piece in _host_pieces(tensors, p):
-        if p in (1, 2) and piece.dtype in _NARROW_REAL:
+        if _is_narrow(piece, p):
             of_rows += _narrow_norms(piece, p)
         else:
             parts.append(_piece_norm(piece, p))
     if of_rows:
         joined = of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows)
-        # Their powers are far from both ends of the range of float64.
         parts += [float(vector_norm(some, p)) for some in _split(joined, _SERIAL)]
     return combine(parts, p)
 
 
 def _host_pieces(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
-    """The elements of tensors in one-dimensional pieces of at most ``_PIECE``, small tensors joined."""
+    """The elements of tensors in one-dimensional pieces of at most ``_LONG_PIECE``, small tensors joined."""
     small: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         for values in (tensor,) if tensor.layout is torch.strided else stored(tensor, p):
             size = values.numel()
             if size > _SMALL:
-                yield from _pieces(values)
+                yield from _pieces(values, _LONG_PIECE if _is_narrow(values, p) else _PIECE)
             elif size:
                 small.setdefault(values.dtype, []).append(values)
     for group in small.values():
@@ -158,14 +159,23 @@ def _rows(piece: Tensor, length: int) -> list[Tensor]:
     return [part for part in (piece[:whole].view(-1, length), piece[whole:].view(1, -1)) if part.numel()]
 
 
+def _is_narrow(tensor: Tensor, p: float) -> bool:
+    """Whether no power leaves the range of float64: of the orders 1 and 2, and shorter real numbers."""
+    return p in (1, 2) and tensor.dtype in _NARROW_REAL
+
+
 def _narrow_norms(piece: Tensor, p: float) -> list[Tensor]:
-    """Float64 norms of the parts of a piece, for the orders 1 and 2 of real numbers shorter than float64."""
+    """Float64 norms of the parts of a narrow piece."""
     if len(piece) <= _SMALL:
         return [vector_norm(piece, p, dim=0, keepdim=True, dtype=torch.float64)]
-    verified = _verified_float32_norms(piece.float(), p) if len(piece) >= _LARGE else None
+    verified = _verified_float32_norms(piece, p) if len(piece) >= _LARGE else None
     if verified is not None:
         return verified
-    return [vector_norm(rows, p, dim=1, dtype=torch.float64) for rows in _rows(piece, _ROW)]
+    return [
+        vector_norm(rows, p, dim=1, dtype=torch.float64)
+        for part in _split(piece, _PIECE)
+        for rows in _rows(part, _ROW)
+    ]
 
 
 def _verified_float32_norms(piece: Tensor, p: float) -> list[Tensor] | None:
@@ -176,7 +186,7 @@ def _verified_float32_norms(piece: Tensor, p: float) -> list[Tensor] | None:
     shows it: 67 is in step with no usual width of a matrix.
     """
     rows, *rest = _rows(piece, 128)
-    of_rows = vector_norm(rows, p, dim=1).double()
+    of_rows = vector_norm(rows, p, dim=1, dtype=torch.float32).double()
     of_whole = vector_norm(of_rows, p)
     sampled, exact, whole = torch.stack(
         [
@@ -249,11 +259,11 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
         yield values.new_zeros(1)
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a strided tensor in pieces of at most ``_PIECE``, copied only if they are scattered."""
+def _pieces(tensor: Tensor, length: int = _PIECE) -> Iterator[Tensor]:
+    """The elements of a strided tensor in pieces of at most ``length``, copied only if they are scattered."""
     flat = _flat(tensor)
     if flat is not None:
-        yield from _split(flat, _PIECE)
+        yield from _split(flat, length)
     elif tensor.numel() <= _PIECE:
         yield tensor.reshape(-1)
     else:
