@@ -429,8 +429,8 @@ void copy_grid(const Strip& strip, const Axis* axes, size_t start, size_t n, cha
 constexpr size_t kChunk = 16 * 1024;           // elements; sums are added chunk by chunk, in order
 constexpr size_t kChunkCost = 256;             // what starting a chunk costs, in elements
 constexpr size_t kWorthReleasing = 32 * 1024;  // cost in all below which holding the GIL is cheaper
-constexpr size_t kWorthThreads = 64 * 1024;    // cost in all below which one thread is faster
 #ifdef _OPENMP
+constexpr size_t kWorthThreads = 64 * 1024;  // elements in all below which one thread is faster
 const pid_t loaded_in = getpid();
 #endif
 
@@ -483,10 +483,14 @@ struct Batch {
         return true;
     }
 
+    size_t elements() const { return cost - chunks.size() * kChunkCost; }
+
+    // Many small tensors are left to one thread too: two would find each other's half in the wrong cache, and to find
+    // out whether tensors overlap takes longer than to scale them.
     // GNU's OpenMP has no threads in a forked child and waits for them for ever; so a child works alone.
     int usable_threads(long threads) const {
 #ifdef _OPENMP
-        const bool many = threads > 1 && cost >= kWorthThreads && getpid() == loaded_in;
+        const bool many = threads > 1 && elements() >= kWorthThreads && getpid() == loaded_in;
         return many ? int(std::min(threads, 1024L)) : 1;
 #else
         return (void)threads, 1;
@@ -595,9 +599,7 @@ struct Batch {
 
     // Changes the strips for which `number(strip, value)` sets a value.
     template <class Number> void write(Write Loops::*loop, int threads, Number number) {
-        // For many small ones, finding out whether they overlap costs more than a second thread saves.
-        const size_t elements = cost - chunks.size() * kChunkCost;
-        if (threads > 1 && (elements < kWorthThreads || overlaps())) threads = 1;
+        if (threads > 1 && overlaps()) threads = 1;
         run(0, chunks.size(), threads, [=](size_t i) {
             double value = 0;
             if (!number(chunks[i].strip, value)) return;

@@ -44,7 +44,7 @@ _ROW = 1 << 10
 _SMALL = 1 << 14
 # From this size on a float32 norm that has to be verified is cheaper than an exact one.
 _LARGE = 1 << 18
-# Of those so many can be looked at in one go: no copy is made, and the norms of their rows are at most _SERIAL.
+# Of those so many can be looked at in one go: no copy is made, and their rows have at most _SERIAL norms.
 _LONG_PIECE = 128 * _SERIAL
 
 
