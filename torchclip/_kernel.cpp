@@ -216,16 +216,20 @@ template <class T> INLINE void clamp(T* x, size_t n, double limit) {
     using Int = typename Bits<T>::type;
     const Int top = magnitude(narrow<T>(limit));
     constexpr size_t kStretch = 256;
+    Int beyond = 0;
     for (size_t start = 0; start < n; start += kStretch) {
         T* const stretch = x + start;
         const size_t length = std::min(kStretch, n - start);
-        Int beyond = 0;
-        for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(stretch[i]) > top);
-        if (!beyond) continue;  // memory that is not written costs half as much
+        if (!beyond) {  // memory that is not written costs half as much; but where one is, the next will be
+            for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(stretch[i]) > top);
+            if (!beyond) continue;
+        }
+        beyond = 0;
         for (size_t i = 0; i < length; ++i) {
             const Int bits = bit_cast<Int>(stretch[i]), size = magnitude(stretch[i]);
             const Int clamped = Int((bits ^ size) | top);
             stretch[i] = bit_cast<T>(size > top && size <= Bits<T>::infinity ? clamped : bits);
+            beyond |= Int(size > top);
         }
     }
 }
