@@ -10,15 +10,17 @@ import math
 import types
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchclip import arguments, distributed, eager, kernel
 from torchclip.combine import ABSENT, combine, join, stacked
+from torchclip.kernel import AnyBatch
 
 __all__ = [
+    "Gradients",
     "clamp_",
     "norm",
     "norms",
@@ -40,15 +42,20 @@ _threads = torch.get_num_threads
 _CPU = torch.device("cpu")
 
 
-def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> Any:
+Gradients: TypeAlias = "AnyBatch | Sharded"
+"""The tensors of one call."""
+
+
+def of_parameters(parameters: Tensor | Iterable[Tensor], group: Any = None) -> Gradients:
     """The distinct gradients of the parameters that have one, in order, to be changed in place.
 
     As a batch or as ``Sharded``; gradients that cannot be changed are refused.
     """
     items = arguments.tensor_list("parameters", parameters)
-    batch = kernel.Batch(items, "parameters", True) if eager.recorded() else kernel.gradients(items)
-    if batch.subclassed or group is not None:
-        batch = _sharded(batch, items, True, group)
+    local = kernel.Batch(items, "parameters", True) if eager.recorded() else kernel.gradients(items)
+    batch: Gradients = local
+    if local.subclassed or group is not None:
+        batch = _sharded(local, items, True, group)
     elif not items:
         warn_if_used_up(parameters)
     if batch.rest:
@@ -63,18 +70,18 @@ def warn_if_used_up(parameters: Tensor | Iterable[Tensor]) -> None:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
 
 
-def of_tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Any:
+def of_tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Gradients:
     """The distinct tensors of an argument named ``tensors``, to be measured, likewise."""
     items = arguments.tensor_list("tensors", tensors)
     batch = _local(items)
     return _sharded(batch, items, False, group) if batch.subclassed or group is not None else batch
 
 
-def _local(tensors: Sequence[Tensor]) -> Any:
+def _local(tensors: Sequence[Tensor]) -> AnyBatch:
     return kernel.Batch(tensors, "tensors", False) if eager.recorded() else kernel.tensors(tensors)
 
 
-def _sharded(batch: Any, items: Sequence[Tensor], take_grad: bool, group: Any) -> Any:
+def _sharded(batch: AnyBatch, items: Sequence[Tensor], take_grad: bool, group: Any) -> Gradients:
     # A parameter without a gradient here may have one on another rank, which waits for this one.
     if group is not None or any(map(distributed.is_sharded, items)):
         return Sharded(items, take_grad, distributed.as_groups(group))
@@ -128,11 +135,11 @@ class Sharded:
         self.count, self.complex, self.double = len(items), self.local.complex, self.local.double
 
     @property
-    def rest(self) -> Any:
+    def rest(self) -> list[Tensor]:
         """The local parts that the kernel does not take."""
         return self.local.rest
 
-    def written(self) -> Any:
+    def written(self) -> AnyBatch:
         """The local batch, for a change in place that the tensors it belongs to shall know of."""
         torch.autograd.graph.increment_version(self._sharded)
         return self.local
@@ -227,12 +234,12 @@ def _whose(gradient: Tensor, parameters: Sequence[Tensor]) -> str:
     return f"{item} of `parameters` has a gradient of shape {tuple(gradient.shape)}"
 
 
-def norm(batch: Any, p: float, finite: bool = False) -> float | Tensor:
+def norm(batch: Gradients, p: float, finite: bool = False) -> float | Tensor:
     """The norm of the whole batch: a float, or a float64 tensor where a device must not be waited for.
 
     With ``finite``, for an order above 0, as if its elements that are infinite or NaN were 0.
     """
-    if type(batch) is Sharded:
+    if isinstance(batch, Sharded):
         return batch.norm(p, finite)
     if finite:
         return join(norms(batch, p, finite), p) if batch.all else 0.0
@@ -240,7 +247,7 @@ def norm(batch: Any, p: float, finite: bool = False) -> float | Tensor:
         return eager.norm(batch.all, p) if batch.all else 0.0
     rest = batch.rest
     if not rest:
-        return batch.norm(p, _threads())  # type: ignore[no-any-return]
+        return batch.norm(p, _threads())
     of_rest = eager.norm(rest, p)
     if len(rest) == len(batch.all):
         return of_rest
@@ -250,9 +257,9 @@ def norm(batch: Any, p: float, finite: bool = False) -> float | Tensor:
     return combine([of_kernel, of_rest], p)
 
 
-def norms(batch: Any, p: float, finite: bool = False) -> list[float | Tensor]:
+def norms(batch: Gradients, p: float, finite: bool = False) -> list[float | Tensor]:
     """The norm of each tensor of the batch, in order: floats, or float64 tensors as in ``norm``."""
-    if type(batch) is Sharded:
+    if isinstance(batch, Sharded):
         return batch.norms(p, finite)
     if finite:
         of_copies = []
@@ -263,16 +270,15 @@ def norms(batch: Any, p: float, finite: bool = False) -> list[float | Tensor]:
         return of_copies
     if p not in _KERNEL_ORDERS or len(batch.rest) == len(batch.all):
         return eager.norms(batch.all, p)
-    of_all: list[float | Tensor | None] = batch.norms(p, _threads())
     of_rest = iter(eager.norms(batch.rest, p))
-    return [next(of_rest) if n is None else n for n in of_all]
+    return [next(of_rest) if n is None else n for n in batch.norms(p, _threads())]
 
 
-def scale_(batch: Any, factor: float | Tensor) -> None:
+def scale_(batch: Gradients, factor: float | Tensor) -> None:
     """Multiply every tensor of the batch in place; by 1.0, which would change nothing, not at all."""
     if isinstance(factor, float) and factor == 1.0:
         return
-    if type(batch) is Sharded:
+    if isinstance(batch, Sharded):
         batch = batch.written()
     rest = batch.rest
     if not rest or len(rest) < len(batch.all):
@@ -281,9 +287,9 @@ def scale_(batch: Any, factor: float | Tensor) -> None:
         eager.scale_(rest, factor)
 
 
-def scale_each_(batch: Any, factors: Sequence[float | Tensor]) -> None:
+def scale_each_(batch: Gradients, factors: Sequence[float | Tensor]) -> None:
     """Multiply each tensor of the batch in place by its own factor; by 1.0 not at all."""
-    if type(batch) is Sharded:
+    if isinstance(batch, Sharded):
         batch = batch.written()
     changes = [None if isinstance(f, float) and f == 1.0 else f for f in factors]
     if len(batch.rest) < len(batch.all):
@@ -296,9 +302,9 @@ def scale_each_(batch: Any, factors: Sequence[float | Tensor]) -> None:
                 eager.scale_([tensor], factor)
 
 
-def clamp_(batch: Any, limit: float) -> None:
+def clamp_(batch: Gradients, limit: float) -> None:
     """Limit every element of the batch in place to ``[-limit, limit]``."""
-    if type(batch) is Sharded:
+    if isinstance(batch, Sharded):
         batch.refuse_partial("clipping by value")
         batch = batch.written()
     rest = batch.rest
@@ -308,8 +314,8 @@ def clamp_(batch: Any, limit: float) -> None:
         eager.clamp_(rest, limit)
 
 
-def zero_nonfinite_(batch: Any) -> None:
+def zero_nonfinite_(batch: Gradients) -> None:
     """Put 0 in the place of every infinite or NaN element of the batch."""
-    if type(batch) is Sharded:
+    if isinstance(batch, Sharded):
         batch = batch.written()
     eager.zero_nonfinite_(batch.all)

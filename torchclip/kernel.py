@@ -12,19 +12,23 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torchclip import arguments
 
-__all__ = ["Batch", "disabled", "gradients", "scalar", "status", "tensors"]
+if TYPE_CHECKING:
+    from torchclip import _kernel
+
+__all__ = ["AnyBatch", "Batch", "disabled", "gradients", "scalar", "status", "tensors"]
 
 _extension: Any
-gradients: Callable[[Iterable[Tensor]], Any]
+AnyBatch: TypeAlias = "Batch | _kernel.Batch"
+gradients: Callable[[Iterable[Tensor]], AnyBatch]
 """A batch of the gradients of the parameters that have one."""
-tensors: Callable[[Iterable[Tensor]], Any]
+tensors: Callable[[Iterable[Tensor]], AnyBatch]
 """A batch of the tensors themselves."""
 scalar: Callable[[float, bool], Tensor]
 """A 0-dim CPU tensor of a value, float64 (True) or float32."""
@@ -88,11 +92,11 @@ class Batch:
         """Clamps nothing."""
 
 
-def _gradients(parameters: Iterable[Tensor]) -> Any:
+def _gradients(parameters: Iterable[Tensor]) -> Batch:
     return Batch(parameters, "parameters", take_grad=True)
 
 
-def _tensors(items: Iterable[Tensor]) -> Any:
+def _tensors(items: Iterable[Tensor]) -> Batch:
     return Batch(items, "tensors", take_grad=False)
 
 

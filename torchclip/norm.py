@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchclip import distributed, eager, kernel
 from torchclip.combine import stacked
+from torchclip.gradients import Gradients
 
 __all__ = ["as_result", "as_results", "in_double", "refuse_nonfinite"]
 
@@ -19,7 +19,7 @@ _CPU = torch.device("cpu")
 _SHOWN = 10
 
 
-def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
+def as_result(total_norm: float | Tensor, batch: Gradients) -> Tensor:
     """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
     if isinstance(total_norm, float):
         return kernel.scalar(total_norm, in_double(batch))
@@ -29,13 +29,13 @@ def as_result(total_norm: float | Tensor, batch: Any) -> Tensor:
     )
 
 
-def as_results(norms: Sequence[float | Tensor], batch: Any) -> Tensor:
+def as_results(norms: Sequence[float | Tensor], batch: Gradients) -> Tensor:
     """Several norms as a tensor of one dimension, as ``as_result`` returns one."""
     device = batch.all[0].device if batch.all else _CPU
     return stacked(norms, device).to(torch.float64 if in_double(batch) else torch.float32)
 
 
-def in_double(batch: Any) -> bool:
+def in_double(batch: Gradients) -> bool:
     """Whether any gradient is float64 or complex128: then norms are float64, and else float32."""
     return batch.double or (len(batch.rest) > 0 and any(t.dtype in _DOUBLE for t in batch.rest))
 
