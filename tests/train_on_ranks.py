@@ -37,7 +37,7 @@ def trained(
 def numbers(cell: str, threshold: str, way: parallel.Way | None = None) -> dict[str, Any]:
     """Steps and final weights of both runs."""
     runs = trained(steps=20, hidden=16, cell=cell, lr=1.0, threshold=threshold, max_norm=0.4, way=way)
-    weights = [parallel.whole_weights(run.model) for run in runs]
+    weights = [parallel.full_state_dict(run.model) for run in runs]
     return {
         "steps": [run.steps for run in runs],
         "weights": [{name: value.tolist() for name, value in w.items()} for w in weights],
@@ -48,10 +48,10 @@ def report() -> dict[str, Any]:
     """The same training in both ways, and what the processes are."""
     cell, threshold = sys.argv[1:]
     ways = {way: numbers(cell, threshold, way) for way in get_args(parallel.Way)}
-    steps: list[Any] = [None] * parallel.ranks()
+    steps: list[Any] = [None] * parallel.world_size()
     dist.all_gather_object(steps, [ways[way]["steps"] for way in ways])
     assert all(each == steps[0] for each in steps), "the ranks disagree"
-    return {"ways": ways, "ranks": parallel.ranks(), "threads": torch.get_num_threads()}
+    return {"ways": ways, "ranks": parallel.world_size(), "threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from torchclip import plots
-from torchclip.parallel import ranks
+from torchclip.parallel import world_size
 
 if TYPE_CHECKING:
     from torchclip.parallel import Way
@@ -38,7 +38,7 @@ def introduction(
     source = "Python's own documentation" if text is None else str(text)
     cell = {"rnn": "Tanh RNN", "lstm": "LSTM"}[options.cell]
     warmup = f" after {options.warmup} steps of warm-up" if options.warmup > 1 else ""
-    spread = "" if way is None else f", on {ranks()} processes with {WAYS[way]}"
+    spread = "" if way is None else f", on {world_size()} processes with {WAYS[way]}"
     console.print(
         f"{cell} with {options.hidden} hidden units, learning to predict the next character of {source} "
         f"({len(tokens):,} characters, {len(vocabulary)} different). "

@@ -32,8 +32,8 @@ __all__ = [
     "as_groups",
     "dtensor_types",
     "has_ranks",
+    "is_dtensor",
     "is_partial",
-    "is_sharded",
     "layout_of",
     "locals_of",
     "split_alike",
@@ -60,7 +60,7 @@ def dtensor_types() -> tuple[type, ...]:
     return () if module is None else (module.DTensor,)
 
 
-def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor."""
     return isinstance(tensor, dtensor_types())
 
@@ -70,7 +70,7 @@ def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None
 
     With ``except_dim``, only as far as it is split along other dimensions of its own than this one.
     """
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return None
     mesh = tensor.device_mesh
     if mesh.get_coordinate() is None:  # a rank outside of the mesh holds nothing, and takes no part
@@ -90,8 +90,8 @@ def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None
 
 def split_alike(a: Tensor, b: Tensor) -> bool:
     """Whether this rank holds the same elements of two tensors of one shape."""
-    if not (is_sharded(a) and is_sharded(b)):
-        return is_sharded(a) == is_sharded(b)
+    if not (is_dtensor(a) and is_dtensor(b)):
+        return is_dtensor(a) == is_dtensor(b)
     return a.device_mesh == b.device_mesh and _splits(a) == _splits(b)
 
 
@@ -108,7 +108,7 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def is_partial(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor that is pending a reduction."""
-    return is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements)
+    return is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)
 
 
 def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -118,7 +118,7 @@ def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     pending: dict[tuple[Any, ...], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if is_sharded(tensor):
+        if is_dtensor(tensor):
             for dim, placement in enumerate(tensor.placements):
                 if placement.is_partial():
                     key = (tensor.device_mesh, dim, placement, tensor.dtype)

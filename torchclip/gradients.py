@@ -83,7 +83,7 @@ def _local(tensors: Sequence[Tensor]) -> AnyBatch:
 
 def _sharded(batch: AnyBatch, items: Sequence[Tensor], take_grad: bool, group: Any) -> Gradients:
     # A parameter without a gradient here may have one on another rank, which waits for this one.
-    if group is not None or any(map(distributed.is_sharded, items)):
+    if group is not None or any(map(distributed.is_dtensor, items)):
         return Sharded(items, take_grad, distributed.as_groups(group))
     return batch
 
@@ -147,7 +147,7 @@ class Sharded:
     def refuse_partial(self, what: str) -> None:
         """Raise an error for tensors pending a reduction, whose elements are not known before it."""
         for i, tensor in enumerate(self.all if self._partial else []):
-            if distributed.is_sharded(tensor) and distributed.is_partial(tensor):
+            if distributed.is_dtensor(tensor) and distributed.is_partial(tensor):
                 raise TypeError(
                     f"{what} needs the elements of gradient {i} of shape {tuple(tensor.shape)}, but it is "
                     f"pending a reduction over ranks ({tensor.placements}); reduce it first "

@@ -55,7 +55,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -65,7 +65,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def spread(model: nn.Module, way: Way | None) -> nn.Module:
+def parallelize(model: nn.Module, way: Way | None) -> nn.Module:
     """The model, trained by all ranks from now on; it must have the same weights on each of them.
 
     Args:
@@ -82,13 +82,13 @@ def spread(model: nn.Module, way: Way | None) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     # A larger model would have its layers sharded first, to be gathered one after another.
-    fully_shard(model, mesh=init_device_mesh("cpu", (ranks(),)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size(),)))
     return model
 
 
 def share(streams: Tensor) -> Tensor:
     """This rank's rows, of which there must be equally many for each."""
-    return streams.chunk(ranks())[rank()]
+    return streams.chunk(world_size())[rank()]
 
 
 def mean(value: Tensor) -> float:
@@ -96,11 +96,11 @@ def mean(value: Tensor) -> float:
     total = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
-    return total.item() / ranks()
+    return total.item() / world_size()
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The state dict of the model as it was before ``spread``; on rank 0, while all ranks call this."""
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of the model as it was before ``parallelize``; on rank 0, while all ranks call this."""
     if not dist.is_initialized():
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

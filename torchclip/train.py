@@ -212,7 +212,7 @@ def start_runs(
     runs = []
     for name in [only] if only else max_norms:
         torch.manual_seed(options.seed)
-        model = parallel.spread(Model(options.cell, len(vocabulary), options.hidden), way)
+        model = parallel.parallelize(Model(options.cell, len(vocabulary), options.hidden), way)
         runs.append(Run(name, model, max_norms[name]))
     return runs
 
@@ -324,7 +324,7 @@ def run(
         runs = start_runs(only, vocabulary, options, way)
         with display.live_table(runs, options):
             interrupted = advance(runs, tokens, options)
-        weights = [parallel.whole_weights(run.model) for run in runs]
+        weights = [parallel.full_state_dict(run.model) for run in runs]
     if shows:
         models = [model_of(w, vocabulary, cell, options.hidden) for w in weights]
         display.closing_table(runs, options, vocabulary)
@@ -358,7 +358,7 @@ def _checked_way(way: parallel.Way | None, options: Options) -> parallel.Way | N
                 "torchrun --nproc-per-node 2 -m torchclip train"
             )
         return None
-    ranks = parallel.ranks()
+    ranks = parallel.world_size()
     if options.batch % ranks:
         raise _refusal(
             f"--batch {options.batch} cannot be shared equally by {ranks} processes; "

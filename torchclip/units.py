@@ -37,7 +37,7 @@ def of_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Units]:
     if not items:
         gradients.warn_if_used_up(parameters)
     distinct = kernel.Batch(items, "parameters", take_grad=False).all
-    chosen = [p for p in distinct if p.grad is not None or distributed.is_sharded(p)]
+    chosen = [p for p in distinct if p.grad is not None or distributed.is_dtensor(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
     held = distributed.locals_of(grads)
     gradients.refuse_unwritable(held, items)
@@ -122,5 +122,5 @@ def scale_(units: Units, factors: Tensor) -> None:
         return
     with torch.no_grad():
         eager.scale_rows_(units.grad, factors)
-    if distributed.is_sharded(units.owner) or units.owner.layout != torch.strided:
+    if distributed.is_dtensor(units.owner) or units.owner.layout != torch.strided:
         torch.autograd.graph.increment_version(units.owner)
