@@ -525,6 +525,8 @@ struct Batch {
             }
             first = last;
         }
+#else
+        (void)threads;
 #endif
         for (size_t i = first; i < last; ++i) work(i);
         if (state != nullptr) PyEval_RestoreThread(state);
