@@ -223,6 +223,7 @@ def test_install_and_uninstall_take_nothing() -> None:
 
 INTERRUPTED = """
     import os, signal, sys, threading, time, torch, torchclip
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     torch.set_num_threads(1)
     grads = [torch.full((1 << 20,), 2.0) for _ in range(24)]
     parameters = [torch.nn.Parameter(grad, requires_grad=False) for grad in grads]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,15 @@ def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
     train.load_model(model)
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As a shell's background job would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_breaks_off_the_second_time_and_after_the_training() -> None:
     with parallel.CtrlC() as ctrl_c:
         assert not ctrl_c.on_any_rank()
