@@ -455,6 +455,12 @@ def test_tensor_subclasses(name: str) -> None:
         torch.testing.assert_close(a.grad.as_subclass(torch.Tensor), b.grad)
 
 
+def test_more_small_gradients_than_are_copied_at_once() -> None:
+    gradients = [randn(16_000) for _ in range(70)]
+    norm = torchclip.get_total_norm(gradients)
+    assert float(norm) == pytest.approx(reference.global_norm([as_numpy(g) for g in gradients]), rel=1e-7)
+
+
 # Modes
 
 
