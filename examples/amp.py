@@ -1,6 +1,6 @@
 """Mixed precision with a GradScaler, and gradient accumulation: clipping sees the unscaled gradients.
 
-pip install torchclip
+pip install .
 python examples/amp.py
 """
 

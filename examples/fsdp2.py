@@ -1,6 +1,6 @@
 """FSDP2: every rank holds a part of each gradient, and all clip by the norm of the whole.
 
-pip install torchclip
+pip install .
 torchrun --nproc-per-node=2 examples/fsdp2.py
 """
 

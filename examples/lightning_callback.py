@@ -1,6 +1,6 @@
 """Lightning: a callback puts a clipper on the Trainer's optimizers, and logs what it does.
 
-pip install 'torchclip[lightning]'
+pip install '.[lightning]'
 python examples/lightning_callback.py
 """
 

@@ -1,6 +1,6 @@
 """A plain training loop: an RNN learns to add two numbers, and its optimizer clips.
 
-pip install torchclip
+pip install .
 python examples/plain.py
 """
 

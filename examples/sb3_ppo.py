@@ -1,9 +1,9 @@
 """Stable-Baselines3 as it is: after install() its algorithms clip with torchclip.
 
-pip install 'torchclip[sb3]'
+pip install '.[sb3]'
 python examples/sb3_ppo.py
 
-Without an edit, and with a report at the end: torchclip run SCRIPT.
+For a script of yours, without an edit and with a report at the end: torchclip run SCRIPT.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: a callback clips in the place of the Trainer.
 
-pip install 'torchclip[transformers]'
+pip install '.[transformers]'
 python examples/transformers_trainer.py
 """
 
@@ -12,7 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from torchclip.integrations.transformers import ClipperCallback
 
 set_seed(0)
-model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2))
+config = GPT2Config(
+    vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+)
+model = GPT2LMHeadModel(config)
 starts = torch.randint(64, (256, 1))
 sequences = (starts + 3 * torch.arange(32)) % 64  # count in threes
 
