@@ -179,6 +179,15 @@ def test_only_and_scaling_exclude_each_other(capsys: pytest.CaptureFixture[str])
     assert "--only and --scaling" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", option, str(tmp_path / "missing" / "file.png")])
+    assert "there is no directory" in capsys.readouterr().err
+
+
 def result(seconds: float, torch_seconds: float = 1.0, floor: float = 0.5) -> dict[str, Any]:
     return bench.summary([seconds] * 2, [torch_seconds] * 2, [floor] * 2) | {"norm_error": None}
 

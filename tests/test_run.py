@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import torchclip
+from torchclip.cli import main
 from torchclip.recorder import Recorder
 from torchclip.run import report
 
@@ -99,6 +100,12 @@ def test_it_ends_as_under_python(tmp_path: Path, end: str, status: int) -> None:
     report = "torchclip: what clipping did in .*\n  torch's clipping functions were not called.*\n"
     assert re.search(report, under_torchclip.stderr)
     assert re.sub(report, "", under_torchclip.stderr) == under_python.stderr
+
+
+def test_without_a_script_only_the_script_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run"])
+    assert capsys.readouterr().err.endswith("required: SCRIPT\n")
 
 
 def test_a_script_that_is_not_there(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from torchclip import info, plots
+from torchclip.cli import file_to_write
 from torchclip.contenders import NAMES, OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
 from torchclip.workloads import SCALING, WORKLOADS, Workload
 
@@ -85,16 +86,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORKLOAD",
         action="append",
         choices=WORKLOADS,
-        help=f"one of {', '.join(WORKLOADS)}",
+        help=f"measure this one only; may be repeated: {', '.join(WORKLOADS)}",
     )
     add(
         "--scaling",
         action="store_true",
-        help="10 to 100,000 gradients and 1 KiB to 2 GiB instead; needs 8 GiB",
+        help="measure 10 to 100,000 gradients and 1 KiB to 2 GiB instead; needs 8 GiB",
     )
-    add("--quick", action="store_true", help="three rounds and no torch.compile: a look, not a measurement")
-    add("--json", dest="results", metavar="FILE", type=Path, help="write the results there")
-    add("--plot", dest="picture", metavar="FILE", type=Path, help="draw them there")
+    add(
+        "--quick",
+        action="store_true",
+        help="run three rounds, without torch.compile: a look, not a measurement",
+    )
+    add(
+        "--json",
+        dest="results",
+        metavar="FILE",
+        type=file_to_write,
+        help="write the results into a JSON file",
+    )
+    add(
+        "--plot",
+        dest="picture",
+        metavar="FILE",
+        type=file_to_write,
+        help="draw the results into a picture file",
+    )
 
 
 def run(

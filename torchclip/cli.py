@@ -21,11 +21,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torchclip
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "file_to_write", "main"]
 
 
 class Command(NamedTuple):
@@ -37,14 +38,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("Train a language model with and without clipping, and compare.", needs_demo=True),
-    "book": Command("The book's chapter on exploding gradients, as experiments that run.", needs_demo=True),
+    "book": Command("Run the book's chapter on exploding gradients as experiments.", needs_demo=True),
     "run": Command(
-        "Your training script with torchclip installed; then what clipping did.", needs_demo=False
+        "Run a training script with torchclip installed, then say what clipping did.", needs_demo=False
     ),
     "bench": Command(
-        "How fast and how exact clipping is on this machine, beside torch and others.", needs_demo=True
+        "Measure how fast and exact clipping is on this machine, beside torch and others.", needs_demo=True
     ),
-    "info": Command("Versions, threads, and what is available on this machine.", needs_demo=False),
+    "info": Command("Show versions, threads, and what is available on this machine.", needs_demo=False),
 }
 
 DEMO_PACKAGES = ("rich", "matplotlib")
@@ -73,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         arguments = sys.argv[1:]
-    parser = Parser(prog="torchclip", description="Gradient clipping for PyTorch: the commands.")
+    parser = Parser(
+        prog="torchclip", description="Gradient clipping for PyTorch: the commands. Each has --help."
+    )
     parser.add_argument("--version", action="version", version=f"torchclip {torchclip.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -85,6 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     return _run(name, subparsers.choices[name], arguments[1:])
+
+
+def file_to_write(text: str) -> Path:
+    """An option's value that is a file to write; refused now rather than after the work."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written to")
+    return path
 
 
 def _run(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:

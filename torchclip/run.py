@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m"
     )
     parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
-    parser.add_argument("args", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="what the script is given")
+    rest = parser.add_argument(
+        "args", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="an argument of the script's own"
+    )
+    rest.required = False  # or, until Python 3.12, the error for a missing SCRIPT asks for it, too
 
 
 def run(script: str, args: list[str], module: bool = False) -> int:
@@ -112,7 +115,10 @@ def report(recorder: Recorder, seconds: float) -> str:
     """What clipping did and cost in a run of so many seconds, in a few lines."""
     lines = [_cost_line(name, cost, seconds) for name, cost in recorder.costs.items()]
     if not lines:
-        lines.append("torch's clipping functions were not called through torch.nn.utils")
+        lines.append(
+            "torch's clipping functions were not called through torch.nn.utils; "
+            "a torchclip.Clipper has its own history"
+        )
     lines += _step_lines(recorder)
     return "\n".join(
         [f"torchclip: what clipping did in {_duration(seconds)}", *(f"  {line}" for line in lines)]

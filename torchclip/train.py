@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 
 import torchclip
 from torchclip import parallel
+from torchclip.cli import file_to_write
 from torchclip.thresholds import MaxNorm
 
 # The learning rates are as high as training with clipping bears; that is what clipping is good for.
@@ -423,7 +423,10 @@ def _by_cell(defaults: dict[str, float]) -> str:
 
 def positive(text: str) -> float:
     """An option's value that is a finite number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
     return value
@@ -431,30 +434,18 @@ def positive(text: str) -> float:
 
 def count(text: str) -> int:
     """An option's value that is a whole number above 0."""
-    value = int(text)
+    value = _whole(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
     return value
 
 
 def seed(text: str) -> int:
     """An option's value that torch takes as a seed."""
-    value = int(text)
+    value = _whole(text)
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, got {text}")
     return value
-
-
-def file_to_write(text: str) -> Path:
-    """An option's value that is a file to write; refused now rather than after the training."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a directory")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path} cannot be written to")
-    return path
 
 
 def png_file(text: str) -> Path:
@@ -462,6 +453,13 @@ def png_file(text: str) -> Path:
     if Path(text).suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png, got {text}")
     return file_to_write(text)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return -1  # refused as any other value below the range
 
 
 def _refusal(message: str) -> argparse.ArgumentError:
