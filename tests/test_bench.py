@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from rich.console import Console
 
 from torchclip import bench, cli, contenders, plots
 from torchclip.contenders import OPERATIONS, Gradients
@@ -203,6 +204,18 @@ def row(name: str, workload: Workload, operation: str, **seconds: float) -> benc
         "floor_seconds": [0.5, 0.5, 0.5],
         "contenders": {name.replace("_", " "): result(value) for name, value in seconds.items()},
     }
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_table_is_whole_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"torch": 4e-5, "optax": 2e-5, "kernel_off": 3e-5, "torchclip": 2e-6}
+    rows = [row("ppo", WORKLOADS["ppo"], op, **times) for op in OPERATIONS]
+    bench.show(rows, Console(width=width))
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= width
+    assert "…" not in output
+    for header in ("optax", "kernel off", "GB/s", "torchclip:"):
+        assert output.count(header) == 1
 
 
 def test_the_scaling_figure_is_not_blank(tmp_path: Path) -> None:

@@ -351,22 +351,36 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print the results, and what failed."""
-    names = present(rows)
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for header in headers(names):
-        table.add_column(header, justify="right", vertical="bottom")
-    for i, row in enumerate(rows):
-        if i % len(OPERATIONS) == 0:
-            table.add_row(f"[bold]{row['title']}")
-            table.add_row(f"[dim]{row['tensors']:,} tensors, {row['elements']:,} elements")
-        table.add_row("  " + OPERATIONS[row["operation"]], *cells(row, names))
-    console.print(table)
+    unlimited = console.options.update(width=10_000)  # a measured width is never above the console's
+    first, end = 0, len(headers(present(rows)))
+    while first < end:  # side by side as many columns as fit, but at least one; the others below
+        last = end
+        while (
+            last > first + 1
+            and console.measure(_table(rows, first, last), options=unlimited).maximum > console.width
+        ):
+            last -= 1
+        console.print(_table(rows, first, last))
+        first = last
     for row in rows:
         for name, result in row["contenders"].items():
             if "failed" in result:
                 text = f"{name} failed on {row['title']}, {OPERATIONS[row['operation']]}: {result['failed']}"
                 console.print(text, markup=False, highlight=False)
+
+
+def _table(rows: Sequence[Row], first: int, last: int) -> Table:
+    names = present(rows)
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column(no_wrap=True)
+    for header in headers(names)[first:last]:
+        table.add_column(header, justify="right", vertical="bottom")
+    for i, row in enumerate(rows):
+        if i % len(OPERATIONS) == 0:
+            table.add_row(f"[bold]{row['title']}")
+            table.add_row(f"[dim]{row['tensors']:,} tensors, {row['elements']:,} elements")
+        table.add_row("  " + OPERATIONS[row["operation"]], *cells(row, names)[first:last])
+    return table
 
 
 def present(rows: Sequence[Row]) -> list[str]:
