@@ -33,7 +33,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.05},
     "AdamW": {"lr": 0.05},
     "Adamax": {"lr": 0.05},
-    "LBFGS": {"lr": 0.5, "max_iter": 3},
+    # Without a line search it diverges on some processors, according to how they round.
+    "LBFGS": {"max_iter": 3, "line_search_fn": "strong_wolfe"},
     "Muon": {"lr": 0.05},
     "NAdam": {"lr": 0.05},
     "RAdam": {"lr": 0.05},
@@ -176,7 +177,9 @@ def test_every_optimizer_ends_where_the_function_leads_it(name: str, way: str) -
     else:
         train(models[0], plain, range(50), clip)
         train(models[1], clipped, range(50))
-    assert clipper.history.summary().clipped > 40
+    summary = clipper.history.summary()
+    assert summary.clipped > 40
+    assert summary.nonfinite == 0
     if way == "fused":
         for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

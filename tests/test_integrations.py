@@ -29,7 +29,7 @@ import torchclip
 from torchclip.history import History, Record
 from torchclip.integrations import lightning as for_lightning
 from torchclip.integrations import transformers as for_transformers
-from torchclip.integrations.loggers import DictLogger
+from torchclip.integrations.loggers import DictLogger, Scalars
 from torchclip.integrations.tensorboard import ScalarLogger
 
 # What frameworks warn about depends on their versions and on the machine.
@@ -472,6 +472,13 @@ def test_scalars_in_tensorboard(tmp_path: Path) -> None:
 def test_a_logger_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match=r"`log` must be callable, got 3 \(int\)"):
         DictLogger(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`writer` must be a SummaryWriter, got 3 \(int\)"):
+        ScalarLogger(3)  # type: ignore[arg-type]
+
+
+def test_a_window_of_no_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="`window` must be at least 1, got 0"):
+        Scalars(window=0)
 
 
 def test_scalars_for_any_logger() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchclip import eager, gradients, units
-from torchclip.arguments import flag, full, norm_order, number, refuse_item, tensor_list, threshold
+from torchclip.arguments import flag, full, norm_order, number, refuse_item, shown, tensor_list, threshold
 from torchclip.combine import combine_tensors
 from torchclip.norm import as_result, as_results, refuse_nonfinite
 
@@ -399,5 +399,5 @@ def _as_norm(total_norm: Tensor | float) -> float | Tensor:
         return full(total_norm.detach()).to(torch.float64)
     value = number("total_norm", total_norm)
     if value < 0:
-        raise ValueError(f"`total_norm` must be at least 0, got {value}")
+        raise ValueError(f"`total_norm` must be at least 0, got {shown(total_norm)}")
     return value

@@ -16,7 +16,11 @@ class Scalars:
 
     Args:
         prefix: what the names begin with, before a slash.
-        window: over how many of the latest steps the share of clipped steps is taken.
+        window: over how many of the latest steps the share of clipped steps is taken, at least 1.
+
+    Raises:
+        TypeError: if ``window`` is not an integer.
+        ValueError: if ``window`` is less than 1.
 
     Examples:
         >>> scalars = Scalars()
@@ -26,7 +30,7 @@ class Scalars:
 
     def __init__(self, prefix: str = "clip", window: int = 100) -> None:
         self._prefix = prefix
-        self._clipped: deque[bool] = deque(maxlen=window)
+        self._clipped: deque[bool] = deque(maxlen=arguments.count("window", window, least=1))
 
     def __call__(self, record: Record) -> dict[str, float]:
         """The numbers after a step; call it once for every step."""

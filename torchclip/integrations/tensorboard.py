@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torchclip import arguments
 from torchclip.history import Record
 from torchclip.integrations.loggers import Scalars
 
@@ -24,9 +25,14 @@ class ScalarLogger:
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or whatever has its ``add_scalar``.
         prefix: what the tags begin with, before a slash.
+
+    Raises:
+        TypeError: if ``writer`` has no ``add_scalar``.
     """
 
     def __init__(self, writer: _Writer, prefix: str = "clip") -> None:
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(f"`writer` must be a SummaryWriter, got {arguments.shown(writer)}")
         self._writer = writer
         self._scalars = Scalars(prefix)
 
