@@ -30,7 +30,7 @@ for layer in model:
 fully_shard(model, mesh=mesh)
 
 optimizer = torch.optim.AdamW(model.named_parameters(), lr=3e-3)
-clipper = torchclip.Clipper(optimizer, max_norm=1.0)
+clipper = torchclip.Clipper(optimizer, max_norm=0.03)
 
 torch.manual_seed(rank)  # every rank its own data
 for _ in range(50):
