@@ -3,7 +3,7 @@
     python benchmarks/distributed.py [--ranks 2] [--parameters 100 300 1000] [--json FILE]
 
 The ranks talk over gloo.  Each of them has one thread.  Times are medians of the slowest rank's time a call,
-with the two functions taking turns; collectives are counted by torch's profiler.
+with the two functions taking turns, each on gradients of ones; collectives are counted by torch's profiler.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fsdp2_model(parameters: int) -> nn.Module:
         fully_shard(unit)
     fully_shard(model)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.empty_like(parameter)
     return model
 
 
@@ -83,7 +83,10 @@ def measure(parameters: int) -> list[dict[str, Any]]:
 
 
 def time_of(clip: Callable[[list[Tensor], float], Tensor], tensors: list[Tensor], max_norm: float) -> float:
-    """Seconds that one call takes on this rank."""
+    """Seconds that one call takes on this rank, on gradients of ones."""
+    for tensor in tensors:
+        assert isinstance(tensor.grad, DTensor)
+        tensor.grad.to_local().fill_(1.0)
     dist.barrier()
     start = time.perf_counter()
     clip(tensors, max_norm)

@@ -1,12 +1,15 @@
 """What the test modules share: gradients to clip, exact norms, and all clippers with their twins."""
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +43,19 @@ def with_gradients(gradients: Sequence[Tensor | None], values: Sequence[Tensor] 
         parameter.grad = gradient
         parameters.append(parameter)
     return parameters
+
+
+@contextmanager
+def interrupted_sgd() -> Iterator[None]:
+    """Has a step of torch's SGD end in the middle, after all that comes before it."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["torch.optim.sgd"], "sgd", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

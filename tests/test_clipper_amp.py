@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import bits, last_of, randn, with_gradients
+from helpers import bits, interrupted_sgd, last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -240,31 +240,15 @@ def test_a_fused_step_without_any_gradient(norm_type: float | str) -> None:
     assert clipper.last == (0, 0.0, 1.0, 1.0, False, False, False)
 
 
-class Failing(torch.optim.SGD):
-    fails = False
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        if self.fails:
-            raise KeyboardInterrupt
-        return super().step(closure)
-
-
-def fail(optimizer: Failing, step: Callable[[], object]) -> None:
-    optimizer.fails = True
-    with pytest.raises(KeyboardInterrupt):
-        step()
-    optimizer.fails = False
-
-
 @unscaled_or_not
 @pytest.mark.parametrize("value", [1.0, INF])
 def test_after_a_plain_step_that_failed_the_scalers_next_is_as_usual(unscales: bool, value: float) -> None:
-    optimizer = Failing(
+    optimizer = torch.optim.SGD(
         with_gradients([torch.tensor([3.0, value]), torch.tensor([12.0])]), lr=1.0, fused=True
     )
     clipper = Clipper(optimizer, 1.0)
-    fail(optimizer, optimizer.step)
+    with interrupted_sgd():
+        optimizer.step()
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.data.zero_()
     scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS, unscales)
@@ -274,9 +258,10 @@ def test_after_a_plain_step_that_failed_the_scalers_next_is_as_usual(unscales: b
 
 
 def test_after_a_scalers_step_that_failed_its_next_is_as_usual() -> None:
-    optimizer = Failing(with_gradients([torch.zeros(2), torch.zeros(1)]), lr=1.0, fused=True)
+    optimizer = torch.optim.SGD(with_gradients([torch.zeros(2), torch.zeros(1)]), lr=1.0, fused=True)
     clipper = Clipper(optimizer, 1.0)
-    fail(optimizer, lambda: scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS))
+    with interrupted_sgd():
+        scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS)
     scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE / 4), GRADS)
     assert last_of(clipper).total_norm == pytest.approx(13.0)
     assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])

@@ -506,6 +506,16 @@ def test_item_7_compiles_with_the_norm_and_the_threshold_right() -> None:
             torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_item_6_a_negative_norm_that_cannot_be_looked_at_gives_nan() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(torchclip.clip_grads_with_norm_, fullgraph=True, backend="eager")
+    parameters = with_gradients([torch.ones(2)])
+    compiled(parameters, 1.0, torch.tensor(-3.0))
+    assert parameters[0].grad.isnan().all()
+    with pytest.raises(TypeError, match=r"`total_norm` must be a number, got a tensor of shape \(2,\)"):
+        torch.vmap(lambda _: torchclip.clip_grads_with_norm_(parameters, 1.0, torch.ones(2)))(torch.ones(1))
+
+
 class TestItem8Layouts:
     """Each layout and function on its own stands in test_clip.py."""
 

@@ -544,3 +544,10 @@ def test_none_comes_with_a_reference() -> None:
     held = [batch.scale(1.0, 1) for _ in range(1000)]
     assert sys.getrefcount(None) - before > 900
     assert held == [None] * 1000
+
+
+def test_its_status_says_when_it_is_disabled() -> None:
+    before = kernel.status()
+    with kernel.disabled():
+        assert kernel.status() == "off (torchclip.kernel.disabled())"
+    assert kernel.status() == before

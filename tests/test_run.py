@@ -182,6 +182,22 @@ def test_parameters_that_can_be_walked_once_are_clipped_in_every_call(recorder: 
         assert torchclip.get_total_norm([w.grad for w in found]) == pytest.approx(0.5, rel=1e-5)
 
 
+def test_walking_the_parameters_counts_for_both(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def walk(found: list[Any]) -> Iterator[Any]:
+        nonlocal now
+        for weight in found:
+            now += 1.0
+            yield weight
+
+    monkeypatch.setattr("torchclip.recorder.time.perf_counter", lambda: now)
+    for _ in range(50):
+        torch.nn.utils.clip_grad_norm_(walk(weights()), 0.5)
+    cost = recorder.costs["clip_grad_norm_"]
+    assert set(cost.ours) == set(cost.torchs) == {3.0}
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_where_torchs_function_fails_the_report_says_so(recorder: Recorder) -> None:
     weight = torch.eye(3).to_sparse_csr().requires_grad_()

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from torchclip import info, plots
-from torchclip.cli import file_to_write
+from torchclip.cli import file_to_write, png_file
 from torchclip.contenders import NAMES, OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
 from torchclip.workloads import SCALING, WORKLOADS, Workload
 
@@ -109,8 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         dest="picture",
         metavar="FILE",
-        type=file_to_write,
-        help="draw the results into a picture file",
+        type=png_file,
+        help="draw the results into a PNG file",
     )
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple, NoReturn
 
 import torchclip
 
-__all__ = ["COMMANDS", "file_to_write", "main"]
+__all__ = ["COMMANDS", "file_to_write", "main", "png_file"]
 
 
 class Command(NamedTuple):
@@ -100,6 +100,13 @@ def file_to_write(text: str) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written to")
     return path
+
+
+def png_file(text: str) -> Path:
+    """An option's value that is a PNG file to write."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text}")
+    return file_to_write(text)
 
 
 def _run(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:

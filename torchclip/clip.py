@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchclip import eager, gradients, units
 from torchclip.arguments import flag, full, norm_order, number, refuse_item, shown, tensor_list, threshold
-from torchclip.combine import combine_tensors
+from torchclip.combine import combine_tensors, norm_dtype
 from torchclip.norm import as_result, as_results, refuse_nonfinite
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ def clip_grads_with_norm_(
     Raises:
         TypeError: for anything but tensors in ``parameters`` and numbers in the others, or an integer
             gradient.
-        ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative.
+        ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative; on an accelerator,
+            where that cannot be seen without waiting, the gradients become NaN instead.
         RuntimeError: if a gradient is an expanded tensor.
 
     Examples:
@@ -382,11 +383,10 @@ def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def _weighted_sum(grad: Tensor, factors: Tensor) -> Tensor:
     # On mps, which has no float64, float32, and then autocast must not narrow the product.
-    on_mps = grad.device.type == "mps"
-    wide = torch.promote_types(grad.dtype, torch.float32 if on_mps else torch.float64)
+    wide = torch.promote_types(grad.dtype, norm_dtype(grad.device))
     factors = factors.to(grad.device, wide)
     rows = grad.reshape(len(grad), math.prod(grad.shape[1:]))
-    with torch.autocast("mps", enabled=False) if on_mps else nullcontext():
+    with torch.autocast("mps", enabled=False) if grad.device.type == "mps" else nullcontext():
         # By pieces, so that the copies do not grow with the gradients.
         pieces = torch.split(rows, max(1, _PIECE // max(1, len(rows))), dim=1)
         total = torch.cat([factors @ piece.to(wide) for piece in pieces])
@@ -396,7 +396,14 @@ def _weighted_sum(grad: Tensor, factors: Tensor) -> Tensor:
 def _as_norm(total_norm: Tensor | float) -> float | Tensor:
     """A norm that the user computed: left on its device if it is on one."""
     if isinstance(total_norm, Tensor) and not eager.on_host([total_norm]):
-        return full(total_norm.detach()).to(torch.float64)
+        if total_norm.numel() != 1 or total_norm.is_complex():
+            raise TypeError(
+                f"`total_norm` must be a number, got a tensor of shape {tuple(total_norm.shape)} and dtype "
+                f"{total_norm.dtype}"
+            )
+        norm = full(total_norm.detach()).to(norm_dtype(total_norm.device)).view(())
+        # Nobody waits to see whether it is negative; NaN shows that it was, and turns no gradient around.
+        return torch.where(norm < 0, math.nan, norm)
     value = number("total_norm", total_norm)
     if value < 0:
         raise ValueError(f"`total_norm` must be at least 0, got {shown(total_norm)}")

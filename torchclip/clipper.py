@@ -92,10 +92,16 @@ class _Set:
             n for n, count in zip(self.norms, counts if self._each else [sum(counts)], strict=True) if count
         ]
 
-    def limit(self, max_norms: list[float]) -> None:
-        """Set the threshold of each norm."""
+    def limit(self, max_norms: list[float], learned: bool) -> None:
+        """Set the threshold of each norm.
+
+        One that was learned may be the norm itself, which the formula for the coefficient would shorten.
+        """
         self.max_norms = max_norms
-        self.factors = [clip_coefficient(m, n) for m, n in zip(max_norms, self.norms, strict=True)]
+        self.factors = [
+            1.0 if learned and norm <= max_norm else clip_coefficient(max_norm, norm)
+            for max_norm, norm in zip(max_norms, self.norms, strict=True)
+        ]
 
     def scale_(self) -> None:
         """Multiply the gradients in place."""
@@ -151,14 +157,16 @@ class Clipper:
             known if it was made from ``model.named_parameters()``.
         max_norm: the threshold: a number (``float("inf")`` only measures), a threshold object such as
             ``Percentile``, or a callable that is given the number of the step, from 0.  The object stays as
-            it is; the copies that learn are in ``thresholds``.
+            it is; the copies that learn are in ``thresholds``. A norm up to such an object's threshold is
+            left alone exactly; at a number the 1e-6 of ``clip_grad_norm_`` counts.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: what is clipped together: ``"global"``, all parameters; ``"group"``, each parameter group;
             ``"parameter"``, each parameter. Each of them gets its own copy of a threshold object.
         nonfinite: what to do about a norm that is ``inf`` or ``nan``. ``"propagate"``: nothing, as torch.
-            ``"error"``: raise, naming the parameters, before anything changes. ``"skip"``: this step changes
-            neither parameters nor optimizer state. ``"zero"``: non-finite elements become 0, and the rest is
-            clipped.
+            ``"error"``: raise, naming the parameters, before anything changes (but for what LBFGS did in
+            the same step before). ``"skip"``: this step changes neither parameters nor optimizer state; it
+            does not see the gradients, which are there again after it. ``"zero"``: non-finite elements become
+            0, and the rest is clipped.
         group: a process group, or several, whose other ranks hold further gradients, as for
             ``clip_grad_norm_``; all ranks must have the same number of parameter groups.  DTensors need
             none.
@@ -239,6 +247,7 @@ class Clipper:
             )
         self._on_clip = on_clip
         self._steps = 0
+        self._steps_as_torch = type(optimizer).step.__module__.startswith("torch.optim.")
         self._step_frame: FrameType | None = None
         self._undo: list[Callable[[], None]] = []
         self._hooks: tuple[RemovableHandle, ...] = (
@@ -269,6 +278,8 @@ class Clipper:
         for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
         parts.
         """
+        if not self._stepping(sys._getframe()):
+            self._take_back()  # what a step that ended in an exception has left
         named = list(self._named_parameters())
         batch = gradients.of_tensors([p.grad for _, p in named if p.grad is not None])
         grad_scale = getattr(self.optimizer, "grad_scale", None)
@@ -359,7 +370,7 @@ class Clipper:
             return None
         self._step_frame = caller
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
-        if closure is None:
+        if not callable(closure):  # None, or what else the step() of a subclass takes
             self._take_back()
             self._clip()
             return None
@@ -417,7 +428,7 @@ class Clipper:
         if self._nonfinite != "propagate":
             to_zero = self._treat_nonfinite(sets, total_norm, grad_scale)
         for each in sets:
-            each.limit(self._max_norms(each))
+            self._limit(each)
         max_norm = min([m for s in sets for m in s.max_norms], default=math.inf)
         factors = [f for s in sets for f in s.factors]
         clip_coef = join(factors, -math.inf) if factors else 1.0
@@ -430,7 +441,7 @@ class Clipper:
     def _sets(self) -> Iterator[_Set]:
         """The gradients, parted by what shares a threshold."""
         each = self._scope == "parameter"
-        together: list[Tensor] = []
+        together: list[Tensor] | None = None
         for i, group in enumerate(self.optimizer.param_groups):
             parameters = group["params"]
             if "max_norm" in group:
@@ -441,7 +452,7 @@ class Clipper:
                 together = together + parameters if together else parameters
             else:
                 yield _Set(f"group {i}", parameters, None, self._order, each, self._group)
-        if together:
+        if together is not None:  # with none of them here, another rank may wait for this one
             yield _Set("all", together, None, self._order, each, self._group)
 
     def _skipped(self, total_norm: Norm) -> bool | Tensor:
@@ -477,10 +488,12 @@ class Clipper:
             each.measure(grad_scale, finite=True)
         return to_zero
 
-    def _max_norms(self, of: _Set) -> list[float]:
-        if of.max_norm is not None:
-            return [of.max_norm] * len(of.norms)
-        return self._rule.max_norms(self._steps, of.names(), of.norms)
+    def _limit(self, each: _Set) -> None:
+        if each.max_norm is not None:
+            each.limit([each.max_norm] * len(each.norms), learned=False)
+        else:
+            max_norms = self._rule.max_norms(self._steps, each.names(), each.norms)
+            each.limit(max_norms, self._rule.learns)
 
     def _record(self, total_norm: Norm, max_norm: float, clip_coef: Norm, skipped: bool | Tensor) -> None:
         if self._on_clip is not None:
@@ -502,10 +515,13 @@ class Clipper:
         """Whether one factor for all gradients can go along with the step.
 
         Optimizers say by ``_step_supports_amp_scaling`` that they divide by a ``grad_scale``, for GradScaler.
-        It is a float32 number, too coarse for gradients in float64.
+        It is a float32 number, too coarse for gradients in float64.  Whoever sees the gradients before the
+        optimizer does, a later hook or the ``step()`` of a subclass, must find them clipped.
         """
         return (
             getattr(self.optimizer, "_step_supports_amp_scaling", False)
+            and self._steps_as_torch
+            and next(reversed(self.optimizer._optimizer_step_pre_hooks)) == self._hooks[0].id
             and all(group.get("fused") for group in self.optimizer.param_groups)
             and len(sets) == 1
             and self._scope != "parameter"
@@ -536,14 +552,28 @@ class Clipper:
     def _hide_gradients(self) -> None:
         """Let this step see no gradients, so that it changes neither parameters nor state."""
         hidden = [(p, p.grad) for _, p in self._named_parameters()]
-        for parameter, _ in hidden:
-            parameter.grad = None
+        attributes, zero_grad = vars(self.optimizer), self.optimizer.zero_grad
+        before = attributes.get("zero_grad")
 
         def take_back() -> None:
-            for parameter, grad in hidden:
-                if parameter.grad is None:  # else there are new ones, after a step that ended in an exception
+            if before is None:
+                attributes.pop("zero_grad", None)
+            else:
+                attributes["zero_grad"] = before
+            # If there are new ones, after a step that ended in an exception, the old ones are history.
+            if all(parameter.grad is None for parameter, _ in hidden):
+                for parameter, grad in hidden:
                     parameter.grad = grad
+            hidden.clear()
 
+        def take_back_and_zero(*args: Any, **kwargs: Any) -> None:
+            take_back()
+            zero_grad(*args, **kwargs)
+
+        for parameter, _ in hidden:
+            parameter.grad = None
+        # A hook, or the step() of a subclass, may zero the gradients before the step is over.
+        attributes["zero_grad"] = take_back_and_zero
         self._undo.append(take_back)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "combine", "combine_tensors", "join", "join_tensors", "stacked"]
+__all__ = ["ABSENT", "combine", "combine_tensors", "join", "join_tensors", "norm_dtype", "stacked"]
 
 ABSENT = -1.0
 """What stands for the norm of no elements at all; it changes no joint norm, of whatever order."""
@@ -72,7 +72,13 @@ def join_tensors(norms: Tensor, p: float) -> Tensor:
 
 
 def stacked(norms: Sequence[float | Tensor], device: torch.device | str) -> Tensor:
-    """Norms as a float64 tensor of one dimension."""
+    """Norms as a tensor of one dimension."""
+    dtype = norm_dtype(torch.device(device))
     if not any(isinstance(norm, Tensor) for norm in norms):
-        return torch.tensor(norms, dtype=torch.float64, device=device)
-    return torch.stack([torch.as_tensor(norm, dtype=torch.float64, device=device) for norm in norms])
+        return torch.tensor(norms, dtype=dtype, device=device)
+    return torch.stack([torch.as_tensor(norm, dtype=dtype, device=device) for norm in norms])
+
+
+def norm_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that norms have on a device: float64, but float32 on mps, which has no wider one."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from torchclip.combine import combine, combine_tensors
+from torchclip.combine import combine, combine_tensors, norm_dtype
 
 __all__ = [
     "SPARSE",
@@ -95,7 +95,7 @@ def row_norms(tensor: Tensor, p: float) -> Tensor:
     columns = math.prod(tensor.shape[1:])
     rows = tensor.reshape(len(tensor), columns)
     if rows.numel() == 0:
-        return tensor.new_zeros(len(tensor), dtype=torch.float64)
+        return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
     blocks = torch.split(rows, max(1, _PIECE // columns))
     parts = [
         torch.stack([_block_norms(b, p) for b in torch.split(block, _PIECE, dim=1)], -1) for block in blocks
@@ -235,9 +235,10 @@ _DOUBLE = frozenset({torch.float64, torch.complex128})
 
 def _wide(tensor: Tensor) -> torch.dtype:
     """The dtype to accumulate in: the widest that the device has."""
-    if tensor.device.type == "mps":
-        return torch.complex64 if tensor.is_complex() else torch.float32
-    return torch.complex128 if tensor.is_complex() else torch.float64
+    wide = norm_dtype(tensor.device)
+    if not tensor.is_complex():
+        return wide
+    return torch.complex64 if wide is torch.float32 else torch.complex128
 
 
 # How tensors lie in memory

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["AnyBatch", "Batch", "disabled", "gradients", "scalar", "status", "tensors"]
 
 _extension: Any
+_reason: str
 AnyBatch: TypeAlias = "Batch | _kernel.Batch"
 gradients: Callable[[Iterable[Tensor]], AnyBatch]
 """A batch of the gradients of the parameters that have one."""
@@ -106,10 +107,10 @@ def _scalar(value: float, double: bool) -> Tensor:
     return torch.scalar_tensor(value if in_range else math.inf, dtype=dtype, device="cpu")
 
 
-def _use(extension: Any) -> None:
-    """Let the module's functions be those of the extension, or their twins in Python."""
-    global _extension, gradients, tensors, scalar
-    _extension = extension
+def _use(extension: Any, reason: str) -> None:
+    """Let the module's functions be those of the extension, or without one, for a reason, their twins."""
+    global _extension, _reason, gradients, tensors, scalar
+    _extension, _reason = extension, reason
     if extension is None:
         gradients, tensors, scalar = _gradients, _tensors, _scalar
     else:
@@ -127,12 +128,12 @@ def status() -> str:
 @contextmanager
 def disabled() -> Iterator[None]:
     """Everything through torch operations, to compare the kernel with."""
-    before = _extension
-    _use(None)
+    before = _extension, _reason
+    _use(None, "off (torchclip.kernel.disabled())")
     try:
         yield
     finally:
-        _use(before)
+        _use(*before)
 
 
 def _load() -> tuple[Any, str]:
@@ -152,8 +153,7 @@ def _load() -> tuple[Any, str]:
         )
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         return None, f"off (torch {torch.__version__} does not fit: {error})"
-    return _kernel, "active"
+    return _kernel, ""
 
 
-_loaded, _reason = _load()
-_use(_loaded)
+_use(*_load())

@@ -73,5 +73,5 @@ def refuse_nonfinite(
     which = ", ".join(found[:_SHOWN]) + more if found else elsewhere
     raise RuntimeError(
         f"The total norm of order {norm_type} for gradients from `{argument}` is non-finite, so it cannot be "
-        f"clipped. {remedy}. Nothing was changed. Non-finite: {which}."
+        f"clipped. {remedy}. No gradient was changed. Non-finite: {which}."
     )

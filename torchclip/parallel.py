@@ -29,13 +29,10 @@ def launched() -> bool:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Talk to the other processes while the context lasts, and share the machine's cores with them."""
+    """Talk to the other processes while the context lasts."""
     if not launched():
         yield
         return
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets it so, whatever the machine has
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here))
     dist.init_process_group("gloo")
     try:
         yield

@@ -112,20 +112,24 @@ class Recorder:
             cost.calls += 1
             share = _SHARE_OF_FIRST_CALLS if cost.calls <= _FIRST_CALLS else _SHARE
             sample = cost.calls > 1 and self._random.random() < share
+        start = time.perf_counter()
         if sample:
             if isinstance(tensors, Iterator):
-                tensors = list(tensors)  # read twice
-            self._sample(cost, name, tensors, *args, **kwargs)
+                tensors = list(tensors)  # read twice; the time of it is torch's, as in other calls ours
+            walking = time.perf_counter() - start
+            self._sample(cost, walking, name, tensors, *args, **kwargs)
             return ours(tensors, *args, **kwargs)
-        start = time.perf_counter()
         result = ours(tensors, *args, **kwargs)
         seconds = time.perf_counter() - start
         if cost.calls > 1:
             cost.ours.append(seconds)
         return result
 
-    def _sample(self, cost: Cost, name: str, tensors: Any, *args: Any, **kwargs: Any) -> None:
-        """Time torch's function, with arguments that leave every tensor as it is."""
+    def _sample(self, cost: Cost, walking: float, name: str, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        """Time torch's function, with arguments that leave every tensor as it is.
+
+        ``walking`` seconds went into an iterator before, which torch's function would walk itself.
+        """
         try:
             given = inspect.signature(self._ours[name]).bind(tensors, *args, **kwargs)
             given.apply_defaults()
@@ -135,7 +139,7 @@ class Recorder:
                 return
             start = time.perf_counter()
             torchs()
-            seconds = time.perf_counter() - start
+            seconds = walking + time.perf_counter() - start
         except Exception as error:
             # Torch's function would have raised here; what the program sees is torchclip's answer.
             cost.torch_error = f"{type(error).__name__}: {error}"

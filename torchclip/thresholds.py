@@ -165,7 +165,7 @@ class Percentile:
                 "make the Percentile with the same window"
             )
         seen = arguments.count("state['seen']", state["seen"], least=0)
-        norms = arguments.items("state['norms']", state["norms"], arguments.threshold)
+        norms = arguments.items("state['norms']", state["norms"], _finite)
         self._seen = seen
         self._sorted = array("d", sorted(norms))
         self._arrivals = deque(norms if self.window is not None else ())
@@ -305,9 +305,9 @@ class ZScore:
             ValueError: if ``state`` is that of another kind of threshold.
         """
         _check_state(state, "ZScore", ("mean", "std", "warmup_norms"))
-        mean = None if state["mean"] is None else arguments.threshold("state['mean']", state["mean"])
-        std = arguments.threshold("state['std']", state["std"])
-        norms = arguments.items("state['warmup_norms']", state["warmup_norms"], arguments.threshold)
+        mean = None if state["mean"] is None else _finite("state['mean']", state["mean"])
+        std = _finite("state['std']", state["std"])
+        norms = arguments.items("state['warmup_norms']", state["warmup_norms"], _finite)
         self._mean, self._std, self._warmup_norms = mean, std, norms
 
     def __repr__(self) -> str:
@@ -326,6 +326,9 @@ class MaxNormRule:
 
     A threshold object learns from one sequence of norms, so every set of gradients that is clipped on its own
     gets its own copy, made when it is first seen.
+
+    Attributes:
+        learns: whether it is a threshold object.
     """
 
     def __init__(self, max_norm: MaxNorm) -> None:
@@ -333,8 +336,8 @@ class MaxNormRule:
             name = max_norm.__name__
             raise TypeError(f"`max_norm` is the class {name}; pass an object of it, such as {name}()")
         # Asked once: to ask a protocol takes longer than all the rest of a small step.
-        self._learns = isinstance(max_norm, Threshold)
-        is_object = self._learns or callable(max_norm)
+        self.learns = isinstance(max_norm, Threshold)
+        is_object = self.learns or callable(max_norm)
         self._max_norm: Any = max_norm if is_object else arguments.threshold("max_norm", max_norm)
         self._copies: dict[str, Threshold] = {}
 
@@ -345,7 +348,7 @@ class MaxNormRule:
 
     def max_norms(self, step: int, names: Iterable[str], norms: Sequence[float | Tensor]) -> list[float]:
         """This step's threshold for each of the sets with these names and norms."""
-        if self._learns:
+        if self.learns:
             return [self._learned(name, float(norm)) for name, norm in zip(names, norms, strict=True)]
         max_norm = self._max_norm
         if not isinstance(max_norm, float):
@@ -369,7 +372,7 @@ class MaxNormRule:
         Raises:
             ValueError: if ``state`` holds what another kind of threshold learned.
         """
-        if state and not self._learns:
+        if state and not self.learns:
             raise ValueError(
                 f"`state` holds what a threshold object learned, but `max_norm` is {self._max_norm!r}; pass "
                 "the same kind of threshold object as in the saved run"
@@ -403,6 +406,13 @@ def _norm(value: Any) -> float:
     norm = value if type(value) is float else arguments.number("norm", value)
     if -math.inf < norm < 0:
         raise ValueError(f"`norm` must be at least 0, got {arguments.shown(value)}")
+    return norm
+
+
+def _finite(name: str, value: Any) -> float:
+    norm = arguments.threshold(name, value)
+    if math.isinf(norm):
+        raise ValueError(f"`{name}` must be finite, got {arguments.shown(value)}")
     return norm
 
 

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import torchclip
 from torchclip import parallel
-from torchclip.cli import file_to_write
+from torchclip.cli import file_to_write, png_file
 from torchclip.thresholds import MaxNorm
 
 # The learning rates are as high as training with clipping bears; that is what clipping is good for.
@@ -446,13 +446,6 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, got {text}")
     return value
-
-
-def png_file(text: str) -> Path:
-    """An option's value that is a PNG file to write."""
-    if Path(text).suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"must end in .png, got {text}")
-    return file_to_write(text)
 
 
 def _whole(text: str) -> int:

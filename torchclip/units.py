@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchclip import arguments, distributed, eager, gradients, kernel
-from torchclip.combine import ABSENT
+from torchclip.combine import ABSENT, norm_dtype
 from torchclip.distributed import Layout
 
 __all__ = ["Units", "norms", "of_parameters", "scale_"]
@@ -112,7 +112,7 @@ def norms(units: Sequence[Units], p: float) -> list[Tensor]:
 def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
     """The norms of what this rank holds of the units of a tensor."""
     if tensor is None or (units.layout is not None and tensor.numel() == 0):
-        return units.weight.new_full((len(units.weight),), ABSENT, dtype=torch.float64)
+        return units.weight.new_full((len(units.weight),), ABSENT, dtype=norm_dtype(units.weight.device))
     return eager.row_norms(tensor, p)
 
 
