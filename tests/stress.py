@@ -556,6 +556,8 @@ def clipper(draw: Draw) -> None:
         if learns:
             seen += _norms(arrays, order, scope)
             limit = float(reference.percentile_thresholds(seen, 50.0, max_norm=most)[-1])
+            if seen[-1] <= limit:  # left alone, exactly
+                limit = math.inf
         for each in sets:
             clip = reference.clip_grad_norm_per_parameter if scope == "parameter" else reference.clip_grads
             clip(each, limit, order)

@@ -100,13 +100,13 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def scaled(values: np.ndarray, factor: float | np.float32, dtype: torch.dtype) -> np.ndarray:
-    """The products, rounded to ``dtype``; those of 16-bit numbers in float32, if it holds the factor."""
+    """The products, rounded to ``dtype``; formed in float32 for all but doubles, if it holds the factor."""
     if np.iscomplexobj(values):
         parts = values.reshape(-1).view(np.float64)
         real = {torch.complex64: torch.float32, torch.complex128: torch.float64}[dtype]
         return scaled(parts, factor, real).view(np.complex128).reshape(values.shape)
     with np.errstate(invalid="ignore", under="ignore"):
-        if dtype.itemsize == 2 and factor >= torch.finfo(torch.float32).tiny:
+        if dtype != torch.float64 and factor >= torch.finfo(torch.float32).tiny:
             values, factor = values.astype(np.float32), np.float32(factor)
         return rounded((values * factor).astype(np.float64), dtype)
 

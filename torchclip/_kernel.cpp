@@ -92,6 +92,7 @@ INLINE uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
     return (yes & mask) | (no & ~mask);
 }
 
+INLINE float to_float(float x) { return x; }
 INLINE float to_float(BFloat x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 INLINE float to_float(Half x) {
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, exponent = magnitude & (31u << 23);
@@ -103,11 +104,12 @@ INLINE float to_float(Half x) {
     return bit_cast<float>(absolute | uint32_t(x.bits & 0x8000) << 16);
 }
 
+// A nan must be one that was widened from T, or quiet_NaN: they are all that rounding leaves a nan without being asked.
 template <class T> INLINE T nearest(float x);
+template <> INLINE float nearest<float>(float x) { return x; }
 template <> INLINE BFloat nearest<BFloat>(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    return {uint16_t(choose(nan, (bits >> 16) | 0x40, rounded))};
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 template <> INLINE Half nearest<Half>(float x) {
     const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
@@ -128,6 +130,7 @@ template <class T> INLINE T narrow(double x) {
     // Cut to a float that still tells on which side of every 16-bit number and every tie x lies: whatever was cut
     // off leaves a one in the last bit kept.  Rounding it then gives what rounding x would give.
     constexpr uint64_t cut = (uint64_t(1) << 40) - 1;
+    if (std::isnan(x)) return nearest<T>(std::numeric_limits<float>::quiet_NaN());
     const uint64_t bits = bit_cast<uint64_t>(x);
     return nearest<T>(float(bit_cast<double>((bits | ((bits & cut) + cut)) & ~cut)));
 }
@@ -154,6 +157,19 @@ template <class T> INLINE typename Bits<T>::type magnitude(T x) {
 // Sums run in this many lanes whatever the instruction set, so that all give the same bits.
 constexpr size_t kLanes = 32;
 
+// Has the memory that lies kAhead bytes after `n` elements fetched: it is needed soon.  Left alone, a processor looks
+// ahead as far as its queue of instructions reaches, which is not far where every element takes several of them.
+constexpr size_t kAhead = 2048, kLine = 64;
+template <size_t n, class T> INLINE void fetch_ahead(const T* x) {
+#ifdef __GNUC__
+    const uintptr_t there = reinterpret_cast<uintptr_t>(x) + kAhead;
+    for (size_t byte = 0; byte < n * sizeof(T); byte += kLine)
+        __builtin_prefetch(reinterpret_cast<const void*>(there + byte));
+#else
+    (void)x;
+#endif
+}
+
 // Adds up `n` lanes, halves onto halves; spelled out for the compiler, as a loop over `n` costs more than the sums.
 template <size_t n> INLINE double fold_lanes(double* lanes) {
     if constexpr (n > 1) {
@@ -166,8 +182,10 @@ template <size_t n> INLINE double fold_lanes(double* lanes) {
 template <class T, class Add> INLINE double sum_lanes(const T* x, size_t n, Add add) {
     double lanes[kLanes] = {};
     size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
+    for (; i + kLanes <= n; i += kLanes) {
+        fetch_ahead<kLanes>(x + i);
         for (size_t j = 0; j < kLanes; ++j) lanes[j] = add(lanes[j], widen(x[i + j]));
+    }
     for (size_t j = 0; i < n; ++i, ++j) lanes[j] = add(lanes[j], widen(x[i]));
     return fold_lanes<kLanes>(lanes);
 }
@@ -192,24 +210,33 @@ template <class T> INLINE double largest(const T* x, size_t n) {
     using Int = typename Bits<T>::type;
     Int lanes[kLanes] = {};
     size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
+    for (; i + kLanes <= n; i += kLanes) {
+        fetch_ahead<kLanes>(x + i);
         for (size_t j = 0; j < kLanes; ++j) lanes[j] = std::max(lanes[j], magnitude(x[i + j]));
+    }
     for (size_t j = 0; i < n; ++i, ++j) lanes[j] = std::max(lanes[j], magnitude(x[i]));
     for (size_t half = kLanes / 2; half > 0; half /= 2)
         for (size_t j = 0; j < half; ++j) lanes[j] = std::max(lanes[j], lanes[j + half]);
     return widen(bit_cast<T>(lanes[0]));
 }
 
+template <class T, class Product> INLINE void multiply(T* x, size_t n, Product product) {
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        fetch_ahead<kLanes>(x + i);
+        for (size_t j = 0; j < kLanes; ++j) x[i + j] = product(x[i + j]);
+    }
+    for (; i < n; ++i) x[i] = product(x[i]);
+}
+
 template <class T> INLINE void scale(T* x, size_t n, double factor) {
     const float single = float(factor);
-    if constexpr (sizeof(T) == 2) {
-        // In float, as torch multiplies 16-bit numbers, unless the factor is too small for one.
-        if (std::isnormal(single)) {
-            for (size_t i = 0; i < n; ++i) x[i] = nearest<T>(to_float(x[i]) * single);
-            return;
-        }
+    if constexpr (sizeof(T) < sizeof factor) {
+        // In float, as torch multiplies all but double, unless the factor is too small for one.
+        if (std::isnormal(single))
+            return multiply(x, n, [single](T v) { return nearest<T>(to_float(v) * single); });
     }
-    for (size_t i = 0; i < n; ++i) x[i] = narrow<T>(widen(x[i]) * factor);
+    multiply(x, n, [factor](T v) { return narrow<T>(widen(v) * factor); });
 }
 
 template <class T> INLINE void clamp(T* x, size_t n, double limit) {
@@ -220,6 +247,7 @@ template <class T> INLINE void clamp(T* x, size_t n, double limit) {
     for (size_t start = 0; start < n; start += kStretch) {
         T* const stretch = x + start;
         const size_t length = std::min(kStretch, n - start);
+        fetch_ahead<kStretch>(stretch);
         if (!beyond) {  // memory that is not written costs half as much; but where one is, the next will be
             for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(stretch[i]) > top);
             if (!beyond) continue;
