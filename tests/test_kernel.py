@@ -22,10 +22,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from helpers import bits, randn, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import torchclip
 from torchclip import kernel, reference
 
 _kernel = pytest.importorskip("torchclip._kernel")
@@ -551,3 +553,12 @@ def test_its_status_says_when_it_is_disabled() -> None:
     with kernel.disabled():
         assert kernel.status() == "off (torchclip.kernel.disabled())"
     assert kernel.status() == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_coefficient_leaves_the_same_bits_without_it(dtype: torch.dtype) -> None:
+    mine, others = (with_gradients([randn(40, 33, dtype=dtype), randn(7, dtype=dtype)]) for _ in range(2))
+    torchclip.clip_grads_with_norm_(mine, 1.0, 3.7)
+    with kernel.disabled():
+        torchclip.clip_grads_with_norm_(others, 1.0, 3.7)
+    assert [bits(p.grad) for p in mine] == [bits(p.grad) for p in others]

@@ -159,7 +159,7 @@ constexpr size_t kLanes = 32;
 
 // Has the memory that lies kAhead bytes after `n` elements fetched: it is needed soon.  Left alone, a processor looks
 // ahead as far as its queue of instructions reaches, which is not far where every element takes several of them.
-constexpr size_t kAhead = 2048, kLine = 64;
+constexpr size_t kAhead = 1536, kLine = 64;
 template <size_t n, class T> INLINE void fetch_ahead(const T* x) {
 #ifdef __GNUC__
     const uintptr_t there = reinterpret_cast<uintptr_t>(x) + kAhead;
