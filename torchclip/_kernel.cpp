@@ -157,17 +157,21 @@ template <class T> INLINE typename Bits<T>::type magnitude(T x) {
 // Sums run in this many lanes whatever the instruction set, so that all give the same bits.
 constexpr size_t kLanes = 32;
 
-// Has the memory that lies kAhead bytes after `n` elements fetched: it is needed soon.  Left alone, a processor looks
-// ahead as far as its queue of instructions reaches, which is not far where every element takes several of them.
-constexpr size_t kAhead = 1536, kLine = 64;
-template <size_t n, class T> INLINE void fetch_ahead(const T* x) {
+// Calls visit(i, lane) for every element i of x, and has the memory fetched that is needed soon, into the second cache.
+// Left alone, processors look ahead as far as their queue of instructions reaches, which is not far where every element
+// takes several of them.
+constexpr size_t kAhead = 6 * 1024, kCacheLine = 64;  // bytes
+template <class T, class Visit> INLINE void for_each(const T* x, size_t n, Visit visit) {
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
 #ifdef __GNUC__
-    const uintptr_t there = reinterpret_cast<uintptr_t>(x) + kAhead;
-    for (size_t byte = 0; byte < n * sizeof(T); byte += kLine)
-        __builtin_prefetch(reinterpret_cast<const void*>(there + byte));
-#else
-    (void)x;
+        const uintptr_t ahead = reinterpret_cast<uintptr_t>(x + i) + kAhead;
+        for (size_t byte = 0; byte < kLanes * sizeof(T); byte += kCacheLine)
+            __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, 2);
 #endif
+        for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
+    }
+    for (size_t j = 0; i < n; ++i, ++j) visit(i, j);
 }
 
 // Adds up `n` lanes, halves onto halves; spelled out for the compiler, as a loop over `n` costs more than the sums.
@@ -181,12 +185,7 @@ template <size_t n> INLINE double fold_lanes(double* lanes) {
 
 template <class T, class Add> INLINE double sum_lanes(const T* x, size_t n, Add add) {
     double lanes[kLanes] = {};
-    size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        fetch_ahead<kLanes>(x + i);
-        for (size_t j = 0; j < kLanes; ++j) lanes[j] = add(lanes[j], widen(x[i + j]));
-    }
-    for (size_t j = 0; i < n; ++i, ++j) lanes[j] = add(lanes[j], widen(x[i]));
+    for_each(x, n, [&](size_t i, size_t lane) { lanes[lane] = add(lanes[lane], widen(x[i])); });
     return fold_lanes<kLanes>(lanes);
 }
 
@@ -209,24 +208,10 @@ template <class T> INLINE double sum_magnitudes(const T* x, size_t n) {
 template <class T> INLINE double largest(const T* x, size_t n) {
     using Int = typename Bits<T>::type;
     Int lanes[kLanes] = {};
-    size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        fetch_ahead<kLanes>(x + i);
-        for (size_t j = 0; j < kLanes; ++j) lanes[j] = std::max(lanes[j], magnitude(x[i + j]));
-    }
-    for (size_t j = 0; i < n; ++i, ++j) lanes[j] = std::max(lanes[j], magnitude(x[i]));
+    for_each(x, n, [&](size_t i, size_t lane) { lanes[lane] = std::max(lanes[lane], magnitude(x[i])); });
     for (size_t half = kLanes / 2; half > 0; half /= 2)
         for (size_t j = 0; j < half; ++j) lanes[j] = std::max(lanes[j], lanes[j + half]);
     return widen(bit_cast<T>(lanes[0]));
-}
-
-template <class T, class Product> INLINE void multiply(T* x, size_t n, Product product) {
-    size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        fetch_ahead<kLanes>(x + i);
-        for (size_t j = 0; j < kLanes; ++j) x[i + j] = product(x[i + j]);
-    }
-    for (; i < n; ++i) x[i] = product(x[i]);
 }
 
 template <class T> INLINE void scale(T* x, size_t n, double factor) {
@@ -234,9 +219,9 @@ template <class T> INLINE void scale(T* x, size_t n, double factor) {
     if constexpr (sizeof(T) < sizeof factor) {
         // In float, as torch multiplies all but double, unless the factor is too small for one.
         if (std::isnormal(single))
-            return multiply(x, n, [single](T v) { return nearest<T>(to_float(v) * single); });
+            return for_each(x, n, [=](size_t i, size_t) { x[i] = nearest<T>(to_float(x[i]) * single); });
     }
-    multiply(x, n, [factor](T v) { return narrow<T>(widen(v) * factor); });
+    for_each(x, n, [=](size_t i, size_t) { x[i] = narrow<T>(widen(x[i]) * factor); });
 }
 
 template <class T> INLINE void clamp(T* x, size_t n, double limit) {
@@ -247,7 +232,6 @@ template <class T> INLINE void clamp(T* x, size_t n, double limit) {
     for (size_t start = 0; start < n; start += kStretch) {
         T* const stretch = x + start;
         const size_t length = std::min(kStretch, n - start);
-        fetch_ahead<kStretch>(stretch);
         if (!beyond) {  // memory that is not written costs half as much; but where one is, the next will be
             for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(stretch[i]) > top);
             if (!beyond) continue;
