@@ -921,7 +921,7 @@ void batch_dealloc(PyObject* self) {
 PyObject* batch_all(PyObject* self, void*) { return new_reference(batch_of(self).all); }
 PyObject* batch_rest(PyObject* self, void*) {
     PyObject* const rest = batch_of(self).rest;
-    return rest != nullptr ? new_reference(rest) : PyList_New(0);
+    return rest != nullptr ? new_reference(rest) : PyTuple_New(0);
 }
 PyObject* batch_count(PyObject* self, void*) { return PyLong_FromSsize_t(batch_of(self).count); }
 PyObject* batch_subclassed(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).has_subclass); }

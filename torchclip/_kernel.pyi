@@ -62,7 +62,7 @@ class Batch:
     def all(self) -> list[Tensor]:
         """The distinct tensors, in order. Not to be changed."""
     @property
-    def rest(self) -> list[Tensor]:
+    def rest(self) -> Sequence[Tensor]:
         """Those that the kernel does not take, in order. Not to be changed."""
     @property
     def count(self) -> int:

@@ -135,7 +135,7 @@ class Sharded:
         self.count, self.complex, self.double = len(items), self.local.complex, self.local.double
 
     @property
-    def rest(self) -> list[Tensor]:
+    def rest(self) -> Sequence[Tensor]:
         """The local parts that the kernel does not take."""
         return self.local.rest
 
