@@ -32,8 +32,8 @@ Norm: TypeAlias = float | Tensor
 
 _REMEDY = "To go on, use `nonfinite='skip'` (leave such steps out) or 'zero' (put 0 in their place)"
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-# So few elements, in so few tensors, are multiplied sooner than a fused step is told to do it (some 5 µs).
-_SMALL, _FEW = 1 << 15, 64
+# So many elements are multiplied by the kernel, in the cache, sooner than a fused step does it.
+_SMALL = 1 << 19
 _CPU = torch.device("cpu")
 _clipped_optimizers: WeakSet[Optimizer] = WeakSet()
 
@@ -112,8 +112,7 @@ class _Set:
 
     def is_small(self) -> bool:
         """Whether to multiply the gradients costs less than to let a fused step do it."""
-        tensors = self.batch.all
-        return len(tensors) <= _FEW and sum(t.numel() for t in tensors) <= _SMALL
+        return not self.batch.rest and sum(t.numel() for t in self.batch.all) <= _SMALL
 
     def has_gaps(self) -> bool:
         """Whether a gradient has memory between its elements, which torch's fused steps on CPU write into."""
@@ -525,10 +524,10 @@ class Clipper:
             and all(group.get("fused") for group in self.optimizer.param_groups)
             and len(sets) == 1
             and self._scope != "parameter"
+            and (isinstance(sets[0].norms[0], Tensor) or not sets[0].is_small())
             and not in_double(sets[0].batch)
             and not sets[0].shares_gradients()
             and not sets[0].has_gaps()
-            and (isinstance(sets[0].norms[0], Tensor) or not sets[0].is_small())
         )
 
     def _lend_grad_scale(self, value: Tensor) -> None:
