@@ -367,7 +367,7 @@ def test_small_gradients_are_scaled_in_place_by_the_kernel(
     optimizer.step()
     in_place = size == 3 and kernel.status().startswith("active")
     assert len(scaled) == int(in_place)
-    assert grad_norms(optimizer) == pytest.approx([1.0], rel=1e-4)
+    assert grad_norms(optimizer) == pytest.approx([1.0], rel=1e-3)
 
 
 @fused_or_not
