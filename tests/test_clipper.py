@@ -1027,6 +1027,35 @@ def test_gradients_that_a_hook_zeroes_after_a_skipped_step_stay_so(set_to_none: 
     assert "zero_grad" not in vars(optimizer)
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_zeroing_gradients_within_a_skipped_step_changes_no_parameter(set_to_none: bool) -> None:
+    weights = with_gradients([torch.tensor([INF]), torch.tensor([2.0])], [torch.ones(1), torch.ones(1)])
+    optimizer = torch.optim.SGD(weights, lr=1.0, weight_decay=0.1)
+    Clipper(optimizer, 1.0, nonfinite="skip")
+    optimizer.register_step_pre_hook(lambda o, *_: o.zero_grad(set_to_none))
+    optimizer.step()
+    assert [w.item() for w in weights] == [1.0, 1.0]
+    assert [w.grad for w in weights] == ([None, None] if set_to_none else [0.0, 0.0])
+
+
+def test_a_gradient_that_a_hook_sets_in_a_skipped_step_stays_beside_the_others() -> None:
+    first, second = with_gradients([torch.tensor([3.0, INF]), torch.tensor([2.0])])
+    optimizer = torch.optim.SGD([first, second], lr=1.0)
+    Clipper(optimizer, 1.0, nonfinite="skip")
+    optimizer.register_step_pre_hook(lambda *_: setattr(second, "grad", torch.tensor([7.0])))
+    optimizer.step()
+    assert (first.grad.tolist(), second.grad.tolist()) == ([3.0, INF], [7.0])
+
+
+def test_a_group_without_parameters_does_not_count() -> None:
+    (weight,) = with_gradients([torch.tensor([3.0, 4.0])])
+    groups: list[dict[str, Any]] = [{"params": [weight], "max_norm": 2.0}, {"params": []}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    clipper = Clipper(optimizer, Percentile())
+    optimizer.step()
+    assert (last_of(clipper).max_norm, dict(clipper.thresholds)) == (2.0, {})
+
+
 def test_after_a_skipped_step_that_failed_old_gradients_do_not_come_back_beside_new_ones() -> None:
     first, second = with_gradients([torch.tensor([3.0, INF]), torch.tensor([1.0])])
     optimizer = torch.optim.SGD([first, second], lr=1.0)

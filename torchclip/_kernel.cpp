@@ -104,7 +104,7 @@ INLINE float to_float(Half x) {
     return bit_cast<float>(absolute | uint32_t(x.bits & 0x8000) << 16);
 }
 
-// A nan must be one that was widened from T, or quiet_NaN: they are all that rounding leaves a nan without being asked.
+// A nan must be one that was widened from T, or the quiet one: only those are sure to stay nan when they are rounded.
 template <class T> INLINE T nearest(float x);
 template <> INLINE float nearest<float>(float x) { return x; }
 template <> INLINE BFloat nearest<BFloat>(float x) {
@@ -130,9 +130,10 @@ template <class T> INLINE T narrow(double x) {
     // Cut to a float that still tells on which side of every 16-bit number and every tie x lies: whatever was cut
     // off leaves a one in the last bit kept.  Rounding it then gives what rounding x would give.
     constexpr uint64_t cut = (uint64_t(1) << 40) - 1;
-    if (std::isnan(x)) return nearest<T>(std::numeric_limits<float>::quiet_NaN());
     const uint64_t bits = bit_cast<uint64_t>(x);
-    return nearest<T>(float(bit_cast<double>((bits | ((bits & cut) + cut)) & ~cut)));
+    const uint32_t single = bit_cast<uint32_t>(float(bit_cast<double>((bits | ((bits & cut) + cut)) & ~cut)));
+    const bool nan = (single & 0x7fffffff) > 0x7f800000;
+    return nearest<T>(bit_cast<float>(choose(nan, 0x7fc00000, single)));
 }
 template <> INLINE double narrow<double>(double x) { return x; }
 template <> INLINE float narrow<float>(double x) { return float(x); }

@@ -406,5 +406,5 @@ def _as_norm(total_norm: Tensor | float) -> float | Tensor:
         return torch.where(norm < 0, math.nan, norm)
     value = number("total_norm", total_norm)
     if value < 0:
-        raise ValueError(f"`total_norm` must be at least 0, got {shown(total_norm)}")
+        raise ValueError(f"`total_norm` must be at least 0, got {shown(value)}")
     return value

@@ -248,7 +248,7 @@ class Clipper:
         self._steps = 0
         self._steps_as_torch = type(optimizer).step.__module__.startswith("torch.optim.")
         self._step_frame: FrameType | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[bool], None]] = []
         self._hooks: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -387,7 +387,7 @@ class Clipper:
     def _after_step(self, *_: Any) -> None:
         if sys._getframe(1) is self._step_frame:
             self._step_frame = None
-            self._take_back()
+            self._take_back(finished=True)
             self._steps += 1
 
     def _stepping(self, frame: FrameType | None) -> bool:
@@ -402,10 +402,10 @@ class Clipper:
             frame = frame.f_back
         return frame is not None
 
-    def _take_back(self) -> None:
+    def _take_back(self, finished: bool = False) -> None:
         """Undo what was arranged for one step only, which may have ended in an exception."""
         while self._undo:
-            self._undo.pop()()
+            self._undo.pop()(finished)
 
     # One clipping
 
@@ -451,7 +451,8 @@ class Clipper:
                 together = together + parameters if together else parameters
             else:
                 yield _Set(f"group {i}", parameters, None, self._order, each, self._group)
-        if together is not None:  # with none of them here, another rank may wait for this one
+        # With none of them here, another rank of the group may still wait for this one.
+        if together or (together is not None and self._group):
             yield _Set("all", together, None, self._order, each, self._group)
 
     def _skipped(self, total_norm: Norm) -> bool | Tensor:
@@ -535,7 +536,7 @@ class Clipper:
         attributes = vars(self.optimizer)
         had, before = "grad_scale" in attributes, attributes.get("grad_scale")
 
-        def take_back() -> None:
+        def take_back(_: bool) -> None:
             now = attributes.get("grad_scale")
             if now is not None and now is not value:
                 # The step ended in an exception, and a GradScaler has multiplied its scale by ours since.
@@ -550,29 +551,32 @@ class Clipper:
 
     def _hide_gradients(self) -> None:
         """Let this step see no gradients, so that it changes neither parameters nor state."""
-        hidden = [(p, p.grad) for _, p in self._named_parameters()]
+        hidden = [(p, p.grad) for _, p in self._named_parameters() if p.grad is not None]
         attributes, zero_grad = vars(self.optimizer), self.optimizer.zero_grad
         before = attributes.get("zero_grad")
 
-        def take_back() -> None:
+        def zero_hidden_too(set_to_none: bool = True) -> None:
+            zero_grad(set_to_none)
+            if set_to_none:
+                hidden.clear()
+            for _, grad in hidden:
+                grad.detach().zero_()
+
+        def take_back(finished: bool) -> None:
             if before is None:
-                attributes.pop("zero_grad", None)
+                del attributes["zero_grad"]
             else:
                 attributes["zero_grad"] = before
-            # If there are new ones, after a step that ended in an exception, the old ones are history.
-            if all(parameter.grad is None for parameter, _ in hidden):
+            # New ones after a step that ended in an exception: then the old ones, all of them, are history.
+            if finished or all(parameter.grad is None for parameter, _ in hidden):
                 for parameter, grad in hidden:
-                    parameter.grad = grad
-            hidden.clear()
-
-        def take_back_and_zero(*args: Any, **kwargs: Any) -> None:
-            take_back()
-            zero_grad(*args, **kwargs)
+                    if parameter.grad is None:
+                        parameter.grad = grad
 
         for parameter, _ in hidden:
             parameter.grad = None
         # A hook, or the step() of a subclass, may zero the gradients before the step is over.
-        attributes["zero_grad"] = take_back_and_zero
+        attributes["zero_grad"] = zero_hidden_too
         self._undo.append(take_back)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
