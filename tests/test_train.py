@@ -414,6 +414,18 @@ def test_files_that_cannot_be_written(
     assert "there is no directory" in refusal(capsys, option, tmp_path / "missing" / "file.png")
 
 
+@pytest.mark.parametrize(("setting", "threads"), [(None, 1), ("2", 2)])
+def test_it_works_on_one_thread_unless_told_otherwise(
+    setting: str | None, threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    run(capsys)
+    assert torch.get_num_threads() == threads
+
+
 def test_plot_must_be_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must end in .png" in refusal(capsys, "--plot", tmp_path / "plot.svg")
 

@@ -7,7 +7,10 @@ back through all of these steps.  At each of them it is multiplied by the recurr
 it explodes.
 
 The command trains two models, from the same weights and on the same batches: one with clipping, one without.
-Started by ``torchrun``, several processes train them together, for which ``torchclip.parallel`` is there.
+It works on one thread, unless ``OMP_NUM_THREADS`` says otherwise: that is enough for a small model, and its
+numbers do not depend on how many cores a machine has.  Started by ``torchrun``, several processes train them
+together, for which ``torchclip.parallel`` is there.
+
 A model stored with ``--save`` is loaded and used like this:
 
     from torchclip.train import load_model, sample
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -306,6 +310,8 @@ def run(
     """
     from torchclip import display  # needs rich, which the functions above do not
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     if max_norm is None:
         max_norm = MAX_NORMS[cell] if threshold == "fixed" else math.inf
     options = Options(
