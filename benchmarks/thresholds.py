@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from multiprocessing import get_context
 from typing import Any
 
@@ -38,17 +39,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "`--lr 3 --warmup 100`": {"lr": 3.0, "warmup": 100},
     "`--lr 10`": {"lr": 10.0},
 }
-# The command's defaults.
-DEFAULTS: dict[str, Any] = {
-    "cell": "rnn",
-    "hidden": 128,
-    "threshold": "fixed",
-    "warmup": 1,
-    "steps": 300,
-    "batch": 32,
-    "bptt": 64,
-}
 DIVERGED = 1e15
+
+
+def options_of(changes: dict[str, Any]) -> train.Options:
+    """The command's defaults, with changes."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return train.Options(**{field.name: defaults[field.name] for field in fields(train.Options)} | changes)
 
 
 def final_perplexity(changes: dict[str, Any]) -> float:
@@ -56,7 +55,7 @@ def final_perplexity(changes: dict[str, Any]) -> float:
     torch.set_num_threads(1)
     text = train.read_text(None)
     vocabulary = "".join(sorted(set(text)))
-    options = train.Options(**(DEFAULTS | changes))
+    options = options_of(changes)
     (run,) = train.start_runs("clipped", vocabulary, options)
     train.advance([run], train.encode(text, vocabulary), options)
     loss = statistics.fmean(step.loss for step in run.steps[-display.RECENT :])

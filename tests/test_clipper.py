@@ -367,7 +367,8 @@ def test_small_gradients_are_scaled_in_place_by_the_kernel(
     optimizer.step()
     in_place = size == 3 and kernel.status().startswith("active")
     assert len(scaled) == int(in_place)
-    assert grad_norms(optimizer) == pytest.approx([1.0], rel=1e-3)
+    # Torch's own norm of so many elements is off by more than this.
+    assert float(torchclip.get_total_norm(gradients(optimizer))) == pytest.approx(1.0, rel=1e-4)
 
 
 @fused_or_not

@@ -158,7 +158,7 @@ def test_norms_agree_with_the_reference(
     tensors = [view for view, _ in made]
     _kernel.select(data.draw(st.sampled_from(instruction_sets())))
     batch = _kernel.tensors(tensors)
-    assert not batch.rest
+    assert list(batch.rest) == []
     arrays = [as_array(t) for t in tensors]
     assert_same_norm(batch.norm(order, threads), reference.global_norm(arrays, order))
     for got, array in zip(batch.norms(order, threads), arrays, strict=True):
@@ -309,7 +309,7 @@ def test_gradients_in_order_once_and_only_where_there_are_some() -> None:
     for repeated in (parameters * 3, tuple(parameters * 3), iter(parameters * 3)):
         batch = _kernel.gradients(repeated)
         assert [id(g) for g in batch.all] == wanted
-        assert not batch.rest
+        assert list(batch.rest) == []
         assert batch.count == 600
 
 
