@@ -41,7 +41,7 @@ def flags() -> tuple[list[str], list[str]]:
 compiling, linking = flags()
 kernel = Extension(
     "torchclip._kernel",
-    sources=["torchclip/_kernel.cpp"],
+    sources=["torchclip/csrc/module.cpp"],
     language="c++",
     extra_compile_args=compiling,
     extra_link_args=linking,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import torchclip
-from torchclip.bench import machine
-from torchclip.contenders import Gradients
-from torchclip.workloads import WORKLOADS
+from torchclip.cli.bench.bench import machine
+from torchclip.cli.bench.contenders import Gradients
+from torchclip.cli.bench.workloads import WORKLOADS
 
 ROUNDS = {"two-3x3": 1001, "ppo": 1001, "1000x64": 301, "gpt2": 15}
 WARM_UP = 3

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from torchclip import display, train
+from torchclip.cli.train import display, train
 
 THRESHOLDS: dict[str, dict[str, Any]] = {
     "none": {"max_norm": math.inf},

@@ -13,9 +13,9 @@ from typing import Any
 
 from check_targets import checks
 
-from torchclip.bench import cells, headers, present
-from torchclip.contenders import OPERATIONS
-from torchclip.workloads import WORKLOADS
+from torchclip.cli.bench.bench import cells, headers, present
+from torchclip.cli.bench.contenders import OPERATIONS
+from torchclip.cli.bench.workloads import WORKLOADS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"

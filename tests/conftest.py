@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from torchclip import clipper, kernel
+from torchclip import kernel
+from torchclip.clipper import clipper
 
 _ACTIVE = kernel.status().startswith("active")
 

@@ -1,7 +1,7 @@
 """Gradient clipping for PyTorch."""
 
 from torchclip import reference
-from torchclip.clip import (
+from torchclip.clip_grad.clip import (
     clip_grad_adaptive_,
     clip_grad_norm_,
     clip_grad_norm_per_parameter_,
@@ -10,9 +10,9 @@ from torchclip.clip import (
     clip_per_example,
     get_total_norm,
 )
-from torchclip.clipper import Clipper
+from torchclip.clipper.clipper import Clipper
 from torchclip.patch import install, installed, uninstall
-from torchclip.thresholds import Percentile, Threshold, ZScore
+from torchclip.thresholds.thresholds import Percentile, Threshold, ZScore
 
 __version__ = "0.1.0"
 

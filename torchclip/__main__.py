@@ -2,6 +2,6 @@
 
 import sys
 
-from torchclip.cli import main
+from torchclip.cli.main import main
 
 sys.exit(main())

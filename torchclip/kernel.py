@@ -1,7 +1,7 @@
 """The compiled CPU kernel: loading it, and what stands in for it where it cannot be used.
 
 The kernel gathers the tensors of a call into a ``Batch``, which knows those that it can work on and keeps the
-others in ``rest``, for ``torchclip.eager``.  Without the kernel a ``Batch`` takes nothing, and all of
+others in ``rest``, for ``torchclip._core.eager``.  Without the kernel a ``Batch`` takes nothing, and all of
 its tensors are the rest: the callers need not know which of the two they have.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchclip import arguments
+from torchclip._core import arguments
 
 if TYPE_CHECKING:
     from torchclip import _kernel

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.nn.utils import clip_grad
 
-from torchclip import clip
+from torchclip.clip_grad import clip
 
 __all__ = ["install", "installed", "places", "uninstall"]
 

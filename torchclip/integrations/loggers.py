@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from torchclip import arguments
-from torchclip.history import Record
+from torchclip._core import arguments
+from torchclip.history.history import Record
 
 __all__ = ["DictLogger", "Scalars"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torchclip import arguments
-from torchclip.history import Record
+from torchclip._core import arguments
+from torchclip.history.history import Record
 from torchclip.integrations.loggers import Scalars
 
 __all__ = ["ScalarLogger"]

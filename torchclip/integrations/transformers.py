@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torchclip.clipper import Clipper, Nonfinite, Scope
-from torchclip.history import Record
+from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
+from torchclip.history.history import Record
 from torchclip.integrations.loggers import Scalars
-from torchclip.thresholds import MaxNorm
+from torchclip.thresholds.thresholds import MaxNorm
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -1,0 +1,254 @@
+"""What is refused, with which words, and that nothing has changed afterwards."""
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import bits, with_gradients
+from torch import Tensor, nn
+
+import torchclip
+
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "clip_grad_norm_": lambda ps, x=0.5: torchclip.clip_grad_norm_(ps, x),
+    "clip_grad_value_": lambda ps, x=0.5: torchclip.clip_grad_value_(ps, x),
+    "clip_grads_with_norm_": lambda ps, x=0.5: torchclip.clip_grads_with_norm_(ps, x, 5.0),
+    "clip_grad_norm_per_parameter_": lambda ps, x=0.5: torchclip.clip_grad_norm_per_parameter_(ps, x),
+    "clip_grad_adaptive_": lambda ps, x=0.5: torchclip.clip_grad_adaptive_(ps, x),
+    "clip_grad_adaptive_ eps": lambda ps, x=0.5: torchclip.clip_grad_adaptive_(ps, 0.01, x),
+    "clip_per_example": lambda ps, x=0.5: torchclip.clip_per_example([p.grad.view(1, -1) for p in ps], x),
+    "clip_grads_with_norm_ total_norm": lambda ps, x=0.5: torchclip.clip_grads_with_norm_(ps, 1.0, x),
+}
+NUMBER = {
+    "clip_grad_norm_": "max_norm",
+    "clip_grad_value_": "clip_value",
+    "clip_grads_with_norm_": "max_norm",
+    "clip_grad_norm_per_parameter_": "max_norm",
+    "clip_grad_adaptive_": "clip_factor",
+    "clip_grad_adaptive_ eps": "eps",
+    "clip_per_example": "max_norm",
+    "clip_grads_with_norm_ total_norm": "total_norm",
+}
+ORDERS: dict[str, Callable[..., Any]] = {
+    "clip_grad_norm_": lambda ps, p: torchclip.clip_grad_norm_(ps, 0.5, p),
+    "get_total_norm": lambda ps, p: torchclip.get_total_norm([q.grad for q in ps], p),
+    "clip_grad_norm_per_parameter_": lambda ps, p: torchclip.clip_grad_norm_per_parameter_(ps, 0.5, p),
+    "clip_grad_adaptive_": lambda ps, p: torchclip.clip_grad_adaptive_(ps, 0.01, 1e-3, p),
+}
+TENSORS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "clip_grad_norm_": (lambda ps: torchclip.clip_grad_norm_(ps, 0.5), "parameters"),
+    "clip_grad_value_": (lambda ps: torchclip.clip_grad_value_(ps, 0.5), "parameters"),
+    "clip_grads_with_norm_": (lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, 5.0), "parameters"),
+    "clip_grad_norm_per_parameter_": (
+        lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5),
+        "parameters",
+    ),
+    "clip_grad_adaptive_": (lambda ps: torchclip.clip_grad_adaptive_(ps), "parameters"),
+    "get_total_norm": (lambda ps: torchclip.get_total_norm(ps), "tensors"),
+    "clip_per_example": (lambda ps: torchclip.clip_per_example(ps, 0.5), "grads"),
+}
+
+
+@pytest.fixture
+def parameters() -> Iterator[list[Any]]:
+    """Three of them; the test fails if anything about their gradients changes."""
+    gradients = [
+        torch.tensor([3.0, 4.0]),
+        torch.tensor([5.0], dtype=torch.float64),
+        torch.tensor([7.0]).half(),
+    ]
+    parameters = with_gradients(gradients)
+    before = [bits(g) for g in gradients]
+    yield parameters
+    assert [bits(p.grad) for p in parameters] == before
+    assert [p.grad._version for p in parameters] == [0, 0, 0]
+
+
+NOT_NUMBERS = [
+    None,
+    "1.0",
+    "inf",
+    b"1",
+    [1.0],
+    (1.0,),
+    {},
+    1j,
+    True,
+    torch.ones(2),
+    torch.tensor(1j),
+    pytest.param(object(), id="an object"),
+]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+def test_what_is_not_a_number(name: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(TypeError, match=f"^`{NUMBER[name]}` must be a number, got "):
+        CALLS[name](parameters, value)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("value", [-1, -1e-300, -math.inf, np.float32(-1), torch.tensor(-1.0)], ids=repr)
+def test_negative_numbers(name: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be at least 0, got -"):
+        CALLS[name](parameters, value)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if NUMBER[n] != "total_norm"])
+@pytest.mark.parametrize("value", [math.nan, np.float64("nan"), torch.tensor(math.nan)], ids=repr)
+def test_nan(name: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be at least 0, got nan"):
+        CALLS[name](parameters, value)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("value", [10**5000, Fraction(-(10**400))], ids=["int", "Fraction"])
+def test_numbers_beyond_float64(name: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be within the range of float64, got a la"):
+        CALLS[name](parameters, value)
+
+
+def test_the_remedy_for_max_norm_none(parameters: list[Any]) -> None:
+    nothing: Any = None
+    with pytest.raises(
+        TypeError, match=r"got None \(NoneType\); to measure without clipping pass float\('inf'\)"
+    ):
+        torchclip.clip_grad_norm_(parameters, nothing)
+
+
+NUMBERS = [2, np.float32(2), np.float16(2), np.int64(2), Fraction(2), torch.tensor(2), torch.tensor([2.0])]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("value", [*NUMBERS, torch.tensor(2.0, requires_grad=True)], ids=repr)
+def test_every_kind_of_number(name: str, value: Any) -> None:
+    mine, others = (with_gradients([torch.tensor([30.0, 40.0]), torch.tensor([5.0])]) for _ in range(2))
+    CALLS[name](mine, value)
+    CALLS[name](others, 2.0)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("order", [None, "2", "fro", "nan", [2], 1j, False, torch.ones(2), {}], ids=repr)
+def test_orders_that_are_none(name: str, order: Any, parameters: list[Any]) -> None:
+    with pytest.raises(TypeError, match=r"^`norm_type` must be a number or 'inf', got .*\)$"):
+        ORDERS[name](parameters, order)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("order", [math.nan, np.float32("nan")], ids=repr)
+def test_an_order_of_nan(name: str, order: Any, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"`norm_type` is nan; pass a number such as 2.0, or 'inf'"):
+        ORDERS[name](parameters, order)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_orders_by_name_and_of_other_types(name: str) -> None:
+    for order, same in (("inf", math.inf), ("-inf", -math.inf), (np.float32(3), 3.0), (torch.tensor(1), 1.0)):
+        mine, others = (with_gradients([torch.tensor([3.0, -4.0]), torch.tensor([5.0])]) for _ in range(2))
+        ORDERS[name](mine, order)
+        ORDERS[name](others, same)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
+
+
+MODEL = nn.Linear(2, 1)
+NOT_TENSORS: dict[str, tuple[Any, str]] = {
+    "a module": (MODEL, r"is a module \(Linear\); pass its `\.parameters\(\)`"),
+    "an optimizer": (
+        torch.optim.SGD(MODEL.parameters(), lr=0.1),
+        r"is an optimizer \(SGD\); pass the model's",
+    ),
+    "a dictionary": ({"weight": MODEL.weight}, r"must be a tensor or an iterable of tensors, got \{'weight'"),
+    "None": (None, r"must be a tensor or an iterable of tensors, got None"),
+    "a number": (1.0, r"must be a tensor or an iterable of tensors, got 1\.0 \(float\)"),
+    "a string": ("weight", r"must be a tensor or an iterable of tensors, got 'weight'"),
+    "a bound method": (MODEL.parameters, r"must be a tensor or an iterable of tensors, got <bound method"),
+    "an array": (np.ones(3), r"must be a tensor or an iterable of tensors, got array"),
+    "a 0-dim array": (np.array(1.0), r"must be a tensor or an iterable of tensors, got array"),
+    "a ParameterDict": (nn.ParameterDict({"a": MODEL.weight}), r"is a module \(ParameterDict\)"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("kind", NOT_TENSORS)
+def test_what_is_no_collection_of_tensors(name: str, kind: str) -> None:
+    call, argument = TENSORS[name]
+    value, message = NOT_TENSORS[kind]
+    with pytest.raises(TypeError, match=f"^`{argument}` {message}"):
+        call(value)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("item", [None, 1.0, "weight", np.ones(2), [torch.ones(2)], MODEL], ids=repr)
+def test_items_that_are_no_tensors(name: str, item: Any, parameters: list[Any]) -> None:
+    call, argument = TENSORS[name]
+    tensors = parameters if argument == "parameters" else [torch.ones(2), torch.ones(2), torch.ones(2)]
+    with pytest.raises(TypeError, match=f"^`{argument}` must hold tensors only, item 3 is "):
+        call([*tensors, item])
+    with pytest.raises(TypeError, match=f"^`{argument}` must hold tensors only, item 3 is "):
+        call(t for t in [*tensors, item])
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_named_parameters(name: str) -> None:
+    call, _argument = TENSORS[name]
+    with pytest.raises(TypeError, match=r"item 0 is \('weight'.*; pass `.parameters\(\)`, not `.named_param"):
+        call(MODEL.named_parameters())
+
+
+def test_an_error_of_the_users_own_generator_comes_through(parameters: list[Any]) -> None:
+    def broken() -> Iterator[Any]:
+        yield parameters[0]
+        raise KeyError("theirs")
+
+    with pytest.raises(KeyError, match="theirs"):
+        torchclip.clip_grad_norm_(broken(), 0.5)
+
+
+def test_complex_gradients_have_no_order(parameters: list[Any]) -> None:
+    (z,) = with_gradients([torch.tensor([1 + 2j])])
+    with pytest.raises(TypeError, match=r"`parameters` has complex gradients, .* clip by norm instead"):
+        torchclip.clip_grad_value_([*parameters, z], 0.5)
+
+
+@pytest.mark.parametrize("grads", [[torch.ones(2, 3), torch.ones(3, 3)], [torch.ones(())]])
+def test_numbers_of_examples_that_differ(grads: list[Tensor]) -> None:
+    with pytest.raises(
+        ValueError, match="must have the same number of examples along its first axis, got shapes"
+    ):
+        torchclip.clip_per_example(grads, 1.0)
+
+
+@pytest.mark.parametrize("grad", [torch.ones(2, 3).to_sparse(), torch.ones(2, 3, dtype=torch.int64)])
+def test_examples_that_are_sparse_or_whole_numbers(grad: Tensor) -> None:
+    with pytest.raises(TypeError, match="`grads` must hold dense floating tensors, item 1 is torch"):
+        torchclip.clip_per_example([torch.ones(2, 3), grad], 1.0)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_foreach_has_no_effect(foreach: bool | None) -> None:
+    mine, others = (with_gradients([torch.tensor([3.0, 4.0])]) for _ in range(2))
+    torchclip.clip_grad_norm_(mine, 1.0, foreach=foreach)
+    torchclip.clip_grad_norm_(others, 1.0)
+    assert torch.equal(mine[0].grad, others[0].grad)
+    torchclip.clip_grad_value_(mine, 0.5, foreach)
+    torchclip.clip_grads_with_norm_(
+        mine, 0.1, torchclip.get_total_norm([mine[0].grad], foreach=foreach), foreach
+    )
+    assert float(mine[0].grad.norm()) < 0.1
+
+
+def test_positional_arguments_stand_where_torchs_do() -> None:
+    mine, theirs = (with_gradients([torch.tensor([3.0, -4.0])]) for _ in range(2))
+    norms = (
+        torchclip.clip_grad_norm_(mine, 1.0, 1, True, None),
+        nn.utils.clip_grad_norm_(theirs, 1.0, 1, True, None),
+    )
+    torch.testing.assert_close(*norms)
+    torch.testing.assert_close(mine[0].grad, theirs[0].grad)

@@ -1,0 +1,96 @@
+"""The command line: which commands there are, what they refuse, and how they say so."""
+
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import torchclip
+from torchclip.cli.main import COMMANDS, main
+
+WITHOUT_DEMO = "import sys; sys.modules['rich'] = sys.modules['matplotlib'] = None; "
+MAIN = "from torchclip.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+def test_module_runs_as_the_command_does() -> None:
+    result = python("-m", "torchclip", "--version")
+    assert (result.returncode, result.stdout) == (0, f"torchclip {torchclip.__version__}\n")
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n    {name} " in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: torchclip {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["--nonsense"], ["info", "--nonsense"], ["book", "extra"]])
+def test_unknown_arguments_are_refused_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    errors = capsys.readouterr().err
+    assert errors.startswith("torchclip")
+    assert errors.count("\n") == 1
+    assert arguments[-1] in errors
+
+
+def test_info_shows_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    facts = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
+    assert facts["torchclip"] == torchclip.__version__
+    assert facts["Python"] == platform.python_version()
+    assert facts["torch"] == torch.__version__
+    assert facts["numpy"] == np.__version__
+
+
+def test_info_needs_no_extra() -> None:
+    result = python("-c", WITHOUT_DEMO + MAIN, "info")
+    assert result.returncode == 0, result.stderr
+    assert "CPU kernel" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "book"])
+def test_a_missing_extra_is_named_with_its_remedy(command: str) -> None:
+    result = python("-c", WITHOUT_DEMO + MAIN, command)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"torchclip {command}: error: needs rich and matplotlib; "
+        "install with: pip install 'torchclip[demo]'\n"
+    )
+
+
+def test_only_what_is_missing_of_an_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train"])
+    assert "needs matplotlib; install" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["book", "--figures", str(tmp_path / "file")])
+    errors = capsys.readouterr().err
+    assert errors.startswith("torchclip book: error: ")
+    assert errors.count("\n") == 1

@@ -1,0 +1,256 @@
+"""The command ``torchclip run``: a script runs as under python, and the report says what clipping did."""
+
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import torchclip
+from torchclip.cli.main import main
+from torchclip.cli.run.recorder import Recorder
+from torchclip.cli.run.run import report
+
+SCRIPT = """
+import sys
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+weight = torch.zeros(2, requires_grad=True)
+for norm in (1.0, 2.0, 3.0, 4.0, 4.0):
+    weight.grad = torch.tensor([0.0, norm])
+    print(float(clip_grad_norm_([weight], 2.5)), float(weight.grad.norm()))
+"""
+
+
+def run(
+    tmp_path: Path,
+    source: str,
+    *arguments: str,
+    options: Sequence[str] = (),
+    launcher: Sequence[str] = ("-m", "torchclip", "run"),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "script.py").write_text(textwrap.dedent(source))
+    command = [sys.executable, *launcher, *options, "script" if options else "script.py", *arguments]
+    return subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_report_tells_what_clipping_did(tmp_path: Path) -> None:
+    done = run(tmp_path, SCRIPT)
+    assert done.returncode == 0
+    norms = np.array([line.split() for line in done.stdout.splitlines()], dtype=float)
+    np.testing.assert_allclose(norms, [[1.0, 1.0], [2.0, 2.0], [3.0, 2.5], [4.0, 2.5], [4.0, 2.5]], rtol=1e-6)
+    assert re.match(r"torchclip: what clipping did in \S+ \S?s\n  clip_grad_norm_: 5 calls", done.stderr)
+    assert "clipped 3 of 5 times (60.0%); non-finite norms: 0\n" in done.stderr
+    assert "norm before clipping: min 1, median 3, max 4\n" in done.stderr
+
+
+ENVIRONMENT = """
+    import pickle, sys, __main__
+
+    class Local:
+        pass
+
+    print(sys.argv, __file__, sys.path[0], __name__, __main__.__dict__ is globals(), __spec__ is None)
+    print(type(pickle.loads(pickle.dumps(Local()))) is Local, sys.exc_info())
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-m",)])
+def test_the_script_finds_what_it_finds_under_python(tmp_path: Path, options: tuple[str, ...]) -> None:
+    arguments = ["--help", "-m", "--", "x y", "--lr=3"]
+    under_python = run(tmp_path, ENVIRONMENT, *arguments, options=options, launcher=())
+    under_torchclip = run(tmp_path, ENVIRONMENT, *arguments, options=options)
+    assert under_python.returncode == 0
+    assert under_torchclip.stdout == under_python.stdout
+    assert "torch's clipping functions were not called" in under_torchclip.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("sys.exit(7)", 7),
+        ("sys.exit('a message')", 1),
+        ("[0][1]", 1),
+        ("open('nowhere')", 1),
+        ("raise KeyboardInterrupt", 130),
+        ("this is no Python", 1),
+    ],
+)
+def test_it_ends_as_under_python(tmp_path: Path, end: str, status: int) -> None:
+    source = f"import sys\nprint('begun')\n{end}\n"
+    under_python = run(tmp_path, source, launcher=())
+    under_torchclip = run(tmp_path, source)
+    assert under_torchclip.returncode == status
+    assert under_python.returncode in (status, -signal.SIGINT)
+    assert under_torchclip.stdout == under_python.stdout
+    report = "torchclip: what clipping did in .*\n  torch's clipping functions were not called.*\n"
+    assert re.search(report, under_torchclip.stderr)
+    assert re.sub(report, "", under_torchclip.stderr) == under_python.stderr
+
+
+def test_without_a_script_only_the_script_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run"])
+    assert capsys.readouterr().err.endswith("required: SCRIPT\n")
+
+
+def test_a_script_that_is_not_there(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torchclip", "run", "nowhere.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"torchclip run: error: .*No such file.*nowhere\.py.*\n", done.stderr)
+
+
+def test_of_many_ranks_the_first_reports(tmp_path: Path) -> None:
+    assert run(tmp_path, SCRIPT, RANK="1").stderr == ""
+
+
+# The recorder
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    torchclip.install()
+    found = Recorder()
+    found.attach()
+    yield found
+    torchclip.uninstall()
+    assert torch.nn.utils.clip_grad_norm_.__module__.startswith("torch.")
+
+
+def weights(seed: int = 0) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    found = [torch.zeros(3, 4, requires_grad=True) for _ in range(3)]
+    for weight in found:
+        weight.grad = torch.randn(3, 4, generator=generator)
+    return found
+
+
+CALLS = {
+    "clip_grad_norm_": lambda utils, w, i: utils.clip_grad_norm_(w, 0.5 * i, norm_type=1),
+    "clip_grads_with_norm_": lambda utils, w, i: utils.clip_grads_with_norm_(w, 0.5 * i, 8.0),
+    "clip_grad_value_": lambda utils, w, i: utils.clip_grad_value_(w, clip_value=0.1 * i),
+    "get_total_norm": lambda utils, w, i: utils.get_total_norm([p.grad for p in w], "inf"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_recording_changes_no_number(recorder: Recorder, call: Callable[..., Any]) -> None:
+    """Also not in the calls in which torch's function is timed."""
+    for i in range(100):
+        recorded, expected = weights(i), weights(i)
+        result, expected_result = call(torch.nn.utils, recorded, i), call(torchclip, expected, i)
+        assert result is expected_result is None or torch.equal(result, expected_result)
+        assert all(torch.equal(r.grad, e.grad) for r, e in zip(recorded, expected, strict=True))
+    (cost,) = recorder.costs.values()
+    assert cost.calls == 100
+    assert len(cost.torchs) > 10
+    assert len(cost.ours) + len(cost.torchs) == 98
+    assert cost.torch_error is None
+
+
+def test_gradients_that_are_not_finite_stay_as_they_are(recorder: Recorder) -> None:
+    for _ in range(50):
+        weight = torch.zeros(3, requires_grad=True)
+        weight.grad = torch.tensor([torch.inf, torch.nan, -0.0])
+        torch.nn.utils.clip_grad_norm_(weight, torch.inf)
+        torch.testing.assert_close(weight.grad, torch.tensor([torch.inf, torch.nan, -0.0]), equal_nan=True)
+    assert recorder.history.summary().nonfinite == 50
+    assert "50 calls" in report(recorder, seconds=1.0)
+    assert "norm before clipping" not in report(recorder, seconds=1.0)
+
+
+def test_parameters_that_can_be_walked_once_are_clipped_in_every_call(recorder: Recorder) -> None:
+    for _ in range(50):
+        found = weights()
+        torch.nn.utils.clip_grad_norm_(itertools.chain(found), 0.5)
+        assert torchclip.get_total_norm([w.grad for w in found]) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_walking_the_parameters_counts_for_both(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def walk(found: list[Any]) -> Iterator[Any]:
+        nonlocal now
+        for weight in found:
+            now += 1.0
+            yield weight
+
+    monkeypatch.setattr("torchclip.cli.run.recorder.time.perf_counter", lambda: now)
+    for _ in range(50):
+        torch.nn.utils.clip_grad_norm_(walk(weights()), 0.5)
+    cost = recorder.costs["clip_grad_norm_"]
+    assert set(cost.ours) == set(cost.torchs) == {3.0}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_where_torchs_function_fails_the_report_says_so(recorder: Recorder) -> None:
+    weight = torch.eye(3).to_sparse_csr().requires_grad_()
+    for _ in range(50):
+        weight.grad = torch.eye(3).to_sparse_csr()
+        torch.nn.utils.clip_grad_norm_(weight, 1.0)
+    assert re.search(
+        r"50 calls of \S+ \S+; torch's own fails here \(\w+Error: ", report(recorder, seconds=1.0)
+    )
+
+
+def test_bad_arguments_are_refused_as_without_the_recorder(recorder: Recorder) -> None:
+    weight = weights()
+    module: Any = torch.nn.Linear(2, 2)
+    for _ in range(20):
+        with pytest.raises(ValueError, match="max_norm"):
+            torch.nn.utils.clip_grad_norm_(weight, -1.0)
+        with pytest.raises(TypeError, match="module"):
+            torch.nn.utils.clip_grad_norm_(module, 1.0)
+    assert not len(recorder.history)
+
+
+def test_the_programs_random_numbers_are_its_own(recorder: Recorder) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    expected = [torch.rand(()), random.random()]
+    torch.manual_seed(0)
+    random.seed(0)
+    for _ in range(50):
+        torch.nn.utils.clip_grad_norm_(weights(), 1.0)
+    assert [torch.rand(()), random.random()] == expected
+
+
+def test_compiled_code_stays_whole(recorder: Recorder) -> None:
+    def clip(weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_([weight], 1.0)
+
+    weight = torch.zeros(2, requires_grad=True)
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert torch.compile(clip, backend="aot_eager", fullgraph=True)(weight) == 5
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+    assert not len(recorder.history)
+
+
+def test_the_report_adds_up(recorder: Recorder) -> None:
+    for _ in range(40):
+        torch.nn.utils.clip_grad_norm_(weights(), 1.0)
+    cost = recorder.costs["clip_grad_norm_"]
+    cost.ours.clear()
+    cost.ours.extend([0.001, 0.002, 0.009])
+    cost.torchs.clear()
+    cost.torchs.extend([0.005])
+    text = report(recorder, seconds=10.0)
+    assert "clip_grad_norm_: 40 calls of 2 ms; torch's own 5 ms (measured 1 time): saves 120 ms, 1.2%" in text
+    cost.torchs.append(-0.003)
+    assert "costs 40 ms, 0.4% of the run" in report(recorder, seconds=10.0)

@@ -1,0 +1,488 @@
+"""The command ``torchclip train``: what it learns, shows, writes and refuses."""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_on_ranks
+from matplotlib.image import imread
+from train_on_ranks import MODEL, trained
+
+from torchclip import Percentile, Threshold, ZScore
+from torchclip.cli.main import main
+from torchclip.cli.train import parallel, train
+from torchclip.history import plots
+
+# The sizes of the command's defaults, and small ones.
+COMMAND: dict[str, Any] = {"hidden": 128, "batch": 32, "bptt": 64}
+TINY = ["--steps", "6", "--hidden", "8", "--batch", "4", "--bptt", "10"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    """So small a model gains nothing from more, and on a busy machine they wait for each other."""
+    torch.set_num_threads(1)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """The status and the output of the command, with tiny settings unless others are given."""
+    status = main(["train", *TINY, *map(str, arguments)])
+    return status, capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line with which the command refuses its arguments."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *TINY, *map(str, arguments)])
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("torchclip train: error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+# A real Ctrl-C in the third step of the unclipped run; of several processes, only the last one gets it.
+INTERRUPTED = """
+import os, signal, sys
+from torchclip.cli.train import train
+from torchclip.cli.main import main
+
+batches, pending = train.batches, [os.environ.get("RANK", "1") == "1"]
+
+def interrupted_batches(*arguments):
+    for step, batch in enumerate(batches(*arguments)):
+        if step == 2 and any(pending):
+            pending.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+        yield batch
+
+train.batches = interrupted_batches
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_gloo(output: str) -> str:
+    """What we have printed: gloo in torch 2.10 says on standard output whom it is connected to."""
+    return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The outcome of a script or module on two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
+    )
+    result.stdout = without_gloo(result.stdout)
+    return result
+
+
+def on_two_ranks(*arguments: str) -> list[tuple[int, str, str]]:
+    """The outcome of Python on each of two processes that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, without_gloo(output), error)
+        for process, (output, error) in zip(processes, outputs, strict=True)
+    ]
+
+
+def row(output: str, name: str) -> list[str]:
+    """The cells of a run's row in the closing table."""
+    line = next(line for line in output.splitlines() if line.strip().startswith(f"{name} "))
+    return re.split(r"\s{2,}", line.strip())
+
+
+def perplexity(run: train.Run) -> float:
+    """Of the last 20 steps."""
+    return math.exp(np.mean([step.loss for step in run.steps[-20:]]))
+
+
+# What it learns
+
+
+def test_clipping_decides_whether_the_model_learns() -> None:
+    # The command's defaults, shortened to 150 of their 300 steps.
+    unclipped, clipped = trained(steps=150, **COMMAND)
+    assert perplexity(clipped) < 12
+    assert perplexity(unclipped) > 10 * perplexity(clipped)
+    # How large depends on the text, Python's own documentation: 2,900 with 3.11's, 14 with 3.13's.
+    assert max(step.norm for step in unclipped.steps) > 10
+
+
+@pytest.mark.parametrize(
+    ("threshold", "setting"),
+    [("percentile", {"steps": 60}), ("zscore", {"steps": 110, "warmup": 100, "seed": 3})],
+)
+def test_a_threshold_that_learns_rescues_what_a_large_fixed_one_does_not(
+    threshold: str, setting: dict[str, Any]
+) -> None:
+    (fixed,) = trained(only="clipped", max_norm=5.0, **COMMAND, **setting)
+    (learned,) = trained(only="clipped", threshold=threshold, max_norm=math.inf, **COMMAND, **setting)
+    assert perplexity(learned) < 20
+    assert perplexity(fixed) > 10 * perplexity(learned)
+
+
+def test_both_runs_start_from_the_same_weights_and_batches() -> None:
+    unclipped, clipped = trained()
+    assert unclipped.steps[0][:2] == clipped.steps[0][:2]
+    assert unclipped.steps[-1][:2] != clipped.steps[-1][:2]
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+def test_same_seed_same_numbers(cell: str) -> None:
+    first, again, other = (trained(cell=cell, seed=seed) for seed in (1, 1, 2))
+    assert [run.steps for run in first] == [run.steps for run in again]
+    assert first[0].steps != other[0].steps
+
+
+def test_a_run_alone_has_the_numbers_that_it_has_beside_the_other() -> None:
+    assert trained(only="clipped")[0].steps == trained()[1].steps
+
+
+def test_gradients_are_clipped_to_the_threshold() -> None:
+    # One step of SGD moves the weights by lr times the clipped gradient.
+    options = train.Options(steps=1, **{**MODEL, "lr": 1.0, "max_norm": 0.01})
+    tokens = torch.arange(200) % 7
+    (run,) = train.start_runs("clipped", "abcdefg", options)
+    before = torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
+    train.advance([run], tokens, options)
+    after = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    assert run.steps[0].norm > 0.01
+    assert (after - before).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_learning_rate_rises_during_the_warm_up() -> None:
+    # Of a single step of SGD, the gradients being the same.
+    def moved(warmup: int) -> float:
+        before, after = (trained(steps=n, only="unclipped", warmup=warmup)[0].model for n in (0, 1))
+        pairs = zip(before.parameters(), after.parameters(), strict=True)
+        return float(torch.cat([(p - q).detach().flatten() for p, q in pairs]).norm())
+
+    assert moved(4) == pytest.approx(moved(1) / 4, rel=1e-3)
+
+
+def test_targets_are_the_characters_after_the_inputs() -> None:
+    options = train.Options(steps=9, **MODEL)
+    tokens = torch.arange(4 * 25)
+    pairs = list(train.batches(tokens, options))
+    assert len(pairs) == 9
+    for inputs, targets in pairs:
+        assert inputs.shape == (4, 10)
+        assert torch.equal(targets, inputs + 1)
+    assert torch.equal(pairs[1][0], pairs[0][0] + 10)
+
+
+@pytest.mark.parametrize("ceiling", [math.inf, 2.0])
+@pytest.mark.parametrize("threshold", ["percentile", "zscore"])
+def test_a_threshold_that_learns_follows_the_norms(threshold: str, ceiling: float) -> None:
+    unclipped, clipped = trained(steps=40, threshold=threshold, max_norm=ceiling)
+    twins: dict[str, Threshold] = {
+        "percentile": Percentile(10, max_norm=ceiling),
+        "zscore": ZScore(max_norm=ceiling),
+    }
+    expected = [twins[threshold].update(step.norm) for step in clipped.steps]
+    assert [step.max_norm for step in clipped.steps] == expected
+    assert 0 < min(expected) < max(expected) <= ceiling
+    assert {step.max_norm for step in unclipped.steps} == {math.inf}
+
+
+# What it shows
+
+
+def test_closing_table_has_both_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    status, output = run(capsys)
+    assert status == 0
+    _, progress, loss, perplexity, norm, largest, share = row(output, "unclipped")
+    assert (progress, share) == ("6 of 6", "–")
+    assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=0.02)
+    assert 0 < float(norm) <= float(largest)
+    assert re.fullmatch(r"\d+%", row(output, "clipped")[-1])
+
+
+def test_output_is_the_same_each_time_and_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    _, output = run(capsys, "--seed", 5)
+    assert output == run(capsys, "--seed", 5)[1]
+    assert output != run(capsys, "--seed", 6)[1]
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_text_of_each_model_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    _, output = run(capsys)
+    assert "written by the unclipped model" in output
+    assert "written by the clipped model" in output
+
+
+@pytest.mark.parametrize(("only", "other"), [("clipped", "unclipped"), ("unclipped", "clipped")])
+def test_only_one_run(only: str, other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, output = run(capsys, "--only", only)
+    assert row(output, only)[1] == "6 of 6"
+    assert not re.search(rf"^ *{other} ", output, re.MULTILINE)
+    assert f"written by the {other}" not in output
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, output = run(capsys, "--lr", "3e38", "--plot", tmp_path / "plot.png")
+    assert status == 0
+    for name in ("unclipped", "clipped"):
+        assert row(output, name)[1:4] in (["diverged at 2", loss, loss] for loss in ("nan", "inf"))
+    assert "scores are not finite" in output
+
+
+def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
+    plot, model = tmp_path / "plot.png", tmp_path / "model.pt"
+    files = ["--plot", str(plot), "--save", str(model)]
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, "train", *TINY, *files], capture_output=True, encoding="utf-8"
+    )
+    assert (result.returncode, result.stderr) == (130, "")
+    assert [row(result.stdout, name)[1] for name in ("unclipped", "clipped")] == ["3 of 6", "3 of 6"]
+    assert "written by the clipped model" in result.stdout
+    assert imread(plot).std() > 0.01
+    train.load_model(model)
+
+
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As a shell's background job would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_ctrl_c_breaks_off_the_second_time_and_after_the_training() -> None:
+    with parallel.CtrlC() as ctrl_c:
+        assert not ctrl_c.on_any_rank()
+        signal.raise_signal(signal.SIGINT)
+        assert ctrl_c.on_any_rank()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+# What it writes
+
+
+@pytest.mark.parametrize("only", [[], ["--only", "clipped"]])
+def test_plot_is_a_picture_with_something_in_it(
+    only: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "plot.png"
+    _, output = run(capsys, "--plot", plot, *only)
+    assert str(plot) in output
+    picture = imread(plot)[..., :3]
+    colours = {"vermilion": (0xD5, 0x5E, 0x00), "blue": (0x00, 0x72, 0xB2), "black": (0, 0, 0)}
+    drawn = {
+        name: (abs(picture - np.array(rgb) / 255) < 0.01).all(axis=-1).sum() > 50
+        for name, rgb in colours.items()
+    }
+    assert drawn == {"vermilion": not only, "blue": True, "black": True}
+
+
+@pytest.mark.parametrize(
+    ("max_norms", "label"),
+    [([0.5, 0.5], "threshold 0.5"), ([math.inf, 0.4], "threshold"), ([math.inf] * 2, None)],
+)
+def test_plot_shows_the_threshold_where_there_is_one(max_norms: list[float], label: str | None) -> None:
+    runs = {"unclipped": [3.0, 2.0], "clipped": [3.0, 1.0]}
+    _, axes = plots.training_figure(losses=runs, norms=runs, max_norms=max_norms).axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines() if line.get_color() == "black"}
+    assert list(drawn) == ([label] if label else [])
+    for values in drawn.values():
+        np.testing.assert_array_equal(values, np.where(np.isinf(max_norms), np.nan, max_norms))
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+def test_saved_model_writes_the_same_text_when_loaded(
+    cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.pt"
+    _, output = run(capsys, "--cell", cell, "--save", path)
+    assert str(path) in output
+    model, vocabulary = train.load_model(path)
+    trained_model: Any = trained(cell=cell, lr=train.LEARNING_RATES[cell], max_norm=train.MAX_NORMS[cell])[
+        1
+    ].model
+    written = [train.sample(m, vocabulary, length=50, seed=3) for m in (model, trained_model)]
+    assert written[0] == written[1]
+    assert len(written[0] or "") == 50
+
+
+def test_text_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(("\ufeff" + "häßlich – schön\r\n" * 20).encode())
+    _, output = run(capsys, "--text", path)
+    assert "320 characters, 12 different" in " ".join(output.split())
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "it has 0 characters"),
+        (b"too short", "it has 9 characters, and --batch 4 with --bptt 10 needs 44"),
+        (b"\xff" * 100, "is not UTF-8: invalid start byte at byte 0"),
+    ],
+)
+def test_text_that_cannot_be_used(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert message in refusal(capsys, "--text", path)
+
+
+def test_the_shortest_text_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("abcd" * 11, encoding="utf-8")
+    assert run(capsys, "--text", path)[0] == 0
+
+
+def test_python_without_its_documentation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert "pass a text with --text FILE" in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--max-norm", value) for value in ("-1", "0", "nan", "inf", "much")),
+        *(("--lr", value) for value in ("-1", "0", "nan", "inf", "much")),
+        *(
+            (name, value)
+            for name in ("--steps", "--warmup", "--hidden", "--batch", "--bptt")
+            for value in ("0", "-3", "1.5")
+        ),
+        *(("--seed", value) for value in ("-1", str(2**63), "x")),
+        ("--cell", "gru"),
+        ("--threshold", "mean"),
+        ("--only", "both"),
+    ],
+)
+def test_bad_values(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, option, value)
+    assert re.search(rf"argument {option}: (must be|invalid choice)", message)
+    assert value in message
+
+
+@pytest.mark.parametrize("option", ["--plot", "--save"])
+def test_files_that_cannot_be_written(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "directory.png").mkdir()
+    assert "is a directory" in refusal(capsys, option, tmp_path / "directory.png")
+    assert "there is no directory" in refusal(capsys, option, tmp_path / "missing" / "file.png")
+
+
+@pytest.mark.parametrize(("setting", "threads"), [(None, 1), ("2", 2)])
+def test_it_works_on_one_thread_unless_told_otherwise(
+    setting: str | None, threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    run(capsys)
+    assert torch.get_num_threads() == threads
+
+
+def test_plot_must_be_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must end in .png" in refusal(capsys, "--plot", tmp_path / "plot.svg")
+
+
+# On several processes
+
+
+@pytest.mark.parametrize(("cell", "threshold"), [("rnn", "fixed"), ("lstm", "percentile")])
+def test_two_processes_have_the_numbers_of_one(cell: str, threshold: str) -> None:
+    result = torchrun(train_on_ranks.__file__, cell, threshold)
+    assert result.returncode == 0, result.stderr
+    report, one = json.loads(result.stdout), train_on_ranks.numbers(cell, threshold)
+    assert report["ranks"] == 2
+    assert report["ways"].keys() == {"fsdp", "ddp"}
+    for two in report["ways"].values():
+        np.testing.assert_allclose(two["steps"], one["steps"], rtol=1e-5)
+        for weights, expected in zip(two["weights"], one["weights"], strict=True):
+            assert weights.keys() == expected.keys()
+            for name in weights:
+                np.testing.assert_allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_under_torchrun_the_first_process_shows_and_writes_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot, model = tmp_path / "plot.png", tmp_path / "model.pt"
+    result = torchrun("-m", "torchclip", "train", *TINY, "--plot", plot, "--save", model)
+    assert result.returncode == 0, result.stderr
+    _, alone = run(capsys, "--save", tmp_path / "alone.pt")
+    assert "on 2 processes with FSDP2" in " ".join(result.stdout.split())
+    assert result.stdout.count("written by the clipped model") == 1
+    for name in ("unclipped", "clipped"):
+        assert row(result.stdout, name) == row(alone, name)
+    assert imread(plot).std() > 0.01
+    loaded, expected = (train.load_model(path)[0].state_dict() for path in (model, tmp_path / "alone.pt"))
+    torch.testing.assert_close(loaded, expected)
+
+
+def test_ctrl_c_on_one_process_ends_all_after_the_same_step() -> None:
+    (first, output, first_errors), (second, nothing, second_errors) = on_two_ranks(
+        "-c", INTERRUPTED, "train", *TINY
+    )
+    assert (first, second) == (130, 130), first_errors + second_errors
+    assert [row(output, name)[1] for name in ("unclipped", "clipped")] == ["3 of 6", "3 of 6"]
+    assert (nothing, first_errors, second_errors) == ("", "", "")
+
+
+def test_all_processes_refuse_and_one_says_why() -> None:
+    (first, output, error), (second, *nothing) = on_two_ranks("-m", "torchclip", "train", "--batch", "5")
+    assert (first, second) == (2, 2)
+    assert (output, nothing) == ("", ["", ""])
+    assert error == (
+        "torchclip train: error: --batch 5 cannot be shared equally by 2 processes; pass a multiple of 2\n"
+    )
+
+
+def test_one_process_has_no_way_to_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "torchrun --nproc-per-node 2 -m torchclip train" in refusal(capsys, "--parallel", "ddp")

@@ -1,0 +1,564 @@
+"""The compiled extension itself: what cannot be seen through the public functions.
+
+Under the sanitizers, on Linux with GCC::
+
+    TORCHCLIP_SANITIZE=1 python setup.py build_ext --inplace --force
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \\
+        ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 python -m pytest -s tests/test_kernel.py
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from helpers import bits, randn, with_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torchclip
+from torchclip import kernel, reference
+
+_kernel = pytest.importorskip("torchclip._kernel")
+if kernel.status().startswith("off"):
+    pytest.skip(f"the kernel is {kernel.status()}", allow_module_level=True)
+
+REAL = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+DTYPES = [*REAL, torch.complex64, torch.complex128]
+ORDERS = [1.0, 2.0, math.inf]
+INSTRUCTION_SETS = ["avx512", "avx2", "baseline"]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -3.0,
+    1e-3,
+    300.0,
+    1e20,
+    -1e30,
+    3e38,
+    1e-25,
+    1e-40,
+    6e-8,
+    1e200,
+    -1.7e308,
+    1e-200,
+    5e-324,
+]
+NONFINITE = [math.inf, -math.inf, math.nan]
+GUARD = 7.25  # around the elements of a view; must still be there afterwards
+
+
+@pytest.fixture(autouse=True)
+def restore_instruction_set() -> Iterator[None]:
+    """The instruction set is the module's, not the test's."""
+    before = _kernel.instruction_set()
+    yield
+    _kernel.select(before)
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine has."""
+    found = []
+    before = _kernel.instruction_set()
+    for name in INSTRUCTION_SETS:
+        try:
+            _kernel.select(name)
+        except ValueError:
+            continue
+        found.append(name)
+    _kernel.select(before)
+    return found
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A copy in float64 or complex128, which hold every value of every dtype."""
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy().copy()
+
+
+def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """float64 numbers rounded once, half to even, to what ``dtype`` can hold."""
+    if dtype == torch.float64:
+        return values
+    info = torch.finfo(dtype)
+    digits = round(-math.log2(info.eps)) + 1
+    _, exponent = np.frexp(values)
+    exponent = np.maximum(exponent, round(math.log2(info.tiny)) + 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        result = np.ldexp(np.rint(np.ldexp(values, digits - exponent)), exponent - digits)
+        result = np.where(np.isfinite(values), result, values)
+        return np.where(np.abs(result) > info.max, np.copysign(np.inf, values), result)
+
+
+def scaled(values: np.ndarray, factor: float | np.float32, dtype: torch.dtype) -> np.ndarray:
+    """The products, rounded to ``dtype``; formed in float32 for all but doubles, if it holds the factor."""
+    if np.iscomplexobj(values):
+        parts = values.reshape(-1).view(np.float64)
+        real = {torch.complex64: torch.float32, torch.complex128: torch.float64}[dtype]
+        return scaled(parts, factor, real).view(np.complex128).reshape(values.shape)
+    with np.errstate(invalid="ignore", under="ignore"):
+        if dtype != torch.float64 and factor >= torch.finfo(torch.float32).tiny:
+            values, factor = values.astype(np.float32), np.float32(factor)
+        return rounded((values * factor).astype(np.float64), dtype)
+
+
+@st.composite
+def views(draw: st.DrawFn, dtype: torch.dtype, nonfinite: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of any layout without overlaps, and the memory around it."""
+    sizes = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 40]), max_size=4))
+    while math.prod(sizes) > 4000:
+        sizes.pop()
+    steps = [draw(st.integers(1, 3)) for _ in sizes]
+    offset, after = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    full = [size * step for size, step in zip(sizes, steps, strict=True)]
+    memory = torch.full((offset + math.prod(full) + after,), GUARD, dtype=dtype)
+    view = memory[offset : offset + math.prod(full)].view(full)
+    view = view[tuple(slice(None, None, step) for step in steps)]
+    view = view.permute(draw(st.permutations(range(len(sizes)))))
+    info = torch.finfo(dtype)
+    pool = [v for v in SPECIAL if abs(v) <= info.max] + (NONFINITE if nonfinite else [])
+    values = st.one_of(st.sampled_from(pool), st.floats(-4, 4))
+    cycle = draw(st.lists(values, min_size=1, max_size=40))
+    parts = 2 if dtype.is_complex else 1
+    numbers = np.resize(np.array(cycle), view.numel() * parts)
+    numbers = numbers.view(np.complex128) if dtype.is_complex else numbers
+    view.copy_(torch.from_numpy(numbers.copy()).view(view.shape))
+    return view, memory
+
+
+def assert_guards(view: torch.Tensor, memory: torch.Tensor) -> None:
+    """Nothing but the view's own elements was written."""
+    untouched = torch.ones(memory.shape, dtype=torch.bool)
+    untouched.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    assert bool((memory[untouched] == GUARD).all())
+
+
+def assert_same_norm(got: float, wanted: float) -> None:
+    assert got == pytest.approx(wanted, rel=1e-12, abs=1e-320, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), order=st.sampled_from(ORDERS), threads=st.integers(1, 4), nonfinite=st.booleans())
+def test_norms_agree_with_the_reference(
+    dtype: torch.dtype, data: st.DataObject, order: float, threads: int, nonfinite: bool
+) -> None:
+    made = data.draw(st.lists(views(dtype, nonfinite), max_size=4))
+    tensors = [view for view, _ in made]
+    _kernel.select(data.draw(st.sampled_from(instruction_sets())))
+    batch = _kernel.tensors(tensors)
+    assert list(batch.rest) == []
+    arrays = [as_array(t) for t in tensors]
+    assert_same_norm(batch.norm(order, threads), reference.global_norm(arrays, order))
+    for got, array in zip(batch.norms(order, threads), arrays, strict=True):
+        assert_same_norm(got, reference.global_norm([array], order))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(
+    data=st.data(),
+    threads=st.integers(1, 4),
+    factor=st.one_of(st.floats(0, 1), st.sampled_from([0.1, 1e-5, 1e-30, 1e-100, math.nan, 5e-324])),
+)
+def test_scaling_rounds_once_and_touches_nothing_else(
+    dtype: torch.dtype, data: st.DataObject, threads: int, factor: float
+) -> None:
+    made = data.draw(st.lists(views(dtype), max_size=3))
+    _kernel.select(data.draw(st.sampled_from(instruction_sets())))
+    wanted = [scaled(as_array(view), factor, dtype) for view, _ in made]
+    _kernel.tensors([view for view, _ in made]).scale(factor, threads)
+    for (view, memory), expected in zip(made, wanted, strict=True):
+        np.testing.assert_array_equal(as_array(view), expected)
+        assert_guards(view, memory)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "factor",
+    # The first two make products that are ties in float32, but not exactly; the last but one is no float32.
+    [0.5389344076221869, 0.011292205339423544, 0.1, 1 / 3, 257 / 512, 0.9999999, 1e-4, 3e-39, math.nan],
+)
+def test_every_16_bit_number_is_scaled_right(dtype: torch.dtype, factor: float) -> None:
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    every = bits.view(torch.bfloat16 if dtype == torch.float32 else dtype).to(dtype)
+    wanted = scaled(as_array(every), factor, dtype)
+    for name in instruction_sets():
+        _kernel.select(name)
+        tensor = every.clone()
+        _kernel.tensors([tensor]).scale(factor, 1)
+        np.testing.assert_array_equal(as_array(tensor), wanted)
+
+
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(
+    data=st.data(),
+    threads=st.integers(1, 4),
+    limit=st.sampled_from([0.0, 1e-8, 0.1, 1.0, 2.5, 1e5, math.inf]),
+)
+def test_clamping_agrees_with_the_reference(
+    dtype: torch.dtype, data: st.DataObject, threads: int, limit: float
+) -> None:
+    made = data.draw(st.lists(views(dtype), max_size=3))
+    _kernel.select(data.draw(st.sampled_from(instruction_sets())))
+    wanted = [as_array(view) for view, _ in made]
+    # torch and NumPy round the limit to the dtype, too.
+    reference.clip_grad_value(wanted, float(rounded(np.array(limit), dtype)))
+    _kernel.tensors([view for view, _ in made]).clamp(limit, threads)
+    for (view, memory), expected in zip(made, wanted, strict=True):
+        np.testing.assert_array_equal(as_array(view), expected)
+        assert_guards(view, memory)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_neither_on_threads_nor_on_the_instruction_set(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(s, dtype=dtype) for s in [(300, 401), (7,), (), (64, 1024), (0, 3), (50_001,)]]
+    tensors.append(torch.randn(500, 300, dtype=dtype).t()[:, ::2])
+    results = set()
+    scaled = []
+    for name in instruction_sets():
+        _kernel.select(name)
+        for threads in (1, 2, 3, 4):
+            copies = [t.clone() for t in tensors[:-1]] + [tensors[-1].t().clone().t()]
+            batch = _kernel.tensors(copies)
+            results.add(
+                tuple(n.hex() for p in ORDERS for n in (batch.norm(p, threads), *batch.norms(p, threads)))
+            )
+            batch.scale(0.3, threads)
+            scaled.append(copies)
+    assert len(results) == 1
+    assert all(torch.equal(a, b) for copies in scaled for a, b in zip(copies, scaled[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("size", [1e-320, 1e-300, 1e-160, 1e160, 1e300])
+def test_squares_outside_the_range_of_numbers(dtype: torch.dtype, size: float) -> None:
+    tensors = [torch.full((70_000,), size, dtype=dtype), torch.tensor(0.0, dtype=dtype)]
+    batch = _kernel.tensors(tensors)
+    wanted = reference.global_norm([as_array(t) for t in tensors])
+    assert batch.norm(2.0, 2) == pytest.approx(wanted, rel=1e-12)
+    assert batch.norms(2.0, 2) == [pytest.approx(wanted, rel=1e-12), 0.0]
+
+
+def test_tensors_that_are_taken_and_the_rest() -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    flat = torch.randn(12)
+    taken = [
+        flat,
+        nn.Parameter(torch.randn(2)),
+        torch.randn(3, requires_grad=True) * 2,
+        torch.randn(3, 4).t(),
+        torch.randn(4, 6)[1:, ::2],
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.randn(3, dtype=torch.complex64).conj().imag,
+        torch.empty(0, 3),
+        torch.tensor(1.0),
+        flat[:1].expand(1),
+    ]
+    rest = [
+        torch.randn(3).to_sparse(),
+        torch.randn(3, device="meta"),
+        torch.randn(1).expand(3),
+        flat.as_strided((3, 3), (1, 1)),
+        torch.ones(3, dtype=torch.int32),
+        torch.ones(3).to(torch.float8_e4m3fn),
+        torch.frombuffer(bytearray(13), dtype=torch.float32, offset=1, count=3),
+        torch._efficientzerotensor((3,)),
+        torch.randn(3).as_subclass(Subclass),
+    ]
+    mixed = [t for pair in zip(rest, taken, strict=False) for t in pair] + taken[len(rest) :]
+    batch = _kernel.tensors(mixed)
+    assert [id(t) for t in batch.all] == [id(t) for t in mixed]
+    assert [id(t) for t in batch.rest] == [id(t) for t in rest]
+    assert batch.count == len(mixed)
+    norms = batch.norms(2.0, 1)
+    assert [n is None for n in norms] == [any(t is r for r in rest) for t in mixed]
+    assert batch.norm(2.0, 1) == pytest.approx(math.hypot(*(n for n in norms if n is not None)))
+
+
+def test_a_mapped_tensor_is_left_to_torch() -> None:
+    def look(x: torch.Tensor) -> torch.Tensor:
+        assert len(_kernel.tensors([x]).rest) == 1
+        return x
+
+    torch.func.vmap(look)(torch.randn(2, 3))
+
+
+def test_gradients_in_order_once_and_only_where_there_are_some() -> None:
+    parameters = [nn.Parameter(torch.randn(3)) for _ in range(200)]
+    for p in parameters[::2]:
+        p.grad = torch.randn(3)
+    parameters[5].grad = parameters[0].grad  # one gradient for two parameters
+    wanted = [id(p.grad) for p in parameters[::2]]
+    for repeated in (parameters * 3, tuple(parameters * 3), iter(parameters * 3)):
+        batch = _kernel.gradients(repeated)
+        assert [id(g) for g in batch.all] == wanted
+        assert list(batch.rest) == []
+        assert batch.count == 600
+
+
+def test_nothing_at_all() -> None:
+    nothing: list[torch.Tensor] = []
+    for batch in (
+        _kernel.gradients([]),
+        _kernel.tensors(t for t in nothing),
+        _kernel.tensors([torch.empty(0)]),
+    ):
+        assert [batch.norm(p, 4) for p in ORDERS] == [0.0, 0.0, 0.0]
+        batch.scale(0.5, 4)
+        batch.clamp(0.5, 4)
+        batch.scale_each([None] * len(batch.all), 4)
+    assert _kernel.gradients([]).count == 0
+    assert _kernel.tensors([torch.empty(0)]).norms(2.0, 1) == [0.0]
+
+
+def test_items_that_are_not_tensors_are_refused() -> None:
+    with pytest.raises(TypeError, match="`parameters` must hold tensors only, item 1"):
+        _kernel.gradients([torch.zeros(3), 3.0])
+    with pytest.raises(TypeError, match="`tensors` must hold tensors only, item 0"):
+        _kernel.tensors(iter([None]))
+    with pytest.raises(TypeError):
+        _kernel.tensors(3)
+
+
+def test_errors_of_the_iterable_come_through() -> None:
+    def broken() -> Iterator[torch.Tensor]:
+        yield torch.zeros(3)
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        _kernel.tensors(broken())
+
+
+def test_a_list_that_shrinks_while_it_is_walked() -> None:
+    class Shrinking(nn.Parameter):
+        @property
+        def grad(self) -> torch.Tensor:  # type: ignore[override]  # reading it has an effect: that is the test
+            items.clear()
+            return torch.ones(4)
+
+    items = [Shrinking(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
+    batch = _kernel.gradients(items)
+    assert batch.norm(2.0, 1) == 2.0
+    assert batch.count == 1
+
+
+def test_wrong_arguments() -> None:
+    batch = _kernel.tensors([torch.ones(2), torch.ones(2, dtype=torch.complex64)])
+    with pytest.raises(ValueError, match="order 1, 2 and inf"):
+        batch.norm(3.0, 1)
+    with pytest.raises(TypeError, match="expected 2 arguments"):
+        batch.scale(0.5)
+    with pytest.raises(TypeError):
+        batch.scale("a", 1)
+    with pytest.raises(ValueError, match="one factor for each tensor"):
+        batch.scale_each([0.5], 1)
+    with pytest.raises(ValueError, match="complex"):
+        batch.clamp(0.5, 1)
+    with pytest.raises(ValueError, match="at least 0"):
+        _kernel.tensors([torch.ones(2)]).clamp(math.nan, 1)
+    with pytest.raises(ValueError, match="no instruction set"):
+        _kernel.select("abacus")
+    with pytest.raises(TypeError, match="cannot create"):
+        _kernel.Batch()
+    assert batch.norm(1.0, -5) == 4.0
+    assert [t._version for t in batch.all] == [0, 0]
+
+
+def test_versions_of_what_is_written_and_of_nothing_else() -> None:
+    a, b, sparse = torch.ones(2), torch.ones(2), torch.ones(2).to_sparse()
+    batch = _kernel.tensors([a, sparse, b])
+    batch.norm(2.0, 1)
+    batch.norms(2.0, 1)
+    assert [a._version, b._version] == [0, 0]
+    before = sparse._version
+    batch.scale_each([None, 7.0, 0.5], 1)
+    assert [a.tolist(), b.tolist()] == [[1, 1], [0.5, 0.5]]
+    assert [a._version, b._version] == [0, 1]
+    batch.scale(0.5, 1)
+    batch.clamp(0.25, 1)
+    assert [a._version, b._version] == [2, 3]
+    assert [a.tolist(), b.tolist()] == [[0.25, 0.25], [0.25, 0.25]]
+    assert sparse._version == before
+
+
+def test_autograd_notices_the_write() -> None:
+    x = torch.ones(3, requires_grad=True)
+    y = x.exp()
+    _kernel.tensors([y]).scale(0.5, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("value", [2.5, 1e-45, 1e300, math.inf, math.nan])
+def test_a_scalar_is_a_tensor_like_any_other(value: float, double: bool) -> None:
+    tensor = _kernel.scalar(value, double)
+    wanted = torch.tensor(value, dtype=torch.float64 if double else torch.float32)
+    assert type(tensor) is torch.Tensor
+    assert (tensor.shape, tensor.dtype, tensor.device.type, tensor._version) == (
+        wanted.shape,
+        wanted.dtype,
+        "cpu",
+        0,
+    )
+    for same in (tensor, copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor)), tensor.numpy()):
+        np.testing.assert_array_equal(same, wanted)
+    tensor.fill_(3.0).requires_grad_()
+    (tensor * 2).backward()
+    assert tensor.grad is not None
+    assert (tensor.item(), tensor._version, tensor.grad.item()) == (3.0, 1, 2.0)
+
+
+def test_overlapping_tensors_are_written_one_after_the_other() -> None:
+    memory = torch.ones(300_000)
+    first, second = memory[:200_000], memory[100_000:]
+    _kernel.tensors([second, first]).scale(0.5, 4)
+    wanted = torch.full((300_000,), 0.5)
+    wanted[100_000:200_000] = 0.25
+    assert torch.equal(memory, wanted)
+    for _ in range(10):  # in the same memory from end to end, where two threads would meet at every element
+        _kernel.tensors([memory, memory.view(300, 1000)]).scale(0.5, 2)
+    assert torch.equal(memory, wanted * 0.25**10)
+
+
+def test_two_python_threads() -> None:
+    torch.manual_seed(0)
+    models = [[torch.randn(s) for s in ((500, 400), (30,), (1000, 100))] for _ in range(2)]
+    wanted = [_kernel.tensors(m).norm(2.0, 1) for m in models]
+    wrong: list[float] = []
+
+    def work(i: int) -> None:
+        for _ in range(100):
+            batch = _kernel.tensors(models[i])
+            got = batch.norm(2.0, 2)
+            batch.scale(1.0, 2)
+            if got != wanted[i]:
+                wrong.append(got)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_does_not_hang() -> None:
+    script = """
+import os, torch
+from torchclip import _kernel, kernel
+t = torch.ones(1_000_000)
+assert _kernel.tensors([t]).norm(2.0, 2) == 1000.0
+pid = os.fork()
+if pid == 0:
+    batch = _kernel.tensors([t])
+    batch.scale(2.0, 2)
+    os._exit(0 if batch.norm(2.0, 2) == 2000.0 else 1)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(command, check=True, timeout=120, cwd=os.path.dirname(os.path.dirname(kernel.__file__)))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
+def test_torch_and_the_kernel_share_one_openmp() -> None:
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert len(libraries) == _kernel.openmp
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_memory_does_not_grow() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    parameters = [nn.Parameter(torch.zeros(3, 2)) for _ in range(50)]
+    for p in parameters:
+        p.grad = torch.ones(2, 3).t()
+    gradient = parameters[0].grad
+    sparse = torch.ones(2).to_sparse()
+    counts = [sys.getrefcount(gradient), sys.getrefcount(sparse)]
+
+    def call() -> None:
+        batch = _kernel.gradients(parameters)
+        batch.norm(2.0, 2)
+        batch.norms(2.0, 2)
+        batch.scale_each([1.0] * 50, 2)
+        batch.scale(1.0, 2)
+        _kernel.scalar(1.0, True)
+
+    for _ in range(500):
+        call()
+        _kernel.tensors([sparse])
+    before = resident()
+    for _ in range(10_000):
+        call()
+    assert resident() - before < 20_000_000  # had each call lost its batch, it would be more than 50 MB
+    assert [sys.getrefcount(gradient), sys.getrefcount(sparse)] == counts
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("del torch._C._increment_version", r"torch .* does not fit: .+"),
+        ("torch.Tensor.__dlpack_c_exchange_api__ = 0", r"torch .* does not fit: .+"),
+        ("del torch.Tensor.__dlpack_c_exchange_api__", r"torch .* has no DLPack exchange table.*"),
+        ("sys.modules['torchclip._kernel'] = None", r"the extension was not built.*"),
+    ],
+)
+def test_what_does_not_fit_turns_the_kernel_off(change: str, reason: str) -> None:
+    script = f"""
+import sys, torch
+{change}
+import torchclip
+from torchclip.cli import main as cli
+assert torchclip.get_total_norm(torch.tensor([3.0, 4.0])) == 5
+cli.main(["info"])
+"""
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert re.search(rf"CPU kernel +off \({reason}\)", " ".join(output.split()))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="None has no count of references there")
+def test_none_comes_with_a_reference() -> None:
+    batch = _kernel.tensors([torch.ones(3)])
+    before = sys.getrefcount(None)
+    held = [batch.scale(1.0, 1) for _ in range(1000)]
+    assert sys.getrefcount(None) - before > 900
+    assert held == [None] * 1000
+
+
+def test_its_status_says_when_it_is_disabled() -> None:
+    before = kernel.status()
+    with kernel.disabled():
+        assert kernel.status() == "off (torchclip.kernel.disabled())"
+    assert kernel.status() == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_coefficient_leaves_the_same_bits_without_it(dtype: torch.dtype) -> None:
+    mine, others = (with_gradients([randn(40, 33, dtype=dtype), randn(7, dtype=dtype)]) for _ in range(2))
+    torchclip.clip_grads_with_norm_(mine, 1.0, 3.7)
+    with kernel.disabled():
+        torchclip.clip_grads_with_norm_(others, 1.0, 3.7)
+    assert [bits(p.grad) for p in mine] == [bits(p.grad) for p in others]

@@ -1,0 +1,1 @@
+"""``torchclip bench``."""

@@ -1,0 +1,196 @@
+"""Who is compared in ``torchclip bench``: each implementation, ready to be called on its own gradients.
+
+All of them are called in the same way, ``function(gradients, number)``.  What is left of the gradients after
+clipping can be put back, so that every timing starts from the same values.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import torchclip
+from torchclip import kernel
+from torchclip.cli.bench.workloads import Workload
+
+__all__ = ["NAMES", "OPERATIONS", "RIVALS", "Contender", "Gradients", "contenders", "floors"]
+
+OPERATIONS = {
+    "norm": "get_total_norm",
+    "no clipping": "clip_grad_norm_, not needed",
+    "clipping": "clip_grad_norm_, clipping",
+    "value": "clip_grad_value_",
+}
+NAMES = ("torch", "torch.compile", "optax", "kernel off", "torchclip")
+RIVALS = ("torch.compile", "optax")
+MOST_COMPILED = 200  # gradients: torch.compile takes a minute for them, and was not done after nine for 1,000
+_PIECE = 1 << 20  # elements in float64 at a time
+
+Call = tuple[Callable[[Any, float], Any], Any]
+
+
+class Gradients:
+    """Standard normal gradients of a workload's shapes.
+
+    Attributes:
+        parameters: their values are never looked at, and their memory never touched.
+        tensors: the gradients, each in memory of its own, as a backward pass leaves them.
+        flat: a copy of all of them, one after another, to restore them from.
+        norm: theirs in float64.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        generator = torch.Generator().manual_seed(0)
+        dtype = workload.dtype
+        self.tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in workload.shapes]
+        self.parameters = [nn.Parameter(torch.empty_like(tensor)) for tensor in self.tensors]
+        for parameter, tensor in zip(self.parameters, self.tensors, strict=True):
+            parameter.grad = tensor
+        self.flat = torch.cat([tensor.flatten() for tensor in self.tensors])
+        self.norm = _exact_norm(self.flat)
+
+    def originals(self) -> list[Tensor]:
+        """The gradients as they were at first: views into ``flat``."""
+        pieces = torch.split(self.flat, [tensor.numel() for tensor in self.tensors])
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
+
+    def restore(self) -> None:
+        """Undo all changes to ``tensors``."""
+        for tensor, original in zip(self.tensors, self.originals(), strict=True):
+            tensor.copy_(original)
+
+
+def _exact_norm(flat: Tensor) -> float:
+    pieces = (piece.double() for piece in torch.split(flat, _PIECE))
+    return math.sqrt(math.fsum(float(piece.dot(piece)) for piece in pieces))
+
+
+class Contender(NamedTuple):
+    """One implementation with its gradients.
+
+    Attributes:
+        calls: for each operation, what is timed, and its first argument.
+        restore: puts the gradients back.
+        context: what has to be entered around all calls.
+        one_number: whether all calls get the same number.
+    """
+
+    calls: Mapping[str, Call]
+    restore: Callable[[], None]
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    one_number: bool = False
+
+
+def contenders(gradients: Gradients, rivals: Sequence[str]) -> dict[str, Contender]:
+    """All that can run here, by name, as in ``NAMES``.
+
+    Args:
+        gradients: what they work on.
+        rivals: which of ``RIVALS`` take part: ``torch.compile`` on up to ``MOST_COMPILED`` gradients, optax
+            where it is installed.
+    """
+    found = {"torch": _in_torch(torch.nn.utils, gradients)}
+    if "torch.compile" in rivals and len(gradients.tensors) <= MOST_COMPILED:
+        found["torch.compile"] = _compiled(gradients)
+    if "optax" in rivals and importlib.util.find_spec("optax") and importlib.util.find_spec("jax"):
+        found["optax"] = _optax(gradients)
+    if kernel.status().startswith("active"):
+        found["kernel off"] = _in_torch(torchclip, gradients, kernel.disabled)
+    found["torchclip"] = _in_torch(torchclip, gradients)
+    return found
+
+
+def _in_torch(
+    functions: Any,
+    gradients: Gradients,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Contender:
+    by_norm = (functions.clip_grad_norm_, gradients.parameters)
+    calls = {
+        "norm": (functions.get_total_norm, gradients.tensors),
+        "no clipping": by_norm,
+        "clipping": by_norm,
+        "value": (functions.clip_grad_value_, gradients.parameters),
+    }
+    return Contender(calls, gradients.restore, context)
+
+
+def _compiled(gradients: Gradients) -> Contender:
+    # Compiled code is kept by function, up to a limit that several workloads in one process would reach.
+    torch.compiler.reset()
+    names = ("get_total_norm", "clip_grad_norm_", "clip_grad_value_")
+    functions = {name: torch.compile(getattr(torch.nn.utils, name)) for name in names}
+    # It compiles anew for every other number, and gives up after eight.  With a threshold that stays there is
+    # nothing to clip from the second call on, which is as much work: torch multiplies in any case.
+    return _in_torch(SimpleNamespace(**functions), gradients)._replace(one_number=True)
+
+
+def _optax(gradients: Gradients) -> Contender:
+    """optax under jit, as its own compiled step; the arrays' memory is donated, so that it works in place."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    arrays: list[jax.Array] = []
+
+    def restore() -> None:
+        arrays[:] = [
+            jnp.array(jnp.from_dlpack(tensor.clone()), copy=True) for tensor in gradients.originals()
+        ]
+
+    def in_place(rule: Callable[[float], optax.GradientTransformation]) -> Call:
+        def updated(arrays: list[jax.Array], number: float) -> Any:
+            return rule(number).update(arrays, optax.EmptyState())[0]
+
+        update = jax.jit(updated, donate_argnums=0)
+
+        def call(arrays: list[jax.Array], number: float) -> None:
+            arrays[:] = jax.block_until_ready(update(arrays, number))
+
+        return call, arrays
+
+    total_norm = jax.jit(optax.global_norm)
+    by_norm = in_place(optax.clip_by_global_norm)
+    calls = {
+        "norm": (lambda arrays, _: jax.block_until_ready(total_norm(arrays)), arrays),
+        "no clipping": by_norm,
+        "clipping": by_norm,
+        "value": in_place(optax.clip),
+    }
+    return Contender(calls, restore)
+
+
+def floors(gradients: Gradients) -> Contender:
+    """What has to be paid for the memory traffic alone: passes over one tensor of as many bytes.
+
+    A norm takes a pass that reads, clipping by it one more that reads and writes, clipping by value only the
+    latter.
+    """
+    flat = gradients.flat
+    if flat.dtype == torch.bfloat16:  # converting is work of its own: the same bytes as float32
+        flat = flat[: flat.numel() // 2 * 2].view(torch.float32)
+
+    def read(flat: Tensor, _: float) -> None:
+        flat.sum()
+
+    def read_then_write(flat: Tensor, _: float) -> None:
+        flat.sum()
+        flat.mul_(1.0)
+
+    def write(flat: Tensor, _: float) -> None:
+        flat.mul_(1.0)
+
+    calls = {
+        "norm": (read, flat),
+        "no clipping": (read, flat),
+        "clipping": (read_then_write, flat),
+        "value": (write, flat),
+    }
+    return Contender(calls, restore=lambda: None)

@@ -1,0 +1,185 @@
+"""What calls of torch's clipping functions do and cost, taken down while a program runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchclip import patch
+from torchclip.clip_grad.clip import clip_coefficient
+from torchclip.history.history import History
+
+__all__ = ["Cost", "Recorder"]
+
+# Sampled densely at first, so that a short program is measured too.
+_FIRST_CALLS = 32
+_SHARE_OF_FIRST_CALLS = 1 / 2
+_SHARE = 1 / 16
+_MOST_TIMES = 10_000
+
+
+class Cost:
+    """Calls of one function, and the seconds that the latest of them took on the host.
+
+    Attributes:
+        calls: how many there were.
+        ours: times in torchclip.
+        torchs: times that torch's function took, in other calls.
+        sampled: whether torch's function ran at all.
+        torch_error: what torch's function raised, if it did.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.ours: deque[float] = deque(maxlen=_MOST_TIMES)
+        self.torchs: deque[float] = deque(maxlen=_MOST_TIMES)
+        self.sampled = False
+        self.torch_error: str | None = None
+
+
+class Recorder:
+    """Stands between a program and the functions that ``torchclip.install`` has put in place.
+
+    Every call is either timed or sampled.  In a sampled call torch's function runs first, on the same
+    gradients, with a threshold that leaves them as they are: it computes their norm and multiplies them by 1.
+    It thus finds them as the backward pass has left them, like torchclip in the timed calls; what torchclip
+    takes in a sampled call does not count.  Nor do a function's first call, and the first of torch's.  Half
+    of the first calls and a sixteenth of the others are sampled, drawn at random (not with the program's
+    random numbers).  Tensor subclasses are not: for DTensors torch's function would communicate.
+
+    Nothing waits for an accelerator; work there that goes on when a call has returned is not in the times.
+    Calls inside of a function under ``torch.compile`` are not seen.
+
+    Attributes:
+        costs (dict[str, Cost]): the functions that were called, by name.
+        history (History): every call that clips by a norm, as a step.
+    """
+
+    def __init__(self) -> None:
+        self.costs: dict[str, Cost] = {}
+        self.history = History()
+        self._lock = threading.Lock()
+        self._random = random.Random(0)
+        self._steps = 0
+        self._ours = {function.__name__: function for _, _, function in patch.places()}
+        self._torchs = {name: vars(function)["__wrapped__"] for name, function in self._ours.items()}
+
+    def attach(self) -> None:
+        """Step in; ``torchclip.uninstall`` takes it out with the rest."""
+        recording = {
+            "clip_grad_norm_": self._clip_grad_norm_,
+            "clip_grad_value_": self._clip_grad_value_,
+            "clip_grads_with_norm_": self._clip_grads_with_norm_,
+            "get_total_norm": self._get_total_norm,
+        }
+        for module, name, function in patch.places():
+            setattr(module, name, recording[function.__name__])
+
+    # What stands in the functions' place; the names of the arguments are those that a program may use
+
+    def _clip_grad_norm_(self, parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+        total_norm = self._call("clip_grad_norm_", parameters, max_norm, *args, **kwargs)
+        self._record(max_norm, total_norm)
+        return total_norm
+
+    def _clip_grads_with_norm_(
+        self, parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self._call("clip_grads_with_norm_", parameters, max_norm, total_norm, *args, **kwargs)
+        self._record(max_norm, total_norm)
+
+    def _clip_grad_value_(self, parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> None:
+        self._call("clip_grad_value_", parameters, clip_value, *args, **kwargs)
+
+    def _get_total_norm(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._call("get_total_norm", tensors, *args, **kwargs)
+
+    def _call(self, name: str, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = self._ours[name]
+        if torch.compiler.is_compiling():
+            return ours(tensors, *args, **kwargs)
+        with self._lock:
+            cost = self.costs.setdefault(name, Cost())
+            cost.calls += 1
+            share = _SHARE_OF_FIRST_CALLS if cost.calls <= _FIRST_CALLS else _SHARE
+            sample = cost.calls > 1 and self._random.random() < share
+        start = time.perf_counter()
+        if sample:
+            if isinstance(tensors, Iterator):
+                tensors = list(tensors)  # read twice; the time of it is torch's, as in other calls ours
+            walking = time.perf_counter() - start
+            self._sample(cost, walking, name, tensors, *args, **kwargs)
+            return ours(tensors, *args, **kwargs)
+        result = ours(tensors, *args, **kwargs)
+        seconds = time.perf_counter() - start
+        if cost.calls > 1:
+            cost.ours.append(seconds)
+        return result
+
+    def _sample(self, cost: Cost, walking: float, name: str, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        """Time torch's function, with arguments that leave every tensor as it is.
+
+        ``walking`` seconds went into an iterator before, which torch's function would walk itself.
+        """
+        try:
+            given = inspect.signature(self._ours[name]).bind(tensors, *args, **kwargs)
+            given.apply_defaults()
+            items = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            torchs = self._harmless(name, items, **given.arguments)
+            if torchs is None:
+                return
+            start = time.perf_counter()
+            torchs()
+            seconds = walking + time.perf_counter() - start
+        except Exception as error:
+            # Torch's function would have raised here; what the program sees is torchclip's answer.
+            cost.torch_error = f"{type(error).__name__}: {error}"
+        else:
+            if cost.sampled:
+                cost.torchs.append(seconds)
+            cost.sampled = True
+
+    def _harmless(
+        self, name: str, items: list[Tensor], norm_type: Any = 2.0, foreach: bool | None = None, **_: Any
+    ) -> Callable[[], object] | None:
+        """What torch's function does with these arguments, without an effect; None for tensor subclasses."""
+        read = items if name == "get_total_norm" else [p.grad for p in items if p.grad is not None]
+        if not read or any(type(tensor) is not Tensor for tensor in read):
+            return None
+        norm_is_0 = torch.zeros((), device=read[0].device)
+        norm, scale_ = self._torchs["get_total_norm"], self._torchs["clip_grads_with_norm_"]
+
+        def norm_and_scale() -> None:
+            norm([p.grad for p in items if p.grad is not None], norm_type, foreach=foreach)
+            scale_(items, math.inf, norm_is_0, foreach)
+
+        return {
+            "clip_grad_norm_": norm_and_scale,
+            "clip_grad_value_": lambda: self._torchs["clip_grad_value_"](items, math.inf, foreach),
+            "clip_grads_with_norm_": lambda: scale_(items, math.inf, norm_is_0, foreach),
+            "get_total_norm": lambda: norm(read, norm_type, foreach=foreach),
+        }[name]
+
+    def _record(self, max_norm: Any, total_norm: Any) -> None:
+        """Take a step down, without waiting for an accelerator."""
+        if torch.compiler.is_compiling():
+            return
+        if isinstance(total_norm, Tensor):
+            if type(total_norm) is not Tensor:
+                return
+            total_norm = float(total_norm) if total_norm.is_cpu else total_norm.detach()
+        max_norm = float(max_norm)
+        coefficient = clip_coefficient(max_norm, total_norm)
+        with self._lock:
+            step = self._steps
+            self._steps += 1
+            self.history.append(step, total_norm, max_norm, coefficient)

@@ -1,0 +1,1 @@
+"""The functions, a file a rule."""

@@ -1,0 +1,127 @@
+"""Parameters by their units, for adaptive clipping: rows of a matrix, output channels of a convolution.
+
+The units of a parameter with two or more axes lie along its first axis; a vector or a scalar is one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchclip import kernel
+from torchclip._core import arguments, distributed, eager, gradients
+from torchclip._core.combine import ABSENT, norm_dtype
+from torchclip._core.distributed import Layout
+
+__all__ = ["Units", "norms", "of_parameters", "scale_"]
+
+
+class Units(NamedTuple):
+    """What this rank holds of a parameter and of its gradient, unit by unit along the first axis."""
+
+    owner: Tensor | None
+    """The gradient as the user sees it; None if there is none on this rank."""
+    weight: Tensor
+    grad: Tensor | None
+    measured: Tensor | None
+    """The gradient to take norms of: a reduced copy, where a reduction is pending."""
+    layout: Layout | None
+    """How single units are split over ranks."""
+
+
+def of_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Units]:
+    """The units of the distinct parameters that have a gradient, here or (if sharded) on other ranks."""
+    items = arguments.tensor_list("parameters", parameters)
+    if not items:
+        gradients.warn_if_used_up(parameters)
+    distinct = kernel.Batch(items, "parameters", take_grad=False).all
+    chosen = [p for p in distinct if p.grad is not None or distributed.is_dtensor(p)]
+    grads = [p.grad for p in chosen if p.grad is not None]
+    held = distributed.locals_of(grads)
+    gradients.refuse_unwritable(held, items)
+    for i, parameter in enumerate(chosen):
+        _check(i, parameter)
+    weights = distributed.locals_of([p.detach() for p in chosen])
+    local = iter(held)
+    measured = iter(distributed.locals_of(distributed.without_partial(grads)))
+    return [
+        _units(p, weight, next(local), next(measured))
+        if p.grad is not None
+        else _units(p, weight, None, None)
+        for p, weight in zip(chosen, weights, strict=True)
+    ]
+
+
+def _check(i: int, parameter: Tensor) -> None:
+    grad = parameter.grad
+    if grad is None:
+        return
+    if grad.layout != torch.strided and not _is_row_sparse(grad):
+        raise TypeError(
+            f"gradient {i} of shape {tuple(grad.shape)} is sparse within its rows, whose norms adaptive "
+            "clipping needs; make it dense first (`p.grad = p.grad.to_dense()`)"
+        )
+    if not distributed.split_alike(grad, parameter):
+        raise TypeError(
+            f"gradient {i} of shape {tuple(grad.shape)} is not split as its parameter is; redistribute it "
+            "(`p.grad = p.grad.redistribute(p.device_mesh, p.placements)`)"
+        )
+
+
+def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None) -> Units:
+    owner = parameter.grad
+    if grad is not None and owner is not None and _is_row_sparse(owner):
+        if not owner.is_coalesced():
+            owner.copy_(owner.coalesce())
+        values = owner._values()
+        return Units(owner, weight[owner._indices()[0]], values, values, None)
+    layout = distributed.layout_of(parameter, except_dim=0 if parameter.dim() > 1 else None)
+    if parameter.dim() < 2:
+        weight = weight.reshape(1, -1)
+        grad = None if grad is None else grad.view(1, -1)
+        measured = None if measured is None else measured.reshape(1, -1)
+    return Units(owner, weight, grad, measured, layout)
+
+
+def _is_row_sparse(tensor: Tensor) -> bool:
+    return tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1 and tensor.dim() > 1
+
+
+def norms(units: Sequence[Units], p: float) -> list[Tensor]:
+    """The norms of the weights (first row) and of the gradients (second row) of each parameter's units.
+
+    Where units are split over ranks, with the parts of them that other ranks hold.
+    """
+    with torch.no_grad():
+        of_units = [torch.stack([_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)]) for u in units]
+    if all(u.layout is None for u in units):
+        return of_units
+    by_layout: dict[Layout | None, list[int]] = {}
+    for i, each in enumerate(units):
+        by_layout.setdefault(each.layout, []).append(i)
+    vectors = {layout: torch.cat([of_units[i].view(-1) for i in at]) for layout, at in by_layout.items()}
+    for layout, joint in distributed.across_meshes(vectors, p).items():
+        at = by_layout[layout]
+        for i, part in zip(at, torch.split(joint, [of_units[i].numel() for i in at]), strict=True):
+            of_units[i] = part.view(2, -1).clamp(min=0.0)
+    return of_units
+
+
+def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
+    """The norms of what this rank holds of the units of a tensor."""
+    if tensor is None or (units.layout is not None and tensor.numel() == 0):
+        return units.weight.new_full((len(units.weight),), ABSENT, dtype=norm_dtype(units.weight.device))
+    return eager.row_norms(tensor, p)
+
+
+def scale_(units: Units, factors: Tensor) -> None:
+    """Multiply the gradient of each unit in place by its own factor."""
+    if units.grad is None or units.owner is None:
+        return
+    with torch.no_grad():
+        eager.scale_rows_(units.grad, factors)
+    if distributed.is_dtensor(units.owner) or units.owner.layout != torch.strided:
+        torch.autograd.graph.increment_version(units.owner)

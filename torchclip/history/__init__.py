@@ -1,0 +1,5 @@
+"""What clipping did, step by step."""
+
+from torchclip.history.history import History, Record, Summary
+
+__all__ = ["History", "Record", "Summary"]
