@@ -1,0 +1,84 @@
+"""The interface to the tensors of one call; every clipping rule is a composition of its methods.
+
+``gather`` decides which implementation takes which tensors:
+
+    native        the compiled kernel, for plain dense tensors in host memory
+    host          torch operations on other tensors in host memory: sparse ones, subclasses, other dtypes
+    accelerator   torch operations that never wait for a value: other devices, and whatever is being traced
+    mixed         several of those in one call
+    sharded       any of those, with norms that ranks agree on
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+__all__ = ["Batch", "Facts", "Norm", "Norms"]
+
+Norm: TypeAlias = float | Tensor
+"""A number known on the host, or a 0-dim float64 tensor that nobody should wait for."""
+
+Norms: TypeAlias = "list[float] | Tensor"
+"""Several of them: a list, or a float64 tensor of one dimension."""
+
+
+class Facts(IntFlag):
+    """What callers need to know of the tensors; of a sharded batch that has taken a norm, on all ranks."""
+
+    DOUBLE = 1
+    """Any is float64 or complex128: then results are float64."""
+    COMPLEX = 2
+    """Any is complex."""
+    SMALL = 4
+    """So few elements in host memory that multiplying them now costs less than having a fused step do it."""
+    GAPS = 8
+    """Any has memory between its elements, into which torch's fused steps on the CPU write."""
+    SHARED = 16
+    """Any is the gradient of several parameters, so that an optimizer meets it several times."""
+
+
+class Batch(Protocol):
+    """The distinct tensors of one call.
+
+    Between two calls of its methods the tensors may change in any way: each call looks at their memory anew.
+    A method that changes them tells autograd (version counters), and refuses what it cannot do before it
+    changes anything.
+    """
+
+    @property
+    def all(self) -> list[Tensor]:
+        """The distinct tensors in order, as the user sees them.  Not to be changed."""
+
+    @property
+    def facts(self) -> int:
+        """``Facts`` of the tensors."""
+
+    def norm(self, p: float, finite: bool = False, /) -> Norm:
+        """The norm of order ``p`` of all elements as one vector; ``scalars.ABSENT`` (-1.0) for no elements.
+
+        With ``finite`` (for an order above 0) only the elements that are finite count; ``ABSENT`` if none is.
+        """
+
+    def norms(self, p: float, finite: bool = False, /) -> Norms:
+        """The norm of each tensor of ``all``, likewise."""
+
+    def scale_(self, clip_coef: Norm, /) -> None:
+        """Multiply all elements in place; by the float 1.0, which would change nothing, not at all.
+
+        Each product is formed in at least float32 and rounded once.
+        """
+
+    def scale_each_(self, clip_coefs: Norms, /) -> None:
+        """Multiply each tensor of ``all`` in place by its own number."""
+
+    def clamp_(self, limit: float, /) -> None:
+        """Limit every element in place to ``[-limit, limit]``; NaN stays NaN.
+
+        Only for batches without complex tensors.
+        """
+
+    def zero_nonfinite_(self) -> None:
+        """Put 0 in the place of every element that is infinite or NaN."""
