@@ -12,7 +12,9 @@ from torchclip.clip_grad.clip import (
 )
 from torchclip.clipper.clipper import Clipper
 from torchclip.patch import install, installed, uninstall
-from torchclip.thresholds.thresholds import Percentile, Threshold, ZScore
+from torchclip.thresholds.base import Threshold
+from torchclip.thresholds.percentile import Percentile
+from torchclip.thresholds.zscore import ZScore
 
 __version__ = "0.1.0"
 

@@ -18,8 +18,9 @@ from torchclip._core import arguments, distributed, eager, gradients
 from torchclip._core.combine import join
 from torchclip._core.norm import in_double, refuse_nonfinite
 from torchclip.clip_grad.clip import clip_coefficient
-from torchclip.history.history import History, Record, as_records
-from torchclip.thresholds.thresholds import MaxNorm, MaxNormRule, Threshold
+from torchclip.history.history import History
+from torchclip.history.records import Record, as_records
+from torchclip.thresholds.base import MaxNorm, MaxNormRule, Threshold
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,5 +1,7 @@
 """What clipping did, step by step."""
 
-from torchclip.history.history import History, Record, Summary
+from torchclip.history.history import History
+from torchclip.history.records import Record
+from torchclip.history.summary import Summary
 
 __all__ = ["History", "Record", "Summary"]

@@ -11,114 +11,37 @@ import importlib.util
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from collections.abc import Iterator, Mapping, Sequence
+from threading import RLock
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from torchclip._core import arguments
+from torchclip.history.records import FIELD_CHECKS, Record, as_records, integer
+from torchclip.history.summary import QUANTILES, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History", "Record", "Summary", "as_records"]
+__all__ = ["History"]
 
 # How many steps may wait for their values; when so many do, they are fetched without being asked for.
 _MOST_PENDING = 1024
-
-_QUANTILES = (0.1, 0.5, 0.9, 0.99)
-
-
-class Record(NamedTuple):
-    """One step: what the gradients' norm was and what was done about it.
-
-    A step whose closure is called several times, as by LBFGS, has a record for each call.
-    """
-
-    step: int
-    """The step's number, as the caller counts."""
-    total_norm: float
-    """The norm of all gradients before clipping."""
-    max_norm: float
-    """The threshold of this step, the smallest of several; ``inf`` if the step was only measured."""
-    clip_coef: float
-    """What the gradients were multiplied by, at most 1; with several thresholds the smallest factor."""
-    clipped: bool
-    """Whether ``clip_coef`` is below 1 and the step was taken."""
-    nonfinite: bool
-    """Whether ``total_norm`` is ``inf`` or ``nan``."""
-    skipped: bool
-    """Whether the step was left out: parameters and optimizer state did not change."""
-
-
-def _integer(name: str, value: Any) -> int:
-    return arguments.count(name, value, least=-math.inf)
-
-
-# What the fields of a record must be in a saved state, in order.
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "step": _integer,
-    "total_norm": arguments.number,
-    "max_norm": arguments.number,
-    "clip_coef": arguments.number,
-    "clipped": arguments.flag,
-    "nonfinite": arguments.flag,
-    "skipped": arguments.flag,
-}
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A run in a few numbers; ``str()`` puts them in two lines.
-
-    Counts and the largest norm are those of all steps, the quantiles those of the ``kept`` last ones.  A step
-    with several records counts once: as clipped, non-finite or skipped if one of them is.
-    """
-
-    steps: int
-    clipped: int
-    nonfinite: int
-    skipped: int
-    largest_norm: float
-    """The largest finite norm; ``nan`` if there was none."""
-    largest_step: int | None
-    """The step of the largest norm, the first one if it occurred again."""
-    kept: int
-    quantiles: dict[float, float]
-    """Quantiles of the finite norms among the kept steps, by probability; empty if there was none."""
-
-    @property
-    def clipped_share(self) -> float:
-        """Clipped steps per step; 0 for no steps."""
-        return self.clipped / self.steps if self.steps else 0.0
-
-    def __str__(self) -> str:
-        counts = (
-            f"{self.steps:,} steps: {self.clipped:,} clipped ({self.clipped_share:.1%}), "
-            f"{self.nonfinite:,} non-finite, {self.skipped:,} skipped"
-        )
-        if not self.quantiles:
-            return f"{counts}\nnorm: none finite among the steps kept"
-        quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in self.quantiles.items())
-        where = "" if self.kept == self.steps else f" (last {self.kept:,} steps)"
-        return (
-            f"{counts}\nnorm: {quantiles}{where}; largest {self.largest_norm:.4g} at step {self.largest_step}"
-        )
 
 
 class History(Sequence[Record]):
     """The last ``maxlen`` records in full, and counts over all steps.
 
     A sequence of ``Record``, oldest first: ``history[-1]`` is the latest, ``len(history)`` is how many are
-    kept.
+    kept.  Other threads may read while the training appends; what they read is the history at one moment.
 
     Args:
         maxlen: how many records to keep, at least 1; about 300 bytes each.
 
     Examples:
+        >>> import torch
         >>> history = History()
         >>> history.append(0, total_norm=0.5, max_norm=1.0, clip_coef=1.0)
         >>> history.append(1, total_norm=torch.tensor(4.0), max_norm=1.0, clip_coef=torch.tensor(0.25))
@@ -137,6 +60,9 @@ class History(Sequence[Record]):
         self._largest: tuple[float, int | None] = (math.nan, None)
         # Whether a record of the latest step was clipped, non-finite, skipped.
         self._latest = (False, False, False)
+        # Held by whoever changes or reads anything but `_pending`.  A signal handler may read in the middle
+        # of a read, hence the R.
+        self._lock = RLock()
 
     def append(
         self,
@@ -158,16 +84,19 @@ class History(Sequence[Record]):
             clip_coef: what the gradients are multiplied by, at most 1.
             skipped: whether the step is left out.
         """
+        # No lock: to append to a list is one step for other threads, too.
         self._pending.append((step, total_norm, max_norm, clip_coef, skipped))
         if len(self._pending) >= _MOST_PENDING:
-            self._resolve()
+            with self._lock:
+                self._resolve()
 
     def _resolve(self) -> None:
-        """Turn what is pending into records."""
-        if not self._pending:
+        """Turn what is pending into records.  The caller holds the lock."""
+        rows = self._pending[:]  # another thread may append more meanwhile
+        if not rows:
             return
-        records = as_records(self._pending)
-        self._pending.clear()
+        records = as_records(rows)
+        del self._pending[: len(rows)]
         for record in records:
             is_new = not self._kept or self._kept[-1].step != record.step
             clipped, nonfinite, skipped = (False, False, False) if is_new else self._latest
@@ -184,45 +113,61 @@ class History(Sequence[Record]):
             if not record.nonfinite and not record.total_norm <= self._largest[0]:
                 self._largest = (record.total_norm, record.step)
 
-    @property
-    def _records(self) -> deque[Record]:
-        self._resolve()
-        return self._kept
+    def _snapshot(self) -> list[Record]:
+        """The records kept at this moment."""
+        with self._lock:
+            self._resolve()
+            return list(self._kept)
 
     def __len__(self) -> int:
-        return len(self._records)
+        with self._lock:
+            self._resolve()
+            return len(self._kept)
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(self._records)
+        return iter(self._snapshot())
+
+    def __reversed__(self) -> Iterator[Record]:
+        return reversed(self._snapshot())
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        return list(self._records)[index] if isinstance(index, slice) else self._records[index]
+        if isinstance(index, slice):
+            return self._snapshot()[index]
+        with self._lock:
+            self._resolve()
+            try:
+                return self._kept[index]
+            except IndexError:
+                kept = len(self._kept)
+        if not kept:
+            raise IndexError("the history is empty: no step has been recorded yet")
+        raise IndexError(f"the history has no record {index}: it keeps {kept:,}, from 0 to {kept - 1:,}")
 
     def __repr__(self) -> str:
         return f"<History of {len(self):,} steps, at most {self._kept.maxlen:,}>"
 
     def summary(self) -> Summary:
         """Counts over all steps, and the quantiles of the norm over the steps kept."""
-        norms = [record.total_norm for record in self if not record.nonfinite]
-        quantiles = (
-            dict(zip(_QUANTILES, np.quantile(norms, _QUANTILES).tolist(), strict=True)) if norms else {}
-        )
-        largest_norm, largest_step = self._largest
+        with self._lock:
+            records = self._snapshot()
+            counts, (largest_norm, largest_step) = dict(self._counts), self._largest
+        norms = [record.total_norm for record in records if not record.nonfinite]
+        quantiles = dict(zip(QUANTILES, np.quantile(norms, QUANTILES).tolist(), strict=True)) if norms else {}
         return Summary(
-            **self._counts,
+            **counts,
             largest_norm=largest_norm,
             largest_step=largest_step,
-            kept=len({record.step for record in self}),
+            kept=len({record.step for record in records}),
             quantiles=quantiles,
         )
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The records kept as columns: field of ``Record`` → its values, oldest first."""
-        records = self._records
+        records = self._snapshot()
         return {name: [record[i] for record in records] for i, name in enumerate(Record._fields)}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -230,7 +175,7 @@ class History(Sequence[Record]):
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Record._fields)
-            writer.writerows(self._records)
+            writer.writerows(self._snapshot())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norm over the steps on a log scale, with the threshold and the steps that were clipped.
@@ -250,16 +195,17 @@ class History(Sequence[Record]):
             raise ModuleNotFoundError(
                 "plot() needs matplotlib; install it with: pip install 'torchclip[demo]'"
             )
-        from torchclip.history import plots
+        from torchclip.history.figure import history_figure
 
-        figure = plots.history_figure(self.as_dict())
+        figure = history_figure(self.as_dict())
         if path is not None:
             figure.savefig(path)
         return figure
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
-        return {"records": self.as_dict(), "counts": dict(self._counts), "largest": list(self._largest)}
+        with self._lock:
+            return {"records": self.as_dict(), "counts": dict(self._counts), "largest": list(self._largest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace everything by what ``state_dict`` returned; only the last ``maxlen`` records stay.
@@ -273,7 +219,7 @@ class History(Sequence[Record]):
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
         columns = [
             arguments.items(f"state['records']['{name}']", state["records"][name], check)
-            for name, check in _CHECKS.items()
+            for name, check in FIELD_CHECKS.items()
         ]
         if len(set(map(len, columns))) > 1:
             raise ValueError("`state['records']` must have columns of the same length")
@@ -285,37 +231,26 @@ class History(Sequence[Record]):
         if not isinstance(largest, (list, tuple)) or len(largest) != 2:
             raise TypeError(f"`state['largest']` must be a pair, got {arguments.shown(largest)}")
         norm = arguments.number("state['largest']", largest[0])
-        step = None if largest[1] is None else _integer("state['largest']", largest[1])
-        self._pending.clear()
-        self._kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
-        self._counts = counts
-        self._largest = (norm, step)
-        latest = [record for record in self._kept if record.step == self._kept[-1].step]
-        self._latest = (
-            any(record.clipped for record in latest),
-            any(record.nonfinite for record in latest),
-            any(record.skipped for record in latest),
-        )
+        step = None if largest[1] is None else integer("state['largest']", largest[1])
+        kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
+        latest = [record for record in kept if record.step == kept[-1].step]
+        with self._lock:
+            self._pending.clear()
+            self._kept, self._counts, self._largest = kept, counts, (norm, step)
+            self._latest = (
+                any(record.clipped for record in latest),
+                any(record.nonfinite for record in latest),
+                any(record.skipped for record in latest),
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle with tensors of an accelerator could not be read on a machine without one.
-        self._resolve()
-        return self.__dict__
+        with self._lock:
+            self._resolve()
+            state = self.__dict__ | {"_kept": self._kept.copy(), "_counts": dict(self._counts)}
+        # Copies have a lock and pending steps of their own.
+        return state | {"_pending": [], "_lock": None}
 
-
-def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-    """What ``History.append`` was given, as records: one transfer for each device and dtype."""
-    fetched = [list(row) for row in rows]
-    places: dict[tuple[torch.device, torch.dtype], list[tuple[int, int]]] = {}
-    for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            if isinstance(value, Tensor):
-                places.setdefault((value.device, value.dtype), []).append((i, j))
-    for where in places.values():
-        values = torch.stack([rows[i][j] for i, j in where]).tolist()
-        for (i, j), value in zip(where, values, strict=True):
-            fetched[i][j] = value
-    return [
-        Record(step, norm, max_norm, coef, coef < 1 and not skipped, not math.isfinite(norm), bool(skipped))
-        for step, norm, max_norm, coef, skipped in fetched
-    ]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = RLock()

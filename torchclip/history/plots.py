@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchclip.history.figure import on_log_scale
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -65,41 +67,6 @@ def clipped_norms_figure(unclipped: Array, clipped: Array, threshold: float) -> 
     return figure
 
 
-def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
-    """The norm over the steps on a log scale, with the threshold; steps that were clipped are marked.
-
-    A norm that a log scale has no place for (0, inf, nan) leaves a gap.  Steps that were not finite or were
-    skipped are marked at the upper edge.
-
-    Args:
-        columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
-    """
-    from matplotlib.figure import Figure
-
-    step = np.asarray(columns["step"])
-    norm, threshold = _on_log_scale(columns["total_norm"]), _on_log_scale(columns["max_norm"])
-    clipped, nonfinite, skipped = (
-        np.asarray(columns[name], dtype=bool) for name in ("clipped", "nonfinite", "skipped")
-    )
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="gradient norm before clipping")
-    axes.set_title("Norms over Steps", fontsize=16)
-    axes.grid(alpha=0.3)
-    axes.plot(step, norm, color="tab:blue", linewidth=0.8, marker=".", markersize=2, label="norm")
-    label = f"clipped ({clipped.sum():,})"
-    axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=4, label=label)
-    axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
-    edge = axes.get_xaxis_transform()  # y from 0 to 1, whatever the scale
-    for mask, name, marker, y in [(nonfinite, "non-finite", "v", 0.98), (skipped, "skipped", "x", 0.94)]:
-        if mask.any():
-            label, heights = f"{name} ({mask.sum():,})", np.full(mask.sum(), y)
-            axes.plot(step[mask], heights, marker, color="tab:red", transform=edge, label=label)
-    if np.isfinite([*norm, *threshold]).any():  # a log scale must have something to show
-        axes.set_yscale("log")
-    figure.legend(loc="outside lower center", ncols=5)
-    return figure
-
-
 # Vermilion and blue of Okabe and Ito's palette, which colour-blind readers can tell apart.
 RUN_COLOURS = {"unclipped": "#D55E00", "clipped": "#0072B2"}
 
@@ -119,7 +86,7 @@ def training_figure(losses: RunValues, norms: RunValues, max_norms: Sequence[flo
     loss_axes, norm_axes = figure.subplots(1, 2)
     _draw_runs(loss_axes, "Loss", losses)
     _draw_runs(norm_axes, "Gradient norm before clipping", norms)
-    threshold = _on_log_scale(max_norms)
+    threshold = on_log_scale(max_norms)
     if np.isfinite(threshold).any():
         label = f"threshold {threshold[0]:g}" if (threshold == threshold[0]).all() else "threshold"
         norm_axes.plot(_steps(threshold), threshold, color="black", linestyle="--", label=label)
@@ -131,7 +98,7 @@ def _draw_runs(axes: Axes, title: str, runs: RunValues) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     for name, values in runs.items():
-        numbers = _on_log_scale(values)
+        numbers = on_log_scale(values)
         axes.plot(_steps(numbers), numbers, color=RUN_COLOURS[name], linewidth=1.4, label=name)
     axes.set_title(title, size=15, loc="left")
     axes.set_xlabel("training step", size=13)
@@ -227,12 +194,6 @@ def _cost_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], size: str, unit: 
 
 def _measured(contenders: Mapping[str, Any], name: str) -> bool:
     return "seconds" in contenders.get(name, {})
-
-
-def _on_log_scale(values: Sequence[float]) -> Array:
-    """Values that a log scale has no place for become NaN, which leaves a gap in a line."""
-    numbers = np.asarray(values, dtype=np.float64)
-    return np.where((numbers > 0) & np.isfinite(numbers), numbers, np.nan)
 
 
 def _book_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
-from torchclip.history.history import Record
+from torchclip.history.records import Record
 from torchclip.integrations.loggers import Scalars
-from torchclip.thresholds.thresholds import MaxNorm
+from torchclip.thresholds.base import MaxNorm
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from torchclip._core import arguments
-from torchclip.history.history import Record
+from torchclip.history.records import Record
 
 __all__ = ["DictLogger", "Scalars"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from torchclip._core import arguments
-from torchclip.history.history import Record
+from torchclip.history.records import Record
 from torchclip.integrations.loggers import Scalars
 
 __all__ = ["ScalarLogger"]

@@ -1,5 +1,7 @@
-"""Thresholds that follow the run."""
+"""Thresholds that follow the run: the norms seen so far decide where to clip."""
 
-from torchclip.thresholds.thresholds import MaxNorm, Percentile, Threshold, ZScore
+from torchclip.thresholds.base import MaxNorm, Threshold
+from torchclip.thresholds.percentile import Percentile
+from torchclip.thresholds.zscore import ZScore
 
 __all__ = ["MaxNorm", "Percentile", "Threshold", "ZScore"]

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import torchclip
 from torchclip.cli.main import file_to_write, png_file
 from torchclip.cli.train import parallel
-from torchclip.thresholds.thresholds import MaxNorm
+from torchclip.thresholds.base import MaxNorm
 
 # The learning rates are as high as training with clipping bears; that is what clipping is good for.
 LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0}

@@ -1,0 +1,61 @@
+"""The figure of a history: data in, a matplotlib figure out, which the caller saves.
+
+Figures are made as objects, without ``pyplot``: no window, no global state, nothing to close.  matplotlib
+comes with the ``demo`` extra and is imported where a figure is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["history_figure", "on_log_scale"]
+
+Array = NDArray[Any]
+
+
+def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
+    """The norm over the steps on a log scale, with the threshold; steps that were clipped are marked.
+
+    A norm that a log scale has no place for (0, inf, nan) leaves a gap.  Steps that were not finite or were
+    skipped are marked at the upper edge.
+
+    Args:
+        columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
+    """
+    from matplotlib.figure import Figure
+
+    step = np.asarray(columns["step"])
+    norm, threshold = on_log_scale(columns["total_norm"]), on_log_scale(columns["max_norm"])
+    clipped, nonfinite, skipped = (
+        np.asarray(columns[name], dtype=bool) for name in ("clipped", "nonfinite", "skipped")
+    )
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="gradient norm before clipping")
+    axes.set_title("Norms over Steps", fontsize=16)
+    axes.grid(alpha=0.3)
+    axes.plot(step, norm, color="tab:blue", linewidth=0.8, marker=".", markersize=2, label="norm")
+    label = f"clipped ({clipped.sum():,})"
+    axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=4, label=label)
+    axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
+    edge = axes.get_xaxis_transform()  # y from 0 to 1, whatever the scale
+    for mask, name, marker, y in [(nonfinite, "non-finite", "v", 0.98), (skipped, "skipped", "x", 0.94)]:
+        if mask.any():
+            label, heights = f"{name} ({mask.sum():,})", np.full(mask.sum(), y)
+            axes.plot(step[mask], heights, marker, color="tab:red", transform=edge, label=label)
+    if np.isfinite([*norm, *threshold]).any():  # a log scale must have something to show
+        axes.set_yscale("log")
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def on_log_scale(values: Sequence[float]) -> Array:
+    """Values that a log scale has no place for become NaN, which leaves a gap in a line."""
+    numbers = np.asarray(values, dtype=np.float64)
+    return np.where((numbers > 0) & np.isfinite(numbers), numbers, np.nan)

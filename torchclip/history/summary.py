@@ -1,0 +1,49 @@
+"""A run in a few numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["QUANTILES", "Summary"]
+
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+"""The probabilities of the quantiles in a summary."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a few numbers; ``str()`` puts them in two lines.
+
+    Counts and the largest norm are those of all steps, the quantiles those of the ``kept`` last ones.  A step
+    with several records counts once: as clipped, non-finite or skipped if one of them is.
+    """
+
+    steps: int
+    clipped: int
+    nonfinite: int
+    skipped: int
+    largest_norm: float
+    """The largest finite norm; ``nan`` if there was none."""
+    largest_step: int | None
+    """The step of the largest norm, the first one if it occurred again."""
+    kept: int
+    quantiles: dict[float, float]
+    """Quantiles of the finite norms among the kept steps, by probability; empty if there was none."""
+
+    @property
+    def clipped_share(self) -> float:
+        """Clipped steps per step; 0 for no steps."""
+        return self.clipped / self.steps if self.steps else 0.0
+
+    def __str__(self) -> str:
+        counts = (
+            f"{self.steps:,} steps: {self.clipped:,} clipped ({self.clipped_share:.1%}), "
+            f"{self.nonfinite:,} non-finite, {self.skipped:,} skipped"
+        )
+        if not self.quantiles:
+            return f"{counts}\nnorm: none finite among the steps kept"
+        quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in self.quantiles.items())
+        where = "" if self.kept == self.steps else f" (last {self.kept:,} steps)"
+        return (
+            f"{counts}\nnorm: {quantiles}{where}; largest {self.largest_norm:.4g} at step {self.largest_step}"
+        )

@@ -1,0 +1,65 @@
+"""Arrays of gradients: what is refused, how a norm is taken, how they are scaled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Array", "check_arrays", "magnitudes", "norm_of", "scale"]
+
+
+Array: TypeAlias = NDArray[Any]
+
+
+def norm_of(magnitudes: Sequence[Array], p: float) -> float:
+    """``(Σ m^p)^(1/p)`` over float64 arrays of magnitudes, without overflow on the way."""
+    m = np.concatenate([a.ravel() for a in magnitudes]) if magnitudes else np.zeros(0)
+    if m.size == 0:
+        return 0.0
+    if p == 0:
+        return float(np.count_nonzero(m))
+    leading = float(m.max() if p > 0 else m.min())
+    if math.isinf(p) or leading == 0 or not math.isfinite(leading):
+        return leading
+    with np.errstate(over="ignore"):
+        return float(leading * np.sum((m / leading) ** p) ** (1 / p))
+
+
+def magnitudes(grad: Array) -> Array:
+    """``|g|`` in float64."""
+    return np.abs(grad.astype(np.complex128 if np.iscomplexobj(grad) else np.float64))
+
+
+def scale(grads: Sequence[Array], rate: float) -> None:
+    """Multiply in place by ``rate`` where it is below 1 (or NaN), the product rounded once."""
+    if rate >= 1:
+        return
+    for grad in grads:
+        # A complex number times a real one: each part on its own.
+        parts = [grad.real, grad.imag] if np.iscomplexobj(grad) else [grad]
+        for part in parts:
+            with np.errstate(invalid="ignore", under="ignore"):
+                part[...] = part.astype(np.float64) * rate
+
+
+def check_arrays(
+    arrays: Sequence[Array], *, writeable: bool, real: bool = False, name: str = "grads"
+) -> list[Array]:
+    """The distinct ones of the arrays, in order, or an error that says what is wrong with them."""
+    if not isinstance(arrays, (list, tuple)):
+        raise TypeError(f"`{name}` must be a list or a tuple of arrays, got {type(arrays).__name__}")
+    for i, a in enumerate(arrays):
+        if not isinstance(a, np.ndarray):
+            raise TypeError(f"`{name}` must hold NumPy arrays, item {i} is {type(a).__name__}")
+        if not np.issubdtype(a.dtype, np.floating if real else np.inexact):
+            kind = "real floating" if real else "floating or complex"
+            raise TypeError(f"`{name}` must be of a {kind} dtype, item {i} is {a.dtype}; convert it first")
+        if writeable and not a.flags.writeable:
+            raise ValueError(
+                f"`{name}` must be writeable, as clipping works in place, but item {i} is not; pass a copy"
+            )
+    return list({id(a): a for a in arrays}.values())

@@ -1,0 +1,141 @@
+"""Thresholds that follow the norms of a run, for all its steps at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from torchclip.reference import checks
+from torchclip.reference.arrays import Array
+
+__all__ = ["percentile_thresholds", "zscore_thresholds"]
+
+
+def percentile_thresholds(
+    norms: Sequence[float],
+    percentile: float = 10.0,
+    window: int | None = None,
+    warmup: int = 0,
+    max_norm: float = math.inf,
+) -> Array:
+    r"""AutoClip's threshold for every step of a run: a percentile of the norms so far.
+
+    With ``H_t`` the finite ones of the norms up to and including the step's own, or the last ``window`` of
+    those:
+
+        threshold_t = min(percentile of H_t, max_norm)
+
+    Twin of ``torchclip.Percentile``.
+
+    Args:
+        norms: the gradient norm of each step.
+        percentile: between 0 and 100.
+        window: how many of the latest finite norms count; ``None`` for all.
+        warmup: before so many finite norms were seen, the threshold is ``max_norm``.
+        max_norm: the largest threshold.
+
+    Returns:
+        The thresholds, of shape ``(len(norms),)``, float64.
+
+    References:
+        Seetharaman, Wichern, Pardo and Le Roux, *AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks*, 2020, https://arxiv.org/abs/2007.14469
+
+    Examples:
+        >>> percentile_thresholds([1.0, 3.0, 100.0, math.nan], percentile=50.0)
+        array([1., 2., 3., 3.])
+    """
+    norms = checks.norms(norms)
+    percentile = checks.at_most("percentile", percentile, 100)
+    window = None if window is None else checks.count("window", window, 1)
+    warmup = checks.count("warmup", warmup, 0)
+    max_norm = checks.threshold("max_norm", max_norm)
+    thresholds = np.full(len(norms), max_norm)
+    history: list[float] = []
+    for t, norm in enumerate(norms):
+        warm = len(history) >= warmup
+        if math.isfinite(norm):
+            history.append(norm)
+        if warm and history:
+            latest = history if window is None else history[-window:]
+            thresholds[t] = min(float(np.percentile(latest, percentile)), max_norm)
+    return thresholds
+
+
+def zscore_thresholds(
+    norms: Sequence[float],
+    alpha: float = 0.97,
+    threshold: float = 2.5,
+    warmup: int = 25,
+    clip_option: str = "adaptive_scaling",
+    skip_update_on_spike: bool = False,
+    max_norm: float = math.inf,
+) -> Array:
+    r"""ZClip's threshold for every step of a run: spikes above the z-score ``threshold`` are pulled back.
+
+    Mean ``μ`` and variance ``σ²`` start as those of the first ``warmup`` finite norms.  Then, step by step:
+
+        z = (g - μ) / σ
+        if z > threshold:  g ← μ + (threshold² / z) σ    ("adaptive_scaling")
+                           g ← μ                         ("mean")
+                           g ← μ + threshold σ           ("percentile")
+        μ  ← alpha μ  + (1 - alpha) g
+        σ² ← alpha σ² + (1 - alpha) (g - μ)²
+
+    The step's threshold is the new ``g`` for a spike and ``μ + threshold σ`` otherwise, ``max_norm`` in the
+    warm-up, and never more than ``max_norm``.  Twin of ``torchclip.ZScore``.
+
+    Args:
+        norms: the gradient norm of each step.
+        alpha: how much of the mean and variance is kept each step.
+        threshold: the z-score above which a norm is a spike.
+        warmup: how many finite norms the mean and variance start from.
+        clip_option: what a spike is pulled back to.
+        skip_update_on_spike: a spike leaves mean and variance as they are.
+        max_norm: the largest threshold.
+
+    Returns:
+        The thresholds, of shape ``(len(norms),)``, float64.
+
+    References:
+        Kumar, Owen, Chowdhury and Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
+        https://arxiv.org/abs/2504.02507
+
+    Examples:
+        >>> zscore_thresholds([1.0, 3.0, 10.0], threshold=2.0, warmup=2)
+        array([inf, inf, 2.5])
+    """
+    norms = checks.norms(norms)
+    alpha = checks.at_most("alpha", alpha, 1)
+    threshold = checks.threshold("threshold", threshold)
+    warmup = checks.count("warmup", warmup, 1)
+    if not isinstance(clip_option, str) or clip_option not in ("adaptive_scaling", "mean", "percentile"):
+        raise ValueError(
+            f"`clip_option` must be 'adaptive_scaling', 'mean' or 'percentile', got {clip_option!r}"
+        )
+    max_norm = checks.threshold("max_norm", max_norm)
+    thresholds = np.full(len(norms), max_norm)
+    first: list[float] = []
+    mean = var = 0.0
+    for t, norm in enumerate(norms):
+        if len(first) < warmup:
+            if math.isfinite(norm):
+                first.append(norm)
+                mean, var = float(np.mean(first)), float(np.var(first))
+            continue
+        std = math.sqrt(var)
+        limit = mean + threshold * std
+        spike = math.isfinite(norm) and norm > limit
+        if spike and clip_option == "adaptive_scaling":
+            # threshold²/z · σ, with z's σ multiplied up: no spike divides by zero.
+            limit = mean + threshold**2 * var / (norm - mean)
+        elif spike and clip_option == "mean":
+            limit = mean
+        thresholds[t] = min(limit, max_norm)
+        if math.isfinite(norm) and not (spike and skip_update_on_spike):
+            g = limit if spike else norm
+            mean = alpha * mean + (1 - alpha) * g
+            var = alpha * var + (1 - alpha) * (g - mean) ** 2
+    return thresholds

@@ -1,0 +1,127 @@
+"""AutoClip: a percentile of the norms so far."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from torchclip._core import arguments
+from torchclip.thresholds import checks
+
+__all__ = ["Percentile"]
+
+
+class Percentile:
+    r"""Clip at a percentile of the norms so far: AutoClip.
+
+    With the history ``H_t = {‖g_1‖, …, ‖g_t‖}``, which includes the current step's norm:
+
+        max_norm_t = min(p-th percentile of H_t, max_norm)
+
+    The percentile is exact, with linear interpolation as in ``numpy.percentile``.  Norms that are not
+    finite do not enter the history; such a step gets the percentile of the norms before it.
+
+    The history is kept sorted, so a step inserts one value instead of sorting again.  What that costs is
+    moving the larger values up: with a history of 10,000 norms a step takes about 1 µs, with 100,000 norms
+    4 µs, with a million 40 µs.  The memory is 8 bytes a norm, 40 with a ``window``.
+
+    Twin: ``torchclip.reference.percentile_thresholds``.
+
+    Args:
+        percentile: between 0 (the smallest norm so far) and 100 (the largest: no clipping). Low values clip
+            most steps, which is the method's intent; the paper recommends 10.
+        window: how many of the latest norms count; ``None`` for all, as in the paper.
+        warmup: so many finite norms are only learned from at first; these steps are clipped to ``max_norm``
+            alone. The paper has no warm-up.
+        max_norm: a hard ceiling for the threshold, in the warm-up too.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is out of its range.
+
+    References:
+        Seetharaman, Wichern, Pardo and Le Roux, *AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks*, 2020, https://arxiv.org/abs/2007.14469
+
+    Examples:
+        >>> threshold = Percentile(50.0)
+        >>> [threshold.update(norm) for norm in [1.0, 3.0, 100.0, math.nan]]
+        [1.0, 2.0, 3.0, 3.0]
+    """
+
+    def __init__(
+        self,
+        percentile: float = 10.0,
+        window: int | None = None,
+        warmup: int = 0,
+        max_norm: float = math.inf,
+    ) -> None:
+        self.percentile = checks.between("percentile", percentile, 100)
+        self.window = None if window is None else arguments.count("window", window, least=1)
+        self.warmup = arguments.count("warmup", warmup, least=0)
+        self.max_norm = arguments.threshold("max_norm", max_norm)
+        self._seen = 0
+        self._sorted = array("d")
+        self._arrivals: deque[float] = deque()  # in order of arrival; stays empty without a window
+
+    def update(self, norm: float) -> float:
+        """Add ``norm`` to the history and return the threshold of this step."""
+        norm = checks.norm(norm)
+        warming_up = self._seen < self.warmup
+        if math.isfinite(norm):
+            self._seen += 1
+            self._remember(norm)
+        if warming_up or not self._sorted:
+            return self.max_norm
+        return min(_quantile(self._sorted, self.percentile), self.max_norm)
+
+    def _remember(self, norm: float) -> None:
+        insort(self._sorted, norm)
+        if self.window is None:
+            return
+        self._arrivals.append(norm)
+        if len(self._arrivals) > self.window:
+            del self._sorted[bisect_left(self._sorted, self._arrivals.popleft())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, as plain data."""
+        norms = self._sorted if self.window is None else self._arrivals
+        return {"kind": "Percentile", "window": self.window, "seen": self._seen, "norms": list(norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; the arguments stay those of this object.
+
+        Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
+            ValueError: if ``state`` is that of another kind of threshold or of another ``window``.
+        """
+        checks.state_of(state, "Percentile", ("window", "seen", "norms"))
+        if state["window"] != self.window:
+            raise ValueError(
+                f"`state` was taken with window={state['window']}, but this is {self!r}; "
+                "make the Percentile with the same window"
+            )
+        seen = arguments.count("state['seen']", state["seen"], least=0)
+        norms = arguments.items("state['norms']", state["norms"], checks.finite)
+        self._seen = seen
+        self._sorted = array("d", sorted(norms))
+        self._arrivals = deque(norms if self.window is not None else ())
+
+    def __repr__(self) -> str:
+        return (
+            f"Percentile(percentile={self.percentile}, window={self.window}, warmup={self.warmup}, "
+            f"max_norm={self.max_norm})"
+        )
+
+
+def _quantile(ordered: array[float], percentile: float) -> float:
+    """The percentile of sorted values, rounded as NumPy rounds it."""
+    position = (len(ordered) - 1) * (percentile / 100)
+    below = int(position)
+    t = position - below
+    low, high = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
+    return low + (high - low) * t if t < 0.5 else high - (high - low) * (1 - t)

@@ -1,0 +1,155 @@
+"""ZClip: pull back the norms that are far above their running mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from torchclip._core import arguments
+from torchclip.thresholds import checks
+
+__all__ = ["ZScore"]
+
+ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
+
+
+class ZScore:
+    r"""Pull back the steps whose norm is far above its running mean: ZClip.
+
+    A norm ``g`` is a spike if its z-score against the mean ``μ`` and standard deviation ``σ`` of the steps
+    before it is above the threshold: ``z = (g - μ) / σ > z*``.  A spike is clipped to ``g*``, which depends
+    on ``clip_option``:
+
+        "adaptive_scaling":   g* = μ + (z*² / z) σ      the larger the spike, the closer to the mean
+        "mean":               g* = μ
+        "percentile":         g* = μ + z* σ             the largest norm that is no spike
+
+    Other steps are not clipped: their threshold is ``μ + z* σ``.  Then ``μ`` and ``σ`` learn from the step, a
+    spike counting with ``g*`` in place of ``g``:
+
+        μ ← α μ + (1 - α) g          σ² ← α σ² + (1 - α) (g - μ)²
+
+    They start as the mean and the standard deviation of the norms of the warm-up.  A norm that is not finite
+    gets ``μ + z* σ`` and is not learned from.  The ceiling ``max_norm`` limits the answer only: what is
+    learned does not depend on it.
+
+    The authors' code adds a small constant to ``σ`` against division by zero.  Here no division can meet a
+    zero, so there is none, and norms scaled by a factor get thresholds scaled by that factor.
+
+    Twin: ``torchclip.reference.zscore_thresholds``.
+
+    Args:
+        alpha: ``α``, how much of the mean and variance is kept each step, between 0 and 1.
+        threshold: ``z*``, the z-score above which a norm is a spike, at least 0.
+        warmup: how many finite norms the mean and variance start from, at least 1; these steps are clipped to
+            ``max_norm`` alone.
+        clip_option: what spikes are clipped to (above). The authors' code calls the first two options of
+            ``mode="zscore"``, and the third a ``mode`` of its own.
+        skip_update_on_spike: learn nothing from spikes. If norms rise for good, every step is then a spike
+            and the mean never follows.
+        max_norm: a hard ceiling for the threshold, in the warm-up too.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is out of its range, or ``clip_option`` is unknown.
+
+    References:
+        Kumar, Owen, Chowdhury and Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
+        https://arxiv.org/abs/2504.02507
+
+    Examples:
+        >>> threshold = ZScore(threshold=2.0, warmup=2)
+        >>> [threshold.update(norm) for norm in [1.0, 3.0, 10.0]]  # μ = 2, σ = 1, so z = 8
+        [inf, inf, 2.5]
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.97,
+        threshold: float = 2.5,
+        warmup: int = 25,
+        clip_option: ClipOption = "adaptive_scaling",
+        skip_update_on_spike: bool = False,
+        max_norm: float = math.inf,
+    ) -> None:
+        self.alpha = checks.between("alpha", alpha, 1)
+        self.threshold = arguments.threshold("threshold", threshold)
+        if math.isinf(self.threshold):
+            raise ValueError(
+                "`threshold` is inf, so no step would be clipped; pass a finite z-score such as 2.5"
+            )
+        self.warmup = arguments.count("warmup", warmup, least=1)
+        self.clip_option: ClipOption = arguments.option("clip_option", clip_option, get_args(ClipOption))
+        self.skip_update_on_spike = arguments.flag("skip_update_on_spike", skip_update_on_spike)
+        self.max_norm = arguments.threshold("max_norm", max_norm)
+        self._warmup_norms: list[float] = []
+        self._mean: float | None = None  # None until the warm-up is over
+        # The deviation, not the variance: squares of large norms would overflow.
+        self._std = 0.0
+
+    def update(self, norm: float) -> float:
+        """Judge ``norm`` by the steps before it, learn from it, and return the threshold of this step."""
+        norm = checks.norm(norm)
+        if self._mean is None:
+            if math.isfinite(norm):
+                self._warm_up(norm)
+            return self.max_norm
+        mean, margin = self._mean, self.threshold * self._std
+        max_norm = mean + margin
+        if math.isfinite(norm):
+            spike = norm > max_norm
+            if spike:
+                max_norm = norm = self._pulled_back(norm, mean, margin)
+            if not (spike and self.skip_update_on_spike):
+                self._learn(norm, mean)
+        return min(max_norm, self.max_norm)
+
+    def _pulled_back(self, norm: float, mean: float, margin: float) -> float:
+        if self.clip_option == "adaptive_scaling":
+            # z*²/z · σ, written without squares; norm - mean is above margin, hence above 0.
+            return mean + margin * (margin / (norm - mean))
+        return mean if self.clip_option == "mean" else mean + margin
+
+    def _learn(self, norm: float, mean: float) -> None:
+        self._mean = self.alpha * mean + (1 - self.alpha) * norm
+        self._std = math.hypot(
+            math.sqrt(self.alpha) * self._std, math.sqrt(1 - self.alpha) * (norm - self._mean)
+        )
+
+    def _warm_up(self, norm: float) -> None:
+        norms = self._warmup_norms
+        norms.append(norm)
+        if len(norms) >= self.warmup:
+            self._mean = mean = sum(n / len(norms) for n in norms)
+            self._std = math.hypot(*[(n - mean) / math.sqrt(len(norms)) for n in norms])
+            self._warmup_norms = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mean and standard deviation, or the norms of an unfinished warm-up, as plain data."""
+        return {
+            "kind": "ZScore",
+            "mean": self._mean,
+            "std": self._std,
+            "warmup_norms": list(self._warmup_norms),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; the arguments stay those of this object.
+
+        Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
+            ValueError: if ``state`` is that of another kind of threshold.
+        """
+        checks.state_of(state, "ZScore", ("mean", "std", "warmup_norms"))
+        mean = None if state["mean"] is None else checks.finite("state['mean']", state["mean"])
+        std = checks.finite("state['std']", state["std"])
+        norms = arguments.items("state['warmup_norms']", state["warmup_norms"], checks.finite)
+        self._mean, self._std, self._warmup_norms = mean, std, norms
+
+    def __repr__(self) -> str:
+        return (
+            f"ZScore(alpha={self.alpha}, threshold={self.threshold}, warmup={self.warmup}, "
+            f"clip_option={self.clip_option!r}, skip_update_on_spike={self.skip_update_on_spike}, "
+            f"max_norm={self.max_norm})"
+        )
