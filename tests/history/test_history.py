@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,125 @@ def test_bad_bounds_are_named(maxlen: Any, error: type[Exception], message: str)
 
 def test_numpys_integers_are_integers() -> None:
     assert len(history_of([1.0, 2.0, 3.0], maxlen=np.int64(2))) == 2
+
+
+# --- an empty history, and reading from another thread ------------------------------------------------------
+
+
+def test_an_empty_history_is_an_empty_sequence_with_words() -> None:
+    history = History()
+    for index in (0, -1):
+        with pytest.raises(IndexError, match="the history is empty: no step has been recorded yet"):
+            history[index]
+    assert history[:] == []
+    assert list(reversed(history)) == []
+    assert history_of([1.0])[0] not in history
+
+
+@pytest.mark.parametrize("index", [3, -4])
+def test_an_index_that_is_not_there_is_named(index: int) -> None:
+    with pytest.raises(IndexError, match=f"no record {index}: it keeps 3, from 0 to 2"):
+        history_of([1.0, 2.0, 3.0])[index]
+
+
+READS: dict[str, Callable[[History], Sequence[int]]] = {
+    "list": lambda history: [record.step for record in history],
+    "reversed": lambda history: [record.step for record in reversed(history)][::-1],
+    "slice": lambda history: [record.step for record in history[:]],
+    "columns": lambda history: history.as_dict()["step"],
+    "state": lambda history: history.state_dict()["records"]["step"],
+}
+
+
+@pytest.mark.parametrize("maxlen", [50, 100_000])
+@pytest.mark.parametrize("read", READS)
+def test_another_thread_reads_the_history_at_one_moment(read: str, maxlen: int) -> None:
+    history, stop, found = History(maxlen), threading.Event(), []
+
+    def keep_reading() -> None:
+        while not stop.is_set():
+            found.append(list(READS[read](history)))
+
+    # Threads take turns as often as they can, so that a turn ends in the middle of every operation.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    readers = [threading.Thread(target=keep_reading) for _ in range(2)]
+    try:
+        for reader in readers:
+            reader.start()
+        for step in range(3000):
+            history.append(step, 1.0, 1.0, 1.0)
+            if step % 100 == 0:
+                history.summary()
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+        sys.setswitchinterval(interval)
+    for steps in found:
+        assert steps == list(range(steps[0], steps[0] + len(steps))) if steps else True
+    assert [record.step for record in history] == list(range(3000))[-maxlen:]
+    assert history.summary().steps == 3000
+
+
+def test_counts_fit_the_records_read_with_them() -> None:
+    history, stop, found = History(), threading.Event(), []
+
+    def keep_reading() -> None:
+        while not stop.is_set():
+            state = history.state_dict()
+            found.append(
+                (len(state["records"]["step"]), state["counts"]["steps"], state["counts"]["clipped"])
+            )
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader = threading.Thread(target=keep_reading)
+    try:
+        reader.start()
+        for step in range(2000):
+            history.append(step, 2.0, 1.0, 0.5)
+    finally:
+        stop.set()
+        reader.join()
+        sys.setswitchinterval(interval)
+    assert all(records == steps == clipped for records, steps, clipped in found)
+
+
+def test_a_reader_that_fails_loses_nothing() -> None:
+    history = History()
+    history.append(0, 1.0, 1.0, 1.0)
+    history.append(1, torch.ones((), device="meta"), 1.0, 1.0)  # its value cannot be read
+    with pytest.raises(NotImplementedError):
+        history.summary()
+    history._pending[1] = (1, 2.0, 1.0, 0.5, False)
+    assert [record.total_norm for record in history] == [1.0, 2.0]
+
+
+def test_a_signal_handler_may_read_in_the_middle_of_a_read() -> None:
+    history = history_of([1.0, 2.0])
+    nested: list[int] = []
+
+    class ReadsOnce(float):
+        def __lt__(self, other: float) -> bool:
+            if not nested:
+                nested.append(0)
+                nested[0] = len(history)
+            return super().__lt__(other)
+
+    history.append(2, 1.0, 1.0, ReadsOnce(0.5))
+    reader = threading.Thread(target=history.summary, daemon=True)
+    reader.start()
+    reader.join(timeout=10)
+    assert not reader.is_alive(), "it waits for itself"
+    assert nested == [3]
+    assert [record.step for record in history] == [0, 1, 2]
+    assert history.summary().steps == 3
+
+
+def test_copies_share_nothing() -> None:
+    history = history_of([1.0, 2.0])
+    other = copy.copy(history)
+    other.append(2, 3.0, 1.0, 0.5)
+    assert (len(other), len(history)) == (3, 2)
+    assert (other.summary().steps, history.summary().steps) == (3, 2)

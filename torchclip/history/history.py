@@ -96,22 +96,28 @@ class History(Sequence[Record]):
         if not rows:
             return
         records = as_records(rows)
-        del self._pending[: len(rows)]
-        for record in records:
-            is_new = not self._kept or self._kept[-1].step != record.step
-            clipped, nonfinite, skipped = (False, False, False) if is_new else self._latest
-            self._latest = (
-                record.clipped or clipped,
-                record.nonfinite or nonfinite,
-                record.skipped or skipped,
-            )
-            self._kept.append(record)
-            self._counts["steps"] += is_new
-            self._counts["clipped"] += record.clipped > clipped
-            self._counts["nonfinite"] += record.nonfinite > nonfinite
-            self._counts["skipped"] += record.skipped > skipped
-            if not record.nonfinite and not record.total_norm <= self._largest[0]:
-                self._largest = (record.total_norm, record.step)
+        steps, clipped, nonfinite, skipped = self._counts.values()
+        largest = self._largest
+        last = self._kept[-1].step if self._kept else None
+        was_clipped, was_nonfinite, was_skipped = self._latest  # by a record of the step of the last one
+        for step, norm, _, _, is_clipped, is_nonfinite, is_skipped in records:
+            if step != last:
+                steps, last = steps + 1, step
+                was_clipped = was_nonfinite = was_skipped = False
+            if is_clipped and not was_clipped:
+                clipped, was_clipped = clipped + 1, True
+            if is_skipped and not was_skipped:
+                skipped, was_skipped = skipped + 1, True
+            if is_nonfinite:
+                nonfinite, was_nonfinite = nonfinite + (not was_nonfinite), True
+            elif not norm <= largest[0]:
+                largest = (norm, step)
+        # A signal handler that has read meanwhile has done all this already.
+        if self._pending and self._pending[0] is rows[0]:
+            self._kept.extend(records)
+            self._counts = {"steps": steps, "clipped": clipped, "nonfinite": nonfinite, "skipped": skipped}
+            self._largest, self._latest = largest, (was_clipped, was_nonfinite, was_skipped)
+            del self._pending[: len(rows)]
 
     def _snapshot(self) -> list[Record]:
         """The records kept at this moment."""

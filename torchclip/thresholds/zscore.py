@@ -34,8 +34,11 @@ class ZScore:
     gets ``μ + z* σ`` and is not learned from.  The ceiling ``max_norm`` limits the answer only: what is
     learned does not depend on it.
 
-    The authors' code adds a small constant to ``σ`` against division by zero.  Here no division can meet a
-    zero, so there is none, and norms scaled by a factor get thresholds scaled by that factor.
+    Two things differ from the authors' code.  It has a ceiling by default, ``max_grad_norm=1.0``, to which
+    every step is clipped, spike or not; here the ceiling is ``inf`` unless you set one, so pass
+    ``max_norm=1.0`` for the same.  And it adds a small constant to ``σ`` against division by zero; here no
+    division can meet a zero, so there is none, and norms scaled by a factor get thresholds scaled by that
+    factor.
 
     Twin: ``torchclip.reference.zscore_thresholds``.
 
