@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from helpers import last_of
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -115,6 +116,37 @@ def test_a_clipper_from_before_accelerates_prepare() -> None:
     assert clipper is not None
     assert clipper.history.summary().clipped == 3
     assert_same(found.state_dict(), expected.state_dict())
+
+
+def test_accelerate_saves_and_loads_a_clipper(tmp_path: Path) -> None:
+    """Training goes on from Accelerate's checkpoint as if it had not been interrupted."""
+
+    def prepared() -> tuple[Accelerator, nn.Module, Any, torchclip.Clipper]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        clipper = torchclip.Clipper(optimizer, torchclip.Percentile(30.0, warmup=2))
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(clipper)
+        return accelerator, model, optimizer, clipper
+
+    def train(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+        for x, y in data():
+            optimizer.zero_grad()
+            accelerator.backward(F.mse_loss(model(x), y))
+            optimizer.step()
+
+    accelerator, whole, optimizer, expected = prepared()
+    train(accelerator, whole, optimizer)
+    accelerator.save_state(str(tmp_path / "state"))
+    train(accelerator, whole, optimizer)
+    accelerator, resumed, optimizer, found = prepared()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert len(found.history) == 6
+    train(accelerator, resumed, optimizer)
+    assert list(found.history) == list(expected.history)
+    assert_same(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 def test_accelerates_wrapper_of_an_optimizer_is_refused() -> None:
@@ -286,6 +318,80 @@ def test_lightnings_checkpoints_carry_the_clipper(tmp_path: Path) -> None:
     assert list(found.clippers[0].history) == list(expected.clippers[0].history)
 
 
+def switched_off(step: int) -> float:
+    """Clips in six steps, and never again."""
+    return 1e-6 if step < 6 else math.inf
+
+
+def test_another_fit_goes_on_with_the_clippers(tmp_path: Path) -> None:
+    module = Module()
+    for max_norm in (torchclip.Percentile(30.0, warmup=2), switched_off):
+        callback = for_lightning.ClipperCallback(max_norm)
+        trainer = fit(module, tmp_path, callback)
+        before = list(callback.clippers[0].history)
+        assert trainer.logged_metrics["clip/clipped_share"] > 0
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, data())
+        (clipper,) = callback.clippers
+        assert [record.step for record in clipper.history] == list(range(12))
+        assert clipper.history[:6] == before
+        shares = sum(record.clipped for record in clipper.history) / 12
+        assert trainer.logged_metrics["clip/clipped_share"] == pytest.approx(shares)
+
+
+def test_a_fit_of_another_module_starts_anew(tmp_path: Path) -> None:
+    callback = for_lightning.ClipperCallback(torchclip.Percentile(30.0))
+    fit(Module(), tmp_path, callback)
+    fit(Module(), tmp_path, callback)
+    assert [record.step for record in callback.clippers[0].history] == list(range(6))
+
+
+def test_a_checkpoint_prevails_over_what_a_fit_has_left(tmp_path: Path) -> None:
+    def save(trainer: pl.Trainer) -> Path:
+        trainer.save_checkpoint(tmp_path / "one.ckpt")
+        return tmp_path / "one.ckpt"
+
+    module = Module()
+    callback = for_lightning.ClipperCallback(MAX_NORM)
+    checkpoint = save(fit(module, tmp_path, callback, max_epochs=1))
+    fit(module, tmp_path, callback, max_epochs=3)
+    fit(module, tmp_path, callback, max_epochs=2, resume=checkpoint)
+    assert [record.step for record in callback.clippers[0].history] == list(range(12))
+    # One that was saved before the first step has nothing to go on with.
+    callback.load_state_dict({"clippers": []})
+    fit(module, tmp_path, callback, max_epochs=1)
+    assert [record.step for record in callback.clippers[0].history] == list(range(6))
+
+
+def test_a_checkpoint_of_another_number_of_optimizers_is_refused(tmp_path: Path) -> None:
+    callback = for_lightning.ClipperCallback(MAX_NORM)
+    fit(TwoByHand(), tmp_path, callback).save_checkpoint(tmp_path / "two.ckpt")
+    state = callback.state_dict()
+    callback.load_state_dict(state)
+    with pytest.raises(ValueError, match="state of 2 clippers, but there are 1 optimizers"):
+        fit(Module(), tmp_path, callback)
+    fit(Module(), tmp_path, callback)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_learning_rate_finder_leaves_no_trace(tmp_path: Path, first: bool) -> None:
+    module: Any = Module()
+    module.lr = 0.1
+    clipping = for_lightning.ClipperCallback(MAX_NORM)
+    finder = LearningRateFinder(num_training_steps=5, early_stop_threshold=None)
+    fit(module, tmp_path, *([finder, clipping] if first else [clipping, finder]))
+    assert [record.step for record in clipping.clippers[0].history] == list(range(6))
+
+
+def test_the_clipped_share_goes_on_when_a_fit_is_resumed(tmp_path: Path) -> None:
+    fit(Module(), tmp_path, for_lightning.ClipperCallback(switched_off)).save_checkpoint(
+        tmp_path / "half.ckpt"
+    )
+    callback = for_lightning.ClipperCallback(switched_off)
+    trainer = fit(Module(), tmp_path, callback, max_epochs=2, resume=tmp_path / "half.ckpt")
+    assert trainer.logged_metrics["clip/clipped_share"] == 0.5
+
+
 def test_the_lightning_callback_leaves_the_optimizer_as_it_was(tmp_path: Path) -> None:
     class Failing(Module):
         def training_step(self, batch: Any, index: int) -> Any:
@@ -447,6 +553,104 @@ def test_the_transformers_callback_refuses_what_does_not_go_with_it(
         train(tmp_path, for_transformers.ClipperCallback(MAX_NORM), **options)
 
 
+class Spoiling(transformers.TrainerCallback):
+    """Looks at the gradients right before the optimizer's step, and spoils one while backward runs."""
+
+    def __init__(self) -> None:
+        self.finite: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def spoil(grad: Tensor) -> Tensor:
+            return grad.index_fill(0, torch.tensor(0), math.inf if state.global_step == 2 else 1.0)
+
+        model.transformer.wpe.weight.register_hook(spoil)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.finite.append(sum(int(p.grad.isfinite().sum()) for p in model.parameters()))
+
+
+def test_the_trainer_leaves_the_gradients_as_backward_left_them(tmp_path: Path) -> None:
+    """Infinite elements are set to 0 by the clipper, and nothing has spread from them before."""
+    spoiling = Spoiling()
+    callback = for_transformers.ClipperCallback(MAX_NORM, nonfinite="zero")
+    trainer = train(tmp_path, callback, spoiling)
+    elements = sum(p.numel() for p in weights_of(trainer).values())
+    assert spoiling.finite[2] >= elements / 2
+    assert spoiling.finite[1] - spoiling.finite[2] == 8
+    assert [record.nonfinite for record in history_of(callback)] == [False, False, True, False, False, False]
+    assert all(tensor.isfinite().all() for tensor in weights_of(trainer).values())
+
+
+def test_the_error_blames_the_parameter_that_is_to_blame(tmp_path: Path) -> None:
+    callback = for_transformers.ClipperCallback(MAX_NORM, nonfinite="error")
+    with pytest.raises(RuntimeError, match=r"Non-finite: [^,]* of shape \(4, 8\) \(8 inf, 0 nan\)\.$"):
+        train(tmp_path, callback, Spoiling())
+
+
+def grad_norms(trainer: transformers.Trainer) -> list[float]:
+    return [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+def test_the_logged_norm_takes_no_pass_of_its_own(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = grad_norms(train(tmp_path, max_grad_norm=MAX_NORM, **options))
+    for name in ("clip_grad_norm_", "get_total_norm"):  # torch's, to be left alone
+        monkeypatch.delattr(torch.nn.utils, name)
+    callback = for_transformers.ClipperCallback(MAX_NORM)
+    trainer = train(tmp_path, callback, **options)
+    assert grad_norms(trainer) == [record.total_norm for record in history_of(callback)]
+    np.testing.assert_allclose(grad_norms(trainer), expected, rtol=1e-4)
+    assert "clip_grad_norm_" not in vars(trainer.accelerator)
+
+
+def test_the_logged_norm_is_of_the_whole_model_whatever_the_clipper_measures(tmp_path: Path) -> None:
+    """The largest element is not what the Trainer calls the norm, nor is the norm of a part."""
+    callback = for_transformers.ClipperCallback(MAX_NORM, norm_type="inf")
+    trainer = train(tmp_path, callback)
+    first, *_ = grad_norms(train(tmp_path))
+    assert grad_norms(trainer)[0] == pytest.approx(first, rel=1e-6)
+    trainer = trainer_of(tmp_path, for_transformers.ClipperCallback(MAX_NORM))
+    model: Any = trainer.model
+    trainer.optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    trainer.train()
+    assert grad_norms(trainer)[0] == pytest.approx(first, rel=1e-6)
+
+
+def test_a_trainer_measures_itself_again_without_the_callback(tmp_path: Path) -> None:
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    callback, interrupt = for_transformers.ClipperCallback(MAX_NORM), Interrupt()
+    trainer = trainer_of(tmp_path, callback, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(callback)
+    trainer.remove_callback(interrupt)
+    trainer.train()
+    assert all(map(math.isfinite, grad_norms(trainer)))
+
+
+def test_the_clipped_share_goes_on_when_training_is_resumed(tmp_path: Path) -> None:
+    """Clipped before the checkpoint and not after it: the share falls step by step."""
+
+    def threshold(step: int) -> float:
+        return 1e-6 if step < 3 else math.inf
+
+    def shares(log: list[dict[str, float]]) -> list[float]:
+        return [entry["clip/clipped_share"] for entry in log if "clip/clipped_share" in entry]
+
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, for_transformers.ClipperCallback(threshold), **options)
+    logged: list[dict[str, float]] = []
+    callback = for_transformers.ClipperCallback(threshold, on_clip=DictLogger(logged.append))
+    resumed = train(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert shares(resumed.state.log_history) == [1.0, 1.0, 1.0, 3 / 4, 3 / 5, 3 / 6]
+    assert shares(logged) == [3 / 4, 3 / 5, 3 / 6]
+
+
 # Loggers
 
 
@@ -479,6 +683,24 @@ def test_a_logger_that_cannot_be_called_is_refused() -> None:
 def test_a_window_of_no_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="`window` must be at least 1, got 0"):
         Scalars(window=0)
+
+
+def test_loggers_go_on_from_a_history(tmp_path: Path) -> None:
+    history = History()
+    for step, coefficient in enumerate([0.5, 0.5, 1.0]):
+        history.append(step, 4.0, 2.0, coefficient)
+    logged: list[dict[str, float]] = []
+    by_function = DictLogger(logged.append)
+    by_function.resume(history)
+    clip_three_steps(by_function)
+    shares = [2 / 4, 3 / 5, 4 / 6]
+    assert [entry["clip/clipped_share"] for entry in logged] == shares
+    with SummaryWriter(tmp_path) as writer:
+        to_tensorboard = ScalarLogger(writer)
+        to_tensorboard.resume(history)
+        clip_three_steps(to_tensorboard)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("clip/clipped_share")
+    assert [event.value for event in events] == pytest.approx(shares)
 
 
 def test_scalars_for_any_logger() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +29,8 @@ class ClipperCallback(Callback):
         trainer = Trainer(callbacks=[ClipperCallback(max_norm=1.0)])
 
     Each optimizer has its own ``torchclip.Clipper`` while ``fit`` runs.  Checkpoints carry the clippers'
-    state.  Do not pass ``gradient_clip_val`` to the Trainer as well.
+    state, and another ``fit`` of the same module goes on with it.  Do not pass ``gradient_clip_val`` to the
+    Trainer as well.
 
     Args:
         max_norm: as for ``torchclip.Clipper``.
@@ -59,6 +61,9 @@ class ClipperCallback(Callback):
         self._log = log
         self._to_log: dict[str, float] = {}
         self._states: list[dict[str, Any]] = []
+        self._scalars: list[Scalars] = []
+        self._module: weakref.ref[LightningModule] | None = None
+        self._fitting = False
         self.clippers: list[Clipper] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,11 +82,17 @@ class ClipperCallback(Callback):
                 f"{type(trainer.strategy).__name__} shards gradients out of ClipperCallback's sight; use "
                 "ModelParallelStrategy (FSDP2), or Trainer(gradient_clip_val=...) without this callback"
             )
-        self.clippers = []
-        several = len(trainer.optimizers) > 1
-        for i, optimizer in enumerate(trainer.optimizers):
-            note = self._note(f"clip_{i}" if several else "clip") if self._log else None
-            self.clippers.append(Clipper(optimizer, self._max_norm, on_clip=note, **self._options))
+        optimizers = trainer.optimizers
+        if not self._states and self._goes_on(pl_module, len(optimizers)):
+            self._states = [clipper.state_dict() for clipper in self.clippers]
+        self._module = weakref.ref(pl_module)
+        several = len(optimizers) > 1
+        self._scalars = [Scalars(f"clip_{i}" if several else "clip") for i in range(len(optimizers))]
+        self.clippers = [
+            Clipper(optimizer, self._max_norm, on_clip=self._note(scalars), **self._options)
+            for optimizer, scalars in zip(optimizers, self._scalars, strict=True)
+        ]
+        self._fitting = True
         self._restore()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -105,24 +116,32 @@ class ClipperCallback(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; the Trainer loads it before the optimizers exist, or after."""
         self._states = list(state_dict["clippers"])
-        self._restore()
+        if self._fitting:
+            self._restore()
+        else:
+            self._module = None  # what the clippers have learned is not to be gone on with
 
-    def _note(self, prefix: str) -> Callable[[Record], None]:
-        scalars = Scalars(prefix)
-        return lambda record: self._to_log.update(scalars(record))
+    def _goes_on(self, module: LightningModule, optimizers: int) -> bool:
+        """Whether the clippers of the ``fit`` before are of the same module, which is trained further."""
+        return self._module is not None and self._module() is module and len(self.clippers) == optimizers
+
+    def _note(self, scalars: Scalars) -> Callable[[Record], None] | None:
+        return (lambda record: self._to_log.update(scalars(record))) if self._log else None
 
     def _restore(self) -> None:
-        if not (self.clippers and self._states):
+        states, self._states = self._states, []
+        if not states:
             return
-        if len(self._states) != len(self.clippers):
+        if len(states) != len(self.clippers):
             raise ValueError(
-                f"the checkpoint holds the state of {len(self._states)} clippers, "
+                f"the checkpoint holds the state of {len(states)} clippers, "
                 f"but there are {len(self.clippers)} optimizers"
             )
-        for clipper, state in zip(self.clippers, self._states, strict=True):
+        for clipper, scalars, state in zip(self.clippers, self._scalars, states, strict=True):
             clipper.load_state_dict(state)
-        self._states = []
+            scalars.resume(clipper.history)
 
     def _detach(self) -> None:
+        self._fitting = False
         for clipper in self.clippers:
             clipper.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torchclip._core import arguments
 from torchclip.history.records import Record
@@ -31,6 +31,11 @@ class Scalars:
     def __init__(self, prefix: str = "clip", window: int = 100) -> None:
         self._prefix = prefix
         self._clipped: deque[bool] = deque(maxlen=arguments.count("window", window, least=1))
+
+    def resume(self, history: Iterable[Record]) -> None:
+        """Go on from a loaded history, so that the share of clipped steps does not start anew."""
+        self._clipped.clear()
+        self._clipped.extend(record.clipped for record in history)
 
     def __call__(self, record: Record) -> dict[str, float]:
         """The numbers after a step; call it once for every step."""
@@ -67,6 +72,10 @@ class DictLogger:
             raise TypeError(f"`log` must be callable, got {arguments.shown(log)}")
         self._log = log
         self._scalars = Scalars(prefix)
+
+    def resume(self, history: Iterable[Record]) -> None:
+        """Go on from a loaded history: ``on_clip.resume(clipper.history)``."""
+        self._scalars.resume(history)
 
     def __call__(self, record: Record) -> None:
         """Log one step."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from torchclip.clip_grad.clip import get_total_norm
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
 from torchclip.history.records import Record
-from torchclip.integrations.loggers import Scalars
+from torchclip.integrations.loggers import DictLogger, Scalars
+from torchclip.integrations.tensorboard import ScalarLogger
 from torchclip.thresholds.base import MaxNorm
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -34,7 +42,9 @@ class ClipperCallback(TrainerCallback, ExportableState):
     ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` go into ``trainer.state.log_history``,
     and into the logs that callbacks after this one see, such as the printed ones.  Callbacks of
     ``report_to`` come before those of the user: for them pass ``on_clip``, with one of
-    ``torchclip.integrations.loggers`` or ``torchclip.integrations.tensorboard``.
+    ``torchclip.integrations.loggers`` or ``torchclip.integrations.tensorboard``.  The Trainer's own
+    ``grad_norm`` is the norm that the clipper takes: the Trainer does not go through the gradients itself,
+    which reach the clipper as the backward pass has left them.
 
     Not for DeepSpeed and FSDP1, which keep the gradients to themselves: there use ``max_grad_norm``.
 
@@ -64,6 +74,8 @@ class ClipperCallback(TrainerCallback, ExportableState):
         self._on_clip = on_clip
         self._scalars = Scalars()
         self._latest: dict[str, float] = {}
+        self._grad_norm = torch.empty(())
+        self._accelerator: Any = None
         self.clipper: Clipper | None = None
 
     def on_init_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
@@ -91,16 +103,22 @@ class ClipperCallback(TrainerCallback, ExportableState):
                 f"TrainingArguments(max_grad_norm={args.max_grad_norm}), 1.0 by default, would clip before "
                 "ClipperCallback does; pass max_grad_norm=0.0"
             )
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it, without the hooks
-        if self.clipper is not None:
-            self.clipper.detach()  # an exception may have ended the training before
-        self.clipper = Clipper(optimizer, self._max_norm, on_clip=self._note, **self._options)
+        self.on_train_end()  # an exception may have ended the training before
+        self.clipper = Clipper(
+            _unwrapped(kwargs["optimizer"]), self._max_norm, on_clip=self._note, **self._options
+        )
         # A checkpoint from before this callback has no entry, but the Trainer relies on one when it saves.
         entries: Any = state.stateful_callbacks
         saved = entries.setdefault(type(self).__name__, self.state())["attributes"]["clipper"]
+        self._scalars, self._latest = Scalars(), {}
         if state.global_step > 0 and saved is not None:
             self.clipper.load_state_dict(saved)
+            self._scalars.resume(self.clipper.history)
+            if isinstance(self._on_clip, (DictLogger, ScalarLogger)):
+                self._on_clip.resume(self.clipper.history)
+        trainer = _calling_trainer()
+        if trainer is not None:
+            self._measure_for(trainer)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,12 +132,70 @@ class ClipperCallback(TrainerCallback, ExportableState):
         """Take the clipper off."""
         if self.clipper is not None:
             self.clipper.detach()
+        if self._accelerator is not None:
+            vars(self._accelerator).pop("clip_grad_norm_", None)
+            self._accelerator = None
 
     def state(self) -> dict[str, Any]:
         """The clipper's state, for the checkpoint."""
         return {"args": {}, "attributes": {"clipper": self.clipper and self.clipper.state_dict()}}
 
+    def _measure_for(self, trainer: Trainer) -> None:
+        """Give the Trainer the clipper's norm to log.
+
+        To have a norm to log, the Trainer calls Accelerate's ``clip_grad_norm_`` with an infinite threshold
+        before the step.  That reads all gradients once more, and if one is infinite it makes all of them NaN.
+        """
+        accelerator = self._accelerator = trainer.accelerator
+        clip_grad_norm_ = accelerator.clip_grad_norm_
+
+        def clip_or_wait_for_the_clipper(
+            parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2
+        ) -> Any:
+            clipper = self.clipper
+            if (
+                max_norm != math.inf
+                or clipper is None
+                or clipper.optimizer is not _unwrapped(trainer.optimizer)
+            ):
+                return clip_grad_norm_(parameters, max_norm, norm_type)
+            parameters = list(parameters)
+            if self._measures(clipper, parameters, norm_type):
+                # The Trainer reads it after the step; NaN where a GradScaler has left the step out.
+                self._grad_norm = torch.full((), math.nan, dtype=torch.float64)
+                return self._grad_norm
+            accelerator.unscale_gradients()
+            return get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
+
+        accelerator.clip_grad_norm_ = clip_or_wait_for_the_clipper
+
+    def _measures(self, clipper: Clipper, parameters: Sequence[Tensor], norm_type: float) -> bool:
+        """Whether the clipper takes this norm of these parameters' gradients; all ranks answer alike."""
+        held = [p for group in clipper.optimizer.param_groups for p in group["params"]]
+        return float(self._options["norm_type"]) == norm_type and _trainable(held) == _trainable(parameters)
+
     def _note(self, record: Record) -> None:
         self._latest = self._scalars(record)
+        self._grad_norm.fill_(record.total_norm)
         if self._on_clip is not None:
             self._on_clip(record)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that Accelerate's wrapper, which has no hooks, wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _trainable(parameters: Iterable[Tensor]) -> set[int]:
+    return {id(p) for p in parameters if p.requires_grad}
+
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer whose callback is being called: it passes on all that it has, but not itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None
