@@ -1,13 +1,17 @@
 """The command ``torchclip run``: a script runs as under python, and the report says what clipping did."""
 
+import copy
+import inspect
 import itertools
 import os
+import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +135,40 @@ def recorder() -> Iterator[Recorder]:
     yield found
     torchclip.uninstall()
     assert torch.nn.utils.clip_grad_norm_.__module__.startswith("torch.")
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+)
+def test_what_a_program_gets_is_a_function_like_the_one_it_replaces(recorder: Recorder, name: str) -> None:
+    function = getattr(torch.nn.utils, name)
+    assert isinstance(function, types.FunctionType)
+    assert inspect.unwrap(function).__module__ == "torch.nn.utils.clip_grad"
+    assert inspect.signature(function) == inspect.signature(getattr(torchclip, name))
+    assert function.__doc__ == getattr(torchclip, name).__doc__
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert copy.deepcopy(function) is function
+
+
+def test_pickled_functions_clip_in_other_processes(tmp_path: Path) -> None:
+    source = """
+        import multiprocessing
+        import torch
+
+        def norm(clip, values):
+            weight = torch.zeros(len(values), requires_grad=True)
+            weight.grad = torch.tensor(values)
+            return clip(weight, 1.0).item(), weight.grad.tolist()
+
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.apply(norm, (torch.nn.utils.clip_grad_norm_, [3e30, 4e30])))
+    """
+    done = run(tmp_path, source)
+    assert done.returncode == 0, done.stderr
+    norm, grad = eval(done.stdout)
+    assert norm == pytest.approx(5e30)
+    assert grad == pytest.approx([0.6, 0.8])
 
 
 def weights(seed: int = 0) -> list[Any]:

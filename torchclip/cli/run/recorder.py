@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import random
@@ -75,32 +76,34 @@ class Recorder:
 
     def attach(self) -> None:
         """Step in; ``torchclip.uninstall`` takes it out with the rest."""
-        recording = {
-            "clip_grad_norm_": self._clip_grad_norm_,
-            "clip_grad_value_": self._clip_grad_value_,
-            "clip_grads_with_norm_": self._clip_grads_with_norm_,
-            "get_total_norm": self._get_total_norm,
-        }
+        global _attached
+        _attached = self
         for module, name, function in patch.places():
-            setattr(module, name, recording[function.__name__])
+            stand_in = _STAND_INS[function.__name__]
+            vars(stand_in)["__wrapped__"] = self._torchs[function.__name__]
+            setattr(module, name, stand_in)
 
-    # What stands in the functions' place; the names of the arguments are those that a program may use
+    # What is done in the functions' place; the names of the arguments are those that a program may use
 
-    def _clip_grad_norm_(self, parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+    def clip_grad_norm_(self, parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+        """Clip, and record it."""
         total_norm = self._call("clip_grad_norm_", parameters, max_norm, *args, **kwargs)
         self._record(max_norm, total_norm)
         return total_norm
 
-    def _clip_grads_with_norm_(
+    def clip_grads_with_norm_(
         self, parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any
     ) -> None:
+        """Clip, and record it."""
         self._call("clip_grads_with_norm_", parameters, max_norm, total_norm, *args, **kwargs)
         self._record(max_norm, total_norm)
 
-    def _clip_grad_value_(self, parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> None:
+    def clip_grad_value_(self, parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> None:
+        """Clip."""
         self._call("clip_grad_value_", parameters, clip_value, *args, **kwargs)
 
-    def _get_total_norm(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_total_norm(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take the norm."""
         return self._call("get_total_norm", tensors, *args, **kwargs)
 
     def _call(self, name: str, tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,3 +186,31 @@ class Recorder:
             step = self._steps
             self._steps += 1
             self.history.append(step, total_norm, max_norm, coefficient)
+
+
+_attached: Recorder | None = None
+"""Whose turn it is; none in another process, which got one of the functions below in a pickle."""
+
+
+def _stand_in(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """What a program gets in the place of a function: a function of this module, as pickles need."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return (ours if _attached is None else getattr(_attached, ours.__name__))(*args, **kwargs)
+
+    functools.update_wrapper(stand_in, ours)
+    vars(stand_in).pop("__wrapped__")  # which is torch's function, while it is replaced
+    stand_in.__module__ = __name__
+    vars(stand_in)["__signature__"] = inspect.signature(ours)
+    return stand_in
+
+
+clip_grad_norm_ = _stand_in(patch.clip_grad_norm_)
+clip_grad_value_ = _stand_in(patch.clip_grad_value_)
+clip_grads_with_norm_ = _stand_in(patch.clip_grads_with_norm_)
+get_total_norm = _stand_in(patch.get_total_norm)
+
+_STAND_INS = {
+    function.__name__: function
+    for function in (clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm)
+}
