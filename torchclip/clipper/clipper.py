@@ -492,9 +492,13 @@ class Clipper:
     def _limit(self, each: _Set) -> None:
         if each.max_norm is not None:
             each.limit([each.max_norm] * len(each.norms), learned=False)
+        elif self._rule.learns:
+            norms = [float(norm) for norm in each.norms]
+            answer = self._rule.max_norms(self._steps, list(each.names()), norms, self._order)
+            each.limit(answer.tolist() if isinstance(answer, Tensor) else answer, learned=True)
         else:
-            max_norms = self._rule.max_norms(self._steps, each.names(), each.norms)
-            each.limit(max_norms, self._rule.learns)
+            (max_norm,) = self._rule.max_norms(self._steps, ["all"], [0.0])
+            each.limit([max_norm] * len(each.norms), learned=False)
 
     def _record(self, total_norm: Norm, max_norm: float, clip_coef: Norm, skipped: bool | Tensor) -> None:
         if self._on_clip is not None:

@@ -2,21 +2,29 @@
 
 A threshold is any object with the three methods of ``Threshold``.  Once a step it is told the norm of
 the gradients and answers with the ``max_norm`` to clip to.  This needs the norm as a Python float, so on an
-accelerator every step waits for it; with a plain number as ``max_norm`` none does.
+accelerator every step waits for it.  The thresholds of this package have a tensor form beside it (``each``),
+which does not wait, and takes many norms at once.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from torchclip._core import arguments
+from torchclip._core.batch import Norms
+from torchclip.thresholds.each import Each, on_host
 
 __all__ = ["MaxNorm", "MaxNormRule", "Threshold"]
+
+# From so many norms on in host memory, one operation on all of them is faster than a call for each.
+_MANY = 16
 
 
 @runtime_checkable
@@ -76,10 +84,27 @@ class MaxNormRule:
     """What a user passes as ``max_norm``, a number, a callable or a threshold object, asked in one way.
 
     A threshold object learns from one sequence of norms, so every set of gradients that is clipped on its own
-    gets its own copy, made when it is first seen.
+    gets its own copy, made when it is first seen.  The copies are objects as long as there are few of them in
+    host memory; else they are rows of the object's tensor form, if it has one.
+
+    A clipper uses it so, once for each step that is one of training's:
+
+        eps = 0.0 if rule.learns else scalars.EPS
+        max_norms = rule.max_norms(step, names, norms, norm_type)
+        clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
+
+    All sets that the rule covers come in one call, as rules need it that join their norms: names and norms of
+    several parts one after the other (``[*a, *b]``, or ``torch.cat``).  Norms that are tensors on one device
+    are handed over as one tensor, and nothing waits for it if the rule ``answers_tensors``; otherwise the
+    values are read.
 
     Attributes:
-        learns: whether it is a threshold object.
+        learns: whether it is a threshold object. Then ``max_norms`` must be called for every step, and the
+            coefficient has no 1e-6 in it.
+        runs_user_code: whether asking it runs code that is not torchclip's.
+        per_parameter: whether the rule is one for single parameters (AdaGC): the clipper then takes
+            a norm for each of them, whatever else its scope would be.
+        answers_tensors: whether a tensor of norms gets a tensor of thresholds, without waiting.
     """
 
     def __init__(self, max_norm: MaxNorm) -> None:
@@ -90,31 +115,117 @@ class MaxNormRule:
         self.learns = isinstance(max_norm, Threshold)
         is_object = self.learns or callable(max_norm)
         self._max_norm: Any = max_norm if is_object else arguments.threshold("max_norm", max_norm)
+        self.runs_user_code = is_object and not type(max_norm).__module__.startswith("torchclip.")
+        self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
+        self.answers_tensors = self._make_each([], torch.device("cpu")) is not None
         self._copies: dict[str, Threshold] = {}
+        # The tensor form, and which row of it is whose; then there are no copies.
+        self._each: Each | None = None
+        self._rows: dict[str, int] = {}
+        self._names: tuple[
+            str, ...
+        ] = ()  # of the last call, and their rows unless they are all rows in order
+        self._index: Tensor | None = None
+
+    def _make_each(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> Each | None:
+        """The tensor form of several copies, or None if there is none."""
+        if not self.learns or not _has_tensor_form(type(self._max_norm)):
+            return None
+        made: Each | None = self._max_norm.each(states, device)
+        return made
 
     @property
     def thresholds(self) -> Mapping[str, Threshold]:
-        """The copies, by the name of the set."""
-        return MappingProxyType(self._copies)
+        """The copies, by the name of the set.  Waits for an accelerator."""
+        return MappingProxyType(self._copies if self._each is None else self._copies_of(self.state_dict()))
 
-    def max_norms(self, step: int, names: Iterable[str], norms: Sequence[float | Tensor]) -> list[float]:
-        """This step's threshold for each of the sets with these names and norms."""
-        if self.learns:
-            return [self._learned(name, float(norm)) for name, norm in zip(names, norms, strict=True)]
-        max_norm = self._max_norm
-        if not isinstance(max_norm, float):
-            max_norm = arguments.threshold(f"max_norm({step})", max_norm(step))
-        return [max_norm] * len(norms)
+    def max_norms(self, step: int, names: Sequence[str], norms: Norms, norm_type: float = 2.0) -> Norms:
+        """This step's threshold for each of the sets with these names and norms.
+
+        Args:
+            step: the number of the step, for a callable.
+            names: what the sets are called. The same list object in every step is fastest.
+            norms: their norms; ``ABSENT`` where there is no gradient, of which nothing is learned.
+            norm_type: the order of the norms.
+
+        Returns:
+            The thresholds: from the tensor form a tensor on the device of the norms, else a list.  What a
+            set without a gradient gets has no meaning; its coefficient is 1.
+        """
+        if not self.learns:
+            max_norm = self._max_norm
+            if not isinstance(max_norm, float):
+                max_norm = arguments.threshold(f"max_norm({step})", max_norm(step))
+            return [max_norm] * len(norms)
+        if self.answers_tensors and (self._each is not None or self._suits_tensors(norms)):
+            return self._learned_together(names, norms, norm_type)
+        numbers = norms.tolist() if isinstance(norms, Tensor) else [float(norm) for norm in norms]
+        return [self._learned(name, norm) for name, norm in zip(names, numbers, strict=True)]
+
+    def _suits_tensors(self, norms: Norms) -> bool:
+        return isinstance(norms, Tensor) or self.per_parameter or len(norms) >= _MANY
 
     def _learned(self, name: str, norm: float) -> float:
+        if -math.inf < norm < 0:
+            return math.inf
         if name not in self._copies:
             self._copies[name] = copy.deepcopy(self._max_norm)
         return arguments.threshold(
             f"{type(self._max_norm).__name__}.update()", self._copies[name].update(norm)
         )
 
+    def _learned_together(self, names: Sequence[str], norms: Norms, norm_type: float) -> Tensor:
+        vector = norms if isinstance(norms, Tensor) else on_host(norms)
+        each = self._each_on(vector.device)
+        if names is not self._names and tuple(names) != self._names:
+            self._place(names, vector.device)
+        if self._index is None:
+            return each.update(vector, norm_type)
+        if self._index.device != vector.device:
+            self._index = self._index.to(vector.device, non_blocking=True)
+        everywhere = vector.new_full((len(self._rows),), -1.0).index_copy_(0, self._index, vector)
+        return each.update(everywhere, norm_type)[self._index]
+
+    def _each_on(self, device: torch.device) -> Each:
+        """The tensor form, made of the copies if need be, on a device."""
+        if self._each is None:
+            states = self.state_dict()
+            self._set_each(states, device)
+            self._copies = {}
+        assert self._each is not None
+        if self._each.device != device:
+            self._each.to(device)
+        return self._each
+
+    def _set_each(self, states: Mapping[str, Any], device: torch.device) -> None:
+        self._each = self._make_each(list(states.values()), device)
+        self._rows = {name: row for row, name in enumerate(states)}
+        self._names, self._index = (), None
+
+    def _place(self, names: Sequence[str], device: torch.device) -> None:
+        """Find the rows of sets with these names, and add rows for new ones."""
+        new = [name for name in names if name not in self._rows]
+        if new:
+            more = self._make_each([self._max_norm.state_dict()] * len(new), device)
+            assert self._each is not None
+            assert more is not None
+            self._each.append(more)
+            self._rows.update({name: row for row, name in enumerate(new, start=len(self._rows))})
+        rows = [self._rows[name] for name in names]
+        in_order = rows == list(range(len(self._rows)))
+        self._index = None if in_order else torch.tensor(rows).to(device, non_blocking=True)
+        self._names = tuple(names)
+
+    def _copies_of(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        copies: dict[str, Any] = {name: copy.deepcopy(self._max_norm) for name in states}
+        for name, threshold in copies.items():
+            threshold.load_state_dict(states[name])
+        return copies
+
     def state_dict(self) -> dict[str, Any]:
-        """What the threshold objects have learned, by the name of the set."""
+        """What the threshold objects have learned, by the name of the set.  Waits for an accelerator."""
+        if self._each is not None:
+            return dict(zip(self._rows, self._each.states(), strict=True))
         return {name: threshold.state_dict() for name, threshold in self._copies.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,10 +239,17 @@ class MaxNormRule:
                 f"`state` holds what a threshold object learned, but `max_norm` is {self._max_norm!r}; pass "
                 "the same kind of threshold object as in the saved run"
             )
-        copies: dict[str, Any] = {name: copy.deepcopy(self._max_norm) for name in state}
-        for name, threshold in copies.items():
-            threshold.load_state_dict(state[name])
-        self._copies = copies
+        # Objects, which check their states; a tensor form is made of them in the next step that wants one.
+        self._copies = self._copies_of(state)
+        self._each, self._rows = None, {}
 
     def __repr__(self) -> str:
         return repr(self._max_norm)
+
+
+def _has_tensor_form(kind: type) -> bool:
+    """Whether a class answers for many norms as it does for one: not if it has an ``update`` of its own."""
+    for cls in kind.__mro__:
+        if "each" in vars(cls) or "update" in vars(cls):
+            return "each" in vars(cls)
+    return False

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.thresholds import checks
+from torchclip.thresholds.each import Each, column, padded, present
 
 __all__ = ["ZScore"]
 
@@ -121,21 +125,19 @@ class ZScore:
         )
 
     def _warm_up(self, norm: float) -> None:
+        self._warmup_norms.append(norm)
+        self._end_warm_up()
+
+    def _end_warm_up(self) -> None:
         norms = self._warmup_norms
-        norms.append(norm)
-        if len(norms) >= self.warmup:
+        if self._mean is None and len(norms) >= self.warmup:
             self._mean = mean = sum(n / len(norms) for n in norms)
             self._std = math.hypot(*[(n - mean) / math.sqrt(len(norms)) for n in norms])
             self._warmup_norms = []
 
     def state_dict(self) -> dict[str, Any]:
         """The mean and standard deviation, or the norms of an unfinished warm-up, as plain data."""
-        return {
-            "kind": "ZScore",
-            "mean": self._mean,
-            "std": self._std,
-            "warmup_norms": list(self._warmup_norms),
-        }
+        return _state(self._mean, self._std, list(self._warmup_norms))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this object.
@@ -149,6 +151,11 @@ class ZScore:
         std = checks.finite("state['std']", state["std"])
         norms = arguments.items("state['warmup_norms']", state["warmup_norms"], checks.finite)
         self._mean, self._std, self._warmup_norms = mean, std, norms
+        self._end_warm_up()
+
+    def each(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> Each:
+        """The tensor form of several of these, which go on from the given states."""
+        return _ZScores(self, states, device)
 
     def __repr__(self) -> str:
         return (
@@ -156,3 +163,72 @@ class ZScore:
             f"clip_option={self.clip_option!r}, skip_update_on_spike={self.skip_update_on_spike}, "
             f"max_norm={self.max_norm})"
         )
+
+
+def _state(mean: float | None, std: float, warmup_norms: list[float]) -> dict[str, Any]:
+    return {"kind": "ZScore", "mean": mean, "std": std, "warmup_norms": warmup_norms}
+
+
+class _ZScores(Each):
+    """``ZScore`` for many norms at once, formula by formula."""
+
+    columns = ("_mean", "_std", "_seen", "_first")
+
+    def __init__(self, rule: ZScore, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        self._rule = rule
+        self._mean = column(states, "mean", device)  # NaN until the warm-up is over
+        self._std = column(states, "std", device)
+        self._first = padded([state["warmup_norms"] for state in states], rule.warmup, device)
+        seen = [len(s["warmup_norms"]) if s["mean"] is None else rule.warmup for s in states]
+        self._seen = torch.tensor(seen, dtype=torch.int64, device=device)
+
+    def update(self, norms: Tensor, norm_type: float) -> Tensor:
+        rule, mean, std = self._rule, self._mean, self._std
+        margin = rule.threshold * std
+        max_norms = mean + margin
+        learn = present(norms)
+        spike = (norms > max_norms) & learn
+        max_norms = torch.where(spike, self._pulled_back(norms, mean, margin, max_norms), max_norms)
+        if rule.skip_update_on_spike:
+            learn = learn & ~spike
+        learned = torch.minimum(norms, max_norms)
+        new_mean = rule.alpha * mean + (1 - rule.alpha) * learned
+        new_std = torch.hypot(math.sqrt(rule.alpha) * std, math.sqrt(1 - rule.alpha) * (learned - new_mean))
+        # In the warm-up the mean is NaN, and with it all of these.
+        self._mean = torch.where(learn, new_mean, mean)
+        self._std = torch.where(learn, new_std, std)
+        if self._warming_up:
+            max_norms = max_norms.nan_to_num(nan=math.inf)
+            self._warm_up(norms)
+        return max_norms.clamp(max=rule.max_norm)
+
+    def _pulled_back(self, norms: Tensor, mean: Tensor, margin: Tensor, limit: Tensor) -> Tensor:
+        if self._rule.clip_option == "adaptive_scaling":
+            return mean + margin * (margin / (norms - mean))
+        return mean if self._rule.clip_option == "mean" else limit
+
+    def _warm_up(self, norms: Tensor) -> None:
+        warmup = self._rule.warmup
+        learn = present(norms) & (self._seen < warmup)
+        slot = self._seen.clamp(max=warmup - 1).unsqueeze(1)
+        learned = torch.where(learn.unsqueeze(1), norms.unsqueeze(1), self._first.gather(1, slot))
+        self._first.scatter_(1, slot, learned)
+        self._seen += learn
+        mean = (self._first / warmup).sum(dim=1)
+        parts = (self._first - mean.unsqueeze(1)) / math.sqrt(warmup)
+        # Divided by the largest, no square leaves the range.
+        largest = parts.abs().amax(dim=1, keepdim=True)
+        parts = parts / torch.where(largest > 0, largest, 1.0)
+        std = largest.squeeze(1) * parts.square().sum(dim=1).sqrt()
+        is_over = learn & (self._seen == warmup)
+        self._mean = torch.where(is_over, mean, self._mean)
+        self._std = torch.where(is_over, std, self._std)
+        if self.device.type == "cpu":
+            self._warming_up = bool((self._seen < warmup).any())
+
+    def states(self) -> list[dict[str, Any]]:
+        rows = zip(*(getattr(self, name).tolist() for name in self.columns), strict=True)
+        return [
+            _state(None, std, first[:seen]) if math.isnan(mean) else _state(mean, std, [])
+            for mean, std, seen, first in rows
+        ]

@@ -1,0 +1,265 @@
+"""The tensor form of thresholds against the float form, and the rule that chooses between them."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchclip.thresholds import Threshold, ZScore
+from torchclip.thresholds.base import MaxNormRule
+
+INF, NAN, ABSENT = math.inf, math.nan, -1.0
+REPEATABLE = settings(deadline=None, derandomize=True, max_examples=30)
+CPU = torch.device("cpu")
+
+CASES: dict[str, Callable[[], Any]] = {
+    "ZScore": lambda: ZScore(warmup=5),
+    "ZScore mean": lambda: ZScore(warmup=3, threshold=1.0, clip_option="mean"),
+    "ZScore percentile": lambda: ZScore(warmup=3, threshold=1.0, clip_option="percentile", max_norm=3.0),
+    "ZScore skip": lambda: ZScore(alpha=0.8, warmup=4, threshold=1.0, skip_update_on_spike=True),
+    "ZScore 1": lambda: ZScore(alpha=0.5, warmup=1, threshold=2.0),
+}
+every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
+
+
+def random_norms(seed: int, steps: int, count: int) -> list[list[float]]:
+    """Steps of norms with spikes, zeros, infinities, NaN, and gradients that are not there."""
+    rng = np.random.default_rng(seed)
+    norms = rng.lognormal(sigma=0.5, size=(steps, count)) * 10.0 ** rng.integers(-6, 6, size=count)
+    norms[rng.random(norms.shape) < 0.05] *= 100
+    for value in (0.0, INF, NAN, ABSENT):
+        norms[rng.random(norms.shape) < 0.05] = value
+    norms[:, 0] = norms[norms[:, 0] != ABSENT][0, 0]  # constant
+    drawn: list[list[float]] = norms.tolist()
+    return drawn
+
+
+def singly(thresholds: Sequence[Threshold], norms: Sequence[float]) -> list[float]:
+    """What the float form answers; NaN where there is no gradient to ask for."""
+    return [
+        NAN if norm == ABSENT else threshold.update(norm)
+        for threshold, norm in zip(thresholds, norms, strict=True)
+    ]
+
+
+def together(each: Any, norms: Sequence[float], device: torch.device = CPU) -> list[float]:
+    answers: Tensor = each.update(torch.tensor(norms, dtype=torch.float64, device=device), 2.0)
+    assert answers.shape == (len(norms),)
+    assert answers.dtype == torch.float64
+    assert bool((answers[torch.tensor(norms) != ABSENT] >= 0).all()), "a threshold is at least 0"
+    return [NAN if norm == ABSENT else answer for norm, answer in zip(norms, answers.tolist(), strict=True)]
+
+
+def assert_same_states(each: Any, thresholds: Sequence[Threshold]) -> None:
+    for actual, threshold in zip(each.states(), thresholds, strict=True):
+        expected = threshold.state_dict()
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, (float, list)):
+                np.testing.assert_allclose(actual[key], value, rtol=1e-9)
+            else:
+                assert actual[key] == value
+                assert type(actual[key]) is type(value)
+        threshold.load_state_dict(json.loads(json.dumps(actual, allow_nan=False)))
+
+
+@every_case
+@given(seed=st.integers(0, 2**32))
+@REPEATABLE
+def test_both_forms_answer_alike(make: Callable[[], Any], seed: int) -> None:
+    thresholds = [make() for _ in range(7)]
+    each = make().each([threshold.state_dict() for threshold in thresholds], CPU)
+    for norms in random_norms(seed, 60, 7):
+        np.testing.assert_allclose(together(each, norms), singly(thresholds, norms), rtol=1e-9)
+    assert_same_states(each, thresholds)
+
+
+@every_case
+@given(seed=st.integers(0, 2**32), stop=st.integers(0, 40))
+@REPEATABLE
+def test_the_tensor_form_goes_on_from_what_floats_learned(
+    make: Callable[[], Any], seed: int, stop: int
+) -> None:
+    steps = random_norms(seed, 60, 5)
+    thresholds = [make() for _ in range(5)]
+    for norms in steps[:stop]:
+        singly(thresholds, norms)
+    each = make().each([threshold.state_dict() for threshold in thresholds], CPU)
+    assert_same_states(each, thresholds)
+    for norms in steps[stop:]:
+        np.testing.assert_allclose(together(each, norms), singly(thresholds, norms), rtol=1e-9)
+
+
+@every_case
+def test_the_tensor_form_resumes_exactly(make: Callable[[], Any]) -> None:
+    steps = random_norms(1, 120, 5)
+    first = make().each([make().state_dict()] * 5, CPU)
+    for stop in (2, 60, 90):
+        second = make().each(first.states(), CPU)
+        for norms in steps[stop - 2 : stop + 30]:
+            assert together(first, norms) == pytest.approx(together(second, norms), rel=0, abs=0, nan_ok=True)
+
+
+@every_case
+def test_rows_can_be_added(make: Callable[[], Any]) -> None:
+    steps = random_norms(2, 60, 6)
+    thresholds = [make() for _ in range(6)]
+    each = make().each([make().state_dict()] * 2, CPU)
+    for norms in steps[:20]:
+        np.testing.assert_allclose(together(each, norms[:2]), singly(thresholds[:2], norms[:2]), rtol=1e-9)
+    each.append(make().each([make().state_dict()] * 4, CPU))
+    for norms in steps[20:]:
+        np.testing.assert_allclose(together(each, norms), singly(thresholds, norms), rtol=1e-9)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the torch operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> None:
+    meta, counts = torch.device("meta"), []
+    for size in (1, 600):
+        each = make().each([make().state_dict()] * size, meta)
+        norms = torch.ones(size, dtype=torch.float64, device=meta)
+        for _ in range(300):
+            with Operations() as operations:
+                assert each.update(norms, 2.0).device == meta
+            counts.append(operations.count)
+    assert len(set(counts)) == 1
+
+
+# --- the rule --------------------------------------------------------------------------------------------
+
+
+def names_of(count: int) -> list[str]:
+    return [f"group 0, parameter {i}" for i in range(count)]
+
+
+@every_case
+def test_the_rule_looks_the_same_in_both_forms(make: Callable[[], Any]) -> None:
+    steps, names = random_norms(3, 40, 20), names_of(20)
+    many, few = MaxNormRule(make()), MaxNormRule(make())
+    for i, norms in enumerate(steps):
+        answers = many.max_norms(i, names, norms)
+        assert isinstance(answers, Tensor)
+        expected = [few.max_norms(i, names[j : j + 1], norms[j : j + 1])[0] for j in range(20)]
+        there = [j for j in range(20) if norms[j] != ABSENT]
+        np.testing.assert_allclose(answers[there], np.array(expected)[there], rtol=1e-9)
+    assert list(many.thresholds) == list(many.state_dict()) == names
+    for name in few.thresholds:
+        assert repr(many.thresholds[name]) == repr(few.thresholds[name])
+        assert many.thresholds[name].update(1.0) == pytest.approx(few.thresholds[name].update(1.0))
+
+
+@every_case
+def test_sets_come_and_go(make: Callable[[], Any]) -> None:
+    rule, names = MaxNormRule(make()), names_of(30)
+    thresholds = {name: make() for name in names}
+    rng = np.random.default_rng(4)
+    for step in range(40):
+        chosen = sorted(rng.choice(20 if step < 15 else 30, size=18, replace=False).tolist())
+        norms = rng.lognormal(size=18).tolist()
+        answers = rule.max_norms(step, [names[i] for i in chosen], norms)
+        expected = [thresholds[names[i]].update(norm) for i, norm in zip(chosen, norms, strict=True)]
+        np.testing.assert_allclose(np.asarray(answers), expected, rtol=1e-9)
+
+
+@every_case
+@pytest.mark.parametrize("few_first", [True, False])
+def test_a_saved_rule_goes_on_in_either_form(make: Callable[[], Any], few_first: bool) -> None:
+    names, steps = names_of(20), random_norms(5, 60, 20)
+    rule, other = MaxNormRule(make()), MaxNormRule(make())
+    for i, norms in enumerate(steps[:30]):
+        for j in range(20) if few_first else ():
+            rule.max_norms(i, names[j : j + 1], norms[j : j + 1])
+        if not few_first:
+            rule.max_norms(i, names, norms)
+    other.load_state_dict(json.loads(json.dumps(rule.state_dict(), allow_nan=False)))
+    for i, norms in enumerate(steps[30:]):
+        np.testing.assert_allclose(
+            np.asarray(other.max_norms(i, names, norms)),
+            np.asarray(rule.max_norms(i, names, norms)),
+            rtol=1e-9,
+        )
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_what_is_not_there_is_no_observation(count: int) -> None:
+    rule, names = MaxNormRule(ZScore(warmup=2)), names_of(count)
+    for step in range(5):
+        rule.max_norms(step, names, [ABSENT] * count)
+    assert all(
+        threshold.state_dict() == ZScore(warmup=2).state_dict() for threshold in rule.thresholds.values()
+    )
+
+
+class Own:
+    """A user's threshold, which knows nothing of tensors."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def update(self, norm: float) -> float:
+        assert type(norm) is float
+        self.seen.append(norm)
+        return 2 * norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+class OwnZScore(ZScore):
+    """A user's change of a threshold, which the tensor form does not know of."""
+
+    def update(self, norm: float) -> float:
+        return 2 * norm
+
+
+@pytest.mark.parametrize("threshold", [Own(), OwnZScore()])
+def test_a_users_own_object_is_asked_with_floats(threshold: Threshold) -> None:
+    rule, names = MaxNormRule(threshold), names_of(20)
+    assert rule.learns
+    assert rule.runs_user_code
+    assert not rule.answers_tensors
+    norms = [float(i) for i in range(20)]
+    assert rule.max_norms(0, names, norms) == [2 * norm for norm in norms]
+    assert rule.max_norms(1, names, torch.tensor(norms).double()) == [2 * norm for norm in norms]
+
+
+def test_what_the_rule_says_of_itself() -> None:
+    assert not MaxNormRule(1.0).runs_user_code
+    assert MaxNormRule(lambda step: 1.0).runs_user_code
+    assert not MaxNormRule(ZScore()).runs_user_code
+    assert MaxNormRule(ZScore()).answers_tensors
+    assert not MaxNormRule(1.0).answers_tensors
+
+
+def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from() -> None:
+    threshold = ZScore(warmup=2)
+    threshold.update(3.0)
+    before = copy.deepcopy(threshold.state_dict())
+    rule = MaxNormRule(threshold)
+    rule.max_norms(0, names_of(20), [5.0] * 20)
+    assert threshold.state_dict() == before
+    assert rule.thresholds["group 0, parameter 3"].state_dict()["mean"] == 4.0
