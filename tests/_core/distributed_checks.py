@@ -13,7 +13,7 @@ from distributed_helpers import worlds_of
 from helpers import DTYPES, NORM_TYPES, bits, last_of, randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -620,6 +620,17 @@ def check_fsdp2_on_two_ranks() -> None:
     compare_models(model, trained_alone())
 
 
+def offloaded(model: nn.Sequential) -> nn.Sequential:
+    return sharded(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+@worlds_of(2)
+def check_fsdp2_with_offload_to_the_cpu() -> None:
+    model = offloaded(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64), 2))
+    compare_models(model, trained_alone())
+
+
 def check_fsdp2_in_mixed_precision() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(model_of(), mp_policy=policy)
@@ -698,21 +709,26 @@ def spoil(grad: Tensor) -> None:
         grad.to_local()[-1] = math.nan
 
 
-def compare_training(make_clipper: Callable[..., torchclip.Clipper], **options: Any) -> None:
+def compare_training(
+    make_clipper: Callable[..., torchclip.Clipper],
+    shard: Callable[[nn.Sequential], nn.Module] = sharded,
+    dtype: torch.dtype = torch.float64,
+    rtol: float = 1e-7,
+    **options: Any,
+) -> None:
     """Norms, thresholds and decisions are the same on all ranks, and those of one process."""
-    x = batch_of(4, torch.float64)
-    expected, weights = steps(model_of(dtype=torch.float64), x, make_clipper, **options)
-    actual, sharded_weights = steps(
-        sharded(model_of(dtype=torch.float64)), my_part(x), make_clipper, **options
-    )
+    x = batch_of(4, dtype)
+    expected, weights = steps(model_of(dtype=dtype), x, make_clipper, **options)
+    part = my_part(x, dist.get_world_size())
+    actual, sharded_weights = steps(shard(model_of(dtype=dtype)), part, make_clipper, **options)
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, actual)
     assert all(repr(records) == repr(actual) for records in everyones)
     torch.testing.assert_close(
-        torch.tensor(actual), torch.tensor(expected), rtol=1e-7, atol=0, equal_nan=True
+        torch.tensor(actual), torch.tensor(expected), rtol=rtol, atol=0, equal_nan=True
     )
     for a, b in zip(sharded_weights, weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, equal_nan=True)
 
 
 def check_clipper_on_fsdp2() -> None:
@@ -722,6 +738,19 @@ def check_clipper_on_fsdp2() -> None:
         compare_training(lambda o, m=max_norm, s=scope: torchclip.Clipper(o, m, scope=s))
     compare_training(lambda o: torchclip.Clipper(o, 0.1), fused=True)
     compare_training(lambda o: torchclip.Clipper(o, 0.1), foreach=True)
+
+
+@worlds_of(2)
+def check_clipper_on_fsdp2_with_offload_to_the_cpu() -> None:
+    def clipper(optimizer: torch.optim.Optimizer) -> torchclip.Clipper:
+        return torchclip.Clipper(optimizer, 0.1)
+
+    compare_training(clipper, offloaded)
+    # A fused step gets the coefficient along with gradients in float32 only.
+    compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchclip.clipper.clipper._SMALL", -1)
+        compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
 
 
 def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
