@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchclip._core import arguments
+from torchclip._core import arguments, eager
+from torchclip._core.combine import ABSENT
 
 if TYPE_CHECKING:
     from torchclip import _kernel
@@ -52,11 +53,11 @@ class Batch:
         all: the tensors.
         count: how many items there were.
         subclassed: whether any item is of a subclass of Tensor other than Parameter.
-        double, complex: whether the kernel takes any of double precision, any complex one.
+        facts: of what the kernel takes.
     """
 
     __slots__ = ("all", "count", "subclassed")
-    double = complex = False
+    facts = 0
 
     def __init__(self, items: Iterable[Tensor], name: str, take_grad: bool) -> None:
         items = list(items)
@@ -75,21 +76,21 @@ class Batch:
         """The tensors that the kernel does not take: here, all."""
         return self.all
 
-    def norm(self, order: float, threads: int) -> float:
+    def norm(self, p: float, finite: bool = False) -> float:
         """The norm of nothing."""
-        return 0.0
+        return ABSENT
 
-    def norms(self, order: float, threads: int) -> list[float | None]:
+    def norms(self, p: float, finite: bool = False) -> list[float]:
         """No norm for any tensor."""
-        return [None] * len(self.all)
+        return [ABSENT] * len(self.all)
 
-    def scale(self, factor: float, threads: int) -> None:
+    def scale_(self, clip_coef: float) -> None:
         """Scales nothing."""
 
-    def scale_each(self, factors: Sequence[float | None], threads: int) -> None:
+    def scale_each_(self, clip_coefs: Sequence[float]) -> None:
         """Scales nothing."""
 
-    def clamp(self, limit: float, threads: int) -> None:
+    def clamp_(self, limit: float) -> None:
         """Clamps nothing."""
 
 
@@ -105,6 +106,11 @@ def _scalar(value: float, double: bool) -> Tensor:
     in_range = double or value <= _FLOAT32_MAX or math.isnan(value)
     dtype = torch.float64 if double else torch.float32
     return torch.scalar_tensor(value if in_range else math.inf, dtype=dtype, device="cpu")
+
+
+def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> Any:
+    """Norms of orders that the kernel has no loops for."""
+    return eager.norms(tensors, p) if each else eager.norm(tensors, p)
 
 
 def _use(extension: Any, reason: str) -> None:
@@ -149,7 +155,13 @@ def _load() -> tuple[Any, str]:
         return None, f"off (the extension was not built or cannot be loaded: {error})"
     try:
         _kernel.connect(
-            Tensor, nn.Parameter, exchange_api, torch._C._increment_version, arguments.refuse_item
+            Tensor,
+            nn.Parameter,
+            exchange_api,
+            torch._C._increment_version,
+            arguments.refuse_item,
+            torch.get_num_threads,
+            _other_norms,
         )
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         return None, f"off (torch {torch.__version__} does not fit: {error})"

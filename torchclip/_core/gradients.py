@@ -39,7 +39,6 @@ _WRITABLE = frozenset(
     | {torch.complex32, torch.complex64, torch.complex128}
 )
 _KERNEL_ORDERS = frozenset({1.0, 2.0, math.inf})
-_threads = torch.get_num_threads
 _CPU = torch.device("cpu")
 
 
@@ -133,7 +132,7 @@ class Sharded:
                     self._sharded.append(grad)
         self._locals = distributed.locals_of(self.all)
         self.local = _local(self._locals)
-        self.count, self.complex, self.double = len(items), self.local.complex, self.local.double
+        self.count, self.facts = len(items), self.local.facts
 
     @property
     def rest(self) -> Sequence[Tensor]:
@@ -247,12 +246,12 @@ def norm(batch: Gradients, p: float, finite: bool = False) -> float | Tensor:
     if p not in _KERNEL_ORDERS:
         return eager.norm(batch.all, p) if batch.all else 0.0
     rest = batch.rest
-    if not rest:
-        return batch.norm(p, _threads())
-    of_rest = eager.norm(rest, p)
     if len(rest) == len(batch.all):
-        return of_rest
-    of_kernel = batch.norm(p, _threads())
+        return eager.norm(rest, p) if rest else 0.0
+    of_kernel = max(batch.norm(p), 0.0)
+    if not rest:
+        return of_kernel
+    of_rest = eager.norm(rest, p)
     if isinstance(of_rest, Tensor):
         return eager.norm([of_rest, of_rest.new_tensor(of_kernel)], p)
     return combine([of_kernel, of_rest], p)
@@ -271,8 +270,9 @@ def norms(batch: Gradients, p: float, finite: bool = False) -> list[float | Tens
         return of_copies
     if p not in _KERNEL_ORDERS or len(batch.rest) == len(batch.all):
         return eager.norms(batch.all, p)
-    of_rest = iter(eager.norms(batch.rest, p))
-    return [next(of_rest) if n is None else n for n in batch.norms(p, _threads())]
+    of_rest = dict(zip(map(id, batch.rest), eager.norms(batch.rest, p), strict=True))
+    of_kernel = zip(batch.all, batch.norms(p), strict=True)
+    return [of_rest.get(id(tensor), max(norm, 0.0)) for tensor, norm in of_kernel]
 
 
 def scale_(batch: Gradients, factor: float | Tensor) -> None:
@@ -283,7 +283,7 @@ def scale_(batch: Gradients, factor: float | Tensor) -> None:
         batch = batch.written()
     rest = batch.rest
     if not rest or len(rest) < len(batch.all):
-        batch.scale(float(factor), _threads())
+        batch.scale_(float(factor))
     if rest:
         eager.scale_(rest, factor)
 
@@ -292,14 +292,13 @@ def scale_each_(batch: Gradients, factors: Sequence[float | Tensor]) -> None:
     """Multiply each tensor of the batch in place by its own factor; by 1.0 not at all."""
     if isinstance(batch, Sharded):
         batch = batch.written()
-    changes = [None if isinstance(f, float) and f == 1.0 else f for f in factors]
     if len(batch.rest) < len(batch.all):
-        batch.scale_each([None if f is None else float(f) for f in changes], _threads())
+        batch.scale_each_(list(map(float, factors)))
     if batch.rest:
-        of_tensor = {id(t): f for t, f in zip(batch.all, changes, strict=True)}
+        of_tensor = {id(t): f for t, f in zip(batch.all, factors, strict=True)}
         for tensor in batch.rest:
             factor = of_tensor[id(tensor)]
-            if factor is not None:
+            if not (isinstance(factor, float) and factor == 1.0):
                 eager.scale_([tensor], factor)
 
 
@@ -310,7 +309,7 @@ def clamp_(batch: Gradients, limit: float) -> None:
         batch = batch.written()
     rest = batch.rest
     if not rest or len(rest) < len(batch.all):
-        batch.clamp(limit, _threads())
+        batch.clamp_(limit)
     if rest:
         eager.clamp_(rest, limit)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchclip import kernel
 from torchclip._core import distributed, eager
+from torchclip._core.batch import Facts
 from torchclip._core.combine import stacked
 from torchclip._core.gradients import Gradients
 
@@ -38,7 +39,7 @@ def as_results(norms: Sequence[float | Tensor], batch: Gradients) -> Tensor:
 
 def in_double(batch: Gradients) -> bool:
     """Whether any gradient is float64 or complex128: then norms are float64, and else float32."""
-    return batch.double or (len(batch.rest) > 0 and any(t.dtype in _DOUBLE for t in batch.rest))
+    return bool(batch.facts & Facts.DOUBLE) or (len(batch.rest) > 0 and any(t.dtype in _DOUBLE for t in batch.rest))
 
 
 def refuse_nonfinite(

@@ -21,6 +21,7 @@ from torchclip._core.arguments import (
     tensor_list,
     threshold,
 )
+from torchclip._core.batch import Facts
 from torchclip._core.combine import combine_tensors, norm_dtype
 from torchclip._core.norm import as_result, as_results, refuse_nonfinite
 from torchclip.clip_grad import units
@@ -235,7 +236,7 @@ def clip_grad_value_(
     """
     clip_value = threshold("clip_value", clip_value)
     batch = gradients.of_parameters(parameters)
-    if batch.complex or (batch.rest and any(grad.is_complex() for grad in batch.rest)):
+    if batch.facts & Facts.COMPLEX or (batch.rest and any(grad.is_complex() for grad in batch.rest)):
         raise TypeError(
             "`parameters` has complex gradients, and complex numbers have no order to limit them by value; "
             "clip by norm instead (clip_grad_norm_)"

@@ -1,0 +1,53 @@
+// What the kernel needs of torch, as `connect` was given it, and what it reads from a tensor through it.
+#pragma once
+
+#define Py_LIMITED_API 0x030a0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "dlpack.h"
+
+namespace {
+
+struct {
+    PyTypeObject *tensor, *parameter;
+    PyObject* increment_version;
+    PyObject* refuse;
+    PyObject* get_num_threads;
+    PyObject* other_norms;
+    PyObject* grad;         // Tensor.grad, a descriptor,
+    descrgetfunc get_grad;  // and what reads it from a tensor, without looking the name up each time
+    int (*read)(void* py_object, DLTensor* out);
+    int (*make)(DLManagedTensorVersioned* tensor, void** out);
+} torch;
+
+bool connected() {
+    if (torch.read != nullptr) return true;
+    PyErr_SetString(PyExc_RuntimeError, "the kernel is not connected to torch; call connect() first");
+    return false;
+}
+
+bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
+
+// Describes a plain tensor's memory; false if it has none of its own (sparse, meta, inside vmap).
+// No Python code runs where it is true.
+bool describe(PyObject* tensor, DLTensor& t) {
+    if (!is_plain(tensor)) return false;
+    if (torch.read(tensor, &t) == 0) return true;
+    PyErr_Clear();
+    return false;
+}
+
+// A new reference to the gradient, or to None.
+PyObject* get_grad(PyObject* parameter) {
+    return is_plain(parameter) ? torch.get_grad(torch.grad, parameter, reinterpret_cast<PyObject*>(Py_TYPE(parameter)))
+                               : PyObject_GetAttrString(parameter, "grad");
+}
+
+// Also of None: Py_RETURN_NONE of Python 3.12.1's headers takes it for immortal, which it is not in 3.10 and 3.11.
+PyObject* new_reference(PyObject* object) {
+    Py_INCREF(object);
+    return object;
+}
+
+}  // namespace

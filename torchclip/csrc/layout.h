@@ -1,0 +1,105 @@
+// How a tensor lies in memory: a flat run of elements, or a grid with gaps between them.
+#pragma once
+
+#include <algorithm>
+
+#include "dtypes.h"
+
+namespace {
+
+struct Axis {
+    int64_t size, stride;  // in elements
+};
+constexpr int32_t kMaxAxes = 64;
+
+struct Layout {
+    char* data;      // of the first element
+    size_t count;    // elements
+    size_t span;     // bytes from the first element to the end of the last
+    uint32_t dtype;  // row of the table
+    uint32_t axes;   // of the grid; 0 for a flat run
+};
+
+// Works out `layout` for a tensor that the kernel can work on, and for a grid its axes, from the narrowest stride to
+// the widest.  False for any other: of another device or dtype, not aligned, or with elements that may overlap.
+bool read_layout(const DLTensor& t, Layout& layout, Axis (&axes)[kMaxAxes]) {
+    const size_t dtype = find_dtype(t);
+    if (dtype == kDtypeCount || t.device_type != kCPU || t.ndim > kMaxAxes) return false;
+    if (t.strides == nullptr && t.ndim > 0) return false;
+    const size_t item = kDtypes[dtype].item;
+    layout.dtype = uint32_t(dtype);
+    layout.axes = 0;
+    layout.count = 1;
+    bool contiguous = true;
+    for (int32_t d = t.ndim - 1; d >= 0; --d) {
+        contiguous &= t.shape[d] == 1 || t.strides[d] == int64_t(layout.count);
+        layout.count *= size_t(t.shape[d]);
+    }
+    layout.data = static_cast<char*>(t.data) + t.byte_offset;
+    layout.span = layout.count * item;
+    if (layout.count == 0) return true;
+    if (t.data == nullptr || reinterpret_cast<uintptr_t>(layout.data) % kDtypes[dtype].alignment != 0) return false;
+    if (contiguous) return true;
+
+    size_t count = 0;
+    for (int32_t d = 0; d < t.ndim; ++d)
+        if (t.shape[d] != 1) axes[count++] = {t.shape[d], t.strides[d]};
+    std::sort(axes, axes + count, [](Axis a, Axis b) { return a.stride < b.stride; });
+    int64_t reach = 0;  // offset of the last element of the axes so far
+    size_t last = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const Axis axis = axes[i];
+        if (axis.stride <= reach) return false;
+        reach += (axis.size - 1) * axis.stride;
+        if (i == 0) continue;
+        if (axis.stride == axes[last].size * axes[last].stride)
+            axes[last].size *= axis.size;
+        else
+            axes[++last] = axis;
+    }
+    layout.span = size_t(reach + 1) * item;
+    if (last > 0 || axes[0].stride != 1) layout.axes = uint32_t(last + 1);
+    return true;
+}
+
+// Copies `n` elements between a gap-less buffer and memory `stride` elements apart.
+template <class Item> void copy_strided(char* grid, char* buffer, size_t n, int64_t stride, bool gather) {
+    for (size_t i = 0; i < n; ++i) {
+        char* const there = grid + int64_t(i) * stride * int64_t(sizeof(Item));
+        char* const here = buffer + i * sizeof(Item);
+        gather ? std::memcpy(here, there, sizeof(Item)) : std::memcpy(there, here, sizeof(Item));
+    }
+}
+
+void copy_run(char* grid, char* buffer, size_t n, int64_t stride, size_t item, bool gather) {
+    if (stride == 1) {
+        gather ? std::memcpy(buffer, grid, n * item) : std::memcpy(grid, buffer, n * item);
+        return;
+    }
+    switch (item) {
+        case 2: return copy_strided<uint16_t>(grid, buffer, n, stride, gather);
+        case 4: return copy_strided<uint32_t>(grid, buffer, n, stride, gather);
+        case 8: return copy_strided<uint64_t>(grid, buffer, n, stride, gather);
+        default: return copy_strided<uint64_t[2]>(grid, buffer, n, stride, gather);
+    }
+}
+
+// Copies elements [start, start + n) of a grid into the buffer, or back.
+void copy_grid(const Layout& layout, const Axis* axes, size_t start, size_t n, char* buffer, bool gather) {
+    const size_t item = kDtypes[layout.dtype].item;
+    while (n > 0) {
+        int64_t offset = 0;
+        size_t index = start;
+        for (uint32_t d = 0; d < layout.axes; ++d) {
+            offset += int64_t(index % size_t(axes[d].size)) * axes[d].stride;
+            index /= size_t(axes[d].size);
+        }
+        const size_t run = std::min(n, size_t(axes[0].size) - start % size_t(axes[0].size));
+        copy_run(layout.data + offset * int64_t(item), buffer, run, axes[0].stride, item, gather);
+        buffer += run * item;
+        start += run;
+        n -= run;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,182 @@
+// The inner loops over n numbers without gaps, of one number type.
+#pragma once
+
+#include <algorithm>
+
+#include "dtypes.h"
+
+namespace {
+
+// Sums run in this many lanes whatever the instruction set, so that all give the same bits.
+constexpr size_t kLanes = 32;
+
+// Calls visit(i, lane) for every element i of x, and has the memory fetched that is needed soon, into the second cache.
+// Left alone, processors look ahead as far as their queue of instructions reaches, which is not far where every element
+// takes several of them.
+constexpr size_t kAhead = 6 * 1024, kCacheLine = 64;  // bytes
+template <class T, class Visit> INLINE void for_each(const T* x, size_t n, Visit visit) {
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+#ifdef __GNUC__
+        const uintptr_t ahead = reinterpret_cast<uintptr_t>(x + i) + kAhead;
+        for (size_t byte = 0; byte < kLanes * sizeof(T); byte += kCacheLine)
+            __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, 2);
+#endif
+        for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
+    }
+    for (size_t j = 0; i < n; ++i, ++j) visit(i, j);
+}
+
+// Adds up `n` lanes, halves onto halves; spelled out for the compiler, as a loop over `n` costs more than the sums.
+template <size_t n> INLINE double fold_lanes(double* lanes) {
+    if constexpr (n > 1) {
+        for (size_t j = 0; j < n / 2; ++j) lanes[j] += lanes[j + n / 2];
+        return fold_lanes<n / 2>(lanes);
+    }
+    return lanes[0];
+}
+
+template <class T, class Add> INLINE double sum_lanes(const T* x, size_t n, Add add) {
+    double lanes[kLanes] = {};
+    for_each(x, n, [&](size_t i, size_t lane) { lanes[lane] = add(lanes[lane], widen(x[i])); });
+    return fold_lanes<kLanes>(lanes);
+}
+
+// The square of a shorter number is exact in double: fusing it with the addition changes nothing but the time.
+template <bool kFusedMultiplyAdd, class T> INLINE double sum_squares(const T* x, size_t n) {
+    return sum_lanes(x, n, [](double sum, double v) {
+        return kFusedMultiplyAdd && sizeof(T) < sizeof v ? std::fma(v, v, sum) : sum + v * v;
+    });
+}
+
+// `unit`, a power of two, brings numbers whose squares a double cannot hold into its range.
+template <class T> INLINE double sum_scaled_squares(const T* x, size_t n, double unit) {
+    return sum_lanes(x, n, [unit](double sum, double v) { return sum + (v * unit) * (v * unit); });
+}
+
+template <class T> INLINE double sum_magnitudes(const T* x, size_t n) {
+    return sum_lanes(x, n, [](double sum, double v) { return sum + std::fabs(v); });
+}
+
+template <class T> INLINE double largest(const T* x, size_t n) {
+    using Int = typename Bits<T>::type;
+    Int lanes[kLanes] = {};
+    for_each(x, n, [&](size_t i, size_t lane) { lanes[lane] = std::max(lanes[lane], magnitude(x[i])); });
+    for (size_t half = kLanes / 2; half > 0; half /= 2)
+        for (size_t j = 0; j < half; ++j) lanes[j] = std::max(lanes[j], lanes[j + half]);
+    return widen(bit_cast<T>(lanes[0]));
+}
+
+template <class T> INLINE void scale(T* x, size_t n, double clip_coef) {
+    const float single = float(clip_coef);
+    if constexpr (sizeof(T) < sizeof clip_coef) {
+        // In float, as torch multiplies all but double, unless the coefficient is too small for one.
+        if (std::isnormal(single))
+            return for_each(x, n, [=](size_t i, size_t) { x[i] = nearest<T>(to_float(x[i]) * single); });
+    }
+    for_each(x, n, [=](size_t i, size_t) { x[i] = narrow<T>(widen(x[i]) * clip_coef); });
+}
+
+// Memory that is not written costs half as much: these loops look at so many numbers before they write any.
+constexpr size_t kStretch = 256;
+
+template <class T> INLINE void clamp(T* x, size_t n, double limit) {
+    using Int = typename Bits<T>::type;
+    const Int top = magnitude(narrow<T>(limit));
+    Int beyond = 0;
+    for (size_t start = 0; start < n; start += kStretch) {
+        T* const stretch = x + start;
+        const size_t length = std::min(kStretch, n - start);
+        if (!beyond) {  // where one stretch is written, the next will be
+            for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(stretch[i]) > top);
+            if (!beyond) continue;
+        }
+        beyond = 0;
+        for (size_t i = 0; i < length; ++i) {
+            const Int bits = bit_cast<Int>(stretch[i]), size = magnitude(stretch[i]);
+            const Int clamped = Int((bits ^ size) | top);
+            stretch[i] = bit_cast<T>(size > top && size <= Bits<T>::infinity ? clamped : bits);
+            beyond |= Int(size > top);
+        }
+    }
+}
+
+// Norms other than 2 need the modulus of each complex number.  Squares of floats fit a double; for doubles, and
+// where one part is nan and the other inf, hypot knows what to do.
+INLINE double modulus(const float* z) {
+    const double real = z[0], imag = z[1], result = std::sqrt(real * real + imag * imag);
+    return std::isnan(result) ? std::hypot(real, imag) : result;
+}
+INLINE double modulus(const double* z) { return std::hypot(z[0], z[1]); }
+
+INLINE double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
+
+// How many numbers, of elements of `parts` numbers, belong to an element that is finite.
+template <size_t parts, class T> INLINE size_t count_finite(const T* x, size_t n) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i += parts) count += parts * size_t(is_finite(x[i]) && is_finite(x[i + parts - 1]));
+    return count;
+}
+
+// Puts 0 in the place of each such element that is not.
+template <size_t parts, class T> INLINE void zero_nonfinite(T* x, size_t n) {
+    for (size_t i = 0; i < n; i += kStretch) {
+        T* const stretch = x + i;
+        const size_t length = std::min(kStretch, n - i);
+        if (count_finite<parts>(stretch, length) == length) continue;
+        for (size_t j = 0; j < length; j += parts)
+            if (!(is_finite(stretch[j]) && is_finite(stretch[j + parts - 1])))
+                std::memset(static_cast<void*>(stretch + j), 0, parts * sizeof(T));
+    }
+}
+
+// The loops over one dtype, compiled for one instruction set; n counts real numbers, two to a complex one.
+using Read = double (*)(const void* x, size_t n, double unit);
+using Write = void (*)(void* x, size_t n, double number);
+struct Loops {
+    Read sum_squares, sum_scaled_squares, sum_magnitudes, largest, count_finite;
+    Write scale, clamp, zero_nonfinite;
+};
+
+template <class T> double sum_moduli(const void* x, size_t n, double) {
+    double sum = 0;
+    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) sum += modulus(z);
+    return sum;
+}
+
+template <class T> double largest_modulus(const void* x, size_t n, double) {
+    double top = 0;
+    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) top = larger(modulus(z), top);
+    return top;
+}
+
+// `table<Dtype>()` gives the loops over a dtype.
+#define DEFINE_LOOPS(NAME, TARGET, FUSED)                                                                           \
+    template <class T, size_t parts> struct NAME {                                                                  \
+        using In = const void*;                                                                                     \
+        using Out = void*;                                                                                          \
+        TARGET static double squares(In x, size_t n, double) { return sum_squares<FUSED>((const T*)x, n); }         \
+        TARGET static double scaled(In x, size_t n, double u) { return sum_scaled_squares((const T*)x, n, u); }     \
+        TARGET static double magnitudes(In x, size_t n, double) { return sum_magnitudes((const T*)x, n); }          \
+        TARGET static double top(In x, size_t n, double) { return largest((const T*)x, n); }                        \
+        TARGET static double finite(In x, size_t n, double) { return double(count_finite<parts>((const T*)x, n)); } \
+        TARGET static void scaling(Out x, size_t n, double clip_coef) { scale((T*)x, n, clip_coef); }               \
+        TARGET static void clamping(Out x, size_t n, double limit) { clamp((T*)x, n, limit); }                      \
+        TARGET static void zeroing(Out x, size_t n, double) { zero_nonfinite<parts>((T*)x, n); }                    \
+        static Loops table() {                                                                                      \
+            if constexpr (parts == 2)                                                                               \
+                return {squares, scaled, sum_moduli<T>, largest_modulus<T>, finite, scaling, nullptr, zeroing};     \
+            else                                                                                                    \
+                return {squares, scaled, magnitudes, top, finite, scaling, clamping, zeroing};                      \
+        }                                                                                                           \
+    };
+
+DEFINE_LOOPS(Baseline, , false)
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_X86_TARGETS
+DEFINE_LOOPS(Avx2, __attribute__((target("avx2,fma"))), true)
+DEFINE_LOOPS(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), true)
+#endif
+#undef DEFINE_LOOPS
+
+}  // namespace
