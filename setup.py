@@ -3,13 +3,14 @@
 Where it cannot be compiled, the install goes on without it, and torch's own operations do the work.
 
 Environment: ``TORCHCLIP_KERNEL=0`` leaves the kernel out; ``TORCHCLIP_SANITIZE=1`` builds it with GCC's
-address and undefined-behaviour sanitizers, for its tests (see tests/test_kernel.py).
+address and undefined-behaviour sanitizers, for its tests (see tests/csrc/test_kernel.py).
 """
 
 import os
 import platform
 import sys
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -42,6 +43,7 @@ compiling, linking = flags()
 kernel = Extension(
     "torchclip._kernel",
     sources=["torchclip/csrc/module.cpp"],
+    depends=sorted(glob("torchclip/csrc/*.h")),
     language="c++",
     extra_compile_args=compiling,
     extra_link_args=linking,

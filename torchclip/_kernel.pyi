@@ -1,4 +1,4 @@
-"""The compiled CPU kernel, as ``torchclip.kernel`` sees it; the source is ``_kernel.cpp``."""
+"""The compiled CPU kernel, as ``torchclip._core`` sees it; the source is ``csrc``."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
@@ -14,6 +14,8 @@ def connect(
     exchange_api: Any,
     increment_version: Callable[[list[Tensor]], None],
     refuse: Callable[[str, int, object], object],
+    get_num_threads: Callable[[], int],
+    other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
     /,
 ) -> None:
     """Give the kernel what it needs of torch; once, before anything else.
@@ -25,6 +27,9 @@ def connect(
         increment_version: called with the tensors that are about to be written.
         refuse: called with ``"parameters"`` or ``"tensors"``, an index and the item found there if that is
             not a tensor; must raise.
+        get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
+        other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
+            count, and whether to return a list with the norm of each, or that of all as one vector.
 
     Raises:
         RuntimeError: if the table is not of DLPack's version 1.
@@ -51,16 +56,26 @@ def select(instruction_set: str, /) -> None:
 
 @final
 class Batch:
-    """Tensors to work on together.
+    """Tensors to work on together; a ``torchclip._core.batch.Batch``, whose methods are described there.
 
     The kernel takes plain CPU tensors of float32, float64, float16, bfloat16, complex64 and complex128 whose
-    elements do not share memory. ``threads`` is the most threads to use; results do not depend on it. Tensors
-    must keep their memory (no ``resize_``, ``set_``) between the making of the batch and its use.
+    elements do not share memory.  Methods work on those that it took when the batch was made; ``torchclip``
+    uses batches in which these are all.
+
+    Only references are kept.  Each method reads from the tensors where their memory lies now, after all
+    Python code that the call runs.  A tensor that changed so that it cannot be taken any more raises a
+    RuntimeError, before anything is written.  Results do not depend on the number of threads.
     """
 
     @property
     def all(self) -> list[Tensor]:
         """The distinct tensors, in order. Not to be changed."""
+    @property
+    def facts(self) -> int:
+        """``torchclip._core.batch.Facts`` of the taken tensors, as they were when the batch was made.
+
+        ``SMALL`` only if all were taken; ``SHARED`` also for a parameter that came twice.
+        """
     @property
     def rest(self) -> Sequence[Tensor]:
         """Those that the kernel does not take, in order. Not to be changed."""
@@ -70,23 +85,22 @@ class Batch:
     @property
     def subclassed(self) -> bool:
         """Whether any of the items is of a subclass of Tensor other than Parameter."""
-    @property
-    def double(self) -> bool:
-        """Whether any of the taken tensors is of float64 or complex128."""
-    @property
-    def complex(self) -> bool:
-        """Whether any of the taken tensors is complex."""
-    def norm(self, order: float, threads: int, /) -> float:
-        """The norm, of order 1, 2 or inf, of all taken tensors as one vector; 0 for none."""
-    def norms(self, order: float, threads: int, /) -> list[float | None]:
-        """The norm of each tensor of ``all``, None for the rest."""
-    def scale(self, factor: float, threads: int, /) -> None:
-        """Multiply the taken tensors in place: products in float64 (float32 for 16-bit ones), rounded."""
-    def scale_each(self, factors: Sequence[Any], threads: int, /) -> None:
-        """Multiply each by its own factor; those with None, and the rest, are left alone."""
-    def clamp(self, limit: float, threads: int, /) -> None:
+    def norm(self, p: float, finite: bool = False, /) -> float:
+        """The norm of all taken tensors as one vector; -1 if there is no element (that is finite)."""
+    def norms(self, p: float, finite: bool = False, /) -> list[float]:
+        """The norm of each tensor of ``all``, likewise; -1 for the rest."""
+    def scale_(self, clip_coef: float | Tensor, /) -> None:
+        """Multiply the taken tensors in place; by 1 not at all.
+
+        Products are formed in float32 (of float64 in float64) and rounded.
+        """
+    def scale_each_(self, clip_coefs: Iterable[float | Tensor], /) -> None:
+        """Multiply each tensor by its own number of those given for ``all``; the rest are left alone."""
+    def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``; nan stays nan.
 
         Raises:
             ValueError: if a taken tensor is complex, before anything is written.
         """
+    def zero_nonfinite_(self) -> None:
+        """Put 0 in the place of every element that is infinite or nan, in either part of a complex one."""

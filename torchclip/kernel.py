@@ -110,6 +110,9 @@ def _scalar(value: float, double: bool) -> Tensor:
 
 def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> Any:
     """Norms of orders that the kernel has no loops for."""
+    if finite:
+        tensors = [tensor.detach().clone() for tensor in tensors]
+        eager.zero_nonfinite_(tensors)
     return eager.norms(tensors, p) if each else eager.norm(tensors, p)
 
 

@@ -4,7 +4,7 @@ Under the sanitizers, on Linux with GCC::
 
     TORCHCLIP_SANITIZE=1 python setup.py build_ext --inplace --force
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \\
-        ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 python -m pytest -s tests/test_kernel.py
+        ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 python -m pytest -s tests/csrc
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import nn
 
 import torchclip
 from torchclip import kernel, reference
+from torchclip._core.batch import Facts
 
 _kernel = pytest.importorskip("torchclip._kernel")
 if kernel.status().startswith("off"):
@@ -57,12 +58,13 @@ SPECIAL = [
     5e-324,
 ]
 NONFINITE = [math.inf, -math.inf, math.nan]
+ABSENT = -1.0  # the norm of no elements
 GUARD = 7.25  # around the elements of a view; must still be there afterwards
 
 
 @pytest.fixture(autouse=True)
-def restore_instruction_set() -> Iterator[None]:
-    """The instruction set is the module's, not the test's."""
+def restore(threads: None) -> Iterator[None]:
+    """The instruction set is the module's, not the test's, and so is torch's number of threads."""
     before = _kernel.instruction_set()
     yield
     _kernel.select(before)
@@ -148,6 +150,11 @@ def assert_same_norm(got: float, wanted: float) -> None:
     assert got == pytest.approx(wanted, rel=1e-12, abs=1e-320, nan_ok=True)
 
 
+def twin(arrays: list[np.ndarray], order: float) -> float:
+    """The reference's norm, and what the kernel gives where there is no element."""
+    return reference.global_norm(arrays, order) if any(a.size for a in arrays) else ABSENT
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), order=st.sampled_from(ORDERS), threads=st.integers(1, 4), nonfinite=st.booleans())
@@ -157,12 +164,17 @@ def test_norms_agree_with_the_reference(
     made = data.draw(st.lists(views(dtype, nonfinite), max_size=4))
     tensors = [view for view, _ in made]
     _kernel.select(data.draw(st.sampled_from(instruction_sets())))
+    torch.set_num_threads(threads)
     batch = _kernel.tensors(tensors)
     assert list(batch.rest) == []
     arrays = [as_array(t) for t in tensors]
-    assert_same_norm(batch.norm(order, threads), reference.global_norm(arrays, order))
-    for got, array in zip(batch.norms(order, threads), arrays, strict=True):
-        assert_same_norm(got, reference.global_norm([array], order))
+    assert_same_norm(batch.norm(order), twin(arrays, order))
+    for got, array in zip(batch.norms(order), arrays, strict=True):
+        assert_same_norm(got, twin([array], order))
+    finite = [array[np.isfinite(array)] for array in arrays]
+    assert_same_norm(batch.norm(order, True), twin(finite, order))
+    for got, array in zip(batch.norms(order, True), finite, strict=True):
+        assert_same_norm(got, twin([array], order))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -178,7 +190,8 @@ def test_scaling_rounds_once_and_touches_nothing_else(
     made = data.draw(st.lists(views(dtype), max_size=3))
     _kernel.select(data.draw(st.sampled_from(instruction_sets())))
     wanted = [scaled(as_array(view), factor, dtype) for view, _ in made]
-    _kernel.tensors([view for view, _ in made]).scale(factor, threads)
+    torch.set_num_threads(threads)
+    _kernel.tensors([view for view, _ in made]).scale_(factor)
     for (view, memory), expected in zip(made, wanted, strict=True):
         np.testing.assert_array_equal(as_array(view), expected)
         assert_guards(view, memory)
@@ -197,7 +210,7 @@ def test_every_16_bit_number_is_scaled_right(dtype: torch.dtype, factor: float) 
     for name in instruction_sets():
         _kernel.select(name)
         tensor = every.clone()
-        _kernel.tensors([tensor]).scale(factor, 1)
+        _kernel.tensors([tensor]).scale_(factor)
         np.testing.assert_array_equal(as_array(tensor), wanted)
 
 
@@ -216,7 +229,24 @@ def test_clamping_agrees_with_the_reference(
     wanted = [as_array(view) for view, _ in made]
     # torch and NumPy round the limit to the dtype, too.
     reference.clip_grad_value(wanted, float(rounded(np.array(limit), dtype)))
-    _kernel.tensors([view for view, _ in made]).clamp(limit, threads)
+    torch.set_num_threads(threads)
+    _kernel.tensors([view for view, _ in made]).clamp_(limit)
+    for (view, memory), expected in zip(made, wanted, strict=True):
+        np.testing.assert_array_equal(as_array(view), expected)
+        assert_guards(view, memory)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), threads=st.integers(1, 4))
+def test_zeroing_puts_zero_for_what_is_not_finite_and_touches_nothing_else(
+    dtype: torch.dtype, data: st.DataObject, threads: int
+) -> None:
+    made = data.draw(st.lists(views(dtype), max_size=3))
+    _kernel.select(data.draw(st.sampled_from(instruction_sets())))
+    wanted = [np.where(np.isfinite(array), array, 0) for array in (as_array(view) for view, _ in made)]
+    torch.set_num_threads(threads)
+    _kernel.tensors([view for view, _ in made]).zero_nonfinite_()
     for (view, memory), expected in zip(made, wanted, strict=True):
         np.testing.assert_array_equal(as_array(view), expected)
         assert_guards(view, memory)
@@ -232,12 +262,18 @@ def test_bits_depend_neither_on_threads_nor_on_the_instruction_set(dtype: torch.
     for name in instruction_sets():
         _kernel.select(name)
         for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
             copies = [t.clone() for t in tensors[:-1]] + [tensors[-1].t().clone().t()]
             batch = _kernel.tensors(copies)
             results.add(
-                tuple(n.hex() for p in ORDERS for n in (batch.norm(p, threads), *batch.norms(p, threads)))
+                tuple(
+                    n.hex()
+                    for p in ORDERS
+                    for finite in (False, True)
+                    for n in (batch.norm(p, finite), *batch.norms(p, finite))
+                )
             )
-            batch.scale(0.3, threads)
+            batch.scale_(0.3)
             scaled.append(copies)
     assert len(results) == 1
     assert all(torch.equal(a, b) for copies in scaled for a, b in zip(copies, scaled[0], strict=True))
@@ -249,8 +285,10 @@ def test_squares_outside_the_range_of_numbers(dtype: torch.dtype, size: float) -
     tensors = [torch.full((70_000,), size, dtype=dtype), torch.tensor(0.0, dtype=dtype)]
     batch = _kernel.tensors(tensors)
     wanted = reference.global_norm([as_array(t) for t in tensors])
-    assert batch.norm(2.0, 2) == pytest.approx(wanted, rel=1e-12)
-    assert batch.norms(2.0, 2) == [pytest.approx(wanted, rel=1e-12), 0.0]
+    torch.set_num_threads(2)
+    for finite in (False, True):
+        assert batch.norm(2.0, finite) == pytest.approx(wanted, rel=1e-12)
+        assert batch.norms(2.0, finite) == [pytest.approx(wanted, rel=1e-12), 0.0]
 
 
 def test_tensors_that_are_taken_and_the_rest() -> None:
@@ -287,9 +325,9 @@ def test_tensors_that_are_taken_and_the_rest() -> None:
     assert [id(t) for t in batch.all] == [id(t) for t in mixed]
     assert [id(t) for t in batch.rest] == [id(t) for t in rest]
     assert batch.count == len(mixed)
-    norms = batch.norms(2.0, 1)
-    assert [n is None for n in norms] == [any(t is r for r in rest) for t in mixed]
-    assert batch.norm(2.0, 1) == pytest.approx(math.hypot(*(n for n in norms if n is not None)))
+    norms = batch.norms(2.0)
+    assert [n == ABSENT for n in norms] == [any(t is r for r in rest) or t.numel() == 0 for t in mixed]
+    assert batch.norm(2.0) == pytest.approx(math.hypot(*(n for n in norms if n != ABSENT)))
 
 
 def test_a_mapped_tensor_is_left_to_torch() -> None:
@@ -320,12 +358,67 @@ def test_nothing_at_all() -> None:
         _kernel.tensors(t for t in nothing),
         _kernel.tensors([torch.empty(0)]),
     ):
-        assert [batch.norm(p, 4) for p in ORDERS] == [0.0, 0.0, 0.0]
-        batch.scale(0.5, 4)
-        batch.clamp(0.5, 4)
-        batch.scale_each([None] * len(batch.all), 4)
+        assert [batch.norm(p) for p in ORDERS] == [ABSENT] * 3
+        assert [batch.norm(p, True) for p in ORDERS] == [ABSENT] * 3
+        batch.scale_(0.5)
+        batch.clamp_(0.5)
+        batch.zero_nonfinite_()
+        batch.scale_each_([0.5] * len(batch.all))
     assert _kernel.gradients([]).count == 0
-    assert _kernel.tensors([torch.empty(0)]).norms(2.0, 1) == [0.0]
+    assert _kernel.tensors([torch.empty(0)]).norms(2.0) == [ABSENT]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_where_nothing_is_finite_there_is_no_norm(dtype: torch.dtype, order: float) -> None:
+    tensors = [torch.full((3, 50_000), math.inf, dtype=dtype), torch.full((2, 3), math.nan, dtype=dtype).t()]
+    batch = _kernel.tensors(tensors)
+    assert batch.norm(order, True) == ABSENT
+    assert batch.norms(order, True) == [ABSENT, ABSENT]
+    tensors[0][1, 7] = -0.5
+    tensors[1][0, 0] = 0.0
+    assert batch.norm(order, True) == 0.5
+    assert batch.norms(order, True) == [0.5, 0.0]
+    assert not math.isfinite(batch.norm(order))
+
+
+@pytest.mark.parametrize("order", [0.0, 0.5, 3.0, -math.inf])
+def test_other_orders_are_left_to_torch_operations(order: float) -> None:
+    tensors = [
+        torch.tensor([3.0, 4.0, math.inf]),
+        torch.tensor([2.0]).to_sparse(),
+        torch.tensor([[1.0, 2.0]]),
+    ]
+    batch = _kernel.tensors(tensors)
+    taken = [tensors[0].numpy(), tensors[2].numpy()]
+    assert_same_norm(batch.norm(order), reference.global_norm(taken, order))
+    of_each = [reference.global_norm([array], order) for array in taken]
+    assert batch.norms(order) == pytest.approx([of_each[0], ABSENT, of_each[1]])
+
+
+def test_other_orders_of_finite_elements() -> None:
+    batch = _kernel.tensors([torch.tensor([3.0, 4.0, math.inf]), torch.tensor([[1.0, math.nan]])])
+    assert batch.norm(3.0, True) == pytest.approx(92 ** (1 / 3))
+    assert batch.norms(3.0, True) == pytest.approx([91 ** (1 / 3), 1.0])
+
+
+def test_facts() -> None:
+    def facts(*tensors: torch.Tensor) -> Facts:
+        return Facts(_kernel.tensors(tensors).facts)
+
+    single, twice = torch.ones(3), torch.ones(3, dtype=torch.float64)
+    assert facts(single, single.half()) == Facts.SMALL
+    assert facts(single, twice) == Facts.SMALL | Facts.DOUBLE
+    assert facts(torch.ones(2, dtype=torch.complex64)) == Facts.SMALL | Facts.COMPLEX
+    assert facts(torch.ones(2, dtype=torch.complex128)) == Facts.SMALL | Facts.COMPLEX | Facts.DOUBLE
+    assert facts(torch.ones(4, 4)[:, ::2]) == Facts.SMALL | Facts.GAPS
+    assert facts(torch.ones(4, 3).t(), torch.ones(0, 3)[:, ::2]) == Facts.SMALL
+    assert facts(torch.ones(1 << 19)) == Facts.SMALL
+    assert facts(torch.ones(1 << 19), single) == Facts(0)
+    assert facts(single, single.to_sparse()) == Facts(0)
+    parameters = with_gradients([single, single])
+    assert Facts(_kernel.gradients(parameters).facts) == Facts.SMALL | Facts.SHARED
+    assert Facts(_kernel.gradients(parameters[:1]).facts) == Facts.SMALL
 
 
 def test_items_that_are_not_tensors_are_refused() -> None:
@@ -355,53 +448,70 @@ def test_a_list_that_shrinks_while_it_is_walked() -> None:
 
     items = [Shrinking(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
     batch = _kernel.gradients(items)
-    assert batch.norm(2.0, 1) == 2.0
+    assert batch.norm(2.0) == 2.0
     assert batch.count == 1
 
 
 def test_wrong_arguments() -> None:
     batch = _kernel.tensors([torch.ones(2), torch.ones(2, dtype=torch.complex64)])
-    with pytest.raises(ValueError, match="order 1, 2 and inf"):
-        batch.norm(3.0, 1)
-    with pytest.raises(TypeError, match="expected 2 arguments"):
-        batch.scale(0.5)
+    with pytest.raises(TypeError, match="expected 1 argument, got 0"):
+        batch.norm()
+    with pytest.raises(TypeError, match="expected 2 arguments, got 3"):
+        batch.norms(2.0, True, 1)
     with pytest.raises(TypeError):
-        batch.scale("a", 1)
-    with pytest.raises(ValueError, match="one factor for each tensor"):
-        batch.scale_each([0.5], 1)
+        batch.norm("2")
+    with pytest.raises(TypeError):
+        batch.scale_("a")
+    with pytest.raises(ValueError, match="one number for each of 2 tensors"):
+        batch.scale_each_([0.5])
+    with pytest.raises(TypeError):
+        batch.scale_each_([0.5, None])
     with pytest.raises(ValueError, match="complex"):
-        batch.clamp(0.5, 1)
+        batch.clamp_(0.5)
     with pytest.raises(ValueError, match="at least 0"):
-        _kernel.tensors([torch.ones(2)]).clamp(math.nan, 1)
+        _kernel.tensors([torch.ones(2)]).clamp_(math.nan)
     with pytest.raises(ValueError, match="no instruction set"):
         _kernel.select("abacus")
     with pytest.raises(TypeError, match="cannot create"):
         _kernel.Batch()
-    assert batch.norm(1.0, -5) == 4.0
+    torch.set_num_threads(1)
+    assert batch.norm(1.0) == 4.0
     assert [t._version for t in batch.all] == [0, 0]
+
+
+def test_numbers_may_be_tensors() -> None:
+    tensors = [torch.ones(2), torch.ones(2)]
+    batch = _kernel.tensors(tensors)
+    batch.scale_(torch.tensor(0.5, dtype=torch.float64))
+    batch.scale_each_(torch.tensor([0.5, 2.0]))
+    assert [t.tolist() for t in tensors] == [[0.25, 0.25], [1.0, 1.0]]
 
 
 def test_versions_of_what_is_written_and_of_nothing_else() -> None:
     a, b, sparse = torch.ones(2), torch.ones(2), torch.ones(2).to_sparse()
     batch = _kernel.tensors([a, sparse, b])
-    batch.norm(2.0, 1)
-    batch.norms(2.0, 1)
+    batch.norm(2.0)
+    batch.norms(2.0)
+    batch.scale_(1.0)
+    batch.scale_each_([1.0, 1.0, 1.0])
     assert [a._version, b._version] == [0, 0]
     before = sparse._version
-    batch.scale_each([None, 7.0, 0.5], 1)
+    batch.scale_each_([1.0, 7.0, 0.5])
     assert [a.tolist(), b.tolist()] == [[1, 1], [0.5, 0.5]]
     assert [a._version, b._version] == [0, 1]
-    batch.scale(0.5, 1)
-    batch.clamp(0.25, 1)
+    batch.scale_(0.5)
+    batch.clamp_(0.25)
     assert [a._version, b._version] == [2, 3]
     assert [a.tolist(), b.tolist()] == [[0.25, 0.25], [0.25, 0.25]]
+    batch.zero_nonfinite_()
+    assert [a._version, b._version] == [3, 4]
     assert sparse._version == before
 
 
 def test_autograd_notices_the_write() -> None:
     x = torch.ones(3, requires_grad=True)
     y = x.exp()
-    _kernel.tensors([y]).scale(0.5, 1)
+    _kernel.tensors([y]).scale_(0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -429,26 +539,28 @@ def test_a_scalar_is_a_tensor_like_any_other(value: float, double: bool) -> None
 def test_overlapping_tensors_are_written_one_after_the_other() -> None:
     memory = torch.ones(300_000)
     first, second = memory[:200_000], memory[100_000:]
-    _kernel.tensors([second, first]).scale(0.5, 4)
+    torch.set_num_threads(4)
+    _kernel.tensors([second, first]).scale_(0.5)
     wanted = torch.full((300_000,), 0.5)
     wanted[100_000:200_000] = 0.25
     assert torch.equal(memory, wanted)
     for _ in range(10):  # in the same memory from end to end, where two threads would meet at every element
-        _kernel.tensors([memory, memory.view(300, 1000)]).scale(0.5, 2)
+        _kernel.tensors([memory, memory.view(300, 1000)]).scale_(0.5)
     assert torch.equal(memory, wanted * 0.25**10)
 
 
 def test_two_python_threads() -> None:
     torch.manual_seed(0)
     models = [[torch.randn(s) for s in ((500, 400), (30,), (1000, 100))] for _ in range(2)]
-    wanted = [_kernel.tensors(m).norm(2.0, 1) for m in models]
+    wanted = [_kernel.tensors(m).norm(2.0) for m in models]
+    torch.set_num_threads(2)
     wrong: list[float] = []
 
     def work(i: int) -> None:
         for _ in range(100):
             batch = _kernel.tensors(models[i])
-            got = batch.norm(2.0, 2)
-            batch.scale(1.0, 2)
+            got = batch.norm(2.0)
+            batch.scale_each_([-1.0] * 3)  # the norm stays
             if got != wanted[i]:
                 wrong.append(got)
 
@@ -466,12 +578,13 @@ def test_a_forked_child_does_not_hang() -> None:
 import os, torch
 from torchclip import _kernel, kernel
 t = torch.ones(1_000_000)
-assert _kernel.tensors([t]).norm(2.0, 2) == 1000.0
+torch.set_num_threads(2)
+assert _kernel.tensors([t]).norm(2.0) == 1000.0
 pid = os.fork()
 if pid == 0:
     batch = _kernel.tensors([t])
-    batch.scale(2.0, 2)
-    os._exit(0 if batch.norm(2.0, 2) == 2000.0 else 1)
+    batch.scale_(2.0)
+    os._exit(0 if batch.norm(2.0) == 2000.0 else 1)
 assert os.waitpid(pid, 0)[1] == 0
 """
     command = [sys.executable, "-W", "ignore", "-c", script]
@@ -500,15 +613,18 @@ def test_memory_does_not_grow() -> None:
 
     def call() -> None:
         batch = _kernel.gradients(parameters)
-        batch.norm(2.0, 2)
-        batch.norms(2.0, 2)
-        batch.scale_each([1.0] * 50, 2)
-        batch.scale(1.0, 2)
+        batch.norm(2.0)
+        batch.norms(2.0)
+        batch.norms(2.0, True)
+        batch.scale_each_([-1.0] * 50)
+        batch.scale_(-1.0)
+        batch.zero_nonfinite_()
+        assert len(batch.all) == 50
         _kernel.scalar(1.0, True)
 
     for _ in range(500):
         call()
-        _kernel.tensors([sparse])
+        assert len(_kernel.tensors([sparse]).rest) == 1
     before = resident()
     for _ in range(10_000):
         call()
@@ -543,7 +659,7 @@ cli.main(["info"])
 def test_none_comes_with_a_reference() -> None:
     batch = _kernel.tensors([torch.ones(3)])
     before = sys.getrefcount(None)
-    held = [batch.scale(1.0, 1) for _ in range(1000)]
+    held = [batch.scale_(1.0) for _ in range(1000)]
     assert sys.getrefcount(None) - before > 900
     assert held == [None] * 1000
 

@@ -39,7 +39,9 @@ def as_results(norms: Sequence[float | Tensor], batch: Gradients) -> Tensor:
 
 def in_double(batch: Gradients) -> bool:
     """Whether any gradient is float64 or complex128: then norms are float64, and else float32."""
-    return bool(batch.facts & Facts.DOUBLE) or (len(batch.rest) > 0 and any(t.dtype in _DOUBLE for t in batch.rest))
+    return bool(batch.facts & Facts.DOUBLE) or (
+        len(batch.rest) > 0 and any(t.dtype in _DOUBLE for t in batch.rest)
+    )
 
 
 def refuse_nonfinite(

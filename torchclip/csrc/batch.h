@@ -136,22 +136,22 @@ bool read_number(PyObject* object, double& number) {
     return number != -1.0 || PyErr_Occurred() == nullptr;
 }
 
-// A list or any other sequence of as many numbers as there are members.
-bool read_numbers(PyObject* sequence, size_t wanted, std::vector<double>& numbers) {
-    const Py_ssize_t given = PySequence_Size(sequence);
-    if (given < 0) return false;
-    if (size_t(given) != wanted) {
-        PyErr_Format(PyExc_ValueError, "expected one number for each of %zu tensors, got %zd", wanted, given);
-        return false;
-    }
+// An iterable of as many numbers as are wanted.
+bool read_numbers(PyObject* iterable, size_t wanted, std::vector<double>& numbers) {
+    PyObject* const list = PyList_CheckExact(iterable) ? new_reference(iterable) : PySequence_List(iterable);
+    if (list == nullptr) return false;
+    const Py_ssize_t given = PyList_Size(list);
+    bool read = size_t(given) == wanted;
+    if (!read) PyErr_Format(PyExc_ValueError, "expected one number for each of %zu tensors, got %zd", wanted, given);
     numbers.resize(wanted);
-    for (size_t i = 0; i < wanted; ++i) {
-        PyObject* const number = PySequence_GetItem(sequence, Py_ssize_t(i));
-        const bool read = number != nullptr && read_number(number, numbers[i]);
+    for (size_t i = 0; i < wanted && read; ++i) {
+        PyObject* const number = PyList_GetItem(list, Py_ssize_t(i));
+        Py_XINCREF(number);  // as user code can change the list
+        read = number != nullptr && read_number(number, numbers[i]);
         Py_XDECREF(number);
-        if (!read) return false;
     }
-    return true;
+    Py_DECREF(list);
+    return read;
 }
 
 // What `norm` and `norms` take: an order, and whether only finite elements count.
