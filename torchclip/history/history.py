@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from torchclip._core import arguments
+from torchclip.history.advice import Advice, advise
 from torchclip.history.records import FIELD_CHECKS, Record, as_records, integer
 from torchclip.history.summary import QUANTILES, Summary
 
@@ -170,6 +171,26 @@ class History(Sequence[Record]):
             kept=len({record.step for record in records}),
             quantiles=quantiles,
         )
+
+    def suggest(self) -> Advice:
+        """Which threshold to take, judging by the norms of this run before clipping.
+
+        Returns:
+            What fixed thresholds would have done, one to take, and whether the norms have spikes or drift;
+            ``str()`` puts it in words.
+
+        Examples:
+            >>> history = History()
+            >>> for step in range(100):
+            ...     history.append(step, 1.0 + step % 7, float("inf"), 1.0)
+            >>> advice = history.suggest()
+            >>> advice.max_norm, advice.spikes, advice.drifts
+            (7.0, 0, False)
+        """
+        with self._lock:
+            records, steps = self._snapshot(), self._counts["steps"]
+        earlier = steps - len({record.step for record in records})
+        return advise([record.step for record in records], [record.total_norm for record in records], earlier)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The records kept as columns: field of ``Record`` → its values, oldest first."""

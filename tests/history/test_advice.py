@@ -1,0 +1,183 @@
+"""The advice on which threshold to take, from histories of each kind."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from torchclip.history import Advice, History
+from torchclip.reference import Array
+
+SHARES = [0.001, 0.01, 0.05, 0.1, 0.25, 0.5]
+
+
+def advice_on(norms: Sequence[float] | Array, maxlen: int = 100_000) -> Advice:
+    history = History(maxlen)
+    for step, norm in enumerate(norms):
+        history.append(step, float(norm), math.inf, 1.0)
+    return history.suggest()
+
+
+def calm(steps: int = 1000, seed: int = 0, spread: float = 0.3) -> Array:
+    return np.random.default_rng(seed).lognormal(sigma=spread, size=steps)
+
+
+def usable(advice: Advice) -> float:
+    """The recommendation, of which there is one."""
+    assert advice.max_norm is not None
+    assert advice.max_norm > 0
+    assert f"max_norm={advice.max_norm:g}" in str(advice)
+    return advice.max_norm
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e6])
+@pytest.mark.parametrize("seed", range(5))
+def test_calm_norms(seed: int, scale: float) -> None:
+    norms = calm(seed=seed) * scale
+    advice = advice_on(norms)
+    assert (advice.spikes, advice.drifts, advice.steps, advice.warmup) == (0, False, 900, 100)
+    assert 0.05 < np.mean(norms > usable(advice)) < 0.15
+    assert "spikes" not in str(advice)
+    assert "drift" not in str(advice)
+
+
+@pytest.mark.parametrize("steps", [200, 1000, 5000])
+def test_the_table_holds_on_the_run_itself(steps: int) -> None:
+    norms = calm(steps)
+    table = advice_on(norms).table
+    assert list(table) == SHARES
+    after_warmup = norms[steps // 10 :]
+    for share, max_norm in table.items():
+        assert np.mean(after_warmup > max_norm) == pytest.approx(share, abs=1 / len(after_warmup))
+    assert list(table.values()) == sorted(table.values(), reverse=True)
+
+
+@pytest.mark.parametrize("where", [[150], [150, 151, 700], [120, 999], list(range(120, 1000, 40))])
+@pytest.mark.parametrize("seed", range(3))
+def test_spikes_are_counted_and_clipped(where: list[int], seed: int) -> None:
+    norms = calm(seed=seed)
+    norms[where] *= 30
+    advice = advice_on(norms)
+    assert advice.spikes == len(where)
+    assert not advice.drifts
+    max_norm = usable(advice)
+    assert (norms[where] > max_norm).all()
+    assert np.mean(np.delete(norms, where) > max_norm) < 0.03
+    text = str(advice)
+    assert "spikes" in text
+    assert "drift" not in text
+    largest = where[int(np.argmax(norms[where]))]
+    assert f"step {largest}" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("end", [0.1, 0.5, 2.0, 10.0])
+def test_norms_that_drift(end: float) -> None:
+    norms = calm() * np.geomspace(1.0, end, 1000)
+    advice = advice_on(norms)
+    assert advice.drifts
+    assert advice.spikes == 0
+    assert "drift" in str(advice)
+    assert "Percentile" in str(advice)
+    assert "spikes" not in str(advice)
+    assert 0.05 < np.mean(norms[-225:] > usable(advice)) < 0.2
+
+
+@pytest.mark.parametrize("change", [300, 500, 800])
+@pytest.mark.parametrize("ratio", [0.2, 5.0])
+def test_two_regimes_drift_and_the_later_one_counts(change: int, ratio: float) -> None:
+    norms = calm()
+    norms[change:] *= ratio
+    advice = advice_on(norms)
+    assert advice.drifts
+    assert advice.spikes == 0
+    assert 0.4 * ratio < usable(advice) < 3 * max(1.0, ratio)
+
+
+def test_drift_and_spikes_at_once() -> None:
+    norms = calm() * np.geomspace(10.0, 1.0, 1000)
+    norms[[200, 900]] *= 40
+    advice = advice_on(norms)
+    assert (advice.spikes, advice.drifts) == (2, True)
+    assert "spikes" in str(advice)
+    assert "drift" in str(advice)
+    assert usable(advice) < 5
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_steps_that_are_not_finite_do_not_count(value: float) -> None:
+    norms = calm()
+    expected = advice_on(norms[np.arange(1000) % 100 != 50])
+    norms[np.arange(1000) % 100 == 50] = value
+    advice = advice_on(norms)
+    assert advice.nonfinite == 10
+    assert advice.steps == 891
+    assert advice.max_norm == expected.max_norm
+    assert "10 steps" in str(advice)
+    assert "nonfinite='skip'" in str(advice)
+
+
+@pytest.mark.parametrize("steps", [1, 200])
+def test_a_run_without_a_finite_norm(steps: int) -> None:
+    advice = advice_on([math.nan, math.inf][:steps] * max(steps // 2, 1))
+    assert (advice.max_norm, advice.table, advice.spikes, advice.drifts, advice.steps) == (
+        None,
+        {},
+        0,
+        False,
+        0,
+    )
+    assert "no step had a finite norm" in str(advice)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 49])
+def test_too_early(steps: int) -> None:
+    advice = advice_on(calm(steps))
+    assert (advice.max_norm, advice.table, advice.spikes, advice.drifts) == (None, {}, 0, False)
+    assert ("early" if steps else "no step") in str(advice)
+
+
+def test_fifty_steps_will_do() -> None:
+    assert advice_on(calm(50)).steps == 45
+    usable(advice_on(calm(50)))
+
+
+def test_no_threshold_of_0_is_ever_advised() -> None:
+    assert advice_on([0.0] * 200).max_norm is None
+    assert "nearly all norms are 0" in str(advice_on([0.0] * 200 + [1.0]))
+    assert usable(advice_on([0.0, 1.0] * 100)) == 1.0
+
+
+def test_constant_norms() -> None:
+    advice = advice_on([0.25] * 200)
+    assert (usable(advice), advice.spikes, advice.drifts) == (0.25, 0, False)
+
+
+def test_the_start_of_a_run_does_not_count() -> None:
+    norms = calm()
+    norms[:80] *= np.geomspace(1000, 1, 80)
+    advice = advice_on(norms)
+    assert (advice.spikes, advice.drifts) == (0, False)
+    assert advice.max_norm == advice_on(calm()).max_norm
+    assert "after the first 100" in str(advice)
+
+
+def test_a_history_that_has_forgotten_the_start_uses_all_it_has() -> None:
+    norms = calm(1000)
+    assert (advice_on(norms, maxlen=500).steps, advice_on(norms, maxlen=500).warmup) == (500, 0)
+    assert (advice_on(norms, maxlen=950).steps, advice_on(norms, maxlen=950).warmup) == (900, 50)
+
+
+def test_false_alarms_are_rare() -> None:
+    alarms = 0
+    for seed in range(100):
+        advice = advice_on(calm(500, seed, spread=0.5))
+        alarms += advice.drifts or advice.spikes > 0
+    assert alarms <= 1
+
+
+def test_the_words_fit_a_terminal() -> None:
+    norms = calm() * np.geomspace(10.0, 1.0, 1000)
+    norms[[200, 900]] *= 40
+    norms[300] = math.nan
+    assert max(map(len, str(advice_on(norms)).splitlines())) <= 80
