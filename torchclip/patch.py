@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad
 
+from torchclip._core import distributed
+from torchclip._core.norm import as_result
 from torchclip.clip_grad import clip
 
 __all__ = ["install", "installed", "places", "uninstall"]
@@ -20,14 +23,31 @@ __all__ = ["install", "installed", "places", "uninstall"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _stand_in(ours: _Function) -> _Function:
-    """A twin of one of torchclip's functions, to carry a ``__wrapped__`` (untrue of the original).
+def _as_torch_returns(total_norm: float | Tensor, batch: Any) -> Tensor:
+    """The norm as a DTensor if gradients are: torch's callers may ask it for its ``full_tensor()``.
 
-    It has the same code, not a call to it: a warning's ``stacklevel`` still points at the user's line.
+    Every rank holds the whole of it, so that ``item()`` is right, too.
     """
-    twin = types.FunctionType(
-        ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__
-    )
+    result = as_result(total_norm, batch)
+    if not distributed.has_ranks():
+        return result
+    meshes = [tensor.device_mesh for tensor in batch.all if distributed.is_dtensor(tensor)]
+    mesh = next((mesh for mesh in meshes if mesh.get_coordinate() is not None), None)
+    if mesh is None:
+        return result
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _stand_in(ours: _Function) -> _Function:
+    """A twin of one of torchclip's functions: its code, but it returns a norm as torch's function does.
+
+    It can have a ``__wrapped__``, which would be untrue of the original.  It does not call the original, so
+    that a warning's ``stacklevel`` still points at the user's line.
+    """
+    names = {**ours.__globals__, as_result.__name__: _as_torch_returns}
+    twin = types.FunctionType(ours.__code__, names, ours.__name__, ours.__defaults__, ours.__closure__)
     twin.__kwdefaults__ = ours.__kwdefaults__
     twin.__annotations__ = ours.__annotations__
     twin.__doc__ = ours.__doc__
@@ -54,6 +74,9 @@ def install() -> list[str]:
     From now on ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and
     ``get_total_norm``, and the same in ``torch.nn.utils.clip_grad``, are torchclip's; the ``__wrapped__`` of
     each is the function that was there.  Installing twice changes nothing.
+
+    Of DTensors the norm is a DTensor, as torch's is, though one that every rank holds the whole of: code
+    that calls its ``full_tensor()`` works, and code that does not gets the right number all the same.
 
     What does not change: FSDP1's own method ``model.clip_grad_norm_``, and names imported before, as by
     ``from torch.nn.utils import clip_grad_norm_``.  Install before the modules with such a line are

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchclip
+from torchclip.cli.run.recorder import Recorder
 from torchclip.clipper import Nonfinite, Scope
 from torchclip.thresholds import MaxNorm
 
@@ -490,6 +491,45 @@ def collectives(call: Callable[..., Any]) -> list[str]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call()
     return [event.name for event in profile.events() if event.name.startswith("gloo:")]
+
+
+@worlds_of(2)
+def check_norms_under_install_are_what_code_for_torch_expects() -> None:
+    fulls = [randn(10, 6), randn(3, 5, seed=1)]
+    expected = torchclip.get_total_norm(fulls)
+    meshes = [init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))]
+    for mesh, placements in itertools.product(meshes, ((Shard(0),), (Replicate(),))):
+        where = [*placements, Replicate()][: mesh.ndim]
+        parameters = [parameter(split(full, mesh, *where)) for full in fulls]
+        grads = [p.grad for p in parameters]
+        with torchclip.installed():
+            for norm in (
+                torch.nn.utils.clip_grad_norm_(parameters, INF),
+                torch.nn.utils.get_total_norm(grads),
+                torch.nn.utils.get_total_norm(iter([*grads, fulls[0][:0]])),
+            ):
+                assert isinstance(norm, DTensor)
+                assert norm.item() == float(norm) == norm.full_tensor() == expected
+                assert norm.to_local() == expected
+                assert type(norm.full_tensor()) is Tensor
+            torch.nn.utils.clip_grads_with_norm_(parameters, 0.5, norm)
+            clipped = torch.nn.utils.clip_grad_norm_(parameters, 0.25)
+            assert clipped.item() == pytest.approx(0.5, rel=1e-5)
+            # What has no DTensors is as ever.
+            assert type(torch.nn.utils.get_total_norm(fulls)) is Tensor
+        assert type(torchclip.get_total_norm(grads)) is Tensor
+        for p, full in zip(parameters, fulls, strict=True):
+            torch.testing.assert_close(whole(p.grad), full * 0.25 / expected, rtol=1e-5, atol=1e-6)
+
+
+@worlds_of(2)
+def check_norms_of_dtensors_are_recorded_by_the_run_command() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    with torchclip.installed():
+        recorder = Recorder()
+        recorder.attach()
+        torch.nn.utils.clip_grad_norm_([parameter(split(torch.ones(4), mesh, Shard(0)))], 1.0)
+    assert [(record.total_norm, record.clipped) for record in recorder.history] == [(2.0, True)]
 
 
 def check_number_of_collectives() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchclip import patch
+from torchclip._core import distributed
 from torchclip.clip_grad.clip import clip_coefficient
 from torchclip.history.history import History
 
@@ -177,6 +178,8 @@ class Recorder:
         if torch.compiler.is_compiling():
             return
         if isinstance(total_norm, Tensor):
+            if distributed.is_dtensor(total_norm) and all(p.is_replicate() for p in total_norm.placements):
+                total_norm = total_norm.to_local()
             if type(total_norm) is not Tensor:
                 return
             total_norm = float(total_norm) if total_norm.is_cpu else total_norm.detach()
