@@ -1,14 +1,49 @@
-"""Fixtures that all test modules share."""
+"""Fixtures that all test modules share, and how a session runs: in parallel, one thread of torch each."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Tests share the cores with the programs that they start; where all is small, threads only wait for
+# one another.  A test of threads sets their number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from distributed_helpers import Ranks
 
 from torchclip import kernel
 from torchclip.clipper import clipper
 
 _ACTIVE = kernel.status().startswith("active")
+_MOST_WORKERS = 8
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist then does what it does for `-n`
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Runs whole folders on all cores, and what lies in single files without waiting for workers to start.
+
+    ``-n`` on the command line decides otherwise; ``-p no:xdist`` and ``--pdb`` keep all in one process.
+    """
+    option = config.option
+    if not config.pluginmanager.has_plugin("xdist") or hasattr(config, "workerinput"):
+        return
+    folders = any(Path(argument).is_dir() for argument in config.args)
+    if option.numprocesses is None and folders and not option.usepdb and not option.collectonly:
+        option.numprocesses = min(os.cpu_count() or 1, _MOST_WORKERS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives a test function to any free worker, and all checks on ranks to one: they share processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "on_ranks" if "on_ranks" in nodeid else nodeid.partition("[")[0]
+
+    return Scheduling(config, log) if config.option.dist == "load" else None
 
 
 def pytest_report_header() -> str:
@@ -23,6 +58,14 @@ def kernel_on_and_off(request: pytest.FixtureRequest) -> Iterator[str]:
     else:
         with kernel.disabled():
             yield request.param
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Processes that run checks together, for the whole session."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture

@@ -1,27 +1,30 @@
 """Runs checks on several ranks: real processes that talk over gloo, on this machine, without ports.
 
-``python distributed_helpers.py MODULE RANK FOLDER`` is one of the processes.  It runs every function of
-MODULE whose name starts with ``check_``, with the kernel and without, each in a process group of its own: a
-check that fails, or leaves the ranks in disorder, does not touch the next one.
+A check is a function whose name starts with ``check_``.  All ranks run it together, in a process group of its
+own: a check that fails, or leaves the ranks in disorder, does not touch the next one.  The processes live as
+long as a :class:`Ranks`, which is a session of pytest; they are forked from one that has imported torch.
 """
 
-import json
+import faulthandler
 import os
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from importlib import import_module
+from itertools import count
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 RANKS = 4
 # Gloo gives up waiting for a rank that has failed after this time.
 PATIENCE = timedelta(seconds=30)
-DEADLINE = 300.0
-MODES = ["kernel", "torch operations"]
+DEADLINE = 120.0
+# What is imported before the ranks are forked, and so only once.
+PRELOADED = ["distributed_checks", "torch._dynamo"]
 Check = Callable[[], None]
 
 
@@ -39,66 +42,96 @@ def checks_of(module: ModuleType) -> list[str]:
     return [name for name in vars(module) if name.startswith("check_")]
 
 
-def run_on_ranks(module: str, folder: Path) -> dict[tuple[str, str], list[str]]:
-    """What went wrong on any rank, by check and mode; nothing for those that passed."""
-    processes = [_start(module, rank, folder) for rank in range(RANKS)]
-    deadline = time.monotonic() + DEADLINE
-    try:
-        for process in processes:
-            process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pass  # what is missing in the ranks' reports is told below
-    finally:
-        for process in processes:
+class Ranks:
+    """Processes that run checks together.
+
+    Args:
+        folder: an empty one, for the files by which the ranks find each other, and for what they print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = count()
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def run(self, check: Check, with_kernel: bool) -> list[str]:
+        """Run a check; what went wrong, by rank."""
+        if not self._processes:
+            self._start()
+        order = check, with_kernel, self._folder / f"store-{next(self._number)}"
+        for connection in self._connections:
+            connection.send(order)
+        deadline = time.monotonic() + DEADLINE
+        errors = [self._answer(rank, deadline) for rank in range(RANKS)]
+        if None in errors:
+            self.stop()
+        return [
+            f"rank {rank}:\n{self._output(rank).read_text() if error is None else error}"
+            for rank, error in enumerate(errors)
+            if error != ""
+        ]
+
+    def stop(self) -> None:
+        """End the processes; the next check starts new ones."""
+        for process in self._processes:
             process.kill()
-            process.wait()
-    errors: dict[tuple[str, str], list[str]] = {}
-    for rank in range(RANKS):
-        lines = _report(folder, rank).read_text().splitlines() if _report(folder, rank).exists() else []
-        outcome = {(check, mode): error for check, mode, error in map(json.loads, lines)}
-        for check in checks_of(import_module(module)):
-            for mode in MODES:
-                error = outcome.get((check, mode), f"did not run:\n{_output(folder, rank).read_text()}")
-                if error:
-                    errors.setdefault((check, mode), []).append(f"rank {rank}:\n{error}")
-    return errors
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []
+
+    def _start(self) -> None:
+        forks = "forkserver" in get_all_start_methods()
+        context: Any = get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload(PRELOADED)
+        for rank in range(RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs, self._output(rank)), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def _answer(self, rank: int, deadline: float) -> str | None:
+        """The error of a rank, "" if there was none; None if it does not answer."""
+        connection = self._connections[rank]
+        try:
+            if connection.poll(max(0.0, deadline - time.monotonic())):
+                return str(connection.recv())
+        except EOFError:  # the process has ended
+            pass
+        return None
+
+    def _output(self, rank: int) -> Path:
+        return self._folder / f"output-{rank}.txt"
 
 
-def _start(module: str, rank: int, folder: Path) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
-    with _output(folder, rank).open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, __file__, module, str(rank), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+def _serve(rank: int, connection: Connection, output: Path) -> None:
+    """Run the checks that are ordered, until nobody orders any more."""
+    import torch
+
+    with output.open("w") as file:
+        os.dup2(file.fileno(), sys.__stdout__.fileno())
+        os.dup2(file.fileno(), sys.__stderr__.fileno())
+    torch.set_num_threads(1)
+    while True:
+        try:
+            check, with_kernel, store = connection.recv()
+        except EOFError:
+            return
+        # Where a check hangs is what the test then shows.
+        faulthandler.dump_traceback_later(DEADLINE - 1, file=sys.__stderr__)
+        connection.send(_run(check, with_kernel, rank, store))
+        faulthandler.cancel_dump_traceback_later()
 
 
-def _output(folder: Path, rank: int) -> Path:
-    return folder / f"output-{rank}.txt"
-
-
-def _report(folder: Path, rank: int) -> Path:
-    return folder / f"report-{rank}.jsonl"
-
-
-def _run_rank(module: ModuleType, rank: int, folder: Path) -> None:
-    from torchclip import kernel
-
-    for check in checks_of(module):
-        for mode in MODES:
-            if mode == MODES[0]:
-                error = _run_check(getattr(module, check), rank, folder / f"{check}-{mode}")
-            else:
-                with kernel.disabled():
-                    error = _run_check(getattr(module, check), rank, folder / f"{check}-{mode}")
-            with _report(folder, rank).open("a") as report:
-                print(json.dumps([check, mode, error]), file=report)
-
-
-def _run_check(check: Check, rank: int, store: Path) -> str:
+def _run(check: Check, with_kernel: bool, rank: int, store: Path) -> str:
+    """The error, or ""."""
     import torch.distributed as dist
+
+    from torchclip import kernel
 
     ranks = getattr(check, "ranks", RANKS)
     try:
@@ -109,7 +142,11 @@ def _run_check(check: Check, rank: int, store: Path) -> str:
             world_size=ranks,
             timeout=PATIENCE,
         )
-        check()
+        if with_kernel:
+            check()
+        else:
+            with kernel.disabled():
+                check()
         # Nobody may leave while another still needs it.
         dist.barrier()
     except BaseException:
@@ -118,7 +155,3 @@ def _run_check(check: Check, rank: int, store: Path) -> str:
         if dist.is_initialized():
             dist.destroy_process_group()
     return ""
-
-
-if __name__ == "__main__":
-    _run_rank(import_module(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

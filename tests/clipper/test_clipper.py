@@ -1290,6 +1290,7 @@ def test_repr() -> None:
     )
 
 
+@pytest.mark.slow
 @fused_or_not
 def test_ten_thousand_steps_leave_nothing_behind_but_the_history(fused: bool) -> None:
     optimizer = sgd([torch.tensor([3.0, 4.0])], lr=0.0, fused=fused)

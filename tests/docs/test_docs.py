@@ -70,6 +70,7 @@ def test_every_block_says_what_it_is() -> None:
     assert {"python", "pycon"} <= languages <= {"python", "pycon", *NOT_PYTHON}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_code_runs(page: Path, tmp_path: Path) -> None:
     if page.name == "contract.md" and tuple(map(int, torch.__version__.split(".")[:2])) != MEASURED_WITH:

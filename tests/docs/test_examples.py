@@ -26,6 +26,7 @@ def test_all_examples_are_here_and_short() -> None:
         assert len(path.read_text().splitlines()) < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_example(name: str, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name == "fsdp2.py" else []
