@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.history.advice import Advice, advise
+from torchclip.history.layers import Layers
 from torchclip.history.records import FIELD_CHECKS, Record, as_records, integer
 from torchclip.history.summary import QUANTILES, Summary
 
@@ -54,7 +55,11 @@ class History(Sequence[Record]):
         norm: 10% 0.85, 50% 2.25, 90% 3.65, 99% 3.965; largest 4 at step 1
     """
 
+    layers: Layers
+    """The norms of single parameters, of every ``layers_every``-th step of a ``Clipper``."""
+
     def __init__(self, maxlen: int = 10_000) -> None:
+        self.layers = Layers()
         self._pending: list[tuple[Any, ...]] = []
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
@@ -218,21 +223,39 @@ class History(Sequence[Record]):
         Raises:
             ModuleNotFoundError: if matplotlib is missing.
         """
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(
-                "plot() needs matplotlib; install it with: pip install 'torchclip[demo]'"
-            )
+        _require("plot", "matplotlib")
         from torchclip.history.figure import history_figure
 
-        figure = history_figure(self.as_dict())
-        if path is not None:
-            figure.savefig(path)
-        return figure
+        return _saved(history_figure(self.as_dict()), path)
+
+    def plot_layers(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the norm of each parameter over the steps as a heat map: which layer explodes, or vanishes.
+
+        Needs matplotlib, ``pip install 'torchclip[demo]'``, and a clipper with ``layers_every``.
+
+        Args:
+            path: where to save the picture; the ending chooses the format. Not saved if left out.
+
+        Returns:
+            The figure, which a notebook shows.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is missing.
+        """
+        _require("plot_layers", "matplotlib")
+        from torchclip.history.layers import layers_figure
+
+        return _saved(layers_figure(*self.layers.read()), path)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
         with self._lock:
-            return {"records": self.as_dict(), "counts": dict(self._counts), "largest": list(self._largest)}
+            return {
+                "records": self.as_dict(),
+                "counts": dict(self._counts),
+                "largest": list(self._largest),
+                "layers": self.layers.state_dict(),
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace everything by what ``state_dict`` returned; only the last ``maxlen`` records stay.
@@ -261,8 +284,12 @@ class History(Sequence[Record]):
         step = None if largest[1] is None else integer("state['largest']", largest[1])
         kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         latest = [record for record in kept if record.step == kept[-1].step]
+        layers = Layers()
+        if "layers" in state:  # not in what earlier versions saved
+            layers.load_state_dict(state["layers"])
         with self._lock:
             self._pending.clear()
+            self.layers = layers
             self._kept, self._counts, self._largest = kept, counts, (norm, step)
             self._latest = (
                 any(record.clipped for record in latest),
@@ -274,10 +301,25 @@ class History(Sequence[Record]):
         # A pickle with tensors of an accelerator could not be read on a machine without one.
         with self._lock:
             self._resolve()
-            state = self.__dict__ | {"_kept": self._kept.copy(), "_counts": dict(self._counts)}
+            layers = Layers()
+            layers.load_state_dict(self.layers.state_dict())
+            state = self.__dict__ | {"_kept": self._kept.copy(), "layers": layers}
         # Copies have a lock and pending steps of their own.
         return state | {"_pending": [], "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = RLock()
+
+
+def _require(method: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"{method}() needs {package}; install it with: pip install 'torchclip[demo]'"
+        )
+
+
+def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    if path is not None:
+        figure.savefig(path)
+    return figure

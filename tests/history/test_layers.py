@@ -1,0 +1,252 @@
+"""The norms of single parameters over a run: what is kept, what is read, and the picture of it."""
+
+import copy
+import itertools
+import json
+import math
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from torchclip.history import History
+from torchclip.history.layers import Layers
+
+INF, NAN = math.inf, math.nan
+NAMES = ["body.0.weight", "body.0.bias", "body.1.weight", "head.weight"]
+
+
+def layers_of(steps: range, maxlen: int = 500) -> Layers:
+    layers = Layers(maxlen)
+    for step in steps:
+        layers.append(step, NAMES, [step + 0.1 * i for i in range(4)])
+    return layers
+
+
+def test_what_is_kept_is_what_was_given() -> None:
+    layers = layers_of(range(0, 50, 10))
+    assert layers.names == NAMES
+    assert layers.steps == [0, 10, 20, 30, 40]
+    assert layers.norms.shape == (5, 4)
+    assert layers.norms.dtype == np.float64
+    np.testing.assert_array_equal(layers.norms[2], [20, 20.1, 20.2, 20.3])
+    assert len(layers) == 5
+
+
+def test_nothing_kept() -> None:
+    layers = Layers()
+    assert (layers.names, layers.steps, layers.norms.shape) == ([], [], (0, 0))
+    assert len(layers) == 0
+
+
+@pytest.mark.parametrize("maxlen", [10, 11])
+@pytest.mark.parametrize("count", [1, 10, 11, 12, 20, 21, 22, 399, 1000])
+def test_the_memory_is_bounded_and_the_whole_run_stays(count: int, maxlen: int) -> None:
+    layers = layers_of(range(0, 3 * count, 3), maxlen)
+    steps = layers.steps
+    assert len(steps) <= maxlen
+    assert steps[0] == 0
+    apart = {later - earlier for earlier, later in itertools.pairwise(steps)}
+    assert len(apart) <= 1
+    assert not apart or steps[-1] + apart.pop() > 3 * (count - 1)
+    np.testing.assert_array_equal(layers.norms[:, 0], steps)
+
+
+def test_no_gradient_is_0_and_what_is_not_finite_stays_so() -> None:
+    layers = Layers()
+    layers.append(0, NAMES, [-1.0, INF, NAN, 0.5])
+    np.testing.assert_array_equal(layers.norms, [[0.0, INF, NAN, 0.5]])
+
+
+def test_parameters_that_come_later_or_are_away() -> None:
+    layers = Layers()
+    layers.append(0, ["a", "b"], [1.0, 2.0])
+    layers.append(1, ["b"], [3.0])
+    layers.append(2, ["b", "c", "a"], torch.tensor([4.0, 5.0, 6.0]))
+    assert layers.names == ["a", "b", "c"]
+    np.testing.assert_array_equal(layers.norms, [[1, 2, 0], [0, 3, 0], [6, 4, 5]])
+
+
+def test_appending_reads_no_value() -> None:
+    layers = Layers(maxlen=4)
+    meta = torch.ones(4, dtype=torch.float64, device="meta")
+    for step in range(300):
+        layers.append(step, NAMES, meta)
+    assert layers.steps == [0, 128, 256]
+    assert layers.names == NAMES
+
+
+def test_tensors_are_fetched_together_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, stacked, stack = Layers(), [], torch.stack
+
+    def counting(tensors: list[torch.Tensor]) -> torch.Tensor:
+        stacked.append(len(tensors))
+        return stack(tensors)
+
+    monkeypatch.setattr(torch, "stack", counting)
+    for step in range(20):
+        layers.append(step, NAMES, torch.full((4,), float(step), dtype=torch.float64))
+    np.testing.assert_array_equal(layers.norms[:, 3], range(20))
+    assert layers.norms.shape == (20, 4)
+    assert stacked == [20]
+
+
+def duplicate_by_state(history: History) -> History:
+    other = History()
+    other.layers.append(0, ["other"], [1.0])  # is replaced
+    other.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    return other
+
+
+@pytest.mark.parametrize(
+    "duplicate", [duplicate_by_state, copy.copy, copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))]
+)
+@pytest.mark.parametrize("stop", [3, 499, 501, 1003])
+def test_a_resumed_history_keeps_the_same_layers(duplicate: Callable[[History], History], stop: int) -> None:
+    uninterrupted, first = History(), History()
+    for step in range(1500):
+        uninterrupted.layers.append(step, NAMES, [step, NAN, INF, -1.0])
+        if step < stop:
+            first.layers.append(step, NAMES, torch.tensor([step, NAN, INF, -1.0]).double())
+    second = duplicate(first)
+    for step in range(stop, 1500):
+        second.layers.append(step, NAMES, [step, NAN, INF, -1.0])
+    assert second.layers.names == uninterrupted.layers.names
+    assert second.layers.steps == uninterrupted.layers.steps
+    np.testing.assert_array_equal(second.layers.norms, uninterrupted.layers.norms)
+    assert len(first.layers) == len(layers_of(range(stop)))
+
+
+def test_what_an_earlier_version_saved_has_no_layers() -> None:
+    history = History()
+    state = history.state_dict()
+    del state["layers"]
+    history.load_state_dict(state)
+    assert len(history.layers) == 0
+
+
+STATE = layers_of(range(2)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        (None, TypeError, r"`state\['layers'\]` must be a dictionary"),
+        ({}, ValueError, r"`state\['layers'\]` lacks 'names', 'steps', 'norms', 'every', 'offered'"),
+        ({**STATE, "names": [1]}, TypeError, r"`state\['layers'\]\['names'\]` must hold strings, got 1"),
+        ({**STATE, "steps": [0, 0.5]}, TypeError, r"`state\['layers'\]\['steps'\]` must be an integer"),
+        ({**STATE, "norms": [1.0, 2.0]}, TypeError, r"`state\['layers'\]\['norms'\]` must be a list"),
+        ({**STATE, "norms": [[1.0] * 4, ["x"] * 4]}, TypeError, r"must be a number, got 'x'"),
+        ({**STATE, "norms": [[1.0] * 4]}, ValueError, r"a row for each of the steps"),
+        ({**STATE, "norms": [[1.0] * 3] * 2}, ValueError, r"a row for each of the steps"),
+        ({**STATE, "every": 0}, ValueError, r"`state\['layers'\]\['every'\]` must be at least 1"),
+    ],
+)
+def test_the_wrong_state_is_refused_and_changes_nothing(
+    part: Any, error: type[Exception], message: str
+) -> None:
+    history = History()
+    history.append(0, 1.0, 1.0, 1.0)
+    history.layers.append(0, NAMES, [1.0] * 4)
+    before = history.state_dict()
+    with pytest.raises(error, match=message):
+        history.load_state_dict({**before, "layers": part})
+    assert history.state_dict() == before
+
+
+def test_another_thread_reads_whole_rows() -> None:
+    layers, stop, found = Layers(maxlen=20), threading.Event(), []
+
+    def keep_reading() -> None:
+        while not stop.is_set():
+            found.append(layers.read())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader = threading.Thread(target=keep_reading)
+    try:
+        reader.start()
+        for step in range(3000):
+            layers.append(step, NAMES, torch.full((4,), float(step), dtype=torch.float64))
+    finally:
+        stop.set()
+        reader.join()
+        sys.setswitchinterval(interval)
+    assert found
+    for _, steps, norms in found:
+        assert norms.shape == ((len(steps), 4) if steps else (0, 0))
+        assert all((row == step).all() for step, row in zip(steps, norms, strict=True))
+
+
+# --- the picture -------------------------------------------------------------------------------------------
+
+
+def picture(names: list[str], norms: Any, path: Path) -> Any:
+    history = History()
+    for step, row in enumerate(norms):
+        history.layers.append(10 * step, names, list(row))
+    figure = history.plot_layers(path)
+    from matplotlib.image import imread
+
+    assert imread(path).std() > 0.05
+    return figure
+
+
+def test_a_few_parameters_have_their_names_and_a_log_scale(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    norms = np.geomspace(1e-3, 1e3, 20 * 4).reshape(20, 4)
+    norms[5, 1], norms[7, 2], norms[9] = NAN, INF, 0.0
+    figure = picture(NAMES, norms, tmp_path / "layers.png")
+    axes, colours = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == NAMES
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first parameter is at the top"
+    assert colours.get_yscale() == "log"
+    mesh = axes.collections[0]
+    shown: Any = np.ma.masked_invalid(mesh.get_array()).T
+    np.testing.assert_array_equal(np.asarray(shown[0]), norms[0])
+    assert shown.mask[5].tolist() == [False, True, False, False]
+    assert shown.mask[9].all()
+    (marks,) = (line for line in axes.lines if line.get_marker() == "v")
+    assert marks.get_xdata().tolist() == [50, 70]
+    assert "not finite (2 of 20 steps)" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("blocks", [23, 200])
+def test_hundreds_of_parameters_have_the_names_of_their_blocks(blocks: int, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = ["embed.weight", *(f"body.layers.{i}.{part}" for i in range(blocks) for part in "abcd")]
+    rng = np.random.default_rng(0)
+    figure = picture(names, rng.lognormal(size=(30, len(names))), tmp_path / "layers.png")
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels[:2] == ["embed", "body.layers.0" if blocks < 45 else labels[1]]
+    assert len(labels) == len(set(labels)) <= 45
+    heights = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
+    overlaps = [a.overlaps(b) for a, b in itertools.pairwise(heights[1:])]
+    assert not any(overlaps), "labels can be read"
+
+
+def test_parameters_without_names_and_very_long_names(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = [f"param_groups[0]['params'][{i}]" for i in range(60)] + ["a." * 60 + "weight"]
+    picture(names, np.ones((2, 61)), tmp_path / "layers.png")
+
+
+@pytest.mark.parametrize("norms", [[], [[NAN] * 4], [[0.0] * 4], [[1.0] * 4], [[-1.0, INF, 0.0, 1.0]]])
+def test_little_to_show(norms: list[list[float]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    history = History()
+    for row in norms:
+        history.layers.append(0, NAMES, row)
+    history.plot_layers(tmp_path / "layers.png")
+
+
+def test_plot_layers_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"plot_layers\(\) needs matplotlib.*torchclip\[demo\]"):
+        History().plot_layers()

@@ -1,0 +1,284 @@
+"""The norm of every single parameter, at some of the steps: which layer explodes, and when."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchclip._core import arguments
+from torchclip.history.records import integer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Layers", "layers_figure"]
+
+Array = NDArray[Any]
+
+
+class _Row(NamedTuple):
+    step: int
+    names: tuple[str, ...]
+    norms: Tensor | list[float]
+
+
+class Layers:
+    """The norm of every parameter's gradient before clipping, at some of the steps.
+
+    At most ``maxlen`` steps are kept.  When there are more, every other one is dropped, and from then on only
+    every other one is taken: what is kept is always of the whole run, ever more coarsely.
+
+    Args:
+        maxlen: how many steps to keep at most, at least 2.
+
+    Examples:
+        >>> layers = Layers()
+        >>> layers.append(0, ["body.weight", "head.weight"], [1.0, 2.0])
+        >>> layers.append(10, ["body.weight", "head.weight"], [3.0, 4.0])
+        >>> layers.names, layers.steps
+        (['body.weight', 'head.weight'], [0, 10])
+        >>> layers.norms
+        array([[1., 2.],
+               [3., 4.]])
+    """
+
+    def __init__(self, maxlen: int = 500) -> None:
+        self._maxlen = arguments.count("maxlen", maxlen, least=2)
+        # Other threads may read: rows are never changed but replaced, and the list is only appended to.
+        self._rows: list[_Row] = []
+        self._every, self._offered = 1, 0
+
+    def append(self, step: int, names: Sequence[str], norms: Sequence[float] | Tensor) -> None:
+        """Keep the norms of a step, without waiting for any value.
+
+        Args:
+            step: the step's number.
+            names: what the parameters are called, in the order of the model.
+            norms: their norms before clipping, of which a tensor must not be modified afterwards. Below 0
+                where a parameter has no gradient.
+        """
+        number = self._offered
+        self._offered += 1
+        if number % self._every:
+            return
+        held = norms if isinstance(norms, Tensor) else list(norms)
+        last = self._rows[-1].names if self._rows else ()
+        called = last if last == tuple(names) else tuple(names)
+        self._rows.append(_Row(step, called, held))
+        if len(self._rows) > self._maxlen:
+            self._rows = self._rows[::2]
+            self._every *= 2
+
+    def _fetched(self) -> list[_Row]:
+        """The rows at this moment with numbers in place of tensors: one transfer for each device and size."""
+        rows = self._rows
+        found = rows[:]
+        places: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+        for i, row in enumerate(found):
+            if isinstance(row.norms, Tensor):
+                key = (row.norms.device, row.norms.dtype, len(row.norms))
+                places.setdefault(key, []).append(i)
+        for where in places.values():
+            values = torch.stack([torch.as_tensor(found[i].norms) for i in where]).tolist()
+            for i, numbers in zip(where, values, strict=True):
+                rows[i] = found[i] = found[i]._replace(norms=numbers)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def names(self) -> list[str]:
+        """What the parameters are called, in the order of the model."""
+        return _names(self._rows[:])
+
+    @property
+    def steps(self) -> list[int]:
+        """The numbers of the steps kept."""
+        return [row.step for row in self._rows[:]]
+
+    @property
+    def norms(self) -> Array:
+        """The norms, of shape ``(steps, parameters)``; 0 for a parameter without a gradient."""
+        return self.read()[2]
+
+    def read(self) -> tuple[list[str], list[int], Array]:
+        """Names, steps and norms at the same moment, for a thread that reads while another appends."""
+        rows = self._fetched()
+        names = _names(rows)
+        columns = {name: i for i, name in enumerate(names)}
+        norms = np.zeros((len(rows), len(names)))
+        for row, values in zip(rows, norms, strict=True):
+            values[[columns[name] for name in row.names]] = row.norms
+        # No gradient is no length; a NaN stays one.
+        return names, [row.step for row in rows], np.where(norms < 0, 0.0, norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is kept, as plain data."""
+        names, steps, norms = self.read()
+        return {
+            "names": names,
+            "steps": steps,
+            "norms": norms.tolist(),
+            "every": self._every,
+            "offered": self._offered,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace everything by what ``state_dict`` returned.
+
+        Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
+            ValueError: if ``state`` is not that of a history's layers.
+        """
+        arguments.saved("state['layers']", state, ("names", "steps", "norms", "every", "offered"), "History")
+        names = tuple(arguments.items("state['layers']['names']", state["names"], _string))
+        steps = arguments.items("state['layers']['steps']", state["steps"], integer)
+        every = arguments.count("state['layers']['every']", state["every"], least=1)
+        offered = arguments.count("state['layers']['offered']", state["offered"], least=0)
+        rows = arguments.items("state['layers']['norms']", state["norms"], _numbers)
+        if len(rows) != len(steps) or any(len(row) != len(names) for row in rows):
+            raise ValueError(
+                "`state['layers']['norms']` must have a row for each of the steps, and in it one norm for "
+                "each of the names"
+            )
+        kept = [_Row(step, names, row) for step, row in zip(steps, rows, strict=True)]
+        while len(kept) > self._maxlen:
+            kept, every = kept[::2], every * 2
+        self._rows, self._every, self._offered = kept, every, offered
+
+
+def _names(rows: Sequence[_Row]) -> list[str]:
+    distinct = dict.fromkeys(row.names for row in rows)
+    return list(dict.fromkeys(itertools.chain.from_iterable(distinct)))
+
+
+def _string(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must hold strings, got {arguments.shown(value)}")
+    return value
+
+
+def _numbers(name: str, value: Any) -> list[float]:
+    return arguments.items(name, value, arguments.number)
+
+
+# The figure
+
+# So many labels can be read beside each other.
+_MOST_LABELS = 45
+
+
+def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array) -> Figure:
+    """A heat map: parameters from top to bottom in the order of the model, steps from left to right.
+
+    Args:
+        names: what the parameters are called.
+        steps: the numbers of the steps.
+        norms: the norms, of shape ``(steps, parameters)``. What a logarithmic scale has no place for is grey
+            (0) or red (not finite).
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    blocks = [_block(name) for name in names]
+    label_blocks = len(names) > _MOST_LABELS
+    height = min(max(0.2 * len(names) + 1.5, 3.5), 11)
+    figure = Figure(figsize=(9, height), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step")
+    axes.set_title("Norm of each parameter's gradient before clipping", fontsize=13, loc="left")
+    shown = norms[np.isfinite(norms) & (norms > 0)]
+    if not len(shown):
+        axes.text(0.5, 0.5, "no norms to show", ha="center", va="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return figure
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    edges = _edges(steps)
+    rows = np.arange(len(names) + 1) - 0.5
+    low, high = shown.min(), shown.max()
+    scale = LogNorm(low, high if high > low else 1.1 * low)
+    axes.set_facecolor("#d9d9d9")  # where there is nothing to draw
+    mesh = axes.pcolormesh(
+        edges, rows, np.ma.masked_where(~(norms > 0) | np.isinf(norms), norms).T, norm=scale
+    )
+    figure.colorbar(mesh, ax=axes, label="norm", pad=0.02, fraction=0.05, aspect=30)
+    _mark_nonfinite(axes, steps, norms, edges, rows)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    _label(axes, [_shortened(name) for name in (blocks if label_blocks else names)], blocks, label_blocks)
+    return figure
+
+
+def _mark_nonfinite(axes: Axes, steps: Sequence[int], norms: Array, edges: Array, rows: Array) -> None:
+    nonfinite = ~np.isfinite(norms)
+    if not nonfinite.any():
+        return
+    from matplotlib.colors import ListedColormap
+
+    cells = np.ma.masked_where(~nonfinite, nonfinite).T
+    axes.pcolormesh(edges, rows, cells, cmap=ListedColormap(["#e41a1c"]))
+    at = np.asarray(steps)[nonfinite.any(axis=1)]
+    axes.plot(
+        at,
+        np.full(len(at), 1.0),
+        "v",
+        color="#e41a1c",
+        markersize=6,
+        clip_on=False,
+        transform=axes.get_xaxis_transform(),
+        label=f"not finite ({len(at):,} of {len(steps):,} steps)",
+    )
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, borderaxespad=0.1)
+
+
+def _label(axes: Axes, labels: Sequence[str], blocks: Sequence[str], by_block: bool) -> None:
+    """Names beside the rows, or the names of blocks beside their middles; lines between blocks."""
+    starts = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1]]
+    for start in starts[1:]:
+        axes.axhline(start - 0.5, color="white", linewidth=1.0 if not by_block else 0.6)
+    if by_block:
+        ends = [*starts[1:], len(blocks)]
+        skip = -(-len(starts) // _MOST_LABELS)
+        chosen = list(zip(starts, ends, strict=True))[::skip]
+        axes.set_yticks(
+            [(start + end - 1) / 2 for start, end in chosen], [labels[start] for start, _ in chosen]
+        )
+    else:
+        axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", labelsize=8, length=2)
+
+
+def _shortened(name: str) -> str:
+    """The name without its middle, if it is long: what tells names apart stands at their ends."""
+    return name if len(name) <= 40 else f"{name[:12]}…{name[-27:]}"
+
+
+def _block(name: str) -> str:
+    """The block of layers that a parameter is in: ``body.layers.3.linear.weight`` → ``body.layers.3``."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    if len(parts) > 1:
+        return ".".join(parts[:-1])
+    return re.sub(r"(\['params'\])?\[\d+\]$", "", name) or name
+
+
+def _edges(steps: Sequence[int]) -> Array:
+    """Where the column of one step ends and that of the next begins."""
+    at = np.asarray(steps, dtype=np.float64)
+    if len(at) == 1:
+        return np.array([at[0] - 0.5, at[0] + 0.5])
+    middles = (at[1:] + at[:-1]) / 2
+    edges: Array = np.concatenate(
+        [[at[0] - (middles[0] - at[0])], middles, [at[-1] + (at[-1] - middles[-1])]]
+    )
+    return edges
