@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import torchclip
-from torchclip.cli.bench.bench import machine
+from torchclip.cli.bench.command import machine
 from torchclip.cli.bench.contenders import Gradients
 from torchclip.cli.bench.workloads import WORKLOADS
 

@@ -24,7 +24,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from torchclip.cli.train import display, train
+from torchclip.cli.options import count
+from torchclip.cli.train import display, training
+from torchclip.cli.train.options import Options, add_arguments
 
 THRESHOLDS: dict[str, dict[str, Any]] = {
     "none": {"max_norm": math.inf},
@@ -42,22 +44,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 DIVERGED = 1e15
 
 
-def options_of(changes: dict[str, Any]) -> train.Options:
+def options_of(changes: dict[str, Any]) -> Options:
     """The command's defaults, with changes."""
     parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
+    add_arguments(parser)
     defaults = vars(parser.parse_args([]))
-    return train.Options(**{field.name: defaults[field.name] for field in fields(train.Options)} | changes)
+    return Options(**{field.name: defaults[field.name] for field in fields(Options)} | changes)
 
 
 def final_perplexity(changes: dict[str, Any]) -> float:
     """Train once: the perplexity of the last steps, infinite if it diverged."""
     torch.set_num_threads(1)
-    text = train.read_text(None)
+    text = training.read_text(None)
     vocabulary = "".join(sorted(set(text)))
     options = options_of(changes)
-    (run,) = train.start_runs("clipped", vocabulary, options)
-    train.advance([run], train.encode(text, vocabulary), options)
+    (run,) = training.start_runs("clipped", vocabulary, options)
+    training.advance([run], training.encode(text, vocabulary), options)
     loss = statistics.fmean(step.loss for step in run.steps[-display.RECENT :])
     found = display.perplexity(loss)
     return found if found < DIVERGED else math.inf
@@ -80,7 +82,7 @@ def cell(perplexities: list[float]) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=train.count, default=5, metavar="N", help="runs a cell (default: 5)")
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="runs a cell (default: 5)")
     seeds = range(parser.parse_args().seeds)
     runs = [t | s | {"seed": seed} for t in THRESHOLDS.values() for s in SETTINGS.values() for seed in seeds]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

@@ -13,8 +13,8 @@ from typing import Any
 
 from check_targets import checks
 
-from torchclip.cli.bench.bench import cells, headers, present
 from torchclip.cli.bench.contenders import OPERATIONS
+from torchclip.cli.bench.table import cells, headers, present
 from torchclip.cli.bench.workloads import WORKLOADS
 
 HERE = Path(__file__).parent

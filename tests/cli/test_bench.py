@@ -14,13 +14,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from torchclip.cli import main as cli
-from torchclip.cli.bench import bench, contenders
+from torchclip.cli.bench import contenders, figure, table, timing
 from torchclip.cli.bench.contenders import OPERATIONS, Gradients
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS, Workload
-from torchclip.history import plots
 
 SMALL = Workload("small", [(3, 3), (5,), ()])
-SHORT = bench.Effort(sample_seconds=0.0, row_seconds=0.0, rounds=(3, 3))
+SHORT = timing.Effort(sample_seconds=0.0, row_seconds=0.0, rounds=(3, 3))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_every_call_clips_and_nothing_loses_its_digits(name: str, dtype: torch.d
     found = contenders.contenders(gradients, rivals=[])
     if name not in found:
         pytest.skip("the kernel is not built")
-    numbers = bench.second_arguments("clipping", gradients.norm)
+    numbers = timing.second_arguments("clipping", gradients.norm)
     clip, parameters = found[name].calls["clipping"]
     for max_norm in numbers:
         norm = clip(parameters, max_norm)
@@ -92,7 +91,7 @@ def test_every_call_clips_and_nothing_loses_its_digits(name: str, dtype: torch.d
 
 def test_no_call_clips_where_it_is_not_needed() -> None:
     gradients = Gradients(SMALL)
-    numbers = bench.second_arguments("no clipping", gradients.norm)
+    numbers = timing.second_arguments("no clipping", gradients.norm)
     torch.nn.utils.clip_grad_norm_(gradients.parameters, min(numbers))
     assert all(torch.equal(a, b) for a, b in zip(gradients.tensors, gradients.originals(), strict=True))
 
@@ -104,14 +103,14 @@ def test_a_timer_calls_as_often_as_it_says_and_restores_first() -> None:
         events.append(number)
 
     contender = contenders.Contender({"clipping": (function, None)}, restore=lambda: events.append("restore"))
-    timer = bench.Timer(contender, "clipping", numbers=[float(i) for i in range(10)])
+    timer = timing.Timer(contender, "clipping", numbers=[float(i) for i in range(10)])
     timer.calls = 3
     assert timer.sample() > 0
     assert events == ["restore", 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    summary = bench.summary(times=[1.0, 10.0, 2.0], torch=[2.0, 30.0, 8.0], floor=[0.5, 2.5, 1.5])
+    summary = timing.summary(times=[1.0, 10.0, 2.0], torch=[2.0, 30.0, 8.0], floor=[0.5, 2.5, 1.5])
     assert summary["seconds"] == [1.5, 2.0, 6.0]
     assert summary["speedup"] == [2.5, 3.0, 3.5]
     assert summary["floor_share"] == [0.375, 0.5, 0.625]
@@ -120,7 +119,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_row_has_every_contender_with_its_error(operation: str) -> None:
     gradients = Gradients(SMALL)
-    row = bench.compare(gradients, operation, contenders.contenders(gradients, rivals=[]), SHORT)
+    row = timing.compare(gradients, operation, contenders.contenders(gradients, rivals=[]), SHORT)
     assert row["rounds"] == 3
     assert {"torch", "torchclip"} <= row["contenders"].keys()
     for result in row["contenders"].values():
@@ -138,9 +137,9 @@ def test_a_compiler_that_fails_is_reported() -> None:
     gradients = Gradients(SMALL)
     broken = contenders.Contender({"norm": (function, None)}, restore=lambda: None)
     found = contenders.contenders(gradients, rivals=[]) | {"torch.compile": broken}
-    row = bench.compare(gradients, "norm", found, SHORT)
+    row = timing.compare(gradients, "norm", found, SHORT)
     assert row["contenders"]["torch.compile"] == {"failed": "RuntimeError: no compiler found"}
-    assert bench.cells({"operation": "norm", "bytes": 72, **row}, ["torch.compile"])[0] == "failed"
+    assert table.cells({"operation": "norm", "bytes": 72, **row}, ["torch.compile"])[0] == "failed"
 
 
 def test_our_own_failure_is_not_a_result() -> None:
@@ -151,7 +150,7 @@ def test_our_own_failure_is_not_a_result() -> None:
     broken = contenders.Contender({"norm": (function, None)}, restore=lambda: None)
     found = contenders.contenders(gradients, rivals=[]) | {"torchclip": broken}
     with pytest.raises(RuntimeError, match="a bug"):
-        bench.compare(gradients, "norm", found, SHORT)
+        timing.compare(gradients, "norm", found, SHORT)
 
 
 def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None:
@@ -192,10 +191,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(
 
 
 def result(seconds: float, torch_seconds: float = 1.0, floor: float = 0.5) -> dict[str, Any]:
-    return bench.summary([seconds] * 2, [torch_seconds] * 2, [floor] * 2) | {"norm_error": None}
+    return timing.summary([seconds] * 2, [torch_seconds] * 2, [floor] * 2) | {"norm_error": None}
 
 
-def row(name: str, workload: Workload, operation: str, **seconds: float) -> bench.Row:
+def row(name: str, workload: Workload, operation: str, **seconds: float) -> timing.Row:
     return {
         "workload": name,
         "title": workload.title,
@@ -212,7 +211,7 @@ def row(name: str, workload: Workload, operation: str, **seconds: float) -> benc
 def test_the_table_is_whole_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"torch": 4e-5, "optax": 2e-5, "kernel_off": 3e-5, "torchclip": 2e-6}
     rows = [row("ppo", WORKLOADS["ppo"], op, **times) for op in OPERATIONS]
-    bench.show(rows, Console(width=width))
+    table.show(rows, Console(width=width))
     output = capsys.readouterr().out
     assert max(map(len, output.splitlines())) <= width
     assert "…" not in output
@@ -222,7 +221,7 @@ def test_the_table_is_whole_at_any_width(width: int, capsys: pytest.CaptureFixtu
 
 def test_the_scaling_figure_is_not_blank(tmp_path: Path) -> None:
     rows = [row(n, w, op, torch=1.0, torchclip=0.5) for n, w in SCALING.items() for op in OPERATIONS]
-    plots.scaling_figure(rows).savefig(tmp_path / "scaling.png")
+    figure.scaling_figure(rows).savefig(tmp_path / "scaling.png")
     assert imread(tmp_path / "scaling.png").std() > 0.05
 
 
@@ -242,7 +241,7 @@ def test_every_workload_has_its_targets() -> None:
 
 
 def test_costs_that_grow_are_seen() -> None:
-    def series(cost: float) -> list[bench.Row]:
+    def series(cost: float) -> list[timing.Row]:
         return [row(n, w, "norm", torchclip=cost * len(w.shapes)) for n, w in SCALING.items()]
 
     flat = series(0.1)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from torchclip.cli.book import book
+from torchclip.cli.book import command as book_command
+from torchclip.cli.book import experiments as book
 
 # Printed by the text, rounded there to two decimals.
 
@@ -191,13 +192,13 @@ def assert_figures(directory: Path) -> None:
 
 
 def test_the_lesson_shows_numpy_and_torch_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    book.run(figures=None)
+    book_command.run(figures=None)
     assert_lesson(capsys.readouterr().out)
 
 
 def test_figures_replace_those_of_an_earlier_run(tmp_path: Path) -> None:
     (tmp_path / "tanh.png").write_bytes(b"old")
-    book.run(tmp_path)
+    book_command.run(tmp_path)
     assert_figures(tmp_path)
 
 
@@ -206,7 +207,7 @@ def test_a_directory_that_cannot_be_made_is_refused_before_the_lesson(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        book.run(tmp_path / "file")
+        book_command.run(tmp_path / "file")
     assert capsys.readouterr().out == ""
 
 

@@ -94,3 +94,79 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
     errors = capsys.readouterr().err
     assert errors.startswith("torchclip book: error: ")
     assert errors.count("\n") == 1
+
+
+# What files options name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "reason"),
+    [
+        (["train", "--text", "{}/missing.txt"], "--text", "No such file"),
+        (["train", "--text", "{}"], "--text", "is a directory"),
+        (["train", "--text", "{}/file/text"], "--text", "No such file"),
+        (["train", "--plot", "{}/missing/a.png"], "--plot", "there is no directory"),
+        (["train", "--save", "{}"], "--save", "is a directory"),
+        (["train", "--save", "{}/" + "x" * 300], "--save", "too long"),
+        (["book", "--figures", "{}/file"], "--figures", "is not a directory"),
+        (["book", "--figures", "{}/file/below"], "--figures", "is not a directory"),
+        (["bench", "--json", "{}/missing/a.json"], "--json", "there is no directory"),
+        (["bench", "--plot", "{}/a.svg"], "--plot", "must end in .png"),
+        (["train", "--plot", "{0}/a.png", "--save", "{0}/a.png"], "--save", "is the same file as --plot"),
+        (
+            ["train", "--text", "{0}/file", "--save", "{0}/../{1}/file"],
+            "--save",
+            "is the same file as --text",
+        ),
+        (["run", "{}/missing.py"], "SCRIPT", "No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_its_option(
+    arguments: list[str], option: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(SystemExit, match="2"):
+        main([argument.format(tmp_path, tmp_path.name) for argument in arguments])
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert output.err.startswith(f"torchclip {arguments[0]}: error: argument {option}: ")
+    assert reason in output.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_error_while_writing_names_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny = ["--steps", "2", "--hidden", "8", "--batch", "4", "--bptt", "10"]
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    for option in ("--save", "--plot"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", *tiny, option, str(tmp_path / "full.png")])
+        error = capsys.readouterr().err
+        assert error.startswith(f"torchclip train: error: argument {option}: No space left on device: ")
+
+
+# How it ends
+
+
+def test_ctrl_c_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchclip.cli.info.run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "torchclip info: interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["info", "book"])
+def test_a_reader_that_has_seen_enough_is_no_error(command: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "torchclip", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

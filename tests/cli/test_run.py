@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import json
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import zipapp
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 import torchclip
 from torchclip.cli.main import main
 from torchclip.cli.run.recorder import Recorder
-from torchclip.cli.run.run import report
+from torchclip.cli.run.report import report
 
 SCRIPT = """
 import sys
@@ -91,7 +93,6 @@ def test_the_script_finds_what_it_finds_under_python(tmp_path: Path, options: tu
         ("[0][1]", 1),
         ("open('nowhere')", 1),
         ("raise KeyboardInterrupt", 130),
-        ("this is no Python", 1),
     ],
 )
 def test_it_ends_as_under_python(tmp_path: Path, end: str, status: int) -> None:
@@ -118,6 +119,88 @@ def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert re.fullmatch(r"torchclip run: error: .*No such file.*nowhere\.py.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("source", ["this is no Python", "x = 1\n  y = 2"])
+def test_a_script_that_is_no_python_never_ran(tmp_path: Path, source: str) -> None:
+    under_python = run(tmp_path, source, launcher=())
+    under_torchclip = run(tmp_path, source)
+    assert (under_torchclip.returncode, under_torchclip.stdout) == (1, "")
+    assert under_torchclip.stderr.splitlines()[-1] == under_python.stderr.splitlines()[-1]
+    assert "torchclip" not in under_torchclip.stderr
+
+
+def refused(tmp_path: Path, *arguments: str) -> str:
+    """What ``torchclip run`` says of a script that it cannot start, after its own name."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torchclip", "run", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    return done.stderr.removeprefix("torchclip run: error: ")
+
+
+def test_what_cannot_be_started_is_refused_without_a_report(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    assert refused(tmp_path, "nowhere.py") == "argument SCRIPT: No such file or directory: nowhere.py\n"
+    assert refused(tmp_path, "-m", "nowhere") == "argument SCRIPT: No module named nowhere\n"
+    assert "argument SCRIPT: there is no __main__.py in" in refused(tmp_path, "package")
+    assert "argument SCRIPT: No module named package.__main__" in refused(tmp_path, "-m", "package")
+
+
+def test_a_missing_module_that_the_script_imports_is_the_scripts_error(tmp_path: Path) -> None:
+    done = run(tmp_path, "import nowhere", options=("-m",))
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: No module named 'nowhere'" in done.stderr
+    assert "torchclip: what clipping did" in done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("-m",)])
+@pytest.mark.parametrize("safe", ["-P", "-I", "PYTHONSAFEPATH"])
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
+def test_in_pythons_safe_mode_nothing_is_put_on_the_path(
+    tmp_path: Path, safe: str, options: tuple[str, ...]
+) -> None:
+    show = "import json, sys; print(json.dumps(sys.path))"
+    (tmp_path / "script.py").write_text(show)
+    flags = [safe] if safe.startswith("-") else []
+    environment = os.environ if flags else os.environ | {safe: "1"}
+    # What is installed is found without help; this checkout, and a module to run, may not be.
+    added = [str(Path(torchclip.__file__).parents[1]), str(tmp_path)]
+    arguments = ["run", *options, "script" if options else "script.py"]
+    begin = f"import sys; sys.path += {added}; from torchclip.cli.main import main; main({arguments})"
+    expected, found = (
+        subprocess.run(
+            [sys.executable, *flags, "-c", code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for code in (show, begin)
+    )
+    assert json.loads(found) == json.loads(expected) + added
+
+
+def test_a_directory_and_a_zip_file_run_as_under_python(tmp_path: Path) -> None:
+    source = "import sys, beside; print(sys.argv[1:], len(sys.path), sys.path[0], __name__)"
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__main__.py").write_text(source)
+    (tmp_path / "app" / "beside.py").touch()
+    zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz")
+    for name in ("app", "app.pyz"):
+        outputs = [
+            subprocess.run(
+                [sys.executable, *launcher, name, "x"],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for launcher in ([], ["-m", "torchclip", "run"])
+        ]
+        assert outputs[0] == outputs[1]
 
 
 def test_of_many_ranks_the_first_reports(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from train_on_ranks import MODEL, trained
 
 from torchclip import Percentile, Threshold, ZScore
 from torchclip.cli.main import main
-from torchclip.cli.train import parallel, train
-from torchclip.history import plots
+from torchclip.cli.train import figure, parallel, training
+from torchclip.cli.train.model import load_model, sample
+from torchclip.cli.train.options import LEARNING_RATES, MAX_NORMS, Options
 
 # The sizes of the command's defaults, and small ones.
 COMMAND: dict[str, Any] = {"hidden": 128, "batch": 32, "bptt": 64}
@@ -55,10 +56,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # A real Ctrl-C in the third step of the unclipped run; of several processes, only the last one gets it.
 INTERRUPTED = """
 import os, signal, sys
-from torchclip.cli.train import train
+from torchclip.cli.train import training
 from torchclip.cli.main import main
 
-batches, pending = train.batches, [os.environ.get("RANK", "1") == "1"]
+batches, pending = training.batches, [os.environ.get("RANK", "1") == "1"]
 
 def interrupted_batches(*arguments):
     for step, batch in enumerate(batches(*arguments)):
@@ -67,7 +68,7 @@ def interrupted_batches(*arguments):
             os.kill(os.getpid(), signal.SIGINT)
         yield batch
 
-train.batches = interrupted_batches
+training.batches = interrupted_batches
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(sys.argv[1:]))
 """
@@ -125,7 +126,7 @@ def row(output: str, name: str) -> list[str]:
     return re.split(r"\s{2,}", line.strip())
 
 
-def perplexity(run: train.Run) -> float:
+def perplexity(run: training.Run) -> float:
     """Of the last 20 steps."""
     return math.exp(np.mean([step.loss for step in run.steps[-20:]]))
 
@@ -174,11 +175,11 @@ def test_a_run_alone_has_the_numbers_that_it_has_beside_the_other() -> None:
 
 def test_gradients_are_clipped_to_the_threshold() -> None:
     # One step of SGD moves the weights by lr times the clipped gradient.
-    options = train.Options(steps=1, **{**MODEL, "lr": 1.0, "max_norm": 0.01})
+    options = Options(steps=1, **{**MODEL, "lr": 1.0, "max_norm": 0.01})
     tokens = torch.arange(200) % 7
-    (run,) = train.start_runs("clipped", "abcdefg", options)
+    (run,) = training.start_runs("clipped", "abcdefg", options)
     before = torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
-    train.advance([run], tokens, options)
+    training.advance([run], tokens, options)
     after = torch.cat([p.detach().flatten() for p in run.model.parameters()])
     assert run.steps[0].norm > 0.01
     assert (after - before).norm() == pytest.approx(0.01, rel=1e-3)
@@ -195,9 +196,9 @@ def test_the_learning_rate_rises_during_the_warm_up() -> None:
 
 
 def test_targets_are_the_characters_after_the_inputs() -> None:
-    options = train.Options(steps=9, **MODEL)
+    options = Options(steps=9, **MODEL)
     tokens = torch.arange(4 * 25)
-    pairs = list(train.batches(tokens, options))
+    pairs = list(training.batches(tokens, options))
     assert len(pairs) == 9
     for inputs, targets in pairs:
         assert inputs.shape == (4, 10)
@@ -271,9 +272,10 @@ def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stderr) == (130, "")
     assert [row(result.stdout, name)[1] for name in ("unclipped", "clipped")] == ["3 of 6", "3 of 6"]
+    assert "Interrupted after step 3 of 6." in result.stdout
     assert "written by the clipped model" in result.stdout
     assert imread(plot).std() > 0.01
-    train.load_model(model)
+    load_model(model)
 
 
 @pytest.fixture
@@ -294,6 +296,24 @@ def test_ctrl_c_breaks_off_the_second_time_and_after_the_training() -> None:
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_threshold_of_0_clips_everything_away(capsys: pytest.CaptureFixture[str]) -> None:
+    status, output = run(capsys, "--max-norm", "0")
+    assert status == 0
+    assert "Clipped to a norm of 0." in " ".join(output.split())
+    assert row(output, "clipped")[-1] == "100%"
+    (clipped,) = trained(only="clipped", max_norm=0.0)
+    (fresh,) = trained(steps=0, only="clipped")
+    assert all(map(torch.equal, clipped.model.parameters(), fresh.model.parameters()))
+
+
+def test_a_threshold_of_inf_clips_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    status, output = run(capsys, "--max-norm", "inf")
+    assert status == 0
+    assert "Nothing is clipped: the threshold is inf." in " ".join(output.split())
+    assert row(output, "clipped")[2:-1] == row(output, "unclipped")[2:-1]
+    assert row(output, "clipped")[-1] == "0%"
 
 
 # What it writes
@@ -321,7 +341,7 @@ def test_plot_is_a_picture_with_something_in_it(
 )
 def test_plot_shows_the_threshold_where_there_is_one(max_norms: list[float], label: str | None) -> None:
     runs = {"unclipped": [3.0, 2.0], "clipped": [3.0, 1.0]}
-    _, axes = plots.training_figure(losses=runs, norms=runs, max_norms=max_norms).axes
+    _, axes = figure.training_figure(losses=runs, norms=runs, max_norms=max_norms).axes
     drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines() if line.get_color() == "black"}
     assert list(drawn) == ([label] if label else [])
     for values in drawn.values():
@@ -335,11 +355,9 @@ def test_saved_model_writes_the_same_text_when_loaded(
     path = tmp_path / "model.pt"
     _, output = run(capsys, "--cell", cell, "--save", path)
     assert str(path) in output
-    model, vocabulary = train.load_model(path)
-    trained_model: Any = trained(cell=cell, lr=train.LEARNING_RATES[cell], max_norm=train.MAX_NORMS[cell])[
-        1
-    ].model
-    written = [train.sample(m, vocabulary, length=50, seed=3) for m in (model, trained_model)]
+    model, vocabulary = load_model(path)
+    trained_model: Any = trained(cell=cell, lr=LEARNING_RATES[cell], max_norm=MAX_NORMS[cell])[1].model
+    written = [sample(m, vocabulary, length=50, seed=3) for m in (model, trained_model)]
     assert written[0] == written[1]
     assert len(written[0] or "") == 50
 
@@ -388,7 +406,7 @@ def test_python_without_its_documentation(
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *(("--max-norm", value) for value in ("-1", "0", "nan", "inf", "much")),
+        *(("--max-norm", value) for value in ("-1", "nan", "much", "")),
         *(("--lr", value) for value in ("-1", "0", "nan", "inf", "much")),
         *(
             (name, value)
@@ -462,7 +480,7 @@ def test_under_torchrun_the_first_process_shows_and_writes_all(
     for name in ("unclipped", "clipped"):
         assert row(result.stdout, name) == row(alone, name)
     assert imread(plot).std() > 0.01
-    loaded, expected = (train.load_model(path)[0].state_dict() for path in (model, tmp_path / "alone.pt"))
+    loaded, expected = (load_model(path)[0].state_dict() for path in (model, tmp_path / "alone.pt"))
     torch.testing.assert_close(loaded, expected)
 
 
@@ -482,6 +500,19 @@ def test_all_processes_refuse_and_one_says_why() -> None:
     assert error == (
         "torchclip train: error: --batch 5 cannot be shared equally by 2 processes; pass a multiple of 2\n"
     )
+
+
+def test_a_process_that_cannot_join_others_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is set, but this process cannot join others" in refusal(capsys)
+
+
+def test_a_model_that_does_not_fit_into_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--hidden", str(10**9)])
+    assert "--hidden 1000000000 does not fit into memory" in capsys.readouterr().err
 
 
 def test_one_process_has_no_way_to_choose(capsys: pytest.CaptureFixture[str]) -> None:

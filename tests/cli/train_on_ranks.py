@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 import torch.distributed as dist
 
-from torchclip.cli.train import parallel, train
+from torchclip.cli.train import parallel, training
+from torchclip.cli.train.options import Options
 
 MODEL: dict[str, Any] = {
     "cell": "rnn",
@@ -23,13 +24,13 @@ MODEL: dict[str, Any] = {
 
 def trained(
     steps: int = 6, only: str | None = None, way: parallel.Way | None = None, **changes: Any
-) -> list[train.Run]:
+) -> list[training.Run]:
     """Finished runs on the default text."""
-    text = train.read_text(None)
-    options = train.Options(steps=steps, **{**MODEL, **changes})
+    text = training.read_text(None)
+    options = Options(steps=steps, **{**MODEL, **changes})
     vocabulary = "".join(sorted(set(text)))
-    runs = train.start_runs(only, vocabulary, options, way)
-    train.advance(runs, train.encode(text, vocabulary), options)
+    runs = training.start_runs(only, vocabulary, options, way)
+    training.advance(runs, training.encode(text, vocabulary), options)
     return runs
 
 

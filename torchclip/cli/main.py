@@ -1,13 +1,15 @@
 """The command line: ``torchclip COMMAND``, also ``python -m torchclip COMMAND``.
 
-A command is a line in ``COMMANDS`` and a module of this package with two functions:
+A command is a line in ``COMMANDS`` and a module with two functions, ``torchclip.cli.NAME`` or
+``torchclip.cli.NAME.command``:
 
     def add_arguments(parser: argparse.ArgumentParser) -> None    # declares its options
     def run(**options) -> int | None                              # gets them by name, returns the exit status
 
 What ``run`` cannot work with, such as options that do not go together or a file that cannot be read, it
-refuses by raising ``argparse.ArgumentError(None, message)`` or an ``OSError``.  The user then sees one line
-on stderr, as for an option that argparse refuses, and the exit status is 2.  After Ctrl-C it is 130.
+refuses by raising ``options.refusal(message)`` or an ``OSError``.  The user then sees one line on stderr, as
+for an option that argparse refuses, and the exit status is 2.  An ``OSError`` about a file that an option
+names is reported with that option.  After Ctrl-C the status is 130.
 
 Only the module of the command that is called gets imported, so that ``torchclip info`` needs no extra.
 """
@@ -20,13 +22,13 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torchclip
 
-__all__ = ["COMMANDS", "file_to_write", "main", "png_file"]
+__all__ = ["COMMANDS", "main"]
 
 
 class Command(NamedTuple):
@@ -52,12 +54,24 @@ DEMO_PACKAGES = ("rich", "matplotlib")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without repeating the usage."""
+    """An argument parser that says what is wrong in one line, without repeating the usage.
+
+    Attributes:
+        arguments: the arguments that were added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.arguments: list[argparse.Action] = []
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """Add an argument, and remember it."""
+        self.arguments.append(super().add_argument(*args, **kwargs))
+        return self.arguments[-1]
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2; of the processes that ``torchrun`` starts here, one speaks for all."""
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\n" if speaks else None)
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n" if _speaks() else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,26 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(name, subparsers.choices[name], arguments[1:])
 
 
-def file_to_write(text: str) -> Path:
-    """An option's value that is a file to write; refused now rather than after the work."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a directory")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path} cannot be written to")
-    return path
-
-
-def png_file(text: str) -> Path:
-    """An option's value that is a PNG file to write."""
-    if Path(text).suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"must end in .png, got {text}")
-    return file_to_write(text)
-
-
-def _run(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
     if COMMANDS[name].needs_demo:
         missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
         if missing:
@@ -117,13 +112,61 @@ def _run(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # ASCII output gets "?" for "é", not an exception
     command = importlib.import_module(
-        f"torchclip.cli.{name}" if name == "info" else f"torchclip.cli.{name}.{name}"
+        f"torchclip.cli.{name}" if name == "info" else f"torchclip.cli.{name}.command"
     )
     command.add_arguments(parser)
     options = vars(parser.parse_args(arguments))
     try:
-        return command.run(**options) or 0
-    except (argparse.ArgumentError, OSError) as error:
+        _refuse_one_file_for_two(parser, options)
+        status = command.run(**options) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except argparse.ArgumentError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        parser.error(_with_its_option(error, parser, options))
     except KeyboardInterrupt:
+        if _speaks():
+            print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _speaks() -> bool:
+    """Of the processes that ``torchrun`` starts here, one speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _files(parser: Parser, options: Mapping[str, Any]) -> Iterator[tuple[argparse.Action, Path]]:
+    """The options that name a file or a directory, with what they name."""
+    for argument in parser.arguments:
+        value = options.get(argument.dest)
+        if isinstance(value, Path):
+            yield argument, value
+
+
+def _refuse_one_file_for_two(parser: Parser, options: Mapping[str, Any]) -> None:
+    """What one option writes, another must neither write nor read."""
+    seen: dict[Path, argparse.Action] = {}
+    for argument, path in _files(parser, options):
+        other = seen.setdefault(path.resolve(), argument)
+        if other is not argument:
+            raise argparse.ArgumentError(argument, f"is the same file as {_name(other)}: {path}")
+
+
+def _with_its_option(error: OSError, parser: Parser, options: Mapping[str, Any]) -> str:
+    """What went wrong with a file, and which option named it."""
+    if error.filename is None:
+        return str(error)
+    path = Path(os.fsdecode(error.filename))
+    for argument, named in _files(parser, options):
+        if named == path or named in path.parents or path in named.parents:
+            return str(argparse.ArgumentError(argument, f"{error.strerror}: {path}"))
+    return str(error)
+
+
+def _name(argument: argparse.Action) -> str:
+    return argument.option_strings[0] if argument.option_strings else str(argument.metavar)

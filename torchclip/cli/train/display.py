@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console, RenderableType
@@ -16,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from torchclip.cli.train.parallel import world_size
-from torchclip.history import plots
-
-if TYPE_CHECKING:
-    from torchclip.cli.train.parallel import Way
-    from torchclip.cli.train.train import Options, Run, Step
+from torchclip.cli.options import writing
+from torchclip.cli.train.figure import training_figure
+from torchclip.cli.train.options import Options
+from torchclip.cli.train.parallel import Way, world_size
+from torchclip.cli.train.training import Run, Step
 
 PROGRESS_WIDTH = 15
 RECENT = 20  # the loss shown is the mean of so many steps, since single ones are noisy
@@ -51,6 +49,8 @@ def introduction(
 
 
 def _clipping(options: Options) -> str:
+    if options.threshold == "fixed" and math.isinf(options.max_norm):
+        return "Nothing is clipped: the threshold is inf."
     if options.threshold == "fixed":
         return f"Clipped to a norm of {options.max_norm:g}."
     where = {
@@ -67,6 +67,16 @@ def live_table(runs: Sequence[Run], options: Options) -> Live:
         return _table(runs, lambda run: ProgressBar(options.steps, len(run.steps), width=PROGRESS_WIDTH))
 
     return Live(get_renderable=now, console=console, refresh_per_second=8, transient=True)
+
+
+def interruption(runs: Sequence[Run], options: Options) -> None:
+    """Say that the training did not come to its end."""
+    steps = max(len(run.steps) for run in runs)
+    console.print(
+        f"Interrupted after step {steps} of {options.steps}. What follows is about the steps so far.",
+        style="bold",
+        highlight=False,
+    )
 
 
 def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> None:
@@ -131,19 +141,20 @@ def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
 
 def plot(runs: Sequence[Run], path: Path) -> None:
     """Write the picture of the runs."""
-    figure = plots.training_figure(
+    figure = training_figure(
         losses={run.name: [step.loss for step in run.steps] for run in runs},
         norms={run.name: [step.norm for step in run.steps] for run in runs},
         max_norms=[step.max_norm for step in runs[-1].steps],
     )
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
     console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def saved(path: Path) -> None:
     """Say where the model is, and how to get it back."""
     console.print(
-        f"Model: {path} (torchclip.cli.train.train.load_model reads it)",
+        f"Model: {path} (torchclip.cli.train.model.load_model reads it)",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchclip.cli.options import refusal
+
 Way = Literal["fsdp", "ddp"]
 
 
@@ -33,7 +35,13 @@ def process_group() -> Iterator[None]:
     if not launched():
         yield
         return
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        raise refusal(
+            f"WORLD_SIZE is set, but this process cannot join others: {error}; start them with torchrun, "
+            "or unset WORLD_SIZE to train in one process"
+        ) from None
     try:
         yield
         dist.barrier()  # nobody may leave while another still needs it

@@ -1,59 +1,41 @@
-"""How fast and how exact clipping is on this machine: the command ``torchclip bench``.
+"""How ``torchclip bench`` measures single calls: warm, round by round.
 
-Everything runs warm in one process, with Python's garbage collection off.  Each round times every contender
-once, so that whatever else the machine does falls on all of them; ratios are taken within a round.  Shown are
-medians over the rounds; the JSON file has the quartiles as well.
+Everything runs in one process, with Python's garbage collection off.  Each round times every contender once,
+so that whatever else the machine does falls on all of them; ratios are taken within a round.  Results are
+quartiles over the rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
-from torchclip.cli import info
-from torchclip.cli.bench.contenders import NAMES, OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
-from torchclip.cli.bench.workloads import SCALING, WORKLOADS, Workload
-from torchclip.cli.main import file_to_write, png_file
-from torchclip.history import plots
+from torchclip.cli.bench.contenders import OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
+from torchclip.cli.bench.workloads import Workload
 
 __all__ = [
     "FULL",
     "QUICK",
     "Effort",
+    "Row",
     "Timer",
-    "add_arguments",
-    "cells",
     "compare",
-    "headers",
-    "machine",
     "measure",
-    "present",
     "quartiles",
-    "run",
     "second_arguments",
-    "show",
     "summary",
 ]
 
-PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at the least
+
 SHRINK = 0.98  # of the threshold from call to call: there is always something to clip, even in bfloat16
 MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, far from where numbers lose digits
-CACHED = 1 << 20  # bytes up to which the memory's bandwidth says nothing
-WIDTH = 140  # of the table, where no terminal sets it
 
 Row = dict[str, Any]
 
@@ -74,93 +56,6 @@ class Effort(NamedTuple):
 
 FULL = Effort(sample_seconds=2e-3, row_seconds=3.0, rounds=(15, 101))
 QUICK = Effort(sample_seconds=5e-4, row_seconds=0.0, rounds=(3, 3))
-
-
-# The command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``torchclip bench``."""
-    add = parser.add_argument
-    add(
-        "--only",
-        metavar="WORKLOAD",
-        action="append",
-        choices=WORKLOADS,
-        help=f"measure this one only; may be repeated: {', '.join(WORKLOADS)}",
-    )
-    add(
-        "--scaling",
-        action="store_true",
-        help="measure 10 to 100,000 gradients and 1 KiB to 2 GiB instead; needs 8 GiB",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="run three rounds, without torch.compile: a look, not a measurement",
-    )
-    add(
-        "--json",
-        dest="results",
-        metavar="FILE",
-        type=file_to_write,
-        help="write the results into a JSON file",
-    )
-    add(
-        "--plot",
-        dest="picture",
-        metavar="FILE",
-        type=png_file,
-        help="draw the results into a PNG file",
-    )
-
-
-def run(
-    only: list[str] | None, scaling: bool, quick: bool, results: Path | None, picture: Path | None
-) -> None:
-    """Measure, and show the table."""
-    if only and scaling:
-        raise argparse.ArgumentError(None, "--only and --scaling do not go together")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    facts = machine()
-    console.print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), highlight=False)
-
-    # In the series torch.compile would take hours, and optax hold the largest gradients twice more.
-    rivals = [] if scaling else ["optax"] if quick else RIVALS
-    workloads = SCALING if scaling else {name: WORKLOADS[name] for name in only or WORKLOADS}
-    rows = measure(workloads, QUICK if quick else FULL, rivals)
-    show(rows, console)
-    if results:
-        results.write_text(json.dumps({"machine": facts, "quick": quick, "rows": rows}, indent=1) + "\n")
-        console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
-    if picture:
-        figure = plots.scaling_figure(rows) if scaling else plots.benchmark_figure(rows, OPERATIONS)
-        figure.savefig(picture)
-        console.print(f"Picture: {picture}", markup=False, highlight=False, soft_wrap=True)
-
-
-def machine() -> dict[str, str]:
-    """What the numbers depend on."""
-    return {
-        "CPU": _cpu_model(),
-        "cores": str(os.cpu_count()),
-        "load average": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
-        **info.facts(),
-        "jax": info.installed_version("jax"),
-        "optax": info.installed_version("optax"),
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-# Measuring
 
 
 def measure(workloads: Mapping[str, Workload], effort: Effort, rivals: Sequence[str]) -> list[Row]:
@@ -345,78 +240,3 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
             progress.advance(task)
 
         yield begin
-
-
-# The table
-
-
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the results, and what failed."""
-    unlimited = console.options.update(width=10_000)  # a measured width is never above the console's
-    first, end = 0, len(headers(present(rows)))
-    while first < end:  # side by side as many columns as fit, but at least one; the others below
-        last = end
-        while (
-            last > first + 1
-            and console.measure(_table(rows, first, last), options=unlimited).maximum > console.width
-        ):
-            last -= 1
-        console.print(_table(rows, first, last))
-        first = last
-    for row in rows:
-        for name, result in row["contenders"].items():
-            if "failed" in result:
-                text = f"{name} failed on {row['title']}, {OPERATIONS[row['operation']]}: {result['failed']}"
-                console.print(text, markup=False, highlight=False)
-
-
-def _table(rows: Sequence[Row], first: int, last: int) -> Table:
-    names = present(rows)
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for header in headers(names)[first:last]:
-        table.add_column(header, justify="right", vertical="bottom")
-    for i, row in enumerate(rows):
-        if i % len(OPERATIONS) == 0:
-            table.add_row(f"[bold]{row['title']}")
-            table.add_row(f"[dim]{row['tensors']:,} tensors, {row['elements']:,} elements")
-        table.add_row("  " + OPERATIONS[row["operation"]], *cells(row, names)[first:last])
-    return table
-
-
-def present(rows: Sequence[Row]) -> list[str]:
-    """The contenders that took part, in the order of the table."""
-    return [name for name in NAMES if any(name in row["contenders"] for row in rows)]
-
-
-def headers(names: Sequence[str]) -> list[str]:
-    """What ``cells`` are."""
-    return [*names, "torch ÷\ntorchclip", "GB/s", "of\nfloor", "torch:\nerror", "torchclip:\nerror"]
-
-
-def cells(row: Row, names: Sequence[str]) -> list[str]:
-    """One line of the table: medians.  Bandwidth is left out for gradients that fit into a core's cache."""
-    results = row["contenders"]
-    times = [_time(results.get(name)) for name in names]
-    own, bandwidth = results["torchclip"], ["", ""]
-    if row["bytes"] > CACHED:
-        traffic = PASSES[row["operation"]] * row["bytes"]
-        bandwidth = [f"{traffic / own['seconds'][1] / 1e9:.1f}", f"{own['floor_share'][1]:.0%}"]
-    errors = [_error(results[name]["norm_error"]) for name in ("torch", "torchclip")]
-    return [*times, f"{own['speedup'][1]:.2f}", *bandwidth, *errors]
-
-
-def _time(result: Mapping[str, Any] | None) -> str:
-    if result is None:
-        return ""
-    if "failed" in result:
-        return "failed"
-    seconds = result["seconds"][1]
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:,.3g} {unit}"
-    return f"{seconds * 1e6:,.3g} µs"
-
-
-def _error(error: float | None) -> str:
-    return "" if error is None else f"{error:.0e}"

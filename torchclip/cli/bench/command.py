@@ -1,0 +1,106 @@
+"""The command ``torchclip bench``: how fast and how exact clipping is on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+from rich.console import Console
+
+from torchclip.cli import info
+from torchclip.cli.bench.contenders import OPERATIONS, RIVALS
+from torchclip.cli.bench.figure import benchmark_figure, scaling_figure
+from torchclip.cli.bench.table import show
+from torchclip.cli.bench.timing import FULL, QUICK, measure
+from torchclip.cli.bench.workloads import SCALING, WORKLOADS
+from torchclip.cli.options import file_to_write, png_file, refusal, writing
+
+__all__ = ["add_arguments", "machine", "run"]
+
+WIDTH = 140  # of the table, where no terminal sets it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``torchclip bench``."""
+    add = parser.add_argument
+    add(
+        "--only",
+        metavar="WORKLOAD",
+        action="append",
+        choices=WORKLOADS,
+        help=f"measure this one only; may be repeated: {', '.join(WORKLOADS)}",
+    )
+    add(
+        "--scaling",
+        action="store_true",
+        help="measure 10 to 100,000 gradients and 1 KiB to 2 GiB instead; needs 8 GiB",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="run three rounds, without torch.compile: a look, not a measurement",
+    )
+    add(
+        "--json",
+        dest="results",
+        metavar="FILE",
+        type=file_to_write,
+        help="write the results into a JSON file",
+    )
+    add(
+        "--plot",
+        dest="picture",
+        metavar="FILE",
+        type=png_file,
+        help="draw the results into a PNG file",
+    )
+
+
+def run(
+    only: list[str] | None, scaling: bool, quick: bool, results: Path | None, picture: Path | None
+) -> None:
+    """Measure, and show the table."""
+    if only and scaling:
+        raise refusal("--only and --scaling do not go together")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    facts = machine()
+    console.print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), highlight=False)
+
+    # In the series torch.compile would take hours, and optax hold the largest gradients twice more.
+    rivals = [] if scaling else ["optax"] if quick else RIVALS
+    workloads = SCALING if scaling else {name: WORKLOADS[name] for name in only or WORKLOADS}
+    rows = measure(workloads, QUICK if quick else FULL, rivals)
+    show(rows, console)
+    if results:
+        with writing(results):
+            results.write_text(json.dumps({"machine": facts, "quick": quick, "rows": rows}, indent=1) + "\n")
+        console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
+    if picture:
+        figure = scaling_figure(rows) if scaling else benchmark_figure(rows, OPERATIONS)
+        with writing(picture):
+            figure.savefig(picture)
+        console.print(f"Picture: {picture}", markup=False, highlight=False, soft_wrap=True)
+
+
+def machine() -> dict[str, str]:
+    """What the numbers depend on."""
+    return {
+        "CPU": _cpu_model(),
+        "cores": str(os.cpu_count()),
+        "load average": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
+        **info.facts(),
+        "jax": info.installed_version("jax"),
+        "optax": info.installed_version("optax"),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,98 @@
+"""A script or a module, run as Python itself would run it, in this process."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import io
+import os
+import runpy
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+
+from torchclip.cli.options import refusal
+
+__all__ = ["prepare", "traceback_of_script"]
+
+
+def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
+    """Set up this process as Python would for the script, and read it.
+
+    Args:
+        script: the script's path, or the module's name.
+        args: the script's arguments.
+        module: whether ``script`` names a module.
+
+    Returns:
+        What runs the script.
+
+    Raises:
+        argparse.ArgumentError: if there is nothing that can be run.
+        SyntaxError: if the script is no Python.
+    """
+    sys.argv[:] = [script, *args]
+    if module:
+        _import_from(os.getcwd())
+        return _module(script)
+    path = os.path.abspath(script)
+    try:
+        if os.path.isdir(path) or path.endswith(".pyc") or zipfile.is_zipfile(path):
+            return _packed(path)
+        with io.open_code(path) as file:
+            source = file.read()
+    except OSError as error:
+        raise refusal(f"argument SCRIPT: {error.strerror}: {script}") from None
+    _import_from(os.path.dirname(os.path.realpath(script)))
+    return _source(path, source)
+
+
+def _import_from(directory: str) -> None:
+    """Let the script import what lies there, in place of what ``torchclip`` itself was started from.
+
+    In its safe mode (``python -P``, ``PYTHONSAFEPATH``) Python adds neither.
+    """
+    if not _safe_path():
+        sys.path[0] = directory
+
+
+def _safe_path() -> bool:
+    return bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # until 3.10 only as a part of -I
+
+
+def _module(name: str) -> Callable[[], object]:
+    def execute() -> None:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+    return execute
+
+
+def _packed(path: str) -> Callable[[], object]:
+    """A directory or a zip file, from which the script then imports, or compiled code."""
+    if not path.endswith(".pyc"):
+        if importlib.machinery.PathFinder.find_spec("__main__", [path]) is None:
+            raise refusal(f"argument SCRIPT: there is no __main__.py in {path}")
+        if not _safe_path():
+            del sys.path[0]
+    return lambda: runpy.run_path(path, run_name="__main__")
+
+
+def _source(path: str, source: bytes) -> Callable[[], object]:
+    code = compile(source, path, "exec", dont_inherit=True)
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=path, __builtins__=__builtins__)
+
+    def execute() -> None:
+        # Pickles and processes that are spawned look here for what the script defines.
+        sys.modules["__main__"] = main
+        exec(code, main.__dict__)
+
+    return execute
+
+
+def traceback_of_script(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    """The traceback without the frames that led to the script; None if it was never reached."""
+    ours = (__name__, "torchclip.cli.run.command", "runpy")
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in ours:
+        traceback = traceback.tb_next
+    return traceback

@@ -1,0 +1,129 @@
+"""The command ``torchclip train``: trains a language model with and without clipping, and compares.
+
+It works on one thread, unless ``OMP_NUM_THREADS`` says otherwise: that is enough for a small model, and its
+numbers do not depend on how many cores a machine has.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from torchclip.cli.options import refusal
+from torchclip.cli.train import display, parallel
+from torchclip.cli.train.model import model_of, sample, save_model
+from torchclip.cli.train.options import LEARNING_RATES, MAX_NORMS, Options, add_arguments
+from torchclip.cli.train.training import Run, advance, encode, read_text, start_runs
+
+__all__ = ["add_arguments", "run"]
+
+
+def run(
+    text: Path | None,
+    only: str | None,
+    plot: Path | None,
+    save: Path | None,
+    way: parallel.Way | None,
+    cell: str,
+    lr: float | None,
+    threshold: str,
+    max_norm: float | None,
+    **counts: int,
+) -> int:
+    """Train with and without clipping, and show the difference.
+
+    Args:
+        text: the file to learn from; by default Python's own documentation.
+        only: ``"clipped"`` or ``"unclipped"`` for one run instead of both.
+        plot: where the picture of loss and gradient norm goes.
+        save: where the clipped (or only) model goes.
+        way: how several processes train one model; by default ``"fsdp"``.
+        cell: ``"rnn"`` or ``"lstm"``.
+        lr: the learning rate; by default the cell's in ``LEARNING_RATES``.
+        threshold: one of ``THRESHOLDS``.
+        max_norm: the fixed threshold, by default the cell's in ``MAX_NORMS``, or a ceiling for the others, by
+            default none.
+        counts: the other ``Options``.
+
+    Returns:
+        the exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        argparse.ArgumentError: if the text or the options cannot be used.
+        OSError: if a file cannot be read or written.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if max_norm is None:
+        max_norm = MAX_NORMS[cell] if threshold == "fixed" else math.inf
+    options = Options(
+        cell=cell, lr=lr or LEARNING_RATES[cell], threshold=threshold, max_norm=max_norm, **counts
+    )
+    characters = read_text(text)
+    _check_length(characters, options)
+    vocabulary = "".join(sorted(set(characters)))
+    tokens = encode(characters, vocabulary)
+
+    with parallel.process_group():
+        way = _checked_way(way, options)
+        shows = parallel.rank() == 0
+        display.console.quiet = not shows
+        display.introduction(options, text, tokens, vocabulary, way)
+        runs = _started(only, vocabulary, options, way)
+        with display.live_table(runs, options):
+            interrupted = advance(runs, tokens, options)
+        if interrupted:
+            display.interruption(runs, options)
+        weights = [parallel.full_state_dict(run.model) for run in runs]
+    if shows:
+        models = [model_of(w, vocabulary, cell, options.hidden) for w in weights]
+        display.closing_table(runs, options, vocabulary)
+        display.samples(runs, [sample(model, vocabulary, length=400, seed=options.seed) for model in models])
+        if save is not None:
+            save_model(save, weights[-1], vocabulary, options)
+            display.saved(save)
+        if plot is not None:
+            display.plot(runs, plot)
+    status = 130 if interrupted else 0
+    if parallel.launched():
+        parallel.leave(status)
+    return status
+
+
+def _started(only: str | None, vocabulary: str, options: Options, way: parallel.Way | None) -> list[Run]:
+    try:
+        return start_runs(only, vocabulary, options, way)
+    except RuntimeError as error:
+        if "allocate" not in str(error) and "Storage size" not in str(error):
+            raise
+        raise refusal(f"a model with --hidden {options.hidden} does not fit into memory") from None
+
+
+def _check_length(characters: str, options: Options) -> None:
+    needed = options.batch * (options.bptt + 1)
+    if len(characters) < needed:
+        raise refusal(
+            f"the text is too short: it has {len(characters):,} characters, and --batch {options.batch} with "
+            f"--bptt {options.bptt} needs {needed:,}; pass a longer text or smaller numbers"
+        )
+
+
+def _checked_way(way: parallel.Way | None, options: Options) -> parallel.Way | None:
+    """How to train on the processes that there are, or None in a process that nobody launched."""
+    if not parallel.launched():
+        if way is not None:
+            raise refusal(
+                f"--parallel {way} needs several processes; start them with: "
+                "torchrun --nproc-per-node 2 -m torchclip train"
+            )
+        return None
+    ranks = parallel.world_size()
+    if options.batch % ranks:
+        raise refusal(
+            f"--batch {options.batch} cannot be shared equally by {ranks} processes; "
+            f"pass a multiple of {ranks}"
+        )
+    return way or "fsdp"

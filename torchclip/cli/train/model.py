@@ -1,0 +1,95 @@
+"""The language model of ``torchclip train``: what it is, how it writes, how it is stored and loaded.
+
+A model stored with ``--save`` is loaded and used like this:
+
+    from torchclip.cli.train.model import load_model, sample
+
+    model, vocabulary = load_model("model.pt")
+    print(sample(model, vocabulary, length=500, seed=1))
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torchclip.cli.options import writing
+from torchclip.cli.train.options import Options
+
+EMBEDDING = 32
+
+State: TypeAlias = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None at the beginning
+Weights: TypeAlias = dict[str, Any]  # what a module's state_dict() returns
+
+
+class Model(nn.Module):
+    """Characters in, a score for every possible next character out."""
+
+    def __init__(self, cell: str, vocabulary_size: int, hidden: int) -> None:
+        super().__init__()
+        recurrent = {"rnn": nn.RNN, "lstm": nn.LSTM}[cell]
+        self.embedding = nn.Embedding(vocabulary_size, EMBEDDING)
+        self.recurrent = recurrent(EMBEDDING, hidden, batch_first=True)
+        self.output = nn.Linear(hidden, vocabulary_size)
+
+    def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Read on from a state.
+
+        Args:
+            tokens: int64, of shape ``(batch, time)``.
+            state: the one in which the last call ended.
+
+        Returns:
+            scores of shape ``(batch, time, vocabulary_size)``, and the state in which this call ended.
+        """
+        hidden, state = self.recurrent(self.embedding(tokens), state)
+        return self.output(hidden), state
+
+
+def detached(state: State) -> State:
+    """The state without its past: here backpropagation through time is truncated."""
+    if isinstance(state, tuple):
+        return state[0].detach(), state[1].detach()
+    return None if state is None else state.detach()
+
+
+@torch.no_grad()
+def sample(model: Model, vocabulary: str, length: int, seed: int) -> str | None:
+    """Text that the model writes, or None if its scores are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    token = torch.zeros(1, 1, dtype=torch.int64)  # the first of the vocabulary: in most texts, the line break
+    state, text = None, ""
+    for _ in range(length):
+        scores, state = model(token, state)
+        if not scores.isfinite().all():
+            return None
+        token = scores[:, -1].softmax(-1).multinomial(1, generator=generator)
+        text += vocabulary[int(token)]
+    return text
+
+
+def model_of(weights: Weights, vocabulary: str, cell: str, hidden: int) -> Model:
+    """A model with these weights."""
+    model = Model(cell, len(vocabulary), hidden)
+    model.load_state_dict(weights)
+    return model
+
+
+def save_model(path: Path, weights: Weights, vocabulary: str, options: Options) -> None:
+    """Store a model's weights, and what ``load_model`` needs to build it again."""
+    stored = io.BytesIO()  # torch.save does not say which file it could not write
+    torch.save({"model": weights, "vocabulary": vocabulary, "options": asdict(options)}, stored)
+    with writing(path):
+        path.write_bytes(stored.getbuffer())
+
+
+def load_model(path: str | Path) -> tuple[Model, str]:
+    """The model in a file that ``torchclip train --save`` wrote, and its vocabulary."""
+    stored = torch.load(path, weights_only=True)
+    vocabulary, options = stored["vocabulary"], stored["options"]
+    return model_of(stored["model"], vocabulary, options["cell"], options["hidden"]), vocabulary

@@ -1,0 +1,164 @@
+"""A recurrent language model that learns because its gradients are clipped.
+
+Read from top to bottom, this file shows how clipping goes into a training: it is one line in ``train``.
+The rest is a plain character-level language model on real text, trained by truncated backpropagation through
+time: a recurrent network reads some 64 characters, predicts the successor of each, and the gradient flows
+back through all of these steps.  Each step multiplies it by the recurrent weights, and that makes it explode.
+
+``torchclip train`` trains two models, from the same weights and on the same batches: one with clipping, one
+without.  Several processes that ``torchrun`` started train them together (``torchclip.cli.train.parallel``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torchclip
+from torchclip.cli.options import refusal
+from torchclip.cli.train import parallel
+from torchclip.cli.train.model import Model, detached
+from torchclip.cli.train.options import Options
+from torchclip.thresholds.base import MaxNorm
+
+# The text
+
+
+def read_text(path: Path | None) -> str:
+    """The text of a file; without one, Python's documentation of itself, topic after topic."""
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise refusal(f"--text {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise refusal(
+            "this Python lacks its documentation (pydoc_data): pass a text with --text FILE"
+        ) from None
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def encode(text: str, vocabulary: str) -> Tensor:
+    """Each character's position in the vocabulary: int64, of shape ``(characters,)``."""
+    position = {character: i for i, character in enumerate(vocabulary)}
+    return torch.tensor([position[character] for character in text])
+
+
+def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows of text, and the same windows one character later, which are to be predicted.
+
+    The text is cut into ``batch`` equally long streams, which are read side by side.  Each window begins
+    where the last one ended, so that the network can carry its state on; after the end they begin anew.
+    Of several processes each reads its share of the streams.
+
+    Args:
+        tokens: the encoded text, int64, of shape ``(characters,)``.
+        options: of which ``batch``, ``bptt`` and ``steps`` are used.
+
+    Yields:
+        ``steps`` pairs of inputs and targets, each of shape ``(batch, bptt)``, or fewer rows in a share.
+    """
+    length = len(tokens) // options.batch
+    streams = parallel.share(tokens[: options.batch * length].view(options.batch, length))
+    for step in range(options.steps):
+        start = step * options.bptt % (length - options.bptt)
+        stop = start + options.bptt
+        yield streams[:, start:stop], streams[:, start + 1 : stop + 1]
+
+
+# Training
+
+
+def max_norm_of(options: Options) -> MaxNorm:
+    """The ``max_norm`` of the clipped run: a number, or an object that learns one from the norms so far."""
+    if options.threshold == "percentile":
+        return torchclip.Percentile(10, max_norm=options.max_norm)
+    if options.threshold == "zscore":
+        return torchclip.ZScore(max_norm=options.max_norm)
+    return options.max_norm
+
+
+class Step(NamedTuple):
+    """What is kept of one training step."""
+
+    loss: float
+    norm: float  # of all gradients together, before clipping
+    max_norm: float  # to which they were clipped
+    clipped: bool
+
+
+def train(model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm) -> Iterator[Step]:
+    """Train the model in place, a step for each ``next()``.
+
+    An infinite ``max_norm`` measures the gradients without clipping them.  A loss that is not finite is the
+    last one: nothing can be learned after it.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
+    # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
+    clipper = torchclip.Clipper(optimizer, max_norm)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / options.warmup))
+    state = None
+    for inputs, targets in batches(tokens, options):
+        scores, state = model(inputs, detached(state))
+        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+        clipping = clipper.history[-1]
+        step = Step(parallel.mean(loss), clipping.total_norm, clipping.max_norm, clipping.clipped)
+        yield step
+        if not math.isfinite(step.loss):
+            return
+
+
+@dataclass
+class Run:
+    """One model in training, with its steps so far."""
+
+    name: str
+    model: nn.Module
+    max_norm: MaxNorm
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss is not finite."""
+        return bool(self.steps) and not math.isfinite(self.steps[-1].loss)
+
+
+def start_runs(
+    only: str | None, vocabulary: str, options: Options, way: parallel.Way | None = None
+) -> list[Run]:
+    """The runs to compare, without and with clipping, from the same weights, on one process or several."""
+    max_norms = {"unclipped": math.inf, "clipped": max_norm_of(options)}
+    runs = []
+    for name in [only] if only else max_norms:
+        torch.manual_seed(options.seed)
+        model = parallel.parallelize(Model(options.cell, len(vocabulary), options.hidden), way)
+        runs.append(Run(name, model, max_norms[name]))
+    return runs
+
+
+def advance(runs: list[Run], tokens: Tensor, options: Options) -> bool:
+    """Train all runs beside each other, step by step, to their end or to Ctrl-C: whether that came."""
+    trainings = [train(run.model, tokens, options, run.max_norm) for run in runs]
+    with parallel.CtrlC() as ctrl_c:
+        for steps in zip_longest(*trainings):
+            for run, step in zip(runs, steps, strict=True):
+                if step is not None:
+                    run.steps.append(step)
+            if ctrl_c.on_any_rank():
+                return True
+    return False
