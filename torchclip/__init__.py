@@ -1,15 +1,11 @@
 """Gradient clipping for PyTorch."""
 
-from torchclip import reference
-from torchclip.clip_grad.clip import (
-    clip_grad_adaptive_,
-    clip_grad_norm_,
-    clip_grad_norm_per_parameter_,
-    clip_grad_value_,
-    clip_grads_with_norm_,
-    clip_per_example,
-    get_total_norm,
-)
+from torchclip import kernel, reference
+from torchclip.clip_grad.adaptive import clip_grad_adaptive_
+from torchclip.clip_grad.norm import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from torchclip.clip_grad.per_example import clip_per_example
+from torchclip.clip_grad.per_parameter import clip_grad_norm_per_parameter_
+from torchclip.clip_grad.value import clip_grad_value_
 from torchclip.clipper.clipper import Clipper
 from torchclip.patch import install, installed, uninstall
 from torchclip.thresholds.base import Threshold
@@ -32,6 +28,7 @@ __all__ = [
     "get_total_norm",
     "install",
     "installed",
+    "kernel",
     "reference",
     "uninstall",
 ]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
-from torchclip._core import distributed
-from torchclip._core.norm import as_result
-from torchclip.clip_grad import clip
+from torchclip._core import mesh
+from torchclip._core.scalars import to_result
+from torchclip.clip_grad import norm, value
 
 __all__ = ["install", "installed", "places", "uninstall"]
 
@@ -28,16 +28,16 @@ def _as_torch_returns(total_norm: float | Tensor, batch: Any) -> Tensor:
 
     Every rank holds the whole of it, so that ``item()`` is right, too.
     """
-    result = as_result(total_norm, batch)
-    if not distributed.has_ranks():
+    result = to_result(total_norm, batch)
+    if not mesh.has_ranks():
         return result
-    meshes = [tensor.device_mesh for tensor in batch.all if distributed.is_dtensor(tensor)]
-    mesh = next((mesh for mesh in meshes if mesh.get_coordinate() is not None), None)
-    if mesh is None:
+    found = [tensor.device_mesh for tensor in batch.all if mesh.is_dtensor(tensor)]
+    own = next((each for each in found if each.get_coordinate() is not None), None)
+    if own is None:
         return result
     from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return DTensor.from_local(result, own, [Replicate()] * own.ndim, run_check=False)
 
 
 def _stand_in(ours: _Function) -> _Function:
@@ -46,7 +46,7 @@ def _stand_in(ours: _Function) -> _Function:
     It can have a ``__wrapped__``, which would be untrue of the original.  It does not call the original, so
     that a warning's ``stacklevel`` still points at the user's line.
     """
-    names = {**ours.__globals__, as_result.__name__: _as_torch_returns}
+    names = {**ours.__globals__, to_result.__name__: _as_torch_returns}
     twin = types.FunctionType(ours.__code__, names, ours.__name__, ours.__defaults__, ours.__closure__)
     twin.__kwdefaults__ = ours.__kwdefaults__
     twin.__annotations__ = ours.__annotations__
@@ -56,10 +56,10 @@ def _stand_in(ours: _Function) -> _Function:
     return cast(_Function, twin)
 
 
-clip_grad_norm_ = _stand_in(clip.clip_grad_norm_)
-clip_grad_value_ = _stand_in(clip.clip_grad_value_)
-clip_grads_with_norm_ = _stand_in(clip.clip_grads_with_norm_)
-get_total_norm = _stand_in(clip.get_total_norm)
+clip_grad_norm_ = _stand_in(norm.clip_grad_norm_)
+clip_grad_value_ = _stand_in(value.clip_grad_value_)
+clip_grads_with_norm_ = _stand_in(norm.clip_grads_with_norm_)
+get_total_norm = _stand_in(norm.get_total_norm)
 
 _STAND_INS = (clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm)
 _lock = threading.RLock()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -70,10 +71,12 @@ def parameters() -> Iterator[list[Any]]:
     assert [p.grad._version for p in parameters] == [0, 0, 0]
 
 
-NOT_NUMBERS = [
+NOT_NUMBERS: list[Any] = [
     None,
-    "1.0",
-    "inf",
+    "abc",
+    "",
+    "1,5",
+    "nan",
     b"1",
     [1.0],
     (1.0,),
@@ -91,6 +94,12 @@ NOT_NUMBERS = [
 def test_what_is_not_a_number(name: str, value: Any, parameters: list[Any]) -> None:
     with pytest.raises(TypeError, match=f"^`{NUMBER[name]}` must be a number, got "):
         CALLS[name](parameters, value)
+
+
+@pytest.mark.parametrize("text", ["1.0", "inf", "1e-3"])
+def test_a_norm_is_no_string(text: str, parameters: list[Any]) -> None:
+    with pytest.raises(TypeError, match=r"^`total_norm` must be a number, got "):
+        CALLS["clip_grads_with_norm_ total_norm"](parameters, text)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -123,6 +132,22 @@ def test_the_remedy_for_max_norm_none(parameters: list[Any]) -> None:
 
 
 NUMBERS = [2, np.float32(2), np.float16(2), np.int64(2), Fraction(2), torch.tensor(2), torch.tensor([2.0])]
+NUMBERS += [Decimal(2), np.array(2.0), np.array([2.0])]
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if NUMBER[n] != "total_norm"])
+@pytest.mark.parametrize("text", ["1.0", "1e-3", " 2 ", "inf", "1_0"])
+def test_numbers_from_configuration_files(name: str, text: str) -> None:
+    mine, others = (with_gradients([torch.tensor([30.0, 40.0]), torch.tensor([5.0])]) for _ in range(2))
+    CALLS[name](mine, text)
+    CALLS[name](others, float(text))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if NUMBER[n] != "total_norm"])
+def test_a_negative_number_from_a_configuration_file(name: str, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be at least 0, got -1.0"):
+        CALLS[name](parameters, "-1.0")
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -135,7 +160,7 @@ def test_every_kind_of_number(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ORDERS)
-@pytest.mark.parametrize("order", [None, "2", "fro", "nan", [2], 1j, False, torch.ones(2), {}], ids=repr)
+@pytest.mark.parametrize("order", [None, "fro", "nan", "", [2], 1j, False, torch.ones(2), {}], ids=repr)
 def test_orders_that_are_none(name: str, order: Any, parameters: list[Any]) -> None:
     with pytest.raises(TypeError, match=r"^`norm_type` must be a number or 'inf', got .*\)$"):
         ORDERS[name](parameters, order)
@@ -150,7 +175,13 @@ def test_an_order_of_nan(name: str, order: Any, parameters: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_orders_by_name_and_of_other_types(name: str) -> None:
-    for order, same in (("inf", math.inf), ("-inf", -math.inf), (np.float32(3), 3.0), (torch.tensor(1), 1.0)):
+    for order, same in (
+        ("inf", math.inf),
+        ("-inf", -math.inf),
+        (np.float32(3), 3.0),
+        (torch.tensor(1), 1.0),
+        ("2", 2.0),
+    ):
         mine, others = (with_gradients([torch.tensor([3.0, -4.0]), torch.tensor([5.0])]) for _ in range(2))
         ORDERS[name](mine, order)
         ORDERS[name](others, same)
@@ -180,6 +211,8 @@ NOT_TENSORS: dict[str, tuple[Any, str]] = {
 def test_what_is_no_collection_of_tensors(name: str, kind: str) -> None:
     call, argument = TENSORS[name]
     value, message = NOT_TENSORS[kind]
+    if kind in ("a module", "a ParameterDict") and argument == "parameters":
+        return  # stands for its parameters
     with pytest.raises(TypeError, match=f"^`{argument}` {message}"):
         call(value)
 
@@ -193,6 +226,34 @@ def test_items_that_are_no_tensors(name: str, item: Any, parameters: list[Any]) 
         call([*tensors, item])
     with pytest.raises(TypeError, match=f"^`{argument}` must hold tensors only, item 3 is "):
         call(t for t in [*tensors, item])
+
+
+@pytest.mark.parametrize("name", [n for n, (_, argument) in TENSORS.items() if argument == "parameters"])
+def test_a_module_stands_for_its_parameters(name: str) -> None:
+    call, _ = TENSORS[name]
+    models: list[nn.Module] = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        (1000 * model(torch.ones(3))).sum().backward()
+    results = [call(models[0]), call(list(models[1].parameters()))]
+    assert repr(results[0]) == repr(results[1])
+    for mine, its in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert mine.grad is not None
+        assert its.grad is not None
+        assert torch.equal(mine.grad, its.grad)
+
+
+def test_errors_name_the_parameters_of_a_module() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 1)
+    model = nn.Sequential(first, second)
+    model(torch.ones(2)).sum().backward()
+    assert second.weight.grad is not None
+    second.weight.grad[0, 1] = math.inf
+    with pytest.raises(RuntimeError, match=r"Non-finite: '1.weight' of shape \(1, 2\) \(1 inf, 0 nan\)"):
+        torchclip.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+    first.bias.grad = torch.ones(1).expand(2)
+    with pytest.raises(RuntimeError, match=r"'0.bias' of `parameters` has a gradient of shape \(2,\)"):
+        torchclip.clip_grad_norm_(model, 1.0)
 
 
 @pytest.mark.parametrize("name", TENSORS)

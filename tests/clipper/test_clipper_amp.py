@@ -202,7 +202,7 @@ def test_skip_looks_at_the_norm_where_the_scaler_found_nothing(
     waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not waits:  # as on an accelerator
-        monkeypatch.setattr(torchclip._core.eager, "on_host", lambda tensors: False)
+        monkeypatch.setattr(torchclip._core.memory, "on_host", lambda tensors: False)
     optimizer = sgd(True)
     scaler = GradScaler("cpu", init_scale=SCALE)
 

@@ -6,6 +6,7 @@ import math
 import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +19,7 @@ __all__ = [
     "flag",
     "full",
     "items",
+    "names_of",
     "norm_order",
     "number",
     "option",
@@ -35,7 +37,7 @@ def threshold(name: str, value: Any) -> float:
     """``value`` as a float that is at least 0 (``inf`` included), or an error that names the argument."""
     if type(value) is not float:
         hint = "; to measure without clipping pass float('inf')" if name == "max_norm" else ""
-        value = number(name, value, hint=hint)
+        value = number(name, value, hint=hint, text=True)
     if not value >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {shown(value)}")
     return float(value)
@@ -44,24 +46,34 @@ def threshold(name: str, value: Any) -> float:
 def norm_order(norm_type: Any) -> float:
     """The order of a norm: any number but NaN, or ``"inf"`` or ``"-inf"``."""
     if type(norm_type) is not float:
-        is_name = isinstance(norm_type, str) and norm_type in ("inf", "-inf")
-        norm_type = float(norm_type) if is_name else number("norm_type", norm_type, "a number or 'inf'")
+        norm_type = number("norm_type", norm_type, "a number or 'inf'", text=True)
     if math.isnan(norm_type):
         raise ValueError("`norm_type` is nan; pass a number such as 2.0, or 'inf'")
     return float(norm_type)
 
 
-def number(name: str, value: Any, what: str = "a number", hint: str = "") -> float:
-    """``value`` as a float, or an error that names the argument."""
+def number(name: str, value: Any, what: str = "a number", hint: str = "", text: bool = False) -> float:
+    """``value`` as a float, or an error that names the argument.
+
+    With ``text``, also of a string that ``float`` reads: configuration files give such, and torch takes them.
+    """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(full(value.detach()))
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
     # Real covers int, float and NumPy's scalars; bool is one too, but never meant here.
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if (isinstance(value, (Real, Decimal)) and not isinstance(value, (bool, np.bool_))) or (
+        text and isinstance(value, str)
+    ):
         try:
-            return float(value)
+            result = float(value)
+            if not (isinstance(value, str) and math.isnan(result)):
+                return result
         except OverflowError:
             kind = type(value).__name__
             raise ValueError(f"`{name}` must be within the range of float64, got a larger {kind}") from None
+        except ValueError:
+            pass  # a string that is no number is refused like any other
     raise TypeError(f"`{name}` must be {what}, got {shown(value)}{hint}")
 
 
@@ -117,13 +129,15 @@ def items(name: str, values: Any, check: Callable[[str, Any], T]) -> list[T]:
 def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     """``tensors`` as a list, a single tensor as a list of itself, or an error that says what to pass.
 
-    What the items are is not looked at here.
+    A module stands for its ``parameters()``.  What the items are is not looked at here.
     """
     if type(tensors) is list:
         return tensors
     if isinstance(tensors, Tensor):
         return [tensors]
     if isinstance(tensors, nn.Module) and not isinstance(tensors, nn.ParameterList):
+        if name == "parameters":
+            return list(tensors.parameters())
         raise TypeError(f"`{name}` is a module ({type(tensors).__name__}); pass its `.parameters()`")
     if isinstance(tensors, torch.optim.Optimizer):
         raise TypeError(
@@ -133,6 +147,13 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     if isinstance(tensors, (Mapping, str, bytes, np.ndarray)) or not isinstance(tensors, Iterable):
         raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}")
     return list(tensors)
+
+
+def names_of(parameters: Any) -> dict[int, str]:
+    """What to call the gradients in errors, by their ``id``: known only of a module's parameters."""
+    if not isinstance(parameters, nn.Module):
+        return {}
+    return {id(p.grad): f"{name!r}" for name, p in parameters.named_parameters() if p.grad is not None}
 
 
 def refuse_item(name: str, index: int, item: Any) -> NoReturn:

@@ -38,6 +38,8 @@ class Facts(IntFlag):
     """Any has memory between its elements, into which torch's fused steps on the CPU write."""
     SHARED = 16
     """Any is the gradient of several parameters, so that an optimizer meets it several times."""
+    SHARDED = 32
+    """Ranks take the norm together, so that one of them cannot take it again alone."""
 
 
 class Batch(Protocol):

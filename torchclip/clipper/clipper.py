@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import arguments, distributed, eager, gradients
-from torchclip._core.combine import join
-from torchclip._core.norm import in_double, refuse_nonfinite
-from torchclip.clip_grad.clip import clip_coefficient
+from torchclip._core import arguments, gather, memory, mesh
+from torchclip._core.batch import Facts
+from torchclip._core.scalars import clip_coef as clip_coefficient
+from torchclip._core.scalars import join, refuse_nonfinite
 from torchclip.history.history import History
 from torchclip.history.records import Record, as_records
 from torchclip.thresholds.base import MaxNorm, MaxNormRule, Threshold
@@ -55,7 +55,7 @@ class _Set:
         group: Any,
     ) -> None:
         self.max_norm = max_norm
-        self.batch = gradients.of_parameters(parameters, group)
+        self.batch = gather.gradients(parameters, group)
         self._name, self._parameters, self._order, self._each = name, parameters, order, each
         self._group = group
         self.norms: list[Norm] = []
@@ -77,9 +77,7 @@ class _Set:
     def measure(self, grad_scale: Tensor | None, finite: bool = False) -> None:
         """Take the norms of the gradients, or of their finite elements, divided by a GradScaler's scale."""
         norms = (
-            gradients.norms(self.batch, self._order, finite)
-            if self._each
-            else [gradients.norm(self.batch, self._order, finite)]
+            self.batch.norms(self._order, finite) if self._each else [self.batch.norm(self._order, finite)]
         )
         self.norms = [_unscaled(n, grad_scale, self._order) for n in norms]
 
@@ -107,22 +105,21 @@ class _Set:
     def scale_(self) -> None:
         """Multiply the gradients in place."""
         if self._each:
-            gradients.scale_each_(self.batch, self.factors)
+            self.batch.scale_each_(self.factors)  # type: ignore[arg-type]
         else:
-            gradients.scale_(self.batch, self.factors[0])
+            self.batch.scale_(self.factors[0])
 
     def is_small(self) -> bool:
         """Whether to multiply the gradients costs less than to let a fused step do it."""
-        return not self.batch.rest and sum(t.numel() for t in self.batch.all) <= _SMALL
+        return _SMALL > 0 and bool(self.batch.facts & Facts.SMALL)
 
     def has_gaps(self) -> bool:
         """Whether a gradient has memory between its elements, which torch's fused steps on CPU write into."""
-        return not all(t.is_contiguous() or eager.fills_its_memory(t) for t in self.batch.all)
+        return bool(self.batch.facts & Facts.GAPS)
 
     def shares_gradients(self) -> bool:
         """Whether a gradient belongs to several parameters, so that a step meets it several times."""
-        distinct = len(self.batch.all)
-        return distinct < self.batch.count and distinct < sum(p.grad is not None for p in self._parameters)
+        return bool(self.batch.facts & Facts.SHARED)
 
 
 class Clipper:
@@ -239,7 +236,7 @@ class Clipper:
             )
         self._scope = scope
         self._nonfinite = nonfinite
-        self._group = distributed.as_groups(group) or None
+        self._group = mesh.as_groups(group) or None
         if self._group and scope == "parameter":
             raise ValueError(
                 "`group` has no meaning with `scope='parameter'`, which clips every gradient by its norm: "
@@ -281,11 +278,11 @@ class Clipper:
         if not self._stepping(sys._getframe()):
             self._take_back()  # what a step that ended in an exception has left
         named = list(self._named_parameters())
-        batch = gradients.of_tensors([p.grad for _, p in named if p.grad is not None])
+        batch = gather.tensors([p.grad for _, p in named if p.grad is not None])
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         of_grad = {
             id(g): float(_unscaled(n, grad_scale, self._order))
-            for g, n in zip(batch.all, gradients.norms(batch, self._order), strict=True)
+            for g, n in zip(batch.all, batch.norms(self._order), strict=True)
         }
         found = {name: of_grad[id(p.grad)] for name, p in named}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
@@ -434,7 +431,7 @@ class Clipper:
         clip_coef = join(factors, -math.inf) if factors else 1.0
         self._record(total_norm, max_norm, clip_coef, skipped)
         for each in to_zero:
-            gradients.zero_nonfinite_(each.batch)
+            each.batch.zero_nonfinite_()
         if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
             self._apply(sets, grad_scale)
 
@@ -461,7 +458,7 @@ class Clipper:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
             # To raise an error, or not, is to wait for an accelerator.
-            if self._nonfinite != "error" and not eager.on_host([found_inf]):
+            if self._nonfinite != "error" and not memory.on_host([found_inf]):
                 skipped = found_inf > 0
                 if self._nonfinite == "skip":
                     norm = torch.as_tensor(total_norm, device=found_inf.device)
@@ -531,7 +528,7 @@ class Clipper:
             and len(sets) == 1
             and self._scope != "parameter"
             and (isinstance(sets[0].norms[0], Tensor) or not sets[0].is_small())
-            and not in_double(sets[0].batch)
+            and not sets[0].batch.facts & Facts.DOUBLE
             and not sets[0].shares_gradients()
             and not sets[0].has_gaps()
         )
@@ -603,6 +600,8 @@ def _place(group: int, key: str) -> str:
 
 def _unscaled(norm: Norm, grad_scale: Tensor | None, order: float) -> Norm:
     """The norm of gradients once a GradScaler's scale is taken out of them; order 0 only counts them."""
+    if not isinstance(norm, Tensor):
+        norm = max(norm, 0.0)
     if grad_scale is None or order == 0:
         return norm
     return norm / grad_scale.to(norm) if isinstance(norm, Tensor) else norm / float(grad_scale)

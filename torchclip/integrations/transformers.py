@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchclip.clip_grad.clip import get_total_norm
+from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import DictLogger, Scalars

@@ -29,7 +29,7 @@ def norm(value: Any) -> float:
 
 def finite(name: str, value: Any) -> float:
     """``value`` as a finite number that is at least 0, or an error that names it."""
-    norm = arguments.threshold(name, value)
+    norm = arguments.threshold(name, arguments.number(name, value))
     if math.isinf(norm):
         raise ValueError(f"`{name}` must be finite, got {arguments.shown(value)}")
     return norm

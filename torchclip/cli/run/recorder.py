@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from torchclip import patch
-from torchclip._core import distributed
-from torchclip.clip_grad.clip import clip_coefficient
+from torchclip._core import mesh
+from torchclip._core.scalars import clip_coef
 from torchclip.history.history import History
 
 __all__ = ["Cost", "Recorder"]
@@ -178,13 +178,13 @@ class Recorder:
         if torch.compiler.is_compiling():
             return
         if isinstance(total_norm, Tensor):
-            if distributed.is_dtensor(total_norm) and all(p.is_replicate() for p in total_norm.placements):
+            if mesh.is_dtensor(total_norm) and all(p.is_replicate() for p in total_norm.placements):
                 total_norm = total_norm.to_local()
             if type(total_norm) is not Tensor:
                 return
             total_norm = float(total_norm) if total_norm.is_cpu else total_norm.detach()
         max_norm = float(max_norm)
-        coefficient = clip_coefficient(max_norm, total_norm)
+        coefficient = clip_coef(max_norm, total_norm)
         with self._lock:
             step = self._steps
             self._steps += 1

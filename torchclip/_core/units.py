@@ -9,12 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchclip import kernel
-from torchclip._core import arguments, distributed, eager, gradients
-from torchclip._core.combine import ABSENT, norm_dtype
-from torchclip._core.distributed import Layout
+from torchclip._core import arguments, collectives, gather, memory, mesh, rows
+from torchclip._core.mesh import Layout
+from torchclip._core.scalars import ABSENT, norm_dtype
 
 __all__ = ["Units", "norms", "of_parameters", "scale_"]
 
@@ -32,21 +31,20 @@ class Units(NamedTuple):
     """How single units are split over ranks."""
 
 
-def of_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Units]:
+def of_parameters(parameters: Tensor | Iterable[Tensor] | nn.Module) -> list[Units]:
     """The units of the distinct parameters that have a gradient, here or (if sharded) on other ranks."""
     items = arguments.tensor_list("parameters", parameters)
     if not items:
-        gradients.warn_if_used_up(parameters)
-    distinct = kernel.Batch(items, "parameters", take_grad=False).all
-    chosen = [p for p in distinct if p.grad is not None or distributed.is_dtensor(p)]
+        gather.warn_if_used_up(parameters)
+    chosen = [p for p in gather.distinct(items) if p.grad is not None or mesh.is_dtensor(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
-    held = distributed.locals_of(grads)
-    gradients.refuse_unwritable(held, items)
+    held = mesh.locals_of(grads)
+    gather.refuse_unwritable(held, items, parameters)
     for i, parameter in enumerate(chosen):
         _check(i, parameter)
-    weights = distributed.locals_of([p.detach() for p in chosen])
+    weights = mesh.locals_of([p.detach() for p in chosen])
     local = iter(held)
-    measured = iter(distributed.locals_of(distributed.without_partial(grads)))
+    measured = iter(mesh.locals_of(mesh.without_partial(grads)))
     return [
         _units(p, weight, next(local), next(measured))
         if p.grad is not None
@@ -64,7 +62,7 @@ def _check(i: int, parameter: Tensor) -> None:
             f"gradient {i} of shape {tuple(grad.shape)} is sparse within its rows, whose norms adaptive "
             "clipping needs; make it dense first (`p.grad = p.grad.to_dense()`)"
         )
-    if not distributed.split_alike(grad, parameter):
+    if not mesh.split_alike(grad, parameter):
         raise TypeError(
             f"gradient {i} of shape {tuple(grad.shape)} is not split as its parameter is; redistribute it "
             "(`p.grad = p.grad.redistribute(p.device_mesh, p.placements)`)"
@@ -78,7 +76,7 @@ def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Ten
             owner.copy_(owner.coalesce())
         values = owner._values()
         return Units(owner, weight[owner._indices()[0]], values, values, None)
-    layout = distributed.layout_of(parameter, except_dim=0 if parameter.dim() > 1 else None)
+    layout = mesh.layout_of(parameter, except_dim=0 if parameter.dim() > 1 else None)
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
         grad = None if grad is None else grad.view(1, -1)
@@ -99,29 +97,46 @@ def norms(units: Sequence[Units], p: float) -> list[Tensor]:
         of_units = [torch.stack([_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)]) for u in units]
     if all(u.layout is None for u in units):
         return of_units
-    by_layout: dict[Layout | None, list[int]] = {}
+    by_layout: dict[Layout, list[int]] = {}
     for i, each in enumerate(units):
-        by_layout.setdefault(each.layout, []).append(i)
+        if each.layout is not None:
+            by_layout.setdefault(each.layout, []).append(i)
     vectors = {layout: torch.cat([of_units[i].view(-1) for i in at]) for layout, at in by_layout.items()}
-    for layout, joint in distributed.across_meshes(vectors, p).items():
+    joint, _ = collectives.across_meshes(vectors, 0, p)
+    for layout, vector in joint.items():
         at = by_layout[layout]
-        for i, part in zip(at, torch.split(joint, [of_units[i].numel() for i in at]), strict=True):
-            of_units[i] = part.view(2, -1).clamp(min=0.0)
-    return of_units
+        for i, part in zip(at, torch.split(vector, [of_units[i].numel() for i in at]), strict=True):
+            of_units[i] = part.view(2, -1)
+    return [each.clamp(min=0.0) for each in of_units]
 
 
 def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
     """The norms of what this rank holds of the units of a tensor."""
     if tensor is None or (units.layout is not None and tensor.numel() == 0):
         return units.weight.new_full((len(units.weight),), ABSENT, dtype=norm_dtype(units.weight.device))
-    return eager.row_norms(tensor, p)
+    return rows.row_norms(tensor, p)
 
 
-def scale_(units: Units, factors: Tensor) -> None:
-    """Multiply the gradient of each unit in place by its own factor."""
+def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
+    """Multiply the gradient of each unit in place by its own number.
+
+    A gradient that several parameters share is multiplied once, by the smallest.
+    """
+    of_gradient: dict[int, tuple[Units, Tensor]] = {}
+    for each, of_units in zip(units, clip_coefs, strict=True):
+        if each.owner is not None:
+            before = of_gradient.get(id(each.owner))
+            smallest = of_units if before is None else torch.minimum(before[1], of_units)
+            of_gradient[id(each.owner)] = (each, smallest)
+    with torch.no_grad():
+        for each, of_units in of_gradient.values():
+            if not (memory.on_host([of_units]) and bool((of_units == 1).all())):
+                _scale(each, of_units)
+
+
+def _scale(units: Units, clip_coefs: Tensor) -> None:
     if units.grad is None or units.owner is None:
         return
-    with torch.no_grad():
-        eager.scale_rows_(units.grad, factors)
-    if distributed.is_dtensor(units.owner) or units.owner.layout != torch.strided:
+    rows.scale_rows_(units.grad, clip_coefs)
+    if mesh.is_dtensor(units.owner) or units.owner.layout != torch.strided:
         torch.autograd.graph.increment_version(units.owner)

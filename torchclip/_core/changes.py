@@ -1,0 +1,75 @@
+"""Changes in place with torch operations, tensor by tensor: what host and accelerator have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torchclip._core import memory
+
+__all__ = ["change_elements_", "clamp_elements_", "limit_within", "parted", "scale_alone_", "zero_nonfinite_"]
+
+
+def parted(
+    tensors: Sequence[Tensor],
+) -> tuple[dict[tuple[torch.dtype, torch.device], list[Tensor]], list[Tensor]]:
+    """The tensors that can be changed together, as real numbers, by dtype and device; and the others."""
+    together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    alone = []
+    intercepted = memory.intercepted()
+    for tensor in tensors:
+        is_complex = tensor.is_complex()
+        # A tensor may stand for its memory's negative or, in a compiled graph, for its conjugate.
+        lazy = is_complex if intercepted else tensor.is_neg()
+        if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided or lazy:
+            alone.append(tensor)
+            continue
+        real = torch.view_as_real(memory.without_conj(tensor)) if is_complex else tensor
+        together.setdefault((real.dtype, real.device), []).append(real)
+    return together, alone
+
+
+def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:
+    """Multiply a tensor of any layout in place."""
+    if tensor.layout not in memory.SPARSE:
+        tensor.mul_(clip_coef)
+        return
+    memory.own_values(tensor).mul_(clip_coef)
+    torch.autograd.graph.increment_version(tensor)
+
+
+def clamp_elements_(tensors: Sequence[Tensor], limit: float) -> None:
+    """Limit every element in place to ``[-limit, limit]``; NaN stays NaN."""
+
+    def clamp_(values: Tensor) -> Tensor:
+        within = limit_within(values.dtype, limit)
+        return values.clamp_(-within, within)
+
+    change_elements_(tensors, clamp_)
+
+
+def limit_within(dtype: torch.dtype, limit: float) -> float:
+    """A limit that torch takes for a dtype: it refuses one beyond the range, which limits nothing."""
+    return limit if limit <= torch.finfo(dtype).max else math.inf
+
+
+def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:
+    """Put 0 in the place of every element that is infinite or NaN."""
+    change_elements_(tensors, lambda values: values.masked_fill_(~values.isfinite(), 0))
+
+
+def change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tensor]) -> None:
+    """Change the elements of tensors of any layout in place, one by one."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.layout not in memory.SPARSE:
+                change_(tensor)
+                continue
+            if tensor.layout == torch.sparse_coo and not tensor.is_coalesced():
+                # Entries for the same place add up to the element that is meant.
+                tensor.copy_(tensor.coalesce())
+            change_(memory.own_values(tensor))
+            torch.autograd.graph.increment_version(tensor)

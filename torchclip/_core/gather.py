@@ -1,0 +1,143 @@
+"""From a call's argument to a batch: the one place that decides who works on which tensor.
+
+a tensor that is …                                          is taken by
+----------------------------------------------------------  ---------------------------
+plain, dense, in host memory, of a dtype of the kernel       native (if the kernel is on)
+anything else whose values can be read without waiting       host
+on another device, or being traced or intercepted            accelerator
+several of these in one call                                 mixed
+a DTensor, or any in a call with ``group``                   sharded, over one of the above
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from torchclip._core import arguments, memory, mesh, native
+from torchclip._core.accelerator import AcceleratorBatch
+from torchclip._core.batch import Batch
+from torchclip._core.host import HostBatch
+from torchclip._core.mixed import MixedBatch
+from torchclip._core.sharded import ShardedBatch
+
+__all__ = ["distinct", "gradients", "held_gradients", "refuse_unwritable", "tensors", "warn_if_used_up"]
+
+
+def gradients(parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None) -> Batch:
+    """The distinct gradients of the parameters that have one, in order, to be changed in place.
+
+    Gradients that cannot be changed are refused.
+    """
+    items = arguments.tensor_list("parameters", parameters)
+    if not items:
+        warn_if_used_up(parameters)
+    return _batch(items, "parameters", group, parameters)
+
+
+def held_gradients(parameters: Iterable[Tensor]) -> Batch:
+    """What this rank holds of the parameters' gradients: norms of it take no other rank."""
+    found = _Found.among(arguments.tensor_list("parameters", parameters), "parameters")
+    return _local(mesh.locals_of(found.tensors), found.shared)
+
+
+def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
+    """The distinct tensors of an argument named ``tensors``, to be measured."""
+    return _batch(arguments.tensor_list("tensors", tensors), "tensors", group, None)
+
+
+def warn_if_used_up(parameters: Any) -> None:
+    """Torch's warning for a generator that gave no items: most often it was used up before."""
+    if isinstance(parameters, types.GeneratorType):
+        # The line to show is three calls up, where a clipping function was called.
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
+
+
+def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
+    """The items of an argument without those that came before; anything but a tensor is refused."""
+    if not set(map(type, items)) <= set(memory.PLAIN):
+        for i, item in enumerate(items):
+            if not isinstance(item, Tensor):
+                arguments.refuse_item(name, i, item)
+    return list({id(item): item for item in items}.values())
+
+
+def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: Any) -> None:
+    """Raise an error for gradients that cannot be changed in place, before any is.
+
+    Args:
+        held: what this rank holds of them.
+        items: the parameters.
+        given: what the user passed for them.
+    """
+
+    def described(gradient: Tensor) -> str:
+        grads = [item if item.grad is None else item.grad for item in items]
+        place = next((i for i, each in enumerate(mesh.locals_of(grads)) if each is gradient), None)
+        name = None if place is None else arguments.names_of(given).get(id(grads[place]))
+        item = name or ("an item" if place is None else f"item {place}")
+        return f"{item} of `parameters` has a gradient of shape {tuple(gradient.shape)}"
+
+    memory.refuse_unwritable(held, described)
+
+
+class _Found(NamedTuple):
+    """The distinct tensors among the items of an argument."""
+
+    tensors: list[Tensor]
+    shared: bool
+    """Whether any is the gradient of several items."""
+
+    @classmethod
+    def among(cls, items: Sequence[Tensor], name: str) -> _Found:
+        """Look at each item, or (of an argument named "parameters") at its gradient, if it has one."""
+        different = distinct(items, name)
+        chosen = [item.grad for item in different] if name == "parameters" else different
+        present = [tensor for tensor in chosen if tensor is not None]
+        found = list({id(tensor): tensor for tensor in present}.values())
+        return cls(found, len(found) < len(present))
+
+
+def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
+    take_grad = name == "parameters"
+    if native.extension is not None and group is None and not memory.intercepted():
+        batch = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
+        # A parameter without a gradient here may have one on another rank, which waits for this one.
+        if not batch.rest and not (batch.subclassed and any(map(mesh.is_dtensor, items))):
+            return cast("Batch", batch)
+    found = _Found.among(items, name)
+    if take_grad:
+        refuse_unwritable(mesh.locals_of(found.tensors), items, given)
+    if group is not None or any(map(mesh.is_dtensor, items)):
+        return ShardedBatch(items, take_grad, mesh.as_groups(group), _local)
+    return _local(found.tensors, found.shared)
+
+
+def _local(tensors: list[Tensor], shared: bool) -> Batch:
+    """The batch of distinct tensors that no other rank holds parts of."""
+    if memory.intercepted():
+        return AcceleratorBatch(tensors, shared)
+    by_kernel, others = _parted_by_kernel(tensors)
+    on_host = [tensor for tensor in others if memory.on_host([tensor])]
+    on_device = [tensor for tensor in others if not memory.on_host([tensor])]
+    parts: list[Batch] = []
+    if by_kernel:
+        parts.append(native.extension.tensors(by_kernel))
+    if on_host or not tensors:
+        parts.append(HostBatch(on_host, shared))
+    if on_device:
+        parts.append(AcceleratorBatch(on_device, shared))
+    return parts[0] if len(parts) == 1 and not (by_kernel and shared) else MixedBatch(tensors, parts, shared)
+
+
+def _parted_by_kernel(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that the kernel takes, and the others."""
+    if native.extension is None:
+        return [], tensors
+    rest = native.extension.tensors(tensors).rest
+    left = set(map(id, rest))
+    return [tensor for tensor in tensors if id(tensor) not in left], list(rest)

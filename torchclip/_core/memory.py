@@ -1,0 +1,169 @@
+"""How tensors lie in memory, and whether their values can be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DOUBLE",
+    "PIECE",
+    "PLAIN",
+    "SPARSE",
+    "fills_its_memory",
+    "flat",
+    "intercepted",
+    "on_host",
+    "own_values",
+    "pieces",
+    "refuse_unwritable",
+    "split",
+    "stored",
+    "unreadable",
+    "without_conj",
+]
+
+PLAIN = (Tensor, torch.nn.Parameter)
+SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+DOUBLE = frozenset({torch.float64, torch.complex128})
+# Elements looked at in one go, so that what is allocated on the way does not grow with the gradients.
+PIECE = 1 << 20
+
+_WRITABLE = frozenset(
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    | {torch.complex32, torch.complex64, torch.complex128}
+)
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def intercepted() -> bool:
+    """Whether operations are being compiled or intercepted, so that all have to be torch's."""
+    return _is_compiling() or _dispatch_modes() > 0
+
+
+def unreadable() -> bool:
+    """Whether no value may be looked at: operations are intercepted, or inside a transform as ``vmap``."""
+    return intercepted() or torch._C._functorch.maybe_current_level() is not None
+
+
+def on_host(tensors: Iterable[Tensor]) -> bool:
+    """Whether the values of all the tensors can be looked at without waiting for a device."""
+    if unreadable():
+        return False
+    for tensor in tensors:  # noqa: SIM110 - all() takes three times as long
+        if not tensor.is_cpu:
+            return False
+    return True
+
+
+def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
+    """The strided tensors whose elements are the tensor's; for a sparse one, those that it stores."""
+    if tensor.layout == torch.strided:
+        yield tensor
+        return
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+    if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+        yield tensor.to_dense()
+        return
+    values = tensor.values()
+    yield values
+    if p < 0 and values.numel() < tensor.numel():
+        yield values.new_zeros(1)
+
+
+def own_values(tensor: Tensor) -> Tensor:
+    """The values that a sparse tensor stores, not a copy of them."""
+    # Of values() not detached no view can be made, as complex ones need.
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values().detach()
+
+
+def pieces(tensor: Tensor, length: int = PIECE) -> Iterator[Tensor]:
+    """The elements of a strided tensor in pieces of at most ``length``, copied only if they are scattered."""
+    whole = flat(tensor)
+    if whole is not None:
+        yield from split(whole, length)
+    elif tensor.numel() <= PIECE:
+        yield tensor.reshape(-1)
+    else:
+        longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
+        for half in tensor.chunk(2, dim=longest):
+            yield from pieces(half)
+
+
+def split(vector: Tensor, length: int) -> Sequence[Tensor]:
+    """A vector in parts of at most ``length``."""
+    return (vector,) if len(vector) <= length else torch.split(vector, length)
+
+
+def fills_its_memory(tensor: Tensor) -> bool:
+    """Whether a strided tensor has no gaps between its elements, in whatever order its axes lie."""
+    return flat(tensor) is not None
+
+
+def flat(tensor: Tensor) -> Tensor | None:
+    """A one-dimensional view of a tensor that fills its memory in any order of its axes, else None."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    strides = tensor.stride()
+    by_stride = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
+    ordered = tensor.permute(by_stride)
+    return ordered.view(-1) if ordered.is_contiguous() else None
+
+
+def without_conj(tensor: Tensor) -> Tensor:
+    """The same memory without the lazy conjugation, which scaling by a real number does not see."""
+    return tensor.conj() if tensor.is_conj() else tensor
+
+
+def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], str]) -> None:
+    """Raise an error for gradients that cannot be changed in place, before any is.
+
+    Torch's own where elements share memory, so that one would be changed several times.
+
+    Args:
+        tensors: the gradients, or what this rank holds of them.
+        described: says of one of them whose gradient it is.
+    """
+    for tensor in tensors:
+        if tensor.dtype not in _WRITABLE:
+            raise TypeError(
+                f"{described(tensor)} and dtype {tensor.dtype}, which cannot be scaled; "
+                "convert it first (`p.grad = p.grad.float()`)"
+            )
+        values = own_values(tensor) if tensor.layout in SPARSE else tensor
+        if values.layout is torch.strided and not values.is_contiguous() and _overlaps_itself(values):
+            raise RuntimeError(
+                "unsupported operation: more than one element of the written-to tensor refers to a single "
+                f"memory location ({described(tensor)}, which is expanded or overlaps itself). Please "
+                "clone() the tensor before performing the operation."
+            )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a strided tensor share a place in memory."""
+    if tensor.numel() == 0:
+        return False
+    axes = sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    )
+    reach = 0  # the offset of the last element along the axes so far
+    for stride, size in axes:
+        if stride == 0:
+            return True
+        if stride <= reach:
+            return _has_equal_offsets(axes, tensor.numel())
+        reach += (size - 1) * stride
+    return False
+
+
+def _has_equal_offsets(axes: Sequence[tuple[int, int]], count: int) -> bool:
+    # Axes may interleave without meeting; only the offsets themselves can tell.
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for stride, size in axes:
+        steps = torch.arange(0, size * stride, stride, device="cpu")
+        offsets = (offsets.view(-1, 1) + steps).view(-1)
+    return len(set(offsets.tolist())) < count

@@ -1,0 +1,154 @@
+"""How a DTensor lies on its mesh of ranks, and what of it this rank holds.
+
+Along some dimensions of the mesh a tensor is split, along the others each rank has a copy.  Its norm is the
+joint norm of the parts along the former: a copy is counted once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchclip._core import arguments
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement, Shard
+
+__all__ = [
+    "Layout",
+    "as_groups",
+    "dtensor_types",
+    "has_ranks",
+    "is_dtensor",
+    "is_partial",
+    "layout_of",
+    "locals_of",
+    "split_alike",
+    "without_partial",
+]
+
+
+class Layout(NamedTuple):
+    """A mesh, and the dimensions of it along which a tensor is split over several ranks, in order."""
+
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+
+
+def has_ranks() -> bool:
+    """Whether there are other processes at all."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def dtensor_types() -> tuple[type, ...]:
+    """DTensor, or nothing while there can be none: its module, slow to import, has not been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor."""
+    return isinstance(tensor, dtensor_types())
+
+
+def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None:
+    """How a tensor lies on its mesh; None for a plain one.
+
+    With ``except_dim``, only as far as it is split along other dimensions of its own than this one.
+    """
+    if not is_dtensor(tensor):
+        return None
+    mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:  # a rank outside of the mesh holds nothing, and takes no part
+        return Layout(mesh, ())
+    return Layout(
+        mesh,
+        tuple(
+            i
+            for i, placement in enumerate(tensor.placements)
+            if mesh.size(i) > 1
+            and not (placement.is_replicate() or placement.is_partial())
+            # Not only Shard, also the other kinds of it, which have a dim as well.
+            and cast("Shard", placement).dim != except_dim
+        ),
+    )
+
+
+def split_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether this rank holds the same elements of two tensors of one shape."""
+    if not (is_dtensor(a) and is_dtensor(b)):
+        return is_dtensor(a) == is_dtensor(b)
+    return a.device_mesh == b.device_mesh and _splits(a) == _splits(b)
+
+
+def _splits(tensor: DTensor) -> list[Placement | None]:
+    return [None if p.is_replicate() or p.is_partial() else p for p in tensor.placements]
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor, in the tensor's own memory."""
+    dtensor = dtensor_types()
+    with torch.no_grad():
+        return [cast("DTensor", t).to_local() if isinstance(t, dtensor) else t for t in tensors]
+
+
+def is_partial(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor that is pending a reduction."""
+    return is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)
+
+
+def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with those that are pending a reduction reduced, into copies.
+
+    All that are pending on the same dimension of a mesh are reduced in one collective.
+    """
+    pending: dict[tuple[Any, ...], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if is_dtensor(tensor):
+            for dim, placement in enumerate(tensor.placements):
+                if placement.is_partial():
+                    key = (tensor.device_mesh, dim, placement, tensor.dtype)
+                    pending.setdefault(key, []).append(i)
+    if not pending:
+        return list(tensors)
+    from torch.distributed._functional_collectives import all_reduce
+    from torch.distributed.tensor import DTensor, Replicate
+
+    result = list(tensors)
+    for (mesh, dim, placement, _), places in pending.items():
+        chosen = [cast("DTensor", result[i]) for i in places]
+        together = torch.cat([t.to_local().reshape(-1) for t in chosen])
+        reduced = all_reduce(together, placement.reduce_op, (mesh, dim))
+        for i, t, part in zip(
+            places, chosen, reduced.split([t.to_local().numel() for t in chosen]), strict=True
+        ):
+            placements = [Replicate() if d == dim else each for d, each in enumerate(t.placements)]
+            result[i] = DTensor.from_local(
+                part.view(t.to_local().shape),
+                mesh,
+                placements,
+                run_check=False,
+                shape=t.shape,
+                stride=t.stride(),
+            )
+    return result
+
+
+def as_groups(group: Any) -> list[dist.ProcessGroup]:
+    """The argument ``group`` as a list: None, a process group, or several."""
+    if group is None:
+        return []
+    groups = list(group) if isinstance(group, (list, tuple)) else [group]
+    for each in groups:
+        if not isinstance(each, dist.ProcessGroup):
+            raise TypeError(
+                f"`group` must be a process group or a list of them, got {arguments.shown(each)}; a rank "
+                "outside of a group must not pass it"
+            )
+    return groups

@@ -1,0 +1,80 @@
+"""Tensors of one call that different implementations take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from torchclip._core.batch import Batch, Facts, Norm, Norms
+from torchclip._core.scalars import join, on_device
+
+__all__ = ["MixedBatch"]
+
+
+class MixedBatch:
+    """Several batches as one; a ``Batch``.
+
+    Args:
+        tensors: the distinct tensors of all parts, in order.
+        parts: the batches.
+        shared: whether any tensor is the gradient of several parameters.
+    """
+
+    def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], shared: bool) -> None:
+        self.all = tensors
+        self._parts = parts
+        self._shared = shared
+
+    @property
+    def facts(self) -> int:
+        """``Facts`` of the tensors: never small, as not all of them are in the kernel's hands."""
+        shared = int(Facts.SHARED) if self._shared else 0
+        return (reduce(or_, (part.facts for part in self._parts)) | shared) & ~int(Facts.SMALL)
+
+    def norm(self, p: float, finite: bool = False, /) -> Norm:
+        """The norm of all elements as one vector."""
+        return join([part.norm(p, finite) for part in self._parts], p)
+
+    def norms(self, p: float, finite: bool = False, /) -> Norms:
+        """The norm of each tensor: a list if all parts give numbers, else a tensor."""
+        by_part = [part.norms(p, finite) for part in self._parts]
+        in_order: list[Norm] = [0.0] * len(self.all)
+        for places, norms in zip(self._places(), by_part, strict=True):
+            for place, norm in zip(places, norms, strict=True):
+                in_order[place] = norm
+        device = next((norms.device for norms in by_part if isinstance(norms, Tensor)), None)
+        if device is None:
+            return [norm for norm in in_order if isinstance(norm, float)]
+        return on_device(in_order, device)
+
+    def scale_(self, clip_coef: Norm, /) -> None:
+        """Multiply every element in place."""
+        for part in self._parts:
+            part.scale_(clip_coef)
+
+    def scale_each_(self, clip_coefs: Norms, /) -> None:
+        """Multiply each tensor in place by its own number."""
+        for places, part in zip(self._places(), self._parts, strict=True):
+            if isinstance(clip_coefs, Tensor):
+                part.scale_each_(torch.stack([clip_coefs[place] for place in places]))
+            else:
+                part.scale_each_([clip_coefs[place] for place in places])
+
+    def clamp_(self, limit: float, /) -> None:
+        """Limit every element in place to ``[-limit, limit]``."""
+        for part in self._parts:
+            part.clamp_(limit)
+
+    def zero_nonfinite_(self) -> None:
+        """Put 0 in the place of every infinite or NaN element."""
+        for part in self._parts:
+            part.zero_nonfinite_()
+
+    def _places(self) -> list[list[int]]:
+        """Where the tensors of each part stand among all."""
+        place_of = {id(tensor): place for place, tensor in enumerate(self.all)}
+        return [[place_of[id(tensor)] for tensor in part.all] for part in self._parts]

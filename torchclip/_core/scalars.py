@@ -1,0 +1,245 @@
+"""Arithmetic on norms and clip coefficients: floats, or float64 tensors that nobody should wait for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast, overload
+
+import torch
+from torch import Tensor
+
+from torchclip._core import memory, mesh
+from torchclip._core.batch import Batch, Facts, Norm, Norms
+
+__all__ = [
+    "ABSENT",
+    "EPS",
+    "clip_coef",
+    "clip_coefs",
+    "is_finite",
+    "join",
+    "join_rows",
+    "norm_dtype",
+    "on_device",
+    "refuse_nonfinite",
+    "to_result",
+    "to_results",
+]
+
+ABSENT = -1.0
+"""What stands for the norm of no elements at all; it changes no joint norm, of whatever order."""
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_CPU = torch.device("cpu")
+_SHOWN = 10
+
+
+def norm_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that norms have on a device: float64, but float32 on mps, which has no wider one."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Tensor:
+    """Norms as a tensor of one dimension on a device, which nobody waits for."""
+    device = torch.device(device)
+    dtype = norm_dtype(device)
+    if isinstance(norms, Tensor):
+        return norms.to(device, dtype)
+    if not any(isinstance(norm, Tensor) for norm in norms):
+        vector = torch.tensor(norms, dtype=dtype, device=_CPU)
+        return vector if device.type == "cpu" else vector.to(device, non_blocking=True)
+    # A number written on the device is no copy from the host, which would wait.
+    return torch.stack(
+        [
+            norm.to(device, dtype)
+            if isinstance(norm, Tensor)
+            else torch.full((), norm, dtype=dtype, device=device)
+            for norm in norms
+        ]
+    )
+
+
+# Joint norms: (Σ n^p)^(1/p)
+
+
+def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
+    """The norm of order ``p`` of a vector whose parts have these norms.
+
+    ``ABSENT`` parts do not count; the result is ``ABSENT`` if there are no others.
+    """
+    if isinstance(norms, Tensor):
+        return join_rows(norms, p)
+    if len(norms) == 1:
+        return norms[0]
+    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+    if device is not None:
+        return join_rows(on_device(norms, device), p)
+    return _join_numbers([norm for norm in cast("Sequence[float]", norms) if not norm < 0], p)
+
+
+def _join_numbers(norms: list[float], p: float) -> float:
+    if len(norms) < 2:
+        return norms[0] if norms else ABSENT
+    if any(n != n for n in norms):
+        return math.nan
+    if p == 0:
+        return math.fsum(norms)
+    # Divided by the leading one, no power leaves the range, whatever p is.
+    leading = max(norms) if p > 0 else min(norms)
+    if math.isinf(p) or leading == 0 or math.isinf(leading):
+        return leading
+    powers = math.fsum((n / leading) ** p for n in norms)
+    # With logarithms where the root alone would leave the range, as it does for a small p.
+    exponent = math.log(powers) / p
+    if abs(exponent) < 600:
+        return float(leading * powers ** (1 / p))
+    return math.inf if exponent + math.log(leading) > 709 else math.exp(exponent + math.log(leading))
+
+
+def join_rows(norms: Tensor, p: float) -> Tensor:
+    """``join`` along the last dimension of a tensor, without waiting for its device."""
+    if norms.shape[-1] == 0:
+        return norms.new_full(norms.shape[:-1], ABSENT)
+    absent = norms < 0
+    joint = _join_present(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
+    return joint.masked_fill(absent.all(dim=-1), ABSENT)
+
+
+def _join_present(norms: Tensor, p: float) -> Tensor:
+    if p == 0:
+        return norms.sum(dim=-1)
+    leading = norms.amax(dim=-1) if p > 0 else norms.amin(dim=-1)
+    if math.isinf(p):
+        return leading
+    regular = (leading > 0) & torch.isfinite(leading)
+    divisor = torch.where(regular, leading, 1.0).unsqueeze(-1)
+    sums = (norms / divisor).pow(p).sum(dim=-1)
+    return torch.where(regular, leading * sums.pow(1 / p), leading)
+
+
+# Clip coefficients
+
+EPS = 1e-6
+"""What torch adds to the norm in the denominator of the clip coefficient."""
+
+
+@overload
+def clip_coef(max_norm: float, norm: float, eps: float = EPS) -> float: ...
+@overload
+def clip_coef(max_norm: float | Tensor, norm: Tensor, eps: float = EPS) -> Tensor: ...
+@overload
+def clip_coef(max_norm: Norm, norm: Norm, eps: float = EPS) -> Norm: ...
+
+
+def clip_coef(max_norm: Norm, norm: Norm, eps: float = EPS) -> Norm:
+    """What gradients are multiplied by: ``min(1, max_norm / (norm + eps))``; NaN for a NaN norm.
+
+    With ``eps`` 0, for thresholds that were learned from norms, a norm up to the threshold gives exactly 1.
+    ``ABSENT`` gives 1, and so does an infinite threshold, which only measures, also for a norm of NaN.
+
+    Tensors may have any shape: each element is a norm of its own.
+    """
+    if isinstance(norm, Tensor) or isinstance(max_norm, Tensor):
+        return _clip_coef_tensor(max_norm, norm, eps)
+    if max_norm == math.inf or norm < 0 or (eps == 0 and norm <= max_norm):
+        return 1.0
+    coef = max_norm / (norm + eps)
+    return 1.0 if coef >= 1.0 else coef
+
+
+def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
+    if not isinstance(norm, Tensor):
+        norm = torch.full_like(cast("Tensor", max_norm), norm)
+    if isinstance(max_norm, float) and max_norm == math.inf:
+        return torch.ones_like(norm)
+    if isinstance(max_norm, float) and eps > 0:
+        return (max_norm / (norm.clamp(min=0.0) + eps)).clamp(max=1.0)
+    # Of 0/0 and inf/inf nobody must see the NaN.
+    as_they_are = norm <= max_norm
+    if isinstance(max_norm, Tensor):
+        as_they_are = as_they_are | (max_norm == math.inf)
+    return torch.where(as_they_are, 1.0, (max_norm / (norm + eps)).clamp(max=1.0))
+
+
+def clip_coefs(max_norms: Norm | Sequence[float], norms: Norms, eps: float = EPS) -> Norms:
+    """``clip_coef`` of several norms, with one threshold for all or one for each."""
+    if isinstance(norms, Tensor):
+        limits = on_device(max_norms, norms.device) if isinstance(max_norms, (list, tuple)) else max_norms
+        return clip_coef(cast("Norm", limits), norms, eps)
+    if isinstance(max_norms, Tensor):
+        max_norms = max_norms.tolist() if max_norms.dim() else float(max_norms)
+    if not isinstance(max_norms, (list, tuple)):
+        return [clip_coef(cast("float", max_norms), norm, eps) for norm in norms]
+    return [clip_coef(limit, norm, eps) for limit, norm in zip(max_norms, norms, strict=True)]
+
+
+def is_finite(norm: Norm) -> bool:
+    """Whether a norm is a finite number; on an accelerator this waits for it."""
+    return math.isfinite(norm)
+
+
+# What users get
+
+
+def to_result(total_norm: Norm, batch: Batch) -> Tensor:
+    """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
+    dtype = _result_dtype(batch)
+    if isinstance(total_norm, Tensor):
+        return total_norm.clamp(min=0.0).to(_result_device(batch, total_norm.device), dtype)
+    # No norm is 0; a number beyond float32 is infinite there, of which torch would make an error.
+    value = 0.0 if total_norm < 0 else total_norm
+    if dtype is torch.float32 and value > _FLOAT32_MAX:
+        value = math.inf
+    device = _result_device(batch, _CPU)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def to_results(norms: Norms, batch: Batch) -> Tensor:
+    """Several norms as a tensor of one dimension, as ``to_result`` returns one."""
+    return on_device(norms, _result_device(batch, _CPU)).clamp(min=0.0).to(_result_dtype(batch))
+
+
+def _result_dtype(batch: Batch) -> torch.dtype:
+    return torch.float64 if batch.facts & Facts.DOUBLE else torch.float32
+
+
+def _result_device(batch: Batch, otherwise: torch.device) -> torch.device:
+    return batch.all[0].device if batch.all else otherwise
+
+
+def refuse_nonfinite(
+    total_norm: Norm,
+    norm_type: float,
+    tensors: Sequence[Tensor],
+    names: Mapping[int, str] | None = None,
+    remedy: str = "To disable this error and scale the gradients by the non-finite norm anyway, set "
+    "`error_if_nonfinite=False`",
+    argument: str = "parameters",
+) -> None:
+    """Raise torch's error if the norm is not finite, saying which gradients are to blame.
+
+    Args:
+        total_norm: the norm; on an accelerator this waits for it.
+        norm_type: its order.
+        tensors: the gradients.
+        names: what to call a gradient, by its ``id``; its position otherwise.
+        remedy: what the user can do.
+        argument: where the gradients are from.
+    """
+    if is_finite(total_norm):
+        return
+    found = []
+    for i, (tensor, held) in enumerate(zip(tensors, mesh.locals_of(tensors), strict=True)):
+        (values,) = memory.stored(held.detach(), math.inf)
+        inf, nan = int(values.isinf().sum()), int(values.isnan().sum())
+        if inf or nan:
+            name = names.get(id(tensor)) if names else None
+            found.append(f"{name or f'gradient {i}'} of shape {tuple(tensor.shape)} ({inf} inf, {nan} nan)")
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    elsewhere = "none of this rank's" if mesh.has_ranks() else "none, the norm exceeds float64"
+    which = ", ".join(found[:_SHOWN]) + more if found else elsewhere
+    raise RuntimeError(
+        f"The total norm of order {norm_type} for gradients from `{argument}` is non-finite, so it cannot be "
+        f"clipped. {remedy}. No gradient was changed. Non-finite: {which}."
+    )

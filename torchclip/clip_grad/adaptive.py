@@ -1,0 +1,66 @@
+"""Adaptive gradient clipping: each unit relative to the norm of its own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from torchclip._core import units
+from torchclip._core.arguments import norm_order, threshold
+
+__all__ = ["clip_grad_adaptive_"]
+
+
+def clip_grad_adaptive_(
+    parameters: Tensor | Iterable[Tensor] | nn.Module,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    norm_type: float | str = 2.0,
+) -> None:
+    r"""Adaptive gradient clipping (AGC): each unit's gradient relative to the norm of the unit's own weights.
+
+    For the i-th unit (row, output channel) of every weight ``W`` with gradient ``G``:
+
+        G_i ← λ max(‖W_i‖, eps) / ‖G_i‖ · G_i    if ‖G_i‖ > λ max(‖W_i‖, eps)
+
+    The units of a parameter with two or more axes lie along its first axis; a vector or a scalar is one unit.
+    A gradient that several parameters share is multiplied once, by the smallest of its numbers.  The paper
+    leaves the last linear layer out: do not pass its parameters.
+
+    Args:
+        parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Their values stay.
+        clip_factor: the largest ratio of the two norms, at least 0 (``λ`` in the paper).
+        eps: the least weight norm that counts, so that weights that start at zero can move.
+        norm_type: the order of the norm, any number or ``"inf"``.
+
+    Raises:
+        TypeError: for anything but tensors in ``parameters`` and numbers in the others, an integer gradient,
+            a sparse gradient that is not made of whole rows (as those of ``torch.nn.Embedding`` are), or a
+            DTensor gradient that is not split as its parameter is.
+        ValueError: if ``clip_factor`` or ``eps`` is negative or NaN, or ``norm_type`` is NaN.
+        RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
+
+    References:
+        Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
+        2021, section 4, https://arxiv.org/abs/2102.06171
+
+    Examples:
+        >>> weight = torch.tensor([[6.0, 8.0], [6.0, 8.0]], requires_grad=True)
+        >>> weight.grad = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+        >>> clip_grad_adaptive_(weight, clip_factor=0.1)
+        >>> weight.grad
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
+    clip_factor = threshold("clip_factor", clip_factor)
+    eps = threshold("eps", eps)
+    p = norm_order(norm_type)
+    of_parameters = units.of_parameters(parameters)
+    clip_coefs = []
+    for of_weight, of_grad in units.norms(of_parameters, p):
+        limits = clip_factor * of_weight.clamp(min=eps)
+        # A NaN compares false, and spreads through its unit.
+        clip_coefs.append(torch.where(of_grad <= limits, 1.0, limits / of_grad))
+    units.scale_(of_parameters, clip_coefs)

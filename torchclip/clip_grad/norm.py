@@ -1,0 +1,186 @@
+"""Clipping by the norm of all gradients together: torch's three functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from torchclip._core import gather, memory
+from torchclip._core.arguments import flag, full, names_of, norm_order, number, shown, threshold
+from torchclip._core.batch import Norm
+from torchclip._core.scalars import clip_coef, norm_dtype, refuse_nonfinite, to_result
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"]
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor] | nn.Module,
+    max_norm: float,
+    norm_type: float | str = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    group: ProcessGroup | Sequence[ProcessGroup] | None = None,
+) -> Tensor:
+    r"""Scale all gradients together so that their joint norm is at most ``max_norm``.
+
+    The drop-in for ``torch.nn.utils.clip_grad_norm_``.  All gradients are one vector; with its norm,
+    every gradient is multiplied by:
+
+        min(1, max_norm / (total_norm + 1e-6))
+
+    The norm is accumulated in float64, the coefficient computed in float64.  Gradients in CPU memory are not
+    touched where no clipping is needed; on an accelerator nothing waits for the device.  Of DTensors the norm
+    is that of the full tensors, the same on every rank, on any mixture of meshes.
+
+    Args:
+        parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters,
+            which errors then name).  Those without a gradient are passed over; one that is listed twice
+            counts once.
+        max_norm: the threshold, at least 0. ``float("inf")`` only measures.
+        norm_type: the order of the norm, any number or ``"inf"``.
+        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, before anything is changed.  By default
+            it is returned, and spreads to all gradients.  It is the norm that is looked at, as in torch: of
+            an order of 0 or less it may be finite though a gradient is not.
+        foreach: accepted for compatibility, without effect.
+        group: a process group, or several, whose other ranks hold further gradients (pipeline stages, shards
+            made by hand); all of its ranks must make the call.  DTensors need none.
+
+    Returns:
+        The norm before clipping, a 0-dim tensor on the device of the first gradient: float64 if any gradient
+        is float64 or complex128, else float32.
+
+    Raises:
+        TypeError: for anything but tensors in ``parameters``, an integer gradient, a ``max_norm`` or
+            ``norm_type`` that is not a number, or a ``group`` that is no process group.
+        ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is NaN.
+        RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do; if
+            ``error_if_nonfinite`` and the norm is not finite (the message names the gradients).
+
+    References:
+        Pascanu, Mikolov and Bengio, *On the difficulty of training recurrent neural networks*, 2013, section
+        3.2, https://arxiv.org/abs/1211.5063; *Deep Learning from Scratch 2*, section 6.1.4.
+
+    Examples:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> (weight * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> clip_grad_norm_(weight, max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+    max_norm = threshold("max_norm", max_norm)
+    p = norm_order(norm_type)
+    error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)
+    batch = gather.gradients(parameters, group)
+    total_norm = batch.norm(p)
+    if error_if_nonfinite:
+        refuse_nonfinite(total_norm, p, batch.all, names_of(parameters))
+    batch.scale_(clip_coef(max_norm, total_norm))
+    return to_result(total_norm, batch)
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float | str = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    group: ProcessGroup | Sequence[ProcessGroup] | None = None,
+) -> Tensor:
+    """The norm of all tensors, taken as one vector.
+
+    The drop-in for ``torch.nn.utils.get_total_norm``.  Unlike the ``clip`` functions it takes the tensors
+    (gradients) themselves.  Nothing is modified.
+
+    Args:
+        tensors: the tensors, or a single one; one that is listed twice counts once.
+        norm_type: the order of the norm, any number or ``"inf"``.
+        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, as for ``clip_grad_norm_``.
+        foreach: accepted for compatibility, without effect.
+        group: as for ``clip_grad_norm_``.
+
+    Returns:
+        A 0-dim tensor on the device of the first one, float64 if any tensor is float64 or complex128, else
+        float32.  ``tensor(0.)`` for no tensors.
+
+    Raises:
+        TypeError: for anything but tensors, a ``norm_type`` that is not a number, or a ``group`` that is no
+            process group.
+        ValueError: if ``norm_type`` is NaN.
+        RuntimeError: if ``error_if_nonfinite`` and the norm is not finite.
+
+    Examples:
+        >>> get_total_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    p = norm_order(norm_type)
+    error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)
+    batch = gather.tensors(tensors, group)
+    total_norm = batch.norm(p)
+    if error_if_nonfinite:
+        remedy = "To disable this error and get the non-finite norm, set `error_if_nonfinite=False`"
+        refuse_nonfinite(total_norm, p, batch.all, remedy=remedy, argument="tensors")
+    return to_result(total_norm, batch)
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor] | nn.Module,
+    max_norm: float,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+) -> None:
+    """Scale all gradients as ``clip_grad_norm_`` does, with a norm that was computed before.
+
+    The drop-in for ``torch.nn.utils.clip_grads_with_norm_``.  Every gradient is multiplied by:
+
+        min(1, max_norm / (total_norm + 1e-6))
+
+    Args:
+        parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters).
+        max_norm: the threshold, at least 0.
+        total_norm: the norm to compare with it, from ``get_total_norm``; a number, or a tensor (also a
+            DTensor) of one element.
+        foreach: accepted for compatibility, without effect.
+
+    Raises:
+        TypeError: for anything but tensors in ``parameters`` and numbers in the others, or an integer
+            gradient.
+        ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative; on an accelerator,
+            where that cannot be seen without waiting, the gradients become NaN instead.
+        RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
+
+    Examples:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grads_with_norm_(weight, 1.0, get_total_norm(weight.grad))
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+    max_norm = threshold("max_norm", max_norm)
+    norm = _as_norm(total_norm)
+    gather.gradients(parameters).scale_(clip_coef(max_norm, norm))
+
+
+def _as_norm(total_norm: Tensor | float) -> Norm:
+    """A norm that the user computed: left on its device if it is on one."""
+    if isinstance(total_norm, Tensor) and not memory.on_host([total_norm]):
+        if total_norm.numel() != 1 or total_norm.is_complex():
+            raise TypeError(
+                f"`total_norm` must be a number, got a tensor of shape {tuple(total_norm.shape)} and dtype "
+                f"{total_norm.dtype}"
+            )
+        norm = full(total_norm.detach()).to(norm_dtype(total_norm.device)).view(())
+        # Nobody waits to see whether it is negative; NaN shows that it was, and turns no gradient around.
+        return torch.where(norm < 0, math.nan, norm)
+    value = number("total_norm", total_norm)
+    if value < 0:
+        raise ValueError(f"`total_norm` must be at least 0, got {shown(value)}")
+    return value

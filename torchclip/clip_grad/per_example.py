@@ -1,0 +1,91 @@
+"""Clipping each example, then adding the examples up: the step of DP-SGD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from torchclip._core import rows
+from torchclip._core.arguments import refuse_item, tensor_list, threshold
+from torchclip._core.scalars import clip_coef, join_rows, norm_dtype
+
+__all__ = ["clip_per_example"]
+
+# Elements of examples copied in one go.
+_PIECE = 1 << 20
+
+
+def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    r"""Clip each example's gradient, then add the examples up: the clipping step of DP-SGD.
+
+    Example ``i`` owns slice ``i`` of every tensor, and its norm is taken over all of them:
+
+        sums = Σ_i min(1, max_norm / (‖g_i‖ + 1e-6)) g_i
+
+    For differential privacy, add noise of standard deviation ``noise_multiplier * max_norm`` to the sums and
+    divide by the batch size.
+
+    Args:
+        grads: one tensor a parameter, of shape ``(examples, *parameter.shape)``, as
+            ``torch.func.vmap(torch.func.grad(loss), ...)`` gives them.  Not modified.
+        max_norm: the threshold for each example's norm, at least 0.
+
+    Returns:
+        The sums of the clipped gradients, of the parameters' shapes and dtypes, and the number of examples
+        that were clipped (0-dim, int64).
+
+    Raises:
+        TypeError: for anything but dense floating or complex tensors in ``grads``.
+        ValueError: if the tensors differ in their number of examples, or ``max_norm`` is negative or NaN.
+
+    References:
+        Abadi et al., *Deep Learning with Differential Privacy*, 2016, algorithm 1,
+        https://arxiv.org/abs/1607.00133
+
+    Examples:
+        >>> sums, clipped = clip_per_example([torch.tensor([[3.0, 4.0], [0.03, 0.04]])], max_norm=0.5)
+        >>> sums, clipped
+        ([tensor([0.3300, 0.4400])], tensor(1))
+    """
+    max_norm = threshold("max_norm", max_norm)
+    tensors = _examples(grads)
+    if not tensors:
+        return [], torch.tensor(0, device="cpu")
+    with torch.no_grad():
+        device = tensors[0].device
+        norms = torch.stack([rows.row_norms(g, 2.0).to(device) for g in tensors], dim=-1)
+        clip_coefs = clip_coef(max_norm, join_rows(norms, 2.0))
+        return [_weighted_sum(g, clip_coefs) for g in tensors], (~(clip_coefs >= 1)).sum()
+
+
+def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    tensors = tensor_list("grads", grads)
+    for i, grad in enumerate(tensors):
+        if not isinstance(grad, Tensor):
+            refuse_item("grads", i, grad)
+        if grad.layout != torch.strided or not (grad.is_floating_point() or grad.is_complex()):
+            raise TypeError(
+                f"`grads` must hold dense floating tensors, item {i} is {grad.layout} {grad.dtype}"
+            )
+    if any(g.dim() == 0 for g in tensors) or len({len(g) for g in tensors}) > 1:
+        raise ValueError(
+            "every tensor in `grads` must have the same number of examples along its first axis, "
+            f"got shapes {[tuple(g.shape) for g in tensors]}"
+        )
+    return tensors
+
+
+def _weighted_sum(grad: Tensor, clip_coefs: Tensor) -> Tensor:
+    # On mps, which has no float64, float32, and then autocast must not narrow the product.
+    wide = torch.promote_types(grad.dtype, norm_dtype(grad.device))
+    clip_coefs = clip_coefs.to(grad.device, wide)
+    examples = grad.reshape(len(grad), math.prod(grad.shape[1:]))
+    with torch.autocast("mps", enabled=False) if grad.device.type == "mps" else nullcontext():
+        # By pieces, so that the copies do not grow with the gradients.
+        pieces = torch.split(examples, max(1, _PIECE // max(1, len(examples))), dim=1)
+        total = torch.cat([clip_coefs @ piece.to(wide) for piece in pieces])
+    return total.to(grad.dtype).view(grad.shape[1:])

@@ -1,0 +1,50 @@
+"""Clipping each element by value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from torchclip._core import gather
+from torchclip._core.arguments import threshold
+from torchclip._core.batch import Facts
+
+__all__ = ["clip_grad_value_"]
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor] | nn.Module, clip_value: float, foreach: bool | None = None
+) -> None:
+    """Limit every single element of the gradients to ``[-clip_value, clip_value]``.
+
+    The drop-in for ``torch.nn.utils.clip_grad_value_``.  Unlike clipping by norm this turns the direction
+    of the step.
+
+    Args:
+        parameters: tensors whose ``.grad`` is changed in place, a single one, or a module (its parameters).
+        clip_value: the largest magnitude allowed, at least 0. NaN in a gradient stays NaN.
+        foreach: accepted for compatibility, without effect.
+
+    Raises:
+        TypeError: for anything but tensors in ``parameters``, an integer or complex gradient, or a
+            ``clip_value`` that is not a number.
+        ValueError: if ``clip_value`` is negative or NaN.
+        RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([-3.0, 0.5])
+        >>> clip_grad_value_(weight, 1.0)
+        >>> weight.grad
+        tensor([-1.0000,  0.5000])
+    """
+    clip_value = threshold("clip_value", clip_value)
+    batch = gather.gradients(parameters)
+    if batch.facts & Facts.COMPLEX:
+        raise TypeError(
+            "`parameters` has complex gradients, and complex numbers have no order to limit them by value; "
+            "clip by norm instead (clip_grad_norm_)"
+        )
+    batch.clamp_(clip_value)
