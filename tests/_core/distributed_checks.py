@@ -441,6 +441,47 @@ def check_parts_made_by_hand() -> None:
         assert norm == torchclip.get_total_norm([f for r, f in enumerate(fulls) if r != 1], order)
 
 
+def check_ranks_agree_on_the_dtype() -> None:
+    """One gradient in float64 on one rank makes the norm float64 on all."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    for group in (dist.group.WORLD, crossing):
+        grad = randn(5, dtype=torch.float64 if rank == 2 else torch.float32, seed=rank)
+        norm = torchclip.clip_grad_norm_([parameter(grad)], 0.5, group=group)
+        assert norm.dtype == torch.float64
+        assert_agreed(norm)
+    for lies in ((mesh, Shard(0)), (grid, Shard(0), Shard(1))):
+        wide = split(randn(8, 4, dtype=torch.float64), *lies)
+        narrow = split(randn(8, 4), *lies)
+        lacking = [parameter(wide if rank == 1 else None, like=wide), parameter(narrow)]
+        norm = torchclip.clip_grad_norm_(lacking, 0.5)
+        assert norm.dtype == torch.float64
+        assert_agreed(norm)
+        norms = torchclip.clip_grad_norm_per_parameter_(lacking, 0.5)
+        assert norms.dtype == torch.float64
+        norm = torchclip.clip_grad_norm_([parameter(None, like=wide), parameter(narrow)], 0.5)
+        assert norm.dtype == torch.float32
+        assert_agreed(norm)
+
+
+def check_ranks_decide_alike_whether_a_fused_step_multiplies() -> None:
+    """What they have in common must not drift apart because of what each has for itself."""
+    mesh = init_device_mesh("cpu", (4,))
+    # The gradient of one rank has gaps, which a fused step would write into.
+    held = torch.ones(1_200_000)[::2] if dist.get_rank() == 3 else torch.ones(600_000)
+    own = parameter(split(torch.ones(2_400_000), mesh, Shard(0)))
+    own.grad = DTensor.from_local(held, mesh, [Shard(0)])
+    common = parameter(split(randn(31, 17), mesh, Replicate()))
+    optimizer = torch.optim.AdamW([common, own], lr=0.1, fused=True)
+    clipper = torchclip.Clipper(optimizer, 0.123)
+    optimizer.step()
+    assert last_of(clipper).clipped
+    assert_agreed(common.detach().to_local())
+    assert_agreed(common.grad.to_local())
+
+
 def check_parts_made_by_hand_beside_a_mesh_of_all() -> None:
     """What all ranks of the group have in common counts once."""
     mesh = init_device_mesh("cpu", (4,))

@@ -317,6 +317,40 @@ def test_an_expanded_gradient_is_torchs_error_and_changes_nothing(name: str) -> 
     assert [p.grad._version for p in parameters] == [0, 0, 0]
 
 
+OVERLAPPING = {
+    "windows": lambda: torch.ones(6).unfold(0, 3, 1),
+    "a stride of half a row": lambda: torch.ones(9).as_strided((4, 2), (2, 2)),
+    "axes that meet": lambda: torch.ones(20).as_strided((3, 4), (3, 2)),
+    "three axes": lambda: torch.ones(20).as_strided((2, 2, 3), (1, 5, 1)),
+    "complex": lambda: torch.ones(6, dtype=torch.complex64).as_strided((3, 2), (1, 1)),
+    "in float16": lambda: torch.ones(6, dtype=torch.float16).as_strided((3, 2), (1, 1)),
+}
+
+
+@changing
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_a_gradient_that_overlaps_itself_is_refused_and_nothing_changes(name: str, kind: str) -> None:
+    gradient = OVERLAPPING[kind]()
+    parameters = with_gradients([torch.full((3,), 5.0), gradient])
+    with pytest.raises(
+        RuntimeError, match=r"more than one element .*item 1 of `parameters`.* overlaps itself"
+    ):
+        CLIPPERS[name].ours(parameters, 0.1, 2)
+    assert bool((parameters[0].grad == 5).all())
+    assert bool((gradient == 1).all())
+    assert [p.grad._version for p in parameters] == [0, 0]
+
+
+@changing
+def test_axes_that_interleave_without_meeting_are_clipped(name: str) -> None:
+    gradient = torch.full((12,), 5.0).as_strided((3, 2), (2, 3))
+    parameters = with_gradients([gradient])
+    CLIPPERS[name].ours(parameters, 0.1, 2)
+    expected = with_gradients([torch.full((3, 2), 5.0)])
+    CLIPPERS[name].ours(expected, 0.1, 2)
+    torch.testing.assert_close(gradient, expected[0].grad)
+
+
 @changing
 def test_an_expanded_sparse_gradient_changes_nothing(name: str) -> None:
     values = torch.ones(1).expand(2)
@@ -621,3 +655,13 @@ def test_what_is_allocated_does_not_grow_with_the_gradients(kernel_on_and_off: s
     command = [sys.executable, "-c", MEASURE, kernel_on_and_off]
     grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(grown) < 64 * 1024, "KiB, for gradients of 144 MiB in all"
+
+
+def test_a_gradient_that_parameters_share_is_scaled_once_by_the_smaller_number() -> None:
+    shared = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    first, second = (
+        nn.Parameter(torch.tensor(w)) for w in ([[1.0, 0.0], [9.0, 0.0]], [[2.0, 0.0], [5.0, 0.0]])
+    )
+    first.grad = second.grad = shared
+    torchclip.clip_grad_adaptive_([first, second], clip_factor=0.1)
+    torch.testing.assert_close(shared, torch.tensor([[0.06, 0.08], [0.0, 0.5]]))
