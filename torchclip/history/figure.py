@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["history_figure", "on_log_scale"]
+__all__ = ["histogram_figure", "history_figure", "on_log_scale"]
 
 Array = NDArray[Any]
 
@@ -42,7 +42,8 @@ def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
     axes.grid(alpha=0.3)
     axes.plot(step, norm, color="tab:blue", linewidth=0.8, marker=".", markersize=2, label="norm")
     label = f"clipped ({clipped.sum():,})"
-    axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=4, label=label)
+    size = 4 if len(step) <= 1000 else 2
+    axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=size, label=label)
     axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
     edge = axes.get_xaxis_transform()  # y from 0 to 1, whatever the scale
     for mask, name, marker, y in [(nonfinite, "non-finite", "v", 0.98), (skipped, "skipped", "x", 0.94)]:
@@ -52,6 +53,40 @@ def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
     if np.isfinite([*norm, *threshold]).any():  # a log scale must have something to show
         axes.set_yscale("log")
     figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def histogram_figure(norms: Sequence[float], max_norms: Sequence[float], suggested: float | None) -> Figure:
+    """How often which norm occurred, on a log scale, with the threshold.
+
+    Args:
+        norms: the norms before clipping; those that are not finite or 0 have no place in it.
+        max_norms: the threshold of each step; of several the median is drawn.
+        suggested: another threshold to draw, or None.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="gradient norm before clipping", ylabel="steps")
+    axes.grid(axis="y", alpha=0.3)
+    shown = on_log_scale(norms)
+    shown = shown[np.isfinite(shown)]
+    if len(shown):
+        # At least a little width, where all norms are the same.
+        low, high = shown.min() / 1.05, shown.max() * 1.05
+        bins = int(np.clip(np.sqrt(len(shown)), 10, 60))
+        axes.hist(shown, np.geomspace(low, high, bins + 1).tolist(), color="tab:blue")
+        axes.set_xscale("log")
+    thresholds = on_log_scale(max_norms)
+    thresholds = thresholds[np.isfinite(thresholds)]
+    if len(thresholds):
+        middle = float(np.median(thresholds))
+        name = "threshold" if (thresholds == middle).all() else "median threshold"
+        axes.axvline(middle, color="black", linewidth=1.2, label=f"{name} ({middle:.3g})")
+    if suggested is not None:
+        axes.axvline(suggested, color="tab:orange", linestyle="--", label=f"suggested ({suggested:g})")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     return figure
 
 

@@ -247,6 +247,26 @@ class History(Sequence[Record]):
 
         return _saved(layers_figure(*self.layers.read()), path)
 
+    def to_html(self, path: str | os.PathLike[str], title: str | None = None) -> None:
+        """Write a page for a browser: summary, advice, the norm over the steps, its histogram, the layers.
+
+        It is one file, and nothing is fetched when it is opened.  Needs jinja2 and matplotlib:
+        ``pip install 'torchclip[demo]'``.
+
+        Args:
+            path: where to write it.
+            title: the heading, "Gradient norms" if left out.
+
+        Raises:
+            ModuleNotFoundError: if jinja2 or matplotlib is missing.
+        """
+        _require("to_html", "jinja2", "matplotlib")
+        from torchclip.history.page import page
+
+        html = page("Gradient norms" if title is None else title, {"": self})
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(html)
+
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
         with self._lock:
@@ -312,10 +332,11 @@ class History(Sequence[Record]):
         self._lock = RLock()
 
 
-def _require(method: str, package: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def _require(method: str, *packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
         raise ModuleNotFoundError(
-            f"{method}() needs {package}; install it with: pip install 'torchclip[demo]'"
+            f"{method}() needs {' and '.join(missing)}; install with: pip install 'torchclip[demo]'"
         )
 
 

@@ -1,0 +1,159 @@
+"""The page that a history is written to: complete, self-contained, small."""
+
+import html
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from torchclip.history import History
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+
+def history_of(steps: int, layers: int = 0) -> History:
+    rng, history = np.random.default_rng(0), History()
+    for step, norm in enumerate(rng.lognormal(sigma=0.4, size=steps).tolist()):
+        history.append(step, norm, 1.0, min(1.0, 1 / norm))
+    names = [f"layers.{i // 10}.part{i % 10}.weight" for i in range(layers)]
+    for step in range(0, steps if layers else 0, 20):
+        history.layers.append(step, names, rng.lognormal(size=layers).tolist())
+    return history
+
+
+def written(history: History, path: Path, **options: Any) -> str:
+    history.to_html(path, **options)
+    return path.read_text(encoding="utf-8")
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed, and collects attributes."""
+
+    VOID = ("meta", "br", "link", "img", "path", "use", "rect", "image")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def points_of(page: str) -> dict[str, Any]:
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)
+    points: dict[str, Any] = json.loads(data)
+    return points
+
+
+def test_it_says_what_the_history_says(tmp_path: Path) -> None:
+    history = history_of(200, layers=12)
+    history.append(200, math.nan, 1.0, math.nan, skipped=True)
+    history.append(201, 40.0, 1.0, 1 / 40)
+    page = written(history, tmp_path / "page.html", title="My run")
+    assert "<title>My run</title>" in page
+    assert "<h1>My run</h1>" in page
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page))
+    summary, advice = history.summary(), history.suggest()
+    assert f"{summary.steps} steps" in re.sub(r"\s+", " ", text)
+    assert f"clipped ({summary.clipped})" in text
+    assert advice.reason in text
+    assert all(note in text for note in advice.notes)
+    assert all(f"{max_norm:.3g}" in text for max_norm in advice.table.values())
+    assert page.count("<svg") == 3
+    assert "layers.0.part0.weight" in page
+    assert Tags(page).open == []
+
+
+@pytest.mark.parametrize("steps", [0, 1, 20, 2000])
+def test_it_fetches_nothing(steps: int, tmp_path: Path) -> None:
+    page = written(history_of(steps, layers=5), tmp_path / "page.html")
+    tags = Tags(page)
+    assert tags.open == []
+    for tag, name, value in tags.attributes:
+        assert tag not in ("link", "iframe", "base")
+        if name in ("src", "href", "xlink:href", "action"):
+            assert value is not None
+            assert value.startswith(("#", "data:")), (tag, name, value)
+    assert not re.search(r"url\((?!#|&quot;#)", page)
+    assert not re.search(r"@import|fetch\(|XMLHttpRequest|WebSocket", page)
+
+
+def test_ten_thousand_steps_are_below_two_megabytes(tmp_path: Path) -> None:
+    page = written(history_of(10_000, layers=600), tmp_path / "page.html")
+    assert len(page.encode()) < 2_000_000
+
+
+def test_what_the_pointer_reads(tmp_path: Path) -> None:
+    history = History()
+    for step, norm in [(3, 0.5), (5, 4.0), (6, math.inf), (9, math.nan), (10, 1 / 3)]:
+        history.append(step, norm, 1.0, min(1.0, 1 / norm), skipped=norm == math.inf)
+    points = points_of(written(history, tmp_path / "page.html"))
+    assert points["step"] == [3, 5, 6, 9, 10]
+    assert points["norm"] == [0.5, 4.0, "inf", "nan", 0.3333]
+    assert points["max_norm"] == [1.0]
+    assert points["mark"] == "-csn-"
+    assert 0 < points["left"] < points["right"] < 1
+    assert points["first"] < 3 < 10 < points["last"]
+
+
+def test_titles_are_text(tmp_path: Path) -> None:
+    page = written(history_of(3), tmp_path / "page.html", title="a < b & <script>alert(1)</script> ü")
+    assert "<script>alert" not in page
+    assert "a &lt; b &amp; &lt;script&gt;alert(1)&lt;/script&gt; ü" in page
+
+
+def test_names_of_parameters_are_text(tmp_path: Path) -> None:
+    history = history_of(60)
+    history.layers.append(0, ["</svg><script>alert(1)</script>"], [1.0])
+    page = written(history, tmp_path / "page.html")
+    assert "<script>alert" not in page
+    assert Tags(page).open == []
+
+
+@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf, 1.0])
+def test_runs_with_little_to_draw(norm: float, tmp_path: Path) -> None:
+    history = History()
+    for step in range(60):
+        history.append(step, norm, math.inf, 1.0)
+    assert "60" in written(history, tmp_path / "page.html")
+
+
+def test_the_same_history_gives_the_same_page(tmp_path: Path) -> None:
+    history = history_of(100, layers=5)
+    assert written(history, tmp_path / "a.html") == written(history, tmp_path / "b.html")
+
+
+def test_colours_follow_the_readers_scheme(tmp_path: Path) -> None:
+    page = written(history_of(100), tmp_path / "page.html")
+    assert "prefers-color-scheme: dark" in page
+    assert "#000000" not in page
+    assert "currentColor" in page
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_what_it_needs_it_says_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"to_html\(\) needs {package}.*torchclip\[demo\]"):
+        History().to_html(tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
