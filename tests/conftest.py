@@ -14,7 +14,7 @@ import torch
 from distributed_helpers import Ranks
 
 from torchclip import kernel
-from torchclip.clipper import clipper
+from torchclip.clipper import fused
 
 _ACTIVE = kernel.status().startswith("active")
 _MOST_WORKERS = 8
@@ -85,4 +85,4 @@ def one_thread(threads: None) -> None:
 @pytest.fixture
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has fused steps multiply the gradients even where they are so small that it does not pay."""
-    monkeypatch.setattr(clipper, "_SMALL", -1)
+    monkeypatch.setattr(fused, "_TOO_SMALL", 0)

@@ -830,7 +830,7 @@ def check_clipper_on_fsdp2_with_offload_to_the_cpu() -> None:
     # A fused step gets the coefficient along with gradients in float32 only.
     compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchclip.clipper.clipper._SMALL", -1)
+        patch.setattr("torchclip.clipper.fused._TOO_SMALL", 0)
         compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
 
 

@@ -24,7 +24,7 @@ RANKS = 4
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0
 # What is imported before the ranks are forked, and so only once.
-PRELOADED = ["distributed_checks", "torch._dynamo"]
+PRELOADED = ["distributed_checks", "clipper_rank_checks", "torch._dynamo"]
 Check = Callable[[], None]
 
 

@@ -266,3 +266,60 @@ def test_after_a_scalers_step_that_failed_its_next_is_as_usual() -> None:
     assert last_of(clipper).total_norm == pytest.approx(13.0)
     assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])
     assert not hasattr(optimizer, "grad_scale")
+
+
+@fused_or_not
+@unscaled_or_not
+@pytest.mark.parametrize("raises", ["on_clip", "max_norm", "update"])
+def test_after_an_exception_before_a_scalers_step_its_next_is_as_usual(
+    raises: str, unscales: bool, fused: bool
+) -> None:
+    def fail(*_: object) -> float:
+        if failing:
+            raise KeyboardInterrupt
+        return 1.0
+
+    class Failing(Percentile):
+        def update(self, norm: float) -> float:
+            return fail()
+
+    failing = True
+    optimizer = sgd(fused)
+    options: dict[str, dict[str, Any]] = {
+        "on_clip": {"max_norm": 1.0, "on_clip": fail},
+        "max_norm": {"max_norm": fail},
+        "update": {"max_norm": Failing()},
+    }
+    clipper = Clipper(optimizer, **options[raises])
+    with pytest.raises(KeyboardInterrupt):
+        scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS, unscales)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+    failing = False
+    scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE / 4), GRADS, unscales)
+    assert last_of(clipper).total_norm == pytest.approx(13.0)
+    assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])
+    assert not hasattr(optimizer, "grad_scale")
+
+
+@pytest.mark.parametrize("next_one", ["scaler", "scaler, unscales", "plain"])
+@pytest.mark.parametrize("max_norm", [1.0, 100.0])
+def test_after_a_scalers_step_that_failed_the_next_is_as_usual_whatever_it_is(
+    max_norm: float, next_one: str
+) -> None:
+    optimizer = sgd(True)
+    clipper = Clipper(optimizer, max_norm)
+    with interrupted_sgd():
+        scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS)
+    if next_one == "plain":
+        for parameter, grad in zip(optimizer.param_groups[0]["params"], GRADS, strict=True):
+            parameter.grad = grad.clone()
+        optimizer.step()
+    else:
+        scaler = GradScaler("cpu", init_scale=SCALE / 4)
+        scaled_step(optimizer, scaler, GRADS, next_one.endswith("unscales"))
+    coef = min(1.0, max_norm / 13)
+    assert last_of(clipper).total_norm == pytest.approx(13.0)
+    assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 * coef, -4 * coef])
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")

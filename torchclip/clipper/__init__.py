@@ -1,5 +1,7 @@
 """Clipping that belongs to an optimizer."""
 
-from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
+from torchclip.clipper.clipper import Clipper
+from torchclip.clipper.nonfinite import Nonfinite
+from torchclip.clipper.scope import Scope
 
 __all__ = ["Clipper", "Nonfinite", "Scope"]

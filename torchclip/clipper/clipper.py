@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakSet
 
 import torch
@@ -14,112 +12,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import arguments, gather, memory, mesh
-from torchclip._core.batch import Facts
-from torchclip._core.scalars import clip_coef as clip_coefficient
-from torchclip._core.scalars import join, refuse_nonfinite
+from torchclip._core import arguments, gather, mesh
+from torchclip.clipper.clipping import Clipping, Row
+from torchclip.clipper.nonfinite import Nonfinite
+from torchclip.clipper.scope import Scope, Scoping, place, unscaled
+from torchclip.clipper.step import Step, creates_state, with_closure
 from torchclip.history.history import History
-from torchclip.history.records import Record, as_records
+from torchclip.history.records import Record
 from torchclip.thresholds.base import MaxNorm, MaxNormRule, Threshold
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Clipper"]
+__all__ = ["Clipper", "Nonfinite", "Scope"]
 
-Scope = Literal["global", "group", "parameter"]
-Nonfinite = Literal["propagate", "error", "skip", "zero"]
-Norm: TypeAlias = float | Tensor
-
-_REMEDY = "To go on, use `nonfinite='skip'` (leave such steps out) or 'zero' (put 0 in their place)"
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-# So many elements are multiplied by the kernel, in the cache, sooner than a fused step does it.
-_SMALL = 1 << 19
-_CPU = torch.device("cpu")
 _clipped_optimizers: WeakSet[Optimizer] = WeakSet()
-
-
-class _Set:
-    """Gradients that share a threshold, clipped together (one norm) or each on its own (a norm for each).
-
-    ``max_norm`` is the threshold that the parameter group brings along, or None.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        parameters: Sequence[Tensor],
-        max_norm: float | None,
-        order: float,
-        each: bool,
-        group: Any,
-    ) -> None:
-        self.max_norm = max_norm
-        self.batch = gather.gradients(parameters, group)
-        self._name, self._parameters, self._order, self._each = name, parameters, order, each
-        self._group = group
-        self.norms: list[Norm] = []
-        self.max_norms: list[float] = []
-        self.factors: list[Norm] = []
-
-    def names(self) -> Iterator[str]:
-        """What to call the norms."""
-        if not self._each:
-            return iter([self._name])
-        # Parameters may share a gradient, which is clipped once.
-        names = {
-            id(p.grad): f"{self._name}, parameter {i}"
-            for i, p in enumerate(self._parameters)
-            if p.grad is not None
-        }
-        return iter(names.values())
-
-    def measure(self, grad_scale: Tensor | None, finite: bool = False) -> None:
-        """Take the norms of the gradients, or of their finite elements, divided by a GradScaler's scale."""
-        norms = (
-            self.batch.norms(self._order, finite) if self._each else [self.batch.norm(self._order, finite)]
-        )
-        self.norms = [_unscaled(n, grad_scale, self._order) for n in norms]
-
-    def joined_norms(self) -> list[Norm]:
-        """The norms that the norm of all gradients is made of."""
-        if self._order >= 0 or self._group is not None:
-            return self.norms
-        # For a negative order a norm of 0 means an element that is 0; without elements there is none.
-        counts = [t.numel() for t in self.batch.all]
-        return [
-            n for n, count in zip(self.norms, counts if self._each else [sum(counts)], strict=True) if count
-        ]
-
-    def limit(self, max_norms: list[float], learned: bool) -> None:
-        """Set the threshold of each norm.
-
-        One that was learned may be the norm itself, which the formula for the coefficient would shorten.
-        """
-        self.max_norms = max_norms
-        self.factors = [
-            1.0 if learned and norm <= max_norm else clip_coefficient(max_norm, norm)
-            for max_norm, norm in zip(max_norms, self.norms, strict=True)
-        ]
-
-    def scale_(self) -> None:
-        """Multiply the gradients in place."""
-        if self._each:
-            self.batch.scale_each_(self.factors)  # type: ignore[arg-type]
-        else:
-            self.batch.scale_(self.factors[0])
-
-    def is_small(self) -> bool:
-        """Whether to multiply the gradients costs less than to let a fused step do it."""
-        return _SMALL > 0 and bool(self.batch.facts & Facts.SMALL)
-
-    def has_gaps(self) -> bool:
-        """Whether a gradient has memory between its elements, which torch's fused steps on CPU write into."""
-        return bool(self.batch.facts & Facts.GAPS)
-
-    def shares_gradients(self) -> bool:
-        """Whether a gradient belongs to several parameters, so that a step meets it several times."""
-        return bool(self.batch.facts & Facts.SHARED)
 
 
 class Clipper:
@@ -147,7 +54,11 @@ class Clipper:
     load the old one's ``state_dict``.  The clipper itself can be neither copied nor pickled.
 
     A step that a GradScaler leaves out never comes to an unfused optimizer, nor to its clipper; with a fused
-    one it is recorded, as skipped.
+    one it is recorded, as skipped.  A step that ends in an exception is not recorded; the next one gets its
+    number.
+
+    A gradient that parameters of several groups share is clipped once, to the tightest of their thresholds.
+    Without any gradient, or with nothing finite left of it, there is nothing to learn for a threshold object.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``.  Names of parameters, in errors and ``norms``, are
@@ -169,7 +80,9 @@ class Clipper:
             none.
         on_clip: called with the ``Record`` of every step, just before anything is changed and before it is
             in the history; an exception from it calls the step off, and only what a threshold object has
-            learned stays.  On an accelerator this waits for the norm.
+            learned stays.  If it changes gradients, these are measured again and clipped to the same
+            threshold, and the history says what was done; sharded gradients it must leave alone, as other
+            ranks know their norm already.  On an accelerator this waits for the norm.
 
     Attributes:
         history (History): what clipping did, step by step; reading it is what waits for an accelerator.
@@ -234,23 +147,25 @@ class Clipper:
                 f"`nonfinite={nonfinite!r}` goes by the norm, which of order {self._order} may be finite "
                 "though a gradient is not; pass an order above 0 as `norm_type`, or use 'propagate'"
             )
-        self._scope = scope
-        self._nonfinite = nonfinite
-        self._group = mesh.as_groups(group) or None
-        if self._group and scope == "parameter":
+        groups = mesh.as_groups(group) or None
+        if groups and scope == "parameter":
             raise ValueError(
                 "`group` has no meaning with `scope='parameter'`, which clips every gradient by its norm: "
                 "leave it out"
             )
-        self._on_clip = on_clip
+        self._scope: Scope = scope
+        self._nonfinite: Nonfinite = nonfinite
         self._steps = 0
-        self._steps_as_torch = type(optimizer).step.__module__.startswith("torch.optim.")
-        self._step_frame: FrameType | None = None
-        self._undo: list[Callable[[bool], None]] = []
+        self._step = Step(optimizer)
+        self._rows: list[Row] = []
+        self._clipping = Clipping(
+            self._step, self._rule, Scoping(scope, self._order, groups), nonfinite, on_clip, self._names
+        )
         self._hooks: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
+        self._clipping.hook_id = self._hooks[0].id
         _clipped_optimizers.add(optimizer)
 
     @property
@@ -275,16 +190,14 @@ class Clipper:
         for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
         parts.
         """
-        if not self._stepping(sys._getframe()):
-            self._take_back()  # what a step that ended in an exception has left
-        named = list(self._named_parameters())
-        batch = gather.tensors([p.grad for _, p in named if p.grad is not None])
+        self._step.is_running()  # gives back what a step that ended in an exception has left
+        named = dict(self._named_parameters())
+        batch = gather.gradients(list(named.values()))
         grad_scale = getattr(self.optimizer, "grad_scale", None)
-        of_grad = {
-            id(g): float(_unscaled(n, grad_scale, self._order))
-            for g, n in zip(batch.all, batch.norms(self._order), strict=True)
-        }
-        found = {name: of_grad[id(p.grad)] for name, p in named}
+        norms = unscaled(batch.norms(self._order), grad_scale, self._order)
+        values = norms.tolist() if isinstance(norms, Tensor) else norms
+        of_grad = {id(grad): max(norm, 0.0) for grad, norm in zip(batch.all, values, strict=True)}
+        found = {name: of_grad[id(p.grad)] for name, p in named.items() if p.grad is not None}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
 
     def detach(self) -> None:
@@ -293,9 +206,8 @@ class Clipper:
         Raises:
             RuntimeError: if called during a step, from ``on_clip`` or a closure.
         """
-        if self._stepping(sys._getframe()):
+        if self._step.is_running():
             raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
-        self._take_back()
         if self._hooks:
             _clipped_optimizers.discard(self.optimizer)
         for hook in self._hooks:
@@ -362,255 +274,60 @@ class Clipper:
     # The optimizer's hooks
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        caller = sys._getframe(1)
-        if self._stepping(caller):
+        if not self._step.begin():
             return None
-        self._step_frame = caller
-        closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
-        if not callable(closure):  # None, or what else the step() of a subclass takes
-            self._take_back()
-            self._clip()
-            return None
+        self._rows = []
+        self._clipping.begin()
+        if len(args) > 1 or kwargs:
+            replaced = with_closure(type(self.optimizer).step, args, kwargs, self._clipped_after)
+            if replaced is not None:
+                return replaced
+        try:
+            self._clip(args, kwargs)
+        except BaseException:
+            self._step.fail()
+            raise
+        return None
 
-        def closure_then_clip() -> Any:
-            self._take_back()
-            loss = closure()
+    def _clipped_after(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def closure_then_clip(*args: Any, **kwargs: Any) -> Any:
+            self._step.take_back("again")
+            loss = closure(*args, **kwargs)
             self._clip()
             return loss
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": closure_then_clip}
-        return (args[0], closure_then_clip, *args[2:]), kwargs
+        return closure_then_clip
+
+    def _clip(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Clip the gradients that are there now."""
+        look = self._clipping.look()
+        look.measure()
+        if not creates_state(self.optimizer, args, kwargs or {}, look.total_norm):
+            self._rows.append(self._clipping.clip(self._steps, look))
 
     def _after_step(self, *_: Any) -> None:
-        if sys._getframe(1) is self._step_frame:
-            self._step_frame = None
-            self._take_back(finished=True)
+        # Only a step that was taken is in the history, and has used up its number.
+        if self._step.end() and self._rows:
+            for row in self._rows:
+                self.history.append(*row)
+            self._rows = []
             self._steps += 1
 
-    def _stepping(self, frame: FrameType | None) -> bool:
-        """Whether a frame lies within a step that has been clipped already.
+    # Names
 
-        So it is when the ``step()`` of a subclass calls its parent's, which has the same hooks.  A step that
-        ended in an exception has never reached the second hook, but no frame lies within it any more.
-        """
-        if self._step_frame is None:
-            return False
-        while frame is not None and frame is not self._step_frame:
-            frame = frame.f_back
-        return frame is not None
-
-    def _take_back(self, finished: bool = False) -> None:
-        """Undo what was arranged for one step only, which may have ended in an exception."""
-        while self._undo:
-            self._undo.pop()(finished)
-
-    # One clipping
-
-    def _clip(self) -> None:
-        """Clip the gradients that are there now, and record it."""
-        grad_scale = getattr(self.optimizer, "grad_scale", None)
-        sets = list(self._sets())
-        for each in sets:
-            each.measure(grad_scale)
-        norms = [n for s in sets for n in s.joined_norms()]
-        total_norm = join(norms, self._order) if norms else 0.0
-        skipped = self._skipped(total_norm)
-        if skipped is True:
-            self._record(total_norm, math.inf, 1.0, skipped)
-            if self._nonfinite == "skip":
-                self._hide_gradients()
-            return
-        to_zero: Sequence[_Set] = ()
-        if self._nonfinite != "propagate":
-            to_zero = self._treat_nonfinite(sets, total_norm, grad_scale)
-        for each in sets:
-            self._limit(each)
-        max_norm = min([m for s in sets for m in s.max_norms], default=math.inf)
-        factors = [f for s in sets for f in s.factors]
-        clip_coef = join(factors, -math.inf) if factors else 1.0
-        self._record(total_norm, max_norm, clip_coef, skipped)
-        for each in to_zero:
-            each.batch.zero_nonfinite_()
-        if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
-            self._apply(sets, grad_scale)
-
-    def _sets(self) -> Iterator[_Set]:
-        """The gradients, parted by what shares a threshold."""
-        each = self._scope == "parameter"
-        together: list[Tensor] | None = None
-        for i, group in enumerate(self.optimizer.param_groups):
-            parameters = group["params"]
-            if "max_norm" in group:
-                own = group["max_norm"]
-                max_norm = math.inf if own is None else arguments.threshold(_place(i, "max_norm"), own)
-                yield _Set(f"group {i}", parameters, max_norm, self._order, each, self._group)
-            elif self._scope == "global":
-                together = together + parameters if together else parameters
-            else:
-                yield _Set(f"group {i}", parameters, None, self._order, each, self._group)
-        # With none of them here, another rank of the group may still wait for this one.
-        if together or (together is not None and self._group):
-            yield _Set("all", together, None, self._order, each, self._group)
-
-    def _skipped(self, total_norm: Norm) -> bool | Tensor:
-        """Whether this step changes nothing: by a GradScaler's decision, or by ours."""
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
-            # To raise an error, or not, is to wait for an accelerator.
-            if self._nonfinite != "error" and not memory.on_host([found_inf]):
-                skipped = found_inf > 0
-                if self._nonfinite == "skip":
-                    norm = torch.as_tensor(total_norm, device=found_inf.device)
-                    skipped = skipped | ~norm.isfinite()
-                    # To hide the gradients would be to wait; a fused step heeds this.
-                    vars(self.optimizer)["found_inf"] = skipped.to(found_inf.dtype)
-                return skipped
-            if found_inf > 0:
-                return True
-        return self._nonfinite == "skip" and not math.isfinite(total_norm)
-
-    def _treat_nonfinite(
-        self, sets: Sequence[_Set], total_norm: Norm, grad_scale: Tensor | None
-    ) -> Sequence[_Set]:
-        """Raise the error, or return the sets with elements to be set to 0, measured as if they were."""
-        if self._nonfinite == "error" and not math.isfinite(total_norm):
-            names = {id(p.grad): name for name, p in self._named_parameters()}
-            grads = [grad for each in sets for grad in each.batch.all]
-            refuse_nonfinite(total_norm, self._order, grads, names, _REMEDY)
-        if self._nonfinite != "zero":
-            return ()
-        # On an accelerator nobody waits to know whether it is needed.
-        to_zero = [s for s in sets if any(isinstance(n, Tensor) or not math.isfinite(n) for n in s.norms)]
-        for each in to_zero:
-            each.measure(grad_scale, finite=True)
-        return to_zero
-
-    def _limit(self, each: _Set) -> None:
-        if each.max_norm is not None:
-            each.limit([each.max_norm] * len(each.norms), learned=False)
-        elif self._rule.learns:
-            norms = [float(norm) for norm in each.norms]
-            answer = self._rule.max_norms(self._steps, list(each.names()), norms, self._order)
-            each.limit(answer.tolist() if isinstance(answer, Tensor) else answer, learned=True)
-        else:
-            (max_norm,) = self._rule.max_norms(self._steps, ["all"], [0.0])
-            each.limit([max_norm] * len(each.norms), learned=False)
-
-    def _record(self, total_norm: Norm, max_norm: float, clip_coef: Norm, skipped: bool | Tensor) -> None:
-        if self._on_clip is not None:
-            (record,) = as_records([(self._steps, total_norm, max_norm, clip_coef, skipped)])
-            self._on_clip(record)
-            _, total_norm, max_norm, clip_coef, *_, skipped = record  # fetched already
-        self.history.append(self._steps, total_norm, max_norm, clip_coef, skipped)
-
-    def _apply(self, sets: Sequence[_Set], grad_scale: Tensor | None) -> None:
-        """Multiply the gradients by their factors: now, or within a fused step, as its ``grad_scale``."""
-        fused_scale = _fused_scale(sets[0].factors[0], grad_scale) if self._fused(sets) else None
-        if fused_scale is not None:
-            self._lend_grad_scale(fused_scale)
-            return
-        for each in sets:
-            each.scale_()
-
-    def _fused(self, sets: Sequence[_Set]) -> bool:
-        """Whether one factor for all gradients can go along with the step.
-
-        Optimizers say by ``_step_supports_amp_scaling`` that they divide by a ``grad_scale``, for GradScaler.
-        It is a float32 number, too coarse for gradients in float64.  Whoever sees the gradients before the
-        optimizer does, a later hook or the ``step()`` of a subclass, must find them clipped.
-        """
-        return (
-            getattr(self.optimizer, "_step_supports_amp_scaling", False)
-            and self._steps_as_torch
-            and next(reversed(self.optimizer._optimizer_step_pre_hooks)) == self._hooks[0].id
-            and all(group.get("fused") for group in self.optimizer.param_groups)
-            and len(sets) == 1
-            and self._scope != "parameter"
-            and (isinstance(sets[0].norms[0], Tensor) or not sets[0].is_small())
-            and not sets[0].batch.facts & Facts.DOUBLE
-            and not sets[0].shares_gradients()
-            and not sets[0].has_gaps()
-        )
-
-    def _lend_grad_scale(self, value: Tensor) -> None:
-        """Set the optimizer's ``grad_scale`` for this step only."""
-        attributes = vars(self.optimizer)
-        had, before = "grad_scale" in attributes, attributes.get("grad_scale")
-
-        def take_back(_: bool) -> None:
-            now = attributes.get("grad_scale")
-            if now is not None and now is not value:
-                # The step ended in an exception, and a GradScaler has multiplied its scale by ours since.
-                attributes["grad_scale"] = now / value
-            elif had or "found_inf" in attributes:  # of a GradScaler, which deletes them itself
-                attributes["grad_scale"] = before
-            else:
-                attributes.pop("grad_scale", None)
-
-        attributes["grad_scale"] = value
-        self._undo.append(take_back)
-
-    def _hide_gradients(self) -> None:
-        """Let this step see no gradients, so that it changes neither parameters nor state."""
-        hidden = [(p, p.grad) for _, p in self._named_parameters() if p.grad is not None]
-        attributes, zero_grad = vars(self.optimizer), self.optimizer.zero_grad
-        before = attributes.get("zero_grad")
-
-        def zero_hidden_too(set_to_none: bool = True) -> None:
-            zero_grad(set_to_none)
-            if set_to_none:
-                hidden.clear()
-            for _, grad in hidden:
-                grad.detach().zero_()
-
-        def take_back(finished: bool) -> None:
-            if before is None:
-                del attributes["zero_grad"]
-            else:
-                attributes["zero_grad"] = before
-            # New ones after a step that ended in an exception: then the old ones, all of them, are history.
-            if finished or all(parameter.grad is None for parameter, _ in hidden):
-                for parameter, grad in hidden:
-                    if parameter.grad is None:
-                        parameter.grad = grad
-
-        for parameter, _ in hidden:
-            parameter.grad = None
-        # A hook, or the step() of a subclass, may zero the gradients before the step is over.
-        attributes["zero_grad"] = zero_hidden_too
-        self._undo.append(take_back)
+    def _names(self) -> dict[int, str]:
+        """What to call each gradient in an error, by its id."""
+        return {id(p.grad): name for name, p in self._named_parameters() if p.grad is not None}
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that have a gradient, by the name that the optimizer knows, or their place in it."""
+        """All parameters, by the name that the optimizer knows, or their place in it."""
         used = set()
         for i, group in enumerate(self.optimizer.param_groups):
-            names = group.get("param_names", [None] * len(group["params"]))
-            for j, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
-                if parameter.grad is not None:
-                    if name is None or name in used:  # as the names of two models may be
-                        name = f"{_place(i, 'params')}[{j}]"
-                    used.add(name)
-                    yield name, parameter
-
-
-def _place(group: int, key: str) -> str:
-    return f"param_groups[{group}][{key!r}]"
-
-
-def _unscaled(norm: Norm, grad_scale: Tensor | None, order: float) -> Norm:
-    """The norm of gradients once a GradScaler's scale is taken out of them; order 0 only counts them."""
-    if not isinstance(norm, Tensor):
-        norm = max(norm, 0.0)
-    if grad_scale is None or order == 0:
-        return norm
-    return norm / grad_scale.to(norm) if isinstance(norm, Tensor) else norm / float(grad_scale)
-
-
-def _fused_scale(factor: Norm, grad_scale: Tensor | None) -> Tensor | None:
-    """What a fused step must divide the gradients by; None if that is no finite float32."""
-    scale = 1.0 if grad_scale is None else grad_scale
-    if isinstance(factor, Tensor):
-        return (scale / factor).to(torch.float32)
-    divisor = float(scale) / factor if factor else math.inf
-    return torch.scalar_tensor(divisor, dtype=torch.float32, device=_CPU) if divisor <= _FLOAT32_MAX else None
+            names = group.get("param_names", ())
+            for j, parameter in enumerate(group["params"]):
+                # A parameter may have been added to the list without a name, and two models share names.
+                name = names[j] if j < len(names) else None
+                if name is None or name in used:
+                    name = f"{place(i, 'params')}[{j}]"
+                used.add(name)
+                yield name, parameter

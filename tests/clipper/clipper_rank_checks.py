@@ -1,0 +1,163 @@
+"""Checks of the Clipper that all ranks run together: what they must decide alike."""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import bits, grad_of, last_of, randn, with_gradients
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+
+import torchclip
+from torchclip import Clipper, Percentile
+from torchclip.clipper import Scope
+
+SCOPES: list[Scope] = ["global", "group", "parameter"]
+
+
+def lying(full: Tensor, *placements: Placement) -> DTensor:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
+
+
+def parameter(grad: Tensor | None, like: Tensor) -> Any:
+    result = nn.Parameter(torch.zeros_like(like))
+    result.grad = grad
+    return result
+
+
+def agreed(value: Any) -> None:
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, repr(value))
+    assert len(set(everyones)) == 1, everyones
+
+
+def check_norms_where_only_some_ranks_have_a_gradient() -> None:
+    first, second, plain = (randn(8, 3, seed=i) for i in range(3))
+    sharded = lying(first, Shard(0))
+    parameters = [
+        parameter(sharded if dist.get_rank() != 1 else None, sharded),
+        parameter(lying(second, Shard(0)), lying(second, Shard(0))),
+        parameter(plain, plain),
+    ]
+    clipper = Clipper(torch.optim.SGD(parameters, lr=1.0), 1.0)
+    norms = clipper.norms()
+    held = math.hypot(*(float(part.norm()) for i, part in enumerate(first.chunk(4)) if i != 1))
+    expected = {"[1]": float(second.norm()), "[2]": float(plain.norm())}
+    if dist.get_rank() != 1:
+        expected["[0]"] = held
+    assert norms == {f"param_groups[0]['params']{i}": pytest.approx(n) for i, n in expected.items()}
+    for each in parameters:
+        each.grad = None
+    parameters[1].grad = lying(second, Shard(0)) if dist.get_rank() == 2 else None
+    assert len(clipper.norms()) == (dist.get_rank() == 2)
+
+
+def check_user_code_on_one_rank_only() -> None:
+    """No rank may measure again alone, as the others do not."""
+    full = randn(8, 3)
+    for scope in SCOPES:
+        grad = lying(full, Shard(0))
+        optimizer = torch.optim.SGD([parameter(grad, grad)], lr=1.0)
+        seen: list[float] = []
+        on_clip = (lambda r, seen=seen: seen.append(r.total_norm)) if dist.get_rank() == 0 else None
+        clipper = Clipper(optimizer, 0.5, scope=scope, on_clip=on_clip)
+        optimizer.step()
+        assert len(seen) == (dist.get_rank() == 0)
+        agreed(list(clipper.history))
+        clipped = optimizer.param_groups[0]["params"][0].grad.full_tensor()
+        assert float(clipped.norm()) == pytest.approx(0.5, rel=1e-5)
+
+
+def check_gradients_that_user_code_changes_on_one_rank_are_refused_there() -> None:
+    full = randn(8, 3)
+
+    def replaced(p: Any, _: object) -> None:
+        p.grad = p.grad * 2
+
+    def data_changed(p: Any, _: object) -> None:
+        p.grad.to_local().data.mul_(2)
+
+    def taken_away(p: Any, _: object) -> None:
+        p.grad = None
+
+    mine = dist.get_rank() == 1
+    for change, scope in itertools.product((replaced, data_changed, taken_away), SCOPES):
+        p = parameter(lying(full, Shard(0)), lying(full, Shard(0)))
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        on_clip = functools.partial(change, p)
+        clipper = Clipper(optimizer, 0.5, scope=scope, on_clip=on_clip if mine else None)
+        if mine:
+            with pytest.raises(RuntimeError, match=r"before optimizer\.step"):
+                optimizer.step()
+            assert clipper.last is None
+            assert (p.to_local() == 0).all()
+        else:
+            optimizer.step()
+            assert last_of(clipper).clipped
+
+
+def check_gradients_that_user_code_only_copies() -> None:
+    full = randn(8, 3)
+    p = parameter(lying(full, Shard(0)), lying(full, Shard(0)))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    clipper = Clipper(optimizer, 0.5, on_clip=lambda _: setattr(p, "grad", p.grad.clone()))
+    optimizer.step()
+    assert float(p.grad.full_tensor().norm()) == pytest.approx(0.5, rel=1e-5)
+    agreed(list(clipper.history))
+
+
+def check_no_gradient_means_none_on_any_rank() -> None:
+    """Thresholds learn on every rank or on none."""
+    for scope in SCOPES[:2]:
+        mine = parameter(None, torch.zeros(2))
+        optimizer = torch.optim.SGD([mine], lr=1.0)
+        clipper = Clipper(optimizer, Percentile(100), scope=scope, group=dist.group.WORLD)
+        for rank in (None, 2, None, 0):
+            mine.grad = torch.tensor([3.0, 4.0]) if dist.get_rank() == rank else None
+            optimizer.step()
+        agreed((list(clipper.history), clipper.state_dict()["thresholds"]))
+        (threshold,) = clipper.thresholds.values()
+        assert threshold.state_dict()["norms"] == [5.0, 5.0]
+        assert [r.clip_coef for r in clipper.history] == [1.0] * 4
+
+
+def check_ranks_scale_alike_whatever_only_one_of_them_has() -> None:
+    """Parameters that every rank has a copy of stay the same to the last bit."""
+    here_only: dict[str, list[Tensor]] = {
+        "gaps": [torch.ones(4, 4)[:, ::2]],
+        "float64": [torch.ones(3, dtype=torch.float64)],
+        "shared": [same_again := torch.ones(3), same_again],
+        "many elements": [torch.ones(600_000)],
+    }
+    for grads in here_only.values():
+        others = grads if dist.get_rank() == 1 else []
+        parameters = with_gradients([randn(1000, seed=1), *others])
+        optimizer = torch.optim.SGD(parameters, lr=0.3, fused=True)
+        Clipper(optimizer, 0.37, group=dist.group.WORLD)
+        optimizer.step()
+        agreed([bits(parameters[0]), bits(parameters[0].grad)])
+
+
+def check_the_step_that_creates_an_optimizers_state() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    for parameter in model.parameters():
+        parameter.data = randn(*parameter.shape)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    clipper = Clipper(optimizer, Percentile())
+    state_dict.get_optimizer_state_dict(model, optimizer)
+    assert (clipper.last, clipper.thresholds) == (None, {})
+    model(randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert last_of(clipper).step == 0
+    assert last_of(clipper).total_norm == pytest.approx(
+        float(torchclip.get_total_norm([grad_of(p) for p in model.parameters()])), rel=1e-6
+    )

@@ -1,0 +1,12 @@
+"""The Clipper on several ranks; what is checked on them is in ``clipper_rank_checks.py``."""
+
+import clipper_rank_checks
+import pytest
+from distributed_helpers import Ranks, checks_of
+
+
+@pytest.mark.parametrize("check", checks_of(clipper_rank_checks))
+def test_clipper_on_ranks(ranks: Ranks, check: str, kernel_on_and_off: str) -> None:
+    errors = ranks.run(getattr(clipper_rank_checks, check), kernel_on_and_off == "kernel")
+    if errors:
+        pytest.fail("\n".join(errors), pytrace=False)

@@ -1,0 +1,212 @@
+"""What to do about gradients that are not finite."""
+
+from typing import Any
+
+import pytest
+import torch
+from clipper_helpers import (
+    INF,
+    NAN,
+    Net,
+    backward,
+    each_scope,
+    everything,
+    fused_or_not,
+    gradients,
+    sgd,
+    train,
+    two_groups,
+)
+from helpers import bits, grad_of, interrupted_sgd, last_of, with_gradients
+from torch import Tensor, nn
+
+from torchclip import Clipper, Percentile
+from torchclip.clipper import Nonfinite, Scope
+
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+
+
+def with_spoiled_step(fused: bool, **options: Any) -> tuple[Net, torch.optim.AdamW, Clipper]:
+    """An optimizer after a regular step, with gradients of which some are not finite."""
+    model = Net()
+    named = list(model.named_parameters())
+    groups = [{"params": named[:1]}, {"params": named[1:]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, fused=fused)
+    clipper = Clipper(optimizer, Percentile(50, max_norm=0.5), **options)
+    train(model, optimizer, range(1))
+    backward(model, optimizer, 1)
+    grad = grad_of(model.inner.weight)
+    grad[0, 0], grad[1, 1] = INF, NAN
+    return model, optimizer, clipper
+
+
+@fused_or_not
+@each_scope
+def test_error_names_the_parameters_and_changes_nothing(scope: Scope, fused: bool) -> None:
+    _, optimizer, clipper = with_spoiled_step(fused, scope=scope, nonfinite="error")
+    before = everything(optimizer), [bits(g) for g in gradients(optimizer)], str(clipper.state_dict())
+    with pytest.raises(RuntimeError, match=r"inner\.weight of shape \(6, 4\) \(1 inf, 1 nan\)") as caught:
+        optimizer.step()
+    assert "outer" not in str(caught.value)
+    assert "nonfinite='skip'" in str(caught.value)
+    after = everything(optimizer), [bits(g) for g in gradients(optimizer)], str(clipper.state_dict())
+    assert after == before
+
+
+@fused_or_not
+@each_scope
+def test_skip_changes_neither_parameters_nor_state(scope: Scope, fused: bool) -> None:
+    model, optimizer, clipper = with_spoiled_step(fused, scope=scope, nonfinite="skip")
+    before, grads = everything(optimizer), [grad_of(p) for p in model.parameters()]
+    values, learned = [bits(g) for g in grads], clipper.state_dict()["thresholds"]
+    optimizer.step()
+    assert everything(optimizer) == before
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert [bits(g) for g in grads] == values
+    assert clipper.state_dict()["thresholds"] == learned
+    assert (last_of(clipper).step, last_of(clipper).skipped, last_of(clipper).clipped) == (1, True, False)
+    train(model, optimizer, range(2, 3))
+    assert everything(optimizer) != before
+    assert (last_of(clipper).step, last_of(clipper).skipped) == (2, False)
+    assert clipper.history.summary().skipped == 1
+
+
+@fused_or_not
+@each_scope
+def test_zero_clips_the_rest(scope: Scope, fused: bool) -> None:
+    model, optimizer, clipper = with_spoiled_step(fused, scope=scope, nonfinite="zero")
+    reference, plain, its_clipper = with_spoiled_step(fused, scope=scope)
+    grad = grad_of(reference.inner.weight)
+    grad[0, 0] = grad[1, 1] = 0
+    optimizer.step()
+    plain.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close([a, a.grad], [b, b.grad], rtol=1e-6, atol=0)
+    assert last_of(clipper).nonfinite
+    learned, its = (c.state_dict()["thresholds"] for c in (clipper, its_clipper))
+    assert {name: t["norms"] for name, t in learned.items()} == {
+        name: pytest.approx(t["norms"], rel=1e-12) for name, t in its.items()
+    }
+
+
+@fused_or_not
+@each_scope
+def test_propagate_leaves_thresholds_alone(scope: Scope, fused: bool) -> None:
+    model, optimizer, clipper = with_spoiled_step(fused, scope=scope)
+    optimizer.step()
+    assert model.inner.weight.isnan().any()
+    assert last_of(clipper).nonfinite
+    assert all(len(t["norms"]) <= 2 for t in clipper.state_dict()["thresholds"].values())
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "skip", "zero"])
+def test_a_group_that_is_not_clipped_is_looked_at_too(nonfinite: Nonfinite) -> None:
+    optimizer = two_groups(max_norm=None)
+    optimizer.param_groups[1]["params"][0].grad[0] = NAN
+    Clipper(optimizer, 1.0, nonfinite=nonfinite)
+    if nonfinite == "error":
+        with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[0\]"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "zero"])
+def test_lbfgs_with_the_policies_that_it_can_have(nonfinite: Nonfinite) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.LBFGS([weight], lr=0.1)
+    clipper = Clipper(optimizer, 1.0, nonfinite=nonfinite)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        (weight[0] ** 2 + torch.sqrt(weight[1] - 1)).backward()  # of infinite slope
+        return torch.tensor(1.0)
+
+    if nonfinite == "error":
+        with pytest.raises(RuntimeError, match="non-finite"):
+            optimizer.step(closure)
+        assert weight.tolist() == [1.0, 1.0]
+    else:
+        optimizer.step(closure)
+        assert weight.isfinite().all()
+        assert clipper.history[0].nonfinite
+
+
+@fused_or_not
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_gradients_that_a_hook_zeroes_after_a_skipped_step_stay_so(set_to_none: bool, fused: bool) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
+    optimizer.register_step_post_hook(lambda o, *_: o.zero_grad(set_to_none))
+    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
+    for value in (3.0, INF, 3.0):
+        (weight * torch.tensor([value, 4.0])).sum().backward()
+        optimizer.step()
+        assert (weight.grad is None) if set_to_none else (grad_of(weight) == 0).all()
+    assert [record.skipped for record in clipper.history] == [False, True, False]
+    assert weight.tolist() == pytest.approx([-1.2, -1.6])
+    assert "zero_grad" not in vars(optimizer)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_zeroing_gradients_within_a_skipped_step_changes_no_parameter(set_to_none: bool) -> None:
+    weights = with_gradients([torch.tensor([INF]), torch.tensor([2.0])], [torch.ones(1), torch.ones(1)])
+    optimizer = torch.optim.SGD(weights, lr=1.0, weight_decay=0.1)
+    Clipper(optimizer, 1.0, nonfinite="skip")
+    optimizer.register_step_pre_hook(lambda o, *_: o.zero_grad(set_to_none))
+    optimizer.step()
+    assert [w.item() for w in weights] == [1.0, 1.0]
+    assert [w.grad for w in weights] == ([None, None] if set_to_none else [0.0, 0.0])
+
+
+def test_a_gradient_that_a_hook_sets_in_a_skipped_step_stays_beside_the_others() -> None:
+    first, second = with_gradients([torch.tensor([3.0, INF]), torch.tensor([2.0])])
+    optimizer = torch.optim.SGD([first, second], lr=1.0)
+    Clipper(optimizer, 1.0, nonfinite="skip")
+    optimizer.register_step_pre_hook(lambda *_: setattr(second, "grad", torch.tensor([7.0])))
+    optimizer.step()
+    assert (first.grad.tolist(), second.grad.tolist()) == ([3.0, INF], [7.0])
+
+
+def test_after_a_skipped_step_that_failed_old_gradients_do_not_come_back_beside_new_ones() -> None:
+    first, second = with_gradients([torch.tensor([3.0, INF]), torch.tensor([1.0])])
+    optimizer = torch.optim.SGD([first, second], lr=1.0)
+    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
+    with interrupted_sgd():
+        optimizer.step()
+    first.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert (last_of(clipper).total_norm, second.grad) == (5.0, None)
+
+
+def test_lbfgs_cannot_skip() -> None:
+    with pytest.raises(ValueError, match="LBFGS"):
+        Clipper(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]), 1.0, nonfinite="skip")
+
+
+@pytest.mark.parametrize("norm_type", [0, -1, "-inf"])
+@pytest.mark.parametrize("nonfinite", ["error", "skip", "zero"])
+def test_policies_need_a_norm_that_shows_what_is_not_finite(
+    nonfinite: Nonfinite, norm_type: float | str
+) -> None:
+    optimizer = sgd([torch.tensor([3.0, INF])])
+    with pytest.raises(ValueError, match=rf"`nonfinite='{nonfinite}'`.*pass an order above 0.*'propagate'"):
+        Clipper(optimizer, 1.0, norm_type=norm_type, nonfinite=nonfinite)
+    Clipper(optimizer, 1.0, norm_type=norm_type)
+
+
+@fused_or_not
+@each_scope
+def test_of_a_step_with_nothing_finite_a_threshold_learns_nothing(scope: Scope, fused: bool) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, Percentile(100), scope=scope, nonfinite="zero")
+    for grad in ([3.0, 4.0], [NAN, INF], [3.0, 4.0]):
+        weight.grad = torch.tensor(grad)
+        optimizer.step()
+    (threshold,) = clipper.thresholds.values()
+    assert threshold.state_dict()["norms"] == [5.0, 5.0]
+    assert weight.tolist() == [-6.0, -8.0]
+    assert [r.clip_coef for r in clipper.history] == [1.0, 1.0, 1.0]
+    assert [r.nonfinite for r in clipper.history] == [False, True, False]

@@ -1,0 +1,363 @@
+"""What is clipped together, with which threshold."""
+
+from typing import Any
+
+import pytest
+import torch
+from clipper_helpers import (
+    INF,
+    NAN,
+    Answering,
+    each_scope,
+    everything,
+    fused_or_not,
+    grad_norms,
+    gradients,
+    sgd,
+    two_groups,
+)
+from helpers import last_of, with_gradients
+from torch import Tensor, nn
+
+from torchclip import Clipper, Percentile, ZScore
+from torchclip.clipper import Scope
+
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+
+
+@fused_or_not
+def test_a_gradient_that_two_parameters_share_is_scaled_once(fused: bool) -> None:
+    first, second = parameters = with_gradients([torch.tensor([3.0, 4.0]), None])
+    second.grad = first.grad
+    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=fused)
+    Clipper(optimizer, 1.0)
+    optimizer.step()
+    assert first.grad.tolist() == pytest.approx([0.6, 0.8])
+    assert second.tolist() == pytest.approx([-0.6, -0.8])
+
+
+def test_shared_gradients_with_a_threshold_for_each_parameter() -> None:
+    first, second, third = parameters = with_gradients([torch.tensor([3.0, 4.0]), None, torch.tensor([1.0])])
+    second.grad = first.grad
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    Clipper(optimizer, Answering(2.0), scope="parameter")
+    optimizer.step()
+    assert (first.grad.tolist(), third.grad.tolist()) == (pytest.approx([1.2, 1.6]), [1.0])
+
+
+@fused_or_not
+def test_parameters_without_gradients_are_passed_over(fused: bool) -> None:
+    parameters = with_gradients([None, torch.tensor([3.0, 4.0]), None])
+    optimizer = torch.optim.Adam(parameters, fused=fused)
+    clipper = Clipper(optimizer, 1.0)
+    optimizer.step()
+    assert parameters[1].grad.tolist() == pytest.approx([0.6, 0.8])
+    assert list(clipper.norms()) == ["param_groups[0]['params'][1]"]
+    assert len(optimizer.state) == 1
+
+
+@fused_or_not
+@each_scope
+def test_a_step_without_any_gradient(scope: Scope, fused: bool) -> None:
+    optimizer = torch.optim.Adam(with_gradients([None, None]), fused=fused)
+    clipper = Clipper(optimizer, 1.0, scope=scope)
+    optimizer.step()
+    assert last_of(clipper)[1:] == (0.0, 1.0 if scope != "parameter" else INF, 1.0, False, False, False)
+    assert clipper.norms() == {}
+
+
+@fused_or_not
+@pytest.mark.parametrize(
+    ("scope", "expected"),
+    [("global", [5 / 125**0.5, 10 / 125**0.5]), ("group", [1, 1]), ("parameter", [1, 1])],
+)
+def test_what_is_clipped_together(scope: Scope, expected: list[float], fused: bool) -> None:
+    optimizer = two_groups(fused)
+    clipper = Clipper(optimizer, 1.0, scope=scope)
+    optimizer.step()
+    assert grad_norms(optimizer) == pytest.approx(expected, rel=1e-5)
+    assert last_of(clipper).total_norm == pytest.approx(125**0.5)
+    assert last_of(clipper).clip_coef == pytest.approx(1 / 125**0.5 if scope == "global" else 0.1, rel=1e-5)
+
+
+def test_parameters_of_a_group_apart() -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])])
+    Clipper(optimizer, 1.0, scope="parameter")
+    optimizer.step()
+    assert grad_norms(optimizer) == pytest.approx([1.0, 0.5], rel=1e-5)
+
+
+@fused_or_not
+@each_scope
+def test_a_groups_own_max_norm_can_change(scope: Scope, fused: bool) -> None:
+    optimizer = two_groups(fused, max_norm=0.5)
+    clipper = Clipper(optimizer, 2.0, scope=scope)
+    seen = []
+    for own in (0.5, None, torch.tensor(4.0)):
+        optimizer.param_groups[1]["max_norm"] = own
+        for group, grad in zip(optimizer.param_groups, ([3.0, 4.0], [6.0, 8.0]), strict=True):
+            group["params"][0].grad = torch.tensor(grad)
+        optimizer.step()
+        seen += grad_norms(optimizer)
+    assert seen == pytest.approx([2, 0.5, 2, 10, 2, 4], rel=1e-5)
+    assert [r.max_norm for r in clipper.history] == [0.5, 2.0, 2.0]
+    assert [r.total_norm for r in clipper.history] == pytest.approx([125**0.5] * 3)
+
+
+@fused_or_not
+def test_all_groups_unclipped(fused: bool) -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
+    optimizer.param_groups[0]["max_norm"] = None
+    clipper = Clipper(optimizer, 1.0)
+    optimizer.step()
+    assert gradients(optimizer)[0].tolist() == [3.0, 4.0]
+    assert clipper.last == (0, 5.0, INF, 1.0, False, False, False)
+
+
+@fused_or_not
+@pytest.mark.parametrize(("own", "error"), [(-1.0, ValueError), (NAN, ValueError), ("abc", TypeError)])
+def test_a_groups_own_max_norm_is_checked_before_anything_changes(
+    own: Any, error: type[Exception], fused: bool
+) -> None:
+    optimizer = two_groups(fused, max_norm=own)
+    clipper = Clipper(optimizer, 1.0, scope="group")
+    before = everything(optimizer)
+    with pytest.raises(error, match=r"param_groups\[1\]\['max_norm'\]"):
+        optimizer.step()
+    assert grad_norms(optimizer) == [5.0, 10.0]
+    assert everything(optimizer) == before
+    assert clipper.last is None
+
+
+@fused_or_not
+def test_a_callable_gets_the_number_of_the_step(fused: bool) -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
+    clipper = Clipper(optimizer, lambda step: 4.0 - step)
+    for _ in range(3):
+        optimizer.step()
+    assert [r.max_norm for r in clipper.history] == [4.0, 3.0, 2.0]
+    assert grad_norms(optimizer) == pytest.approx([2.0])
+
+
+@fused_or_not
+def test_a_users_own_threshold(fused: bool) -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
+    clipper = Clipper(optimizer, Answering(INF, 2.0))
+    optimizer.step()
+    assert grad_norms(optimizer) == [5.0]
+    optimizer.step()
+    assert grad_norms(optimizer) == pytest.approx([2.0])
+    assert clipper.state_dict()["thresholds"] == {"all": {"asked": [5.0, 5.0]}}
+
+
+@each_scope
+def test_what_is_clipped_apart_learns_apart(scope: Scope) -> None:
+    threshold = Percentile(50)
+    optimizer = two_groups()
+    Clipper(optimizer, threshold, scope=scope)
+    seen = []
+    for factor in (1.0, 3.0):
+        for group, grad in zip(optimizer.param_groups, ([3.0, 4.0], [6.0, 8.0]), strict=True):
+            group["params"][0].grad = torch.tensor(grad) * factor
+        optimizer.step()
+        seen += grad_norms(optimizer)
+    assert seen == pytest.approx([5, 10, 10, 20], rel=1e-5)  # the median of 1 and 3 is 2
+    assert threshold.state_dict()["norms"] == []
+
+
+@fused_or_not
+@pytest.mark.parametrize(
+    ("max_norm", "error", "message"),
+    [
+        (Answering(NAN), ValueError, "Answering.update"),
+        (Answering(-1.0), ValueError, "Answering.update"),
+        (Answering(None), TypeError, "Answering.update"),
+        (lambda step: NAN, ValueError, r"max_norm\(0\)"),
+        (lambda step: -1.0, ValueError, r"max_norm\(0\)"),
+        (lambda step: "abc", TypeError, r"max_norm\(0\)"),
+    ],
+)
+def test_impossible_thresholds_are_refused_before_anything_changes(
+    max_norm: Any, error: type[Exception], message: str, fused: bool
+) -> None:
+    optimizer = two_groups(fused)
+    clipper = Clipper(optimizer, max_norm)
+    before = everything(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert grad_norms(optimizer) == [5.0, 10.0]
+    assert everything(optimizer) == before
+    assert not hasattr(optimizer, "grad_scale")
+    assert clipper.last is None
+
+
+def test_a_group_without_parameters_does_not_count() -> None:
+    (weight,) = with_gradients([torch.tensor([3.0, 4.0])])
+    groups: list[dict[str, Any]] = [{"params": [weight], "max_norm": 2.0}, {"params": []}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    clipper = Clipper(optimizer, Percentile())
+    optimizer.step()
+    assert (last_of(clipper).max_norm, dict(clipper.thresholds)) == (2.0, {})
+
+
+@each_scope
+@pytest.mark.parametrize("max_norm", [Percentile(100), ZScore(warmup=1)])
+def test_a_norm_at_a_threshold_that_learns_is_left_alone(max_norm: Any, scope: Scope) -> None:
+    optimizer = sgd([torch.tensor([3e-6, 4e-6])])
+    clipper = Clipper(optimizer, max_norm, scope=scope)
+    for _ in range(3):
+        optimizer.step()
+    assert gradients(optimizer)[0].tolist() == torch.tensor([3e-6, 4e-6]).tolist()
+    assert clipper.history.summary().clipped == 0
+
+
+# Thresholds learn from gradients, and from nothing else
+
+
+def of_norms(*norms: float) -> list[Tensor]:
+    return [torch.tensor([0.0, norm]) for norm in norms]
+
+
+@fused_or_not
+@each_scope
+@pytest.mark.parametrize(
+    "max_norm", [Percentile(100), ZScore(warmup=1, threshold=0.0)], ids=["Percentile", "ZScore"]
+)
+def test_a_part_without_gradients_teaches_a_threshold_nothing(
+    max_norm: Any, scope: Scope, fused: bool
+) -> None:
+    first, second = with_gradients(of_norms(4.0, 3.0))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, max_norm, scope=scope)
+    optimizer.step()
+    learned = clipper.state_dict()["thresholds"]
+    for parameter in (first, second):  # nothing at all, some steps long
+        parameter.grad = None
+    for _ in range(3):
+        optimizer.step()
+    assert clipper.state_dict()["thresholds"] == learned
+    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False)
+    second.grad = torch.tensor([0.0, 3.0])  # the first one is frozen
+    optimizer.step()
+    assert second.grad.tolist() == [0.0, 3.0]
+    first.grad = torch.tensor([0.0, 4.0])
+    optimizer.step()
+    assert first.grad.tolist() == ([0.0, 4.0] if scope != "global" else [0.0, pytest.approx(4.0, rel=0.3)])
+    assert not any(0.0 in t.get("norms", ()) for t in clipper.state_dict()["thresholds"].values())
+
+
+@each_scope
+def test_empty_gradients_teach_a_threshold_nothing(scope: Scope) -> None:
+    optimizer = torch.optim.SGD(with_gradients([torch.zeros(0), torch.zeros(3, 0)]), lr=1.0)
+    clipper = Clipper(optimizer, Percentile(), scope=scope)
+    optimizer.step()
+    assert clipper.thresholds == {}
+    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False)
+
+
+@each_scope
+def test_zeros_are_gradients_too(scope: Scope) -> None:
+    optimizer = sgd([torch.zeros(2)])
+    clipper = Clipper(optimizer, Percentile(), scope=scope)
+    optimizer.step()
+    (threshold,) = clipper.thresholds.values()
+    assert threshold.state_dict()["norms"] == [0.0]
+    assert last_of(clipper).clip_coef == 1.0
+
+
+@fused_or_not
+@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+def test_a_learned_threshold_is_met_exactly(scope: Scope, scale: float, fused: bool) -> None:
+    optimizer = sgd(of_norms(10 * scale), fused=fused)
+    clipper = Clipper(optimizer, Answering(scale), scope=scope)
+    optimizer.step()
+    assert last_of(clipper).clip_coef == pytest.approx(0.1, rel=1e-6)
+    assert grad_norms(optimizer) == pytest.approx([scale], rel=1e-6)
+
+
+@fused_or_not
+def test_a_number_and_a_callable_are_met_as_torch_meets_them(fused: bool) -> None:
+    for max_norm in (1e-8, lambda step: 1e-8):
+        optimizer = sgd(of_norms(1e-7), fused=fused)
+        expected = with_gradients(of_norms(1e-7))
+        nn.utils.clip_grad_norm_(expected, 1e-8)
+        Clipper(optimizer, max_norm)
+        optimizer.step()
+        assert grad_norms(optimizer) == pytest.approx([float(expected[0].grad.norm())], rel=1e-5)
+
+
+def test_a_groups_own_number_beside_learned_thresholds_is_met_as_torch_meets_it() -> None:
+    optimizer = two_groups(max_norm=1e-6)
+    optimizer.param_groups[1]["params"][0].grad = torch.tensor([0.0, 1e-6])
+    Clipper(optimizer, Percentile(), scope="group")
+    optimizer.step()
+    assert grad_norms(optimizer) == pytest.approx([5.0, 5e-7], rel=1e-5)
+
+
+# A gradient that several groups share
+
+
+@fused_or_not
+@pytest.mark.parametrize("own", [(1.0, 2.0), (2.0, 1.0), (None, 1.0), (1.0, None)])
+def test_a_gradient_of_two_groups_gets_the_tighter_threshold_once(own: Any, fused: bool) -> None:
+    first, second, third = with_gradients([torch.tensor([3.0, 4.0]), None, torch.tensor([12.0])])
+    second.grad = first.grad
+    groups = [
+        {"params": [first], "max_norm": own[0]},
+        {"params": [second], "max_norm": own[1]},
+        {"params": [third]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, 6.0)
+    optimizer.step()
+    assert first.grad is second.grad
+    assert first.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+    assert third.grad.tolist() == pytest.approx([6.0], rel=1e-5)
+    assert [first.tolist(), second.tolist()] == [pytest.approx([-0.6, -0.8], rel=1e-5)] * 2
+    assert last_of(clipper).total_norm == pytest.approx(13.0)
+
+
+@pytest.mark.parametrize("scope", ["group", "parameter"])
+def test_a_gradient_of_two_groups_with_thresholds_that_learn(scope: Scope) -> None:
+    first, second = with_gradients([torch.tensor([3.0, 4.0]), None])
+    second.grad = first.grad
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
+    clipper = Clipper(optimizer, Answering(2.0), scope=scope)
+    optimizer.step()
+    assert first.grad.tolist() == pytest.approx([1.2, 1.6])
+    assert last_of(clipper).total_norm == 5.0
+
+
+# Groups
+
+
+@fused_or_not
+@each_scope
+@pytest.mark.parametrize("empty", [[], [None], [torch.zeros(0)]])
+def test_a_group_with_nothing_to_clip_does_not_count_as_clipped(
+    empty: Any, scope: Scope, fused: bool
+) -> None:
+    groups: list[dict[str, Any]] = [
+        {"params": with_gradients(of_norms(5.0))},
+        {"params": with_gradients(empty), "max_norm": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, 10.0, scope=scope)
+    optimizer.step()
+    assert clipper.last == (0, 5.0, 10.0, 1.0, False, False, False)
+
+
+@each_scope
+def test_a_callable_is_asked_once_a_step(scope: Scope) -> None:
+    asked = []
+
+    def max_norm(step: int) -> float:
+        asked.append(step)
+        return 1.0
+
+    optimizer = two_groups()
+    Clipper(optimizer, max_norm, scope=scope)
+    optimizer.step()
+    optimizer.step()
+    assert asked == [0, 1]

@@ -1,0 +1,404 @@
+"""One step of an optimizer: nesting, closures, exceptions, and what is undone afterwards."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from clipper_helpers import INF, NAN, Net, backward, equal, fused_or_not, grad_norms, gradients, sgd, train
+from helpers import grad_of, interrupted_sgd, last_of, with_gradients
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict
+
+import torchclip
+from torchclip import Clipper, Percentile
+from torchclip.clipper import Scope
+
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+
+
+@fused_or_not
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+def test_closures_are_clipped_after_their_backward_pass(how: str, fused: bool) -> None:
+    models = [Net(), Net()]
+    plain, clipped = (torch.optim.Adam(m.parameters(), lr=0.1, fused=fused) for m in models)
+    clipper = Clipper(clipped, 0.5)
+    for step in range(10):
+        expected = backward(models[0], plain, step)
+        torchclip.clip_grad_norm_(models[0].parameters(), 0.5)
+        plain.step()
+        closure = functools.partial(backward, models[1], clipped, step)
+        loss = clipped.step(closure) if how == "positional" else clipped.step(closure=closure)
+        torch.testing.assert_close(loss, expected)
+    assert [record.step for record in clipper.history] == list(range(10))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_closure_of_none_is_none() -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])])
+    clipper = Clipper(optimizer, 1.0)
+    optimizer.step(None)
+    optimizer.step(closure=None)
+    assert [record.total_norm for record in clipper.history] == pytest.approx([5.0, 1.0])
+
+
+@fused_or_not
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_subclass_that_calls_its_parents_step_is_clipped_once(with_closure: bool, fused: bool) -> None:
+    class Counting(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    models = [Net(), Net()]
+    plain = torch.optim.Adam(models[0].parameters(), lr=0.05, fused=fused)  # puts the hooks into Adam.step
+    clipped = Counting(models[1].parameters(), lr=0.05, fused=fused)
+    clippers = [Clipper(plain, Percentile()), Clipper(clipped, Percentile())]
+    train(models[0], plain, range(5))
+    if with_closure:
+        for step in range(5):
+            clipped.step(functools.partial(backward, models[1], clipped, step))
+    else:
+        train(models[1], clipped, range(5))
+    assert equal(*models)
+    assert list(clippers[0].history) == list(clippers[1].history)
+
+
+@fused_or_not
+def test_other_hooks_work_before_and_after(fused: bool) -> None:
+    optimizer = sgd([torch.tensor([0.3, 0.4])], fused=fused)
+    seen = []
+
+    def multiply(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        gradients(optimizer)[0].mul_(10)
+
+    optimizer.register_step_pre_hook(multiply)
+    clipper = Clipper(optimizer, 1.0)
+    optimizer.register_step_pre_hook(multiply)
+    optimizer.register_step_post_hook(lambda o, *_: seen.extend(grad_norms(o)))
+    optimizer.step()
+    assert last_of(clipper).total_norm == pytest.approx(5.0)
+    assert seen == pytest.approx([10.0])
+
+
+def test_a_subclass_may_take_something_else_than_a_closure() -> None:
+    class Scaled(torch.optim.SGD):
+        def step(self, lr_scale: float = 1.0) -> Any:  # type: ignore[override]
+            gradients(self)[0].mul_(lr_scale)
+            return super().step()
+
+    optimizer = Scaled(with_gradients([torch.tensor([3.0, 4.0])]), lr=1.0)
+    clipper = Clipper(optimizer, 1.0)
+    optimizer.step(0.5)
+    assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-0.3, -0.4])
+    assert last_of(clipper).total_norm == 5.0
+
+
+@fused_or_not
+@pytest.mark.parametrize("value", [4.0, INF])
+def test_norms_after_a_step_that_failed(value: float, fused: bool) -> None:
+    optimizer = sgd([torch.tensor([3.0, value])], fused=fused)
+    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
+    with interrupted_sgd():
+        optimizer.step()
+    expected = math.hypot(3.0, value) if fused or value == INF else 1.0
+    assert list(clipper.norms().values()) == pytest.approx([expected])
+
+
+@fused_or_not
+@pytest.mark.parametrize("value", [4.0, INF, NAN])
+def test_after_a_step_that_failed_the_next_one_is_as_usual(value: float, fused: bool) -> None:
+    parameters = with_gradients([torch.tensor([3.0, value])])
+    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, 1.0, nonfinite="skip" if value != 4.0 else "propagate")
+    with interrupted_sgd():
+        optimizer.step()
+    parameters[0].grad = torch.tensor([6.0, 8.0])
+    optimizer.step()
+    assert (last_of(clipper).step, last_of(clipper).total_norm) == (0, 10.0)
+    assert parameters[0].tolist() == pytest.approx([-0.6, -0.8])
+    assert not hasattr(optimizer, "grad_scale")
+
+
+def test_a_closure_that_fails() -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])])
+    clipper = Clipper(optimizer, 1.0)
+
+    def fail() -> None:
+        raise KeyError("data")
+
+    with pytest.raises(KeyError, match="data"):
+        optimizer.step(fail)
+    assert clipper.last is None
+    assert grad_norms(optimizer) == [5.0]
+    optimizer.step()
+    assert grad_norms(optimizer) == pytest.approx([1.0])
+
+
+@fused_or_not
+def test_an_optimizer_that_calls_its_closure_twice(fused: bool) -> None:
+    class Twice(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for _ in range(2):
+                with torch.enable_grad():
+                    closure()
+            return super().step()
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Twice([weight], lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
+    slopes = iter([NAN, 5.0, 4.0, 5.0, 5.0, NAN])
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        (weight[0] * next(slopes)).backward()
+
+    for expected in (-1.0, -2.0, -2.0):
+        optimizer.step(closure)
+        assert weight.tolist() == pytest.approx([expected, 0.0], rel=1e-6)
+    assert grad_of(weight).isnan().any()
+    assert not hasattr(optimizer, "grad_scale")
+    assert [(r.step, r.skipped) for r in clipper.history] == [
+        *[(0, True), (0, False)],
+        *[(1, False), (1, False)],
+        *[(2, False), (2, True)],
+    ]
+    assert [r.total_norm for r in clipper.history][1:5] == [5.0, 4.0, 5.0, 5.0]
+
+
+def test_a_step_with_several_closures_has_several_records_and_counts_once() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.LBFGS([weight], lr=0.01, max_iter=3)
+    clipper = Clipper(optimizer, 0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    summary = clipper.history.summary()
+    assert len(clipper.history) > 4
+    assert (summary.steps, summary.clipped, summary.kept) == (4, 4, 4)
+
+
+@fused_or_not
+def test_a_step_that_was_not_taken_is_not_in_the_history(fused: bool) -> None:
+    (parameter,) = parameters = with_gradients([torch.tensor([3.0, 4.0])])
+    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, 1.0)
+    optimizer.step()
+    parameter.grad = torch.tensor([0.0, 7.0])
+    with interrupted_sgd():
+        optimizer.step()
+    assert [r.total_norm for r in clipper.history] == [5.0]
+    parameter.grad = torch.tensor([6.0, 8.0])
+    optimizer.step()
+    assert [(r.step, r.total_norm) for r in clipper.history] == [(0, 5.0), (1, 10.0)]
+    assert clipper.history.summary().steps == 2
+
+
+def test_lbfgs_that_fails_half_way_is_not_in_the_history() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.LBFGS([weight], lr=0.01, max_iter=4)
+    clipper = Clipper(optimizer, 0.1)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyError("data")
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert clipper.last is None
+
+
+def test_a_closure_that_is_called_with_arguments() -> None:
+    class Asking(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.enable_grad():
+                loss = closure(3.0, times=2.0)
+            super().step()
+            return loss
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Asking([weight], lr=1.0)
+    clipper = Clipper(optimizer, 1.0)
+
+    def closure(slope: float, times: float = 1.0) -> float:
+        optimizer.zero_grad()
+        (weight[0] * slope * times).backward()
+        return slope
+
+    for step in (optimizer.step, lambda c: optimizer.step(closure=c)):
+        assert step(closure) == 3.0
+    assert [r.total_norm for r in clipper.history] == [6.0, 6.0]
+    assert weight.tolist() == pytest.approx([-2.0, 0.0])
+
+
+class OfModel(torch.optim.SGD):
+    """Takes something that can be called, but is no closure."""
+
+    def step(self, model: Any) -> Any:  # type: ignore[override]
+        assert model is not None
+        return super().step()
+
+
+class AfterModel(torch.optim.SGD):
+    """Takes a closure in another place than the first."""
+
+    def step(self, model: Any, closure: Any = None) -> Any:  # type: ignore[override]
+        assert isinstance(model, nn.Module)
+        return super().step(closure)
+
+
+class Anything(torch.optim.SGD):
+    """Passes on whatever it gets."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
+
+
+class OtherName(torch.optim.SGD):
+    """Takes a closure by a name of its own."""
+
+    def step(self, evaluate: Any = None, *, loss_closure: Any = None) -> Any:
+        return super().step(evaluate or loss_closure)
+
+
+class Evaluating(torch.optim.SGD):
+    """Takes a closure by a name that does not say so."""
+
+    def step(self, evaluate: Any) -> Any:  # type: ignore[override]
+        return super().step(evaluate)
+
+
+@pytest.mark.parametrize(
+    "takes",
+    [nn.Linear(1, 1), lambda step: 0.1 / step, torch.optim.lr_scheduler.StepLR],
+    ids=["module", "function", "class"],
+)
+def test_what_can_be_called_is_not_always_a_closure(takes: Any) -> None:
+    optimizer = OfModel(with_gradients([torch.tensor([3.0, 4.0])]), lr=1.0)
+    clipper = Clipper(optimizer, 1.0)
+    optimizer.step(takes)
+    optimizer.step(model=takes)
+    assert grad_norms(optimizer) == pytest.approx([1.0], rel=1e-5)
+    assert [r.total_norm for r in clipper.history] == pytest.approx([5.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (AfterModel, lambda step, closure: step(nn.Linear(1, 1), closure)),
+        (AfterModel, lambda step, closure: step(nn.Linear(1, 1), closure=closure)),
+        (AfterModel, lambda step, closure: step(model=nn.Linear(1, 1), closure=closure)),
+        (Anything, lambda step, closure: step(closure)),
+        (Anything, lambda step, closure: step(closure=closure)),
+        (OtherName, lambda step, closure: step(loss_closure=closure)),
+        (Evaluating, lambda step, closure: step(closure)),
+    ],
+)
+def test_the_closure_is_found_where_the_signature_has_it(kind: Any, call: Callable[..., Any]) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = kind([weight], lr=1.0)
+    clipper = Clipper(optimizer, 1.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight * torch.tensor([3.0, 4.0])).sum()
+        loss.backward()
+        return loss
+
+    call(optimizer.step, closure)
+    assert weight.tolist() == pytest.approx([-0.6, -0.8])
+    assert [r.total_norm for r in clipper.history] == [5.0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_within_a_step_is_part_of_it(fails: bool) -> None:
+    class Outer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            if fails:
+                with interrupted_sgd():
+                    super().step(closure)
+            return super().step(closure)
+
+    optimizer = Outer(with_gradients([torch.tensor([3.0, 4.0])]), lr=1.0)
+    plain = torch.optim.SGD(with_gradients([torch.tensor([1.0])]), lr=1.0)
+    Clipper(plain, 1.0)  # puts hooks into SGD.step
+    clipper = Clipper(optimizer, 1.0)
+    for _ in range(2):
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+        optimizer.step()
+        assert grad_norms(optimizer) == pytest.approx([1.0])
+    assert [(r.step, r.total_norm) for r in clipper.history] == [(0, 5.0), (1, 5.0)]
+
+
+def test_two_clippers_in_one_step_do_not_take_each_others_for_their_own() -> None:
+    inner = sgd([torch.tensor([6.0, 8.0])])
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            inner.step()
+            return super().step(closure)
+
+    outer = Outer(with_gradients([torch.tensor([3.0, 4.0])]), lr=1.0)
+    clippers = Clipper(outer, 1.0), Clipper(inner, 2.0)
+    for _ in range(2):
+        outer.step()
+    assert grad_norms(inner) == pytest.approx([2.0])
+    assert [len(c.history) for c in clippers] == [2, 2]
+
+
+# Steps that are none of training's
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ps: torch.optim.Adam(ps),
+        lambda ps: torch.optim.Adam(ps, lr=torch.tensor(1e-3)),
+        lambda ps: torch.optim.AdamW(ps, fused=True),
+        lambda ps: torch.optim.SGD(ps, lr=0.1),
+        lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, fused=True),
+        lambda ps: torch.optim.Adagrad(ps, lr=0.1),
+    ],
+)
+def test_the_step_that_creates_an_optimizers_state_is_none_of_trainings(make: Any, scope: Scope) -> None:
+    def refuse(record: object) -> None:
+        raise AssertionError(record)
+
+    model = Net()
+    optimizer = make(model.parameters())
+    clipper = Clipper(optimizer, Percentile(), scope=scope, on_clip=refuse)
+    saved = state_dict.get_optimizer_state_dict(model, optimizer)
+    assert (clipper.last, clipper.thresholds, clipper.state_dict()["steps"]) == (None, {}, 0)
+    resumed = Net()
+    its_optimizer = make(resumed.parameters())
+    its_clipper = Clipper(its_optimizer, Percentile(), scope=scope, nonfinite="error", on_clip=refuse)
+    state_dict.set_optimizer_state_dict(resumed, its_optimizer, saved)
+    assert (its_clipper.last, its_clipper.thresholds, its_clipper.state_dict()["steps"]) == (None, {}, 0)
+
+
+@pytest.mark.parametrize(("lr", "value"), [(0.1, 0.0), (0.0, 3.0)])
+def test_a_step_of_training_with_zeros_is_one(lr: float, value: float) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=lr)
+    clipper = Clipper(optimizer, lambda step: 1.0 + step)
+    for _ in range(2):
+        weight.grad = torch.full((2,), value)
+        optimizer.step(closure=None)
+    assert [(r.step, r.max_norm) for r in clipper.history] == [(0, 1.0), (1, 2.0)]

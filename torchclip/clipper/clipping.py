@@ -1,0 +1,280 @@
+"""One clipping: the gradients are measured, judged, reported, looked at again if need be, and changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from torchclip._core import scalars
+from torchclip._core.batch import Facts, Norm, Norms
+from torchclip.clipper import fused, nonfinite
+from torchclip.clipper.nonfinite import Nonfinite
+from torchclip.clipper.scope import Look, Part, Scoping, own_max_norms, together
+from torchclip.clipper.step import Outcome, Step
+from torchclip.history.records import Record, as_records
+from torchclip.thresholds.base import MaxNormRule
+
+__all__ = ["Clipping", "Row"]
+
+
+class Row(NamedTuple):
+    """What ``History.append`` takes."""
+
+    step: int
+    total_norm: Norm
+    max_norm: Norm
+    clip_coef: Norm
+    skipped: bool | Tensor
+
+
+class Clipping:
+    """How the gradients of an optimizer are clipped.
+
+    Args:
+        step: the step of the optimizer that the gradients are for.
+        rule: what the thresholds are.
+        scoping: what is clipped together.
+        policy: what to do about a norm that is not finite.
+        on_clip: whom to tell before anything changes.
+        names: what to call the gradients in an error, by their ids.
+
+    Attributes:
+        hook_id: the id of the pre hook that clips.
+        not_fused: why the latest clip coefficient below 1 did not go along with a fused step.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        rule: MaxNormRule,
+        scoping: Scoping,
+        policy: Nonfinite,
+        on_clip: Callable[[Record], object] | None,
+        names: Callable[[], Mapping[int, str]],
+    ) -> None:
+        self._step, self._rule, self._scoping, self._policy = step, rule, scoping, policy
+        self._on_clip, self._names = on_clip, names
+        self.hook_id = -1
+        self.not_fused: str | None = None
+        self._loan: fused.Loan | None = None
+
+    def begin(self) -> None:
+        """Take note of what a GradScaler has set for the step that begins, as it may end in an exception."""
+        if "found_inf" in vars(self._step.optimizer):
+            self._borrow()
+
+    def look(self, own: Sequence[float | None] = ()) -> Look:
+        """The gradients as they are now, not measured yet."""
+        optimizer = self._step.optimizer
+        return Look(optimizer, self._scoping, own_max_norms(optimizer.param_groups, own))
+
+    def clip(self, number: int, look: Look) -> Row:
+        """Clip gradients that were measured just now.
+
+        Args:
+            number: the number of the step.
+            look: the gradients.
+
+        Returns:
+            What to record.
+        """
+        limits = Limits(self._rule, number, self._scoping.order)
+        user_code = self._on_clip is not None or limits.runs_user_code
+        held = look.held_norms() if user_code else ()
+        skipped, to_zero, _ = self._judge(look, limits)
+        row = _row(number, look, skipped)
+        if self._on_clip is not None:
+            (record,) = as_records([row])
+            self._on_clip(record)
+        if user_code and skipped is not True:
+            look, skipped, to_zero = self._look_again(look, held, limits)
+            row = _row(number, look, skipped)
+        self._apply(look, row, to_zero)
+        return row
+
+    def _judge(self, look: Look, limits: Limits) -> tuple[bool | Tensor, Sequence[Part], bool]:
+        """Decide what to do, without changing anything.
+
+        Returns:
+            Whether the step is left out, the parts whose non-finite elements are to be set to 0, and whether
+            a threshold had to be asked for.
+        """
+        found_inf = getattr(self._step.optimizer, "found_inf", None)
+        skipped = nonfinite.skips(self._policy, look.total_norm, found_inf)
+        if skipped is True:
+            return True, (), False
+        if self._policy == "error":
+            nonfinite.refuse(look, self._scoping.order, self._names())
+        to_zero = nonfinite.without_nonfinite(look) if self._policy == "zero" else ()
+        return skipped, to_zero, limits.set_for(look)
+
+    def _look_again(
+        self, first: Look, held: Sequence[Sequence[float]], limits: Limits
+    ) -> tuple[Look, bool | Tensor, Sequence[Part]]:
+        """What the gradients are after user code ran, with the thresholds that were decided upon before.
+
+        The user may have replaced a gradient, changed it in place, or given one to a parameter that had none.
+        """
+        while True:
+            look = self.look(first.own)
+            if first.facts & Facts.SHARDED:
+                self._refuse_change_on_one_rank(first, look, held)
+                look.measured_as(first)
+            else:
+                look.measure()
+            skipped, to_zero, asked = self._judge(look, limits)
+            if not (asked and limits.runs_user_code):
+                return look, skipped, to_zero
+            # The threshold of what was not there before was learned by the user's own code.
+            limits.close()
+
+    def _refuse_change_on_one_rank(self, first: Look, look: Look, held: Sequence[Sequence[float]]) -> None:
+        # Another rank may not run any user code, so that to measure again would be to wait for it forever.
+        same_names = [p.names() for p in first.parts] == [p.names() for p in look.parts]
+        if not same_names or not _equal(held, look.held_norms()):
+            raise RuntimeError(
+                "gradients were changed by `on_clip` or by what was asked for a `max_norm`, but all ranks "
+                "know their norm by now, and this one cannot take it again alone; change sharded gradients "
+                "before optimizer.step() or in a hook registered before the Clipper. The step was called off"
+            )
+
+    # Changing
+
+    def _borrow(self) -> fused.Loan:
+        """The optimizer's ``grad_scale``, until this step is over."""
+        loan = self._loan
+        if loan is None:
+            loan = self._loan = fused.Loan(self._step.optimizer)
+            self._step.later(self._give_back)
+        return loan
+
+    def _give_back(self, outcome: Outcome) -> None:
+        loan, self._loan = self._loan, None
+        if loan is not None:
+            loan.give_back(outcome)
+
+    def _apply(self, look: Look, row: Row, to_zero: Sequence[Part]) -> None:
+        if row.skipped is True:
+            if self._policy == "skip":
+                self._step.later(nonfinite.hide_gradients(self._step.optimizer))
+            return
+        if isinstance(row.skipped, Tensor) and self._policy == "skip":
+            # To hide the gradients would be to wait; a fused step heeds this.
+            found_inf = self._step.optimizer.found_inf  # type: ignore[attr-defined]
+            self._borrow().tell(row.skipped.to(found_inf.dtype))
+        for part in to_zero:
+            part.batch.zero_nonfinite_()
+        if isinstance(row.clip_coef, Tensor) or row.clip_coef != 1.0:
+            self._scale(look)
+
+    def _scale(self, look: Look) -> None:
+        """Multiply the gradients: now, or within a fused step, as its ``grad_scale``."""
+        optimizer = self._step.optimizer
+        self.not_fused = fused.why_not(optimizer, self.hook_id, look)
+        if self.not_fused is None:
+            divisor = fused.divisor(look.parts[0].clip_coefs[0], look.grad_scale)
+            if divisor is not None:
+                self._borrow().lend(divisor)
+                return
+            self.not_fused = "what the step would have to divide by is no number of float32's range"
+        look.scale_()
+
+
+class Limits:
+    """The thresholds of one step, each asked for once.
+
+    Attributes:
+        runs_user_code: whether to ask for one runs code that is not ours.
+    """
+
+    def __init__(self, rule: MaxNormRule, number: int, order: float) -> None:
+        self._rule, self._number, self._order = rule, number, order
+        self.runs_user_code = rule.runs_user_code
+        self._closed = False
+        self._common: float | None = None
+        # What threshold objects were asked for, and what they answered.
+        self._names: Sequence[str] | None = None
+        self._norms: Norms = []
+        self._max_norms: Norms = []
+
+    def close(self) -> None:
+        """Refuse to ask for another one from now on."""
+        self._closed = True
+
+    def set_for(self, look: Look) -> bool:
+        """Set the thresholds of all parts; returns whether one had to be asked for."""
+        ruled = []
+        for part in look.parts:
+            if part.own is None:
+                ruled.append(part)
+            else:
+                part.limit(part.own, scalars.EPS)
+        if not ruled:
+            return False
+        if self._rule.learns:
+            return self._set_learned(ruled)
+        asked = self._common is None
+        if self._common is None:
+            self._common = float(self._rule.max_norms(self._number, ["all"], [0.0])[0])
+        for part in ruled:
+            part.limit(self._common, scalars.EPS)
+        return asked
+
+    def _set_learned(self, parts: Sequence[Part]) -> bool:
+        """Set what threshold objects answer, which may be the norm itself: it is met exactly."""
+        names = [name for part in parts for name in part.names()] if len(parts) > 1 else parts[0].names()
+        norms = together([part.norms for part in parts])
+        asked = self._names is None
+        if self._names is None:
+            max_norms = self._rule.max_norms(self._number, names, norms, self._order)
+            if isinstance(norms, list) and isinstance(max_norms, Tensor):
+                max_norms = max_norms.tolist()
+            self._names, self._norms, self._max_norms = names, norms, max_norms
+        else:
+            asked, max_norms = self._again(names, norms)
+        start = 0
+        for part in parts:
+            end = start + len(part.norms)
+            part.limit(max_norms[start:end], 0.0)
+            start = end
+        return asked
+
+    def _again(self, names: Sequence[str], norms: Norms) -> tuple[bool, list[float]]:
+        """The thresholds that were learned, and those of what there was nothing to learn from before."""
+        before = zip(self._names or (), _numbers(self._norms), _numbers(self._max_norms), strict=True)
+        learned = {name: max_norm for name, norm, max_norm in before if not norm < 0}
+        unknown = {
+            name: norm
+            for name, norm in zip(names, _numbers(norms), strict=True)
+            if name not in learned and not norm < 0
+        }
+        if unknown:
+            if self._closed:
+                raise RuntimeError(
+                    f"a gradient appeared in the middle of a step ({', '.join(unknown)}), after thresholds "
+                    "had been asked for twice; set gradients before optimizer.step(). The step was called off"
+                )
+            answer = self._rule.max_norms(self._number, [*unknown], [*unknown.values()], self._order)
+            learned.update(zip(unknown, _numbers(answer), strict=True))
+            self._names, self._norms, self._max_norms = [*learned], [0.0] * len(learned), [*learned.values()]
+        return bool(unknown), [learned.get(name, math.inf) for name in names]
+
+
+def _row(number: int, look: Look, skipped: bool | Tensor) -> Row:
+    norm = look.total_norm
+    norm = norm.clamp(min=0.0) if isinstance(norm, Tensor) else 0.0 if norm < 0 else norm
+    if skipped is True:
+        return Row(number, norm, math.inf, 1.0, True)
+    return Row(number, norm, look.max_norm(), look.clip_coef(), skipped)
+
+
+def _numbers(norms: Norms) -> list[float]:
+    return norms.tolist() if isinstance(norms, Tensor) else norms
+
+
+def _equal(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> bool:
+    """Whether all numbers are the same, where NaN is the same as NaN."""
+    return repr(a) == repr(b)

@@ -1,0 +1,116 @@
+"""The clip coefficient as the ``grad_scale`` of a fused step, which saves a pass over the gradients.
+
+Fused optimizers divide the gradients by a ``grad_scale`` while they step, and leave them so divided.  This is
+made for GradScaler, which sets it for a step along with ``found_inf``, and deletes both afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchclip._core.batch import Facts, Norm
+from torchclip.clipper.scope import Look
+from torchclip.clipper.step import Outcome
+
+__all__ = ["Loan", "divisor", "why_not"]
+
+_CPU = torch.device("cpu")
+_TOO_SMALL = Facts.SMALL
+# A GradScaler may multiply it by its own scale, as after a step that failed.
+_MOST = 2.0**100
+
+
+def why_not(optimizer: Optimizer, hook_id: int, look: Look) -> str | None:
+    """Why the clip coefficient cannot, or should not, go along with the step; None if it does.
+
+    What is said of the gradients goes by facts that all ranks know, so that all of them decide alike.
+
+    Args:
+        optimizer: the optimizer, which is about to step.
+        hook_id: the id of the pre hook that clips.
+        look: the gradients.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return "the optimizer does not divide by a grad_scale"
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return "a parameter group is not fused"
+    # Whoever sees the gradients before the optimizer does must find them clipped.
+    if not type(optimizer).step.__module__.startswith("torch.optim."):
+        return "a step() of another class may look at the gradients"
+    if next(reversed(optimizer._optimizer_step_pre_hooks)) != hook_id:
+        return "a later hook may look at the gradients"
+    if len(look.parts) != 1 or look.parts[0].each:
+        return "there are several coefficients, but one grad_scale"
+    if look.facts & Facts.DOUBLE:
+        return "grad_scale is a float32 number, too coarse for float64 gradients"
+    if look.facts & Facts.SHARED:
+        return "a gradient of several parameters would be divided several times"
+    if look.facts & Facts.GAPS:
+        return "torch's fused steps write between the elements of gradients with gaps"
+    if look.facts & _TOO_SMALL:
+        return "so few elements are multiplied sooner by the clipper"
+    return None
+
+
+def divisor(clip_coef: Norm, grad_scale: Tensor | None) -> Tensor | None:
+    """What a fused step must divide the gradients by; None if that is no number of float32's range."""
+    scale = 1.0 if grad_scale is None else grad_scale
+    if isinstance(clip_coef, Tensor):
+        return (scale / clip_coef).to(torch.float32)
+    value = float(scale) / clip_coef if clip_coef else math.inf
+    return torch.full((), value, dtype=torch.float32, device=_CPU) if not value > _MOST else None
+
+
+class Loan:
+    """What an optimizer's ``grad_scale`` is during a step, and what it has to be afterwards.
+
+    A step that ended in an exception leaves ``grad_scale`` there, and GradScaler, at its next step, takes it
+    for one that the user has set, by which it multiplies its own.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._attributes = vars(optimizer)
+        self._found_inf = self._attributes.get("found_inf")
+        self._had = "grad_scale" in self._attributes
+        self._before = self._left = self._attributes.get("grad_scale")
+
+    @property
+    def of_scaler(self) -> bool:
+        """Whether a GradScaler takes this step."""
+        return self._found_inf is not None
+
+    def lend(self, value: Tensor) -> None:
+        """Have the step divide by a number."""
+        self._attributes["grad_scale"] = self._left = value
+
+    def tell(self, found_inf: Tensor) -> None:
+        """Have a GradScaler's step leave itself out if a number is above 0."""
+        self._attributes["found_inf"] = self._found_inf = found_inf
+
+    def give_back(self, outcome: Outcome) -> None:
+        """Put back what was there, or what the next step of a GradScaler needs."""
+        if outcome != "failed":
+            self._set(self._before if self._had else None, self._had)
+            return
+        found_inf, now = self._attributes.get("found_inf"), self._attributes.get("grad_scale")
+        # A GradScaler deletes both after its step, also what the user had set.
+        had = self._had and not self.of_scaler
+        kept = self._before if had else None
+        if found_inf is self._found_inf and now is self._left:
+            if self.of_scaler:
+                self._attributes.pop("found_inf", None)
+            self._set(kept, had)
+        elif now is self._left:  # a GradScaler's next step, of gradients that it has unscaled already
+            self._set(kept, True)
+        elif now is not None and self._left is not None:  # or multiplied by its scale
+            self._set(now / self._left if kept is None else now / self._left * kept, True)
+
+    def _set(self, grad_scale: Tensor | None, there: bool) -> None:
+        if there:
+            self._attributes["grad_scale"] = grad_scale
+        else:
+            self._attributes.pop("grad_scale", None)

@@ -1,0 +1,103 @@
+"""Steps whose gradients are not finite: left out, or taken with 0 in the place of what is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchclip._core import memory, scalars
+from torchclip._core.batch import Norm
+from torchclip.clipper.scope import Look, Part
+from torchclip.clipper.step import Outcome
+
+__all__ = ["Nonfinite", "hide_gradients", "refuse", "skips", "without_nonfinite"]
+
+Nonfinite = Literal["propagate", "error", "skip", "zero"]
+
+_REMEDY = "To go on, use `nonfinite='skip'` (leave such steps out) or 'zero' (put 0 in their place)"
+
+
+def skips(policy: Nonfinite, total_norm: Norm, found_inf: object) -> bool | Tensor:
+    """Whether a step is left out.
+
+    Args:
+        policy: what to do about a norm that is not finite.
+        total_norm: the norm.
+        found_inf: what a GradScaler found in the gradients of a fused optimizer, which then leaves the step
+            out itself; a 0-dim tensor, or anything else if there is none.
+
+    Returns:
+        A tensor where nobody may wait for it: the fused step has to be told by its ``found_inf``.
+    """
+    if isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
+        # To raise an error, or not, is to wait for an accelerator.
+        if policy != "error" and not memory.on_host([found_inf]):
+            if policy != "skip":
+                return found_inf > 0
+            norm = torch.as_tensor(total_norm, device=found_inf.device)
+            return (found_inf > 0) | ~norm.isfinite()
+        if found_inf > 0:
+            return True
+    return policy == "skip" and not math.isfinite(total_norm)
+
+
+def refuse(look: Look, order: float, names: Mapping[int, str]) -> None:
+    """Raise an error that names the gradients if the norm is not finite."""
+    grads = [grad for part in look.parts for grad in part.batch.all]
+    scalars.refuse_nonfinite(look.total_norm, order, grads, names, _REMEDY)
+
+
+def without_nonfinite(look: Look) -> Sequence[Part]:
+    """The parts with elements to be set to 0, measured as if they were.
+
+    On an accelerator nobody waits to know which these are.
+    """
+    parts = [
+        part
+        for part in look.parts
+        if isinstance(part.norms, Tensor) or not all(map(math.isfinite, part.norms))
+    ]
+    for part in parts:
+        part.measure(look.grad_scale, finite=True)
+    return parts
+
+
+def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
+    """Let a step see no gradients, so that it changes neither parameters nor state.
+
+    Returns:
+        What gives them back.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hidden = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    attributes, zero_grad = vars(optimizer), optimizer.zero_grad
+    before = attributes.get("zero_grad")
+
+    def zero_hidden_too(set_to_none: bool = True) -> None:
+        zero_grad(set_to_none)
+        if set_to_none:
+            hidden.clear()
+        for _, grad in hidden:
+            grad.detach().zero_()
+
+    def give_back(outcome: Outcome) -> None:
+        if before is None:
+            del attributes["zero_grad"]
+        else:
+            attributes["zero_grad"] = before
+        # New ones after a step that ended in an exception: then the old ones, all of them, are history.
+        if outcome == "finished" or all(parameter.grad is None for parameter, _ in hidden):
+            for parameter, grad in hidden:
+                if parameter.grad is None:
+                    parameter.grad = grad
+
+    for parameter, _ in hidden:
+        parameter.grad = None
+    # A hook, or the step() of a subclass, may zero the gradients before the step is over.
+    attributes["zero_grad"] = zero_hidden_too
+    return give_back

@@ -1,0 +1,293 @@
+"""What is clipped together: the parts of an optimizer's gradients that have a norm and a threshold each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchclip._core import arguments, gather, scalars
+from torchclip._core.batch import Batch, Facts, Norm, Norms
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Look", "Part", "Scope", "Scoping", "own_max_norms", "place", "together", "unscaled"]
+
+Scope = Literal["global", "group", "parameter"]
+Groups: TypeAlias = "Sequence[ProcessGroup] | None"
+
+
+class Scoping(NamedTuple):
+    """What is measured and clipped together."""
+
+    scope: Scope
+    order: float
+    groups: Groups
+    """Process groups whose other ranks hold further gradients."""
+
+
+class Section(NamedTuple):
+    """Parameters whose gradients are a part."""
+
+    name: str
+    parameters: Sequence[Tensor]
+    max_norm: float | None
+    """The threshold that they bring along."""
+
+
+class Part:
+    """Gradients that are clipped together, by one norm, or each by its own.
+
+    Attributes:
+        name: what to call their norm.
+        own: the threshold that their parameter group brings along, or None.
+        each: whether each of them has a norm and a threshold.
+        batch: the gradients.
+        norms: their norms, or the one norm, without a GradScaler's scale.
+        max_norms: a threshold for each norm, or one for all of them.
+        clip_coefs: what to multiply by, for each norm.
+    """
+
+    def __init__(self, section: Section, order: float, each: bool, groups: Groups) -> None:
+        self.name, self._parameters, self.own = section
+        self.each, self._order = each, order
+        self._names: list[str] | None = None
+        self.batch: Batch = gather.gradients(self._parameters, groups)
+        self.norms: Norms = []
+        self.max_norms: float | Norms = []
+        self.clip_coefs: Norms = []
+
+    def names(self) -> list[str]:
+        """What to call the norms; to be asked for before any user code runs, and remembered from then on."""
+        if self._names is None:
+            self._names = self._names_of_each() if self.each else [self.name]
+        return self._names
+
+    def _names_of_each(self) -> list[str]:
+        names = _names(self.name, len(self._parameters))
+        if len(self.batch.all) == len(names):
+            return names
+        # Some have no gradient, or share one, which is clipped once.
+        of_grad = {
+            id(p.grad): name for p, name in zip(self._parameters, names, strict=True) if p.grad is not None
+        }
+        return [of_grad[id(grad)] for grad in self.batch.all]
+
+    def measure(self, grad_scale: Tensor | None, finite: bool = False) -> None:
+        """Take the norms of the gradients, or of their finite elements, divided by a GradScaler's scale."""
+        self.norms = unscaled(self._norms_of(self.batch, finite), grad_scale, self._order)
+
+    def held_norms(self) -> list[float]:
+        """The norms of what this rank holds of gradients whose norm takes other ranks."""
+        if not self.batch.facts & Facts.SHARDED:
+            return []
+        self.names()
+        norms = self._norms_of(gather.held_gradients(self._parameters), False)
+        return norms.tolist() if isinstance(norms, Tensor) else norms
+
+    def _norms_of(self, batch: Batch, finite: bool) -> Norms:
+        if self.each:
+            return batch.norms(self._order, finite)
+        norm = batch.norm(self._order, finite)
+        return norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
+
+    def limit(self, max_norms: float | Norms, eps: float) -> None:
+        """Set the threshold of each norm, and with it what to multiply by."""
+        self.max_norms = max_norms
+        self.clip_coefs = scalars.clip_coefs(max_norms, self.norms, eps)
+
+    def is_absent(self) -> bool:
+        """Whether there is certainly nothing here to measure, on no rank."""
+        return isinstance(self.norms, list) and all(norm < 0 for norm in self.norms)
+
+    def scale_(self) -> None:
+        """Multiply the gradients in place."""
+        if self.each:
+            self.batch.scale_each_(self.clip_coefs)
+        else:
+            self.batch.scale_(self.clip_coefs[0])
+
+
+class Look:
+    """The gradients of an optimizer as they are at one moment, in parts, measured.
+
+    Attributes:
+        parts: what is clipped together.
+        own: the thresholds that the parameter groups bring along, or None.
+        grad_scale: what a GradScaler has multiplied them by.
+        total_norm: the norm of all gradients, ``scalars.ABSENT`` if there are none.
+        facts: ``Facts`` of the gradients, of those of all ranks if they are sharded.
+    """
+
+    def __init__(self, optimizer: Optimizer, scoping: Scoping, own: Sequence[float | None]) -> None:
+        self._param_groups, self.own = optimizer.param_groups, own
+        self._order, self._groups = scoping.order, scoping.groups
+        self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        self.parts = [
+            Part(section, scoping.order, scoping.scope == "parameter", scoping.groups)
+            for section in _sections(self._param_groups, own, scoping)
+        ]
+        self._overlap = len(self.parts) > 1 and _overlap(self.parts)
+        self.total_norm: Norm = scalars.ABSENT
+        self.facts = 0
+
+    def measure(self) -> None:
+        """Take the norms of the parts, and that of all gradients."""
+        for part in self.parts:
+            part.measure(self.grad_scale)
+            self.facts |= part.batch.facts
+        if self._overlap and self._groups is None:
+            # What several parts share counts once.  With `group` only some ranks may share a gradient, and
+            # all of them would have to exchange another norm: there it counts in each part.
+            norm = self._all().norm(self._order)
+            norms = norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
+            self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
+        else:
+            self.total_norm = _joined([part.norms for part in self.parts], self._order)
+
+    def measured_as(self, other: Look) -> None:
+        """Take over the norms of a look at the same gradients, instead of measuring."""
+        self.total_norm, self.facts = other.total_norm, other.facts
+        for part, same in zip(self.parts, other.parts, strict=True):
+            part.norms = same.norms
+
+    def held_norms(self) -> list[list[float]]:
+        """The norms of what this rank holds of each part whose norms take other ranks."""
+        return [part.held_norms() for part in self.parts]
+
+    def max_norm(self) -> Norm:
+        """The smallest threshold, of the parts where there is something to clip."""
+        present = [part for part in self.parts if not part.is_absent()] or self.parts
+        return _smallest([part.max_norms for part in present if len(part.norms)], math.inf)
+
+    def clip_coef(self) -> Norm:
+        """The smallest number that gradients are multiplied by."""
+        return _smallest([part.clip_coefs for part in self.parts], 1.0)
+
+    def scale_(self) -> None:
+        """Multiply the gradients in place; one that several parts share, by the smallest of their numbers."""
+        if not self._overlap:
+            for part in self.parts:
+                part.scale_()
+            return
+        of_grad: dict[int, list[Norm]] = {}
+        for part in self.parts:
+            for i, grad in enumerate(part.batch.all):
+                of_grad.setdefault(id(grad), []).append(part.clip_coefs[i if part.each else 0])
+        batch = self._all()
+        clip_coefs = [scalars.join(of_grad[id(grad)], -math.inf) for grad in batch.all]
+        device = next((coef.device for coef in clip_coefs if isinstance(coef, Tensor)), None)
+        on_host = [coef for coef in clip_coefs if not isinstance(coef, Tensor)]
+        batch.scale_each_(on_host if device is None else scalars.on_device(clip_coefs, device))
+
+    def _all(self) -> Batch:
+        parameters = [p for group in self._param_groups for p in group["params"]]
+        return gather.gradients(parameters, self._groups)
+
+
+def own_max_norms(
+    param_groups: Sequence[dict[str, Any]], known: Sequence[float | None]
+) -> list[float | None]:
+    """The threshold that each parameter group brings along, or None.
+
+    Args:
+        param_groups: the groups of an optimizer.
+        known: those of the first of them, which are not read again.
+    """
+    return [*known, *(_own(i, param_groups[i]) for i in range(len(known), len(param_groups)))]
+
+
+def _own(index: int, group: Mapping[str, Any]) -> float | None:
+    if "max_norm" not in group:
+        return None
+    own = group["max_norm"]
+    return math.inf if own is None else arguments.threshold(place(index, "max_norm"), own)
+
+
+def _sections(
+    param_groups: Sequence[dict[str, Any]], own: Sequence[float | None], scoping: Scoping
+) -> list[Section]:
+    sections = []
+    together: list[Tensor] | None = None
+    for i, (group, max_norm) in enumerate(zip(param_groups, own, strict=True)):
+        parameters = group["params"]
+        if max_norm is None and scoping.scope == "global":
+            together = together + parameters if together else parameters
+        else:
+            sections.append(Section(f"group {i}", parameters, max_norm))
+    # With none of them here, another rank of the group may still wait for this one.
+    if together or (together is not None and scoping.groups):
+        sections.append(Section("all", together, None))
+    return sections
+
+
+def _overlap(parts: Iterable[Part]) -> bool:
+    """Whether a gradient is in several parts, as the one that parameters of two groups share."""
+    found: set[int] = set()
+    for part in parts:
+        count = len(found) + len(part.batch.all)
+        found.update(map(id, part.batch.all))
+        if len(found) < count:
+            return True
+    return False
+
+
+@cache
+def _names(of_all: str, count: int) -> list[str]:
+    """What to call the parameters of a group; the same list each time, not to be changed."""
+    return [f"{of_all}, parameter {i}" for i in range(count)]
+
+
+def place(group: int, key: str) -> str:
+    """Where something is in an optimizer, as a user would write it."""
+    return f"param_groups[{group}][{key!r}]"
+
+
+def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
+    """The norms of gradients once a GradScaler's scale is taken out of them; order 0 only counts them."""
+    if grad_scale is None or order == 0:
+        return norms
+    if isinstance(norms, Tensor):
+        return norms / grad_scale.to(norms)
+    divisor = float(grad_scale)
+    return [norm / divisor for norm in norms]
+
+
+def together(several: Sequence[Norms]) -> Norms:
+    """The norms of several parts, one after the other."""
+    if len(several) == 1:
+        return several[0]
+    on_device = next((norms for norms in several if isinstance(norms, Tensor)), None)
+    if on_device is None:
+        return [norm for norms in several for norm in norms]
+    return torch.cat([scalars.on_device(norms, on_device.device) for norms in several])
+
+
+def _joined(several: Sequence[Norms], order: float) -> Norm:
+    """The joint norm of some parts."""
+    norms: list[Norm] = []
+    for each in several:
+        if isinstance(each, list):
+            norms += each
+        else:
+            norms.append(each[0] if len(each) == 1 else scalars.join(each, order))
+    return scalars.join(norms, order) if norms else scalars.ABSENT
+
+
+def _smallest(several: Sequence[float | Norms], otherwise: float) -> Norm:
+    """The smallest of several numbers, NaN if one of them is."""
+    found: list[Norm] = []
+    for each in several:
+        if isinstance(each, Tensor):
+            found.append(each[0] if len(each) == 1 else each.amin())
+        elif isinstance(each, list):
+            found += each
+        else:
+            found.append(each)
+    return scalars.join(found, -math.inf) if found else otherwise
