@@ -12,18 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CHANGING,
-    CLIPPERS,
-    DTYPES,
-    INF,
-    NORM_TYPES,
-    bits,
-    exact_norm,
-    grad_of,
-    randn,
-    with_gradients,
-)
+from functions import CHANGING, CLIPPERS, FUNCTIONS
+from helpers import DTYPES, INF, NORM_TYPES, bits, exact_norm, grad_of, randn, with_gradients
 from torch import Tensor, nn
 
 import torchclip
@@ -462,14 +452,8 @@ class TestItem7Autograd:
 
 
 COMPILED: dict[str, Callable[[Any], Any]] = {
-    "get_total_norm": lambda ps: get_total_norm([p.grad for p in ps]),
-    "clip_grad_norm_": lambda ps: clip_grad_norm_(ps, 0.5),
+    **{name: function.of for name, function in FUNCTIONS.items()},
     "clip_grad_norm_, inf": lambda ps: clip_grad_norm_(ps, 1, "inf"),
-    "clip_grads_with_norm_": lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, get_total_norm(ps[0].grad)),
-    "clip_grad_value_": lambda ps: torchclip.clip_grad_value_(ps, 0.5),
-    "clip_grad_norm_per_parameter_": lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5),
-    "clip_grad_adaptive_": lambda ps: torchclip.clip_grad_adaptive_(ps, 0.1),
-    "clip_per_example": lambda ps: torchclip.clip_per_example([ps[0].grad], 0.5)[0][0],
 }
 
 
