@@ -30,7 +30,7 @@ import torchclip
 from torchclip import reference
 
 pytestmark = [
-    pytest.mark.usefixtures("kernel_on_and_off"),
+    pytest.mark.usefixtures("everywhere"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
 ]
 
@@ -636,8 +636,8 @@ else:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is measured in other units elsewhere")
-def test_what_is_allocated_does_not_grow_with_the_gradients(kernel_on_and_off: str) -> None:
-    command = [sys.executable, "-c", MEASURE, kernel_on_and_off]
+def test_what_is_allocated_does_not_grow_with_the_gradients(everywhere: str, on_host: None) -> None:
+    command = [sys.executable, "-c", MEASURE, everywhere]
     grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(grown) < 64 * 1024, "KiB, for gradients of 144 MiB in all"
 

@@ -20,7 +20,7 @@ import torchclip
 from torchclip import clip_grad_norm_, get_total_norm
 
 pytestmark = [
-    pytest.mark.usefixtures("kernel_on_and_off"),
+    pytest.mark.usefixtures("everywhere"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
 ]
 names = pytest.mark.parametrize("name", CLIPPERS)
@@ -247,6 +247,7 @@ class TestItem3TheCoefficient:
         eps = torch.finfo(dtype).eps if dtype in (torch.float32, torch.complex64) else 0
         torch.testing.assert_close(p.grad, expected, rtol=eps, atol=0)
 
+    @pytest.mark.usefixtures("on_host")
     @pytest.mark.parametrize("name", [n for n in CHANGING if n != "clip_grad_value_"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_gradients_are_not_touched_where_no_clipping_is_needed(
@@ -365,6 +366,7 @@ class TestItem4NonFinite:
 
 
 class TestItem5TheSameAnswerEveryTime:
+    @pytest.mark.usefixtures("on_host")
     @names
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_the_number_of_threads_does_not_matter(
