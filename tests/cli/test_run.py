@@ -332,12 +332,12 @@ def test_where_torchs_function_fails_the_report_says_so(recorder: Recorder) -> N
 
 def test_bad_arguments_are_refused_as_without_the_recorder(recorder: Recorder) -> None:
     weight = weights()
-    module: Any = torch.nn.Linear(2, 2)
+    optimizer: Any = torch.optim.SGD(weight, lr=0.1)
     for _ in range(20):
         with pytest.raises(ValueError, match="max_norm"):
             torch.nn.utils.clip_grad_norm_(weight, -1.0)
-        with pytest.raises(TypeError, match="module"):
-            torch.nn.utils.clip_grad_norm_(module, 1.0)
+        with pytest.raises(TypeError, match="optimizer"):
+            torch.nn.utils.clip_grad_norm_(optimizer, 1.0)
     assert not len(recorder.history)
 
 

@@ -2,7 +2,7 @@
 
 Run it as a program, for as long as it shall take::
 
-    python tests/stress.py --seconds 600 --seed 1
+    python tests/stress/stress.py --seconds 600 --seed 1
 
 Case ``n`` of a seed is always the same, whatever was run before it.  The first wrong one ends the run with a
 line that repeats it alone.  A short run is among the tests (``test_stress.py``).
@@ -549,15 +549,19 @@ def clipper(draw: Draw) -> None:
         if policy == "skip" and not math.isfinite(total_norm):
             model.check_untouched()
             continue
+        # What is not finite is no observation, and nothing at all is none either.
+        left = any(array.size if policy != "zero" else np.isfinite(array).any() for array in arrays)
         for each, of_each in zip(sets, norms, strict=True):
             if policy == "zero" and not np.isfinite(of_each).all():
                 for array in each:
                     array[~np.isfinite(array)] = 0
-        if learns:
+        if learns and left:
             seen += _norms(arrays, order, scope)
             limit = float(reference.percentile_thresholds(seen, 50.0, max_norm=most)[-1])
             if seen[-1] <= limit:  # left alone, exactly
                 limit = math.inf
+            elif math.isfinite(seen[-1]):  # the twin's 1e-6 is for numbers only
+                limit *= (seen[-1] + 1e-6) / seen[-1]
         for each in sets:
             clip = reference.clip_grad_norm_per_parameter if scope == "parameter" else reference.clip_grads
             clip(each, limit, order)

@@ -23,7 +23,7 @@ def test_random_calls_agree_with_the_twins(seed: int) -> None:
                 stress.run_case(seed, case, mesh)
             except Exception as error:
                 raise AssertionError(
-                    f"repeat it: python tests/stress.py --seed {seed} --first {case} --cases 1"
+                    f"repeat it: python tests/stress/stress.py --seed {seed} --first {case} --cases 1"
                 ) from error
 
 
