@@ -8,15 +8,19 @@ from torchclip.clip_grad.per_parameter import clip_grad_norm_per_parameter_
 from torchclip.clip_grad.value import clip_grad_value_
 from torchclip.clipper.clipper import Clipper
 from torchclip.patch import install, installed, uninstall
+from torchclip.thresholds.adagc import AdaGC
 from torchclip.thresholds.base import Threshold
 from torchclip.thresholds.percentile import Percentile
+from torchclip.thresholds.rolling_sigma import RollingSigma
 from torchclip.thresholds.zscore import ZScore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaGC",
     "Clipper",
     "Percentile",
+    "RollingSigma",
     "Threshold",
     "ZScore",
     "clip_grad_adaptive_",

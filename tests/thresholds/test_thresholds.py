@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchclip import reference
-from torchclip.thresholds import Percentile, Threshold, ZScore
+from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore
 
 INF = math.inf
 REPEATABLE = settings(deadline=None, derandomize=True)
@@ -81,6 +81,62 @@ def test_zscore_equals_its_twin(seed: int, options: dict[str, Any]) -> None:
     np.testing.assert_allclose(streamed, reference.zscore_thresholds(norms, **options), rtol=1e-9)
 
 
+@given(st.integers(0, 2**32), st.sampled_from([1.0, 6.0]), st.integers(2, 60), st.integers(2, 40))
+@REPEATABLE
+def test_rolling_sigma_equals_its_twin(seed: int, sigma: float, window: int, warmup: int) -> None:
+    norms = noisy_norms(seed)
+    streamed = stream(RollingSigma(sigma, window, warmup), norms)
+    np.testing.assert_allclose(
+        streamed, reference.rolling_sigma_thresholds(norms, sigma, window, warmup), rtol=1e-9
+    )
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.5, 1.05, 3.0]), st.sampled_from([0.0, 0.5, 0.98, 1.0]))
+@REPEATABLE
+def test_adagc_equals_its_twin(seed: int, relative: float, beta: float) -> None:
+    rng = np.random.default_rng(seed)
+    options: dict[str, Any] = {"relative": relative, "beta": beta, "warmup": 8, "max_norm": 2.0}
+    norms = np.array([noisy_norms(int(rng.integers(2**32)), 40) for _ in range(3)]).T
+    norms[rng.random(norms.shape) < 0.1] = 0.0
+    thresholds = [AdaGC(**options) for _ in range(3)]
+    streamed = []
+    for of_step in norms:
+        total_norm = reference.global_norm([of_step[np.isfinite(of_step)]])
+        streamed.append([t.update(n, total_norm) for t, n in zip(thresholds, of_step, strict=True)])
+    np.testing.assert_allclose(streamed, reference.adagc_thresholds(norms, **options), rtol=1e-9)
+
+
+def test_adagc_clips_all_together_first_and_then_each_by_its_own() -> None:
+    norms = np.array([[3.0, 4.0], [0.3, 0.4], [30.0, 0.1]])
+    thresholds = reference.adagc_thresholds(norms, relative=1.5, beta=0.5, warmup=2, max_norm=1.0)
+    np.testing.assert_allclose(thresholds, [[0.6, 0.8], [0.3, 0.4], [0.45, 0.6]])
+
+
+def test_adagc_has_no_parameter_stand_still_whose_first_norms_are_0() -> None:
+    threshold = AdaGC(warmup=3)
+    stream(threshold, [0.0, 0.0, 0.5, 0.4, 0.0, 0.6])
+    assert threshold.update(1.0) == pytest.approx(1.05 * 0.4)
+    assert threshold.update(0.0) > 0.4
+
+
+def test_rolling_sigma_leaves_spikes_out_of_its_window() -> None:
+    threshold = RollingSigma(sigma=3.0, window=10, warmup=10)
+    calm = [1.0, 1.1, 0.9] * 10
+    stream(threshold, calm)
+    before = threshold.state_dict()
+    limits = stream(threshold, [100.0, INF, math.nan, 50.0])
+    assert len(set(limits)) == 1
+    assert limits[0] == pytest.approx(np.mean(calm[-10:]) + 3 * np.std(calm[-10:], ddof=1))
+    assert threshold.state_dict() == before
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-30, 0.1, 1 / 3, 1e30])
+def test_rolling_sigma_does_not_clip_constant_norms(norm: float) -> None:
+    for answer in stream(RollingSigma(window=50, warmup=10), [norm] * 100):
+        assert norm <= answer
+    assert answer == pytest.approx(norm)
+
+
 def test_percentile_defaults_are_the_papers() -> None:
     norms = np.random.default_rng(0).lognormal(size=300)
     expected = [np.percentile(norms[: t + 1], 10) for t in range(300)]
@@ -110,7 +166,17 @@ def test_zscore_resumes_exactly(seed: int, options: dict[str, Any], stop: int) -
 
 
 @pytest.mark.parametrize(
-    "threshold", [Percentile(window=5), Percentile(), ZScore(warmup=5), ZScore(warmup=50)]
+    "threshold",
+    [
+        Percentile(window=5),
+        Percentile(),
+        ZScore(warmup=5),
+        ZScore(warmup=50),
+        AdaGC(warmup=5),
+        AdaGC(),
+        RollingSigma(window=9, warmup=5),
+        RollingSigma(),
+    ],
 )
 def test_a_state_is_a_snapshot_and_loading_replaces(threshold: Threshold) -> None:
     norms = noisy_norms(1)
@@ -124,7 +190,10 @@ def test_a_state_is_a_snapshot_and_loading_replaces(threshold: Threshold) -> Non
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
-@pytest.mark.parametrize("threshold", [Percentile(window=5), Percentile(), ZScore(warmup=5)])
+@pytest.mark.parametrize(
+    "threshold",
+    [Percentile(window=5), Percentile(), ZScore(warmup=5), AdaGC(warmup=5), RollingSigma(window=9, warmup=5)],
+)
 def test_copies_and_pickles_go_on_alone(threshold: Threshold, duplicate: Callable[[Any], Any]) -> None:
     norms = noisy_norms(2)
     stream(threshold, norms[:20])
@@ -147,6 +216,13 @@ WRONG_ENTRIES: list[tuple[Threshold, str, Any]] = [
     (ZScore(), "std", None),
     (ZScore(), "warmup_norms", 1.0),
     (ZScore(), "warmup_norms", [None]),
+    (AdaGC(), "gamma", math.inf),
+    (AdaGC(), "gamma", "1"),
+    (AdaGC(), "seen", 0.5),
+    (RollingSigma(), "seen", -1),
+    (RollingSigma(), "norms", [-1.0]),
+    (RollingSigma(), "norms", [1.0]),
+    (Percentile(window=5), "norms", [1.0] * 6),
 ]
 
 
@@ -158,6 +234,8 @@ WRONG_ENTRIES: list[tuple[Threshold, str, Any]] = [
         (ZScore(), {}, "lacks 'kind'"),
         (ZScore(), {"kind": None}, "kind None"),
         (Percentile(window=5), Percentile().state_dict(), "window=None.*same window"),
+        (RollingSigma(window=5), RollingSigma().state_dict(), "window=128.*same window"),
+        (AdaGC(), RollingSigma().state_dict(), "kind 'RollingSigma'; an AdaGC cannot"),
         (Percentile(), {"kind": "Percentile", "window": None}, "lacks 'seen', 'norms'"),
         (ZScore(), {"kind": "ZScore", "mean": 1.0, "std": 1.0}, "lacks 'warmup_norms'"),
         *(
@@ -196,7 +274,10 @@ def test_the_ceiling_limits_the_answer_and_not_what_is_learned(make: Callable[..
     assert limited.state_dict() == free.state_dict()
 
 
-@pytest.mark.parametrize("threshold", [Percentile(), Percentile(window=3), ZScore(warmup=2)])
+@pytest.mark.parametrize(
+    "threshold",
+    [Percentile(), Percentile(window=3), ZScore(warmup=2), AdaGC(warmup=2), RollingSigma(warmup=2)],
+)
 @pytest.mark.parametrize("norm", [INF, -INF, math.nan])
 def test_a_norm_that_is_not_finite_leaves_no_trace(threshold: Threshold, norm: float) -> None:
     threshold = copy.deepcopy(threshold)
@@ -301,7 +382,7 @@ def test_zscore_follows_the_scale_of_the_norms() -> None:
         (Percentile, {"percentile": 101}, ValueError, "`percentile` must be between 0 and 100, got 101"),
         (Percentile, {"percentile": -1}, ValueError, r"`percentile` must be between 0 and 100, got -1 \(int"),
         (Percentile, {"percentile": math.nan}, ValueError, "`percentile` must be between 0 and 100, got nan"),
-        (Percentile, {"percentile": "10"}, TypeError, "`percentile` must be a number"),
+        (Percentile, {"percentile": "ten"}, TypeError, "`percentile` must be a number"),
         (Percentile, {"window": 0}, ValueError, "`window` must be at least 1, got 0"),
         (Percentile, {"window": 10.0}, TypeError, "`window` must be an integer, got 10.0"),
         (Percentile, {"window": True}, TypeError, "`window` must be an integer, got True"),
@@ -310,7 +391,7 @@ def test_zscore_follows_the_scale_of_the_norms() -> None:
         (Percentile, {"max_norm": -1.0}, ValueError, "`max_norm` must be at least 0, got -1.0"),
         (Percentile, {"max_norm": None}, TypeError, "`max_norm` must be a number"),
         (ZScore, {"alpha": 1.1}, ValueError, "`alpha` must be between 0 and 1, got 1.1"),
-        (ZScore, {"alpha": "0.9"}, TypeError, "`alpha` must be a number"),
+        (ZScore, {"alpha": "high"}, TypeError, "`alpha` must be a number"),
         (ZScore, {"threshold": -2.5}, ValueError, "`threshold` must be at least 0, got -2.5"),
         (ZScore, {"threshold": INF}, ValueError, "`threshold` is inf.*finite"),
         (ZScore, {"warmup": 0}, ValueError, "`warmup` must be at least 1, got 0"),
@@ -321,6 +402,15 @@ def test_zscore_follows_the_scale_of_the_norms() -> None:
             "`clip_option` must be one of 'adaptive_scaling', .*'max'",
         ),
         (ZScore, {"max_norm": math.nan}, ValueError, "`max_norm`.*nan"),
+        (AdaGC, {"relative": -1}, ValueError, "`relative` must be at least 0, got -1"),
+        (AdaGC, {"relative": INF}, ValueError, "`relative` must be finite"),
+        (AdaGC, {"beta": 1.5}, ValueError, "`beta` must be between 0 and 1, got 1.5"),
+        (AdaGC, {"warmup": 0}, ValueError, "`warmup` must be at least 1, got 0"),
+        (AdaGC, {"max_norm": None}, TypeError, "`max_norm` must be a number"),
+        (RollingSigma, {"sigma": -1}, ValueError, "`sigma` must be at least 0, got -1"),
+        (RollingSigma, {"sigma": "six"}, TypeError, "`sigma` must be a number"),
+        (RollingSigma, {"window": 1}, ValueError, "`window` must be at least 2, got 1"),
+        (RollingSigma, {"warmup": 1.0}, TypeError, "`warmup` must be an integer"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -335,13 +425,40 @@ def test_repr_is_the_call() -> None:
     for threshold in [
         Percentile(5, window=seven, warmup=3, max_norm=2),
         ZScore(0.9, 3, warmup=4, clip_option="mean", skip_update_on_spike=True, max_norm=1.5),
+        AdaGC(2, 0.5, warmup=seven, max_norm=3),
+        RollingSigma(3, window=seven, warmup=9),
     ]:
         assert repr(eval(repr(threshold))) == repr(threshold)
     assert repr(Percentile()) == "Percentile(percentile=10.0, window=None, warmup=0, max_norm=inf)"
 
 
-def test_both_follow_the_protocol_and_a_number_does_not() -> None:
-    assert isinstance(Percentile(), Threshold)
-    assert isinstance(ZScore(), Threshold)
+@pytest.mark.parametrize("make", [Percentile, ZScore, AdaGC])
+def test_numbers_may_be_strings_as_configuration_files_have_them(make: Callable[..., Threshold]) -> None:
+    assert repr(make(max_norm="1e-3")) == repr(make(max_norm=1e-3))
+    assert repr(make(max_norm="inf")) == repr(make(max_norm=INF))
+    for wrong in ("abc", "", "nan"):
+        with pytest.raises(TypeError, match="`max_norm` must be a number, got "):
+            make(max_norm=wrong)
+
+
+def test_other_numbers_may_be_strings_too() -> None:
+    assert repr(Percentile("10")) == repr(Percentile(10))  # type: ignore[arg-type]
+    assert repr(ZScore("0.9", "2.5")) == repr(ZScore(0.9, 2.5))  # type: ignore[arg-type]
+    assert repr(AdaGC("1.05", "0.98")) == repr(AdaGC())  # type: ignore[arg-type]
+    assert repr(RollingSigma("6")) == repr(RollingSigma())  # type: ignore[arg-type]
+
+
+def test_norms_are_numbers() -> None:
+    text: Any = "1.0"
+    for threshold in (Percentile(), ZScore(), AdaGC(), RollingSigma()):
+        with pytest.raises(TypeError, match="`norm` must be a number"):
+            threshold.update(text)
+        with pytest.raises(ValueError, match="`norm` must be at least 0"):
+            threshold.update(-1.0)
+
+
+def test_all_follow_the_protocol_and_a_number_does_not() -> None:
+    for threshold in (Percentile(), ZScore(), AdaGC(), RollingSigma()):
+        assert isinstance(threshold, Threshold)
     assert not isinstance(1.0, Threshold)
     assert not isinstance(lambda step: 1.0, Threshold)

@@ -8,8 +8,8 @@ scaled back onto it:
 
 ``clip_grads`` is the book's function, and the twin of ``torchclip.clip_grad_norm_``.  The other clippers are
 the twins of the torch functions of the same name (without the trailing underscore), ``global_norm`` is that
-of ``torchclip.get_total_norm``, and the thresholds are those of ``torchclip.Percentile`` and
-``torchclip.ZScore``: each can be tested against its twin.  The tests, the book's chapter and the
+of ``torchclip.get_total_norm``, and the thresholds are those of ``torchclip.Percentile``,
+``torchclip.ZScore`` and so on: each can be tested against its twin.  The tests, the book's chapter and the
 documentation use this package, nothing that computes with torch does; it is slow and plain on purpose.
 
 Gradients are NumPy arrays of floating or complex dtype; one that is listed twice counts once.  Functions that
@@ -17,16 +17,18 @@ clip modify them in place, and refuse bad input (integer arrays, arrays that can
 NaN threshold) before they change anything.
 """
 
+from torchclip.reference.adagc import adagc_thresholds
 from torchclip.reference.adaptive import clip_grad_adaptive
 from torchclip.reference.arrays import Array
 from torchclip.reference.norm import clip_coefficient, clip_grads, clip_grads_with_norm, global_norm
 from torchclip.reference.per_example import clip_per_example
 from torchclip.reference.per_parameter import clip_grad_norm_per_parameter
-from torchclip.reference.thresholds import percentile_thresholds, zscore_thresholds
+from torchclip.reference.thresholds import percentile_thresholds, rolling_sigma_thresholds, zscore_thresholds
 from torchclip.reference.value import clip_grad_value
 
 __all__ = [
     "Array",
+    "adagc_thresholds",
     "clip_coefficient",
     "clip_grad_adaptive",
     "clip_grad_norm_per_parameter",
@@ -36,5 +38,6 @@ __all__ = [
     "clip_per_example",
     "global_norm",
     "percentile_thresholds",
+    "rolling_sigma_thresholds",
     "zscore_thresholds",
 ]

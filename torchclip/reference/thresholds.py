@@ -10,7 +10,7 @@ import numpy as np
 from torchclip.reference import checks
 from torchclip.reference.arrays import Array
 
-__all__ = ["percentile_thresholds", "zscore_thresholds"]
+__all__ = ["percentile_thresholds", "rolling_sigma_thresholds", "zscore_thresholds"]
 
 
 def percentile_thresholds(
@@ -138,4 +138,43 @@ def zscore_thresholds(
             g = limit if spike else norm
             mean = alpha * mean + (1 - alpha) * g
             var = alpha * var + (1 - alpha) * (g - mean) ** 2
+    return thresholds
+
+
+def rolling_sigma_thresholds(
+    norms: Sequence[float], sigma: float = 6.0, window: int = 128, warmup: int = 64
+) -> Array:
+    r"""So many deviations above the mean of the last norms, for every step of a run.
+
+    With ``W`` the last ``window`` of the finite norms before the step that were not above their threshold:
+
+        threshold = mean(W) + sigma std(W)        std(W)² = Σ (g - mean(W))² / (|W| - 1)
+
+    and ``inf`` before so many as ``warmup`` were seen.  Twin of ``torchclip.RollingSigma``.
+
+    Args:
+        norms: the gradient norm of each step.
+        sigma: how many standard deviations above the mean.
+        window: how many of the latest norms count.
+        warmup: how many norms are only learned from at first.
+
+    Returns:
+        The thresholds, of shape ``(len(norms),)``, float64.
+
+    Examples:
+        >>> rolling_sigma_thresholds([1.0, 2.0, 3.0, 100.0, 2.0], sigma=2.0, warmup=3)
+        array([inf, inf, inf,  4.,  4.])
+    """
+    norms = checks.norms(norms)
+    sigma = checks.threshold("sigma", sigma)
+    window = checks.count("window", window, 2)
+    warmup = checks.count("warmup", warmup, 2)
+    thresholds = np.full(len(norms), math.inf)
+    history: list[float] = []
+    for t, norm in enumerate(norms):
+        if len(history) >= warmup:
+            latest = history[-window:]
+            thresholds[t] = np.mean(latest) + sigma * np.std(latest, ddof=1)
+        if math.isfinite(norm) and norm <= thresholds[t]:
+            history.append(norm)
     return thresholds

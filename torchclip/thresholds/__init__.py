@@ -1,7 +1,9 @@
 """Thresholds that follow the run: the norms seen so far decide where to clip."""
 
+from torchclip.thresholds.adagc import AdaGC
 from torchclip.thresholds.base import MaxNorm, Threshold
 from torchclip.thresholds.percentile import Percentile
+from torchclip.thresholds.rolling_sigma import RollingSigma
 from torchclip.thresholds.zscore import ZScore
 
-__all__ = ["MaxNorm", "Percentile", "Threshold", "ZScore"]
+__all__ = ["AdaGC", "MaxNorm", "Percentile", "RollingSigma", "Threshold", "ZScore"]

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from torchclip._core import arguments
+from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
 from torchclip.thresholds.each import Each, on_host
 
@@ -117,7 +117,9 @@ class MaxNormRule:
         self._max_norm: Any = max_norm if is_object else arguments.threshold("max_norm", max_norm)
         self.runs_user_code = is_object and not type(max_norm).__module__.startswith("torchclip.")
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
-        self.answers_tensors = self._make_each([], torch.device("cpu")) is not None
+        # Of a device on which nothing is computed; host memory may be another matter.
+        self.answers_tensors = self._make_each([], torch.device("meta")) is not None
+        self._tensors_on_host = self._make_each([], torch.device("cpu")) is not None
         self._copies: dict[str, Threshold] = {}
         # The tensor form, and which row of it is whose; then there are no copies.
         self._each: Each | None = None
@@ -137,7 +139,7 @@ class MaxNormRule:
     @property
     def thresholds(self) -> Mapping[str, Threshold]:
         """The copies, by the name of the set.  Waits for an accelerator."""
-        return MappingProxyType(self._copies if self._each is None else self._copies_of(self.state_dict()))
+        return MappingProxyType(self._as_copies())
 
     def max_norms(self, step: int, names: Sequence[str], norms: Norms, norm_type: float = 2.0) -> Norms:
         """This step's threshold for each of the sets with these names and norms.
@@ -157,13 +159,17 @@ class MaxNormRule:
             if not isinstance(max_norm, float):
                 max_norm = arguments.threshold(f"max_norm({step})", max_norm(step))
             return [max_norm] * len(norms)
-        if self.answers_tensors and (self._each is not None or self._suits_tensors(norms)):
+        if self._suits_tensors(norms):
             return self._learned_together(names, norms, norm_type)
+        self._copies, self._each = self._as_copies(), None
         numbers = norms.tolist() if isinstance(norms, Tensor) else [float(norm) for norm in norms]
         return [self._learned(name, norm) for name, norm in zip(names, numbers, strict=True)]
 
     def _suits_tensors(self, norms: Norms) -> bool:
-        return isinstance(norms, Tensor) or self.per_parameter or len(norms) >= _MANY
+        if isinstance(norms, Tensor) and norms.device.type != "cpu":
+            return self.answers_tensors
+        several = self._each is not None or self.per_parameter or len(norms) >= _MANY
+        return self._tensors_on_host and several
 
     def _learned(self, name: str, norm: float) -> float:
         if -math.inf < norm < 0:
@@ -183,7 +189,7 @@ class MaxNormRule:
             return each.update(vector, norm_type)
         if self._index.device != vector.device:
             self._index = self._index.to(vector.device, non_blocking=True)
-        everywhere = vector.new_full((len(self._rows),), -1.0).index_copy_(0, self._index, vector)
+        everywhere = vector.new_full((len(self._rows),), scalars.ABSENT).index_copy_(0, self._index, vector)
         return each.update(everywhere, norm_type)[self._index]
 
     def _each_on(self, device: torch.device) -> Each:
@@ -215,6 +221,9 @@ class MaxNormRule:
         in_order = rows == list(range(len(self._rows)))
         self._index = None if in_order else torch.tensor(rows).to(device, non_blocking=True)
         self._names = tuple(names)
+
+    def _as_copies(self) -> dict[str, Any]:
+        return self._copies if self._each is None else self._copies_of(self.state_dict())
 
     def _copies_of(self, states: Mapping[str, Any]) -> dict[str, Any]:
         copies: dict[str, Any] = {name: copy.deepcopy(self._max_norm) for name in states}

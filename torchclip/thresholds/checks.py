@@ -8,12 +8,12 @@ from typing import Any
 
 from torchclip._core import arguments
 
-__all__ = ["between", "finite", "norm", "state_of"]
+__all__ = ["between", "finite", "norm", "state_of", "window_of"]
 
 
 def between(name: str, value: Any, most: float) -> float:
     """``value`` as a number between 0 and ``most``, or an error that names the argument."""
-    number = arguments.number(name, value)
+    number = arguments.number(name, value, text=True)
     if not 0 <= number <= most:
         raise ValueError(f"`{name}` must be between 0 and {most}, got {arguments.shown(value)}")
     return number
@@ -27,9 +27,12 @@ def norm(value: Any) -> float:
     return found
 
 
-def finite(name: str, value: Any) -> float:
-    """``value`` as a finite number that is at least 0, or an error that names it."""
-    norm = arguments.threshold(name, arguments.number(name, value))
+def finite(name: str, value: Any, text: bool = False) -> float:
+    """``value`` as a finite number that is at least 0, or an error that names it.
+
+    With ``text``, a string will do too, as for arguments; what was saved has none.
+    """
+    norm = arguments.threshold(name, arguments.number(name, value, text=text))
     if math.isinf(norm):
         raise ValueError(f"`{name}` must be finite, got {arguments.shown(value)}")
     return norm
@@ -39,7 +42,33 @@ def state_of(state: Mapping[str, Any], kind: str, keys: tuple[str, ...]) -> None
     """Raise an error for a saved state that is not of this kind of threshold, or lacks a key."""
     arguments.saved("state", state, ["kind"], kind)
     if state["kind"] != kind:
+        owner = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
         raise ValueError(
-            f"`state` was taken from a threshold of kind {state['kind']!r}; a {kind} cannot go on from it"
+            f"`state` was taken from a threshold of kind {state['kind']!r}; {owner} cannot go on from it"
         )
     arguments.saved("state", state, keys, kind)
+
+
+def window_of(state: Mapping[str, Any], kind: str, window: int | None, owner: str) -> tuple[int, list[float]]:
+    """How many norms a saved threshold has learned from, and those that it keeps, oldest first.
+
+    Args:
+        state: what was saved.
+        kind: the kind of threshold that it must be of.
+        window: how many norms the threshold keeps that goes on from it; None for all.
+        owner: what to call that threshold in an error.
+    """
+    state_of(state, kind, ("window", "seen", "norms"))
+    if state["window"] != window:
+        raise ValueError(
+            f"`state` was taken with window={state['window']}, but this is {owner}; "
+            f"make the {kind} with the same window"
+        )
+    seen = arguments.count("state['seen']", state["seen"], least=0)
+    norms = arguments.items("state['norms']", state["norms"], finite)
+    if window is not None and len(norms) != min(seen, window):
+        raise ValueError(
+            f"`state['norms']` must be the last {min(seen, window)} of the {seen} norms seen, "
+            f"got {len(norms)}"
+        )
+    return seen, norms

@@ -17,7 +17,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Each", "column", "floats", "on_host", "padded", "present"]
+from torchclip._core import scalars
+
+__all__ = ["Each", "column", "on_host", "padded", "present"]
 
 SameKind = TypeVar("SameKind", bound="Each")
 
@@ -62,18 +64,13 @@ class Each(ABC):
         for name in self.columns:
             column: Tensor = getattr(self, name)
             is_float = column.is_floating_point()
-            setattr(self, name, column.to(device, floats(device) if is_float else column.dtype))
+            setattr(self, name, column.to(device, scalars.norm_dtype(device) if is_float else column.dtype))
 
     def append(self: SameKind, more: SameKind) -> None:
         """Add further thresholds of the same kind, with the same arguments, after those that are there."""
         for name in self.columns:
             setattr(self, name, torch.cat([getattr(self, name), getattr(more, name)]))
         self._warming_up = True
-
-
-def floats(device: torch.device) -> torch.dtype:
-    """The dtype of norms on a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def on_host(norms: Sequence[float]) -> Tensor:
@@ -86,13 +83,13 @@ def column(
 ) -> Tensor:
     """An entry of several saved states, as a column; for None stands ``missing``."""
     values = [missing if state[key] is None else state[key] for state in states]
-    return torch.tensor(values, dtype=floats(device), device=device)
+    return torch.tensor(values, dtype=scalars.norm_dtype(device), device=device)
 
 
 def padded(rows: Sequence[Sequence[float]], width: int, device: torch.device) -> Tensor:
     """Lists of different lengths, at most ``width``, as a column of rows that end in NaN."""
     values = [[*row, *[math.nan] * (width - len(row))] for row in rows]
-    return torch.tensor(values, dtype=floats(device), device=device).reshape(len(rows), width)
+    return torch.tensor(values, dtype=scalars.norm_dtype(device), device=device).reshape(len(rows), width)
 
 
 def present(norms: Tensor) -> Tensor:

@@ -6,11 +6,16 @@ import math
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.thresholds import checks
+from torchclip.thresholds.each import Each, present
+from torchclip.thresholds.windowed import Windowed
 
 __all__ = ["Percentile"]
 
@@ -87,10 +92,18 @@ class Percentile:
         if len(self._arrivals) > self.window:
             del self._sorted[bisect_left(self._sorted, self._arrivals.popleft())]
 
+    def each(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> Each | None:
+        """The tensor form of several of these, which go on from the given states.
+
+        None without a window, as a tensor cannot grow for ever, and in host memory, where to sort so many
+        windows takes longer than to insert a norm into each.
+        """
+        return None if self.window is None or device.type == "cpu" else Percentiles(self, states, device)
+
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain data."""
         norms = self._sorted if self.window is None else self._arrivals
-        return {"kind": "Percentile", "window": self.window, "seen": self._seen, "norms": list(norms)}
+        return _state(self.window, self._seen, list(norms))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this object.
@@ -99,14 +112,7 @@ class Percentile:
             TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is that of another kind of threshold or of another ``window``.
         """
-        checks.state_of(state, "Percentile", ("window", "seen", "norms"))
-        if state["window"] != self.window:
-            raise ValueError(
-                f"`state` was taken with window={state['window']}, but this is {self!r}; "
-                "make the Percentile with the same window"
-            )
-        seen = arguments.count("state['seen']", state["seen"], least=0)
-        norms = arguments.items("state['norms']", state["norms"], checks.finite)
+        seen, norms = checks.window_of(state, "Percentile", self.window, repr(self))
         self._seen = seen
         self._sorted = array("d", sorted(norms))
         self._arrivals = deque(norms if self.window is not None else ())
@@ -125,3 +131,39 @@ def _quantile(ordered: array[float], percentile: float) -> float:
     t = position - below
     low, high = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
     return low + (high - low) * t if t < 0.5 else high - (high - low) * (1 - t)
+
+
+def _state(window: int | None, seen: int, norms: list[float]) -> dict[str, Any]:
+    return {"kind": "Percentile", "window": window, "seen": seen, "norms": norms}
+
+
+class Percentiles(Windowed):
+    """``Percentile`` with a window for many norms at once, formula by formula."""
+
+    _empty = math.inf  # sorted after all norms
+
+    def __init__(self, rule: Percentile, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        assert rule.window is not None
+        super().__init__(rule.window, states, device)
+        self._rule = rule
+
+    def update(self, norms: Tensor, norm_type: float) -> Tensor:
+        unlimited = self._seen < self._rule.warmup
+        self._put(norms, present(norms))
+        unlimited = unlimited | (self._seen == 0)
+        max_norms = self._quantiles().clamp(max=self._rule.max_norm)
+        return torch.where(unlimited, self._rule.max_norm, max_norms)
+
+    def _quantiles(self) -> Tensor:
+        ordered = self._slots.sort(dim=1).values
+        last = self._seen.clamp(min=1, max=self._window) - 1
+        position = last.to(ordered.dtype) * (self._rule.percentile / 100)
+        below = position.long()
+        t = position - below
+        low, high = (
+            ordered.gather(1, at.unsqueeze(1)).squeeze(1) for at in (below, torch.minimum(below + 1, last))
+        )
+        return torch.where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))
+
+    def states(self) -> list[dict[str, Any]]:
+        return [_state(self._window, seen, norms) for seen, norms in self._rows()]
