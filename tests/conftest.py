@@ -1,7 +1,9 @@
 """Fixtures that all test modules share, and how a session runs: in parallel, one thread of torch each."""
 
+import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from distributed_helpers import Ranks
 
 from torchclip import kernel
+from torchclip._core import gather
+from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.clipper import fused
 
 _ACTIVE = kernel.status().startswith("active")
@@ -39,7 +43,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Gives a test function to any free worker, and all checks on ranks to one: they share processes."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class Scheduling(LoadScopeScheduling):
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             return "on_ranks" if "on_ranks" in nodeid else nodeid.partition("[")[0]
 
@@ -50,14 +54,39 @@ def pytest_report_header() -> str:
     return f"torchclip kernel: {kernel.status()}"
 
 
-@pytest.fixture(scope="module", params=["kernel", "torch operations"] if _ACTIVE else ["torch operations"])
+_WAYS = ["kernel", "torch operations"] if _ACTIVE else ["torch operations"]
+
+
+@pytest.fixture(scope="module", params=_WAYS)
 def kernel_on_and_off(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a module's tests twice: with the compiled kernel, if there is one, and without."""
-    if request.param == "kernel":
+    with _way(request.param):
         yield request.param
-    else:
-        with kernel.disabled():
-            yield request.param
+
+
+@pytest.fixture(scope="module", params=[*_WAYS, "accelerator"])
+def everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests a third time as for tensors on an accelerator, though they are in host memory."""
+    with _way(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def on_host(everywhere: str) -> None:
+    """For a test of what is promised for host memory only."""
+    if everywhere == "accelerator":
+        pytest.skip("not promised on an accelerator")
+
+
+@contextmanager
+def _way(name: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if name != "kernel":
+            stack.enter_context(kernel.disabled())
+        if name == "accelerator":
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(gather, "_local", AcceleratorBatch)
+        yield
 
 
 @pytest.fixture(scope="session")

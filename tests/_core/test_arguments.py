@@ -1,7 +1,7 @@
 """What is refused, with which words, and that nothing has changed afterwards."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from functions import CHANGING, FUNCTIONS, Function
 from helpers import bits, with_gradients
 from torch import Tensor, nn
 
@@ -16,44 +17,23 @@ import torchclip
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
 
-CALLS: dict[str, Callable[..., Any]] = {
-    "clip_grad_norm_": lambda ps, x=0.5: torchclip.clip_grad_norm_(ps, x),
-    "clip_grad_value_": lambda ps, x=0.5: torchclip.clip_grad_value_(ps, x),
-    "clip_grads_with_norm_": lambda ps, x=0.5: torchclip.clip_grads_with_norm_(ps, x, 5.0),
-    "clip_grad_norm_per_parameter_": lambda ps, x=0.5: torchclip.clip_grad_norm_per_parameter_(ps, x),
-    "clip_grad_adaptive_": lambda ps, x=0.5: torchclip.clip_grad_adaptive_(ps, x),
-    "clip_grad_adaptive_ eps": lambda ps, x=0.5: torchclip.clip_grad_adaptive_(ps, 0.01, x),
-    "clip_per_example": lambda ps, x=0.5: torchclip.clip_per_example([p.grad.view(1, -1) for p in ps], x),
-    "clip_grads_with_norm_ total_norm": lambda ps, x=0.5: torchclip.clip_grads_with_norm_(ps, 1.0, x),
-}
-NUMBER = {
-    "clip_grad_norm_": "max_norm",
-    "clip_grad_value_": "clip_value",
-    "clip_grads_with_norm_": "max_norm",
-    "clip_grad_norm_per_parameter_": "max_norm",
-    "clip_grad_adaptive_": "clip_factor",
-    "clip_grad_adaptive_ eps": "eps",
-    "clip_per_example": "max_norm",
-    "clip_grads_with_norm_ total_norm": "total_norm",
-}
-ORDERS: dict[str, Callable[..., Any]] = {
-    "clip_grad_norm_": lambda ps, p: torchclip.clip_grad_norm_(ps, 0.5, p),
-    "get_total_norm": lambda ps, p: torchclip.get_total_norm([q.grad for q in ps], p),
-    "clip_grad_norm_per_parameter_": lambda ps, p: torchclip.clip_grad_norm_per_parameter_(ps, 0.5, p),
-    "clip_grad_adaptive_": lambda ps, p: torchclip.clip_grad_adaptive_(ps, 0.01, 1e-3, p),
-}
-TENSORS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "clip_grad_norm_": (lambda ps: torchclip.clip_grad_norm_(ps, 0.5), "parameters"),
-    "clip_grad_value_": (lambda ps: torchclip.clip_grad_value_(ps, 0.5), "parameters"),
-    "clip_grads_with_norm_": (lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, 5.0), "parameters"),
-    "clip_grad_norm_per_parameter_": (
-        lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5),
-        "parameters",
-    ),
-    "clip_grad_adaptive_": (lambda ps: torchclip.clip_grad_adaptive_(ps), "parameters"),
-    "get_total_norm": (lambda ps: torchclip.get_total_norm(ps), "tensors"),
-    "clip_per_example": (lambda ps: torchclip.clip_per_example(ps, 0.5), "grads"),
-}
+numbers = pytest.mark.parametrize(
+    ("function", "number"),
+    [pytest.param(f, n, id=f"{f.name}-{n}") for f in FUNCTIONS.values() for n in f.numbers],
+)
+limits = pytest.mark.parametrize(
+    ("function", "number"),
+    [
+        pytest.param(f, n, id=f"{f.name}-{n}")
+        for f in FUNCTIONS.values()
+        for n in f.numbers
+        if n != "total_norm"
+    ],
+)
+orders = pytest.mark.parametrize(
+    "function", [pytest.param(f, id=f.name) for f in FUNCTIONS.values() if f.takes_order]
+)
+functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=list(FUNCTIONS))
 
 
 @pytest.fixture
@@ -89,38 +69,38 @@ NOT_NUMBERS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@numbers
 @pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
-def test_what_is_not_a_number(name: str, value: Any, parameters: list[Any]) -> None:
-    with pytest.raises(TypeError, match=f"^`{NUMBER[name]}` must be a number, got "):
-        CALLS[name](parameters, value)
+def test_what_is_not_a_number(function: Function, number: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(TypeError, match=f"^`{number}` must be a number, got "):
+        function.of(parameters, **{number: value})
 
 
 @pytest.mark.parametrize("text", ["1.0", "inf", "1e-3"])
-def test_a_norm_is_no_string(text: str, parameters: list[Any]) -> None:
+def test_a_norm_is_no_string(text: Any, parameters: list[Any]) -> None:
     with pytest.raises(TypeError, match=r"^`total_norm` must be a number, got "):
-        CALLS["clip_grads_with_norm_ total_norm"](parameters, text)
+        torchclip.clip_grads_with_norm_(parameters, 1.0, text)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@numbers
 @pytest.mark.parametrize("value", [-1, -1e-300, -math.inf, np.float32(-1), torch.tensor(-1.0)], ids=repr)
-def test_negative_numbers(name: str, value: Any, parameters: list[Any]) -> None:
-    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be at least 0, got -"):
-        CALLS[name](parameters, value)
+def test_negative_numbers(function: Function, number: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"^`{number}` must be at least 0, got -"):
+        function.of(parameters, **{number: value})
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if NUMBER[n] != "total_norm"])
+@limits
 @pytest.mark.parametrize("value", [math.nan, np.float64("nan"), torch.tensor(math.nan)], ids=repr)
-def test_nan(name: str, value: Any, parameters: list[Any]) -> None:
-    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be at least 0, got nan"):
-        CALLS[name](parameters, value)
+def test_nan(function: Function, number: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"^`{number}` must be at least 0, got nan"):
+        function.of(parameters, **{number: value})
 
 
-@pytest.mark.parametrize("name", CALLS)
+@numbers
 @pytest.mark.parametrize("value", [10**5000, Fraction(-(10**400))], ids=["int", "Fraction"])
-def test_numbers_beyond_float64(name: str, value: Any, parameters: list[Any]) -> None:
-    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be within the range of float64, got a la"):
-        CALLS[name](parameters, value)
+def test_numbers_beyond_float64(function: Function, number: str, value: Any, parameters: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"^`{number}` must be within the range of float64, got a la"):
+        function.of(parameters, **{number: value})
 
 
 def test_the_remedy_for_max_norm_none(parameters: list[Any]) -> None:
@@ -131,50 +111,52 @@ def test_the_remedy_for_max_norm_none(parameters: list[Any]) -> None:
         torchclip.clip_grad_norm_(parameters, nothing)
 
 
-NUMBERS = [2, np.float32(2), np.float16(2), np.int64(2), Fraction(2), torch.tensor(2), torch.tensor([2.0])]
-NUMBERS += [Decimal(2), np.array(2.0), np.array([2.0])]
+KINDS = [2, np.float32(2), np.float16(2), np.int64(2), Fraction(2), torch.tensor(2), torch.tensor([2.0])]
+KINDS += [Decimal(2), np.array(2.0), np.array([2.0])]
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if NUMBER[n] != "total_norm"])
+@limits
 @pytest.mark.parametrize("text", ["1.0", "1e-3", " 2 ", "inf", "1_0"])
-def test_numbers_from_configuration_files(name: str, text: str) -> None:
+def test_numbers_from_configuration_files(function: Function, number: str, text: str) -> None:
     mine, others = (with_gradients([torch.tensor([30.0, 40.0]), torch.tensor([5.0])]) for _ in range(2))
-    CALLS[name](mine, text)
-    CALLS[name](others, float(text))
+    function.of(mine, **{number: text})
+    function.of(others, **{number: float(text)})
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if NUMBER[n] != "total_norm"])
-def test_a_negative_number_from_a_configuration_file(name: str, parameters: list[Any]) -> None:
-    with pytest.raises(ValueError, match=f"^`{NUMBER[name]}` must be at least 0, got -1.0"):
-        CALLS[name](parameters, "-1.0")
+@limits
+def test_a_negative_number_from_a_configuration_file(
+    function: Function, number: str, parameters: list[Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"^`{number}` must be at least 0, got -1.0"):
+        function.of(parameters, **{number: "-1.0"})
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("value", [*NUMBERS, torch.tensor(2.0, requires_grad=True)], ids=repr)
-def test_every_kind_of_number(name: str, value: Any) -> None:
+@numbers
+@pytest.mark.parametrize("value", [*KINDS, torch.tensor(2.0, requires_grad=True)], ids=repr)
+def test_every_kind_of_number(function: Function, number: str, value: Any) -> None:
     mine, others = (with_gradients([torch.tensor([30.0, 40.0]), torch.tensor([5.0])]) for _ in range(2))
-    CALLS[name](mine, value)
-    CALLS[name](others, 2.0)
+    function.of(mine, **{number: value})
+    function.of(others, **{number: 2.0})
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@orders
 @pytest.mark.parametrize("order", [None, "fro", "nan", "", [2], 1j, False, torch.ones(2), {}], ids=repr)
-def test_orders_that_are_none(name: str, order: Any, parameters: list[Any]) -> None:
+def test_orders_that_are_none(function: Function, order: Any, parameters: list[Any]) -> None:
     with pytest.raises(TypeError, match=r"^`norm_type` must be a number or 'inf', got .*\)$"):
-        ORDERS[name](parameters, order)
+        function.of(parameters, norm_type=order)
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@orders
 @pytest.mark.parametrize("order", [math.nan, np.float32("nan")], ids=repr)
-def test_an_order_of_nan(name: str, order: Any, parameters: list[Any]) -> None:
+def test_an_order_of_nan(function: Function, order: Any, parameters: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"`norm_type` is nan; pass a number such as 2.0, or 'inf'"):
-        ORDERS[name](parameters, order)
+        function.of(parameters, norm_type=order)
 
 
-@pytest.mark.parametrize("name", ORDERS)
-def test_orders_by_name_and_of_other_types(name: str) -> None:
+@orders
+def test_orders_by_name_and_of_other_types(function: Function) -> None:
     for order, same in (
         ("inf", math.inf),
         ("-inf", -math.inf),
@@ -183,8 +165,8 @@ def test_orders_by_name_and_of_other_types(name: str) -> None:
         ("2", 2.0),
     ):
         mine, others = (with_gradients([torch.tensor([3.0, -4.0]), torch.tensor([5.0])]) for _ in range(2))
-        ORDERS[name](mine, order)
-        ORDERS[name](others, same)
+        function.of(mine, norm_type=order)
+        function.of(others, norm_type=same)
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
 
 
@@ -206,36 +188,33 @@ NOT_TENSORS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@functions
 @pytest.mark.parametrize("kind", NOT_TENSORS)
-def test_what_is_no_collection_of_tensors(name: str, kind: str) -> None:
-    call, argument = TENSORS[name]
+def test_what_is_no_collection_of_tensors(function: Function, kind: str) -> None:
     value, message = NOT_TENSORS[kind]
-    if kind in ("a module", "a ParameterDict") and argument == "parameters":
+    if kind in ("a module", "a ParameterDict") and function.changes:
         return  # stands for its parameters
-    with pytest.raises(TypeError, match=f"^`{argument}` {message}"):
-        call(value)
+    with pytest.raises(TypeError, match=f"^`{function.takes}` {message}"):
+        function(value)
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@functions
 @pytest.mark.parametrize("item", [None, 1.0, "weight", np.ones(2), [torch.ones(2)], MODEL], ids=repr)
-def test_items_that_are_no_tensors(name: str, item: Any, parameters: list[Any]) -> None:
-    call, argument = TENSORS[name]
-    tensors = parameters if argument == "parameters" else [torch.ones(2), torch.ones(2), torch.ones(2)]
-    with pytest.raises(TypeError, match=f"^`{argument}` must hold tensors only, item 3 is "):
-        call([*tensors, item])
-    with pytest.raises(TypeError, match=f"^`{argument}` must hold tensors only, item 3 is "):
-        call(t for t in [*tensors, item])
+def test_items_that_are_no_tensors(function: Function, item: Any, parameters: list[Any]) -> None:
+    tensors = parameters if function.changes else [torch.ones(2), torch.ones(2), torch.ones(2)]
+    with pytest.raises(TypeError, match=f"^`{function.takes}` must hold tensors only, item 3 is "):
+        function([*tensors, item])
+    with pytest.raises(TypeError, match=f"^`{function.takes}` must hold tensors only, item 3 is "):
+        function(t for t in [*tensors, item])
 
 
-@pytest.mark.parametrize("name", [n for n, (_, argument) in TENSORS.items() if argument == "parameters"])
-def test_a_module_stands_for_its_parameters(name: str) -> None:
-    call, _ = TENSORS[name]
+@pytest.mark.parametrize("function", CHANGING.values(), ids=list(CHANGING))
+def test_a_module_stands_for_its_parameters(function: Function) -> None:
     models: list[nn.Module] = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         (1000 * model(torch.ones(3))).sum().backward()
-    results = [call(models[0]), call(list(models[1].parameters()))]
+    results = [function(models[0]), function(list(models[1].parameters()))]
     assert repr(results[0]) == repr(results[1])
     for mine, its in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert mine.grad is not None
@@ -256,11 +235,10 @@ def test_errors_name_the_parameters_of_a_module() -> None:
         torchclip.clip_grad_norm_(model, 1.0)
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_named_parameters(name: str) -> None:
-    call, _argument = TENSORS[name]
+@functions
+def test_named_parameters(function: Function) -> None:
     with pytest.raises(TypeError, match=r"item 0 is \('weight'.*; pass `.parameters\(\)`, not `.named_param"):
-        call(MODEL.named_parameters())
+        function(MODEL.named_parameters())
 
 
 def test_an_error_of_the_users_own_generator_comes_through(parameters: list[Any]) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from functions import CHANGING, CLIPPERS
 from helpers import (
-    CHANGING,
-    CLIPPERS,
     DTYPES,
     INF,
     LOW_PRECISION,
@@ -31,7 +30,7 @@ import torchclip
 from torchclip import reference
 
 pytestmark = [
-    pytest.mark.usefixtures("kernel_on_and_off"),
+    pytest.mark.usefixtures("everywhere"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
 ]
 
@@ -191,9 +190,7 @@ def dict_values(parameters: list[Any]) -> Iterable[Any]:
 @pytest.mark.parametrize("wrap", [list, tuple, iter, generator, nn.ParameterList, set, dict_values])
 def test_any_iterable_of_parameters(name: str, wrap: Callable[[Any], Any]) -> None:
     parameters = with_gradients([torch.full((3,), 2.0), torch.full((2,), 2.0)])
-    CLIPPERS[name].ours(wrap(parameters), 0.5, 2) if name != "clip_grads_with_norm_" else (
-        torchclip.clip_grads_with_norm_(wrap(parameters), 0.5, 4.0)
-    )
+    CLIPPERS[name](wrap(parameters))
     assert all(bool((p.grad < 2).all()) for p in parameters)
 
 
@@ -201,11 +198,8 @@ def test_any_iterable_of_parameters(name: str, wrap: Callable[[Any], Any]) -> No
 def test_a_single_tensor(name: str) -> None:
     (one,) = with_gradients([torch.full((3,), 2.0)])
     (same,) = with_gradients([torch.full((3,), 2.0)])
-    CLIPPERS[name].ours([one], 0.5, 2)
-    if name == "clip_grads_with_norm_":
-        torchclip.clip_grads_with_norm_(same, 0.5, torchclip.get_total_norm(same.grad))
-    else:
-        CLIPPERS[name].ours(same, 0.5, 2)
+    CLIPPERS[name]([one])
+    CLIPPERS[name](same)
     assert torch.equal(one.grad, same.grad)
     assert float(one.grad[0]) < 2
 
@@ -232,19 +226,10 @@ def test_no_parameters() -> None:
 @changing
 def test_an_empty_generator_warns_where_it_was_passed(name: str) -> None:
     nothing: list[Tensor] = []
-    calls: dict[str, Callable[[], object]] = {
-        "clip_grad_norm_": lambda: torchclip.clip_grad_norm_((p for p in nothing), 1.0),
-        "clip_grads_with_norm_": lambda: torchclip.clip_grads_with_norm_((p for p in nothing), 1.0, 1.0),
-        "clip_grad_value_": lambda: torchclip.clip_grad_value_((p for p in nothing), 1.0),
-        "clip_grad_norm_per_parameter_": lambda: torchclip.clip_grad_norm_per_parameter_(
-            (p for p in nothing), 1.0
-        ),
-        "clip_grad_adaptive_": lambda: torchclip.clip_grad_adaptive_(p for p in nothing),
-    }
     with pytest.warns(
         UserWarning, match="`parameters` is an empty generator, no gradient clipping"
     ) as caught:
-        calls[name]()
+        getattr(torchclip, name)((p for p in nothing), **CLIPPERS[name].given)
     assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings(record=True) as torchs:
         warnings.simplefilter("always")
@@ -651,8 +636,8 @@ else:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is measured in other units elsewhere")
-def test_what_is_allocated_does_not_grow_with_the_gradients(kernel_on_and_off: str) -> None:
-    command = [sys.executable, "-c", MEASURE, kernel_on_and_off]
+def test_what_is_allocated_does_not_grow_with_the_gradients(everywhere: str, on_host: None) -> None:
+    command = [sys.executable, "-c", MEASURE, everywhere]
     grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(grown) < 64 * 1024, "KiB, for gradients of 144 MiB in all"
 

@@ -12,25 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CHANGING,
-    CLIPPERS,
-    DTYPES,
-    INF,
-    NORM_TYPES,
-    bits,
-    exact_norm,
-    grad_of,
-    randn,
-    with_gradients,
-)
+from functions import CHANGING, CLIPPERS, FUNCTIONS
+from helpers import DTYPES, INF, NORM_TYPES, bits, exact_norm, grad_of, randn, with_gradients
 from torch import Tensor, nn
 
 import torchclip
 from torchclip import clip_grad_norm_, get_total_norm
 
 pytestmark = [
-    pytest.mark.usefixtures("kernel_on_and_off"),
+    pytest.mark.usefixtures("everywhere"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
 ]
 names = pytest.mark.parametrize("name", CLIPPERS)
@@ -257,6 +247,7 @@ class TestItem3TheCoefficient:
         eps = torch.finfo(dtype).eps if dtype in (torch.float32, torch.complex64) else 0
         torch.testing.assert_close(p.grad, expected, rtol=eps, atol=0)
 
+    @pytest.mark.usefixtures("on_host")
     @pytest.mark.parametrize("name", [n for n in CHANGING if n != "clip_grad_value_"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_gradients_are_not_touched_where_no_clipping_is_needed(
@@ -375,6 +366,7 @@ class TestItem4NonFinite:
 
 
 class TestItem5TheSameAnswerEveryTime:
+    @pytest.mark.usefixtures("on_host")
     @names
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_the_number_of_threads_does_not_matter(
@@ -462,14 +454,8 @@ class TestItem7Autograd:
 
 
 COMPILED: dict[str, Callable[[Any], Any]] = {
-    "get_total_norm": lambda ps: get_total_norm([p.grad for p in ps]),
-    "clip_grad_norm_": lambda ps: clip_grad_norm_(ps, 0.5),
+    **{name: function.of for name, function in FUNCTIONS.items()},
     "clip_grad_norm_, inf": lambda ps: clip_grad_norm_(ps, 1, "inf"),
-    "clip_grads_with_norm_": lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, get_total_norm(ps[0].grad)),
-    "clip_grad_value_": lambda ps: torchclip.clip_grad_value_(ps, 0.5),
-    "clip_grad_norm_per_parameter_": lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5),
-    "clip_grad_adaptive_": lambda ps: torchclip.clip_grad_adaptive_(ps, 0.1),
-    "clip_per_example": lambda ps: torchclip.clip_per_example([ps[0].grad], 0.5)[0][0],
 }
 
 

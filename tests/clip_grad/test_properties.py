@@ -8,7 +8,8 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from helpers import CLIPPERS, as_numpy, assert_same_up_to_rounding, with_gradients
+from functions import CLIPPERS
+from helpers import as_numpy, assert_same_up_to_rounding, with_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -161,3 +161,23 @@ def check_the_step_that_creates_an_optimizers_state() -> None:
     assert last_of(clipper).total_norm == pytest.approx(
         float(torchclip.get_total_norm([grad_of(p) for p in model.parameters()])), rel=1e-6
     )
+
+
+def check_names_and_layers_of_distributed_models() -> None:
+    for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        for parameter in model.parameters():
+            parameter.data = randn(*parameter.shape)
+        wrapped: Any = wrap(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        clipper = Clipper(optimizer, 1.0, model=wrapped, layers_every=2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            wrapped(randn(3, 4)).sum().backward()
+            optimizer.step()
+        names = [name for name, _ in model.named_parameters()]
+        assert sorted(clipper.norms()) == sorted(names)
+        assert (clipper.history.layers.names, clipper.history.layers.steps) == (names, [0, 2])
+        agreed(clipper.history.layers.norms.tolist())
+        first = clipper.history.layers.norms[0].tolist()
+        assert math.hypot(*first) == pytest.approx(clipper.history[0].total_norm)

@@ -1,23 +1,28 @@
-"""Torch operations that never wait for a value: for tensors on other devices, and for all while tracing."""
+"""Torch operations that never wait for a value: tensors on other devices, and whatever is being traced.
+
+The number of operations does not depend on the number of tensors: all those of one device and dtype are
+handed to torch's ``_foreach_`` operations together.  Norms and clip coefficients stay on the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from torchclip._core import changes, memory
 from torchclip._core.batch import Norm, Norms
+from torchclip._core.groups import REAL, Group, grouped, is_plain, joint, moved
 from torchclip._core.host import facts_of
-from torchclip._core.rows import NARROW, matrix_norms
-from torchclip._core.scalars import ABSENT, join, join_rows, on_device
+from torchclip._core.rows import FLOAT32_TINY, STEP
+from torchclip._core.scalars import ABSENT, join, norm_dtype
 
 __all__ = ["AcceleratorBatch"]
 
 
 class AcceleratorBatch:
-    """Distinct tensors whose values nobody looks at; a ``Batch``.
+    """Distinct tensors on any devices, of any dtypes and layouts; a ``Batch``.
 
     Args:
         tensors: the tensors.
@@ -27,6 +32,7 @@ class AcceleratorBatch:
     def __init__(self, tensors: list[Tensor], shared: bool = False) -> None:
         self.all = tensors
         self._shared = shared
+        self._groups, self._others = _parted(tensors)
 
     @property
     def facts(self) -> int:
@@ -35,69 +41,148 @@ class AcceleratorBatch:
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements, or of the finite ones, as one vector."""
-        norms = self.norms(p, finite)
-        return join(norms, p) if len(norms) else ABSENT
+        with torch.no_grad():
+            groups = self._measured(p, finite)
+            if not groups:
+                return ABSENT
+            device = groups[0].device
+            if finite:
+                return join([moved(group.finite_norm(p), device) for group in groups], p)
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for group in groups:
+                by_device.setdefault(group.device, []).extend(group.norms_of_parts(p))
+            in_range = all(group.in_range(p) for group in groups)
+            of_devices = [moved(joint(norms, p, in_range), device) for norms in by_device.values()]
+            return joint(of_devices, p, in_range)
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
         """The norm of each tensor."""
-        if not self.all:
-            return []
         with torch.no_grad():
-            each: list[Norm] = [_norm(tensor, p, finite) for tensor in self.all]
-            return on_device(each, self.all[0].device)
+            groups = self._measured(p, finite)
+            if not groups:
+                return [ABSENT] * len(self.all)
+            device = groups[0].device
+            vectors = [
+                moved(g.finite_norms(p) if finite else torch.stack(g.norms(p)), device) for g in groups
+            ]
+            if len(vectors) == 1 and len(vectors[0]) == len(self.all):
+                return vectors[0]
+            in_order = [vectors[0].new_full((), ABSENT)] * len(self.all)
+            for group, vector in zip(groups, vectors, strict=True):
+                for place, norm in zip(group.places, vector.unbind(), strict=True):
+                    in_order[place] = norm
+            return torch.stack(in_order)
 
     def scale_(self, clip_coef: Norm, /) -> None:
-        """Multiply every element in place."""
+        """Multiply every element in place; by a tensor always, as nobody waits to see whether it is 1."""
+        if isinstance(clip_coef, float):
+            if clip_coef == 1.0:
+                return
+            if 0 < clip_coef < FLOAT32_TINY:
+                self.scale_(STEP)
+                clip_coef /= STEP
         with torch.no_grad():
-            together, alone = changes.parted(self.all)
-            for tensor in alone:
-                changes.scale_alone_(tensor, clip_coef)
-            for (dtype, device), group in together.items():
-                number = _on(clip_coef, device)
-                if dtype in (torch.float32, torch.float64):
-                    torch._foreach_mul_(group, number.to(dtype))
-                    continue
-                for tensor in group:
-                    tensor.copy_(tensor.float() * number.float())
+            for group, clip_coef_there in self._with(clip_coef):
+                group.scale_(clip_coef_there)
+            self._tell_sparse()
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor in place by its own number."""
-        for tensor, clip_coef in zip(self.all, clip_coefs, strict=True):
-            AcceleratorBatch([tensor]).scale_(clip_coef)
+        if not isinstance(clip_coefs, Tensor):
+            for tensor, clip_coef in zip(self.all, clip_coefs, strict=True):
+                AcceleratorBatch([tensor]).scale_(clip_coef)
+            return
+        with torch.no_grad():
+            for group, clip_coefs_there in self._with(clip_coefs):
+                group.scale_each_(clip_coefs_there)
+            self._tell_sparse()
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""
-        changes.clamp_elements_(self.all, limit)
+        alone = [tensor for _, tensor in self._others]
+        with torch.no_grad():
+            for group in self._groups:
+                if group.foreach:
+                    within = changes.limit_within(group.dtype, limit)
+                    torch._foreach_clamp_max_(group.tensors, within)
+                    torch._foreach_clamp_min_(group.tensors, -within)
+                else:
+                    alone += group.tensors
+        changes.clamp_elements_(alone, limit)
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every infinite or NaN element."""
-        changes.zero_nonfinite_(self.all)
+        """Put 0 in the place of every infinite or NaN element: one operation for each tensor."""
+        with torch.no_grad():
+            for group in self._groups:
+                for tensor in group.tensors:
+                    tensor.nan_to_num_(0.0, 0.0, 0.0)
+        changes.zero_nonfinite_([tensor for _, tensor in self._others])
+
+    def _measured(self, p: float, finite: bool) -> list[Group]:
+        """Real strided tensors that have the norms of the batch's own."""
+        if not self._others:
+            return self._groups
+        values = [(place, _magnitudes(tensor, p, finite)) for place, tensor in self._others]
+        return self._groups + grouped((place, tensor) for place, tensor in values if tensor.numel())
+
+    def _with(self, clip_coefs: Norm) -> Iterator[tuple[Group, Tensor]]:
+        """The memory of all elements in groups, each with the number or numbers on its device."""
+        groups = self._groups
+        if self._others:
+            groups = groups + grouped((place, _own_elements(tensor)) for place, tensor in self._others)
+        made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        for group in groups:
+            device, dtype = group.device, group.coef_dtype()
+            if (device, dtype) not in made:
+                made[device, dtype] = _on(clip_coefs, device, dtype)
+            yield group, made[device, dtype]
+
+    def _tell_sparse(self) -> None:
+        """Let sparse tensors know that their values were changed."""
+        for _, tensor in self._others:
+            if tensor.layout in memory.SPARSE:
+                torch.autograd.graph.increment_version(tensor)
 
 
-def _on(clip_coef: Norm, device: torch.device) -> Tensor:
-    if isinstance(clip_coef, Tensor):
-        return clip_coef.to(device)
-    return torch.full((), clip_coef, dtype=torch.float64, device=device)
+def _parted(tensors: Sequence[Tensor]) -> tuple[list[Group], list[tuple[int, Tensor]]]:
+    """Plain real tensors in groups, without empty ones; and the other tensors with their places."""
+    real: list[tuple[int, Tensor]] = []
+    others: list[tuple[int, Tensor]] = []
+    for place, tensor in enumerate(tensors):
+        if tensor.dtype not in REAL or not is_plain(tensor):
+            others.append((place, tensor))
+        elif tensor.numel():
+            real.append((place, tensor))
+    return grouped(real), others
 
 
-def _norm(tensor: Tensor, p: float, finite: bool) -> Norm:
-    parts: list[Tensor] = []
-    found: list[Tensor] = []
-    for values in memory.stored(tensor.detach(), p):
-        if not values.numel():
-            continue
-        if finite:
-            usable = values.isfinite()
-            found.append(usable.any())
-            values = torch.where(usable, values, 0)
-        parts += _parts(values, p)
-    if not parts:
-        return ABSENT
-    norm = join_rows(torch.cat(parts), p)
-    return torch.where(torch.stack(found).any(), norm, ABSENT) if finite else norm
+def _magnitudes(tensor: Tensor, p: float, finite: bool) -> Tensor:
+    """Real numbers that have the norm of a tensor of any layout and dtype."""
+    # Of what a sparse tensor stores no view can be made otherwise, as complex numbers need.
+    parts = [part.detach() for part in memory.stored(tensor, p)]
+    values = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+    if values.is_complex():
+        if p == 2 and not finite and not memory.intercepted():
+            values = torch.view_as_real(values.resolve_conj())
+        else:
+            wide = torch.complex64 if norm_dtype(values.device) is torch.float32 else torch.complex128
+            values = values.to(wide).abs()
+    elif values.dtype not in REAL:
+        values = values.to(norm_dtype(values.device))
+    return values if memory.intercepted() else values.resolve_neg()
 
 
-def _parts(values: Tensor, p: float) -> Sequence[Tensor]:
-    whole = values.dtype in NARROW or memory.intercepted()
-    pieces = [values.reshape(1, -1)] if whole else [n.view(1, -1) for n in memory.pieces(values)]
-    return [matrix_norms(piece, p) for piece in pieces]
+def _own_elements(tensor: Tensor) -> Tensor:
+    """A tensor's own memory, as real numbers if that can be."""
+    values = memory.own_values(tensor) if tensor.layout in memory.SPARSE else tensor
+    # Where operations are intercepted it may stand for its conjugate, which cannot be seen.
+    if values.is_complex() and not memory.intercepted() and is_plain(values):
+        return torch.view_as_real(memory.without_conj(values))
+    return values
+
+
+def _on(clip_coefs: Norm, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(clip_coefs, Tensor):
+        return moved(clip_coefs if clip_coefs.dtype == dtype else clip_coefs.to(dtype), device)
+    # Written by the device, which would wait for a copy from the host.
+    return torch.full((), clip_coefs, dtype=dtype, device=device)

@@ -101,7 +101,7 @@ def split(vector: Tensor, length: int) -> Sequence[Tensor]:
 
 def fills_its_memory(tensor: Tensor) -> bool:
     """Whether a strided tensor has no gaps between its elements, in whatever order its axes lie."""
-    return flat(tensor) is not None
+    return tensor.is_contiguous() or flat(tensor) is not None
 
 
 def flat(tensor: Tensor) -> Tensor | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import arguments, gather, mesh
+from torchclip._core import arguments, mesh
+from torchclip._core.batch import Norms
 from torchclip.clipper.clipping import Clipping, Row
+from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
-from torchclip.clipper.scope import Scope, Scoping, place, unscaled
+from torchclip.clipper.scope import Scope, Scoping
 from torchclip.clipper.step import Step, creates_state, with_closure
 from torchclip.history.history import History
 from torchclip.history.records import Record
@@ -61,8 +63,7 @@ class Clipper:
     Without any gradient, or with nothing finite left of it, there is nothing to learn for a threshold object.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``.  Names of parameters, in errors and ``norms``, are
-            known if it was made from ``model.named_parameters()``.
+        optimizer: any ``torch.optim.Optimizer``.
         max_norm: the threshold: a number (``float("inf")`` only measures), a threshold object such as
             ``Percentile``, or a callable that is given the number of the step, from 0.  The object stays as
             it is; the copies that learn are in ``thresholds``. A norm up to such an object's threshold is
@@ -83,6 +84,12 @@ class Clipper:
             learned stays.  If it changes gradients, these are measured again and clipped to the same
             threshold, and the history says what was done; sharded gradients it must leave alone, as other
             ranks know their norm already.  On an accelerator this waits for the norm.
+        model: the module whose parameters the optimizer holds, or a list of several. Errors, ``norms`` and
+            ``history.layers`` then call parameters by their names in it, without what ``torch.compile`` and
+            data parallelism put before them.  Without it they do so if the optimizer was made from
+            ``model.named_parameters()``, and else give a parameter's place in the optimizer.
+        layers_every: keep the norm of each single parameter at every so many steps, in ``history.layers``;
+            0 for never. With sharded gradients the same on all ranks.
 
     Attributes:
         history (History): what clipping did, step by step; reading it is what waits for an accelerator.
@@ -119,6 +126,8 @@ class Clipper:
         nonfinite: Nonfinite = "propagate",
         group: ProcessGroup | Sequence[ProcessGroup] | None = None,
         on_clip: Callable[[Record], object] | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        layers_every: int = 0,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {arguments.shown(optimizer)}")
@@ -156,10 +165,18 @@ class Clipper:
         self._scope: Scope = scope
         self._nonfinite: Nonfinite = nonfinite
         self._steps = 0
+        self._names = Names(optimizer, model)
+        self._layers_every = arguments.count("layers_every", layers_every, least=0)
         self._step = Step(optimizer)
         self._rows: list[Row] = []
+        self._layers: tuple[list[str], Norms] | None = None
         self._clipping = Clipping(
-            self._step, self._rule, Scoping(scope, self._order, groups), nonfinite, on_clip, self._names
+            self._step,
+            self._rule,
+            Scoping(scope, self._order, groups),
+            nonfinite,
+            on_clip,
+            self._names.of_gradients,
         )
         self._hooks: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -191,13 +208,10 @@ class Clipper:
         parts.
         """
         self._step.is_running()  # gives back what a step that ended in an exception has left
-        named = dict(self._named_parameters())
-        batch = gather.gradients(list(named.values()))
-        grad_scale = getattr(self.optimizer, "grad_scale", None)
-        norms = unscaled(batch.norms(self._order), grad_scale, self._order)
+        names, present, norms = self._names.norms(self._order)
         values = norms.tolist() if isinstance(norms, Tensor) else norms
-        of_grad = {id(grad): max(norm, 0.0) for grad, norm in zip(batch.all, values, strict=True)}
-        found = {name: of_grad[id(p.grad)] for name, p in named.items() if p.grad is not None}
+        named = zip(names, present, values, strict=True)
+        found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
 
     def detach(self) -> None:
@@ -276,7 +290,7 @@ class Clipper:
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._step.begin():
             return None
-        self._rows = []
+        self._rows, self._layers = [], None
         self._clipping.begin()
         if len(args) > 1 or kwargs:
             replaced = with_closure(type(self.optimizer).step, args, kwargs, self._clipped_after)
@@ -302,8 +316,12 @@ class Clipper:
         """Clip the gradients that are there now."""
         look = self._clipping.look()
         look.measure()
-        if not creates_state(self.optimizer, args, kwargs or {}, look.total_norm):
-            self._rows.append(self._clipping.clip(self._steps, look))
+        if creates_state(self.optimizer, args, kwargs or {}, look.total_norm):
+            return
+        if self._layers_every and self._steps % self._layers_every == 0:
+            names, _, norms = self._names.norms(self._order)
+            self._layers = names, norms
+        self._rows.append(self._clipping.clip(self._steps, look))
 
     def _after_step(self, *_: Any) -> None:
         # Only a step that was taken is in the history, and has used up its number.
@@ -311,23 +329,7 @@ class Clipper:
             for row in self._rows:
                 self.history.append(*row)
             self._rows = []
+            if self._layers is not None:
+                self.history.layers.append(self._steps, *self._layers)
+                self._layers = None
             self._steps += 1
-
-    # Names
-
-    def _names(self) -> dict[int, str]:
-        """What to call each gradient in an error, by its id."""
-        return {id(p.grad): name for name, p in self._named_parameters() if p.grad is not None}
-
-    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters, by the name that the optimizer knows, or their place in it."""
-        used = set()
-        for i, group in enumerate(self.optimizer.param_groups):
-            names = group.get("param_names", ())
-            for j, parameter in enumerate(group["params"]):
-                # A parameter may have been added to the list without a name, and two models share names.
-                name = names[j] if j < len(names) else None
-                if name is None or name in used:
-                    name = f"{place(i, 'params')}[{j}]"
-                used.add(name)
-                yield name, parameter

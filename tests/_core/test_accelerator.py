@@ -1,0 +1,305 @@
+"""Tensors on a device: how many operations they take, and that no value is read on the way.
+
+Operations are counted on ``meta`` tensors, where reading a value raises.  Values are checked on tensors
+in host memory, which the batch takes as well, here and in the contract's tests (``kernel_on_and_off``).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.nn.utils import clip_grad as torchs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchclip
+from tests.helpers import bits, exact_norm, randn, with_gradients
+from torchclip._core import groups, memory
+from torchclip._core.accelerator import AcceleratorBatch
+from torchclip._core.batch import Facts
+from torchclip._core.scalars import ABSENT
+
+INF, NAN = math.inf, math.nan
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+ORDERS = (1.0, 2.0, INF)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that reach the dispatcher, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(call: Callable[..., object], *args: Any) -> list[str]:
+    mode = Operations()
+    with mode:
+        call(*args)
+    return mode.names
+
+
+def on_meta(count: int, *dtypes: torch.dtype) -> list[nn.Parameter]:
+    """Parameters with gradients of these dtypes in turn."""
+    parameters = []
+    for i in range(count):
+        dtype = dtypes[i % len(dtypes)]
+        parameter = nn.Parameter(torch.zeros(3, i % 5 + 1, dtype=dtype, device="meta"))
+        parameter.grad = torch.zeros_like(parameter)
+        parameters.append(parameter)
+    return parameters
+
+
+def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+CALLS: dict[str, tuple[Callable[[list[nn.Parameter], float], object], int]] = {
+    "clip_grad_norm_": (lambda ps, order: torchclip.clip_grad_norm_(ps, 1.0, order), 16),
+    "get_total_norm": (lambda ps, order: torchclip.get_total_norm(gradients(ps), order), 12),
+    "clip_grads_with_norm_": (
+        lambda ps, order: torchclip.clip_grads_with_norm_(ps, 1.0, torch.ones((), device="meta")),
+        12,
+    ),
+    "clip_grad_value_": (lambda ps, order: torchclip.clip_grad_value_(ps, 1.0), 6),
+    "clip_grad_norm_per_parameter_": (
+        lambda ps, order: torchclip.clip_grad_norm_per_parameter_(ps, 1.0, order),
+        24,
+    ),
+}
+
+
+class TestOperations:
+    @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
+    @pytest.mark.parametrize("name", CALLS)
+    def test_their_number_is_small_and_does_not_grow(self, name: str, dtype: torch.dtype) -> None:
+        call, most = CALLS[name]
+        for order in ORDERS:
+            few, many = (len(operations(call, on_meta(n, dtype), order)) for n in (40, 400))
+            assert few == many <= most
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_a_second_dtype_adds_a_few(self, name: str) -> None:
+        call, most = CALLS[name]
+        for order in ORDERS:
+            few, many = (len(operations(call, on_meta(n, F32, BF16), order)) for n in (40, 400))
+            assert few == many <= most + 10
+
+    @pytest.mark.parametrize("order", [0.0, 0.5, 3.0, -1.0, -INF])
+    def test_nor_for_other_orders(self, order: float) -> None:
+        few, many = (
+            len(operations(torchclip.clip_grad_norm_, on_meta(n, F32), 1.0, order)) for n in (40, 400)
+        )
+        assert few == many <= 30
+
+    @pytest.mark.parametrize("dtype", [F32, F16])
+    def test_no_more_than_torchs(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Torch asks by name whether a device has operations on lists, and "meta" is not in its list.
+        monkeypatch.setattr(torchs, "_has_foreach_support", lambda tensors, device: True)
+        monkeypatch.setattr(torchs, "_device_has_foreach_support", lambda device: True)
+
+        def launched(call: Callable[[], object]) -> int:
+            """Operations as a profiler sees them, which counts those that change nothing too."""
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                call()
+            views = {"aten::view", "aten::unbind", "aten::split", "aten::detach"}
+            events = [e for e in profile.events() or [] if e.cpu_parent is None]
+            return len([e for e in events if e.name.startswith("aten::") and e.name not in views])
+
+        ours, others = on_meta(160, dtype), on_meta(160, dtype)
+        assert launched(lambda: torchclip.clip_grad_norm_(ours, 1.0)) <= 16
+        assert launched(lambda: torchs.clip_grad_norm_(others, 1.0)) > 160
+
+    def test_empty_ones_are_left_out(self) -> None:
+        parameters = on_meta(5, F32)
+        for parameter in parameters[::2]:
+            parameter.data = torch.zeros(0, device="meta")
+            parameter.grad = torch.zeros(0, device="meta")
+        assert torchclip.clip_grad_norm_per_parameter_(parameters, 1.0).shape == (5,)
+        assert len(operations(torchclip.get_total_norm, gradients(parameters), INF)) <= 12
+
+    @pytest.mark.parametrize("dtype", [F32, F64])
+    def test_norms_of_the_finite_elements(self, dtype: torch.dtype) -> None:
+        counts = []
+        for count in (40, 400):
+            batch = AcceleratorBatch(gradients(on_meta(count, dtype)))
+            counts.append(len(operations(batch.norm, 2.0, True) + operations(batch.norms, 2.0, True)))
+        assert counts[0] == counts[1] <= 50
+
+    def test_to_zero_the_others_takes_one_for_each(self) -> None:
+        batch = AcceleratorBatch(gradients(on_meta(40, F32, BF16)))
+        assert len(operations(batch.zero_nonfinite_)) == 40
+
+
+class TestTwoDevices:
+    """Fake tensors know which device they are on, and refuse to be mixed."""
+
+    @pytest.mark.parametrize("order", [2.0, 3.0])
+    def test_each_gets_what_it_needs_on_its_own(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "PLAIN", (*memory.PLAIN, FakeTensor))
+        with FakeTensorMode():
+            tensors = [
+                torch.empty(3, 2, dtype=dtype, device=device)
+                for dtype in (F32, F16, BF16, F64)
+                for device in ("cuda:1", "cuda:0")
+            ]
+            parameters = with_gradients([None] * len(tensors), [torch.empty_like(t) for t in tensors])
+            for parameter, tensor in zip(parameters, tensors, strict=True):
+                parameter.grad = tensor
+            total = torchclip.clip_grad_norm_(parameters, 1.0, order)
+            norms = torchclip.clip_grad_norm_per_parameter_(parameters, 1.0, order)
+            torchclip.clip_grad_value_(parameters, 1.0)
+        assert (total.device, norms.device) == (tensors[0].device, tensors[0].device)
+        assert (total.shape, norms.shape) == ((), (len(tensors),))
+
+
+def batch_of(*tensors: Tensor) -> AcceleratorBatch:
+    return AcceleratorBatch(list(tensors))
+
+
+class TestNorms:
+    @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
+    def test_exact(self, dtype: torch.dtype) -> None:
+        tensors = [randn(50, i + 1, dtype=dtype, seed=i) for i in range(4)] + [torch.tensor(3.0, dtype=dtype)]
+        batch = batch_of(*tensors)
+        expected = [exact_norm(t.double().flatten().tolist()) for t in tensors]
+        norms = batch.norms(2.0)
+        assert isinstance(norms, Tensor)
+        assert norms.tolist() == pytest.approx(expected, rel=1e-12)
+        assert float(batch.norm(2.0)) == pytest.approx(exact_norm(expected), rel=1e-12)
+
+    @pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, -1.0, -2.0, INF])
+    @pytest.mark.parametrize("scale", [1e-250, 1e-170, 1.0, 1e170, 1e250])
+    def test_nothing_leaves_the_range_of_float64(self, order: float, scale: float) -> None:
+        parts = [torch.tensor([3.0, 4.0, 5.0]).double() * scale, torch.tensor([[6.0, 7.0]]).double() * scale]
+        joined = torch.linalg.vector_norm(torch.arange(3.0, 8.0).double(), order)
+        batch = batch_of(*parts)
+        assert float(batch.norm(order)) == pytest.approx(float(joined) * scale, rel=1e-13)
+        each = [torch.linalg.vector_norm(part / scale, order) * scale for part in parts]
+        norms = batch.norms(order)
+        assert isinstance(norms, Tensor)
+        assert norms.tolist() == pytest.approx([float(n) for n in each], rel=1e-13)
+
+    def test_each_tensor_has_a_range_of_its_own(self) -> None:
+        norms = batch_of(*(torch.full((4,), scale, dtype=F64) for scale in (1e-200, 1e200))).norms(2.0)
+        assert isinstance(norms, Tensor)
+        assert norms.tolist() == pytest.approx([2e-200, 2e200], rel=1e-13)
+
+    @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
+    def test_copies_in_parts_make_no_difference(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        tensors = [randn(7, i + 1, dtype=F64, seed=i) for i in range(6)]
+        batch = batch_of(*tensors)
+        total, norms = float(batch.norm(order)), batch.norms(order)
+        monkeypatch.setattr(groups, "_COPIED", 20)
+        assert float(batch.norm(order)) == pytest.approx(total, rel=1e-14)
+        assert torch.equal(torch.as_tensor(batch.norms(order)), torch.as_tensor(norms))
+
+    def test_no_elements_have_no_norm(self) -> None:
+        empty = torch.zeros(0, 3)
+        assert batch_of(empty).norm(2.0) == ABSENT
+        assert batch_of(empty, empty.half()).norms(2.0) == [ABSENT, ABSENT]
+        norms = batch_of(empty, torch.ones(4), empty.double()).norms(2.0)
+        assert torch.as_tensor(norms).tolist() == [ABSENT, 2.0, ABSENT]
+
+    @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64, torch.complex64])
+    @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
+    def test_of_finite_elements(self, dtype: torch.dtype, order: float) -> None:
+        tensors = [torch.tensor(v).to(dtype) for v in ([3.0, NAN, 4.0], [INF, NAN], [0.0, -INF], [5.0])]
+        zeroed = [torch.where(t.isfinite(), t, 0) for t in tensors]
+        kept = [float(torch.linalg.vector_norm(t.to(torch.complex128), order)) for t in zeroed]
+        before = [bits(t) for t in tensors]
+        batch = batch_of(*tensors)
+        expected = [kept[0], ABSENT, kept[2], kept[3]]
+        assert torch.as_tensor(batch.norms(order, True)).tolist() == pytest.approx(expected, rel=1e-12)
+        total = float(torch.linalg.vector_norm(torch.tensor(kept).double(), order))
+        assert float(batch.norm(order, True)) == pytest.approx(total, rel=1e-6)
+        assert float(batch_of(tensors[1]).norm(order, True)) == ABSENT
+        assert [bits(t) for t in tensors] == before
+
+    def test_without_float64_it_is_float32_and_still_in_range(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(groups, "norm_dtype", lambda device: F32)  # as on mps
+        for scale in (1e-30, 1.0, 1e30):
+            tensors = [torch.full((2, 2), scale), torch.full((5,), scale)]
+            assert float(batch_of(*tensors).norm(2.0)) == pytest.approx(3 * scale, rel=1e-6)
+            assert float(batch_of(*tensors).norm(3.0)) == pytest.approx(9 ** (1 / 3) * scale, rel=1e-6)
+
+
+class TestScaling:
+    @pytest.mark.parametrize("dtype", [F16, BF16])
+    @pytest.mark.parametrize("way", ["together", "one by one"])
+    def test_half_types_are_rounded_once(
+        self, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if way == "together":  # as on CUDA, for float16
+            monkeypatch.setattr(groups, "_UNSCALING", frozenset({"cpu"}))
+        tensors = [
+            randn(40, 3, dtype=dtype),
+            torch.tensor(1.7, dtype=dtype),
+            torch.tensor([INF, NAN, 1.0]).to(dtype),
+        ]
+        clip_coef = torch.tensor(0.3337, dtype=F64)
+        expected = [(t.double() * clip_coef.float().double()).to(dtype) for t in tensors]
+        versions = [t._version for t in tensors]
+        batch_of(*tensors).scale_(clip_coef)
+        for tensor, value, version in zip(tensors, expected, versions, strict=True):
+            torch.testing.assert_close(tensor, value, rtol=0, atol=0, equal_nan=True)
+            assert tensor._version > version
+
+    @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16, torch.complex64])
+    def test_each_by_its_own(self, dtype: torch.dtype) -> None:
+        clip_coefs = torch.tensor([0.5, 1.0, 0.3337], dtype=F64)
+        for given in (clip_coefs, clip_coefs.tolist()):
+            tensors = [randn(4, 3, dtype=dtype), torch.zeros(0, dtype=dtype), torch.tensor(3.0).to(dtype)]
+            expected = [tensors[0] * 0.5, tensors[1], torch.tensor(3 * 0.3337, dtype=F64).to(dtype)]
+            batch_of(*tensors).scale_each_(given)
+            for tensor, value in zip(tensors, expected, strict=True):
+                torch.testing.assert_close(tensor, value)
+
+    def test_a_number(self) -> None:
+        tensor = torch.ones(3)
+        batch_of(tensor).scale_(1.0)
+        assert tensor._version == 0
+        batch_of(tensor).scale_(0.5)
+        assert tensor.tolist() == [0.5] * 3
+        large = torch.full((3,), 1e38)
+        batch_of(large).scale_(1e-42)  # which float32 has with three digits only
+        assert large.tolist() == pytest.approx([1e-4] * 3, rel=1e-6)
+
+    def test_sparse_ones_know_of_it(self) -> None:
+        tensor = torch.tensor([[0.0, 2.0], [4.0, 0.0]]).to_sparse()
+        version = tensor._version
+        batch_of(tensor, torch.ones(2)).scale_(torch.tensor(0.5).double())
+        assert tensor.to_dense().tolist() == [[0.0, 1.0], [2.0, 0.0]]
+        assert tensor._version > version
+
+
+def test_facts() -> None:
+    gaps = torch.zeros(4, 6)[:, ::2]
+    assert batch_of(torch.zeros(2), torch.zeros(2, 3).t()).facts == 0
+    double = torch.zeros(2, dtype=torch.complex128)
+    assert batch_of(double, gaps).facts == Facts.DOUBLE | Facts.COMPLEX | Facts.GAPS
+    assert AcceleratorBatch([torch.zeros(2)], shared=True).facts == Facts.SHARED
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
+def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
+    mine, others = (
+        with_gradients([randn(4, i + 1, dtype=dtype, seed=i) for i in range(5)]) for _ in range(2)
+    )
+
+    def clip(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        norms = torchclip.clip_grad_norm_per_parameter_(parameters, 2.0, 1.0)
+        return torchclip.clip_grad_norm_(parameters, 1.0), norms
+
+    compiled = torch.compile(clip, fullgraph=True, backend="aot_eager")(mine)
+    torch.testing.assert_close(compiled, clip(others))
+    for a, b in zip(mine, others, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

@@ -1,0 +1,242 @@
+"""Tensors of one device and dtype, as torch's ``_foreach_`` operations take them: norms, and multiplication.
+
+Nothing here waits for a value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from torchclip._core import memory
+from torchclip._core.rows import NARROW_REAL
+from torchclip._core.scalars import ABSENT, norm_dtype
+
+__all__ = ["REAL", "Group", "grouped", "is_plain", "joint", "moved"]
+
+# Where a norm needs copies, so many elements are copied in one go: never a second set of all gradients.
+_COPIED = 1 << 24
+# Devices known to multiply float16 tensors together by a float32 number, in float32.
+_UNSCALING = frozenset({"cuda"})
+REAL = NARROW_REAL | {torch.float64}
+
+
+class Group:
+    """Tensors with elements, of one device and dtype, and their places among all tensors of a batch.
+
+    Args:
+        foreach: whether torch's operations on lists take them: a subclass may know only those on single
+            tensors, and so do the transforms of ``torch.func``.
+        tensors: the tensors.  Those to be measured are real.
+        places: where they stand in the batch.
+    """
+
+    def __init__(self, foreach: bool, tensors: list[Tensor], places: list[int]) -> None:
+        self.foreach = foreach
+        self.tensors = tensors
+        self.places = places
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of them are."""
+        return self.tensors[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all of them."""
+        return self.tensors[0].dtype
+
+    # Norms
+
+    def in_range(self, p: float) -> bool:
+        """Whether no power can leave the range of the dtype that norms are accumulated in."""
+        if p in (0, 1, math.inf, -math.inf):
+            return True
+        in_double = norm_dtype(self.device) is torch.float64
+        return p == 2 and (self.dtype is torch.float16 or (in_double and self.dtype in NARROW_REAL))
+
+    def norms(self, p: float) -> list[Tensor]:
+        """The norm of each tensor, accumulated in the widest dtype that the device has."""
+        if self.in_range(p):
+            return self._plain_norms(p)
+        divisors = _divisor(torch.stack(self._plain_norms(_leading_order(p))))
+        with_axis = torch.split(divisors, 1)
+        quotients: list[Tensor] = []
+        for chunk in self._chunks():
+            # The chunks come in order.
+            of_chunk = with_axis[len(quotients) : len(quotients) + len(chunk.tensors)]
+            quotients += chunk._divided_each(of_chunk)._plain_norms(p)
+        return list((torch.stack(quotients) * divisors).unbind())
+
+    def norms_of_parts(self, p: float) -> list[Tensor]:
+        """Some norms whose joint norm is that of all elements."""
+        if self.in_range(p):
+            return self._plain_norms(p)
+        leading = joint(self._plain_norms(_leading_order(p)), _leading_order(p), in_range=True)
+        divisor = _divisor(leading)
+        quotients = [norm for chunk in self._chunks() for norm in chunk._divided(divisor)._plain_norms(p)]
+        return [joint(quotients, p, in_range=p == 2) * divisor]
+
+    def finite_norms(self, p: float) -> Tensor:
+        """The norm of each tensor as if its non-finite elements were 0; ``ABSENT`` where all are."""
+        norms: list[Tensor] = []
+        found: list[Tensor] = []
+        for chunk in self._chunks():
+            zeroed, finite = chunk._zeroed_copies()
+            norms += zeroed.norms(p)
+            found += finite._plain_norms(math.inf)
+        return torch.where(torch.stack(found) > 0, torch.stack(norms), ABSENT)
+
+    def finite_norm(self, p: float) -> Tensor:
+        """The norm of all elements likewise."""
+        norms: list[Tensor] = []
+        found: list[Tensor] = []
+        for chunk in self._chunks():
+            zeroed, finite = chunk._zeroed_copies()
+            norms += zeroed.norms_of_parts(p)
+            found += finite._plain_norms(math.inf)
+        norm = joint(norms, p, self.in_range(p))
+        return torch.where(torch.stack(found).amax() > 0, norm, ABSENT)
+
+    def _plain_norms(self, p: float) -> list[Tensor]:
+        dtype = norm_dtype(self.device)
+        if self.foreach:
+            return list(torch._foreach_norm(self.tensors, p, dtype=dtype))
+        return [vector_norm(tensor, p, dtype=dtype) for tensor in self.tensors]
+
+    def _like(self, tensors: Iterable[Tensor]) -> Group:
+        return Group(self.foreach, list(tensors), self.places)
+
+    def _chunks(self) -> Iterator[Group]:
+        """The group in parts of at most ``_COPIED`` elements, or of one tensor."""
+        start, size = 0, 0
+        for i, tensor in enumerate(self.tensors):
+            if i > start and size + tensor.numel() > _COPIED:
+                yield self._slice(start, i)
+                start, size = i, 0
+            size += tensor.numel()
+        yield self._slice(start, len(self.tensors))
+
+    def _slice(self, start: int, stop: int) -> Group:
+        return Group(self.foreach, self.tensors[start:stop], self.places[start:stop])
+
+    def _divided(self, divisor: Tensor) -> Group:
+        """Quotients in the dtype of a number that all are divided by."""
+        if self.foreach and self.dtype == divisor.dtype:
+            return self._like(torch._foreach_div(self.tensors, divisor))
+        # Beside tensors with axes a number's dtype counts only if it has an axis too.
+        return self._divided_each([divisor.view(1)] * len(self.tensors))
+
+    def _divided_each(self, divisors: Sequence[Tensor]) -> Group:
+        """Quotients in the dtype of the numbers that each is divided by, which have one axis."""
+        if self.foreach:
+            return self._like(torch._foreach_div(self.tensors, list(divisors)))
+        return self._like(tensor / divisor for tensor, divisor in zip(self.tensors, divisors, strict=True))
+
+    def _zeroed_copies(self) -> tuple[Group, Group]:
+        """Copies with 0 for non-finite elements; and 1 for each finite element, 0 for the others."""
+        sizes = [tensor.numel() for tensor in self.tensors]
+        whole = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        copies = [part.view(t.shape) for part, t in zip(torch.split(whole, sizes), self.tensors, strict=True)]
+        if self.foreach:
+            torch._foreach_copy_(copies, self.tensors)
+        else:
+            for copy, tensor in zip(copies, self.tensors, strict=True):
+                copy.copy_(tensor)
+        finite = whole.isfinite()
+        whole.masked_fill_(~finite, 0)
+        return self._like(copies), self._like(torch.split(finite.to(self.dtype), sizes))
+
+    # Changes in place
+
+    def coef_dtype(self) -> torch.dtype:
+        """The dtype to multiply in: float32 at least."""
+        return torch.float64 if self.dtype in memory.DOUBLE else torch.float32
+
+    def scale_(self, clip_coef: Tensor) -> None:
+        """Multiply all tensors by a number of ``coef_dtype``; each product is rounded once."""
+        if self.foreach and self.dtype == clip_coef.dtype:
+            torch._foreach_mul_(self.tensors, clip_coef)
+        elif self.foreach and self.dtype is torch.float16 and self.device.type in _UNSCALING:
+            # It multiplies by what its callers call an inverse; what it has found is of no interest.
+            found_inf = torch.zeros((), dtype=torch.float32, device=self.device)
+            torch._amp_foreach_non_finite_check_and_unscale_(self.tensors, found_inf, clip_coef)
+            torch.autograd.graph.increment_version(self.tensors)
+        else:
+            count = len(self.tensors)
+            self._scale_each_([clip_coef] * count, [clip_coef.view(1)] * count)
+
+    def scale_each_(self, clip_coefs: Tensor) -> None:
+        """Multiply each tensor by the number at its place, likewise."""
+        numbers, with_axis = clip_coefs.unbind(), torch.split(clip_coefs, 1)
+        self._scale_each_([numbers[i] for i in self.places], [with_axis[i] for i in self.places])
+
+    def _scale_each_(self, numbers: list[Tensor], with_axis: list[Tensor]) -> None:
+        if self.dtype == numbers[0].dtype or self.dtype.is_complex:
+            chosen = numbers
+        else:
+            # Beside tensors with axes a number's dtype counts only if it has an axis too.
+            choices = zip(self.tensors, numbers, with_axis, strict=True)
+            chosen = [vector if tensor.dim() else number for tensor, number, vector in choices]
+        if self.foreach:
+            torch._foreach_mul_(self.tensors, chosen)
+        else:
+            for tensor, clip_coef in zip(self.tensors, chosen, strict=True):
+                tensor.mul_(clip_coef)
+
+
+def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
+    """Tensors and their places by device and dtype; alone where operations on lists do not take them."""
+    groups: dict[tuple[object, ...], Group] = {}
+    transformed = memory.unreadable() and not memory.intercepted()
+    for place, tensor in tensors:
+        foreach = not transformed and not tensor.is_complex() and is_plain(tensor)
+        key = (tensor.device, tensor.dtype) if foreach else (place,)
+        if key not in groups:
+            groups[key] = Group(foreach, [], [])
+        groups[key].tensors.append(tensor)
+        groups[key].places.append(place)
+    return list(groups.values())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but its strided memory, as operations on lists need it."""
+    if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided:
+        return False
+    # It may stand for its memory's negative, which cannot be seen where operations are intercepted.
+    return memory.intercepted() or not tensor.is_neg()
+
+
+def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:
+    """The joint norm of norms that are all there; ``in_range`` if no power of them leaves float64."""
+    if len(norms) == 1:
+        return norms[0]
+    vector = torch.stack(list(norms))
+    if p == 0:
+        return vector.sum()
+    plain: Tensor
+    if in_range:
+        plain = vector_norm(vector, p)
+        return plain
+    divisor = _divisor(vector_norm(vector, _leading_order(p)))
+    plain = vector_norm(vector / divisor, p)
+    return plain * divisor
+
+
+def _leading_order(p: float) -> float:
+    return math.copysign(math.inf, p)
+
+
+def _divisor(leading: Tensor) -> Tensor:
+    """What to divide numbers like this by, so that no power leaves the range: itself, but 0 and infinity."""
+    limits = torch.finfo(leading.dtype)
+    return leading.clamp(limits.tiny, limits.max)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, which nobody waits for."""
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
