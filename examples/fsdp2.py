@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 import torchclip
 
-device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+device = accelerator or torch.device("cpu")
 dist.init_process_group()
 rank, ranks = dist.get_rank(), dist.get_world_size()
 if device.type != "cpu":
-    torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
+    torch.get_device_module(device).set_device(rank % torch.accelerator.device_count())
 
 torch.manual_seed(0)
 model = nn.Sequential(

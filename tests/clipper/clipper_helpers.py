@@ -23,7 +23,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adamax": {"lr": 0.05},
     # Without a line search it diverges on some processors, according to how they round.
     "LBFGS": {"max_iter": 3, "line_search_fn": "strong_wolfe"},
-    "Muon": {"lr": 0.05},
     "NAdam": {"lr": 0.05},
     "RAdam": {"lr": 0.05},
     "RMSprop": {"lr": 0.05},
@@ -31,6 +30,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9},
     "SparseAdam": {"lr": 0.05},
 }
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    OPTIMIZERS["Muon"] = {"lr": 0.05}
 
 
 def takes(name: str, arguments: dict[str, Any]) -> bool:

@@ -637,7 +637,6 @@ def test_memory_does_not_grow() -> None:
     [
         ("del torch._C._increment_version", r"torch .* does not fit: .+"),
         ("torch.Tensor.__dlpack_c_exchange_api__ = 0", r"torch .* does not fit: .+"),
-        ("del torch.Tensor.__dlpack_c_exchange_api__", r"torch .* has no DLPack exchange table.*"),
         ("sys.modules['torchclip._kernel'] = None", r"the extension was not built.*"),
     ],
 )

@@ -10,14 +10,18 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLIPPED = r"^{} steps: [1-9]\d* clipped"
+SAME_ON_RANKS = r"^norm of the last step on each rank: \[(\S+), \1\]\n50 steps: [1-9]\d* clipped"
 EXPECTED = {
     "plain.py": CLIPPED.format(300),
     "amp.py": CLIPPED.format(100),
     "lightning_callback.py": CLIPPED.format(96),
     "transformers_trainer.py": CLIPPED.format(60),
     "sb3_ppo.py": r"^mean reward trained: \d{3}$",
-    "fsdp2.py": r"^norm of the last step on each rank: \[(\S+), \1\]$",
+    "ignite_trainer.py": CLIPPED.format(96),
+    "ddp.py": SAME_ON_RANKS,
+    "fsdp2.py": SAME_ON_RANKS,
 }
+ON_RANKS = [name for name, expected in EXPECTED.items() if expected == SAME_ON_RANKS]
 
 
 def test_all_examples_are_here_and_short() -> None:
@@ -29,7 +33,7 @@ def test_all_examples_are_here_and_short() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_example(name: str, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name == "fsdp2.py" else []
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name in ON_RANKS else []
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / name)],
         cwd=tmp_path,

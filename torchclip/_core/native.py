@@ -15,6 +15,8 @@ from torchclip._core.host import HostBatch
 
 __all__ = ["extension", "status", "use"]
 
+_ADDS_TABLE = "torch_c_dlpack_ext"
+
 extension: Any
 """The module ``torchclip._kernel`` while it is in use, else None.  To be read through this module."""
 _reason: str
@@ -42,13 +44,33 @@ def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> N
     return batch.norms(p, finite) if each else batch.norm(p, finite)
 
 
+def _exchange_api() -> tuple[Any, str]:
+    """Torch's DLPack exchange table, or None and the reason why there is none.
+
+    Torch has it from 2.10 on; to some versions before, the package torch-c-dlpack-ext adds it.
+    """
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if table is not None:
+        return table, ""
+    lacks = f"torch {torch.__version__} has no DLPack exchange table"
+    try:
+        importlib.import_module(_ADDS_TABLE)
+    except Exception as error:  # of any kind: without the package there are torch operations
+        if isinstance(error, ModuleNotFoundError) and error.name == _ADDS_TABLE:
+            return None, f"{lacks}; 2.10 has, and for 2.7 to 2.9 pip install 'torchclip[kernel]' adds it"
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return None, f"{lacks}, and torch-c-dlpack-ext could not add it: {message}"
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return table, f"{lacks}, and torch-c-dlpack-ext did not add it"
+
+
 def _load() -> tuple[Any, str]:
     """The extension, or None and the reason why it is not there."""
     if os.environ.get("TORCHCLIP_KERNEL") == "0":
         return None, "off (TORCHCLIP_KERNEL=0)"
-    exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    exchange_api, reason = _exchange_api()
     if exchange_api is None:
-        return None, f"off (torch {torch.__version__} has no DLPack exchange table; a newer one has)"
+        return None, f"off ({reason})"
     try:
         module = importlib.import_module("torchclip._kernel")
     except ImportError as error:

@@ -27,7 +27,7 @@ def run() -> None:
 
 def facts() -> dict[str, str]:
     """Versions, threads, and what is available, by name."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "torchclip": torchclip.__version__,
         "Python": platform.python_version(),

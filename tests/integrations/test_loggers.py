@@ -1,0 +1,77 @@
+"""What loggers get."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import torchclip
+from torchclip.history import History, Record
+from torchclip.integrations.loggers import DictLogger, Scalars
+from torchclip.integrations.tensorboard import ScalarLogger
+
+# What frameworks warn about depends on their versions and on the machine.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def clip_three_steps(on_clip: Callable[[Record], object]) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    torchclip.Clipper(optimizer, 2.0, on_clip=on_clip)
+    for norm in (1.0, 4.0, math.inf):
+        weight.grad = torch.tensor([0.0, norm])
+        optimizer.step()
+
+
+def test_scalars_in_tensorboard(tmp_path: Path) -> None:
+    with SummaryWriter(tmp_path) as writer:
+        clip_three_steps(ScalarLogger(writer, prefix="clipping"))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found["clipping/total_norm"] == [(0, 1.0), (1, 4.0), (2, math.inf)]
+    assert found["clipping/max_norm"] == [(0, 2.0), (1, 2.0), (2, 2.0)]
+    assert found["clipping/clipped_share"] == [(0, 0.0), (1, 0.5), (2, pytest.approx(2 / 3))]
+
+
+def test_a_logger_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`log` must be callable, got 3 \(int\)"):
+        DictLogger(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`writer` must be a SummaryWriter, got 3 \(int\)"):
+        ScalarLogger(3)  # type: ignore[arg-type]
+
+
+def test_a_window_of_no_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="`window` must be at least 1, got 0"):
+        Scalars(window=0)
+
+
+def test_loggers_go_on_from_a_history(tmp_path: Path) -> None:
+    history = History()
+    for step, coefficient in enumerate([0.5, 0.5, 1.0]):
+        history.append(step, 4.0, 2.0, coefficient)
+    logged: list[dict[str, float]] = []
+    by_function = DictLogger(logged.append)
+    by_function.resume(history)
+    clip_three_steps(by_function)
+    shares = [2 / 4, 3 / 5, 4 / 6]
+    assert [entry["clip/clipped_share"] for entry in logged] == shares
+    with SummaryWriter(tmp_path) as writer:
+        to_tensorboard = ScalarLogger(writer)
+        to_tensorboard.resume(history)
+        clip_three_steps(to_tensorboard)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("clip/clipped_share")
+    assert [event.value for event in events] == pytest.approx(shares)
+
+
+def test_scalars_for_any_logger() -> None:
+    logged: list[dict[str, float]] = []
+    clip_three_steps(DictLogger(logged.append))
+    assert logged[:2] == [
+        {"clip/total_norm": 1.0, "clip/max_norm": 2.0, "clip/clipped_share": 0.0},
+        {"clip/total_norm": 4.0, "clip/max_norm": 2.0, "clip/clipped_share": 0.5},
+    ]
