@@ -59,6 +59,14 @@ def test_the_functions_are_torchclips() -> None:
         torch.nn.utils.clip_grad_value_(weight, -1.0)
 
 
+def test_a_module_lends_its_names() -> None:
+    torchclip.install()
+    module: Any = torch.nn.Linear(2, 2)
+    module.bias.grad = torch.tensor([torch.nan, 0.0])
+    with pytest.raises(RuntimeError, match=r"Non-finite: 'bias' of shape \(2,\)"):
+        torch.nn.utils.clip_grad_norm_(module, 1.0, error_if_nonfinite=True)
+
+
 def test_twice_is_once() -> None:
     torchclip.install()
     torchclip.install()
