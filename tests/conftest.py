@@ -45,7 +45,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "on_ranks" if "on_ranks" in nodeid else nodeid.partition("[")[0]
+            if "on_ranks" in nodeid:
+                return "on_ranks"
+            return nodeid.partition("::" if ".md::" in nodeid else "[")[0]
 
     return Scheduling(config, log) if config.option.dist == "load" else None
 
