@@ -18,6 +18,7 @@ from torchclip.clipper.clipping import Clipping, Row
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.scope import Scope, Scoping
+from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Step, creates_state, with_closure
 from torchclip.history.history import History
 from torchclip.history.records import Record
@@ -74,8 +75,9 @@ class Clipper:
         nonfinite: what to do about a norm that is ``inf`` or ``nan``. ``"propagate"``: nothing, as torch.
             ``"error"``: raise, naming the parameters, before anything changes (but for what LBFGS did in
             the same step before). ``"skip"``: this step changes neither parameters nor optimizer state; it
-            does not see the gradients, which are there again after it. ``"zero"``: non-finite elements become
-            0, and the rest is clipped.
+            does not see the gradients, which are there again after it. On an accelerator this waits for the
+            norm, but not with a fused optimizer, which is told by its ``found_inf``. ``"zero"``: non-finite
+            elements become 0, and the rest is clipped.
         group: a process group, or several, whose other ranks hold further gradients, as for
             ``clip_grad_norm_``; all ranks must have the same number of parameter groups.  DTensors need
             none.
@@ -88,6 +90,12 @@ class Clipper:
             ``history.layers`` then call parameters by their names in it, without what ``torch.compile`` and
             data parallelism put before them.  Without it they do so if the optimizer was made from
             ``model.named_parameters()``, and else give a parameter's place in the optimizer.
+        skip_above: leave out steps whose norm is above this: they change neither parameters nor optimizer
+            state, as with ``nonfinite="skip"``. Whatever ``max_norm`` may be, such as a number or
+            ``RollingSigma()``, by the norm of all gradients. None for no limit.
+        max_skips: after so many steps in a row that ``skip_above`` has left out, the next one is taken,
+            clipped to that limit, with a warning once, so that a run whose norms have risen for good does not
+            stand still; None for any number. A step that is not finite is left out all the same.
         layers_every: keep the norm of each single parameter at every so many steps, in ``history.layers``;
             0 for never. With sharded gradients the same on all ranks.
 
@@ -100,7 +108,7 @@ class Clipper:
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
         ValueError: if ``max_norm`` is negative or NaN, ``scope`` or ``nonfinite`` unknown, the optimizer
-            already has a clipper, ``"skip"`` is asked of LBFGS, whose steps cannot be skipped half-way,
+            already has a clipper, LBFGS, whose steps cannot be skipped half-way, is to skip some,
             ``group`` is combined with ``"parameter"``, or a policy other than ``"propagate"`` with a
             ``norm_type`` of 0 or less, whose norm may be finite though a gradient is not.
 
@@ -127,6 +135,8 @@ class Clipper:
         group: ProcessGroup | Sequence[ProcessGroup] | None = None,
         on_clip: Callable[[Record], object] | None = None,
         model: nn.Module | Sequence[nn.Module] | None = None,
+        skip_above: MaxNorm | None = None,
+        max_skips: int | None = None,
         layers_every: int = 0,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -140,11 +150,16 @@ class Clipper:
             raise ValueError("`optimizer` already has a Clipper; call its detach() first")
         arguments.option("scope", scope, get_args(Scope))
         arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
-        if nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
+        if isinstance(optimizer, torch.optim.LBFGS) and (nonfinite == "skip" or skip_above is not None):
+            argument, remedy = ("nonfinite='skip'", "use 'error' or 'zero'")
+            if nonfinite != "skip":
+                argument, remedy = ("skip_above", "leave it out")
             raise ValueError(
-                "`nonfinite='skip'` does not work with LBFGS, which moves the parameters several times in a "
-                "step; use 'error' or 'zero'"
+                f"`{argument}` does not work with LBFGS, which moves the parameters several times in a step; "
+                f"{remedy}"
             )
+        if max_skips is not None and skip_above is None:
+            raise ValueError("`max_skips` says how often `skip_above` may skip; pass that, too")
         if on_clip is not None and not callable(on_clip):
             raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
         self.optimizer = optimizer
@@ -156,6 +171,7 @@ class Clipper:
                 f"`nonfinite={nonfinite!r}` goes by the norm, which of order {self._order} may be finite "
                 "though a gradient is not; pass an order above 0 as `norm_type`, or use 'propagate'"
             )
+        spikes = None if skip_above is None else Spikes(skip_above, max_skips, self._order)
         groups = mesh.as_groups(group) or None
         if groups and scope == "parameter":
             raise ValueError(
@@ -175,6 +191,7 @@ class Clipper:
             self._rule,
             Scoping(scope, self._order, groups),
             nonfinite,
+            spikes,
             on_clip,
             self._names.of_gradients,
         )
@@ -239,11 +256,13 @@ class Clipper:
 
         The history is part of it, with all records that it keeps.
         """
+        spikes = self._clipping.spikes
         return {
             "steps": self._steps,
             "norm_type": self._order,
             "scope": self._scope,
             "thresholds": self._rule.state_dict(),
+            "spikes": None if spikes is None else spikes.state_dict(),
             "history": self.history.state_dict(),
         }
 
@@ -269,6 +288,9 @@ class Clipper:
                 f"{learned_from}, but this clipper's are {own}; make it with the same ones"
             )
         History().load_state_dict(state["history"])  # refuses a wrong one before anything is changed
+        spikes, of_spikes = self._clipping.spikes, state.get("spikes")  # not in what earlier versions saved
+        if spikes is not None and of_spikes is not None:
+            spikes.load_state_dict(of_spikes)
         self._rule.load_state_dict(state["thresholds"])
         self.history.load_state_dict(state["history"])
         self._steps = steps
@@ -329,6 +351,8 @@ class Clipper:
             for row in self._rows:
                 self.history.append(*row)
             self._rows = []
+            if self._clipping.spikes is not None:
+                self._clipping.spikes.end()
             if self._layers is not None:
                 self.history.layers.append(self._steps, *self._layers)
                 self._layers = None

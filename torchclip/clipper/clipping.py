@@ -13,6 +13,7 @@ from torchclip._core.batch import Facts, Norm, Norms
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.scope import Look, Part, Scoping, own_max_norms, together
+from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Outcome, Step
 from torchclip.history.records import Record, as_records
 from torchclip.thresholds.base import MaxNormRule
@@ -38,6 +39,7 @@ class Clipping:
         rule: what the thresholds are.
         scoping: what is clipped together.
         policy: what to do about a norm that is not finite.
+        spikes: which steps are left out as their norm is too large; None for none.
         on_clip: whom to tell before anything changes.
         names: what to call the gradients in an error, by their ids.
 
@@ -52,10 +54,12 @@ class Clipping:
         rule: MaxNormRule,
         scoping: Scoping,
         policy: Nonfinite,
+        spikes: Spikes | None,
         on_clip: Callable[[Record], object] | None,
         names: Callable[[], Mapping[int, str]],
     ) -> None:
         self._step, self._rule, self._scoping, self._policy = step, rule, scoping, policy
+        self.spikes = spikes
         self._on_clip, self._names = on_clip, names
         self.hook_id = -1
         self.not_fused: str | None = None
@@ -82,37 +86,52 @@ class Clipping:
             What to record.
         """
         limits = Limits(self._rule, number, self._scoping.order)
-        user_code = self._on_clip is not None or limits.runs_user_code
+        asks_user = limits.runs_user_code or (self.spikes is not None and self.spikes.rule.runs_user_code)
+        user_code = self._on_clip is not None or asks_user
         held = look.held_norms() if user_code else ()
-        skipped, to_zero, _ = self._judge(look, limits)
+        if self.spikes is not None:
+            self.spikes.begin()
+        skipped, to_zero, _ = self._judge(number, look, limits)
         row = _row(number, look, skipped)
         if self._on_clip is not None:
             (record,) = as_records([row])
             self._on_clip(record)
         if user_code and skipped is not True:
-            look, skipped, to_zero = self._look_again(look, held, limits)
-            row = _row(number, look, skipped)
+            if look.facts & Facts.SHARDED:
+                look, to_zero = self._same_gradients(look, held, to_zero)
+            else:
+                look, skipped, to_zero = self._look_again(number, look, limits)
+                row = _row(number, look, skipped)
         self._apply(look, row, to_zero)
         return row
 
-    def _judge(self, look: Look, limits: Limits) -> tuple[bool | Tensor, Sequence[Part], bool]:
+    def _judge(self, number: int, look: Look, limits: Limits) -> tuple[bool | Tensor, Sequence[Part], bool]:
         """Decide what to do, without changing anything.
 
         Returns:
             Whether the step is left out, the parts whose non-finite elements are to be set to 0, and whether
             a threshold had to be asked for.
         """
-        found_inf = getattr(self._step.optimizer, "found_inf", None)
-        skipped = nonfinite.skips(self._policy, look.total_norm, found_inf)
+        optimizer = self._step.optimizer
+        skipped = nonfinite.skips(self._policy, look.total_norm, optimizer)
         if skipped is True:
             return True, (), False
         if self._policy == "error":
             nonfinite.refuse(look, self._scoping.order, self._names())
         to_zero = nonfinite.without_nonfinite(look) if self._policy == "zero" else ()
-        return skipped, to_zero, limits.set_for(look)
+        if self.spikes is not None:
+            norm = look.joint_norm() if to_zero else look.total_norm
+            spike = nonfinite.told_or_known(self.spikes.are_left_out(number, norm), optimizer)
+            if spike is True:
+                return True, (), False
+            skipped = skipped if spike is False else spike if skipped is False else skipped | spike
+        asked = limits.set_for(look, skipped)
+        if self.spikes is not None:
+            look.limit_all(self.spikes.clip_coef, self.spikes.limit)
+        return skipped, to_zero, asked
 
     def _look_again(
-        self, first: Look, held: Sequence[Sequence[float]], limits: Limits
+        self, number: int, first: Look, limits: Limits
     ) -> tuple[Look, bool | Tensor, Sequence[Part]]:
         """What the gradients are after user code ran, with the thresholds that were decided upon before.
 
@@ -120,19 +139,21 @@ class Clipping:
         """
         while True:
             look = self.look(first.own)
-            if first.facts & Facts.SHARDED:
-                self._refuse_change_on_one_rank(first, look, held)
-                look.measured_as(first)
-            else:
-                look.measure()
-            skipped, to_zero, asked = self._judge(look, limits)
+            look.measure()
+            skipped, to_zero, asked = self._judge(number, look, limits)
             if not (asked and limits.runs_user_code):
                 return look, skipped, to_zero
             # The threshold of what was not there before was learned by the user's own code.
             limits.close()
 
-    def _refuse_change_on_one_rank(self, first: Look, look: Look, held: Sequence[Sequence[float]]) -> None:
-        # Another rank may not run any user code, so that to measure again would be to wait for it forever.
+    def _same_gradients(
+        self, first: Look, held: Sequence[Sequence[float]], to_zero: Sequence[Part]
+    ) -> tuple[Look, Sequence[Part]]:
+        """What the gradients are after user code ran, which must not have changed sharded ones.
+
+        Another rank may not run any user code, so that to measure again would be to wait for it forever.
+        """
+        look = self.look(first.own)
         same_names = [p.names() for p in first.parts] == [p.names() for p in look.parts]
         if not same_names or not _equal(held, look.held_norms()):
             raise RuntimeError(
@@ -140,6 +161,10 @@ class Clipping:
                 "know their norm by now, and this one cannot take it again alone; change sharded gradients "
                 "before optimizer.step() or in a hook registered before the Clipper. The step was called off"
             )
+        look.decided_as(first)
+        return look, [
+            part for part, of_first in zip(look.parts, first.parts, strict=True) if of_first in to_zero
+        ]
 
     # Changing
 
@@ -157,14 +182,14 @@ class Clipping:
             loan.give_back(outcome)
 
     def _apply(self, look: Look, row: Row, to_zero: Sequence[Part]) -> None:
+        leaves_out = self._policy == "skip" or self.spikes is not None
         if row.skipped is True:
-            if self._policy == "skip":
+            if leaves_out:
                 self._step.later(nonfinite.hide_gradients(self._step.optimizer))
             return
-        if isinstance(row.skipped, Tensor) and self._policy == "skip":
+        if isinstance(row.skipped, Tensor) and leaves_out:
             # To hide the gradients would be to wait; a fused step heeds this.
-            found_inf = self._step.optimizer.found_inf  # type: ignore[attr-defined]
-            self._borrow().tell(row.skipped.to(found_inf.dtype))
+            self._borrow().tell(row.skipped)
         for part in to_zero:
             part.batch.zero_nonfinite_()
         if isinstance(row.clip_coef, Tensor) or row.clip_coef != 1.0:
@@ -204,8 +229,11 @@ class Limits:
         """Refuse to ask for another one from now on."""
         self._closed = True
 
-    def set_for(self, look: Look) -> bool:
-        """Set the thresholds of all parts; returns whether one had to be asked for."""
+    def set_for(self, look: Look, skipped: bool | Tensor) -> bool:
+        """Set the thresholds of all parts; returns whether one had to be asked for.
+
+        Of a step that may be left out, which nobody waits to know, nothing is learned if it is.
+        """
         ruled = []
         for part in look.parts:
             if part.own is None:
@@ -215,7 +243,7 @@ class Limits:
         if not ruled:
             return False
         if self._rule.learns:
-            return self._set_learned(ruled)
+            return self._set_learned(ruled, skipped)
         asked = self._common is None
         if self._common is None:
             self._common = float(self._rule.max_norms(self._number, ["all"], [0.0])[0])
@@ -223,10 +251,12 @@ class Limits:
             part.limit(self._common, scalars.EPS)
         return asked
 
-    def _set_learned(self, parts: Sequence[Part]) -> bool:
+    def _set_learned(self, parts: Sequence[Part], skipped: bool | Tensor) -> bool:
         """Set what threshold objects answer, which may be the norm itself: it is met exactly."""
         names = [name for part in parts for name in part.names()] if len(parts) > 1 else parts[0].names()
         norms = together([part.norms for part in parts])
+        if isinstance(skipped, Tensor) and isinstance(norms, Tensor):
+            norms = norms.masked_fill(skipped.to(norms.device), math.nan)
         asked = self._names is None
         if self._names is None:
             max_norms = self._rule.max_norms(self._number, names, norms, self._order)

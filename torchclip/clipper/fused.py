@@ -76,23 +76,29 @@ class Loan:
         self._attributes = vars(optimizer)
         self._found_inf = self._attributes.get("found_inf")
         self._had = "grad_scale" in self._attributes
+        self._tells = False
         self._before = self._left = self._attributes.get("grad_scale")
 
     @property
     def of_scaler(self) -> bool:
         """Whether a GradScaler takes this step."""
-        return self._found_inf is not None
+        return self._found_inf is not None and not self._tells
 
     def lend(self, value: Tensor) -> None:
         """Have the step divide by a number."""
         self._attributes["grad_scale"] = self._left = value
 
-    def tell(self, found_inf: Tensor) -> None:
-        """Have a GradScaler's step leave itself out if a number is above 0."""
-        self._attributes["found_inf"] = self._found_inf = found_inf
+    def tell(self, left_out: Tensor) -> None:
+        """Have the step leave itself out, or not, as a truth value says that nobody waits for."""
+        self._tells = not self.of_scaler
+        dtype = self._found_inf.dtype if isinstance(self._found_inf, Tensor) else torch.float32
+        self._attributes["found_inf"] = self._found_inf = left_out.to(dtype)
 
     def give_back(self, outcome: Outcome) -> None:
         """Put back what was there, or what the next step of a GradScaler needs."""
+        if self._tells and self._attributes.get("found_inf") is self._found_inf:
+            self._attributes.pop("found_inf")
+            self._found_inf = None
         if outcome != "failed":
             self._set(self._before if self._had else None, self._had)
             return

@@ -22,28 +22,48 @@ Nonfinite = Literal["propagate", "error", "skip", "zero"]
 _REMEDY = "To go on, use `nonfinite='skip'` (leave such steps out) or 'zero' (put 0 in their place)"
 
 
-def skips(policy: Nonfinite, total_norm: Norm, found_inf: object) -> bool | Tensor:
-    """Whether a step is left out.
+def skips(policy: Nonfinite, total_norm: Norm, optimizer: Optimizer) -> bool | Tensor:
+    """Whether a step is left out: by a GradScaler's decision, or because the norm is not finite.
 
     Args:
         policy: what to do about a norm that is not finite.
         total_norm: the norm.
-        found_inf: what a GradScaler found in the gradients of a fused optimizer, which then leaves the step
-            out itself; a 0-dim tensor, or anything else if there is none.
+        optimizer: the optimizer, whose ``found_inf`` a GradScaler sets if it is fused, and then leaves the
+            step out itself.
 
     Returns:
-        A tensor where nobody may wait for it: the fused step has to be told by its ``found_inf``.
+        A tensor where nobody waits for it: the fused step has to be told.
     """
+    found_inf = getattr(optimizer, "found_inf", None)
+    left_out: bool | Tensor = False
     if isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
         # To raise an error, or not, is to wait for an accelerator.
         if policy != "error" and not memory.on_host([found_inf]):
-            if policy != "skip":
-                return found_inf > 0
-            norm = torch.as_tensor(total_norm, device=found_inf.device)
-            return (found_inf > 0) | ~norm.isfinite()
-        if found_inf > 0:
+            left_out = found_inf > 0
+        elif found_inf > 0:
             return True
-    return policy == "skip" and not math.isfinite(total_norm)
+    if policy != "skip":
+        return left_out
+    if isinstance(left_out, Tensor):
+        return left_out | ~torch.as_tensor(total_norm, device=left_out.device).isfinite()
+    spoilt = ~total_norm.isfinite() if isinstance(total_norm, Tensor) else not math.isfinite(total_norm)
+    return told_or_known(spoilt, optimizer)
+
+
+def told_or_known(left_out: bool | Tensor, optimizer: Optimizer) -> bool | Tensor:
+    """Whether a step is left out, as a fused step can be told of it: only for others this waits."""
+    if isinstance(left_out, bool) or _heeds_found_inf(optimizer):
+        return left_out
+    return bool(left_out)
+
+
+def _heeds_found_inf(optimizer: Optimizer) -> bool:
+    """Whether a step leaves itself out if ``found_inf`` says so."""
+    return (
+        getattr(optimizer, "_step_supports_amp_scaling", False)
+        and type(optimizer).step.__module__.startswith("torch.optim.")
+        and all(group.get("fused") for group in optimizer.param_groups)
+    )
 
 
 def refuse(look: Look, order: float, names: Mapping[int, str]) -> None:

@@ -135,6 +135,7 @@ class Look:
         ]
         self._overlap = len(self.parts) > 1 and _overlap(self.parts)
         self.total_norm: Norm = scalars.ABSENT
+        self._max_norm: Norm | None = None
         self.facts = 0
 
     def measure(self) -> None:
@@ -149,13 +150,24 @@ class Look:
             norms = norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
             self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
         else:
-            self.total_norm = _joined([part.norms for part in self.parts], self._order)
+            self.total_norm = self.joint_norm()
 
-    def measured_as(self, other: Look) -> None:
-        """Take over the norms of a look at the same gradients, instead of measuring."""
+    def joint_norm(self) -> Norm:
+        """The joint norm of the parts as they were measured last."""
+        return _joined([part.norms for part in self.parts], self._order)
+
+    def decided_as(self, other: Look) -> None:
+        """Take over what was measured and decided of the same gradients."""
         self.total_norm, self.facts = other.total_norm, other.facts
         for part, same in zip(self.parts, other.parts, strict=True):
-            part.norms = same.norms
+            part.norms, part.max_norms, part.clip_coefs = same.norms, same.max_norms, same.clip_coefs
+
+    def limit_all(self, clip_coef: Norm, max_norm: Norm | None) -> None:
+        """Have no gradient multiplied by more than a number, which a threshold for all of them gave."""
+        if isinstance(clip_coef, Tensor) or clip_coef < 1.0:
+            self._max_norm = max_norm
+            for part in self.parts:
+                part.clip_coefs = _at_most(part.clip_coefs, clip_coef)
 
     def held_norms(self) -> list[list[float]]:
         """The norms of what this rank holds of each part whose norms take other ranks."""
@@ -164,7 +176,8 @@ class Look:
     def max_norm(self) -> Norm:
         """The smallest threshold, of the parts where there is something to clip."""
         present = [part for part in self.parts if not part.is_absent()] or self.parts
-        return _smallest([part.max_norms for part in present if len(part.norms)], math.inf)
+        max_norms = [part.max_norms for part in present if len(part.norms)]
+        return _smallest([*max_norms, *([] if self._max_norm is None else [self._max_norm])], math.inf)
 
     def clip_coef(self) -> Norm:
         """The smallest number that gradients are multiplied by."""
@@ -280,12 +293,20 @@ def _joined(several: Sequence[Norms], order: float) -> Norm:
     return scalars.join(norms, order) if norms else scalars.ABSENT
 
 
-def _smallest(several: Sequence[float | Norms], otherwise: float) -> Norm:
+def _at_most(numbers: Norms, most: Norm) -> Norms:
+    if isinstance(numbers, Tensor):
+        return numbers.clamp(max=most)
+    if isinstance(most, Tensor):
+        return scalars.on_device(numbers, most.device).clamp(max=most)
+    return [number if number != number else min(number, most) for number in numbers]
+
+
+def _smallest(several: Sequence[Norm | Norms], otherwise: float) -> Norm:
     """The smallest of several numbers, NaN if one of them is."""
     found: list[Norm] = []
     for each in several:
         if isinstance(each, Tensor):
-            found.append(each[0] if len(each) == 1 else each.amin())
+            found.append(each.amin() if each.numel() > 1 else each.reshape(()))
         elif isinstance(each, list):
             found += each
         else:

@@ -107,14 +107,15 @@ class MaxNormRule:
         answers_tensors: whether a tensor of norms gets a tensor of thresholds, without waiting.
     """
 
-    def __init__(self, max_norm: MaxNorm) -> None:
+    def __init__(self, max_norm: MaxNorm, argument: str = "max_norm") -> None:
+        self._argument = argument
         if isinstance(max_norm, type):
             name = max_norm.__name__
-            raise TypeError(f"`max_norm` is the class {name}; pass an object of it, such as {name}()")
+            raise TypeError(f"`{argument}` is the class {name}; pass an object of it, such as {name}()")
         # Asked once: to ask a protocol takes longer than all the rest of a small step.
         self.learns = isinstance(max_norm, Threshold)
         is_object = self.learns or callable(max_norm)
-        self._max_norm: Any = max_norm if is_object else arguments.threshold("max_norm", max_norm)
+        self._max_norm: Any = max_norm if is_object else arguments.threshold(argument, max_norm)
         self.runs_user_code = is_object and not type(max_norm).__module__.startswith("torchclip.")
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
         # Of a device on which nothing is computed; host memory may be another matter.
@@ -157,7 +158,7 @@ class MaxNormRule:
         if not self.learns:
             max_norm = self._max_norm
             if not isinstance(max_norm, float):
-                max_norm = arguments.threshold(f"max_norm({step})", max_norm(step))
+                max_norm = arguments.threshold(f"{self._argument}({step})", max_norm(step))
             return [max_norm] * len(norms)
         if self._suits_tensors(norms):
             return self._learned_together(names, norms, norm_type)
@@ -245,8 +246,8 @@ class MaxNormRule:
         """
         if state and not self.learns:
             raise ValueError(
-                f"`state` holds what a threshold object learned, but `max_norm` is {self._max_norm!r}; pass "
-                "the same kind of threshold object as in the saved run"
+                f"`state` holds what a threshold object learned, but `{self._argument}` is "
+                f"{self._max_norm!r}; pass the same kind of threshold object as in the saved run"
             )
         # Objects, which check their states; a tensor form is made of them in the next step that wants one.
         self._copies = self._copies_of(state)

@@ -1,0 +1,111 @@
+"""Steps that are left out because their norm is above a limit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchclip._core import arguments, scalars
+from torchclip._core.batch import Norm, Norms
+from torchclip.thresholds.base import MaxNorm, MaxNormRule
+
+__all__ = ["Spikes"]
+
+_NAME = "all"
+
+
+class Spikes:
+    """Decides which steps are spikes, and how many of them in a row are left out.
+
+    Args:
+        skip_above: the limit: whatever ``max_norm`` may be.
+        max_skips: how many steps in a row are left out at most; None for any number.
+        order: the order of the norms.
+
+    Attributes:
+        rule: what the limit is.
+        limit: that of the step, once it was asked for.
+        clip_coef: what the gradients of the step are to be multiplied by at most: below 1 for a spike that is
+            taken all the same, as too many in a row were left out.
+    """
+
+    def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float) -> None:
+        self.rule = MaxNormRule(skip_above, "skip_above")
+        self._max_skips = None if max_skips is None else arguments.count("max_skips", max_skips, least=1)
+        self._order = order
+        self.limit: Norm | None = None
+        # Skipped steps in a row up to the last step, and with the one that is being taken.
+        self._skips: int | Tensor = 0
+        self._skips_then: int | Tensor = 0
+        self._warned = False
+        self.clip_coef: Norm = 1.0
+
+    def begin(self) -> None:
+        """Forget what the limit was for the step before."""
+        self.limit, self.clip_coef = None, 1.0
+
+    def are_left_out(self, step: int, norm: Norm) -> bool | Tensor:
+        """Whether a step with this norm is left out; asked again for the same step, by the same limit."""
+        if self.limit is None:
+            (self.limit,) = self._max_norms(step, norm)
+        limit = self.limit
+        if isinstance(norm, Tensor) or isinstance(limit, Tensor):
+            return self._are_left_out_unseen(norm, limit)
+        self._skips_then, self.clip_coef = 0, 1.0
+        if not norm > limit:
+            return False
+        # A norm that is not finite cannot be clipped to anything: such a step is never taken instead.
+        if self._max_skips is None or self._skips < self._max_skips or not math.isfinite(norm):
+            self._skips_then = self._skips + 1
+            return True
+        self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step {step} was taken, clipped to {limit:.4g}, though its norm is {norm:.4g}: "
+                f"{self._skips} steps in a row were skipped, as many as `max_skips` allows. If the norms have "
+                "risen for good, raise `skip_above`, or leave it out",
+                stacklevel=2,
+            )
+        return False
+
+    def _are_left_out_unseen(self, norm: Norm, limit: Norm) -> Tensor:
+        """The same without a look at any value, hence also without the warning."""
+        norm = norm if isinstance(norm, Tensor) else torch.full_like(limit, norm)  # type: ignore[arg-type]
+        left_out = norm > limit
+        if self._max_skips is None:
+            self._skips_then, self.clip_coef = 0, 1.0
+            return left_out
+        left_out = left_out & ((self._skips < self._max_skips) | ~norm.isfinite())
+        self._skips_then = torch.where(left_out, self._skips + 1, 0)
+        self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
+        return left_out
+
+    def _max_norms(self, step: int, norm: Norm) -> Norms:
+        norms: Norms = norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
+        max_norms = self.rule.max_norms(step, [_NAME], norms, self._order)
+        return max_norms.tolist() if isinstance(norms, list) and isinstance(max_norms, Tensor) else max_norms
+
+    def end(self) -> None:
+        """Count the step, which was left out or taken."""
+        self._skips = self._skips_then
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the limit has learned, and how many steps in a row were left out; waits for an accelerator."""
+        return {"skips": int(self._skips), "thresholds": self.rule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``."""
+        skips = self.check(state)
+        self.rule.load_state_dict(state["thresholds"])
+        self._skips = self._skips_then = skips
+
+    def check(self, state: Any) -> int:
+        """The number of skips in a state, which is refused if it is none."""
+        arguments.saved("state['spikes']", state, ("skips", "thresholds"), "Clipper")
+        return arguments.count("state['spikes']['skips']", state["skips"], least=0)
