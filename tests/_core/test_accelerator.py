@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import bits, exact_norm, randn, with_gradients
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad as torchs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
-from tests.helpers import bits, exact_norm, randn, with_gradients
 from torchclip._core import groups, memory
 from torchclip._core.accelerator import AcceleratorBatch
 from torchclip._core.batch import Facts

@@ -19,6 +19,7 @@ import torchclip
 from torchclip import Clipper, Percentile
 from torchclip.clipper import Scope
 
+INF = math.inf
 SCOPES: list[Scope] = ["global", "group", "parameter"]
 
 
@@ -181,3 +182,33 @@ def check_names_and_layers_of_distributed_models() -> None:
         agreed(clipper.history.layers.norms.tolist())
         first = clipper.history.layers.norms[0].tolist()
         assert math.hypot(*first) == pytest.approx(clipper.history[0].total_norm)
+
+
+def check_elements_that_one_rank_zeroes_with_user_code_on_another() -> None:
+    """What all ranks have decided together holds, though one of them looks at its gradients again."""
+    full = randn(8, 3)
+    full[7, 1] = math.nan  # which the last rank holds
+    for scope, listener in itertools.product(SCOPES, (0, 3)):
+        p = parameter(lying(full, Shard(0)), lying(full, Shard(0)))
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        on_clip = (lambda _: None) if dist.get_rank() == listener else None
+        clipper = Clipper(optimizer, 0.5, scope=scope, nonfinite="zero", on_clip=on_clip)
+        optimizer.step()
+        clipped = p.grad.full_tensor()
+        assert clipped[7, 1] == 0
+        assert float(clipped.norm()) == pytest.approx(0.5, rel=1e-5)
+        agreed(list(clipper.history))
+
+
+def check_spikes_are_left_out_on_all_ranks() -> None:
+    for group in (None, dist.group.WORLD):
+        mine = randn(3, seed=dist.get_rank())
+        grad = lying(randn(8, 3), Shard(0)) if group is None else mine
+        p = parameter(grad, grad)
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        clipper = Clipper(optimizer, INF, skip_above=Percentile(0), group=group)
+        for factor in (1.0, 2.0, 1.0):
+            p.grad = grad * factor
+            optimizer.step()
+        assert [r.skipped for r in clipper.history] == [False, True, False]
+        agreed(clipper.state_dict())

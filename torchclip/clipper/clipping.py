@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from torchclip._core import scalars
-from torchclip._core.batch import Facts, Norm, Norms
+from torchclip._core.batch import Facts, Norm
 from torchclip.clipper import fused, nonfinite
+from torchclip.clipper.limits import Limits
 from torchclip.clipper.nonfinite import Nonfinite
-from torchclip.clipper.scope import Look, Part, Scoping, own_max_norms, together
+from torchclip.clipper.scope import Look, Part, Scoping, own_max_norms
 from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Outcome, Step
 from torchclip.history.records import Record, as_records
@@ -121,7 +121,7 @@ class Clipping:
         to_zero = nonfinite.without_nonfinite(look) if self._policy == "zero" else ()
         if self.spikes is not None:
             norm = look.joint_norm() if to_zero else look.total_norm
-            spike = nonfinite.told_or_known(self.spikes.are_left_out(number, norm), optimizer)
+            spike = self.spikes.are_left_out(number, nonfinite.unless_told(norm, optimizer))
             if spike is True:
                 return True, (), False
             skipped = skipped if spike is False else spike if skipped is False else skipped | spike
@@ -208,101 +208,12 @@ class Clipping:
         look.scale_()
 
 
-class Limits:
-    """The thresholds of one step, each asked for once.
-
-    Attributes:
-        runs_user_code: whether to ask for one runs code that is not ours.
-    """
-
-    def __init__(self, rule: MaxNormRule, number: int, order: float) -> None:
-        self._rule, self._number, self._order = rule, number, order
-        self.runs_user_code = rule.runs_user_code
-        self._closed = False
-        self._common: float | None = None
-        # What threshold objects were asked for, and what they answered.
-        self._names: Sequence[str] | None = None
-        self._norms: Norms = []
-        self._max_norms: Norms = []
-
-    def close(self) -> None:
-        """Refuse to ask for another one from now on."""
-        self._closed = True
-
-    def set_for(self, look: Look, skipped: bool | Tensor) -> bool:
-        """Set the thresholds of all parts; returns whether one had to be asked for.
-
-        Of a step that may be left out, which nobody waits to know, nothing is learned if it is.
-        """
-        ruled = []
-        for part in look.parts:
-            if part.own is None:
-                ruled.append(part)
-            else:
-                part.limit(part.own, scalars.EPS)
-        if not ruled:
-            return False
-        if self._rule.learns:
-            return self._set_learned(ruled, skipped)
-        asked = self._common is None
-        if self._common is None:
-            self._common = float(self._rule.max_norms(self._number, ["all"], [0.0])[0])
-        for part in ruled:
-            part.limit(self._common, scalars.EPS)
-        return asked
-
-    def _set_learned(self, parts: Sequence[Part], skipped: bool | Tensor) -> bool:
-        """Set what threshold objects answer, which may be the norm itself: it is met exactly."""
-        names = [name for part in parts for name in part.names()] if len(parts) > 1 else parts[0].names()
-        norms = together([part.norms for part in parts])
-        if isinstance(skipped, Tensor) and isinstance(norms, Tensor):
-            norms = norms.masked_fill(skipped.to(norms.device), math.nan)
-        asked = self._names is None
-        if self._names is None:
-            max_norms = self._rule.max_norms(self._number, names, norms, self._order)
-            if isinstance(norms, list) and isinstance(max_norms, Tensor):
-                max_norms = max_norms.tolist()
-            self._names, self._norms, self._max_norms = names, norms, max_norms
-        else:
-            asked, max_norms = self._again(names, norms)
-        start = 0
-        for part in parts:
-            end = start + len(part.norms)
-            part.limit(max_norms[start:end], 0.0)
-            start = end
-        return asked
-
-    def _again(self, names: Sequence[str], norms: Norms) -> tuple[bool, list[float]]:
-        """The thresholds that were learned, and those of what there was nothing to learn from before."""
-        before = zip(self._names or (), _numbers(self._norms), _numbers(self._max_norms), strict=True)
-        learned = {name: max_norm for name, norm, max_norm in before if not norm < 0}
-        unknown = {
-            name: norm
-            for name, norm in zip(names, _numbers(norms), strict=True)
-            if name not in learned and not norm < 0
-        }
-        if unknown:
-            if self._closed:
-                raise RuntimeError(
-                    f"a gradient appeared in the middle of a step ({', '.join(unknown)}), after thresholds "
-                    "had been asked for twice; set gradients before optimizer.step(). The step was called off"
-                )
-            answer = self._rule.max_norms(self._number, [*unknown], [*unknown.values()], self._order)
-            learned.update(zip(unknown, _numbers(answer), strict=True))
-            self._names, self._norms, self._max_norms = [*learned], [0.0] * len(learned), [*learned.values()]
-        return bool(unknown), [learned.get(name, math.inf) for name in names]
-
-
 def _row(number: int, look: Look, skipped: bool | Tensor) -> Row:
     norm = look.total_norm
     norm = norm.clamp(min=0.0) if isinstance(norm, Tensor) else 0.0 if norm < 0 else norm
     if skipped is True:
         return Row(number, norm, math.inf, 1.0, True)
     return Row(number, norm, look.max_norm(), look.clip_coef(), skipped)
-
-
-def _numbers(norms: Norms) -> list[float]:
-    return norms.tolist() if isinstance(norms, Tensor) else norms
 
 
 def _equal(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> bool:

@@ -46,15 +46,16 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizer: Optimizer) -> bool | T
         return left_out
     if isinstance(left_out, Tensor):
         return left_out | ~torch.as_tensor(total_norm, device=left_out.device).isfinite()
-    spoilt = ~total_norm.isfinite() if isinstance(total_norm, Tensor) else not math.isfinite(total_norm)
-    return told_or_known(spoilt, optimizer)
+    norm = unless_told(total_norm, optimizer)
+    return ~norm.isfinite() if isinstance(norm, Tensor) else not math.isfinite(norm)
 
 
-def told_or_known(left_out: bool | Tensor, optimizer: Optimizer) -> bool | Tensor:
-    """Whether a step is left out, as a fused step can be told of it: only for others this waits."""
-    if isinstance(left_out, bool) or _heeds_found_inf(optimizer):
-        return left_out
-    return bool(left_out)
+def unless_told(norm: Norm, optimizer: Optimizer) -> Norm:
+    """The norm that a step may be left out for: a number, unless the step is fused and can be told.
+
+    For others this waits for an accelerator: they cannot leave a step out themselves.
+    """
+    return norm if _heeds_found_inf(optimizer) else float(norm)
 
 
 def _heeds_found_inf(optimizer: Optimizer) -> bool:

@@ -61,15 +61,15 @@ class Spikes:
             return False
         # A norm that is not finite cannot be clipped to anything: such a step is never taken instead.
         if self._max_skips is None or self._skips < self._max_skips or not math.isfinite(norm):
-            self._skips_then = self._skips + 1
+            self._skips_then = self._skips + math.isfinite(norm)
             return True
         self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
         if not self._warned:
             self._warned = True
             warnings.warn(
                 f"step {step} was taken, clipped to {limit:.4g}, though its norm is {norm:.4g}: "
-                f"{self._skips} steps in a row were skipped, as many as `max_skips` allows. If the norms have "
-                "risen for good, raise `skip_above`, or leave it out",
+                f"{self._skips} steps in a row were skipped, as many as `max_skips` allows. If the norms "
+                "have risen for good, raise `skip_above`, or leave it out",
                 stacklevel=2,
             )
         return False
@@ -81,8 +81,9 @@ class Spikes:
         if self._max_skips is None:
             self._skips_then, self.clip_coef = 0, 1.0
             return left_out
-        left_out = left_out & ((self._skips < self._max_skips) | ~norm.isfinite())
-        self._skips_then = torch.where(left_out, self._skips + 1, 0)
+        finite = norm.isfinite()
+        left_out = left_out & ((self._skips < self._max_skips) | ~finite)
+        self._skips_then = torch.where(left_out, self._skips + 1, 0).where(finite, self._skips)
         self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
         return left_out
 
