@@ -6,7 +6,7 @@ in host memory, which the batch takes as well, here and in the contract's tests 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from helpers import bits, exact_norm, randn, with_gradients
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad as torchs
+from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
@@ -303,3 +304,63 @@ def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
     torch.testing.assert_close(compiled, clip(others))
     for a, b in zip(mine, others, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def fused_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets fused optimizers take meta tensors; torch asks by name whether a device has kernels for them."""
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+
+
+def one_group(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def two_groups(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    halves = [{"params": parameters[i::2]} for i in range(2)]
+    return torch.optim.SGD(halves, lr=0.1)
+
+
+def fused(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.1, fused=True)
+
+
+class TestClipper:
+    @pytest.mark.parametrize(
+        ("optimizer_of", "scope", "dtypes", "most"),
+        [
+            (one_group, "global", (F32,), 20),
+            (one_group, "global", (BF16,), 20),
+            (fused, "global", (F32,), 16),
+            (fused, "global", (F16,), 16),
+            (fused, "global", (BF16,), 16),
+            (fused, "global", (F32, BF16), 16),
+            (one_group, "parameter", (F32,), 30),
+            (two_groups, "group", (F32,), 2 * 24),
+        ],
+    )
+    def test_a_step_takes_a_few_more_operations(
+        self,
+        optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        scope: Literal["global", "group", "parameter"],
+        dtypes: tuple[torch.dtype, ...],
+        most: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        fused_on_meta(monkeypatch)
+        added = []
+        for count in (40, 400):
+            optimizer = optimizer_of(on_meta(count, *dtypes))
+            optimizer.step()
+            alone = len(operations(optimizer.step))
+            torchclip.Clipper(optimizer, 1.0, scope=scope)
+            added.append(len(operations(optimizer.step)) - alone)
+        assert added[0] == added[1] <= most
+
+    def test_hundreds_of_steps_read_no_value(self) -> None:
+        optimizer = one_group(on_meta(3, F32))
+        torchclip.Clipper(optimizer, lambda step: 1.0 + step, nonfinite="zero")
+        optimizer.step()
+        first = operations(optimizer.step)
+        for _ in range(300):
+            optimizer.step()
+        assert operations(optimizer.step) == first

@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 from torchclip._core import memory
 from torchclip._core.rows import NARROW_REAL
-from torchclip._core.scalars import ABSENT, norm_dtype
+from torchclip._core.scalars import ABSENT, divisor_like, join_present, norm_dtype
 
 __all__ = ["REAL", "Group", "grouped", "is_plain", "joint", "moved"]
 
@@ -63,7 +63,7 @@ class Group:
         """The norm of each tensor, accumulated in the widest dtype that the device has."""
         if self.in_range(p):
             return self._plain_norms(p)
-        divisors = _divisor(torch.stack(self._plain_norms(_leading_order(p))))
+        divisors = divisor_like(torch.stack(self._plain_norms(_leading_order(p))))
         with_axis = torch.split(divisors, 1)
         quotients: list[Tensor] = []
         for chunk in self._chunks():
@@ -77,7 +77,7 @@ class Group:
         if self.in_range(p):
             return self._plain_norms(p)
         leading = joint(self._plain_norms(_leading_order(p)), _leading_order(p), in_range=True)
-        divisor = _divisor(leading)
+        divisor = divisor_like(leading)
         quotients = [norm for chunk in self._chunks() for norm in chunk._divided(divisor)._plain_norms(p)]
         return [joint(quotients, p, in_range=p == 2) * divisor]
 
@@ -216,25 +216,14 @@ def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:
     if len(norms) == 1:
         return norms[0]
     vector = torch.stack(list(norms))
-    if p == 0:
-        return vector.sum()
-    plain: Tensor
-    if in_range:
-        plain = vector_norm(vector, p)
-        return plain
-    divisor = _divisor(vector_norm(vector, _leading_order(p)))
-    plain = vector_norm(vector / divisor, p)
-    return plain * divisor
+    if not in_range or p == 0:
+        return join_present(vector, p)
+    plain: Tensor = vector_norm(vector, p)
+    return plain
 
 
 def _leading_order(p: float) -> float:
     return math.copysign(math.inf, p)
-
-
-def _divisor(leading: Tensor) -> Tensor:
-    """What to divide numbers like this by, so that no power leaves the range: itself, but 0 and infinity."""
-    limits = torch.finfo(leading.dtype)
-    return leading.clamp(limits.tiny, limits.max)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from typing import cast, overload
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from torchclip._core import memory, mesh
 from torchclip._core.batch import Batch, Facts, Norm, Norms
@@ -17,8 +18,10 @@ __all__ = [
     "EPS",
     "clip_coef",
     "clip_coefs",
+    "divisor_like",
     "is_finite",
     "join",
+    "join_present",
     "join_rows",
     "norm_dtype",
     "on_device",
@@ -102,20 +105,29 @@ def join_rows(norms: Tensor, p: float) -> Tensor:
     if norms.shape[-1] == 0:
         return norms.new_full(norms.shape[:-1], ABSENT)
     absent = norms < 0
-    joint = _join_present(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
+    joint = join_present(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
     return joint.masked_fill(absent.all(dim=-1), ABSENT)
 
 
-def _join_present(norms: Tensor, p: float) -> Tensor:
+def join_present(norms: Tensor, p: float) -> Tensor:
+    """``join_rows`` of norms that are all there, in few operations."""
     if p == 0:
         return norms.sum(dim=-1)
     leading = norms.amax(dim=-1) if p > 0 else norms.amin(dim=-1)
     if math.isinf(p):
         return leading
-    regular = (leading > 0) & torch.isfinite(leading)
-    divisor = torch.where(regular, leading, 1.0).unsqueeze(-1)
-    sums = (norms / divisor).pow(p).sum(dim=-1)
-    return torch.where(regular, leading * sums.pow(1 / p), leading)
+    divisor = divisor_like(leading)
+    quotient: Tensor = vector_norm(norms / divisor.unsqueeze(-1), p, dim=-1)
+    return quotient * divisor
+
+
+def divisor_like(leading: Tensor) -> Tensor:
+    """What to divide by so that no power of a quotient leaves the range: the leading number itself.
+
+    But not by 0 or infinity, whose quotients would be NaN.
+    """
+    limits = torch.finfo(leading.dtype)
+    return leading.clamp(limits.tiny, limits.max)
 
 
 # Clip coefficients
