@@ -179,8 +179,24 @@ def test_the_trainer_leaves_the_gradients_as_backward_left_them(tmp_path: Path) 
 
 def test_the_error_blames_the_parameter_that_is_to_blame(tmp_path: Path) -> None:
     callback = for_transformers.ClipperCallback(MAX_NORM, nonfinite="error")
-    with pytest.raises(RuntimeError, match=r"Non-finite: [^,]* of shape \(4, 8\) \(8 inf, 0 nan\)\.$"):
+    with pytest.raises(
+        RuntimeError, match=r"Non-finite: '?transformer\.wpe\.weight'? of shape \(4, 8\) \(8 inf, 0 nan\)\.$"
+    ):
         train(tmp_path, callback, Spoiling())
+
+
+def test_parameters_are_called_by_the_models_names(tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+
+    class Names(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            assert callback.clipper is not None
+            seen.append(set(callback.clipper.norms()))
+
+    callback = for_transformers.ClipperCallback(MAX_NORM)
+    trainer = train(tmp_path, callback, Names(), max_steps=1)
+    model: Any = trainer.model
+    assert seen == [{name for name, _ in model.named_parameters()}]
 
 
 def grad_norms(trainer: transformers.Trainer) -> list[float]:

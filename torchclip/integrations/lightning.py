@@ -28,9 +28,9 @@ class ClipperCallback(Callback):
 
         trainer = Trainer(callbacks=[ClipperCallback(max_norm=1.0)])
 
-    Each optimizer has its own ``torchclip.Clipper`` while ``fit`` runs.  Checkpoints carry the clippers'
-    state, and another ``fit`` of the same module goes on with it.  Do not pass ``gradient_clip_val`` to the
-    Trainer as well.
+    Each optimizer has its own ``torchclip.Clipper`` while ``fit`` runs, with the module's names for its
+    parameters.  Checkpoints carry the clippers' state, and another ``fit`` of the same module goes on with
+    it.  Do not pass ``gradient_clip_val`` to the Trainer as well.
 
     Args:
         max_norm: as for ``torchclip.Clipper``.
@@ -89,7 +89,7 @@ class ClipperCallback(Callback):
         several = len(optimizers) > 1
         self._scalars = [Scalars(f"clip_{i}" if several else "clip") for i in range(len(optimizers))]
         self.clippers = [
-            Clipper(optimizer, self._max_norm, on_clip=self._note(scalars), **self._options)
+            Clipper(optimizer, self._max_norm, on_clip=self._note(scalars), model=pl_module, **self._options)
             for optimizer, scalars in zip(optimizers, self._scalars, strict=True)
         ]
         self._fitting = True

@@ -36,8 +36,8 @@ class ClipperCallback(TrainerCallback, ExportableState):
         args = TrainingArguments(max_grad_norm=0.0, ...)
         trainer = Trainer(model, args, callbacks=[ClipperCallback(max_norm=1.0)], ...)
 
-    Checkpoints carry the clipper's state in ``trainer_state.json``; it comes back with every
-    ``resume_from_checkpoint``.
+    The clipper has the model's names for its parameters.  Checkpoints carry its state in
+    ``trainer_state.json``; it comes back with every ``resume_from_checkpoint``.
 
     ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` go into ``trainer.state.log_history``,
     and into the logs that callbacks after this one see, such as the printed ones.  Callbacks of
@@ -105,7 +105,11 @@ class ClipperCallback(TrainerCallback, ExportableState):
             )
         self.on_train_end()  # an exception may have ended the training before
         self.clipper = Clipper(
-            _unwrapped(kwargs["optimizer"]), self._max_norm, on_clip=self._note, **self._options
+            _unwrapped(kwargs["optimizer"]),
+            self._max_norm,
+            on_clip=self._note,
+            model=kwargs["model"],
+            **self._options,
         )
         # A checkpoint from before this callback has no entry, but the Trainer relies on one when it saves.
         entries: Any = state.stateful_callbacks
