@@ -1,0 +1,337 @@
+"""Every step of every optimizer of a program, seen through torch's global hooks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+import torchclip
+from torchclip.cli.run.calls import Call, Calls
+from torchclip.cli.run.names import parameter_names, variable_names
+from torchclip.cli.run.trial import Trial
+from torchclip.clipper import clipper as clippers
+from torchclip.clipper.clipper import Clipper
+from torchclip.history.history import History
+from torchclip.history.layers import Layers
+
+__all__ = ["Watch", "Watched"]
+
+# Parameters are measured one by one in every so many of the first steps, and of the others.
+_FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
+_MOST_NONFINITE = 100  # steps whose parameters are kept
+_MOST_TIMES = 10_000
+
+
+class Watched:
+    """One optimizer, and what its steps were like.
+
+    Attributes:
+        kind: its class.
+        candidates: what the program may call it.
+        names: its parameters' names, by their ``id``.
+        history: its steps; those of its Clipper, if it has one.
+        layers: the norms of its parameters in some of the steps.
+        clipped_by: how many steps were clipped in which way.
+        nonfinite: the names of the parameters with a gradient that is not finite, by step.
+        seconds: how long a Clipper took before a step, in some of them.
+        problem: why its norms are not known, or why it is not clipped as the options ask.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = ref(optimizer)
+        self.kind = type(optimizer).__name__
+        self.candidates = variable_names(optimizer)
+        self.names = parameter_names(optimizer)
+        self.groups = len(optimizer.param_groups)
+        self.history = History()
+        self.layers = Layers()
+        self.steps = 0
+        self.clipped_by: Counter[str] = Counter()
+        self.nonfinite: dict[int, list[str]] = {}
+        self.seconds: deque[float] = deque(maxlen=_MOST_TIMES)
+        self.problem: str | None = None
+        self.frame: FrameType | None = None
+        self.marked = 0.0
+        self.marker: RemovableHandle | None = None
+
+    def label(self, name: str) -> str:
+        """What to call it in a report."""
+        return name if name.startswith(self.kind) else f"{name} ({self.kind})"
+
+
+class Watch:
+    """Looks on while a program's optimizers step, and puts the clipping of a trial in place.
+
+    An optimizer that has a Clipper is measured by that; one whose gradients were clipped by torch's functions
+    has been measured by them; for the others the norm is taken before each step.
+
+    Attributes:
+        watched: the optimizers, in the order of their first steps.
+        seconds: what looking on took, all in all, but for what is done once for each optimizer.
+        elapsed: the time from the first step to the last.
+    """
+
+    def __init__(self, trial: Trial, calls: Calls, progress: Callable[[Watched], None] | None = None) -> None:
+        self.trial = trial
+        self.calls = calls
+        self.watched: list[Watched] = []
+        self.replaced_clippers = 0
+        self.seconds = 0.0
+        self.steps = 0
+        self.first = self.last = 0.0
+        self._progress = progress
+        self._by_optimizer: WeakKeyDictionary[Optimizer, Watched] = WeakKeyDictionary()
+        self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
+        self._ours: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
+        self._detach: list[Callable[[], None]] = []
+
+    @property
+    def elapsed(self) -> float:
+        """The time from the first step to the last."""
+        return self.last - self.first
+
+    def attach(self) -> None:
+        """Look on from now on."""
+        self._detach += [
+            register_optimizer_step_pre_hook(self._before_step).remove,
+            register_optimizer_step_post_hook(self._after_step).remove,
+        ]
+        initialize = Clipper.__init__
+
+        @functools.wraps(initialize)
+        def initialize_and_tell(clipper: Clipper, optimizer: Any, max_norm: Any, **options: Any) -> None:
+            self._make_way(optimizer)
+            if self.trial.replaces:
+                self.replaced_clippers += 1
+                max_norm = math.inf if self.trial.none else self.trial.new_max_norm()
+            if self.trial.nonfinite is not None:
+                options["nonfinite"] = self.trial.nonfinite
+            initialize(clipper, optimizer, max_norm, **options)
+            self._clippers[optimizer] = ref(clipper)
+
+        Clipper.__init__ = initialize_and_tell  # type: ignore[method-assign]
+        self._detach.append(lambda: setattr(Clipper, "__init__", initialize))
+
+    def detach(self) -> None:
+        """Look on no more; Clippers of the trial stay."""
+        while self._detach:
+            self._detach.pop()()
+
+    # One step
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        watched = self._by_optimizer.get(optimizer)
+        if watched is None or watched.groups != len(optimizer.param_groups):
+            watched = self._first_seen(optimizer)
+            if watched is None:
+                return
+            start = time.perf_counter()
+        frame = sys._getframe(1)
+        if _runs_within(frame, watched.frame):
+            return
+        watched.frame = frame
+        if not self.steps:
+            self.first = start
+        self.last = start
+        self.steps += 1
+        if self._clipper_of(optimizer) is not None:
+            self._mark(watched, optimizer)
+        elif not _has_closure(args, kwargs):
+            self._measure(watched, optimizer)
+        self.seconds += time.perf_counter() - start
+        watched.marked = time.perf_counter()
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        watched = self._by_optimizer.get(optimizer)
+        if watched is None or watched.frame is not sys._getframe(1):
+            return
+        watched.frame = None
+        if watched.marker is not None:
+            watched.marker.remove()
+            watched.marker = None
+        clipper = self._clipper_of(optimizer)
+        if clipper is not None:
+            self._read(watched, optimizer, clipper)
+        elif _has_closure(args, kwargs):
+            self._measure(watched, optimizer)
+        watched.steps += 1
+        if self._progress is not None:
+            self._progress(watched)
+        self.seconds += time.perf_counter() - start
+
+    def _first_seen(self, optimizer: Optimizer) -> Watched | None:
+        """Take an optimizer in, or look anew at one that has got another parameter group."""
+        if not optimizer.state and _creates_state(sys._getframe(2)):
+            return None
+        watched = self._by_optimizer.get(optimizer)
+        if watched is not None:
+            watched.groups = len(optimizer.param_groups)
+            watched.names = parameter_names(optimizer)
+        else:
+            watched = Watched(optimizer)
+            self.watched.append(watched)
+            self._by_optimizer[optimizer] = watched
+        if self.trial.replaces:
+            for group in optimizer.param_groups:
+                if group.get("max_norm") is not None:
+                    group["max_norm"] = math.inf
+        if self.trial.clips and self._clipper_of(optimizer) is None:
+            try:
+                self._ours[optimizer] = self.trial.clipper_for(optimizer)
+            except (TypeError, ValueError) as error:
+                watched.problem = f"not clipped as asked: {error}"
+        self.calls.know(optimizer, watched.names)
+        return watched
+
+    def _make_way(self, optimizer: Any) -> None:
+        """The program makes a Clipper of its own after this run's has been put on."""
+        ours = self._ours.pop(optimizer, None) if isinstance(optimizer, Optimizer) else None
+        if ours is not None:
+            ours.detach()
+
+    def _clipper_of(self, optimizer: Optimizer) -> Clipper | None:
+        if not self._clippers or optimizer not in clippers._clipped_optimizers:
+            return None
+        found = self._clippers.get(optimizer)
+        return None if found is None else found()
+
+    def _mark(self, watched: Watched, optimizer: Optimizer) -> None:
+        """In some steps, have a hook after the Clipper's take the time: not where it would be in the way.
+
+        A fused step takes the clipping over only if the Clipper's hook is the last one.
+        """
+        if watched.steps % 8 == 7 and not any(group.get("fused") for group in optimizer.param_groups):
+
+            def mark(*_: object) -> None:
+                watched.seconds.append(time.perf_counter() - watched.marked)
+
+            watched.marker = optimizer.register_step_pre_hook(mark)
+        if _is_due(watched.steps):
+            self._measure_layers(watched, optimizer, 1.0)
+
+    def _read(self, watched: Watched, optimizer: Optimizer, clipper: Clipper) -> None:
+        """Look up what a Clipper did in the step that has just been taken."""
+        watched.history = clipper.history
+        watched.clipped_by["a Clipper"] += 1
+        if _on_host(optimizer):
+            record = clipper.history[-1] if len(clipper.history) else None
+            if record is not None and record.nonfinite:
+                self._note_nonfinite(watched, record.step, _nonfinite_names(watched, _with_grad(optimizer)))
+
+    def _measure(self, watched: Watched, optimizer: Optimizer) -> None:
+        """Record a step of an optimizer without a Clipper."""
+        try:
+            call = self.calls.of(optimizer)
+            if call is None:
+                call = self._own_measurement(watched, optimizer)
+            else:
+                watched.clipped_by[call.function] += 1
+        except Exception as error:  # the program must go on, whatever its gradients are
+            watched.problem = f"the norm cannot be taken: {type(error).__name__}: {error}"
+            return
+        for earlier in call.not_taken:
+            watched.history.append(watched.steps, earlier.total_norm, earlier.max_norm, earlier.clip_coef, True)
+        watched.history.append(watched.steps, call.total_norm, call.max_norm, call.clip_coef)
+        if call.nonfinite:
+            self._note_nonfinite(watched, watched.steps, call.nonfinite)
+        if _is_due(watched.steps) and isinstance(call.clip_coef, float) and call.clip_coef > 0:
+            self._measure_layers(watched, optimizer, call.clip_coef)
+
+    def _own_measurement(self, watched: Watched, optimizer: Optimizer) -> Call:
+        parameters = _with_grad(optimizer)
+        with torch.no_grad():
+            norm: Any = torchclip.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = _unscaled(norm, optimizer)
+        names: Sequence[str] = ()
+        if isinstance(norm, float) and not math.isfinite(norm):
+            names = _nonfinite_names(watched, parameters)
+        return Call("", norm, math.inf, 1.0, names)
+
+    def _measure_layers(self, watched: Watched, optimizer: Optimizer, clip_coef: float) -> None:
+        """Keep the norm of each parameter as it was before clipping."""
+        parameters = _with_grad(optimizer)
+        try:
+            norms = _norms(parameters) / clip_coef
+        except Exception as error:
+            watched.problem = f"the parameters' norms cannot be taken: {type(error).__name__}: {error}"
+            return
+        names = [watched.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
+        watched.layers.append(watched.steps, names, norms)
+
+    def _note_nonfinite(self, watched: Watched, step: int, names: Sequence[str]) -> None:
+        if len(watched.nonfinite) < _MOST_NONFINITE:
+            watched.nonfinite[step] = list(names)
+
+
+def _is_due(step: int) -> bool:
+    return step % (_EVERY_FIRST if step < _FIRST_STEPS else _EVERY) == 0
+
+
+def _with_grad(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _on_host(optimizer: Optimizer) -> bool:
+    parameter = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    return parameter is not None and parameter.is_cpu
+
+
+def _norms(parameters: Sequence[Tensor]) -> Tensor:
+    """The norm of each gradient; nothing is changed."""
+    with torch.no_grad():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return torch.stack([torchclip.get_total_norm([grad]).float() for grad in grads])
+
+
+def _nonfinite_names(watched: Watched, parameters: Sequence[Tensor]) -> list[str]:
+    finite = _norms(parameters).isfinite().tolist()
+    return [
+        watched.names.get(id(p), f"parameter {i}")
+        for i, (p, good) in enumerate(zip(parameters, finite, strict=True))
+        if not good
+    ]
+
+
+def _unscaled(norm: Tensor, optimizer: Optimizer) -> float | Tensor:
+    """A norm as a number, or on an accelerator as it is, without a GradScaler's scale."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        norm = norm / scale.to(norm)
+    return float(norm) if norm.is_cpu else norm
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return callable(kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None)
+
+
+def _runs_within(frame: FrameType | None, outer: FrameType | None) -> bool:
+    """Whether a step runs within another: a subclass's ``step()`` calls that of its parent."""
+    if outer is None:
+        return False
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _creates_state(frame: FrameType | None) -> bool:
+    """Whether ``torch.distributed.checkpoint`` takes a step that is none, to make an optimizer's state."""
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
