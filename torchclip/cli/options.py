@@ -19,12 +19,15 @@ __all__ = [
     "file_to_read",
     "file_to_write",
     "max_norm",
+    "picture_file",
     "png_file",
     "positive",
     "refusal",
     "seed",
     "writing",
 ]
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def refusal(message: str) -> argparse.ArgumentError:
@@ -108,6 +111,13 @@ def png_file(text: str) -> Path:
     """An option's value that is a PNG file to write."""
     if Path(text).suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
+    return file_to_write(text)
+
+
+def picture_file(text: str) -> Path:
+    """An option's value that is a picture to write, of a kind that its name's ending says."""
+    if Path(text).suffix.lower() not in _PICTURES:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(_PICTURES)}, got {text!r}")
     return file_to_write(text)
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["histogram_figure", "history_figure", "on_log_scale"]
+__all__ = ["draw_norms", "histogram_figure", "history_figure", "on_log_scale"]
 
 Array = NDArray[Any]
 
@@ -31,14 +32,27 @@ def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    draw_norms(axes, columns)
+    axes.set_title("Norms over Steps", fontsize=16)
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
+    """Draw what ``history_figure`` shows, with labels for a legend.
+
+    Args:
+        axes: where.
+        columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
+    """
     step = np.asarray(columns["step"])
     norm, threshold = on_log_scale(columns["total_norm"]), on_log_scale(columns["max_norm"])
     clipped, nonfinite, skipped = (
         np.asarray(columns[name], dtype=bool) for name in ("clipped", "nonfinite", "skipped")
     )
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="gradient norm before clipping")
-    axes.set_title("Norms over Steps", fontsize=16)
+    axes.set(xlabel="step", ylabel="gradient norm before clipping")
     axes.grid(alpha=0.3)
     axes.plot(step, norm, color="tab:blue", linewidth=0.8, marker=".", markersize=2, label="norm")
     label = f"clipped ({clipped.sum():,})"
@@ -52,8 +66,6 @@ def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
             axes.plot(step[mask], heights, marker, color="tab:red", transform=edge, label=label)
     if np.isfinite([*norm, *threshold]).any():  # a log scale must have something to show
         axes.set_yscale("log")
-    figure.legend(loc="outside lower center", ncols=5)
-    return figure
 
 
 def histogram_figure(norms: Sequence[float], max_norms: Sequence[float], suggested: float | None) -> Figure:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchclip._core.scalars import ABSENT, join
+from torchclip._core.batch import Norm
+from torchclip._core.scalars import join
+from torchclip.history.history import History
 
 __all__ = ["Call", "Calls"]
 
-Number = float | Tensor
+
+_MOST_UNCLAIMED = 8  # calls that wait for an optimizer's first step
 
 
 class Call(NamedTuple):
@@ -25,54 +29,66 @@ class Call(NamedTuple):
         total_norm: their norm before.
         max_norm: the threshold.
         clip_coef: what they were multiplied by.
-        nonfinite: the names of parameters whose gradients were not finite.
+        nonfinite: the ``id`` of each parameter whose gradient was not finite.
         not_taken: calls on the same parameters that no step has followed.
     """
 
     function: str
-    total_norm: Number
+    total_norm: Norm
     max_norm: float
-    clip_coef: Number
-    nonfinite: Sequence[str] = ()
+    clip_coef: Norm
+    nonfinite: Sequence[int] = ()
     not_taken: Sequence[Call] = ()
 
 
 class Calls:
     """Assigns calls to optimizers by their parameters.
 
-    A call may clip the parameters of several optimizers together, and an optimizer's may be clipped by several
-    calls, each with a threshold of its own.
+    A call may clip the parameters of several optimizers together, and those of an optimizer may be clipped by
+    several calls, each with a threshold of its own.
+
+    Attributes:
+        stray: calls on parameters of no optimizer that has ever stepped.
     """
 
     def __init__(self) -> None:
-        self._owners: dict[int, Optimizer] = {}
-        self._names: dict[int, str] = {}
+        self._owners: WeakValueDictionary[int, Optimizer] = WeakValueDictionary()
         self._waiting: WeakKeyDictionary[Optimizer, dict[tuple[int, int], list[Call]]] = WeakKeyDictionary()
         self._unclaimed: list[tuple[list[int], Call]] = []
+        self.stray = History()
+        self._strays = 0
 
-    def know(self, optimizer: Optimizer, names: dict[int, str]) -> None:
-        """Take in whose parameters these are, and calls on them that came before."""
-        self._owners.update(dict.fromkeys(names, optimizer))
-        self._names.update(names)
+    def know(self, optimizer: Optimizer, parameters: Iterable[int]) -> None:
+        """Take in whose parameters these are, by their ``id``, and calls on them that came before."""
+        for key in parameters:
+            self._owners[key] = optimizer
         unclaimed, self._unclaimed = self._unclaimed, []
         for keys, call in unclaimed:
             self._assign(keys, call)
-
-    def name(self, parameter: Tensor) -> str | None:
-        """What a parameter is called, once its optimizer is known."""
-        return self._names.get(id(parameter))
 
     def add(self, parameters: Iterable[Tensor], call: Call) -> None:
         """Keep a call until its optimizers step."""
         self._assign([id(parameter) for parameter in parameters], call)
 
     def _assign(self, keys: list[int], call: Call) -> None:
-        owners = {self._owners[key] for key in keys if key in self._owners}
+        owners = {owner for owner in map(self._owners.get, keys) if owner is not None}
         if not owners:
-            self._unclaimed = [*self._unclaimed[-7:], (keys, call)]
+            self._unclaimed.append((keys, call))
+            if len(self._unclaimed) > _MOST_UNCLAIMED:
+                self._give_up(self._unclaimed.pop(0)[1])
         for owner in owners:
             place = (keys[0], len(keys))
             self._waiting.setdefault(owner, {}).setdefault(place, []).append(call)
+
+    def finish(self) -> None:
+        """No optimizer is going to step any more."""
+        for _, call in self._unclaimed:
+            self._give_up(call)
+        self._unclaimed.clear()
+
+    def _give_up(self, call: Call) -> None:
+        self.stray.append(self._strays, call.total_norm, call.max_norm, call.clip_coef)
+        self._strays += 1
 
     def of(self, optimizer: Optimizer) -> Call | None:
         """What the calls on an optimizer's gradients did together since its last step; None without any."""
@@ -83,13 +99,13 @@ class Calls:
         calls = [_in_one_step(repeated, not_taken) for repeated in waiting.values()]
         if len(calls) == 1 and not not_taken:
             return calls[0]
-        names = [name for call in calls for name in call.nonfinite]
+        nonfinite = [key for call in calls for key in call.nonfinite]
         return Call(
             " and ".join(dict.fromkeys(call.function for call in calls)),
-            join([call.total_norm for call in calls], 2.0) if calls else ABSENT,
+            join([call.total_norm for call in calls], 2.0),
             min(call.max_norm for call in calls),
             _smallest([call.clip_coef for call in calls]),
-            names,
+            nonfinite,
             not_taken,
         )
 
@@ -97,11 +113,12 @@ class Calls:
 def _in_one_step(calls: list[Call], not_taken: list[Call]) -> Call:
     """Several calls on the same parameters: the last one, or what they did one after another.
 
-    A GradScaler leaves a step out whose gradients are not finite: to ``not_taken`` go such calls but the last.
+    A GradScaler leaves a step out whose gradients are not finite: such calls go to ``not_taken``, but for the
+    last one.
     """
     *earlier, last = calls
     for call in earlier:
-        if call.nonfinite:
+        if isinstance(call.total_norm, float) and not math.isfinite(call.total_norm):
             not_taken.append(call)
         else:
             last = last._replace(
@@ -112,13 +129,13 @@ def _in_one_step(calls: list[Call], not_taken: list[Call]) -> Call:
     return last
 
 
-def _smallest(values: Sequence[Number]) -> Number:
+def _smallest(values: Sequence[Norm]) -> Norm:
     return torch.stack([torch.as_tensor(v) for v in values]).min() if _any_tensor(values) else min(values)
 
 
-def _largest(values: Sequence[Number]) -> Number:
+def _largest(values: Sequence[Norm]) -> Norm:
     return torch.stack([torch.as_tensor(v) for v in values]).max() if _any_tensor(values) else max(values)
 
 
-def _any_tensor(values: Sequence[Number]) -> bool:
+def _any_tensor(values: Sequence[Norm]) -> bool:
     return any(isinstance(value, Tensor) for value in values)

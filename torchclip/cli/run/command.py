@@ -1,39 +1,82 @@
-"""The command ``torchclip run``: a training script as it is, with torchclip installed.
+"""The command ``torchclip run``: any training script as it is, and a report of what clipping did.
 
-At its end the command prints on stderr what clipping did and cost.
+It sees every step of every optimizer of torch's, whether the script clips by torch's functions, by a Clipper,
+by a framework, or not at all.  Options put another clipping in place of the script's own for this run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from torchclip import patch
-from torchclip.cli.options import refusal
+from torchclip.cli.options import file_to_write, max_norm, picture_file, refusal
+from torchclip.cli.run import files
+from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.recorder import Recorder
-from torchclip.cli.run.report import report
+from torchclip.cli.run.report import histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
+from torchclip.cli.run.trial import Trial
+from torchclip.cli.run.watch import Watch
+from torchclip.cli.thresholds import LEARNED
+from torchclip.clipper.clipper import Nonfinite
+
+if TYPE_CHECKING:
+    from torchclip.cli.run.progress import Progress
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Register the options."""
-    parser.usage = "%(prog)s [-h] [-m] SCRIPT [ARGUMENT ...]"
-    parser.add_argument(
-        "-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m"
+    """The options of the command; they come before the script."""
+    parser.usage = "%(prog)s [OPTION ...] [-m] SCRIPT [ARGUMENT ...]"
+    add = parser.add_argument
+    add("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m")
+    add(
+        "--max-norm",
+        type=max_norm,
+        metavar="X",
+        help="clip to this norm in place of the script's own clipping",
     )
-    parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
-    rest = parser.add_argument(
-        "args", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="an argument of the script's own"
+    described = "; ".join(f"{name}: {what}" for name, what in LEARNED.items())
+    add(
+        "--threshold",
+        choices=list(LEARNED),
+        help=f"clip to a threshold that learns, with --max-norm as a ceiling: {described}",
     )
+    add(
+        "--nonfinite",
+        choices=get_args(Nonfinite),
+        help="what to do about steps whose norm is not finite, as in torchclip.Clipper",
+    )
+    add("--none", action="store_true", help="take the script's own clipping away")
+    add("--plot", type=picture_file, metavar="FILE", help="draw the norms over the steps (PNG, SVG or PDF)")
+    add("--csv", type=file_to_write, metavar="FILE", help="write a line for each step")
+    add("--html", type=file_to_write, metavar="FILE", help="write a page with all of it, for a browser")
+    add("script", metavar="SCRIPT", help="the training script, or with -m the module")
+    rest = add("args", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="an argument of the script's own")
     rest.required = False  # or, until Python 3.12, the error for a missing SCRIPT asks for it, too
 
 
-def run(script: str, args: list[str], module: bool = False) -> int:
+def run(
+    script: str,
+    args: list[str],
+    module: bool = False,
+    max_norm: float | None = None,
+    threshold: str | None = None,
+    nonfinite: Nonfinite | None = None,
+    none: bool = False,
+    plot: Path | None = None,
+    csv: Path | None = None,
+    html: Path | None = None,
+) -> int:
     """Run a script, or a module, as Python would; then report.
 
     The script becomes this process's ``__main__`` and stays it.
@@ -42,49 +85,140 @@ def run(script: str, args: list[str], module: bool = False) -> int:
         script: the script's path, or the module's name.
         args: the script's arguments.
         module: whether ``script`` names a module.
+        max_norm: a threshold for this run, or a ceiling for one that learns.
+        threshold: the name of a threshold that learns.
+        nonfinite: what to do about steps that are not finite.
+        none: whether to clip nothing.
+        plot: where a picture goes.
+        csv: where the steps go.
+        html: where a page goes.
 
     Returns:
         The exit status.
 
     Raises:
-        argparse.ArgumentError: if there is no such script.
+        argparse.ArgumentError: if there is no such script, or options do not go together.
         SystemExit: the script's.
     """
+    trial = _trial(max_norm, threshold, nonfinite, none)
+    _refuse_missing(plot, html)
     try:
         main = prepare(script, args, module)
     except SyntaxError as error:
         sys.excepthook(type(error), error.with_traceback(None), None)
         return 1
-    process = os.getpid()
-    patch.install()
-    recorder = Recorder()
-    recorder.attach()
-    start = time.perf_counter()
-    began = True
+    session = _Session(trial)
+    session.attach()
     try:
-        status, began = _status(main)
-        return status
-    except argparse.ArgumentError:
-        began = False
-        raise
+        session.run(main)
     finally:
-        # A forked child that gets here has nothing to report, and of many ranks one is enough.
-        if began and os.getpid() == process and os.environ.get("RANK", "0") == "0":
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            print(report(recorder, time.perf_counter() - start), file=sys.stderr)
+        failed = session.close(files.Files(plot, csv, html))
+    return session.status or failed
 
 
-def _status(main: Callable[[], object]) -> tuple[int, bool]:
-    """Call the script, and say what went wrong as Python would: the exit status, and whether it began."""
-    try:
-        main()
-    except SystemExit:
-        raise
-    except BaseException as error:
+def _trial(max_norm: float | None, threshold: str | None, nonfinite: Nonfinite | None, none: bool) -> Trial:
+    if none:
+        options = {"--max-norm": max_norm, "--threshold": threshold, "--nonfinite": nonfinite}
+        for name, value in options.items():
+            if value is not None:
+                raise refusal(f"--none and {name} do not go together")
+    return Trial(max_norm, threshold, nonfinite, none)
+
+
+def _refuse_missing(plot: Path | None, html: Path | None) -> None:
+    """What an option needs and is not installed is said now rather than after the run."""
+    needs = {"--plot": (plot, ["matplotlib"]), "--html": (html, ["jinja2", "matplotlib"])}
+    for option, (path, packages) in needs.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if path is not None and missing:
+            remedy = "install with: pip install 'torchclip[demo]'"
+            raise refusal(f"argument {option}: needs {' and '.join(missing)}; {remedy}")
+
+
+class _Session:
+    """One run of a script, looked on from its beginning to its end.
+
+    Attributes:
+        status: the exit status so far.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        patch.install()
+        calls = Calls()
+        self.recorder = Recorder(calls, trial)
+        self._progress = _progress()
+        self.watch = Watch(trial, calls, self._progress)
+        self.watch.calls_replaced = self.recorder.replaced
+        self.status = 0
+        self._began = False
+        self._end = ""
+        self._process = os.getpid()
+        self._start = time.perf_counter()
+
+    def attach(self) -> None:
+        """Look on from now on."""
+        self.recorder.attach()
+        self.watch.attach()
+        if self._progress is not None:
+            self._progress.attach()
+
+    def run(self, main: Callable[[], object]) -> None:
+        """Call the script, and say what went wrong as Python would."""
+        self._start = time.perf_counter()
+        try:
+            main()
+            self._began = True
+            self._wait_for_threads()
+        except SystemExit as error:
+            self._began = True
+            if error.code not in (None, 0):
+                self._end = f"until sys.exit({error.code!r})"
+            raise
+        except BaseException as error:
+            self._failed(error)
+
+    def _wait_for_threads(self) -> None:
+        """As Python does at a script's end; what they do is a part of the run."""
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
+
+    def _failed(self, error: BaseException) -> None:
         error.__traceback__ = traceback_of_script(error.__traceback__)
-        if error.__traceback__ is None and isinstance(error, ImportError):
+        self._began = error.__traceback__ is not None
+        if not self._began and isinstance(error, ImportError):
             raise refusal(f"argument SCRIPT: {error}") from None
+        self._clear()
         sys.excepthook(type(error), error, error.__traceback__)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1, error.__traceback__ is not None
-    return 0, True
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self.status = 130 if interrupted else 1
+        self._end = "until Ctrl-C" if interrupted else f"until {type(error).__name__}"
+
+    def _clear(self) -> None:
+        if self._progress is not None:
+            self._progress.clear()
+
+    def close(self, wanted: files.Files) -> int:
+        """Report what ran, and write the files: the exit status if one of these cannot be."""
+        seconds = time.perf_counter() - self._start
+        self.watch.detach()
+        if self._progress is not None:
+            self._progress.detach()
+        # A forked child that gets here has nothing to report, and of many ranks one is enough.
+        if not self._began or os.getpid() != self._process or os.environ.get("RANK", "0") != "0":
+            return 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        self.recorder.calls.finish()
+        print(report(self.recorder, self.watch, seconds, self._end), file=sys.stderr)
+        return wanted.write(histories(self.recorder, self.watch))
+
+
+def _progress() -> Progress | None:
+    """A line that says how far the script is, if there is a terminal, and rich to draw it."""
+    shows = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    if not shows or importlib.util.find_spec("rich") is None:
+        return None
+    from torchclip.cli.run.progress import Progress
+
+    return Progress()

@@ -99,7 +99,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _scopes() -> Iterator[Mapping[str, Any]]:
-    """The variables of the program: of the script itself, and of the functions that are running, outside in."""
+    """The variables of the script itself, and of the functions that are running, from the outside in."""
     main = sys.modules["__main__"]
     yield _variables(vars(main))
     frames = []

@@ -12,14 +12,14 @@ from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-import torchclip
+from torchclip._core.batch import Norm
 from torchclip.cli.run.calls import Call, Calls
+from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of, with_gradient
 from torchclip.cli.run.names import parameter_names, variable_names
 from torchclip.cli.run.trial import Trial
 from torchclip.clipper import clipper as clippers
@@ -59,6 +59,7 @@ class Watched:
         self.history = History()
         self.layers = Layers()
         self.steps = 0
+        self.on_host = _on_host(optimizer)
         self.clipped_by: Counter[str] = Counter()
         self.nonfinite: dict[int, list[str]] = {}
         self.seconds: deque[float] = deque(maxlen=_MOST_TIMES)
@@ -80,15 +81,20 @@ class Watch:
 
     Attributes:
         watched: the optimizers, in the order of their first steps.
+        replaced_clippers: how many Clippers of the program have got the thresholds of the trial.
+        calls_replaced: how often the program called a function that only measured, by its name.
         seconds: what looking on took, all in all, but for what is done once for each optimizer.
         elapsed: the time from the first step to the last.
     """
 
-    def __init__(self, trial: Trial, calls: Calls, progress: Callable[[Watched], None] | None = None) -> None:
+    def __init__(
+        self, trial: Trial, calls: Calls, progress: Callable[[Watched], object] | None = None
+    ) -> None:
         self.trial = trial
         self.calls = calls
         self.watched: list[Watched] = []
         self.replaced_clippers = 0
+        self.calls_replaced: Counter[str] = Counter()
         self.seconds = 0.0
         self.steps = 0
         self.first = self.last = 0.0
@@ -97,6 +103,7 @@ class Watch:
         self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
         self._ours: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
         self._detach: list[Callable[[], None]] = []
+        self._puts_one_on = False
 
     @property
     def elapsed(self) -> float:
@@ -114,7 +121,7 @@ class Watch:
         @functools.wraps(initialize)
         def initialize_and_tell(clipper: Clipper, optimizer: Any, max_norm: Any, **options: Any) -> None:
             self._make_way(optimizer)
-            if self.trial.replaces:
+            if self.trial.replaces and not self._puts_one_on:
                 self.replaced_clippers += 1
                 max_norm = math.inf if self.trial.none else self.trial.new_max_norm()
             if self.trial.nonfinite is not None:
@@ -122,7 +129,7 @@ class Watch:
             initialize(clipper, optimizer, max_norm, **options)
             self._clippers[optimizer] = ref(clipper)
 
-        Clipper.__init__ = initialize_and_tell  # type: ignore[method-assign]
+        setattr(Clipper, "__init__", initialize_and_tell)  # noqa: B010
         self._detach.append(lambda: setattr(Clipper, "__init__", initialize))
 
     def detach(self) -> None:
@@ -191,12 +198,19 @@ class Watch:
                 if group.get("max_norm") is not None:
                     group["max_norm"] = math.inf
         if self.trial.clips and self._clipper_of(optimizer) is None:
-            try:
-                self._ours[optimizer] = self.trial.clipper_for(optimizer)
-            except (TypeError, ValueError) as error:
-                watched.problem = f"not clipped as asked: {error}"
+            self._put_on(watched, optimizer)
         self.calls.know(optimizer, watched.names)
         return watched
+
+    def _put_on(self, watched: Watched, optimizer: Optimizer) -> None:
+        """Give an optimizer the Clipper of the trial."""
+        self._puts_one_on = True
+        try:
+            self._ours[optimizer] = self.trial.clipper_for(optimizer)
+        except (TypeError, ValueError) as error:
+            watched.problem = f"not clipped as asked: {error}"
+        finally:
+            self._puts_one_on = False
 
     def _make_way(self, optimizer: Any) -> None:
         """The program makes a Clipper of its own after this run's has been put on."""
@@ -228,91 +242,77 @@ class Watch:
         """Look up what a Clipper did in the step that has just been taken."""
         watched.history = clipper.history
         watched.clipped_by["a Clipper"] += 1
-        if _on_host(optimizer):
+        if watched.on_host:
             record = clipper.history[-1] if len(clipper.history) else None
             if record is not None and record.nonfinite:
-                self._note_nonfinite(watched, record.step, _nonfinite_names(watched, _with_grad(optimizer)))
+                self._note_nonfinite(watched, record.step, nonfinite_ids(_parameters(optimizer)))
 
     def _measure(self, watched: Watched, optimizer: Optimizer) -> None:
         """Record a step of an optimizer without a Clipper."""
         try:
             call = self.calls.of(optimizer)
             if call is None:
-                call = self._own_measurement(watched, optimizer)
+                call = self._own_measurement(optimizer)
             else:
                 watched.clipped_by[call.function] += 1
         except Exception as error:  # the program must go on, whatever its gradients are
             watched.problem = f"the norm cannot be taken: {type(error).__name__}: {error}"
             return
         for earlier in call.not_taken:
-            watched.history.append(watched.steps, earlier.total_norm, earlier.max_norm, earlier.clip_coef, True)
+            norm, max_norm, clip_coef = earlier.total_norm, earlier.max_norm, earlier.clip_coef
+            watched.history.append(watched.steps, norm, max_norm, clip_coef, skipped=True)
+            watched.steps += 1
         watched.history.append(watched.steps, call.total_norm, call.max_norm, call.clip_coef)
         if call.nonfinite:
             self._note_nonfinite(watched, watched.steps, call.nonfinite)
         if _is_due(watched.steps) and isinstance(call.clip_coef, float) and call.clip_coef > 0:
             self._measure_layers(watched, optimizer, call.clip_coef)
 
-    def _own_measurement(self, watched: Watched, optimizer: Optimizer) -> Call:
-        parameters = _with_grad(optimizer)
-        with torch.no_grad():
-            norm: Any = torchclip.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = _unscaled(norm, optimizer)
-        names: Sequence[str] = ()
-        if isinstance(norm, float) and not math.isfinite(norm):
-            names = _nonfinite_names(watched, parameters)
-        return Call("", norm, math.inf, 1.0, names)
+    def _own_measurement(self, optimizer: Optimizer) -> Call:
+        """The norm, where nobody else takes it."""
+        parameters = _parameters(optimizer)
+        norm = norm_of(parameters)
+        norm = 0.0 if norm is None else _unscaled(norm, optimizer)
+        is_bad = isinstance(norm, float) and not math.isfinite(norm)
+        return Call("", norm, math.inf, 1.0, nonfinite_ids(parameters) if is_bad else ())
 
     def _measure_layers(self, watched: Watched, optimizer: Optimizer, clip_coef: float) -> None:
         """Keep the norm of each parameter as it was before clipping."""
-        parameters = _with_grad(optimizer)
+        parameters = with_gradient(_parameters(optimizer))
+        if not parameters:
+            return
         try:
-            norms = _norms(parameters) / clip_coef
-        except Exception as error:
-            watched.problem = f"the parameters' norms cannot be taken: {type(error).__name__}: {error}"
+            norms = norms_of(parameters) / clip_coef
+        except Exception as error:  # the program must go on, whatever its gradients are
+            watched.problem = f"the norm of each parameter cannot be taken: {type(error).__name__}: {error}"
             return
         names = [watched.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
         watched.layers.append(watched.steps, names, norms)
 
-    def _note_nonfinite(self, watched: Watched, step: int, names: Sequence[str]) -> None:
+    def _note_nonfinite(self, watched: Watched, step: int, parameters: Sequence[int]) -> None:
         if len(watched.nonfinite) < _MOST_NONFINITE:
-            watched.nonfinite[step] = list(names)
+            watched.nonfinite[step] = [watched.names[key] for key in parameters if key in watched.names]
 
 
 def _is_due(step: int) -> bool:
     return step % (_EVERY_FIRST if step < _FIRST_STEPS else _EVERY) == 0
 
 
-def _with_grad(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
 def _on_host(optimizer: Optimizer) -> bool:
-    parameter = next((p for group in optimizer.param_groups for p in group["params"]), None)
-    return parameter is not None and parameter.is_cpu
+    """Whether the parameters are in host memory, where to look at a value is not to wait."""
+    return all(p.is_cpu for group in optimizer.param_groups for p in group["params"][:1])
 
 
-def _norms(parameters: Sequence[Tensor]) -> Tensor:
-    """The norm of each gradient; nothing is changed."""
-    with torch.no_grad():
-        grads = [p.grad for p in parameters if p.grad is not None]
-        return torch.stack([torchclip.get_total_norm([grad]).float() for grad in grads])
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _nonfinite_names(watched: Watched, parameters: Sequence[Tensor]) -> list[str]:
-    finite = _norms(parameters).isfinite().tolist()
-    return [
-        watched.names.get(id(p), f"parameter {i}")
-        for i, (p, good) in enumerate(zip(parameters, finite, strict=True))
-        if not good
-    ]
-
-
-def _unscaled(norm: Tensor, optimizer: Optimizer) -> float | Tensor:
-    """A norm as a number, or on an accelerator as it is, without a GradScaler's scale."""
+def _unscaled(norm: Norm, optimizer: Optimizer) -> Norm:
+    """A norm without a GradScaler's scale."""
     scale = getattr(optimizer, "grad_scale", None)
-    if scale is not None:
-        norm = norm / scale.to(norm)
-    return float(norm) if norm.is_cpu else norm
+    if scale is None:
+        return norm
+    return norm / scale.to(norm) if isinstance(norm, Tensor) else norm / float(scale)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,0 +1,567 @@
+"""``torchclip run`` sees every optimizer's steps, and puts the clipping of a trial in place."""
+
+import csv
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchclip
+from torchclip.cli.main import main
+from torchclip.cli.run.calls import Calls
+from torchclip.cli.run.recorder import Recorder
+from torchclip.cli.run.report import histories, labels, report
+from torchclip.cli.run.trial import Trial
+from torchclip.cli.run.watch import Watch, Watched
+from torchclip.history.history import History
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Session:
+    """A recorder and a watch, as in a run."""
+
+    def __init__(self, **trial: Any) -> None:
+        torchclip.install()
+        calls = Calls()
+        self.trial = Trial(**trial)
+        self.recorder = Recorder(calls, self.trial)
+        self.watch = Watch(self.trial, calls)
+        self.watch.calls_replaced = self.recorder.replaced
+
+    def __enter__(self) -> "Session":
+        self.recorder.attach()
+        self.watch.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watch.detach()
+        torchclip.uninstall()
+
+    @property
+    def watched(self) -> Watched:
+        (watched,) = self.watch.watched
+        return watched
+
+    @property
+    def history(self) -> History:
+        return self.watched.history
+
+    def report(self, end: str = "") -> str:
+        self.recorder.calls.finish()
+        return report(self.recorder, self.watch, 1.0, end)
+
+
+def weight(*values: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values))
+
+
+def step(optimizer: torch.optim.Optimizer, *grads: list[float]) -> None:
+    """One step with these gradients."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = torch.tensor(grad)
+    optimizer.step()
+
+
+def sgd(*parameters: Any, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr=1.0, **options)
+
+
+# Who measures
+
+
+def test_a_script_that_does_not_clip_is_measured() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session() as session:
+        step(optimizer, [3.0, 4.0])
+        step(optimizer, [0.6, 0.8])
+    assert [r.total_norm for r in session.history] == pytest.approx([5.0, 1.0])
+    assert {r.max_norm for r in session.history} == {float("inf")}
+    torch.testing.assert_close(w.data, torch.tensor([-3.6, -4.8]))
+    assert "optimizer (SGD): clipped by nothing" in session.report()
+    assert "2 steps: 0 clipped (0.0%)" in session.report()
+
+
+def test_a_call_of_torchs_function_belongs_to_the_step_that_follows() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session() as session:
+        for norm in (5.0, 0.5):
+            w.grad = torch.tensor([0.0, norm])
+            torch.nn.utils.clip_grad_norm_(iter([w]), 1.0)
+            optimizer.step()
+        step(optimizer, [0.0, 7.0])
+    assert [r.total_norm for r in session.history] == [5.0, 0.5, 7.0]
+    assert [r.clipped for r in session.history] == [True, False, False]
+    assert "clipped by clip_grad_norm_ to 1" in session.report()
+
+
+def test_value_clipping_is_a_ratio_of_norms() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session() as session:
+        w.grad = torch.tensor([3.0, 4.0])
+        torch.nn.utils.clip_grad_value_([w], 3.0)
+        optimizer.step()
+    (record,) = session.history
+    assert record.total_norm == 5.0
+    assert record.clip_coef == pytest.approx(18**0.5 / 5)
+    torch.testing.assert_close(w.data, torch.tensor([-3.0, -3.0]))
+
+
+def test_a_clipper_keeps_its_own_history() -> None:
+    optimizer = sgd(weight(0.0, 0.0))
+    with Session() as session:
+        clipper = torchclip.Clipper(optimizer, 1.0)
+        for _ in range(20):
+            step(optimizer, [3.0, 4.0])
+    assert session.history is clipper.history
+    assert len(clipper.history) == 20
+    text = session.report()
+    assert "clipped by a Clipper to 1" in text
+    assert re.search(r"Clipper of optimizer \(SGD\): \S+ \S+ a step \(measured 2 times\)", text)
+    assert not optimizer.state_dict()["state"]
+
+
+def test_one_call_for_two_optimizers_and_two_calls_for_one() -> None:
+    first, second = weight(0.0, 0.0), weight(0.0, 0.0)
+    of_first, of_second, of_both = sgd(first), sgd(second), sgd(first, second)
+    with Session() as session:
+        step(of_both, [0.0, 3.0], [0.0, 4.0])
+        for optimizer in (of_first, of_second):
+            optimizer.step()
+        first.grad, second.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+        torch.nn.utils.clip_grad_norm_([first, second], 1.0)
+        of_first.step()
+        of_second.step()
+    both, one, two = session.watch.watched
+    assert len(both.history) == 1
+    assert [r.total_norm for r in one.history] == [3.0, 5.0]
+    assert [r.total_norm for r in two.history] == [4.0, 5.0]
+
+
+def test_two_calls_for_parts_of_an_optimizer_make_one_norm() -> None:
+    first, second = weight(0.0, 0.0), weight(0.0, 0.0)
+    optimizer = sgd(first, second)
+    with Session() as session:
+        for _ in range(2):
+            first.grad, second.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+            torch.nn.utils.clip_grad_norm_([first], 1.0)
+            torch.nn.utils.clip_grad_norm_([second], 2.0)
+            optimizer.step()
+    assert [r.total_norm for r in session.history] == [5.0, 5.0]
+    assert [r.max_norm for r in session.history] == [1.0, 1.0]
+
+
+def test_a_step_that_a_grad_scaler_leaves_out_is_skipped() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session() as session:
+        step(optimizer, [0.0, 1.0])
+        w.grad = torch.tensor([float("inf"), 0.0])
+        torch.nn.utils.clip_grad_norm_([w], 1.0)  # no step follows
+        w.grad = torch.tensor([0.0, 2.0])
+        torch.nn.utils.clip_grad_norm_([w], 1.0)
+        optimizer.step()
+    assert [(r.total_norm, r.skipped) for r in session.history] == [
+        (1.0, False),
+        (float("inf"), True),
+        (2.0, False),
+    ]
+
+
+def test_closures_are_measured_after_their_backward_pass() -> None:
+    w = weight(1.0)
+    for optimizer in (torch.optim.SGD([w], lr=0.1), torch.optim.LBFGS([w], max_iter=1)):
+
+        def closure() -> Tensor:
+            w.grad = torch.tensor([3.0])
+            return w.detach().sum()
+
+        with Session() as session:
+            optimizer.step(closure)  # type: ignore[arg-type]
+        assert [r.total_norm for r in session.history] == [3.0]
+
+
+def test_a_step_within_a_step_is_one() -> None:
+    class Child(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    sgd(weight(0.0))  # its class has the hooks by now
+    optimizer = Child([weight(0.0)], lr=1.0)
+    with Session() as session:
+        step(optimizer, [2.0])
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        step(optimizer, [2.0])
+    assert [r.total_norm for r in session.history] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scalers_scale_is_left_out(fused: bool) -> None:
+    w = weight(0.0, 0.0)
+    optimizer = torch.optim.SGD([w], lr=1.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with Session() as session:
+        scaler.scale((w * torch.tensor([3.0, 4.0])).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert [r.total_norm for r in session.history] == [5.0]
+
+
+def test_gradients_that_are_no_tensors_to_measure_do_not_end_the_script(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no norm of this")
+
+    monkeypatch.setattr("torchclip.cli.run.watch.norm_of", fails)
+    optimizer = sgd(weight(0.0))
+    with Session() as session:
+        step(optimizer, [2.0])
+    assert "the norm cannot be taken: RuntimeError: no norm of this" in session.report()
+
+
+# What is not finite, and what is large
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_parameters_that_are_not_finite_are_named(clips: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Session() as session:
+        for bad in (False, True):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            if bad:
+                grad = model[1].bias.grad
+                assert isinstance(grad, Tensor)
+                grad.fill_(float("nan"))
+            if clips:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    assert session.watched.nonfinite == {1: ["1.bias"]}
+    assert "not finite at step 1: 1.bias" in session.report()
+
+
+def test_of_a_clipper_that_skips_parameters_are_named() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Session() as session:
+        torchclip.Clipper(optimizer, 1.0, nonfinite="skip")
+        step(optimizer, [[1.0, float("inf")]], [1.0])
+    assert session.watched.nonfinite == {0: ["weight"]}
+
+
+def test_the_largest_layers_are_those_before_clipping() -> None:
+    first, second = weight(0.0), weight(0.0)
+    optimizer = sgd(first, second)
+    with Session() as session:
+        for _ in range(9):
+            first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
+            torch.nn.utils.clip_grad_norm_([first, second], 0.5)
+            optimizer.step()
+    names, steps, norms = session.watched.layers.read()
+    assert steps == [0, 4, 8]
+    np.testing.assert_allclose(norms, [[3.0, 4.0]] * 3, rtol=1e-5)
+    assert "largest layers, by their share of the squared norm: parameter 1 (1) 64%" in " ".join(
+        session.report().split()
+    )
+    assert list(histories(session.recorder, session.watch).values())[0].layers.steps == [0, 4, 8]
+
+
+# Names
+
+
+class Agent:
+    """Has two optimizers."""
+
+    def __init__(self) -> None:
+        self.actor, self.critic = nn.Linear(2, 2), nn.Linear(2, 1)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters())
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters())
+
+    def train(self) -> None:
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            step(optimizer, *[p.detach().tolist() for p in optimizer.param_groups[0]["params"]])
+
+
+def test_optimizers_are_told_apart_by_their_variables() -> None:
+    with Session() as session:
+        Agent().train()
+    assert list(labels(session.watch)) == ["actor_optimizer (Adam)", "critic_optimizer (Adam)"]
+    assert list(session.watch.watched[0].names.values()) == ["weight", "bias"]
+
+
+def test_optimizers_of_a_list_and_without_a_name() -> None:
+    optimizers = [sgd(weight(0.0)), torch.optim.Adam([weight(0.0)])]
+    with Session() as session:
+        for optimizer in optimizers:
+            step(optimizer, [1.0])
+        step(sgd(weight(0.0)), [1.0])
+        step(sgd(weight(0.0)), [1.0])
+    first, second, *others = labels(session.watch)
+    assert (first, second) == ("optimizers[0] (SGD)", "optimizers[1] (Adam)")
+    assert len(set(others)) == 2
+
+
+def test_optimizers_do_not_live_longer_for_being_watched() -> None:
+    with Session() as session:
+        for _ in range(3):
+            step(sgd(weight(0.0)), [1.0])
+        assert [watched.optimizer() for watched in session.watch.watched] == [None] * 3
+        assert len(session.recorder.calls._owners) == 0
+
+
+# Trials
+
+
+def test_max_norm_clips_a_script_that_does_not() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(max_norm=1.0) as session:
+        step(optimizer, [3.0, 4.0])
+    torch.testing.assert_close(w.data, torch.tensor([-0.6, -0.8]))
+    assert [r.clipped for r in session.history] == [True]
+    assert "optimizer (SGD): clipped by --max-norm 1\n" in session.report()
+
+
+def test_max_norm_takes_the_place_of_the_scripts_own_clipping() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(max_norm=2.0) as session:
+        w.grad = torch.tensor([3.0, 4.0])
+        assert torch.nn.utils.clip_grad_norm_([w], 0.5) == 5.0
+        torch.nn.utils.clip_grad_value_([w], 0.1)
+        torch.nn.utils.clip_grads_with_norm_([w], 0.1, torch.tensor(5.0))
+        optimizer.step()
+    torch.testing.assert_close(w.data, torch.tensor([-1.2, -1.6]))
+    text = " ".join(session.report().split())
+    assert "in place of the script's own clip_grad_norm_ and clip_grad_value_ and clip_grads" in text
+
+
+@pytest.mark.parametrize(
+    ("trial", "moved"), [({"max_norm": 2.0}, 2.0), ({"none": True}, 5.0), ({"threshold": "percentile"}, 5.0)]
+)
+def test_a_trial_takes_over_the_scripts_clipper(trial: dict[str, Any], moved: float) -> None:
+    w = weight(0.0, 0.0)
+    optimizer = torch.optim.SGD([{"params": [w], "max_norm": 0.1}], lr=1.0)
+    with Session(**trial) as session:
+        clipper = torchclip.Clipper(optimizer, 0.5)
+        step(optimizer, [3.0, 4.0])
+    assert clipper.last is not None
+    assert clipper.last.total_norm == 5.0
+    assert w.data.norm() == pytest.approx(moved)
+    assert "in place of the script's own Clipper" in session.report().replace("\n    ", " ")
+
+
+def test_none_takes_the_scripts_clipping_away() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(none=True) as session:
+        w.grad = torch.tensor([3.0, 4.0])
+        torch.nn.utils.clip_grad_norm_([w], 0.5)
+        optimizer.step()
+    torch.testing.assert_close(w.data, torch.tensor([-3.0, -4.0]))
+    assert [r.total_norm for r in session.history] == [5.0]
+    assert "nothing was clipped (--none), in place of the script's own clip_grad_norm_" in " ".join(
+        session.report().split()
+    )
+
+
+def test_nonfinite_alone_leaves_the_scripts_thresholds() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(nonfinite="zero") as session:
+        for grad in ([3.0, 4.0], [float("nan"), 0.25]):
+            w.grad = torch.tensor(grad)
+            torch.nn.utils.clip_grad_norm_([w], 0.5)
+            optimizer.step()
+    torch.testing.assert_close(w.data, torch.tensor([-0.3, -0.65]))
+    assert session.history[1].nonfinite
+
+
+def test_a_clipper_made_after_the_first_step_replaces_the_trials() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(max_norm=1.0) as session:
+        step(optimizer, [3.0, 4.0])
+        clipper = torchclip.Clipper(optimizer, 5.0)
+        step(optimizer, [3.0, 4.0])
+    assert clipper.last is not None
+    assert clipper.last.max_norm == 1.0
+    assert session.history is clipper.history
+
+
+def test_what_cannot_be_clipped_as_asked_is_said() -> None:
+    w = weight(1.0)
+
+    def closure() -> Tensor:
+        w.grad = torch.tensor([3.0])
+        return w.detach().sum()
+
+    optimizer = torch.optim.LBFGS([w], max_iter=1)
+    with Session(nonfinite="skip") as session:
+        optimizer.step(closure)  # type: ignore[arg-type]
+    assert "not clipped as asked: " in session.report()
+
+
+# The command
+
+SCRIPT = """
+import os, signal, sys, torch
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+for step in range(60):
+    optimizer.zero_grad()
+    model(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    if step == 9 and len(sys.argv) > 1:
+        exec(sys.argv[1])
+print("done")
+"""
+
+
+def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return subprocess.run(
+        [sys.executable, "-m", "torchclip", "run", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("sys.exit(7)", 7, "until sys.exit(7)"),
+        ("sys.exit()", 0, ""),
+        ("1 / 0", 1, "until ZeroDivisionError"),
+        ("signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2)", 130, "until Ctrl-C"),
+    ],
+)
+def test_the_report_is_of_what_ran(tmp_path: Path, end: str, status: int, said: str) -> None:
+    done = run(tmp_path, "--csv", "steps.csv", "script.py", end)
+    assert (done.returncode, done.stdout) == (status, "")
+    first, *_ = done.stderr[done.stderr.index("torchclip: what clipping did") :].splitlines()
+    assert first.endswith(said)
+    assert "10 steps: 0 clipped" in done.stderr
+    assert len((tmp_path / "steps.csv").read_text().splitlines()) == 11
+
+
+def test_files_are_written(tmp_path: Path) -> None:
+    done = run(
+        tmp_path, "--csv", "a.csv", "--plot", "a.svg", "--html", "a.html", "--max-norm", "1", "script.py"
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(60))
+    assert {row["optimizer"] for row in rows} == {"optimizer (SGD)"}
+    assert {row["max_norm"] for row in rows} == {"1.0"}
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    page = (tmp_path / "a.html").read_text()
+    assert "optimizer (SGD)" in page
+    assert not re.search(r"(src|href)=\"http|@import|url\(http", page)
+
+
+def test_advice_comes_after_what_clipping_did_and_before_time(tmp_path: Path) -> None:
+    text = run(tmp_path, "script.py").stderr
+    assert text.index("60 steps") < text.index("\nadvice\n") < text.index("\ntime\n")
+    assert re.search(
+        r"looking on: \S+ .s a step, \d+\.\d% of the \S+ .s from step to step", " ".join(text.split())
+    )
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "120"])
+def test_the_report_fits_the_terminal(tmp_path: Path, columns: str) -> None:
+    text = run(tmp_path, "script.py", COLUMNS=columns).stderr
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= min(int(columns), 80)
+    assert all(line == line.rstrip() for line in lines)
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("other", [["--max-norm", "1"], ["--threshold", "zscore"], ["--nonfinite", "skip"]])
+def test_none_goes_with_no_other_trial(other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--none", *other, "script.py"])
+    assert f"--none and {other[0]} do not go together" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_at_the_end_is_said(tmp_path: Path) -> None:
+    done = run(tmp_path, "--csv", "a/a.csv", "script.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "argument --csv: there is no directory a" in done.stderr
+    (tmp_path / "a").mkdir()
+    done = run(tmp_path, "--csv", "a/a.csv", "script.py", "import shutil; shutil.rmtree('a')")
+    assert (done.returncode, done.stdout) == (2, "done\n")
+    assert "torchclip run: error: argument --csv: No such file or directory: a/a.csv" in done.stderr
+
+
+SLOW = """
+import sys, time, torch
+weight = torch.nn.Parameter(torch.zeros(2))
+optimizer = torch.optim.SGD([weight], lr=1.0)
+for step in range(8):
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    time.sleep(0.2)
+    if step == 5:
+        print("a line of the script")
+print("a bar", end="")
+for step in range(4):
+    optimizer.step()
+    time.sleep(0.2)
+"""
+
+
+def test_the_progress_line_is_beneath_what_the_script_writes(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SLOW)
+    main_side, its_side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torchclip", "run", "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "60"},
+        stdout=its_side,
+        stderr=its_side,
+    )
+    os.close(its_side)
+    chunks = list(_read(main_side))
+    assert process.wait() == 0
+    output = b"".join(chunks).decode().partition("torchclip: what clipping did")[0]
+    lines = re.findall(r"torchclip: step \d+, norm 1.414", output)
+    assert len(lines) >= 2
+    # Erased before the script's own line, and not drawn beside its bar.
+    before, _, after = output.partition("a line of the script\r\n")
+    assert before.endswith("\r\x1b[2K")
+    assert "torchclip: step" not in after.partition("a bar")[2]
+
+
+def _read(descriptor: int) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = os.read(descriptor, 1024)
+        except OSError:  # the other side is closed
+            return
+        if not chunk:
+            return
+        yield chunk

@@ -1,0 +1,102 @@
+"""A line that says how far a program is, beneath what it writes itself."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
+
+from torchclip.cli.run.watch import Watched
+
+__all__ = ["Progress"]
+
+_SECONDS = 0.5  # between two lines
+
+
+class Progress:
+    """Draws the line on stderr, a terminal, and takes it away before the program writes anything.
+
+    While the program's own last line has not ended, such as a bar of its own, there is none.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._next = time.perf_counter() + _SECONDS
+        self._shown = False
+        self._streams: dict[str, TextIO] = {}
+        self._proxies: list[_Watcher] = []
+
+    def attach(self) -> None:
+        """Stand before stdout and stderr where these are terminals."""
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is not None and stream.isatty():
+                self._streams[name] = stream
+                proxy = _Watcher(stream, self.clear)
+                self._proxies.append(proxy)
+                setattr(sys, name, proxy)
+
+    def detach(self) -> None:
+        """Take the line away, and put the streams back, unless the program has replaced them."""
+        self.clear()
+        for (name, stream), proxy in zip(self._streams.items(), self._proxies, strict=True):
+            if getattr(sys, name) is proxy:
+                setattr(sys, name, stream)
+
+    def __call__(self, watched: Watched) -> None:
+        """Draw the line anew, if it is time."""
+        now = time.perf_counter()
+        if now < self._next or not all(proxy.line_has_ended for proxy in self._proxies):
+            return
+        self._next = now + _SECONDS
+        text = f"torchclip: step {watched.steps:,}"
+        if watched.on_host and len(watched.history):  # else to look would be to wait
+            record = watched.history[-1]
+            clipped = f", clipped to {record.max_norm:.4g}" if record.clipped else ""
+            text += f", norm {record.total_norm:.4g}{clipped}"
+        self.clear()
+        self._write(Text(text[: self._console.width - 1], style="dim"))
+        self._shown = True
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            self._shown = False
+            self._write(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+
+    def _write(self, what: Text | Control) -> None:
+        self._console.file = self._streams.get("stderr", sys.stderr)
+        self._console.print(what, end="")
+        self._console.file.flush()
+
+
+class _Watcher:
+    """A stream that has something done before it is written to."""
+
+    def __init__(self, stream: TextIO, before: Any) -> None:
+        self._stream = stream
+        self._before = before
+        self.line_has_ended = True
+
+    def write(self, text: str) -> int:
+        """Write at once, as the stream does."""
+        self._before()
+        if text:
+            self.line_has_ended = text.endswith("\n")
+        return self._stream.write(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write at once, as the stream does."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Any:
+        return iter(self._stream)
