@@ -570,7 +570,8 @@ def check_norms_of_dtensors_are_recorded_by_the_run_command() -> None:
         recorder = Recorder()
         recorder.attach()
         torch.nn.utils.clip_grad_norm_([parameter(split(torch.ones(4), mesh, Shard(0)))], 1.0)
-    assert [(record.total_norm, record.clipped) for record in recorder.history] == [(2.0, True)]
+    recorder.calls.finish()
+    assert [(record.total_norm, record.clipped) for record in recorder.calls.stray] == [(2.0, True)]
 
 
 def check_number_of_collectives() -> None:

@@ -65,7 +65,7 @@ def weight(*values: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values))
 
 
-def step(optimizer: torch.optim.Optimizer, *grads: list[float]) -> None:
+def step(optimizer: torch.optim.Optimizer, *grads: list[Any]) -> None:
     """One step with these gradients."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -190,7 +190,7 @@ def test_closures_are_measured_after_their_backward_pass() -> None:
             return w.detach().sum()
 
         with Session() as session:
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)
         assert [r.total_norm for r in session.history] == [3.0]
 
 
@@ -273,13 +273,14 @@ def test_the_largest_layers_are_those_before_clipping() -> None:
             first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
             torch.nn.utils.clip_grad_norm_([first, second], 0.5)
             optimizer.step()
-    names, steps, norms = session.watched.layers.read()
+    _, steps, norms = session.watched.layers.read()
     assert steps == [0, 4, 8]
     np.testing.assert_allclose(norms, [[3.0, 4.0]] * 3, rtol=1e-5)
     assert "largest layers, by their share of the squared norm: parameter 1 (1) 64%" in " ".join(
         session.report().split()
     )
-    assert list(histories(session.recorder, session.watch).values())[0].layers.steps == [0, 4, 8]
+    (history,) = histories(session.recorder, session.watch).values()
+    assert history.layers.steps == [0, 4, 8]
 
 
 # Names
@@ -364,7 +365,7 @@ def test_a_trial_takes_over_the_scripts_clipper(trial: dict[str, Any], moved: fl
     assert clipper.last is not None
     assert clipper.last.total_norm == 5.0
     assert w.data.norm() == pytest.approx(moved)
-    assert "in place of the script's own Clipper" in session.report().replace("\n    ", " ")
+    assert "in place of the script's own Clipper" in " ".join(session.report().split())
 
 
 def test_none_takes_the_scripts_clipping_away() -> None:
@@ -414,7 +415,7 @@ def test_what_cannot_be_clipped_as_asked_is_said() -> None:
 
     optimizer = torch.optim.LBFGS([w], max_iter=1)
     with Session(nonfinite="skip") as session:
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     assert "not clipped as asked: " in session.report()
 
 

@@ -196,7 +196,7 @@ class Watch:
         if self.trial.replaces:
             for group in optimizer.param_groups:
                 if group.get("max_norm") is not None:
-                    group["max_norm"] = math.inf
+                    del group["max_norm"]
         if self.trial.clips and self._clipper_of(optimizer) is None:
             self._put_on(watched, optimizer)
         self.calls.know(optimizer, watched.names)
