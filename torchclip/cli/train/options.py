@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import get_args
 
 from torchclip.cli.options import count, file_to_read, file_to_write, max_norm, png_file, positive, seed
+from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.parallel import Way
 
 # The learning rates are as high as training with clipping bears; that is what clipping is good for.
 LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0}
 MAX_NORMS = {"rnn": 0.5, "lstm": 0.25}
-THRESHOLDS = ("fixed", "percentile", "zscore")
+THRESHOLDS = ("fixed", *LEARNED)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import torchclip
 from torchclip.cli.options import refusal
+from torchclip.cli.thresholds import max_norm_of
 from torchclip.cli.train import parallel
 from torchclip.cli.train.model import Model, detached
 from torchclip.cli.train.options import Options
@@ -77,15 +78,6 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 
 
 # Training
-
-
-def max_norm_of(options: Options) -> MaxNorm:
-    """The ``max_norm`` of the clipped run: a number, or an object that learns one from the norms so far."""
-    if options.threshold == "percentile":
-        return torchclip.Percentile(10, max_norm=options.max_norm)
-    if options.threshold == "zscore":
-        return torchclip.ZScore(max_norm=options.max_norm)
-    return options.max_norm
 
 
 class Step(NamedTuple):
@@ -142,7 +134,7 @@ def start_runs(
     only: str | None, vocabulary: str, options: Options, way: parallel.Way | None = None
 ) -> list[Run]:
     """The runs to compare, without and with clipping, from the same weights, on one process or several."""
-    max_norms = {"unclipped": math.inf, "clipped": max_norm_of(options)}
+    max_norms = {"unclipped": math.inf, "clipped": max_norm_of(options.threshold, options.max_norm)}
     runs = []
     for name in [only] if only else max_norms:
         torch.manual_seed(options.seed)
