@@ -1,9 +1,10 @@
 """The compiled CPU kernel, as ``torchclip._core`` sees it; the source is ``csrc``."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, final
+from types import GeneratorType
+from typing import Any, Literal, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 openmp: bool
 """Whether several threads can be used."""
@@ -16,6 +17,7 @@ def connect(
     refuse: Callable[[str, int, object], object],
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
+    len_dispatch_modes: Callable[[], int],
     /,
 ) -> None:
     """Give the kernel what it needs of torch; once, before anything else.
@@ -30,10 +32,37 @@ def connect(
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
+        len_dispatch_modes: says how many modes intercept torch's operations; with any there is no short way.
 
     Raises:
         RuntimeError: if the table is not of DLPack's version 1.
     """
+
+def connect_modules(
+    module: type[nn.Module],
+    parameter_list: type[nn.ParameterList],
+    generator: type[GeneratorType[Any, Any, Any]],
+    /,
+) -> None:
+    """Give the kernel the types that it needs to walk modules; without them it walks none."""
+
+def clip_grad_norm(
+    parameters: object,
+    max_norm: object,
+    norm_type: object,
+    error_if_nonfinite: object,
+    group: object,
+    /,
+) -> Tensor | None:
+    """The usual call of ``torchclip.clip_grad_norm_`` in one go: what it returns, to the bit.
+
+    None for any other call, with nothing changed: then the full way has to be taken, with its errors.
+    ``short_way.h`` says what is usual.  A module, and a generator of ``Module.parameters`` that was not
+    started, are walked where that is sure to give the same parameters; the generator is used up then.
+    """
+
+def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
+    """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
 
 def gradients(parameters: Iterable[Tensor], /) -> Batch:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +15,32 @@ from torchclip._core import arguments
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.host import HostBatch
 
-__all__ = ["extension", "status", "use"]
+__all__ = ["clip_grad_norm", "clip_grad_value", "extension", "status", "use"]
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
-extension: Any
-"""The module ``torchclip._kernel`` while it is in use, else None.  To be read through this module."""
-_reason: str
+# To be read through this module, as they change.
+extension: Any = None
+"""The module ``torchclip._kernel`` while it is in use, else None."""
+clip_grad_norm: Callable[..., Tensor | None]
+"""The extension's short way through a usual call of ``clip_grad_norm_``; None where it is not taken."""
+clip_grad_value: Callable[..., bool | None]
+"""Likewise of ``clip_grad_value_``; True where it was taken."""
+_reason: str = ""
 
 
 def use(module: Any, reason: str) -> tuple[Any, str]:
     """Use the extension from now on or, for a reason, none; returns what was used before."""
-    global extension, _reason
+    global extension, clip_grad_norm, clip_grad_value, _reason
     before = extension, _reason
     extension, _reason = module, reason
+    clip_grad_norm = _not_taken if module is None else module.clip_grad_norm
+    clip_grad_value = _not_taken if module is None else module.clip_grad_value
     return before
+
+
+def _not_taken(*_: object) -> None:
+    return None
 
 
 def status() -> str:
@@ -64,6 +77,13 @@ def _exchange_api() -> tuple[Any, str]:
     return table, f"{lacks}, and torch-c-dlpack-ext did not add it"
 
 
+def _walks_as_torch_does() -> bool:
+    """Whether nobody has put another method in the place of those that the extension stands in for."""
+    names = ("parameters", "named_parameters", "_named_members", "named_modules")
+    codes = [getattr(getattr(nn.Module, name), "__code__", None) for name in names]
+    return all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes)
+
+
 def _load() -> tuple[Any, str]:
     """The extension, or None and the reason why it is not there."""
     if os.environ.get("TORCHCLIP_KERNEL") == "0":
@@ -84,10 +104,13 @@ def _load() -> tuple[Any, str]:
             arguments.refuse_item,
             torch.get_num_threads,
             _other_norms,
+            torch._C._len_torch_dispatch_stack,
         )
+        if _walks_as_torch_does():
+            module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType)
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         return None, f"off (torch {torch.__version__} does not fit: {error})"
     return module, ""
 
 
-extension, _reason = _load()
+use(*_load())

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import gather, memory
+from torchclip._core import gather, memory, native
 from torchclip._core.arguments import flag, full, names_of, norm_order, number, shown, threshold
 from torchclip._core.batch import Norm
 from torchclip._core.scalars import clip_coef, norm_dtype, refuse_nonfinite, to_result
@@ -76,6 +77,10 @@ def clip_grad_norm_(
         >>> weight.grad
         tensor([0.6000, 0.8000])
     """
+    if not is_dynamo_compiling():
+        short = native.clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group)
+        if short is not None:
+            return short
     max_norm = threshold("max_norm", max_norm)
     p = norm_order(norm_type)
     error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)

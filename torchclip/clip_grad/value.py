@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import gather
+from torchclip._core import gather, native
 from torchclip._core.arguments import threshold
 from torchclip._core.batch import Facts
 
@@ -40,6 +41,8 @@ def clip_grad_value_(
         >>> weight.grad
         tensor([-1.0000,  0.5000])
     """
+    if not is_dynamo_compiling() and native.clip_grad_value(parameters, clip_value):
+        return
     clip_value = threshold("clip_value", clip_value)
     batch = gather.gradients(parameters)
     if batch.facts & Facts.COMPLEX:

@@ -12,8 +12,6 @@
 
 namespace {
 
-// The bits of torchclip._core.batch.Facts.
-constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kShared = 16;
 constexpr size_t kSmallElements = size_t(1) << 19;
 
 struct Batch {
@@ -123,13 +121,6 @@ void batch_dealloc(PyObject* self) {
 // ---------------------------------------------------------------------------------------------------------------
 // Arguments
 // ---------------------------------------------------------------------------------------------------------------
-
-bool count_is(Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
-    if (given >= least && given <= most) return true;
-    const Py_ssize_t wanted = given < least ? least : most;
-    PyErr_Format(PyExc_TypeError, "expected %zd argument%s, got %zd", wanted, wanted == 1 ? "" : "s", given);
-    return false;
-}
 
 bool read_number(PyObject* object, double& number) {
     number = PyFloat_AsDouble(object);

@@ -5,6 +5,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstddef>
+
 #include "dlpack.h"
 
 namespace {
@@ -15,6 +17,7 @@ struct {
     PyObject* refuse;
     PyObject* get_num_threads;
     PyObject* other_norms;
+    PyObject* len_dispatch_modes;
     PyObject* grad;         // Tensor.grad, a descriptor,
     descrgetfunc get_grad;  // and what reads it from a tensor, without looking the name up each time
     int (*read)(void* py_object, DLTensor* out);
@@ -42,6 +45,26 @@ bool describe(PyObject* tensor, DLTensor& t) {
 PyObject* get_grad(PyObject* parameter) {
     return is_plain(parameter) ? torch.get_grad(torch.grad, parameter, reinterpret_cast<PyObject*>(Py_TYPE(parameter)))
                                : PyObject_GetAttrString(parameter, "grad");
+}
+
+// Whether operations are being intercepted, so that all have to be torch's.
+bool is_intercepted() {
+    PyObject* const modes = PyObject_CallNoArgs(torch.len_dispatch_modes);
+    const bool none = modes != nullptr && PyLong_AsLong(modes) == 0;
+    Py_XDECREF(modes);
+    return !none;
+}
+
+// Where to look for an object in a table of addresses, whose last bits are all alike.
+size_t spread(PyObject* object) {
+    return size_t((reinterpret_cast<uintptr_t>(object) >> 4) * 0x9e3779b97f4a7c15ull >> 32);
+}
+
+bool count_is(Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
+    if (given >= least && given <= most) return true;
+    const Py_ssize_t wanted = given < least ? least : most;
+    PyErr_Format(PyExc_TypeError, "expected %zd argument%s, got %zd", wanted, wanted == 1 ? "" : "s", given);
+    return false;
 }
 
 // Also of None: Py_RETURN_NONE of Python 3.12.1's headers takes it for immortal, which it is not in 3.10 and 3.11.

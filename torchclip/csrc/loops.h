@@ -12,18 +12,20 @@ constexpr size_t kLanes = 32;
 
 // Calls visit(i, lane) for every element i of x, and has the memory fetched that is needed soon, into the second cache.
 // Left alone, processors look ahead as far as their queue of instructions reaches, which is not far where every element
-// takes several of them.
+// takes several of them.  A short x is used up before anything fetched could arrive.
 constexpr size_t kAhead = 6 * 1024, kCacheLine = 64;  // bytes
 template <class T, class Visit> INLINE void for_each(const T* x, size_t n, Visit visit) {
     size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
 #ifdef __GNUC__
+    for (; n * sizeof(T) > kAhead && i + kLanes <= n; i += kLanes) {
         const uintptr_t ahead = reinterpret_cast<uintptr_t>(x + i) + kAhead;
         for (size_t byte = 0; byte < kLanes * sizeof(T); byte += kCacheLine)
             __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, 2);
-#endif
         for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
     }
+#endif
+    for (; i + kLanes <= n; i += kLanes)
+        for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
     for (size_t j = 0; i < n; ++i, ++j) visit(i, j);
 }
 

@@ -11,14 +11,18 @@
 //     layout.h      how a tensor lies in memory
 //     connection.h  what is needed of torch
 //     walk.h        over the parameters of a call
+//     scalar.h      0-dim tensors
+//     modules.h     over the parameters of modules, and what else a call is given
 //     snapshot.h    the memory of tensors during one call: chunks, threads, norms, changes
 //     batch.h       the Python type `Batch`
+//     short_way.h   the usual call in one go
 #include "batch.h"
+#include "short_way.h"
 
 namespace {
 
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 7, 7)) return nullptr;
+    if (!count_is(count, 8, 8)) return nullptr;
     auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (api == nullptr) return nullptr;
     while (api != nullptr && api->major != 1) api = api->previous;
@@ -44,6 +48,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     torch.refuse = new_reference(args[4]);
     torch.get_num_threads = new_reference(args[5]);
     torch.other_norms = new_reference(args[6]);
+    torch.len_dispatch_modes = new_reference(args[7]);
     torch.read = api->dltensor_from_py_object_no_sync;
     torch.make = api->managed_tensor_to_py_object_no_sync;
     return new_reference(Py_None);
@@ -52,37 +57,50 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* gradients(PyObject*, PyObject* parameters) { return gather(parameters, true); }
 PyObject* tensors(PyObject*, PyObject* iterable) { return gather(iterable, false); }
 
-// A 0-dim tensor in memory of its own, which torch frees.
-struct Scalar {
-    DLManagedTensorVersioned managed;
-    union {
-        float single;
-        double twice;
+// What is there of torch's modules, so that they can be walked.
+PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 3, 3)) return nullptr;
+    for (Py_ssize_t i = 0; i < count; ++i)
+        if (!PyType_Check(args[i])) return PyErr_Format(PyExc_TypeError, "argument %zd must be a type", i);
+    auto& names = modules.names;
+    const std::pair<PyObject**, const char*> wanted[] = {
+        {&names.parameters, "parameters"},          {&names.named_parameters, "named_parameters"},
+        {&names.named_members, "_named_members"},   {&names.named_modules, "named_modules"},
+        {&names.get_attribute, "__getattribute__"}, {&names.own_parameters, "_parameters"},
+        {&names.own_modules, "_modules"},           {&names.gi_code, "gi_code"},
+        {&names.gi_running, "gi_running"},          {&names.gi_suspended, "gi_suspended"},
     };
-};
+    for (const auto& [place, text] : wanted) {
+        *place = PyUnicode_InternFromString(text);
+        if (*place == nullptr) return nullptr;
+    }
+    const std::pair<PyObject**, std::pair<PyObject*, PyObject*>> looked_up[] = {
+        {&modules.parameters, {args[0], names.parameters}},
+        {&modules.named_parameters, {args[0], names.named_parameters}},
+        {&modules.named_members, {args[0], names.named_members}},
+        {&modules.named_modules, {args[0], names.named_modules}},
+        {&modules.get_attribute, {args[0], names.get_attribute}},
+    };
+    for (const auto& [place, from] : looked_up) {
+        *place = PyObject_GetAttr(from.first, from.second);
+        if (*place == nullptr) return nullptr;
+    }
+    modules.parameters_code = PyObject_GetAttrString(modules.parameters, "__code__");
+    modules.close = PyObject_GetAttrString(args[2], "close");
+    if (modules.parameters_code == nullptr || modules.close == nullptr) return nullptr;
+    modules.traverse =
+        reinterpret_cast<traverseproc>(PyType_GetSlot(reinterpret_cast<PyTypeObject*>(args[2]), Py_tp_traverse));
+    modules.parameter_list = reinterpret_cast<PyTypeObject*>(new_reference(args[1]));
+    modules.generator = reinterpret_cast<PyTypeObject*>(new_reference(args[2]));
+    modules.module = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));  // last: from now on all is there
+    return new_reference(Py_None);
+}
 
 PyObject* scalar(PyObject*, PyObject* const* args, Py_ssize_t count) {
     double value;
     if (!count_is(count, 2, 2) || !connected() || !read_number(args[0], value)) return nullptr;
     const int is_double = PyObject_IsTrue(args[1]);
-    if (is_double < 0) return nullptr;
-    Scalar* const made = new (std::nothrow) Scalar{};
-    if (made == nullptr) return PyErr_NoMemory();
-    if (is_double)
-        made->twice = value;
-    else
-        made->single = float(value);
-    DLManagedTensorVersioned& managed = made->managed;
-    managed.major = 1;
-    managed.manager_context = made;
-    managed.deleter = [](DLManagedTensorVersioned* self) { delete static_cast<Scalar*>(self->manager_context); };
-    managed.tensor.data = &made->twice;
-    managed.tensor.device_type = kCPU;
-    managed.tensor.dtype = {kFloat, uint8_t(is_double ? 64 : 32), 1};
-    void* tensor = nullptr;
-    if (torch.make(&managed, &tensor) == 0) return static_cast<PyObject*>(tensor);
-    delete made;
-    return nullptr;
+    return is_double < 0 ? nullptr : new_scalar(value, is_double > 0);
 }
 
 PyObject* get_instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(instruction_set); }
@@ -96,8 +114,15 @@ PyObject* select_instruction_set(PyObject*, PyObject* name) {
 
 PyMethodDef module_methods[] = {
     {"connect", function(connect), METH_FASTCALL,
-     "connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms): "
+     "connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms, "
+     "len_dispatch_modes): "
      "what the kernel needs of torch"},
+    {"connect_modules", function(connect_modules), METH_FASTCALL,
+     "connect_modules(module, parameter_list, generator): the types, so that modules can be walked"},
+    {"clip_grad_norm", function(clip_grad_norm), METH_FASTCALL,
+     "clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group): the usual call in one go, or None"},
+    {"clip_grad_value", function(clip_grad_value), METH_FASTCALL,
+     "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
     {"scalar", function(scalar), METH_FASTCALL, "scalar(value, double): a 0-dim tensor of float64 or float32"},

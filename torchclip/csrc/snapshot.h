@@ -16,11 +16,23 @@
 
 namespace {
 
+// The bits of torchclip._core.batch.Facts.
+constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kShared = 16;
+
 constexpr double kAbsent = -1.0;               // the norm of no elements at all
 constexpr size_t kChunk = 16 * 1024;           // elements; sums are added chunk by chunk, in order
 constexpr size_t kChunkCost = 256;             // what starting a chunk costs, in elements
 constexpr size_t kWorthReleasing = 32 * 1024;  // cost in all below which holding the GIL is cheaper
 constexpr size_t kWorthThreads = 64 * 1024;    // elements in all below which one thread is faster
+
+// Joins what two chunks gave; kAbsent changes nothing.
+inline double join(double result, double part, bool take_largest) {
+    if (part < 0 || result < 0) return part < 0 ? result : part;
+    return take_largest ? larger(part, result) : result + part;
+}
+
+// Whether a sum of squares stayed so far from both ends of the range of numbers that it has lost nothing.
+inline bool is_regular(double sum) { return sum > 1e-280 && sum <= std::numeric_limits<double>::max(); }
 
 // Several threads, where they pay, ask torch how many; -1 for an error.  Results do not depend on it.
 // Many small tensors are left to one thread too: two would find each other's half in the wrong cache, and to find out
@@ -191,11 +203,6 @@ class Snapshot {
             copy_grid(part.layout, axes_.data() + part.first_axis, start, n, buffer, gather);
     }
 
-    static double add(double result, double part, bool take_largest) {
-        if (part < 0 || result < 0) return part < 0 ? result : part;  // kAbsent
-        return take_largest ? larger(part, result) : result + part;
-    }
-
     // Reduces chunks [first, last), each on its own, then together in order.
     double reduce(size_t first, size_t last, Read Loops::* loop, bool finite, double unit) {
         const bool take_largest = loop == &Loops::largest;
@@ -203,7 +210,7 @@ class Snapshot {
             const Loops& loops = loops_of[parts_[chunks_[i].part].layout.dtype];
             double result = kAbsent;
             const auto reduce_one = [&](char* x, size_t n) {
-                result = add(result, (loops.*loop)(x, n, unit), take_largest);
+                result = join(result, (loops.*loop)(x, n, unit), take_largest);
             };
             if (!finite)
                 visit<false>(chunks_[i], reduce_one);
@@ -220,7 +227,7 @@ class Snapshot {
 
     double fold(size_t first, size_t last, bool take_largest) const {
         double result = kAbsent;
-        for (size_t i = first; i < last; ++i) result = add(result, results_[i], take_largest);
+        for (size_t i = first; i < last; ++i) result = join(result, results_[i], take_largest);
         return result;
     }
 
@@ -228,7 +235,7 @@ class Snapshot {
     // of numbers; then they are taken again relative to the largest.
     double norm_from(double reduced, size_t first, size_t last, Read Loops::* loop, bool finite) {
         if (loop != &Loops::sum_squares || reduced < 0) return reduced;
-        if (reduced > 1e-280 && reduced <= std::numeric_limits<double>::max()) return std::sqrt(reduced);
+        if (is_regular(reduced)) return std::sqrt(reduced);
         const double top = reduce(first, last, &Loops::largest, finite, 1.0);
         if (top == 0 || !std::isfinite(top)) return top;
         const int exponent = std::max(-1023, std::min(std::ilogb(top), 1023));

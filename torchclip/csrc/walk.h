@@ -15,7 +15,7 @@ class Seen {
 
     bool place(PyObject* object) {
         const size_t mask = slots_.size() - 1;
-        size_t i = (reinterpret_cast<uintptr_t>(object) >> 4) * 0x9e3779b97f4a7c15ull >> 32 & mask;
+        size_t i = spread(object) & mask;
         while (slots_[i] != nullptr && slots_[i] != object) i = (i + 1) & mask;
         if (slots_[i] == object) return false;
         slots_[i] = object;

@@ -1,0 +1,708 @@
+"""The usual call in one go gives the bits that the full way gives, and leaves to it what is not usual."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from helpers import bits, randn, with_gradients
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchclip
+from torchclip import kernel
+from torchclip._core import native
+
+_kernel = pytest.importorskip("torchclip._kernel")
+if kernel.status().startswith("off"):
+    pytest.skip(f"the kernel is {kernel.status()}", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPES = [(3, 4), (5,), (), (200, 90), (2, 3, 2)]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+]
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Modes(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Call:
+    """A call of one of the functions, usual at first."""
+
+    parameters: Any
+    limit: Any = 1.0
+    keywords: dict[str, Any] = field(default_factory=dict)
+    contexts: list[Callable[[], Any]] = field(default_factory=list)
+
+    def norm(self) -> Any:
+        return torchclip.clip_grad_norm_(self.parameters, self.limit, **self.keywords)
+
+    def value(self) -> Any:
+        return torchclip.clip_grad_value_(self.parameters, self.limit)
+
+
+def usual(dtype: torch.dtype = torch.float32) -> Call:
+    return Call(with_gradients([randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]))
+
+
+def gradient(make: Callable[[], Tensor]) -> Callable[[Call], None]:
+    """Adds a parameter with a gradient of its own."""
+
+    def add(call: Call) -> None:
+        grad = make()
+        parameter = nn.Parameter(torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device), False)
+        parameter.grad = grad
+        call.parameters.append(parameter)
+
+    return add
+
+
+def with_limit(limit: Any) -> Callable[[Call], None]:
+    return lambda call: setattr(call, "limit", limit)
+
+
+def with_keyword(name: str, value: Any) -> Callable[[Call], None]:
+    return lambda call: call.keywords.update({name: value})
+
+
+def within(context: Callable[[], Any]) -> Callable[[Call], None]:
+    return lambda call: call.contexts.append(context)
+
+
+def item(make: Callable[[], Any]) -> Callable[[Call], None]:
+    return lambda call: call.parameters.append(make())
+
+
+def subclassed_parameter(call: Call) -> None:
+    parameter = torch.zeros(3).as_subclass(Subclass).requires_grad_()
+    parameter.grad = torch.ones(3)
+    call.parameters.append(parameter)
+
+
+def shared(call: Call) -> None:
+    parameter = nn.Parameter(torch.zeros(3, 4))
+    parameter.grad = call.parameters[0].grad
+    call.parameters.append(parameter)
+
+
+def many(call: Call) -> None:
+    call.parameters.extend(with_gradients([randn(2, seed=i) for i in range(600)]))
+
+
+# What can be added to a call, and whether it is still usual then.
+STILL_USUAL: dict[str, Callable[[Call], None]] = {
+    "a parameter without a gradient": item(lambda: nn.Parameter(torch.zeros(3))),
+    "an empty gradient": gradient(lambda: torch.empty(0, 3)),
+    "float64": gradient(lambda: randn(5, dtype=torch.float64)),
+    "bfloat16": gradient(lambda: randn(5, dtype=torch.bfloat16)),
+    "other strides": gradient(lambda: randn(2, 3, 4, 5).to(memory_format=torch.channels_last)),
+    "a threshold of integer type": with_limit(2),
+    "no threshold": with_limit(math.inf),
+    "a threshold of 0": with_limit(0.0),
+    "an order of integer type": with_keyword("norm_type", 2),
+    "foreach": with_keyword("foreach", True),
+    "an error for what is not finite": with_keyword("error_if_nonfinite", True),
+    "a function mode": within(Functions),
+}
+UNUSUAL: dict[str, Callable[[Call], None]] = {
+    "a subclass": subclassed_parameter,
+    "a gradient of a subclass": gradient(lambda: torch.ones(3).as_subclass(Subclass)),
+    "sparse": gradient(lambda: torch.ones(3).to_sparse()),
+    "expanded": gradient(lambda: torch.ones(1).expand(3)),
+    "gaps": gradient(lambda: torch.ones(4, 6)[:, ::2]),
+    "elsewhere": gradient(lambda: torch.ones(3, device="meta")),
+    "integers": gradient(lambda: torch.ones(3, dtype=torch.int32)),
+    "float8": gradient(lambda: torch.ones(3).to(torch.float8_e4m3fn)),
+    "many elements": gradient(lambda: randn(70_000)),
+    "listed twice": lambda call: call.parameters.append(call.parameters[0]),
+    "shared": shared,
+    "many parameters": many,
+    "inf": gradient(lambda: torch.tensor([1.0, math.inf])),
+    "nan": gradient(lambda: torch.tensor([math.nan, 1.0])),
+    "beyond float64": gradient(lambda: torch.tensor([1e200], dtype=torch.float64)),
+    "no tensor": item(lambda: 3.0),
+    "named": item(lambda: ("name", torch.zeros(3))),
+    "a negative threshold": with_limit(-1.0),
+    "a threshold that is nan": with_limit(math.nan),
+    "a threshold in words": with_limit("abc"),
+    "a threshold in a tensor": with_limit(torch.tensor(0.5)),
+    "a threshold beyond float64": with_limit(10**400),
+    "a truth value as threshold": with_limit(True),
+    "a dispatch mode": within(Modes),
+}
+FOR_NORMS: dict[str, Callable[[Call], None]] = {
+    "another order": with_keyword("norm_type", 1.0),
+    "an order in words": with_keyword("norm_type", "inf"),
+    "a wrong order": with_keyword("norm_type", "two"),
+    "a wrong flag": with_keyword("error_if_nonfinite", "yes"),
+    "a group": with_keyword("group", 3),
+}
+ALL = {**STILL_USUAL, **UNUSUAL, **FOR_NORMS}
+
+
+def run(call: Call, function: str) -> tuple[Any, ...]:
+    """What came out: result or error, the bits of the gradients, and how often they were changed."""
+    before = [p.grad._version for p in call.parameters if isinstance(p, Tensor) and p.grad is not None]
+    outcome: Any
+    with ExitStack() as stack:
+        for context in call.contexts:
+            stack.enter_context(context())
+        try:
+            result = getattr(call, function)()
+            outcome = None if result is None else (result.dtype, result.device, bits(result))
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            outcome = type(error), str(error)
+    grads = [p.grad for p in call.parameters if isinstance(p, Tensor) and p.grad is not None]
+    contents = [
+        bits(grad.to_dense()) if not grad.is_meta and type(grad) is Tensor else None for grad in grads
+    ]
+    return outcome, contents, [g._version - b for g, b in zip(grads, before, strict=True)]
+
+
+@pytest.fixture
+def full_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Turns the short way off for a while."""
+
+    def off() -> Any:
+        context = pytest.MonkeyPatch.context()
+        patch = context.__enter__()
+        patch.setattr(native, "clip_grad_norm", lambda *_: None)
+        patch.setattr(native, "clip_grad_value", lambda *_: None)
+        return patch
+
+    return off
+
+
+def both(build: Callable[[], Call], function: str, full_way: Callable[[], Any]) -> None:
+    short = run(build(), function)
+    patch = full_way()
+    try:
+        full = run(build(), function)
+    finally:
+        patch.undo()
+    assert short == full
+
+
+def build(*names: str, dtype: torch.dtype = torch.float32) -> Call:
+    call = usual(dtype)
+    for name in names:
+        ALL[name](call)
+    return call
+
+
+def is_short(call: Call, function: str = "norm") -> bool:
+    """Whether the short way takes a call."""
+    with ExitStack() as stack:
+        for context in call.contexts:
+            stack.enter_context(context())
+        if function == "value":
+            return _kernel.clip_grad_value(call.parameters, call.limit) is not None
+        order, error = (
+            call.keywords.get(k, d) for k, d in (("norm_type", 2.0), ("error_if_nonfinite", False))
+        )
+        group = call.keywords.get("group")
+        return _kernel.clip_grad_norm(call.parameters, call.limit, order, error, group) is not None
+
+
+@pytest.mark.parametrize("function", ["norm", "value"])
+@pytest.mark.parametrize("limit", [0.37, 1e9, 1e-42])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_ways_give_the_same_bits(
+    dtype: torch.dtype, limit: float, function: str, full_way: Callable[[], Any]
+) -> None:
+    def make() -> Call:
+        call = usual(dtype)
+        call.limit = limit
+        return call
+
+    assert is_short(make(), function) == (function == "norm" or not dtype.is_complex)
+    both(make, function, full_way)
+
+
+@pytest.mark.parametrize("name", STILL_USUAL)
+def test_what_is_usual_is_short(name: str) -> None:
+    assert is_short(build(name))
+    assert is_short(build(name), "value")
+
+
+@pytest.mark.parametrize("name", [*UNUSUAL, *FOR_NORMS])
+def test_what_is_unusual_is_left_alone(name: str) -> None:
+    call = build(name)
+    before = run(Call(call.parameters, "not a number"), "norm")[1]
+    assert not is_short(call)
+    assert run(Call(call.parameters, "not a number"), "norm")[1:] == (before, [0] * len(before))
+
+
+@pytest.mark.parametrize("function", ["norm", "value"])
+@pytest.mark.parametrize("name", ALL)
+def test_one_unusual_thing(name: str, function: str, full_way: Callable[[], Any]) -> None:
+    both(lambda: build(name), function, full_way)
+
+
+@pytest.mark.parametrize("first", ALL)
+def test_two_unusual_things(first: str, full_way: Callable[[], Any]) -> None:
+    for second in ALL:
+        for function in ("norm", "value"):
+            both(lambda second=second: build(first, second), function, full_way)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("function", ["norm", "value"])
+@pytest.mark.parametrize(
+    "container", [tuple, lambda ps: ps[0], iter, lambda ps: (p for p in ps), dict.fromkeys]
+)
+def test_other_containers(
+    container: Callable[[Any], Any], function: str, full_way: Callable[[], Any]
+) -> None:
+    def outcome() -> Any:
+        parameters = usual().parameters
+        call = Call(container(parameters))
+        try:
+            result = getattr(call, function)()
+        except TypeError as error:
+            result = torch.zeros(())
+            return str(error)
+        return None if result is None else bits(result), [bits(p.grad) for p in parameters]
+
+    short = outcome()
+    patch = full_way()
+    try:
+        assert short == outcome()
+    finally:
+        patch.undo()
+
+
+# Modules
+
+
+class Overriding(nn.Linear):
+    """Has the parameters of a layer twice as large, so to speak: gives the weight only."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield "weight", self.weight
+
+
+class OverridingMembers(nn.Linear):
+    def _named_members(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        yield "bias", self.bias
+
+
+class OverridingModules(nn.Sequential):
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        yield "", self
+        yield "0", self[0]
+
+
+class OverridingParameters(nn.Linear):
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        yield self.bias
+
+
+class Equal(nn.Linear):
+    """All of a size are the same to a set."""
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+
+class Intercepting(nn.Linear):
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return {"bias": found["bias"]} if name == "_parameters" and "bias" in found else found
+
+
+class WithProperty(nn.Linear):
+    @property
+    def _parameters(self) -> Any:
+        own = self.__dict__["_parameters"]
+        return {"bias": own["bias"]} if "bias" in own else own
+
+    @_parameters.setter
+    def _parameters(self, value: Any) -> None:
+        self.__dict__["_parameters"] = value
+
+
+def shared_module() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 3))
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    model[1].weight = model[0].weight
+    return model
+
+
+def with_none() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3))
+    model.register_module("nothing", None)
+    return model
+
+
+def instance_override(name: str, give: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        object.__setattr__(model, name, lambda *_, **__: give(model))
+        return model
+
+    return make
+
+
+def circular() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].add_module("back", model)
+    return model
+
+
+def ordered() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[1]._parameters = OrderedDict(reversed(model[1]._parameters.items()))
+    return model
+
+
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    return model
+
+
+def child_overrides(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(3, 3), make(), nn.Linear(3, 2))
+
+
+# Whether a module, and the generator of its parameters, are walked without being run.
+WALKED: dict[str, Callable[[], nn.Module]] = {
+    "one layer": lambda: nn.Linear(3, 2),
+    "nested": lambda: nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Tanh(), nn.Linear(2, 2)), nn.Tanh()),
+    "transformer": lambda: nn.TransformerEncoderLayer(4, 2, 8),
+    "recurrent": lambda: nn.LSTM(3, 4, num_layers=2),
+    "shared module": shared_module,
+    "tied weights": tied,
+    "without some": with_none,
+    "frozen": frozen,
+    "parametrized": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2)),
+    "a list in a module": lambda: nn.ModuleList([nn.Linear(2, 2), nn.ParameterList([torch.ones(2)])]),
+    "a child's names": child_overrides(lambda: Overriding(3, 3)),
+}
+RUN: dict[str, Callable[[], nn.Module]] = {
+    "named_parameters": lambda: Overriding(3, 2),
+    "_named_members": lambda: OverridingMembers(3, 2),
+    "named_modules": lambda: OverridingModules(nn.Linear(3, 3), nn.Linear(3, 2)),
+    "a child's modules": child_overrides(lambda: OverridingModules(nn.Linear(3, 3), nn.Linear(3, 3))),
+    "equal modules": lambda: nn.Sequential(Equal(3, 3), Equal(3, 3)),
+    "__getattribute__": child_overrides(lambda: Intercepting(3, 3)),
+    "a property": child_overrides(lambda: WithProperty(3, 3)),
+    "its own named_parameters": instance_override(
+        "named_parameters", lambda m: iter([("", m.get_parameter("0.weight"))])
+    ),
+    "its own named_modules": instance_override("named_modules", lambda m: iter([("", m.get_submodule("1"))])),
+    "its own _named_members": instance_override(
+        "_named_members", lambda m: iter([("", m.get_parameter("1.bias"))])
+    ),
+    "circular": circular,
+    "another dictionary": ordered,
+    "of a list": lambda: nn.ParameterList([torch.ones(3), torch.ones(2)]),
+}
+MODULES = {**WALKED, **RUN, "parameters": lambda: OverridingParameters(3, 2)}
+
+
+def trained(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module with gradients."""
+    torch.manual_seed(0)
+    model = make()
+    for i, parameter in enumerate({id(p): p for p in nn.Module.parameters(model)}.values()):
+        if parameter.requires_grad:
+            parameter.grad = randn(*parameter.shape, seed=i)
+    return model
+
+
+def all_gradients(model: nn.Module) -> list[bytes]:
+    found: dict[int, Tensor] = {}
+    for module in dict.fromkeys(iter_modules(model, set())):
+        for parameter in module.__dict__["_parameters"].values():
+            if parameter is not None and parameter.grad is not None:
+                found[id(parameter)] = parameter.grad
+    return [bits(grad) for grad in found.values()]
+
+
+def iter_modules(module: nn.Module, seen: set[int]) -> Iterator[Any]:
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield module
+        for child in module.__dict__["_modules"].values():
+            if child is not None:
+                yield from iter_modules(child, seen)
+
+
+GIVEN: dict[str, Callable[[nn.Module], Any]] = {
+    "the module": lambda model: model,
+    "its generator": lambda model: model.parameters(),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("function", ["norm", "value"])
+def test_a_module_is_the_list_of_its_parameters(name: str, given: str, function: str) -> None:
+    model, same = trained(MODULES[name]), trained(MODULES[name])
+    limit = 0.3
+    got, wanted = (
+        getattr(Call(p, limit), function)() for p in (GIVEN[given](model), list(same.parameters()))
+    )
+    assert (got is None) == (wanted is None)
+    assert got is None or bits(got) == bits(wanted)
+    assert all_gradients(model) == all_gradients(same)
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("name", MODULES)
+def test_which_modules_are_walked(name: str, given: str) -> None:
+    model = trained(MODULES[name])
+    before = all_gradients(model)
+    is_walked = is_short(Call(GIVEN[given](model), 0.1))
+    # Before Python 3.11 a generator does not tell what it will give.
+    if given == "the module":
+        assert is_walked == (name in WALKED)
+    else:
+        assert is_walked == (name in (*WALKED, "of a list") and hasattr(iter_nothing(), "gi_suspended"))
+    assert (all_gradients(model) == before) == (not is_walked)
+
+
+def iter_nothing() -> Iterator[None]:
+    yield from ()
+
+
+def test_a_method_that_is_replaced_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layer(nn.Linear):
+        pass
+
+    model = trained(lambda: nn.Sequential(Layer(3, 3), Layer(3, 2)))
+    assert is_short(Call(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layer, "named_modules", lambda self, *_: iter([]))
+        assert not is_short(Call(model))
+    assert is_short(Call(model))
+    for owner in (nn.Sequential, nn.Module):
+        for name in ("named_parameters", "_named_members", "named_modules"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owner, name, lambda self, *_, **__: iter([]), raising=False)
+                assert not is_short(Call(model))
+    model.named_modules = lambda *_: iter([])  # type: ignore[method-assign,assignment]
+    assert not is_short(Call(model))
+
+
+def started(model: nn.Module) -> Iterator[nn.Parameter]:
+    generator = model.parameters()
+    next(generator)
+    return generator
+
+
+def used_up(model: nn.Module) -> Iterator[nn.Parameter]:
+    generator = model.parameters()
+    list(generator)
+    return generator
+
+
+@pytest.mark.filterwarnings("ignore:.*empty generator")
+@pytest.mark.parametrize(
+    "make",
+    [
+        started,
+        used_up,
+        lambda model: model.parameters(recurse=False),
+        lambda model: model.parameters(recurse=0),
+        lambda model: model.parameters(1),
+        lambda model: (p for _, p in model.named_parameters()),
+        lambda model: model.buffers(),
+        lambda model: iter(list(model.parameters())),
+    ],
+)
+def test_other_generators_are_run(make: Callable[[nn.Module], Any]) -> None:
+    model, same = trained(WALKED["nested"]), trained(WALKED["nested"])
+    items = list(make(same))
+    given = make(model)
+    assert not is_short(Call(given, 0.1))
+    torchclip.clip_grad_norm_(given, 0.1)
+    torchclip.clip_grad_norm_(items, 0.1)
+    assert all_gradients(model) == all_gradients(same)
+    assert list(given) == []
+
+
+@pytest.mark.parametrize("limit", [1e9, 0.1])
+def test_a_generator_is_used_up_afterwards(limit: float) -> None:
+    for call in (torchclip.clip_grad_norm_, torchclip.clip_grad_value_):
+        generator = trained(WALKED["nested"]).parameters()
+        call(generator, limit)
+        assert list(generator) == []
+
+
+def test_a_generator_that_is_left_to_the_full_way_is_still_whole() -> None:
+    model = trained(WALKED["nested"])
+    model[0].weight.grad[0] = math.nan  # type: ignore[index,union-attr]
+    generator = model.parameters()
+    assert not is_short(Call(generator))
+    assert len(list(generator)) == len(list(model.parameters()))
+
+
+def test_names_of_a_modules_parameters_in_errors() -> None:
+    model = trained(WALKED["nested"])
+    model[1][1].bias.grad.fill_(math.inf)  # type: ignore[index,union-attr]
+    with pytest.raises(RuntimeError, match=r"'1\.1\.bias' of shape \(2,\)"):
+        torchclip.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+
+
+# User code in the middle
+
+
+class Meddling(TorchFunctionMode):
+    """Does something to the gradients whenever one of them is read."""
+
+    def __init__(self, meddle: Callable[[], None]) -> None:
+        super().__init__()
+        self.meddle = meddle
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "__get__":
+            self.meddle()
+        return result
+
+
+@pytest.mark.parametrize("function", ["norm", "value"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda grad: grad.resize_(3).fill_(0.5),
+        lambda grad: grad.set_(torch.full((4, 2), 0.5)),
+        lambda grad: setattr(grad, "data", torch.full((70_000,), 0.5)),
+        lambda grad: setattr(grad, "data", torch.full((5,), 0.5, dtype=torch.int32)),
+        lambda grad: grad.fill_(0.25),
+    ],
+)
+def test_a_getter_that_trades_the_memory_of_gradients(change: Callable[[Tensor], Any], function: str) -> None:
+    call = usual()
+    grads = [p.grad for p in call.parameters]
+    done = []
+
+    def meddle() -> None:
+        if len(done) < 3:
+            done.append(None)
+            with torch._C.DisableTorchFunction():
+                change(grads[0])
+                change(grads[2])
+            gc.collect()
+
+    with Meddling(meddle):
+        try:
+            total_norm = getattr(call, function)()
+        except TypeError:
+            assert grads[0].dtype == torch.int32  # refused before anything was changed
+            return
+    if function == "norm":
+        assert math.isclose(float(torchclip.get_total_norm(grads)), 1.0, rel_tol=1e-5)
+        assert total_norm > 1
+    else:
+        assert max(float(grad.abs().max()) for grad in grads) <= 1.0
+
+
+@pytest.mark.parametrize("function", ["norm", "value"])
+@pytest.mark.parametrize("limit", [0.1, 1e9])
+def test_finalizers_that_trade_the_memory_of_gradients(limit: float, function: str) -> None:
+    """Before Python 3.12 any allocation can run the garbage collector, and it code of the user's."""
+
+    class Knot:
+        def __init__(self) -> None:
+            self.itself = self
+
+    before = gc.get_threshold()
+    gc.freeze()  # what is there already need not be looked at each time
+    for turn in range(60):
+        call = usual()
+        call.limit = limit
+        grads = [p.grad for p in call.parameters]
+        knots = [Knot() for _ in range(8)]
+        number = itertools.count()
+
+        def trade(_: object, grads: list[Tensor] = grads, number: Iterator[int] = number) -> None:
+            which = grads[next(number) % len(grads)]
+            which.data = which.data.clone()
+            which.resize_(which.numel() + 1).fill_(0.01)
+
+        references = [weakref.ref(knot, trade) for knot in knots]
+        try:
+            gc.set_threshold(1 + turn % 12)
+            del knots
+            getattr(call, function)()
+        finally:
+            gc.set_threshold(*before)
+        gc.collect()
+        assert all(reference() is None for reference in references)
+        assert all(grad.isfinite().all() for grad in grads)
+    gc.unfreeze()
+
+
+def test_a_getter_that_raises() -> None:
+    def fail() -> None:
+        raise KeyError("fail")
+
+    with Meddling(fail), pytest.raises(KeyError, match="fail"):
+        torchclip.clip_grad_norm_(usual().parameters, 1.0)
+
+
+def test_references_are_given_back() -> None:
+    model = trained(WALKED["nested"])
+    grads = [p.grad for p in model.parameters()]
+    before = [len(gc.get_referrers(grad)) for grad in grads]
+    for given in (model, list(model.parameters())):
+        for limit in (1e9, 0.1, -1.0):
+            for call in (
+                Call(given, limit),
+                Call([*given.parameters(), 3] if given is model else given, limit),
+            ):
+                is_short(call)
+                is_short(call, "value")
+    call = None  # type: ignore[assignment]
+    gc.collect()
+    assert [len(gc.get_referrers(grad)) for grad in grads] == before
+
+
+def test_copies_of_a_model_are_walked_on_their_own() -> None:
+    model = trained(WALKED["nested"])
+    twin = copy.deepcopy(model)
+    for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+        its.grad = None if mine.grad is None else mine.grad.clone()
+    before = all_gradients(twin)
+    torchclip.clip_grad_norm_(model, 0.1)
+    assert all_gradients(twin) == before

@@ -1,0 +1,226 @@
+"""What clipping costs inside a training step: the time of clip and ``step``, less that of the step alone.
+
+The backward pass has just put its own code and data into the processor's caches, so a call costs several
+times what it costs in a tight loop.  One model and one optimizer serve all contenders, whose turns come in an
+order that is drawn at random for each round: where a model lies in memory, and who came before, would
+otherwise count for more than clipping does.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean, quantiles
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import torchclip
+
+__all__ = ["CONTENDERS", "MODELS", "OPTIMIZERS", "ROUNDS", "Added", "Row", "added", "measure", "speedups"]
+
+ROUNDS = 800
+WARM_UP = 30
+BATCH = 64
+SLOWEST = 0.05  # of the samples, which the mean leaves out: the machine did something else meanwhile
+
+MODELS: dict[str, list[int]] = {"mlp": [17, 64, 64, 6], "layers": [32] * 25}
+"""The widths of their layers."""
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-6),
+    "AdamW fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=True),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-6),
+}
+
+
+class Row(NamedTuple):
+    """What is measured together.
+
+    Attributes:
+        model: a name in ``MODELS``.
+        optimizer: a name in ``OPTIMIZERS``.
+        clips: whether the threshold is below the norm, so that gradients are changed.
+        dtype: of the parameters.
+    """
+
+    model: str
+    optimizer: str
+    clips: bool
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class Setup:
+    """The model of a row, its optimizer, and the thresholds of its contenders."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    max_norm: float
+    clip_value: float
+    inputs: Tensor
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.model.parameters())
+
+    def backward(self) -> None:
+        """Everything of a training step that comes before clipping."""
+        self.optimizer.zero_grad()
+        self.model(self.inputs).square().mean().backward()
+
+
+def _nothing(setup: Setup) -> object:
+    return None
+
+
+_torch, _ours = torch.nn.utils, torchclip
+CONTENDERS: dict[str, Callable[[Setup], object]] = {
+    "no clipping": _nothing,
+    "no clipping once more": _nothing,
+    "torch, a list": lambda s: _torch.clip_grad_norm_(s.parameters, s.max_norm),
+    "torch, model.parameters()": lambda s: _torch.clip_grad_norm_(s.model.parameters(), s.max_norm),
+    "torch, by value": lambda s: _torch.clip_grad_value_(s.parameters, s.clip_value),
+    "function, a list": lambda s: _ours.clip_grad_norm_(s.parameters, s.max_norm),
+    "function, model.parameters()": lambda s: _ours.clip_grad_norm_(s.model.parameters(), s.max_norm),
+    "function, the model": lambda s: _ours.clip_grad_norm_(s.model, s.max_norm),
+    "function, by value": lambda s: _ours.clip_grad_value_(s.parameters, s.clip_value),
+    "Clipper": _nothing,
+}
+"""What is called between the backward pass and the step; of the Clipper there is nothing to call."""
+
+_RIVALS = {
+    "function, a list": "torch, a list",
+    "function, model.parameters()": "torch, model.parameters()",
+    "function, the model": "torch, model.parameters()",
+    "function, by value": "torch, by value",
+    "Clipper": "torch, a list",
+}
+_FLOOR = "no clipping"
+
+
+class Added(NamedTuple):
+    """Seconds that a contender adds to a step.
+
+    Attributes:
+        quartile: the lower quartile of its steps, less that of the steps without clipping.
+        mean: the same of the means without the slowest 5 %, which also see what is put off to later calls.
+    """
+
+    quartile: float
+    mean: float
+
+
+def measure(
+    row: Row, contenders: Sequence[str] = tuple(CONTENDERS), rounds: int = ROUNDS, seed: int = 0
+) -> dict[str, list[float]]:
+    """The seconds that clip and ``step`` take, in each round, of each contender.
+
+    Uses one thread of torch's, and puts the number of threads back.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    order = random.Random(seed)
+    try:
+        setup = _setup(row)
+        hooks = _Hooks(setup.optimizer)
+        torchclip.Clipper(setup.optimizer, setup.max_norm)
+        hooks.take_off()
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        with _no_collection():
+            for i in range(WARM_UP + rounds):
+                for name in order.sample(list(contenders), len(contenders)):
+                    seconds = _turn(setup, name, hooks)
+                    if i >= WARM_UP:
+                        times[name].append(seconds)
+        return times
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _turn(setup: Setup, name: str, hooks: _Hooks) -> float:
+    clip, step = CONTENDERS[name], setup.optimizer.step
+    setup.backward()
+    if name == "Clipper":
+        hooks.put_on()
+    start = perf_counter()
+    clip(setup)
+    step()
+    seconds = perf_counter() - start
+    hooks.take_off()
+    return seconds
+
+
+def _setup(row: Row) -> Setup:
+    torch.manual_seed(0)
+    widths = MODELS[row.model]
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    model = nn.Sequential(*layers[:-1]).to(row.dtype)
+    optimizer = OPTIMIZERS[row.optimizer](list(model.parameters()))
+    # Weights hardly move, so the norms stay: those of a first backward pass serve for all.
+    limit = 1e-3 if row.clips else 1e3
+    setup = Setup(model, optimizer, limit, limit, torch.randn(BATCH, widths[0], dtype=row.dtype))
+    setup.backward()
+    grads = [p.grad for p in setup.parameters if p.grad is not None]
+    setup.max_norm = limit * float(torchclip.get_total_norm(grads))
+    setup.clip_value = limit * max(float(grad.abs().max()) for grad in grads)
+    return setup
+
+
+class _Hooks:
+    """Puts a clipper's hooks on an optimizer and takes them off, outside of what is timed."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._registered = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        self._kept: list[dict[int, Callable[..., object]]] = []
+
+    def take_off(self) -> None:
+        if any(self._registered):
+            self._kept = [dict(hooks) for hooks in self._registered]
+        for hooks in self._registered:
+            hooks.clear()
+
+    def put_on(self) -> None:
+        for hooks, kept in zip(self._registered, self._kept, strict=True):
+            hooks.update(kept)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage collection off; whose turn it falls into would say nothing about that contender."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def added(times: Mapping[str, Sequence[float]]) -> dict[str, Added]:
+    """What each contender adds to a step, from what ``measure`` gave."""
+    floor = _summary(times[_FLOOR])
+    summaries = {name: _summary(of_one) for name, of_one in times.items() if name != _FLOOR}
+    return {name: Added(s.quartile - floor.quartile, s.mean - floor.mean) for name, s in summaries.items()}
+
+
+def _summary(seconds: Sequence[float]) -> Added:
+    kept = sorted(seconds)[: max(1, round(len(seconds) * (1 - SLOWEST)))]
+    return Added(quantiles(seconds, n=4)[0], fmean(kept))
+
+
+def speedups(of_row: Mapping[str, Added]) -> dict[str, Added]:
+    """How many times less each of torchclip's contenders adds than torch's."""
+    return {
+        name: Added(*(theirs / ours for theirs, ours in zip(of_row[rival], of_row[name], strict=True)))
+        for name, rival in _RIVALS.items()
+        if name in of_row and rival in of_row
+    }

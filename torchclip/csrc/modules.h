@@ -1,0 +1,269 @@
+// Whose parameters are meant: those of a list, a tuple, a module, or a generator of `Module.parameters` that was not
+// started.  The last two are walked here instead of being run, in the order and under the conditions of torch's code.
+#pragma once
+
+#include "connection.h"
+
+#include <cstring>
+
+namespace {
+
+constexpr size_t kMostItems = 512;
+
+// References to some objects, in an array of its own.
+class Items {
+    PyObject* items_[kMostItems];
+    size_t count_ = 0;
+
+  public:
+    Items() = default;
+    Items(const Items&) = delete;
+    Items& operator=(const Items&) = delete;
+    ~Items() {
+        for (PyObject* item : *this) Py_DECREF(item);
+    }
+
+    PyObject* const* begin() const { return items_; }
+    PyObject* const* end() const { return items_ + count_; }
+    size_t size() const { return count_; }
+
+    // False if there is no room for it.  Takes over the reference.
+    bool take(PyObject* item) {
+        if (count_ == kMostItems) return Py_DECREF(item), false;
+        items_[count_++] = item;
+        return true;
+    }
+
+    // Leaves out what came before; returns whether there was any.
+    bool drop_repeated() {
+        uint16_t slots[2 * kMostItems];  // places in the array, from 1; 0 is free
+        size_t mask = 15;
+        while (mask < 2 * count_) mask = 2 * mask + 1;
+        std::memset(slots, 0, (mask + 1) * sizeof *slots);
+        const size_t before = count_;
+        count_ = 0;
+        for (size_t i = 0; i < before; ++i) {
+            PyObject* const item = items_[i];
+            size_t slot = spread(item) & mask;
+            while (slots[slot] != 0 && items_[slots[slot] - 1] != item) slot = (slot + 1) & mask;
+            if (slots[slot] != 0) {
+                Py_DECREF(item);  // the first of them keeps its reference
+                continue;
+            }
+            items_[count_++] = item;
+            slots[slot] = uint16_t(count_);
+        }
+        return count_ < before;
+    }
+};
+
+// What `connect_modules` was given, and what it has looked up then.
+struct {
+    PyTypeObject *module, *parameter_list, *generator;
+    PyObject *parameters, *named_parameters, *named_members, *named_modules;  // of Module, as torch wrote them
+    PyObject* parameters_code;
+    PyObject* get_attribute;  // object.__getattribute__
+    PyObject* close;          // of generators
+    traverseproc traverse;    // likewise
+    struct {
+        PyObject *parameters, *named_parameters, *named_members, *named_modules, *get_attribute;
+        PyObject *own_parameters, *own_modules;
+        PyObject *gi_code, *gi_running, *gi_suspended;
+    } names;
+} modules;
+
+bool is_module(PyObject* object) {
+    return modules.module != nullptr && PyType_IsSubtype(Py_TYPE(object), modules.module);
+}
+
+// An attribute that is there, by the usual lookup; the error is cleared if it is not.
+class Attribute {
+    PyObject* const value_;
+
+  public:
+    Attribute(PyObject* object, PyObject* name) : value_(PyObject_GetAttr(object, name)) {
+        if (value_ == nullptr) PyErr_Clear();
+    }
+    explicit Attribute(PyObject* value) : value_(value) {
+        if (value_ == nullptr) PyErr_Clear();
+    }
+    Attribute(const Attribute&) = delete;
+    Attribute& operator=(const Attribute&) = delete;
+    ~Attribute() { Py_XDECREF(value_); }
+    operator PyObject*() const { return value_; }
+};
+
+// Whether a class has a method as torch wrote it.
+bool inherits(PyTypeObject* type, PyObject* name, PyObject* wanted) {
+    return Attribute(reinterpret_cast<PyObject*>(type), name) == wanted;
+}
+
+// A new reference to what a module itself has under a name, in the dictionary of its attributes; null if it is not
+// there.
+PyObject* own_attribute(PyObject* attributes, PyObject* name) {
+    PyObject* const value = PyDict_GetItemWithError(attributes, name);
+    if (value != nullptr) return new_reference(value);
+    PyErr_Clear();
+    return nullptr;
+}
+
+// Whether a module itself has an attribute in the place of a method.
+bool has_own(PyObject* attributes, PyObject* name) { return Attribute(own_attribute(attributes, name)) != nullptr; }
+
+// Classes whose modules are told apart, and give what they have, as torch has it.  Looked at once: what a class decides
+// when it is made, it keeps.  The references keep a class from making room for another one at its address.
+class KnownClasses {
+    static constexpr int kMost = 64;
+    PyTypeObject* types_[kMost];
+    int count_ = 0;
+
+  public:
+    // One module of the class is given, with two of its attributes.
+    bool has(PyObject* module, PyObject* parameters, PyObject* children) {
+        PyTypeObject* const type = Py_TYPE(module);
+        for (int i = 0; i < count_; ++i)
+            if (types_[i] == type) return true;
+        if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules.module, Py_tp_hash)) return false;
+        if (!inherits(type, modules.names.get_attribute, modules.get_attribute)) return false;
+        if (Attribute(PyObject_GenericGetAttr(module, modules.names.own_parameters)) != parameters) return false;
+        if (Attribute(PyObject_GenericGetAttr(module, modules.names.own_modules)) != children) return false;
+        if (count_ < kMost) {
+            Py_INCREF(type);
+            types_[count_++] = type;
+        }
+        return true;
+    }
+};
+KnownClasses known_classes;
+
+// Walks a module and those below it as `Module.parameters` does, where it is sure to give the same.
+class ModuleWalk {
+    static constexpr int kDeepest = 64, kMostModules = 2048, kMostTypes = 16;
+    Items& items_;
+    PyTypeObject* types_[kMostTypes];  // those that have torch's method, looked at in this walk
+    int type_count_ = 0, module_count_ = 0;
+
+    bool has_own_walk(PyTypeObject* type) {
+        for (int i = 0; i < type_count_; ++i)
+            if (types_[i] == type) return false;
+        if (!inherits(type, modules.names.named_modules, modules.named_modules)) return true;
+        if (type_count_ < kMostTypes) types_[type_count_++] = type;
+        return false;
+    }
+
+    bool visit(PyObject* module, int depth) {
+        if (depth == kDeepest || ++module_count_ > kMostModules || !is_module(module)) return false;
+        const Attribute attributes(PyObject_GenericGetDict(module, nullptr));
+        if (attributes == nullptr) return false;
+        if (depth == 0 && !has_torchs_members(module, attributes)) return false;
+        const Attribute parameters(own_attribute(attributes, modules.names.own_parameters));
+        const Attribute children(own_attribute(attributes, modules.names.own_modules));
+        if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
+        if (children == nullptr || !PyDict_CheckExact(children)) return false;
+        if (!known_classes.has(module, parameters, children)) return false;
+        if (has_own_walk(Py_TYPE(module)) || has_own(attributes, modules.names.named_modules)) return false;
+        Py_ssize_t place = 0;
+        PyObject* value;
+        while (PyDict_Next(parameters, &place, nullptr, &value)) {
+            if (value == Py_None) continue;
+            if (!is_plain(value) || !items_.take(new_reference(value))) return false;
+        }
+        if (PyDict_Size(children) == 0) return true;
+        place = 0;
+        while (PyDict_Next(children, &place, nullptr, &value)) {
+            if (value == Py_None) continue;
+            const Attribute child(new_reference(value));
+            if (!visit(child, depth + 1)) return false;
+        }
+        return true;
+    }
+
+    // Of the module that the walk begins with: only its methods are called.
+    static bool has_torchs_members(PyObject* module, PyObject* attributes) {
+        PyTypeObject* const type = Py_TYPE(module);
+        return inherits(type, modules.names.named_parameters, modules.named_parameters) &&
+               inherits(type, modules.names.named_members, modules.named_members) &&
+               !has_own(attributes, modules.names.named_parameters) &&
+               !has_own(attributes, modules.names.named_members);
+    }
+
+  public:
+    explicit ModuleWalk(Items& items) : items_(items) {}
+
+    // False where only the module's own methods can tell; nothing can be said of the items then.
+    bool collect(PyObject* module) { return visit(module, 0); }
+};
+
+// Whether an object is a module whose `parameters()` is torch's own.  Lists of parameters are taken as lists.
+bool has_own_parameters(PyObject* object) {
+    PyTypeObject* const type = Py_TYPE(object);
+    if (!is_module(object) || PyType_IsSubtype(type, modules.parameter_list)) return false;
+    if (!inherits(type, modules.names.parameters, modules.parameters)) return false;
+    const Attribute attributes(PyObject_GenericGetDict(object, nullptr));
+    return attributes != nullptr && !has_own(attributes, modules.names.parameters);
+}
+
+// What a generator refers to: the arguments of its function, among others, in their order.
+struct Referents {
+    PyObject* module = nullptr;
+    int module_count = 0;
+    bool then_true = false;
+
+    static int see(PyObject* object, void* self) {
+        auto& seen = *static_cast<Referents*>(self);
+        if (is_module(object)) {
+            seen.module = object;
+            ++seen.module_count;
+        }
+        seen.then_true |= object == Py_True && seen.module != nullptr;
+        return 0;
+    }
+};
+
+// A new reference to the module whose parameters an unstarted generator of `Module.parameters` would give, all of them;
+// null if it is anything else, and before Python 3.11, whose generators do not tell.  Until it is started, a generator
+// holds its function's arguments and no other value: the module, and for `recurse` True.
+PyObject* module_behind(PyObject* generator) {
+    if (Attribute(generator, modules.names.gi_code) != modules.parameters_code) return nullptr;
+    if (Attribute(generator, modules.names.gi_running) != Py_False) return nullptr;
+    if (Attribute(generator, modules.names.gi_suspended) != Py_False) return nullptr;
+    Referents seen;
+    modules.traverse(generator, &Referents::see, &seen);
+    return seen.module_count == 1 && seen.then_true ? new_reference(seen.module) : nullptr;
+}
+
+// Has a generator end as if all its items had been taken; anything else stays as it is.
+bool use_up(PyObject* given) {
+    if (Py_TYPE(given) != modules.generator) return true;
+    PyObject* const none = PyObject_CallFunctionObjArgs(modules.close, given, nullptr);
+    Py_XDECREF(none);
+    return none != nullptr;
+}
+
+// The items that a call was given as its parameters.  False where only running it can tell, and for anything but plain
+// tensors.
+bool collect(PyObject* given, Items& items) {
+    if (PyList_CheckExact(given)) {
+        for (Py_ssize_t i = 0, count = PyList_Size(given); i < count; ++i) {
+            PyObject* const item = PyList_GetItem(given, i);
+            if (!is_plain(item) || !items.take(new_reference(item))) return false;
+        }
+        return true;
+    }
+    if (PyTuple_CheckExact(given)) {
+        for (Py_ssize_t i = 0, count = PyTuple_Size(given); i < count; ++i) {
+            PyObject* const item = PyTuple_GetItem(given, i);
+            if (!is_plain(item) || !items.take(new_reference(item))) return false;
+        }
+        return true;
+    }
+    if (is_plain(given)) return items.take(new_reference(given));
+    const Attribute module(Py_TYPE(given) == modules.generator ? module_behind(given)
+                           : has_own_parameters(given)         ? new_reference(given)
+                                                               : nullptr);
+    if (module == nullptr || !ModuleWalk(items).collect(module)) return false;
+    items.drop_repeated();
+    return true;
+}
+
+}  // namespace

@@ -1,0 +1,147 @@
+// The short way: the usual call in one go, with everything on the stack.
+//
+// In a training step the backward pass has put its own code and data into the processor's caches, so that every object,
+// and every crossing between Python and here, costs several times what it costs alone.  What is not usual is found
+// before anything is changed and left to the full way, which gives the same to the bit.
+//
+// User code can run where a gradient is read from its parameter, and wherever Python allocates (finalizers).  So first
+// all references are taken; then, without any of Python, the memory is read and worked on.
+#pragma once
+
+#include "modules.h"
+#include "scalar.h"
+#include "snapshot.h"
+
+namespace {
+
+// Of all gradients; up to here one thread is right, and not to let other Python threads run meanwhile.
+constexpr size_t kMostElements = 64 * 1024;
+constexpr double kEps = 1e-6;  // what torch adds to the norm
+
+// The gradients of a usual call.
+class Gradients {
+    Items tensors_;
+    Layout layouts_[kMostItems];
+    int facts_ = 0;  // of dtypes
+
+    static bool read_flat(PyObject* tensor, Layout& layout) {
+        DLTensor t;
+        Axis axes[kMaxAxes];
+        return describe(tensor, t) && read_layout(t, layout, axes) && layout.axes == 0;
+    }
+
+    const Loops& loops(const Layout& layout) const { return loops_of[layout.dtype]; }
+    size_t numbers(const Layout& layout, size_t elements) const { return elements * kDtypes[layout.dtype].parts; }
+
+  public:
+    bool is_double() const { return (facts_ & kDouble) != 0; }
+    bool is_complex() const { return (facts_ & kAnyComplex) != 0; }
+
+    // All that makes a call usual.  False for any other, where nothing was changed; with an error set if it was raised
+    // by user code, where a gradient was read.
+    bool take(PyObject* parameters) {
+        if (is_intercepted()) return false;
+        Items items;
+        if (!collect(parameters, items)) return false;  // a list, tuple, module or fresh generator of plain tensors
+        for (PyObject* item : items) {
+            PyObject* const grad = get_grad(item);
+            if (grad == nullptr) return false;
+            if (grad == Py_None)
+                Py_DECREF(grad);
+            else if (!tensors_.take(grad))
+                return false;
+        }
+        if (tensors_.size() == 0 || tensors_.drop_repeated()) return false;
+        size_t elements = 0;
+        for (size_t i = 0; i < tensors_.size(); ++i) {
+            if (!read_flat(tensors_.begin()[i], layouts_[i]))
+                return false;  // plain, dense, in host memory, of our dtypes
+            elements += layouts_[i].count;
+            const DtypeFacts& dtype = kDtypes[layouts_[i].dtype];
+            facts_ |= (dtype.is_double() ? kDouble : 0) | (dtype.is_complex() ? kAnyComplex : 0);
+        }
+        return elements <= kMostElements;
+    }
+
+    // In the order of the full way: of the chunks of each tensor, one after the other.
+    double sum_squares() const {
+        double sum = kAbsent;
+        for (size_t i = 0; i < tensors_.size(); ++i) {
+            const Layout& layout = layouts_[i];
+            const size_t item = kDtypes[layout.dtype].item;
+            for (size_t start = 0; start < layout.count; start += kChunk) {
+                const size_t n = numbers(layout, std::min(kChunk, layout.count - start));
+                sum = join(sum, loops(layout).sum_squares(layout.data + start * item, n, 1.0), false);
+            }
+        }
+        return sum;
+    }
+
+    // Tells autograd and changes all elements.  False, with nothing changed, if a finalizer that ran meanwhile has
+    // traded a gradient's memory, or with an error set.
+    bool change(Write Loops::* loop, double number) {
+        PyObject* const tuple = PyTuple_New(Py_ssize_t(tensors_.size()));
+        if (tuple == nullptr) return false;
+        for (size_t i = 0; i < tensors_.size(); ++i)
+            PyTuple_SetItem(tuple, Py_ssize_t(i), new_reference(tensors_.begin()[i]));
+        PyObject* const none = PyObject_CallFunctionObjArgs(torch.increment_version, tuple, nullptr);
+        Py_DECREF(tuple);
+        Py_XDECREF(none);
+        if (none == nullptr) return false;
+        for (size_t i = 0; i < tensors_.size(); ++i) {
+            Layout now;
+            if (!read_flat(tensors_.begin()[i], now) || !(now == layouts_[i])) return false;
+        }
+        for (size_t i = 0; i < tensors_.size(); ++i)
+            (loops(layouts_[i]).*loop)(layouts_[i].data, numbers(layouts_[i], layouts_[i].count), number);
+        return true;
+    }
+};
+
+// None, for the full way to be taken, if no error is set.
+PyObject* unusual() { return PyErr_Occurred() == nullptr ? new_reference(Py_None) : nullptr; }
+
+// A threshold that is a float or an int; anything else gives -1, which is none.
+double read_threshold(PyObject* object) {
+    if (PyFloat_CheckExact(object)) return PyFloat_AsDouble(object);
+    if (!PyLong_CheckExact(object)) return -1;
+    const double value = PyLong_AsDouble(object);
+    PyErr_Clear();
+    return value;
+}
+
+// As torchclip._core.scalars.clip_coef has it.
+double clip_coef(double max_norm, double norm) {
+    if (max_norm == std::numeric_limits<double>::infinity() || norm <= max_norm - kEps) return 1.0;
+    return std::min(1.0, max_norm / (norm + kEps));
+}
+
+// clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group)
+PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 5, 5)) return nullptr;
+    const double max_norm = read_threshold(args[1]), p = read_threshold(args[2]);
+    const bool is_flag = args[3] == Py_False || args[3] == Py_True;  // a norm that is not finite is not usual
+    if (!(max_norm >= 0) || p != 2 || !is_flag || args[4] != Py_None) return unusual();
+    Gradients gradients;
+    if (!gradients.take(args[0])) return unusual();
+    const double sum = gradients.sum_squares();
+    if (!is_regular(sum)) return unusual();
+    const double norm = std::sqrt(sum), coef = clip_coef(max_norm, norm);
+    if (coef != 1.0 && !gradients.change(&Loops::scale, coef)) return unusual();
+    if (!use_up(args[0])) return nullptr;
+    return new_scalar(norm, gradients.is_double());
+}
+
+// clip_grad_value(parameters, clip_value)
+PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 2, 2)) return nullptr;
+    const double clip_value = read_threshold(args[1]);
+    if (!(clip_value >= 0)) return unusual();
+    Gradients gradients;
+    if (!gradients.take(args[0]) || gradients.is_complex()) return unusual();
+    if (!gradients.change(&Loops::clamp, clip_value)) return unusual();
+    if (!use_up(args[0])) return nullptr;
+    return new_reference(Py_True);
+}
+
+}  // namespace
