@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLIPPED = r"^{} steps: [1-9]\d* clipped"
@@ -48,3 +50,19 @@ def test_example(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0 or aborted, done.stderr
     assert re.search(EXPECTED[name], done.stdout, re.MULTILINE), done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_tour_runs_and_shows_what_it_says(tmp_path: Path) -> None:
+    tour = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    shown = "".join(output.get("text", "") for cell in tour.cells for output in cell.get("outputs", []))
+    assert "Take max_norm=" in shown
+    assert len(nbformat.writes(tour)) < 300_000
+    NotebookClient(tour, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    figures = [o for cell in tour.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(figures) == 3
+    text = "".join(output.get("text", "") for cell in tour.cells for output in cell.get("outputs", []))
+    losses = {name: float(loss) for name, loss in re.findall(r"^(\w.*?) +loss of .* ([\d.]+)$", text, re.M)}
+    assert losses.pop("large steps") > 3
+    assert all(loss < 0.6 for loss in losses.values())
+    assert len(losses) == 3
