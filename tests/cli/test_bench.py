@@ -175,6 +175,15 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None
     assert imread(picture).std() > 0.05
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere", "meta"])
+def test_a_device_has_to_be_there(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "--device", device])
+    error = capsys.readouterr().err
+    assert "--device" in error
+    assert device in error
+
+
 def test_only_and_scaling_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "--scaling", "--only", "ppo"])

@@ -8,6 +8,7 @@ import os
 import platform
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from torchclip.cli import info
@@ -44,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run three rounds, without torch.compile: a look, not a measurement",
     )
     add(
+        "--device",
+        metavar="DEVICE",
+        type=_device,
+        default="cpu",
+        help="where the gradients are, such as cuda or cuda:1 (default: %(default)s)",
+    )
+    add(
         "--json",
         dest="results",
         metavar="FILE",
@@ -60,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(
-    only: list[str] | None, scaling: bool, quick: bool, results: Path | None, picture: Path | None
+    only: list[str] | None,
+    scaling: bool,
+    quick: bool,
+    device: torch.device,
+    results: Path | None,
+    picture: Path | None,
 ) -> None:
     """Measure, and show the table."""
     if only and scaling:
@@ -69,12 +82,14 @@ def run(
     if not console.is_terminal:
         console = Console(width=WIDTH)
     facts = machine()
+    if device.type != "cpu":
+        facts["gradients on"] = _device_name(device)
     console.print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), highlight=False)
 
     # In the series torch.compile would take hours, and optax hold the largest gradients twice more.
     rivals = [] if scaling else ["optax"] if quick else RIVALS
     workloads = SCALING if scaling else {name: WORKLOADS[name] for name in only or WORKLOADS}
-    rows = measure(workloads, QUICK if quick else FULL, rivals)
+    rows = measure(workloads, QUICK if quick else FULL, rivals, device)
     show(rows, console)
     if results:
         with writing(results):
@@ -85,6 +100,24 @@ def run(
         with writing(picture):
             figure.savefig(picture)
         console.print(f"Picture: {picture}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _device(text: str) -> torch.device:
+    """A device that is there."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here ({reason})") from None
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError("nothing is computed on the device 'meta'; choose cpu or cuda")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{device}, {name}"
 
 
 def machine() -> dict[str, str]:

@@ -6,6 +6,7 @@ clipping can be put back, so that every timing starts from the same values.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ OPERATIONS = {
     "clipping": "clip_grad_norm_, clipping",
     "value": "clip_grad_value_",
 }
-NAMES = ("torch", "torch.compile", "optax", "kernel off", "torchclip")
+NAMES = ("torch", "torch.compile", "optax", "multi-tensor", "kernel off", "torchclip")
 RIVALS = ("torch.compile", "optax")
 MOST_COMPILED = 200  # gradients: torch.compile takes a minute for them, and was not done after nine for 1,000
 _PIECE = 1 << 20  # elements in float64 at a time
@@ -41,15 +42,19 @@ class Gradients:
 
     Attributes:
         parameters: their values are never looked at, and their memory never touched.
+        device: where they are.
         tensors: the gradients, each in memory of its own, as a backward pass leaves them.
         flat: a copy of all of them, one after another, to restore them from.
         norm: theirs in float64.
     """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         generator = torch.Generator().manual_seed(0)
         dtype = workload.dtype
-        self.tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in workload.shapes]
+        self.tensors = [
+            torch.randn(shape, generator=generator).to(self.device, dtype) for shape in workload.shapes
+        ]
         self.parameters = [nn.Parameter(torch.empty_like(tensor)) for tensor in self.tensors]
         for parameter, tensor in zip(self.parameters, self.tensors, strict=True):
             parameter.grad = tensor
@@ -99,9 +104,18 @@ def contenders(gradients: Gradients, rivals: Sequence[str]) -> dict[str, Contend
     found = {"torch": _in_torch(torch.nn.utils, gradients)}
     if "torch.compile" in rivals and len(gradients.tensors) <= MOST_COMPILED:
         found["torch.compile"] = _compiled(gradients)
-    if "optax" in rivals and importlib.util.find_spec("optax") and importlib.util.find_spec("jax"):
+    on_host = gradients.device.type == "cpu"
+    if (
+        on_host
+        and "optax" in rivals
+        and importlib.util.find_spec("optax")
+        and importlib.util.find_spec("jax")
+    ):
         found["optax"] = _optax(gradients)
-    if kernel.status().startswith("active"):
+    l2_norm = _multi_tensor_norm() if gradients.device.type == "cuda" else None
+    if l2_norm is not None:
+        found["multi-tensor"] = Contender({"norm": (l2_norm, gradients.tensors)}, gradients.restore)
+    if on_host and kernel.status().startswith("active"):
         found["kernel off"] = _in_torch(torchclip, gradients, kernel.disabled)
     found["torchclip"] = _in_torch(torchclip, gradients)
     return found
@@ -120,6 +134,26 @@ def _in_torch(
         "value": (functions.clip_grad_value_, gradients.parameters),
     }
     return Contender(calls, gradients.restore, context)
+
+
+def _multi_tensor_norm() -> Callable[[list[Tensor], float], Tensor] | None:
+    """The norm of Transformer Engine or, without it, of apex: one kernel for many tensors."""
+    try:
+        optimizers = importlib.import_module("transformer_engine.pytorch.optimizers")
+        apply, norm = optimizers.multi_tensor_applier, optimizers.multi_tensor_l2norm
+    except (ImportError, AttributeError):
+        try:
+            apply = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+            norm = importlib.import_module("amp_C").multi_tensor_l2norm
+        except (ImportError, AttributeError):
+            return None
+
+    def total_norm(tensors: list[Tensor], _: float) -> Tensor:
+        overflow = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
+        result: Tensor = apply(norm, overflow, [tensors], False)[0]
+        return result
+
+    return total_norm
 
 
 def _compiled(gradients: Gradients) -> Contender:

@@ -14,6 +14,7 @@ from statistics import quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -37,6 +38,8 @@ __all__ = [
 SHRINK = 0.98  # of the threshold from call to call: there is always something to clip, even in bfloat16
 MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, far from where numbers lose digits
 
+CPU = torch.device("cpu")
+
 Row = dict[str, Any]
 
 
@@ -58,18 +61,24 @@ FULL = Effort(sample_seconds=2e-3, row_seconds=3.0, rounds=(15, 101))
 QUICK = Effort(sample_seconds=5e-4, row_seconds=0.0, rounds=(3, 3))
 
 
-def measure(workloads: Mapping[str, Workload], effort: Effort, rivals: Sequence[str]) -> list[Row]:
+def measure(
+    workloads: Mapping[str, Workload],
+    effort: Effort,
+    rivals: Sequence[str],
+    device: torch.device = CPU,
+) -> list[Row]:
     """One row for each workload and operation.
 
     Args:
         workloads: by name.
         effort: how long to measure each row.
         rivals: which of ``torch.compile`` and ``optax`` take part, the latter where it is installed.
+        device: where the gradients are.
     """
     rows = []
     with _progress(len(workloads) * len(OPERATIONS)) as begin:
         for name, workload in workloads.items():
-            gradients = Gradients(workload)
+            gradients = Gradients(workload, device)
             others = contenders(gradients, rivals)
             for operation, title in OPERATIONS.items():
                 begin(f"{workload.title}: {title}")
@@ -101,10 +110,12 @@ def compare(
         says, with the relative error of the norm that it returned; or, where it failed, the error's message.
     """
     numbers = second_arguments(operation, gradients.norm)
-    timers = {"floor": Timer(floors(gradients), operation, numbers)}
+    timers = {"floor": Timer(floors(gradients), operation, numbers, gradients.device)}
     entries: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():
-        timer = Timer(contender, operation, numbers)
+        if operation not in contender.calls:
+            continue
+        timer = Timer(contender, operation, numbers, gradients.device)
         try:
             norm = timer.first_call()
         except Exception as error:  # whatever goes wrong in somebody's compiler is a result
@@ -138,11 +149,15 @@ class Timer:
         contender: whose calls.
         operation: a key of ``OPERATIONS``.
         numbers: what is passed beside the gradients, call by call.
+        device: where the gradients are; a time ends when its work there is done.
     """
 
-    def __init__(self, contender: Contender, operation: str, numbers: Sequence[float]) -> None:
+    def __init__(
+        self, contender: Contender, operation: str, numbers: Sequence[float], device: torch.device = CPU
+    ) -> None:
         self.function, self.gradients = contender.calls[operation]
         self.contender = contender
+        self.device = device
         self.numbers = [numbers[0]] * len(numbers) if contender.one_number else numbers
         self.calls = 1
 
@@ -167,9 +182,15 @@ class Timer:
         with self.contender.context():
             self.contender.restore()
             self._call(before)
+            self._finish()
             start = perf_counter()
             self._call(timed)
+            self._finish()
             return (perf_counter() - start) / self.calls
+
+    def _finish(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def _call(self, numbers: Sequence[float]) -> None:
         function, gradients = self.function, self.gradients
