@@ -127,6 +127,14 @@ _ALL = [
         numbers=("max_norm",),
     ),
     Function(
+        "clip_grad_rms_",
+        "max_rms",
+        lambda weights, grads, limit, order: reference.clip_grad_rms(grads, limit),
+        given={"max_rms": 0.5},
+        numbers=("max_rms",),
+        orders=False,
+    ),
+    Function(
         "clip_grad_adaptive_",
         "clip_factor",
         lambda weights, grads, limit, order: reference.clip_grad_adaptive(weights, grads, limit, 1e-3, order),

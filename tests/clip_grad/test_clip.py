@@ -568,7 +568,7 @@ def on_meta() -> list[nn.Parameter]:
 def test_meta_tensors_give_shapes(name: str) -> None:
     result = CLIPPERS[name].ours(on_meta(), 0.5, 2)
     if result is not None:
-        per_parameter = name == "clip_grad_norm_per_parameter_"
+        per_parameter = name in ("clip_grad_norm_per_parameter_", "clip_grad_rms_")
         assert result.device.type == "meta"
         assert result.shape == ((2,) if per_parameter else ())
 
@@ -582,7 +582,7 @@ def test_fake_tensors_give_shapes(name: str) -> None:
         result = CLIPPERS[name].ours(parameters, 0.5, 2)
         sums, clipped = torchclip.clip_per_example([torch.ones(4, 3)], 1.0)
     if result is not None:
-        assert result.shape == ((2,) if name == "clip_grad_norm_per_parameter_" else ())
+        assert result.shape == ((2,) if name in ("clip_grad_norm_per_parameter_", "clip_grad_rms_") else ())
     assert sums[0].shape == (3,)
     assert clipped.shape == ()
 

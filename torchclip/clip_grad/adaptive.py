@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from torchclip._core import units
 from torchclip._core.arguments import norm_order, threshold
+from torchclip.clip_grad.rule import Rule
 
-__all__ = ["clip_grad_adaptive_"]
+__all__ = ["Adaptive", "clip_grad_adaptive_"]
 
 
 def clip_grad_adaptive_(
@@ -57,10 +58,55 @@ def clip_grad_adaptive_(
     clip_factor = threshold("clip_factor", clip_factor)
     eps = threshold("eps", eps)
     p = norm_order(norm_type)
-    of_parameters = units.of_parameters(parameters)
+    _clip(units.of_parameters(parameters), clip_factor, eps, p)
+
+
+def _clip(
+    of_parameters: Sequence[units.Units],
+    clip_factor: float,
+    eps: float,
+    p: float,
+    grad_scale: Tensor | None = None,
+) -> None:
     clip_coefs = []
     for of_weight, of_grad in units.norms(of_parameters, p):
         limits = clip_factor * of_weight.clamp(min=eps)
+        if grad_scale is not None:
+            limits = limits * grad_scale.to(limits)
         # A NaN compares false, and spreads through its unit.
         clip_coefs.append(torch.where(of_grad <= limits, 1.0, limits / of_grad))
     units.scale_(of_parameters, clip_coefs)
+
+
+class Adaptive(Rule):
+    """``clip_grad_adaptive_`` as a rule for a ``Clipper``: ``Clipper(optimizer, Adaptive())``.
+
+    The paper leaves the last linear layer out: give its parameter group ``"max_norm": None``.
+
+    Args:
+        clip_factor: the largest ratio of the norms of a unit's gradient and of its weights, at least 0.
+        eps: the least weight norm that counts, so that weights that start at zero can move.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is negative or NaN.
+
+    References:
+        Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
+        2021, section 4, https://arxiv.org/abs/2102.06171
+
+    Examples:
+        >>> Adaptive()
+        Adaptive(clip_factor=0.01, eps=0.001)
+    """
+
+    def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3) -> None:
+        self.clip_factor = threshold("clip_factor", clip_factor)
+        self.eps = threshold("eps", eps)
+
+    def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
+        """Clip the gradients of the parameters in place."""
+        _clip(units.of_parameters(parameters), self.clip_factor, self.eps, 2.0, grad_scale)
+
+    def __repr__(self) -> str:
+        return f"Adaptive(clip_factor={self.clip_factor}, eps={self.eps})"

@@ -27,7 +27,8 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
         sums = Σ_i min(1, max_norm / (‖g_i‖ + 1e-6)) g_i
 
     For differential privacy, add noise of standard deviation ``noise_multiplier * max_norm`` to the sums and
-    divide by the batch size.
+    divide by the batch size.  Noise and accounting are yours to do.  ``torchclip.QuantileTracker`` finds a
+    ``max_norm``: give its ``update`` the share that was not clipped, ``1 - clipped / examples``.
 
     Args:
         grads: one tensor a parameter, of shape ``(examples, *parameter.shape)``, as

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, native
 from torchclip._core.arguments import threshold
-from torchclip._core.batch import Facts
+from torchclip._core.batch import Batch, Facts
+from torchclip.clip_grad.rule import Rule
 
-__all__ = ["clip_grad_value_"]
+__all__ = ["Value", "clip_grad_value_"]
 
 
 def clip_grad_value_(
@@ -44,10 +45,43 @@ def clip_grad_value_(
     if not is_dynamo_compiling() and native.clip_grad_value(parameters, clip_value):
         return
     clip_value = threshold("clip_value", clip_value)
-    batch = gather.gradients(parameters)
+    _clip(gather.gradients(parameters), clip_value)
+
+
+def _clip(batch: Batch, clip_value: float) -> None:
     if batch.facts & Facts.COMPLEX:
         raise TypeError(
             "`parameters` has complex gradients, and complex numbers have no order to limit them by value; "
             "clip by norm instead (clip_grad_norm_)"
         )
     batch.clamp_(clip_value)
+
+
+class Value(Rule):
+    """``clip_grad_value_`` as a rule for a ``Clipper``: ``Clipper(optimizer, Value(0.5))``.
+
+    With a GradScaler and a fused optimizer, whose gradients are still multiplied by the scale, this waits for
+    the scale.
+
+    Args:
+        clip_value: the largest magnitude allowed for an element, at least 0.
+
+    Raises:
+        TypeError: if ``clip_value`` is not a number.
+        ValueError: if ``clip_value`` is negative or NaN.
+
+    Examples:
+        >>> Value(0.5)
+        Value(clip_value=0.5)
+    """
+
+    def __init__(self, clip_value: float) -> None:
+        self.clip_value = threshold("clip_value", clip_value)
+
+    def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
+        """Clip the gradients of the parameters in place."""
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        _clip(gather.gradients(parameters), scale * self.clip_value)
+
+    def __repr__(self) -> str:
+        return f"Value(clip_value={self.clip_value})"

@@ -23,6 +23,8 @@ from torchclip.reference.arrays import Array
 from torchclip.reference.norm import clip_coefficient, clip_grads, clip_grads_with_norm, global_norm
 from torchclip.reference.per_example import clip_per_example
 from torchclip.reference.per_parameter import clip_grad_norm_per_parameter
+from torchclip.reference.quantile_tracker import quantile_tracker_thresholds
+from torchclip.reference.rms import clip_grad_rms
 from torchclip.reference.thresholds import percentile_thresholds, rolling_sigma_thresholds, zscore_thresholds
 from torchclip.reference.value import clip_grad_value
 
@@ -32,12 +34,14 @@ __all__ = [
     "clip_coefficient",
     "clip_grad_adaptive",
     "clip_grad_norm_per_parameter",
+    "clip_grad_rms",
     "clip_grad_value",
     "clip_grads",
     "clip_grads_with_norm",
     "clip_per_example",
     "global_norm",
     "percentile_thresholds",
+    "quantile_tracker_thresholds",
     "rolling_sigma_thresholds",
     "zscore_thresholds",
 ]

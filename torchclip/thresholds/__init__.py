@@ -3,7 +3,8 @@
 from torchclip.thresholds.adagc import AdaGC
 from torchclip.thresholds.base import MaxNorm, Threshold
 from torchclip.thresholds.percentile import Percentile
+from torchclip.thresholds.quantile_tracker import QuantileTracker
 from torchclip.thresholds.rolling_sigma import RollingSigma
 from torchclip.thresholds.zscore import ZScore
 
-__all__ = ["AdaGC", "MaxNorm", "Percentile", "RollingSigma", "Threshold", "ZScore"]
+__all__ = ["AdaGC", "MaxNorm", "Percentile", "QuantileTracker", "RollingSigma", "Threshold", "ZScore"]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
 from torchclip.thresholds.each import Each, on_host
+from torchclip.thresholds.quantile_tracker import QuantileTracker
 
 __all__ = ["MaxNorm", "MaxNormRule", "Threshold"]
 
@@ -112,6 +113,11 @@ class MaxNormRule:
         if isinstance(max_norm, type):
             name = max_norm.__name__
             raise TypeError(f"`{argument}` is the class {name}; pass an object of it, such as {name}()")
+        if isinstance(max_norm, QuantileTracker):
+            raise TypeError(
+                f"`{argument}` is a QuantileTracker, which learns from shares of examples, not from norms; "
+                "use it with clip_per_example"
+            )
         # Asked once: to ask a protocol takes longer than all the rest of a small step.
         self.learns = isinstance(max_norm, Threshold)
         is_object = self.learns or callable(max_norm)

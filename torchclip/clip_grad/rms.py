@@ -1,0 +1,113 @@
+"""Clipping each gradient by its root mean square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from torchclip._core import gather
+from torchclip._core.arguments import threshold
+from torchclip._core.batch import Batch, Norms
+from torchclip._core.scalars import clip_coefs, on_device, to_results
+from torchclip.clip_grad.rule import Rule
+
+__all__ = ["BlockRMS", "clip_grad_rms_"]
+
+
+def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: float) -> Tensor:
+    r"""Clip each gradient to a root mean square of at most ``max_rms``, as if the others were not there.
+
+    With ``n`` the number of elements of a gradient ``g``, of the whole one if it is a DTensor:
+
+        rms(g) = ‖g‖ / √n                g ← min(1, max_rms / rms(g)) g
+
+    Unlike a threshold for the norm, the same number does for large and small parameters.  optax calls this
+    ``clip_by_block_rms``; Adafactor clips its updates so.
+
+    Args:
+        parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters).
+        max_rms: the threshold for the root mean square of each gradient, at least 0. ``float("inf")`` only
+            measures.
+
+    Returns:
+        The root mean squares before clipping, in the order of the distinct gradients: a tensor of shape
+        ``(gradients,)``, of dtype and device as ``clip_grad_norm_`` returns them.
+
+    Raises:
+        TypeError: for anything but tensors in ``parameters``, an integer gradient, or a ``max_rms`` that is
+            not a number.
+        ValueError: if ``max_rms`` is negative or NaN.
+        RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
+
+    References:
+        Shazeer and Stern, *Adafactor: Adaptive Learning Rates with Sublinear Memory Cost*, 2018, section 6,
+        https://arxiv.org/abs/1804.04235
+
+    Examples:
+        >>> import torch
+        >>> a, b = torch.zeros(2, requires_grad=True), torch.zeros(8, requires_grad=True)
+        >>> a.grad, b.grad = torch.full((2,), 4.0), torch.full((8,), 0.5)
+        >>> clip_grad_rms_([a, b], max_rms=1.0)
+        tensor([4.0000, 0.5000])
+        >>> a.grad, b.grad[0]
+        (tensor([1., 1.]), tensor(0.5000))
+    """
+    max_rms = threshold("max_rms", max_rms)
+    batch = gather.gradients(parameters)
+    norms = _clip(batch, max_rms)
+    roots = _roots(batch)
+    if isinstance(norms, Tensor):
+        return to_results(norms / on_device(roots, norms.device), batch)
+    return to_results([norm / root for norm, root in zip(norms, roots, strict=True)], batch)
+
+
+def _clip(batch: Batch, max_rms: float, grad_scale: Tensor | None = None) -> Norms:
+    """Clip, and return the norms before."""
+    norms = batch.norms(2.0)
+    if grad_scale is not None:
+        norms = _divided(norms, grad_scale)
+    # The limit for the norm, which keeps what is as long as that exactly as it is.
+    batch.scale_each_(clip_coefs([max_rms * root for root in _roots(batch)], norms, 0.0))
+    return norms
+
+
+def _divided(norms: Norms, grad_scale: Tensor) -> Norms:
+    if isinstance(norms, Tensor):
+        return norms / grad_scale.to(norms)
+    divisor = float(grad_scale)
+    return [norm / divisor for norm in norms]
+
+
+def _roots(batch: Batch) -> list[float]:
+    """The square root of each gradient's number of elements; 1 for those without any."""
+    return [math.sqrt(max(1, grad.numel())) for grad in batch.all]
+
+
+class BlockRMS(Rule):
+    """``clip_grad_rms_`` as a rule for a ``Clipper``: ``Clipper(optimizer, BlockRMS(1.0))``.
+
+    Twin: ``torchclip.reference.clip_grad_rms``.
+
+    Args:
+        max_rms: the threshold for the root mean square of each gradient, at least 0.
+
+    Raises:
+        TypeError: if ``max_rms`` is not a number.
+        ValueError: if ``max_rms`` is negative or NaN.
+
+    Examples:
+        >>> BlockRMS(1)
+        BlockRMS(max_rms=1.0)
+    """
+
+    def __init__(self, max_rms: float) -> None:
+        self.max_rms = threshold("max_rms", max_rms)
+
+    def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
+        """Clip the gradients of the parameters in place."""
+        _clip(gather.gradients(parameters), self.max_rms, grad_scale)
+
+    def __repr__(self) -> str:
+        return f"BlockRMS(max_rms={self.max_rms})"

@@ -1,0 +1,97 @@
+"""A threshold for per-example clipping that follows a quantile of the examples' norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torchclip._core import arguments
+from torchclip.thresholds import checks
+
+__all__ = ["QuantileTracker"]
+
+
+class QuantileTracker:
+    r"""The threshold for ``clip_per_example`` that leaves a given share of the examples as they are.
+
+    With ``share`` the share of a batch's examples that were not clipped, after each step:
+
+        max_norm ← max_norm · exp(-lr (share - quantile))
+
+    It sees no norms, only that share, which costs little privacy.  For differential privacy, add the noise to
+    the share that the paper asks for, and count both releases in the accounting: neither is done here.
+
+    Twin: ``torchclip.reference.quantile_tracker_thresholds``.
+
+    Args:
+        quantile: the share of examples to leave as they are, between 0 and 1.
+        lr: how fast the threshold moves, at least 0.
+        max_norm: the threshold to start with, above 0 and finite; better too small than too large, as it
+            grows as fast as ``exp(lr · quantile)`` a step.
+
+    Attributes:
+        max_norm (float): the threshold to clip the next batch to.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is out of its range.
+
+    References:
+        Andrew, Thakkar, McMahan and Ramaswamy, *Differentially Private Learning with Adaptive Clipping*,
+        2021, https://arxiv.org/abs/1905.03871
+
+    Examples:
+        >>> import torch, torchclip
+        >>> tracker = QuantileTracker(quantile=0.5, lr=0.2, max_norm=0.1)
+        >>> grads = [torch.tensor([[3.0, 4.0], [0.03, 0.04], [0.3, 0.4], [0.6, 0.8]])]
+        >>> sums, clipped = torchclip.clip_per_example(grads, tracker.max_norm)
+        >>> round(tracker.update(1 - clipped / 4), 4)  # too many were clipped
+        0.1051
+    """
+
+    def __init__(self, quantile: float = 0.5, lr: float = 0.2, max_norm: float = 0.1) -> None:
+        self.quantile = checks.between("quantile", quantile, 1)
+        self.lr = checks.finite("lr", lr, text=True)
+        self.max_norm = _positive("max_norm", max_norm, text=True)
+
+    def update(self, share: float | Tensor) -> float:
+        """Move the threshold by what the last batch showed, and return it.
+
+        Args:
+            share: the share of examples that were not clipped, ``1 - clipped / len(examples)`` with what
+                ``clip_per_example`` returns; with noise, it may be below 0 or above 1.
+        """
+        unclipped = arguments.number("share", share)
+        if not math.isfinite(unclipped):
+            raise ValueError(f"`share` must be finite, got {arguments.shown(share)}")
+        # Within what float64 holds, so that the threshold can always come back.
+        exponent = math.log(self.max_norm) - self.lr * (unclipped - self.quantile)
+        self.max_norm = math.exp(min(max(exponent, -700.0), 700.0))
+        return self.max_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The threshold, as plain data."""
+        return {"kind": "QuantileTracker", "max_norm": self.max_norm}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; the arguments stay those of this object.
+
+        Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
+            ValueError: if ``state`` is that of another kind of threshold.
+        """
+        checks.state_of(state, "QuantileTracker", ("max_norm",))
+        self.max_norm = _positive("state['max_norm']", state["max_norm"])
+
+    def __repr__(self) -> str:
+        return f"QuantileTracker(quantile={self.quantile}, lr={self.lr}, max_norm={self.max_norm})"
+
+
+def _positive(name: str, value: Any, text: bool = False) -> float:
+    number = checks.finite(name, value, text)
+    if number == 0:
+        raise ValueError(f"`{name}` must be above 0, as multiplying it would leave it there, got {number}")
+    return number
