@@ -1,5 +1,6 @@
 """The book's chapter: every array that the text prints, by NumPy and by torch, and the command."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from matplotlib.image import imread
 
 from torchclip.cli.book import command as book_command
 from torchclip.cli.book import experiments as book
+from torchclip.cli.book import figure
+from torchclip.cli.main import main
 
 # Printed by the text, rounded there to two decimals.
 
@@ -230,3 +233,51 @@ def test_command_refuses_a_file_in_the_directory_s_place(tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert str(path) in done.stderr
+
+
+def test_a_section_is_a_page_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    lesson, pages = "", []
+    for number in range(1, 6):
+        main(["book", "--section", str(number)])
+        pages.append(capsys.readouterr().out)
+        assert len(pages[-1].splitlines()) <= 65
+    main(["book"])
+    lesson = capsys.readouterr().out
+    assert "".join(pages) == lesson
+    assert_lesson(lesson)
+
+
+def test_a_section_draws_its_own_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["book", "--section", "2", "--plot", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exploding.png", "vanishing.png"]
+    main(["book", "--section", "4", "--plot", str(tmp_path)])
+    assert "This section has no figures." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["0", "6", "x"])
+def test_sections_that_are_not_there(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["book", "--section", section])
+    assert "argument --section" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["40", "60"])
+def test_the_lesson_fits_a_narrow_terminal(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    main(["book"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    assert all(line == line.rstrip() for line in lines)
+    # Numbers stay in line: no row of five breaks.
+    assert any(re.search(r"( +-1\.00){5}$", line) for line in lines)
+    assert not any("…" in line for line in lines)
+
+
+def test_the_exploding_gradient_is_a_straight_line_on_the_log_scale() -> None:
+    linear, log = figure.gradient_norms_figure(book.gradient_norms(1.0), "title").axes
+    assert (linear.get_yscale(), log.get_yscale()) == ("linear", "log")
+    for axes in (linear, log):
+        (line,) = axes.get_lines()
+        np.testing.assert_array_equal(line.get_ydata(), book.gradient_norms(1.0))

@@ -5,49 +5,78 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
-from torchclip.cli.book import figure, lesson
+from torchclip.cli.book import figure
 from torchclip.cli.book.experiments import BATCH, MAX_NORM, gradient_norms, tanh_curve
+from torchclip.cli.book.lesson import SECTIONS
 from torchclip.cli.options import directory_to_write, writing
+from torchclip.cli.terminal import Console, console_for
+
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    titles = "; ".join(f"{i}: {section.title}" for i, section in enumerate(SECTIONS, start=1))
     parser.add_argument(
-        "--figures", metavar="DIR", type=directory_to_write, help="also write the four figures there, as PNG"
+        "--section",
+        type=int,
+        choices=range(1, len(SECTIONS) + 1),
+        metavar="N",
+        help=f"print one section only ({titles})",
+    )
+    parser.add_argument(
+        "--plot",
+        "--figures",
+        dest="figures",
+        metavar="DIR",
+        type=directory_to_write,
+        help="also write the figures there, as PNG",
     )
 
 
-def run(figures: Path | None) -> None:
-    """Print the lesson; with a directory ``figures``, also write its four figures there as PNG.
+def run(figures: Path | None, section: int | None = None) -> None:
+    """Print the lesson, on a terminal a page at a time; with a directory ``figures``, also draw its figures.
 
     Args:
         figures: where the figures go, made if it does not exist; figures of an earlier run are replaced.
+        section: the number of the only section to print, from 1, and to draw.
 
     Raises:
         OSError: if the directory cannot be made or written to.
     """
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
-    console = Console(width=min(Console().width, 80))
-    lesson.explain_tanh(console)
-    lesson.explain_matmul(console)
-    lesson.explain_clipping(console)
+    console = console_for(80)
+    if section is not None:
+        SECTIONS[section - 1].tell(console)
+    elif console.is_terminal:
+        with console.pager():
+            _tell_all(console)
+    else:
+        _tell_all(console)
     if figures is not None:
-        _draw(console, figures)
+        _draw(console, figures, section)
 
 
-def _draw(console: Console, directory: Path) -> None:
+def _tell_all(console: Console) -> None:
+    for section in SECTIONS:
+        section.tell(console)
+
+
+def _draw(console: Console, directory: Path, section: int | None) -> None:
     unclipped, vanishing, clipped = gradient_norms(1.0), gradient_norms(0.5), gradient_norms(1.0, MAX_NORM)
     figures = {
-        "tanh.png": figure.tanh_figure(*tanh_curve()),
-        "exploding.png": figure.gradient_norms_figure(unclipped, "Exploding Gradients"),
-        "vanishing.png": figure.gradient_norms_figure(vanishing, "Vanishing Gradients"),
-        "clipped.png": figure.clipped_norms_figure(unclipped, clipped, MAX_NORM / BATCH),
+        "tanh.png": (1, figure.tanh_figure(*tanh_curve())),
+        "exploding.png": (2, figure.gradient_norms_figure(unclipped, "Exploding Gradients")),
+        "vanishing.png": (2, figure.gradient_norms_figure(vanishing, "Vanishing Gradients")),
+        "clipped.png": (3, figure.clipped_norms_figure(unclipped, clipped, MAX_NORM / BATCH)),
     }
+    wanted = {name: drawn for name, (of, drawn) in figures.items() if section in (None, of)}
+    if not wanted:
+        console.print("This section has no figures.")
+        return
     console.print("Figures:")
-    for name, picture in figures.items():
+    for name, drawn in wanted.items():
         with writing(directory / name):
-            picture.savefig(directory / name)
+            drawn.savefig(directory / name)
         console.print(f"  {directory / name}", markup=False, highlight=False, soft_wrap=True)

@@ -27,14 +27,30 @@ def tanh_figure(h: Array, y: Array, dy: Array) -> Figure:
 
 
 def gradient_norms_figure(norms: Array, title: str) -> Figure:
-    """The gradient's norm after each time step, on a linear scale.
+    """The gradient's norm after each time step, on a linear scale as in the book, and on a log scale.
+
+    On the log scale a norm that is multiplied by the same factor at each step is a straight line.
 
     Args:
         norms: one norm a step, of shape ``(steps,)``.
         title: what the norms show.
     """
-    figure, axes = _steps_figure(title)
-    axes.plot(steps(norms), norms, marker="o")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=16)
+    for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
+        axes.plot(steps(norms), norms, marker="o", markersize=5)
+        axes.set_yscale(scale)
+        axes.set_title(f"{scale} scale", fontsize=12)
+        axes.set_xlabel("time step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if scale == "log":
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylabel("mean norm of the gradient")
     return figure
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from inspect import cleandoc
+from typing import NamedTuple
 
 import numpy as np
 from rich.box import SIMPLE
@@ -28,6 +29,9 @@ from torchclip.cli.book.experiments import (
 )
 from torchclip.cli.figures import Array
 
+# Columns of a terminal from which on a table has all its parts.
+WIDE, MEDIUM, NARROW = 78, 58, 45
+
 
 def explain_tanh(console: Console) -> None:
     """Why gradients vanish: each step multiplies them by the derivative of tanh."""
@@ -48,9 +52,8 @@ def explain_tanh(console: Console) -> None:
     )
     _, y, dy = tanh_curve()
     _, y_torch, dy_torch = tanh_curve_torch()
-    starts = range(-5, 5)
-    _show(console, _series("tanh(h): from each h on, ten values in steps of 0.1", starts, y, y_torch))
-    _show(console, _series("dy/dh at the same h; in torch by autograd", starts, dy, dy_torch))
+    _show(console, _series(console, "tanh(h): from each h on, in steps of 0.1", -5, 0.1, y, y_torch))
+    _show(console, _series(console, "dy/dh at the same h; in torch by autograd", -5, 0.1, dy, dy_torch))
     _say(
         console,
         """
@@ -66,6 +69,8 @@ def explain_matmul(console: Console) -> None:
     _say(
         console,
         f"""
+        ## Through the weights
+
         Now the **matrix product**. Going back through one time step multiplies the gradient by the recurrent
         weights, `dh = dh @ Wh.T`, and these are the same weights on every step. Take a batch of {BATCH}, a
         hidden state of {HIDDEN}, a gradient of ones and standard normal weights:
@@ -74,7 +79,7 @@ def explain_matmul(console: Console) -> None:
     _show(console, _decimals(recurrent_weights(1.0)))
     _say(console, "The L2 norm of the gradient divided by the batch size, on each of the steps back:")
     exploding = gradient_norms(scale=1.0)
-    _show(console, _series("Exploding Gradients", (1, 11), exploding, gradient_norms_torch(scale=1.0)))
+    _show(console, _series(console, "Exploding Gradients", 1, 1, exploding, gradient_norms_torch(scale=1.0)))
     _say(
         console,
         f"""
@@ -85,20 +90,32 @@ def explain_matmul(console: Console) -> None:
     )
     vanishing = gradient_norms(scale=0.5)
     _show(console, _decimals(recurrent_weights(0.5)))
-    _show(console, _series("Vanishing Gradients", (1, 11), vanishing, gradient_norms_torch(scale=0.5)))
+    _show(console, _series(console, "Vanishing Gradients", 1, 1, vanishing, gradient_norms_torch(scale=0.5)))
     _say(
         console,
         f"""
         At {vanishing[-1] / vanishing[-2]:.2f} it is below 1, and the gradient **vanishes**: a norm of
         {vanishing[-1]:.5f} is left after {STEPS} steps. So the weights decide which of the two happens, and
         hardly any weights keep the balance.
+        """,
+    )
+
+
+def explain_clipping_at_each_step(console: Console) -> None:
+    """Clipping at each step holds the exploding gradient, and does not help the vanishing one."""
+    _say(
+        console,
+        f"""
+        ## Clipped at each step
 
         The book leaves the chain here. One experiment more: the exploding weights again, with the gradient
         clipped to a norm of {MAX_NORM:g} (a mean norm of {MAX_NORM / BATCH:g}) after every step.
         """,
     )
     clipped, clipped_torch = gradient_norms(1.0, MAX_NORM), gradient_norms_torch(1.0, MAX_NORM)
-    _show(console, _series("Exploding Gradients, Clipped at Each Step", (1, 11), clipped, clipped_torch))
+    _show(
+        console, _series(console, "Exploding Gradients, Clipped at Each Step", 1, 1, clipped, clipped_torch)
+    )
     _say(
         console,
         """
@@ -109,8 +126,8 @@ def explain_matmul(console: Console) -> None:
 
 
 def explain_clipping(console: Console) -> None:
-    """The remedy for exploding gradients, on two and on three arrays."""
-    two, three = large_gradients()
+    """The remedy for exploding gradients, on two arrays."""
+    two, _ = large_gradients()
     _say(
         console,
         f"""
@@ -130,9 +147,21 @@ def explain_clipping(console: Console) -> None:
         Two gradients of large numbers, and a threshold of {MAX_NORM}:
         """,
     )
-    _show(console, _example(two))
-    _say(console, "The same with three gradients. They share the one threshold, so each gets less of it:")
-    _show(console, _example(three))
+    _show(console, _example(console, two))
+
+
+def explain_sharing(console: Console) -> None:
+    """Several arrays share one threshold; and what all of it is in a training loop."""
+    _, three = large_gradients()
+    _say(
+        console,
+        """
+        ## Three gradients share the threshold
+
+        The same with three gradients. They share the one threshold, so each gets less of it:
+        """,
+    )
+    _show(console, _example(console, three))
     _say(
         console,
         """
@@ -147,26 +176,36 @@ def explain_clipping(console: Console) -> None:
     )
 
 
-def _example(grads: Sequence[Array]) -> Table:
-    """The worked example from top to bottom, NumPy and torch beside each other."""
-    sides = [worked_example(grads), worked_example_torch(grads)]
-    table = Table("", "NumPy", "torch", box=SIMPLE, show_edge=False)
+def _example(console: Console, grads: Sequence[Array]) -> Table:
+    """The worked example from top to bottom, NumPy and torch side by side; on little width NumPy alone."""
+    sides = {"NumPy": worked_example(grads), "torch": worked_example_torch(grads)}
+    if console.width < MEDIUM:
+        del sides["torch"]
+    table = Table("", *sides, box=SIMPLE, show_edge=False, pad_edge=console.width >= NARROW)
     for i, grad in enumerate(grads):
-        table.add_row(f"dW{i + 1}", _decimals(grad), _decimals(grad))
+        table.add_row(f"dW{i + 1}", *([_decimals(grad)] * len(sides)))
     table.add_section()
-    table.add_row("norm", *(_decimals(side.norm) for side in sides))
-    table.add_row("rate", *(_decimals(side.rate) for side in sides))
+    table.add_row("norm", *(_decimals(side.norm) for side in sides.values()))
+    table.add_row("rate", *(_decimals(side.rate) for side in sides.values()))
     table.add_section()
     for i in range(len(grads)):
-        table.add_row(f"dW{i + 1}, clipped", *(_decimals(side.clipped[i]) for side in sides))
+        table.add_row(f"dW{i + 1}, clipped", *(_decimals(side.clipped[i]) for side in sides.values()))
     table.add_section()
-    table.add_row("norm, clipped", *(_decimals(side.clipped_norm) for side in sides))
+    table.add_row("norm, clipped", *(_decimals(side.clipped_norm) for side in sides.values()))
     return table
 
 
-def _series(title: str, starts: Iterable[int], values: Array, values_torch: Array) -> Table:
-    """Ten values a line, each line of NumPy's above the same of torch's, labelled by where it starts."""
-    difference = np.max(np.abs(values - values_torch))
+def _series(console: Console, title: str, first: float, step: float, values: Array, torchs: Array) -> Table:
+    """Ten values a line, or five, NumPy's above the same of torch's, labelled by where the line starts.
+
+    Args:
+        console: whose width decides.
+        title: what is above the table.
+        first: where the first value is.
+        step: how far the next one is from it.
+        values: NumPy's values.
+        torchs: the same by torch.
+    """
     table = Table(
         box=None,
         show_header=False,
@@ -174,13 +213,15 @@ def _series(title: str, starts: Iterable[int], values: Array, values_torch: Arra
         padding=(0, 1, 0, 0),
         title=title,
         title_justify="left",
-        caption=f"largest difference between NumPy and torch: {difference:.0e}",
+        caption=f"largest difference between NumPy and torch: {np.max(np.abs(values - torchs)):.0e}",
         caption_justify="left",
     )
-    lines, lines_torch = (_decimals(v.reshape(-1, 10)).splitlines() for v in (values, values_torch))
-    for start, line, line_torch in zip(starts, lines, lines_torch, strict=True):
-        table.add_row(str(start), "NumPy", line)
-        table.add_row("", "torch", line_torch, style="cyan")
+    size = 10 if console.width >= WIDE else 5
+    lines, lines_torch = (_decimals(v.reshape(-1, size)).splitlines() for v in (values, torchs))
+    for i, (line, line_torch) in enumerate(zip(lines, lines_torch, strict=True)):
+        label, torch_label = ("NumPy ", "torch ") if console.width >= NARROW else ("", "")
+        table.add_row(f"{first + i * size * step:g}", f"{label}{line}")
+        table.add_row("", f"{torch_label}{line_torch}", style="cyan")
     return table
 
 
@@ -197,3 +238,19 @@ def _say(console: Console, text: str) -> None:
 
 def _show(console: Console, numbers: Table | str) -> None:
     console.print(Padding(numbers, (0, 0, 1, 2)), highlight=False)
+
+
+class Section(NamedTuple):
+    """A part of the lesson."""
+
+    title: str
+    tell: Callable[[Console], None]
+
+
+SECTIONS = [
+    Section("the activation", explain_tanh),
+    Section("the weights", explain_matmul),
+    Section("clipped at each step", explain_clipping_at_each_step),
+    Section("the remedy", explain_clipping),
+    Section("several gradients", explain_sharing),
+]

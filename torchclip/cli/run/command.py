@@ -25,7 +25,7 @@ from torchclip.cli.run.report import histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
 from torchclip.cli.run.trial import Trial
 from torchclip.cli.run.watch import Watch
-from torchclip.cli.thresholds import LEARNED
+from torchclip.cli.thresholds import LEARNED, WITHOUT_CEILING
 from torchclip.clipper.clipper import Nonfinite
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def run(
         argparse.ArgumentError: if there is no such script, or options do not go together.
         SystemExit: the script's.
     """
+    if threshold in WITHOUT_CEILING and max_norm is not None:
+        raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
     trial = _trial(max_norm, threshold, nonfinite, none)
     _refuse_missing(plot, html)
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from torchclip.cli.options import refusal
+from torchclip.cli.thresholds import WITHOUT_CEILING
 from torchclip.cli.train import display, parallel
 from torchclip.cli.train.model import model_of, sample, save_model
 from torchclip.cli.train.options import LEARNING_RATES, MAX_NORMS, Options, add_arguments
@@ -57,6 +58,8 @@ def run(
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    if threshold in WITHOUT_CEILING and max_norm is not None:
+        raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
     if max_norm is None:
         max_norm = MAX_NORMS[cell] if threshold == "fixed" else math.inf
     options = Options(

@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from torchclip.cli.options import writing
+from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.figure import training_figure
 from torchclip.cli.train.options import Options
 from torchclip.cli.train.parallel import Way, world_size
@@ -53,10 +54,7 @@ def _clipping(options: Options) -> str:
         return "Nothing is clipped: the threshold is inf."
     if options.threshold == "fixed":
         return f"Clipped to a norm of {options.max_norm:g}."
-    where = {
-        "percentile": "Clipped at the 10th percentile of the norms so far (AutoClip)",
-        "zscore": "Spikes of the norm are pulled back (ZClip)",
-    }[options.threshold]
+    where = f"Clipped to {LEARNED[options.threshold]}"
     return f"{where}." if math.isinf(options.max_norm) else f"{where}, never above {options.max_norm:g}."
 
 

@@ -35,6 +35,7 @@ class Options:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``torchclip train``."""
     add = parser.add_argument
+    described = "; ".join(f"{name}: {what}" for name, what in LEARNED.items())
     rates, max_norms = _by_cell(LEARNING_RATES), _by_cell(MAX_NORMS)
     add(
         "--text",
@@ -48,14 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         choices=THRESHOLDS,
         default="fixed",
-        help="to what gradients are clipped: to --max-norm, to the 10th percentile of the norms so far "
-        "(AutoClip), or, only if they are spikes, to what is usual (ZClip) (default: %(default)s)",
+        help=f"to what gradients are clipped: fixed: --max-norm; {described} (default: %(default)s)",
     )
     add(
         "--max-norm",
         type=max_norm,
         metavar="X",
-        help=f"the fixed threshold (default: {max_norms}); for the other two a ceiling (default: none)",
+        help=f"the fixed threshold (default: {max_norms}); for the others a ceiling (default: none)",
     )
     add("--lr", type=positive, metavar="X", help=f"learning rate of SGD (default: {rates})")
     add(

@@ -1,0 +1,45 @@
+"""Where the commands print: as wide as the terminal, and plain where there is none."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+
+__all__ = ["Console", "console_for"]
+
+
+def console_for(most: int, **options: Any) -> Console:
+    """A console for stdout that is at most so many columns wide.
+
+    Into a file or a pipe go no control characters, and no blanks at the ends of lines.
+    """
+    console = Console(**options)
+    if not console.is_terminal:
+        console = Console(file=_WithoutTrailingBlanks(), **options)  # type: ignore[arg-type]
+    console.width = min(console.width, most)
+    return console
+
+
+class _WithoutTrailingBlanks:
+    """Stdout, but the blanks that fill a table's cells are left out at the end of each line."""
+
+    def write(self, text: str) -> int:
+        """Write whole lines, as rich does."""
+        lines = text.split("\n")
+        sys.stdout.write("\n".join([*(line.rstrip(" ") for line in lines[:-1]), lines[-1]]))
+        return len(text)
+
+    def flush(self) -> None:
+        """Have stdout write what it holds."""
+        sys.stdout.flush()
+
+    def isatty(self) -> bool:
+        """It is used where stdout is none."""
+        return False
+
+    @property
+    def encoding(self) -> str:
+        """That of stdout, by which rich chooses the lines of its tables."""
+        return getattr(sys.stdout, "encoding", None) or "utf-8"
