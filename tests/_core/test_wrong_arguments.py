@@ -1,26 +1,21 @@
-"""What a program meets that is wrong or goes wrong: arguments, Ctrl-C, ten thousand steps; and bugs found."""
+"""Every public class and function refuses what an argument cannot be, by its name.
+
+What the functions refuse of their numbers and tensors is in test_arguments.py.
+"""
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import bits, last_of, with_gradients
+from helpers import bits, with_gradients
 from torch import nn
 
 import torchclip
-from torchclip import Clipper, Percentile, ZScore, kernel, reference
-from torchclip.clipper import Scope
+from torchclip import Clipper, Percentile, ZScore, reference
 from torchclip.reference import Array
-
-# Wrong arguments.  What the functions refuse of their numbers and tensors is in test_arguments.py.
 
 MODEL = nn.Linear(2, 1)
 WRONG: dict[str, Any] = {
@@ -217,179 +212,3 @@ def test_install_and_uninstall_take_nothing() -> None:
     for function in functions:
         with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given"):
             function(MODEL)
-
-
-# Ctrl-C
-
-INTERRUPTED = """
-    import os, signal, sys, threading, time, torch, torchclip
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    torch.set_num_threads(1)
-    grads = [torch.full((1 << 20,), 2.0) for _ in range(24)]
-    parameters = [torch.nn.Parameter(grad, requires_grad=False) for grad in grads]
-    for parameter, grad in zip(parameters, grads):
-        parameter.grad = grad
-    def clip():
-        torchclip.clip_grads_with_norm_(parameters, 0.5, 1.0 - 1e-6)  # multiplies by a half
-    started = time.perf_counter()
-    clip()
-    takes = time.perf_counter() - started
-    interrupted = scaled = 0
-    for attempt in range(30):
-        for grad in grads:
-            grad.fill_(2.0)
-        timer = threading.Timer(takes * attempt / 24, os.kill, (os.getpid(), signal.SIGINT))
-        try:
-            timer.start()
-            clip()
-            timer.join()
-        except KeyboardInterrupt:
-            interrupted += 1
-            timer.join()
-        firsts = {float(value) for grad in grads for value in (grad.min(), grad.max())}
-        assert firsts in ({1.0}, {2.0}), firsts
-        scaled += firsts == {1.0}
-    print(interrupted, scaled)
-"""
-
-
-@pytest.mark.skipif(kernel.status().startswith("off"), reason="promised where the kernel does it")
-@pytest.mark.skipif(os.name != "posix", reason="sends a signal to itself")
-def test_ctrl_c_leaves_all_gradients_scaled_or_none() -> None:
-    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    interrupted, scaled = map(int, output.split())
-    assert interrupted >= 20
-    assert scaled >= 5
-
-
-# Ten thousand steps
-
-STEPS = """
-    import gc, os, sys, torch, torchclip
-    from torchclip import kernel
-    def resident():
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    parameters = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(3)]
-    for parameter in parameters:
-        parameter.grad = torch.ones(64, 64)
-    examples = [torch.ones(4, 8)]
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    clipper = torchclip.Clipper(optimizer, 1.0)
-    clipper.history = torchclip.history.History(maxlen=10)
-    def steps(count):
-        for step in range(count):
-            optimizer.step()
-            torchclip.clip_grad_norm_(parameters, 1.0)
-            torchclip.clip_grad_value_(parameters, 1.0)
-            torchclip.clip_grads_with_norm_(parameters, 1.0, torchclip.get_total_norm(parameters))
-            if step % 10 == 0:  # they take longer
-                torchclip.clip_grad_norm_per_parameter_(parameters, 1.0)
-                torchclip.clip_grad_adaptive_(parameters)
-                torchclip.clip_per_example(examples, 1.0)
-        len(clipper.history)
-        gc.collect()
-        return len(gc.get_objects()), resident()
-    steps(1_100)
-    objects, memory = steps(100)
-    objects_later, memory_later = steps(10_000)
-    print(objects_later - objects, memory_later - memory)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("with_kernel", ["1", "0"])
-def test_ten_thousand_steps_leave_no_growth(with_kernel: str) -> None:
-    output = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(STEPS)],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "TORCHCLIP_KERNEL": with_kernel},
-    ).stdout
-    objects, memory = map(int, output.split())
-    assert objects < 50
-    assert memory < 2 << 20, "48 KiB of gradients lost in each of 10,000 steps would be 480 MiB"
-
-
-# Warnings
-
-
-def test_nothing_warns_where_warnings_are_errors() -> None:
-    script = """
-        import torch, torchclip
-        parameters = list(torch.nn.Linear(2, 2).parameters())
-        for parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
-        torchclip.clip_grad_norm_(parameters, 1.0)
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-        with torchclip.Clipper(optimizer, torchclip.Percentile()), torchclip.installed():
-            optimizer.step()
-    """
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
-    subprocess.run(command, check=True, timeout=120)
-
-
-# Found by stress.py
-
-on_and_off = pytest.mark.usefixtures("kernel_on_and_off")
-
-
-@on_and_off
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
-def test_coefficients_below_the_range_of_float32(dtype: torch.dtype) -> None:
-    for clip in (torchclip.clip_grad_norm_, torchclip.clip_grad_adaptive_):
-        parameters = with_gradients([torch.full((4,), 1e30).to(dtype)])
-        clip(parameters, 1e-30) if clip is torchclip.clip_grad_norm_ else clip(parameters, 1e-30, 1.0)
-        torch.testing.assert_close(
-            parameters[0].grad.abs().double(), torch.full((4,), 5e-31).double(), rtol=4e-3, atol=0
-        )
-
-
-@on_and_off
-@pytest.mark.filterwarnings("ignore:Sparse ")
-def test_complex_compressed_gradients() -> None:
-    gradient = torch.tensor([[3 + 0j, 0], [0, 4j]]).to_sparse_csr()
-    parameter = nn.Parameter(gradient.clone())
-    parameter.grad = gradient
-    assert torchclip.clip_grad_norm_(parameter, 1.0) == 5
-    torch.testing.assert_close(gradient.values(), torch.tensor([0.6 + 0j, 0.8j]))
-
-
-@on_and_off
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
-def test_fused_steps_write_nothing_between_the_elements_of_a_gradient(name: str) -> None:
-    memory = torch.full((100, 1000), 7.0)
-    parameter = nn.Parameter(torch.zeros(100, 500))
-    parameter.grad = memory[:, ::2]
-    optimizer = getattr(torch.optim, name)([parameter], lr=0.1, fused=True)
-    Clipper(optimizer, 1.0)
-    optimizer.step()
-    assert memory[:, 1::2].eq(7).all()
-    assert float(torchclip.get_total_norm(parameter.grad)) == pytest.approx(1.0, rel=1e-6)
-
-
-@on_and_off
-@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
-def test_an_empty_gradient_has_no_part_in_a_norm_of_negative_order(scope: Scope) -> None:
-    groups = [
-        {"params": with_gradients([gradient])} for gradient in (torch.tensor([2.0, 3.0]), torch.zeros(0))
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    clipper = Clipper(optimizer, 1.0, norm_type=-math.inf, scope=scope)
-    optimizer.step()
-    assert last_of(clipper).total_norm == 2
-
-
-def test_the_twins_do_not_stumble_over_inf() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sums, clipped = reference.clip_per_example([np.array([[math.inf, 1.0], [3.0, 4.0]])], 1.0)
-        assert np.isnan(sums[0][0])
-        assert clipped == 2
-        gradient = np.zeros(2)
-        reference.clip_grad_adaptive([np.array([math.inf, 1.0])], [gradient], clip_factor=0.0)
-        assert np.isnan(gradient).all()
