@@ -11,6 +11,8 @@ import torch
 
 from torchclip import kernel
 
+pytestmark = pytest.mark.slow  # each starts a process
+
 HIDDEN = "table = getattr(torch.Tensor, NAME, None); setattr(torch.Tensor, NAME, None)"
 OWN_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and "torch_c_dlpack_ext" not in sys.modules
 LACKS = re.escape(f"off (torch {torch.__version__} has no DLPack exchange table")

@@ -153,6 +153,7 @@ def test_our_own_failure_is_not_a_result() -> None:
         timing.compare(gradients, "norm", found, SHORT)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None:
     results, picture = tmp_path / "results.json", tmp_path / "results.png"
     command = [sys.executable, "-m", "torchclip", "bench", "--quick", "--only", "two-3x3"]

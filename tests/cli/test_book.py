@@ -199,6 +199,7 @@ def test_the_lesson_shows_numpy_and_torch_beside_each_other(capsys: pytest.Captu
     assert_lesson(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_figures_replace_those_of_an_earlier_run(tmp_path: Path) -> None:
     (tmp_path / "tanh.png").write_bytes(b"old")
     book_command.run(tmp_path)
@@ -225,6 +226,7 @@ def test_command(tmp_path: Path) -> None:
     assert_figures(directory)
 
 
+@pytest.mark.slow
 def test_command_refuses_a_file_in_the_directory_s_place(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()

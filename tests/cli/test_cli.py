@@ -60,12 +60,14 @@ def test_info_shows_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> 
     assert facts["numpy"] == np.__version__
 
 
+@pytest.mark.slow
 def test_info_needs_no_extra() -> None:
     result = python("-c", WITHOUT_DEMO + MAIN, "info")
     assert result.returncode == 0, result.stderr
     assert "CPU kernel" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "book"])
 def test_a_missing_extra_is_named_with_its_remedy(command: str) -> None:
     result = python("-c", WITHOUT_DEMO + MAIN, command)
@@ -134,6 +136,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_option(
     assert reason in output.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_an_error_while_writing_names_the_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -160,6 +163,7 @@ def test_ctrl_c_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert capsys.readouterr().err == "torchclip info: interrupted\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["info", "book"])
 def test_a_reader_that_has_seen_enough_is_no_error(command: str) -> None:
     with subprocess.Popen(

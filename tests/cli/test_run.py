@@ -78,6 +78,7 @@ ENVIRONMENT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-m",)])
 def test_the_script_finds_what_it_finds_under_python(tmp_path: Path, options: tuple[str, ...]) -> None:
     arguments = ["--help", "-m", "--", "x y", "--lr=3"]
@@ -88,6 +89,7 @@ def test_the_script_finds_what_it_finds_under_python(tmp_path: Path, options: tu
     assert "No optimizer of torch's took a step" in under_torchclip.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "status"),
     [
@@ -116,6 +118,7 @@ def test_without_a_script_only_the_script_is_asked_for(capsys: pytest.CaptureFix
     assert capsys.readouterr().err.endswith("required: SCRIPT\n")
 
 
+@pytest.mark.slow
 def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torchclip", "run", "nowhere.py"], cwd=tmp_path, capture_output=True, text=True
@@ -124,6 +127,7 @@ def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     assert re.fullmatch(r"torchclip run: error: .*No such file.*nowhere\.py.*\n", done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["this is no Python", "x = 1\n  y = 2"])
 def test_a_script_that_is_no_python_never_ran(tmp_path: Path, source: str) -> None:
     under_python = run(tmp_path, source, launcher=())
@@ -159,6 +163,7 @@ def test_a_missing_module_that_the_script_imports_is_the_scripts_error(tmp_path:
     assert "torchclip: what clipping did" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-m",)])
 @pytest.mark.parametrize("safe", ["-P", "-I", "PYTHONSAFEPATH"])
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
@@ -186,6 +191,7 @@ def test_in_pythons_safe_mode_nothing_is_put_on_the_path(
     assert json.loads(found) == json.loads(expected) + added
 
 
+@pytest.mark.slow
 def test_a_directory_and_a_zip_file_run_as_under_python(tmp_path: Path) -> None:
     source = "import sys, beside; print(sys.argv[1:], len(sys.path), sys.path[0], __name__)"
     (tmp_path / "app").mkdir()
@@ -206,6 +212,7 @@ def test_a_directory_and_a_zip_file_run_as_under_python(tmp_path: Path) -> None:
         assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_of_many_ranks_the_first_reports(tmp_path: Path) -> None:
     assert run(tmp_path, SCRIPT, RANK="1").stderr == ""
 
@@ -236,6 +243,7 @@ def test_what_a_program_gets_is_a_function_like_the_one_it_replaces(recorder: Re
     assert copy.deepcopy(function) is function
 
 
+@pytest.mark.slow
 def test_pickled_functions_clip_in_other_processes(tmp_path: Path) -> None:
     source = """
         import multiprocessing

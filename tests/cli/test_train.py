@@ -134,6 +134,7 @@ def perplexity(run: training.Run) -> float:
 # What it learns
 
 
+@pytest.mark.slow
 def test_clipping_decides_whether_the_model_learns() -> None:
     # The command's defaults, shortened to 150 of their 300 steps.
     unclipped, clipped = trained(steps=150, **COMMAND)
@@ -143,6 +144,7 @@ def test_clipping_decides_whether_the_model_learns() -> None:
     assert max(step.norm for step in unclipped.steps) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threshold", "setting"),
     [("percentile", {"steps": 60}), ("zscore", {"steps": 110, "warmup": 100, "seed": 3})],
@@ -264,6 +266,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_reported(
     assert "scores are not finite" in output
 
 
+@pytest.mark.slow
 def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
     plot, model = tmp_path / "plot.png", tmp_path / "model.pt"
     files = ["--plot", str(plot), "--save", str(model)]
@@ -453,6 +456,7 @@ def test_plot_must_be_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 # On several processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "threshold"), [("rnn", "fixed"), ("lstm", "percentile")])
 def test_two_processes_have_the_numbers_of_one(cell: str, threshold: str) -> None:
     result = torchrun(train_on_ranks.__file__, cell, threshold)
@@ -468,6 +472,7 @@ def test_two_processes_have_the_numbers_of_one(cell: str, threshold: str) -> Non
                 np.testing.assert_allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_first_process_shows_and_writes_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -484,6 +489,7 @@ def test_under_torchrun_the_first_process_shows_and_writes_all(
     torch.testing.assert_close(loaded, expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_process_ends_all_after_the_same_step() -> None:
     (first, output, first_errors), (second, nothing, second_errors) = on_two_ranks(
         "-c", INTERRUPTED, "train", *TINY
@@ -493,6 +499,7 @@ def test_ctrl_c_on_one_process_ends_all_after_the_same_step() -> None:
     assert (nothing, first_errors, second_errors) == ("", "", "")
 
 
+@pytest.mark.slow
 def test_all_processes_refuse_and_one_says_why() -> None:
     (first, output, error), (second, *nothing) = on_two_ranks("-m", "torchclip", "train", "--batch", "5")
     assert (first, second) == (2, 2)

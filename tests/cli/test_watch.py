@@ -450,6 +450,7 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
@@ -484,6 +485,7 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=\"http|@import|url\(http", page)
 
 
+@pytest.mark.slow
 def test_advice_comes_after_what_clipping_did_and_before_time(tmp_path: Path) -> None:
     text = run(tmp_path, "script.py").stderr
     assert text.index("60 steps") < text.index("\nadvice\n") < text.index("\ntime\n")
@@ -492,6 +494,7 @@ def test_advice_comes_after_what_clipping_did_and_before_time(tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["40", "60", "120"])
 def test_the_report_fits_the_terminal(tmp_path: Path, columns: str) -> None:
     text = run(tmp_path, "script.py", COLUMNS=columns).stderr
@@ -508,6 +511,7 @@ def test_none_goes_with_no_other_trial(other: list[str], capsys: pytest.CaptureF
     assert f"--none and {other[0]} do not go together" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_at_the_end_is_said(tmp_path: Path) -> None:
     done = run(tmp_path, "--csv", "a/a.csv", "script.py")
     assert (done.returncode, done.stdout) == (2, "")
@@ -535,6 +539,7 @@ for step in range(4):
 """
 
 
+@pytest.mark.slow
 def test_the_progress_line_is_beneath_what_the_script_writes(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SLOW)
     main_side, its_side = pty.openpty()

@@ -635,6 +635,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is measured in other units elsewhere")
 def test_what_is_allocated_does_not_grow_with_the_gradients(everywhere: str, on_host: None) -> None:
     command = [sys.executable, "-c", MEASURE, everywhere]

@@ -43,6 +43,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(kernel.status().startswith("off"), reason="promised where the kernel does it")
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to itself")
 def test_ctrl_c_leaves_all_gradients_scaled_or_none() -> None:
@@ -108,6 +109,7 @@ def test_ten_thousand_steps_leave_no_growth(with_kernel: str) -> None:
 # Warnings
 
 
+@pytest.mark.slow
 def test_nothing_warns_where_warnings_are_errors() -> None:
     script = """
         import torch, torchclip

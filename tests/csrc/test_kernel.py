@@ -572,6 +572,7 @@ def test_two_python_threads() -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_does_not_hang() -> None:
     script = """
@@ -634,6 +635,7 @@ def test_memory_does_not_grow() -> None:
     assert [sys.getrefcount(gradient), sys.getrefcount(sparse)] == counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each starts a process
+
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
 def test_a_missing_framework_is_named_with_its_extra(framework: str) -> None:
