@@ -107,12 +107,12 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
     if native.extension is not None and group is None and not memory.intercepted():
         batch = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
         # A parameter without a gradient here may have one on another rank, which waits for this one.
-        if not batch.rest and not (batch.subclassed and any(map(mesh.is_dtensor, items))):
+        if not batch.rest and not (batch.subclassed and mesh.any_dtensor(items)):
             return cast("Batch", batch)
     found = _Found.among(items, name)
     if take_grad:
         refuse_unwritable(mesh.locals_of(found.tensors), items, given)
-    if group is not None or any(map(mesh.is_dtensor, items)):
+    if group is not None or mesh.any_dtensor(items):
         return ShardedBatch(items, take_grad, mesh.as_groups(group), _local)
     return _local(found.tensors, found.shared)
 
@@ -122,8 +122,9 @@ def _local(tensors: list[Tensor], shared: bool) -> Batch:
     if memory.intercepted():
         return AcceleratorBatch(tensors, shared)
     by_kernel, others = _parted_by_kernel(tensors)
-    on_host = [tensor for tensor in others if memory.on_host([tensor])]
-    on_device = [tensor for tensor in others if not memory.on_host([tensor])]
+    readable = not memory.unreadable()
+    on_host = [tensor for tensor in others if readable and tensor.is_cpu]
+    on_device = others if not on_host else [tensor for tensor in others if not tensor.is_cpu]
     parts: list[Batch] = []
     if by_kernel:
         parts.append(native.extension.tensors(by_kernel))

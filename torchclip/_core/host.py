@@ -25,8 +25,8 @@ _SERIAL = (1 << 15) - 1
 _ROW = 1 << 10
 # Below this size a tensor's own call costs more than copying it beside others.
 _JOINED = 1 << 14
-# From this size on a float32 norm that has to be verified is cheaper than an exact one.
-_LARGE = 1 << 18
+# From so many elements on a float32 norm that has to be verified is cheaper than an exact one.
+_LARGE = 1 << 16
 # Of those so many can be looked at in one go: no copy is made, and their rows have at most _SERIAL norms.
 _LONG_PIECE = 128 * _SERIAL
 
@@ -34,13 +34,15 @@ _LONG_PIECE = 128 * _SERIAL
 def facts_of(tensors: Sequence[Tensor], shared: bool) -> int:
     """``Facts`` of tensors that torch operations work on; these are never small (see ``SMALL``)."""
     facts = Facts.SHARED if shared else Facts(0)
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not dtypes.isdisjoint(memory.DOUBLE):
+        facts |= Facts.DOUBLE
+    if any(dtype.is_complex for dtype in dtypes):
+        facts |= Facts.COMPLEX
     for tensor in tensors:
-        if tensor.dtype in memory.DOUBLE:
-            facts |= Facts.DOUBLE
-        if tensor.is_complex():
-            facts |= Facts.COMPLEX
         if tensor.layout is torch.strided and not memory.fills_its_memory(tensor):
             facts |= Facts.GAPS
+            break
     return int(facts)
 
 
@@ -145,11 +147,20 @@ def _finite_norm(tensor: Tensor, p: float) -> float:
 def _norm(tensors: Sequence[Tensor], p: float) -> float:
     parts: list[float] = []
     of_rows: list[Tensor] = []
+    narrow: list[Tensor] = []
+    elements = 0
     for piece in _pieces_of(tensors, p):
-        if _is_narrow(piece, p):
-            of_rows += _narrow_norms(piece, p)
-        else:
+        if not _is_narrow(piece, p):
             parts += _piece_norms(piece, p)
+            continue
+        # Some may be copies, so that not all are kept until the end.
+        narrow.append(piece)
+        elements += len(piece)
+        if elements >= memory.PIECE:
+            of_rows += _narrow_norms(narrow, p)
+            narrow, elements = [], 0
+    if narrow:
+        of_rows += _narrow_norms(narrow, p)
     if of_rows:
         joined = of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows)
         parts += [float(vector_norm(some, p)) for some in memory.split(joined, _SERIAL)]
@@ -187,44 +198,59 @@ def _is_narrow(tensor: Tensor, p: float) -> bool:
     return p in (1, 2) and tensor.dtype in NARROW_REAL
 
 
-def _narrow_norms(piece: Tensor, p: float) -> list[Tensor]:
-    """Float64 norms of the parts of a narrow piece."""
-    if len(piece) <= _JOINED:
-        return [vector_norm(piece, p, dim=0, keepdim=True, dtype=torch.float64)]
-    verified = _verified_float32_norms(piece, p) if len(piece) >= _LARGE else None
+def _narrow_norms(pieces: Sequence[Tensor], p: float) -> list[Tensor]:
+    """Float64 norms of the parts of narrow pieces."""
+    long = [piece for piece in pieces if len(piece) > _JOINED]
+    norms = [
+        vector_norm(piece, p, dim=0, keepdim=True, dtype=torch.float64)
+        for piece in pieces
+        if len(piece) <= _JOINED
+    ]
+    verified = None
+    if sum(map(len, long)) >= _LARGE:
+        verified = _verified_float32_norms(long, p)
     if verified is not None:
-        return verified
-    return [
+        return norms + verified
+    return norms + [
         vector_norm(rows, p, dim=1, dtype=torch.float64)
+        for piece in long
         for part in memory.split(piece, memory.PIECE)
         for rows in _rows(part, _ROW)
     ]
 
 
-def _verified_float32_norms(piece: Tensor, p: float) -> list[Tensor] | None:
-    """The norms of two parts of a piece at the speed of float32, or None where they are not accurate.
+def _verified_float32_norms(pieces: Sequence[Tensor], p: float) -> list[Tensor] | None:
+    """Norms of the parts of pieces at the speed of float32, or None where they are not accurate.
 
     Rows of 128 are summed in float32 and joined in float64.  On most gradients the rows' rounding errors
     cancel out (to some 1e-9); where they do not, as for constant ones, every 67th row, done again in float64,
     shows it: 67 is in step with no usual width of a matrix.
     """
-    rows, *rest = _rows(piece, 128)
-    of_rows = vector_norm(rows, p, dim=1, dtype=torch.float32).double()
-    of_whole = vector_norm(of_rows, p)
+    matrices = [piece.unfold(0, 128, 128) for piece in pieces]
+    of_rows = [vector_norm(rows, p, dim=1, dtype=torch.float32) for rows in matrices]
+    of_whole = vector_norm(_together(of_rows).double(), p)
+    exact_rows = [vector_norm(rows[::67], p, dim=1, dtype=torch.float64) for rows in matrices]
     sampled, exact, whole = torch.stack(
         [
-            vector_norm(of_rows[::67], p),
-            vector_norm(vector_norm(rows[::67], p, dim=1, dtype=torch.float64), p),
+            vector_norm(_together([norms[::67] for norms in of_rows]).double(), p),
+            vector_norm(_together(exact_rows), p),
             of_whole,
         ]
     ).tolist()
     # Far from both ends of the float32 range, where squares overflow or lose their digits.
-    in_range = 1e-15 * len(of_rows) < whole < 1e15
+    in_range = 1e-15 * sum(map(len, of_rows)) < whole < 1e15
     # Next to nothing in the rows looked at says nothing about the others.
     telling = exact**p > whole**p / 256
     if not (in_range and telling and abs(sampled - exact) <= 2e-8 * exact):
         return None
-    return [of_whole.view(1), *(vector_norm(part, p, dim=1, dtype=torch.float64) for part in rest)]
+    rests = [piece[-(len(piece) % 128) :] for piece in pieces if len(piece) % 128]
+    if not rests:
+        return [of_whole.view(1)]
+    return [of_whole.view(1), vector_norm(_together(rests), p, dim=0, keepdim=True, dtype=torch.float64)]
+
+
+def _together(vectors: Sequence[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else _beside(vectors)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

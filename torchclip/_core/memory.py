@@ -129,6 +129,8 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
         described: says of one of them whose gradient it is.
     """
     for tensor in tensors:
+        if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.dtype in _WRITABLE:
+            continue  # as most are
         if tensor.dtype not in _WRITABLE:
             raise TypeError(
                 f"{described(tensor)} and dtype {tensor.dtype}, which cannot be scaled; "

@@ -7,7 +7,7 @@ joint norm of the parts along the former: a copy is counted once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -55,6 +55,12 @@ def dtensor_types() -> tuple[type, ...]:
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor."""
     return isinstance(tensor, dtensor_types())
+
+
+def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors is a DTensor."""
+    types = dtensor_types()
+    return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
 
 
 def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None:
