@@ -21,7 +21,7 @@ from train_on_ranks import MODEL, trained
 
 from torchclip import Percentile, Threshold, ZScore
 from torchclip.cli.main import main
-from torchclip.cli.train import figure, parallel, training
+from torchclip.cli.train import display, figure, parallel, training
 from torchclip.cli.train.model import load_model, sample
 from torchclip.cli.train.options import LEARNING_RATES, MAX_NORMS, Options
 
@@ -339,16 +339,66 @@ def test_plot_is_a_picture_with_something_in_it(
 
 
 @pytest.mark.parametrize(
-    ("max_norms", "label"),
-    [([0.5, 0.5], "threshold 0.5"), ([math.inf, 0.4], "threshold"), ([math.inf] * 2, None)],
+    ("max_norms", "note", "label"),
+    [
+        ([0.5, 0.5, 0.5], "", "threshold 0.5"),
+        ([0.5, 0.4, 0.5], "", "threshold"),
+        ([0.5, 0.4, 0.5], "why", "threshold (why)"),
+        ([math.inf, math.inf, 0.4], "", "threshold (from step 3 on, after learning from those before)"),
+        ([math.inf, 0.4, 0.3], "why", "threshold (from step 2 on, after learning from those before; why)"),
+        ([math.inf] * 3, "why", None),
+        ([0.0] * 3, "", None),
+    ],
 )
-def test_plot_shows_the_threshold_where_there_is_one(max_norms: list[float], label: str | None) -> None:
-    runs = {"unclipped": [3.0, 2.0], "clipped": [3.0, 1.0]}
-    _, axes = figure.training_figure(losses=runs, norms=runs, max_norms=max_norms).axes
-    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines() if line.get_color() == "black"}
+def test_plot_shows_the_threshold_where_there_is_one(
+    max_norms: list[float], note: str, label: str | None
+) -> None:
+    runs = {"unclipped": [3.0, 2.0, 2.0], "clipped": [3.0, 1.0, 1.0]}
+    _, axes = figure.training_figure(losses=runs, norms=runs, max_norms=max_norms, note=note).axes
+    black = [line for line in axes.get_lines() if line.get_color() == "black"]
+    drawn = {" ".join(str(line.get_label()).split()): line.get_ydata() for line in black}
     assert list(drawn) == ([label] if label else [])
     for values in drawn.values():
         np.testing.assert_array_equal(values, np.where(np.isinf(max_norms), np.nan, max_norms))
+
+
+def test_plot_marks_the_steps_that_were_clipped() -> None:
+    runs = {"unclipped": [3.0, 2.0, 5.0], "clipped": [3.0, 1.0, math.inf]}
+    _, axes = figure.training_figure(runs, runs, [2.0] * 3, clipped=[True, False, True]).axes
+    (marks,) = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert marks.get_label() == "clipped (2 of 3 steps)"
+    np.testing.assert_array_equal(marks.get_xdata(), [1, 3])
+    np.testing.assert_array_equal(marks.get_ydata(), [3.0, math.nan])
+
+
+def test_html_is_a_page_about_both_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "page.html"
+    _, output = run(capsys, "--html", path)
+    assert f"Page: {path}" in output
+    page = path.read_text()
+    assert all(word in page for word in ("unclipped", "clipped", "recurrent.weight_hh_l0"))
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_output_fits_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(display.console, "width", columns)
+    _, output = run(capsys)
+    assert max(map(len, output.splitlines())) <= columns
+    assert not any(line.endswith(" ") for line in output.splitlines())
+    assert "…" not in output
+    words = " ".join(output.split())
+    assert all(number in words for number in ("loss", "perplexity", "6 of 6"))
+
+
+@pytest.mark.parametrize("threshold", ["adagc", "rolling-sigma"])
+def test_newer_thresholds(threshold: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, output = run(capsys, "--threshold", threshold)
+    assert status == 0
+    assert row(output, "clipped")[1] == "6 of 6"
+    if threshold == "rolling-sigma":
+        assert "--max-norm has no meaning" in refusal(capsys, "--threshold", threshold, "--max-norm", 1)
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm"])

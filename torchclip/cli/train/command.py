@@ -6,6 +6,7 @@ numbers do not depend on how many cores a machine has.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ def run(
     text: Path | None,
     only: str | None,
     plot: Path | None,
+    html: Path | None,
     save: Path | None,
     way: parallel.Way | None,
     cell: str,
@@ -40,6 +42,7 @@ def run(
         text: the file to learn from; by default Python's own documentation.
         only: ``"clipped"`` or ``"unclipped"`` for one run instead of both.
         plot: where the picture of loss and gradient norm goes.
+        html: where a page about the norms of both runs goes.
         save: where the clipped (or only) model goes.
         way: how several processes train one model; by default ``"fsdp"``.
         cell: ``"rnn"`` or ``"lstm"``.
@@ -56,6 +59,8 @@ def run(
         argparse.ArgumentError: if the text or the options cannot be used.
         OSError: if a file cannot be read or written.
     """
+    if html is not None and importlib.util.find_spec("jinja2") is None:
+        raise refusal("argument --html: needs jinja2; install with: pip install 'torchclip[demo]'")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     if threshold in WITHOUT_CEILING and max_norm is not None:
@@ -89,7 +94,9 @@ def run(
             save_model(save, weights[-1], vocabulary, options)
             display.saved(save)
         if plot is not None:
-            display.plot(runs, plot)
+            display.plot(runs, plot, options)
+        if html is not None:
+            display.page(runs, html)
     status = 130 if interrupted else 0
     if parallel.launched():
         parallel.leave(status)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.box import SIMPLE
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -16,18 +17,29 @@ from rich.text import Text
 from torch import Tensor
 
 from torchclip.cli.options import writing
+from torchclip.cli.terminal import console_for
 from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.figure import training_figure
 from torchclip.cli.train.options import Options
 from torchclip.cli.train.parallel import Way, world_size
 from torchclip.cli.train.training import Run, Step
+from torchclip.history.page import page as html_page
 
 PROGRESS_WIDTH = 15
 RECENT = 20  # the loss shown is the mean of so many steps, since single ones are noisy
 SAMPLE_LINES = 6
 WAYS = {"fsdp": "FSDP2", "ddp": "DDP"}
 
-console = Console(width=min(Console().width, 80))
+WIDE = 72  # columns from which on each run has a row
+NUMBERS = ("loss", "perplexity", "gradient norm", "largest norm", "clipped steps")
+WHY_IT_CHANGES = {
+    "percentile": "follows the norms",
+    "zscore": "follows the norms, and pulls spikes back below what is usual",
+    "adagc": "the smallest of all parameters",
+    "rolling-sigma": "follows the norms",
+}
+
+console = console_for(80)
 
 
 def introduction(
@@ -95,13 +107,23 @@ def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> Non
 
 
 def _table(runs: Sequence[Run], progress: Callable[[Run], RenderableType]) -> Table:
+    """A row a run, or on little width a column a run."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("run", vertical="bottom")
-    table.add_column("step", vertical="bottom", min_width=PROGRESS_WIDTH)
-    for header in ("loss", "perplexity", "gradient\nnorm", "largest\nnorm", "clipped\nsteps"):
-        table.add_column(header, justify="right", vertical="bottom")
-    for run in runs:
-        table.add_row(run.name, progress(run), *_numbers(run.steps, clips=run.name == "clipped"))
+    headers = ["run", "step", *NUMBERS]
+    rows = [[run.name, progress(run), *_numbers(run.steps, clips=run.name == "clipped")] for run in runs]
+    if console.width >= WIDE:
+        table.add_column(headers[0], vertical="bottom")
+        table.add_column(headers[1], vertical="bottom", min_width=PROGRESS_WIDTH)
+        for header in NUMBERS:
+            table.add_column(header.replace(" ", "\n"), justify="right", vertical="bottom")
+        for row in rows:
+            table.add_row(*row)
+    else:
+        table.add_column("")
+        for run in runs:
+            table.add_column(run.name, justify="right")
+        for cells in zip_longest(headers[1:], *(row[1:] for row in rows), fillvalue=""):
+            table.add_row(*cells)
     return table
 
 
@@ -137,23 +159,33 @@ def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
         console.print(Panel(body, title=f"written by the {run.name} model", title_align="left"))
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
+def plot(runs: Sequence[Run], path: Path, options: Options) -> None:
     """Write the picture of the runs."""
+    clips = runs[-1].name == "clipped"
     figure = training_figure(
         losses={run.name: [step.loss for step in run.steps] for run in runs},
         norms={run.name: [step.norm for step in run.steps] for run in runs},
         max_norms=[step.max_norm for step in runs[-1].steps],
+        clipped=[step.clipped for step in runs[-1].steps] if clips else (),
+        note=WHY_IT_CHANGES.get(options.threshold, ""),
     )
     with writing(path):
         figure.savefig(path)
-    console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)
+    _tell_file("Picture", path)
+
+
+def page(runs: Sequence[Run], path: Path) -> None:
+    """Write a page about the norms of the runs."""
+    html = html_page("torchclip train", {run.name: run.history for run in runs})
+    with writing(path):
+        path.write_text(html, encoding="utf-8")
+    _tell_file("Page", path)
 
 
 def saved(path: Path) -> None:
     """Say where the model is, and how to get it back."""
-    console.print(
-        f"Model: {path} (torchclip.cli.train.model.load_model reads it)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    _tell_file("Model", path, " (torchclip.cli.train.model.load_model reads it)")
+
+
+def _tell_file(what: str, path: Path, more: str = "") -> None:
+    console.print(f"{what}: {path}{more}", markup=False, highlight=False, soft_wrap=True)

@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the processes that torchrun started train one model (default: fsdp)",
     )
     add("--plot", type=png_file, metavar="FILE", help="draw loss and gradient norm into a PNG file")
+    add("--html", type=file_to_write, metavar="FILE", help="write a page about the norms, for a browser")
     add(
         "--save",
         type=file_to_write,

@@ -28,6 +28,7 @@ from torchclip.cli.thresholds import max_norm_of
 from torchclip.cli.train import parallel
 from torchclip.cli.train.model import Model, detached
 from torchclip.cli.train.options import Options
+from torchclip.history.history import History
 from torchclip.thresholds.base import MaxNorm
 
 # The text
@@ -79,6 +80,8 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 
 # Training
 
+LAYERS_EVERY = 10  # steps after which the norm of each parameter is kept, for the page of --html
+
 
 class Step(NamedTuple):
     """What is kept of one training step."""
@@ -89,15 +92,18 @@ class Step(NamedTuple):
     clipped: bool
 
 
-def train(model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm) -> Iterator[Step]:
+def train(
+    model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm, history: History
+) -> Iterator[Step]:
     """Train the model in place, a step for each ``next()``.
 
     An infinite ``max_norm`` measures the gradients without clipping them.  A loss that is not finite is the
-    last one: nothing can be learned after it.
+    last one: nothing can be learned after it.  ``history`` gets a record for each step.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
     # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
-    clipper = torchclip.Clipper(optimizer, max_norm)
+    clipper = torchclip.Clipper(optimizer, max_norm, model=model, layers_every=LAYERS_EVERY)
+    clipper.history = history
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / options.warmup))
     state = None
     for inputs, targets in batches(tokens, options):
@@ -123,6 +129,7 @@ class Run:
     model: nn.Module
     max_norm: MaxNorm
     steps: list[Step] = field(default_factory=list)
+    history: History = field(default_factory=History)
 
     @property
     def diverged(self) -> bool:
@@ -145,7 +152,7 @@ def start_runs(
 
 def advance(runs: list[Run], tokens: Tensor, options: Options) -> bool:
     """Train all runs beside each other, step by step, to their end or to Ctrl-C: whether that came."""
-    trainings = [train(run.model, tokens, options, run.max_norm) for run in runs]
+    trainings = [train(run.model, tokens, options, run.max_norm, run.history) for run in runs]
     with parallel.CtrlC() as ctrl_c:
         for steps in zip_longest(*trainings):
             for run, step in zip(runs, steps, strict=True):
