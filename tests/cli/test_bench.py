@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from torchclip.cli import main as cli
-from torchclip.cli.bench import contenders, figure, table, timing
+from torchclip.cli.bench import contenders, figure, loop, steps, table, timing
 from torchclip.cli.bench.contenders import OPERATIONS, Gradients
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS, Workload
 
@@ -217,7 +217,7 @@ def row(name: str, workload: Workload, operation: str, **seconds: float) -> timi
     }
 
 
-@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
 def test_the_table_is_whole_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"torch": 4e-5, "optax": 2e-5, "kernel_off": 3e-5, "torchclip": 2e-6}
     rows = [row("ppo", WORKLOADS["ppo"], op, **times) for op in OPERATIONS]
@@ -227,6 +227,7 @@ def test_the_table_is_whole_at_any_width(width: int, capsys: pytest.CaptureFixtu
     assert "…" not in output
     for header in ("optax", "kernel off", "GB/s", "torchclip:"):
         assert output.count(header) == 1
+    assert output.count("2 µs") > 0
 
 
 def test_the_scaling_figure_is_not_blank(tmp_path: Path) -> None:
@@ -258,3 +259,76 @@ def test_costs_that_grow_are_seen() -> None:
     assert all(check.met for check in CHECKS["checks"](flat))
     flat[4]["contenders"]["torchclip"] = result(0.2 * 100_000)
     assert [check.met for check in CHECKS["checks"](flat)] == [False, True]
+
+
+# Inside of training steps
+
+
+def step_row(model: str, optimizer: str, clips: bool) -> dict[str, Any]:
+    names = list(loop.CONTENDERS)[1:]
+    added = {name: loop.Added(1e-6 * (i + 1), 2e-6 * (i + 1)) for i, name in enumerate(names)}
+    return {
+        "model": model,
+        "title": steps.TITLES[model],
+        "optimizer": optimizer,
+        "clips": clips,
+        "added": {name: list(each) for name, each in added.items()},
+        "speedup": {name: list(each) for name, each in loop.speedups(added).items()},
+    }
+
+
+STEP_ROWS = [
+    step_row(model, optimizer, clips)
+    for model in loop.MODELS
+    for optimizer in loop.OPTIMIZERS
+    for clips in (False, True)
+]
+
+
+def test_every_model_and_optimizer_is_measured_in_steps() -> None:
+    rows = steps.measure_steps(rounds=2)
+    assert [(r["model"], r["optimizer"], r["clips"]) for r in rows] == [
+        (r["model"], r["optimizer"], r["clips"]) for r in STEP_ROWS
+    ]
+    for row in rows:
+        assert row["added"].keys() == set(loop.CONTENDERS) - {"no clipping"}
+        assert set(figure.IN_STEPS) <= row["speedup"].keys()
+        assert set(steps.COLUMNS) <= row["added"].keys()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
+def test_the_table_of_steps_fits(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    steps.show_steps(STEP_ROWS, Console(width=width))
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= width
+    assert "…" not in output
+    assert output.count("MLP 17-64-64-6") == 1
+    assert "Clipper" in output
+
+
+def test_steps_come_first_in_the_picture_and_each_panel_has_its_scale() -> None:
+    times = {"torch": 4e-5, "optax": 2e-5, "kernel_off": 3e-5, "torchclip": 2e-6}
+    rows = [row(n, WORKLOADS[n], op, **times) for n in ("ppo", "gpt2") for op in OPERATIONS]
+    drawn = figure.benchmark_figure(rows, OPERATIONS, STEP_ROWS)
+    first, *panels = drawn.axes
+    assert "inside of a training step" in first.get_title()
+    assert len(first.patches) == len(figure.IN_STEPS) * len(STEP_ROWS)
+    assert [axes.get_title() for axes in panels] == list(OPERATIONS.values())
+    panels[0].set_xlim(1, 1e6)
+    assert panels[1].get_xlim() != panels[0].get_xlim()
+    assert first.get_xlim() != panels[1].get_xlim()
+
+
+def test_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torchclip.cli.bench.command.measure_steps", lambda rounds: STEP_ROWS)
+    results, picture = tmp_path / "results.json", tmp_path / "results.png"
+    files = ["--json", str(results), "--plot", str(picture)]
+    assert cli.main(["bench", "--only", "steps", *files]) == 0
+    report = json.loads(results.read_text())
+    assert (report["rows"], report["steps"]) == ([], STEP_ROWS)
+    assert imread(picture).std() > 0.05
+    output = capsys.readouterr().out
+    assert "µs that clipping adds to a step" in " ".join(output.split())
+    assert not any(line.endswith(" ") for line in output.splitlines())

@@ -9,19 +9,23 @@ import platform
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from torchclip.cli import info
 from torchclip.cli.bench.contenders import OPERATIONS, RIVALS
 from torchclip.cli.bench.figure import benchmark_figure, scaling_figure
+from torchclip.cli.bench.loop import ROUNDS
+from torchclip.cli.bench.steps import measure_steps, show_steps
 from torchclip.cli.bench.table import show
 from torchclip.cli.bench.timing import FULL, QUICK, measure
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS
 from torchclip.cli.options import file_to_write, png_file, refusal, writing
+from torchclip.cli.terminal import console_for
 
 __all__ = ["add_arguments", "machine", "run"]
 
-WIDTH = 140  # of the table, where no terminal sets it
+WIDTH = 140  # of the tables, where no terminal sets it
+STEPS = "steps"  # the measurement inside of training steps, as --only calls it
+QUICK_ROUNDS = 40  # there, for a look
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         metavar="WORKLOAD",
         action="append",
-        choices=WORKLOADS,
-        help=f"measure this one only; may be repeated: {', '.join(WORKLOADS)}",
+        choices=[STEPS, *WORKLOADS],
+        help=f"measure this only; may be repeated: {STEPS} (in training), {', '.join(WORKLOADS)}",
     )
     add(
         "--scaling",
@@ -78,9 +82,9 @@ def run(
     """Measure, and show the table."""
     if only and scaling:
         raise refusal("--only and --scaling do not go together")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = console_for(WIDTH)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH
     facts = machine()
     if device.type != "cpu":
         facts["gradients on"] = _device_name(device)
@@ -88,15 +92,21 @@ def run(
 
     # In the series torch.compile would take hours, and optax hold the largest gradients twice more.
     rivals = [] if scaling else ["optax"] if quick else RIVALS
-    workloads = SCALING if scaling else {name: WORKLOADS[name] for name in only or WORKLOADS}
+    workloads = SCALING if scaling else {n: w for n, w in WORKLOADS.items() if n in (only or WORKLOADS)}
+    in_steps = []
+    if device.type == "cpu" and not scaling and STEPS in (only or [STEPS]):
+        in_steps = measure_steps(QUICK_ROUNDS if quick else ROUNDS)
+        show_steps(in_steps, console)
     rows = measure(workloads, QUICK if quick else FULL, rivals, device)
-    show(rows, console)
+    if rows:
+        show(rows, console)
     if results:
         with writing(results):
-            results.write_text(json.dumps({"machine": facts, "quick": quick, "rows": rows}, indent=1) + "\n")
+            report = {"machine": facts, "quick": quick, "steps": in_steps, "rows": rows}
+            results.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
     if picture:
-        figure = scaling_figure(rows) if scaling else benchmark_figure(rows, OPERATIONS)
+        figure = scaling_figure(rows) if scaling else benchmark_figure(rows, OPERATIONS, in_steps)
         with writing(picture):
             figure.savefig(picture)
         console.print(f"Picture: {picture}", markup=False, highlight=False, soft_wrap=True)

@@ -17,21 +17,23 @@ __all__ = ["cells", "headers", "present", "show"]
 
 PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at the least
 
+NARROW = 58  # columns of a terminal from which on the table has the names of the functions
 CACHED = 1 << 20  # bytes up to which the memory's bandwidth says nothing
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print the results, and what failed."""
     unlimited = console.options.update(width=10_000)  # a measured width is never above the console's
+    short = console.width < NARROW
     first, end = 0, len(headers(present(rows)))
     while first < end:  # side by side as many columns as fit, but at least one; the others below
         last = end
         while (
             last > first + 1
-            and console.measure(_table(rows, first, last), options=unlimited).maximum > console.width
+            and console.measure(_table(rows, first, last, short), options=unlimited).maximum > console.width
         ):
             last -= 1
-        console.print(_table(rows, first, last))
+        console.print(_table(rows, first, last, short))
         first = last
     for row in rows:
         for name, result in row["contenders"].items():
@@ -40,17 +42,26 @@ def show(rows: Sequence[Row], console: Console) -> None:
                 console.print(text, markup=False, highlight=False)
 
 
-def _table(rows: Sequence[Row], first: int, last: int) -> Table:
+def _table(rows: Sequence[Row], first: int, last: int, short: bool) -> Table:
+    """Some of the columns.
+
+    Args:
+        rows: what was measured.
+        first: the first column, from 0.
+        last: the one after the last.
+        short: whether the names of the functions are left out.
+    """
     names = present(rows)
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column(no_wrap=True)
+    table = Table(box=SIMPLE, pad_edge=False, show_edge=not short)
+    table.add_column(no_wrap=not short, max_width=16 if short else None)
     for header in headers(names)[first:last]:
-        table.add_column(header, justify="right", vertical="bottom")
+        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
     for i, row in enumerate(rows):
         if i % len(OPERATIONS) == 0:
             table.add_row(f"[bold]{row['title']}")
             table.add_row(f"[dim]{row['tensors']:,} tensors, {row['elements']:,} elements")
-        table.add_row("  " + OPERATIONS[row["operation"]], *cells(row, names)[first:last])
+        name = row["operation"] if short else OPERATIONS[row["operation"]]
+        table.add_row(f"  {name}", *cells(row, names)[first:last])
     return table
 
 

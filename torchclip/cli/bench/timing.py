@@ -29,6 +29,7 @@ __all__ = [
     "Timer",
     "compare",
     "measure",
+    "progress",
     "quartiles",
     "second_arguments",
     "summary",
@@ -76,7 +77,7 @@ def measure(
         device: where the gradients are.
     """
     rows = []
-    with _progress(len(workloads) * len(OPERATIONS)) as begin:
+    with progress(len(workloads) * len(OPERATIONS)) as begin:
         for name, workload in workloads.items():
             gradients = Gradients(workload, device)
             others = contenders(gradients, rivals)
@@ -249,7 +250,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
+def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr, moved by calling what is yielded; nothing is drawn while the clock runs."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
