@@ -7,7 +7,6 @@ long as a :class:`Ranks`, which is a session of pytest; they are forked from one
 
 import faulthandler
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -113,8 +112,8 @@ def _serve(rank: int, connection: Connection, output: Path) -> None:
     import torch
 
     with output.open("w") as file:
-        os.dup2(file.fileno(), sys.__stdout__.fileno())
-        os.dup2(file.fileno(), sys.__stderr__.fileno())
+        for printed in (1, 2):
+            os.dup2(file.fileno(), printed)
     torch.set_num_threads(1)
     while True:
         try:
@@ -122,7 +121,7 @@ def _serve(rank: int, connection: Connection, output: Path) -> None:
         except EOFError:
             return
         # Where a check hangs is what the test then shows.
-        faulthandler.dump_traceback_later(DEADLINE - 1, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(DEADLINE - 1, file=2)
         connection.send(_run(check, with_kernel, rank, store))
         faulthandler.cancel_dump_traceback_later()
 

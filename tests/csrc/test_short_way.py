@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -308,7 +308,7 @@ class Overriding(nn.Linear):
     """Has the parameters of a layer twice as large, so to speak: gives the weight only."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        yield "weight", self.weight
+        yield "weight", cast("nn.Parameter", self.weight)
 
 
 class OverridingMembers(nn.Linear):
@@ -519,7 +519,7 @@ def test_a_method_that_is_replaced_later_is_noticed(monkeypatch: pytest.MonkeyPa
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(owner, name, lambda self, *_, **__: iter([]), raising=False)
                 assert not is_short(Call(model))
-    model.named_modules = lambda *_: iter([])  # type: ignore[method-assign,assignment]
+    model.named_modules = lambda *_: iter([])  # type: ignore[method-assign]
     assert not is_short(Call(model))
 
 
@@ -570,7 +570,7 @@ def test_a_generator_is_used_up_afterwards(limit: float) -> None:
 
 def test_a_generator_that_is_left_to_the_full_way_is_still_whole() -> None:
     model = trained(WALKED["nested"])
-    model[0].weight.grad[0] = math.nan  # type: ignore[index,union-attr]
+    model[0].weight.grad[0] = math.nan  # type: ignore[index]
     generator = model.parameters()
     assert not is_short(Call(generator))
     assert len(list(generator)) == len(list(model.parameters()))
@@ -578,7 +578,7 @@ def test_a_generator_that_is_left_to_the_full_way_is_still_whole() -> None:
 
 def test_names_of_a_modules_parameters_in_errors() -> None:
     model = trained(WALKED["nested"])
-    model[1][1].bias.grad.fill_(math.inf)  # type: ignore[index,union-attr]
+    model[1][1].bias.grad.fill_(math.inf)  # type: ignore[index]
     with pytest.raises(RuntimeError, match=r"'1\.1\.bias' of shape \(2,\)"):
         torchclip.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
 
@@ -614,7 +614,7 @@ class Meddling(TorchFunctionMode):
 def test_a_getter_that_trades_the_memory_of_gradients(change: Callable[[Tensor], Any], function: str) -> None:
     call = usual()
     grads = [p.grad for p in call.parameters]
-    done = []
+    done: list[Any] = []
 
     def meddle() -> None:
         if len(done) < 3:

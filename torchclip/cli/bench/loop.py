@@ -191,7 +191,7 @@ class _Hooks:
 
     def put_on(self) -> None:
         for hooks, kept in zip(self._registered, self._kept, strict=True):
-            hooks.update(kept)  # type: ignore[arg-type]
+            hooks.update(kept)  # type: ignore[attr-defined]
 
 
 @contextmanager
