@@ -18,7 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+import torch
+
 RANKS = 4
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+FSDP2 = TORCH >= (2, 7)
 # Gloo gives up waiting for a rank that has failed after this time.
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0
@@ -37,8 +42,20 @@ def worlds_of(ranks: int) -> Callable[[Check], Check]:
     return mark
 
 
-def checks_of(module: ModuleType) -> list[str]:
-    return [name for name in vars(module) if name.startswith("check_")]
+def with_fsdp2(check: Check) -> Check:
+    """Marks a check that needs FSDP2 on the CPU, which torch has since 2.7."""
+    vars(check)["fsdp2"] = True
+    return check
+
+
+def checks_of(module: ModuleType) -> list[Any]:
+    """The names of the checks, as parameters of a test."""
+    skip = pytest.mark.skipif(not FSDP2, reason="torch 2.6 has FSDP2 for accelerators only")
+    return [
+        pytest.param(name, marks=[skip] if hasattr(check, "fsdp2") else [])
+        for name, check in vars(module).items()
+        if name.startswith("check_")
+    ]
 
 
 class Ranks:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import train_on_ranks
+from distributed_helpers import FSDP2
 from matplotlib.image import imread
 from train_on_ranks import MODEL, trained
 
@@ -506,6 +507,10 @@ def test_plot_must_be_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 # On several processes
 
 
+with_fsdp2 = pytest.mark.skipif(not FSDP2, reason="torch 2.6 has FSDP2 for accelerators only")
+
+
+@with_fsdp2
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "threshold"), [("rnn", "fixed"), ("lstm", "percentile")])
 def test_two_processes_have_the_numbers_of_one(cell: str, threshold: str) -> None:
@@ -522,6 +527,7 @@ def test_two_processes_have_the_numbers_of_one(cell: str, threshold: str) -> Non
                 np.testing.assert_allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
+@with_fsdp2
 @pytest.mark.slow
 def test_under_torchrun_the_first_process_shows_and_writes_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -539,6 +545,7 @@ def test_under_torchrun_the_first_process_shows_and_writes_all(
     torch.testing.assert_close(loaded, expected)
 
 
+@with_fsdp2
 @pytest.mark.slow
 def test_ctrl_c_on_one_process_ends_all_after_the_same_step() -> None:
     (first, output, first_errors), (second, nothing, second_errors) = on_two_ranks(
@@ -547,6 +554,16 @@ def test_ctrl_c_on_one_process_ends_all_after_the_same_step() -> None:
     assert (first, second) == (130, 130), first_errors + second_errors
     assert [row(output, name)[1] for name in ("unclipped", "clipped")] == ["3 of 6", "3 of 6"]
     assert (nothing, first_errors, second_errors) == ("", "", "")
+
+
+@pytest.mark.slow
+def test_fsdp2_is_refused_where_torch_has_none_for_the_cpu() -> None:
+    old = (
+        "import torch; torch.__version__ = '2.6.0+cpu'; from torchclip.cli.main import main; main(['train'])"
+    )
+    (first, _, error), (second, *nothing) = on_two_ranks("-c", old)
+    assert (first, second, nothing) == (2, 2, ["", ""])
+    assert error.endswith("FSDP2 on the CPU needs torch 2.7, this is 2.6.0+cpu; pass --parallel ddp\n")
 
 
 @pytest.mark.slow

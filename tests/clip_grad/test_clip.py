@@ -234,7 +234,7 @@ def test_an_empty_generator_warns_where_it_was_passed(name: str) -> None:
     with warnings.catch_warnings(record=True) as torchs:
         warnings.simplefilter("always")
         nn.utils.clip_grad_norm_((p for p in nothing), 1.0)
-    assert str(caught[0].message) == str(torchs[0].message)
+    assert {str(w.message) for w in torchs} <= {str(caught[0].message)}  # torch warns since 2.7
 
 
 def test_a_generator_of_parameters_without_gradient_does_not_warn() -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_helpers import with_fsdp2
+from dtensors import placed
 from helpers import bits, grad_of, last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 import torchclip
 from torchclip import Clipper, Percentile
@@ -25,7 +27,7 @@ SCOPES: list[Scope] = ["global", "group", "parameter"]
 
 def lying(full: Tensor, *placements: Placement) -> DTensor:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
+    return placed(full, mesh, placements)
 
 
 def parameter(grad: Tensor | None, like: Tensor) -> Any:
@@ -147,6 +149,7 @@ def check_ranks_scale_alike_whatever_only_one_of_them_has() -> None:
         agreed([bits(parameters[0]), bits(parameters[0].grad)])
 
 
+@with_fsdp2
 def check_the_step_that_creates_an_optimizers_state() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     for parameter in model.parameters():
@@ -164,6 +167,7 @@ def check_the_step_that_creates_an_optimizers_state() -> None:
     )
 
 
+@with_fsdp2
 def check_names_and_layers_of_distributed_models() -> None:
     for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

@@ -11,8 +11,7 @@
 
 from __future__ import annotations
 
-from enum import IntFlag
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -25,20 +24,23 @@ Norms: TypeAlias = "list[float] | Tensor"
 """Several of them: a list, or a float64 tensor of one dimension."""
 
 
-class Facts(IntFlag):
-    """What callers need to know of the tensors; of a sharded batch that has taken a norm, on all ranks."""
+class Facts:
+    """What callers need to know of the tensors; of a sharded batch that has taken a norm, on all ranks.
 
-    DOUBLE = 1
+    Bits of plain integers: a flag of an enum takes many times as long, and torch.compile may not know it.
+    """
+
+    DOUBLE: Final = 1
     """Any is float64 or complex128: then results are float64."""
-    COMPLEX = 2
+    COMPLEX: Final = 2
     """Any is complex."""
-    SMALL = 4
+    SMALL: Final = 4
     """So few elements in host memory that multiplying them now costs less than having a fused step do it."""
-    GAPS = 8
+    GAPS: Final = 8
     """Any has memory between its elements, into which torch's fused steps on the CPU write."""
-    SHARED = 16
+    SHARED: Final = 16
     """Any is the gradient of several parameters, so that an optimizer meets it several times."""
-    SHARDED = 32
+    SHARDED: Final = 32
     """Ranks take the norm together, so that one of them cannot take it again alone."""
 
 

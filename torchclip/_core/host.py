@@ -33,7 +33,7 @@ _LONG_PIECE = 128 * _SERIAL
 
 def facts_of(tensors: Sequence[Tensor], shared: bool) -> int:
     """``Facts`` of tensors that torch operations work on; these are never small (see ``SMALL``)."""
-    facts = Facts.SHARED if shared else Facts(0)
+    facts = Facts.SHARED if shared else 0
     dtypes = {tensor.dtype for tensor in tensors}
     if not dtypes.isdisjoint(memory.DOUBLE):
         facts |= Facts.DOUBLE
@@ -43,7 +43,7 @@ def facts_of(tensors: Sequence[Tensor], shared: bool) -> int:
         if tensor.layout is torch.strided and not memory.fills_its_memory(tensor):
             facts |= Facts.GAPS
             break
-    return int(facts)
+    return facts
 
 
 class HostBatch:

@@ -32,8 +32,8 @@ class MixedBatch:
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors: never small, as not all of them are in the kernel's hands."""
-        shared = int(Facts.SHARED) if self._shared else 0
-        return (reduce(or_, (part.facts for part in self._parts)) | shared) & ~int(Facts.SMALL)
+        shared = Facts.SHARED if self._shared else 0
+        return (reduce(or_, (part.facts for part in self._parts)) | shared) & ~Facts.SMALL
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements as one vector."""

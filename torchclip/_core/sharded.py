@@ -78,7 +78,7 @@ class ShardedBatch:
     def facts(self) -> int:
         """``Facts`` of the tensors on this rank and, once a norm was taken, on all ranks."""
         known = self._local.facts if self._joint_facts is None else self._joint_facts
-        return known | int(Facts.SHARDED)
+        return known | Facts.SHARDED
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all the tensors on all ranks."""

@@ -136,4 +136,7 @@ def _checked_way(way: parallel.Way | None, options: Options) -> parallel.Way | N
             f"--batch {options.batch} cannot be shared equally by {ranks} processes; "
             f"pass a multiple of {ranks}"
         )
-    return way or "fsdp"
+    way = way or "fsdp"
+    if way == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        raise refusal(f"FSDP2 on the CPU needs torch 2.7, this is {torch.__version__}; pass --parallel ddp")
+    return way
