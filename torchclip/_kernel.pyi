@@ -61,6 +61,15 @@ def clip_grad_norm(
     started, are walked where that is sure to give the same parameters; the generator is used up then.
     """
 
+def clip_step(
+    optimizer: object, step: int, max_norm: float, /
+) -> tuple[int, float, float, float, bool] | None:
+    """The usual step of a ``torchclip.Clipper``, which clips all gradients by their joint norm, in one go.
+
+    Returns:
+        What ``History.append`` takes, after clipping; None, and nothing was changed, if anything is unusual.
+    """
+
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
 

@@ -29,7 +29,7 @@ import torchclip
 from torchclip import Clipper, Percentile
 from torchclip.clipper import Scope
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("each_way")
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -14,7 +14,7 @@ import torchclip
 from torchclip import Clipper, Percentile
 from torchclip.clipper import Nonfinite, Scope
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("each_way")
 
 INF, NAN = math.inf, math.nan
 SCALE = 1024.0

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torchclip import Clipper
 from torchclip.clipper import Scope
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("each_way")
 
 NAMES = ["embedding.weight", "inner.weight", "outer.weight"]
 
@@ -173,6 +173,7 @@ def test_layers_are_of_steps_that_were_taken_and_of_unscaled_gradients() -> None
     assert len(clipper.history.layers) == 0
     scaler = GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.tensor(1.0))
+    weight.grad = torch.tensor([3.0, 4.0]) * 1024
     scaler.step(optimizer)
     assert (clipper.history.layers.steps, clipper.history.layers.norms.tolist()) == ([0], [[5.0]])
 

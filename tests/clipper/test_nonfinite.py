@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchclip import Clipper, Percentile
 from torchclip.clipper import Nonfinite, Scope
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("each_way")
 
 
 def with_spoiled_step(fused: bool, **options: Any) -> tuple[Net, torch.optim.AdamW, Clipper]:

@@ -26,7 +26,7 @@ import torchclip
 from torchclip import Clipper, Percentile, ZScore
 from torchclip.clipper import Scope
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("each_way")
 
 
 def resumable(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchclip import Clipper, Percentile, ZScore
 from torchclip.clipper import Scope
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("each_way")
 
 
 @fused_or_not

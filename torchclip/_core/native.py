@@ -15,7 +15,7 @@ from torchclip._core import arguments
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.host import HostBatch
 
-__all__ = ["clip_grad_norm", "clip_grad_value", "extension", "status", "use"]
+__all__ = ["clip_grad_norm", "clip_grad_value", "clip_step", "extension", "status", "use"]
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
@@ -26,16 +26,19 @@ clip_grad_norm: Callable[..., Tensor | None]
 """The extension's short way through a usual call of ``clip_grad_norm_``; None where it is not taken."""
 clip_grad_value: Callable[..., bool | None]
 """Likewise of ``clip_grad_value_``; True where it was taken."""
+clip_step: Callable[..., tuple[int, float, float, float, bool] | None]
+"""Likewise of a step of a ``Clipper`` with a number; what to record of it."""
 _reason: str = ""
 
 
 def use(module: Any, reason: str) -> tuple[Any, str]:
     """Use the extension from now on or, for a reason, none; returns what was used before."""
-    global extension, clip_grad_norm, clip_grad_value, _reason
+    global extension, clip_grad_norm, clip_grad_value, clip_step, _reason
     before = extension, _reason
     extension, _reason = module, reason
     clip_grad_norm = _not_taken if module is None else module.clip_grad_norm
     clip_grad_value = _not_taken if module is None else module.clip_grad_value
+    clip_step = _not_taken if module is None else module.clip_step
     return before
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 from weakref import WeakSet
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import arguments, mesh
+from torchclip._core import arguments, mesh, native
 from torchclip._core.batch import Norms
 from torchclip.clipper.clipping import Clipping, Row
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
+from torchclip.clipper.rules import Rule
 from torchclip.clipper.scope import Scope, Scoping
 from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Step, creates_state, with_closure
@@ -68,10 +69,13 @@ class Clipper:
         max_norm: the threshold: a number (``float("inf")`` only measures), a threshold object such as
             ``Percentile``, or a callable that is given the number of the step, from 0.  The object stays as
             it is; the copies that learn are in ``thresholds``. A norm up to such an object's threshold is
-            left alone exactly; at a number the 1e-6 of ``clip_grad_norm_`` counts.
+            left alone exactly; at a number the 1e-6 of ``clip_grad_norm_`` counts.  Or another way to clip:
+            ``Value``, ``Adaptive``, ``BlockRMS``.  Then a record's ``clip_coef`` is the norm after clipping
+            in terms of the norm before, and its ``max_norm`` that of the groups that have their own.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: what is clipped together: ``"global"``, all parameters; ``"group"``, each parameter group;
-            ``"parameter"``, each parameter. Each of them gets its own copy of a threshold object.
+            ``"parameter"``, each parameter. Each of them gets its own copy of a threshold object; ``AdaGC``
+            is for single parameters, whatever is passed here.
         nonfinite: what to do about a norm that is ``inf`` or ``nan``. ``"propagate"``: nothing, as torch.
             ``"error"``: raise, naming the parameters, before anything changes (but for what LBFGS did in
             the same step before). ``"skip"``: this step changes neither parameters nor optimizer state; it
@@ -127,7 +131,7 @@ class Clipper:
     def __init__(
         self,
         optimizer: Optimizer,
-        max_norm: MaxNorm,
+        max_norm: MaxNorm | Rule,
         *,
         norm_type: float | str = 2.0,
         scope: Scope = "global",
@@ -164,7 +168,12 @@ class Clipper:
             raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
         self.optimizer = optimizer
         self.history = History()
-        self._rule = MaxNormRule(max_norm)
+        # A tensor has a method of that name, too.
+        is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
+        self._way = cast("Rule", max_norm) if is_way else None
+        self._rule = MaxNormRule(math.inf if is_way else cast("MaxNorm", max_norm))
+        if self._rule.per_parameter:
+            scope = "parameter"
         self._order = arguments.norm_order(norm_type)
         if self._order <= 0 and nonfinite != "propagate":
             raise ValueError(
@@ -174,9 +183,9 @@ class Clipper:
         spikes = None if skip_above is None else Spikes(skip_above, max_skips, self._order)
         groups = mesh.as_groups(group) or None
         if groups and scope == "parameter":
+            what = "AdaGC" if self._rule.per_parameter else "`scope='parameter'`"
             raise ValueError(
-                "`group` has no meaning with `scope='parameter'`, which clips every gradient by its norm: "
-                "leave it out"
+                f"`group` has no meaning with {what}, which clips every gradient by its norm: leave it out"
             )
         self._scope: Scope = scope
         self._nonfinite: Nonfinite = nonfinite
@@ -184,6 +193,12 @@ class Clipper:
         self._names = Names(optimizer, model)
         self._layers_every = arguments.count("layers_every", layers_every, least=0)
         self._step = Step(optimizer)
+        # What goes the short way while the kernel is on, with what is found to be usual in each step.
+        usual = scope == "global" and self._order == 2 and not groups
+        takes_number = self._way is None and on_clip is None and spikes is None and not self._layers_every
+        self._usual_max_norm = self._rule.number if usual and takes_number else None
+        # What is to be recorded of the step: of one that went the short way, of any other.
+        self._row: tuple[int, float, float, float, bool] | None = None
         self._rows: list[Row] = []
         self._layers: tuple[list[str], Norms] | None = None
         self._clipping = Clipping(
@@ -192,6 +207,7 @@ class Clipper:
             Scoping(scope, self._order, groups),
             nonfinite,
             spikes,
+            self._way,
             on_clip,
             self._names.of_gradients,
         )
@@ -303,16 +319,36 @@ class Clipper:
 
     def __repr__(self) -> str:
         return (
-            f"Clipper({type(self.optimizer).__name__}, max_norm={self._rule!r}, norm_type={self._order}, "
+            f"Clipper({type(self.optimizer).__name__}, max_norm={self._way or self._rule!r}, "
+            f"norm_type={self._order}, "
             f"scope={self._scope!r}, nonfinite={self._nonfinite!r})"
         )
 
     # The optimizer's hooks
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # The short way, as in a training step every line and object costs several times what it costs alone.
+        if self._usual_max_norm is not None and not self._step.running and len(args) == 1 and not kwargs:
+            self._row = native.clip_step(optimizer, self._steps, self._usual_max_norm)
+            if self._row is not None:
+                self._step.running = True
+                return None
+        return self._before_any_step(args, kwargs)
+
+    def _after_step(self, *_: Any) -> None:
+        row = self._row
+        if row is None or self._step.nested:
+            self._after_any_step()
+            return
+        self._row = None
+        self._step.running = False
+        self.history.append(*row)
+        self._steps += 1
+
+    def _before_any_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._step.begin():
             return None
-        self._rows, self._layers = [], None
+        self._row, self._rows, self._layers = None, [], None
         self._clipping.begin()
         if len(args) > 1 or kwargs:
             replaced = with_closure(type(self.optimizer).step, args, kwargs, self._clipped_after)
@@ -345,12 +381,15 @@ class Clipper:
             self._layers = names, norms
         self._rows.append(self._clipping.clip(self._steps, look))
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_any_step(self) -> None:
         # Only a step that was taken is in the history, and has used up its number.
-        if self._step.end() and self._rows:
-            for row in self._rows:
+        if not self._step.end():
+            return
+        rows = self._rows if self._row is None else [self._row]
+        self._row, self._rows = None, []
+        if rows:
+            for row in rows:
                 self.history.append(*row)
-            self._rows = []
             if self._clipping.spikes is not None:
                 self._clipping.spikes.end()
             if self._layers is not None:

@@ -12,6 +12,7 @@ from torchclip._core.batch import Facts, Norm
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.limits import Limits
 from torchclip.clipper.nonfinite import Nonfinite
+from torchclip.clipper.rules import Rule, copied_gradients, ratio, write_back
 from torchclip.clipper.scope import Look, Part, Scoping, own_max_norms
 from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Outcome, Step
@@ -40,6 +41,7 @@ class Clipping:
         scoping: what is clipped together.
         policy: what to do about a norm that is not finite.
         spikes: which steps are left out as their norm is too large; None for none.
+        way: how gradients are clipped that are not clipped to a norm; None if all are.
         on_clip: whom to tell before anything changes.
         names: what to call the gradients in an error, by their ids.
 
@@ -55,11 +57,12 @@ class Clipping:
         scoping: Scoping,
         policy: Nonfinite,
         spikes: Spikes | None,
+        way: Rule | None,
         on_clip: Callable[[Record], object] | None,
         names: Callable[[], Mapping[int, str]],
     ) -> None:
         self._step, self._rule, self._scoping, self._policy = step, rule, scoping, policy
-        self.spikes = spikes
+        self.spikes, self.way = spikes, way
         self._on_clip, self._names = on_clip, names
         self.hook_id = -1
         self.not_fused: str | None = None
@@ -92,6 +95,8 @@ class Clipping:
         if self.spikes is not None:
             self.spikes.begin()
         skipped, to_zero, _ = self._judge(number, look, limits)
+        if self.way is not None and skipped is not True:
+            return self._clip_in_its_way(self.way, number, look, limits, skipped, to_zero, held)
         row = _row(number, look, skipped)
         if self._on_clip is not None:
             (record,) = as_records([row])
@@ -104,6 +109,55 @@ class Clipping:
                 row = _row(number, look, skipped)
         self._apply(look, row, to_zero)
         return row
+
+    def _clip_in_its_way(
+        self,
+        way: Rule,
+        number: int,
+        look: Look,
+        limits: Limits,
+        skipped: bool | Tensor,
+        to_zero: Sequence[Part],
+        held: Sequence[Sequence[float]],
+    ) -> Row:
+        """Clip by something else than a norm; what the norm is multiplied by is known only afterwards."""
+        row = _row(number, look, skipped)
+        if self._on_clip is None:
+            self._apply(look, row, to_zero)
+            return row._replace(clip_coef=self._apply_way(way, look))
+        # Who is told before anything changes is told what comes out of copies.
+        parameters = [p for part in look.parts for p in part.parameters]
+        with copied_gradients(parameters) as copies:
+            trial = self.look(look.own)
+            trial.decided_as(look)
+            for part in to_zero:
+                trial.parts[look.parts.index(part)].batch.zero_nonfinite_()
+            trial.scale_()
+            row = row._replace(clip_coef=self._apply_way(way, trial))
+        (record,) = as_records([row])
+        self._on_clip(record)
+        if not look.facts & Facts.SHARDED:
+            look, skipped, to_zero = self._look_again(number, look, limits)
+            row = _row(number, look, skipped)
+            self._apply(look, row, to_zero)
+            return row if skipped is True else row._replace(clip_coef=self._apply_way(way, look))
+        # Other ranks do not listen to this one's user: all that takes them was done on the copies.
+        before = [grad for part in look.parts for grad in part.batch.all]
+        now, _ = self._same_gradients(look, held, to_zero)
+        self._tell(row)
+        write_back(
+            [grad for part in now.parts for grad in part.batch.all], [copies[id(grad)] for grad in before]
+        )
+        return row
+
+    def _apply_way(self, way: Rule, look: Look) -> Norm:
+        """Clip by something else than a norm; returns what the norm was multiplied by."""
+        before = look.total_norm
+        parameters = [p for part in look.parts if part.own is None for p in part.parameters]
+        way.clip_(parameters, look.grad_scale)
+        clipped = self.look(look.own)
+        clipped.measure()
+        return ratio(clipped.total_norm, before)
 
     def _judge(self, number: int, look: Look, limits: Limits) -> tuple[bool | Tensor, Sequence[Part], bool]:
         """Decide what to do, without changing anything.
@@ -182,22 +236,33 @@ class Clipping:
             loan.give_back(outcome)
 
     def _apply(self, look: Look, row: Row, to_zero: Sequence[Part]) -> None:
-        leaves_out = self._policy == "skip" or self.spikes is not None
         if row.skipped is True:
-            if leaves_out:
+            if self._leaves_out:
                 self._step.later(nonfinite.hide_gradients(self._step.optimizer))
             return
-        if isinstance(row.skipped, Tensor) and leaves_out:
-            # To hide the gradients would be to wait; a fused step heeds this.
-            self._borrow().tell(row.skipped)
+        self._tell(row)
         for part in to_zero:
             part.batch.zero_nonfinite_()
         if isinstance(row.clip_coef, Tensor) or row.clip_coef != 1.0:
             self._scale(look)
 
+    @property
+    def _leaves_out(self) -> bool:
+        """Whether steps are left out by this clipper, and not by a GradScaler alone."""
+        return self._policy == "skip" or self.spikes is not None
+
+    def _tell(self, row: Row) -> None:
+        """Have a fused step leave itself out: to hide the gradients would be to wait."""
+        if isinstance(row.skipped, Tensor) and self._leaves_out:
+            self._borrow().tell(row.skipped)
+
     def _scale(self, look: Look) -> None:
         """Multiply the gradients: now, or within a fused step, as its ``grad_scale``."""
         optimizer = self._step.optimizer
+        if self.way is not None:
+            self.not_fused = "the gradients are clipped in another way too, in place"
+            look.scale_()
+            return
         self.not_fused = fused.why_not(optimizer, self.hook_id, look)
         if self.not_fused is None:
             divisor = fused.divisor(look.parts[0].clip_coefs[0], look.grad_scale)

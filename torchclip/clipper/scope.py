@@ -46,6 +46,7 @@ class Part:
 
     Attributes:
         name: what to call their norm.
+        parameters: whose gradients they are.
         own: the threshold that their parameter group brings along, or None.
         each: whether each of them has a norm and a threshold.
         batch: the gradients.
@@ -55,10 +56,10 @@ class Part:
     """
 
     def __init__(self, section: Section, order: float, each: bool, groups: Groups) -> None:
-        self.name, self._parameters, self.own = section
+        self.name, self.parameters, self.own = section
         self.each, self._order = each, order
         self._names: list[str] | None = None
-        self.batch: Batch = gather.gradients(self._parameters, groups)
+        self.batch: Batch = gather.gradients(self.parameters, groups)
         self.norms: Norms = []
         self.max_norms: float | Norms = []
         self.clip_coefs: Norms = []
@@ -70,12 +71,12 @@ class Part:
         return self._names
 
     def _names_of_each(self) -> list[str]:
-        names = _names(self.name, len(self._parameters))
+        names = _names(self.name, len(self.parameters))
         if len(self.batch.all) == len(names):
             return names
         # Some have no gradient, or share one, which is clipped once.
         of_grad = {
-            id(p.grad): name for p, name in zip(self._parameters, names, strict=True) if p.grad is not None
+            id(p.grad): name for p, name in zip(self.parameters, names, strict=True) if p.grad is not None
         }
         return [of_grad[id(grad)] for grad in self.batch.all]
 
@@ -88,7 +89,7 @@ class Part:
         if not self.batch.facts & Facts.SHARDED:
             return []
         self.names()
-        norms = self._norms_of(gather.held_gradients(self._parameters), False)
+        norms = self._norms_of(gather.held_gradients(self.parameters), False)
         return norms.tolist() if isinstance(norms, Tensor) else norms
 
     def _norms_of(self, batch: Batch, finite: bool) -> Norms:

@@ -31,42 +31,44 @@ class Step:
 
     Attributes:
         optimizer: whose steps these are.
+        running: whether a step has begun and not ended, or not been found to have failed.
+        nested: whether another one has begun within it.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._running = False
-        self._nested = False
+        self.running = False
+        self.nested = False
         self._undo: list[Callable[[Outcome], None]] = []
 
     def begin(self) -> bool:
         """Begin a step; False if it is a part of the one that has begun already."""
-        if self._running:
+        if self.running:
             if self._is_around(sys._getframe(2), 1):
-                self._nested = True
+                self.nested = True
                 return False
             self.take_back("failed")
-        self._running, self._nested = True, False
+        self.running, self.nested = True, False
         return True
 
     def end(self) -> bool:
         """End a step; False if it is only a part of one."""
-        if not self._running or (self._nested and self._is_around(sys._getframe(2), 1)):
+        if not self.running or (self.nested and self._is_around(sys._getframe(2), 1)):
             return False
-        self._running = False
+        self.running = False
         self.take_back("finished")
         return True
 
     def fail(self) -> None:
         """End a step with an exception that is on its way."""
-        self._running = False
+        self.running = False
         self.take_back("failed")
 
     def is_running(self) -> bool:
         """Whether the caller is called from within a step; one that has failed is ended."""
-        if self._running and not self._is_around(sys._getframe(1), 0):
+        if self.running and not self._is_around(sys._getframe(1), 0):
             self.fail()
-        return self._running
+        return self.running
 
     def later(self, undo: Callable[[Outcome], None]) -> None:
         """Have something undone as soon as this step is over, or its closure is called again."""

@@ -123,6 +123,8 @@ PyMethodDef module_methods[] = {
      "clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group): the usual call in one go, or None"},
     {"clip_grad_value", function(clip_grad_value), METH_FASTCALL,
      "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
+    {"clip_step", function(clip_step), METH_FASTCALL,
+     "clip_step(optimizer, step, max_norm): the usual step of a Clipper in one go, and what to record of it, or None"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
     {"scalar", function(scalar), METH_FASTCALL, "scalar(value, double): a 0-dim tensor of float64 or float32"},

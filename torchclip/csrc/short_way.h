@@ -18,6 +18,26 @@ namespace {
 constexpr size_t kMostElements = 64 * 1024;
 constexpr double kEps = 1e-6;  // what torch adds to the norm
 
+// The usual optimizer: what a GradScaler sets is not there, and no group brings its own threshold along.
+bool collect_of_optimizer(PyObject* optimizer, Items& items) {
+    static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
+    static PyObject* const params = PyUnicode_InternFromString("params");
+    static PyObject* const unusual[] = {PyUnicode_InternFromString("grad_scale"),
+                                        PyUnicode_InternFromString("found_inf")};
+    static PyObject* const max_norm = PyUnicode_InternFromString("max_norm");
+    const Attribute attributes(PyObject_GenericGetDict(optimizer, nullptr));
+    if (attributes == nullptr || has_own(attributes, unusual[0]) || has_own(attributes, unusual[1])) return false;
+    const Attribute groups(own_attribute(attributes, param_groups));
+    if (groups == nullptr || !PyList_CheckExact(groups)) return false;
+    for (Py_ssize_t i = 0; i < PyList_Size(groups); ++i) {
+        const Attribute group(new_reference(PyList_GetItem(groups, i)));
+        if (!PyDict_CheckExact(group) || has_own(group, max_norm)) return false;
+        const Attribute parameters(own_attribute(group, params));
+        if (parameters == nullptr || !PyList_CheckExact(parameters) || !collect(parameters, items)) return false;
+    }
+    return true;
+}
+
 // The gradients of a usual call.
 class Gradients {
     Items tensors_;
@@ -40,9 +60,18 @@ class Gradients {
     // All that makes a call usual.  False for any other, where nothing was changed; with an error set if it was raised
     // by user code, where a gradient was read.
     bool take(PyObject* parameters) {
-        if (is_intercepted()) return false;
         Items items;
-        if (!collect(parameters, items)) return false;  // a list, tuple, module or fresh generator of plain tensors
+        // A list, tuple, module or fresh generator of plain tensors.
+        return !is_intercepted() && collect(parameters, items) && take(items);
+    }
+
+    // Likewise of an optimizer: of the parameters of all its groups, if all of them are clipped together.
+    bool take_of_optimizer(PyObject* optimizer) {
+        Items items;
+        return !is_intercepted() && collect_of_optimizer(optimizer, items) && take(items);
+    }
+
+    bool take(const Items& items) {
         for (PyObject* item : items) {
             PyObject* const grad = get_grad(item);
             if (grad == nullptr) return false;
@@ -130,6 +159,23 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (coef != 1.0 && !gradients.change(&Loops::scale, coef)) return unusual();
     if (!use_up(args[0])) return nullptr;
     return new_scalar(norm, gradients.is_double());
+}
+
+// clip_step(optimizer, step, max_norm)
+PyObject* clip_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 3, 3)) return nullptr;
+    const double max_norm = read_threshold(args[2]);
+    if (!(max_norm >= 0)) return unusual();
+    Gradients gradients;
+    if (!gradients.take_of_optimizer(args[0])) return unusual();
+    const double sum = gradients.sum_squares();
+    if (!is_regular(sum)) return unusual();
+    const double norm = std::sqrt(sum), coef = clip_coef(max_norm, norm);
+    const Attribute of_norm(PyFloat_FromDouble(norm)), of_coef(PyFloat_FromDouble(coef));
+    if (of_norm == nullptr || of_coef == nullptr) return PyErr_NoMemory();
+    if (coef != 1.0 && !gradients.change(&Loops::scale, coef)) return unusual();
+    return PyTuple_Pack(5, args[1], static_cast<PyObject*>(of_norm), args[2], static_cast<PyObject*>(of_coef),
+                        Py_False);
 }
 
 // clip_grad_value(parameters, clip_value)

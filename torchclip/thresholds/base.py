@@ -100,6 +100,7 @@ class MaxNormRule:
     values are read.
 
     Attributes:
+        number: the threshold, if it is a number.
         learns: whether it is a threshold object. Then ``max_norms`` must be called for every step, and the
             coefficient has no 1e-6 in it.
         runs_user_code: whether asking it runs code that is not torchclip's.
@@ -122,6 +123,7 @@ class MaxNormRule:
         self.learns = isinstance(max_norm, Threshold)
         is_object = self.learns or callable(max_norm)
         self._max_norm: Any = max_norm if is_object else arguments.threshold(argument, max_norm)
+        self.number = self._max_norm if isinstance(self._max_norm, float) else None
         self.runs_user_code = is_object and not type(max_norm).__module__.startswith("torchclip.")
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
         # Of a device on which nothing is computed; host memory may be another matter.

@@ -1,0 +1,250 @@
+"""The short way of a usual step and the full way: the same to the bit, whatever unusual is added."""
+
+import itertools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from clipper_helpers import INF, NAN
+from helpers import bits, randn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchclip import Clipper, kernel
+from torchclip._core import native
+
+pytestmark = pytest.mark.skipif(not kernel.status().startswith("active"), reason="is the kernel's")
+
+
+class Passing(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    """A subclass of a user's."""
+
+
+class Run:
+    """A step of an optimizer, to which something unusual may be done before."""
+
+    def __init__(self) -> None:
+        self.parameters = [
+            nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate([(5,), (3, 4), (2,)])
+        ]
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad = randn(*parameter.shape, seed=10 + i)
+        self.kind: Any = torch.optim.SGD
+        self.options: dict[str, Any] = {"lr": 0.1}
+        self.groups: list[dict[str, Any]] = [{"params": self.parameters}]
+        self.max_norm: Any = 0.5
+        self.before: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None
+        self.within: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.arguments: tuple[Any, ...] = ()
+
+    def add(self, grad: Tensor | None, like: Tensor | None = None) -> None:
+        like = grad if like is None else like
+        assert like is not None
+        self.parameters.append(nn.Parameter(torch.zeros(like.shape, dtype=like.dtype)))
+        self.parameters[-1].grad = grad
+
+    def __call__(self) -> Any:
+        optimizer = self.kind(self.groups, **self.options)
+        clipper = Clipper(optimizer, self.max_norm)
+        self.before(optimizer)
+        with self.within():
+            for _ in range(2):
+                try:
+                    optimizer.step(*self.arguments)
+                except (AssertionError, RuntimeError) as error:
+                    return type(error), [bits(p) for p in self.parameters], len(clipper.history)
+        grads = [None if p.grad is None else p.grad.to_dense() for p in self.parameters]
+        versions = [0 if p.grad is None else p.grad._version for p in self.parameters]
+        return (
+            [bits(p) for p in self.parameters],
+            [None if g is None else bits(g) for g in grads],
+            versions,
+            repr(list(clipper.history)),
+        )
+
+
+def set_option(**options: Any) -> Callable[[Run], None]:
+    return lambda run: run.options.update(options)
+
+
+def set_max_norm(max_norm: Any) -> Callable[[Run], None]:
+    return lambda run: setattr(run, "max_norm", max_norm)
+
+
+def in_two_groups(run: Run) -> None:
+    run.groups = [{"params": run.parameters[:1]}, {"params": run.parameters[1:]}]
+
+
+def with_own_max_norm(value: Any) -> Callable[[Run], None]:
+    def add(run: Run) -> None:
+        in_two_groups(run)
+        run.groups[0]["max_norm"] = value
+
+    return add
+
+
+def share(run: Run) -> None:
+    run.add(None, torch.zeros(5))
+    run.parameters[-1].grad = run.parameters[0].grad
+
+
+def spoil(value: float) -> Callable[[Run], None]:
+    def put(run: Run) -> None:
+        grad = run.parameters[1].grad
+        if grad is not None:
+            grad[0, 0] = value
+
+    return put
+
+
+def take_all_away(run: Run) -> None:
+    for parameter in run.parameters:
+        parameter.grad = None
+
+
+def zero_all(run: Run) -> None:
+    for parameter in run.parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+
+def with_closure(run: Run) -> None:
+    run.arguments = (lambda: torch.tensor(1.0),)
+
+
+def with_scale(run: Run) -> None:
+    run.options["fused"] = True
+    run.before = lambda optimizer: setattr(optimizer, "grad_scale", torch.tensor(2.0))
+
+
+THINGS: dict[str, Callable[[Run], None]] = {
+    "nothing": lambda run: None,
+    "a larger threshold": set_max_norm(100.0),
+    "0": set_max_norm(0),
+    "inf": set_max_norm(INF),
+    "a callable": set_max_norm(lambda step: 0.5),
+    "no gradient": lambda run: run.add(None, torch.zeros(3)),
+    "no gradient at all": take_all_away,
+    "zeros": zero_all,
+    "an empty gradient": lambda run: run.add(torch.zeros(0, 3)),
+    "float64": lambda run: run.add(randn(4, dtype=torch.float64)),
+    "float16": lambda run: run.add(randn(4, dtype=torch.float16)),
+    "bfloat16": lambda run: run.add(randn(4, dtype=torch.bfloat16)),
+    "complex": lambda run: run.add(randn(4, dtype=torch.complex64)),
+    "another order of strides": lambda run: run.add(randn(4, 3).t()),
+    "gaps": lambda run: run.add(randn(4, 6)[:, ::2]),
+    "expanded": lambda run: run.add(torch.ones(1).expand(4)),
+    "sparse": lambda run: run.add(torch.eye(3).to_sparse(), torch.zeros(3, 3)),
+    "a subclass": lambda run: run.add(randn(4).as_subclass(Own)),
+    "shared": share,
+    "many elements": lambda run: run.add(randn(70_000)),
+    "inf in it": spoil(INF),
+    "nan in it": spoil(NAN),
+    "large numbers": spoil(1e38),
+    "two groups": in_two_groups,
+    "its own threshold": with_own_max_norm(0.1),
+    "its own threshold of None": with_own_max_norm(None),
+    "fused": set_option(fused=True),
+    "momentum": set_option(momentum=0.9),
+    "a closure": with_closure,
+    "a scale": with_scale,
+    "a function mode": lambda run: setattr(run, "within", Passing),
+    "a dispatch mode": lambda run: setattr(run, "within", Dispatching),
+}
+
+
+def outcome(*things: str) -> Any:
+    run = Run()
+    for thing in things:
+        THINGS[thing](run)
+    return run()
+
+
+@pytest.mark.parametrize("first", THINGS)
+def test_both_ways_are_the_same(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for second in list(THINGS)[list(THINGS).index(first) :]:
+        torch.manual_seed(0)
+        short = outcome(first, second)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "clip_step", lambda *_: None)
+            full = outcome(first, second)
+        assert short == full, (first, second)
+
+
+def test_what_is_usual_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    clip_step = native.clip_step
+
+    def note(*args: Any) -> Any:
+        row = clip_step(*args)
+        taken.append(row is not None)
+        return row
+
+    monkeypatch.setattr(native, "clip_step", note)
+    usual = ["nothing", "a larger threshold", "inf", "no gradient", "two groups", "fused", "momentum"]
+    usual += ["float64", "float16", "bfloat16", "complex", "another order of strides"]
+    for first, second in itertools.combinations(usual, 2):
+        taken.clear()
+        outcome(first, second)
+        # Torch's fused steps refuse complex numbers.
+        assert taken == [True] * (1 if {first, second} == {"fused", "complex"} else 2), (first, second)
+    # Norms of 0, which "0" leaves for the second step, are not worth a short way.
+    for thing in THINGS.keys() - {*usual, "0"}:
+        taken.clear()
+        outcome(thing)
+        assert not any(taken), thing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_type": 1.0},
+        {"scope": "group"},
+        {"scope": "parameter"},
+        {"on_clip": lambda record: None},
+        {"skip_above": 1.0},
+        {"layers_every": 1},
+    ],
+)
+def test_what_a_clipper_is_asked_for_beyond_the_usual(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the short way was tried")
+
+    monkeypatch.setattr(native, "clip_step", refuse)
+    run = Run()
+    optimizer = torch.optim.SGD(run.parameters, lr=0.1)
+    clipper = Clipper(optimizer, 0.5, **options)
+    optimizer.step()
+    assert math.isfinite(clipper.history[0].total_norm)
+
+
+def test_hooks_that_trade_gradients_are_heeded_in_the_next_step() -> None:
+    run = Run()
+    optimizer = torch.optim.SGD(run.parameters, lr=0.0)
+    clipper = Clipper(optimizer, 0.5)
+
+    def trade(*_: Any) -> None:
+        for parameter in run.parameters:
+            parameter.grad = torch.full_like(parameter, 2.0)
+
+    optimizer.register_step_post_hook(trade)
+    for _ in range(3):
+        optimizer.step()
+    count = sum(p.numel() for p in run.parameters)
+    assert [r.total_norm for r in clipper.history][1:] == pytest.approx([2 * count**0.5] * 2)

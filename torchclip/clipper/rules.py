@@ -1,0 +1,66 @@
+"""Ways of clipping that are no threshold for a norm: by value, adaptively, by root mean square."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from torchclip._core import mesh
+from torchclip._core.batch import Norm
+
+__all__ = ["Rule", "copied_gradients", "ratio", "write_back"]
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What a ``Clipper`` asks of such a way; ``torchclip.Value`` is one."""
+
+    def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
+        """Clip the gradients of some parameters in place.
+
+        Args:
+            parameters: the parameters of those groups that bring no ``max_norm`` along.
+            grad_scale: what a GradScaler has multiplied the gradients by, if it has not taken it out yet.
+        """
+        ...
+
+
+@contextmanager
+def copied_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Let parameters have copies of their gradients, to try something.
+
+    Yields:
+        The copies by the ids of the gradients; parameters that share a gradient share its copy.
+    """
+    with_gradient = [(p, p.grad) for p in parameters if p.grad is not None]
+    copies: dict[int, Tensor] = {}
+    for _, grad in with_gradient:
+        if id(grad) not in copies:
+            copies[id(grad)] = grad.detach().clone()
+    try:
+        for parameter, grad in with_gradient:
+            parameter.grad = copies[id(grad)]
+        yield copies
+    finally:
+        for parameter, grad in with_gradient:
+            parameter.grad = grad
+
+
+def write_back(gradients: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Give gradients the values of others, which lie on the ranks as they do."""
+    with torch.no_grad():
+        for held, of_held in zip(mesh.locals_of(gradients), mesh.locals_of(values), strict=True):
+            held.copy_(of_held)
+    torch.autograd.graph.increment_version(gradients)
+
+
+def ratio(after: Norm, before: Norm) -> Norm:
+    """What a norm was multiplied by, at most 1; 1 for what stayed as it was, also if it is 0 or infinite."""
+    if isinstance(after, Tensor) or isinstance(before, Tensor):
+        quotient = torch.as_tensor(after / before).clamp(max=1.0)
+        return torch.where(torch.as_tensor(after == before), 1.0, quotient)
+    return 1.0 if after == before or before == 0 else min(1.0, after / before)
