@@ -22,13 +22,14 @@ from torchclip.cli.options import writing
 from torchclip.cli.train.options import Options
 
 EMBEDDING = 32
+CONTEXT = 64  # characters that a transformer looks back when it writes
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None at the beginning
 Weights: TypeAlias = dict[str, Any]  # what a module's state_dict() returns
 
 
 class Model(nn.Module):
-    """Characters in, a score for every possible next character out."""
+    """Characters in, a score for every possible next character out: a recurrent network."""
 
     def __init__(self, cell: str, vocabulary_size: int, hidden: int) -> None:
         super().__init__()
@@ -51,6 +52,47 @@ class Model(nn.Module):
         return self.output(hidden), state
 
 
+class Transformer(nn.Module):
+    """The same with attention: two layers, which look back over what they are given at once."""
+
+    def __init__(self, vocabulary_size: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, hidden)
+        layer = nn.TransformerEncoderLayer(
+            hidden, nhead=4, dim_feedforward=4 * hidden, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(hidden)
+        self.output = nn.Linear(hidden, vocabulary_size)
+
+    def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Read on, as ``Model`` does.
+
+        The state is what was read before, at most ``CONTEXT`` characters.  It is used with ``model.eval()``;
+        training begins anew with every window.
+        """
+        before = state if isinstance(state, Tensor) and not self.training else tokens[:, :0]
+        seen = torch.cat([before, tokens], dim=1)
+        length = seen.shape[1]
+        hidden = self.embedding(seen) + _positions(length, self.embedding.embedding_dim)
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        scores: Tensor = self.output(self.norm(self.layers(hidden, mask=mask, is_causal=True)))
+        return scores[:, before.shape[1] :], seen[:, -CONTEXT:]
+
+
+def _positions(length: int, size: int) -> Tensor:
+    """Waves of different lengths, by which attention tells positions apart: shape ``(length, size)``."""
+    angles = torch.outer(torch.arange(length), torch.logspace(0, -4, (size + 1) // 2))
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size]
+
+
+def new_model(cell: str, vocabulary_size: int, hidden: int) -> nn.Module:
+    """A model with random weights."""
+    if cell == "transformer":
+        return Transformer(vocabulary_size, hidden)
+    return Model(cell, vocabulary_size, hidden)
+
+
 def detached(state: State) -> State:
     """The state without its past: here backpropagation through time is truncated."""
     if isinstance(state, tuple):
@@ -59,7 +101,7 @@ def detached(state: State) -> State:
 
 
 @torch.no_grad()
-def sample(model: Model, vocabulary: str, length: int, seed: int) -> str | None:
+def sample(model: nn.Module, vocabulary: str, length: int, seed: int) -> str | None:
     """Text that the model writes, or None if its scores are not finite."""
     generator = torch.Generator().manual_seed(seed)
     token = torch.zeros(1, 1, dtype=torch.int64)  # the first of the vocabulary: in most texts, the line break
@@ -73,11 +115,11 @@ def sample(model: Model, vocabulary: str, length: int, seed: int) -> str | None:
     return text
 
 
-def model_of(weights: Weights, vocabulary: str, cell: str, hidden: int) -> Model:
-    """A model with these weights."""
-    model = Model(cell, len(vocabulary), hidden)
+def model_of(weights: Weights, vocabulary: str, cell: str, hidden: int) -> nn.Module:
+    """A model with these weights, to write with."""
+    model = new_model(cell, len(vocabulary), hidden)
     model.load_state_dict(weights)
-    return model
+    return model.eval()
 
 
 def save_model(path: Path, weights: Weights, vocabulary: str, options: Options) -> None:
@@ -88,7 +130,7 @@ def save_model(path: Path, weights: Weights, vocabulary: str, options: Options) 
         path.write_bytes(stored.getbuffer())
 
 
-def load_model(path: str | Path) -> tuple[Model, str]:
+def load_model(path: str | Path) -> tuple[nn.Module, str]:
     """The model in a file that ``torchclip train --save`` wrote, and its vocabulary."""
     stored = torch.load(path, weights_only=True)
     vocabulary, options = stored["vocabulary"], stored["options"]

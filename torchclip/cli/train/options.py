@@ -11,8 +11,8 @@ from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.parallel import Way
 
 # The learning rates are as high as training with clipping bears; that is what clipping is good for.
-LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0}
-MAX_NORMS = {"rnn": 0.5, "lstm": 0.25}
+LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0, "transformer": 0.01}
+MAX_NORMS = {"rnn": 0.5, "lstm": 0.25, "transformer": 1.0}
 THRESHOLDS = ("fixed", *LEARNED)
 
 
@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="UTF-8 text to learn from (default: Python's documentation)",
     )
     add("--only", choices=["clipped", "unclipped"], help="one run instead of both")
-    add("--cell", choices=["rnn", "lstm"], default="rnn", help="tanh RNN or LSTM (default: %(default)s)")
+    add(
+        "--cell",
+        choices=[*LEARNING_RATES],
+        default="rnn",
+        help="tanh RNN, LSTM or transformer (default: %(default)s)",
+    )
     add(
         "--threshold",
         choices=THRESHOLDS,
@@ -57,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"the fixed threshold (default: {max_norms}); for the others a ceiling (default: none)",
     )
-    add("--lr", type=positive, metavar="X", help=f"learning rate of SGD (default: {rates})")
+    add(
+        "--lr",
+        type=positive,
+        metavar="X",
+        help=f"learning rate of SGD, or of AdamW for a transformer (default: {rates})",
+    )
     add(
         "--warmup",
         type=count,

@@ -26,7 +26,7 @@ import torchclip
 from torchclip.cli.options import refusal
 from torchclip.cli.thresholds import max_norm_of
 from torchclip.cli.train import parallel
-from torchclip.cli.train.model import Model, detached
+from torchclip.cli.train.model import detached, new_model
 from torchclip.cli.train.options import Options
 from torchclip.history.history import History
 from torchclip.thresholds.base import MaxNorm
@@ -100,7 +100,8 @@ def train(
     An infinite ``max_norm`` measures the gradients without clipping them.  A loss that is not finite is the
     last one: nothing can be learned after it.  ``history`` gets a record for each step.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
+    optimizer_class = torch.optim.AdamW if options.cell == "transformer" else torch.optim.SGD
+    optimizer = optimizer_class(model.parameters(), lr=options.lr)
     # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
     clipper = torchclip.Clipper(optimizer, max_norm, model=model, layers_every=LAYERS_EVERY)
     clipper.history = history
@@ -145,7 +146,7 @@ def start_runs(
     runs = []
     for name in [only] if only else max_norms:
         torch.manual_seed(options.seed)
-        model = parallel.parallelize(Model(options.cell, len(vocabulary), options.hidden), way)
+        model = parallel.parallelize(new_model(options.cell, len(vocabulary), options.hidden), way)
         runs.append(Run(name, model, max_norms[name]))
     return runs
 
