@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import cast, overload
 
@@ -28,6 +29,7 @@ __all__ = [
     "refuse_nonfinite",
     "to_result",
     "to_results",
+    "vector",
 ]
 
 ABSENT = -1.0
@@ -61,6 +63,13 @@ def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Ten
             for norm in norms
         ]
     )
+
+
+def vector(norms: Sequence[float]) -> Tensor:
+    """Norms as a tensor in host memory, several times faster than ``torch.tensor`` makes one."""
+    if not norms:
+        return torch.zeros(0, dtype=torch.float64, device=_CPU)
+    return torch.frombuffer(array("d", norms), dtype=torch.float64)
 
 
 # Joint norms: (Σ n^p)^(1/p)
@@ -180,7 +189,10 @@ def clip_coefs(max_norms: Norm | Sequence[float], norms: Norms, eps: float = EPS
         limits = on_device(max_norms, norms.device) if isinstance(max_norms, (list, tuple)) else max_norms
         return clip_coef(cast("Norm", limits), norms, eps)
     if isinstance(max_norms, Tensor):
-        max_norms = max_norms.tolist() if max_norms.dim() else float(max_norms)
+        if max_norms.dim():
+            # One operation after the other on all of them is faster than a call for each.
+            return cast("list[float]", clip_coef(max_norms, vector(norms), eps).tolist())
+        max_norms = float(max_norms)
     if not isinstance(max_norms, (list, tuple)):
         return [clip_coef(cast("float", max_norms), norm, eps) for norm in norms]
     return [clip_coef(limit, norm, eps) for limit, norm in zip(max_norms, norms, strict=True)]

@@ -67,8 +67,6 @@ class Limits:
         asked = self._names is None
         if self._names is None:
             max_norms = self._rule.max_norms(self._number, names, norms, self._order)
-            if isinstance(norms, list) and isinstance(max_norms, Tensor):
-                max_norms = max_norms.tolist()
             self._names, self._norms, self._max_norms = names, norms, max_norms
         else:
             asked, max_norms = self._again(names, norms)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
-from torchclip.thresholds.each import Each, on_host
+from torchclip.thresholds.each import Each
 from torchclip.thresholds.quantile_tracker import QuantileTracker
 
 __all__ = ["MaxNorm", "MaxNormRule", "Threshold"]
@@ -133,9 +133,9 @@ class MaxNormRule:
         # The tensor form, and which row of it is whose; then there are no copies.
         self._each: Each | None = None
         self._rows: dict[str, int] = {}
-        self._names: tuple[
-            str, ...
-        ] = ()  # of the last call, and their rows unless they are all rows in order
+        # The names of the last call; what learns from their norms, or their rows unless all are in order.
+        self._names: tuple[str, ...] = ()
+        self._updates: list[Callable[[float], float]] = []
         self._index: Tensor | None = None
 
     def _make_each(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> Each | None:
@@ -170,9 +170,10 @@ class MaxNormRule:
             return [max_norm] * len(norms)
         if self._suits_tensors(norms):
             return self._learned_together(names, norms, norm_type)
-        self._copies, self._each = self._as_copies(), None
+        if self._each is not None:
+            self._copies, self._each, self._names = self._as_copies(), None, ()
         numbers = norms.tolist() if isinstance(norms, Tensor) else [float(norm) for norm in norms]
-        return [self._learned(name, norm) for name, norm in zip(names, numbers, strict=True)]
+        return self._learned_singly(names, numbers)
 
     def _suits_tensors(self, norms: Norms) -> bool:
         if isinstance(norms, Tensor) and norms.device.type != "cpu":
@@ -180,17 +181,27 @@ class MaxNormRule:
         several = self._each is not None or self.per_parameter or len(norms) >= _MANY
         return self._tensors_on_host and several
 
-    def _learned(self, name: str, norm: float) -> float:
-        if -math.inf < norm < 0:
-            return math.inf
+    def _learned_singly(self, names: Sequence[str], norms: Sequence[float]) -> list[float]:
+        if names is not self._names and tuple(names) != self._names:
+            self._updates, self._names = [self._update_of(name) for name in names], tuple(names)
+        # A norm of -inf is not finite rather than absent.
+        answers = [
+            math.inf if -math.inf < norm < 0 else update(norm)
+            for update, norm in zip(self._updates, norms, strict=True)
+        ]
+        if self.runs_user_code:
+            called = f"{type(self._max_norm).__name__}.update()"
+            answers = [arguments.threshold(called, answer) for answer in answers]
+        return answers
+
+    def _update_of(self, name: str) -> Callable[[float], float]:
+        """Where the copy for a set learns; the copy is made if it is the first time."""
         if name not in self._copies:
             self._copies[name] = copy.deepcopy(self._max_norm)
-        return arguments.threshold(
-            f"{type(self._max_norm).__name__}.update()", self._copies[name].update(norm)
-        )
+        return self._copies[name].update
 
     def _learned_together(self, names: Sequence[str], norms: Norms, norm_type: float) -> Tensor:
-        vector = norms if isinstance(norms, Tensor) else on_host(norms)
+        vector = norms if isinstance(norms, Tensor) else scalars.vector(norms)
         each = self._each_on(vector.device)
         if names is not self._names and tuple(names) != self._names:
             self._place(names, vector.device)
@@ -259,7 +270,7 @@ class MaxNormRule:
             )
         # Objects, which check their states; a tensor form is made of them in the next step that wants one.
         self._copies = self._copies_of(state)
-        self._each, self._rows = None, {}
+        self._each, self._rows, self._names = None, {}, ()
 
     def __repr__(self) -> str:
         return repr(self._max_norm)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from torchclip._core import scalars
 
-__all__ = ["Each", "column", "on_host", "padded", "present"]
+__all__ = ["Each", "column", "padded", "present"]
 
 SameKind = TypeVar("SameKind", bound="Each")
 
@@ -71,11 +70,6 @@ class Each(ABC):
         for name in self.columns:
             setattr(self, name, torch.cat([getattr(self, name), getattr(more, name)]))
         self._warming_up = True
-
-
-def on_host(norms: Sequence[float]) -> Tensor:
-    """Norms as a tensor in host memory, several times faster than ``torch.tensor`` makes one."""
-    return torch.frombuffer(array("d", norms), dtype=torch.float64) if norms else torch.zeros(0).double()
 
 
 def column(
