@@ -48,6 +48,7 @@ class Calls:
     several calls, each with a threshold of its own.
 
     Attributes:
+        are_waiting: whether an optimizer may have calls for its next step.
         stray: calls on parameters of no optimizer that has ever stepped.
     """
 
@@ -56,6 +57,7 @@ class Calls:
         self._waiting: WeakKeyDictionary[Optimizer, dict[tuple[int, int], list[Call]]] = WeakKeyDictionary()
         self._unclaimed: list[tuple[list[int], Call]] = []
         self.stray = History()
+        self.are_waiting = False
         self._strays = 0
 
     def know(self, optimizer: Optimizer, parameters: Iterable[int]) -> None:
@@ -79,6 +81,7 @@ class Calls:
         for owner in owners:
             place = (keys[0], len(keys))
             self._waiting.setdefault(owner, {}).setdefault(place, []).append(call)
+            self.are_waiting = True
 
     def finish(self) -> None:
         """No optimizer is going to step any more."""
@@ -93,6 +96,7 @@ class Calls:
     def of(self, optimizer: Optimizer) -> Call | None:
         """What the calls on an optimizer's gradients did together since its last step; None without any."""
         waiting = self._waiting.pop(optimizer, None)
+        self.are_waiting = len(self._waiting) > 0
         if not waiting:
             return None
         not_taken: list[Call] = []

@@ -22,6 +22,7 @@ from torchclip.cli.run.calls import Call, Calls
 from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of, with_gradient
 from torchclip.cli.run.names import parameter_names, variable_names
 from torchclip.cli.run.trial import Trial
+from torchclip.clip_grad.norm import clip_grad_norm_
 from torchclip.clipper import clipper as clippers
 from torchclip.clipper.clipper import Clipper
 from torchclip.history.history import History
@@ -42,6 +43,7 @@ class Watched:
         kind: its class.
         candidates: what the program may call it.
         names: its parameters' names, by their ``id``.
+        usual: its parameters, if all are in one group and in host memory; else None.
         history: its steps; those of its Clipper, if it has one.
         layers: the norms of its parameters in some of the steps.
         clipped_by: how many steps were clipped in which way.
@@ -54,12 +56,10 @@ class Watched:
         self.optimizer = ref(optimizer)
         self.kind = type(optimizer).__name__
         self.candidates = variable_names(optimizer)
-        self.names = parameter_names(optimizer)
-        self.groups = len(optimizer.param_groups)
         self.history = History()
         self.layers = Layers()
         self.steps = 0
-        self.on_host = _on_host(optimizer)
+        self.look_at(optimizer)
         self.clipped_by: Counter[str] = Counter()
         self.nonfinite: dict[int, list[str]] = {}
         self.seconds: deque[float] = deque(maxlen=_MOST_TIMES)
@@ -67,6 +67,15 @@ class Watched:
         self.frame: FrameType | None = None
         self.marked = 0.0
         self.marker: RemovableHandle | None = None
+
+    def look_at(self, optimizer: Optimizer) -> None:
+        """Take in the parameters, of one more group perhaps than before."""
+        groups = optimizer.param_groups
+        self.groups = len(groups)
+        self.names = parameter_names(optimizer)
+        self.on_host = _on_host(optimizer)
+        # The list itself, which the program may add to.
+        self.usual: list[Tensor] | None = groups[0]["params"] if len(groups) == 1 and self.on_host else None
 
     def label(self, name: str) -> str:
         """What to call it in a report."""
@@ -99,7 +108,7 @@ class Watch:
         self.steps = 0
         self.first = self.last = 0.0
         self._progress = progress
-        self._by_optimizer: WeakKeyDictionary[Optimizer, Watched] = WeakKeyDictionary()
+        self._by_id: dict[int, Watched] = {}
         self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
         self._ours: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
         self._detach: list[Callable[[], None]] = []
@@ -137,44 +146,62 @@ class Watch:
         while self._detach:
             self._detach.pop()()
 
-    # One step
+    # One step; what runs in each is kept short, for it is a part of the program's own time
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         start = time.perf_counter()
-        watched = self._by_optimizer.get(optimizer)
-        if watched is None or watched.groups != len(optimizer.param_groups):
+        watched = self._by_id.get(id(optimizer))
+        if (
+            watched is None
+            or watched.optimizer() is not optimizer
+            or watched.groups != len(optimizer.param_groups)
+        ):
             watched = self._first_seen(optimizer)
             if watched is None:
                 return
             start = time.perf_counter()
         frame = sys._getframe(1)
-        if _runs_within(frame, watched.frame):
+        if watched.frame is not None and _runs_within(frame, watched.frame):
             return
         watched.frame = frame
         if not self.steps:
             self.first = start
         self.last = start
         self.steps += 1
-        if self._clipper_of(optimizer) is not None:
+        if self._clippers and self._clipper_of(optimizer) is not None:
             self._mark(watched, optimizer)
-        elif not _has_closure(args, kwargs):
+        elif kwargs or len(args) > 1:
+            if not _has_closure(args, kwargs):
+                self._measure(watched, optimizer)
+        elif watched.usual is None or self.calls.are_waiting or _is_due(watched.steps):
             self._measure(watched, optimizer)
-        self.seconds += time.perf_counter() - start
+        else:
+            # The usual step in one go: called one after another, the functions would cost twice as much.
+            try:
+                norm = float(clip_grad_norm_(watched.usual, math.inf))
+            except Exception as error:  # the program must go on, whatever its gradients are
+                watched.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
+            else:
+                if norm < math.inf and getattr(optimizer, "grad_scale", None) is None:
+                    watched.history.append(watched.steps, norm, math.inf, 1.0)
+                else:
+                    self._measure(watched, optimizer)
         watched.marked = time.perf_counter()
+        self.seconds += watched.marked - start
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         start = time.perf_counter()
-        watched = self._by_optimizer.get(optimizer)
+        watched = self._by_id.get(id(optimizer))
         if watched is None or watched.frame is not sys._getframe(1):
             return
         watched.frame = None
         if watched.marker is not None:
             watched.marker.remove()
             watched.marker = None
-        clipper = self._clipper_of(optimizer)
+        clipper = self._clipper_of(optimizer) if self._clippers else None
         if clipper is not None:
             self._read(watched, optimizer, clipper)
-        elif _has_closure(args, kwargs):
+        elif (kwargs or len(args) > 1) and _has_closure(args, kwargs):
             self._measure(watched, optimizer)
         watched.steps += 1
         if self._progress is not None:
@@ -185,14 +212,13 @@ class Watch:
         """Take an optimizer in, or look anew at one that has got another parameter group."""
         if not optimizer.state and _creates_state(sys._getframe(2)):
             return None
-        watched = self._by_optimizer.get(optimizer)
-        if watched is not None:
-            watched.groups = len(optimizer.param_groups)
-            watched.names = parameter_names(optimizer)
+        watched = self._by_id.get(id(optimizer))
+        if watched is not None and watched.optimizer() is optimizer:
+            watched.look_at(optimizer)
         else:
             watched = Watched(optimizer)
             self.watched.append(watched)
-            self._by_optimizer[optimizer] = watched
+            self._by_id[id(optimizer)] = watched
         if self.trial.replaces:
             for group in optimizer.param_groups:
                 if group.get("max_norm") is not None:
@@ -236,7 +262,10 @@ class Watch:
 
             watched.marker = optimizer.register_step_pre_hook(mark)
         if _is_due(watched.steps):
-            self._measure_layers(watched, optimizer, 1.0)
+            try:
+                self._measure_layers(watched, optimizer, 1.0)
+            except Exception as error:  # the program must go on, whatever its gradients are
+                watched.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
 
     def _read(self, watched: Watched, optimizer: Optimizer, clipper: Clipper) -> None:
         """Look up what a Clipper did in the step that has just been taken."""
@@ -250,14 +279,21 @@ class Watch:
     def _measure(self, watched: Watched, optimizer: Optimizer) -> None:
         """Record a step of an optimizer without a Clipper."""
         try:
-            call = self.calls.of(optimizer)
-            if call is None:
-                call = self._own_measurement(optimizer)
+            call = self.calls.of(optimizer) if self.calls.are_waiting else None
+            if call is not None:
+                self._record(watched, call)
+                clip_coef = call.clip_coef
             else:
-                watched.clipped_by[call.function] += 1
+                self._take_norm(watched, optimizer)
+                clip_coef = 1.0
+            if _is_due(watched.steps) and isinstance(clip_coef, float) and clip_coef > 0:
+                self._measure_layers(watched, optimizer, clip_coef)
         except Exception as error:  # the program must go on, whatever its gradients are
-            watched.problem = f"the norm cannot be taken: {type(error).__name__}: {error}"
-            return
+            watched.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
+
+    def _record(self, watched: Watched, call: Call) -> None:
+        """Record a step whose gradients torch's functions have clipped."""
+        watched.clipped_by[call.function] += 1
         for earlier in call.not_taken:
             norm, max_norm, clip_coef = earlier.total_norm, earlier.max_norm, earlier.clip_coef
             watched.history.append(watched.steps, norm, max_norm, clip_coef, skipped=True)
@@ -265,29 +301,22 @@ class Watch:
         watched.history.append(watched.steps, call.total_norm, call.max_norm, call.clip_coef)
         if call.nonfinite:
             self._note_nonfinite(watched, watched.steps, call.nonfinite)
-        if _is_due(watched.steps) and isinstance(call.clip_coef, float) and call.clip_coef > 0:
-            self._measure_layers(watched, optimizer, call.clip_coef)
 
-    def _own_measurement(self, optimizer: Optimizer) -> Call:
-        """The norm, where nobody else takes it."""
+    def _take_norm(self, watched: Watched, optimizer: Optimizer) -> None:
+        """Record a step whose norm nobody else takes."""
         parameters = _parameters(optimizer)
         norm = norm_of(parameters)
         norm = 0.0 if norm is None else _unscaled(norm, optimizer)
-        is_bad = isinstance(norm, float) and not math.isfinite(norm)
-        return Call("", norm, math.inf, 1.0, nonfinite_ids(parameters) if is_bad else ())
+        watched.history.append(watched.steps, norm, math.inf, 1.0)
+        if watched.on_host and not math.isfinite(norm):
+            self._note_nonfinite(watched, watched.steps, nonfinite_ids(parameters))
 
     def _measure_layers(self, watched: Watched, optimizer: Optimizer, clip_coef: float) -> None:
         """Keep the norm of each parameter as it was before clipping."""
         parameters = with_gradient(_parameters(optimizer))
-        if not parameters:
-            return
-        try:
-            norms = norms_of(parameters) / clip_coef
-        except Exception as error:  # the program must go on, whatever its gradients are
-            watched.problem = f"the norm of each parameter cannot be taken: {type(error).__name__}: {error}"
-            return
-        names = [watched.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
-        watched.layers.append(watched.steps, names, norms)
+        if parameters:
+            names = [watched.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
+            watched.layers.append(watched.steps, names, norms_of(parameters) / clip_coef)
 
     def _note_nonfinite(self, watched: Watched, step: int, parameters: Sequence[int]) -> None:
         if len(watched.nonfinite) < _MOST_NONFINITE:
