@@ -182,11 +182,10 @@ def _costs(recorder: Recorder, watch: Watch, shown: Mapping[str, Watched], secon
                 f"  Clipper of {label}: {_duration(float(np.median(watched.seconds)))} a step "
                 f"(measured {_count(len(watched.seconds), 'time')})"
             )
-    if watch.steps > 1:
-        between = watch.elapsed / (watch.steps - 1)
-        own = (watch.seconds + recorder.seconds) / watch.steps
-        share = f", {own / between:.1%} of the {_duration(between)} from step to step" if between else ""
-        lines.append(f"  looking on: {_duration(own)} a step{share}")
+    if watch.between:
+        own = watch.seconds + recorder.seconds / watch.steps
+        of_step = f"{own / watch.between:.1%} of the {_duration(watch.between)} from step to step"
+        lines.append(f"  looking on: {_duration(own)} a step, {of_step}")
     return lines
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from statistics import median
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -32,6 +33,7 @@ __all__ = ["Watch", "Watched"]
 
 # Parameters are measured one by one in every so many of the first steps, and of the others.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
+_EVERY_TIMED = 8  # to look at the clock is a part of what looking on takes
 _MOST_NONFINITE = 100  # steps whose parameters are kept
 _MOST_TIMES = 10_000
 
@@ -92,8 +94,7 @@ class Watch:
         watched: the optimizers, in the order of their first steps.
         replaced_clippers: how many Clippers of the program have got the thresholds of the trial.
         calls_replaced: how often the program called a function that only measured, by its name.
-        seconds: what looking on took, all in all, but for what is done once for each optimizer.
-        elapsed: the time from the first step to the last.
+        steps: how many there were, of all optimizers.
     """
 
     def __init__(
@@ -104,9 +105,10 @@ class Watch:
         self.watched: list[Watched] = []
         self.replaced_clippers = 0
         self.calls_replaced: Counter[str] = Counter()
-        self.seconds = 0.0
         self.steps = 0
-        self.first = self.last = 0.0
+        self._own: deque[float] = deque(maxlen=_MOST_TIMES)
+        self._intervals: deque[float] = deque(maxlen=_MOST_TIMES)
+        self._timed = (0, 0.0)  # the last step that was: its number, and when
         self._progress = progress
         self._by_id: dict[int, Watched] = {}
         self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
@@ -115,9 +117,14 @@ class Watch:
         self._puts_one_on = False
 
     @property
-    def elapsed(self) -> float:
-        """The time from the first step to the last."""
-        return self.last - self.first
+    def seconds(self) -> float:
+        """What looking on takes in a step, as a median; 0 if no step was timed."""
+        return median(self._own) if self._own else 0.0
+
+    @property
+    def between(self) -> float:
+        """The time from one step to the next, likewise."""
+        return median(self._intervals) if self._intervals else 0.0
 
     def attach(self) -> None:
         """Look on from now on."""
@@ -149,7 +156,7 @@ class Watch:
     # One step; what runs in each is kept short, for it is a part of the program's own time
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start = time.perf_counter()
+        start = time.perf_counter() if self.steps % _EVERY_TIMED == 0 else 0.0
         watched = self._by_id.get(id(optimizer))
         if (
             watched is None
@@ -159,38 +166,41 @@ class Watch:
             watched = self._first_seen(optimizer)
             if watched is None:
                 return
-            start = time.perf_counter()
+            start = start and time.perf_counter()
         frame = sys._getframe(1)
         if watched.frame is not None and _runs_within(frame, watched.frame):
             return
         watched.frame = frame
-        if not self.steps:
-            self.first = start
-        self.last = start
         self.steps += 1
         if self._clippers and self._clipper_of(optimizer) is not None:
             self._mark(watched, optimizer)
         elif kwargs or len(args) > 1:
             if not _has_closure(args, kwargs):
                 self._measure(watched, optimizer)
-        elif watched.usual is None or self.calls.are_waiting or _is_due(watched.steps):
+        elif (
+            watched.usual is None
+            or self.calls.are_waiting
+            or _is_due(watched.steps)
+            or getattr(optimizer, "grad_scale", None) is not None
+        ):
             self._measure(watched, optimizer)
         else:
             # The usual step in one go: called one after another, the functions would cost twice as much.
+            # To read the norm would, too; whether it is finite is told by an error.
             try:
-                norm = float(clip_grad_norm_(watched.usual, math.inf))
-            except Exception as error:  # the program must go on, whatever its gradients are
-                watched.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
-            else:
-                if norm < math.inf and getattr(optimizer, "grad_scale", None) is None:
-                    watched.history.append(watched.steps, norm, math.inf, 1.0)
-                else:
-                    self._measure(watched, optimizer)
-        watched.marked = time.perf_counter()
-        self.seconds += watched.marked - start
+                norm = clip_grad_norm_(watched.usual, math.inf, 2.0, True)
+                watched.history.append(watched.steps, norm, math.inf, 1.0)
+            except Exception:  # it is looked into what is unusual
+                self._measure(watched, optimizer)
+        if start:
+            number, before = self._timed
+            if number:
+                self._intervals.append((start - before) / (self.steps - number))
+            self._timed = (self.steps, start)
+            self._own.append(time.perf_counter() - start)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start = time.perf_counter()
+        start = time.perf_counter() if self.steps % _EVERY_TIMED == 1 else 0.0
         watched = self._by_id.get(id(optimizer))
         if watched is None or watched.frame is not sys._getframe(1):
             return
@@ -206,7 +216,8 @@ class Watch:
         watched.steps += 1
         if self._progress is not None:
             self._progress(watched)
-        self.seconds += time.perf_counter() - start
+        if start and self._own:
+            self._own[-1] += time.perf_counter() - start
 
     def _first_seen(self, optimizer: Optimizer) -> Watched | None:
         """Take an optimizer in, or look anew at one that has got another parameter group."""
@@ -260,6 +271,7 @@ class Watch:
             def mark(*_: object) -> None:
                 watched.seconds.append(time.perf_counter() - watched.marked)
 
+            watched.marked = time.perf_counter()
             watched.marker = optimizer.register_step_pre_hook(mark)
         if _is_due(watched.steps):
             try:
