@@ -73,6 +73,25 @@ def everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(scope="module", params=["short way", *_WAYS] if _ACTIVE else _WAYS)
+def each_way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests as usual, and twice with all that a usual step of a few elements leaves out.
+
+    Then fused steps multiply the gradients even where they are so small that it does not pay.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "short way":
+            yield request.param
+            return
+        patch.setattr(fused, "_TOO_SMALL", 0)
+        if request.param == "kernel":
+            patch.setattr(native, "clip_step", lambda *_: None)
+            yield request.param
+            return
+        with kernel.disabled():
+            yield request.param
+
+
 @pytest.fixture
 def on_host(everywhere: str) -> None:
     """For a test of what is promised for host memory only."""
