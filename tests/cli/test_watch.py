@@ -151,6 +151,21 @@ def test_one_call_for_two_optimizers_and_two_calls_for_one() -> None:
     assert [r.total_norm for r in two.history] == [4.0, 5.0]
 
 
+def test_a_first_call_for_optimizers_that_have_not_stepped_yet() -> None:
+    first, second, frozen = weight(0.0), weight(0.0), weight(0.0)
+    optimizers = sgd(first), sgd(second)
+    with Session() as session:
+        for _ in range(3):
+            first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
+            torch.nn.utils.clip_grad_norm_([first, second, frozen], 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+    for watched in session.watch.watched:
+        assert [r.total_norm for r in watched.history] == [5.0] * 3
+        assert [r.clipped for r in watched.history] == [True] * 3
+    assert not len(session.recorder.calls.stray)
+
+
 def test_two_calls_for_parts_of_an_optimizer_make_one_norm() -> None:
     first, second = weight(0.0, 0.0), weight(0.0, 0.0)
     optimizer = sgd(first, second)

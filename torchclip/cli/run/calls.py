@@ -56,6 +56,7 @@ class Calls:
         self._owners: WeakValueDictionary[int, Optimizer] = WeakValueDictionary()
         self._waiting: WeakKeyDictionary[Optimizer, dict[tuple[int, int], list[Call]]] = WeakKeyDictionary()
         self._unclaimed: list[tuple[list[int], Call]] = []
+        self._shared: tuple[list[int], Call] | None = None
         self.stray = History()
         self.are_waiting = False
         self._strays = 0
@@ -64,6 +65,9 @@ class Calls:
         """Take in whose parameters these are, by their ``id``, and calls on them that came before."""
         for key in parameters:
             self._owners[key] = optimizer
+        if self._shared is not None and not self._unclaimed:
+            keys, call = self._shared
+            self._give(optimizer, keys, call)
         unclaimed, self._unclaimed = self._unclaimed, []
         for keys, call in unclaimed:
             self._assign(keys, call)
@@ -79,8 +83,18 @@ class Calls:
             if len(self._unclaimed) > _MOST_UNCLAIMED:
                 self._give_up(self._unclaimed.pop(0)[1])
         for owner in owners:
+            self._give(owner, keys, call)
+        # The others may belong to an optimizer whose first step is still to come.
+        self._shared = (
+            (keys, call) if owners and len(keys) > sum(map(self._owners.__contains__, keys)) else None
+        )
+
+    def _give(self, owner: Optimizer, keys: list[int], call: Call) -> None:
+        if any(self._owners.get(key) is owner for key in keys):
             place = (keys[0], len(keys))
-            self._waiting.setdefault(owner, {}).setdefault(place, []).append(call)
+            calls = self._waiting.setdefault(owner, {}).setdefault(place, [])
+            if not any(each is call for each in calls):
+                calls.append(call)
             self.are_waiting = True
 
     def finish(self) -> None:
