@@ -49,7 +49,9 @@ def perplexity_with(run: tuple[str, float, int]) -> float:
     torch.set_num_threads(1)
     _, clip, _ = RULES[name]
     vocabulary, tokens = read()
-    options = options_of({"hidden": 64, "batch": 16, "steps": 250, "seed": seed, "max_norm": math.inf})
+    options = options_of(
+        {"lr": 3.0, "hidden": 64, "batch": 16, "steps": 250, "seed": seed, "max_norm": math.inf}
+    )
     torch.manual_seed(seed)
     model = new_model(options.cell, len(vocabulary), options.hidden)
     parameters, head = list(model.parameters()), list(model.output.parameters())  # type: ignore[union-attr]
@@ -115,7 +117,7 @@ def quantiles_figure(path: Path) -> None:
         axes.plot(true, color=colour, linewidth=0.6, alpha=0.5)
     axes.plot([], [], color="gray", linewidth=0.6, label="the batch's own quantile")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
