@@ -404,7 +404,7 @@ def test_other_orders_of_finite_elements() -> None:
 
 def test_facts() -> None:
     def facts(*tensors: torch.Tensor) -> int:
-        return _kernel.tensors(tensors).facts
+        return int(_kernel.tensors(tensors).facts)
 
     single, twice = torch.ones(3), torch.ones(3, dtype=torch.float64)
     assert facts(single, single.half()) == Facts.SMALL
