@@ -6,6 +6,8 @@ from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
+from torchclip.clipper.clipper import Clipper
+
 openmp: bool
 """Whether several threads can be used."""
 
@@ -72,6 +74,16 @@ def clip_step(
 
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
+
+def step_hooks(
+    clipper: Clipper, native_names: dict[str, Any], /
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A Clipper's hooks: the usual step in one go; any other is left to the Clipper's own two methods.
+
+    Args:
+        clipper: the Clipper.
+        native_names: the namespace in which ``clip_step`` is what is in use at the moment.
+    """
 
 def gradients(parameters: Iterable[Tensor], /) -> Batch:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over."""

@@ -46,6 +46,13 @@ def _not_taken(*_: object) -> None:
     return None
 
 
+def step_hooks(clipper: object) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """What stands in for a ``Clipper``'s hooks, with no Python frame in a usual step; None without kernel."""
+    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
+    hooks = None if extension is None else extension.step_hooks(clipper, globals())
+    return hooks
+
+
 def status() -> str:
     """One line on whether the kernel is active, and why not if it is not."""
     if extension is None:

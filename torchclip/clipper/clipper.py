@@ -211,9 +211,10 @@ class Clipper:
             on_clip,
             self._names.of_gradients,
         )
+        before_step, after_step = native.step_hooks(self) or (self._before_step, self._after_step)
         self._hooks: tuple[RemovableHandle, ...] = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(before_step),
+            optimizer.register_step_post_hook(after_step),
         )
         self._clipping.hook_id = self._hooks[0].id
         _clipped_optimizers.add(optimizer)
@@ -326,26 +327,10 @@ class Clipper:
 
     # The optimizer's hooks
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # The short way, as in a training step every line and object costs several times what it costs alone.
-        if self._usual_max_norm is not None and not self._step.running and len(args) == 1 and not kwargs:
-            self._row = native.clip_step(optimizer, self._steps, self._usual_max_norm)
-            if self._row is not None:
-                self._step.running = True
-                return None
-        return self._before_any_step(args, kwargs)
+    # With the kernel others are called, written in C, which take the usual step in one go and leave any other
+    # to these: in a training step every frame, line and object costs several times what it costs alone.
 
-    def _after_step(self, *_: Any) -> None:
-        row = self._row
-        if row is None or self._step.nested:
-            self._after_any_step()
-            return
-        self._row = None
-        self._step.running = False
-        self.history.append(*row)
-        self._steps += 1
-
-    def _before_any_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._step.begin():
             return None
         self._row, self._rows, self._layers = None, [], None
@@ -381,7 +366,7 @@ class Clipper:
             self._layers = names, norms
         self._rows.append(self._clipping.clip(self._steps, look))
 
-    def _after_any_step(self) -> None:
+    def _after_step(self, *_: Any) -> None:
         # Only a step that was taken is in the history, and has used up its number.
         if not self._step.end():
             return

@@ -16,8 +16,10 @@
 //     snapshot.h    the memory of tensors during one call: chunks, threads, norms, changes
 //     batch.h       the Python type `Batch`
 //     short_way.h   the usual call in one go
+//     step_hooks.h  a Clipper's hooks for its usual step
 #include "batch.h"
 #include "short_way.h"
+#include "step_hooks.h"
 
 namespace {
 
@@ -125,6 +127,8 @@ PyMethodDef module_methods[] = {
      "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
     {"clip_step", function(clip_step), METH_FASTCALL,
      "clip_step(optimizer, step, max_norm): the usual step of a Clipper in one go, and what to record of it, or None"},
+    {"step_hooks", function(step_hooks), METH_FASTCALL,
+     "step_hooks(clipper, native_names): what to call before and after a step of its optimizer"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
     {"scalar", function(scalar), METH_FASTCALL, "scalar(value, double): a 0-dim tensor of float64 or float32"},
