@@ -1,8 +1,9 @@
 """Put the measurements into docs/performance.md and the README's table of speed, each between its two marks.
 
+    torchclip bench --only steps --json benchmarks/steps.json
     python benchmarks/write_page.py
 
-It reads results.json beside it, and scaling.json and clip_and_step.json where they are.
+It reads steps.json and results.json beside it, and scaling.json and clip_and_step.json where they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from check_targets import checks
 
 from torchclip.cli.bench.contenders import OPERATIONS
+from torchclip.cli.bench.steps import COLUMNS
 from torchclip.cli.bench.table import cells, headers, present
 from torchclip.cli.bench.workloads import WORKLOADS
 
@@ -30,7 +32,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 def measured() -> str:
     """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
     report = json.loads((HERE / "results.json").read_text())
-    parts = [_machine(report["machine"]), _table(report["rows"])]
+    steps = json.loads((HERE / "steps.json").read_text())
+    parts = ["### Inside of a training step", in_steps(steps), "### By itself, in a tight loop"]
+    parts += [_machine(report["machine"]), _table(report["rows"])]
     parts += [_steps(rows) for rows in [_rows("clip_and_step.json")] if rows]
     parts.append(_verdict(report["rows"], _rows("scaling.json")))
     parts += [f"![{title}]({name})" for name, title in PICTURES.items() if (PAGE.parent / name).exists()]
@@ -67,17 +71,25 @@ def _steps(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def in_short(rows: list[dict[str, Any]]) -> str:
-    """The README's table: torch and torchclip, where clipping is not needed and where it is, as Markdown."""
-    columns = ["gradients", "torch, not needed", "torchclip", "times faster"]
-    lines = [[*columns, "torch, clipping", *columns[2:]], ["---", *["--:"] * 6]]
-    for title in dict.fromkeys(row["title"] for row in rows):
-        line = [title]
-        for row in rows:
-            if row["title"] == title and row["operation"] in ("no clipping", "clipping"):
-                line += cells(row, ["torch", "torchclip"])[:3]  # two times, and how they compare
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def in_steps(report: dict[str, Any]) -> str:
+    """What clipping adds to a training step, and on which machine that was measured, as Markdown."""
+    titles = [title.replace("\n", " ") for title in COLUMNS.values()]
+    lines = [["µs added to a step", *titles], ["---", *["--:"] * len(titles)]]
+    for row in report["steps"]:
+        cells = [f"{1e6 * row['added'][name][0]:.1f}" for name in COLUMNS]
+        for i, name in enumerate(COLUMNS):
+            if name in row["speedup"]:
+                quartile, mean = row["speedup"][name]
+                cells[i] += f" ({quartile:.1f}×, {mean:.1f}×)"
+        what = "clipping" if row["clips"] else "idle"
+        lines.append([f"{row['title']}, {row['optimizer']}, {what}", *cells])
+    doubt = 1e6 * max(abs(row["added"]["no clipping once more"][0]) for row in report["steps"])
+    machine = report["machine"]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
+        f"\n\n{machine['CPU']}, kernel {machine['CPU kernel']}, torch {machine['torch']}, one thread. Lower "
+        "quartiles; in brackets torch's divided by it, of the quartiles and of the means without the slowest "
+        f"5 %. Two measurements of a step without clipping differ by up to {doubt:.1f} µs."
+    )
 
 
 def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
@@ -99,7 +111,7 @@ def rewrite(page: Path, text: str) -> None:
 def main() -> None:
     """Rewrite both."""
     rewrite(PAGE, measured())
-    rewrite(README, in_short(_rows("results.json")))
+    rewrite(README, in_steps(json.loads((HERE / "steps.json").read_text())))
 
 
 if __name__ == "__main__":
