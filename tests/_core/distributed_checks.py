@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_helpers import TORCH, with_fsdp2, worlds_of
+from distributed_helpers import TORCH, since_2_7, worlds_of
 from dtensors import placed
 from helpers import DTYPES, NORM_TYPES, bits, last_of, randn
 from torch import Tensor, nn
@@ -173,6 +173,7 @@ def check_norm_types_without_any_element() -> None:
         assert torchclip.get_total_norm([], order, group=dist.group.WORLD) == 0
 
 
+@since_2_7
 def check_dtypes() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     for dtype in DTYPES:
@@ -196,6 +197,7 @@ def check_range() -> None:
         compare([full], [split(full, mesh, Shard(0))], global_norm(scale))
 
 
+@since_2_7
 def check_pending_sums_and_averages() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     ways = [
@@ -692,7 +694,7 @@ def sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
     return model
 
 
-@with_fsdp2
+@since_2_7
 def check_fsdp2() -> None:
     model = sharded(model_of(dtype=torch.float64))
     backward(model, my_part(batch_of(4, torch.float64)))
@@ -700,7 +702,7 @@ def check_fsdp2() -> None:
     compare_models(model, trained_alone())
 
 
-@with_fsdp2
+@since_2_7
 def check_fsdp2_on_replicated_groups() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = sharded(model_of(dtype=torch.float64), mesh=mesh)
@@ -708,7 +710,7 @@ def check_fsdp2_on_replicated_groups() -> None:
     compare_models(model, trained_alone())
 
 
-@with_fsdp2
+@since_2_7
 @worlds_of(2)
 def check_fsdp2_on_two_ranks() -> None:
     model = sharded(model_of(dtype=torch.float64))
@@ -720,7 +722,7 @@ def offloaded(model: nn.Sequential) -> nn.Sequential:
     return sharded(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
-@with_fsdp2
+@since_2_7
 @worlds_of(2)
 def check_fsdp2_with_offload_to_the_cpu() -> None:
     model = offloaded(model_of(dtype=torch.float64))
@@ -728,7 +730,7 @@ def check_fsdp2_with_offload_to_the_cpu() -> None:
     compare_models(model, trained_alone())
 
 
-@with_fsdp2
+@since_2_7
 def check_fsdp2_in_mixed_precision() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(model_of(), mp_policy=policy)
@@ -752,7 +754,7 @@ def check_tensor_parallel_sequence() -> None:
     assert model.norm.weight.grad.placements == (Partial(),)
 
 
-@with_fsdp2
+@since_2_7
 def check_fsdp2_with_tensor_parallel() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
@@ -830,7 +832,7 @@ def compare_training(
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, equal_nan=True)
 
 
-@with_fsdp2
+@since_2_7
 def check_clipper_on_fsdp2() -> None:
     thresholds: list[MaxNorm] = [0.1, INF, lambda step: 0.1 / (1 + step), torchclip.ZScore(warmup=2)]
     thresholds.append(torchclip.Percentile(50.0))
@@ -840,7 +842,7 @@ def check_clipper_on_fsdp2() -> None:
     compare_training(lambda o: torchclip.Clipper(o, 0.1), foreach=True)
 
 
-@with_fsdp2
+@since_2_7
 @worlds_of(2)
 def check_clipper_on_fsdp2_with_offload_to_the_cpu() -> None:
     def clipper(optimizer: torch.optim.Optimizer) -> torchclip.Clipper:
@@ -854,7 +856,7 @@ def check_clipper_on_fsdp2_with_offload_to_the_cpu() -> None:
         compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
 
 
-@with_fsdp2
+@since_2_7
 def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
     for nonfinite, scope in itertools.product(POLICIES, SCOPES):
         compare_training(
@@ -875,7 +877,7 @@ def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
             )
 
 
-@with_fsdp2
+@since_2_7
 def check_clipper_with_a_fused_optimizer() -> None:
     """The coefficient goes along with the step, as the optimizer's ``grad_scale``, in float32 only."""
     results = []

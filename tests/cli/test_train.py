@@ -382,10 +382,12 @@ def test_html_is_a_page_about_both_runs(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_output_fits_the_terminal(
-    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(display.console, "width", columns)
-    _, output = run(capsys)
+    text = tmp_path / "text.txt"
+    text.write_text("Without the sign that stands for what was cut off, which a model might write. " * 50)
+    _, output = run(capsys, "--text", text)
     assert max(map(len, output.splitlines())) <= columns
     assert not any(line.endswith(" ") for line in output.splitlines())
     assert "…" not in output

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_helpers import with_fsdp2
+from distributed_helpers import since_2_7
 from dtensors import placed
 from helpers import bits, grad_of, last_of, randn, with_gradients
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ def check_ranks_scale_alike_whatever_only_one_of_them_has() -> None:
         agreed([bits(parameters[0]), bits(parameters[0].grad)])
 
 
-@with_fsdp2
+@since_2_7
 def check_the_step_that_creates_an_optimizers_state() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     for parameter in model.parameters():
@@ -167,7 +167,7 @@ def check_the_step_that_creates_an_optimizers_state() -> None:
     )
 
 
-@with_fsdp2
+@since_2_7
 def check_names_and_layers_of_distributed_models() -> None:
     for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
