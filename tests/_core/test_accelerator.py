@@ -356,6 +356,31 @@ class TestClipper:
             added.append(len(operations(optimizer.step)) - alone)
         assert added[0] == added[1] <= most
 
+    @pytest.mark.parametrize("scope", ["global", "parameter"])
+    @pytest.mark.parametrize(
+        "threshold",
+        [
+            torchclip.ZScore(),
+            torchclip.AdaGC(),
+            torchclip.RollingSigma(),
+            torchclip.Percentile(10, window=50),
+        ],
+    )
+    def test_thresholds_that_learn_read_no_value(
+        self, threshold: torchclip.Threshold, scope: Literal["global", "parameter"]
+    ) -> None:
+        counts = []
+        for parameters in (3, 40):
+            optimizer = one_group(on_meta(parameters, F32))
+            torchclip.Clipper(optimizer, threshold, scope=scope)
+            optimizer.step()
+            first = operations(optimizer.step)
+            for _ in range(300 if parameters == 3 else 3):
+                optimizer.step()
+            assert operations(optimizer.step) == first
+            counts.append(len(first))
+        assert counts[0] == counts[1]
+
     def test_hundreds_of_steps_read_no_value(self) -> None:
         optimizer = one_group(on_meta(3, F32))
         torchclip.Clipper(optimizer, lambda step: 1.0 + step, nonfinite="zero")

@@ -165,7 +165,7 @@ def test_both_runs_start_from_the_same_weights_and_batches() -> None:
     assert unclipped.steps[-1][:2] != clipped.steps[-1][:2]
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "transformer"])
 def test_same_seed_same_numbers(cell: str) -> None:
     first, again, other = (trained(cell=cell, seed=seed) for seed in (1, 1, 2))
     assert [run.steps for run in first] == [run.steps for run in again]
@@ -404,7 +404,7 @@ def test_newer_thresholds(threshold: str, capsys: pytest.CaptureFixture[str]) ->
         assert "--max-norm has no meaning" in refusal(capsys, "--threshold", threshold, "--max-norm", 1)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "transformer"])
 def test_saved_model_writes_the_same_text_when_loaded(
     cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

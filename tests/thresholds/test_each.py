@@ -192,6 +192,18 @@ def test_the_rule_looks_the_same_in_both_forms(make: Callable[[], Any]) -> None:
 
 
 @every_case
+def test_a_default_device_elsewhere_does_not_matter(make: Callable[[], Any]) -> None:
+    steps, names = random_norms(8, 8, 20), names_of(20)
+    rule, other = MaxNormRule(make()), MaxNormRule(make())
+    for i, norms in enumerate(steps):
+        chosen = slice(0, 18 if i % 2 else 20)
+        with torch.device("meta"):
+            answers = rule.max_norms(i, names[chosen], norms[chosen])
+        expected = other.max_norms(i, names[chosen], norms[chosen])
+        np.testing.assert_array_equal(np.asarray(answers), np.asarray(expected))
+
+
+@every_case
 def test_sets_come_and_go(make: Callable[[], Any]) -> None:
     rule, names = MaxNormRule(make()), names_of(30)
     thresholds = {name: make() for name in names}

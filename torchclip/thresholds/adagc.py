@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchclip._core import arguments, scalars
 from torchclip.thresholds import checks
-from torchclip.thresholds.each import Each, column, present
+from torchclip.thresholds.each import Each, floats, integers, present
 
 __all__ = ["AdaGC"]
 
@@ -144,8 +144,8 @@ class _AdaGCs(Each):
 
     def __init__(self, rule: AdaGC, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
         self._rule = rule
-        self._gamma = column(states, "gamma", device, missing=math.inf)
-        self._seen = torch.tensor([state["seen"] for state in states], dtype=torch.int64, device=device)
+        self._gamma = floats([math.inf if s["gamma"] is None else s["gamma"] for s in states], device)
+        self._seen = integers([state["seen"] for state in states], device)
 
     def update(self, norms: Tensor, norm_type: float) -> Tensor:
         rule = self._rule

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
-from torchclip.thresholds.each import Each
+from torchclip.thresholds.each import Each, integers
 from torchclip.thresholds.quantile_tracker import QuantileTracker
 
 __all__ = ["MaxNorm", "MaxNormRule", "Threshold"]
@@ -239,7 +239,7 @@ class MaxNormRule:
             self._rows.update({name: row for row, name in enumerate(new, start=len(self._rows))})
         rows = [self._rows[name] for name in names]
         in_order = rows == list(range(len(self._rows)))
-        self._index = None if in_order else torch.tensor(rows).to(device, non_blocking=True)
+        self._index = None if in_order else integers(rows, device)
         self._names = tuple(names)
 
     def _as_copies(self) -> dict[str, Any]:

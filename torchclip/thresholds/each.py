@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from torchclip._core import scalars
 
-__all__ = ["Each", "column", "padded", "present"]
+__all__ = ["Each", "floats", "integers", "present"]
 
+_CPU = torch.device("cpu")
 SameKind = TypeVar("SameKind", bound="Each")
 
 
@@ -72,18 +73,19 @@ class Each(ABC):
         self._warming_up = True
 
 
-def column(
-    states: Sequence[Mapping[str, Any]], key: str, device: torch.device, missing: float = math.nan
-) -> Tensor:
-    """An entry of several saved states, as a column; for None stands ``missing``."""
-    values = [missing if state[key] is None else state[key] for state in states]
-    return torch.tensor(values, dtype=scalars.norm_dtype(device), device=device)
+def floats(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers, or rows of numbers, as a column of the dtype that norms have on a device."""
+    return _moved(torch.tensor(values, dtype=torch.float64, device=_CPU), device, scalars.norm_dtype(device))
 
 
-def padded(rows: Sequence[Sequence[float]], width: int, device: torch.device) -> Tensor:
-    """Lists of different lengths, at most ``width``, as a column of rows that end in NaN."""
-    values = [[*row, *[math.nan] * (width - len(row))] for row in rows]
-    return torch.tensor(values, dtype=scalars.norm_dtype(device), device=device).reshape(len(rows), width)
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """Whole numbers as a column."""
+    return _moved(torch.tensor(values, dtype=torch.int64, device=_CPU), device, torch.int64)
+
+
+def _moved(column: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Made in host memory, whatever the default device is, and sent without waiting.
+    return column.to(device, dtype, non_blocking=True)
 
 
 def present(norms: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchclip._core import scalars
-from torchclip.thresholds.each import Each
+from torchclip.thresholds.each import Each, floats, integers
 
 __all__ = ["Windowed"]
 
@@ -27,12 +26,15 @@ class Windowed(Each):
 
     def __init__(self, window: int, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
         self._window = window
-        slots = torch.full((len(states), window), self._empty, dtype=torch.float64)
-        for row, state in zip(slots, states, strict=True):
-            norms = torch.tensor(state["norms"], dtype=torch.float64)
-            row[torch.arange(state["seen"] - len(norms), state["seen"]) % window] = norms
-        self._slots = slots.to(device, scalars.norm_dtype(device))
-        self._seen = torch.tensor([state["seen"] for state in states], dtype=torch.int64, device=device)
+        rows = [self._slots_of(state["seen"], state["norms"]) for state in states]
+        self._slots = floats(rows, device).reshape(len(rows), window)
+        self._seen = integers([state["seen"] for state in states], device)
+
+    def _slots_of(self, seen: int, norms: Sequence[float]) -> list[float]:
+        slots = [self._empty] * self._window
+        for number, norm in enumerate(norms, start=seen - len(norms)):
+            slots[number % self._window] = norm
+        return slots
 
     def _put(self, norms: Tensor, learn: Tensor) -> None:
         """Put norms in the place of the oldest, where they are to be learned from."""

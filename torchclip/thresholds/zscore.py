@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.thresholds import checks
-from torchclip.thresholds.each import Each, column, padded, present
+from torchclip.thresholds.each import Each, floats, integers, present
 
 __all__ = ["ZScore"]
 
@@ -176,11 +176,15 @@ class _ZScores(Each):
 
     def __init__(self, rule: ZScore, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
         self._rule = rule
-        self._mean = column(states, "mean", device)  # NaN until the warm-up is over
-        self._std = column(states, "std", device)
-        self._first = padded([state["warmup_norms"] for state in states], rule.warmup, device)
+        means = [math.nan if state["mean"] is None else state["mean"] for state in states]
+        self._mean = floats(means, device)  # NaN until the warm-up is over
+        self._std = floats([state["std"] for state in states], device)
+        first = [state["warmup_norms"] for state in states]
+        unknown = [[math.nan] * (rule.warmup - len(norms)) for norms in first]
+        rows = [[*norms, *rest] for norms, rest in zip(first, unknown, strict=True)]
+        self._first = floats(rows, device).reshape(len(rows), rule.warmup)
         seen = [len(s["warmup_norms"]) if s["mean"] is None else rule.warmup for s in states]
-        self._seen = torch.tensor(seen, dtype=torch.int64, device=device)
+        self._seen = integers(seen, device)
 
     def update(self, norms: Tensor, norm_type: float) -> Tensor:
         rule, mean, std = self._rule, self._mean, self._std
