@@ -66,7 +66,7 @@ class Limits:
             norms = norms.masked_fill(skipped.to(norms.device), math.nan)
         asked = self._names is None
         if self._names is None:
-            max_norms = self._rule.max_norms(self._number, names, norms, self._order)
+            max_norms = self._asked(names, norms)
             self._names, self._norms, self._max_norms = names, norms, max_norms
         else:
             asked, max_norms = self._again(names, norms)
@@ -76,6 +76,19 @@ class Limits:
             part.limit(max_norms[start:end], 0.0)
             start = end
         return asked
+
+    def _asked(self, names: Sequence[str], norms: Norms) -> Norms:
+        if isinstance(norms, Tensor) or not norms or min(norms) >= 0:
+            return self._rule.max_norms(self._number, names, norms, self._order)
+        # Where there is no gradient, no threshold begins to learn.
+        present = [i for i, norm in enumerate(norms) if not norm < 0]
+        max_norms = [math.inf] * len(norms)
+        if present:
+            names_there, norms_there = [names[i] for i in present], [norms[i] for i in present]
+            answers = self._rule.max_norms(self._number, names_there, norms_there, self._order)
+            for i, answer in zip(present, _numbers(answers), strict=True):
+                max_norms[i] = answer
+        return max_norms
 
     def _again(self, names: Sequence[str], norms: Norms) -> tuple[bool, list[float]]:
         """The thresholds that were learned, and those of what there was nothing to learn from before."""
