@@ -5,8 +5,12 @@ import pytest
 from distributed_helpers import Ranks, checks_of
 
 
+@pytest.mark.parametrize(
+    "with_kernel",
+    [pytest.param(True, id="kernel"), pytest.param(False, id="torch operations", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("check", checks_of(distributed_checks))
-def test_on_ranks(ranks: Ranks, check: str, kernel_on_and_off: str) -> None:
-    errors = ranks.run(getattr(distributed_checks, check), kernel_on_and_off == "kernel")
+def test_on_ranks(ranks: Ranks, check: str, with_kernel: bool) -> None:
+    errors = ranks.run(getattr(distributed_checks, check), with_kernel)
     if errors:
         pytest.fail("\n".join(errors), pytrace=False)
