@@ -45,7 +45,7 @@ def run(
         html: where a page about the norms of both runs goes.
         save: where the clipped (or only) model goes.
         way: how several processes train one model; by default ``"fsdp"``.
-        cell: ``"rnn"`` or ``"lstm"``.
+        cell: ``"rnn"``, ``"lstm"`` or ``"transformer"``.
         lr: the learning rate; by default the cell's in ``LEARNING_RATES``.
         threshold: one of ``THRESHOLDS``.
         max_norm: the fixed threshold, by default the cell's in ``MAX_NORMS``, or a ceiling for the others, by

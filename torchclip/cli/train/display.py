@@ -47,7 +47,7 @@ def introduction(
 ) -> None:
     """Say what is going to be trained, and on what."""
     source = "Python's own documentation" if text is None else str(text)
-    cell = {"rnn": "Tanh RNN", "lstm": "LSTM"}[options.cell]
+    cell = {"rnn": "Tanh RNN", "lstm": "LSTM", "transformer": "Transformer"}[options.cell]
     warmup = f" after {options.warmup} steps of warm-up" if options.warmup > 1 else ""
     spread = "" if way is None else f", on {world_size()} processes with {WAYS[way]}"
     console.print(
