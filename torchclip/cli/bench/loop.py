@@ -24,7 +24,18 @@ from torch.optim import Optimizer
 
 import torchclip
 
-__all__ = ["CONTENDERS", "MODELS", "OPTIMIZERS", "ROUNDS", "Added", "Row", "added", "measure", "speedups"]
+__all__ = [
+    "CONTENDERS",
+    "MODELS",
+    "OPTIMIZERS",
+    "ROUNDS",
+    "Added",
+    "Row",
+    "added",
+    "measure",
+    "speedups",
+    "without_garbage_collection",
+]
 
 ROUNDS = 800
 WARM_UP = 30
@@ -134,7 +145,7 @@ def measure(
         torchclip.Clipper(setup.optimizer, setup.max_norm)
         hooks.take_off()
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        with _no_collection():
+        with without_garbage_collection():
             for i in range(WARM_UP + rounds):
                 for name in order.sample(list(contenders), len(contenders)):
                     seconds = _turn(setup, name, hooks)
@@ -195,7 +206,7 @@ class _Hooks:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Python's garbage collection off; whose turn it falls into would say nothing about that contender."""
     gc.collect()
     gc.disable()

@@ -7,7 +7,6 @@ quartiles over the rounds.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import quantiles
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from torchclip.cli.bench.contenders import OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
+from torchclip.cli.bench.loop import without_garbage_collection
 from torchclip.cli.bench.workloads import Workload
 
 __all__ = [
@@ -204,7 +204,7 @@ def _rounds(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float
     times: dict[str, list[float]] = {name: [] for name in timers}
     least, most = effort.rounds
     order = list(timers)
-    with _without_garbage_collection():
+    with without_garbage_collection():
         for timer in timers.values():
             timer.fill(effort.sample_seconds)
         end = perf_counter() + effort.row_seconds
@@ -213,16 +213,6 @@ def _rounds(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float
                 times[name].append(timers[name].sample())
             order.reverse()  # so that a machine that slows down favours nobody
     return times
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def summary(times: Sequence[float], torch: Sequence[float], floor: Sequence[float]) -> dict[str, list[float]]:
