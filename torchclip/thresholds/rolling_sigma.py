@@ -125,18 +125,16 @@ class _RollingSigmas(Windowed):
         return max_norms
 
     def _limits(self) -> Tensor:
-        count = self._seen.clamp(max=self._window) if self._warming_up else self._window
+        count = self._seen.clamp(max=self._window)
         mean = (self._slots.sum(dim=1) / count).unsqueeze(1)
         # In memory of its own, as making some for each step would take longer than the sum.
         if self._parts.shape != self._slots.shape or self._parts.device != self._slots.device:
             self._parts, self._number = torch.empty_like(self._slots), self._number.to(self._slots.device)
         parts = torch.sub(self._slots, mean, out=self._parts)
-        if not isinstance(count, Tensor):
-            return self._above(mean, parts, math.sqrt(count - 1))
-        parts.masked_fill_(self._number >= count.unsqueeze(1), 0.0)
-        return self._above(mean, parts, (count - 1).clamp(min=1).to(parts.dtype).sqrt())
-
-    def _above(self, mean: Tensor, parts: Tensor, divisor: float | Tensor) -> Tensor:
+        if self._warming_up:
+            parts.masked_fill_(self._number >= count.unsqueeze(1), 0.0)
+        # A tensor, in the warm-up and after it: the last digit of its square root may differ from Python's.
+        divisor = (count - 1).clamp(min=1).to(parts.dtype).sqrt()
         std: Tensor = torch.linalg.vector_norm(parts, dim=1) / divisor
         return mean.squeeze(1) + self._rule.sigma * std
 
