@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from torchclip.history import History
+from torchclip.history.page import page
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -64,6 +65,14 @@ def points_of(page: str) -> dict[str, Any]:
     return points
 
 
+def data_of(page: str) -> list[list[tuple[str, str]]]:
+    """The data attributes of each drawing."""
+    return [
+        re.findall(r'data-(\w+)="([^"]*)"', div)
+        for div in re.findall(r"<div class=.(?:wide|narrow)[^>]*>", page)
+    ]
+
+
 def test_it_says_what_the_history_says(tmp_path: Path) -> None:
     history = history_of(200, layers=12)
     history.append(200, math.nan, 1.0, math.nan, skipped=True)
@@ -78,7 +87,7 @@ def test_it_says_what_the_history_says(tmp_path: Path) -> None:
     assert advice.reason in text
     assert all(note in text for note in advice.notes)
     assert all(f"{max_norm:.3g}" in text for max_norm in advice.table.values())
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 3 * 2
     assert "layers.0.part0.weight" in page
     assert Tags(page).open == []
 
@@ -106,13 +115,34 @@ def test_what_the_pointer_reads(tmp_path: Path) -> None:
     history = History()
     for step, norm in [(3, 0.5), (5, 4.0), (6, math.inf), (9, math.nan), (10, 1 / 3)]:
         history.append(step, norm, 1.0, min(1.0, 1 / norm), skipped=norm == math.inf)
-    points = points_of(written(history, tmp_path / "page.html"))
+    page = written(history, tmp_path / "page.html")
+    points = points_of(page)
     assert points["step"] == [3, 5, 6, 9, 10]
     assert points["norm"] == [0.5, 4.0, "inf", "nan", 0.3333]
     assert points["max_norm"] == [1.0]
     assert points["mark"] == "-csn-"
-    assert 0 < points["left"] < points["right"] < 1
-    assert points["first"] < 3 < 10 < points["last"]
+    drawings = [dict(div) for div in data_of(page)[:2]]  # wide and narrow
+    assert all(float(d["first"]) < 3 < 10 < float(d["last"]) for d in drawings)
+    assert all(0 < float(d["left"]) < float(d["right"]) < 1 for d in drawings)
+
+
+def test_pictures_fit_wide_and_narrow_windows(tmp_path: Path) -> None:
+    page = written(history_of(100, layers=5), tmp_path / "page.html")
+    tags = Tags(page)
+    for width in ("wide", "narrow"):
+        assert tags.attributes.count(("div", "class", width)) == 3
+    sizes = [(name, value) for tag, name, value in tags.attributes if tag == "svg"]
+    assert [name for name, _ in sizes if name in ("width", "height")] == []
+    boxes = [value.split() for name, value in sizes if name == "viewbox" and value]
+    assert all(float(wide[2]) > 600 for wide in boxes[::2])
+    assert all(float(narrow[2]) < 400 for narrow in boxes[1::2])
+
+
+def test_no_two_elements_have_the_same_id() -> None:
+    histories = {"actor": history_of(100, layers=5), "critic": history_of(100, layers=5)}
+    tags = Tags(page("two", histories))
+    ids = [value for _, name, value in tags.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
 
 
 def test_titles_are_text(tmp_path: Path) -> None:

@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["draw_norms", "histogram_figure", "history_figure", "on_log_scale"]
+__all__ = ["NARROW", "draw_norms", "histogram_figure", "history_figure", "on_log_scale"]
 
 Array = NDArray[Any]
 
+NARROW = 6.0
+"""What is less wide, in inches, is arranged for a telephone."""
 
-def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
+
+def history_figure(columns: Mapping[str, Sequence[float]], width: float = 8.0) -> Figure:
     """The norm over the steps on a log scale, with the threshold; steps that were clipped are marked.
 
     A norm that a log scale has no place for (0, inf, nan) leaves a gap.  Steps that were not finite or were
@@ -29,14 +33,15 @@ def history_figure(columns: Mapping[str, Sequence[float]]) -> Figure:
 
     Args:
         columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
+        width: of the figure, in inches.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, 2 + 3 * width / 8), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     draw_norms(axes, columns)
     axes.set_title("Norms over Steps", fontsize=16)
-    figure.legend(loc="outside lower center", ncols=5)
+    figure.legend(loc="outside lower center", ncols=2 if width < NARROW else 5)
     return figure
 
 
@@ -66,19 +71,23 @@ def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
             axes.plot(step[mask], heights, marker, color="tab:red", transform=edge, label=label)
     if np.isfinite([*norm, *threshold]).any():  # a log scale must have something to show
         axes.set_yscale("log")
+        _label_plainly(axes.yaxis)
 
 
-def histogram_figure(norms: Sequence[float], max_norms: Sequence[float], suggested: float | None) -> Figure:
+def histogram_figure(
+    norms: Sequence[float], max_norms: Sequence[float], suggested: float | None, width: float = 8.0
+) -> Figure:
     """How often which norm occurred, on a log scale, with the threshold.
 
     Args:
         norms: the norms before clipping; those that are not finite or 0 have no place in it.
         max_norms: the threshold of each step; of several the median is drawn.
         suggested: another threshold to draw, or None.
+        width: of the figure, in inches.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, 3.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="gradient norm before clipping", ylabel="steps")
     axes.grid(axis="y", alpha=0.3)
     shown = on_log_scale(norms)
@@ -89,6 +98,7 @@ def histogram_figure(norms: Sequence[float], max_norms: Sequence[float], suggest
         bins = int(np.clip(np.sqrt(len(shown)), 10, 60))
         axes.hist(shown, np.geomspace(low, high, bins + 1).tolist(), color="tab:blue")
         axes.set_xscale("log")
+        _label_plainly(axes.xaxis)
     thresholds = on_log_scale(max_norms)
     thresholds = thresholds[np.isfinite(thresholds)]
     if len(thresholds):
@@ -98,8 +108,20 @@ def histogram_figure(norms: Sequence[float], max_norms: Sequence[float], suggest
     if suggested is not None:
         axes.axvline(suggested, color="tab:orange", linestyle="--", label=f"suggested ({suggested:g})")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        figure.legend(loc="outside upper right", ncols=2)
     return figure
+
+
+def _label_plainly(axis: Axis) -> None:
+    """Numbers such as 0.3 on a log scale, where matplotlib writes 3·10⁻¹."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def on_log_scale(values: Sequence[float]) -> Array:

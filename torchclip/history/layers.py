@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchclip._core import arguments
+from torchclip.history.figure import NARROW
 from torchclip.history.records import integer
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def _numbers(name: str, value: Any) -> list[float]:
 _MOST_LABELS = 45
 
 
-def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array) -> Figure:
+def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, width: float = 9.0) -> Figure:
     """A heat map: parameters from top to bottom in the order of the model, steps from left to right.
 
     Args:
@@ -185,15 +186,17 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array) -> F
         steps: the numbers of the steps.
         norms: the norms, of shape ``(steps, parameters)``. What a logarithmic scale has no place for is grey
             (0) or red (not finite).
+        width: of the figure, in inches.
     """
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     blocks = [_block(name) for name in names]
     label_blocks = len(names) > _MOST_LABELS
-    height = min(max(0.2 * len(names) + 1.5, 3.5), 11)
-    figure = Figure(figsize=(9, height), dpi=120, layout="constrained")
+    height = min(max(0.2 * len(names) + 1.5, 3.5), 2 + width)
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step")
     axes.set_title("Norm of each parameter's gradient before clipping", fontsize=13, loc="left")
     shown = norms[np.isfinite(norms) & (norms > 0)]
@@ -201,19 +204,22 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array) -> F
         axes.text(0.5, 0.5, "no norms to show", ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
         return figure
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if width < NARROW else 10, integer=True))
     edges = _edges(steps)
     rows = np.arange(len(names) + 1) - 0.5
     low, high = shown.min(), shown.max()
     scale = LogNorm(low, high if high > low else 1.1 * low)
     axes.set_facecolor("#d9d9d9")  # where there is nothing to draw
-    mesh = axes.pcolormesh(
-        edges, rows, np.ma.masked_where(~(norms > 0) | np.isinf(norms), norms).T, norm=scale
-    )
-    figure.colorbar(mesh, ax=axes, label="norm", pad=0.02, fraction=0.05, aspect=30)
+    cells = np.ma.masked_where(~(norms > 0) | np.isinf(norms), norms).T
+    # So many colours as an eye can tell apart: as pixels they take less than all 256.
+    mesh = axes.pcolormesh(edges, rows, cells, norm=scale, cmap=colormaps["viridis"].resampled(64))
+    side = "bottom" if width < NARROW else "right"
+    figure.colorbar(mesh, ax=axes, label="norm", location=side, pad=0.02, fraction=0.05, aspect=30)
     _mark_nonfinite(axes, steps, norms, edges, rows)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    _label(axes, [_shortened(name) for name in (blocks if label_blocks else names)], blocks, label_blocks)
+    room = 20 if width < NARROW else 40
+    labels = [_shortened(name, room) for name in (blocks if label_blocks else names)]
+    _label(axes, labels, blocks, label_blocks)
     return figure
 
 
@@ -256,9 +262,10 @@ def _label(axes: Axes, labels: Sequence[str], blocks: Sequence[str], by_block: b
     axes.tick_params(axis="y", labelsize=8, length=2)
 
 
-def _shortened(name: str) -> str:
+def _shortened(name: str, room: int) -> str:
     """The name without its middle, if it is long: what tells names apart stands at their ends."""
-    return name if len(name) <= 40 else f"{name[:12]}…{name[-27:]}"
+    start = room // 3
+    return name if len(name) <= room else f"{name[:start].rstrip('.')}…{name[start + 1 - room :].lstrip('.')}"
 
 
 def _block(name: str) -> str:

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,11 +27,24 @@ __all__ = ["page"]
 
 # A picture with more points than this is drawn as pixels, where a marker for each would be large.
 _MANY_POINTS = 1000
+# Each picture is drawn for two widths of the window, in inches; at both its letters have the page's size.
+_WIDTHS = {"wide": 9.5, "narrow": 4.6}
+
+
+class _Drawing(NamedTuple):
+    window: str
+    """A key of ``_WIDTHS``."""
+    svg: Markup
+    left: float
+    """Where the axes begin and end, as shares of the width; then the values there."""
+    right: float
+    first: float
+    last: float
 
 
 class _Picture(NamedTuple):
     title: str
-    svg: Markup
+    drawings: list[_Drawing]
     caption: str
     points: Markup | None = None
     """What the page says about each step, as JSON."""
@@ -62,11 +75,11 @@ def page(title: str, histories: Mapping[str, History]) -> str:
 
 def _run(name: str, history: History) -> _Run:
     columns, advice = history.as_dict(), history.suggest()
-    figures = [_norms(columns), _histogram(columns, advice)]
-    names, steps, norms = history.layers.read()
-    if steps:
-        caption = "Grey: no gradient, or a norm of 0. Red: not finite."
-        figures.append(_Picture("Layers", _svg(layers_figure(names, steps, norms)), caption))
+    figures = [_norms(name, columns), _histogram(name, columns, advice)]
+    layers = history.layers.read()
+    if layers[1]:
+        drawings = _drawings(f"layers of {name}", lambda width: layers_figure(*layers, width))
+        figures.append(_Picture("Layers", drawings, "Grey: no gradient, or a norm of 0. Red: not finite."))
     table = [(f"{share:.1%}", f"{max_norm:.3g}") for share, max_norm in advice.table.items()]
     return _Run(name, _numbers(history.summary()), advice, table, figures)
 
@@ -85,25 +98,12 @@ def _numbers(summary: Summary) -> list[tuple[str, str]]:
     return numbers
 
 
-def _norms(columns: Mapping[str, Sequence[Any]]) -> _Picture:
+def _norms(name: str, columns: Mapping[str, Sequence[Any]]) -> _Picture:
     from markupsafe import Markup
 
-    figure = history_figure(columns)
-    (axes,) = figure.axes
-    for line in axes.lines:
-        if len(np.asarray(line.get_xdata())) > _MANY_POINTS:
-            if line.get_label() == "norm":
-                line.set_marker("")
-            elif line.get_linestyle() == "None":
-                line.set_rasterized(True)
-    svg = _svg(figure)
-    box, (first, last) = axes.get_position(), axes.get_xlim()
+    drawings = _drawings(f"norms of {name}", lambda width: _norms_figure(columns, width))
     marks = zip(columns["clipped"], columns["nonfinite"], columns["skipped"], strict=True)
     points = {
-        "left": box.x0,
-        "right": box.x1,
-        "first": first,
-        "last": last,
         "step": columns["step"],
         "norm": _short(columns["total_norm"]),
         "max_norm": _short(columns["max_norm"]),
@@ -114,7 +114,18 @@ def _norms(columns: Mapping[str, Sequence[Any]]) -> _Picture:
     caption = "Before clipping. Point at a step to read it."
     # Numbers and letters only, so that no character needs to be escaped.
     data = Markup(json.dumps(points, separators=(",", ":"))) if columns["step"] else None
-    return _Picture("Norm over steps", svg, caption, data)
+    return _Picture("Norm over steps", drawings, caption, data)
+
+
+def _norms_figure(columns: Mapping[str, Sequence[Any]], width: float) -> Figure:
+    figure = history_figure(columns, width)
+    for line in figure.axes[0].lines:
+        if len(np.asarray(line.get_xdata())) > _MANY_POINTS:
+            if line.get_label() == "norm":
+                line.set_marker("")
+            elif line.get_linestyle() == "None":
+                line.set_rasterized(True)
+    return figure
 
 
 def _short(values: Sequence[float]) -> list[float | str]:
@@ -123,13 +134,30 @@ def _short(values: Sequence[float]) -> list[float | str]:
     return shown[:1] if len(set(shown)) == 1 else shown
 
 
-def _histogram(columns: Mapping[str, Sequence[Any]], advice: Advice) -> _Picture:
-    figure = histogram_figure(columns["total_norm"], columns["max_norm"], advice.max_norm)
-    return _Picture("How often which norm", _svg(figure), "Norms that are finite and above 0.")
+def _histogram(name: str, columns: Mapping[str, Sequence[Any]], advice: Advice) -> _Picture:
+    norms, max_norms, suggested = columns["total_norm"], columns["max_norm"], advice.max_norm
+    drawings = _drawings(
+        f"histogram of {name}", lambda width: histogram_figure(norms, max_norms, suggested, width)
+    )
+    return _Picture("How often which norm", drawings, "Norms that are finite and above 0.")
 
 
-def _svg(figure: Figure) -> Markup:
-    """A figure as SVG that takes the width and the colours of the page."""
+def _drawings(name: str, draw: Callable[[float], Figure]) -> list[_Drawing]:
+    """A figure, drawn for each width of the window; ``name`` tells it from others on the page."""
+    drawings = []
+    for window, width in _WIDTHS.items():
+        figure = draw(width)
+        svg = _svg(figure, f"{name}, {window}")
+        box, limits = figure.axes[0].get_position(), figure.axes[0].get_xlim()
+        drawings.append(_Drawing(window, svg, box.x0, box.x1, *limits))
+    return drawings
+
+
+def _svg(figure: Figure, salt: str) -> Markup:
+    """A figure as SVG that takes the width and the colours of the page.
+
+    ``salt`` goes into the names within it, which others on the page must not have.
+    """
     import matplotlib
     from markupsafe import Markup
 
@@ -142,10 +170,10 @@ def _svg(figure: Figure) -> Markup:
             mesh.set_rasterized(True)
     file = io.StringIO()
     # Text stays text; the same history gives the same page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "torchclip"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(file, format="svg", dpi=72, transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
-    return Markup(
-        re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
-    )
+    # Groups are numbered in every figure alike, and nothing refers to them.
+    svg = re.sub(r'<g id="[A-Za-z0-9.]+_[0-9]+"', "<g", svg)
+    return Markup(re.sub(r' (?:width|height)="[^"]*"', "", svg[: (end := svg.index(">"))]) + svg[end:])
