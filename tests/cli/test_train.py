@@ -404,7 +404,7 @@ def test_newer_thresholds(threshold: str, capsys: pytest.CaptureFixture[str]) ->
         assert "--max-norm has no meaning" in refusal(capsys, "--threshold", threshold, "--max-norm", 1)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "transformer"])
 def test_saved_model_writes_the_same_text_when_loaded(
     cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -418,12 +418,9 @@ def test_saved_model_writes_the_same_text_when_loaded(
     assert len(written[0] or "") == 50
 
 
-def test_a_transformer_is_trained_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "model.pt"
-    _, output = run(capsys, "--cell", "transformer", "--save", path)
+def test_a_transformer_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
+    _, output = run(capsys, "--cell", "transformer")
     assert "Transformer with" in " ".join(output.split())
-    model, vocabulary = load_model(path)
-    assert len(sample(model, vocabulary, length=50, seed=3) or "") == 50
 
 
 def test_text_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

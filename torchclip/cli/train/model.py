@@ -102,7 +102,8 @@ def detached(state: State) -> State:
 
 @torch.no_grad()
 def sample(model: nn.Module, vocabulary: str, length: int, seed: int) -> str | None:
-    """Text that the model writes, or None if its scores are not finite."""
+    """Text that the model writes, or None if its scores are not finite; it is no longer in training then."""
+    model.eval()  # a transformer remembers what it has read only then
     generator = torch.Generator().manual_seed(seed)
     token = torch.zeros(1, 1, dtype=torch.int64)  # the first of the vocabulary: in most texts, the line break
     state, text = None, ""
@@ -119,7 +120,7 @@ def model_of(weights: Weights, vocabulary: str, cell: str, hidden: int) -> nn.Mo
     """A model with these weights, to write with."""
     model = new_model(cell, len(vocabulary), hidden)
     model.load_state_dict(weights)
-    return model.eval()
+    return model
 
 
 def save_model(path: Path, weights: Weights, vocabulary: str, options: Options) -> None:
