@@ -33,13 +33,14 @@ class AdaGC:
 
     What the paper leaves open, or where implementations disagree:
 
-    - Implementations count steps from 1 and end the warm-up before step number ``warmup``, the same for all
-      parameters. Here ``warmup`` is how many norms each parameter learns from, so that one that is frozen at
-      first has its warm-up later.
-    - In the warm-up, the joint norm is the one of all gradients, as in the paper; some implementations take
-      that of each gradient there, too.
-    - Implementations add a small constant to the denominators. Here a norm of 0 divides nothing, so there is
-      none.
+    - In the authors' code the first ``warmup`` steps are clipped together, the same for all parameters; in
+      other code it is one step fewer. Here ``warmup`` is how many norms each parameter learns from, so that
+      one that is frozen at first has its warm-up later; in the authors' code it would start from its first
+      norm, and not have one.
+    - In the warm-up, the joint norm is the one of all gradients, as in the paper and the authors' code; some
+      implementations take that of each gradient there, too.
+    - The authors' code has ``relative=1.04`` and ``beta=0.99`` for GPT-2. It adds a small constant to the
+      denominators. Here a norm of 0 divides nothing, so there is none.
     - A norm of 0 is not learned from. By the formula ``γ_i`` would be 0 for good, and the parameter would not
       move again: LoRA's ``A`` is an example, whose first gradient is 0 as ``B`` still is.
     - A norm that is not finite is not learned from. In the warm-up it does not count in ``‖g‖``, and is
@@ -59,7 +60,8 @@ class AdaGC:
 
     References:
         Wang et al., *AdaGC: Improving Training Stability for Large Language Model Pretraining*, 2025,
-        https://arxiv.org/abs/2502.11034
+        https://arxiv.org/abs/2502.11034 (in later versions *AdaGC: Enhancing LLM Pretraining Stability via
+        Adaptive Gradient Clipping*), and the authors' code, https://github.com/lishuai-97/AdaGC
 
     Examples:
         >>> threshold = AdaGC(relative=1.5, beta=0.5, warmup=2, max_norm=4.0)
