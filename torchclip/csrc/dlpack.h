@@ -37,6 +37,6 @@ struct DLPackExchangeAPI {
 };
 
 constexpr int32_t kCPU = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4, kComplex = 5;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kComplex = 5;
 
 }  // namespace

@@ -46,8 +46,8 @@ using Dtypes = DtypeTable<      //
 struct DtypeFacts {
     uint8_t code;
     size_t parts, item, alignment;  // real numbers an element; bytes an element; bytes a real number
-    bool is_complex() const { return parts == 2; }
-    bool is_double() const { return alignment == sizeof(double); }
+    constexpr bool is_complex() const { return parts == 2; }
+    constexpr bool is_double() const { return alignment == sizeof(double); }
 };
 template <class Table> struct FactsOf;
 template <class... Rows> struct FactsOf<DtypeTable<Rows...>> {
@@ -56,6 +56,10 @@ template <class... Rows> struct FactsOf<DtypeTable<Rows...>> {
 };
 constexpr size_t kDtypeCount = FactsOf<Dtypes>::count;
 constexpr const DtypeFacts* kDtypes = FactsOf<Dtypes>::rows;
+
+// The row of double.
+constexpr size_t kDoubles = 3;
+static_assert(kDtypes[kDoubles].is_double() && !kDtypes[kDoubles].is_complex(), "the row of double");
 
 // The row of what DLPack describes; kDtypeCount if there is none.
 inline size_t find_dtype(const DLTensor& t) {

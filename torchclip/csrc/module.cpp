@@ -17,9 +17,12 @@
 //     batch.h       the Python type `Batch`
 //     short_way.h   the usual call in one go
 //     step_hooks.h  a Clipper's hooks for its usual step
+//     heaps.h       norms of which a percentile is wanted
+//     thresholds.h  those of many parameters at once
 #include "batch.h"
 #include "short_way.h"
 #include "step_hooks.h"
+#include "thresholds.h"
 
 namespace {
 
@@ -129,6 +132,12 @@ PyMethodDef module_methods[] = {
      "clip_step(optimizer, step, max_norm): the usual step of a Clipper in one go, and what to record of it, or None"},
     {"step_hooks", function(step_hooks), METH_FASTCALL,
      "step_hooks(clipper, native_names): what to call before and after a step of its optimizer"},
+    {"percentiles", function(percentiles), METH_FASTCALL,
+     "percentiles(norms, thresholds, seen, values, slots, places, fraction, window, warmup, max_norm): "
+     "learn from a norm for each row, and put the row's percentile into thresholds"},
+    {"rolling_sigmas", function(rolling_sigmas), METH_FASTCALL,
+     "rolling_sigmas(norms, thresholds, seen, slots, sigma, warmup): "
+     "judge a norm for each row by the row's last ones, put the limit into thresholds, and learn from it"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
     {"scalar", function(scalar), METH_FASTCALL, "scalar(value, double): a 0-dim tensor of float64 or float32"},

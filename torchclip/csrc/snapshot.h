@@ -34,6 +34,16 @@ inline double join(double result, double part, bool take_largest) {
 // Whether a sum of squares stayed so far from both ends of the range of numbers that it has lost nothing.
 inline bool is_regular(double sum) { return sum > 1e-280 && sum <= std::numeric_limits<double>::max(); }
 
+// The root of a sum of squares.  Those of float64 can leave the range of numbers; then they are taken again relative to
+// the largest, with the loops that reduce(loop, unit) runs.
+template <class Reduce> double root(double squares, Reduce reduce) {
+    if (is_regular(squares)) return std::sqrt(squares);
+    const double top = reduce(&Loops::largest, 1.0);
+    if (top == 0 || !std::isfinite(top)) return top;
+    const int exponent = std::max(-1023, std::min(std::ilogb(top), 1023));
+    return std::ldexp(std::sqrt(reduce(&Loops::sum_scaled_squares, std::ldexp(1.0, -exponent))), exponent);
+}
+
 // Several threads, where they pay, ask torch how many; -1 for an error.  Results do not depend on it.
 // Many small tensors are left to one thread too: two would find each other's half in the wrong cache, and to find out
 // whether tensors overlap takes longer than to scale them.
@@ -231,16 +241,11 @@ class Snapshot {
         return result;
     }
 
-    // The norm of chunks [first, last), given what `reduce` made of them.  Squares of float64 can leave the range
-    // of numbers; then they are taken again relative to the largest.
+    // The norm of chunks [first, last), given what `reduce` made of them.
     double norm_from(double reduced, size_t first, size_t last, Read Loops::* loop, bool finite) {
         if (loop != &Loops::sum_squares || reduced < 0) return reduced;
-        if (is_regular(reduced)) return std::sqrt(reduced);
-        const double top = reduce(first, last, &Loops::largest, finite, 1.0);
-        if (top == 0 || !std::isfinite(top)) return top;
-        const int exponent = std::max(-1023, std::min(std::ilogb(top), 1023));
-        const double unit = std::ldexp(1.0, -exponent);
-        return std::ldexp(std::sqrt(reduce(first, last, &Loops::sum_scaled_squares, finite, unit)), exponent);
+        return root(reduced,
+                    [&](Read Loops::* other, double unit) { return reduce(first, last, other, finite, unit); });
     }
 
     // True if two threads might write to the same memory.

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from torchclip._core import arguments, scalars
+from torchclip._core import arguments, native, scalars
 from torchclip._core.batch import Norms
 from torchclip.thresholds.each import Each, integers
 from torchclip.thresholds.quantile_tracker import QuantileTracker
@@ -128,7 +128,8 @@ class MaxNormRule:
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
         # Of a device on which nothing is computed; host memory may be another matter.
         self.answers_tensors = self._make_each([], torch.device("meta")) is not None
-        self._tensors_on_host = self._make_each([], torch.device("cpu")) is not None
+        self._with_kernel: bool | None = None
+        self._tensors_on_host = False
         self._copies: dict[str, Threshold] = {}
         # The tensor form, and which row of it is whose; then there are no copies.
         self._each: Each | None = None
@@ -178,6 +179,9 @@ class MaxNormRule:
     def _suits_tensors(self, norms: Norms) -> bool:
         if isinstance(norms, Tensor) and norms.device.type != "cpu":
             return self.answers_tensors
+        if self._with_kernel is not (native.extension is not None):  # which can be turned off at any time
+            self._with_kernel = native.extension is not None
+            self._tensors_on_host = self._make_each([], torch.device("cpu")) is not None
         several = self._each is not None or self.per_parameter or len(norms) >= _MANY
         return self._tensors_on_host and several
 
@@ -207,26 +211,18 @@ class MaxNormRule:
             self._place(names, vector.device)
         if self._index is None:
             return each.update(vector, norm_type)
-        if self._index.device != vector.device:
-            self._index = self._index.to(vector.device, non_blocking=True)
         everywhere = vector.new_full((len(self._rows),), scalars.ABSENT).index_copy_(0, self._index, vector)
         return each.update(everywhere, norm_type)[self._index]
 
     def _each_on(self, device: torch.device) -> Each:
-        """The tensor form, made of the copies if need be, on a device."""
-        if self._each is None:
+        """The tensor form on a device, made of the copies or of the one on another device if need be."""
+        if self._each is None or self._each.device != device:
             states = self.state_dict()
-            self._set_each(states, device)
-            self._copies = {}
+            self._each = self._make_each(list(states.values()), device)
+            self._rows = {name: row for row, name in enumerate(states)}
+            self._copies, self._names, self._index = {}, (), None
         assert self._each is not None
-        if self._each.device != device:
-            self._each.to(device)
         return self._each
-
-    def _set_each(self, states: Mapping[str, Any], device: torch.device) -> None:
-        self._each = self._make_each(list(states.values()), device)
-        self._rows = {name: row for row, name in enumerate(states)}
-        self._names, self._index = (), None
 
     def _place(self, names: Sequence[str], device: torch.device) -> None:
         """Find the rows of sets with these names, and add rows for new ones."""

@@ -66,9 +66,9 @@ def window_of(state: Mapping[str, Any], kind: str, window: int | None, owner: st
         )
     seen = arguments.count("state['seen']", state["seen"], least=0)
     norms = arguments.items("state['norms']", state["norms"], finite)
-    if window is not None and len(norms) != min(seen, window):
+    kept = seen if window is None else min(seen, window)
+    if len(norms) != kept:
         raise ValueError(
-            f"`state['norms']` must be the last {min(seen, window)} of the {seen} norms seen, "
-            f"got {len(norms)}"
+            f"`state['norms']` must be the last {kept} of the {seen} norms seen, got {len(norms)}"
         )
     return seen, norms

@@ -59,13 +59,6 @@ class Each(ABC):
         first: Tensor = getattr(self, self.columns[0])
         return first.device
 
-    def to(self, device: torch.device) -> None:
-        """Move the state."""
-        for name in self.columns:
-            column: Tensor = getattr(self, name)
-            is_float = column.is_floating_point()
-            setattr(self, name, column.to(device, scalars.norm_dtype(device) if is_float else column.dtype))
-
     def append(self: SameKind, more: SameKind) -> None:
         """Add further thresholds of the same kind, with the same arguments, after those that are there."""
         for name in self.columns:

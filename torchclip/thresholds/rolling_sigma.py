@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchclip._core import arguments
+from torchclip._core import arguments, native
 from torchclip.thresholds import checks
 from torchclip.thresholds.each import Each, present
 from torchclip.thresholds.windowed import Windowed
@@ -116,6 +116,12 @@ class _RollingSigmas(Windowed):
         self._parts = torch.empty_like(self._slots)
 
     def update(self, norms: Tensor, norm_type: float) -> Tensor:
+        if self.device.type == "cpu" and native.extension is not None:
+            max_norms = torch.empty_like(norms)
+            native.extension.rolling_sigmas(
+                norms, max_norms, self._seen, self._slots, self._rule.sigma, self._rule.warmup
+            )
+            return max_norms
         max_norms = self._limits()
         if self._warming_up:
             max_norms = torch.where(self._seen < self._rule.warmup, math.inf, max_norms)
@@ -128,8 +134,8 @@ class _RollingSigmas(Windowed):
         count = self._seen.clamp(max=self._window)
         mean = (self._slots.sum(dim=1) / count).unsqueeze(1)
         # In memory of its own, as making some for each step would take longer than the sum.
-        if self._parts.shape != self._slots.shape or self._parts.device != self._slots.device:
-            self._parts, self._number = torch.empty_like(self._slots), self._number.to(self._slots.device)
+        if self._parts.shape != self._slots.shape:
+            self._parts = torch.empty_like(self._slots)
         parts = torch.sub(self._slots, mean, out=self._parts)
         if self._warming_up:
             parts.masked_fill_(self._number >= count.unsqueeze(1), 0.0)
