@@ -1,4 +1,10 @@
-"""The code of the documentation is among the tests."""
+"""The code of the documentation is among the tests, and all tests run with one thread of torch."""
+
+import os
+
+# Tests share the cores with the programs that they start; where all is small, threads only wait for
+# one another.  A test of threads sets their number.  OpenMP reads this once, when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from documentation import as_a_reader, pytest_collect_file
 

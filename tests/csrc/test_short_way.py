@@ -647,7 +647,6 @@ def test_finalizers_that_trade_the_memory_of_gradients(limit: float, function: s
             self.itself = self
 
     before = gc.get_threshold()
-    gc.freeze()  # what is there already need not be looked at each time
     for turn in range(60):
         call = usual()
         call.limit = limit
@@ -670,7 +669,6 @@ def test_finalizers_that_trade_the_memory_of_gradients(limit: float, function: s
         gc.collect()
         assert all(reference() is None for reference in references)
         assert all(grad.isfinite().all() for grad in grads)
-    gc.unfreeze()
 
 
 def test_a_getter_that_raises() -> None:
