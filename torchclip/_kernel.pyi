@@ -7,6 +7,7 @@ from typing import Any, Literal, final
 from torch import Tensor, nn
 
 from torchclip.clipper.clipper import Clipper
+from torchclip.history.history import History
 
 openmp: bool
 """Whether several threads can be used."""
@@ -63,27 +64,19 @@ def clip_grad_norm(
     started, are walked where that is sure to give the same parameters; the generator is used up then.
     """
 
-def clip_step(
-    optimizer: object, step: int, max_norm: float, /
-) -> tuple[int, float, float, float, bool] | None:
+def clip_step(optimizer: object, max_norm: float, /) -> tuple[float, float] | None:
     """The usual step of a ``torchclip.Clipper``, which clips all gradients by their joint norm, in one go.
 
     Returns:
-        What ``History.append`` takes, after clipping; None, and nothing was changed, if anything is unusual.
+        The norm and the clip coefficient, after clipping; None, and nothing was changed, if anything is
+        unusual.
     """
+
+def connect_steps(native_names: dict[str, Any], /) -> None:
+    """Give the kernel the namespace in which ``clip_step`` is what is in use at the moment."""
 
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
-
-def step_hooks(
-    clipper: Clipper, native_names: dict[str, Any], /
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A Clipper's hooks: the usual step in one go; any other is left to the Clipper's own two methods.
-
-    Args:
-        clipper: the Clipper.
-        native_names: the namespace in which ``clip_step`` is what is in use at the moment.
-    """
 
 def percentiles(
     norms: Tensor,
@@ -156,6 +149,25 @@ def select(instruction_set: str, /) -> None:
     Raises:
         ValueError: if this machine or this build does not have it.
     """
+
+@final
+class StepState:
+    """A ``torchclip.clipper.step.State``, by which the two hooks below take the usual step in one go.
+
+    Any other step is left to the Clipper's own two methods.
+    """
+
+    def __init__(self, clipper: Clipper, max_norm: float | None, history: History, /) -> None:
+        """``max_norm`` is the threshold of a usual step; None where no step is."""
+    history: History
+    number: int
+    running: bool
+    nested: bool
+    went_short: bool
+    def row(self) -> tuple[int, float, float, float, bool]:
+        """What ``History.append`` takes of a step that went the short way."""
+    def hooks(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What to call before and after each step of the optimizer."""
 
 @final
 class Batch:

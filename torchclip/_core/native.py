@@ -15,7 +15,7 @@ from torchclip._core import arguments
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.host import HostBatch
 
-__all__ = ["clip_grad_norm", "clip_grad_value", "clip_step", "extension", "status", "use"]
+__all__ = ["clip_grad_norm", "clip_grad_value", "clip_step", "extension", "status", "step_state", "use"]
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
@@ -26,8 +26,8 @@ clip_grad_norm: Callable[..., Tensor | None]
 """The extension's short way through a usual call of ``clip_grad_norm_``; None where it is not taken."""
 clip_grad_value: Callable[..., bool | None]
 """Likewise of ``clip_grad_value_``; True where it was taken."""
-clip_step: Callable[..., tuple[int, float, float, float, bool] | None]
-"""Likewise of a step of a ``Clipper`` with a number; what to record of it."""
+clip_step: Callable[..., tuple[float, float] | None]
+"""Likewise of a step of a ``Clipper`` with a number; the norm and the clip coefficient."""
 _reason: str = ""
 
 
@@ -46,11 +46,9 @@ def _not_taken(*_: object) -> None:
     return None
 
 
-def step_hooks(clipper: object) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """What stands in for a ``Clipper``'s hooks, with no Python frame in a usual step; None without kernel."""
-    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
-    hooks = None if extension is None else extension.step_hooks(clipper, globals())
-    return hooks
+def step_state(*args: object) -> Any:
+    """The extension's ``StepState``, made of these arguments; None without kernel."""
+    return None if extension is None else extension.StepState(*args)
 
 
 def status() -> str:
@@ -124,3 +122,5 @@ def _load() -> tuple[Any, str]:
 
 
 use(*_load())
+if extension is not None:
+    extension.connect_steps(globals())

@@ -20,7 +20,7 @@ from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.rules import Rule
 from torchclip.clipper.scope import Scope, Scoping
 from torchclip.clipper.spikes import Spikes
-from torchclip.clipper.step import Step, creates_state, with_closure
+from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
 from torchclip.history.records import Record
 from torchclip.thresholds.base import MaxNorm, MaxNormRule, Threshold
@@ -167,7 +167,6 @@ class Clipper:
         if on_clip is not None and not callable(on_clip):
             raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
         self.optimizer = optimizer
-        self.history = History()
         # A tensor has a method of that name, too.
         is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self._way = cast("Rule", max_norm) if is_way else None
@@ -189,16 +188,17 @@ class Clipper:
             )
         self._scope: Scope = scope
         self._nonfinite: Nonfinite = nonfinite
-        self._steps = 0
         self._names = Names(optimizer, model)
         self._layers_every = arguments.count("layers_every", layers_every, least=0)
-        self._step = Step(optimizer)
         # What goes the short way while the kernel is on, with what is found to be usual in each step.
         usual = scope == "global" and self._order == 2 and not groups
         takes_number = self._way is None and on_clip is None and spikes is None and not self._layers_every
-        self._usual_max_norm = self._rule.number if usual and takes_number else None
-        # What is to be recorded of the step: of one that went the short way, of any other.
-        self._row: tuple[int, float, float, float, bool] | None = None
+        usual_max_norm = self._rule.number if usual and takes_number else None
+        history = History()
+        with_kernel = native.step_state(self, usual_max_norm, history)
+        self._state: State = with_kernel or State(history)
+        self._step = Step(optimizer, self._state)
+        # What is to be recorded of a step that did not go the short way.
         self._rows: list[Row] = []
         self._layers: tuple[list[str], Norms] | None = None
         self._clipping = Clipping(
@@ -211,13 +211,23 @@ class Clipper:
             on_clip,
             self._names.of_gradients,
         )
-        before_step, after_step = native.step_hooks(self) or (self._before_step, self._after_step)
+        own_hooks = self._before_step, self._after_step
+        before_step, after_step = own_hooks if with_kernel is None else with_kernel.hooks()
         self._hooks: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(before_step),
             optimizer.register_step_post_hook(after_step),
         )
         self._clipping.hook_id = self._hooks[0].id
         _clipped_optimizers.add(optimizer)
+
+    @property
+    def history(self) -> History:
+        """What clipping did, step by step."""
+        return self._state.history
+
+    @history.setter
+    def history(self, history: History) -> None:
+        self._state.history = history
 
     @property
     def last(self) -> Record | None:
@@ -275,7 +285,7 @@ class Clipper:
         """
         spikes = self._clipping.spikes
         return {
-            "steps": self._steps,
+            "steps": self._state.number,
             "norm_type": self._order,
             "scope": self._scope,
             "thresholds": self._rule.state_dict(),
@@ -310,7 +320,7 @@ class Clipper:
             spikes.load_state_dict(of_spikes)
         self._rule.load_state_dict(state["thresholds"])
         self.history.load_state_dict(state["history"])
-        self._steps = steps
+        self._state.number = steps
 
     def __getstate__(self) -> None:
         raise TypeError(
@@ -333,7 +343,7 @@ class Clipper:
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._step.begin():
             return None
-        self._row, self._rows, self._layers = None, [], None
+        self._state.went_short, self._rows, self._layers = False, [], None
         self._clipping.begin()
         if len(args) > 1 or kwargs:
             replaced = with_closure(type(self.optimizer).step, args, kwargs, self._clipped_after)
@@ -361,23 +371,23 @@ class Clipper:
         look.measure()
         if creates_state(self.optimizer, args, kwargs or {}, look.total_norm):
             return
-        if self._layers_every and self._steps % self._layers_every == 0:
+        if self._layers_every and self._state.number % self._layers_every == 0:
             names, _, norms = self._names.norms(self._order)
             self._layers = names, norms
-        self._rows.append(self._clipping.clip(self._steps, look))
+        self._rows.append(self._clipping.clip(self._state.number, look))
 
     def _after_step(self, *_: Any) -> None:
         # Only a step that was taken is in the history, and has used up its number.
         if not self._step.end():
             return
-        rows = self._rows if self._row is None else [self._row]
-        self._row, self._rows = None, []
+        rows = [self._state.row()] if self._state.went_short else self._rows
+        self._state.went_short, self._rows = False, []
         if rows:
             for row in rows:
                 self.history.append(*row)
             if self._clipping.spikes is not None:
                 self._clipping.spikes.end()
             if self._layers is not None:
-                self.history.layers.append(self._steps, *self._layers)
+                self.history.layers.append(self._state.number, *self._layers)
                 self._layers = None
-            self._steps += 1
+            self._state.number += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, TypeAlias
 
@@ -12,8 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchclip._core.batch import Norm
+from torchclip.history.history import History
 
-__all__ = ["Outcome", "Step", "with_closure"]
+__all__ = ["Outcome", "State", "Step", "with_closure"]
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why something is undone: the step is over, it ended in an exception, or its closure is called again."""
@@ -23,52 +25,73 @@ _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
 
 
+@dataclass
+class State:
+    """What is to be known between the two hooks of a step; the kernel's ``StepState`` stands in for it.
+
+    Attributes:
+        history: where steps are recorded.
+        number: of the step that is running, or comes next.
+        running: whether a step has begun and not ended, or not been found to have failed.
+        nested: whether another one has begun within it.
+        went_short: whether the step that is running went the kernel's short way, which has its record.
+    """
+
+    history: History
+    number: int = 0
+    running: bool = False
+    nested: bool = False
+    went_short: bool = False
+
+    def row(self) -> tuple[int, float, float, float, bool]:
+        """What to record of a step that went the short way."""
+        raise AssertionError("without the kernel none does")
+
+
 class Step:
     """The step that an optimizer is taking.
 
     The ``step()`` of a subclass may call its parent's, which has the same hooks: they are one step.  A step
     that ended in an exception has never reached its second hook; this is found out when the next one begins.
 
-    Attributes:
+    Args:
         optimizer: whose steps these are.
-        running: whether a step has begun and not ended, or not been found to have failed.
-        nested: whether another one has begun within it.
+        state: what the hooks know.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, state: State) -> None:
         self.optimizer = optimizer
-        self.running = False
-        self.nested = False
+        self._state = state
         self._undo: list[Callable[[Outcome], None]] = []
 
     def begin(self) -> bool:
         """Begin a step; False if it is a part of the one that has begun already."""
-        if self.running:
+        if self._state.running:
             if self._is_around(sys._getframe(2), 1):
-                self.nested = True
+                self._state.nested = True
                 return False
             self.take_back("failed")
-        self.running, self.nested = True, False
+        self._state.running, self._state.nested = True, False
         return True
 
     def end(self) -> bool:
         """End a step; False if it is only a part of one."""
-        if not self.running or (self.nested and self._is_around(sys._getframe(2), 1)):
+        if not self._state.running or (self._state.nested and self._is_around(sys._getframe(2), 1)):
             return False
-        self.running = False
+        self._state.running = False
         self.take_back("finished")
         return True
 
     def fail(self) -> None:
         """End a step with an exception that is on its way."""
-        self.running = False
+        self._state.running = False
         self.take_back("failed")
 
     def is_running(self) -> bool:
         """Whether the caller is called from within a step; one that has failed is ended."""
-        if self.running and not self._is_around(sys._getframe(1), 0):
+        if self._state.running and not self._is_around(sys._getframe(1), 0):
             self.fail()
-        return self.running
+        return self._state.running
 
     def later(self, undo: Callable[[Outcome], None]) -> None:
         """Have something undone as soon as this step is over, or its closure is called again."""

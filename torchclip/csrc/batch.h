@@ -333,9 +333,6 @@ PyObject* batch_rest(PyObject* self, void*) {
     return batch.rest != nullptr ? new_reference(batch.rest) : nullptr;
 }
 
-using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-PyCFunction function(Fast fast) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast)); }
-
 PyMethodDef batch_methods[] = {
     {"norm", function(batch_norm), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},
     {"norms", function(batch_norms), METH_FASTCALL, "norms(p, finite=False): of each tensor"},

@@ -73,4 +73,7 @@ PyObject* new_reference(PyObject* object) {
     return object;
 }
 
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+PyCFunction function(Fast fast) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast)); }
+
 }  // namespace

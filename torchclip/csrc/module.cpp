@@ -129,9 +129,8 @@ PyMethodDef module_methods[] = {
     {"clip_grad_value", function(clip_grad_value), METH_FASTCALL,
      "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
     {"clip_step", function(clip_step), METH_FASTCALL,
-     "clip_step(optimizer, step, max_norm): the usual step of a Clipper in one go, and what to record of it, or None"},
-    {"step_hooks", function(step_hooks), METH_FASTCALL,
-     "step_hooks(clipper, native_names): what to call before and after a step of its optimizer"},
+     "clip_step(optimizer, max_norm): the usual step of a Clipper in one go; the norm and the coefficient, or None"},
+    {"connect_steps", connect_steps, METH_O, "connect_steps(native_names): where to find the clip_step that is in use"},
     {"percentiles", function(percentiles), METH_FASTCALL,
      "percentiles(norms, thresholds, seen, values, slots, places, fraction, window, warmup, max_norm): "
      "learn from a norm for each row, and put the row's percentile into thresholds"},
@@ -162,7 +161,9 @@ PyMODINIT_FUNC PyInit__kernel() {
     use_instruction_set(nullptr);
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
     PyObject* const module = PyModule_Create(&module_definition);
-    if (batch_type == nullptr || module == nullptr) return nullptr;
+    PyObject* const state_type = PyType_FromSpec(&state_spec);
+    if (batch_type == nullptr || state_type == nullptr || module == nullptr) return nullptr;
+    if (PyModule_AddObject(module, "StepState", state_type) < 0) return nullptr;
 #ifdef _OPENMP
     PyObject* const openmp = Py_True;
 #else

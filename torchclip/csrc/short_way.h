@@ -161,21 +161,28 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return new_scalar(norm, gradients.is_double());
 }
 
-// clip_step(optimizer, step, max_norm)
-PyObject* clip_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 3, 3)) return nullptr;
-    const double max_norm = read_threshold(args[2]);
-    if (!(max_norm >= 0)) return unusual();
+// What is to be recorded of a step.
+struct Clipped {
+    double norm, coef;
+};
+
+// Clips the gradients of an optimizer.  False for an unusual call, with nothing changed, or with an error set.
+bool clip_optimizer(PyObject* optimizer, double max_norm, Clipped& clipped) {
     Gradients gradients;
-    if (!gradients.take_of_optimizer(args[0])) return unusual();
+    if (!(max_norm >= 0) || !gradients.take_of_optimizer(optimizer)) return false;
     const double sum = gradients.sum_squares();
-    if (!is_regular(sum)) return unusual();
-    const double norm = std::sqrt(sum), coef = clip_coef(max_norm, norm);
-    const Attribute of_norm(PyFloat_FromDouble(norm)), of_coef(PyFloat_FromDouble(coef));
-    if (of_norm == nullptr || of_coef == nullptr) return PyErr_NoMemory();
-    if (coef != 1.0 && !gradients.change(&Loops::scale, coef)) return unusual();
-    return PyTuple_Pack(5, args[1], static_cast<PyObject*>(of_norm), args[2], static_cast<PyObject*>(of_coef),
-                        Py_False);
+    if (!is_regular(sum)) return false;
+    clipped.norm = std::sqrt(sum);
+    clipped.coef = clip_coef(max_norm, clipped.norm);
+    return clipped.coef == 1.0 || gradients.change(&Loops::scale, clipped.coef);
+}
+
+// clip_step(optimizer, max_norm)
+PyObject* clip_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 2, 2)) return nullptr;
+    Clipped clipped;
+    if (!clip_optimizer(args[0], read_threshold(args[1]), clipped)) return unusual();
+    return Py_BuildValue("(dd)", clipped.norm, clipped.coef);
 }
 
 // clip_grad_value(parameters, clip_value)

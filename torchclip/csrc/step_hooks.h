@@ -1,125 +1,193 @@
-// The two hooks of a Clipper on its optimizer: no Python frame in the usual step.
+// The two hooks of a Clipper on its optimizer: no Python frame in the usual step, and no look-up by name.
 //
-// They use the Clipper's attributes, and leave any other step to its own `_before_step` and `_after_step`.
+// What they need to know is in a `StepState`, which the Clipper's own `_before_step` and `_after_step` use as well; any
+// step that is not usual is left to these.
 #pragma once
+
+#include <structmember.h>
 
 #include "short_way.h"
 
 namespace {
 
-struct {
-    PyObject *usual_max_norm, *step, *steps, *row, *running, *nested, *history, *pending, *append, *clip_step;
-    PyObject *before_step_method, *after_step_method;
-} clipper_names;
+struct StepState {
+    PyObject_HEAD PyObject* clipper;  // whose steps these are
+    PyObject* max_norm;               // of a usual step, or None
+    PyObject* history;
+    long long number;      // of the step that is running, or comes next
+    char running, nested;  // as torchclip.clipper.step.Step has them
+    char went_short;       // whether the step that is running is to be recorded here,
+    Clipped clipped;       // with this
+};
 
-bool set_clipper_names() {
-    const auto intern = PyUnicode_InternFromString;
-    clipper_names = {intern("_usual_max_norm"), intern("_step"),     intern("_steps"),       intern("_row"),
-                     intern("running"),         intern("nested"),    intern("history"),      intern("_pending"),
-                     intern("append"),          intern("clip_step"), intern("_before_step"), intern("_after_step")};
-    return PyErr_Occurred() == nullptr;
+struct {
+    PyObject *before_step, *after_step, *pending, *append, *clip_step;
+} step_names;
+
+PyObject* native_names = nullptr;   // of torchclip._core.native, where `clip_step` is what is in use at the moment
+PyObject* own_clip_step = nullptr;  // what it is if nobody has put anything else in its place
+
+// Clips by whatever is in use.  False if the step is not usual; with an error set for an error.
+bool clip_usually(StepState* state, PyObject* optimizer) {
+    const Attribute clip(own_attribute(native_names, step_names.clip_step));
+    if (clip == own_clip_step) return clip_optimizer(optimizer, read_threshold(state->max_norm), state->clipped);
+    if (clip == nullptr) return false;
+    PyObject* const numbers = PyObject_CallFunctionObjArgs(clip, optimizer, state->max_norm, nullptr);
+    const bool clipped = numbers != nullptr && numbers != Py_None &&
+                         PyArg_ParseTuple(numbers, "dd", &state->clipped.norm, &state->clipped.coef);
+    Py_XDECREF(numbers);
+    return clipped;
 }
 
-// The namespace of torchclip._core.native, where `clip_step` is what is in use at the moment.
-PyObject* native_names = nullptr;
+bool begin_usual_step(StepState* state, PyObject* optimizer, PyObject* args, PyObject* kwargs) {
+    if (state->running || state->max_norm == Py_None) return false;
+    if (!PyTuple_Check(args) || PyTuple_Size(args) != 1 || !PyDict_Check(kwargs) || PyDict_Size(kwargs) != 0)
+        return false;
+    if (!clip_usually(state, optimizer)) return false;
+    state->went_short = state->running = 1;
+    state->nested = 0;
+    return true;
+}
 
-// What to record of a step that is usual and begins now.  Null if it is not; with an error set for an error.
-PyObject* begin_usual_step(PyObject* clipper, PyObject* optimizer, PyObject* args, PyObject* kwargs) {
-    const Attribute own(PyObject_GenericGetDict(clipper, nullptr));
-    if (own == nullptr || !PyTuple_Check(args) || PyTuple_Size(args) != 1) return nullptr;
-    if (!PyDict_Check(kwargs) || PyDict_Size(kwargs) != 0) return nullptr;
-    const Attribute max_norm(own_attribute(own, clipper_names.usual_max_norm));
-    const Attribute steps(own_attribute(own, clipper_names.steps)), step(own_attribute(own, clipper_names.step));
-    if (max_norm == nullptr || max_norm == Py_None || steps == nullptr || step == nullptr) return nullptr;
-    if (Attribute(PyObject_GetAttr(step, clipper_names.running)) != Py_False) return nullptr;
-    const Attribute clip(own_attribute(native_names, clipper_names.clip_step));
-    if (clip == nullptr) return nullptr;
-    PyObject* const row = PyObject_CallFunctionObjArgs(clip, optimizer, static_cast<PyObject*>(steps),
-                                                       static_cast<PyObject*>(max_norm), nullptr);
-    if (row == nullptr || row == Py_None) {
-        Py_XDECREF(row);
-        return nullptr;
-    }
-    if (PyDict_SetItem(own, clipper_names.row, row) == 0 &&
-        PyObject_SetAttr(step, clipper_names.running, Py_True) == 0 &&
-        PyObject_SetAttr(step, clipper_names.nested, Py_False) == 0)
-        return row;
-    Py_DECREF(row);
-    return nullptr;
+// Calls a method of the Clipper.
+template <class... Arguments> PyObject* call_clipper(StepState* state, PyObject* name, Arguments... arguments) {
+    PyObject* const method = PyObject_GetAttr(state->clipper, name);
+    if (method == nullptr) return nullptr;
+    PyObject* const result = PyObject_CallFunctionObjArgs(method, arguments..., nullptr);
+    Py_DECREF(method);
+    return result;
 }
 
 // before_step(optimizer, args, kwargs)
-PyObject* before_step(PyObject* clipper, PyObject* const* args, Py_ssize_t count) {
+PyObject* before_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 3, 3)) return nullptr;
-    PyObject* const row = begin_usual_step(clipper, args[0], args[1], args[2]);
-    Py_XDECREF(row);
-    if (row != nullptr) return new_reference(Py_None);
+    auto* const state = reinterpret_cast<StepState*>(self);
+    if (begin_usual_step(state, args[0], args[1], args[2])) return new_reference(Py_None);
     if (PyErr_Occurred() != nullptr) return nullptr;
-    PyObject* const method = PyObject_GetAttr(clipper, clipper_names.before_step_method);
-    if (method == nullptr) return nullptr;
-    PyObject* const result = PyObject_CallFunctionObjArgs(method, args[0], args[1], args[2], nullptr);
-    Py_DECREF(method);
-    return result;
+    return call_clipper(state, step_names.before_step, args[0], args[1], args[2]);
 }
 
 // As History.append does, but for its reading of what is pending where that has become much.
 bool append_row(PyObject* history, PyObject* row) {
     constexpr Py_ssize_t kFewPending = 1000;
     const Attribute own(PyObject_GenericGetDict(history, nullptr));
-    const Attribute pending(own == nullptr ? nullptr : own_attribute(own, clipper_names.pending));
+    const Attribute pending(own == nullptr ? nullptr : own_attribute(own, step_names.pending));
     if (pending != nullptr && PyList_CheckExact(pending) && PyList_Size(pending) < kFewPending)
         return PyList_Append(pending, row) == 0;
-    PyObject* const append = PyObject_GetAttr(history, clipper_names.append);
+    PyObject* const append = PyObject_GetAttr(history, step_names.append);
     PyObject* const none = append != nullptr ? PyObject_CallObject(append, row) : nullptr;
     Py_XDECREF(append);
     Py_XDECREF(none);
     return none != nullptr;
 }
 
-// Records a step that went the short way and is over now.  False if it did not; with an error set for an error.
-bool end_usual_step(PyObject* clipper) {
-    const Attribute own(PyObject_GenericGetDict(clipper, nullptr));
-    if (own == nullptr) return false;
-    const Attribute row(own_attribute(own, clipper_names.row)), step(own_attribute(own, clipper_names.step));
-    if (row == nullptr || !PyTuple_CheckExact(row) || step == nullptr) return false;
-    if (Attribute(PyObject_GetAttr(step, clipper_names.nested)) != Py_False) return false;
-    const Attribute history(own_attribute(own, clipper_names.history)), steps(own_attribute(own, clipper_names.steps));
-    if (history == nullptr || steps == nullptr) return false;
-    if (PyDict_SetItem(own, clipper_names.row, Py_None) < 0) return false;
-    if (PyObject_SetAttr(step, clipper_names.running, Py_False) < 0) return false;
-    const long long number = PyLong_AsLongLong(steps);
-    if (PyErr_Occurred() != nullptr) return false;
-    const Attribute next(PyLong_FromLongLong(number + 1));
-    return append_row(history, row) && next != nullptr && PyDict_SetItem(own, clipper_names.steps, next) == 0;
+// What History.append takes of a step that went the short way.
+PyObject* new_row(StepState* state) {
+    return Py_BuildValue("(LdOdO)", state->number, state->clipped.norm, state->max_norm, state->clipped.coef, Py_False);
+}
+
+// Records a step that went the short way and is over now.  False with an error set for an error.
+bool end_usual_step(StepState* state) {
+    state->went_short = state->running = 0;
+    PyObject* const row = new_row(state);
+    const bool recorded = row != nullptr && append_row(state->history, row);
+    Py_XDECREF(row);
+    if (recorded) ++state->number;
+    return recorded;
 }
 
 // after_step(optimizer, args, kwargs)
-PyObject* after_step(PyObject* clipper, PyObject* const*, Py_ssize_t) {
-    if (end_usual_step(clipper)) return new_reference(Py_None);
-    if (PyErr_Occurred() != nullptr) return nullptr;
-    PyObject* const method = PyObject_GetAttr(clipper, clipper_names.after_step_method);
-    if (method == nullptr) return nullptr;
-    PyObject* const result = PyObject_CallFunctionObjArgs(method, nullptr);
-    Py_DECREF(method);
-    return result;
+PyObject* after_step(PyObject* self, PyObject* const*, Py_ssize_t) {
+    auto* const state = reinterpret_cast<StepState*>(self);
+    if (state->went_short && state->running && !state->nested)
+        return end_usual_step(state) ? new_reference(Py_None) : nullptr;
+    return call_clipper(state, step_names.after_step);
 }
 
-PyMethodDef before_definition = {"before_step", function(before_step), METH_FASTCALL, nullptr};
-PyMethodDef after_definition = {"after_step", function(after_step), METH_FASTCALL, nullptr};
+// row(): what to record of a step that went the short way
+PyObject* state_row(PyObject* self, PyObject*) { return new_row(reinterpret_cast<StepState*>(self)); }
 
-// step_hooks(clipper, native_names)
-PyObject* step_hooks(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 2, 2) || !set_clipper_names()) return nullptr;
-    if (!PyDict_CheckExact(args[1])) return PyErr_Format(PyExc_TypeError, "a namespace must be a dictionary");
-    PyObject* const old = native_names;
-    native_names = new_reference(args[1]);
-    Py_XDECREF(old);
-    PyObject* const before = PyCFunction_New(&before_definition, args[0]);
-    PyObject* const after = PyCFunction_New(&after_definition, args[0]);
-    PyObject* const both = before != nullptr && after != nullptr ? PyTuple_Pack(2, before, after) : nullptr;
-    Py_XDECREF(before);
-    Py_XDECREF(after);
-    return both;
+// hooks(): the two functions to call around each step
+PyObject* state_hooks(PyObject* self, PyObject*) {
+    static PyMethodDef before = {"before_step", function(before_step), METH_FASTCALL, nullptr};
+    static PyMethodDef after = {"after_step", function(after_step), METH_FASTCALL, nullptr};
+    const Attribute first(PyCFunction_New(&before, self)), second(PyCFunction_New(&after, self));
+    if (first == nullptr || second == nullptr) return PyErr_NoMemory();
+    return PyTuple_Pack(2, static_cast<PyObject*>(first), static_cast<PyObject*>(second));
+}
+
+PyObject* new_state(PyTypeObject* type, PyObject* args, PyObject*) {
+    PyObject *clipper, *max_norm, *history;
+    if (!PyArg_ParseTuple(args, "OOO", &clipper, &max_norm, &history)) return nullptr;
+    PyObject* const made = PyType_GenericAlloc(type, 0);
+    if (made == nullptr) return nullptr;
+    auto* const state = reinterpret_cast<StepState*>(made);
+    state->clipper = new_reference(clipper);
+    state->max_norm = new_reference(max_norm);
+    state->history = new_reference(history);
+    return made;
+}
+
+int traverse_state(PyObject* self, visitproc visit, void* arg) {
+    auto* const state = reinterpret_cast<StepState*>(self);
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(state->clipper);
+    Py_VISIT(state->max_norm);
+    Py_VISIT(state->history);
+    return 0;
+}
+
+int clear_state(PyObject* self) {
+    auto* const state = reinterpret_cast<StepState*>(self);
+    Py_CLEAR(state->clipper);
+    Py_CLEAR(state->max_norm);
+    Py_CLEAR(state->history);
+    return 0;
+}
+
+void free_state(PyObject* self) {
+    PyTypeObject* const type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    clear_state(self);
+    reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+PyMemberDef state_members[] = {
+    {"history", T_OBJECT_EX, offsetof(StepState, history), 0, nullptr},
+    {"number", T_LONGLONG, offsetof(StepState, number), 0, nullptr},
+    {"running", T_BOOL, offsetof(StepState, running), 0, nullptr},
+    {"nested", T_BOOL, offsetof(StepState, nested), 0, nullptr},
+    {"went_short", T_BOOL, offsetof(StepState, went_short), 0, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+PyMethodDef state_methods[] = {
+    {"hooks", state_hooks, METH_NOARGS, "hooks(): the two functions to call around each step"},
+    {"row", state_row, METH_NOARGS, "row(): what to record of the step that went the short way"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyType_Slot state_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(new_state)},
+    {Py_tp_members, state_members},
+    {Py_tp_methods, state_methods},
+    {Py_tp_traverse, reinterpret_cast<void*>(traverse_state)},
+    {Py_tp_clear, reinterpret_cast<void*>(clear_state)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(free_state)},
+    {0, nullptr},
+};
+PyType_Spec state_spec = {"torchclip._kernel.StepState", sizeof(StepState), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+                          state_slots};
+
+// connect_steps(native_names)
+PyObject* connect_steps(PyObject*, PyObject* names) {
+    if (!PyDict_CheckExact(names)) return PyErr_Format(PyExc_TypeError, "a namespace must be a dictionary");
+    const auto intern = PyUnicode_InternFromString;
+    step_names = {intern("_before_step"), intern("_after_step"), intern("_pending"), intern("append"),
+                  intern("clip_step")};
+    if (PyErr_Occurred() != nullptr) return nullptr;
+    native_names = new_reference(names);
+    own_clip_step = PyDict_GetItemWithError(names, step_names.clip_step);
+    return new_reference(Py_None);
 }
 
 }  // namespace
