@@ -164,8 +164,10 @@ class StepState:
     running: bool
     nested: bool
     went_short: bool
-    def row(self) -> tuple[int, float, float, float, bool]:
-        """What ``History.append`` takes of a step that went the short way."""
+    def record(self) -> None:
+        """Record the step that went the short way, here, until the history is read."""
+    def flush(self) -> None:
+        """Hand the records kept to the history, as ``History.append`` does."""
     def hooks(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What to call before and after each step of the optimizer."""
 

@@ -1,5 +1,6 @@
 """The short way of a usual step and the full way: the same to the bit, whatever unusual is added."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchclip import Clipper, kernel
+from torchclip import Clipper, get_total_norm, kernel
 from torchclip._core import native
+from torchclip.history.history import History
 
 pytestmark = pytest.mark.skipif(not kernel.status().startswith("active"), reason="is the kernel's")
 
@@ -249,3 +251,37 @@ def test_hooks_that_trade_gradients_are_heeded_in_the_next_step() -> None:
         optimizer.step()
     count = sum(p.numel() for p in run.parameters)
     assert [r.total_norm for r in clipper.history][1:] == pytest.approx([2 * count**0.5] * 2)
+
+
+def test_the_history_is_whole_however_steps_and_readers_take_turns() -> None:
+    run = Run()
+    optimizer = torch.optim.SGD(run.parameters, lr=0.0)
+    clipper = Clipper(optimizer, 0.5)
+    norms: list[float] = []
+
+    def step(count: int, **attributes: Any) -> None:
+        for _ in range(count):
+            for parameter in run.parameters:
+                parameter.grad = torch.full_like(parameter, 1.0 + len(norms))
+            norms.append(float(get_total_norm([p.grad for p in run.parameters if p.grad is not None])))
+            optimizer.step(**attributes)
+
+    step(1200)  # more than are kept before they are recorded
+    assert [record.step for record in clipper.history] == list(range(1200))
+    step(3)
+    step(2, closure=lambda: None)  # not usual
+    step(3)
+    assert [record.total_norm for record in clipper.history] == pytest.approx(norms)
+    step(2)
+    saved, copied = clipper.state_dict(), copy.deepcopy(clipper.history)
+    step(2)
+    assert len(copied) == 1210
+    clipper.load_state_dict(saved)
+    assert [record.step for record in clipper.history] == list(range(1210))
+    first = clipper.history
+    step(2)
+    clipper.history = History(maxlen=5)
+    step(6)
+    assert [record.step for record in first] == list(range(1212))
+    assert [record.step for record in clipper.history] == list(range(1213, 1218))
+    assert clipper.history.summary().steps == 6

@@ -197,6 +197,7 @@ class Clipper:
         history = History()
         with_kernel = native.step_state(self, usual_max_norm, history)
         self._state: State = with_kernel or State(history)
+        history.follow(self._state.flush)
         self._step = Step(optimizer, self._state)
         # What is to be recorded of a step that did not go the short way.
         self._rows: list[Row] = []
@@ -227,7 +228,9 @@ class Clipper:
 
     @history.setter
     def history(self, history: History) -> None:
+        self._state.history.follow(None)
         self._state.history = history
+        history.follow(self._state.flush)
 
     @property
     def last(self) -> Record | None:
@@ -380,8 +383,10 @@ class Clipper:
         # Only a step that was taken is in the history, and has used up its number.
         if not self._step.end():
             return
-        rows = [self._state.row()] if self._state.went_short else self._rows
-        self._state.went_short, self._rows = False, []
+        if self._state.went_short:
+            self._state.record()
+            return
+        rows, self._rows = self._rows, []
         if rows:
             for row in rows:
                 self.history.append(*row)

@@ -34,7 +34,7 @@ class State:
         number: of the step that is running, or comes next.
         running: whether a step has begun and not ended, or not been found to have failed.
         nested: whether another one has begun within it.
-        went_short: whether the step that is running went the kernel's short way, which has its record.
+        went_short: whether the step that is running went the kernel's short way, and it has the record.
     """
 
     history: History
@@ -43,9 +43,11 @@ class State:
     nested: bool = False
     went_short: bool = False
 
-    def row(self) -> tuple[int, float, float, float, bool]:
-        """What to record of a step that went the short way."""
-        raise AssertionError("without the kernel none does")
+    def record(self) -> None:
+        """Record the step that went the short way; without the kernel none does."""
+
+    def flush(self) -> None:
+        """Hand the records of such steps to the history."""
 
 
 class Step:

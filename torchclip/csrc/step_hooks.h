@@ -10,18 +10,25 @@
 
 namespace {
 
+constexpr size_t kMostRows = 512;
+
 struct StepState {
     PyObject_HEAD PyObject* clipper;  // whose steps these are
     PyObject* max_norm;               // of a usual step, or None
     PyObject* history;
     long long number;      // of the step that is running, or comes next
-    char running, nested;  // as torchclip.clipper.step.Step has them
+    char running, nested;  // as torchclip.clipper.step.State has them
     char went_short;       // whether the step that is running is to be recorded here,
     Clipped clipped;       // with this
+    size_t count;          // rows kept until somebody reads the history, or there is no room for more
+    struct {
+        long long number;
+        Clipped clipped;
+    } rows[kMostRows];
 };
 
 struct {
-    PyObject *before_step, *after_step, *pending, *append, *clip_step;
+    PyObject *before_step, *after_step, *pending, *clip_step;
 } step_names;
 
 PyObject* native_names = nullptr;   // of torchclip._core.native, where `clip_step` is what is in use at the moment
@@ -67,45 +74,52 @@ PyObject* before_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return call_clipper(state, step_names.before_step, args[0], args[1], args[2]);
 }
 
-// As History.append does, but for its reading of what is pending where that has become much.
-bool append_row(PyObject* history, PyObject* row) {
-    constexpr Py_ssize_t kFewPending = 1000;
-    const Attribute own(PyObject_GenericGetDict(history, nullptr));
-    const Attribute pending(own == nullptr ? nullptr : own_attribute(own, step_names.pending));
-    if (pending != nullptr && PyList_CheckExact(pending) && PyList_Size(pending) < kFewPending)
-        return PyList_Append(pending, row) == 0;
-    PyObject* const append = PyObject_GetAttr(history, step_names.append);
-    PyObject* const none = append != nullptr ? PyObject_CallObject(append, row) : nullptr;
-    Py_XDECREF(append);
-    Py_XDECREF(none);
-    return none != nullptr;
+// A new list of what History.append takes of the rows kept.
+PyObject* new_rows(const StepState* state) {
+    PyObject* const rows = PyList_New(0);
+    for (size_t i = 0; i < state->count && rows != nullptr; ++i) {
+        const auto& [number, clipped] = state->rows[i];
+        const Attribute row(Py_BuildValue("(LdOdO)", number, clipped.norm, state->max_norm, clipped.coef, Py_False));
+        if (row == nullptr || PyList_Append(rows, row) < 0) return Py_DECREF(rows), PyErr_NoMemory();
+    }
+    return rows;
 }
 
-// What History.append takes of a step that went the short way.
-PyObject* new_row(StepState* state) {
-    return Py_BuildValue("(LdOdO)", state->number, state->clipped.norm, state->max_norm, state->clipped.coef, Py_False);
+// Hands the rows kept to the history.  A finalizer that runs meanwhile may do the same, or take a step.
+bool flush(StepState* state) {
+    while (state->count > 0) {
+        PyObject* const rows = new_rows(state);
+        PyObject* const pending = rows == nullptr ? nullptr : PyObject_GetAttr(state->history, step_names.pending);
+        const bool current = pending != nullptr && PyList_Check(pending) && size_t(PyList_Size(rows)) == state->count;
+        const bool handed_on = current && PyList_SetSlice(pending, PY_SSIZE_T_MAX, PY_SSIZE_T_MAX, rows) == 0;
+        if (handed_on) state->count = 0;
+        Py_XDECREF(rows);
+        Py_XDECREF(pending);
+        if (PyErr_Occurred() != nullptr) return false;
+    }
+    return true;
 }
 
 // Records a step that went the short way and is over now.  False with an error set for an error.
-bool end_usual_step(StepState* state) {
+bool record(StepState* state) {
     state->went_short = state->running = 0;
-    PyObject* const row = new_row(state);
-    const bool recorded = row != nullptr && append_row(state->history, row);
-    Py_XDECREF(row);
-    if (recorded) ++state->number;
-    return recorded;
+    state->rows[state->count++] = {state->number++, state->clipped};
+    return state->count < kMostRows || PyObject_Size(state->history) >= 0;  // which reads, and so empties this
 }
 
 // after_step(optimizer, args, kwargs)
 PyObject* after_step(PyObject* self, PyObject* const*, Py_ssize_t) {
     auto* const state = reinterpret_cast<StepState*>(self);
-    if (state->went_short && state->running && !state->nested)
-        return end_usual_step(state) ? new_reference(Py_None) : nullptr;
+    if (state->went_short && state->running && !state->nested) return record(state) ? new_reference(Py_None) : nullptr;
     return call_clipper(state, step_names.after_step);
 }
 
-// row(): what to record of a step that went the short way
-PyObject* state_row(PyObject* self, PyObject*) { return new_row(reinterpret_cast<StepState*>(self)); }
+PyObject* state_record(PyObject* self, PyObject*) {
+    return record(reinterpret_cast<StepState*>(self)) ? new_reference(Py_None) : nullptr;
+}
+PyObject* state_flush(PyObject* self, PyObject*) {
+    return flush(reinterpret_cast<StepState*>(self)) ? new_reference(Py_None) : nullptr;
+}
 
 // hooks(): the two functions to call around each step
 PyObject* state_hooks(PyObject* self, PyObject*) {
@@ -163,7 +177,8 @@ PyMemberDef state_members[] = {
 };
 PyMethodDef state_methods[] = {
     {"hooks", state_hooks, METH_NOARGS, "hooks(): the two functions to call around each step"},
-    {"row", state_row, METH_NOARGS, "row(): what to record of the step that went the short way"},
+    {"record", state_record, METH_NOARGS, "record(): the step that went the short way"},
+    {"flush", state_flush, METH_NOARGS, "flush(): hand the records kept to the history"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyType_Slot state_slots[] = {
@@ -182,8 +197,7 @@ PyType_Spec state_spec = {"torchclip._kernel.StepState", sizeof(StepState), 0, P
 PyObject* connect_steps(PyObject*, PyObject* names) {
     if (!PyDict_CheckExact(names)) return PyErr_Format(PyExc_TypeError, "a namespace must be a dictionary");
     const auto intern = PyUnicode_InternFromString;
-    step_names = {intern("_before_step"), intern("_after_step"), intern("_pending"), intern("append"),
-                  intern("clip_step")};
+    step_names = {intern("_before_step"), intern("_after_step"), intern("_pending"), intern("clip_step")};
     if (PyErr_Occurred() != nullptr) return nullptr;
     native_names = new_reference(names);
     own_clip_step = PyDict_GetItemWithError(names, step_names.clip_step);

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any, overload
 
@@ -61,6 +61,7 @@ class History(Sequence[Record]):
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
         self._pending: list[tuple[Any, ...]] = []
+        self._flush: Callable[[], object] | None = None
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
         self._largest: tuple[float, int | None] = (math.nan, None)
@@ -90,14 +91,26 @@ class History(Sequence[Record]):
             clip_coef: what the gradients are multiplied by, at most 1.
             skipped: whether the step is left out.
         """
+        self._fetch()
         # No lock: to append to a list is one step for other threads, too.
         self._pending.append((step, total_norm, max_norm, clip_coef, skipped))
         if len(self._pending) >= _MOST_PENDING:
             with self._lock:
                 self._resolve()
 
+    def follow(self, flush: Callable[[], object] | None) -> None:
+        """Have this called before anything is read or recorded: it records the steps that it has kept."""
+        with self._lock:
+            self._resolve()
+            self._flush = flush
+
+    def _fetch(self) -> None:
+        if self._flush is not None:
+            self._flush()
+
     def _resolve(self) -> None:
         """Turn what is pending into records.  The caller holds the lock."""
+        self._fetch()
         rows = self._pending[:]  # another thread may append more meanwhile
         if not rows:
             return
@@ -308,6 +321,7 @@ class History(Sequence[Record]):
         if "layers" in state:  # not in what earlier versions saved
             layers.load_state_dict(state["layers"])
         with self._lock:
+            self._fetch()
             self._pending.clear()
             self.layers = layers
             self._kept, self._counts, self._largest = kept, counts, (norm, step)
@@ -324,8 +338,8 @@ class History(Sequence[Record]):
             layers = Layers()
             layers.load_state_dict(self.layers.state_dict())
             state = self.__dict__ | {"_kept": self._kept.copy(), "layers": layers}
-        # Copies have a lock and pending steps of their own.
-        return state | {"_pending": [], "_lock": None}
+        # Copies have a lock and pending steps of their own, and follow nobody.
+        return state | {"_pending": [], "_flush": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
