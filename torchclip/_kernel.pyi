@@ -21,6 +21,7 @@ def connect(
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
     len_dispatch_modes: Callable[[], int],
+    is_inference_mode_enabled: Callable[[], bool],
     /,
 ) -> None:
     """Give the kernel what it needs of torch; once, before anything else.
@@ -36,6 +37,7 @@ def connect(
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
         len_dispatch_modes: says how many modes intercept torch's operations; with any there is no short way.
+        is_inference_mode_enabled: says whether tensors that are made now can only be used in that mode.
 
     Raises:
         RuntimeError: if the table is not of DLPack's version 1.
@@ -136,9 +138,6 @@ def gradients(parameters: Iterable[Tensor], /) -> Batch:
 
 def tensors(tensors: Iterable[Tensor], /) -> Batch:
     """A batch of the tensors themselves, in order, each once."""
-
-def scalar(value: float, double: bool, /) -> Tensor:
-    """A 0-dim CPU tensor of float64 or float32, made faster than ``torch.scalar_tensor`` makes it."""
 
 def instruction_set() -> str:
     """The one in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""

@@ -516,24 +516,45 @@ def test_autograd_notices_the_write() -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("value", [2.5, 1e-45, 1e300, math.inf, math.nan])
-def test_a_scalar_is_a_tensor_like_any_other(value: float, double: bool) -> None:
-    tensor = _kernel.scalar(value, double)
-    wanted = torch.tensor(value, dtype=torch.float64 if double else torch.float32)
+def norm_of(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    parameter = nn.Parameter(torch.zeros(1, dtype=dtype))
+    parameter.grad = torch.full((1,), value, dtype=dtype)
+    return torchclip.clip_grad_norm_(parameter, math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [2.5, 1e-45, 1e30])
+def test_a_norm_is_a_tensor_like_any_other(value: float, dtype: torch.dtype) -> None:
+    tensor, wanted = norm_of(value, dtype), torch.tensor(value, dtype=dtype)
     assert type(tensor) is torch.Tensor
-    assert (tensor.shape, tensor.dtype, tensor.device.type, tensor._version) == (
-        wanted.shape,
-        wanted.dtype,
-        "cpu",
-        0,
-    )
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == (wanted.shape, wanted.dtype, "cpu")
+    assert (tensor._version, tensor.requires_grad, tensor.is_inference()) == (0, False, False)
     for same in (tensor, copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor)), tensor.numpy()):
         np.testing.assert_array_equal(same, wanted)
     tensor.fill_(3.0).requires_grad_()
     (tensor * 2).backward()
     assert tensor.grad is not None
     assert (tensor.item(), tensor._version, tensor.grad.item()) == (3.0, 1, 2.0)
+
+
+def test_norms_are_tensors_of_their_own() -> None:
+    norms = [norm_of(float(value)) for value in range(1, 200)]
+    views = [norm.view(1) for norm in norms]
+    for norm in norms[::2]:
+        norm.zero_()
+    later = [norm_of(1.0) for _ in range(200)]
+    assert [float(view) for view in views] == [0.0 if i % 2 == 0 else i + 1.0 for i in range(199)]
+    assert len({norm.data_ptr() for norm in [*norms, *later]}) == 399
+
+
+def test_a_norm_can_be_used_after_one_that_was_taken_in_inference_mode() -> None:
+    with torch.inference_mode():
+        inside = [norm_of(2.0) for _ in range(100)]
+    assert [float(norm) for norm in inside] == [2.0] * 100
+    weight = torch.ones((), requires_grad=True)
+    for _ in range(100):  # an inference tensor could not be saved for the backward pass
+        (weight * norm_of(3.0)).backward()
+    assert weight.grad == 300.0
 
 
 def test_overlapping_tensors_are_written_one_after_the_other() -> None:
@@ -623,7 +644,8 @@ def test_memory_does_not_grow() -> None:
         batch.scale_(-1.0)
         batch.zero_nonfinite_()
         assert len(batch.all) == 50
-        _kernel.scalar(1.0, True)
+        norm_of(1.0)
+        norm_of(1.0, torch.float64)
 
     for _ in range(500):
         call()

@@ -113,6 +113,7 @@ def _load() -> tuple[Any, str]:
             torch.get_num_threads,
             _other_norms,
             torch._C._len_torch_dispatch_stack,
+            torch.is_inference_mode_enabled,
         )
         if _walks_as_torch_does():
             module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType)

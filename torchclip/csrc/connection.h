@@ -18,6 +18,7 @@ struct {
     PyObject* get_num_threads;
     PyObject* other_norms;
     PyObject* len_dispatch_modes;
+    PyObject* is_inference_mode_enabled;
     PyObject* grad;         // Tensor.grad, a descriptor,
     descrgetfunc get_grad;  // and what reads it from a tensor, without looking the name up each time
     int (*read)(void* py_object, DLTensor* out);

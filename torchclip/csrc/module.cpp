@@ -27,7 +27,7 @@
 namespace {
 
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 8, 8)) return nullptr;
+    if (!count_is(count, 9, 9)) return nullptr;
     auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (api == nullptr) return nullptr;
     while (api != nullptr && api->major != 1) api = api->previous;
@@ -54,6 +54,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     torch.get_num_threads = new_reference(args[5]);
     torch.other_norms = new_reference(args[6]);
     torch.len_dispatch_modes = new_reference(args[7]);
+    torch.is_inference_mode_enabled = new_reference(args[8]);
     torch.read = api->dltensor_from_py_object_no_sync;
     torch.make = api->managed_tensor_to_py_object_no_sync;
     return new_reference(Py_None);
@@ -72,8 +73,7 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
         {&names.parameters, "parameters"},          {&names.named_parameters, "named_parameters"},
         {&names.named_members, "_named_members"},   {&names.named_modules, "named_modules"},
         {&names.get_attribute, "__getattribute__"}, {&names.own_parameters, "_parameters"},
-        {&names.own_modules, "_modules"},           {&names.gi_code, "gi_code"},
-        {&names.gi_running, "gi_running"},          {&names.gi_suspended, "gi_suspended"},
+        {&names.own_modules, "_modules"},
     };
     for (const auto& [place, text] : wanted) {
         *place = PyUnicode_InternFromString(text);
@@ -101,13 +101,6 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return new_reference(Py_None);
 }
 
-PyObject* scalar(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    double value;
-    if (!count_is(count, 2, 2) || !connected() || !read_number(args[0], value)) return nullptr;
-    const int is_double = PyObject_IsTrue(args[1]);
-    return is_double < 0 ? nullptr : new_scalar(value, is_double > 0);
-}
-
 PyObject* get_instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(instruction_set); }
 
 PyObject* select_instruction_set(PyObject*, PyObject* name) {
@@ -120,7 +113,7 @@ PyObject* select_instruction_set(PyObject*, PyObject* name) {
 PyMethodDef module_methods[] = {
     {"connect", function(connect), METH_FASTCALL,
      "connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms, "
-     "len_dispatch_modes): "
+     "len_dispatch_modes, is_inference_mode_enabled): "
      "what the kernel needs of torch"},
     {"connect_modules", function(connect_modules), METH_FASTCALL,
      "connect_modules(module, parameter_list, generator): the types, so that modules can be walked"},
@@ -139,7 +132,6 @@ PyMethodDef module_methods[] = {
      "judge a norm for each row by the row's last ones, put the limit into thresholds, and learn from it"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
-    {"scalar", function(scalar), METH_FASTCALL, "scalar(value, double): a 0-dim tensor of float64 or float32"},
     {"instruction_set", get_instruction_set, METH_NOARGS, "instruction_set(): the one in use"},
     {"select", select_instruction_set, METH_O, "select(instruction_set): use another one, to compare"},
     {nullptr, nullptr, 0, nullptr},

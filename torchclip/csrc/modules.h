@@ -68,7 +68,6 @@ struct {
     struct {
         PyObject *parameters, *named_parameters, *named_members, *named_modules, *get_attribute;
         PyObject *own_parameters, *own_modules;
-        PyObject *gi_code, *gi_running, *gi_suspended;
     } names;
 } modules;
 
@@ -203,33 +202,34 @@ bool has_own_parameters(PyObject* object) {
     return attributes != nullptr && !has_own(attributes, modules.names.parameters);
 }
 
-// What a generator refers to: the arguments of its function, among others, in their order.
+// What a generator of a function refers to, apart from its names.
 struct Referents {
     PyObject* module = nullptr;
-    int module_count = 0;
-    bool then_true = false;
+    bool of_parameters = false, recurses = false, has_others = false;
 
     static int see(PyObject* object, void* self) {
         auto& seen = *static_cast<Referents*>(self);
-        if (is_module(object)) {
+        if (object == modules.parameters_code)
+            seen.of_parameters = true;
+        else if (object == Py_True)
+            seen.recurses = true;
+        else if (seen.module == nullptr && is_module(object))
             seen.module = object;
-            ++seen.module_count;
-        }
-        seen.then_true |= object == Py_True && seen.module != nullptr;
+        else if (object != modules.parameters && !PyUnicode_Check(object))
+            seen.has_others = true;
         return 0;
     }
 };
 
 // A new reference to the module whose parameters an unstarted generator of `Module.parameters` would give, all of them;
 // null if it is anything else, and before Python 3.11, whose generators do not tell.  Until it is started, a generator
-// holds its function's arguments and no other value: the module, and for `recurse` True.
+// refers to its function, the code and the arguments: the module, and for `recurse` True.  As soon as it is, also to
+// the generator that it gets its items from; and to nothing when it has ended.
 PyObject* module_behind(PyObject* generator) {
-    if (Attribute(generator, modules.names.gi_code) != modules.parameters_code) return nullptr;
-    if (Attribute(generator, modules.names.gi_running) != Py_False) return nullptr;
-    if (Attribute(generator, modules.names.gi_suspended) != Py_False) return nullptr;
     Referents seen;
     modules.traverse(generator, &Referents::see, &seen);
-    return seen.module_count == 1 && seen.then_true ? new_reference(seen.module) : nullptr;
+    const bool fresh = seen.of_parameters && seen.recurses && !seen.has_others;
+    return fresh && seen.module != nullptr ? new_reference(seen.module) : nullptr;
 }
 
 // Has a generator end as if all its items had been taken; anything else stays as it is.

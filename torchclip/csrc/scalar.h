@@ -15,14 +15,10 @@ struct Scalar {
     };
 };
 
-// Of float64 or float32.
-PyObject* new_scalar(double value, bool is_double) {
-    Scalar* const made = new (std::nothrow) Scalar{};
+// Of float64 or float32; where its number is goes into `made`.
+PyObject* make_scalar(bool is_double, Scalar*& made) {
+    made = new (std::nothrow) Scalar{};
     if (made == nullptr) return PyErr_NoMemory();
-    if (is_double)
-        made->twice = value;
-    else
-        made->single = float(value);
     DLManagedTensorVersioned& managed = made->managed;
     managed.major = 1;
     managed.manager_context = made;
@@ -34,6 +30,57 @@ PyObject* new_scalar(double value, bool is_double) {
     if (torch.make(&managed, &tensor) == 0) return static_cast<PyObject*>(tensor);
     delete made;
     return nullptr;
+}
+
+// Tensors of float32 that nobody has seen yet.  Made one after the other, each takes a fraction of the time that it
+// takes in the middle of a training step, where nothing of torch's code for it is in the caches.
+class Spare {
+    static constexpr int kMost = 32;
+    PyObject* tensors_[kMost];
+    Scalar* numbers_[kMost];
+    int count_ = 0;
+
+    // False if there are none to be had: what is made in inference mode is not fit for other use.
+    bool refill() {
+        PyObject* const inference = PyObject_CallNoArgs(torch.is_inference_mode_enabled);
+        const bool is_usual = inference == Py_False;
+        Py_XDECREF(inference);
+        while (is_usual && count_ < kMost) {
+            Scalar* number;
+            PyObject* const tensor = make_scalar(false, number);
+            if (tensor == nullptr) break;
+            if (count_ == kMost) {  // a finalizer that ran meanwhile has needed some, too
+                Py_DECREF(tensor);
+                break;
+            }
+            tensors_[count_] = tensor;
+            numbers_[count_++] = number;
+        }
+        PyErr_Clear();  // whoever needs one makes it, or fails
+        return count_ > 0;
+    }
+
+  public:
+    PyObject* take(float value) {
+        if (count_ == 0 && !refill()) return nullptr;
+        numbers_[--count_]->single = value;
+        return tensors_[count_];
+    }
+};
+Spare spare;
+
+// Of float64 or float32.
+PyObject* new_scalar(double value, bool is_double) {
+    PyObject* const ready = is_double ? nullptr : spare.take(float(value));
+    if (ready != nullptr) return ready;
+    Scalar* number;
+    PyObject* const made = make_scalar(is_double, number);
+    if (made == nullptr) return nullptr;
+    if (is_double)
+        number->twice = value;
+    else
+        number->single = float(value);
+    return made;
 }
 
 }  // namespace
