@@ -141,7 +141,7 @@ double read_threshold(PyObject* object) {
 
 // As torchclip._core.scalars.clip_coef has it.
 double clip_coef(double max_norm, double norm) {
-    if (max_norm == std::numeric_limits<double>::infinity() || norm <= max_norm - kEps) return 1.0;
+    if (max_norm == std::numeric_limits<double>::infinity()) return 1.0;
     return std::min(1.0, max_norm / (norm + kEps));
 }
 
