@@ -1,5 +1,6 @@
 """Checks that all ranks run together, against the plain functions on the full tensors."""
 
+import functools
 import itertools
 import math
 import warnings
@@ -234,9 +235,13 @@ def check_value() -> None:
         compare(fulls, grads, lambda ps: torchclip.clip_grad_value_(ps, 0.5))
 
 
-def check_norm_per_parameter() -> None:
+def check_norm_and_rms_per_parameter() -> None:
     grid = init_device_mesh("cpu", (2, 2))
-    for order in NORM_TYPES:
+    by_norm = [
+        functools.partial(torchclip.clip_grad_norm_per_parameter_, max_norm=0.5, norm_type=order)
+        for order in NORM_TYPES
+    ]
+    for clip in [*by_norm, functools.partial(torchclip.clip_grad_rms_, max_rms=0.5)]:
         fulls: list[Tensor] = []
         grads: list[Tensor] = []
         for i, shape in enumerate(SHAPES):
@@ -246,7 +251,7 @@ def check_norm_per_parameter() -> None:
         plain = randn(4)
         fulls.append(plain)
         grads.append(plain.clone())
-        compare(fulls, grads, lambda ps, o=order: torchclip.clip_grad_norm_per_parameter_(ps, 0.5, o))
+        compare(fulls, grads, clip)
 
 
 def check_adaptive() -> None:

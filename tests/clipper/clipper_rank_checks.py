@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 import torchclip
-from torchclip import Clipper, Percentile
+from torchclip import AdaGC, BlockRMS, Clipper, Percentile, RollingSigma
 from torchclip.clipper import Scope
 
 INF = math.inf
@@ -216,3 +216,29 @@ def check_spikes_are_left_out_on_all_ranks() -> None:
             optimizer.step()
         assert [r.skipped for r in clipper.history] == [False, True, False]
         agreed(clipper.state_dict())
+
+
+def check_rules_go_by_the_norms_of_whole_parameters() -> None:
+    """Sharded parameters are clipped, and steps left out, as if they were in one piece."""
+    fulls = [randn(6, 3, seed=1), randn(5, seed=2)]  # of which some ranks hold more than others
+    ways: list[dict[str, Any]] = [
+        {"max_norm": AdaGC(warmup=2, max_norm=1.5)},
+        {"max_norm": INF, "skip_above": RollingSigma(window=3, warmup=2)},
+        {"max_norm": BlockRMS(0.5)},
+    ]
+    for way in ways:
+        whole = [parameter(None, full) for full in fulls]
+        sharded = [parameter(None, lying(full, Shard(0))) for full in fulls]
+        clippers = [Clipper(torch.optim.SGD(parameters, lr=1.0), **way) for parameters in (whole, sharded)]
+        for factor in (1.0, 1.1, 0.4, 30.0, 1.0):
+            for full, in_one_piece, split in zip(fulls, whole, sharded, strict=True):
+                in_one_piece.grad, split.grad = factor * full, lying(factor * full, Shard(0))
+            for clipper in clippers:
+                clipper.optimizer.step()
+        alone, together = clippers
+        for in_one_piece, split in zip(whole, sharded, strict=True):
+            torch.testing.assert_close(split.full_tensor(), in_one_piece)
+        assert [r.skipped for r in together.history] == [r.skipped for r in alone.history]
+        assert [r.clipped for r in together.history] == [r.clipped for r in alone.history]
+        assert any(r.clipped or r.skipped for r in alone.history)
+        agreed(together.state_dict())
