@@ -61,6 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "rnn": {"cell": "rnn", "lr": 3.0, "hidden": 64, "batch": 16, "steps": 350},
     "transformer": {"cell": "transformer", "lr": 0.01, "hidden": 64, "batch": 16, "steps": 350},
 }
+TITLES = {"rnn": "RNN, SGD", "transformer": "Transformer, AdamW"}
 SPOILT_EVERY = 150
 
 THRESHOLDS: dict[str, dict[str, Any]] = {
@@ -161,17 +162,18 @@ def draw(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> No
     figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, (model, ways) in zip(panels, results.items(), strict=True):
-        usual = min(statistics.median(found) for found in ways.values())
-        most = 3 * usual
+        least, worst = min(map(min, ways.values())), max(map(max, ways.values()))
+        most = min(worst, 3 * least)
         for y, found in enumerate(ways.values()):
             x = [min(perplexity, most) for perplexity in found]
             axes.plot(x, [y] * len(x), "o", color="#0072B2", alpha=0.6, markersize=6, clip_on=False)
-            axes.plot(
-                [min(statistics.median(found), most)], [y], "|", color="#D55E00", markersize=18, mew=2.5
-            )
-        axes.set(title=model, xscale="log", xlim=(0.95 * usual, most), xlabel="final perplexity")
-        axes.set_xticks([usual, 1.5 * usual, 2 * usual, most])
-        axes.set_xticklabels([*(f"{factor * usual:.1f}" for factor in (1, 1.5, 2)), f"{most:.0f} and more"])
+            median = min(statistics.median(found), most)
+            axes.plot([median], [y], "|", color="#D55E00", markersize=18, mew=2.5, clip_on=False)
+        axes.set_title(f"{TITLES[model]}, learning rate {MODELS[model]['lr']:g}")
+        axes.set(xscale="log", xlim=(0.98 * least, 1.02 * most), xlabel="final perplexity")
+        ticks = [least * (most / least) ** (i / 3) for i in range(4)]
+        labels = [f"{tick:.1f}" for tick in ticks]
+        axes.set_xticks(ticks, [*labels[:-1], labels[-1] + (" and more" if worst > most else "")])
         axes.minorticks_off()
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(WAYS)), list(WAYS))
