@@ -134,9 +134,9 @@ class TestOperations:
             counts.append(len(operations(batch.norm, 2.0, True) + operations(batch.norms, 2.0, True)))
         assert counts[0] == counts[1] <= 50
 
-    def test_to_zero_the_others_takes_one_for_each(self) -> None:
-        batch = AcceleratorBatch(gradients(on_meta(40, F32, BF16)))
-        assert len(operations(batch.zero_nonfinite_)) == 40
+    def test_to_zero_the_others(self) -> None:
+        few, many = (AcceleratorBatch(gradients(on_meta(count, F32, BF16))) for count in (40, 400))
+        assert len(operations(few.zero_nonfinite_)) == len(operations(many.zero_nonfinite_)) <= 8
 
 
 class TestTwoDevices:
@@ -144,7 +144,7 @@ class TestTwoDevices:
 
     @pytest.mark.parametrize("order", [2.0, 3.0])
     def test_each_gets_what_it_needs_on_its_own(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "PLAIN", (*memory.PLAIN, FakeTensor))
+        monkeypatch.setattr(memory, "PLAIN", memory.PLAIN | {FakeTensor})
         with FakeTensorMode():
             tensors = [
                 torch.empty(3, 2, dtype=dtype, device=device)
@@ -273,6 +273,18 @@ class TestScaling:
         batch_of(large).scale_(1e-42)  # which float32 has with three digits only
         assert large.tolist() == pytest.approx([1e-4] * 3, rel=1e-6)
 
+    @pytest.mark.parametrize("copied", [4, 1 << 24])
+    def test_non_finite_elements_become_0(self, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(groups, "_COPIED", copied)
+        values = [[INF, 1.0], [NAN], [-INF, 2.0, -3.0], [5.0] * 6]
+        tensors = [torch.tensor(v).to(dtype) for dtype in (F32, F16, torch.complex64) for v in values]
+        expected = [torch.where(tensor.isfinite(), tensor, 0) for tensor in tensors]
+        versions = [tensor._version for tensor in tensors]
+        batch_of(*tensors).zero_nonfinite_()
+        for tensor, value, version in zip(tensors, expected, versions, strict=True):
+            assert torch.equal(tensor, value)
+            assert tensor._version > version
+
     def test_sparse_ones_know_of_it(self) -> None:
         tensor = torch.tensor([[0.0, 2.0], [4.0, 0.0]]).to_sparse()
         version = tensor._version
@@ -379,6 +391,16 @@ class TestClipper:
             assert counted == [counted[0]] * steps
             added.append(len(counted[0]) - alone)
         assert added[0] == added[1]
+
+    @pytest.mark.parametrize("scope", ["global", "parameter"])
+    def test_zeroing_adds_operations_that_do_not_grow(self, scope: Literal["global", "parameter"]) -> None:
+        added = []
+        for count in (40, 400):
+            optimizer = one_group(on_meta(count, F32))
+            alone = len(operations(optimizer.step))
+            torchclip.Clipper(optimizer, 1.0, scope=scope, nonfinite="zero")
+            added.append(len(operations(optimizer.step)) - alone)
+        assert added[0] == added[1] <= 70
 
     def test_nor_do_thresholds_that_a_function_gives(self) -> None:
         optimizer = one_group(on_meta(3, F32))

@@ -111,11 +111,10 @@ class AcceleratorBatch:
         changes.clamp_elements_(alone, limit)
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every infinite or NaN element: one operation for each tensor."""
+        """Put 0 in the place of every infinite or NaN element."""
         with torch.no_grad():
             for group in self._groups:
-                for tensor in group.tensors:
-                    tensor.nan_to_num_(0.0, 0.0, 0.0)
+                group.zero_nonfinite_()
         changes.zero_nonfinite_([tensor for _, tensor in self._others])
 
     def _measured(self, p: float, finite: bool) -> list[Group]:

@@ -10,39 +10,7 @@ from torch import Tensor
 
 from torchclip._core import memory
 
-__all__ = ["change_elements_", "clamp_elements_", "limit_within", "parted", "scale_alone_", "zero_nonfinite_"]
-
-
-def parted(
-    tensors: Sequence[Tensor],
-) -> tuple[dict[tuple[torch.dtype, torch.device], list[Tensor]], list[Tensor]]:
-    """The tensors that can be changed together, as real numbers, by dtype and device; and the others."""
-    together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    alone = []
-    intercepted = memory.intercepted()
-    if _all_alike(tensors) and not intercepted:
-        return {(tensors[0].dtype, tensors[0].device): list(tensors)}, []
-    for tensor in tensors:
-        is_complex = tensor.is_complex()
-        # A tensor may stand for its memory's negative or, in a compiled graph, for its conjugate.
-        lazy = is_complex if intercepted else tensor.is_neg()
-        if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided or lazy:
-            alone.append(tensor)
-            continue
-        real = torch.view_as_real(memory.without_conj(tensor)) if is_complex else tensor
-        together.setdefault((real.dtype, real.device), []).append(real)
-    return together, alone
-
-
-def _all_alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors are plain and real, of one dtype and device, as most calls' are: soon seen."""
-    return (
-        set(map(type, tensors)) <= set(memory.PLAIN)
-        and len({(tensor.dtype, tensor.device, tensor.layout) for tensor in tensors}) == 1
-        and tensors[0].layout is torch.strided
-        and not tensors[0].is_complex()
-        and not any(tensor.is_neg() for tensor in tensors)
-    )
+__all__ = ["change_elements_", "clamp_elements_", "limit_within", "scale_alone_", "zero_nonfinite_"]
 
 
 def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -41,8 +41,8 @@ def gradients(parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = No
 
 def held_gradients(parameters: Iterable[Tensor]) -> Batch:
     """What this rank holds of the parameters' gradients: norms of it take no other rank."""
-    found = _Found.among(arguments.tensor_list("parameters", parameters), "parameters")
-    return _local(mesh.locals_of(found.tensors), found.shared)
+    found, shared = _found(arguments.tensor_list("parameters", parameters), "parameters")
+    return _local(mesh.locals_of(found), shared)
 
 
 def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
@@ -59,7 +59,7 @@ def warn_if_used_up(parameters: Any) -> None:
 
 def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
     """The items of an argument without those that came before; anything but a tensor is refused."""
-    if not set(map(type, items)) <= set(memory.PLAIN):
+    if not memory.PLAIN.issuperset(map(type, items)):
         for i, item in enumerate(items):
             if not isinstance(item, Tensor):
                 arguments.refuse_item(name, i, item)
@@ -85,21 +85,19 @@ def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: An
     memory.refuse_unwritable(held, described)
 
 
-class _Found(NamedTuple):
-    """The distinct tensors among the items of an argument."""
+def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
+    """The distinct tensors among the items of an argument, or (of one named "parameters") their gradients.
 
-    tensors: list[Tensor]
-    shared: bool
-    """Whether any is the gradient of several items."""
-
-    @classmethod
-    def among(cls, items: Sequence[Tensor], name: str) -> _Found:
-        """Look at each item, or (of an argument named "parameters") at its gradient, if it has one."""
-        different = distinct(items, name)
-        chosen = [item.grad for item in different] if name == "parameters" else different
-        present = [tensor for tensor in chosen if tensor is not None]
-        found = list({id(tensor): tensor for tensor in present}.values())
-        return cls(found, len(found) < len(present))
+    Returns:
+        Them, and whether any is the gradient of several items.
+    """
+    different = distinct(items, name)
+    if name != "parameters":
+        return different, False
+    grads = [item.grad for item in different]
+    present = [grad for grad in grads if grad is not None]
+    found = list({id(tensor): tensor for tensor in present}.values())
+    return found, len(found) < len(present)
 
 
 def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
@@ -109,12 +107,15 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
         # A parameter without a gradient here may have one on another rank, which waits for this one.
         if not batch.rest and not (batch.subclassed and mesh.any_dtensor(items)):
             return cast("Batch", batch)
-    found = _Found.among(items, name)
+    found, shared = _found(items, name)
+    if group is None and not mesh.any_dtensor(items):
+        here = _local(found, shared)
+        if take_grad and not (isinstance(here, HostBatch) and here.dtype):
+            refuse_unwritable(found, items, given)
+        return here
     if take_grad:
-        refuse_unwritable(mesh.locals_of(found.tensors), items, given)
-    if group is not None or mesh.any_dtensor(items):
-        return ShardedBatch(items, take_grad, mesh.as_groups(group), _local)
-    return _local(found.tensors, found.shared)
+        refuse_unwritable(mesh.locals_of(found), items, given)
+    return ShardedBatch(items, take_grad, mesh.as_groups(group), _local)
 
 
 def _local(tensors: list[Tensor], shared: bool) -> Batch:
@@ -123,13 +124,17 @@ def _local(tensors: list[Tensor], shared: bool) -> Batch:
         return AcceleratorBatch(tensors, shared)
     by_kernel, others = _parted_by_kernel(tensors)
     readable = not memory.unreadable()
-    on_host = [tensor for tensor in others if readable and tensor.is_cpu]
-    on_device = others if not on_host else [tensor for tensor in others if not tensor.is_cpu]
+    dtype = memory.common_dtype(others) if readable else None
+    if dtype is not None:
+        on_host, on_device = others, []
+    else:
+        on_host = [tensor for tensor in others if readable and tensor.is_cpu]
+        on_device = [tensor for tensor in others if not (readable and tensor.is_cpu)]
     parts: list[Batch] = []
     if by_kernel:
         parts.append(native.extension.tensors(by_kernel))
     if on_host or not tensors:
-        parts.append(HostBatch(on_host, shared))
+        parts.append(HostBatch(on_host, shared, dtype))
     if on_device:
         parts.append(AcceleratorBatch(on_device, shared))
     return parts[0] if len(parts) == 1 and not (by_kernel and shared) else MixedBatch(tensors, parts, shared)

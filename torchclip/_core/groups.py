@@ -139,17 +139,19 @@ class Group:
 
     def _zeroed_copies(self) -> tuple[Group, Group]:
         """Copies with 0 for non-finite elements; and 1 for each finite element, 0 for the others."""
+        whole, copies = self._copies()
+        finite = whole.isfinite()
+        whole.masked_fill_(~finite, 0)
+        flags = torch.split(finite.to(self.dtype), [tensor.numel() for tensor in self.tensors])
+        return self._like(copies), self._like(flags)
+
+    def _copies(self) -> tuple[Tensor, list[Tensor]]:
+        """Copies beside each other: all as one vector, and one by one."""
         sizes = [tensor.numel() for tensor in self.tensors]
         whole = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
         copies = [part.view(t.shape) for part, t in zip(torch.split(whole, sizes), self.tensors, strict=True)]
-        if self.foreach:
-            torch._foreach_copy_(copies, self.tensors)
-        else:
-            for copy, tensor in zip(copies, self.tensors, strict=True):
-                copy.copy_(tensor)
-        finite = whole.isfinite()
-        whole.masked_fill_(~finite, 0)
-        return self._like(copies), self._like(torch.split(finite.to(self.dtype), sizes))
+        _copy_(copies, self.tensors, self.foreach)
+        return whole, copies
 
     # Changes in place
 
@@ -175,6 +177,17 @@ class Group:
         numbers, with_axis = clip_coefs.unbind(), torch.split(clip_coefs, 1)
         self._scale_each_([numbers[i] for i in self.places], [with_axis[i] for i in self.places])
 
+    def zero_nonfinite_(self) -> None:
+        """Put 0 in the place of every infinite or NaN element; no operation on lists does that in place."""
+        for chunk in self._chunks():
+            if len(chunk.tensors) == 1 or not chunk.foreach:
+                for tensor in chunk.tensors:
+                    tensor.nan_to_num_(0.0, 0.0, 0.0)
+                continue
+            whole, copies = chunk._copies()
+            whole.nan_to_num_(0.0, 0.0, 0.0)
+            _copy_(chunk.tensors, copies, chunk.foreach)
+
     def _scale_each_(self, numbers: list[Tensor], with_axis: list[Tensor]) -> None:
         if self.dtype == numbers[0].dtype or self.dtype.is_complex:
             chosen = numbers
@@ -187,6 +200,14 @@ class Group:
         else:
             for tensor, clip_coef in zip(self.tensors, chosen, strict=True):
                 tensor.mul_(clip_coef)
+
+
+def _copy_(to: list[Tensor], tensors: list[Tensor], foreach: bool) -> None:
+    if foreach:
+        torch._foreach_copy_(to, tensors)
+        return
+    for place, tensor in zip(to, tensors, strict=True):
+        place.copy_(tensor)
 
 
 def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 __all__ = [
     "DOUBLE",
+    "JOINED",
     "PIECE",
     "PLAIN",
     "SPARSE",
+    "beside",
+    "common_dtype",
     "fills_its_memory",
     "flat",
     "intercepted",
@@ -25,16 +28,20 @@ __all__ = [
     "without_conj",
 ]
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 DOUBLE = frozenset({torch.float64, torch.complex128})
 # Elements looked at in one go, so that what is allocated on the way does not grow with the gradients.
 PIECE = 1 << 20
+JOINED = 1 << 14
+"""Up to this size a tensor's own calls cost more than copying it beside others."""
 
 _WRITABLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64}
     | {torch.complex32, torch.complex64, torch.complex128}
 )
+_REAL = frozenset(dtype for dtype in _WRITABLE if not dtype.is_complex)
+_flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -57,6 +64,36 @@ def on_host(tensors: Iterable[Tensor]) -> bool:
         if not tensor.is_cpu:
             return False
     return True
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype of tensors that are all plain, real, of one dtype, and contiguous in host memory, else None.
+
+    As those of most calls are.  They need no further looking at: all of them can be written to.
+    """
+    dtype = tensors[0].dtype if tensors else None
+    if dtype not in _REAL:
+        return None
+    for tensor in tensors:  # one expression, as this is where calls with many small tensors spend their time
+        if (
+            tensor.dtype is not dtype
+            or type(tensor) not in PLAIN
+            or tensor.layout is not torch.strided
+            or not tensor.is_contiguous()
+            or not tensor.is_cpu
+            or tensor.is_neg()
+        ):
+            return None
+    return dtype
+
+
+def beside(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of strided tensors of one dtype, copied into one vector."""
+    if not torch.is_autocast_enabled("cpu"):
+        return _flatten(tensors)
+    # It meddles with all that concatenates: it refuses float16 where it is about bfloat16.
+    with torch._C._DisableAutocast():
+        return _flatten(tensors)
 
 
 def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:

@@ -99,6 +99,8 @@ def _splits(tensor: DTensor) -> list[Placement | None]:
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, in the tensor's own memory."""
+    if not any_dtensor(tensors):
+        return list(tensors)
     dtensor = dtensor_types()
     with torch.no_grad():
         return [cast("DTensor", t).to_local() if isinstance(t, dtensor) else t for t in tensors]

@@ -87,16 +87,19 @@ def _block_norms(rows: Tensor, p: float) -> Tensor:
 
 def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
     """Multiply each slice along the first axis in place by its own float64 number."""
-    real = torch.view_as_real(memory.without_conj(tensor)) if tensor.is_complex() else tensor
+    real = tensor
+    # Where operations are intercepted a tensor may stand for its conjugate, which cannot be seen.
+    if tensor.is_complex() and not memory.intercepted():
+        real = torch.view_as_real(memory.without_conj(tensor))
     too_small = (clip_coefs > 0) & (clip_coefs < FLOAT32_TINY)
     if memory.on_host([clip_coefs]) and bool(too_small.any()):
         steps = torch.where(too_small, STEP, 1.0)
         scale_rows_(tensor, steps)
         scale_rows_(tensor, clip_coefs / steps)
         return
-    wide = torch.promote_types(real.dtype, torch.float32)
+    wide = torch.float64 if real.dtype in memory.DOUBLE else torch.float32
     clip_coefs = clip_coefs.to(wide).view(-1, *[1] * (real.dim() - 1))
-    if clip_coefs.dtype == real.dtype:
+    if clip_coefs.dtype == real.dtype or real.is_complex():
         real.mul_(clip_coefs)
         return
     # Torch would widen the whole tensor at once.

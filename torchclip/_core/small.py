@@ -1,0 +1,129 @@
+"""The 2-norm of few elements, which stay in the cache: there calls take longer than arithmetic.
+
+NumPy's calls cost a fifth of torch's, and so few elements are not worth a second thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchclip._core import memory
+
+__all__ = ["MOST", "is_accurate", "norm"]
+
+MOST = 1 << 19
+"""So many elements are few."""
+# From so many elements on a float32 norm that has to be verified is cheaper than an exact one.
+_LARGE = 1 << 16
+# So many are summed in float32, in many lanes: so few that no BLAS shares them among threads.
+_ROW = 1 << 9
+# One row out of so many is looked at once more.
+_EVERY = 47
+_WIDENED = 1 << 14
+
+Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
+
+
+def is_accurate(whole: float, sampled: float, exact: float, rows: int, every: int, p: float) -> bool:
+    """Whether a sum of powers that was taken row by row in float32, then in float64, is accurate.
+
+    On most gradients the rows' rounding errors cancel out (to some 1e-9).  Where they do not, as for constant
+    ones, the rows that are looked at once more show it.
+
+    Args:
+        whole: the sum.
+        sampled: that of one row out of so many.
+        exact: that of these rows in float64.
+        rows: how many there are.
+        every: out of how many one was looked at once more.
+        p: the power.
+    """
+    # Far from both ends of the float32 range, where squares overflow or lose their digits.
+    in_range = (1e-15 * rows) ** p < whole < 1e15**p
+    # Next to nothing in the rows looked at says nothing about the others.
+    telling = 4 * every * exact > whole
+    return in_range and telling and abs(sampled - exact) <= p * 2e-8 * exact
+
+
+def norm(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float:
+    """The norm of tensors of one dtype, at most float32, that ``memory.common_dtype`` knows."""
+    vectors = _vectors(tensors, sizes)
+    with np.errstate(all="ignore"):  # of what float32 cannot hold nobody has to be warned: it is done again
+        squares = _verified(vectors) if sum(sizes) >= _LARGE else None
+        return math.sqrt(sum(map(_exact, vectors)) if squares is None else squares)
+
+
+def _vectors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Array]:
+    """The elements in float32; small tensors are beside each other in one vector."""
+    if max(sizes) <= memory.JOINED:
+        return [_vector(memory.beside(tensors))]
+    vectors, small = [], []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if size > memory.JOINED:
+            vectors.append(_vector(tensor))
+        else:
+            small.append(tensor)
+    if small:
+        vectors.append(_vector(memory.beside(small)))
+    return vectors
+
+
+def _vector(tensor: Tensor) -> Array:
+    if tensor.dtype is not torch.float32:
+        tensor = tensor.float()
+    vector: Array = (tensor.detach() if tensor.requires_grad else tensor).numpy().reshape(-1)
+    return vector
+
+
+def _exact(vector: Array) -> float:
+    """The sum of the squares, in float64."""
+    total = 0.0
+    for start in range(0, len(vector), _WIDENED):
+        wide = vector[start : start + _WIDENED].astype(np.float64)
+        whole = len(wide) - len(wide) % _ROW
+        if whole:
+            total += float(np.add.reduce(_squares(wide[:whole].reshape(-1, _ROW))))
+        rest = wide[whole:]
+        total += float(rest.dot(rest))
+    return total
+
+
+def _verified(vectors: Sequence[Array]) -> float | None:
+    """The sum of the squares at the speed of float32, or None where it is not accurate."""
+    of_rows, chosen, rests, before = [], [], [], 0
+    for vector in vectors:
+        count = len(vector) // _ROW
+        rows = vector[: count * _ROW].reshape(count, _ROW)
+        of_rows.append(_squares(rows))
+        chosen.append(rows[-before % _EVERY :: _EVERY])
+        rests.append(vector[count * _ROW :])
+        before += count
+    together = np.concatenate(of_rows)
+    whole = float(np.add.reduce(together, dtype=np.float64))
+    sampled = sum(together[::_EVERY].tolist())
+    exact = float(np.add.reduce(_squares(np.concatenate(chosen, dtype=np.float64))))
+    if not is_accurate(whole, sampled, exact, before, _EVERY, 2):
+        return None
+    rest = np.concatenate(rests, dtype=np.float64)
+    return whole + float(np.add.reduce(rest * rest))
+
+
+def _squares_by_matmul(rows: Array) -> Array:
+    """As ``numpy.vecdot``, which NumPy has since 2.0."""
+    sums: Array = np.matmul(rows[:, None, :], rows[:, :, None]).reshape(-1)
+    return sums
+
+
+_vecdot: Callable[[Array, Array], Array] | None = getattr(np, "vecdot", None)
+
+
+def _squares(rows: Array) -> Array:
+    """The sum of the squares of each row, in its dtype."""
+    return _squares_by_matmul(rows) if _vecdot is None else _vecdot(rows, rows)
