@@ -46,6 +46,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return "on_ranks"
             return nodeid.partition("::" if ".md::" in nodeid else "[")[0]
 
+        def _assign_work_unit(self, node: Any) -> None:
+            if "on_ranks" in self.workqueue:  # the longest of all comes first
+                self.workqueue.move_to_end("on_ranks", last=False)
+            super()._assign_work_unit(node)
+
     return Scheduling(config, log) if config.option.dist == "load" else None
 
 

@@ -32,8 +32,8 @@ PRELOADED = ["distributed_checks", "clipper_rank_checks", "torch._dynamo"]
 Check = Callable[[], None]
 
 
-def worlds_of(ranks: int) -> Callable[[Check], Check]:
-    """Marks a check to be run in worlds of this many ranks; without it, in one of all."""
+def world_of(ranks: int) -> Callable[[Check], Check]:
+    """Marks a check to be run in a world of this many ranks, without the others; unmarked, all take part."""
 
     def mark(check: Check) -> Check:
         vars(check)["ranks"] = ranks
@@ -152,11 +152,13 @@ def _run(check: Check, with_kernel: bool, rank: int, store: Path) -> str:
     from torchclip import kernel
 
     ranks = getattr(check, "ranks", RANKS)
+    if rank >= ranks:
+        return ""
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(f"{store}-{rank // ranks}", ranks),
-            rank=rank % ranks,
+            store=dist.FileStore(str(store), ranks),
+            rank=rank,
             world_size=ranks,
             timeout=PATIENCE,
         )

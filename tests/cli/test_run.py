@@ -137,23 +137,26 @@ def test_a_script_that_is_no_python_never_ran(tmp_path: Path, source: str) -> No
     assert "torchclip" not in under_torchclip.stderr
 
 
-def refused(tmp_path: Path, *arguments: str) -> str:
-    """What ``torchclip run`` says of a script that it cannot start, after its own name."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torchclip", "run", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    return done.stderr.removeprefix("torchclip run: error: ")
+def test_what_cannot_be_started_is_refused_without_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: str) -> str:
+        """What is said of a script, after the command's own name."""
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", *arguments])
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.count("\n") == 1
+        return output.err.removeprefix("torchclip run: error: ")
 
-
-def test_what_cannot_be_started_is_refused_without_a_report(tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
-    assert refused(tmp_path, "nowhere.py") == "argument SCRIPT: No such file or directory: nowhere.py\n"
-    assert refused(tmp_path, "-m", "nowhere") == "argument SCRIPT: No module named nowhere\n"
-    assert "argument SCRIPT: there is no __main__.py in" in refused(tmp_path, "package")
-    assert "argument SCRIPT: No module named package.__main__" in refused(tmp_path, "-m", "package")
+    assert refused("nowhere.py") == "argument SCRIPT: No such file or directory: nowhere.py\n"
+    assert refused("-m", "nowhere") == "argument SCRIPT: No module named nowhere\n"
+    assert "argument SCRIPT: there is no __main__.py in" in refused("package")
+    assert "argument SCRIPT: No module named package.__main__" in refused("-m", "package")
 
 
 def test_a_missing_module_that_the_script_imports_is_the_scripts_error(tmp_path: Path) -> None:

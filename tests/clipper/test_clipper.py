@@ -37,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "for-loop": {"foreach": False},
     "fused": {"fused": True},
 }
+STEPS = 20  # RAdam begins to adapt in the sixth
 
 
 def test_every_optimizer_of_torch_is_here() -> None:
@@ -68,14 +69,14 @@ def test_every_optimizer_ends_where_the_function_leads_it(name: str, way: str) -
         return torchclip.clip_grad_norm_(plain.param_groups[0]["params"], 0.5)
 
     if name == "LBFGS":
-        for step in range(50):
+        for step in range(STEPS):
             plain.step(lambda step=step: (backward(models[0], plain, step), clip())[0])
             clipped.step(lambda step=step: backward(models[1], clipped, step))
     else:
-        train(models[0], plain, range(50), clip)
-        train(models[1], clipped, range(50))
+        train(models[0], plain, range(STEPS), clip)
+        train(models[1], clipped, range(STEPS))
     summary = clipper.history.summary()
-    assert summary.clipped > 40
+    assert summary.clipped > 0.8 * STEPS
     assert summary.nonfinite == 0
     if way == "fused":
         for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):

@@ -530,22 +530,24 @@ class Training:
     def check_look(self, look: Look, expected: dict[int, Array]) -> None:
         found = {grad[0]: grad[1] for group in look for grad in group if grad is not None}
         assert found.keys() == expected.keys()
-        for key, grad in found.items():
-            np.testing.assert_allclose(grad, expected[key], atol=1e-37, **self.close)
+        assert_close(list(found.values()), [expected[key] for key in found], atol=1e-37, **self.close)
 
     def check_values(self, values: list[Array], momenta: list[Array | None], grads: dict[int, Array]) -> None:
         """By hand: SGD with momentum."""
+        wanted = []
         for p, value, momentum in zip(self.parameters, values, momenta, strict=True):
             expected, grad = value, grads.get(id(p.grad))
             if grad is not None:
                 buffer = grad if momentum is None else self.momentum * momentum + grad
                 expected = value - LR * buffer
-            np.testing.assert_allclose(numpy(p), expected, atol=self.close["rtol"] / 10, **self.close)
+            wanted.append(expected)
             held = self.optimizer.state.get(p, {}).get("momentum_buffer")
             if grad is None or not self.momentum:
                 assert (held is None) == (momentum is None)
                 if held is not None and momentum is not None:
                     assert np.array_equal(numpy(held), momentum)
+        found = [numpy(p) for p in self.parameters]
+        assert_close(found, wanted, atol=self.close["rtol"] / 10, **self.close)
 
     def run(self, steps: int) -> None:
         between = [self.add_group, self.append_parameter, self.change_threshold, self.freeze_or_thaw]
@@ -565,6 +567,14 @@ class Training:
 
 def numpy(tensor: Tensor) -> Array:
     return tensor.detach().double().numpy().copy()
+
+
+def assert_close(found: list[Array], expected: list[Array], **close: Any) -> None:
+    """In one comparison, which takes as long as that of one small array."""
+    assert [array.shape for array in found] == [array.shape for array in expected]
+    if found:
+        joint = [np.concatenate([array.ravel() for array in arrays]) for arrays in (found, expected)]
+        np.testing.assert_allclose(joint[0], joint[1], **close)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -71,8 +72,13 @@ class Call:
         return torchclip.clip_grad_value_(self.parameters, self.limit)
 
 
+@functools.cache  # as drawing them takes longer than a call
+def numbers(dtype: torch.dtype) -> list[Tensor]:
+    return [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
+
+
 def usual(dtype: torch.dtype = torch.float32) -> Call:
-    return Call(with_gradients([randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]))
+    return Call(with_gradients([grad.clone() for grad in numbers(dtype)]))
 
 
 def gradient(make: Callable[[], Tensor]) -> Callable[[Call], None]:
@@ -116,7 +122,7 @@ def shared(call: Call) -> None:
 
 
 def many(call: Call) -> None:
-    call.parameters.extend(with_gradients([randn(2, seed=i) for i in range(600)]))
+    call.parameters.extend(with_gradients([pair.clone() for pair in randn(600, 2)]))
 
 
 # What can be added to a call, and whether it is still usual then.
@@ -647,6 +653,7 @@ def test_finalizers_that_trade_the_memory_of_gradients(limit: float, function: s
             self.itself = self
 
     before = gc.get_threshold()
+    gc.freeze()  # what is there already need not be looked at each time
     for turn in range(60):
         call = usual()
         call.limit = limit
