@@ -6,7 +6,6 @@ from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
-from torchclip.clipper.clipper import Clipper
 from torchclip.history.history import History
 
 openmp: bool
@@ -133,6 +132,18 @@ def rolling_sigmas(
         ValueError: if lengths differ; nothing was changed.
     """
 
+def watch_hooks(
+    watch: object, states: dict[int, StepState], add_seconds: Callable[[float], object], /
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What to call before and after each step of any optimizer: the usual step is recorded in one go.
+
+    Args:
+        watch: any other step, and all from the state's ``until`` on, are left to its methods ``_before_step``
+            and ``_after_step``.
+        states: of the optimizers, by their ``id``.
+        add_seconds: called with what both hooks took together in a step, in some of the steps.
+    """
+
 def gradients(parameters: Iterable[Tensor], /) -> Batch:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over."""
 
@@ -156,10 +167,11 @@ class StepState:
     Any other step is left to the Clipper's own two methods.
     """
 
-    def __init__(self, clipper: Clipper, max_norm: float | None, history: History, /) -> None:
+    def __init__(self, clipper: object, max_norm: float | None, history: History, /) -> None:
         """``max_norm`` is the threshold of a usual step; None where no step is."""
     history: History
     number: int
+    until: int
     running: bool
     nested: bool
     went_short: bool

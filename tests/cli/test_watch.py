@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,35 @@ def test_a_clipper_keeps_its_own_history() -> None:
     assert "clipped by a Clipper to 1" in text
     assert re.search(r"Clipper of optimizer \(SGD\): \S+ \S+ a step \(measured 2 times\)", text)
     assert not optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_whatever_clips_for_some_of_the_steps_each_is_recorded_once(kernel: bool) -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with nullcontext() if kernel else torchclip.kernel.disabled(), Session() as session:
+        for number in range(100):
+            w.grad = torch.tensor([0.0, number + 1.0])
+            if number == 70:
+                torch.nn.utils.clip_grad_norm_([w], 10.0)
+            if number == 80:
+                optimizer.add_param_group({"params": [weight(0.0)]})
+            optimizer.step()
+        history = session.history
+        step(optimizer, [0.0, float("inf")], [0.0])
+        clipper = torchclip.Clipper(optimizer, 2.0)
+        step(optimizer, [0.0, 5.0], [0.0])
+        clipper.detach()
+        step(optimizer, [0.0, 5.0], [0.0])
+    assert [r.step for r in history] == list(range(101))
+    assert [r.total_norm for r in history] == pytest.approx([*range(1, 101), float("inf")])
+    assert [r.step for r in history if r.clipped] == [70]
+    assert list(session.watched.nonfinite) == [100]
+    assert [r.clipped for r in clipper.history] == [True, False]
+    assert session.watched.steps == 103
+    assert session.watched.layers.steps == [*range(0, 64, 4), 64, 96]
+    assert session.watch.seconds > 0
+    assert session.watch.between > 0
 
 
 def test_one_call_for_two_optimizers_and_two_calls_for_one() -> None:

@@ -51,6 +51,13 @@ def step_state(*args: object) -> Any:
     return None if extension is None else extension.StepState(*args)
 
 
+def watch_hooks(*args: object) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The extension's hooks for all optimizers, made of these arguments; None without kernel."""
+    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
+    hooks = None if extension is None else extension.watch_hooks(*args)
+    return hooks
+
+
 def status() -> str:
     """One line on whether the kernel is active, and why not if it is not."""
     if extension is None:

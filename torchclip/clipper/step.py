@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, TypeAlias
+from weakref import ref
 
 from torch import nn
 from torch.optim import Optimizer
@@ -32,6 +33,7 @@ class State:
     Attributes:
         history: where steps are recorded.
         number: of the step that is running, or comes next.
+        until: the first step that ``torchclip run`` looks at, if these are its hooks.
         running: whether a step has begun and not ended, or not been found to have failed.
         nested: whether another one has begun within it.
         went_short: whether the step that is running went the kernel's short way, and it has the record.
@@ -39,6 +41,7 @@ class State:
 
     history: History
     number: int = 0
+    until: int = 0
     running: bool = False
     nested: bool = False
     went_short: bool = False
@@ -56,15 +59,24 @@ class Step:
     The ``step()`` of a subclass may call its parent's, which has the same hooks: they are one step.  A step
     that ended in an exception has never reached its second hook; this is found out when the next one begins.
 
+    It does not keep the optimizer alive.
+
     Args:
         optimizer: whose steps these are.
         state: what the hooks know.
     """
 
     def __init__(self, optimizer: Optimizer, state: State) -> None:
-        self.optimizer = optimizer
+        self._optimizer = ref(optimizer)
         self._state = state
         self._undo: list[Callable[[Outcome], None]] = []
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose steps these are."""
+        optimizer = self._optimizer()
+        assert optimizer is not None, "the optimizer is gone"
+        return optimizer
 
     def begin(self) -> bool:
         """Begin a step; False if it is a part of the one that has begun already."""
@@ -106,8 +118,9 @@ class Step:
 
     def _is_around(self, frame: FrameType | None, inner: int) -> bool:
         """Whether more than so many ``step()`` of the optimizer are on the stack."""
+        optimizer = self._optimizer()
         while frame is not None:
-            if frame.f_code is _AROUND_STEP and frame.f_locals[_ARGS][0] is self.optimizer:
+            if frame.f_code is _AROUND_STEP and frame.f_locals[_ARGS][0] is optimizer:
                 if inner == 0:
                     return True
                 inner -= 1

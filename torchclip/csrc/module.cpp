@@ -16,7 +16,7 @@
 //     snapshot.h    the memory of tensors during one call: chunks, threads, norms, changes
 //     batch.h       the Python type `Batch`
 //     short_way.h   the usual call in one go
-//     step_hooks.h  a Clipper's hooks for its usual step
+//     step_hooks.h  hooks for the usual step: of a Clipper, and of `torchclip run` on all optimizers
 //     heaps.h       norms of which a percentile is wanted
 //     thresholds.h  those of many parameters at once
 #include "batch.h"
@@ -124,6 +124,8 @@ PyMethodDef module_methods[] = {
     {"clip_step", function(clip_step), METH_FASTCALL,
      "clip_step(optimizer, max_norm): the usual step of a Clipper in one go; the norm and the coefficient, or None"},
     {"connect_steps", connect_steps, METH_O, "connect_steps(native_names): where to find the clip_step that is in use"},
+    {"watch_hooks", function(watch_hooks), METH_FASTCALL,
+     "watch_hooks(watch, states, add_seconds): the two functions to call around each step of any optimizer"},
     {"percentiles", function(percentiles), METH_FASTCALL,
      "percentiles(norms, thresholds, seen, values, slots, places, fraction, window, warmup, max_norm): "
      "learn from a norm for each row, and put the row's percentile into thresholds"},
@@ -153,9 +155,10 @@ PyMODINIT_FUNC PyInit__kernel() {
     use_instruction_set(nullptr);
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
     PyObject* const module = PyModule_Create(&module_definition);
-    PyObject* const state_type = PyType_FromSpec(&state_spec);
+    state_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&state_spec));
     if (batch_type == nullptr || state_type == nullptr || module == nullptr) return nullptr;
-    if (PyModule_AddObject(module, "StepState", state_type) < 0) return nullptr;
+    Py_INCREF(state_type);
+    if (PyModule_AddObject(module, "StepState", reinterpret_cast<PyObject*>(state_type)) < 0) return nullptr;
 #ifdef _OPENMP
     PyObject* const openmp = Py_True;
 #else

@@ -1,10 +1,12 @@
 // The two hooks of a Clipper on its optimizer: no Python frame in the usual step, and no look-up by name.
 //
 // What they need to know is in a `StepState`, which the Clipper's own `_before_step` and `_after_step` use as well; any
-// step that is not usual is left to these.
+// step that is not usual is left to these.  Below are the two hooks of `torchclip run`, on all optimizers.
 #pragma once
 
 #include <structmember.h>
+
+#include <chrono>
 
 #include "short_way.h"
 
@@ -17,6 +19,7 @@ struct StepState {
     PyObject* max_norm;               // of a usual step, or None
     PyObject* history;
     long long number;      // of the step that is running, or comes next
+    long long until;       // the first step that `torchclip run` leaves to Python
     char running, nested;  // as torchclip.clipper.step.State has them
     char went_short;       // whether the step that is running is to be recorded here,
     Clipped clipped;       // with this
@@ -170,6 +173,7 @@ void free_state(PyObject* self) {
 PyMemberDef state_members[] = {
     {"history", T_OBJECT_EX, offsetof(StepState, history), 0, nullptr},
     {"number", T_LONGLONG, offsetof(StepState, number), 0, nullptr},
+    {"until", T_LONGLONG, offsetof(StepState, until), 0, nullptr},
     {"running", T_BOOL, offsetof(StepState, running), 0, nullptr},
     {"nested", T_BOOL, offsetof(StepState, nested), 0, nullptr},
     {"went_short", T_BOOL, offsetof(StepState, went_short), 0, nullptr},
@@ -192,6 +196,75 @@ PyType_Slot state_slots[] = {
 };
 PyType_Spec state_spec = {"torchclip._kernel.StepState", sizeof(StepState), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
                           state_slots};
+
+PyTypeObject* state_type = nullptr;
+
+// What the hooks on all optimizers take is measured in some of the steps: those of torchclip.cli.run.watch._is_timed.
+using Clock = std::chrono::steady_clock;
+constexpr long long kEveryTimed = 16, kTimed = 10;
+double seconds_before_step = 0;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+bool is_timed(long long step) { return step % kEveryTimed == kTimed; }
+
+// The hooks' own object: (watch, states, add_seconds).
+PyObject* watch_of(PyObject* self) { return PyTuple_GetItem(self, 0); }
+
+// Of an optimizer, from the dictionary of all of them; null if it is not there.  A new reference.
+PyObject* state_of(PyObject* self, PyObject* optimizer) {
+    const Attribute key(PyLong_FromVoidPtr(optimizer));
+    PyObject* const state = key == nullptr ? nullptr : PyDict_GetItemWithError(PyTuple_GetItem(self, 1), key);
+    return state != nullptr && Py_TYPE(state) == state_type ? new_reference(state) : nullptr;
+}
+
+PyObject* leave_to_watch(PyObject* self, PyObject* name, PyObject* const* args) {
+    PyErr_Clear();  // what went wrong in the short way goes wrong again in Python, which makes a note of it
+    PyObject* const method = PyObject_GetAttr(watch_of(self), name);
+    if (method == nullptr) return nullptr;
+    PyObject* const result = PyObject_CallFunctionObjArgs(method, args[0], args[1], args[2], nullptr);
+    Py_DECREF(method);
+    return result;
+}
+
+// before_any_step(optimizer, args, kwargs)
+PyObject* before_any_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    const auto start = Clock::now();
+    if (!count_is(count, 3, 3)) return nullptr;
+    const Attribute found(state_of(self, args[0]));
+    auto* const state = reinterpret_cast<StepState*>(static_cast<PyObject*>(found));
+    if (state == nullptr || state->number >= state->until || !begin_usual_step(state, args[0], args[1], args[2]))
+        return leave_to_watch(self, step_names.before_step, args);
+    if (is_timed(state->number)) seconds_before_step = seconds_since(start);
+    return new_reference(Py_None);
+}
+
+// after_any_step(optimizer, args, kwargs)
+PyObject* after_any_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    const auto start = Clock::now();
+    if (!count_is(count, 3, 3)) return nullptr;
+    const Attribute found(state_of(self, args[0]));
+    auto* const state = reinterpret_cast<StepState*>(static_cast<PyObject*>(found));
+    if (state == nullptr || !state->went_short || !state->running || state->nested)
+        return leave_to_watch(self, step_names.after_step, args);
+    const bool timed = is_timed(state->number);
+    if (!record(state)) return nullptr;
+    if (!timed) return new_reference(Py_None);
+    const Attribute seconds(PyFloat_FromDouble(seconds_before_step + seconds_since(start)));
+    return PyObject_CallFunctionObjArgs(PyTuple_GetItem(self, 2), static_cast<PyObject*>(seconds), nullptr);
+}
+
+// watch_hooks(watch, states, add_seconds)
+PyObject* watch_hooks(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    static PyMethodDef before = {"before_any_step", function(before_any_step), METH_FASTCALL, nullptr};
+    static PyMethodDef after = {"after_any_step", function(after_any_step), METH_FASTCALL, nullptr};
+    if (!count_is(count, 3, 3)) return nullptr;
+    if (!PyDict_CheckExact(args[1])) return PyErr_Format(PyExc_TypeError, "the states must be in a dictionary");
+    const Attribute self(PyTuple_Pack(3, args[0], args[1], args[2]));
+    if (self == nullptr) return PyErr_NoMemory();
+    const Attribute first(PyCFunction_New(&before, self)), second(PyCFunction_New(&after, self));
+    if (first == nullptr || second == nullptr) return PyErr_NoMemory();
+    return PyTuple_Pack(2, static_cast<PyObject*>(first), static_cast<PyObject*>(second));
+}
 
 // connect_steps(native_names)
 PyObject* connect_steps(PyObject*, PyObject* names) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -49,6 +49,7 @@ class Calls:
 
     Attributes:
         are_waiting: whether an optimizer may have calls for its next step.
+        on_waiting: called with an optimizer that has got a call for its next step.
         stray: calls on parameters of no optimizer that has ever stepped.
     """
 
@@ -59,6 +60,7 @@ class Calls:
         self._shared: tuple[list[int], Call] | None = None
         self.stray = History()
         self.are_waiting = False
+        self.on_waiting: Callable[[Optimizer], object] = lambda _: None
         self._strays = 0
 
     def know(self, optimizer: Optimizer, parameters: Iterable[int]) -> None:
@@ -96,6 +98,7 @@ class Calls:
             if not any(each is call for each in calls):
                 calls.append(call)
             self.are_waiting = True
+            self.on_waiting(owner)
 
     def finish(self) -> None:
         """No optimizer is going to step any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 import time
@@ -18,14 +19,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from torchclip._core import native
 from torchclip._core.batch import Norm
 from torchclip.cli.run.calls import Call, Calls
 from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of, with_gradient
 from torchclip.cli.run.names import parameter_names, variable_names
 from torchclip.cli.run.trial import Trial
-from torchclip.clip_grad.norm import clip_grad_norm_
 from torchclip.clipper import clipper as clippers
 from torchclip.clipper.clipper import Clipper
+from torchclip.clipper.step import State, Step
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 
@@ -33,7 +35,8 @@ __all__ = ["Watch", "Watched"]
 
 # Parameters are measured one by one in every so many of the first steps, and of the others.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
-_EVERY_TIMED = 8  # to look at the clock is a part of what looking on takes
+# In such steps the time is taken; the kernel's hooks do so in the same.
+_EVERY_TIMED, _TIMED = 16, 10
 _MOST_NONFINITE = 100  # steps whose parameters are kept
 _MOST_TIMES = 10_000
 
@@ -45,7 +48,6 @@ class Watched:
         kind: its class.
         candidates: what the program may call it.
         names: its parameters' names, by their ``id``.
-        usual: its parameters, if all are in one group and in host memory; else None.
         history: its steps; those of its Clipper, if it has one.
         layers: the norms of its parameters in some of the steps.
         clipped_by: how many steps were clipped in which way.
@@ -54,21 +56,24 @@ class Watched:
         problem: why its norms are not known, or why it is not clipped as the options ask.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = ref(optimizer)
+    def __init__(self, optimizer: Optimizer, watch: Watch) -> None:
+        self.optimizer = ref(optimizer, watch._forget)
         self.kind = type(optimizer).__name__
         self.candidates = variable_names(optimizer)
         self.history = History()
         self.layers = Layers()
-        self.steps = 0
         self.look_at(optimizer)
         self.clipped_by: Counter[str] = Counter()
         self.nonfinite: dict[int, list[str]] = {}
         self.seconds: deque[float] = deque(maxlen=_MOST_TIMES)
         self.problem: str | None = None
-        self.frame: FrameType | None = None
         self.marked = 0.0
         self.marker: RemovableHandle | None = None
+        with_kernel = native.step_state(watch, math.inf, self.history)
+        self.state: State = with_kernel or State(self.history)
+        self.history.follow(self.state.flush)
+        self.step = Step(optimizer, self.state)
+        self.norm: float | None = None  # of the step that is being taken, if it is all there is to record
 
     def look_at(self, optimizer: Optimizer) -> None:
         """Take in the parameters, of one more group perhaps than before."""
@@ -76,8 +81,11 @@ class Watched:
         self.groups = len(groups)
         self.names = parameter_names(optimizer)
         self.on_host = _on_host(optimizer)
-        # The list itself, which the program may add to.
-        self.usual: list[Tensor] | None = groups[0]["params"] if len(groups) == 1 and self.on_host else None
+
+    @property
+    def steps(self) -> int:
+        """How many there were."""
+        return self.state.number
 
     def label(self, name: str) -> str:
         """What to call it in a report."""
@@ -94,7 +102,6 @@ class Watch:
         watched: the optimizers, in the order of their first steps.
         replaced_clippers: how many Clippers of the program have got the thresholds of the trial.
         calls_replaced: how often the program called a function that only measured, by its name.
-        steps: how many there were, of all optimizers.
     """
 
     def __init__(
@@ -102,19 +109,25 @@ class Watch:
     ) -> None:
         self.trial = trial
         self.calls = calls
+        calls.on_waiting = self._see_next_step
         self.watched: list[Watched] = []
         self.replaced_clippers = 0
         self.calls_replaced: Counter[str] = Counter()
-        self.steps = 0
         self._own: deque[float] = deque(maxlen=_MOST_TIMES)
         self._intervals: deque[float] = deque(maxlen=_MOST_TIMES)
-        self._timed = (0, 0.0)  # the last step that was: its number, and when
+        self._looked = (0, 0.0)  # at which step Python has last looked, and when
         self._progress = progress
         self._by_id: dict[int, Watched] = {}
+        self._states: dict[int, State] = {}
         self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
         self._ours: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
         self._detach: list[Callable[[], None]] = []
         self._puts_one_on = False
+
+    @property
+    def steps(self) -> int:
+        """How many there were, of all optimizers."""
+        return sum(watched.steps for watched in self.watched)
 
     @property
     def seconds(self) -> float:
@@ -128,9 +141,15 @@ class Watch:
 
     def attach(self) -> None:
         """Look on from now on."""
+        before_step, after_step = native.watch_hooks(self, self._states, self._own.append) or (
+            self._before_step,
+            self._after_step,
+        )
+        if self._progress is not None:
+            after_step = self._and_progress(after_step)
         self._detach += [
-            register_optimizer_step_pre_hook(self._before_step).remove,
-            register_optimizer_step_post_hook(self._after_step).remove,
+            register_optimizer_step_pre_hook(before_step).remove,
+            register_optimizer_step_post_hook(after_step).remove,
         ]
         initialize = Clipper.__init__
 
@@ -144,6 +163,7 @@ class Watch:
                 options["nonfinite"] = self.trial.nonfinite
             initialize(clipper, optimizer, max_norm, **options)
             self._clippers[optimizer] = ref(clipper)
+            self._see_next_step(optimizer)
 
         setattr(Clipper, "__init__", initialize_and_tell)  # noqa: B010
         self._detach.append(lambda: setattr(Clipper, "__init__", initialize))
@@ -153,83 +173,95 @@ class Watch:
         while self._detach:
             self._detach.pop()()
 
-    # One step; what runs in each is kept short, for it is a part of the program's own time
+    def _and_progress(self, after_step: Callable[..., object]) -> Callable[..., None]:
+        def after_step_progress(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            after_step(optimizer, args, kwargs)
+            watched = self._by_id.get(id(optimizer))
+            if self._progress is not None and watched is not None:
+                self._progress(watched)
+
+        return after_step_progress
+
+    # One step.  With the kernel other hooks are called, written in C, which record the usual step in one go.
+    # They leave to these what has a Clipper, was clipped by a function, has a closure, or is to be looked at.
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start = time.perf_counter() if self.steps % _EVERY_TIMED == 0 else 0.0
+        start = time.perf_counter()
         watched = self._by_id.get(id(optimizer))
-        if (
-            watched is None
-            or watched.optimizer() is not optimizer
-            or watched.groups != len(optimizer.param_groups)
-        ):
+        if watched is None or watched.groups != len(optimizer.param_groups):
             watched = self._first_seen(optimizer)
             if watched is None:
                 return
-            start = start and time.perf_counter()
-        frame = sys._getframe(1)
-        if watched.frame is not None and _runs_within(frame, watched.frame):
+        if not watched.step.begin():
             return
-        watched.frame = frame
-        self.steps += 1
-        if self._clippers and self._clipper_of(optimizer) is not None:
+        watched.state.went_short, watched.norm = False, None
+        if self._clipper_of(optimizer) is not None:
             self._mark(watched, optimizer)
-        elif kwargs or len(args) > 1:
-            if not _has_closure(args, kwargs):
+        elif not _has_closure(args, kwargs):
+            if not self.calls.are_waiting and not _is_due(watched.steps):
+                watched.norm, _ = native.clip_step(optimizer, math.inf) or (None, None)
+            if watched.norm is None:
                 self._measure(watched, optimizer)
-        elif (
-            watched.usual is None
-            or self.calls.are_waiting
-            or _is_due(watched.steps)
-            or getattr(optimizer, "grad_scale", None) is not None
-        ):
-            self._measure(watched, optimizer)
-        else:
-            # The usual step in one go: called one after another, the functions would cost twice as much.
-            # To read the norm would, too; whether it is finite is told by an error.
-            try:
-                norm = clip_grad_norm_(watched.usual, math.inf, 2.0, True)
-                watched.history.append(watched.steps, norm, math.inf, 1.0)
-            except Exception:  # it is looked into what is unusual
-                self._measure(watched, optimizer)
-        if start:
-            number, before = self._timed
-            if number:
-                self._intervals.append((start - before) / (self.steps - number))
-            self._timed = (self.steps, start)
+        if _is_due(watched.steps):
+            self._take_interval(start)
+        elif _is_timed(watched.steps):
             self._own.append(time.perf_counter() - start)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start = time.perf_counter() if self.steps % _EVERY_TIMED == 1 else 0.0
+        start = time.perf_counter()
         watched = self._by_id.get(id(optimizer))
-        if watched is None or watched.frame is not sys._getframe(1):
+        if watched is None or not watched.step.end():
             return
-        watched.frame = None
         if watched.marker is not None:
             watched.marker.remove()
             watched.marker = None
-        clipper = self._clipper_of(optimizer) if self._clippers else None
+        clipper, number = self._clipper_of(optimizer), watched.steps
         if clipper is not None:
             self._read(watched, optimizer, clipper)
-        elif (kwargs or len(args) > 1) and _has_closure(args, kwargs):
+        elif watched.norm is not None:
+            watched.history.append(number, watched.norm, math.inf, 1.0)
+        elif _has_closure(args, kwargs):
             self._measure(watched, optimizer)
-        watched.steps += 1
-        if self._progress is not None:
-            self._progress(watched)
-        if start and self._own:
+        if watched.state.went_short:
+            watched.state.record()
+        else:
+            watched.state.number += 1
+        # Once there has been a Clipper, its history goes on.
+        is_usual = watched.history is watched.state.history and watched.on_host
+        watched.state.until = _next_due(watched.steps) if is_usual else 0
+        is_timed = _is_timed(number)
+        if is_timed and self._own:
             self._own[-1] += time.perf_counter() - start
+
+    def _take_interval(self, now: float) -> None:
+        steps, (earlier, before) = self.steps, self._looked
+        if 0 < earlier < steps:
+            self._intervals.append((now - before) / (steps - earlier))
+        self._looked = (steps, now)
+
+    def _see_next_step(self, optimizer: Any) -> None:
+        """Leave an optimizer's next step to Python."""
+        watched = self._by_id.get(id(optimizer))
+        if watched is not None:
+            watched.state.until = 0
+
+    def _forget(self, gone: ref[Optimizer]) -> None:
+        """Another object may get the ``id`` of an optimizer that is gone."""
+        for key, watched in list(self._by_id.items()):
+            if watched.optimizer is gone:
+                del self._by_id[key], self._states[key]
 
     def _first_seen(self, optimizer: Optimizer) -> Watched | None:
         """Take an optimizer in, or look anew at one that has got another parameter group."""
         if not optimizer.state and _creates_state(sys._getframe(2)):
             return None
         watched = self._by_id.get(id(optimizer))
-        if watched is not None and watched.optimizer() is optimizer:
+        if watched is not None:
             watched.look_at(optimizer)
         else:
-            watched = Watched(optimizer)
+            watched = Watched(optimizer, self)
             self.watched.append(watched)
-            self._by_id[id(optimizer)] = watched
+            self._by_id[id(optimizer)], self._states[id(optimizer)] = watched, watched.state
         if self.trial.replaces:
             for group in optimizer.param_groups:
                 if group.get("max_norm") is not None:
@@ -309,7 +341,7 @@ class Watch:
         for earlier in call.not_taken:
             norm, max_norm, clip_coef = earlier.total_norm, earlier.max_norm, earlier.clip_coef
             watched.history.append(watched.steps, norm, max_norm, clip_coef, skipped=True)
-            watched.steps += 1
+            watched.state.number += 1
         watched.history.append(watched.steps, call.total_norm, call.max_norm, call.clip_coef)
         if call.nonfinite:
             self._note_nonfinite(watched, watched.steps, call.nonfinite)
@@ -336,7 +368,18 @@ class Watch:
 
 
 def _is_due(step: int) -> bool:
-    return step % (_EVERY_FIRST if step < _FIRST_STEPS else _EVERY) == 0
+    """Whether the parameters are measured one by one in a step."""
+    return step % _EVERY_FIRST == 0 if step < _FIRST_STEPS else step % _EVERY == 0
+
+
+def _next_due(step: int) -> int:
+    """The first such step, from this one on."""
+    return next(filter(_is_due, itertools.count(step)))
+
+
+def _is_timed(step: int) -> bool:
+    """Whether the time is taken in a step: one in which looking on does what it usually does."""
+    return step % _EVERY_TIMED == _TIMED
 
 
 def _on_host(optimizer: Optimizer) -> bool:
@@ -358,15 +401,6 @@ def _unscaled(norm: Norm, optimizer: Optimizer) -> Norm:
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return callable(kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None)
-
-
-def _runs_within(frame: FrameType | None, outer: FrameType | None) -> bool:
-    """Whether a step runs within another: a subclass's ``step()`` calls that of its parent."""
-    if outer is None:
-        return False
-    while frame is not None and frame is not outer:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _creates_state(frame: FrameType | None) -> bool:

@@ -1,0 +1,74 @@
+"""What `torchclip run` adds to a step by looking on: it is switched on and off at random, in one process.
+
+    python benchmarks/recording.py [--steps N]
+
+The model is the MLP 17-64-64-6 with Adam, batches of 64, one thread.  A step is all from zero_grad() to
+step().  The share is that of the lower quartiles, and that of the means without the slowest 5 %.
+"""
+
+import argparse
+import random
+from itertools import pairwise
+from statistics import fmean, quantiles
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from torchclip.cli.bench.loop import without_garbage_collection
+from torchclip.cli.run.calls import Calls
+from torchclip.cli.run.trial import Trial
+from torchclip.cli.run.watch import Watch
+
+WARM_UP = 200
+
+
+def main() -> None:
+    """Measure, and print both shares."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--steps", type=int, default=8000, help="(default: 8000)")
+    with without_garbage_collection():
+        off, on = measure(parser.parse_args().steps)
+    for name, of in {"lower quartile": lower_quartile, "mean": mean}.items():
+        added, step = of(on) - of(off), of(off)
+        print(f"{name}: {1e6 * added:.1f} µs added to {1e6 * step:.1f} µs, {added / step:.1%}")
+
+
+def measure(steps: int) -> tuple[list[float], list[float]]:
+    """The seconds of the steps that were not recorded, and of those that were."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    layers = [layer for sizes in pairwise([17, 64, 64, 6]) for layer in (nn.Linear(*sizes), nn.Tanh())]
+    model, inputs = nn.Sequential(*layers[:-1]), torch.randn(64, 17)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
+    watch, draw = Watch(Trial(), Calls()), random.Random(0)
+    times: tuple[list[float], list[float]] = ([], [])
+    for step in range(WARM_UP + steps):
+        recorded = draw.random() < 0.5
+        watch.attach()  # in either case, for it has an effect on the caches
+        if not recorded:
+            watch.detach()
+        start = perf_counter()
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        seconds = perf_counter() - start
+        watch.detach()
+        if step >= WARM_UP:
+            times[recorded].append(seconds)
+    return times
+
+
+def lower_quartile(times: list[float]) -> float:
+    """What a quarter of the steps stay below."""
+    return quantiles(times, n=4)[0]
+
+
+def mean(times: list[float]) -> float:
+    """Without the slowest 5 %: the machine did something else meanwhile."""
+    return fmean(sorted(times)[: round(0.95 * len(times))])
+
+
+if __name__ == "__main__":
+    main()
