@@ -107,6 +107,16 @@ def test_the_lightning_callback_clips_as_the_trainer_would(tmp_path: Path, optio
     assert_same(clipped.state_dict(), plain.state_dict())
 
 
+def test_the_lightning_callback_skips_spikes_and_keeps_the_norms_of_layers(tmp_path: Path) -> None:
+    callback = for_lightning.ClipperCallback(MAX_NORM, skip_above=0.0, max_skips=2, layers_every=3)
+    with pytest.warns(UserWarning, match="max_skips"):
+        fit(Module(), tmp_path, callback)
+    (clipper,) = callback.clippers
+    assert [record.skipped for record in clipper.history] == [True, True, False] * 2
+    assert clipper.history.layers.names == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
+    assert clipper.history.layers.steps == [0, 3]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_lightning_callback_with_a_grad_scaler(tmp_path: Path, fused: bool) -> None:
     def mixed_precision() -> MixedPrecision:

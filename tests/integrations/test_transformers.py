@@ -80,6 +80,16 @@ def test_the_transformers_callback_clips_as_the_trainer_would(
     assert_same(weights_of(clipped), weights_of(plain), rtol=1e-4, atol=1e-5)
 
 
+def test_the_transformers_callback_skips_spikes_and_keeps_the_norms_of_layers(tmp_path: Path) -> None:
+    callback = for_transformers.ClipperCallback(MAX_NORM, skip_above=0.0, max_skips=2, layers_every=3)
+    with pytest.warns(UserWarning, match="max_skips"):
+        train(tmp_path, callback)
+    history = history_of(callback)
+    assert [record.skipped for record in history] == [True, True, False] * 2
+    assert "lm_head.weight" in history.layers.names or "transformer.wte.weight" in history.layers.names
+    assert history.layers.steps == [0, 3]
+
+
 def test_the_transformers_callback_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Record] = []
     callback = for_transformers.ClipperCallback(MAX_NORM, on_clip=seen.append)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
+from torchclip.clipper.rules import Rule
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import Scalars
 from torchclip.thresholds.base import MaxNorm
@@ -37,6 +38,9 @@ class ClipperCallback(Callback):
         norm_type: likewise.
         scope: likewise.
         nonfinite: likewise.
+        skip_above: likewise.
+        max_skips: likewise.
+        layers_every: likewise.
         log: whether to log ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` (``clip_0/...``,
             ``clip_1/...`` for several optimizers) with the module's ``log_dict``.  On an accelerator this
             waits for the norm in every step.
@@ -48,16 +52,26 @@ class ClipperCallback(Callback):
 
     def __init__(
         self,
-        max_norm: MaxNorm,
+        max_norm: MaxNorm | Rule,
         *,
         norm_type: float | str = 2.0,
         scope: Scope = "global",
         nonfinite: Nonfinite = "propagate",
+        skip_above: MaxNorm | None = None,
+        max_skips: int | None = None,
+        layers_every: int = 0,
         log: bool = True,
     ) -> None:
         super().__init__()
         self._max_norm = max_norm
-        self._options: dict[str, Any] = {"norm_type": norm_type, "scope": scope, "nonfinite": nonfinite}
+        self._options: dict[str, Any] = {
+            "norm_type": norm_type,
+            "scope": scope,
+            "nonfinite": nonfinite,
+            "skip_above": skip_above,
+            "max_skips": max_skips,
+            "layers_every": layers_every,
+        }
         self._log = log
         self._to_log: dict[str, float] = {}
         self._states: list[dict[str, Any]] = []

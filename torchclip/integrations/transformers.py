@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
+from torchclip.clipper.rules import Rule
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import DictLogger, Scalars
 from torchclip.integrations.tensorboard import ScalarLogger
@@ -53,6 +54,9 @@ class ClipperCallback(TrainerCallback, ExportableState):
         norm_type: likewise.
         scope: likewise.
         nonfinite: likewise.
+        skip_above: likewise.
+        max_skips: likewise.
+        layers_every: likewise.
         on_clip: likewise.
 
     Attributes:
@@ -62,15 +66,25 @@ class ClipperCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        max_norm: MaxNorm,
+        max_norm: MaxNorm | Rule,
         *,
         norm_type: float | str = 2.0,
         scope: Scope = "global",
         nonfinite: Nonfinite = "propagate",
+        skip_above: MaxNorm | None = None,
+        max_skips: int | None = None,
+        layers_every: int = 0,
         on_clip: Callable[[Record], object] | None = None,
     ) -> None:
         self._max_norm = max_norm
-        self._options: dict[str, Any] = {"norm_type": norm_type, "scope": scope, "nonfinite": nonfinite}
+        self._options: dict[str, Any] = {
+            "norm_type": norm_type,
+            "scope": scope,
+            "nonfinite": nonfinite,
+            "skip_above": skip_above,
+            "max_skips": max_skips,
+            "layers_every": layers_every,
+        }
         self._on_clip = on_clip
         self._scalars = Scalars()
         self._latest: dict[str, float] = {}
