@@ -83,23 +83,36 @@ def everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(scope="module", params=["short way", *_WAYS] if _ACTIVE else _WAYS)
+_STEPS = ["short way", *_WAYS] if _ACTIVE else _WAYS
+
+
+@pytest.fixture(scope="module", params=_STEPS)
 def each_way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a module's tests as usual, and twice with all that a usual step of a few elements leaves out.
 
     Then fused steps multiply the gradients even where they are so small that it does not pay.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "short way":
-            yield request.param
-            return
-        patch.setattr(fused, "_TOO_SMALL", 0)
-        if request.param == "kernel":
-            patch.setattr(native, "clip_step", lambda *_: None)
-            yield request.param
-            return
-        with kernel.disabled():
-            yield request.param
+    with _way_of_steps(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="module", params=[*_STEPS, "accelerator"])
+def each_way_everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same, and as for tensors on an accelerator, though they are in host memory."""
+    with _way_of_steps(request.param):
+        yield request.param
+
+
+@contextmanager
+def _way_of_steps(name: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if name != "short way":
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(fused, "_TOO_SMALL", 0)
+            if name == "kernel":
+                patch.setattr(native, "clip_step", lambda *_: None)
+            stack.enter_context(_way(name))
+        yield
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from clipper_helpers import (
 from helpers import bits, grad_of, interrupted_sgd, last_of, with_gradients
 from torch import Tensor, nn
 
-from torchclip import Clipper, Percentile
+from torchclip import AdaGC, Clipper, Percentile, RollingSigma, ZScore
 from torchclip.clipper import Nonfinite, Scope
 
-pytestmark = pytest.mark.usefixtures("each_way")
+pytestmark = pytest.mark.usefixtures("each_way_everywhere")
 
 
 def with_spoiled_step(fused: bool, **options: Any) -> tuple[Net, torch.optim.AdamW, Clipper]:
@@ -210,3 +210,34 @@ def test_of_a_step_with_nothing_finite_a_threshold_learns_nothing(scope: Scope, 
     assert weight.tolist() == [-6.0, -8.0]
     assert [r.clip_coef for r in clipper.history] == [1.0, 1.0, 1.0]
     assert [r.nonfinite for r in clipper.history] == [False, True, False]
+
+
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize(
+    "max_norm",
+    [
+        lambda: 1.0,
+        lambda: 0.0,
+        lambda: Percentile(10, window=3),
+        lambda: ZScore(warmup=1),
+        lambda: AdaGC(warmup=1),
+        lambda: RollingSigma(warmup=2, window=3),
+    ],
+)
+def test_norms_of_0_and_infinity_do_the_same_to_a_fused_step(max_norm: Any, policy: Nonfinite) -> None:
+    """Whose ``grad_scale`` may be infinite then."""
+    moved: dict[bool, list[list[float]]] = {}
+    histories: dict[bool, str] = {}
+    for fused in (False, True):
+        optimizer = sgd([torch.zeros(2)], fused=fused)
+        clipper = Clipper(optimizer, max_norm(), nonfinite=policy)
+        (weight,) = optimizer.param_groups[0]["params"]
+        moved[fused] = []
+        for value in (0.0, 1.0, 0.0, INF, 1.0, NAN, 2.0):
+            weight.data.zero_()
+            weight.grad = torch.tensor([value, 0.5])
+            optimizer.step()
+            moved[fused].append(weight.tolist())
+        histories[fused] = str(list(clipper.history))
+    assert moved[True] == [pytest.approx(step, rel=1e-6, abs=0, nan_ok=True) for step in moved[False]]
+    assert histories[True] == histories[False]

@@ -244,7 +244,7 @@ class Clipping:
         for part in to_zero:
             part.batch.zero_nonfinite_()
         if isinstance(row.clip_coef, Tensor) or row.clip_coef != 1.0:
-            self._scale(look)
+            self._scale(look, row.skipped)
 
     @property
     def _leaves_out(self) -> bool:
@@ -256,7 +256,7 @@ class Clipping:
         if isinstance(row.skipped, Tensor) and self._leaves_out:
             self._borrow().tell(row.skipped)
 
-    def _scale(self, look: Look) -> None:
+    def _scale(self, look: Look, skipped: bool | Tensor) -> None:
         """Multiply the gradients: now, or within a fused step, as its ``grad_scale``."""
         optimizer = self._step.optimizer
         if self.way is not None:
@@ -270,6 +270,8 @@ class Clipping:
                 self._borrow().lend(divisor)
                 return
             self.not_fused = "what the step would have to divide by is no number of float32's range"
+        if isinstance(skipped, Tensor):
+            look.leave_where(skipped)
         look.scale_()
 
 

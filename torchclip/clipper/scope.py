@@ -170,6 +170,13 @@ class Look:
             for part in self.parts:
                 part.clip_coefs = _at_most(part.clip_coefs, clip_coef)
 
+    def leave_where(self, skipped: Tensor) -> None:
+        """Have no gradient changed if a truth value says so that nobody waits for."""
+        for part in self.parts:
+            coefs = part.clip_coefs
+            if isinstance(coefs, Tensor):
+                part.clip_coefs = coefs.masked_fill(skipped.to(coefs.device, non_blocking=True), 1.0)
+
     def held_norms(self) -> list[list[float]]:
         """The norms of what this rank holds of each part whose norms take other ranks."""
         return [part.held_norms() for part in self.parts]

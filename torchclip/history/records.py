@@ -65,6 +65,10 @@ def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
         values = torch.stack([rows[i][j] for i, j in where]).tolist()
         for (i, j), value in zip(where, values, strict=True):
             fetched[i][j] = value
+    for record, row in zip(fetched, rows, strict=True):
+        step, norm, *_, skipped = record
+        if skipped and isinstance(row[-1], Tensor):  # nobody knew when the step was recorded
+            record[:] = step, norm, math.inf, 1.0, True
     return [
         Record(step, norm, max_norm, coef, coef < 1 and not skipped, not math.isfinite(norm), bool(skipped))
         for step, norm, max_norm, coef, skipped in fetched
