@@ -413,6 +413,14 @@ def test_a_trial_takes_over_the_scripts_clipper(trial: dict[str, Any], moved: fl
     assert "in place of the script's own Clipper" in " ".join(session.report().split())
 
 
+def test_of_a_threshold_for_each_parameter_no_range_is_said() -> None:
+    optimizer = sgd(weight(0.0, 0.0), weight(0.0))
+    with Session(threshold="adagc") as session:
+        step(optimizer, [3.0, 4.0], [0.1])
+    report = " ".join(session.report().split())
+    assert "clipped by --threshold adagc, each parameter to a threshold of its own 1 step" in report
+
+
 def test_none_takes_the_scripts_clipping_away() -> None:
     w = weight(0.0, 0.0)
     optimizer = sgd(w)

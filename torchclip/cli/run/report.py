@@ -98,6 +98,8 @@ def _did(label: str, watched: Watched, watch: Watch) -> Iterator[str]:
 def _clipped_by(watched: Watched, watch: Watch) -> str:
     if watch.trial.clips and not watched.problem:
         to = "" if watch.trial.threshold is None else _to(watched.history)
+        if watch.trial.is_per_parameter:  # a record holds the smallest, which tells nothing
+            to = ", each parameter to a threshold of its own"
         return f"{watch.trial}{to}{_in_place_of(watch)}"
     if watch.trial.none:
         return f"{watch.trial}{_in_place_of(watch)}"

@@ -40,6 +40,11 @@ class Trial:
         """Whether each optimizer gets a Clipper."""
         return not self.none and (self.replaces or self.nonfinite is not None)
 
+    @property
+    def is_per_parameter(self) -> bool:
+        """Whether each parameter has a threshold of its own."""
+        return self.threshold == "adagc"
+
     def new_max_norm(self) -> MaxNorm:
         """What a Clipper gets as ``max_norm``."""
         ceiling = math.inf if self.max_norm is None else self.max_norm
