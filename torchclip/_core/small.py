@@ -78,7 +78,9 @@ def _vectors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Array]:
 def _vector(tensor: Tensor) -> Array:
     if tensor.dtype is not torch.float32:
         tensor = tensor.float()
-    vector: Array = (tensor.detach() if tensor.requires_grad else tensor).numpy().reshape(-1)
+    # Not by ``numpy()``, after which torch refuses to resize the storage.
+    array: Any = np.from_dlpack(tensor.detach() if tensor.requires_grad else tensor)
+    vector: Array = array.reshape(-1)
     return vector
 
 
