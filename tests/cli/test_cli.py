@@ -74,7 +74,7 @@ def test_a_missing_extra_is_named_with_its_remedy(command: str) -> None:
     assert result.returncode == 2
     assert result.stderr == (
         f"torchclip {command}: error: needs rich and matplotlib; "
-        "install with: pip install 'torchclip[demo]'\n"
+        "install with: pip install 'torchclip[demo]' (from a checkout: pip install '.[demo]')\n"
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchclip._core import arguments
 from torchclip._core.batch import Norm, Norms
+from torchclip._core.extras import installing
 from torchclip._core.host import HostBatch
 
 __all__ = ["clip_grad_norm", "clip_grad_value", "clip_step", "extension", "status", "step_state", "use"]
@@ -85,7 +86,7 @@ def _exchange_api() -> tuple[Any, str]:
         importlib.import_module(_ADDS_TABLE)
     except Exception as error:  # of any kind: without the package there are torch operations
         if isinstance(error, ModuleNotFoundError) and error.name == _ADDS_TABLE:
-            return None, f"{lacks}; 2.10 has, and for 2.7 to 2.9 pip install 'torchclip[kernel]' adds it"
+            return None, f"{lacks}; 2.10 has, and for 2.7 to 2.9 {installing('kernel')} adds it"
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return None, f"{lacks}, and torch-c-dlpack-ext could not add it: {message}"
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)

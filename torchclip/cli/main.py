@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torchclip
+from torchclip._core.extras import installing
 
 __all__ = ["COMMANDS", "main"]
 
@@ -108,7 +109,7 @@ def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
     if COMMANDS[name].needs_demo:
         missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
         if missing:
-            parser.error(f"needs {' and '.join(missing)}; install with: pip install 'torchclip[demo]'")
+            parser.error(f"needs {' and '.join(missing)}; install with: {installing('demo')}")
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # ASCII output gets "?" for "é", not an exception
     command = importlib.import_module(

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from torchclip._core import arguments
+from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
 from torchclip.history.records import FIELD_CHECKS, Record, as_records, integer
@@ -350,7 +351,7 @@ def _require(method: str, *packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"{method}() needs {' and '.join(missing)}; install with: pip install 'torchclip[demo]'"
+            f"{method}() needs {' and '.join(missing)}; install with: {installing('demo')}"
         )
 
 

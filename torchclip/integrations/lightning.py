@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torchclip._core.extras import installing
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
 from torchclip.clipper.rules import Rule
 from torchclip.history.records import Record
@@ -17,8 +18,7 @@ try:
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "torchclip.integrations.lightning needs lightning; install it with: "
-        "pip install 'torchclip[lightning]'"
+        f"torchclip.integrations.lightning needs lightning; install it with: {installing('lightning')}"
     ) from error
 
 __all__ = ["ClipperCallback"]

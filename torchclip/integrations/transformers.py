@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchclip._core.extras import installing
 from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
 from torchclip.clipper.rules import Rule
@@ -25,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "torchclip.integrations.transformers needs transformers and accelerate; install them with: "
-        "pip install 'torchclip[transformers]'"
+        f"{installing('transformers')}"
     ) from error
 
 __all__ = ["ClipperCallback"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from torchclip import patch
+from torchclip._core.extras import installing
 from torchclip.cli.options import file_to_write, max_norm, picture_file, refusal
 from torchclip.cli.run import files
 from torchclip.cli.run.calls import Calls
@@ -133,7 +134,7 @@ def _refuse_missing(plot: Path | None, html: Path | None) -> None:
     for option, (path, packages) in needs.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if path is not None and missing:
-            remedy = "install with: pip install 'torchclip[demo]'"
+            remedy = f"install with: {installing('demo')}"
             raise refusal(f"argument {option}: needs {' and '.join(missing)}; {remedy}")
 
 

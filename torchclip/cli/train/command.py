@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from torchclip._core.extras import installing
 from torchclip.cli.options import refusal
 from torchclip.cli.thresholds import WITHOUT_CEILING
 from torchclip.cli.train import display, parallel
@@ -60,7 +61,7 @@ def run(
         OSError: if a file cannot be read or written.
     """
     if html is not None and importlib.util.find_spec("jinja2") is None:
-        raise refusal("argument --html: needs jinja2; install with: pip install 'torchclip[demo]'")
+        raise refusal(f"argument --html: needs jinja2; install with: {installing('demo')}")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     if threshold in WITHOUT_CEILING and max_norm is not None:

@@ -1,0 +1,8 @@
+"""What to install for what is missing."""
+
+__all__ = ["installing"]
+
+
+def installing(extra: str) -> str:
+    """The command that installs an extra: from an index, and from a checkout."""
+    return f"pip install 'torchclip[{extra}]' (from a checkout: pip install '.[{extra}]')"
