@@ -133,13 +133,17 @@ def rolling_sigmas(
     """
 
 def watch_hooks(
-    watch: object, states: dict[int, StepState], add_seconds: Callable[[float], object], /
+    before: Callable[..., object],
+    after: Callable[..., object],
+    states: dict[int, StepState],
+    add_seconds: Callable[[float], object],
+    /,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What to call before and after each step of any optimizer: the usual step is recorded in one go.
 
     Args:
-        watch: any other step, and all from the state's ``until`` on, are left to its methods ``_before_step``
-            and ``_after_step``.
+        before: called before any other step, and before all from the state's ``until`` on.
+        after: likewise after them.
         states: of the optimizers, by their ``id``.
         add_seconds: called with what both hooks took together in a step, in some of the steps.
     """

@@ -279,6 +279,19 @@ def test_gradients_that_are_no_tensors_to_measure_do_not_end_the_script(
     assert "norms cannot be taken: RuntimeError: no norm of this" in session.report()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what cannot be compiled
+def test_what_looks_on_is_not_compiled_with_a_step() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    with Session() as session:
+        for number in range(40):
+            w.grad = torch.tensor([0.0, number + 1.0])
+            compiled()
+    assert [r.total_norm for r in session.history] == pytest.approx(list(range(1, 41)))
+
+
 # What is not finite, and what is large
 
 

@@ -125,7 +125,7 @@ PyMethodDef module_methods[] = {
      "clip_step(optimizer, max_norm): the usual step of a Clipper in one go; the norm and the coefficient, or None"},
     {"connect_steps", connect_steps, METH_O, "connect_steps(native_names): where to find the clip_step that is in use"},
     {"watch_hooks", function(watch_hooks), METH_FASTCALL,
-     "watch_hooks(watch, states, add_seconds): the two functions to call around each step of any optimizer"},
+     "watch_hooks(before, after, states, add_seconds): the two functions to call around each step of any optimizer"},
     {"percentiles", function(percentiles), METH_FASTCALL,
      "percentiles(norms, thresholds, seen, values, slots, places, fraction, window, warmup, max_norm): "
      "learn from a norm for each row, and put the row's percentile into thresholds"},

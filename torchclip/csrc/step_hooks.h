@@ -207,23 +207,19 @@ double seconds_before_step = 0;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 bool is_timed(long long step) { return step % kEveryTimed == kTimed; }
 
-// The hooks' own object: (watch, states, add_seconds).
-PyObject* watch_of(PyObject* self) { return PyTuple_GetItem(self, 0); }
+// The hooks' own object: what they were made of.
+enum { kBefore, kAfter, kStates, kAddSeconds, kHookParts };
 
 // Of an optimizer, from the dictionary of all of them; null if it is not there.  A new reference.
 PyObject* state_of(PyObject* self, PyObject* optimizer) {
     const Attribute key(PyLong_FromVoidPtr(optimizer));
-    PyObject* const state = key == nullptr ? nullptr : PyDict_GetItemWithError(PyTuple_GetItem(self, 1), key);
+    PyObject* const state = key == nullptr ? nullptr : PyDict_GetItemWithError(PyTuple_GetItem(self, kStates), key);
     return state != nullptr && Py_TYPE(state) == state_type ? new_reference(state) : nullptr;
 }
 
-PyObject* leave_to_watch(PyObject* self, PyObject* name, PyObject* const* args) {
+PyObject* leave_to_python(PyObject* function, PyObject* const* args) {
     PyErr_Clear();  // what went wrong in the short way goes wrong again in Python, which makes a note of it
-    PyObject* const method = PyObject_GetAttr(watch_of(self), name);
-    if (method == nullptr) return nullptr;
-    PyObject* const result = PyObject_CallFunctionObjArgs(method, args[0], args[1], args[2], nullptr);
-    Py_DECREF(method);
-    return result;
+    return PyObject_CallFunctionObjArgs(function, args[0], args[1], args[2], nullptr);
 }
 
 // before_any_step(optimizer, args, kwargs)
@@ -233,7 +229,7 @@ PyObject* before_any_step(PyObject* self, PyObject* const* args, Py_ssize_t coun
     const Attribute found(state_of(self, args[0]));
     auto* const state = reinterpret_cast<StepState*>(static_cast<PyObject*>(found));
     if (state == nullptr || state->number >= state->until || !begin_usual_step(state, args[0], args[1], args[2]))
-        return leave_to_watch(self, step_names.before_step, args);
+        return leave_to_python(PyTuple_GetItem(self, kBefore), args);
     if (is_timed(state->number)) seconds_before_step = seconds_since(start);
     return new_reference(Py_None);
 }
@@ -245,21 +241,21 @@ PyObject* after_any_step(PyObject* self, PyObject* const* args, Py_ssize_t count
     const Attribute found(state_of(self, args[0]));
     auto* const state = reinterpret_cast<StepState*>(static_cast<PyObject*>(found));
     if (state == nullptr || !state->went_short || !state->running || state->nested)
-        return leave_to_watch(self, step_names.after_step, args);
+        return leave_to_python(PyTuple_GetItem(self, kAfter), args);
     const bool timed = is_timed(state->number);
     if (!record(state)) return nullptr;
     if (!timed) return new_reference(Py_None);
     const Attribute seconds(PyFloat_FromDouble(seconds_before_step + seconds_since(start)));
-    return PyObject_CallFunctionObjArgs(PyTuple_GetItem(self, 2), static_cast<PyObject*>(seconds), nullptr);
+    return PyObject_CallFunctionObjArgs(PyTuple_GetItem(self, kAddSeconds), static_cast<PyObject*>(seconds), nullptr);
 }
 
-// watch_hooks(watch, states, add_seconds)
+// watch_hooks(before, after, states, add_seconds)
 PyObject* watch_hooks(PyObject*, PyObject* const* args, Py_ssize_t count) {
     static PyMethodDef before = {"before_any_step", function(before_any_step), METH_FASTCALL, nullptr};
     static PyMethodDef after = {"after_any_step", function(after_any_step), METH_FASTCALL, nullptr};
-    if (!count_is(count, 3, 3)) return nullptr;
-    if (!PyDict_CheckExact(args[1])) return PyErr_Format(PyExc_TypeError, "the states must be in a dictionary");
-    const Attribute self(PyTuple_Pack(3, args[0], args[1], args[2]));
+    if (!count_is(count, kHookParts, kHookParts)) return nullptr;
+    if (!PyDict_CheckExact(args[kStates])) return PyErr_Format(PyExc_TypeError, "the states must be in a dictionary");
+    const Attribute self(PyTuple_Pack(kHookParts, args[0], args[1], args[2], args[3]));
     if (self == nullptr) return PyErr_NoMemory();
     const Attribute first(PyCFunction_New(&before, self)), second(PyCFunction_New(&after, self));
     if (first == nullptr || second == nullptr) return PyErr_NoMemory();

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -141,12 +142,11 @@ class Watch:
 
     def attach(self) -> None:
         """Look on from now on."""
-        before_step, after_step = native.watch_hooks(self, self._states, self._own.append) or (
-            self._before_step,
-            self._after_step,
-        )
+        # What runs here is not to be compiled where the program's step is.
+        own_hooks = tuple(map(torch.compiler.disable, (self._before_step, self._after_step)))
+        before_step, after_step = native.watch_hooks(*own_hooks, self._states, self._own.append) or own_hooks
         if self._progress is not None:
-            after_step = self._and_progress(after_step)
+            (after_step,) = map(torch.compiler.disable, [self._and_progress(after_step)])
         self._detach += [
             register_optimizer_step_pre_hook(before_step).remove,
             register_optimizer_step_post_hook(after_step).remove,
