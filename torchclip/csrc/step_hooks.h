@@ -49,6 +49,9 @@ bool clip_usually(StepState* state, PyObject* optimizer) {
     return clipped;
 }
 
+// Whether garbage collection has taken the Clipper, and a finalizer still calls its optimizer.
+bool is_gone(const StepState* state) { return state->clipper == nullptr; }
+
 bool begin_usual_step(StepState* state, PyObject* optimizer, PyObject* args, PyObject* kwargs) {
     if (state->running || state->max_norm == Py_None) return false;
     if (!PyTuple_Check(args) || PyTuple_Size(args) != 1 || !PyDict_Check(kwargs) || PyDict_Size(kwargs) != 0)
@@ -72,7 +75,7 @@ template <class... Arguments> PyObject* call_clipper(StepState* state, PyObject*
 PyObject* before_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 3, 3)) return nullptr;
     auto* const state = reinterpret_cast<StepState*>(self);
-    if (begin_usual_step(state, args[0], args[1], args[2])) return new_reference(Py_None);
+    if (is_gone(state) || begin_usual_step(state, args[0], args[1], args[2])) return new_reference(Py_None);
     if (PyErr_Occurred() != nullptr) return nullptr;
     return call_clipper(state, step_names.before_step, args[0], args[1], args[2]);
 }
@@ -113,6 +116,7 @@ bool record(StepState* state) {
 // after_step(optimizer, args, kwargs)
 PyObject* after_step(PyObject* self, PyObject* const*, Py_ssize_t) {
     auto* const state = reinterpret_cast<StepState*>(self);
+    if (is_gone(state)) return new_reference(Py_None);
     if (state->went_short && state->running && !state->nested) return record(state) ? new_reference(Py_None) : nullptr;
     return call_clipper(state, step_names.after_step);
 }
