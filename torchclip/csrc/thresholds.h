@@ -146,9 +146,9 @@ PyObject* percentiles(PyObject*, PyObject* const* args, Py_ssize_t given) {
     if (!fit) return refuse_columns();
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t start = row * capacity;
-        columns.thresholds.data[row] =
-            rule.update(columns.norms.data[row], columns.seen.data[row], values.data + start,
-                        has_window ? slots.data + start : nullptr, places.data + start, capacity);
+        columns.thresholds.data[row] = rule.update(columns.norms.data[row], columns.seen.data[row], values.data + start,
+                                                   has_window ? slots.data + start : nullptr,
+                                                   has_window ? places.data + start : nullptr, capacity);
     }
     return new_reference(Py_None);
 }

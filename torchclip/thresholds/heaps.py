@@ -21,7 +21,7 @@ class Heaps(Each):
 
     A row has its norms in two heaps: from the left those up to the percentile, from the right the others.
     A place is an index from the left, or a negative one from the right.  The norm that was learned as number
-    ``i`` has slot ``i % window``.  ``csrc/percentiles.h`` says how a norm is added.
+    ``i`` has slot ``i % window``.  ``csrc/heaps.h`` says how a norm is added.
 
     Args:
         fraction: the percentile, between 0 and 1.
