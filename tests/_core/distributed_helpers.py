@@ -173,7 +173,7 @@ def _run(check: Check, with_kernel: bool, rank: int, store: Path) -> str:
         return traceback.format_exc()
     finally:
         if TORCH < (2, 7):
-            time.sleep(0.05)  # gloo's threads may want the GIL once more, which destroying the group holds on to
+            time.sleep(0.05)  # destroying the group holds the GIL, which gloo's threads may want once more
         if dist.is_initialized():
             dist.destroy_process_group()
     return ""
