@@ -103,12 +103,12 @@ def test_tensors_of_several_dtypes_become_python_numbers() -> None:
         torch.tensor(1e300, dtype=torch.float64),
         torch.tensor(0.1, dtype=torch.float32),
         torch.tensor(0.5, dtype=torch.bfloat16),
-        torch.tensor(True),
+        torch.tensor(False),
     )
-    history.append(1, 3.0, 1.0, 1.0, torch.tensor(False))
-    assert history[0] == Record(0, 1e300, torch.tensor(0.1).item(), 0.5, False, False, True)
+    history.append(1, 3.0, 1.0, 1.0, torch.tensor(True))
+    assert history[0] == Record(0, 1e300, torch.tensor(0.1).item(), 0.5, True, False, False)
     assert [type(value) for value in history[0]] == [int, float, float, float, bool, bool, bool]
-    assert history[1] == Record(1, 3.0, 1.0, 1.0, False, False, False)
+    assert history[1] == Record(1, 3.0, math.inf, 1.0, False, False, True)
 
 
 def test_tensors_do_not_pile_up_without_bound() -> None:
