@@ -44,3 +44,10 @@ def test_where_the_rows_looked_at_say_nothing() -> None:
     tensor = torch.zeros(100_000)
     tensor[-1000:] = randn(1000)
     assert float(get_total_norm(tensor)) == pytest.approx(exact_norm(tensor.tolist()[-1000:]), rel=1e-7)
+
+
+def test_storages_stay_resizable() -> None:
+    tensor = randn(30_000)
+    get_total_norm([tensor, tensor[:5].clone()])
+    tensor.resize_(40_000)
+    assert tensor.untyped_storage().resizable()
