@@ -176,7 +176,14 @@ def test_colours_follow_the_readers_scheme(tmp_path: Path) -> None:
     page = written(history_of(100), tmp_path / "page.html")
     assert "prefers-color-scheme: dark" in page
     assert "#000000" not in page
+    assert "fill: #ffffff" not in page
     assert "currentColor" in page
+
+
+def test_a_parameter_without_a_gradient_is_grey_in_any_scheme(tmp_path: Path) -> None:
+    history = history_of(60)
+    history.layers.append(0, ["weight", "bias"], [1.0, -1.0])
+    assert written(history, tmp_path / "page.html").count("#d9d9d9") == 2  # for wide and for narrow windows
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["NARROW", "draw_norms", "histogram_figure", "history_figure", "on_log_scale"]
+__all__ = ["NARROW", "draw_norms", "histogram_figure", "history_figure", "label_plainly", "on_log_scale"]
 
 Array = NDArray[Any]
 
@@ -62,8 +62,10 @@ def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
     axes.plot(step, norm, color="tab:blue", linewidth=0.8, marker=".", markersize=2, label="norm")
     label = f"clipped ({clipped.sum():,})"
     size = 4 if len(step) <= 1000 else 2
-    axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=size, label=label)
-    axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
+    if clipped.any():
+        axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=size, label=label)
+    if np.isfinite(threshold).any():
+        axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
     edge = axes.get_xaxis_transform()  # y from 0 to 1, whatever the scale
     for mask, name, marker, y in [(nonfinite, "non-finite", "v", 0.98), (skipped, "skipped", "x", 0.94)]:
         if mask.any():
@@ -71,7 +73,7 @@ def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
             axes.plot(step[mask], heights, marker, color="tab:red", transform=edge, label=label)
     if np.isfinite([*norm, *threshold]).any():  # a log scale must have something to show
         axes.set_yscale("log")
-        _label_plainly(axes.yaxis)
+        label_plainly(axes.yaxis)
 
 
 def histogram_figure(
@@ -98,7 +100,7 @@ def histogram_figure(
         bins = int(np.clip(np.sqrt(len(shown)), 10, 60))
         axes.hist(shown, np.geomspace(low, high, bins + 1).tolist(), color="tab:blue")
         axes.set_xscale("log")
-        _label_plainly(axes.xaxis)
+        label_plainly(axes.xaxis)
     thresholds = on_log_scale(max_norms)
     thresholds = thresholds[np.isfinite(thresholds)]
     if len(thresholds):
@@ -112,13 +114,13 @@ def histogram_figure(
     return figure
 
 
-def _label_plainly(axis: Axis) -> None:
-    """Numbers such as 0.3 on a log scale, where matplotlib writes 3·10⁻¹."""
+def label_plainly(axis: Axis, few: bool = False) -> None:
+    """Numbers such as 0.3 on a log scale, where matplotlib writes 3·10⁻¹; on little room only few of them."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
         def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
+            return f"{x:g}" if super().__call__(x, pos) and (not few or f"{x:e}"[0] in "124") else ""
 
     axis.set_major_formatter(Plain())
     axis.set_minor_formatter(Plain())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchclip._core import arguments
-from torchclip.history.figure import NARROW
+from torchclip.history.figure import NARROW, label_plainly
 from torchclip.history.records import integer
 
 if TYPE_CHECKING:
@@ -214,7 +214,8 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, widt
     # So many colours as an eye can tell apart: as pixels they take less than all 256.
     mesh = axes.pcolormesh(edges, rows, cells, norm=scale, cmap=colormaps["viridis"].resampled(64))
     side = "bottom" if width < NARROW else "right"
-    figure.colorbar(mesh, ax=axes, label="norm", location=side, pad=0.02, fraction=0.05, aspect=30)
+    bar = figure.colorbar(mesh, ax=axes, label="norm", location=side, pad=0.02, fraction=0.05, aspect=30)
+    label_plainly(bar.ax.xaxis if side == "bottom" else bar.ax.yaxis, few=side == "bottom")
     _mark_nonfinite(axes, steps, norms, edges, rows)
     axes.set_ylim(len(names) - 0.5, -0.5)
     room = 20 if width < NARROW else 40

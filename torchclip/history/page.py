@@ -160,10 +160,14 @@ def _svg(figure: Figure, salt: str) -> Markup:
     """
     import matplotlib
     from markupsafe import Markup
+    from matplotlib.colors import to_rgba
 
     for legend in [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]:
         legend.set_frame_on(False)
+    figure.set_facecolor("none")
     for axes in figure.axes:
+        if axes.get_facecolor() == to_rgba("white"):
+            axes.set_facecolor("none")
         for place in ("left", "center"):
             axes.set_title("", loc=place)  # the page has one above
         for mesh in axes.collections:
@@ -171,7 +175,7 @@ def _svg(figure: Figure, salt: str) -> Markup:
     file = io.StringIO()
     # Text stays text; the same history gives the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(file, format="svg", dpi=72, transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", dpi=72, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     # Groups are numbered in every figure alike, and nothing refers to them.
