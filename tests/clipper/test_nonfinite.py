@@ -241,3 +241,11 @@ def test_norms_of_0_and_infinity_do_the_same_to_a_fused_step(max_norm: Any, poli
         histories[fused] = str(list(clipper.history))
     assert moved[True] == [pytest.approx(step, rel=1e-6, abs=0, nan_ok=True) for step in moved[False]]
     assert histories[True] == histories[False]
+
+
+@fused_or_not
+def test_where_nothing_finite_is_left_nothing_is_clipped(fused: bool) -> None:
+    optimizer = sgd([torch.tensor([NAN, INF])], fused=fused)
+    clipper = Clipper(optimizer, 0.0, nonfinite="zero")
+    optimizer.step()
+    assert (last_of(clipper).clip_coef, gradients(optimizer)[0].tolist()) == (1.0, [0.0, 0.0])

@@ -175,7 +175,9 @@ def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
     if isinstance(max_norm, float) and max_norm == math.inf:
         return torch.ones_like(norm)
     if isinstance(max_norm, float) and eps > 0:
-        return (max_norm / (norm.clamp(min=0.0) + eps)).clamp(max=1.0)
+        coefs = (max_norm / (norm.clamp(min=0.0) + eps)).clamp(max=1.0)
+        # Of no elements it is 1, whatever the threshold, which only one so small does not give.
+        return coefs if max_norm > eps else coefs.masked_fill(norm < 0, 1.0)
     # Of 0/0 and inf/inf nobody must see the NaN.
     as_they_are = norm <= max_norm
     if isinstance(max_norm, Tensor):
