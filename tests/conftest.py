@@ -19,6 +19,7 @@ from torchclip.clipper import fused
 
 _ACTIVE = kernel.status().startswith("active")
 _MOST_WORKERS = 8
+_BOTH_WAYS = {"kernel_on_and_off", "everywhere", "each_way"}
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist then does what it does for `-n`
@@ -52,6 +53,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             super()._assign_work_unit(node)
 
     return Scheduling(config, log) if config.option.dist == "load" else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what runs with and without the kernel in any case."""
+    for item in items:
+        if _BOTH_WAYS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("both_ways")
 
 
 def pytest_collection_finish() -> None:
