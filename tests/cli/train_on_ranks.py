@@ -44,9 +44,8 @@ def numbers(cell: str, threshold: str, way: parallel.Way | None = None) -> dict[
     }
 
 
-def report() -> dict[str, Any]:
+def report(cell: str, threshold: str) -> dict[str, Any]:
     """The same training in both ways, and what the processes are."""
-    cell, threshold = sys.argv[1:]
     ways = {way: numbers(cell, threshold, way) for way in get_args(parallel.Way)}
     steps: list[Any] = [None] * parallel.world_size()
     dist.all_gather_object(steps, [ways[way]["steps"] for way in ways])
@@ -56,7 +55,8 @@ def report() -> dict[str, Any]:
 
 if __name__ == "__main__":
     with parallel.process_group():
-        result = report()
+        cases = (case.split(",") for case in sys.argv[1:])
+        result = [report(cell, threshold) for cell, threshold in cases]
         if parallel.rank() == 0:
             print(json.dumps(result))
     parallel.leave(0)
