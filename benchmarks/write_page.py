@@ -22,6 +22,14 @@ from torchclip.cli.bench.workloads import WORKLOADS
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 README = HERE.parent / "README.md"
+ALL_COLUMNS = {
+    "torch, a list": "torch, a list",
+    "function, a list": "function, a list",
+    **COLUMNS,
+    "torch, by value": "torch, by value",
+    "function, by value": "function, by value",
+}
+"""Of the page, which has room for all who were measured."""
 PICTURES = {
     "figures/speed.png": "Speed relative to torch",
     "figures/scaling.png": "Cost a gradient and a byte",
@@ -33,7 +41,7 @@ def measured() -> str:
     """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
     report = json.loads((HERE / "results.json").read_text())
     steps = json.loads((HERE / "steps.json").read_text())
-    parts = ["### Inside of a training step", in_steps(steps), "### By itself, in a tight loop"]
+    parts = ["### Inside of a training step", in_steps(steps, ALL_COLUMNS), "### By itself, in a tight loop"]
     parts.append("At real-time priority, a few workloads at a time.")
     parts += [_machine(report["machine"]), _table(report["rows"])]
     parts += [_steps(rows) for rows in [_rows("clip_and_step.json")] if rows]
@@ -72,13 +80,18 @@ def _steps(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def in_steps(report: dict[str, Any]) -> str:
-    """What clipping adds to a training step, and on which machine that was measured, as Markdown."""
-    titles = [title.replace("\n", " ") for title in COLUMNS.values()]
+def in_steps(report: dict[str, Any], columns: dict[str, str]) -> str:
+    """What clipping adds to a training step, and on which machine that was measured, as Markdown.
+
+    Args:
+        report: what ``torchclip bench --only steps --json`` wrote.
+        columns: the contenders to show, and what to call them.
+    """
+    titles = [title.replace("\n", " ") for title in columns.values()]
     lines = [["µs added to a step", *titles], ["---", *["--:"] * len(titles)]]
     for row in report["steps"]:
-        cells = [f"{1e6 * row['added'][name][0]:.1f}" for name in COLUMNS]
-        for i, name in enumerate(COLUMNS):
+        cells = [f"{1e6 * row['added'][name][0]:.1f}" for name in columns]
+        for i, name in enumerate(columns):
             if name in row["speedup"]:
                 quartile, mean = row["speedup"][name]
                 cells[i] += f" ({quartile:.1f}×, {mean:.1f}×)"
@@ -112,7 +125,7 @@ def rewrite(page: Path, text: str) -> None:
 def main() -> None:
     """Rewrite both."""
     rewrite(PAGE, measured())
-    rewrite(README, in_steps(json.loads((HERE / "steps.json").read_text())))
+    rewrite(README, in_steps(json.loads((HERE / "steps.json").read_text()), COLUMNS))
 
 
 if __name__ == "__main__":
