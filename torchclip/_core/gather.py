@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, memory, mesh, native
 from torchclip._core.accelerator import AcceleratorBatch
@@ -26,6 +27,8 @@ from torchclip._core.mixed import MixedBatch
 from torchclip._core.sharded import ShardedBatch
 
 __all__ = ["distinct", "gradients", "held_gradients", "refuse_unwritable", "tensors", "warn_if_used_up"]
+
+_PLAIN = frozenset(memory.PLAIN)
 
 
 def gradients(parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None) -> Batch:
@@ -59,7 +62,8 @@ def warn_if_used_up(parameters: Any) -> None:
 
 def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
     """The items of an argument without those that came before; anything but a tensor is refused."""
-    if not memory.PLAIN.issuperset(map(type, items)):
+    # Asked of all at once where it is not traced, as torch.compile of torch 2.6 cannot do that.
+    if is_dynamo_compiling() or not _PLAIN.issuperset(map(type, items)):
         for i, item in enumerate(items):
             if not isinstance(item, Tensor):
                 arguments.refuse_item(name, i, item)

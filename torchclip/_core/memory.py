@@ -28,7 +28,7 @@ __all__ = [
     "without_conj",
 ]
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
+PLAIN = (Tensor, torch.nn.Parameter)  # not a set, which torch.compile of torch 2.6 does not know
 SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 DOUBLE = frozenset({torch.float64, torch.complex128})
 # Elements looked at in one go, so that what is allocated on the way does not grow with the gradients.
