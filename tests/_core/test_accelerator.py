@@ -144,7 +144,7 @@ class TestTwoDevices:
 
     @pytest.mark.parametrize("order", [2.0, 3.0])
     def test_each_gets_what_it_needs_on_its_own(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "PLAIN", memory.PLAIN | {FakeTensor})
+        monkeypatch.setattr(memory, "PLAIN", (*memory.PLAIN, FakeTensor))
         with FakeTensorMode():
             tensors = [
                 torch.empty(3, 2, dtype=dtype, device=device)
