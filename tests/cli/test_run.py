@@ -224,7 +224,8 @@ def test_of_many_ranks_the_first_reports(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    monkeypatch.setattr("torchclip.cli.run.recorder._attached", None)  # afterwards nobody looks on
     torchclip.install()
     found = Recorder()
     found.attach()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import torchclip
 from torchclip.cli.main import main
+from torchclip.cli.run import recorder
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.recorder import Recorder
 from torchclip.cli.run.report import histories, labels, report
@@ -32,6 +33,8 @@ class Session:
     """A recorder and a watch, as in a run."""
 
     def __init__(self, **trial: Any) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(recorder, "_attached", None)  # afterwards nobody looks on
         torchclip.install()
         calls = Calls()
         self.trial = Trial(**trial)
@@ -47,6 +50,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.watch.detach()
         torchclip.uninstall()
+        self.patch.undo()
 
     @property
     def watched(self) -> Watched:
