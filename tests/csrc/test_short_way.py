@@ -122,7 +122,7 @@ def shared(call: Call) -> None:
 
 
 def many(call: Call) -> None:
-    call.parameters.extend(with_gradients([pair.clone() for pair in randn(600, 2)]))
+    call.parameters.extend(with_gradients([pair.clone() for pair in randn(1100, 2)]))
 
 
 # What can be added to a call, and whether it is still usual then.
@@ -253,6 +253,17 @@ def test_both_ways_give_the_same_bits(
 
     assert is_short(make(), function) == (function == "norm" or not dtype.is_complex)
     both(make, function, full_way)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 511, 512, 513, 1023, 1024, 1025])
+def test_any_number_of_gradients(count: int, full_way: Callable[[], Any]) -> None:
+    # Around powers of 2, where a table that finds repeated ones is as full as it gets.
+    def make() -> Call:
+        return Call(with_gradients([row.clone() for row in randn(count, 1)]), 1e-3)
+
+    assert is_short(make()) == is_short(make(), "value") == (count <= 1024)
+    both(make, "norm", full_way)
+    both(make, "value", full_way)
 
 
 @pytest.mark.parametrize("name", STILL_USUAL)

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr size_t kMostItems = 512;
+constexpr size_t kMostItems = 1024;
 
 // References to some objects, in an array of its own.
 class Items {
@@ -38,7 +38,7 @@ class Items {
     bool drop_repeated() {
         uint16_t slots[2 * kMostItems];  // places in the array, from 1; 0 is free
         size_t mask = 15;
-        while (mask < 2 * count_) mask = 2 * mask + 1;
+        while (mask + 1 < 2 * count_) mask = 2 * mask + 1;
         std::memset(slots, 0, (mask + 1) * sizeof *slots);
         const size_t before = count_;
         count_ = 0;
