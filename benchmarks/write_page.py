@@ -42,7 +42,6 @@ def measured() -> str:
     report = json.loads((HERE / "results.json").read_text())
     steps = json.loads((HERE / "steps.json").read_text())
     parts = ["### Inside of a training step", in_steps(steps, ALL_COLUMNS), "### By itself, in a tight loop"]
-    parts.append("At real-time priority, a few workloads at a time.")
     parts += [_machine(report["machine"]), _table(report["rows"])]
     parts += [_steps(rows) for rows in [_rows("clip_and_step.json")] if rows]
     parts.append(_verdict(report["rows"], _rows("scaling.json")))

@@ -43,8 +43,9 @@ def process_group() -> Iterator[None]:
             "or unset WORLD_SIZE to train in one process"
         ) from None
     try:
+        dist.barrier()  # nobody may be refused, and leave, while another is still joining
         yield
-        dist.barrier()  # nobody may leave while another still needs it
+        dist.barrier()  # nor while another still needs it
     finally:
         dist.destroy_process_group()
 
