@@ -45,6 +45,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if "on_ranks" in nodeid:
                 return "on_ranks"
+            if "test_examples.py" in nodeid:  # each runs a program of its own, for seconds
+                return nodeid
             return nodeid.partition("::" if ".md::" in nodeid else "[")[0]
 
         def _assign_work_unit(self, node: Any) -> None:
