@@ -285,3 +285,15 @@ def test_the_history_is_whole_however_steps_and_readers_take_turns() -> None:
     assert [record.step for record in first] == list(range(1212))
     assert [record.step for record in clipper.history] == list(range(1213, 1218))
     assert clipper.history.summary().steps == 6
+
+
+def test_clippers_share_a_history() -> None:
+    shared, runs = History(), [Run(), Run()]
+    optimizers = [torch.optim.SGD(run.parameters, lr=0.0) for run in runs]
+    clippers = [Clipper(optimizer, 0.5) for optimizer in optimizers]
+    for clipper in clippers:
+        clipper.history = shared
+    for _ in range(1100):  # more than are kept before they are recorded
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(shared) == 2200

@@ -228,7 +228,7 @@ class Clipper:
 
     @history.setter
     def history(self, history: History) -> None:
-        self._state.history.follow(None)
+        self._state.history.unfollow(self._state.flush)
         self._state.history = history
         history.follow(self._state.flush)
 

@@ -109,6 +109,7 @@ bool flush(StepState* state) {
 // Records a step that went the short way and is over now.  False with an error set for an error.
 bool record(StepState* state) {
     state->went_short = state->running = 0;
+    if (state->count == kMostRows && !flush(state)) return false;  // as reading has failed before
     state->rows[state->count++] = {state->number++, state->clipped};
     return state->count < kMostRows || PyObject_Size(state->history) >= 0;  // which reads, and so empties this
 }

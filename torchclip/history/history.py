@@ -62,7 +62,7 @@ class History(Sequence[Record]):
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
         self._pending: list[tuple[Any, ...]] = []
-        self._flush: Callable[[], object] | None = None
+        self._flushes: list[Callable[[], object]] = []
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
         self._largest: tuple[float, int | None] = (math.nan, None)
@@ -99,15 +99,21 @@ class History(Sequence[Record]):
             with self._lock:
                 self._resolve()
 
-    def follow(self, flush: Callable[[], object] | None) -> None:
+    def follow(self, flush: Callable[[], object]) -> None:
         """Have this called before anything is read or recorded: it records the steps that it has kept."""
         with self._lock:
             self._resolve()
-            self._flush = flush
+            self._flushes.append(flush)
+
+    def unfollow(self, flush: Callable[[], object]) -> None:
+        """Call this a last time."""
+        with self._lock:
+            self._resolve()
+            self._flushes.remove(flush)
 
     def _fetch(self) -> None:
-        if self._flush is not None:
-            self._flush()
+        for flush in self._flushes:
+            flush()
 
     def _resolve(self) -> None:
         """Turn what is pending into records.  The caller holds the lock."""
@@ -340,7 +346,7 @@ class History(Sequence[Record]):
             layers.load_state_dict(self.layers.state_dict())
             state = self.__dict__ | {"_kept": self._kept.copy(), "layers": layers}
         # Copies have a lock and pending steps of their own, and follow nobody.
-        return state | {"_pending": [], "_flush": None, "_lock": None}
+        return state | {"_pending": [], "_flushes": [], "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
