@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import torchclip
 
-device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 accumulate = 2
 
 torch.manual_seed(0)

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import types
 import zipapp
@@ -191,28 +192,36 @@ def test_in_pythons_safe_mode_nothing_is_put_on_the_path(
         ).stdout
         for code in (show, begin)
     )
-    assert json.loads(found) == json.loads(expected) + added
+    assert _without_torchs(json.loads(found)) == json.loads(expected) + added
+
+
+def _without_torchs(path: list[str]) -> list[str]:
+    """Torch up to 2.9 puts a temporary directory for code that it generates on the path."""
+    return [entry for entry in path if Path(entry).parent != Path(tempfile.gettempdir())]
 
 
 @pytest.mark.slow
 def test_a_directory_and_a_zip_file_run_as_under_python(tmp_path: Path) -> None:
-    source = "import sys, beside; print(sys.argv[1:], len(sys.path), sys.path[0], __name__)"
+    source = "import json, sys, beside; print(json.dumps([sys.argv[1:], sys.path, __name__]))"
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "__main__.py").write_text(source)
     (tmp_path / "app" / "beside.py").touch()
     zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz")
     for name in ("app", "app.pyz"):
-        outputs = [
-            subprocess.run(
-                [sys.executable, *launcher, name, "x"],
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
+        alone, run_here = (
+            json.loads(
+                subprocess.run(
+                    [sys.executable, *launcher, name, "x"],
+                    cwd=tmp_path,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
+            )
             for launcher in ([], ["-m", "torchclip", "run"])
-        ]
-        assert outputs[0] == outputs[1]
+        )
+        run_here[1] = _without_torchs(run_here[1])
+        assert run_here == alone
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def test_what_is_usual_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(native, "clip_step", note)
     usual = ["nothing", "a larger threshold", "inf", "no gradient", "two groups", "fused", "momentum"]
     usual += ["float64", "float16", "bfloat16", "complex", "another order of strides", "an empty gradient"]
-    usual += ["large numbers", "a function mode"]
+    usual += ["large numbers", "a function mode", "shared"]
     for first, second in itertools.combinations(usual, 2):
         taken.clear()
         outcome(first, second)

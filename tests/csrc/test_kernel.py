@@ -503,8 +503,13 @@ def test_versions_of_what_is_written_and_of_nothing_else() -> None:
     batch.clamp_(0.25)
     assert [a._version, b._version] == [2, 3]
     assert [a.tolist(), b.tolist()] == [[0.25, 0.25], [0.25, 0.25]]
+    batch.clamp_(0.25)  # nothing is beyond
     batch.zero_nonfinite_()
-    assert [a._version, b._version] == [3, 4]
+    assert [a._version, b._version] == [2, 3]
+    a[1] = math.nan
+    batch.zero_nonfinite_()
+    assert a.tolist() == [0.25, 0]
+    assert [a._version, b._version] == [4, 4]
     assert sparse._version == before
 
 

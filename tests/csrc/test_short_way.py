@@ -139,6 +139,8 @@ STILL_USUAL: dict[str, Callable[[Call], None]] = {
     "foreach": with_keyword("foreach", True),
     "an error for what is not finite": with_keyword("error_if_nonfinite", True),
     "a function mode": within(Functions),
+    "listed twice": lambda call: call.parameters.append(call.parameters[0]),
+    "shared": shared,
 }
 UNUSUAL: dict[str, Callable[[Call], None]] = {
     "a subclass": subclassed_parameter,
@@ -150,8 +152,6 @@ UNUSUAL: dict[str, Callable[[Call], None]] = {
     "integers": gradient(lambda: torch.ones(3, dtype=torch.int32)),
     "float8": gradient(lambda: torch.ones(3).to(torch.float8_e4m3fn)),
     "many elements": gradient(lambda: randn(70_000)),
-    "listed twice": lambda call: call.parameters.append(call.parameters[0]),
-    "shared": shared,
     "many parameters": many,
     "inf": gradient(lambda: torch.tensor([1.0, math.inf])),
     "nan": gradient(lambda: torch.tensor([math.nan, 1.0])),

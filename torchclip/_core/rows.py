@@ -6,10 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from torchclip._core import memory
-from torchclip._core.scalars import join_rows, norm_dtype
+from torchclip._core.scalars import join_rows, norm_dtype, vector_norms
 
 __all__ = [
     "FLOAT32_TINY",
@@ -49,7 +48,7 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
         # Of a single complex number vector_norm looks at the real part only, for order 0.
         rows = rows.to(wide).abs()
         wide = rows.dtype
-    plain: Tensor = vector_norm(rows, p, dim=-1, dtype=wide)
+    plain = vector_norms(rows, p, wide)
     if p in (0, math.inf, -math.inf) or (p in (1, 2) and narrow and wide in memory.DOUBLE):
         return plain
     # The powers are in range if those of the results are.
@@ -60,7 +59,7 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
     leading = magnitudes.amax(dim=-1) if p > 0 else magnitudes.amin(dim=-1)
     usable = (leading > 0) & leading.isfinite()
     divisor = torch.where(usable, leading, 1.0)
-    scaled: Tensor = vector_norm(magnitudes / divisor.unsqueeze(-1), p, dim=-1) * divisor
+    scaled = vector_norms(magnitudes / divisor.unsqueeze(-1), p) * divisor
     return torch.where(usable, scaled, leading)
 
 

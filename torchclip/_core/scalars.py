@@ -30,6 +30,7 @@ __all__ = [
     "to_result",
     "to_results",
     "vector",
+    "vector_norms",
 ]
 
 ABSENT = -1.0
@@ -126,8 +127,16 @@ def join_present(norms: Tensor, p: float) -> Tensor:
     if math.isinf(p):
         return leading
     divisor = divisor_like(leading)
-    quotient: Tensor = vector_norm(norms / divisor.unsqueeze(-1), p, dim=-1)
-    return quotient * divisor
+    return vector_norms(norms / divisor.unsqueeze(-1), p) * divisor
+
+
+def vector_norms(vectors: Tensor, p: float, dtype: torch.dtype | None = None) -> Tensor:
+    """The norms along the last dimension.
+
+    It is counted from the front: torch 2.9 traces -1 to a wrong shape where that dimension has length 1.
+    """
+    norms: Tensor = vector_norm(vectors, p, dim=vectors.dim() - 1, dtype=dtype)
+    return norms
 
 
 def divisor_like(leading: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 // The type `Batch`: the distinct tensors of one call, and what can be done with them.
 //
 // A batch keeps references to its tensors and nothing that depends on their memory.  Each method does first whatever
-// can run Python code (numbers, threads, version counters), then takes a snapshot of the memory and works on that.
+// can run Python code (numbers, threads), then takes a snapshot of the memory and works on that.
 #pragma once
 
 #include <cmath>
@@ -249,13 +249,11 @@ PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return norms;
 }
 
-// Tells autograd that the taken members for which wanted(i) holds are about to be written.
+// Tells autograd that the taken members for which wanted(i) holds were written.
 template <class Wanted> bool increment_versions(Batch& batch, bool every, Wanted wanted) {
     PyObject* const tensors = every ? batch.list_all() : batch.list(wanted);
     if (tensors == nullptr) return false;
-    const bool none = PyList_Size(tensors) == 0;
-    PyObject* const done =
-        none ? new_reference(Py_None) : PyObject_CallFunctionObjArgs(torch.increment_version, tensors, nullptr);
+    PyObject* const done = PyObject_CallFunctionObjArgs(torch.increment_version, tensors, nullptr);
     Py_DECREF(tensors);
     Py_XDECREF(done);
     return done != nullptr;
@@ -265,18 +263,18 @@ template <class Wanted> bool increment_versions(Batch& batch, bool every, Wanted
 template <class Number> PyObject* change(Batch& batch, Write Loops::* loop, bool every, Number number) {
     const int threads = usable_threads(batch.elements);
     if (threads < 0) return nullptr;
-    double ignored;
-    const auto wanted = [&](size_t i) { return batch.members[i].taken && number(i, ignored); };
-    if (!increment_versions(batch, every && batch.taken == batch.members.size(), wanted)) return nullptr;
     try {
         Snapshot snapshot(batch.taken, threads);
         if (!fill(snapshot, batch, number)) return nullptr;
         if (loop == &Loops::clamp && snapshot.has_complex())
             return PyErr_Format(PyExc_RuntimeError, "a gradient became complex during the call; nothing was changed");
-        snapshot.write(loop);
+        if (!snapshot.write(loop)) return new_reference(Py_None);
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }
+    double ignored;
+    const auto wanted = [&](size_t i) { return batch.members[i].taken && number(i, ignored); };
+    if (!increment_versions(batch, every && batch.taken == batch.members.size(), wanted)) return nullptr;
     return new_reference(Py_None);
 }
 

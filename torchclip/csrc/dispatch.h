@@ -7,12 +7,24 @@
 
 namespace {
 
-Loops loops_of[kDtypeCount];  // by row of the table of dtypes
+// By row of the table of dtypes: for whatever is large, and for the short way.
+Loops loops_of[kDtypeCount], short_loops_of[kDtypeCount];
 const char* instruction_set = nullptr;
 
 template <template <class, size_t> class Set, class... Rows> void use_loops(DtypeTable<Rows...>) {
     const Loops loops[] = {Set<typename Rows::Number, Rows::parts>::table()...};
     std::copy(std::begin(loops), std::end(loops), loops_of);
+    std::copy(std::begin(loops), std::end(loops), short_loops_of);
+}
+
+// Processors slow down for a while after arithmetic on 512 bits of floating-point numbers.  In a training step, a few
+// gradients cost more that way, in what comes after them, than they gain.  Integers do no harm.
+template <template <class, size_t> class Set, class... Rows> void spare_short_way(DtypeTable<Rows...>) {
+    const Loops loops[] = {Set<typename Rows::Number, Rows::parts>::table()...};
+    for (size_t i = 0; i < kDtypeCount; ++i) {
+        short_loops_of[i].sum_squares = loops[i].sum_squares;
+        short_loops_of[i].scale = loops[i].scale;
+    }
 }
 
 // Takes the named instruction set, or the best one where there is no name; false if this machine has not got it.
@@ -23,6 +35,7 @@ bool use_instruction_set(const char* name) {
     if (wanted("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         use_loops<Avx512>(Dtypes());
+        if (name == nullptr) spare_short_way<Avx2>(Dtypes());
         instruction_set = "avx512";
         return true;
     }

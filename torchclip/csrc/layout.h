@@ -18,11 +18,6 @@ struct Layout {
     size_t span;     // bytes from the first element to the end of the last
     uint32_t dtype;  // row of the table
     uint32_t axes;   // of the grid; 0 for a flat run
-
-    bool operator==(const Layout& other) const {
-        return data == other.data && count == other.count && span == other.span && dtype == other.dtype &&
-               axes == other.axes;
-    }
 };
 
 // Works out `layout` for a tensor that the kernel can work on, and for a grid its axes, from the narrowest stride to

@@ -79,13 +79,15 @@ template <class T> INLINE void scale(T* x, size_t n, double clip_coef) {
     for_each(x, n, [=](size_t i, size_t) { x[i] = narrow<T>(widen(x[i]) * clip_coef); });
 }
 
-// Memory that is not written costs half as much: these loops look at so many numbers before they write any.
+// Memory that is not written costs half as much: these loops look at so many numbers before they write any, and tell
+// whether they have.
 constexpr size_t kStretch = 256;
 
-template <class T> INLINE void clamp(T* x, size_t n, double limit) {
+template <class T> INLINE bool clamp(T* x, size_t n, double limit) {
     using Int = typename Bits<T>::type;
     const Int top = magnitude(narrow<T>(limit));
     Int beyond = 0;
+    bool written = false;
     for (size_t start = 0; start < n; start += kStretch) {
         T* const stretch = x + start;
         const size_t length = std::min(kStretch, n - start);
@@ -93,6 +95,7 @@ template <class T> INLINE void clamp(T* x, size_t n, double limit) {
             for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(stretch[i]) > top);
             if (!beyond) continue;
         }
+        written = true;
         beyond = 0;
         for (size_t i = 0; i < length; ++i) {
             const Int bits = bit_cast<Int>(stretch[i]), size = magnitude(stretch[i]);
@@ -101,6 +104,7 @@ template <class T> INLINE void clamp(T* x, size_t n, double limit) {
             beyond |= Int(size > top);
         }
     }
+    return written;
 }
 
 // Norms other than 2 need the modulus of each complex number.  Squares of floats fit a double; for doubles, and
@@ -121,20 +125,23 @@ template <size_t parts, class T> INLINE size_t count_finite(const T* x, size_t n
 }
 
 // Puts 0 in the place of each such element that is not.
-template <size_t parts, class T> INLINE void zero_nonfinite(T* x, size_t n) {
+template <size_t parts, class T> INLINE bool zero_nonfinite(T* x, size_t n) {
+    bool written = false;
     for (size_t i = 0; i < n; i += kStretch) {
         T* const stretch = x + i;
         const size_t length = std::min(kStretch, n - i);
         if (count_finite<parts>(stretch, length) == length) continue;
+        written = true;
         for (size_t j = 0; j < length; j += parts)
             if (!(is_finite(stretch[j]) && is_finite(stretch[j + parts - 1])))
                 std::memset(static_cast<void*>(stretch + j), 0, parts * sizeof(T));
     }
+    return written;
 }
 
 // The loops over one dtype, compiled for one instruction set; n counts real numbers, two to a complex one.
 using Read = double (*)(const void* x, size_t n, double unit);
-using Write = void (*)(void* x, size_t n, double number);
+using Write = bool (*)(void* x, size_t n, double number);  // whether anything was written
 struct Loops {
     Read sum_squares, sum_scaled_squares, sum_magnitudes, largest, count_finite;
     Write scale, clamp, zero_nonfinite;
@@ -162,9 +169,9 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         TARGET static double magnitudes(In x, size_t n, double) { return sum_magnitudes((const T*)x, n); }          \
         TARGET static double top(In x, size_t n, double) { return largest((const T*)x, n); }                        \
         TARGET static double finite(In x, size_t n, double) { return double(count_finite<parts>((const T*)x, n)); } \
-        TARGET static void scaling(Out x, size_t n, double clip_coef) { scale((T*)x, n, clip_coef); }               \
-        TARGET static void clamping(Out x, size_t n, double limit) { clamp((T*)x, n, limit); }                      \
-        TARGET static void zeroing(Out x, size_t n, double) { zero_nonfinite<parts>((T*)x, n); }                    \
+        TARGET static bool scaling(Out x, size_t n, double clip_coef) { return scale((T*)x, n, clip_coef), true; }  \
+        TARGET static bool clamping(Out x, size_t n, double limit) { return clamp((T*)x, n, limit); }               \
+        TARGET static bool zeroing(Out x, size_t n, double) { return zero_nonfinite<parts>((T*)x, n); }             \
         static Loops table() {                                                                                      \
             if constexpr (parts == 2)                                                                               \
                 return {squares, scaled, sum_moduli<T>, largest_modulus<T>, finite, scaling, nullptr, zeroing};     \

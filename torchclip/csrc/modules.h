@@ -4,6 +4,7 @@
 
 #include "connection.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace {
@@ -34,8 +35,8 @@ class Items {
         return true;
     }
 
-    // Leaves out what came before; returns whether there was any.
-    bool drop_repeated() {
+    // Leaves out what came before.
+    void drop_repeated() {
         uint16_t slots[2 * kMostItems];  // places in the array, from 1; 0 is free
         size_t mask = 15;
         while (mask + 1 < 2 * count_) mask = 2 * mask + 1;
@@ -53,7 +54,6 @@ class Items {
             items_[count_++] = item;
             slots[slot] = uint16_t(count_);
         }
-        return count_ < before;
     }
 };
 
@@ -135,23 +135,31 @@ class KnownClasses {
 };
 KnownClasses known_classes;
 
-// Walks a module and those below it as `Module.parameters` does, where it is sure to give the same.
+// Walks a module and those below it as `Module.parameters` does, where it is sure to give the same; one that is met
+// again gives its parameters again.
 class ModuleWalk {
     static constexpr int kDeepest = 64, kMostModules = 2048, kMostTypes = 16;
     Items& items_;
-    PyTypeObject* types_[kMostTypes];  // those that have torch's method, looked at in this walk
+    PyTypeObject* types_[kMostTypes];  // looked at in this walk, so that no user code can have changed them since
     int type_count_ = 0, module_count_ = 0;
 
-    bool has_own_walk(PyTypeObject* type) {
-        for (int i = 0; i < type_count_; ++i)
-            if (types_[i] == type) return false;
-        if (!inherits(type, modules.names.named_modules, modules.named_modules)) return true;
+    bool has_looked_at(PyTypeObject* type) const {
+        return std::find(types_, types_ + type_count_, type) != types_ + type_count_;
+    }
+
+    // Whether a module's class is walked by torch's own methods.  Two attributes of the module are given.
+    bool look_at(PyObject* module, PyObject* parameters, PyObject* children) {
+        PyTypeObject* const type = Py_TYPE(module);
+        if (!known_classes.has(module, parameters, children)) return false;
+        if (!inherits(type, modules.names.named_modules, modules.named_modules)) return false;
         if (type_count_ < kMostTypes) types_[type_count_++] = type;
-        return false;
+        return true;
     }
 
     bool visit(PyObject* module, int depth) {
-        if (depth == kDeepest || ++module_count_ > kMostModules || !is_module(module)) return false;
+        if (depth == kDeepest || ++module_count_ > kMostModules) return false;
+        const bool is_known = has_looked_at(Py_TYPE(module));
+        if (!is_known && !is_module(module)) return false;
         const Attribute attributes(PyObject_GenericGetDict(module, nullptr));
         if (attributes == nullptr) return false;
         if (depth == 0 && !has_torchs_members(module, attributes)) return false;
@@ -159,8 +167,8 @@ class ModuleWalk {
         const Attribute children(own_attribute(attributes, modules.names.own_modules));
         if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
         if (children == nullptr || !PyDict_CheckExact(children)) return false;
-        if (!known_classes.has(module, parameters, children)) return false;
-        if (has_own_walk(Py_TYPE(module)) || has_own(attributes, modules.names.named_modules)) return false;
+        if (!is_known && !look_at(module, parameters, children)) return false;
+        if (has_own(attributes, modules.names.named_modules)) return false;
         Py_ssize_t place = 0;
         PyObject* value;
         while (PyDict_Next(parameters, &place, nullptr, &value)) {
@@ -240,8 +248,8 @@ bool use_up(PyObject* given) {
     return none != nullptr;
 }
 
-// The items that a call was given as its parameters.  False where only running it can tell, and for anything but plain
-// tensors.
+// The items that a call was given as its parameters, some perhaps twice.  False where only running it can tell, and for
+// anything but plain tensors.
 bool collect(PyObject* given, Items& items) {
     if (PyList_CheckExact(given)) {
         for (Py_ssize_t i = 0, count = PyList_Size(given); i < count; ++i) {
@@ -261,9 +269,7 @@ bool collect(PyObject* given, Items& items) {
     const Attribute module(Py_TYPE(given) == modules.generator ? module_behind(given)
                            : has_own_parameters(given)         ? new_reference(given)
                                                                : nullptr);
-    if (module == nullptr || !ModuleWalk(items).collect(module)) return false;
-    items.drop_repeated();
-    return true;
+    return module != nullptr && ModuleWalk(items).collect(module);
 }
 
 }  // namespace

@@ -5,7 +5,8 @@
 // before anything is changed and left to the full way, which gives the same to the bit.
 //
 // User code can run where a gradient is read from its parameter, and wherever Python allocates (finalizers).  So first
-// all references are taken; then, without any of Python, the memory is read and worked on.
+// all references are taken; then, without any of Python, the memory is read, measured and changed; autograd is told
+// last.
 #pragma once
 
 #include "modules.h"
@@ -50,7 +51,7 @@ class Gradients {
         return describe(tensor, t) && read_layout(t, layout, axes) && layout.axes == 0;
     }
 
-    const Loops& loops(const Layout& layout) const { return loops_of[layout.dtype]; }
+    const Loops& loops(const Layout& layout) const { return short_loops_of[layout.dtype]; }
     size_t numbers(const Layout& layout, size_t elements) const { return elements * kDtypes[layout.dtype].parts; }
 
   public:
@@ -80,7 +81,8 @@ class Gradients {
             else if (!tensors_.take(grad))
                 return false;
         }
-        if (tensors_.size() == 0 || tensors_.drop_repeated()) return false;
+        tensors_.drop_repeated();  // also those of a parameter that is there twice
+        if (tensors_.size() == 0) return false;
         size_t elements = 0;
         for (size_t i = 0; i < tensors_.size(); ++i) {
             if (!read_flat(tensors_.begin()[i], layouts_[i]))
@@ -106,9 +108,16 @@ class Gradients {
         return sum;
     }
 
-    // Tells autograd and changes all elements.  False, with nothing changed, if a finalizer that ran meanwhile has
-    // traded a gradient's memory, or with an error set.
+    // Changes all elements, and tells autograd if there was anything to change.  False with an error set for an error.
     bool change(Write Loops::* loop, double number) {
+        bool written = false;
+        for (size_t i = 0; i < tensors_.size(); ++i)
+            written |= (loops(layouts_[i]).*loop)(layouts_[i].data, numbers(layouts_[i], layouts_[i].count), number);
+        return !written || increment_versions();
+    }
+
+  private:
+    bool increment_versions() const {
         PyObject* const tuple = PyTuple_New(Py_ssize_t(tensors_.size()));
         if (tuple == nullptr) return false;
         for (size_t i = 0; i < tensors_.size(); ++i)
@@ -116,14 +125,7 @@ class Gradients {
         PyObject* const none = PyObject_CallFunctionObjArgs(torch.increment_version, tuple, nullptr);
         Py_DECREF(tuple);
         Py_XDECREF(none);
-        if (none == nullptr) return false;
-        for (size_t i = 0; i < tensors_.size(); ++i) {
-            Layout now;
-            if (!read_flat(tensors_.begin()[i], now) || !(now == layouts_[i])) return false;
-        }
-        for (size_t i = 0; i < tensors_.size(); ++i)
-            (loops(layouts_[i]).*loop)(layouts_[i].data, numbers(layouts_[i], layouts_[i].count), number);
-        return true;
+        return none != nullptr;
     }
 };
 
@@ -156,7 +158,7 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const double sum = gradients.sum_squares();
     if (!is_regular(sum)) return unusual();
     const double norm = std::sqrt(sum), coef = clip_coef(max_norm, norm);
-    if (coef != 1.0 && !gradients.change(&Loops::scale, coef)) return unusual();
+    if (coef != 1.0 && !gradients.change(&Loops::scale, coef)) return nullptr;
     if (!use_up(args[0])) return nullptr;
     return new_scalar(norm, gradients.is_double());
 }
@@ -192,7 +194,7 @@ PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!(clip_value >= 0)) return unusual();
     Gradients gradients;
     if (!gradients.take(args[0]) || gradients.is_complex()) return unusual();
-    if (!gradients.change(&Loops::clamp, clip_value)) return unusual();
+    if (!gradients.change(&Loops::clamp, clip_value)) return nullptr;
     if (!use_up(args[0])) return nullptr;
     return new_reference(Py_True);
 }

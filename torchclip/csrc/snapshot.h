@@ -1,6 +1,7 @@
 // The memory of some tensors as it lies now, cut into chunks, and the threads that work on them.
 #pragma once
 
+#include <atomic>
 #include <new>
 #include <utility>
 #include <vector>
@@ -132,15 +133,19 @@ class Snapshot {
         return norms;
     }
 
-    // Changes each tensor by its own number.
-    void write(Write Loops::* loop) {
+    // Changes each tensor by its own number; returns whether there was anything to change.
+    bool write(Write Loops::* loop) {
         if (threads_ > 1 && overlaps()) threads_ = 1;
+        std::atomic<bool> written{false};
         const WithoutGil unlocked(cost_);
-        run(0, chunks_.size(), [=](size_t i) {
+        run(0, chunks_.size(), [&](size_t i) {
             const Part& part = parts_[chunks_[i].part];
             const Write inner = loops_of[part.layout.dtype].*loop;
-            visit<true>(chunks_[i], [&](char* x, size_t n) { inner(x, n, part.number); });
+            visit<true>(chunks_[i], [&](char* x, size_t n) {
+                if (inner(x, n, part.number)) written.store(true, std::memory_order_relaxed);
+            });
         });
+        return written;
     }
 
   private:
