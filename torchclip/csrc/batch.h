@@ -253,7 +253,7 @@ PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 template <class Wanted> bool increment_versions(Batch& batch, bool every, Wanted wanted) {
     PyObject* const tensors = every ? batch.list_all() : batch.list(wanted);
     if (tensors == nullptr) return false;
-    PyObject* const done = PyObject_CallFunctionObjArgs(torch.increment_version, tensors, nullptr);
+    PyObject* const done = torch.increment_version(tensors);
     Py_DECREF(tensors);
     Py_XDECREF(done);
     return done != nullptr;

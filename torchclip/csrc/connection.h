@@ -11,14 +11,36 @@
 
 namespace {
 
+// A function of no or one argument.  One written in C is called as such: Python's way there costs as much again as what
+// torch's do, where it has been thrown out of the caches.
+class Function {
+    PyObject* object_ = nullptr;
+    PyCFunction direct_ = nullptr;
+    PyObject* self_ = nullptr;
+
+  public:
+    void connect(PyObject* object) {
+        Py_INCREF(object);
+        object_ = object;
+        const bool is_builtin = Py_TYPE(object) == &PyCFunction_Type;
+        const int flags = is_builtin ? PyCFunction_GetFlags(object) : 0;
+        direct_ = flags == METH_NOARGS || flags == METH_O ? PyCFunction_GetFunction(object) : nullptr;
+        self_ = direct_ != nullptr ? PyCFunction_GetSelf(object) : nullptr;
+    }
+
+    PyObject* operator()(PyObject* argument = nullptr) const {
+        return direct_ != nullptr ? direct_(self_, argument) : PyObject_CallFunctionObjArgs(object_, argument, nullptr);
+    }
+};
+
 struct {
     PyTypeObject *tensor, *parameter;
-    PyObject* increment_version;
+    Function increment_version;  // of each of an iterable of tensors
     PyObject* refuse;
-    PyObject* get_num_threads;
+    Function get_num_threads;
     PyObject* other_norms;
-    PyObject* len_dispatch_modes;
-    PyObject* is_inference_mode_enabled;
+    Function len_dispatch_modes;
+    Function is_inference_mode_enabled;
     PyObject* grad;         // Tensor.grad, a descriptor,
     descrgetfunc get_grad;  // and what reads it from a tensor, without looking the name up each time
     int (*read)(void* py_object, DLTensor* out);
@@ -50,7 +72,7 @@ PyObject* get_grad(PyObject* parameter) {
 
 // Whether operations are being intercepted, so that all have to be torch's.
 bool is_intercepted() {
-    PyObject* const modes = PyObject_CallNoArgs(torch.len_dispatch_modes);
+    PyObject* const modes = torch.len_dispatch_modes();
     const bool none = modes != nullptr && PyLong_AsLong(modes) == 0;
     Py_XDECREF(modes);
     return !none;

@@ -49,12 +49,12 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     torch.grad = grad;
     torch.tensor = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));
     torch.parameter = reinterpret_cast<PyTypeObject*>(new_reference(args[1]));
-    torch.increment_version = new_reference(args[3]);
+    torch.increment_version.connect(args[3]);
     torch.refuse = new_reference(args[4]);
-    torch.get_num_threads = new_reference(args[5]);
+    torch.get_num_threads.connect(args[5]);
     torch.other_norms = new_reference(args[6]);
-    torch.len_dispatch_modes = new_reference(args[7]);
-    torch.is_inference_mode_enabled = new_reference(args[8]);
+    torch.len_dispatch_modes.connect(args[7]);
+    torch.is_inference_mode_enabled.connect(args[8]);
     torch.read = api->dltensor_from_py_object_no_sync;
     torch.make = api->managed_tensor_to_py_object_no_sync;
     return new_reference(Py_None);

@@ -42,7 +42,7 @@ class Spare {
 
     // False if there are none to be had: what is made in inference mode is not fit for other use.
     bool refill() {
-        PyObject* const inference = PyObject_CallNoArgs(torch.is_inference_mode_enabled);
+        PyObject* const inference = torch.is_inference_mode_enabled();
         const bool is_usual = inference == Py_False;
         Py_XDECREF(inference);
         while (is_usual && count_ < kMost) {

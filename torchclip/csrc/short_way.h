@@ -122,7 +122,7 @@ class Gradients {
         if (tuple == nullptr) return false;
         for (size_t i = 0; i < tensors_.size(); ++i)
             PyTuple_SetItem(tuple, Py_ssize_t(i), new_reference(tensors_.begin()[i]));
-        PyObject* const none = PyObject_CallFunctionObjArgs(torch.increment_version, tuple, nullptr);
+        PyObject* const none = torch.increment_version(tuple);
         Py_DECREF(tuple);
         Py_XDECREF(none);
         return none != nullptr;

@@ -53,7 +53,7 @@ template <class Reduce> double root(double squares, Reduce reduce) {
 const pid_t loaded_in = getpid();
 int usable_threads(size_t elements) {
     if (elements < kWorthThreads || getpid() != loaded_in) return 1;
-    PyObject* const number = PyObject_CallFunctionObjArgs(torch.get_num_threads, nullptr);
+    PyObject* const number = torch.get_num_threads();
     if (number == nullptr) return -1;
     const long threads = PyLong_AsLong(number);
     Py_DECREF(number);
