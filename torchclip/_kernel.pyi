@@ -157,7 +157,7 @@ def tensors(tensors: Iterable[Tensor], /) -> Batch:
 def instruction_set() -> str:
     """The one in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
 
-def select(instruction_set: str, /) -> None:
+def select(instruction_set: str | None, /) -> None:
     """Use another instruction set from now on, to compare.
 
     Raises:

@@ -65,22 +65,20 @@ GUARD = 7.25  # around the elements of a view; must still be there afterwards
 @pytest.fixture(autouse=True)
 def restore(threads: None) -> Iterator[None]:
     """The instruction set is the module's, not the test's, and so is torch's number of threads."""
-    before = _kernel.instruction_set()
     yield
-    _kernel.select(before)
+    _kernel.select(None)
 
 
 def instruction_sets() -> list[str]:
     """Those that this machine has."""
     found = []
-    before = _kernel.instruction_set()
     for name in INSTRUCTION_SETS:
         try:
             _kernel.select(name)
         except ValueError:
             continue
         found.append(name)
-    _kernel.select(before)
+    _kernel.select(None)
     return found
 
 

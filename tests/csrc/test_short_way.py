@@ -10,7 +10,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -652,6 +652,35 @@ def test_a_getter_that_trades_the_memory_of_gradients(change: Callable[[Tensor],
         assert total_norm > 1
     else:
         assert max(float(grad.abs().max()) for grad in grads) <= 1.0
+
+
+def test_a_finalizer_of_a_parameter_that_trades_the_memory_of_its_gradient() -> None:
+    call = usual()
+    grads = [p.grad for p in call.parameters]
+    given = list(call.parameters)
+    lost = weakref.finalize(given[1], lambda: grads[1].set_(torch.full_like(grads[1], 0.5)))
+    call.parameters.clear()
+
+    def meddle() -> None:
+        if given:
+            given.clear()  # from now on the call alone keeps the parameters
+
+    with Meddling(meddle):
+        torchclip.clip_grad_norm_(given, 0.1)
+    assert not lost.alive
+    assert math.isclose(float(torchclip.get_total_norm(grads)), 0.1, rel_tol=1e-5)
+
+
+def test_the_instruction_set_changes_no_bits(full_way: Callable[[], Any]) -> None:
+    try:
+        for name in ("avx512", "avx2", "baseline"):
+            with suppress(ValueError):
+                _kernel.select(name)
+                for thing in ("bfloat16", "float64", "other strides", "a threshold of 0"):
+                    for function in ("norm", "value"):
+                        both(lambda thing=thing: build(thing), function, full_way)  # type: ignore[misc]
+    finally:
+        _kernel.select(None)
 
 
 @pytest.mark.parametrize("function", ["norm", "value"])

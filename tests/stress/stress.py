@@ -604,12 +604,11 @@ def backends() -> list[str]:
         return found
     from torchclip import _kernel
 
-    before = _kernel.instruction_set()
     for name in ("avx512", "avx2", "baseline"):
         with contextlib.suppress(ValueError):
             _kernel.select(name)
             found.append(name)
-    _kernel.select(before)
+    _kernel.select(None)
     return found
 
 
@@ -622,12 +621,11 @@ def using(backend: str) -> Iterator[None]:
         return
     from torchclip import _kernel
 
-    before = _kernel.instruction_set()
     _kernel.select(backend)
     try:
         yield
     finally:
-        _kernel.select(before)
+        _kernel.select(None)
 
 
 def run_case(seed: int, case: int, mesh: Any = None) -> str:

@@ -21,7 +21,7 @@ def clip_grad_value_(
     """Limit every single element of the gradients to ``[-clip_value, clip_value]``.
 
     The drop-in for ``torch.nn.utils.clip_grad_value_``.  Unlike clipping by norm this turns the direction
-    of the step.  Gradients in CPU memory are not written where no element is beyond the limit.
+    of the step.
 
     Args:
         parameters: tensors whose ``.grad`` is changed in place, a single one, or a module (its parameters).

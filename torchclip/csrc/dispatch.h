@@ -27,19 +27,22 @@ template <template <class, size_t> class Set, class... Rows> void spare_short_wa
     }
 }
 
-// Takes the named instruction set, or the best one where there is no name; false if this machine has not got it.
+// Takes the named instruction set everywhere, or what is best for each where there is no name; false if this machine
+// has not got it.
 bool use_instruction_set(const char* name) {
     const auto wanted = [name](const char* set) { return name == nullptr || std::strcmp(name, set) == 0; };
 #ifdef HAVE_X86_TARGETS
     __builtin_cpu_init();
-    if (wanted("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && wanted("avx512")) {
         use_loops<Avx512>(Dtypes());
         if (name == nullptr) spare_short_way<Avx2>(Dtypes());
         instruction_set = "avx512";
         return true;
     }
-    if (wanted("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (has_avx2 && wanted("avx2")) {
         use_loops<Avx2>(Dtypes());
         instruction_set = "avx2";
         return true;

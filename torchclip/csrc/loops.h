@@ -144,7 +144,7 @@ template <size_t parts, class T> INLINE bool zero_nonfinite(T* x, size_t n) {
 
 // The loops over one dtype, compiled for one instruction set; n counts real numbers, two to a complex one.
 using Read = double (*)(const void* x, size_t n, double unit);
-using Write = bool (*)(void* x, size_t n, double number);  // whether anything was written
+using Write = bool (*)(void* x, size_t n, double number);  // false if there was nothing to write
 struct Loops {
     Read sum_squares, sum_scaled_squares, sum_magnitudes, largest, count_finite;
     Write scale, clamp, zero_nonfinite;

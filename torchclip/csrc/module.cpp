@@ -104,8 +104,8 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* get_instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(instruction_set); }
 
 PyObject* select_instruction_set(PyObject*, PyObject* name) {
-    const char* const text = PyUnicode_AsUTF8AndSize(name, nullptr);
-    if (text == nullptr) return nullptr;
+    const char* const text = name == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(name, nullptr);
+    if (text == nullptr && name != Py_None) return nullptr;
     if (use_instruction_set(text)) return new_reference(Py_None);
     return PyErr_Format(PyExc_ValueError, "this machine has no instruction set %R", name);
 }
@@ -135,7 +135,8 @@ PyMethodDef module_methods[] = {
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
     {"instruction_set", get_instruction_set, METH_NOARGS, "instruction_set(): the one in use"},
-    {"select", select_instruction_set, METH_O, "select(instruction_set): use another one, to compare"},
+    {"select", select_instruction_set, METH_O,
+     "select(instruction_set): use another one, to compare; None for the best"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -20,13 +20,16 @@ class Items {
     Items() = default;
     Items(const Items&) = delete;
     Items& operator=(const Items&) = delete;
-    ~Items() {
-        for (PyObject* item : *this) Py_DECREF(item);
-    }
+    ~Items() { clear(); }
 
     PyObject* const* begin() const { return items_; }
     PyObject* const* end() const { return items_ + count_; }
     size_t size() const { return count_; }
+
+    // Gives all references back, which can run user code.
+    void clear() {
+        while (count_ > 0) Py_DECREF(items_[--count_]);
+    }
 
     // False if there is no room for it.  Takes over the reference.
     bool take(PyObject* item) {
@@ -140,7 +143,7 @@ KnownClasses known_classes;
 class ModuleWalk {
     static constexpr int kDeepest = 64, kMostModules = 2048, kMostTypes = 16;
     Items& items_;
-    PyTypeObject* types_[kMostTypes];  // looked at in this walk, so that no user code can have changed them since
+    PyTypeObject* types_[kMostTypes];  // looked at, once in each walk
     int type_count_ = 0, module_count_ = 0;
 
     bool has_looked_at(PyTypeObject* type) const {

@@ -4,9 +4,9 @@
 // and every crossing between Python and here, costs several times what it costs alone.  What is not usual is found
 // before anything is changed and left to the full way, which gives the same to the bit.
 //
-// User code can run where a gradient is read from its parameter, and wherever Python allocates (finalizers).  So first
-// all references are taken; then, without any of Python, the memory is read, measured and changed; autograd is told
-// last.
+// User code can run where a gradient is read from its parameter, where a reference to a parameter is given back, and
+// wherever Python allocates (finalizers).  So first references to all gradients are taken, and those to the parameters
+// given back; then, without any of Python, the memory is read, measured and changed; autograd is told last.
 #pragma once
 
 #include "modules.h"
@@ -72,15 +72,16 @@ class Gradients {
         return !is_intercepted() && collect_of_optimizer(optimizer, items) && take(items);
     }
 
-    bool take(const Items& items) {
-        for (PyObject* item : items) {
-            PyObject* const grad = get_grad(item);
+    bool take(Items& parameters) {
+        for (PyObject* parameter : parameters) {
+            PyObject* const grad = get_grad(parameter);
             if (grad == nullptr) return false;
             if (grad == Py_None)
                 Py_DECREF(grad);
             else if (!tensors_.take(grad))
                 return false;
         }
+        parameters.clear();
         tensors_.drop_repeated();  // also those of a parameter that is there twice
         if (tensors_.size() == 0) return false;
         size_t elements = 0;

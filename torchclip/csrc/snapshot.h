@@ -64,8 +64,8 @@ int usable_threads(size_t elements) {
 int usable_threads(size_t) { return 1; }
 #endif
 
-// Holds pointers into the tensors' memory, so it must be made after the last Python code that a call runs, and be gone
-// before the next: between its making and its end nothing here runs any.
+// Holds pointers into the tensors' memory, so no Python code may run between its making and its end; nothing here runs
+// any.
 class Snapshot {
     struct Part {  // one tensor
         Layout layout;
@@ -142,7 +142,9 @@ class Snapshot {
             const Part& part = parts_[chunks_[i].part];
             const Write inner = loops_of[part.layout.dtype].*loop;
             visit<true>(chunks_[i], [&](char* x, size_t n) {
-                if (inner(x, n, part.number)) written.store(true, std::memory_order_relaxed);
+                const bool changed = inner(x, n, part.number);
+                if (changed) written.store(true, std::memory_order_relaxed);
+                return changed;
             });
         });
         return written;
@@ -193,8 +195,10 @@ class Snapshot {
     template <bool write, class Inner> void visit(const Chunk& chunk, Inner inner) const {
         const Layout& layout = parts_[chunk.part].layout;
         const size_t item = kDtypes[layout.dtype].item, numbers = kDtypes[layout.dtype].parts;
-        if (layout.axes == 0) return inner(layout.data + chunk.start * item, chunk.count * numbers);
-        buffered<write>(chunk, inner);
+        if (layout.axes == 0)
+            inner(layout.data + chunk.start * item, chunk.count * numbers);
+        else
+            buffered<write>(chunk, inner);
     }
 
     template <bool write, class Inner> void buffered(const Chunk& chunk, Inner inner) const {
@@ -205,8 +209,10 @@ class Snapshot {
         for (size_t start = chunk.start; start < end; start += room) {
             const size_t n = std::min(room, end - start);
             copy(part, start, n, buffer, true);
-            inner(buffer, n * dtype.parts);
-            if (write) copy(part, start, n, buffer, false);
+            if constexpr (!write)
+                inner(buffer, n * dtype.parts);
+            else if (inner(buffer, n * dtype.parts))
+                copy(part, start, n, buffer, false);
         }
     }
 
