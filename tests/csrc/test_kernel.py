@@ -540,23 +540,25 @@ def test_a_norm_is_a_tensor_like_any_other(value: float, dtype: torch.dtype) -> 
     assert (tensor.item(), tensor._version, tensor.grad.item()) == (3.0, 1, 2.0)
 
 
-def test_norms_are_tensors_of_their_own() -> None:
-    norms = [norm_of(float(value)) for value in range(1, 200)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_are_tensors_of_their_own(dtype: torch.dtype) -> None:
+    norms = [norm_of(float(value), dtype) for value in range(1, 200)]
     views = [norm.view(1) for norm in norms]
     for norm in norms[::2]:
         norm.zero_()
-    later = [norm_of(1.0) for _ in range(200)]
+    later = [norm_of(1.0, dtype) for _ in range(200)]
     assert [float(view) for view in views] == [0.0 if i % 2 == 0 else i + 1.0 for i in range(199)]
     assert len({norm.data_ptr() for norm in [*norms, *later]}) == 399
 
 
-def test_a_norm_can_be_used_after_one_that_was_taken_in_inference_mode() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_can_be_used_after_one_that_was_taken_in_inference_mode(dtype: torch.dtype) -> None:
     with torch.inference_mode():
-        inside = [norm_of(2.0) for _ in range(100)]
+        inside = [norm_of(2.0, dtype) for _ in range(100)]
     assert [float(norm) for norm in inside] == [2.0] * 100
-    weight = torch.ones((), requires_grad=True)
+    weight = torch.ones((), dtype=dtype, requires_grad=True)
     for _ in range(100):  # an inference tensor could not be saved for the backward pass
-        (weight * norm_of(3.0)).backward()
+        (weight * norm_of(3.0, dtype)).backward()
     assert weight.grad == 300.0
 
 

@@ -13,6 +13,13 @@ struct Scalar {
         float single;
         double twice;
     };
+
+    void set(double value, bool is_double) {
+        if (is_double)
+            twice = value;
+        else
+            single = float(value);
+    }
 };
 
 // Of float64 or float32; where its number is goes into `made`.
@@ -32,10 +39,11 @@ PyObject* make_scalar(bool is_double, Scalar*& made) {
     return nullptr;
 }
 
-// Tensors of float32 that nobody has seen yet.  Made one after the other, each takes a fraction of the time that it
+// Tensors of one dtype that nobody has seen yet.  Made one after the other, each takes a fraction of the time that it
 // takes in the middle of a training step, where nothing of torch's code for it is in the caches.
 class Spare {
     static constexpr int kMost = 32;
+    const bool is_double_;
     PyObject* tensors_[kMost];
     Scalar* numbers_[kMost];
     int count_ = 0;
@@ -47,7 +55,7 @@ class Spare {
         Py_XDECREF(inference);
         while (is_usual && count_ < kMost) {
             Scalar* number;
-            PyObject* const tensor = make_scalar(false, number);
+            PyObject* const tensor = make_scalar(is_double_, number);
             if (tensor == nullptr) break;
             if (count_ == kMost) {  // a finalizer that ran meanwhile has needed some, too
                 Py_DECREF(tensor);
@@ -61,25 +69,23 @@ class Spare {
     }
 
   public:
-    PyObject* take(float value) {
+    explicit Spare(bool is_double) : is_double_(is_double) {}
+
+    PyObject* take(double value) {
         if (count_ == 0 && !refill()) return nullptr;
-        numbers_[--count_]->single = value;
+        numbers_[--count_]->set(value, is_double_);
         return tensors_[count_];
     }
 };
-Spare spare;
+Spare spare_floats(false), spare_doubles(true);
 
 // Of float64 or float32.
 PyObject* new_scalar(double value, bool is_double) {
-    PyObject* const ready = is_double ? nullptr : spare.take(float(value));
+    PyObject* const ready = (is_double ? spare_doubles : spare_floats).take(value);
     if (ready != nullptr) return ready;
     Scalar* number;
     PyObject* const made = make_scalar(is_double, number);
-    if (made == nullptr) return nullptr;
-    if (is_double)
-        number->twice = value;
-    else
-        number->single = float(value);
+    if (made != nullptr) number->set(value, is_double);
     return made;
 }
 
