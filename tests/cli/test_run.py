@@ -168,9 +168,8 @@ def test_a_missing_module_that_the_script_imports_is_the_scripts_error(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("safe", "options"), [("-P", ()), ("-I", ()), ("-I", ("-m",)), ("PYTHONSAFEPATH", ("-m",))]
-)
+@pytest.mark.parametrize("options", [(), ("-m",)])
+@pytest.mark.parametrize("safe", ["-P", "-I", "PYTHONSAFEPATH"])
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
 def test_in_pythons_safe_mode_nothing_is_put_on_the_path(
     tmp_path: Path, safe: str, options: tuple[str, ...]
