@@ -158,7 +158,7 @@ def instruction_set() -> str:
     """The one in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
 
 def select(instruction_set: str | None, /) -> None:
-    """Use another instruction set from now on, to compare.
+    """Use another instruction set from now on, to compare; ``None`` for what is best, as at the start.
 
     Raises:
         ValueError: if this machine or this build does not have it.

@@ -249,16 +249,6 @@ PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return norms;
 }
 
-// Tells autograd that the taken members for which wanted(i) holds were written.
-template <class Wanted> bool increment_versions(Batch& batch, bool every, Wanted wanted) {
-    PyObject* const tensors = every ? batch.list_all() : batch.list(wanted);
-    if (tensors == nullptr) return false;
-    PyObject* const done = torch.increment_version(tensors);
-    Py_DECREF(tensors);
-    Py_XDECREF(done);
-    return done != nullptr;
-}
-
 // Changes the taken members for which number(i, value) holds, each by the value set.
 template <class Number> PyObject* change(Batch& batch, Write Loops::* loop, bool every, Number number) {
     const int threads = usable_threads(batch.elements);
@@ -274,8 +264,8 @@ template <class Number> PyObject* change(Batch& batch, Write Loops::* loop, bool
     }
     double ignored;
     const auto wanted = [&](size_t i) { return batch.members[i].taken && number(i, ignored); };
-    if (!increment_versions(batch, every && batch.taken == batch.members.size(), wanted)) return nullptr;
-    return new_reference(Py_None);
+    const bool is_all = every && batch.taken == batch.members.size();
+    return tell_autograd(is_all ? batch.list_all() : batch.list(wanted)) ? new_reference(Py_None) : nullptr;
 }
 
 PyObject* change_all(Batch& batch, Write Loops::* loop, double number) {

@@ -53,6 +53,15 @@ bool connected() {
     return false;
 }
 
+// Tells autograd that tensors were written.  Takes over the reference to the list or tuple of them; false, with an
+// error set, if it is null or autograd raises.
+bool tell_autograd(PyObject* tensors) {
+    PyObject* const none = tensors != nullptr ? torch.increment_version(tensors) : nullptr;
+    Py_XDECREF(tensors);
+    Py_XDECREF(none);
+    return none != nullptr;
+}
+
 bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
 
 // Describes a plain tensor's memory; false if it has none of its own (sparse, meta, inside vmap).

@@ -114,19 +114,15 @@ class Gradients {
         bool written = false;
         for (size_t i = 0; i < tensors_.size(); ++i)
             written |= (loops(layouts_[i]).*loop)(layouts_[i].data, numbers(layouts_[i], layouts_[i].count), number);
-        return !written || increment_versions();
+        return !written || tell_autograd(new_tuple());
     }
 
   private:
-    bool increment_versions() const {
+    PyObject* new_tuple() const {
         PyObject* const tuple = PyTuple_New(Py_ssize_t(tensors_.size()));
-        if (tuple == nullptr) return false;
-        for (size_t i = 0; i < tensors_.size(); ++i)
+        for (size_t i = 0; i < tensors_.size() && tuple != nullptr; ++i)
             PyTuple_SetItem(tuple, Py_ssize_t(i), new_reference(tensors_.begin()[i]));
-        PyObject* const none = torch.increment_version(tuple);
-        Py_DECREF(tuple);
-        Py_XDECREF(none);
-        return none != nullptr;
+        return tuple;
     }
 };
 
