@@ -91,12 +91,11 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (*place == nullptr) return nullptr;
     }
     modules.parameters_code = PyObject_GetAttrString(modules.parameters, "__code__");
-    modules.close = PyObject_GetAttrString(args[2], "close");
-    if (modules.parameters_code == nullptr || modules.close == nullptr) return nullptr;
-    modules.traverse =
-        reinterpret_cast<traverseproc>(PyType_GetSlot(reinterpret_cast<PyTypeObject*>(args[2]), Py_tp_traverse));
+    if (modules.parameters_code == nullptr) return nullptr;
     modules.parameter_list = reinterpret_cast<PyTypeObject*>(new_reference(args[1]));
     modules.generator = reinterpret_cast<PyTypeObject*>(new_reference(args[2]));
+    modules.traverse = reinterpret_cast<traverseproc>(PyType_GetSlot(modules.generator, Py_tp_traverse));
+    modules.finalize = reinterpret_cast<destructor>(PyType_GetSlot(modules.generator, Py_tp_finalize));
     modules.module = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));  // last: from now on all is there
     return new_reference(Py_None);
 }

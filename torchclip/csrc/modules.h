@@ -66,8 +66,8 @@ struct {
     PyObject *parameters, *named_parameters, *named_members, *named_modules;  // of Module, as torch wrote them
     PyObject* parameters_code;
     PyObject* get_attribute;  // object.__getattribute__
-    PyObject* close;          // of generators
-    traverseproc traverse;    // likewise
+    traverseproc traverse;    // of generators
+    destructor finalize;      // likewise
     struct {
         PyObject *parameters, *named_parameters, *named_members, *named_modules, *get_attribute;
         PyObject *own_parameters, *own_modules;
@@ -243,12 +243,10 @@ PyObject* module_behind(PyObject* generator) {
     return fresh && seen.module != nullptr ? new_reference(seen.module) : nullptr;
 }
 
-// Has a generator end as if all its items had been taken; anything else stays as it is.
-bool use_up(PyObject* given) {
-    if (Py_TYPE(given) != modules.generator) return true;
-    PyObject* const none = PyObject_CallFunctionObjArgs(modules.close, given, nullptr);
-    Py_XDECREF(none);
-    return none != nullptr;
+// Has a generator end as if all its items had been taken; anything else stays as it is.  Finalizing closes it: what
+// Python does when it frees it, so that the code for that is needed once.
+void use_up(PyObject* given) {
+    if (Py_TYPE(given) == modules.generator) modules.finalize(given);
 }
 
 // The items that a call was given as its parameters, some perhaps twice.  False where only running it can tell, and for
