@@ -120,11 +120,12 @@ class KnownClasses {
     int count_ = 0;
 
   public:
-    // One module of the class is given, with two of its attributes.
+    // An object of the class is given, with two of its attributes.
     bool has(PyObject* module, PyObject* parameters, PyObject* children) {
         PyTypeObject* const type = Py_TYPE(module);
         for (int i = 0; i < count_; ++i)
             if (types_[i] == type) return true;
+        if (!is_module(module)) return false;
         if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules.module, Py_tp_hash)) return false;
         if (!inherits(type, modules.names.get_attribute, modules.get_attribute)) return false;
         if (Attribute(PyObject_GenericGetAttr(module, modules.names.own_parameters)) != parameters) return false;
@@ -161,8 +162,6 @@ class ModuleWalk {
 
     bool visit(PyObject* module, int depth) {
         if (depth == kDeepest || ++module_count_ > kMostModules) return false;
-        const bool is_known = has_looked_at(Py_TYPE(module));
-        if (!is_known && !is_module(module)) return false;
         const Attribute attributes(PyObject_GenericGetDict(module, nullptr));
         if (attributes == nullptr) return false;
         if (depth == 0 && !has_torchs_members(module, attributes)) return false;
@@ -170,7 +169,7 @@ class ModuleWalk {
         const Attribute children(own_attribute(attributes, modules.names.own_modules));
         if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
         if (children == nullptr || !PyDict_CheckExact(children)) return false;
-        if (!is_known && !look_at(module, parameters, children)) return false;
+        if (!has_looked_at(Py_TYPE(module)) && !look_at(module, parameters, children)) return false;
         if (has_own(attributes, modules.names.named_modules)) return false;
         Py_ssize_t place = 0;
         PyObject* value;
@@ -224,9 +223,11 @@ struct Referents {
             seen.of_parameters = true;
         else if (object == Py_True)
             seen.recurses = true;
+        else if (object == modules.parameters || PyUnicode_CheckExact(object))
+            return 0;
         else if (seen.module == nullptr && is_module(object))
             seen.module = object;
-        else if (object != modules.parameters && !PyUnicode_Check(object))
+        else
             seen.has_others = true;
         return 0;
     }
