@@ -110,7 +110,11 @@ PyObject* own_attribute(PyObject* attributes, PyObject* name) {
 }
 
 // Whether a module itself has an attribute in the place of a method.
-bool has_own(PyObject* attributes, PyObject* name) { return Attribute(own_attribute(attributes, name)) != nullptr; }
+bool has_own(PyObject* attributes, PyObject* name) {
+    const int found = PyDict_Contains(attributes, name);
+    if (found < 0) PyErr_Clear();
+    return found > 0;
+}
 
 // Classes whose modules are told apart, and give what they have, as torch has it.  Looked at once: what a class decides
 // when it is made, it keeps.  The references keep a class from making room for another one at its address.
