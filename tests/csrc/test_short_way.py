@@ -540,6 +540,43 @@ def test_a_method_that_is_replaced_later_is_noticed(monkeypatch: pytest.MonkeyPa
     assert not is_short(Call(model))
 
 
+def test_a_class_that_is_no_longer_one_of_modules_is_noticed() -> None:
+    class Base(nn.Module):
+        pass
+
+    class Layer(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+    class Other:
+        named_modules = nn.Module.named_modules
+
+    class Another(Other):
+        pass
+
+    model = trained(lambda: nn.Sequential(Layer(), Layer()))
+    assert is_short(Call(model))
+    Layer.__bases__ = (Another,)
+    assert not is_short(Call(model))
+
+
+def test_attributes_that_are_in_no_dictionary() -> None:
+    class Odd(nn.Module, functools.partial):  # type: ignore[type-arg]
+        """Keeps its attributes in whatever it is given."""
+
+        def __init__(self, *_: Any) -> None:
+            nn.Module.__init__(self)
+
+    def odd(made: Any) -> Any:
+        cast("Any", functools.partial).__setstate__(made, (print, (), {}, 42))
+        return made
+
+    assert _kernel.clip_step(odd(functools.partial(print)), 1.0) is None
+    assert not is_short(Call(odd(Odd(print))))
+    assert not is_short(Call(nn.Sequential(nn.Linear(2, 2), odd(Odd(print)))))
+
+
 def started(model: nn.Module) -> Iterator[nn.Parameter]:
     generator = model.parameters()
     next(generator)

@@ -96,6 +96,8 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     modules.generator = reinterpret_cast<PyTypeObject*>(new_reference(args[2]));
     modules.traverse = reinterpret_cast<traverseproc>(PyType_GetSlot(modules.generator, Py_tp_traverse));
     modules.finalize = reinterpret_cast<destructor>(PyType_GetSlot(modules.generator, Py_tp_finalize));
+    if (modules.traverse == nullptr || modules.finalize == nullptr)
+        return PyErr_Format(PyExc_RuntimeError, "generators are not what the kernel takes them for");
     modules.module = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));  // last: from now on all is there
     return new_reference(Py_None);
 }

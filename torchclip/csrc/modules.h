@@ -100,6 +100,14 @@ bool inherits(PyTypeObject* type, PyObject* name, PyObject* wanted) {
     return Attribute(reinterpret_cast<PyObject*>(type), name) == wanted;
 }
 
+// A new reference to the dictionary of an object's attributes; null if it has none, or something else in its place.
+PyObject* attributes_of(PyObject* object) {
+    PyObject* const attributes = PyObject_GenericGetDict(object, nullptr);
+    if (attributes == nullptr || PyDict_Check(attributes)) return attributes;
+    Py_DECREF(attributes);
+    return nullptr;
+}
+
 // A new reference to what a module itself has under a name, in the dictionary of its attributes; null if it is not
 // there.
 PyObject* own_attribute(PyObject* attributes, PyObject* name) {
@@ -124,12 +132,11 @@ class KnownClasses {
     int count_ = 0;
 
   public:
-    // An object of the class is given, with two of its attributes.
+    // One module of the class is given, with two of its attributes.
     bool has(PyObject* module, PyObject* parameters, PyObject* children) {
         PyTypeObject* const type = Py_TYPE(module);
         for (int i = 0; i < count_; ++i)
             if (types_[i] == type) return true;
-        if (!is_module(module)) return false;
         if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules.module, Py_tp_hash)) return false;
         if (!inherits(type, modules.names.get_attribute, modules.get_attribute)) return false;
         if (Attribute(PyObject_GenericGetAttr(module, modules.names.own_parameters)) != parameters) return false;
@@ -166,14 +173,16 @@ class ModuleWalk {
 
     bool visit(PyObject* module, int depth) {
         if (depth == kDeepest || ++module_count_ > kMostModules) return false;
-        const Attribute attributes(PyObject_GenericGetDict(module, nullptr));
+        const bool is_known = has_looked_at(Py_TYPE(module));
+        if (!is_known && !is_module(module)) return false;
+        const Attribute attributes(attributes_of(module));
         if (attributes == nullptr) return false;
         if (depth == 0 && !has_torchs_members(module, attributes)) return false;
         const Attribute parameters(own_attribute(attributes, modules.names.own_parameters));
         const Attribute children(own_attribute(attributes, modules.names.own_modules));
         if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
         if (children == nullptr || !PyDict_CheckExact(children)) return false;
-        if (!has_looked_at(Py_TYPE(module)) && !look_at(module, parameters, children)) return false;
+        if (!is_known && !look_at(module, parameters, children)) return false;
         if (has_own(attributes, modules.names.named_modules)) return false;
         Py_ssize_t place = 0;
         PyObject* value;
@@ -212,7 +221,7 @@ bool has_own_parameters(PyObject* object) {
     PyTypeObject* const type = Py_TYPE(object);
     if (!is_module(object) || PyType_IsSubtype(type, modules.parameter_list)) return false;
     if (!inherits(type, modules.names.parameters, modules.parameters)) return false;
-    const Attribute attributes(PyObject_GenericGetDict(object, nullptr));
+    const Attribute attributes(attributes_of(object));
     return attributes != nullptr && !has_own(attributes, modules.names.parameters);
 }
 
@@ -248,8 +257,9 @@ PyObject* module_behind(PyObject* generator) {
     return fresh && seen.module != nullptr ? new_reference(seen.module) : nullptr;
 }
 
-// Has a generator end as if all its items had been taken; anything else stays as it is.  Finalizing closes it: what
-// Python does when it frees it, so that the code for that is needed once.
+// Has a generator end as if all its items had been taken; anything else stays as it is.  Finalizing it closes it, by
+// code that Python runs anyway when it frees a generator.  An error goes where those of finalizers go: nothing can be
+// undone.
 void use_up(PyObject* given) {
     if (Py_TYPE(given) == modules.generator) modules.finalize(given);
 }

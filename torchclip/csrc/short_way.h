@@ -19,14 +19,15 @@ namespace {
 constexpr size_t kMostElements = 64 * 1024;
 constexpr double kEps = 1e-6;  // what torch adds to the norm
 
-// The dtype of the last call, which is probably that of the next one.
+// Of the gradient that was read first in the last call: probably that of the next call, too.
 size_t last_dtype = 0;
 
 // Has the beginning of a function fetched into the second cache.
 template <class Code> void fetch(Code* function, size_t bytes) {
 #ifdef __GNUC__
-    const char* const code = reinterpret_cast<const char*>(function);
-    for (size_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(code + byte, 0, 2);
+    const uintptr_t code = reinterpret_cast<uintptr_t>(function);
+    for (size_t byte = 0; byte < bytes; byte += kCacheLine)
+        __builtin_prefetch(reinterpret_cast<const void*>(code + byte), 0, 2);
 #endif
 }
 
@@ -44,7 +45,7 @@ bool collect_of_optimizer(PyObject* optimizer, Items& items) {
     static PyObject* const unusual[] = {PyUnicode_InternFromString("grad_scale"),
                                         PyUnicode_InternFromString("found_inf")};
     static PyObject* const max_norm = PyUnicode_InternFromString("max_norm");
-    const Attribute attributes(PyObject_GenericGetDict(optimizer, nullptr));
+    const Attribute attributes(attributes_of(optimizer));
     if (attributes == nullptr || has_own(attributes, unusual[0]) || has_own(attributes, unusual[1])) return false;
     const Attribute groups(own_attribute(attributes, param_groups));
     if (groups == nullptr || !PyList_CheckExact(groups)) return false;
@@ -69,7 +70,7 @@ class Gradients {
         return describe(tensor, t) && read_layout(t, layout, axes) && layout.axes == 0;
     }
 
-    static const Loops& loops(const Layout& layout) { return short_loops_of[layout.dtype]; }
+    const Loops& loops(const Layout& layout) const { return short_loops_of[layout.dtype]; }
     size_t numbers(const Layout& layout, size_t elements) const { return elements * kDtypes[layout.dtype].parts; }
 
   public:
