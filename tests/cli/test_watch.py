@@ -23,7 +23,8 @@ from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.recorder import Recorder
 from torchclip.cli.run.report import histories, labels, report
 from torchclip.cli.run.trial import Trial
-from torchclip.cli.run.watch import Watch, Watched
+from torchclip.cli.run.watch import Watch
+from torchclip.cli.run.watched import Watched
 from torchclip.history.history import History
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
-from torchclip.cli.run.watch import Watched
+from torchclip.cli.run.watched import Watched
 
 __all__ = ["Progress"]
 

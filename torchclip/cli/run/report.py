@@ -11,7 +11,8 @@ import numpy as np
 
 from torchclip.cli.run.names import unique_names
 from torchclip.cli.run.recorder import Cost, Recorder
-from torchclip.cli.run.watch import Watch, Watched
+from torchclip.cli.run.watch import Watch
+from torchclip.cli.run.watched import Watched
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 

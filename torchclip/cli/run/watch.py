@@ -18,79 +18,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import native
 from torchclip._core.batch import Norm
 from torchclip.cli.run.calls import Call, Calls
 from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of, with_gradient
-from torchclip.cli.run.names import parameter_names, variable_names
 from torchclip.cli.run.trial import Trial
+from torchclip.cli.run.watched import MOST_TIMES, Watched
 from torchclip.clipper import clipper as clippers
 from torchclip.clipper.clipper import Clipper
-from torchclip.clipper.step import State, Step
-from torchclip.history.history import History
-from torchclip.history.layers import Layers
+from torchclip.clipper.step import State
 
-__all__ = ["Watch", "Watched"]
+__all__ = ["Watch"]
 
 # Parameters are measured one by one in every so many of the first steps, and of the others.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
 # In such steps the time is taken; the kernel's hooks do so in the same.
 _EVERY_TIMED, _TIMED = 16, 10
 _MOST_NONFINITE = 100  # steps whose parameters are kept
-_MOST_TIMES = 10_000
-
-
-class Watched:
-    """One optimizer, and what its steps were like.
-
-    Attributes:
-        kind: its class.
-        candidates: what the program may call it.
-        names: its parameters' names, by their ``id``.
-        history: its steps; those of its Clipper, if it has one.
-        layers: the norms of its parameters in some of the steps.
-        clipped_by: how many steps were clipped in which way.
-        nonfinite: the names of the parameters with a gradient that is not finite, by step.
-        seconds: how long a Clipper took before a step, in some of them.
-        problem: why its norms are not known, or why it is not clipped as the options ask.
-    """
-
-    def __init__(self, optimizer: Optimizer, watch: Watch) -> None:
-        self.optimizer = ref(optimizer, watch._forget)
-        self.kind = type(optimizer).__name__
-        self.candidates = variable_names(optimizer)
-        self.history = History()
-        self.layers = Layers()
-        self.look_at(optimizer)
-        self.clipped_by: Counter[str] = Counter()
-        self.nonfinite: dict[int, list[str]] = {}
-        self.seconds: deque[float] = deque(maxlen=_MOST_TIMES)
-        self.problem: str | None = None
-        self.marked = 0.0
-        self.marker: RemovableHandle | None = None
-        with_kernel = native.step_state(watch, math.inf, self.history)
-        self.state: State = with_kernel or State(self.history)
-        self.history.follow(self.state.flush)
-        self.step = Step(optimizer, self.state)
-        self.norm: float | None = None  # of the step that is being taken, if it is all there is to record
-
-    def look_at(self, optimizer: Optimizer) -> None:
-        """Take in the parameters, of one more group perhaps than before."""
-        groups = optimizer.param_groups
-        self.groups = len(groups)
-        self.names = parameter_names(optimizer)
-        self.on_host = _on_host(optimizer)
-
-    @property
-    def steps(self) -> int:
-        """How many there were."""
-        return self.state.number
-
-    def label(self, name: str) -> str:
-        """What to call it in a report."""
-        return name if name.startswith(self.kind) else f"{name} ({self.kind})"
 
 
 class Watch:
@@ -114,8 +59,8 @@ class Watch:
         self.watched: list[Watched] = []
         self.replaced_clippers = 0
         self.calls_replaced: Counter[str] = Counter()
-        self._own: deque[float] = deque(maxlen=_MOST_TIMES)
-        self._intervals: deque[float] = deque(maxlen=_MOST_TIMES)
+        self._own: deque[float] = deque(maxlen=MOST_TIMES)
+        self._intervals: deque[float] = deque(maxlen=MOST_TIMES)
         self._looked = (0, 0.0)  # at which step Python has last looked, and when
         self._progress = progress
         self._by_id: dict[int, Watched] = {}
@@ -259,7 +204,7 @@ class Watch:
         if watched is not None:
             watched.look_at(optimizer)
         else:
-            watched = Watched(optimizer, self)
+            watched = Watched(optimizer, self._forget)
             self.watched.append(watched)
             self._by_id[id(optimizer)], self._states[id(optimizer)] = watched, watched.state
         if self.trial.replaces:
@@ -380,11 +325,6 @@ def _next_due(step: int) -> int:
 def _is_timed(step: int) -> bool:
     """Whether the time is taken in a step: one in which looking on does what it usually does."""
     return step % _EVERY_TIMED == _TIMED
-
-
-def _on_host(optimizer: Optimizer) -> bool:
-    """Whether the parameters are in host memory, where to look at a value is not to wait."""
-    return all(p.is_cpu for group in optimizer.param_groups for p in group["params"][:1])
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
