@@ -86,7 +86,19 @@ template <class T> INLINE void scale(T* x, size_t n, double clip_coef) {
 // whether they have.
 constexpr size_t kStretch = 256;
 
-template <class T> INLINE bool clamp(T* x, size_t n, double limit) {
+// A number brought into [-top, top]; nan stays, to the bit, and so does the sign of 0.  Written like this, each of the
+// two comparisons is one instruction.
+template <class T> INLINE T limited(T x, T top) {
+    const T above = -top > x ? -top : x;
+    return top < above ? top : above;
+}
+template <class T> INLINE T limited_by_bits(T x, T top) {
+    using Int = typename Bits<T>::type;
+    const Int bits = bit_cast<Int>(x), limit = bit_cast<Int>(top), size = magnitude(x);
+    return bit_cast<T>(size > limit && size <= Bits<T>::infinity ? Int((bits ^ size) | limit) : bits);
+}
+
+template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit) {
     using Int = typename Bits<T>::type;
     const Int top = magnitude(narrow<T>(limit));
     Int beyond = 0;
@@ -101,10 +113,11 @@ template <class T> INLINE bool clamp(T* x, size_t n, double limit) {
         written = true;
         beyond = 0;
         for (size_t i = 0; i < length; ++i) {
-            const Int bits = bit_cast<Int>(stretch[i]), size = magnitude(stretch[i]);
-            const Int clamped = Int((bits ^ size) | top);
-            stretch[i] = bit_cast<T>(size > top && size <= Bits<T>::infinity ? clamped : bits);
-            beyond |= Int(size > top);
+            beyond |= Int(magnitude(stretch[i]) > top);
+            if constexpr (kByBits || sizeof(T) < sizeof(float))
+                stretch[i] = limited_by_bits(stretch[i], bit_cast<T>(top));
+            else
+                stretch[i] = limited(stretch[i], bit_cast<T>(top));
         }
     }
     return written;
@@ -163,7 +176,7 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
 }
 
 // `table<Dtype>()` gives the loops over a dtype.
-#define DEFINE_LOOPS(NAME, TARGET, FUSED)                                                                           \
+#define DEFINE_LOOPS(NAME, TARGET, FUSED, BY_BITS)                                                                  \
     template <class T, size_t parts> struct NAME {                                                                  \
         using In = const void*;                                                                                     \
         using Out = void*;                                                                                          \
@@ -173,7 +186,7 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         TARGET static double top(In x, size_t n, double) { return largest((const T*)x, n); }                        \
         TARGET static double finite(In x, size_t n, double) { return double(count_finite<parts>((const T*)x, n)); } \
         TARGET static bool scaling(Out x, size_t n, double clip_coef) { return scale((T*)x, n, clip_coef), true; }  \
-        TARGET static bool clamping(Out x, size_t n, double limit) { return clamp((T*)x, n, limit); }               \
+        TARGET static bool clamping(Out x, size_t n, double limit) { return clamp<BY_BITS>((T*)x, n, limit); }      \
         TARGET static bool zeroing(Out x, size_t n, double) { return zero_nonfinite<parts>((T*)x, n); }             \
         static Loops table() {                                                                                      \
             if constexpr (parts == 2)                                                                               \
@@ -183,11 +196,13 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         }                                                                                                           \
     };
 
-DEFINE_LOOPS(Baseline, , false)
+// The last two: whether there are fused multiply-adds, and whether floats are better compared as integers, as on 512
+// bits (dispatch.h says why).
+DEFINE_LOOPS(Baseline, , false, false)
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86_TARGETS
-DEFINE_LOOPS(Avx2, __attribute__((target("avx2,fma"))), true)
-DEFINE_LOOPS(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), true)
+DEFINE_LOOPS(Avx2, __attribute__((target("avx2,fma"))), true, false)
+DEFINE_LOOPS(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), true, true)
 #endif
 #undef DEFINE_LOOPS
 
