@@ -164,6 +164,21 @@ double clip_coef(double max_norm, double norm) {
     return std::min(1.0, max_norm / (norm + kEps));
 }
 
+// What clipping by the norm found and did.
+struct Clipped {
+    double norm, coef;
+};
+
+// Scales gradients by their norm.  False for an unusual norm, with nothing changed, or with an error set.  Inlined:
+// a function of its own is one more that is not in the caches.
+INLINE bool clip(Gradients& gradients, double max_norm, Clipped& clipped) {
+    const double sum = gradients.sum_squares();
+    if (!is_regular(sum)) return false;
+    clipped.norm = std::sqrt(sum);
+    clipped.coef = clip_coef(max_norm, clipped.norm);
+    return clipped.coef == 1.0 || gradients.change(&Loops::scale, clipped.coef);
+}
+
 // clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group)
 PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 5, 5)) return nullptr;
@@ -172,31 +187,18 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!(max_norm >= 0) || p != 2 || !is_flag || args[4] != Py_None) return unusual();
     fetch_code(&Loops::sum_squares, &Loops::scale);
     Gradients gradients;
-    if (!gradients.take(args[0])) return unusual();
-    const double sum = gradients.sum_squares();
-    if (!is_regular(sum)) return unusual();
-    const double norm = std::sqrt(sum), coef = clip_coef(max_norm, norm);
-    if (coef != 1.0 && !gradients.change(&Loops::scale, coef)) return nullptr;
+    Clipped clipped;
+    if (!gradients.take(args[0]) || !clip(gradients, max_norm, clipped)) return unusual();
     use_up(args[0]);
-    return new_scalar(norm, gradients.is_double());
+    return new_scalar(clipped.norm, gradients.is_double());
 }
-
-// What is to be recorded of a step.
-struct Clipped {
-    double norm, coef;
-};
 
 // Clips the gradients of an optimizer.  False for an unusual call, with nothing changed, or with an error set.
 bool clip_optimizer(PyObject* optimizer, double max_norm, Clipped& clipped) {
     if (!(max_norm >= 0)) return false;
     fetch_code(&Loops::sum_squares, &Loops::scale);
     Gradients gradients;
-    if (!gradients.take_of_optimizer(optimizer)) return false;
-    const double sum = gradients.sum_squares();
-    if (!is_regular(sum)) return false;
-    clipped.norm = std::sqrt(sum);
-    clipped.coef = clip_coef(max_norm, clipped.norm);
-    return clipped.coef == 1.0 || gradients.change(&Loops::scale, clipped.coef);
+    return gradients.take_of_optimizer(optimizer) && clip(gradients, max_norm, clipped);
 }
 
 // clip_step(optimizer, max_norm)
