@@ -23,7 +23,7 @@ from clipper_helpers import (
 from helpers import with_gradients
 
 import torchclip
-from torchclip import Clipper, Percentile, ZScore
+from torchclip import AdaGC, Clipper, Percentile, RollingSigma, ZScore
 from torchclip.clipper import Scope
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -82,6 +82,56 @@ def test_a_resumed_run_goes_on_as_if_there_had_been_no_break(
     assert everything(optimizer) == everything(its_optimizer)
     assert its_clipper.state_dict() == clipper.state_dict()
     assert list(its_clipper.history) == list(clipper.history)
+
+
+class Steps:
+    """A model of many small parameters, of which each step has gradients for some, and a Clipper.
+
+    The gradients of a step depend on its number alone, so that a resumed run can go on with the same.
+    """
+
+    def __init__(self, max_norm: Any, scope: Scope) -> None:
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(18)]
+        groups = [{"params": parameters[i : i + 1]} for i in range(18)]
+        self.parameters, self.optimizer = parameters, torch.optim.SGD(groups, lr=0.1)
+        self.clipper = Clipper(self.optimizer, max_norm, scope=scope)
+
+    def take(self, steps: range, with_gradient: dict[int, int]) -> None:
+        for step in steps:
+            values = torch.randn(18, 2, generator=torch.Generator().manual_seed(step)).exp()
+            for i, (parameter, value) in enumerate(zip(self.parameters, values, strict=True)):
+                parameter.grad = value if i < with_gradient.get(step, 18) else None
+            self.optimizer.step()
+
+
+@each_scope
+@pytest.mark.parametrize("then", [0, 1, 17], ids="{} gradients".format)
+@pytest.mark.parametrize(
+    "max_norm",
+    [
+        lambda: AdaGC(warmup=3),
+        lambda: Percentile(30, window=4, warmup=1),
+        lambda: Percentile(60),
+        lambda: RollingSigma(sigma=0.5, window=4, warmup=3),
+        lambda: ZScore(warmup=4, threshold=0.5),
+    ],
+    ids=["AdaGC", "Percentile", "Percentile of all", "RollingSigma", "ZScore"],
+)
+def test_a_state_of_any_step_loads_and_the_run_goes_on_with_any_gradients(
+    max_norm: Any, then: int, scope: Scope
+) -> None:
+    for saved_at in (0, 1, 3, 5):
+        with_gradient = {1: 16, saved_at: then}
+        run, resumed = Steps(max_norm(), scope), Steps(max_norm(), scope)
+        run.take(range(saved_at), with_gradient)
+        resumed.clipper.load_state_dict(through_json(run.clipper.state_dict()))
+        for parameter, value in zip(resumed.parameters, run.parameters, strict=True):
+            parameter.data = value.data.clone()
+        assert {*resumed.clipper.thresholds} == {*run.clipper.thresholds}
+        for steps in (run, resumed):
+            steps.take(range(saved_at, saved_at + 3), with_gradient)
+        assert resumed.clipper.state_dict() == run.clipper.state_dict()
+        assert str(resumed.parameters) == str(run.parameters)
 
 
 def test_wrong_states_are_refused_and_change_nothing() -> None:

@@ -135,7 +135,7 @@ class MaxNormRule:
         self._each: Each | None = None
         self._rows: dict[str, int] = {}
         # The names of the last call; what learns from their norms, or their rows unless all are in order.
-        self._names: tuple[str, ...] = ()
+        self._names: tuple[str, ...] | None = None
         self._updates: list[Callable[[float], float]] = []
         self._index: Tensor | None = None
 
@@ -172,7 +172,7 @@ class MaxNormRule:
         if self._suits_tensors(norms):
             return self._learned_together(names, norms, norm_type)
         if self._each is not None:
-            self._copies, self._each, self._names = self._as_copies(), None, ()
+            self._copies, self._each, self._names = self._as_copies(), None, None
         numbers = norms.tolist() if isinstance(norms, Tensor) else [float(norm) for norm in norms]
         return self._learned_singly(names, numbers)
 
@@ -182,7 +182,9 @@ class MaxNormRule:
         if self._with_kernel is not (native.extension is not None):  # which can be turned off at any time
             self._with_kernel = native.extension is not None
             self._tensors_on_host = self._make_each([], torch.device("cpu")) is not None
-        several = self._each is not None or self.per_parameter or len(norms) >= _MANY
+        # As many as have learned, so that a run that was resumed goes on with the same digits.
+        many = len(norms) >= _MANY or len(self._copies) >= _MANY
+        several = self._each is not None or self.per_parameter or many
         return self._tensors_on_host and several
 
     def _learned_singly(self, names: Sequence[str], norms: Sequence[float]) -> list[float]:
@@ -220,7 +222,7 @@ class MaxNormRule:
             states = self.state_dict()
             self._each = self._make_each(list(states.values()), device)
             self._rows = {name: row for row, name in enumerate(states)}
-            self._copies, self._names, self._index = {}, (), None
+            self._copies, self._names, self._index = {}, None, None
         assert self._each is not None
         return self._each
 
@@ -266,7 +268,7 @@ class MaxNormRule:
             )
         # Objects, which check their states; a tensor form is made of them in the next step that wants one.
         self._copies = self._copies_of(state)
-        self._each, self._rows, self._names = None, {}, ()
+        self._each, self._rows, self._names = None, {}, None
 
     def __repr__(self) -> str:
         return repr(self._max_norm)

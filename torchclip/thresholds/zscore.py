@@ -148,7 +148,8 @@ class ZScore:
         """
         checks.state_of(state, "ZScore", ("mean", "std", "warmup_norms"))
         mean = None if state["mean"] is None else checks.finite("state['mean']", state["mean"])
-        std = checks.finite("state['std']", state["std"])
+        # Before the warm-up is over the deviation has no meaning; earlier versions saved a NaN.
+        std = 0.0 if mean is None else checks.finite("state['std']", state["std"])
         norms = arguments.items("state['warmup_norms']", state["warmup_norms"], checks.finite)
         self._mean, self._std, self._warmup_norms = mean, std, norms
         self._end_warm_up()
@@ -198,9 +199,9 @@ class _ZScores(Each):
         learned = torch.minimum(norms, max_norms)
         new_mean = rule.alpha * mean + (1 - rule.alpha) * learned
         new_std = torch.hypot(math.sqrt(rule.alpha) * std, math.sqrt(1 - rule.alpha) * (learned - new_mean))
-        # In the warm-up the mean is NaN, and with it all of these.
+        # In the warm-up the mean is NaN, and with it all of these; the deviation is still 0.
         self._mean = torch.where(learn, new_mean, mean)
-        self._std = torch.where(learn, new_std, std)
+        self._std = torch.where(learn & ~mean.isnan(), new_std, std)
         if self._warming_up:
             max_norms = max_norms.nan_to_num(nan=math.inf)
             self._warm_up(norms)
