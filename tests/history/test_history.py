@@ -107,7 +107,7 @@ def test_tensors_of_several_dtypes_become_python_numbers() -> None:
     )
     history.append(1, 3.0, 1.0, 1.0, torch.tensor(True))
     assert history[0] == Record(0, 1e300, torch.tensor(0.1).item(), 0.5, True, False, False)
-    assert [type(value) for value in history[0]] == [int, float, float, float, bool, bool, bool]
+    assert [type(value) for value in history[0]] == [int, float, float, float, bool, bool, bool, type(None)]
     assert history[1] == Record(1, 3.0, math.inf, 1.0, False, False, True)
 
 
@@ -253,6 +253,52 @@ def duplicate_by_state(history: History) -> History:
     return other
 
 
+def test_the_loss_of_a_step_is_kept_and_saved(tmp_path: Path) -> None:
+    history = History()
+    history.append(0, 1.0, INF, 1.0, loss=3.5)
+    history.append(1, 1.0, INF, 1.0, False, torch.tensor(2.5))
+    history.append(2, 1.0, INF, 1.0)
+    history.append(3, 1.0, INF, 1.0, loss=torch.tensor(2, dtype=torch.int64))
+    assert Record._fields[-1] == "loss"
+    assert [record.loss for record in history] == [3.5, 2.5, None, 2.0]
+    for other in (duplicate_by_state(history), pickle.loads(pickle.dumps(history))):
+        assert list(other) == list(history)
+    history.to_csv(tmp_path / "history.csv")
+    with open(tmp_path / "history.csv", newline="", encoding="utf-8") as file:
+        assert [row["loss"] for row in csv.DictReader(file)] == ["3.5", "2.5", "", "2.0"]
+
+
+def test_a_state_from_before_records_had_a_loss_is_loaded() -> None:
+    # What version 0.1.0 saved.
+    columns: dict[str, Any] = {
+        "step": [0, 1],
+        "total_norm": [0.5, 4.0],
+        "max_norm": [1.0, 1.0],
+        "clip_coef": [1.0, 0.25],
+        "clipped": [False, True],
+        "nonfinite": [False, False],
+        "skipped": [False, False],
+    }
+    counts = {"steps": 2, "clipped": 1, "nonfinite": 0, "skipped": 0}
+    history = History()
+    history.load_state_dict({"records": columns, "counts": counts, "largest": [4.0, 1]})
+    assert list(history) == [
+        Record(0, 0.5, 1.0, 1.0, clipped=False, nonfinite=False, skipped=False),
+        Record(1, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False),
+    ]
+
+
+def test_numbers_of_other_types_in_a_state_become_those_of_a_record() -> None:
+    state = history_of([1.0, 2.0]).state_dict()
+    state["records"]["total_norm"] = (1, np.float32(2.0))
+    state["records"]["clipped"] = [0, 1]
+    state["records"]["loss"] = [np.float64(0.5), 3]
+    history = History()
+    history.load_state_dict(state)
+    assert [type(value) for value in history[1]] == [int, float, float, float, bool, bool, bool, float]
+    assert [record.loss for record in history] == [0.5, 3.0]
+
+
 @pytest.mark.parametrize(
     "duplicate", [duplicate_by_state, copy.deepcopy, lambda history: pickle.loads(pickle.dumps(history))]
 )
@@ -291,6 +337,8 @@ COLUMNS = history_of([1.0, 2.0]).as_dict()
         ({"records": {**COLUMNS, "step": [0, 1.5]}}, TypeError, r"\['step'\]` must be an integer, got 1\.5"),
         ({"records": {**COLUMNS, "max_norm": [1.0, "1"]}}, TypeError, r"\['max_norm'\]` must be a number"),
         ({"records": {**COLUMNS, "clipped": [True, None]}}, TypeError, r"\['clipped'\]` must be True or"),
+        ({"records": {**COLUMNS, "loss": ["1", None]}}, TypeError, r"\['loss'\]` must be a number"),
+        ({"records": {**COLUMNS, "loss": [1.0]}}, ValueError, r"`state\['records'\]` .*same length"),
         ({"records": {**COLUMNS, "clipped": [True]}}, ValueError, r"`state\['records'\]` .*same length"),
         ({"counts": None}, TypeError, r"`state\['counts'\]` must be a dictionary"),
         ({"counts": {}}, ValueError, r"`state\['counts'\]` lacks 'steps'"),

@@ -22,7 +22,7 @@ from torchclip._core import arguments
 from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import FIELD_CHECKS, Record, as_records, integer
+from torchclip.history.records import Record, as_records, integer, saved_columns
 from torchclip.history.summary import QUANTILES, Summary
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class History(Sequence[Record]):
         >>> history.append(1, total_norm=torch.tensor(4.0), max_norm=1.0, clip_coef=torch.tensor(0.25))
         >>> history[-1]
         Record(step=1, total_norm=4.0, max_norm=1.0, clip_coef=0.25, clipped=True, nonfinite=False,
-               skipped=False)
+               skipped=False, loss=None)
         >>> print(history.summary())
         2 steps: 1 clipped (50.0%), 0 non-finite, 0 skipped
         norm: 10% 0.85, 50% 2.25, 90% 3.65, 99% 3.965; largest 4 at step 1
@@ -79,6 +79,7 @@ class History(Sequence[Record]):
         max_norm: float | Tensor,
         clip_coef: float | Tensor,
         skipped: bool | Tensor = False,
+        loss: float | Tensor | None = None,
     ) -> None:
         """Record a step, without waiting for any value.
 
@@ -90,11 +91,12 @@ class History(Sequence[Record]):
             total_norm: the norm of all gradients before clipping, ``inf`` and ``nan`` as they come.
             max_norm: the threshold of this step.
             clip_coef: what the gradients are multiplied by, at most 1.
-            skipped: whether the step is left out.
+            skipped: whether the step is skipped.
+            loss: the loss of the step, None if it is not known.
         """
         self._fetch()
         # No lock: to append to a list is one step for other threads, too.
-        self._pending.append((step, total_norm, max_norm, clip_coef, skipped))
+        self._pending.append((step, total_norm, max_norm, clip_coef, skipped, loss))
         if len(self._pending) >= _MOST_PENDING:
             with self._lock:
                 self._resolve()
@@ -126,7 +128,7 @@ class History(Sequence[Record]):
         largest = self._largest
         last = self._kept[-1].step if self._kept else None
         was_clipped, was_nonfinite, was_skipped = self._latest  # by a record of the step of the last one
-        for step, norm, _, _, is_clipped, is_nonfinite, is_skipped in records:
+        for step, norm, _, _, is_clipped, is_nonfinite, is_skipped, _ in records:
             if step != last:
                 steps, last = steps + 1, step
                 was_clipped = was_nonfinite = was_skipped = False
@@ -305,14 +307,10 @@ class History(Sequence[Record]):
             ValueError: if ``state`` is not a history's.
         """
         arguments.saved("state", state, ("records", "counts", "largest"), "History")
-        arguments.saved("state['records']", state["records"], Record._fields, "History")
+        fields = [field for field in Record._fields if field != "loss"]  # which earlier versions did not save
+        arguments.saved("state['records']", state["records"], fields, "History")
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
-        columns = [
-            arguments.items(f"state['records']['{name}']", state["records"][name], check)
-            for name, check in FIELD_CHECKS.items()
-        ]
-        if len(set(map(len, columns))) > 1:
-            raise ValueError("`state['records']` must have columns of the same length")
+        columns = saved_columns(state["records"])
         counts = {
             name: arguments.count(f"state['counts']['{name}']", state["counts"][name], least=0)
             for name in self._counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchclip._core import arguments
 
-__all__ = ["FIELD_CHECKS", "Record", "as_records", "integer"]
+__all__ = ["Record", "as_records", "integer", "saved_columns"]
 
 
 class Record(NamedTuple):
@@ -33,12 +33,18 @@ class Record(NamedTuple):
     nonfinite: bool
     """Whether ``total_norm`` is ``inf`` or ``nan``."""
     skipped: bool
-    """Whether the step was left out: parameters and optimizer state did not change."""
+    """Whether the step was skipped: parameters and optimizer state did not change."""
+    loss: float | None = None
+    """The loss of the step, if it is known."""
 
 
 def integer(name: str, value: Any) -> int:
     """``value`` as an integer, or an error that names it."""
     return arguments.count(name, value, least=-math.inf)
+
+
+def _optional_number(name: str, value: Any) -> float | None:
+    return None if value is None else arguments.number(name, value)
 
 
 # What the fields of a record must be in a saved state, in order.
@@ -50,12 +56,43 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "clipped": arguments.flag,
     "nonfinite": arguments.flag,
     "skipped": arguments.flag,
+    "loss": _optional_number,
+}
+# Columns of these types alone need no check of each value, which would take seconds for a million records.
+_PLAIN_TYPES: dict[str, set[type]] = {
+    "step": {int},
+    "total_norm": {float},
+    "max_norm": {float},
+    "clip_coef": {float},
+    "clipped": {bool},
+    "nonfinite": {bool},
+    "skipped": {bool},
+    "loss": {float, type(None)},
 }
 
 
+def saved_columns(columns: Mapping[str, Any]) -> list[Sequence[Any]]:
+    """The columns of a saved state in the order of a record's fields, or an error that names the wrong one.
+
+    States that were saved before records had a loss have no such column.
+    """
+    found: list[Sequence[Any]] = []
+    for field, check in FIELD_CHECKS.items():
+        name = f"state['records']['{field}']"
+        values = columns[field] if field != "loss" or "loss" in columns else [None] * len(found[0])
+        is_plain = type(values) is list and set(map(type, values)) <= _PLAIN_TYPES[field]
+        found.append(values if is_plain else arguments.items(name, values, check))
+    if len(set(map(len, found))) > 1:
+        raise ValueError("`state['records']` must have columns of the same length")
+    return found
+
+
 def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-    """What ``History.append`` was given, as records: one transfer for each device and dtype."""
-    fetched = [list(row) for row in rows]
+    """What ``History.append`` was given, as records: one transfer for each device and dtype.
+
+    The rows of a Clipper's kernel may lack the loss.
+    """
+    fetched = [[*row, None] if len(row) == 5 else list(row) for row in rows]
     places: dict[tuple[torch.device, torch.dtype], list[tuple[int, int]]] = {}
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
@@ -65,11 +102,11 @@ def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
         values = torch.stack([rows[i][j] for i, j in where]).tolist()
         for (i, j), value in zip(where, values, strict=True):
             fetched[i][j] = value
-    for record, row in zip(fetched, rows, strict=True):
-        step, norm, *_, skipped = record
-        if skipped and isinstance(row[-1], Tensor):  # nobody knew when the step was recorded
-            record[:] = step, norm, math.inf, 1.0, True
-    return [
-        Record(step, norm, max_norm, coef, coef < 1 and not skipped, not math.isfinite(norm), bool(skipped))
-        for step, norm, max_norm, coef, skipped in fetched
-    ]
+    records = []
+    for (step, norm, max_norm, coef, skipped, loss), row in zip(fetched, rows, strict=True):
+        if skipped and isinstance(row[4], Tensor):  # when the step was recorded its value was not known yet
+            max_norm, coef = math.inf, 1.0
+        clipped, nonfinite = coef < 1 and not skipped, not math.isfinite(norm)
+        loss = None if loss is None else float(loss)
+        records.append(Record(step, norm, max_norm, coef, clipped, nonfinite, bool(skipped), loss))
+    return records
