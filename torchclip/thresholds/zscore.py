@@ -148,8 +148,9 @@ class ZScore:
         """
         checks.state_of(state, "ZScore", ("mean", "std", "warmup_norms"))
         mean = None if state["mean"] is None else checks.finite("state['mean']", state["mean"])
-        # Before the warm-up is over the deviation has no meaning; earlier versions saved a NaN.
-        std = 0.0 if mean is None else checks.finite("state['std']", state["std"])
+        # Version 0.1.0 saved a NaN as the deviation before the warm-up was over.
+        unknown = mean is None and state["std"] != state["std"]
+        std = 0.0 if unknown else checks.finite("state['std']", state["std"])
         norms = arguments.items("state['warmup_norms']", state["warmup_norms"], checks.finite)
         self._mean, self._std, self._warmup_norms = mean, std, norms
         self._end_warm_up()
