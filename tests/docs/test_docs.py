@@ -1,13 +1,37 @@
 """The code of the documentation runs by Sybil (see documentation.py); all other blocks say what they are."""
 
+import logging
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
+INCLUDE = "{.python}"  # an included file; ruff would reformat the mark of one in a block of "python"
 
 
 def test_every_block_says_what_it_is() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     languages = [re.findall(r"^```(.*)\n(?:.*\n)*?```$", page.read_text(), re.MULTILINE) for page in pages]
     found = {language.strip() for of_page in languages for language in of_page}
-    assert {"python", "pycon"} <= found <= {"python", "pycon", "console", "text"}
+    assert {"python", "pycon"} <= found <= {"python", "pycon", "console", "text", INCLUDE}
+
+
+@pytest.mark.parametrize(
+    ("html", "unresolved"),
+    [
+        ("<code><span>--8</span> <span>&lt;</span> --&quot;a.py&quot;</code>", 1),
+        ("<p>--8&lt;-- &quot;a.py&quot;</p>", 1),
+        ("<p>-8 and 8 &lt; 9</p>", 0),
+    ],
+)
+def test_an_include_that_was_not_resolved_is_a_warning(
+    html: str, unresolved: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = runpy.run_path(str(ROOT / "docs" / ".hooks" / "includes.py"))["on_page_content"]
+    with caplog.at_level(logging.WARNING):
+        hook(html, page=SimpleNamespace(file=SimpleNamespace(src_path="page.md")))
+    assert len(caplog.records) == unresolved
+    assert all("page.md: this include was not resolved: " in record.message for record in caplog.records)
