@@ -289,6 +289,16 @@ def test_squares_outside_the_range_of_numbers(dtype: torch.dtype, size: float) -
         assert batch.norms(2.0, finite) == [pytest.approx(wanted, rel=1e-12), 0.0]
 
 
+@settings(deadline=None, max_examples=300)
+@given(st.floats(), st.floats())
+def test_the_modulus_of_a_complex_double_is_that_of_the_c_library(real: float, imag: float) -> None:
+    batch = _kernel.tensors([torch.tensor([complex(real, imag)], dtype=torch.complex128)])
+    wanted = math.hypot(real, imag)
+    for order in (1.0, math.inf):
+        found = batch.norm(order)
+        assert found == wanted or abs(found - wanted) <= math.ulp(wanted) or math.isnan(found) and math.isnan(wanted)
+
+
 def test_tensors_that_are_taken_and_the_rest() -> None:
     class Subclass(torch.Tensor):
         pass

@@ -123,13 +123,18 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
     return written;
 }
 
-// Norms other than 2 need the modulus of each complex number.  Squares of floats fit a double; for doubles, and
-// where one part is nan and the other inf, hypot knows what to do.
-INLINE double modulus(const float* z) {
-    const double real = z[0], imag = z[1], result = std::sqrt(real * real + imag * imag);
-    return std::isnan(result) ? std::hypot(real, imag) : result;
+// Norms other than 2 need the modulus of each complex number.  The C library's hypot is not used: platforms and versions
+// of it round differently.  Where the squares of doubles would leave the range of doubles, powers of two bring them back.
+template <class T> INLINE double modulus(const T* z) {
+    const double real = std::fabs(double(z[0])), imag = std::fabs(double(z[1])), large = std::max(real, imag);
+    double unit = 1, back = 1;
+    if constexpr (sizeof(T) == sizeof(double)) {
+        if (large > 0x1p511) unit = 0x1p-600, back = 0x1p600;
+        if (large < 0x1p-459) unit = 0x1p600, back = 0x1p-600;
+    }
+    const double x = real * unit, y = imag * unit, result = std::sqrt(x * x + y * y) * back;
+    return std::isnan(result) && (std::isinf(real) || std::isinf(imag)) ? HUGE_VAL : result;
 }
-INLINE double modulus(const double* z) { return std::hypot(z[0], z[1]); }
 
 INLINE double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
 
