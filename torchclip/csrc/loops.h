@@ -123,8 +123,9 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
     return written;
 }
 
-// Norms other than 2 need the modulus of each complex number.  The C library's hypot is not used: platforms and versions
-// of it round differently.  Where the squares of doubles would leave the range of doubles, powers of two bring them back.
+// Norms other than 2 need the modulus of each complex number.  The C library's hypot is not used: platforms and
+// versions of it round differently.  Where the squares of doubles would leave the range of doubles, powers of two bring
+// them back.
 template <class T> INLINE double modulus(const T* z) {
     const double real = std::fabs(double(z[0])), imag = std::fabs(double(z[1])), large = std::max(real, imag);
     double unit = 1, back = 1;
