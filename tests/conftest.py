@@ -121,7 +121,7 @@ def _way_of_steps(name: str) -> Iterator[None]:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(fused, "_TOO_SMALL", 0)
             if name == "kernel":
-                patch.setattr(native, "clip_step", lambda *_: None)
+                patch.setattr(native, "step_state", lambda *_: None)
             stack.enter_context(_way(name))
         yield
 
@@ -170,4 +170,4 @@ def one_thread(threads: None) -> None:
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has fused steps multiply the gradients even where they are so small that it does not pay."""
     monkeypatch.setattr(fused, "_TOO_SMALL", 0)
-    monkeypatch.setattr(native, "clip_step", lambda *_: None)
+    monkeypatch.setattr(native, "step_state", lambda *_: None)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import GeneratorType
 from typing import Any, Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from torchclip.history.history import History
@@ -21,6 +22,7 @@ def connect(
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
     len_dispatch_modes: Callable[[], int],
     is_inference_mode_enabled: Callable[[], bool],
+    strided: torch.layout,
     /,
 ) -> None:
     """Give the kernel what it needs of torch; once, before anything else.
@@ -37,6 +39,7 @@ def connect(
             count, and whether to return a list with the norm of each, or that of all as one vector.
         len_dispatch_modes: says how many modes intercept torch's operations; with any there is no short way.
         is_inference_mode_enabled: says whether tensors that are made now can only be used in that mode.
+        strided: ``torch.strided``, the layout of dense tensors.
 
     Raises:
         RuntimeError: if the table is not of DLPack's version 1.
@@ -72,9 +75,6 @@ def clip_step(optimizer: object, max_norm: float, /) -> tuple[float, float] | No
         The norm and the clip coefficient, after clipping; None, and nothing was changed, if anything is
         unusual.
     """
-
-def connect_steps(native_names: dict[str, Any], /) -> None:
-    """Give the kernel the namespace in which ``clip_step`` is what is in use at the moment."""
 
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
@@ -154,6 +154,19 @@ def gradients(parameters: Iterable[Tensor], /) -> Batch:
 def tensors(tensors: Iterable[Tensor], /) -> Batch:
     """A batch of the tensors themselves, in order, each once."""
 
+def disable() -> None:
+    """Take no tensor from now on, in any thread, until ``enable`` was called as often as this."""
+
+def enable() -> None:
+    """Undo one ``disable``.
+
+    Raises:
+        RuntimeError: if there is none to undo.
+    """
+
+def is_enabled() -> bool:
+    """Whether every ``disable`` was undone."""
+
 def instruction_set() -> str:
     """The one in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
 
@@ -208,6 +221,9 @@ class Batch:
 
         ``SMALL`` only if all were taken; ``SHARED`` also for a parameter that came twice.
         """
+    @property
+    def taken(self) -> Batch:
+        """Those that the kernel takes, as a batch of their own."""
     @property
     def rest(self) -> Sequence[Tensor]:
         """Those that the kernel does not take, in order. Not to be changed."""

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,6 +36,9 @@ class Own(Tensor):
     """A subclass of a user's."""
 
 
+make_clipper: Callable[..., Clipper] = Clipper
+
+
 class Run:
     """A step of an optimizer, to which something unusual may be done before."""
 
@@ -61,7 +64,7 @@ class Run:
 
     def __call__(self) -> Any:
         optimizer = self.kind(self.groups, **self.options)
-        clipper = Clipper(optimizer, self.max_norm)
+        clipper = make_clipper(optimizer, self.max_norm)
         self.before(optimizer)
         with self.within():
             for _ in range(2):
@@ -182,21 +185,26 @@ def test_both_ways_are_the_same(first: str, monkeypatch: pytest.MonkeyPatch) -> 
         torch.manual_seed(0)
         short = outcome(first, second)
         with monkeypatch.context() as patch:
-            patch.setattr(native, "clip_step", lambda *_: None)
+            patch.setattr(native, "step_state", lambda *_: None)
             full = outcome(first, second)
         assert short == full, (first, second)
 
 
-def test_what_is_usual_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[bool] = []
-    clip_step = native.clip_step
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each step of a ``Run`` went the short way."""
+    found: list[bool] = []
 
-    def note(*args: Any) -> Any:
-        row = clip_step(*args)
-        taken.append(row is not None)
-        return row
+    def watched(optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> Clipper:
+        clipper = Clipper(optimizer, *args, **options)
+        optimizer.register_step_pre_hook(lambda *_: found.append(cast("Any", clipper._state).went_short))
+        return clipper
 
-    monkeypatch.setattr(native, "clip_step", note)
+    monkeypatch.setitem(globals(), "make_clipper", watched)
+    return found
+
+
+def test_what_is_usual_goes_the_short_way(taken: list[bool]) -> None:
     usual = ["nothing", "a larger threshold", "inf", "no gradient", "two groups", "fused", "momentum"]
     usual += ["float64", "float16", "bfloat16", "complex", "another order of strides", "an empty gradient"]
     usual += ["large numbers", "a function mode", "shared"]
@@ -223,17 +231,12 @@ def test_what_is_usual_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> No
         {"layers_every": 1},
     ],
 )
-def test_what_a_clipper_is_asked_for_beyond_the_usual(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("the short way was tried")
-
-    monkeypatch.setattr(native, "clip_step", refuse)
+def test_what_a_clipper_is_asked_for_beyond_the_usual(options: dict[str, Any], taken: list[bool]) -> None:
     run = Run()
     optimizer = torch.optim.SGD(run.parameters, lr=0.1)
-    clipper = Clipper(optimizer, 0.5, **options)
+    clipper = make_clipper(optimizer, 0.5, **options)
     optimizer.step()
+    assert taken == [False]
     assert math.isfinite(clipper.history[0].total_norm)
 
 

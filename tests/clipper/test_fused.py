@@ -99,7 +99,7 @@ def test_small_gradients_are_scaled_in_place_by_the_kernel(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(native, "clip_step", lambda *_: None)
+    monkeypatch.setattr(native, "step_state", lambda *_: None)
     optimizer = sgd([torch.ones(size)], fused=True)
     scaled: list[Any] = []
     scale_ = Look.scale_
@@ -209,6 +209,6 @@ def test_why_the_coefficient_does_not_go_along_with_the_step(changes: Any, reaso
 
 def test_few_elements_are_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(native, "clip_step", lambda *_: None)
+    monkeypatch.setattr(native, "step_state", lambda *_: None)
     said = stands_against()
     assert "sooner" in str(said) if kernel.status().startswith("active") else said is None

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from helpers import bits, randn, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import torchclip
 from torchclip import kernel, reference
@@ -703,6 +705,52 @@ def test_none_comes_with_a_reference() -> None:
     held = [batch.scale_(1.0) for _ in range(1000)]
     assert sys.getrefcount(None) - before > 900
     assert held == [None] * 1000
+
+
+def test_it_is_on_again_after_two_threads_had_it_disabled() -> None:
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with kernel.disabled():
+            first_is_in.set()
+            second_is_in.wait(10)
+        first_is_out.set()
+
+    def second() -> None:
+        first_is_in.wait(10)
+        with kernel.disabled():
+            second_is_in.set()
+            first_is_out.wait(10)
+            seen.append(kernel.status())
+
+    before, seen = kernel.status(), list[str]()
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["off (torchclip.kernel.disabled())"]
+    assert kernel.status() == before
+
+
+def test_tensors_are_asked_for_their_layout_once_before_their_memory() -> None:
+    # Torch takes half a millisecond to refuse the memory of a tensor that has none.
+    class Asked(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append((func.__self__.__name__, id(args[0])))
+            return func(*args, **(kwargs or {}))
+
+    asked: list[tuple[str, int]] = []
+    tensors = [torch.ones(2).to_sparse(), torch.ones(3, device="meta"), torch.ones(2)]
+    assert len(_kernel.tensors(tensors).rest) == 2  # from now on it knows that there are such
+    with Asked():
+        batch = _kernel.tensors(tensors)
+        rest, taken = batch.rest, batch.taken
+    sparse, meta, dense = map(id, tensors)
+    assert [id(tensor) for tensor in rest] == [sparse, meta]
+    assert [id(tensor) for tensor in taken.all] == [dense]
+    wanted = [("is_cpu", sparse), ("layout", sparse), ("is_cpu", meta), ("is_cpu", dense), ("layout", dense)]
+    assert asked == wanted
 
 
 def test_its_status_says_when_it_is_disabled() -> None:

@@ -360,6 +360,21 @@ class Intercepting(nn.Linear):
         return {"bias": found["bias"]} if name == "_parameters" and "bias" in found else found
 
 
+class WithState(nn.Linear):
+    """Looks usual at first."""
+
+    shows_all = True
+
+    @property
+    def _parameters(self) -> Any:
+        own = self.__dict__["_parameters"]
+        return own if self.shows_all else {"bias": own["bias"]}
+
+    @_parameters.setter
+    def _parameters(self, value: Any) -> None:
+        self.__dict__["_parameters"] = value
+
+
 class WithProperty(nn.Linear):
     @property
     def _parameters(self) -> Any:
@@ -432,6 +447,7 @@ WALKED: dict[str, Callable[[], nn.Module]] = {
     "parametrized": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2)),
     "a list in a module": lambda: nn.ModuleList([nn.Linear(2, 2), nn.ParameterList([torch.ones(2)])]),
     "a child's names": child_overrides(lambda: Overriding(3, 3)),
+    "a property": child_overrides(lambda: WithProperty(3, 3)),
 }
 RUN: dict[str, Callable[[], nn.Module]] = {
     "named_parameters": lambda: Overriding(3, 2),
@@ -440,7 +456,6 @@ RUN: dict[str, Callable[[], nn.Module]] = {
     "a child's modules": child_overrides(lambda: OverridingModules(nn.Linear(3, 3), nn.Linear(3, 3))),
     "equal modules": lambda: nn.Sequential(Equal(3, 3), Equal(3, 3)),
     "__getattribute__": child_overrides(lambda: Intercepting(3, 3)),
-    "a property": child_overrides(lambda: WithProperty(3, 3)),
     "its own named_parameters": instance_override(
         "named_parameters", lambda m: iter([("", m.get_parameter("0.weight"))])
     ),
@@ -559,6 +574,33 @@ def test_a_class_that_is_no_longer_one_of_modules_is_noticed() -> None:
     assert is_short(Call(model))
     Layer.__bases__ = (Another,)
     assert not is_short(Call(model))
+
+
+@pytest.mark.parametrize("of_one", [True, False])
+def test_a_property_that_answers_otherwise_later_is_heeded(of_one: bool) -> None:
+    model = trained(lambda: nn.Sequential(WithState(3, 3), WithState(3, 2)))
+    torchclip.clip_grad_norm_(model, math.inf)
+    owner: Any = model.get_submodule("0") if of_one else WithState
+    owner.shows_all = False
+    try:
+        wanted = torchclip.clip_grad_norm_(list(model.parameters()), math.inf)
+        for given in (model, model.parameters()):
+            assert bits(torchclip.clip_grad_norm_(given, math.inf)) == bits(wanted)
+    finally:
+        WithState.shows_all = True
+
+
+def test_classes_of_modules_are_not_kept_alive() -> None:
+    def clipped() -> weakref.ref[type]:
+        class Layer(nn.Linear):
+            pass
+
+        torchclip.clip_grad_norm_(trained(lambda: nn.Sequential(Layer(3, 3))), 1.0)
+        return weakref.ref(Layer)
+
+    kept = clipped()
+    gc.collect()
+    assert kept() is None
 
 
 def test_attributes_that_are_in_no_dictionary() -> None:

@@ -21,7 +21,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, memory, mesh, native
 from torchclip._core.accelerator import AcceleratorBatch
-from torchclip._core.batch import Batch
+from torchclip._core.batch import Batch, Facts
 from torchclip._core.host import HostBatch
 from torchclip._core.mixed import MixedBatch
 from torchclip._core.sharded import ShardedBatch
@@ -106,11 +106,13 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
 
 def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
     take_grad = name == "parameters"
-    if native.extension is not None and group is None and not memory.intercepted():
+    if group is None and not memory.unreadable() and native.active():
         batch = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
         # A parameter without a gradient here may have one on another rank, which waits for this one.
-        if not batch.rest and not (batch.subclassed and mesh.any_dtensor(items)):
-            return cast("Batch", batch)
+        if not (batch.subclassed and mesh.any_dtensor(items)):
+            if take_grad:
+                refuse_unwritable(batch.rest, items, given)
+            return _completed(batch)
     found, shared = _found(items, name)
     if group is None and not mesh.any_dtensor(items):
         here = _local(found, shared)
@@ -124,30 +126,37 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
 
 def _local(tensors: list[Tensor], shared: bool) -> Batch:
     """The batch of distinct tensors that no other rank holds parts of."""
-    if memory.intercepted():
-        return AcceleratorBatch(tensors, shared)
-    by_kernel, others = _parted_by_kernel(tensors)
-    readable = not memory.unreadable()
-    dtype = memory.common_dtype(others) if readable else None
-    if dtype is not None:
-        on_host, on_device = others, []
-    else:
-        on_host = [tensor for tensor in others if readable and tensor.is_cpu]
-        on_device = [tensor for tensor in others if not (readable and tensor.is_cpu)]
+    if memory.unreadable() or not native.active():
+        return _by_torch(tensors, shared)
+    return _completed(native.extension.tensors(tensors), shared)
+
+
+def _completed(batch: Any, shared: bool = False) -> Batch:
+    """A batch of the kernel's, with others for the tensors that the kernel does not take."""
+    known = bool(batch.facts & Facts.SHARED)
+    if not batch.rest and (known or not shared):
+        return cast("Batch", batch)
+    if len(batch.rest) == len(batch.all):
+        return _by_torch(batch.all, shared or known)
+    parts = [batch.taken, *_parts_by_torch(list(batch.rest), False)]
+    return MixedBatch(batch.all, parts, shared or known)
+
+
+def _by_torch(tensors: list[Tensor], shared: bool) -> Batch:
+    parts = _parts_by_torch(tensors, shared) or [HostBatch([], shared)]
+    return parts[0] if len(parts) == 1 else MixedBatch(tensors, parts, shared)
+
+
+def _parts_by_torch(tensors: list[Tensor], shared: bool) -> list[Batch]:
+    """Batches whose work is done by operations of torch and NumPy."""
+    if memory.unreadable():
+        return [AcceleratorBatch(tensors, shared)]
+    dtype = memory.common_dtype(tensors)
+    on_host = [tensor for tensor in tensors if tensor.is_cpu] if dtype is None else tensors
+    on_device = [tensor for tensor in tensors if not tensor.is_cpu] if dtype is None else []
     parts: list[Batch] = []
-    if by_kernel:
-        parts.append(native.extension.tensors(by_kernel))
-    if on_host or not tensors:
+    if on_host:
         parts.append(HostBatch(on_host, shared, dtype))
     if on_device:
         parts.append(AcceleratorBatch(on_device, shared))
-    return parts[0] if len(parts) == 1 and not (by_kernel and shared) else MixedBatch(tensors, parts, shared)
-
-
-def _parted_by_kernel(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that the kernel takes, and the others."""
-    if native.extension is None:
-        return [], tensors
-    rest = native.extension.tensors(tensors).rest
-    left = set(map(id, rest))
-    return [tensor for tensor in tensors if id(tensor) not in left], list(rest)
+    return parts

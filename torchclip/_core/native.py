@@ -1,4 +1,4 @@
-"""The compiled kernel: loading it, and turning it off."""
+"""The compiled kernel: loading it, and whether it is on."""
 
 from __future__ import annotations
 
@@ -16,46 +16,29 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
 from torchclip._core.host import HostBatch
 
-__all__ = ["clip_grad_norm", "clip_grad_value", "clip_step", "extension", "status", "step_state", "use"]
+__all__ = ["active", "clip_grad_norm", "clip_grad_value", "clip_step", "extension", "status", "step_state"]
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
-
-# To be read through this module, as they change.
-extension: Any = None
-"""The module ``torchclip._kernel`` while it is in use, else None."""
-clip_grad_norm: Callable[..., Tensor | None]
-"""The extension's short way through a usual call of ``clip_grad_norm_``; None where it is not taken."""
-clip_grad_value: Callable[..., bool | None]
-"""Likewise of ``clip_grad_value_``; True where it was taken."""
-clip_step: Callable[..., tuple[float, float] | None]
-"""Likewise of a step of a ``Clipper`` with a number; the norm and the clip coefficient."""
-_reason: str = ""
-
-
-def use(module: Any, reason: str) -> tuple[Any, str]:
-    """Use the extension from now on or, for a reason, none; returns what was used before."""
-    global extension, clip_grad_norm, clip_grad_value, clip_step, _reason
-    before = extension, _reason
-    extension, _reason = module, reason
-    clip_grad_norm = _not_taken if module is None else module.clip_grad_norm
-    clip_grad_value = _not_taken if module is None else module.clip_grad_value
-    clip_step = _not_taken if module is None else module.clip_step
-    return before
 
 
 def _not_taken(*_: object) -> None:
     return None
 
 
+def active() -> bool:
+    """Whether the kernel is there and not turned off at the moment."""
+    return extension is not None and bool(extension.is_enabled())
+
+
 def step_state(*args: object) -> Any:
     """The extension's ``StepState``, made of these arguments; None without kernel."""
-    return None if extension is None else extension.StepState(*args)
+    return extension.StepState(*args) if active() else None
 
 
 def watch_hooks(*args: object) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """The extension's hooks for all optimizers, made of these arguments; None without kernel."""
     hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
-    hooks = None if extension is None else extension.watch_hooks(*args)
+    hooks = extension.watch_hooks(*args) if active() else None
     return hooks
 
 
@@ -63,6 +46,8 @@ def status() -> str:
     """One line on whether the kernel is active, and why not if it is not."""
     if extension is None:
         return _reason
+    if not active():
+        return "off (torchclip.kernel.disabled())"
     # Outside of Linux there is no OpenMP that could be shared with torch.
     return f"active ({extension.instruction_set()}{'' if extension.openmp else ', one thread'})"
 
@@ -122,6 +107,7 @@ def _load() -> tuple[Any, str]:
             _other_norms,
             torch._C._len_torch_dispatch_stack,
             torch.is_inference_mode_enabled,
+            torch.strided,
         )
         if _walks_as_torch_does():
             module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType)
@@ -130,6 +116,16 @@ def _load() -> tuple[Any, str]:
     return module, ""
 
 
-use(*_load())
-if extension is not None:
-    extension.connect_steps(globals())
+extension: Any
+"""The module ``torchclip._kernel``, or None where it cannot be used."""
+extension, _reason = _load()
+
+clip_grad_norm: Callable[..., Tensor | None]
+"""The extension's fast path of ``clip_grad_norm_``; None where it does not take the call."""
+clip_grad_value: Callable[..., bool | None]
+"""Likewise of ``clip_grad_value_``; True where it takes it."""
+clip_step: Callable[..., tuple[float, float] | None]
+"""Likewise of a step of a ``Clipper`` with a number; the norm and the clip coefficient."""
+clip_grad_norm = getattr(extension, "clip_grad_norm", _not_taken)
+clip_grad_value = getattr(extension, "clip_grad_value", _not_taken)
+clip_step = getattr(extension, "clip_step", _not_taken)

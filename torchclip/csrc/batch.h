@@ -42,6 +42,7 @@ struct Batch {
         DLTensor t;
         Layout layout;
         Axis axes[kMaxAxes];
+        if (!is_plain(tensor) || !may_describe(tensor)) return;
         if (!describe(tensor, t) || !read_layout(t, layout, axes)) return;
         members.back().taken = true;
         ++taken;
@@ -310,6 +311,29 @@ PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) {
     return change_all(batch_of(self), &Loops::zero_nonfinite, 0);
 }
 
+// Those that the kernel takes, as a batch of their own.
+PyObject* batch_taken(PyObject* self, void*) {
+    const Batch& batch = batch_of(self);
+    BatchObject* const made = PyObject_New(BatchObject, batch_type);
+    if (made == nullptr) return nullptr;
+    Batch* const part = new (&made->batch) Batch;
+    try {
+        for (const Batch::Member& member : batch.members) {
+            if (!member.taken) continue;
+            part->members.push_back(member);
+            Py_INCREF(member.tensor);
+        }
+    } catch (const std::bad_alloc&) {
+        Py_DECREF(reinterpret_cast<PyObject*>(made));
+        return PyErr_NoMemory();
+    }
+    part->count = Py_ssize_t(batch.taken);
+    part->found = part->taken = batch.taken;
+    part->elements = batch.elements;
+    part->facts = batch.facts | (batch.elements <= kSmallElements ? kSmall : 0);
+    return reinterpret_cast<PyObject*>(made);
+}
+
 PyObject* batch_all(PyObject* self, void*) { return batch_of(self).list_all(); }
 PyObject* batch_facts(PyObject* self, void*) { return PyLong_FromLong(batch_of(self).facts); }
 PyObject* batch_count(PyObject* self, void*) { return PyLong_FromSsize_t(batch_of(self).count); }
@@ -334,6 +358,7 @@ PyMethodDef batch_methods[] = {
 PyGetSetDef batch_attributes[] = {
     {"all", batch_all, nullptr, "the distinct tensors, in order", nullptr},
     {"facts", batch_facts, nullptr, "what callers need to know of them", nullptr},
+    {"taken", batch_taken, nullptr, "those that the kernel takes, as a batch", nullptr},
     {"rest", batch_rest, nullptr, "those that the kernel does not take", nullptr},
     {"count", batch_count, nullptr, "the number of items seen", nullptr},
     {"subclassed", batch_subclassed, nullptr, "whether an item is neither plain Tensor nor Parameter", nullptr},

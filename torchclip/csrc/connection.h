@@ -33,6 +33,26 @@ class Function {
     }
 };
 
+// An attribute of every tensor, and what reads it from one, without looking the name up each time.
+class Getter {
+    PyObject* descriptor_ = nullptr;
+    descrgetfunc get_ = nullptr;
+
+  public:
+    // False, with an error set, if the type has no such attribute.
+    bool connect(PyObject* type, const char* name) {
+        descriptor_ = PyObject_GetAttrString(type, name);
+        if (descriptor_ == nullptr) return false;
+        get_ = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(descriptor_), Py_tp_descr_get));
+        if (get_ == nullptr) PyErr_Format(PyExc_RuntimeError, "the kernel cannot read the attribute Tensor.%s", name);
+        return get_ != nullptr;
+    }
+
+    PyObject* operator()(PyObject* tensor) const {
+        return get_(descriptor_, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+    }
+};
+
 struct {
     PyTypeObject *tensor, *parameter;
     Function increment_version;  // of each of an iterable of tensors
@@ -41,8 +61,8 @@ struct {
     PyObject* other_norms;
     Function len_dispatch_modes;
     Function is_inference_mode_enabled;
-    PyObject* grad;         // Tensor.grad, a descriptor,
-    descrgetfunc get_grad;  // and what reads it from a tensor, without looking the name up each time
+    Getter grad, layout, is_cpu;
+    PyObject* strided;  // the layout of dense tensors
     int (*read)(void* py_object, DLTensor* out);
     int (*make)(DLManagedTensorVersioned* tensor, void** out);
 } torch;
@@ -64,20 +84,39 @@ bool tell_autograd(PyObject* tensors) {
 
 bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
 
+// Whether torch has refused to describe a tensor in this process.  It takes half a millisecond to refuse one, so from
+// then on every tensor is first asked whether it is dense and in host memory.
+bool has_refused = false;
+
+// Whether it is worth asking for a plain tensor's memory.  Asking can run Python code (a mode for functions).
+bool may_describe(PyObject* tensor) {
+    if (!has_refused) return true;
+    PyObject* const is_cpu = torch.is_cpu(tensor);
+    PyObject* const layout = is_cpu == Py_True ? torch.layout(tensor) : nullptr;
+    const bool is_dense = layout == torch.strided;
+    Py_XDECREF(is_cpu);
+    Py_XDECREF(layout);
+    PyErr_Clear();  // torch's operations will run into it, too
+    return is_dense;
+}
+
 // Describes a plain tensor's memory; false if it has none of its own (sparse, meta, inside vmap).
 // No Python code runs where it is true.
 bool describe(PyObject* tensor, DLTensor& t) {
     if (!is_plain(tensor)) return false;
     if (torch.read(tensor, &t) == 0) return true;
     PyErr_Clear();
+    has_refused = true;
     return false;
 }
 
 // A new reference to the gradient, or to None.
 PyObject* get_grad(PyObject* parameter) {
-    return is_plain(parameter) ? torch.get_grad(torch.grad, parameter, reinterpret_cast<PyObject*>(Py_TYPE(parameter)))
-                               : PyObject_GetAttrString(parameter, "grad");
+    return is_plain(parameter) ? torch.grad(parameter) : PyObject_GetAttrString(parameter, "grad");
 }
+
+// How many `torchclip.kernel.disabled()` are open, in all threads.
+long disabled_count = 0;
 
 // Whether operations are being intercepted, so that all have to be torch's.
 bool is_intercepted() {
@@ -86,6 +125,8 @@ bool is_intercepted() {
     Py_XDECREF(modes);
     return !none;
 }
+
+bool is_usable() { return disabled_count == 0 && !is_intercepted(); }
 
 // Where to look for an object in a table of addresses, whose last bits are all alike.
 size_t spread(PyObject* object) {

@@ -27,7 +27,7 @@
 namespace {
 
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 9, 9)) return nullptr;
+    if (!count_is(count, 10, 10)) return nullptr;
     auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (api == nullptr) return nullptr;
     while (api != nullptr && api->major != 1) api = api->previous;
@@ -39,14 +39,9 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
         PyErr_SetString(PyExc_TypeError, "the first two arguments must be the Tensor and Parameter types");
         return nullptr;
     }
-    PyObject* const grad = PyObject_GetAttrString(args[0], "grad");
-    if (grad == nullptr) return nullptr;
-    torch.get_grad = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad), Py_tp_descr_get));
-    if (torch.get_grad == nullptr) {
-        Py_DECREF(grad);
-        return PyErr_Format(PyExc_RuntimeError, "Tensor.grad is not an attribute that the kernel can read");
-    }
-    torch.grad = grad;
+    if (!torch.grad.connect(args[0], "grad") || !torch.layout.connect(args[0], "layout") ||
+        !torch.is_cpu.connect(args[0], "is_cpu"))
+        return nullptr;
     torch.tensor = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));
     torch.parameter = reinterpret_cast<PyTypeObject*>(new_reference(args[1]));
     torch.increment_version.connect(args[3]);
@@ -55,6 +50,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     torch.other_norms = new_reference(args[6]);
     torch.len_dispatch_modes.connect(args[7]);
     torch.is_inference_mode_enabled.connect(args[8]);
+    torch.strided = new_reference(args[9]);
     torch.read = api->dltensor_from_py_object_no_sync;
     torch.make = api->managed_tensor_to_py_object_no_sync;
     return new_reference(Py_None);
@@ -102,6 +98,17 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return new_reference(Py_None);
 }
 
+PyObject* disable(PyObject*, PyObject*) {
+    ++disabled_count;
+    return new_reference(Py_None);
+}
+PyObject* enable(PyObject*, PyObject*) {
+    if (disabled_count == 0) return PyErr_Format(PyExc_RuntimeError, "enable() without a disable() before it");
+    --disabled_count;
+    return new_reference(Py_None);
+}
+PyObject* is_enabled(PyObject*, PyObject*) { return PyBool_FromLong(disabled_count == 0); }
+
 PyObject* get_instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(instruction_set); }
 
 PyObject* select_instruction_set(PyObject*, PyObject* name) {
@@ -114,7 +121,7 @@ PyObject* select_instruction_set(PyObject*, PyObject* name) {
 PyMethodDef module_methods[] = {
     {"connect", function(connect), METH_FASTCALL,
      "connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms, "
-     "len_dispatch_modes, is_inference_mode_enabled): "
+     "len_dispatch_modes, is_inference_mode_enabled, strided): "
      "what the kernel needs of torch"},
     {"connect_modules", function(connect_modules), METH_FASTCALL,
      "connect_modules(module, parameter_list, generator): the types, so that modules can be walked"},
@@ -124,7 +131,6 @@ PyMethodDef module_methods[] = {
      "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
     {"clip_step", function(clip_step), METH_FASTCALL,
      "clip_step(optimizer, max_norm): the usual step of a Clipper in one go; the norm and the coefficient, or None"},
-    {"connect_steps", connect_steps, METH_O, "connect_steps(native_names): where to find the clip_step that is in use"},
     {"watch_hooks", function(watch_hooks), METH_FASTCALL,
      "watch_hooks(before, after, states, add_seconds): the two functions to call around each step of any optimizer"},
     {"percentiles", function(percentiles), METH_FASTCALL,
@@ -135,6 +141,9 @@ PyMethodDef module_methods[] = {
      "judge a norm for each row by the row's last ones, put the limit into thresholds, and learn from it"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
+    {"disable", disable, METH_NOARGS, "disable(): off until the enable() that belongs to it"},
+    {"enable", enable, METH_NOARGS, "enable(): on, once it was called as often as disable()"},
+    {"is_enabled", is_enabled, METH_NOARGS, "is_enabled(): whether it is on"},
     {"instruction_set", get_instruction_set, METH_NOARGS, "instruction_set(): the one in use"},
     {"select", select_instruction_set, METH_O,
      "select(instruction_set): use another one, to compare; None for the best"},
@@ -158,7 +167,7 @@ PyMODINIT_FUNC PyInit__kernel() {
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
     PyObject* const module = PyModule_Create(&module_definition);
     state_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&state_spec));
-    if (batch_type == nullptr || state_type == nullptr || module == nullptr) return nullptr;
+    if (!make_step_names() || batch_type == nullptr || state_type == nullptr || module == nullptr) return nullptr;
     Py_INCREF(state_type);
     if (PyModule_AddObject(module, "StepState", reinterpret_cast<PyObject*>(state_type)) < 0) return nullptr;
 #ifdef _OPENMP

@@ -124,32 +124,6 @@ bool has_own(PyObject* attributes, PyObject* name) {
     return found > 0;
 }
 
-// Classes whose modules are told apart, and give what they have, as torch has it.  Looked at once: what a class decides
-// when it is made, it keeps.  The references keep a class from making room for another one at its address.
-class KnownClasses {
-    static constexpr int kMost = 64;
-    PyTypeObject* types_[kMost];
-    int count_ = 0;
-
-  public:
-    // One module of the class is given, with two of its attributes.
-    bool has(PyObject* module, PyObject* parameters, PyObject* children) {
-        PyTypeObject* const type = Py_TYPE(module);
-        for (int i = 0; i < count_; ++i)
-            if (types_[i] == type) return true;
-        if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules.module, Py_tp_hash)) return false;
-        if (!inherits(type, modules.names.get_attribute, modules.get_attribute)) return false;
-        if (Attribute(PyObject_GenericGetAttr(module, modules.names.own_parameters)) != parameters) return false;
-        if (Attribute(PyObject_GenericGetAttr(module, modules.names.own_modules)) != children) return false;
-        if (count_ < kMost) {
-            Py_INCREF(type);
-            types_[count_++] = type;
-        }
-        return true;
-    }
-};
-KnownClasses known_classes;
-
 // Walks a module and those below it as `Module.parameters` does, where it is sure to give the same; one that is met
 // again gives its parameters again.
 class ModuleWalk {
@@ -162,10 +136,10 @@ class ModuleWalk {
         return std::find(types_, types_ + type_count_, type) != types_ + type_count_;
     }
 
-    // Whether a module's class is walked by torch's own methods.  Two attributes of the module are given.
-    bool look_at(PyObject* module, PyObject* parameters, PyObject* children) {
-        PyTypeObject* const type = Py_TYPE(module);
-        if (!known_classes.has(module, parameters, children)) return false;
+    // Whether modules of a class are told apart, asked for attributes and walked as torch wrote it.
+    bool look_at(PyTypeObject* type) {
+        if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules.module, Py_tp_hash)) return false;
+        if (!inherits(type, modules.names.get_attribute, modules.get_attribute)) return false;
         if (!inherits(type, modules.names.named_modules, modules.named_modules)) return false;
         if (type_count_ < kMostTypes) types_[type_count_++] = type;
         return true;
@@ -175,14 +149,15 @@ class ModuleWalk {
         if (depth == kDeepest || ++module_count_ > kMostModules) return false;
         const bool is_known = has_looked_at(Py_TYPE(module));
         if (!is_known && !is_module(module)) return false;
+        if (!is_known && !look_at(Py_TYPE(module))) return false;
         const Attribute attributes(attributes_of(module));
         if (attributes == nullptr) return false;
         if (depth == 0 && !has_torchs_members(module, attributes)) return false;
-        const Attribute parameters(own_attribute(attributes, modules.names.own_parameters));
-        const Attribute children(own_attribute(attributes, modules.names.own_modules));
+        // As torch's own code reads them: a class can have a property in their place.
+        const Attribute parameters(PyObject_GenericGetAttr(module, modules.names.own_parameters));
+        const Attribute children(PyObject_GenericGetAttr(module, modules.names.own_modules));
         if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
         if (children == nullptr || !PyDict_CheckExact(children)) return false;
-        if (!is_known && !look_at(module, parameters, children)) return false;
         if (has_own(attributes, modules.names.named_modules)) return false;
         Py_ssize_t place = 0;
         PyObject* value;

@@ -82,13 +82,13 @@ class Gradients {
     bool take(PyObject* parameters) {
         Items items;
         // A list, tuple, module or fresh generator of plain tensors.
-        return !is_intercepted() && collect(parameters, items) && take(items);
+        return is_usable() && collect(parameters, items) && take(items);
     }
 
     // Likewise of an optimizer: of the parameters of all its groups, if all of them are clipped together.
     bool take_of_optimizer(PyObject* optimizer) {
         Items items;
-        return !is_intercepted() && collect_of_optimizer(optimizer, items) && take(items);
+        return is_usable() && collect_of_optimizer(optimizer, items) && take(items);
     }
 
     bool take(Items& parameters) {
@@ -103,6 +103,8 @@ class Gradients {
         parameters.clear();
         tensors_.drop_repeated();  // also those of a parameter that is there twice
         if (tensors_.size() == 0) return false;
+        for (PyObject* tensor : tensors_)
+            if (!is_plain(tensor) || !may_describe(tensor)) return false;
         size_t elements = 0;
         for (size_t i = 0; i < tensors_.size(); ++i) {
             if (!read_flat(tensors_.begin()[i], layouts_[i]))

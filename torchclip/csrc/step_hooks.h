@@ -31,23 +31,8 @@ struct StepState {
 };
 
 struct {
-    PyObject *before_step, *after_step, *pending, *clip_step;
+    PyObject *before_step, *after_step, *pending;
 } step_names;
-
-PyObject* native_names = nullptr;   // of torchclip._core.native, where `clip_step` is what is in use at the moment
-PyObject* own_clip_step = nullptr;  // what it is if nobody has put anything else in its place
-
-// Clips by whatever is in use.  False if the step is not usual; with an error set for an error.
-bool clip_usually(StepState* state, PyObject* optimizer) {
-    const Attribute clip(own_attribute(native_names, step_names.clip_step));
-    if (clip == own_clip_step) return clip_optimizer(optimizer, read_threshold(state->max_norm), state->clipped);
-    if (clip == nullptr) return false;
-    PyObject* const numbers = PyObject_CallFunctionObjArgs(clip, optimizer, state->max_norm, nullptr);
-    const bool clipped = numbers != nullptr && numbers != Py_None &&
-                         PyArg_ParseTuple(numbers, "dd", &state->clipped.norm, &state->clipped.coef);
-    Py_XDECREF(numbers);
-    return clipped;
-}
 
 // Whether garbage collection has taken the Clipper, and a finalizer still calls its optimizer.
 bool is_gone(const StepState* state) { return state->clipper == nullptr; }
@@ -56,7 +41,7 @@ bool begin_usual_step(StepState* state, PyObject* optimizer, PyObject* args, PyO
     if (state->running || state->max_norm == Py_None) return false;
     if (!PyTuple_Check(args) || PyTuple_Size(args) != 1 || !PyDict_Check(kwargs) || PyDict_Size(kwargs) != 0)
         return false;
-    if (!clip_usually(state, optimizer)) return false;
+    if (!clip_optimizer(optimizer, read_threshold(state->max_norm), state->clipped)) return false;
     state->went_short = state->running = 1;
     state->nested = 0;
     return true;
@@ -267,15 +252,10 @@ PyObject* watch_hooks(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return PyTuple_Pack(2, static_cast<PyObject*>(first), static_cast<PyObject*>(second));
 }
 
-// connect_steps(native_names)
-PyObject* connect_steps(PyObject*, PyObject* names) {
-    if (!PyDict_CheckExact(names)) return PyErr_Format(PyExc_TypeError, "a namespace must be a dictionary");
+bool make_step_names() {
     const auto intern = PyUnicode_InternFromString;
-    step_names = {intern("_before_step"), intern("_after_step"), intern("_pending"), intern("clip_step")};
-    if (PyErr_Occurred() != nullptr) return nullptr;
-    native_names = new_reference(names);
-    own_clip_step = PyDict_GetItemWithError(names, step_names.clip_step);
-    return new_reference(Py_None);
+    step_names = {intern("_before_step"), intern("_after_step"), intern("_pending")};
+    return PyErr_Occurred() == nullptr;
 }
 
 }  // namespace

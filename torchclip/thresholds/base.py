@@ -179,8 +179,8 @@ class MaxNormRule:
     def _suits_tensors(self, norms: Norms) -> bool:
         if isinstance(norms, Tensor) and norms.device.type != "cpu":
             return self.answers_tensors
-        if self._with_kernel is not (native.extension is not None):  # which can be turned off at any time
-            self._with_kernel = native.extension is not None
+        if self._with_kernel is not native.active():  # which can be turned off at any time
+            self._with_kernel = native.active()
             self._tensors_on_host = self._make_each([], torch.device("cpu")) is not None
         # As many as have learned, so that a run that was resumed goes on with the same digits.
         many = len(norms) >= _MANY or len(self._copies) >= _MANY

@@ -102,7 +102,7 @@ class Percentile:
         adds a norm to each; where it is off there is none, as to sort so many takes longer than to insert.
         """
         if device.type == "cpu":
-            return None if native.extension is None else _PercentilesOnHost(self, states)
+            return None if not native.active() else _PercentilesOnHost(self, states)
         return None if self.window is None else Percentiles(self, states, device)
 
     def state_dict(self) -> dict[str, Any]:

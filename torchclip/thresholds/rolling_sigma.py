@@ -116,7 +116,7 @@ class _RollingSigmas(Windowed):
         self._parts = torch.empty_like(self._slots)
 
     def update(self, norms: Tensor, norm_type: float) -> Tensor:
-        if self.device.type == "cpu" and native.extension is not None:
+        if self.device.type == "cpu" and native.active():
             max_norms = torch.empty_like(norms)
             native.extension.rolling_sigmas(
                 norms, max_norms, self._seen, self._slots, self._rule.sigma, self._rule.warmup
