@@ -79,59 +79,6 @@ def clip_step(optimizer: object, max_norm: float, /) -> tuple[float, float] | No
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
 
-def percentiles(
-    norms: Tensor,
-    thresholds: Tensor,
-    seen: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    places: Tensor,
-    fraction: float,
-    window: int | None,
-    warmup: int,
-    max_norm: float,
-    /,
-) -> None:
-    """``Percentile.update`` for many norms at once; ``torchclip.thresholds.heaps`` keeps the state.
-
-    All tensors are in host memory and without gaps.  The state is changed in place, by raw writes.
-
-    Args:
-        norms: float64, of shape ``(rows,)``. One that is negative or not finite is not learned from.
-        thresholds: likewise; gets the answers.
-        seen: int64, likewise: how many norms each row has learned from.
-        values: float64, of shape ``(rows, capacity)``: the norms that are kept, as two heaps.
-        slots: int32; with a window likewise, the number of each norm modulo the window.
-        places: int32; with a window likewise, where in the heaps the norm of each slot is.
-        fraction: the percentile, between 0 and 1.
-        window: how many of the latest norms count, or None for all.
-        warmup: so many norms are only learned from at first.
-        max_norm: the largest answer, and the one in the warm-up.
-
-    Raises:
-        TypeError: for a tensor that is not as described.
-        ValueError: if lengths differ, or a row has no room for a norm; nothing was changed.
-    """
-
-def rolling_sigmas(
-    norms: Tensor, thresholds: Tensor, seen: Tensor, slots: Tensor, sigma: float, warmup: int, /
-) -> None:
-    """``RollingSigma.update`` for many norms at once, likewise.
-
-    Args:
-        norms: as above.
-        thresholds: as above.
-        seen: as above.
-        slots: float64, of shape ``(rows, window)``: the norm that was learned as number ``i`` is in slot
-            ``i % window``.
-        sigma: how many standard deviations above the mean a norm is a spike.
-        warmup: so many norms are only learned from at first, at least 2.
-
-    Raises:
-        TypeError: for a tensor that is not as described.
-        ValueError: if lengths differ; nothing was changed.
-    """
-
 def watch_hooks(
     before: Callable[..., object],
     after: Callable[..., object],

@@ -227,6 +227,22 @@ WRONG_ENTRIES: list[tuple[Threshold, str, Any]] = [
 
 
 @pytest.mark.parametrize(
+    ("state", "norms"),
+    [
+        ({"mean": None, "std": 0.0, "warmup_norms": [1.0, 3.0]}, [1.0, 3.0]),
+        ({"mean": None, "std": math.nan, "warmup_norms": [1.0]}, [1.0]),  # as many sets at once saved it
+        ({"mean": None, "std": 0.0, "warmup_norms": []}, []),
+        ({"mean": 2.0, "std": math.sqrt(2 / 3), "warmup_norms": []}, [1.0, 2.0, 3.0]),
+    ],
+)
+def test_a_zscore_state_of_version_0_1_loads(state: dict[str, Any], norms: list[float]) -> None:
+    loaded, learned = ZScore(warmup=3), ZScore(warmup=3)
+    loaded.load_state_dict({"kind": "ZScore", **state})
+    further = [2.0, 1.0, 4.0, 30.0, 2.0]
+    assert stream(learned, [*norms, *further])[len(norms) :] == pytest.approx(stream(loaded, further))
+
+
+@pytest.mark.parametrize(
     ("threshold", "state", "message"),
     [
         (Percentile(), ZScore().state_dict(), "kind 'ZScore'; a Percentile cannot"),
@@ -237,7 +253,7 @@ WRONG_ENTRIES: list[tuple[Threshold, str, Any]] = [
         (RollingSigma(window=5), RollingSigma().state_dict(), "window=128.*same window"),
         (AdaGC(), RollingSigma().state_dict(), "kind 'RollingSigma'; an AdaGC cannot"),
         (Percentile(), {"kind": "Percentile", "window": None}, "lacks 'seen', 'norms'"),
-        (ZScore(), {"kind": "ZScore", "mean": 1.0, "std": 1.0}, "lacks 'warmup_norms'"),
+        (ZScore(), {"kind": "ZScore", "mean": 1.0, "std": 1.0}, "lacks 'seen'"),
         *(
             (threshold, {**threshold.state_dict(), key: value}, rf"`state\['{key}'\]` must be ")
             for threshold, key, value in WRONG_ENTRIES

@@ -23,7 +23,8 @@ from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
 from torchclip.history.records import Record
-from torchclip.thresholds.base import MaxNorm, MaxNormRule, Threshold
+from torchclip.thresholds.bank import ThresholdBank
+from torchclip.thresholds.base import MaxNorm, Threshold
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -170,7 +171,7 @@ class Clipper:
         # A tensor has a method of that name, too.
         is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self._way = cast("Rule", max_norm) if is_way else None
-        self._rule = MaxNormRule(math.inf if is_way else cast("MaxNorm", max_norm))
+        self._rule = ThresholdBank(math.inf if is_way else cast("MaxNorm", max_norm))
         if self._rule.per_parameter:
             scope = "parameter"
         self._order = arguments.norm_order(norm_type)

@@ -17,7 +17,7 @@ from torchclip.clipper.scope import Look, Part, Scoping, own_max_norms
 from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Outcome, Step
 from torchclip.history.records import Record, as_records
-from torchclip.thresholds.base import MaxNormRule
+from torchclip.thresholds.bank import ThresholdBank
 
 __all__ = ["Clipping", "Row"]
 
@@ -53,7 +53,7 @@ class Clipping:
     def __init__(
         self,
         step: Step,
-        rule: MaxNormRule,
+        rule: ThresholdBank,
         scoping: Scoping,
         policy: Nonfinite,
         spikes: Spikes | None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchclip._core import scalars
 from torchclip._core.batch import Norms
 from torchclip.clipper.scope import Look, Part, together
-from torchclip.thresholds.base import MaxNormRule
+from torchclip.thresholds.bank import ThresholdBank
 
 __all__ = ["Limits"]
 
@@ -22,7 +22,7 @@ class Limits:
         runs_user_code: whether to ask for one runs code that is not ours.
     """
 
-    def __init__(self, rule: MaxNormRule, number: int, order: float) -> None:
+    def __init__(self, rule: ThresholdBank, number: int, order: float) -> None:
         self._rule, self._number, self._order = rule, number, order
         self.runs_user_code = rule.runs_user_code
         self._closed = False

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norm, Norms
-from torchclip.thresholds.base import MaxNorm, MaxNormRule
+from torchclip.thresholds.bank import ThresholdBank
+from torchclip.thresholds.base import MaxNorm
 
 __all__ = ["Spikes"]
 
@@ -35,7 +36,7 @@ class Spikes:
     """
 
     def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float) -> None:
-        self.rule = MaxNormRule(skip_above, "skip_above")
+        self.rule = ThresholdBank(skip_above, "skip_above")
         self._max_skips = None if max_skips is None else arguments.count("max_skips", max_skips, least=1)
         self._order = order
         self.limit: Norm | None = None

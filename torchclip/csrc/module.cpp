@@ -17,12 +17,9 @@
 //     batch.h       the Python type `Batch`
 //     short_way.h   the usual call in one go
 //     step_hooks.h  hooks for the usual step: of a Clipper, and of `torchclip run` on all optimizers
-//     heaps.h       norms of which a percentile is wanted
-//     thresholds.h  those of many parameters at once
 #include "batch.h"
 #include "short_way.h"
 #include "step_hooks.h"
-#include "thresholds.h"
 
 namespace {
 
@@ -133,12 +130,6 @@ PyMethodDef module_methods[] = {
      "clip_step(optimizer, max_norm): the usual step of a Clipper in one go; the norm and the coefficient, or None"},
     {"watch_hooks", function(watch_hooks), METH_FASTCALL,
      "watch_hooks(before, after, states, add_seconds): the two functions to call around each step of any optimizer"},
-    {"percentiles", function(percentiles), METH_FASTCALL,
-     "percentiles(norms, thresholds, seen, values, slots, places, fraction, window, warmup, max_norm): "
-     "learn from a norm for each row, and put the row's percentile into thresholds"},
-    {"rolling_sigmas", function(rolling_sigmas), METH_FASTCALL,
-     "rolling_sigmas(norms, thresholds, seen, slots, sigma, warmup): "
-     "judge a norm for each row by the row's last ones, put the limit into thresholds, and learn from it"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
     {"disable", disable, METH_NOARGS, "disable(): off until the enable() that belongs to it"},

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from torchclip._core import arguments, scalars
 from torchclip.thresholds import checks
-from torchclip.thresholds.each import Each, floats, integers, present
+from torchclip.thresholds.forms import FLOATS
+from torchclip.thresholds.learned import Learned
 
 __all__ = ["AdaGC"]
 
 
-class AdaGC:
+class AdaGC(Learned):
     r"""Clip each parameter's gradient relative to a running mean of its own norm: AdaGC.
 
     Parameter ``i`` with the gradient ``g_i`` has a mean ``γ_i`` of its own.  In the warm-up all gradients
@@ -69,6 +67,8 @@ class AdaGC:
         [2.0, 4.0, 3.0]
     """
 
+    _columns = ("_gamma", "_seen")
+
     per_parameter = True
     """Tells a ``Clipper`` to take a norm for each parameter."""
 
@@ -90,31 +90,36 @@ class AdaGC:
             total_norm: the joint norm of all gradients, which counts in the warm-up; ``norm`` if left out.
         """
         norm = checks.norm(norm)
-        warming_up = self._seen < self.warmup
-        if not warming_up:
-            max_norm = self.relative * self._gamma
-        elif math.isfinite(norm):
-            max_norm = (
-                scalars.clip_coef(self.max_norm, norm if total_norm is None else total_norm, 0.0) * norm
-            )
-        else:
-            max_norm = self.max_norm
-        if 0 < norm < math.inf:
-            clipped = min(norm, max_norm)
-            if warming_up:
-                self._gamma = min(self._gamma, clipped)
-                self._seen += 1
-            else:
-                self._gamma = self.beta * self._gamma + (1 - self.beta) * clipped
+        joint = norm if total_norm is None else total_norm
+        max_norm: float = self._learn_beside(norm, joint, FLOATS)
         return max_norm
 
-    def each(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> Each:
-        """The tensor form for several parameters, which go on from the given states."""
-        return _AdaGCs(self, states, device)
+    def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
+        joint: Any = 0.0
+        if form.any(self._seen < self.warmup):
+            finite = (norms >= 0) & (norms < math.inf)
+            joint = form.join(form.where(finite, norms, scalars.ABSENT), order)
+        return self._learn_beside(norms, joint, form)
+
+    def _learn_beside(self, norms: Any, total_norm: Any, form: Any) -> Any:
+        gamma, seen, where = self._gamma, self._seen, form.where
+        warming_up = seen < self.warmup
+        jointly = where(
+            norms < math.inf, scalars.clip_coef(self.max_norm, total_norm, 0.0) * norms, self.max_norm
+        )
+        max_norms = where(warming_up, jointly, self.relative * gamma)
+        learn = (norms > 0) & (norms < math.inf)
+        clipped = where(norms < max_norms, norms, max_norms)
+        smallest = where(clipped < gamma, clipped, gamma)
+        mean = self.beta * gamma + (1 - self.beta) * clipped
+        self._gamma = where(learn, where(warming_up, smallest, mean), gamma)
+        self._seen = where(learn & warming_up, seen + 1, seen)
+        return max_norms
 
     def state_dict(self) -> dict[str, Any]:
         """The running mean, and how many norms of the warm-up it has seen, as plain data."""
-        return _state(self._gamma, self._seen)
+        gamma = None if math.isinf(self._gamma) else self._gamma
+        return {"kind": "AdaGC", "gamma": gamma, "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this object.
@@ -133,49 +138,3 @@ class AdaGC:
             f"AdaGC(relative={self.relative}, beta={self.beta}, warmup={self.warmup}, "
             f"max_norm={self.max_norm})"
         )
-
-
-def _state(gamma: float, seen: int) -> dict[str, Any]:
-    return {"kind": "AdaGC", "gamma": None if math.isinf(gamma) else gamma, "seen": seen}
-
-
-class _AdaGCs(Each):
-    """``AdaGC`` for many norms at once, formula by formula."""
-
-    columns = ("_gamma", "_seen")
-
-    def __init__(self, rule: AdaGC, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
-        self._rule = rule
-        self._gamma = floats([math.inf if s["gamma"] is None else s["gamma"] for s in states], device)
-        self._seen = integers([state["seen"] for state in states], device)
-
-    def update(self, norms: Tensor, norm_type: float) -> Tensor:
-        rule = self._rule
-        max_norms = rule.relative * self._gamma
-        learn = (norms > 0) & (norms < math.inf)
-        if self._warming_up:
-            warming_up = self._seen < rule.warmup
-            max_norms = torch.where(warming_up, self._joint_max_norms(norms, norm_type), max_norms)
-            clipped = torch.minimum(norms, max_norms)
-            gamma = torch.where(warming_up, torch.minimum(self._gamma, clipped), self._mean(clipped))
-            self._seen += learn & warming_up
-            if self.device.type == "cpu":
-                self._warming_up = bool((self._seen < rule.warmup).any())
-        else:
-            gamma = self._mean(torch.minimum(norms, max_norms))
-        self._gamma = torch.where(learn, gamma, self._gamma)
-        return max_norms
-
-    def _mean(self, clipped: Tensor) -> Tensor:
-        return self._rule.beta * self._gamma + (1 - self._rule.beta) * clipped
-
-    def _joint_max_norms(self, norms: Tensor, norm_type: float) -> Tensor:
-        """What each norm is when all gradients together are clipped."""
-        finite = present(norms)
-        total_norm = scalars.join_rows(norms.where(finite, scalars.ABSENT), norm_type)
-        clip_coef = scalars.clip_coef(self._rule.max_norm, total_norm, 0.0)
-        return torch.where(finite, clip_coef * norms, self._rule.max_norm)
-
-    def states(self) -> list[dict[str, Any]]:
-        rows = zip(self._gamma.tolist(), self._seen.tolist(), strict=True)
-        return [_state(gamma, seen) for gamma, seen in rows]

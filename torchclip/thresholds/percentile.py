@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchclip._core import arguments, native
+from torchclip._core import arguments
 from torchclip.thresholds import checks
-from torchclip.thresholds.each import Each, present
-from torchclip.thresholds.heaps import Heaps
-from torchclip.thresholds.windowed import Windowed
+from torchclip.thresholds.forms import Tensors
+from torchclip.thresholds.learned import Learned
+from torchclip.thresholds.window import in_order, in_slots
 
 __all__ = ["Percentile"]
 
 
-class Percentile:
+class Percentile(Learned):
     r"""Clip at a percentile of the norms so far: AutoClip.
 
     With the history ``H_t = {‖g_1‖, …, ‖g_t‖}``, which includes the current step's norm:
@@ -33,9 +33,7 @@ class Percentile:
 
     The history is kept sorted, so a step inserts one value instead of sorting again.  What that costs is
     moving the larger values up: with a history of 10,000 norms a step takes about 1 µs, with 100,000 norms
-    4 µs, with a million 40 µs.  The memory is 8 bytes a norm, 40 with a ``window``.  For many parameters with
-    a threshold each, in host memory, the kernel keeps heaps in place of sorted histories: a step takes some
-    0.1 µs a parameter, and the memory is at most 16 bytes a norm, 32 with a ``window``.
+    4 µs, with a million 40 µs.  The memory is 8 bytes a norm, 40 with a ``window``.
 
     Twin: ``torchclip.reference.percentile_thresholds``.
 
@@ -61,6 +59,8 @@ class Percentile:
         [1.0, 2.0, 3.0, 3.0]
     """
 
+    _columns = ("_seen", "_slots")
+
     def __init__(
         self,
         percentile: float = 10.0,
@@ -73,42 +73,42 @@ class Percentile:
         self.warmup = arguments.count("warmup", warmup, least=0)
         self.max_norm = arguments.threshold("max_norm", max_norm)
         self._seen = 0
-        self._sorted = array("d")
-        self._arrivals: deque[float] = deque()  # in order of arrival; stays empty without a window
+        self._history: Any = _Sorted(self.window)
 
-    def update(self, norm: float) -> float:
-        """Add ``norm`` to the history and return the threshold of this step."""
-        norm = checks.norm(norm)
-        warming_up = self._seen < self.warmup
-        if math.isfinite(norm):
-            self._seen += 1
-            self._remember(norm)
-        if warming_up or not self._sorted:
-            return self.max_norm
-        return min(_quantile(self._sorted, self.percentile), self.max_norm)
+    def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
+        where = form.where
+        has_learned = self._seen >= self.warmup
+        learn = (norms >= 0) & (norms < math.inf)
+        self._history.add(norms, learn, self._seen)
+        self._seen = seen = where(learn, self._seen + 1, self._seen)
+        count = seen if self.window is None else where(seen < self.window, seen, self.window)
+        # Rounded as NumPy rounds it.
+        last = where(count > 0, count - 1, 0)
+        low, high, t = self._history.around(last, self.percentile / 100)
+        max_norms = where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))
+        # Of no norms it is NaN.
+        return where(has_learned & (max_norms < self.max_norm), max_norms, self.max_norm)
 
-    def _remember(self, norm: float) -> None:
-        insort(self._sorted, norm)
-        if self.window is None:
-            return
-        self._arrivals.append(norm)
-        if len(self._arrivals) > self.window:
-            del self._sorted[bisect_left(self._sorted, self._arrivals.popleft())]
+    @property
+    def _slots(self) -> Any:
+        """The window as a column: the norm that was learned as number i is in slot i % window."""
+        return self._history.slots(self._seen)
 
-    def each(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> Each | None:
-        """The tensor form of several of these, which go on from the given states.
+    @_slots.setter
+    def _slots(self, slots: Any) -> None:
+        if isinstance(slots, list):
+            self._history = _Sorted(self.window, in_order(slots, self._seen))
+        else:
+            self._history = _Slots(slots)
 
-        On an accelerator windows are sorted, and without a window there is none.  In host memory the kernel
-        adds a norm to each; where it is off there is none, as to sort so many takes longer than to insert.
-        """
-        if device.type == "cpu":
-            return None if not native.active() else _PercentilesOnHost(self, states)
-        return None if self.window is None else Percentiles(self, states, device)
+    def _takes_rows(self, device: torch.device | None) -> bool:
+        # In host memory each keeps its norms sorted; on a device the windows are sorted in each step.
+        return device is not None and self.window is not None
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain data."""
-        norms = self._sorted if self.window is None else self._arrivals
-        return _state(self.window, self._seen, list(norms))
+        norms = self._history.norms()
+        return {"kind": "Percentile", "window": self.window, "seen": self._seen, "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this object.
@@ -118,9 +118,7 @@ class Percentile:
             ValueError: if ``state`` is that of another kind of threshold or of another ``window``.
         """
         seen, norms = checks.window_of(state, "Percentile", self.window, repr(self))
-        self._seen = seen
-        self._sorted = array("d", sorted(norms))
-        self._arrivals = deque(norms if self.window is not None else ())
+        self._seen, self._history = seen, _Sorted(self.window, norms)
 
     def __repr__(self) -> str:
         return (
@@ -129,60 +127,61 @@ class Percentile:
         )
 
 
-def _quantile(ordered: array[float], percentile: float) -> float:
-    """The percentile of sorted values, rounded as NumPy rounds it."""
-    position = (len(ordered) - 1) * (percentile / 100)
-    below = int(position)
-    t = position - below
-    low, high = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
-    return low + (high - low) * t if t < 0.5 else high - (high - low) * (1 - t)
+class _Sorted:
+    """The norms of one set, kept sorted, so that a step inserts one value instead of sorting again.
+
+    Args:
+        window: how many of the latest norms count; None for all.
+        norms: those that are there already, oldest first if there is a window.
+    """
+
+    def __init__(self, window: int | None, norms: Sequence[float] = ()) -> None:
+        self._window = window
+        self._sorted = array("d", sorted(norms))
+        self._arrivals: deque[float] = deque(() if window is None else norms)
+
+    def add(self, norm: float, learn: bool, _: int) -> None:
+        if not learn:
+            return
+        insort(self._sorted, norm)
+        if self._window is None:
+            return
+        self._arrivals.append(norm)
+        if len(self._arrivals) > self._window:
+            del self._sorted[bisect_left(self._sorted, self._arrivals.popleft())]
+
+    def around(self, last: int, fraction: float) -> tuple[float, float, float]:
+        """The two norms that a percentile lies between, and how far it is from the lower one."""
+        if not self._sorted:
+            return math.inf, math.inf, 0.0
+        position = last * fraction
+        below = int(position)
+        return self._sorted[below], self._sorted[min(below + 1, last)], position - below
+
+    def slots(self, seen: int) -> list[float]:
+        assert self._window is not None
+        return in_slots(self._arrivals, seen, self._window)
+
+    def norms(self) -> list[float]:
+        return list(self._sorted if self._window is None else self._arrivals)
 
 
-def _state(window: int | None, seen: int, norms: list[float]) -> dict[str, Any]:
-    return {"kind": "Percentile", "window": window, "seen": seen, "norms": norms}
+class _Slots:
+    """The windows of many sets on a device, a row for each, in which NaN stands for no norm yet."""
 
+    def __init__(self, slots: Tensor) -> None:
+        self._slots = slots
 
-class Percentiles(Windowed):
-    """``Percentile`` with a window for many norms at once, formula by formula."""
+    def add(self, norms: Tensor, learn: Tensor, seen: Tensor) -> None:
+        Tensors.put(self._slots, seen % self._slots.shape[1], norms, learn)
 
-    _empty = math.inf  # sorted after all norms
-
-    def __init__(self, rule: Percentile, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
-        assert rule.window is not None
-        super().__init__(rule.window, states, device)
-        self._rule = rule
-
-    def update(self, norms: Tensor, norm_type: float) -> Tensor:
-        unlimited = self._seen < self._rule.warmup
-        self._put(norms, present(norms))
-        unlimited = unlimited | (self._seen == 0)
-        max_norms = self._quantiles().clamp(max=self._rule.max_norm)
-        return torch.where(unlimited, self._rule.max_norm, max_norms)
-
-    def _quantiles(self) -> Tensor:
-        ordered = self._slots.sort(dim=1).values
-        last = self._seen.clamp(min=1, max=self._window) - 1
-        position = last.to(ordered.dtype) * (self._rule.percentile / 100)
+    def around(self, last: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+        ordered = self._slots.sort(dim=1).values  # NaN last
+        position = last.to(ordered.dtype) * fraction
         below = position.long()
-        t = position - below
-        low, high = (
-            ordered.gather(1, at.unsqueeze(1)).squeeze(1) for at in (below, torch.minimum(below + 1, last))
-        )
-        return torch.where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))
+        above = torch.minimum(below + 1, last)
+        low, high = (ordered.gather(1, at[:, None]).squeeze(1) for at in (below, above))
+        return low, high, position - below
 
-    def states(self) -> list[dict[str, Any]]:
-        return [_state(self._window, seen, norms) for seen, norms in self._rows()]
-
-
-class _PercentilesOnHost(Heaps):
-    """``Percentile`` for many norms in host memory, to the last digit."""
-
-    def __init__(self, rule: Percentile, states: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(rule.percentile / 100, rule.window, states)
-        self._rule = rule
-
-    def update(self, norms: Tensor, norm_type: float) -> Tensor:
-        return self._learned(norms, self._rule.warmup, self._rule.max_norm)
-
-    def states(self) -> list[dict[str, Any]]:
-        return [_state(self._rule.window, seen, norms) for seen, norms in self._rows()]
+    def slots(self, _: object) -> Tensor:
+        return self._slots

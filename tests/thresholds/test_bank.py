@@ -1,4 +1,4 @@
-"""The tensor form of thresholds against the float form, and the rule that chooses between them."""
+"""Thresholds of many sets at once against those of one, and the bank that chooses between them."""
 
 import copy
 import json
@@ -14,13 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchclip import kernel
 from torchclip._core import scalars
 from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore
-from torchclip.thresholds.base import MaxNormRule
-from torchclip.thresholds.percentile import Percentiles
-
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
+from torchclip.thresholds.bank import ThresholdBank
+from torchclip.thresholds.learned import Rows
 
 INF, NAN, ABSENT = math.inf, math.nan, -1.0
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=5)
@@ -66,22 +63,31 @@ def singly(thresholds: Sequence[Threshold], norms: Sequence[float]) -> list[floa
     ]
 
 
-def each_of(thresholds: Sequence[Any]) -> Any:
-    """Their tensor form in host memory; where there is none, the one for accelerators."""
-    states = [threshold.state_dict() for threshold in thresholds]
-    return thresholds[0].each(states, CPU) or Percentiles(thresholds[0], states, CPU)
+@pytest.fixture(params=["arrays", "tensors"])
+def device(request: pytest.FixtureRequest) -> torch.device | None:
+    """Where norms are: numbers in host memory, or tensors on a device, which may be the CPU here."""
+    return None if request.param == "arrays" else CPU
 
 
-def together(each: Any, norms: Sequence[float], device: torch.device = CPU) -> list[float]:
-    answers: Tensor = each.update(torch.tensor(norms, dtype=torch.float64, device=device), 2.0)
-    assert answers.shape == (len(norms),)
-    assert answers.dtype == torch.float64
-    assert bool((answers[torch.tensor(norms) != ABSENT] >= 0).all()), "a threshold is at least 0"
-    return [NAN if norm == ABSENT else answer for norm, answer in zip(norms, answers.tolist(), strict=True)]
+def rows_of(thresholds: Sequence[Any], device: torch.device | None) -> Rows:
+    """Rows of them; where they cannot be in host memory, those of a device."""
+    return Rows(thresholds, device if thresholds[0]._takes_rows(device) else CPU)
 
 
-def assert_same_states(each: Any, thresholds: Sequence[Threshold]) -> None:
-    for actual, threshold in zip(each.states(), thresholds, strict=True):
+def together(rows: Rows, norms: Sequence[float]) -> list[float]:
+    answers = rows.update([*norms] if rows.device is None else torch.tensor(norms, dtype=torch.float64), 2.0)
+    if isinstance(answers, Tensor):
+        assert answers.dtype == torch.float64
+        answers = answers.tolist()
+    assert len(answers) == len(norms)
+    found = [NAN if norm == ABSENT else answer for norm, answer in zip(norms, answers, strict=True)]
+    assert all(answer >= 0 or answer != answer for answer in found), "a threshold is at least 0"
+    return found
+
+
+def assert_same_states(rows: Rows, thresholds: Sequence[Threshold]) -> None:
+    for row, threshold in zip(rows.thresholds(), thresholds, strict=True):
+        actual = row.state_dict()
         expected = threshold.state_dict()
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
@@ -96,53 +102,53 @@ def assert_same_states(each: Any, thresholds: Sequence[Threshold]) -> None:
 @every_case
 @given(seed=st.integers(0, 2**32))
 @REPEATABLE
-def test_both_forms_answer_alike(make: Callable[[], Any], seed: int) -> None:
-    thresholds = [make() for _ in range(7)]
-    each = each_of(thresholds)
-    for norms in random_norms(seed, 60, 7):
-        np.testing.assert_allclose(together(each, norms), singly(thresholds, norms), rtol=1e-9)
-    assert_same_states(each, thresholds)
+def test_all_forms_answer_alike(make: Callable[[], Any], seed: int) -> None:
+    for device in (None, CPU):
+        thresholds = [make() for _ in range(7)]
+        rows = rows_of(thresholds, device)
+        for norms in random_norms(seed, 60, 7):
+            np.testing.assert_allclose(together(rows, norms), singly(thresholds, norms), rtol=1e-9)
+        assert_same_states(rows, thresholds)
 
 
 @every_case
 @given(seed=st.integers(0, 2**32), stop=st.integers(0, 40))
 @REPEATABLE
-def test_the_tensor_form_goes_on_from_what_floats_learned(
-    make: Callable[[], Any], seed: int, stop: int
-) -> None:
+def test_rows_go_on_from_what_floats_learned(make: Callable[[], Any], seed: int, stop: int) -> None:
     steps = random_norms(seed, 60, 5)
-    thresholds = [make() for _ in range(5)]
-    for norms in steps[:stop]:
-        singly(thresholds, norms)
-    each = each_of(thresholds)
-    assert_same_states(each, thresholds)
-    for norms in steps[stop:]:
-        np.testing.assert_allclose(together(each, norms), singly(thresholds, norms), rtol=1e-9)
+    for device in (None, CPU):
+        thresholds = [make() for _ in range(5)]
+        for norms in steps[:stop]:
+            singly(thresholds, norms)
+        rows = rows_of(thresholds, device)
+        assert_same_states(rows, thresholds)
+        for norms in steps[stop:]:
+            np.testing.assert_allclose(together(rows, norms), singly(thresholds, norms), rtol=1e-9)
 
 
 @every_case
-def test_the_tensor_form_resumes_exactly(make: Callable[[], Any]) -> None:
+def test_rows_resume_exactly(make: Callable[[], Any], device: torch.device | None) -> None:
     steps = random_norms(1, 120, 5)
-    first = each_of([make()] * 5)
+    first = rows_of([make()] * 5, device)
     for stop in (2, 60, 90):
         resumed = [make() for _ in range(5)]
-        for threshold, state in zip(resumed, first.states(), strict=True):
-            threshold.load_state_dict(state)
-        second = each_of(resumed)
+        for threshold, row in zip(resumed, first.thresholds(), strict=True):
+            threshold.load_state_dict(row.state_dict())
+        second = rows_of(resumed, device)
         for norms in steps[stop - 2 : stop + 30]:
             assert together(first, norms) == pytest.approx(together(second, norms), rel=0, abs=0, nan_ok=True)
 
 
 @every_case
-def test_rows_can_be_added(make: Callable[[], Any]) -> None:
+def test_rows_can_be_added(make: Callable[[], Any], device: torch.device | None) -> None:
     steps = random_norms(2, 60, 6)
     thresholds = [make() for _ in range(6)]
-    each = each_of([make()] * 2)
+    rows = rows_of([make()] * 2, device)
     for norms in steps[:20]:
-        np.testing.assert_allclose(together(each, norms[:2]), singly(thresholds[:2], norms[:2]), rtol=1e-9)
-    each.append(each_of([make()] * 4))
+        np.testing.assert_allclose(together(rows, norms[:2]), singly(thresholds[:2], norms[:2]), rtol=1e-9)
+    rows.append([make()] * 4)
     for norms in steps[20:]:
-        np.testing.assert_allclose(together(each, norms), singly(thresholds, norms), rtol=1e-9)
+        np.testing.assert_allclose(together(rows, norms), singly(thresholds, norms), rtol=1e-9)
 
 
 class Operations(TorchDispatchMode):
@@ -161,16 +167,18 @@ class Operations(TorchDispatchMode):
 def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> None:
     meta, counts = torch.device("meta"), []
     for size in (1, 600):
-        each = make().each([make().state_dict()] * size, meta)
+        rows = Rows([make()] * size, meta)
         norms = torch.ones(size, dtype=torch.float64, device=meta)
         for _ in range(4):
             with Operations() as operations:
-                assert each.update(norms, 2.0).device == meta
+                answers = rows.update(norms, 2.0)
+            assert isinstance(answers, Tensor)
+            assert answers.device == meta
             counts.append(operations.count)
     assert len(set(counts)) == 1
 
 
-# --- the rule --------------------------------------------------------------------------------------------
+# --- the bank --------------------------------------------------------------------------------------------
 
 
 def names_of(count: int) -> list[str]:
@@ -178,13 +186,11 @@ def names_of(count: int) -> list[str]:
 
 
 @every_case
-def test_the_rule_looks_the_same_in_both_forms(make: Callable[[], Any]) -> None:
+def test_the_bank_looks_the_same_in_all_forms(make: Callable[[], Any]) -> None:
     steps, names = random_norms(3, 40, 20), names_of(20)
-    rule, thresholds = MaxNormRule(make()), [make() for _ in range(20)]
+    rule, thresholds = ThresholdBank(make()), [make() for _ in range(20)]
     for i, norms in enumerate(steps):
         answers = rule.max_norms(i, names, norms)
-        by_kernel = kernel.status().startswith("active")
-        assert isinstance(answers, Tensor) == (by_kernel or not isinstance(thresholds[0], Percentile))
         found = [NAN if norm == ABSENT else float(a) for a, norm in zip(answers, norms, strict=True)]
         np.testing.assert_allclose(found, singly(thresholds, norms), rtol=1e-9)
     assert list(rule.thresholds) == list(rule.state_dict()) == names
@@ -196,7 +202,7 @@ def test_the_rule_looks_the_same_in_both_forms(make: Callable[[], Any]) -> None:
 @every_case
 def test_a_default_device_elsewhere_does_not_matter(make: Callable[[], Any]) -> None:
     steps, names = random_norms(8, 8, 20), names_of(20)
-    rule, other = MaxNormRule(make()), MaxNormRule(make())
+    rule, other = ThresholdBank(make()), ThresholdBank(make())
     for i, norms in enumerate(steps):
         chosen = slice(0, 18 if i % 2 else 20)
         with torch.device("meta"):
@@ -207,7 +213,7 @@ def test_a_default_device_elsewhere_does_not_matter(make: Callable[[], Any]) -> 
 
 @every_case
 def test_sets_come_and_go(make: Callable[[], Any]) -> None:
-    rule, names = MaxNormRule(make()), names_of(30)
+    rule, names = ThresholdBank(make()), names_of(30)
     thresholds = {name: make() for name in names}
     rng = np.random.default_rng(4)
     for step in range(40):
@@ -222,7 +228,7 @@ def test_sets_come_and_go(make: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("size", [1, 20])
 def test_a_saved_rule_goes_on_in_either_form(make: Callable[[], Any], size: int) -> None:
     names, steps = names_of(20), random_norms(5, 60, 20)
-    rule, other = MaxNormRule(make()), MaxNormRule(make())
+    rule, other = ThresholdBank(make()), ThresholdBank(make())
     for i, norms in enumerate(steps[:30]):
         for j in range(0, 20, size):
             rule.max_norms(i, names[j : j + size], norms[j : j + size])
@@ -237,7 +243,7 @@ def test_a_saved_rule_goes_on_in_either_form(make: Callable[[], Any], size: int)
 
 @pytest.mark.parametrize("count", [1, 20])
 def test_what_is_not_there_is_no_observation(count: int) -> None:
-    rule, names = MaxNormRule(ZScore(warmup=2)), names_of(count)
+    rule, names = ThresholdBank(ZScore(warmup=2)), names_of(count)
     for step in range(5):
         rule.max_norms(step, names, [ABSENT] * count)
     assert all(
@@ -272,7 +278,7 @@ class OwnZScore(ZScore):
 
 @pytest.mark.parametrize("threshold", [Own(), OwnZScore()])
 def test_a_users_own_object_is_asked_with_floats(threshold: Threshold) -> None:
-    rule, names = MaxNormRule(threshold), names_of(20)
+    rule, names = ThresholdBank(threshold), names_of(20)
     assert rule.learns
     assert rule.runs_user_code
     assert not rule.answers_tensors
@@ -282,18 +288,18 @@ def test_a_users_own_object_is_asked_with_floats(threshold: Threshold) -> None:
 
 
 def test_what_the_rule_says_of_itself() -> None:
-    assert not MaxNormRule(1.0).runs_user_code
-    assert MaxNormRule(lambda step: 1.0).runs_user_code
-    assert not MaxNormRule(ZScore()).runs_user_code
-    assert MaxNormRule(ZScore()).answers_tensors
-    assert not MaxNormRule(1.0).answers_tensors
+    assert not ThresholdBank(1.0).runs_user_code
+    assert ThresholdBank(lambda step: 1.0).runs_user_code
+    assert not ThresholdBank(ZScore()).runs_user_code
+    assert ThresholdBank(ZScore()).answers_tensors
+    assert not ThresholdBank(1.0).answers_tensors
 
 
 def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from() -> None:
     threshold = ZScore(warmup=2)
     threshold.update(3.0)
     before = copy.deepcopy(threshold.state_dict())
-    rule = MaxNormRule(threshold)
+    rule = ThresholdBank(threshold)
     rule.max_norms(0, names_of(20), [5.0] * 20)
     assert threshold.state_dict() == before
     assert rule.thresholds["group 0, parameter 3"].state_dict()["mean"] == 4.0

@@ -1,0 +1,239 @@
+"""The thresholds of all sets of gradients that are clipped together, asked in one way."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchclip._core import arguments, scalars
+from torchclip._core.batch import Norms
+from torchclip.thresholds.base import MaxNorm, Threshold
+from torchclip.thresholds.learned import Learned, Rows, has_own_update
+from torchclip.thresholds.quantile_tracker import QuantileTracker
+
+__all__ = ["ThresholdBank"]
+
+# From so many sets in host memory on, a formula for all of them is faster than a call for each.
+_MANY = 16
+_ALL = "all"
+
+
+class ThresholdBank:
+    """What a user passes as ``max_norm``, a number, a callable or a threshold object, asked in one way.
+
+    A threshold object learns from one sequence of norms, so every set of gradients that is clipped together
+    gets its own copy.  Few sets in host memory have objects.  Many, or those whose norms are on a device, are
+    rows of columns, if the threshold can learn so (``Rows``).
+
+    A clipper uses it so, once for each step that is one of training's:
+
+        eps = 0.0 if bank.learns else scalars.EPS
+        max_norms = bank.max_norms(step, names, norms, norm_type)
+        clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
+
+    All sets come in one call, as thresholds need it that join their norms.  Norms that are tensors on one
+    device are handed over as one tensor, and nothing waits for it if the bank ``answers_tensors``; otherwise
+    the values are read.
+
+    Args:
+        max_norm: the threshold.
+        argument: what it is called in errors.
+
+    Attributes:
+        number: the threshold, if it is a number.
+        learns: whether it is a threshold object. Then ``max_norms`` must be called for every step, and the
+            coefficient has no 1e-6 in it.
+        runs_user_code: whether asking it runs code that is not torchclip's.
+        per_parameter: whether it is a threshold for single parameters (AdaGC): the clipper then takes
+            a norm for each of them, whatever else its scope would be.
+        answers_tensors: whether a tensor of norms gets a tensor of thresholds, without waiting.
+    """
+
+    def __init__(self, max_norm: MaxNorm, argument: str = "max_norm") -> None:
+        self._argument = argument
+        if isinstance(max_norm, type):
+            name = max_norm.__name__
+            raise TypeError(f"`{argument}` is the class {name}; pass an object of it, such as {name}()")
+        if isinstance(max_norm, QuantileTracker):
+            raise TypeError(
+                f"`{argument}` is a QuantileTracker, which learns from shares of examples, not from norms; "
+                "use it with clip_per_example"
+            )
+        # Asked once: to ask a protocol takes longer than all the rest of a small step.
+        self.learns = isinstance(max_norm, Threshold)
+        is_object = self.learns or callable(max_norm)
+        self._max_norm: Any = max_norm if is_object else arguments.threshold(argument, max_norm)
+        self.number = self._max_norm if isinstance(self._max_norm, float) else None
+        self.runs_user_code = is_object and not type(max_norm).__module__.startswith("torchclip.")
+        self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
+        self.answers_tensors = _takes_rows(max_norm, torch.device("meta"))
+        self._takes_rows_on_host = _takes_rows(max_norm, None)
+        # What has learned: an object by the name of each set, or rows, whose numbers are here by that name.
+        self._objects: dict[str, Any] = {}
+        self._rows: Rows | None = None
+        self._row_of: dict[str, int] = {}
+        # The names of the last call; what learns from their norms, or their rows unless all are in order.
+        self._names: tuple[str, ...] | None = None
+        self._updates: list[Callable[[float], float]] = []
+        self._index: Any = None
+
+    def add(self, names: Iterable[str]) -> None:
+        """Make room for sets of these names, unless it is there: what they learn starts from ``max_norm``."""
+        new = [name for name in names if name not in self._row_of and name not in self._objects]
+        if not self.learns or not new:
+            return
+        self._names = None
+        objects = {name: copy.deepcopy(self._max_norm) for name in new}
+        if self._rows is None:
+            self._objects.update(objects)
+        else:
+            self._rows.append([*objects.values()])
+            self._row_of.update({name: row for row, name in enumerate(new, start=len(self._row_of))})
+
+    @property
+    def thresholds(self) -> Mapping[str, Threshold]:
+        """The thresholds with what they have learned, by the name of the set.  Waits for an accelerator."""
+        if self._rows is None:
+            return MappingProxyType(self._objects)
+        return MappingProxyType(dict(zip(self._row_of, self._rows.thresholds(), strict=True)))
+
+    def max_norms(self, step: int, names: Sequence[str], norms: Norms, norm_type: float = 2.0) -> Norms:
+        """This step's threshold for each of the sets with these names and norms.
+
+        Args:
+            step: the number of the step, for a callable.
+            names: what the sets are called. The same list object in every step is fastest.
+            norms: their norms; ``ABSENT`` where there is no gradient, of which nothing is learned.
+            norm_type: the order of the norms.
+
+        Returns:
+            The thresholds: of a tensor a tensor on its device if the bank ``answers_tensors``, else a list.
+            What a set without a gradient gets has no meaning; its coefficient is 1.
+        """
+        if not names:
+            return norms
+        if not self.learns:
+            max_norm = self._max_norm
+            if not isinstance(max_norm, float):
+                max_norm = arguments.threshold(f"{self._argument}({step})", max_norm(step))
+            return [max_norm] * len(norms)
+        if names is not self._names and tuple(names) != self._names:
+            self.add(names)
+            self._names = None
+        if isinstance(norms, Tensor):
+            if self.answers_tensors:
+                return self._learned_in_rows(names, norms, norm_type, norms.device)
+            norms = norms.tolist()
+        if self._has_rows_on_host():
+            return self._learned_in_rows(names, norms, norm_type, None)
+        return self._learned_by_objects(names, norms)
+
+    def max_norm_of_all(self, norm: float) -> float:
+        """``max_norms`` of the one set ``"all"``, whose norm is a finite number in host memory.
+
+        For a step that goes the short way; only of a bank that learns, without code of the user.
+        """
+        if self._rows is None and _ALL in self._objects:
+            max_norm: float = self._objects[_ALL].update(norm)
+            return max_norm
+        (max_norm,) = self.max_norms(0, [_ALL], [norm])
+        return max_norm
+
+    def _has_rows_on_host(self) -> bool:
+        many = self.per_parameter or len(self._row_of) + len(self._objects) >= _MANY
+        return self._takes_rows_on_host and many
+
+    def _learned_by_objects(self, names: Sequence[str], norms: Sequence[float]) -> list[float]:
+        if self._rows is not None:
+            self._objects, self._rows, self._row_of, self._names = dict(self.thresholds), None, {}, None
+        if self._names is None:
+            self._updates, self._names = [self._objects[name].update for name in names], tuple(names)
+        # A norm of -inf is not finite rather than absent.
+        answers = [
+            math.inf if -math.inf < norm < 0 else update(norm)
+            for update, norm in zip(self._updates, norms, strict=True)
+        ]
+        if self.runs_user_code:
+            called = f"{type(self._max_norm).__name__}.update()"
+            answers = [arguments.threshold(called, answer) for answer in answers]
+        return answers
+
+    def _learned_in_rows(
+        self, names: Sequence[str], norms: Norms, norm_type: float, device: torch.device | None
+    ) -> Norms:
+        rows = self._rows_on(device)
+        if self._names is None:
+            self._names, self._index = tuple(names), self._places(names, device)
+        index = self._index
+        if index is None:
+            return rows.update(norms, norm_type)
+        if isinstance(norms, Tensor):
+            everywhere = norms.new_full((len(self._row_of),), scalars.ABSENT).index_copy_(0, index, norms)
+            found: Any = rows.update(everywhere, norm_type)
+            of_names: Tensor = found[index]
+            return of_names
+        of_all = [scalars.ABSENT] * len(self._row_of)
+        for row, norm in zip(index, norms, strict=True):
+            of_all[row] = norm
+        found = rows.update(of_all, norm_type)
+        return [found[row] for row in index]
+
+    def _places(self, names: Sequence[str], device: torch.device | None) -> Any:
+        """The rows of sets with these names, or None if they are all rows in order."""
+        rows = [self._row_of[name] for name in names]
+        if rows == list(range(len(self._row_of))):
+            return None
+        return rows if device is None else torch.from_numpy(np.array(rows)).to(device, non_blocking=True)
+
+    def _rows_on(self, device: torch.device | None) -> Rows:
+        """The rows for norms on a device, made of what has learned elsewhere if need be."""
+        if self._rows is None or self._rows.device != device:
+            thresholds: Mapping[str, Any] = self.thresholds
+            self._rows = Rows([*thresholds.values()], device)
+            self._row_of = {name: row for row, name in enumerate(thresholds)}
+            self._objects, self._names = {}, None
+        return self._rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the threshold objects have learned, by the name of the set.  Waits for an accelerator."""
+        return {name: threshold.state_dict() for name, threshold in self.thresholds.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; sets that are not in it start anew.
+
+        Raises:
+            ValueError: if ``state`` holds what another kind of threshold learned; nothing was changed.
+        """
+        loaded = self.check(state)
+        names = [*self._row_of, *self._objects]
+        self._objects, self._rows, self._row_of, self._names = loaded, None, {}, None
+        self.add(names)
+
+    def check(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The thresholds of a ``state_dict``, which is refused if it is none."""
+        if state and not self.learns:
+            raise ValueError(
+                f"`state` holds what a threshold object learned, but `{self._argument}` is "
+                f"{self._max_norm!r}; pass the same kind of threshold object as in the saved run"
+            )
+        objects: dict[str, Any] = {name: copy.deepcopy(self._max_norm) for name in state}
+        for name, threshold in objects.items():
+            threshold.load_state_dict(state[name])
+        return objects
+
+    def __repr__(self) -> str:
+        return repr(self._max_norm)
+
+
+def _takes_rows(max_norm: Any, device: torch.device | None) -> bool:
+    """Whether many sets can learn together, whose norms are on a device (None for the host)."""
+    return (
+        isinstance(max_norm, Learned) and not has_own_update(type(max_norm)) and max_norm._takes_rows(device)
+    )

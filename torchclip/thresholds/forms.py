@@ -1,0 +1,153 @@
+"""What the formulas of thresholds are written with: the same functions for each kind of number.
+
+A formula uses operators, comparisons and these functions, so that it is written once and serves
+
+- one set of gradients: floats, without any array,
+- many sets in host memory: a NumPy array with an entry for each,
+- many sets on a device: a tensor likewise, whose values nobody waits for.
+
+Every branch of a formula is computed, and ``where`` takes the right one, as a device has to.  So no formula
+may raise an error where its result is not taken: floats, for one, must not be divided by 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchclip._core import scalars
+
+__all__ = ["ARRAYS", "FLOATS", "Arrays", "Floats", "Form", "Tensors"]
+
+_CPU = torch.device("cpu")
+
+
+class Floats:
+    """One number; a row of several is a list, in which NaN stands for what is not there yet."""
+
+    hypot = staticmethod(math.hypot)
+    sqrt = staticmethod(math.sqrt)
+
+    @staticmethod
+    def where(condition: bool, a: Any, b: Any) -> Any:
+        """``a`` where the condition holds, ``b`` elsewhere."""
+        return a if condition else b
+
+    @staticmethod
+    def any(condition: bool) -> bool:
+        """Whether the condition may hold for one of the numbers."""
+        return condition
+
+    @staticmethod
+    def join(norm: float, _: float) -> float:
+        """The norm of given order of a vector whose parts have these norms."""
+        return norm
+
+    @staticmethod
+    def put(row: list[float], slot: int, number: float, condition: bool) -> None:
+        """Write a number into a slot of its row where the condition holds."""
+        if condition:
+            row[slot] = number
+
+    @staticmethod
+    def mean_and_deviation(row: list[float], count: int) -> tuple[float, float]:
+        """The mean and the standard deviation of the first so many of a row; of less than two anything."""
+        if count < 2:
+            return math.inf, 0.0
+        numbers = row if count == len(row) else row[:count]
+        mean = sum(numbers) / count
+        if mean == math.inf:  # only the sum is
+            mean = sum(number / count for number in numbers)
+        return mean, math.dist(numbers, [mean] * count) / math.sqrt(count - 1)
+
+
+class Arrays:
+    """A NumPy array, of one number for each row."""
+
+    hypot = staticmethod(np.hypot)
+    sqrt = staticmethod(np.sqrt)
+    where = staticmethod(np.where)
+    concatenate = staticmethod(np.concatenate)
+
+    @staticmethod
+    def any(condition: Any) -> bool:
+        """Whether the condition may hold for one of the numbers."""
+        return bool(condition.any())
+
+    @staticmethod
+    def join(norms: Any, order: float) -> float:
+        """The norm of given order of a vector whose parts have these norms, all of which are there."""
+        return scalars.join(norms.tolist(), order)  # type: ignore[return-value]
+
+    @staticmethod
+    def put(rows: Any, slots: Any, numbers: Any, condition: Any) -> None:
+        """Write a number into a slot of each row where the condition holds."""
+        (chosen,) = condition.nonzero()
+        rows[chosen, slots[chosen]] = numbers[chosen]
+
+    @staticmethod
+    def column(values: Sequence[Any]) -> Any:
+        """A number for each row, or a row of numbers for each."""
+        return np.array(values)
+
+    @staticmethod
+    def mean_and_deviation(rows: Any, count: Any) -> tuple[Any, Any]:
+        """The mean and the standard deviation of the first so many of each row; of less than two anything."""
+        return _mean_and_deviation(rows, count, np)
+
+
+class Tensors:
+    """A tensor on a device, of one number for each row."""
+
+    hypot = staticmethod(torch.hypot)
+    sqrt = staticmethod(torch.sqrt)
+    where = staticmethod(torch.where)
+    concatenate = staticmethod(torch.cat)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @staticmethod
+    def any(_: Tensor) -> bool:
+        """Whether the condition may hold for one of the numbers: not to know is not to wait."""
+        return True
+
+    @staticmethod
+    def join(norms: Tensor, order: float) -> Tensor:
+        """The norm of given order of a vector whose parts have these norms."""
+        return scalars.join_rows(norms, order)
+
+    @staticmethod
+    def put(rows: Tensor, slots: Tensor, numbers: Tensor, condition: Tensor) -> None:
+        """Write a number into a slot of each row where the condition holds."""
+        slots = slots[:, None]
+        rows.scatter_(1, slots, torch.where(condition[:, None], numbers[:, None], rows.gather(1, slots)))
+
+    def column(self, values: Sequence[Any]) -> Tensor:
+        """A number for each row, or a row of numbers for each."""
+        column = torch.from_numpy(np.array(values))  # in host memory, whatever the default device is
+        dtype = scalars.norm_dtype(self.device) if column.is_floating_point() else torch.int64
+        return column.to(self.device, dtype, non_blocking=True)
+
+    @staticmethod
+    def mean_and_deviation(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and the standard deviation of the first so many of each row; of less than two anything."""
+        return _mean_and_deviation(rows, count, torch)
+
+
+def _mean_and_deviation(rows: Any, count: Any, module: Any) -> tuple[Any, Any]:
+    is_there = rows == rows
+    mean = module.where(is_there, rows / count[:, None], 0.0).sum(1)
+    # Divided by the mean, which is never far below the largest, no square leaves the range.
+    parts = module.where(is_there, rows / mean[:, None] - 1.0, 0.0)
+    deviation = mean * module.sqrt((parts * parts).sum(1) / (count - 1))
+    return mean, module.where(mean > 0, deviation, 0.0)
+
+
+FLOATS, ARRAYS = Floats(), Arrays()
+Form = Floats | Arrays | Tensors

@@ -1,0 +1,116 @@
+"""What the thresholds of this package have in common: a formula, and columns of numbers that it learns."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchclip._core.batch import Norms
+from torchclip.thresholds import checks
+from torchclip.thresholds.forms import ARRAYS, FLOATS, Arrays, Tensors
+
+__all__ = ["Learned", "Rows", "has_own_update"]
+
+Kind = TypeVar("Kind", bound="Learned")
+
+
+class Learned(ABC):
+    """A threshold that learns by a formula.
+
+    What it has learned is in attributes, the columns.  In an object that a user makes they are numbers.  In
+    ``Rows`` a copy of it has an entry for each of many sets there, and learns by the same formula.
+    """
+
+    _columns: ClassVar[tuple[str, ...]]
+    """The attributes with what was learned."""
+
+    def update(self, norm: float) -> float:
+        """Learn from ``norm`` and return the threshold of this step."""
+        max_norm: float = self._learn(checks.norm(norm), FLOATS)
+        return max_norm
+
+    @abstractmethod
+    def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
+        """Learn from norms and return the thresholds.
+
+        Args:
+            norms: a norm, or an array or tensor with one for each set; below 0 where there is no gradient.
+                Those, ``inf`` and ``nan`` leave no trace.
+            form: the functions for this kind of number.
+            order: the order of the norms, for rules that join them.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, as plain data."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; the arguments stay those of this object."""
+
+    def _takes_rows(self, device: torch.device | None) -> bool:
+        """Whether many sets can learn together: in host memory, or on a device without waiting for it."""
+        return True
+
+
+def has_own_update(kind: type) -> bool:
+    """Whether a user's class answers by an ``update`` of its own, which must be called for each norm."""
+    for cls in kind.__mro__:
+        if "_learn" in vars(cls) or "update" in vars(cls):
+            return "_learn" not in vars(cls)
+    return True
+
+
+class Rows:
+    """Thresholds of many sets, which learn together: a row for each in every column.
+
+    Args:
+        thresholds: what they go on from, objects of the same kind with the same arguments.
+        device: where the norms will be; None for numbers in host memory.
+    """
+
+    def __init__(self, thresholds: Sequence[Learned], device: torch.device | None) -> None:
+        self.device = device
+        self._form: Arrays | Tensors = ARRAYS if device is None else Tensors(device)
+        self._one = thresholds[0]
+        self._all = self._stacked(thresholds)
+
+    def _stacked(self, thresholds: Sequence[Learned]) -> Learned:
+        stacked = copy.copy(self._one)
+        for name in self._one._columns:
+            setattr(stacked, name, self._form.column([getattr(each, name) for each in thresholds]))
+        return stacked
+
+    def append(self, thresholds: Sequence[Learned]) -> None:
+        """Add rows after those that are there."""
+        more = self._stacked(thresholds)
+        for name in self._one._columns:
+            columns: Any = [getattr(self._all, name), getattr(more, name)]
+            setattr(self._all, name, self._form.concatenate(columns))
+
+    def update(self, norms: Norms, order: float) -> Norms:
+        """Learn from a norm for each row, below 0 where there is no gradient, and return the thresholds.
+
+        What stands where there is no gradient has no meaning.
+        """
+        if self.device is not None:
+            max_norms: Tensor = self._all._learn(norms, self._form, order)
+            return max_norms
+        with np.errstate(all="ignore"):  # of what is not taken in the end
+            numbers: list[float] = self._all._learn(np.array(norms), self._form, order).tolist()
+        return numbers
+
+    def thresholds(self) -> list[Any]:
+        """An object for each row; waits for the device."""
+        columns = {name: getattr(self._all, name).tolist() for name in self._one._columns}
+        rows = [copy.deepcopy(self._one) for _ in next(iter(columns.values()))]
+        for name, values in columns.items():
+            for row, value in zip(rows, values, strict=True):
+                setattr(row, name, value)
+        return rows
