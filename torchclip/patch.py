@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
-from torchclip._core import mesh
-from torchclip._core.scalars import to_result
+from torchclip._core import arguments, mesh
 from torchclip.clip_grad import norm, value
 
 __all__ = ["install", "installed", "places", "uninstall"]
@@ -23,43 +23,52 @@ __all__ = ["install", "installed", "places", "uninstall"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _as_torch_returns(total_norm: float | Tensor, batch: Any) -> Tensor:
+def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
+    """A function that does what one of torchclip's does, but returns a norm as torch's function does.
+
+    It can have a ``__wrapped__``, which would be untrue of the original.
+    """
+    first = next(iter(inspect.signature(ours).parameters))
+
+    @functools.wraps(ours)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if not mesh.has_ranks():
+            return ours(*args, **kwargs)
+        given = args[0] if args else kwargs.get(first)
+        if isinstance(given, Iterator):
+            given = list(given)
+            args, kwargs = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, first: given})
+        result = ours(*args, **kwargs)
+        if result is None:
+            return None
+        tensors = arguments.tensor_list(first, given)
+        return _as_torch_returns(
+            result, tensors if takes_gradients else [t for t in tensors if t.grad is not None]
+        )
+
+    stand_in.__module__ = __name__  # where pickle finds it
+    stand_in.__signature__ = inspect.signature(ours)  # type: ignore[attr-defined]  # not that of __wrapped__
+    return cast(_Function, stand_in)
+
+
+def _as_torch_returns(total_norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The norm as a DTensor if gradients are: torch's callers may ask it for its ``full_tensor()``.
 
     Every rank holds the whole of it, so that ``item()`` is right, too.
     """
-    result = to_result(total_norm, batch)
-    if not mesh.has_ranks():
-        return result
-    found = [tensor.device_mesh for tensor in batch.all if mesh.is_dtensor(tensor)]
+    found = [tensor.device_mesh for tensor in tensors if mesh.is_dtensor(tensor)]
     own = next((each for each in found if each.get_coordinate() is not None), None)
     if own is None:
-        return result
+        return total_norm
     from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(result, own, [Replicate()] * own.ndim, run_check=False)
-
-
-def _stand_in(ours: _Function) -> _Function:
-    """A twin of one of torchclip's functions: its code, but it returns a norm as torch's function does.
-
-    It can have a ``__wrapped__``, which would be untrue of the original.  It does not call the original, so
-    that a warning's ``stacklevel`` still points at the user's line.
-    """
-    names = {**ours.__globals__, to_result.__name__: _as_torch_returns}
-    twin = types.FunctionType(ours.__code__, names, ours.__name__, ours.__defaults__, ours.__closure__)
-    twin.__kwdefaults__ = ours.__kwdefaults__
-    twin.__annotations__ = ours.__annotations__
-    twin.__doc__ = ours.__doc__
-    twin.__module__ = __name__  # where pickle finds it
-    twin.__signature__ = inspect.signature(ours)  # type: ignore[attr-defined]  # not that of __wrapped__
-    return cast(_Function, twin)
+    return DTensor.from_local(total_norm, own, [Replicate()] * own.ndim, run_check=False)
 
 
 clip_grad_norm_ = _stand_in(norm.clip_grad_norm_)
 clip_grad_value_ = _stand_in(value.clip_grad_value_)
 clip_grads_with_norm_ = _stand_in(norm.clip_grads_with_norm_)
-get_total_norm = _stand_in(norm.get_total_norm)
+get_total_norm = _stand_in(norm.get_total_norm, takes_gradients=True)
 
 _STAND_INS = (clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm)
 _lock = threading.RLock()
