@@ -1,4 +1,4 @@
-"""What `torchclip run` adds to a step by looking on: it is switched on and off at random, in one process.
+"""What `torchclip run` adds to a step by recording it: that is switched on and off at random, in one process.
 
     python benchmarks/recording.py [--steps N]
 
@@ -17,8 +17,9 @@ from torch import nn
 
 from torchclip.cli.bench.loop import without_garbage_collection
 from torchclip.cli.run.calls import Calls
+from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
-from torchclip.cli.run.watch import Watch
 
 WARM_UP = 200
 
@@ -42,19 +43,22 @@ def measure(steps: int) -> tuple[list[float], list[float]]:
     layers = [layer for sizes in pairwise([17, 64, 64, 6]) for layer in (nn.Linear(*sizes), nn.Tanh())]
     model, inputs = nn.Sequential(*layers[:-1]), torch.randn(64, 17)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
-    watch, draw = Watch(Trial(), Calls()), random.Random(0)
+    losses, draw = LossRecorder(), random.Random(0)
+    recorder = StepRecorder(Trial(), Calls(), losses)
     times: tuple[list[float], list[float]] = ([], [])
     for step in range(WARM_UP + steps):
         recorded = draw.random() < 0.5
-        watch.attach()  # in either case, for it has an effect on the caches
-        if not recorded:
-            watch.detach()
+        for each in (recorder, losses):  # in either case, for it has an effect on the caches
+            each.attach()
+            if not recorded:
+                each.detach()
         start = perf_counter()
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()
         seconds = perf_counter() - start
-        watch.detach()
+        recorder.detach()
+        losses.detach()
         if step >= WARM_UP:
             times[recorded].append(seconds)
     return times

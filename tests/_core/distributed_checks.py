@@ -26,7 +26,9 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchclip
-from torchclip.cli.run.recorder import Recorder
+from torchclip.cli.run.calls import Calls
+from torchclip.cli.run.functions import FunctionRecorder
+from torchclip.cli.run.trial import Trial
 from torchclip.clipper import Nonfinite, Scope
 from torchclip.thresholds import MaxNorm
 
@@ -588,7 +590,7 @@ def check_norms_under_install_are_what_code_for_torch_expects() -> None:
 def check_norms_of_dtensors_are_recorded_by_the_run_command() -> None:
     mesh = init_device_mesh("cpu", (2,))
     with torchclip.installed():
-        recorder = Recorder()
+        recorder = FunctionRecorder(Calls(), Trial())
         recorder.attach()
         torch.nn.utils.clip_grad_norm_([parameter(split(torch.ones(4), mesh, Shard(0)))], 1.0)
     recorder.calls.finish()

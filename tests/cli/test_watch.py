@@ -1,4 +1,4 @@
-"""``torchclip run`` sees every optimizer's steps, and puts the clipping of a trial in place."""
+"""``torchclip run`` records every optimizer's steps, and puts the clipping of a trial in place."""
 
 import csv
 import os
@@ -18,53 +18,53 @@ from torch import Tensor, nn
 
 import torchclip
 from torchclip.cli.main import main
-from torchclip.cli.run import recorder
+from torchclip.cli.run import functions
 from torchclip.cli.run.calls import Calls
-from torchclip.cli.run.recorder import Recorder
+from torchclip.cli.run.functions import FunctionRecorder
+from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.report import histories, labels, report
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
-from torchclip.cli.run.watch import Watch
-from torchclip.cli.run.watched import Watched
 from torchclip.history.history import History
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Session:
-    """A recorder and a watch, as in a run."""
+    """All recorders, as in a run."""
 
     def __init__(self, **trial: Any) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(recorder, "_attached", None)  # afterwards nobody looks on
+        self.patch.setattr(functions, "_attached", None)  # afterwards nothing records
         torchclip.install()
-        calls = Calls()
-        self.trial = Trial(**trial)
-        self.recorder = Recorder(calls, self.trial)
-        self.watch = Watch(self.trial, calls)
-        self.watch.calls_replaced = self.recorder.replaced
+        calls, self.losses = Calls(), LossRecorder()
+        self.functions = FunctionRecorder(calls, Trial(**trial))
+        self.steps = StepRecorder(Trial(**trial), calls, self.losses)
 
     def __enter__(self) -> "Session":
-        self.recorder.attach()
-        self.watch.attach()
+        for each in (self.functions, self.losses, self.steps):
+            each.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.watch.detach()
+        self.steps.detach()
+        self.losses.detach()
         torchclip.uninstall()
         self.patch.undo()
 
     @property
-    def watched(self) -> Watched:
-        (watched,) = self.watch.watched
-        return watched
+    def optimizer(self) -> OptimizerRecord:
+        (optimizer,) = self.steps.optimizers
+        return optimizer
 
     @property
     def history(self) -> History:
-        return self.watched.history
+        return self.optimizer.history
 
     def report(self, end: str = "") -> str:
-        self.recorder.calls.finish()
-        return report(self.recorder, self.watch, 1.0, end)
+        self.functions.calls.finish()
+        return report(self.functions, self.steps, 1.0, end)
 
 
 def weight(*values: float) -> nn.Parameter:
@@ -136,7 +136,6 @@ def test_a_clipper_keeps_its_own_history() -> None:
     assert len(clipper.history) == 20
     text = session.report()
     assert "clipped by a Clipper to 1" in text
-    assert re.search(r"Clipper of optimizer \(SGD\): \S+ \S+ a step \(measured 2 times\)", text)
     assert not optimizer.state_dict()["state"]
 
 
@@ -161,12 +160,12 @@ def test_whatever_clips_for_some_of_the_steps_each_is_recorded_once(kernel: bool
     assert [r.step for r in history] == list(range(101))
     assert [r.total_norm for r in history] == pytest.approx([*range(1, 101), float("inf")])
     assert [r.step for r in history if r.clipped] == [70]
-    assert list(session.watched.nonfinite) == [100]
+    assert list(session.optimizer.nonfinite) == [100]
     assert [r.clipped for r in clipper.history] == [True, False]
-    assert session.watched.steps == 103
-    assert session.watched.layers.steps == [*range(0, 64, 4), 64, 96]
-    assert session.watch.seconds > 0
-    assert session.watch.between > 0
+    assert session.optimizer.steps == 103
+    assert session.optimizer.layers.steps == [*range(0, 64, 4), 64, 96]
+    assert session.steps.seconds > 0
+    assert session.steps.between > 0
 
 
 def test_one_call_for_two_optimizers_and_two_calls_for_one() -> None:
@@ -180,7 +179,7 @@ def test_one_call_for_two_optimizers_and_two_calls_for_one() -> None:
         torch.nn.utils.clip_grad_norm_([first, second], 1.0)
         of_first.step()
         of_second.step()
-    both, one, two = session.watch.watched
+    both, one, two = session.steps.optimizers
     assert len(both.history) == 1
     assert [r.total_norm for r in one.history] == [3.0, 5.0]
     assert [r.total_norm for r in two.history] == [4.0, 5.0]
@@ -195,10 +194,10 @@ def test_a_first_call_for_optimizers_that_have_not_stepped_yet() -> None:
             torch.nn.utils.clip_grad_norm_([first, second, frozen], 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-    for watched in session.watch.watched:
-        assert [r.total_norm for r in watched.history] == [5.0] * 3
-        assert [r.clipped for r in watched.history] == [True] * 3
-    assert not len(session.recorder.calls.stray)
+    for record in session.steps.optimizers:
+        assert [r.total_norm for r in record.history] == [5.0] * 3
+        assert [r.clipped for r in record.history] == [True] * 3
+    assert not len(session.functions.calls.stray)
 
 
 def test_two_calls_for_parts_of_an_optimizer_make_one_norm() -> None:
@@ -277,7 +276,7 @@ def test_gradients_that_are_no_tensors_to_measure_do_not_end_the_script(
     def fails(*_: object) -> None:
         raise RuntimeError("no norm of this")
 
-    monkeypatch.setattr("torchclip.cli.run.watch.norm_of", fails)
+    monkeypatch.setattr("torchclip.cli.run.steps.norm_of", fails)
     optimizer = sgd(weight(0.0))
     with Session() as session:
         step(optimizer, [2.0])
@@ -295,6 +294,86 @@ def test_what_looks_on_is_not_compiled_with_a_step() -> None:
             w.grad = torch.tensor([0.0, number + 1.0])
             compiled()
     assert [r.total_norm for r in session.history] == pytest.approx(list(range(1, 41)))
+
+
+# The loss
+
+
+def losses_of(history: History) -> list[float | None]:
+    return [record.loss for record in history]
+
+
+def test_the_loss_is_what_backward_is_called_on() -> None:
+    w = weight(1.0)
+    optimizer = sgd(w)
+    with Session() as session:
+        for factor in (2.0, 3.0):
+            (w.sum() * factor).backward()  # with accumulation
+            (w.sum() * factor).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            w.data.fill_(1.0)
+        w.grad = torch.autograd.grad(w.sum() * 5, w)[0].clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        (w * 7).backward(gradient=torch.ones(1))
+        optimizer.step()
+        w.sum().backward()
+    assert losses_of(session.history) == [4.0, 6.0, None, None]
+    assert torch.Tensor.backward.__module__ == "torch._tensor"
+    assert "loss: 4 at the first step, 6 over the last tenth" in session.report()
+
+
+def test_the_loss_belongs_to_the_optimizer_that_steps_next() -> None:
+    first, second = weight(2.0), weight(3.0)
+    optimizers = sgd(first), sgd(second)
+    with Session() as session:
+        for w, optimizer in zip((first, second), optimizers, strict=True):
+            w.sum().backward()
+            optimizer.step()
+    assert [losses_of(each.history) for each in session.steps.optimizers] == [[2.0], [3.0]]
+
+
+def test_the_loss_is_without_a_grad_scalers_scale() -> None:
+    w = weight(2.0)
+    optimizer = sgd(w)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with Session() as session:
+        for divided in (False, True):
+            w.data.fill_(2.0)
+            loss = scaler.scale(w.sum())
+            (loss / 4 if divided else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        scaler.scale(w.sum() * float("inf")).backward()  # the scaler skips this step
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        w.data.fill_(3.0)
+        scaler.scale(w.sum()).backward()
+        scaler.step(optimizer)
+    assert losses_of(session.history) == [2.0, 0.5, 3.0]
+
+
+def test_of_a_step_with_several_closure_calls_the_first_loss_counts() -> None:
+    w = weight(4.0)
+    optimizer = torch.optim.LBFGS([w], max_iter=5, lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_([w], 1.0)
+        return loss
+
+    with Session() as session:
+        for _ in range(3):
+            w.data.fill_(4.0)
+            optimizer.step(closure)
+    assert losses_of(session.history) == [16.0] * 3
+    assert [r.total_norm for r in session.history] == [8.0] * 3
+    assert [r.step for r in session.history] == [0, 1, 2]
 
 
 # What is not finite, and what is large
@@ -315,7 +394,7 @@ def test_parameters_that_are_not_finite_are_named(clips: bool) -> None:
             if clips:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-    assert session.watched.nonfinite == {1: ["1.bias"]}
+    assert session.optimizer.nonfinite == {1: ["1.bias"]}
     assert "not finite at step 1: 1.bias" in session.report()
 
 
@@ -325,7 +404,7 @@ def test_of_a_clipper_that_skips_parameters_are_named() -> None:
     with Session() as session:
         torchclip.Clipper(optimizer, 1.0, nonfinite="skip")
         step(optimizer, [[1.0, float("inf")]], [1.0])
-    assert session.watched.nonfinite == {0: ["weight"]}
+    assert session.optimizer.nonfinite == {0: ["weight"]}
 
 
 def test_the_largest_layers_are_those_before_clipping() -> None:
@@ -336,13 +415,13 @@ def test_the_largest_layers_are_those_before_clipping() -> None:
             first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
             torch.nn.utils.clip_grad_norm_([first, second], 0.5)
             optimizer.step()
-    _, steps, norms = session.watched.layers.read()
+    _, steps, norms = session.optimizer.layers.read()
     assert steps == [0, 4, 8]
     np.testing.assert_allclose(norms, [[3.0, 4.0]] * 3, rtol=1e-5)
     assert "largest layers, by their share of the squared norm: parameter 1 (1) 64%" in " ".join(
         session.report().split()
     )
-    (history,) = histories(session.recorder, session.watch).values()
+    (history,) = histories(session.functions, session.steps).values()
     assert history.layers.steps == [0, 4, 8]
 
 
@@ -365,8 +444,8 @@ class Agent:
 def test_optimizers_are_told_apart_by_their_variables() -> None:
     with Session() as session:
         Agent().train()
-    assert list(labels(session.watch)) == ["actor_optimizer (Adam)", "critic_optimizer (Adam)"]
-    assert list(session.watch.watched[0].names.values()) == ["weight", "bias"]
+    assert list(labels(session.steps)) == ["actor_optimizer (Adam)", "critic_optimizer (Adam)"]
+    assert list(session.steps.optimizers[0].names.values()) == ["weight", "bias"]
 
 
 def test_optimizers_of_a_list_and_without_a_name() -> None:
@@ -376,17 +455,17 @@ def test_optimizers_of_a_list_and_without_a_name() -> None:
             step(optimizer, [1.0])
         step(sgd(weight(0.0)), [1.0])
         step(sgd(weight(0.0)), [1.0])
-    first, second, *others = labels(session.watch)
+    first, second, *others = labels(session.steps)
     assert (first, second) == ("optimizers[0] (SGD)", "optimizers[1] (Adam)")
     assert len(set(others)) == 2
 
 
-def test_optimizers_do_not_live_longer_for_being_watched() -> None:
+def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
     with Session() as session:
         for _ in range(3):
             step(sgd(weight(0.0)), [1.0])
-        assert [watched.optimizer() for watched in session.watch.watched] == [None] * 3
-        assert len(session.recorder.calls._owners) == 0
+        assert [record.optimizer() for record in session.steps.optimizers] == [None] * 3
+        assert len(session.functions.calls._owners) == 0
 
 
 # Trials
@@ -463,6 +542,30 @@ def test_nonfinite_alone_leaves_the_scripts_thresholds() -> None:
             optimizer.step()
     torch.testing.assert_close(w.data, torch.tensor([-0.3, -0.65]))
     assert session.history[1].nonfinite
+
+
+def test_with_nonfinite_alone_norms_are_those_before_the_scripts_own_clipping() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(nonfinite="skip") as session:
+        for grad in ([3.0, 4.0], [float("inf"), 0.0], [0.3, 0.4]):
+            w.grad = torch.tensor(grad)
+            torch.nn.utils.clip_grad_norm_([w], 1.0)
+            optimizer.step()
+        step(optimizer, [0.6, 0.8])
+    assert [r.total_norm for r in session.history] == pytest.approx([5.0, float("inf"), 0.5, 1.0])
+    assert [r.clipped for r in session.history] == [True, False, False, False]
+    assert [r.skipped for r in session.history] == [False, True, False, False]
+    torch.testing.assert_close(w.data, torch.tensor([-1.5, -2.0]))
+    text = " ".join(session.report().split())
+    assert "clipped by clip_grad_norm_ to 1, clipped by --nonfinite skip 4 steps: 1 clipped" in text
+
+
+def test_a_threshold_of_0_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--max-norm", "0.0", "script.py"])
+    message = "argument --max-norm: must be above 0, got '0.0', which makes every gradient 0; to clip"
+    assert message in capsys.readouterr().err
 
 
 def test_a_clipper_made_after_the_first_step_replaces_the_trials() -> None:
@@ -553,6 +656,11 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "a.svg").read_text()
     page = (tmp_path / "a.html").read_text()
     assert "optimizer (SGD)" in page
+    text = re.sub(r"<[^>]+>", " ", page)
+    assert re.search(r"script\.py, \d{4}-\d\d-\d\d \d\d:\d\d \w+, [\d.]+ m?s", text)
+    assert "Clipped by --max-norm 1" in text
+    assert "Largest layers, by their share of the squared norm: weight" in text
+    assert "Norm over steps" in text
     assert not re.search(r"(src|href)=\"http|@import|url\(http", page)
 
 
@@ -561,7 +669,7 @@ def test_advice_comes_after_what_clipping_did_and_before_time(tmp_path: Path) ->
     text = run(tmp_path, "script.py").stderr
     assert text.index("60 steps") < text.index("\nadvice\n") < text.index("\ntime\n")
     assert re.search(
-        r"looking on: \S+ .s a step, \d+\.\d% of the \S+ .s from step to step", " ".join(text.split())
+        r"recording: \S+ .s a step, \d+\.\d% of the \S+ .s from step to step", " ".join(text.split())
     )
 
 

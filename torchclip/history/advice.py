@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+
+from torchclip.history.records import Record
+from torchclip.history.signs import (
+    Array,
+    Departure,
+    departure,
+    drift,
+    harmful,
+    rises,
+    spikes,
+    usual_level,
+)
+from torchclip.history.stalls import EpsLimit, stalled
 
 __all__ = ["Advice", "advise"]
-
-Array = NDArray[Any]
 
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)
 """The shares of clipped steps that the table gives a threshold for."""
 
 _LEAST_STEPS = 50
-# A norm is judged by the medians of so many steps before and after it.
-_BESIDE = 25
-# A spike is so many standard deviations above it, on a log scale, and at least so many times as large.
-_SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
-# The norms drift if the medians of a run's quarters differ by so many standard errors, and by this ratio.
-_DRIFT_ERRORS, _DRIFT_RATIO = 6.0, 1.5
-# The standard deviation of a normal distribution, in terms of its median absolute deviation.
-_DEVIATION_OF_MAD = 1.4826
+# With fewer steps before an explosion, the threshold is this part of their median norm.
+_PART_OF_FEW = 1 / 3
+# Norms hardly vary if all but a hundredth are below this many times the median.
+_HARDLY_VARY = 1.3
+# Notes that come before the recommendation if they concern this share of the steps.
+_MUCH = 0.05
 
 
 @dataclass(frozen=True)
 class Advice:
     """What a fixed threshold would have done in this run, and which one to take; ``str()`` says it in words.
 
-    The norms are those before clipping, of the steps that are kept and whose norm is finite.  A run that was
-    clipped, or clipped otherwise, may have had others.
+    The norms are those before clipping, of the steps that are kept and whose norm is finite; of a step with
+    several records, as of LBFGS, the first.  A run that was clipped, or clipped otherwise, may have had
+    others.
     """
 
     max_norm: float | None
@@ -54,143 +62,284 @@ class Advice:
     reason: str
     """Why this ``max_norm``, or why none."""
     notes: tuple[str, ...]
-    """What else is to be known: spikes, drift, steps that were not finite; a sentence or two each."""
+    """What else to know: steps that were not finite, explosion, drift, spikes; a sentence or two each."""
+    explodes: int | None = None
+    """The number of the step at which the norms left their usual range for good, or None."""
+    stalls: float = 0.0
+    """The share of steps whose clipped gradients are below the optimizer's ``eps``, and so move little."""
+    rises: dict[float, tuple[float, float]] = field(default_factory=dict)
+    """Share of steps clipped → how often the loss rose after these steps, and after the others, if known."""
+    first: int = 0
+    """How many of the notes to read before the reason."""
 
-    def __str__(self) -> str:
-        lines = [textwrap.fill(text, 80) for text in (self.reason, *self.notes)]
-        if self.table:
+    @property
+    def words(self) -> list[str]:
+        """The reason and the notes, what matters most first."""
+        return [*self.notes[: self.first], self.reason, *self.notes[self.first :]]
+
+    @property
+    def rows(self) -> dict[float, float]:
+        """The rows of the table that are at least one step."""
+        return {share: norm for share, norm in self.table.items() if share * self.steps >= 1}
+
+    @property
+    def lines(self) -> list[str]:
+        """All of it, one line for each thing."""
+        lines = self.words
+        if self.rows:
             after = f" after the first {self.warmup:,}" if self.warmup else ""
             lines.append(f"On the {self.steps:,} steps{after}, a fixed threshold clips")
-            lines += [
-                f"  {share:>5.1%} of the steps with max_norm={norm:.3g}" for share, norm in self.table.items()
-            ]
-        return "\n".join(lines)
+        for share, norm in self.rows.items():
+            row = f"  {share:>5.1%} of the steps with max_norm={norm:.3g}"
+            if share in self.rises:
+                above, below = self.rises[share]
+                row += f"; the loss rose after {above:.0%} of them, {below:.0%} of the others"
+            lines.append(row)
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(
+            textwrap.fill(line, 80, subsequent_indent="    " if line.startswith(" ") else "")
+            for line in self.lines
+        )
 
 
-def advise(steps: Sequence[int], norms: Sequence[float], earlier: int = 0) -> Advice:
+def advise(records: Sequence[Record], earlier: int = 0, limits: Sequence[EpsLimit] = ()) -> Advice:
     """The advice for a run.
 
     Args:
-        steps: the numbers of the steps kept, oldest first.
-        norms: their norms before clipping, ``inf`` and ``nan`` included.
+        records: the records kept, oldest first.
         earlier: how many steps were before them.
+        limits: what the optimizer adds to the gradients' size before it divides by it.
     """
-    everything = np.asarray(norms, dtype=np.float64)
-    finite = np.isfinite(everything)
-    warmup = max(math.ceil((len(everything) + earlier) / 10) - earlier, 0)
-    counted = finite & (np.arange(len(everything)) >= warmup)
-    found, numbers = everything[counted], np.asarray(steps)[counted]
-    nonfinite = len(everything) - int(finite.sum())
-    about = [_about_nonfinite(nonfinite)] if nonfinite else []
-    refusal = _refusal(int(finite.sum()), found)
-    if refusal:
-        return Advice(None, {}, 0, False, len(found), warmup, nonfinite, refusal, tuple(about))
-    level = _level(found)
-    is_spike = _spikes(found / level)
-    usual = found[~is_spike]
-    quarters, drifts = _quarters(usual)
-    max_norm, reason = _recommended(usual, bool(is_spike.any()), drifts)
-    if drifts:
-        about.insert(0, _about_drift(quarters))
-    if is_spike.any():
-        about.insert(0, _about_spikes((found / level)[is_spike], numbers[is_spike]))
-    thresholds = np.quantile(found, [1 - share for share in SHARES]).tolist()
-    table = dict(zip(SHARES, thresholds, strict=True))
-    spikes = int(is_spike.sum())
-    return Advice(max_norm, table, spikes, drifts, len(found), warmup, nonfinite, reason, tuple(about))
+    firsts = [record for i, record in enumerate(records) if i == 0 or record.step != records[i - 1].step]
+    return _Run(firsts, earlier, limits).advice()
 
 
-def _refusal(finite: int, found: Array) -> str:
-    """Why there is no advice, if there is none."""
-    if finite == 0:
-        return "No advice: no step had a finite norm."
-    if finite < _LEAST_STEPS:
-        return f"Too early for advice: {finite} steps had a finite norm, and it takes {_LEAST_STEPS}."
-    if not np.quantile(found, 0.9) > 0:
-        return "No advice: nearly all norms are 0."
-    return ""
+class _Run:
+    """What is known of a run, and what is said about it."""
 
-
-def _level(norms: Array) -> Array:
-    """The usual norm at each step: the larger one of the medians of the steps before and of those after it.
-
-    A few spikes do not move a median, and where the norms change for good, one side has seen it already.
-    """
-    width = min(_BESIDE, len(norms))
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(norms, width), axis=1)
-    at = np.arange(len(norms))
-    before, after = (medians[np.clip(first, 0, len(medians) - 1)] for first in (at - width, at + 1))
-    level: Array = np.maximum(np.maximum(before, after), np.min(norms[norms > 0]))
-    return level
-
-
-def _spikes(ratios: Array) -> Array:
-    """Which steps are spikes, given the ratios of their norms to what is usual there."""
-    logs = _logs(ratios)
-    limit = max(math.log(_SPIKE_RATIO), _SPIKE_DEVIATIONS * _deviation(logs))
-    is_spike: Array = logs > limit
-    return is_spike
-
-
-def _quarters(norms: Array) -> tuple[list[float], bool]:
-    """The median norm of each quarter of the run, and whether they differ by more than chance has it."""
-    logs = _logs(norms)
-    medians = [float(np.median(part)) for part in np.array_split(logs, 4)]
-    # The standard error of the median of as many numbers as a quarter has.
-    error = 1.2533 * _deviation(logs - _logs(_level(norms))) / math.sqrt(len(norms) / 4)
-    drifts = max(medians) - min(medians) > max(math.log(_DRIFT_RATIO), _DRIFT_ERRORS * error)
-    return [math.exp(median) for median in medians], drifts
-
-
-def _logs(positive: Array) -> Array:
-    """Logarithms; a 0 counts as the smallest number that is none."""
-    logs: Array = np.log(np.maximum(positive, np.min(positive[positive > 0])))
-    return logs
-
-
-def _deviation(logs: Array) -> float:
-    """The standard deviation, from the median so that what is far out does not count."""
-    return _DEVIATION_OF_MAD * float(np.median(np.abs(logs - np.median(logs))))
-
-
-def _recommended(usual: Array, spikes: bool, drifts: bool) -> tuple[float, str]:
-    """The threshold to take, with two digits, and why."""
-    lately = np.array_split(usual, 4)[-1] if drifts else usual
-    max_norm = float(f"{np.quantile(lately, 0.99 if spikes else 0.9):.2g}")
-    where = "in the last quarter of the run" if drifts else "of this run"
-    if spikes:
-        return max_norm, (
-            f"Take max_norm={max_norm:g}: above 99 % of the usual norms {where}, it shortens the spikes and "
-            "hardly any other step."
+    def __init__(self, records: Sequence[Record], earlier: int, limits: Sequence[EpsLimit]) -> None:
+        self.numbers = np.array([record.step for record in records], dtype=np.int64)
+        self.norms = np.array([record.total_norm for record in records], dtype=np.float64)
+        self.losses = np.array(
+            [math.nan if record.loss is None else _known(record.loss) for record in records], dtype=np.float64
         )
-    return max_norm, (
-        f"Take max_norm={max_norm:g}: it shortens the longest tenth of the steps {where} and is a safeguard "
-        "against a bad one. From half to twice that number should do as well."
-    )
+        self.finite = np.isfinite(self.norms)
+        self.nonfinite = len(self.norms) - int(self.finite.sum())
+        self.departure = departure(self.norms, self.losses)
+        self.stall = stalled(records, limits)
+        self.warmup = max(math.ceil((len(self.norms) + earlier) / 10) - earlier, 0)
+        end = len(self.norms)
+        if self.departure is not None and self.departure.loss_rose is not False:
+            end = self.departure.index
+            self.warmup = min(self.warmup, max(math.ceil((end + earlier) / 10) - earlier, 0))
+            if end < _LEAST_STEPS:
+                self.warmup = 0
+        usable = self.finite & (self.norms > 0)
+        self.counted = np.flatnonzero(usable & (np.arange(len(self.norms)) >= self.warmup))
+        self.counted = self.counted[self.counted < end]
+        self.zeros = int((self.norms == 0).sum())
+
+    def advice(self) -> Advice:
+        """All of it."""
+        notes = [*self._about_nonfinite(), *self._about_departure()]
+        first = len(notes) if self.departure or self.nonfinite >= _MUCH * len(self.norms) else 0
+        found = self.norms[self.counted]
+        refusal = self._refusal()
+        quarters, drifts = ([], False) if len(found) < 8 else drift(found)
+        if refusal:
+            return self._advice(None, refusal, notes, first, False, 0, {}, {})
+        level = usual_level(found)
+        is_spike = spikes(found / level) if len(found) >= 8 else np.zeros(len(found), dtype=bool)
+        if is_spike.any():
+            quarters, drifts = drift(found[~is_spike])
+        if self.departure is not None and self.departure.loss_rose is not False:
+            drifts = drifts and len(found) >= _LEAST_STEPS
+        if drifts:
+            about = self._about_drift(quarters)
+            notes.append(about)
+            first = len(notes)
+        notes += [*self._about_stalls(), *self._about_zeros()]
+        if is_spike.any():
+            notes.append(self._about_spikes(found / level, is_spike))
+        max_norm, reason = self._recommended(found[~is_spike], int(is_spike.sum()), drifts)
+        table, rose = self._table(found)
+        return self._advice(max_norm, reason, notes, first, drifts, int(is_spike.sum()), table, rose)
+
+    def _advice(
+        self,
+        max_norm: float | None,
+        reason: str,
+        notes: Sequence[str],
+        first: int,
+        drifts: bool,
+        spike_count: int,
+        table: dict[float, float],
+        rose: dict[float, tuple[float, float]],
+    ) -> Advice:
+        explodes = None if self.departure is None else int(self.numbers[self.departure.index])
+        return Advice(
+            max_norm,
+            table,
+            spike_count,
+            drifts,
+            len(self.counted),
+            self.warmup,
+            self.nonfinite,
+            reason,
+            tuple(notes),
+            explodes,
+            self.stall.share,
+            rose,
+            first,
+        )
+
+    def _table(self, found: Array) -> tuple[dict[float, float], dict[float, tuple[float, float]]]:
+        thresholds = np.quantile(found, [1 - share for share in SHARES]).tolist()
+        table = dict(zip(SHARES, thresholds, strict=True))
+        rose = {share: rises(found, self.losses[self.counted], norm) for share, norm in table.items()}
+        return table, {share: pair for share, pair in rose.items() if pair is not None}
+
+    def _refusal(self) -> str:
+        """Why there is no advice, if there is none."""
+        finite = int(self.finite.sum())
+        if finite == 0:
+            return "No advice: no step had a finite norm. Lower the learning rate to a tenth, and ask again."
+        if self.departure is not None and self.departure.loss_rose is not False:
+            return ""
+        if finite < _LEAST_STEPS:
+            return f"Too early for advice: {finite} steps had a finite norm, and it takes {_LEAST_STEPS}."
+        if len(self.counted) <= _MUCH * len(self.norms):
+            return "No advice: nearly all norms are 0."
+        if len(self.counted) < 8:
+            return f"No advice: only {len(self.counted)} steps after the first tenth had a norm above 0."
+        return ""
+
+    def _recommended(self, usual: Array, spike_count: int, drifts: bool) -> tuple[float, str]:
+        """The threshold to take, with two digits, and why."""
+        found = self.norms[self.counted]
+        if self.departure is not None and self.departure.loss_rose is not False:
+            return self._before_departure(usual)
+        if not spike_count and not drifts and np.quantile(usual, 0.99) < _HARDLY_VARY * np.median(usual):
+            safe = _two_digits(2 * usual.max())
+            return safe, (
+                "Clipping is not needed: the norms hardly vary "
+                f"({usual.min():.3g} to {usual.max():.3g}), and a lower threshold would only shorten steps. "
+                f"As a safeguard use max_norm={safe:g}, twice the largest."
+            )
+        quantile = 0.99 if spike_count else 0.9
+        threshold = float(np.quantile(usual, quantile))
+        if drifts:
+            quarters = np.array_split(usual, 4)
+            threshold = max(threshold, float(np.quantile(quarters[-1], quantile)))
+            if np.median(quarters[-1]) < np.median(quarters[0]):  # early steps need theirs
+                early = self.norms[: max(len(self.norms) // 10, 1)]
+                early = early[np.isfinite(early) & (early > 0)]
+                threshold = max(threshold, float(np.median(early)) if len(early) else 0.0)
+        max_norm = _two_digits(threshold)
+        clipped = np.mean(found > max_norm)
+        if spike_count:
+            others = int((usual > max_norm).sum())
+            spike = "the spike" if spike_count == 1 else f"the {spike_count:,} spikes"
+            return max_norm, (
+                f"Use max_norm={max_norm:g}. It would have clipped {spike} and "
+                f"{_counted(others, 'other step')} of {len(found):,}."
+            )
+        if drifts:
+            return max_norm, f"Use max_norm={max_norm:g}. It would have clipped {clipped:.1%} of the steps."
+        return max_norm, (
+            f"Use max_norm={max_norm:g}. It would have clipped {clipped:.0%} of the steps and protects "
+            "against a bad batch. From half to twice that number should do as well."
+        )
+
+    def _before_departure(self, usual: Array) -> tuple[float, str]:
+        """The threshold for a run whose norms have left their usual range, from before that."""
+        middle = float(np.median(usual))
+        few = len(usual) < _LEAST_STEPS
+        max_norm = _two_digits(middle * _PART_OF_FEW if few else middle)
+        what = "a third of the median norm" if few else "the median norm"
+        return max_norm, (
+            f"Use max_norm={max_norm:g}, {what} of the {_counted(len(usual), 'step')} before. If the norms "
+            "leave that range again, lower the learning rate."
+        )
+
+    # Notes
+
+    def _about_nonfinite(self) -> Iterator[str]:
+        if self.nonfinite:
+            yield (
+                f"Not finite: the norm of {_counted(self.nonfinite, 'step')} of {len(self.norms):,}. No "
+                "threshold helps there; Clipper(..., nonfinite='skip') skips such steps."
+            )
+
+    def _about_departure(self) -> Iterator[str]:
+        found = self.departure
+        if found is None:
+            return
+        step = int(self.numbers[found.index])
+        times = (
+            "not finite" if math.isinf(found.after) else f"{found.after / found.before:.3g} times as large"
+        )
+        text = (
+            f"At step {step:,} the norms left their usual range for good: the median norm since then is "
+            f"{found.after:.3g}, {times}; before it was {found.before:.3g}."
+        )
+        yield text + _loss_words(found)
+
+    def _about_drift(self, quarters: Sequence[float]) -> str:
+        medians = ", ".join(f"{median:.3g}" for median in quarters)
+        text = f"The norms drift: the medians of the four quarters are {medians}."
+        if quarters[-1] < quarters[0] / 100:
+            return f"{text} The run converges; a threshold that follows, as Percentile does, stops it early."
+        return (
+            f"{text} A threshold that follows, such as torchclip.Percentile(10), fits better than a number."
+        )
+
+    def _about_stalls(self) -> Iterator[str]:
+        if self.stall.share >= _MUCH:
+            yield str(self.stall)
+
+    def _about_zeros(self) -> Iterator[str]:
+        if self.zeros:
+            zeros = _counted(self.zeros, "step")
+            yield f"The norm of {zeros} of {len(self.norms):,} is 0; these do not count."
+
+    def _about_spikes(self, ratios: Array, is_spike: Array) -> str:
+        at = np.flatnonzero(is_spike)
+        largest = at[np.argmax(ratios[at])]
+        text = (
+            f"The spikes: {_counted(len(at), 'step')}, up to {ratios[largest]:.3g} times the norm around "
+            f"them (step {self.numbers[self.counted[largest]]:,})."
+        )
+        bad = harmful(at, self.losses[self.counted])
+        if bad is not None:
+            none = "it" if len(at) == 1 else "any of them"
+            text += (
+                f" The loss rose after {bad:,} of them."
+                if bad
+                else f" They did no harm: the loss did not rise after {none}."
+            )
+        return f"{text} torchclip.ZScore() clips spikes alone."
 
 
-def _about_spikes(ratios: Array, steps: Array) -> str:
-    largest = int(np.argmax(ratios))
-    return (
-        f"The spikes: {_counted(len(ratios))}, up to {ratios[largest]:.3g} times the norm around them "
-        f"(step {steps[largest]:,}). torchclip.ZScore() pulls back spikes alone."
-    )
+def _known(loss: float) -> float:
+    """A loss; one that is not finite is as large as can be."""
+    return loss if math.isfinite(loss) else math.inf
 
 
-def _about_drift(quarters: Sequence[float]) -> str:
-    medians = ", ".join(f"{median:.3g}" for median in quarters)
-    return (
-        f"The norms drift: the medians of the four quarters are {medians}. A threshold that follows, such as "
-        "torchclip.Percentile(10), fits better than a number."
-    )
+def _loss_words(found: Departure) -> str:
+    if found.loss_before is None or found.loss_after is None:
+        return ""
+    if found.loss_rose:
+        return f" The loss rose from {found.loss_before:.3g} to {found.loss_after:.3g}."
+    losses = f"{found.loss_before:.3g}, then {found.loss_after:.3g}"
+    return f" The loss did not rise ({losses}), so the change may be meant."
 
 
-def _about_nonfinite(count: int) -> str:
-    return (
-        f"Not finite: the norm of {_counted(count)}, which no threshold mends; "
-        "Clipper(..., nonfinite='skip') leaves such steps out."
-    )
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")
 
 
-def _counted(steps: int) -> str:
-    return f"{steps:,} {'step' if steps == 1 else 'steps'}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

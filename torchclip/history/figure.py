@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["NARROW", "draw_norms", "histogram_figure", "history_figure", "label_plainly", "on_log_scale"]
+__all__ = [
+    "NARROW",
+    "draw_loss",
+    "draw_norms",
+    "empty_figure",
+    "histogram_figure",
+    "history_figure",
+    "label_plainly",
+    "losses_of",
+    "on_log_scale",
+]
 
 Array = NDArray[Any]
 
@@ -37,12 +47,54 @@ def history_figure(columns: Mapping[str, Sequence[float]], width: float = 8.0) -
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 2 + 3 * width / 8), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    losses = losses_of(columns)
+    if not len(columns["step"]):
+        return empty_figure("no step has been recorded", width)
+    height = 2 + 3 * width / 8
+    figure = Figure(figsize=(width, height * (1.5 if len(losses) else 1)), dpi=120, layout="constrained")
+    if len(losses):
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        draw_loss(below, columns)
+        axes.xaxis.label.set_visible(False)
+    else:
+        axes = figure.add_subplot()
     draw_norms(axes, columns)
     axes.set_title("Norms over Steps", fontsize=16)
     figure.legend(loc="outside lower center", ncols=2 if width < NARROW else 5)
     return figure
+
+
+def empty_figure(text: str, width: float = 8.0) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 2), dpi=120, layout="constrained")
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14)
+    return figure
+
+
+def losses_of(columns: Mapping[str, Sequence[float | None]]) -> Array:
+    """The loss of each step, ``nan`` where it is not known; empty if it is known of none."""
+    losses = np.array([np.nan if loss is None else loss for loss in columns["loss"]], dtype=np.float64)
+    return losses if not np.isnan(losses).all() else losses[:0]
+
+
+def draw_loss(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
+    """Draw the loss over the steps; one that is not finite leaves a gap.
+
+    Args:
+        axes: where.
+        columns: what ``torchclip.history.History.as_dict`` returns, of which the loss is known.
+    """
+    losses = losses_of(columns)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    shown = np.where(np.isfinite(losses), losses, np.nan)
+    axes.plot(columns["step"], shown, color="tab:green", linewidth=0.8, label="loss")
+    known = shown[np.isfinite(shown)]
+    if len(known) and known.min() > 0 and known.max() > 20 * known.min():
+        axes.set_yscale("log")
+        label_plainly(axes.yaxis)
 
 
 def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:

@@ -23,6 +23,7 @@ from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record, as_records, integer, saved_columns
+from torchclip.history.stalls import EpsLimit, stalled
 from torchclip.history.summary import QUANTILES, Summary
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class History(Sequence[Record]):
 
     layers: Layers
     """The norms of single parameters, of every ``layers_every``-th step of a ``Clipper``."""
+    eps_limits: tuple[EpsLimit, ...] = ()
+    """The optimizer's ``eps``, for each of its parameter groups; a Clipper sets it."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
@@ -197,6 +200,7 @@ class History(Sequence[Record]):
             largest_step=largest_step,
             kept=len({record.step for record in records}),
             quantiles=quantiles,
+            stall=stalled(records, self.eps_limits),
         )
 
     def suggest(self) -> Advice:
@@ -217,7 +221,7 @@ class History(Sequence[Record]):
         with self._lock:
             records, steps = self._snapshot(), self._counts["steps"]
         earlier = steps - len({record.step for record in records})
-        return advise([record.step for record in records], [record.total_norm for record in records], earlier)
+        return advise(records, earlier, self.eps_limits)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The records kept as columns: field of ``Record`` → its values, oldest first."""

@@ -53,35 +53,40 @@ class _Picture(NamedTuple):
 class _Run(NamedTuple):
     name: str
     numbers: list[tuple[str, str]]
+    about: Sequence[str]
     advice: Advice
-    table: list[tuple[str, str]]
     figures: list[_Picture]
 
 
-def page(title: str, histories: Mapping[str, History]) -> str:
+def page(
+    title: str, histories: Mapping[str, History], about: Mapping[str, Sequence[str]] | None = None
+) -> str:
     """The HTML of a page about the runs of several optimizers.
 
     Args:
         title: the heading.
-        histories: the runs by what to call them; for a single one the name may be empty.
+        histories: the runs by what to call them; for a single one the name is not shown.
+        about: what else to say, by the names of the runs, and of all of them under the empty name.
     """
     from jinja2 import Environment, StrictUndefined
 
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    runs = [_run(name, history) for name, history in histories.items()]
-    return environment.from_string(template).render(title=title, runs=runs)
+    said = about or {}
+    runs = [_run(name, history, said.get(name, ()) if name else ()) for name, history in histories.items()]
+    if len(runs) == 1:
+        runs[0] = runs[0]._replace(name="")
+    return environment.from_string(template).render(title=title, runs=runs, about=said.get("", ()))
 
 
-def _run(name: str, history: History) -> _Run:
+def _run(name: str, history: History, about: Sequence[str]) -> _Run:
     columns, advice = history.as_dict(), history.suggest()
-    figures = [_norms(name, columns), _histogram(name, columns, advice)]
+    figures = [_norms(name, columns), _histogram(name, columns, advice)] if columns["step"] else []
     layers = history.layers.read()
     if layers[1]:
         drawings = _drawings(f"layers of {name}", lambda width: layers_figure(*layers, width))
         figures.append(_Picture("Layers", drawings, "Grey: no gradient, or a norm of 0. Red: not finite."))
-    table = [(f"{share:.1%}", f"{max_norm:.3g}") for share, max_norm in advice.table.items()]
-    return _Run(name, _numbers(history.summary()), advice, table, figures)
+    return _Run(name, _numbers(history.summary()), about, advice, figures)
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str]]:
@@ -107,21 +112,23 @@ def _norms(name: str, columns: Mapping[str, Sequence[Any]]) -> _Picture:
         "step": columns["step"],
         "norm": _short(columns["total_norm"]),
         "max_norm": _short(columns["max_norm"]),
+        "loss": _short([math.nan if loss is None else loss for loss in columns["loss"]]),
         "mark": "".join(
             "s" if skipped else "n" if bad else "c" if clipped else "-" for clipped, bad, skipped in marks
         ),
     }
-    caption = "Before clipping. Point at a step to read it."
+    caption = "Norms before clipping. Point at a step to read it."
     # Numbers and letters only, so that no character needs to be escaped.
-    data = Markup(json.dumps(points, separators=(",", ":"))) if columns["step"] else None
-    return _Picture("Norm over steps", drawings, caption, data)
+    data = Markup(json.dumps(points, separators=(",", ":")))
+    has_loss = any(loss is not None for loss in columns["loss"])
+    return _Picture("Norm and loss over steps" if has_loss else "Norm over steps", drawings, caption, data)
 
 
 def _norms_figure(columns: Mapping[str, Sequence[Any]], width: float) -> Figure:
     figure = history_figure(columns, width)
-    for line in figure.axes[0].lines:
+    for line in [line for axes in figure.axes for line in axes.lines]:
         if len(np.asarray(line.get_xdata())) > _MANY_POINTS:
-            if line.get_label() == "norm":
+            if line.get_label() in ("norm", "loss"):
                 line.set_marker("")
             elif line.get_linestyle() == "None":
                 line.set_rasterized(True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torchclip.history.stalls import Stall
 
 __all__ = ["QUANTILES", "Summary"]
 
+MUCH = 0.05
+"""Stalled steps are worth a word if they are this share of all."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """The probabilities of the quantiles in a summary."""
 
@@ -29,6 +33,8 @@ class Summary:
     kept: int
     quantiles: dict[float, float]
     """Quantiles of the finite norms among the kept steps, by probability; empty if there was none."""
+    stall: Stall = field(default=Stall())
+    """Steps among those kept whose clipped gradients are below the optimizer's ``eps``."""
 
     @property
     def clipped_share(self) -> float:
@@ -43,7 +49,7 @@ class Summary:
         if not self.quantiles:
             return f"{counts}\nnorm: none finite among the steps kept"
         quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in self.quantiles.items())
+        stall = f"\n{self.stall}" if self.stall.share >= MUCH else ""
         where = "" if self.kept == self.steps else f" (last {self.kept:,} steps)"
-        return (
-            f"{counts}\nnorm: {quantiles}{where}; largest {self.largest_norm:.4g} at step {self.largest_step}"
-        )
+        largest = f"largest {self.largest_norm:.4g} at step {self.largest_step}"
+        return f"{counts}\nnorm: {quantiles}{where}; {largest}{stall}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -49,7 +49,6 @@ class Calls:
 
     Attributes:
         are_waiting: whether an optimizer may have calls for its next step.
-        on_waiting: called with an optimizer that has got a call for its next step.
         stray: calls on parameters of no optimizer that has ever stepped.
     """
 
@@ -60,11 +59,10 @@ class Calls:
         self._shared: tuple[list[int], Call] | None = None
         self.stray = History()
         self.are_waiting = False
-        self.on_waiting: Callable[[Optimizer], object] = lambda _: None
         self._strays = 0
 
-    def know(self, optimizer: Optimizer, parameters: Iterable[int]) -> None:
-        """Take in whose parameters these are, by their ``id``, and calls on them that came before."""
+    def register(self, optimizer: Optimizer, parameters: Iterable[int]) -> None:
+        """Note whose parameters these are, by their ``id``, and assign calls on them that came before."""
         for key in parameters:
             self._owners[key] = optimizer
         if self._shared is not None and not self._unclaimed:
@@ -83,7 +81,7 @@ class Calls:
         if not owners:
             self._unclaimed.append((keys, call))
             if len(self._unclaimed) > _MOST_UNCLAIMED:
-                self._give_up(self._unclaimed.pop(0)[1])
+                self._add_stray(self._unclaimed.pop(0)[1])
         for owner in owners:
             self._give(owner, keys, call)
         # The others may belong to an optimizer whose first step is still to come.
@@ -98,15 +96,14 @@ class Calls:
             if not any(each is call for each in calls):
                 calls.append(call)
             self.are_waiting = True
-            self.on_waiting(owner)
 
     def finish(self) -> None:
-        """No optimizer is going to step any more."""
+        """Count the calls that wait for an optimizer as strays: none is going to step any more."""
         for _, call in self._unclaimed:
-            self._give_up(call)
+            self._add_stray(call)
         self._unclaimed.clear()
 
-    def _give_up(self, call: Call) -> None:
+    def _add_stray(self, call: Call) -> None:
         self.stray.append(self._strays, call.total_norm, call.max_norm, call.clip_coef)
         self._strays += 1
 
@@ -134,7 +131,7 @@ class Calls:
 def _in_one_step(calls: list[Call], not_taken: list[Call]) -> Call:
     """Several calls on the same parameters: the last one, or what they did one after another.
 
-    A GradScaler leaves a step out whose gradients are not finite: such calls go to ``not_taken``, but for the
+    A GradScaler skips a step whose gradients are not finite: such calls go to ``not_taken``, but for the
     last one.
     """
     *earlier, last = calls

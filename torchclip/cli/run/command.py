@@ -21,11 +21,12 @@ from torchclip._core.extras import installing
 from torchclip.cli.options import file_to_write, max_norm, picture_file, refusal
 from torchclip.cli.run import files
 from torchclip.cli.run.calls import Calls
-from torchclip.cli.run.recorder import Recorder
-from torchclip.cli.run.report import histories, report
+from torchclip.cli.run.functions import FunctionRecorder
+from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.report import about, histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
-from torchclip.cli.run.watch import Watch
 from torchclip.cli.thresholds import LEARNED, WITHOUT_CEILING
 from torchclip.clipper.clipper import Nonfinite
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m")
     add(
         "--max-norm",
-        type=max_norm,
+        type=_above_0,
         metavar="X",
         help="clip to this norm in place of the script's own clipping",
     )
@@ -64,6 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("script", metavar="SCRIPT", help="the training script, or with -m the module")
     rest = add("args", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="an argument of the script's own")
     rest.required = False  # or, until Python 3.12, the error for a missing SCRIPT asks for it, too
+
+
+def _above_0(text: str) -> float:
+    """A threshold that lets a training move."""
+    value = max_norm(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(
+            f"must be above 0, got {text!r}, which makes every gradient 0; to clip nothing use --none"
+        )
+    return value
 
 
 def run(
@@ -115,7 +126,7 @@ def run(
     try:
         session.run(main)
     finally:
-        failed = session.close(files.Files(plot, csv, html))
+        failed = session.close(files.Files(plot, csv, html), " ".join([script, *args]))
     return session.status or failed
 
 
@@ -139,7 +150,7 @@ def _refuse_missing(plot: Path | None, html: Path | None) -> None:
 
 
 class _Session:
-    """One run of a script, looked on from its beginning to its end.
+    """One run of a script, recorded from its beginning to its end.
 
     Attributes:
         status: the exit status so far.
@@ -148,10 +159,10 @@ class _Session:
     def __init__(self, trial: Trial) -> None:
         patch.install()
         calls = Calls()
-        self.recorder = Recorder(calls, trial)
+        self.functions = FunctionRecorder(calls, trial)
+        self.losses = LossRecorder()
         self._progress = _progress()
-        self.watch = Watch(trial, calls, self._progress)
-        self.watch.calls_replaced = self.recorder.replaced
+        self.steps = StepRecorder(trial, calls, self.losses, self._progress)
         self.status = 0
         self._began = False
         self._end = ""
@@ -159,9 +170,10 @@ class _Session:
         self._start = time.perf_counter()
 
     def attach(self) -> None:
-        """Look on from now on."""
-        self.recorder.attach()
-        self.watch.attach()
+        """Record from now on."""
+        self.functions.attach()
+        self.losses.attach()
+        self.steps.attach()
         if self._progress is not None:
             self._progress.attach()
 
@@ -191,20 +203,18 @@ class _Session:
         self._began = error.__traceback__ is not None
         if not self._began and isinstance(error, ImportError):
             raise refusal(f"argument SCRIPT: {error}") from None
-        self._clear()
+        if self._progress is not None:
+            self._progress.clear()
         sys.excepthook(type(error), error, error.__traceback__)
         interrupted = isinstance(error, KeyboardInterrupt)
         self.status = 130 if interrupted else 1
         self._end = "until Ctrl-C" if interrupted else f"until {type(error).__name__}"
 
-    def _clear(self) -> None:
-        if self._progress is not None:
-            self._progress.clear()
-
-    def close(self, wanted: files.Files) -> int:
+    def close(self, wanted: files.Files, command: str) -> int:
         """Report what ran, and write the files: the exit status if one of these cannot be."""
         seconds = time.perf_counter() - self._start
-        self.watch.detach()
+        self.steps.detach()
+        self.losses.detach()
         if self._progress is not None:
             self._progress.detach()
         # A forked child that gets here has nothing to report, and of many ranks one is enough.
@@ -212,9 +222,10 @@ class _Session:
             return 0
         if sys.stdout is not None:
             sys.stdout.flush()
-        self.recorder.calls.finish()
-        print(report(self.recorder, self.watch, seconds, self._end), file=sys.stderr)
-        return wanted.write(histories(self.recorder, self.watch))
+        self.functions.calls.finish()
+        print(report(self.functions, self.steps, seconds, self._end), file=sys.stderr)
+        said = about(self.functions, self.steps, seconds, command, self._end)
+        return wanted.write(histories(self.functions, self.steps), said)
 
 
 def _progress() -> Progress | None:

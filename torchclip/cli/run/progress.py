@@ -11,7 +11,7 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
-from torchclip.cli.run.watched import Watched
+from torchclip.cli.run.optimizer import OptimizerRecord
 
 __all__ = ["Progress"]
 
@@ -29,7 +29,7 @@ class Progress:
         self._next = time.perf_counter() + _SECONDS
         self._shown = False
         self._streams: dict[str, TextIO] = {}
-        self._proxies: list[_Watcher] = []
+        self._proxies: list[_ClearingStream] = []
 
     def attach(self) -> None:
         """Stand before stdout and stderr where these are terminals."""
@@ -37,7 +37,7 @@ class Progress:
             stream = getattr(sys, name)
             if stream is not None and stream.isatty():
                 self._streams[name] = stream
-                proxy = _Watcher(stream, self.clear)
+                proxy = _ClearingStream(stream, self.clear)
                 self._proxies.append(proxy)
                 setattr(sys, name, proxy)
 
@@ -48,15 +48,17 @@ class Progress:
             if getattr(sys, name) is proxy:
                 setattr(sys, name, stream)
 
-    def __call__(self, watched: Watched) -> None:
+    def __call__(self, optimizer: OptimizerRecord) -> None:
         """Draw the line anew, if it is time."""
         now = time.perf_counter()
         if now < self._next or not all(proxy.line_has_ended for proxy in self._proxies):
             return
         self._next = now + _SECONDS
-        text = f"torchclip: step {watched.steps:,}"
-        if watched.on_host and len(watched.history):  # else to look would be to wait
-            record = watched.history[-1]
+        text = f"torchclip: step {optimizer.steps:,}"
+        if optimizer.on_host and len(
+            optimizer.history
+        ):  # elsewhere reading a value would wait for the device
+            record = optimizer.history[-1]
             clipped = f", clipped to {record.max_norm:.4g}" if record.clipped else ""
             text += f", norm {record.total_norm:.4g}{clipped}"
         self.clear()
@@ -75,7 +77,7 @@ class Progress:
         self._console.file.flush()
 
 
-class _Watcher:
+class _ClearingStream:
     """A stream that has something done before it is written to."""
 
     def __init__(self, stream: TextIO, before: Any) -> None:

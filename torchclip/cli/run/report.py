@@ -5,49 +5,53 @@ from __future__ import annotations
 import math
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from datetime import datetime
+from statistics import median
 
 import numpy as np
 
+from torchclip.cli.run.functions import FunctionRecorder
 from torchclip.cli.run.names import unique_names
-from torchclip.cli.run.recorder import Cost, Recorder
-from torchclip.cli.run.watch import Watch
-from torchclip.cli.run.watched import Watched
+from torchclip.cli.run.optimizer import OptimizerRecord
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
+from torchclip.history.signs import final_loss
 
-__all__ = ["histories", "report"]
+__all__ = ["about", "histories", "labels", "report"]
 
 _WIDTH = 80
 _MOST_OPTIMIZERS, _MOST_LAYERS, _MOST_NONFINITE, _MOST_NAMES = 8, 3, 3, 4
 STRAY = "no optimizer"
 
 
-def report(recorder: Recorder, watch: Watch, seconds: float, end: str = "") -> str:
+def report(functions: FunctionRecorder, steps: StepRecorder, seconds: float, end: str = "") -> str:
     """What clipping did and cost in a run of so many seconds, in a few lines.
 
     Args:
-        recorder: the calls of torch's functions.
-        watch: the steps of the optimizers.
+        functions: the calls of torch's functions.
+        steps: the steps of the optimizers.
         seconds: how long the run took.
         end: how it ended, unless as usual.
     """
     width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
-    found = labels(watch)
+    found = labels(steps)
     lines = [f"torchclip: what clipping did in {_duration(seconds)}{end and ', '}{end}"]
     shown = dict(list(found.items())[:_MOST_OPTIMIZERS])
-    for label, watched in shown.items():
-        lines += ["", *_did(label, watched, watch)]
+    for label, optimizer in shown.items():
+        lines += ["", *_did(label, optimizer, functions, steps)]
     if len(found) > len(shown):
         lines += ["", f"and {_count(len(found) - len(shown), 'optimizer')} more"]
-    if len(recorder.calls.stray):
-        lines += ["", *_strays(recorder.calls.stray)]
+    if len(functions.calls.stray):
+        lines += ["", *_strays(functions.calls.stray)]
     if len(lines) == 1:
         lines += ["  No optimizer of torch's took a step, and no clipping function of torch's was called."]
-    for label, watched in shown.items():
-        if watched.steps:
-            lines += ["", *_advice(label, watched.history, len(shown) > 1)]
-    costs = _costs(recorder, watch, shown, seconds)
+    for label, optimizer in shown.items():
+        if optimizer.steps:
+            lines += ["", f"advice for {label}" if len(shown) > 1 else "advice"]
+            lines += [f"  {line}" for line in optimizer.history.suggest().lines]
+    costs = list(_costs(functions, steps, seconds))
     if costs:
         lines += ["", "time", *costs]
     return "\n".join(part for line in lines for part in _wrapped(line, width))
@@ -58,61 +62,85 @@ def _wrapped(line: str, width: int) -> list[str]:
     return textwrap.wrap(line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False) or [""]
 
 
-def labels(watch: Watch) -> dict[str, Watched]:
-    """The optimizers, each by a label of its own."""
-    names = unique_names([w.candidates for w in watch.watched], [w.kind for w in watch.watched])
-    return {w.label(name): w for name, w in zip(names, watch.watched, strict=True)}
+def labels(steps: StepRecorder) -> dict[str, OptimizerRecord]:
+    """The optimizers, each by a label of its own; those that share a Clipper are one."""
+    names = unique_names(
+        [each.candidates for each in steps.optimizers], [each.kind for each in steps.optimizers]
+    )
+    together: dict[int, tuple[list[str], OptimizerRecord]] = {}
+    for name, optimizer in zip(names, steps.optimizers, strict=True):
+        label = optimizer.label(name)
+        together.setdefault(id(optimizer.history), ([], optimizer))[0].append(label)
+    return {" and ".join(found): optimizer for found, optimizer in together.values()}
 
 
-def histories(recorder: Recorder, watch: Watch) -> dict[str, History]:
+def histories(functions: FunctionRecorder, steps: StepRecorder) -> dict[str, History]:
     """The steps of each optimizer, by its label, with the norms of its parameters."""
     found = {}
-    for label, watched in labels(watch).items():
-        found[label] = watched.history
-        if not len(watched.history.layers):
-            watched.history.layers = watched.layers
-    if len(recorder.calls.stray):
-        found[STRAY] = recorder.calls.stray
+    for label, optimizer in labels(steps).items():
+        found[label] = optimizer.history
+        if not len(optimizer.history.layers):
+            optimizer.history.layers = optimizer.layers
+    if len(functions.calls.stray):
+        found[STRAY] = functions.calls.stray
+    return found
+
+
+def about(
+    functions: FunctionRecorder, steps: StepRecorder, seconds: float, command: str, end: str = ""
+) -> dict[str, list[str]]:
+    """What the page says beside the numbers, by an optimizer's label: how it was clipped, the largest layers.
+
+    Under the empty label: which script, when, for how long, and what clipping cost.
+    """
+    date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    run = [f"{command}, {date}, {_duration(seconds)}{end and ', '}{end}"]
+    found = {"": [*run, *(line.strip() for line in _costs(functions, steps, seconds))]}
+    for label, optimizer in labels(steps).items():
+        clipped_by = _clipped_by(optimizer, functions, steps)
+        found[label] = [line[:1].upper() + line[1:] for line in (clipped_by, *_about(optimizer))]
     return found
 
 
 # What clipping did
 
 
-def _did(label: str, watched: Watched, watch: Watch) -> Iterator[str]:
-    summary = watched.history.summary()
-    yield f"{label}: {_clipped_by(watched, watch)}"
-    if watched.problem:
-        yield f"  {watched.problem}"
-    yield from _numbers(watched.history)
-    for step, names in list(watched.nonfinite.items())[:_MOST_NONFINITE]:
+def _did(
+    label: str, optimizer: OptimizerRecord, functions: FunctionRecorder, steps: StepRecorder
+) -> Iterator[str]:
+    yield f"{label}: {_clipped_by(optimizer, functions, steps)}"
+    yield from (f"  {line}" for line in _numbers(optimizer.history))
+    yield from (f"  {line}" for line in _about(optimizer))
+
+
+def _about(optimizer: OptimizerRecord) -> Iterator[str]:
+    """Problems, where gradients were not finite, and the largest layers."""
+    if optimizer.problem:
+        yield optimizer.problem
+    nonfinite = optimizer.history.summary().nonfinite
+    for step, names in list(optimizer.nonfinite.items())[:_MOST_NONFINITE]:
         where = ", ".join(names[:_MOST_NAMES]) or "unknown"
         more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-        yield f"  not finite at step {step:,}: {where}{more}"
-    if summary.nonfinite > _MOST_NONFINITE and len(watched.nonfinite) > _MOST_NONFINITE:
-        yield f"  and at {_count(summary.nonfinite - _MOST_NONFINITE, 'step')} more"
-    largest = _largest(watched.layers)
+        yield f"not finite at step {step:,}: {where}{more}"
+    if nonfinite > _MOST_NONFINITE and len(optimizer.nonfinite) > _MOST_NONFINITE:
+        yield f"and at {_count(nonfinite - _MOST_NONFINITE, 'step')} more"
+    largest = _largest(optimizer.layers)
     if largest:
-        yield f"  largest layers, by their share of the squared norm: {largest}"
+        yield f"largest layers, by their share of the squared norm: {largest}"
 
 
-def _clipped_by(watched: Watched, watch: Watch) -> str:
-    if watch.trial.clips and not watched.problem:
-        to = "" if watch.trial.threshold is None else _to(watched.history)
-        if watch.trial.is_per_parameter:  # a record holds the smallest, which tells nothing
+def _clipped_by(optimizer: OptimizerRecord, functions: FunctionRecorder, steps: StepRecorder) -> str:
+    if steps.trial.replaces and (steps.trial.none or not optimizer.problem):
+        to = "" if steps.trial.threshold is None else _to(optimizer.history)
+        if steps.trial.is_per_parameter:  # a record holds the smallest threshold, which says nothing
             to = ", each parameter to a threshold of its own"
-        return f"{watch.trial}{to}{_in_place_of(watch)}"
-    if watch.trial.none:
-        return f"{watch.trial}{_in_place_of(watch)}"
-    if not watched.clipped_by:
-        return "clipped by nothing"
-    return f"clipped by {' and '.join(watched.clipped_by)}{_to(watched.history)}"
-
-
-def _in_place_of(watch: Watch) -> str:
-    """Which clipping of the program's own does not count."""
-    theirs = list(watch.calls_replaced) + ["Clipper"] * bool(watch.replaced_clippers)
-    return f", in place of the script's own {' and '.join(theirs)}" if theirs else ""
+        theirs = list(functions.replaced) + ["Clipper"] * bool(steps.replaced_clippers)
+        in_place = f", in place of the script's own {' and '.join(theirs)}" if theirs else ""
+        return f"{steps.trial}{to}{in_place}"
+    policy = "" if steps.trial.nonfinite is None else f", {steps.trial}"
+    if not optimizer.clipped_by:
+        return f"clipped by nothing{policy}"
+    return f"clipped by {' and '.join(optimizer.clipped_by)}{_to(optimizer.history)}{policy}"
 
 
 def _to(history: History) -> str:
@@ -127,16 +155,20 @@ def _to(history: History) -> str:
 def _numbers(history: History) -> Iterator[str]:
     summary = history.summary()
     yield (
-        f"  {_count(summary.steps, 'step')}: {summary.clipped:,} clipped ({summary.clipped_share:.1%}), "
+        f"{_count(summary.steps, 'step')}: {summary.clipped:,} clipped ({summary.clipped_share:.1%}), "
         f"{summary.nonfinite:,} not finite, {summary.skipped:,} skipped"
     )
     if summary.quantiles:
         quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in summary.quantiles.items())
         where = "" if summary.kept == summary.steps else f" (of the last {summary.kept:,} steps)"
         yield (
-            f"  norm before clipping: {quantiles}{where}; largest {summary.largest_norm:.4g} "
+            f"norm before clipping: {quantiles}{where}; largest {summary.largest_norm:.4g} "
             f"at step {summary.largest_step:,}"
         )
+    losses = [record.loss for record in history if record.loss is not None]
+    if losses:
+        start = "first" if summary.kept == summary.steps else "first kept"
+        yield f"loss: {losses[0]:.4g} at the {start} step, {final_loss(losses):.4g} over the last tenth"
 
 
 def _strays(history: History) -> Iterator[str]:
@@ -160,53 +192,17 @@ def _largest(layers: Layers) -> str:
     return ", ".join(f"{names[i]} {shares[i]:.0%}" for i in order)
 
 
-# The advice
-
-
-def _advice(label: str, history: History, several: bool) -> Iterator[str]:
-    advice = history.suggest()
-    yield f"advice for {label}" if several else "advice"
-    yield f"  {advice.reason}"
-    yield from (f"  {note}" for note in advice.notes)
-    if advice.table:
-        after = f" after the first {advice.warmup:,}" if advice.warmup else ""
-        yield f"  On the {advice.steps:,} steps{after}, a fixed threshold clips"
-        yield from (f"    {share:>5.1%} of them with {norm:.3g}" for share, norm in advice.table.items())
-
-
 # Time
 
 
-def _costs(recorder: Recorder, watch: Watch, shown: Mapping[str, Watched], seconds: float) -> list[str]:
-    lines = [_cost_line(name, cost, seconds) for name, cost in recorder.costs.items()]
-    for label, watched in shown.items():
-        if watched.seconds:
-            lines.append(
-                f"  Clipper of {label}: {_duration(float(np.median(watched.seconds)))} a step "
-                f"(measured {_count(len(watched.seconds), 'time')})"
-            )
-    if watch.between:
-        own = watch.seconds + recorder.seconds / watch.steps
-        of_step = f"{own / watch.between:.1%} of the {_duration(watch.between)} from step to step"
-        lines.append(f"  looking on: {_duration(own)} a step, {of_step}")
-    return lines
-
-
-def _cost_line(name: str, cost: Cost, seconds: float) -> str:
-    line = f"  {name}: {_count(cost.calls, 'call')}"
-    if cost.ours:
-        ours = float(np.median(cost.ours))
-        line += f" of {_duration(ours)}"
-    if cost.torch_error:
-        return f"{line}; torch's own fails here ({cost.torch_error})"
-    if not (cost.ours and cost.torchs):
-        return f"{line}; torch's own was not measured"
-    torchs = float(np.median(cost.torchs))
-    saved = (torchs - ours) * cost.calls
-    return (
-        f"{line}; torch's own {_duration(torchs)} (measured {_count(len(cost.torchs), 'time')}): "
-        f"{'saves' if saved >= 0 else 'costs'} {_duration(abs(saved))}, {abs(saved) / seconds:.1%} of the run"
-    )
+def _costs(functions: FunctionRecorder, steps: StepRecorder, seconds: float) -> Iterator[str]:
+    for name, count in functions.counts.items():
+        each = median(functions.seconds[name])
+        share = f"{each * count / seconds:.1%} of the run"
+        yield f"  {name}: {_count(count, 'call')} of {_duration(each)}, {share}"
+    if steps.between:
+        share = f"{steps.seconds / steps.between:.1%} of the {_duration(steps.between)} from step to step"
+        yield f"  recording: {_duration(steps.seconds)} a step, {share}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,331 @@
+"""Every step of every optimizer of a program, recorded through torch's global hooks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from torchclip._core.batch import Norm
+from torchclip.cli.run.calls import Call, Calls
+from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of, with_gradient
+from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.optimizer import OptimizerRecord
+from torchclip.cli.run.trial import Trial
+from torchclip.clipper import clipper as clippers
+from torchclip.clipper.clipper import Clipper
+from torchclip.clipper.step import with_closure
+
+__all__ = ["StepRecorder"]
+
+# Parameters are measured one by one in every so many of the first steps, and of the others.
+_FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
+_EVERY_TIMED, _TIMED = 16, 10  # the time is taken in such steps, in which parameters are not measured
+_MOST_TIMES = 10_000
+_MOST_NONFINITE = 100  # steps whose parameters are kept
+
+
+class StepRecorder:
+    """Records each step of a program's optimizers, and puts the clipping of a trial in place.
+
+    An optimizer that has a Clipper is measured by that; one whose gradients were clipped by torch's functions
+    has been measured by them; for the others the norm is taken before each step.
+
+    Attributes:
+        trial: the clipping that is tried.
+        optimizers: what is known of each, in the order of their first steps.
+        replaced_clippers: how many Clippers of the program have got the thresholds of the trial.
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        calls: Calls,
+        losses: LossRecorder,
+        progress: Callable[[OptimizerRecord], object] | None = None,
+    ) -> None:
+        self.trial = trial
+        self.optimizers: list[OptimizerRecord] = []
+        self.replaced_clippers = 0
+        self._calls = calls
+        self._losses = losses
+        self._progress = progress
+        self._by_id: dict[int, OptimizerRecord] = {}
+        self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
+        self._trial_clippers: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
+        self._is_adding_clipper = False
+        self._detach: list[Callable[[], None]] = []
+        self._own_seconds: deque[float] = deque(maxlen=_MOST_TIMES)
+        self._intervals: deque[float] = deque(maxlen=_MOST_TIMES)
+        self._last_timed = (0, 0.0)  # how many steps there were when the time was last taken, and that time
+
+    @property
+    def steps(self) -> int:
+        """How many there were, of all optimizers."""
+        return sum(record.steps for record in self.optimizers)
+
+    @property
+    def seconds(self) -> float:
+        """What recording takes in a step, as a median; 0 if no step was timed."""
+        return median(self._own_seconds) if self._own_seconds else 0.0
+
+    @property
+    def between(self) -> float:
+        """The time from one step to the next, likewise."""
+        return median(self._intervals) if self._intervals else 0.0
+
+    def attach(self) -> None:
+        """Record from now on."""
+        # What runs here is not to be compiled where the program's step is.
+        before_step, after_step = map(torch.compiler.disable, (self._before_step, self._after_step))
+        self._detach += [
+            register_optimizer_step_pre_hook(before_step).remove,
+            register_optimizer_step_post_hook(after_step).remove,
+        ]
+        initialize = Clipper.__init__
+
+        @functools.wraps(initialize)
+        def initialize_for_trial(clipper: Clipper, optimizer: Any, max_norm: Any, **options: Any) -> None:
+            optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+            if not self._is_adding_clipper:
+                self._remove_trial_clippers(optimizers)
+                if self.trial.replaces:
+                    self.replaced_clippers += 1
+                    max_norm = math.inf if self.trial.none else self.trial.new_max_norm()
+            if self.trial.nonfinite is not None:
+                options["nonfinite"] = self.trial.nonfinite
+            initialize(clipper, optimizer, max_norm, **options)
+            self._clippers.update(dict.fromkeys(optimizers, ref(clipper)))
+
+        setattr(Clipper, "__init__", initialize_for_trial)  # noqa: B010
+        self._detach.append(lambda: setattr(Clipper, "__init__", initialize))
+
+    def detach(self) -> None:
+        """Record no more; Clippers of the trial stay."""
+        while self._detach:
+            self._detach.pop()()
+
+    # One step
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        start = time.perf_counter()
+        record = self._by_id.get(id(optimizer))
+        if record is None or record.groups != len(optimizer.param_groups):
+            record = self._register(optimizer)
+        if record is None or not record.step.begin():
+            return None
+        record.loss, record.call, record.is_measured = self._losses.take(), None, False
+        if len(args) > 1 or kwargs:
+
+            def measured_after(closure: Callable[..., Any]) -> Callable[..., Any]:
+                return functools.partial(self._call_closure, closure, record, optimizer)
+
+            replaced = with_closure(type(optimizer).step, args, kwargs, measured_after)
+            if replaced is not None:
+                return replaced
+        self._measure(record, optimizer)
+        if _is_timed(record.steps):
+            self._own_seconds.append(time.perf_counter() - start)
+        return None
+
+    def _call_closure(
+        self,
+        closure: Callable[..., Any],
+        record: OptimizerRecord,
+        optimizer: Optimizer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The first call of a step's closure counts, with its loss and its gradients."""
+        result = closure(*args, **kwargs)
+        if not record.is_measured:
+            loss = self._losses.take()
+            record.loss = loss if record.loss is None else record.loss
+            self._losses.close()
+            self._measure(record, optimizer)
+        return result
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        record = self._by_id.get(id(optimizer))
+        if record is None or not record.step.end():
+            return
+        if len(args) > 1 or kwargs:  # later calls of its closure do not count
+            self._losses.take()
+            self._calls.of(optimizer)
+        clipper = self._clipper_of(optimizer)
+        if clipper is not None:
+            self._read_clipper(record, optimizer, clipper)
+        number = record.steps
+        record.steps += 1
+        if self._progress is not None:
+            self._progress(record)
+        if _is_timed(number):
+            now = time.perf_counter()
+            if self._own_seconds:
+                self._own_seconds[-1] += now - start
+            steps, (earlier, before) = self.steps, self._last_timed
+            if earlier:
+                self._intervals.append((now - before) / (steps - earlier))
+            self._last_timed = (steps, now)
+
+    def _measure(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
+        """Record the step that an optimizer takes, or have its Clipper do so."""
+        record.is_measured = True
+        try:
+            record.call = self._calls.of(optimizer) if self._calls.are_waiting else None
+            clipper = self._clipper_of(optimizer)
+            clip_coef: Norm = 1.0
+            if record.call is not None:
+                clip_coef = record.call.clip_coef
+            if clipper is not None:
+                if record.loss is not None and getattr(clipper, "loss", None) is None:
+                    setattr(clipper, "loss", record.loss)  # noqa: B010
+            elif record.call is not None:
+                self._record_call(record, record.call, skipped=False)
+            else:
+                self._record_norm(record, optimizer)
+            if _measures_layers(record.steps) and isinstance(clip_coef, float) and clip_coef > 0:
+                self._measure_layers(record, optimizer, clip_coef)
+        except Exception as error:  # the program must go on, whatever its gradients are
+            record.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
+
+    def _record_call(self, record: OptimizerRecord, call: Call, skipped: bool) -> None:
+        """Record a step whose gradients torch's functions have clipped."""
+        record.clipped_by[call.function] += 1
+        for earlier in call.not_taken:
+            norm, max_norm, clip_coef = earlier.total_norm, earlier.max_norm, earlier.clip_coef
+            record.history.append(record.steps, norm, max_norm, clip_coef, skipped=True)
+            record.steps += 1
+        norm, max_norm, clip_coef = call.total_norm, call.max_norm, call.clip_coef
+        record.history.append(record.steps, norm, max_norm, clip_coef, skipped, record.loss)
+        if call.nonfinite:
+            self._note_nonfinite(record, record.steps, call.nonfinite)
+
+    def _record_norm(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
+        """Record a step whose norm nobody else takes."""
+        parameters = _parameters(optimizer)
+        norm = norm_of(parameters)
+        norm = 0.0 if norm is None else _unscaled(norm, optimizer)
+        record.history.append(record.steps, norm, math.inf, 1.0, loss=record.loss)
+        if record.on_host and not math.isfinite(norm):
+            self._note_nonfinite(record, record.steps, nonfinite_ids(parameters))
+
+    def _measure_layers(self, record: OptimizerRecord, optimizer: Optimizer, clip_coef: float) -> None:
+        """Keep the norm of each parameter as it was before clipping."""
+        parameters = with_gradient(_parameters(optimizer))
+        if parameters:
+            names = [record.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
+            record.layers.append(record.steps, names, norms_of(parameters) / clip_coef)
+
+    def _read_clipper(self, record: OptimizerRecord, optimizer: Optimizer, clipper: Clipper) -> None:
+        """Look up what a Clipper did in the step that has just been taken."""
+        if optimizer in self._trial_clippers and not self.trial.replaces:
+            # It decides on steps that are not finite; the program itself may have clipped before.
+            last = clipper.last
+            if last is not None and record.call is not None:
+                self._record_call(record, record.call, last.skipped)
+            elif last is not None:
+                norm, max_norm, clip_coef = last.total_norm, last.max_norm, last.clip_coef
+                record.history.append(record.steps, norm, max_norm, clip_coef, last.skipped, record.loss)
+        else:
+            record.history = clipper.history
+            record.clipped_by["a Clipper"] += 1
+        if record.on_host and clipper.last is not None and clipper.last.nonfinite:
+            self._note_nonfinite(record, clipper.last.step, nonfinite_ids(_parameters(optimizer)))
+
+    def _note_nonfinite(self, record: OptimizerRecord, step: int, parameters: Sequence[int]) -> None:
+        if len(record.nonfinite) < _MOST_NONFINITE:
+            record.nonfinite[step] = [record.names[key] for key in parameters if key in record.names]
+
+    # Optimizers and Clippers
+
+    def _register(self, optimizer: Optimizer) -> OptimizerRecord | None:
+        """Take an optimizer in, or read its parameters anew if it has got another group."""
+        if not optimizer.state and _creates_state(sys._getframe(2)):
+            return None
+        record = self._by_id.get(id(optimizer))
+        if record is not None:
+            record.read_parameters(optimizer)
+        else:
+            record = OptimizerRecord(optimizer, self._forget)
+            self.optimizers.append(record)
+            self._by_id[id(optimizer)] = record
+        if self.trial.replaces:
+            for group in optimizer.param_groups:
+                if group.get("max_norm") is not None:
+                    del group["max_norm"]
+        if self.trial.clips and self._clipper_of(optimizer) is None:
+            self._add_trial_clipper(record, optimizer)
+        self._calls.register(optimizer, record.names)
+        return record
+
+    def _forget(self, gone: ref[Optimizer]) -> None:
+        """Another object may get the ``id`` of an optimizer that is gone."""
+        for key, record in list(self._by_id.items()):
+            if record.optimizer is gone:
+                del self._by_id[key]
+
+    def _add_trial_clipper(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
+        self._is_adding_clipper = True
+        try:
+            self._trial_clippers[optimizer] = self.trial.clipper_for(optimizer)
+        except (TypeError, ValueError) as error:
+            record.problem = f"not clipped as asked: {error}"
+        finally:
+            self._is_adding_clipper = False
+
+    def _remove_trial_clippers(self, optimizers: Sequence[Any]) -> None:
+        """The program makes a Clipper of its own for optimizers that have this run's."""
+        for optimizer in optimizers:
+            if isinstance(optimizer, Optimizer) and optimizer in self._trial_clippers:
+                self._trial_clippers.pop(optimizer).detach()
+
+    def _clipper_of(self, optimizer: Optimizer) -> Clipper | None:
+        if not self._clippers or optimizer not in clippers._clipped_optimizers:
+            return None
+        found = self._clippers.get(optimizer)
+        return None if found is None else found()
+
+
+def _measures_layers(step: int) -> bool:
+    """Whether the parameters are measured one by one in a step."""
+    return step % _EVERY_FIRST == 0 if step < _FIRST_STEPS else step % _EVERY == 0
+
+
+def _is_timed(step: int) -> bool:
+    """Whether the time is taken in a step: one in which recording does what it usually does."""
+    return step % _EVERY_TIMED == _TIMED
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _unscaled(norm: Norm, optimizer: Optimizer) -> Norm:
+    """A norm without a GradScaler's scale."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return norm
+    return norm / scale.to(norm) if isinstance(norm, Tensor) else norm / float(scale)
+
+
+def _creates_state(frame: FrameType | None) -> bool:
+    """Whether ``torch.distributed.checkpoint`` takes a step that is none, to make an optimizer's state."""
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,216 @@
+"""What the norms and losses of a run show: spikes, drift, and norms that left their usual range for good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Array",
+    "Departure",
+    "departure",
+    "drift",
+    "final_loss",
+    "harmful",
+    "rises",
+    "spikes",
+    "usual_level",
+]
+
+Array = NDArray[Any]
+
+# A norm is judged by the medians of so many steps before and after it.
+_BESIDE = 25
+# A spike is so many standard deviations above it, on a log scale, and at least so many times as large.
+_SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
+# The norms drift if the means of a run's quarters differ by so many standard errors, and by this ratio.
+_DRIFT_ERRORS, _DRIFT_RATIO = 6.0, 1.5
+# Norms leave their usual range if they are so many standard deviations above it, and so many times as large:
+# with few steps before by more.
+_LEAVES_DEVIATIONS, _LEAVES_RATIO, _LEAVES_RATIO_OF_FEW = 5.0, 10.0, 100.0
+_FEW, _FEWEST = 10, 3
+# They leave it for good if this share of the norms from then on is outside, and there are so many of them.
+_SHARE_OUTSIDE, _LEAST_AFTER = 0.8, 5
+# Where the loss rises for good by this ratio, norms that are so many times as large are enough.
+_LOSS_RATIO, _RATIO_WITH_LOSS = 1.2, 2.0
+# The standard deviation of a normal distribution, in terms of its median absolute deviation.
+_DEVIATION_OF_MAD = 1.4826
+
+
+def usual_level(norms: Array) -> Array:
+    """The usual norm at each step: the larger one of the medians of the steps before and of those after it.
+
+    A few spikes do not move a median, and where the norms change for good, one side has seen it already.
+    """
+    width = min(_BESIDE, len(norms))
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(norms, width), axis=1)
+    at = np.arange(len(norms))
+    before, after = (medians[np.clip(first, 0, len(medians) - 1)] for first in (at - width, at + 1))
+    level: Array = np.maximum(before, after)
+    return level
+
+
+def spikes(ratios: Array) -> Array:
+    """Which steps are spikes, given the ratios of their norms to what is usual there."""
+    logs = np.log(ratios)
+    found: Array = logs > max(math.log(_SPIKE_RATIO), _SPIKE_DEVIATIONS * _deviation(logs))
+    return found
+
+
+def drift(norms: Array) -> tuple[list[float], bool]:
+    """The median norm of each quarter of the run, and whether they differ by more than chance has it.
+
+    What chance does is seen from blocks within the quarters: levels that alternate differ there, too.
+    """
+    quarters = np.array_split(norms, 4)
+    means = [float(np.log(quarter).mean()) for quarter in quarters]
+    errors = []
+    for quarter in quarters:
+        logs = np.log(quarter)
+        blocks = [block.mean() for block in np.array_split(logs, min(5, max(len(logs) // 5, 2)))]
+        of_blocks = np.std(blocks, ddof=1) / math.sqrt(len(blocks))
+        errors.append(max(of_blocks, np.std(logs, ddof=1) / math.sqrt(len(logs))))
+    least = max(math.log(_DRIFT_RATIO), _DRIFT_ERRORS * float(np.median(errors)))
+    return [float(np.median(quarter)) for quarter in quarters], max(means) - min(means) > least
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Norms that left their usual range for good.
+
+    Attributes:
+        index: the first step outside, counted from the beginning of what was looked at.
+        before: the median norm before.
+        after: the median norm since then; ``inf`` if most were not finite.
+        loss_before: the median loss of the steps just before, if it is known.
+        loss_after: the median loss since then.
+    """
+
+    index: int
+    before: float
+    after: float
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def loss_rose(self) -> bool | None:
+        """Whether the loss rose for good; None if it is not known."""
+        if self.loss_before is None or self.loss_after is None:
+            return None
+        return not self.loss_after <= self.loss_before
+
+
+def departure(norms: Array, losses: Array) -> Departure | None:
+    """Where the norms left their usual range for good, judging by norms and losses, or None.
+
+    Args:
+        norms: of each step; ``inf`` and ``nan`` are outside of every range.
+        losses: of each step, ``nan`` where unknown.
+    """
+    finite = np.isfinite(norms)
+    if len(norms) < _FEWEST + _LEAST_AFTER or not (norms[finite] > 0).any():
+        return None
+    highest = math.log(norms[finite].max()) + math.log(_LEAVES_RATIO_OF_FEW) * 2
+    logs = np.full(len(norms), highest)
+    positive = finite & (norms > 0)
+    logs[positive] = np.log(norms[positive])
+    logs[norms == 0] = logs[positive].min()
+    found = [index for index in (_by_norms(logs), _by_losses(logs, losses)) if index is not None]
+    if not found:
+        return None
+    index = min(found)
+    before, after = (float(np.exp(np.median(part))) for part in (logs[:index], logs[index:]))
+    after = math.inf if np.median(logs[index:]) >= highest else after
+    known = np.isfinite(losses[:index])
+    if not known.any() or np.isnan(losses[index:]).all():
+        return Departure(index, before, after)
+    loss_after = np.where(np.isnan(losses[index:]), math.inf, losses[index:])
+    loss_before = float(np.median(losses[:index][known][-_BESIDE:]))
+    return Departure(index, before, after, loss_before, float(np.median(loss_after)))
+
+
+def _by_norms(logs: Array) -> int | None:
+    """The step from which on the norms alone show it."""
+    steps = len(logs)
+    at = np.arange(_FEWEST, steps - _LEAST_AFTER + 1)
+    # Where a run splits best into two parts of different means.
+    sums = np.cumsum(logs - logs.mean())[at - 1]
+    split = int(at[np.argmin(sums / np.sqrt(at * (steps - at)))])
+    # Norms that grow step by step leave the range before that.
+    before = logs[:split]
+    ratio = _LEAVES_RATIO if split >= _FEW else _LEAVES_RATIO_OF_FEW
+    upper = np.median(before) + max(_LEAVES_DEVIATIONS * _deviation(before), math.log(ratio))
+    inside = np.flatnonzero(before <= upper)
+    index = int(inside[-1]) + 1
+    after = logs[index:]
+    outside = min(np.mean(after > upper), np.mean(after[-max(len(after) // 4, _LEAST_AFTER) :] > upper))
+    return index if outside >= _SHARE_OUTSIDE else None
+
+
+def _by_losses(logs: Array, losses: Array) -> int | None:
+    """The step from which on the loss is higher for good, and the norms larger."""
+    if not np.isfinite(losses).any():
+        return None
+    # Where the loss is no number the run is lost; where it is unknown the last one stands for it.
+    filled = _filled(losses)
+    for index in range(1, len(filled) - _LEAST_AFTER + 1):
+        beside = slice(max(index - _BESIDE, 0), index)
+        highest = filled[beside].max()
+        if not filled[index] > highest:
+            continue
+        margin = (_LOSS_RATIO - 1) * abs(highest)
+        soon = filled[index : index + 2 * _LEAST_AFTER] > highest + margin / 4
+        if soon.mean() < _SHARE_OUTSIDE or not np.quantile(filled[index:], 0.2) > highest + margin:
+            continue
+        if np.median(logs[index:]) - np.median(logs[beside]) > math.log(_RATIO_WITH_LOSS):
+            return index
+    return None
+
+
+def _filled(losses: Array) -> Array:
+    known = np.flatnonzero(~np.isnan(losses))
+    last = np.searchsorted(known, np.arange(len(losses)), side="right") - 1
+    filled: Array = losses[known[np.maximum(last, 0)]]
+    return filled
+
+
+def rises(norms: Array, losses: Array, max_norm: float) -> tuple[float, float] | None:
+    """How often the loss rose from a step to the next: after norms above a threshold, and after the others.
+
+    None if there are fewer than five of either.
+    """
+    known = np.isfinite(losses[:-1]) & np.isfinite(losses[1:])
+    rose, above = (losses[1:] > losses[:-1])[known], (norms[:-1] > max_norm)[known]
+    if min(above.sum(), (~above).sum()) < _LEAST_AFTER:
+        return None
+    return float(rose[above].mean()), float(rose[~above].mean())
+
+
+def harmful(at: Array, losses: Array) -> int | None:
+    """After how many of the steps at these places the loss was higher; None if it is not known.
+
+    It is higher if the median of the five steps after is above all of the ten before.
+    """
+    if not np.isfinite(losses).any():
+        return None
+    filled, count = _filled(losses), 0
+    for place in at:
+        before = filled[max(place - 2 * _LEAST_AFTER, 0) : place + 1]
+        after = filled[place + 1 : place + 1 + _LEAST_AFTER]
+        count += bool(len(after) and not np.median(after) <= before.max())
+    return count
+
+
+def final_loss(losses: Sequence[float]) -> float:
+    """The mean of the last tenth of the losses, ``nan`` if there are none."""
+    return float(np.mean(losses[-max(len(losses) // 10, 1) :])) if len(losses) else math.nan
+
+
+def _deviation(logs: Array) -> float:
+    """The standard deviation, from the median so that a few values far out do not count."""
+    return _DEVIATION_OF_MAD * float(np.median(np.abs(logs - np.median(logs))))
