@@ -176,7 +176,7 @@ def test_steps_without_gradients() -> None:
     optimizer = sgd([None, None])
     clipper = Clipper(optimizer, Value(1.0))
     optimizer.step()
-    assert clipper.last == (0, 0.0, INF, 1.0, False, False, False)
+    assert clipper.last == (0, 0.0, INF, 1.0, False, False, False, None)
 
 
 def test_a_users_own_way() -> None:

@@ -66,7 +66,7 @@ def test_the_record_of_a_step(fused: bool) -> None:
     optimizer.step()
     assert [record for record, _ in seen] == list(clipper.history)
     assert seen[0] == (
-        (0, 5.0, 1.0, pytest.approx(0.2), True, False, False),
+        (0, 5.0, 1.0, pytest.approx(0.2), True, False, False, None),
         {"param_groups[0]['params'][0]": 5.0},
     )
     assert clipper.last is clipper.history[-1]

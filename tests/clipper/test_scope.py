@@ -62,7 +62,7 @@ def test_a_step_without_any_gradient(scope: Scope, fused: bool) -> None:
     optimizer = torch.optim.Adam(with_gradients([None, None]), fused=fused)
     clipper = Clipper(optimizer, 1.0, scope=scope)
     optimizer.step()
-    assert last_of(clipper)[1:] == (0.0, 1.0 if scope != "parameter" else INF, 1.0, False, False, False)
+    assert last_of(clipper)[1:] == (0.0, 1.0 if scope != "parameter" else INF, 1.0, False, False, False, None)
     assert clipper.norms() == {}
 
 
@@ -111,7 +111,7 @@ def test_all_groups_unclipped(fused: bool) -> None:
     clipper = Clipper(optimizer, 1.0)
     optimizer.step()
     assert gradients(optimizer)[0].tolist() == [3.0, 4.0]
-    assert clipper.last == (0, 5.0, INF, 1.0, False, False, False)
+    assert clipper.last == (0, 5.0, INF, 1.0, False, False, False, None)
 
 
 @fused_or_not
@@ -236,7 +236,7 @@ def test_a_part_without_gradients_teaches_a_threshold_nothing(
     for _ in range(3):
         optimizer.step()
     assert clipper.state_dict()["thresholds"] == learned
-    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False)
+    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False, None)
     second.grad = torch.tensor([0.0, 3.0])  # the first one is frozen
     optimizer.step()
     assert second.grad.tolist() == [0.0, 3.0]
@@ -252,7 +252,7 @@ def test_empty_gradients_teach_a_threshold_nothing(scope: Scope) -> None:
     clipper = Clipper(optimizer, Percentile(), scope=scope)
     optimizer.step()
     assert clipper.thresholds == {}
-    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False)
+    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False, None)
 
 
 @each_scope
@@ -345,7 +345,7 @@ def test_a_group_with_nothing_to_clip_does_not_count_as_clipped(
     optimizer = torch.optim.SGD(groups, lr=1.0, fused=fused)
     clipper = Clipper(optimizer, 10.0, scope=scope)
     optimizer.step()
-    assert clipper.last == (0, 5.0, 10.0, 1.0, False, False, False)
+    assert clipper.last == (0, 5.0, 10.0, 1.0, False, False, False, None)
 
 
 @each_scope
