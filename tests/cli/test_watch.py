@@ -363,7 +363,7 @@ def test_of_a_step_with_several_closure_calls_the_first_loss_counts() -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = w.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([w], 1.0)
         return loss
 
