@@ -28,7 +28,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import torchclip
-from torchclip.cli.options import png_file
+from torchclip.cli.figures import BLUE, GRAY, GREEN, VERMILION, new_figure, save, style
+from torchclip.cli.options import picture_file
 from torchclip.cli.train import training
 from torchclip.cli.train.model import detached, new_model
 
@@ -73,10 +74,9 @@ def perplexity_with(run: tuple[str, float, int]) -> float:
     return perplexity_of(losses)
 
 
+@style()
 def limits_figure(path: Path) -> None:
     """Final perplexity against the limit, a panel a rule: a dot a run."""
-    from matplotlib.figure import Figure
-
     runs = [
         (name, limit, seed) for name, (_, _, limits) in RULES.items() for limit in limits for seed in SEEDS
     ]
@@ -85,40 +85,37 @@ def limits_figure(path: Path) -> None:
         found = dict(
             zip(runs, track(trained, "Training", len(runs), console=Console(stderr=True)), strict=True)
         )
-    figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
+    figure = new_figure(10, 3.6)
     panels = figure.subplots(1, len(RULES), sharey=True)
     most = 100.0
     for axes, (name, (argument, _, limits)) in zip(panels, RULES.items(), strict=True):
         for limit in limits:
             perplexities = [min(found[name, limit, seed], most) for seed in SEEDS]
-            axes.plot([limit] * len(SEEDS), perplexities, "o", color="#0072B2", alpha=0.6, clip_on=False)
+            axes.plot([limit] * len(SEEDS), perplexities, "o", color=BLUE, alpha=0.6, clip_on=False)
         medians = [sorted(min(found[name, limit, seed], most) for seed in SEEDS)[1] for limit in limits]
-        axes.plot(limits, medians, color="#0072B2")
+        axes.plot(limits, medians, color=BLUE)
         axes.set(title=name, xlabel=argument, xscale="log", yscale="log", ylim=(4, most))
         axes.set_yticks([5, 10, 20, 50, most], ["5", "10", "20", "50", f"{most:.0f} and more"])
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
         best = min(limits, key=lambda limit: max(found[name, limit, seed] for seed in SEEDS))
         worst = max(found[name, best, seed] for seed in SEEDS)
         print(f"{name}: best limit {best:g}, worst of {len(SEEDS)} runs there {shown(worst)}")
     panels[0].set_ylabel("final perplexity")
-    figure.savefig(path)
+    save(figure, path)
 
 
+@style()
 def quantiles_figure(path: Path) -> None:
     """The tracked threshold and the quantile that it is to find, over the steps of a training."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    figure = new_figure(8, 4)
     axes = figure.add_subplot(xlabel="step", ylabel="norm of an example's gradient", yscale="log")
-    for quantile, colour in ((0.9, "#D55E00"), (0.5, "#0072B2"), (0.1, "#009E73")):
+    for quantile, colour in ((0.9, VERMILION), (0.5, BLUE), (0.1, GREEN)):
         tracked, true = track_quantile(quantile)
         axes.plot(tracked, color=colour, label=f"QuantileTracker({quantile})")
         axes.plot(true, color=colour, linewidth=0.6, alpha=0.5)
-    axes.plot([], [], color="gray", linewidth=0.6, label="the batch's own quantile")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
+    axes.plot([], [], color=GRAY, linewidth=0.6, label="the batch's own quantile")
+    figure.legend(loc="outside lower center", ncols=2)
+    save(figure, path)
 
 
 def track_quantile(quantile: float) -> tuple[list[float], list[float]]:
@@ -153,8 +150,8 @@ def track_quantile(quantile: float) -> tuple[list[float], list[float]]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limits", type=png_file, metavar="FILE", help="what the rules' limits do")
-    parser.add_argument("--quantiles", type=png_file, metavar="FILE", help="a threshold that is tracked")
+    parser.add_argument("--limits", type=picture_file, metavar="FILE", help="what the rules' limits do")
+    parser.add_argument("--quantiles", type=picture_file, metavar="FILE", help="a threshold that is tracked")
     arguments = parser.parse_args()
     if arguments.limits is None and arguments.quantiles is None:
         parser.error("name a picture to draw: --limits FILE or --quantiles FILE")

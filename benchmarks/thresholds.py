@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchclip
-from torchclip.cli.options import count, png_file
+from torchclip.cli.figures import BLUE, VERMILION, new_figure, save, style
+from torchclip.cli.options import count, picture_file
 from torchclip.cli.train import display, training
 from torchclip.cli.train.model import detached, new_model
 from torchclip.cli.train.options import Options, add_arguments
@@ -155,30 +156,29 @@ def compare(models: Sequence[str], seeds: range, plot: Path | None) -> None:
         draw(results, plot)
 
 
+@style()
 def draw(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """A panel a model, a row a way of clipping, a dot a run; its median as a line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+    figure = new_figure(10, 4.5)
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, (model, ways) in zip(panels, results.items(), strict=True):
         least, worst = min(map(min, ways.values())), max(map(max, ways.values()))
         most = min(worst, 3 * least)
         for y, found in enumerate(ways.values()):
             x = [min(perplexity, most) for perplexity in found]
-            axes.plot(x, [y] * len(x), "o", color="#0072B2", alpha=0.6, markersize=6, clip_on=False)
+            axes.plot(x, [y] * len(x), "o", color=BLUE, alpha=0.6, markersize=6, clip_on=False)
             median = min(statistics.median(found), most)
-            axes.plot([median], [y], "|", color="#D55E00", markersize=18, mew=2.5, clip_on=False)
+            axes.plot([median], [y], "|", color=VERMILION, markersize=18, mew=2.5, clip_on=False)
         axes.set_title(f"{TITLES[model]}, learning rate {MODELS[model]['lr']:g}")
         axes.set(xscale="log", xlim=(0.98 * least, 1.02 * most), xlabel="final perplexity")
         ticks = [least * (most / least) ** (i / 3) for i in range(4)]
         labels = [f"{tick:.1f}" for tick in ticks]
         axes.set_xticks(ticks, [*labels[:-1], labels[-1] + (" and more" if worst > most else "")])
         axes.minorticks_off()
-        axes.grid(axis="x", alpha=0.3)
+        axes.grid(False, axis="y")
     panels[0].set_yticks(range(len(WAYS)), list(WAYS))
     panels[0].invert_yaxis()
-    figure.savefig(path)
+    save(figure, path)
 
 
 # Learning rates
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, help="one of the models (default: all)")
     parser.add_argument("--seeds", type=count, default=5, metavar="N", help="runs a cell (default: 5)")
     parser.add_argument("--learning-rates", action="store_true", help="the table of learning rates instead")
-    parser.add_argument("--plot", type=png_file, metavar="FILE", help="draw the comparison into a PNG file")
+    parser.add_argument("--plot", type=picture_file, metavar="FILE", help="draw the comparison")
     arguments = parser.parse_args()
     seeds = range(arguments.seeds)
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}; perplexities of {len(seeds)} runs")

@@ -14,95 +14,81 @@ from typing import Any
 
 from check_targets import checks
 
-from torchclip.cli.bench.contenders import OPERATIONS
-from torchclip.cli.bench.steps import COLUMNS
-from torchclip.cli.bench.table import cells, headers, present
+from torchclip.cli.bench.table import (
+    LISTS,
+    PARAMETERS,
+    Table,
+    call_tables,
+    in_short,
+    markdown,
+    notes,
+    step_table,
+)
 from torchclip.cli.bench.workloads import WORKLOADS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 README = HERE.parent / "README.md"
-ALL_COLUMNS = {
-    "torch, a list": "torch, a list",
-    "function, a list": "function, a list",
-    **COLUMNS,
-    "torch, by value": "torch, by value",
-    "function, by value": "function, by value",
-}
-"""Of the page, which has room for all who were measured."""
 PICTURES = {
     "figures/speed.png": "Speed relative to torch",
     "figures/scaling.png": "Cost a gradient and a byte",
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
-
-def measured() -> str:
-    """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
-    report = json.loads((HERE / "results.json").read_text())
-    steps = json.loads((HERE / "steps.json").read_text())
-    parts = ["### Inside of a training step", in_steps(steps, ALL_COLUMNS), "### By itself, in a tight loop"]
-    parts += [_machine(report["machine"]), _table(report["rows"])]
-    parts += [_steps(rows) for rows in [_rows("clip_and_step.json")] if rows]
-    parts.append(_verdict(report["rows"], _rows("scaling.json")))
-    parts += [f"![{title}]({name})" for name, title in PICTURES.items() if (PAGE.parent / name).exists()]
-    return "\n\n".join(parts)
+Report = dict[str, Any]
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
+def read(name: str) -> Report:
+    """What a command wrote with ``--json``; without rows where it was not run."""
     path = HERE / name
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    found: Report = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    return found
 
 
-def _machine(facts: dict[str, str]) -> str:
-    return "\n".join(["```text", *(f"{name:<18} {value}" for name, value in facts.items()), "```"])
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    names = present(rows)
-    columns = ["", *(header.replace("\n", " ") for header in headers(names))]
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    for row in rows:
-        if row["operation"] == next(iter(OPERATIONS)):
-            size = f"{row['tensors']:,} tensors, {row['elements']:,} elements"
-            lines.append([f"**{row['title']}**, {size}", *[""] * (len(columns) - 1)])
-        lines.append([f"`{OPERATIONS[row['operation']]}`", *cells(row, names)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _steps(rows: list[dict[str, Any]]) -> str:
-    lines = [["clipping, and a step of fused AdamW; µs", *rows[0]["seconds"], "torch ÷ Clipper"]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
-    for row in rows:
-        times = [f"{seconds * 1e6:,.1f}" for seconds in row["seconds"].values()]
-        lines.append([WORKLOADS[row["workload"]].title, *times, f"{row['speedup']:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def in_steps(report: dict[str, Any], columns: dict[str, str]) -> str:
-    """What clipping adds to a training step, and on which machine that was measured, as Markdown.
-
-    Args:
-        report: what ``torchclip bench --only steps --json`` wrote.
-        columns: the contenders to show, and what to call them.
-    """
-    titles = [title.replace("\n", " ") for title in columns.values()]
-    lines = [["µs added to a step", *titles], ["---", *["--:"] * len(titles)]]
-    for row in report["steps"]:
-        cells = [f"{1e6 * row['added'][name][0]:.1f}" for name in columns]
-        for i, name in enumerate(columns):
-            if name in row["speedup"]:
-                quartile, mean = row["speedup"][name]
-                cells[i] += f" ({quartile:.1f}×, {mean:.1f}×)"
-        what = "clipping" if row["clips"] else "idle"
-        lines.append([f"{row['title']}, {row['optimizer']}, {what}", *cells])
-    doubt = 1e6 * max(abs(row["added"]["no clipping once more"][0]) for row in report["steps"])
-    machine = report["machine"]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
-        f"\n\n{machine['CPU']}, kernel {machine['CPU kernel']}, torch {machine['torch']}, one thread. Lower "
-        "quartiles; in brackets torch's divided by it, of the quartiles and of the means without the slowest "
-        f"5 %. Two measurements of a step without clipping differ by up to {doubt:.1f} µs."
+def page(calls: Report, steps: Report) -> str:
+    """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
+    of_steps = [step_table(steps["steps"], columns) for columns in (PARAMETERS, LISTS)]
+    of_calls = [table for table in call_tables(calls["rows"]) if table.rows]
+    together = read("clip_and_step.json")["rows"]
+    return "\n\n".join(
+        [
+            "### In a training step",
+            *(f"**{table.title}**\n\n{markdown(table)}" for table in of_steps),
+            *notes(steps["steps"], [], of_steps),
+            f"Measured on: {_in_words(steps['machine'])}, one thread.",
+            "### By itself, in a tight loop",
+            "\n".join(["```text", *(f"{k:<18} {v}" for k, v in calls["machine"].items()), "```"]),
+            *(f"**{table.title}**\n\n{markdown(table)}" for table in of_calls),
+            *notes([], calls["rows"], of_calls),
+            *([f"### Clipping and a step\n\n{markdown(clip_and_step(together))}"] if together else []),
+            "### Targets\n\n" + _verdict(calls["rows"], read("scaling.json")["rows"]),
+            *(f"![{title}]({name})" for name, title in PICTURES.items() if (PAGE.parent / name).exists()),
+        ]
     )
+
+
+def clip_and_step(rows: list[dict[str, Any]]) -> Table:
+    """Clipping and a step of fused AdamW together."""
+    columns = ["µs", *rows[0]["seconds"], "torch ÷ Clipper"]
+    cells = [
+        [
+            WORKLOADS[row["workload"]].title,
+            *(f"{seconds * 1e6:,.1f}" for seconds in row["seconds"].values()),
+            f"{row['speedup']:.2f}",
+        ]
+        for row in rows
+    ]
+    return Table("", columns, cells)
+
+
+def short(calls: Report, steps: Report) -> str:
+    """The README's four rows, as Markdown."""
+    table = in_short(steps["steps"], calls["rows"])
+    return f"{markdown(table)}\n\n{_in_words(calls['machine'])}, {calls['machine']['cores']} cores."
+
+
+def _in_words(machine: dict[str, str]) -> str:
+    return f"{machine['CPU']}, kernel {machine['CPU kernel']}, torch {machine['torch']}"
 
 
 def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
@@ -123,8 +109,9 @@ def rewrite(page: Path, text: str) -> None:
 
 def main() -> None:
     """Rewrite both."""
-    rewrite(PAGE, measured())
-    rewrite(README, in_steps(json.loads((HERE / "steps.json").read_text()), COLUMNS))
+    calls, steps = read("results.json"), read("steps.json")
+    rewrite(PAGE, page(calls, steps))
+    rewrite(README, short(calls, steps))
 
 
 if __name__ == "__main__":

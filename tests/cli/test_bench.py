@@ -1,6 +1,7 @@
 """``torchclip bench``: workloads are the models', ratios are what they say, the files are written."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -139,7 +140,12 @@ def test_a_compiler_that_fails_is_reported() -> None:
     found = contenders.contenders(gradients, rivals=[]) | {"torch.compile": broken}
     row = timing.compare(gradients, "norm", found, SHORT)
     assert row["contenders"]["torch.compile"] == {"failed": "RuntimeError: no compiler found"}
-    assert table.cells({"operation": "norm", "bytes": 72, **row}, ["torch.compile"])[0] == "failed"
+    named = {"workload": "small", "title": "small", "operation": "norm", "bytes": 72, **row}
+    tables = list(table.call_tables([named | {"tensors": 3, "elements": 15}]))
+    assert "failed" in tables[0].rows[0]
+    assert table.notes([], [named], tables) == [
+        "torch.compile failed on small, get_total_norm: RuntimeError: no compiler found"
+    ]
 
 
 def test_our_own_failure_is_not_a_result() -> None:
@@ -217,17 +223,70 @@ def row(name: str, workload: Workload, operation: str, **seconds: float) -> timi
     }
 
 
+def step_row(model: str, optimizer: str, clips: bool) -> dict[str, Any]:
+    names = list(loop.CONTENDERS)[1:]
+    added = {name: loop.Added(1e-6 * (i + 1), 2e-6 * (i + 1)) for i, name in enumerate(names)}
+    return {
+        "model": model,
+        "title": steps.TITLES[model],
+        "optimizer": optimizer,
+        "clips": clips,
+        "added": {name: list(each) for name, each in added.items()},
+        "speedup": {name: list(each) for name, each in loop.speedups(added).items()},
+    }
+
+
+STEP_ROWS = [
+    step_row(model, optimizer, clips)
+    for model in loop.MODELS
+    for optimizer in loop.OPTIMIZERS
+    for clips in (False, True)
+]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 140])
-def test_the_table_is_whole_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_are_whole_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"torch": 4e-5, "optax": 2e-5, "kernel_off": 3e-5, "torchclip": 2e-6}
     rows = [row("ppo", WORKLOADS["ppo"], op, **times) for op in OPERATIONS]
-    table.show(rows, Console(width=width))
+    tables = [table.step_table(STEP_ROWS), *table.call_tables(rows), table.in_short(STEP_ROWS, rows)]
+    for each in tables:
+        table.show(each, Console(width=width))
     output = capsys.readouterr().out
     assert max(map(len, output.splitlines())) <= width
     assert "…" not in output
-    for header in ("optax", "kernel off", "GB/s", "torchclip:"):
-        assert output.count(header) == 1
-    assert output.count("2 µs") > 0
+    for title in (t.title for t in tables):
+        assert title in " ".join(output.split())
+    for expected in ("optax", "kernel off", "Clipper", "2 µs"):
+        assert expected in output
+
+
+def test_four_rows_say_it_in_short() -> None:
+    rows = [row(n, WORKLOADS[n], op, torch=1.0, torchclip=0.4) for n in WORKLOADS for op in OPERATIONS]
+    short = table.in_short(STEP_ROWS, rows)
+    assert len(short.rows) == 4
+    assert {len(cells) for cells in short.rows} == {len(short.columns)}
+    assert short.rows[-1] == ["one call, GPT-2 small", "1 s", "400 ms", "2.5×"]
+    assert table.markdown(short).count("\n") == 5
+    assert table.in_short([], []).rows == []
+
+
+def test_a_busy_machine_gives_no_ratio() -> None:
+    calm, busy = step_row("mlp", "Adam", True), step_row("mlp", "Adam", True)
+    busy["added"]["no clipping once more"] = [0.3 * busy["added"]["Clipper"][0], 0.0]
+    cells = [table.step_table([each]).rows[0][-1] for each in (calm, busy)]
+    assert re.fullmatch(r"[\d.]+ \([\d.]+×\)", cells[0])
+    assert re.fullmatch(r"[\d.]+ \(busy\)", cells[1])
+    for drawn, expected in ((calm, "×"), (busy, "busy")):
+        (axes,) = figure.benchmark_figure([], OPERATIONS, [drawn]).axes
+        assert expected in axes.texts[-1].get_text()
+
+    calls = row("ppo", WORKLOADS["ppo"], "clipping", torch=1.0, torchclip=0.1)
+    assert next(table.call_tables([calls])).rows[0][-1] == "10.0×"
+    calls["contenders"]["torchclip"]["speedup"] = [7.0, 10.0, 12.5]
+    tables = list(table.call_tables([calls]))
+    assert tables[0].rows[0][-1] == "busy"
+    assert any("idle machine" in note for note in table.notes([], [calls], tables))
+    assert not any("idle machine" in note for note in table.notes([calm], [], []))
 
 
 def test_the_scaling_figure_is_not_blank(tmp_path: Path) -> None:
@@ -261,28 +320,7 @@ def test_costs_that_grow_are_seen() -> None:
     assert [check.met for check in CHECKS["checks"](flat)] == [False, True]
 
 
-# Inside of training steps
-
-
-def step_row(model: str, optimizer: str, clips: bool) -> dict[str, Any]:
-    names = list(loop.CONTENDERS)[1:]
-    added = {name: loop.Added(1e-6 * (i + 1), 2e-6 * (i + 1)) for i, name in enumerate(names)}
-    return {
-        "model": model,
-        "title": steps.TITLES[model],
-        "optimizer": optimizer,
-        "clips": clips,
-        "added": {name: list(each) for name, each in added.items()},
-        "speedup": {name: list(each) for name, each in loop.speedups(added).items()},
-    }
-
-
-STEP_ROWS = [
-    step_row(model, optimizer, clips)
-    for model in loop.MODELS
-    for optimizer in loop.OPTIMIZERS
-    for clips in (False, True)
-]
+# In training steps
 
 
 def test_every_model_and_optimizer_is_measured_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,17 +332,7 @@ def test_every_model_and_optimizer_is_measured_in_steps(monkeypatch: pytest.Monk
     for row in rows:
         assert row["added"].keys() == set(loop.CONTENDERS) - {"no clipping"}
         assert set(figure.IN_STEPS) <= row["speedup"].keys()
-        assert set(steps.COLUMNS) <= row["added"].keys()
-
-
-@pytest.mark.parametrize("width", [40, 60, 80, 140])
-def test_the_table_of_steps_fits(width: int, capsys: pytest.CaptureFixture[str]) -> None:
-    steps.show_steps(STEP_ROWS, Console(width=width))
-    output = capsys.readouterr().out
-    assert max(map(len, output.splitlines())) <= width
-    assert "…" not in output
-    assert output.count("MLP 17-64-64-6") == 1
-    assert "Clipper" in output
+        assert set(table.PARAMETERS) | set(table.LISTS) <= row["added"].keys()
 
 
 def test_steps_come_first_in_the_picture_and_each_panel_has_its_scale() -> None:
@@ -312,7 +340,7 @@ def test_steps_come_first_in_the_picture_and_each_panel_has_its_scale() -> None:
     rows = [row(n, WORKLOADS[n], op, **times) for n in ("ppo", "gpt2") for op in OPERATIONS]
     drawn = figure.benchmark_figure(rows, OPERATIONS, STEP_ROWS)
     first, *panels = drawn.axes
-    assert "inside of a training step" in first.get_title()
+    assert "In a training step" in first.figure.get_suptitle()
     assert len(first.patches) == len(figure.IN_STEPS) * len(STEP_ROWS)
     assert [axes.get_title() for axes in panels] == list(OPERATIONS.values())
     panels[0].set_xlim(1, 1e6)
@@ -331,5 +359,6 @@ def test_steps_alone(
     assert (report["rows"], report["steps"]) == ([], STEP_ROWS)
     assert imread(picture).std() > 0.05
     output = capsys.readouterr().out
-    assert "µs that clipping adds to a step" in " ".join(output.split())
+    assert "Added to a training step" in output
+    assert "In short" in output
     assert not any(line.endswith(" ") for line in output.splitlines())

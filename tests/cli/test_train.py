@@ -330,13 +330,14 @@ def test_plot_is_a_picture_with_something_in_it(
     plot = tmp_path / "plot.png"
     _, output = run(capsys, "--plot", plot, *only)
     assert str(plot) in output
+    assert imread(plot)[0, 0, 3] == 0  # transparent, for pages in the dark
     picture = imread(plot)[..., :3]
-    colours = {"vermilion": (0xD5, 0x5E, 0x00), "blue": (0x00, 0x72, 0xB2), "black": (0, 0, 0)}
+    colours = {"vermilion": (0xD5, 0x5E, 0x00), "blue": (0x00, 0x72, 0xB2), "gray": (0x80, 0x80, 0x80)}
     drawn = {
         name: (abs(picture - np.array(rgb) / 255) < 0.01).all(axis=-1).sum() > 50
         for name, rgb in colours.items()
     }
-    assert drawn == {"vermilion": not only, "blue": True, "black": True}
+    assert drawn == {"vermilion": not only, "blue": True, "gray": True}
 
 
 @pytest.mark.parametrize(
@@ -345,8 +346,12 @@ def test_plot_is_a_picture_with_something_in_it(
         ([0.5, 0.5, 0.5], "", "threshold 0.5"),
         ([0.5, 0.4, 0.5], "", "threshold"),
         ([0.5, 0.4, 0.5], "why", "threshold (why)"),
-        ([math.inf, math.inf, 0.4], "", "threshold (from step 3 on, after learning from those before)"),
-        ([math.inf, 0.4, 0.3], "why", "threshold (from step 2 on, after learning from those before; why)"),
+        ([math.inf, math.inf, 0.4], "", "threshold (from step 3 on, after learning from earlier steps)"),
+        (
+            [math.inf, 0.4, 0.3],
+            "why",
+            "threshold (from step 2 on, after learning from earlier steps; why)",
+        ),
         ([math.inf] * 3, "why", None),
         ([0.0] * 3, "", None),
     ],
@@ -356,8 +361,8 @@ def test_plot_shows_the_threshold_where_there_is_one(
 ) -> None:
     runs = {"unclipped": [3.0, 2.0, 2.0], "clipped": [3.0, 1.0, 1.0]}
     _, axes = figure.training_figure(losses=runs, norms=runs, max_norms=max_norms, note=note).axes
-    black = [line for line in axes.get_lines() if line.get_color() == "black"]
-    drawn = {" ".join(str(line.get_label()).split()): line.get_ydata() for line in black}
+    dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    drawn = {" ".join(str(line.get_label()).split()): line.get_ydata() for line in dashed}
     assert list(drawn) == ([label] if label else [])
     for values in drawn.values():
         np.testing.assert_array_equal(values, np.where(np.isinf(max_norms), np.nan, max_norms))
@@ -507,8 +512,17 @@ def test_it_works_on_one_thread_unless_told_otherwise(
     assert torch.get_num_threads() == threads
 
 
-def test_plot_must_be_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "must end in .png" in refusal(capsys, "--plot", tmp_path / "plot.svg")
+@pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_plot_is_of_the_kind_that_its_name_says(
+    ending: str, begins: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _ = run(capsys, "--plot", tmp_path / f"plot.{ending}")
+    assert status == 0
+    assert (tmp_path / f"plot.{ending}").read_bytes().startswith(begins)
+
+
+def test_plot_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must end in .png, .svg, .pdf" in refusal(capsys, "--plot", tmp_path / "plot.jpg")
 
 
 # On several processes

@@ -20,7 +20,6 @@ __all__ = [
     "file_to_write",
     "max_norm",
     "picture_file",
-    "png_file",
     "positive",
     "refusal",
     "seed",
@@ -105,13 +104,6 @@ def file_to_write(text: str) -> Path:
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise argparse.ArgumentTypeError(f"{path} cannot be written to")
     return path
-
-
-def png_file(text: str) -> Path:
-    """An option's value that is a PNG file to write."""
-    if Path(text).suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
-    return file_to_write(text)
 
 
 def picture_file(text: str) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-__all__ = ["Console", "console_for"]
+__all__ = ["Console", "console_for", "tell_file"]
 
 
 def console_for(most: int, **options: Any) -> Console:
@@ -22,8 +23,13 @@ def console_for(most: int, **options: Any) -> Console:
     return console
 
 
+def tell_file(console: Console, what: str, path: Path, more: str = "") -> None:
+    """Say where a file is that was written, in one line that can be copied."""
+    console.print(f"{what}: {path}{more}", markup=False, highlight=False, soft_wrap=True)
+
+
 class _WithoutTrailingBlanks:
-    """Stdout, but the blanks that fill a table's cells are left out at the end of each line."""
+    """Stdout, without the blanks that fill a table's cells at the end of each line."""
 
     def write(self, text: str) -> int:
         """Write whole lines, as rich does."""

@@ -14,17 +14,18 @@ from torchclip.cli import info
 from torchclip.cli.bench.contenders import OPERATIONS, RIVALS
 from torchclip.cli.bench.figure import benchmark_figure, scaling_figure
 from torchclip.cli.bench.loop import ROUNDS
-from torchclip.cli.bench.steps import measure_steps, show_steps
-from torchclip.cli.bench.table import show
+from torchclip.cli.bench.steps import measure_steps
+from torchclip.cli.bench.table import call_tables, in_short, notes, show, step_table
 from torchclip.cli.bench.timing import FULL, QUICK, measure
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS
-from torchclip.cli.options import file_to_write, png_file, refusal, writing
-from torchclip.cli.terminal import console_for
+from torchclip.cli.figures import save
+from torchclip.cli.options import file_to_write, picture_file, refusal, writing
+from torchclip.cli.terminal import console_for, tell_file
 
 __all__ = ["add_arguments", "machine", "run"]
 
 WIDTH = 140  # of the tables, where no terminal sets it
-STEPS = "steps"  # the measurement inside of training steps, as --only calls it
+STEPS = "steps"  # the measurement in training steps, as --only calls it
 QUICK_ROUNDS = 40  # there, for a look
 
 
@@ -43,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure 10 to 100,000 gradients and 1 KiB to 2 GiB instead; needs 8 GiB",
     )
-    add(
-        "--quick",
-        action="store_true",
-        help="run three rounds, without torch.compile: a look, not a measurement",
-    )
+    add("--quick", action="store_true", help="a first look: three rounds, without torch.compile")
     add(
         "--device",
         metavar="DEVICE",
@@ -55,20 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="where the gradients are, such as cuda or cuda:1 (default: %(default)s)",
     )
-    add(
-        "--json",
-        dest="results",
-        metavar="FILE",
-        type=file_to_write,
-        help="write the results into a JSON file",
-    )
-    add(
-        "--plot",
-        dest="picture",
-        metavar="FILE",
-        type=png_file,
-        help="draw the results into a PNG file",
-    )
+    add("--json", dest="results", metavar="FILE", type=file_to_write, help="write the results as JSON")
+    add("--plot", dest="picture", metavar="FILE", type=picture_file, help="draw them (PNG, SVG or PDF)")
 
 
 def run(
@@ -79,7 +64,7 @@ def run(
     results: Path | None,
     picture: Path | None,
 ) -> None:
-    """Measure, and show the table."""
+    """Measure, and show the tables."""
     if only and scaling:
         raise refusal("--only and --scaling do not go together")
     console = console_for(WIDTH)
@@ -93,23 +78,24 @@ def run(
     # In the series torch.compile would take hours, and optax hold the largest gradients twice more.
     rivals = [] if scaling else ["optax"] if quick else RIVALS
     workloads = SCALING if scaling else {n: w for n, w in WORKLOADS.items() if n in (only or WORKLOADS)}
-    in_steps = []
+    steps = []
     if device.type == "cpu" and not scaling and STEPS in (only or [STEPS]):
-        in_steps = measure_steps(QUICK_ROUNDS if quick else ROUNDS)
-        show_steps(in_steps, console)
+        steps = measure_steps(QUICK_ROUNDS if quick else ROUNDS)
     rows = measure(workloads, QUICK if quick else FULL, rivals, device)
-    if rows:
-        show(rows, console)
+    tables = [step_table(steps), *call_tables(rows), in_short(steps, rows)]
+    for table in tables:
+        if table.rows:
+            show(table, console)
+    for note in notes(steps, rows, tables):
+        console.print(note, markup=False, highlight=False)
     if results:
         with writing(results):
-            report = {"machine": facts, "quick": quick, "steps": in_steps, "rows": rows}
+            report = {"machine": facts, "quick": quick, "steps": steps, "rows": rows}
             results.write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
+        tell_file(console, "Results", results)
     if picture:
-        figure = scaling_figure(rows) if scaling else benchmark_figure(rows, OPERATIONS, in_steps)
-        with writing(picture):
-            figure.savefig(picture)
-        console.print(f"Picture: {picture}", markup=False, highlight=False, soft_wrap=True)
+        save(scaling_figure(rows) if scaling else benchmark_figure(rows, OPERATIONS, steps), picture)
+        tell_file(console, "Picture", picture)
 
 
 def _device(text: str) -> torch.device:

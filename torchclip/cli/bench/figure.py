@@ -7,72 +7,75 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchclip.cli.bench.doubt import BUSY, call_ratio, step_ratio
+from torchclip.cli.bench.steps import label as row_label
+from torchclip.cli.figures import BLUE, GRAY, GREEN, SKY, VERMILION, new_figure, style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
 
-# Of the same palette; torch is what they are compared with, and black.
+# torch is what they are compared with, and gray.
 CONTENDERS = {
-    "torchclip": ("#0072B2", "o"),
-    "kernel off": ("#56B4E9", "s"),
-    "torch.compile": ("#D55E00", "^"),
-    "optax": ("#009E73", "D"),
+    "torchclip": (BLUE, "o"),
+    "kernel off": (SKY, "s"),
+    "torch.compile": (VERMILION, "^"),
+    "optax": (GREEN, "D"),
 }
 
 IN_STEPS = {
-    "function, model.parameters()": ("#56B4E9", "clip_grad_norm_(model.parameters(), …)"),
-    "function, the model": ("#0072B2", "clip_grad_norm_(model, …)"),
-    "Clipper": ("#009E73", "Clipper"),
+    "function, model.parameters()": (SKY, "clip_grad_norm_(model.parameters(), …)"),
+    "function, the model": (BLUE, "clip_grad_norm_(model, …)"),
+    "Clipper": (GREEN, "Clipper"),
 }
 """The bars, with their colours and labels."""
 
 
+@style()
 def benchmark_figure(
     rows: Sequence[Mapping[str, Any]],
     operations: Mapping[str, str],
     in_steps: Sequence[Mapping[str, Any]] = (),
 ) -> Figure:
-    """How many times faster than torch each contender is: inside of a training step, and by itself.
+    """How many times faster than torch each contender is: in a training step, and called by itself.
 
     Above are bars, what clipping adds to a step compared with torch's; below, on every workload, medians with
-    their quartiles.  Each panel has a scale of its own.
+    their quartiles.  Each panel has a scale of its own.  What was measured on a busy machine is not drawn.
 
     Args:
         rows: what ``torchclip bench`` measured, one workload after another.
         operations: the panels: what the rows call an operation, and its title.
-        in_steps: what ``torchclip bench`` measured inside of training steps.
+        in_steps: what ``torchclip bench`` measured in training steps.
     """
-    from matplotlib.figure import Figure
-
     titles = list(dict.fromkeys(row["title"] for row in rows))
-    heights = [0.6 + 0.42 * len(in_steps)] * bool(in_steps) + [1.2 + 0.45 * len(titles)] * bool(rows)
-    figure = Figure(figsize=(13, 1 + sum(heights)), dpi=120, layout="constrained")
+    heights = [1 + 0.66 * len(in_steps)] * bool(in_steps) + [1.2 + 0.45 * len(titles)] * bool(rows)
+    figure = new_figure(13, 1 + sum(heights))
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if in_steps:
-        _steps_panel(parts.pop(0).add_subplot(), in_steps)
+        _steps_panel(parts.pop(0), in_steps)
     if rows:
         _workload_panels(parts.pop(0), rows, operations, titles)
     return figure
 
 
-def _steps_panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _steps_panel(part: SubFigure, rows: Sequence[Mapping[str, Any]]) -> None:
     """Bars: how many times less than torch's each contender adds to a step."""
-    labels = [f"{row['title']}, {row['optimizer']}, {'clipping' if row['clips'] else 'idle'}" for row in rows]
-    height = 0.8 / len(IN_STEPS)
+    axes = part.add_subplot()
+    height = 0.84 / len(IN_STEPS)
     for i, (name, (colour, label)) in enumerate(IN_STEPS.items()):
-        speedups = [row["speedup"][name][0] for row in rows]
+        ratios = [step_ratio(row, name) for row in rows]
         at = np.arange(len(rows)) + (i - (len(IN_STEPS) - 1) / 2) * height
-        bars = axes.barh(at, speedups, height, color=colour, label=label)
-        axes.bar_label(bars, [f"{speedup:.1f}×" for speedup in speedups], padding=3, fontsize=9)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), labels)
+        bars = axes.barh(at, [ratio or 0 for ratio in ratios], height * 0.9, color=colour, label=label)
+        texts = [BUSY if ratio is None else f"{ratio:.1f}×" for ratio in ratios]
+        axes.bar_label(bars, texts, padding=3, fontsize=9)
+    axes.axvline(1, color=GRAY, linewidth=1)
+    axes.set_yticks(range(len(rows)), [row_label(row) for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.08)
-    axes.set_title("inside of a training step: what torch adds, divided by what is added by", fontsize=12)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.margins(x=0.08, y=0.01)
+    axes.grid(False, axis="y")
+    part.suptitle("In a training step: times less added than by torch.nn.utils", fontsize=13)
+    part.legend(loc="outside lower center", ncols=len(IN_STEPS))
 
 
 def _workload_panels(
@@ -81,9 +84,13 @@ def _workload_panels(
     panels = part.subplots(1, len(operations), sharey=True, squeeze=False)[0]
     for axes, (operation, title) in zip(panels, operations.items(), strict=True):
         results = {row["title"]: row["contenders"] for row in rows if row["operation"] == operation}
-        axes.axvline(1, color="black", linewidth=1, label="torch")
+        axes.axvline(1, color=GRAY, linewidth=1, label="torch")
         for name, (colour, marker) in CONTENDERS.items():
-            points = [(t, results[t][name]["speedup"]) for t in titles if _measured(results[t], name)]
+            points = [
+                (t, results[t][name]["speedup"])
+                for t in titles
+                if _measured(results[t], name) and call_ratio(results[t][name]) is not None
+            ]
             if not points:
                 continue
             low, middle, high = np.array([speedup for _, speedup in points]).reshape(-1, 3).T
@@ -94,35 +101,34 @@ def _workload_panels(
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-        axes.grid(axis="x", alpha=0.3)
+        axes.grid(False, axis="y")
     panels[0].set_yticks(range(len(titles)), titles)
     panels[0].invert_yaxis()
-    part.supxlabel("the call by itself, again and again: times faster than torch.nn.utils", fontsize=12)
+    part.suptitle("Called by itself: times faster than torch.nn.utils", fontsize=13)
     used = {
         label: handle
         for axes in panels
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    part.legend(used.values(), used.keys(), loc="outside upper center", ncols=len(used), frameon=False)
+    part.legend(used.values(), used.keys(), loc="outside lower center", ncols=len(used))
 
 
+@style()
 def scaling_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What a gradient costs as there are more of them, and a byte as one gradient grows: ``clip_grad_norm_``.
 
     Args:
         rows: what ``torchclip bench --scaling`` measured.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.5), dpi=120, layout="constrained")
+    figure = new_figure(11, 7.5)
     grid = figure.subplots(2, 2, sharex="row")
     for column, operation in enumerate(("no clipping", "clipping")):
         chosen = [row for row in rows if row["operation"] == operation]
         many, large = (
             [row for row in chosen if (row["tensors"] > 1) == several] for several in (True, False)
         )
-        _cost_panel(grid[0, column], many, "tensors", "ns a gradient", f"gradients of 64, {operation}")
-        _cost_panel(grid[1, column], large, "bytes", "ns a byte", f"one gradient, {operation}")
+        _cost_panel(grid[0, column], many, "tensors", "ns a gradient", f"Gradients of 64, {operation}")
+        _cost_panel(grid[1, column], large, "bytes", "ns a byte", f"One gradient, {operation}")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
@@ -130,13 +136,12 @@ def scaling_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def _cost_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], size: str, unit: str, title: str) -> None:
     sizes = np.array([row[size] for row in rows])
     floor = np.array([row["floor_seconds"][1] for row in rows])
-    axes.plot(sizes, 1e9 * floor / sizes, color="gray", linestyle=":", label="memory traffic alone")
-    for name, (colour, marker) in {"torch": ("black", "."), **CONTENDERS}.items():
+    axes.plot(sizes, 1e9 * floor / sizes, color=GRAY, linestyle=":", label="memory traffic alone")
+    for name, (colour, marker) in {"torch": (GRAY, "."), **CONTENDERS}.items():
         if all(_measured(row["contenders"], name) for row in rows):
             seconds = np.array([row["contenders"][name]["seconds"][1] for row in rows])
             axes.plot(sizes, 1e9 * seconds / sizes, color=colour, marker=marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel=size, ylabel=unit, title=title)
-    axes.grid(alpha=0.3)
 
 
 def _measured(contenders: Mapping[str, Any], name: str) -> bool:

@@ -1,102 +1,179 @@
-"""The table of ``torchclip bench``."""
+"""The tables of ``torchclip bench``: as data, for a terminal, and in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from torchclip.cli.bench.contenders import NAMES, OPERATIONS
+from torchclip.cli.bench.doubt import BUSY, EXPLANATION, call_ratio, doubt_of_steps, step_ratio
+from torchclip.cli.bench.steps import StepRow, label
 from torchclip.cli.bench.timing import Row
 
-__all__ = ["cells", "headers", "present", "show"]
-
+__all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "show", "step_table"]
 
 PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at the least
-
-NARROW = 58  # columns of a terminal from which on the table has the names of the functions
 CACHED = 1 << 20  # bytes up to which the memory's bandwidth says nothing
 
+PARAMETERS = {
+    "torch, model.parameters()": "torch",
+    "function, model.parameters()": "function",
+    "function, the model": "function, model",
+    "Clipper": "Clipper",
+}
+LISTS = {
+    "torch, a list": "torch, a list",
+    "function, a list": "function, a list",
+    "torch, by value": "torch, by value",
+    "function, by value": "function, by value",
+}
+"""The columns of what is measured in steps, and what they are called."""
 
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the results, and what failed."""
+RATIO = "torch ÷ torchclip"
+SHORT_STEPS = [("mlp", "Adam"), ("layers", "AdamW fused")]
+SHORT_WORKLOADS = ["resnet50", "gpt2"]
+
+
+class Table(NamedTuple):
+    """A title, the headings of the columns, and the rows; all but the first column are numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def in_short(steps: Sequence[StepRow], rows: Sequence[Row]) -> Table:
+    """Clipping in four rows, with torch's function and torchclip's; fewer where fewer were measured."""
+    found = []
+    for row in steps:
+        if row["clips"] and (row["model"], row["optimizer"]) in SHORT_STEPS:
+            theirs, ours = (
+                row["added"][f"{whose}, model.parameters()"][0] for whose in ("torch", "function")
+            )
+            ratio = step_ratio(row, "function, model.parameters()")
+            found.append([f"a training step, {label(row)}", _time(theirs), _time(ours), _times(ratio)])
+    for row in rows:
+        if row["operation"] == "clipping" and row["workload"] in SHORT_WORKLOADS:
+            theirs, ours = (row["contenders"][name]["seconds"][1] for name in ("torch", "torchclip"))
+            ratio = call_ratio(row["contenders"]["torchclip"])
+            found.append([f"one call, {row['title']}", _time(theirs), _time(ours), _times(ratio)])
+    return Table("In short: what clipping takes", ["", "torch", "torchclip", RATIO], found)
+
+
+def step_table(rows: Sequence[StepRow], columns: Mapping[str, str] = PARAMETERS) -> Table:
+    """What clipping adds to a training step, in µs, and how many times less than torch that is."""
+    cells = [[label(row), *(_added(row, name) for name in columns)] for row in rows]
+    return Table("Added to a training step, in µs", ["", *columns.values()], cells)
+
+
+def call_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """The times of calls, a table for each workload; then bandwidth, and errors of the norms."""
+    names = [name for name in NAMES if any(name in row["contenders"] for row in rows)]
+    workloads = [list(group) for _, group in groupby(rows, lambda row: row["workload"])]
+    for group in workloads:
+        title = "{title}: {tensors:,} tensors, {elements:,} elements".format(**group[0])
+        cells = [[OPERATIONS[row["operation"]], *_times_of(row, names)] for row in group]
+        yield Table(title, ["", *names, RATIO], cells)
+    large = [group for group in workloads if group[0]["bytes"] > CACHED]
+    cells = [[group[0]["title"], *map(_bandwidth, group)] for group in large]
+    yield Table("torchclip's GB/s, and its share of the floor", ["", *OPERATIONS.values()], cells)
+    errors = [
+        [row["title"], *(_error(row["contenders"][name]["norm_error"]) for name in ("torch", "torchclip"))]
+        for row in rows
+        if row["operation"] == "norm"
+    ]
+    yield Table("Relative error of the norm", ["", "torch", "torchclip"], errors)
+
+
+def notes(steps: Sequence[StepRow], rows: Sequence[Row], tables: Sequence[Table]) -> list[str]:
+    """What has to be said below the tables: how exact they are, what failed, what ``busy`` means."""
+    found = []
+    if steps:
+        doubt = 1e6 * max(map(doubt_of_steps, steps))
+        found.append(
+            "Steps: lower quartiles, on one thread; in brackets, how many times less than torch (a Clipper: "
+            "less than torch on a list). Two measurements of a step without clipping differ by up to "
+            f"{doubt:.1f} µs."
+        )
+    for row in rows:
+        found += [
+            f"{name} failed on {row['title']}, {OPERATIONS[row['operation']]}: {result['failed']}"
+            for name, result in row["contenders"].items()
+            if "failed" in result
+        ]
+    if any(BUSY in cell for table in tables for cells in table.rows for cell in cells):
+        found.append(EXPLANATION)
+    return found
+
+
+def show(table: Table, console: Console) -> None:
+    """Print a table: as many columns side by side as fit, the others below."""
+    console.print(table.title, style="bold", highlight=False, markup=False)
     unlimited = console.options.update(width=10_000)  # a measured width is never above the console's
-    short = console.width < NARROW
-    first, end = 0, len(headers(present(rows)))
-    while first < end:  # side by side as many columns as fit, but at least one; the others below
+    first, end = 1, len(table.columns)
+    while first < end:
         last = end
-        while (
-            last > first + 1
-            and console.measure(_table(rows, first, last, short), options=unlimited).maximum > console.width
+        while last > first + 1 and (
+            console.measure(_part(table, first, last), options=unlimited).maximum > console.width
         ):
             last -= 1
-        console.print(_table(rows, first, last, short))
+        console.print(_part(table, first, last))
         first = last
-    for row in rows:
-        for name, result in row["contenders"].items():
-            if "failed" in result:
-                text = f"{name} failed on {row['title']}, {OPERATIONS[row['operation']]}: {result['failed']}"
-                console.print(text, markup=False, highlight=False)
 
 
-def _table(rows: Sequence[Row], first: int, last: int, short: bool) -> Table:
-    """Some of the columns.
-
-    Args:
-        rows: what was measured.
-        first: the first column, from 0.
-        last: the one after the last.
-        short: whether the names of the functions are left out.
-    """
-    names = present(rows)
-    table = Table(box=SIMPLE, pad_edge=False, show_edge=not short)
-    table.add_column(no_wrap=not short, max_width=16 if short else None)
-    for header in headers(names)[first:last]:
-        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
-    for i, row in enumerate(rows):
-        if i % len(OPERATIONS) == 0:
-            table.add_row(f"[bold]{row['title']}")
-            table.add_row(f"[dim]{row['tensors']:,} tensors, {row['elements']:,} elements")
-        name = row["operation"] if short else OPERATIONS[row["operation"]]
-        table.add_row(f"  {name}", *cells(row, names)[first:last])
-    return table
+def _part(table: Table, first: int, last: int) -> RichTable:
+    part = RichTable(box=SIMPLE, pad_edge=False, show_edge=False)
+    part.add_column("")
+    for column in table.columns[first:last]:
+        part.add_column(column.replace(", ", ",\n"), justify="right", vertical="bottom", no_wrap=True)
+    for row in table.rows:
+        part.add_row(row[0], *row[first:last])
+    part.caption = ""  # a blank line
+    return part
 
 
-def present(rows: Sequence[Row]) -> list[str]:
-    """The contenders that took part, in the order of the table."""
-    return [name for name in NAMES if any(name in row["contenders"] for row in rows)]
+def markdown(table: Table) -> str:
+    """The table without its title."""
+    lines = [table.columns, ["---", *["--:"] * (len(table.columns) - 1)], *table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def headers(names: Sequence[str]) -> list[str]:
-    """What ``cells`` are."""
-    return [*names, "torch ÷\ntorchclip", "GB/s", "of\nfloor", "torch:\nerror", "torchclip:\nerror"]
+def _added(row: StepRow, name: str) -> str:
+    text = f"{1e6 * row['added'][name][0]:.1f}"
+    return f"{text} ({_times(step_ratio(row, name))})" if name in row["speedup"] else text
 
 
-def cells(row: Row, names: Sequence[str]) -> list[str]:
-    """One line of the table: medians.  Bandwidth is left out for gradients that fit into a core's cache."""
+def _times_of(row: Row, names: Sequence[str]) -> list[str]:
     results = row["contenders"]
-    times = [_time(results.get(name)) for name in names]
-    own, bandwidth = results["torchclip"], ["", ""]
-    if row["bytes"] > CACHED:
-        traffic = PASSES[row["operation"]] * row["bytes"]
-        bandwidth = [f"{traffic / own['seconds'][1] / 1e9:.1f}", f"{own['floor_share'][1]:.0%}"]
-    errors = [_error(results[name]["norm_error"]) for name in ("torch", "torchclip")]
-    return [*times, f"{own['speedup'][1]:.2f}", *bandwidth, *errors]
+    return [*(_seconds(results.get(name)) for name in names), _times(call_ratio(results["torchclip"]))]
 
 
-def _time(result: Mapping[str, Any] | None) -> str:
+def _times(ratio: float | None) -> str:
+    return BUSY if ratio is None else f"{ratio:.1f}×"
+
+
+def _seconds(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return ""
-    if "failed" in result:
-        return "failed"
-    seconds = result["seconds"][1]
+    return "failed" if "failed" in result else _time(result["seconds"][1])
+
+
+def _time(seconds: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
             return f"{seconds * factor:,.3g} {unit}"
     return f"{seconds * 1e6:,.3g} µs"
+
+
+def _bandwidth(row: Row) -> str:
+    own = row["contenders"]["torchclip"]
+    traffic = PASSES[row["operation"]] * row["bytes"]
+    return f"{traffic / own['seconds'][1] / 1e9:.1f} ({own['floor_share'][1]:.0%})"
 
 
 def _error(error: float | None) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from torchclip.cli.book import figure
 from torchclip.cli.book.experiments import BATCH, MAX_NORM, gradient_norms, tanh_curve
 from torchclip.cli.book.lesson import SECTIONS
-from torchclip.cli.options import directory_to_write, writing
+from torchclip.cli.figures import save
+from torchclip.cli.options import directory_to_write
 from torchclip.cli.terminal import Console, console_for
 
 __all__ = ["add_arguments", "run"]
@@ -67,8 +68,8 @@ def _draw(console: Console, directory: Path, section: int | None) -> None:
     unclipped, vanishing, clipped = gradient_norms(1.0), gradient_norms(0.5), gradient_norms(1.0, MAX_NORM)
     figures = {
         "tanh.png": (1, figure.tanh_figure(*tanh_curve())),
-        "exploding.png": (2, figure.gradient_norms_figure(unclipped, "Exploding Gradients")),
-        "vanishing.png": (2, figure.gradient_norms_figure(vanishing, "Vanishing Gradients")),
+        "exploding.png": (2, figure.gradient_norms_figure(unclipped, "Exploding gradients")),
+        "vanishing.png": (2, figure.gradient_norms_figure(vanishing, "Vanishing gradients")),
         "clipped.png": (3, figure.clipped_norms_figure(unclipped, clipped, MAX_NORM / BATCH)),
     }
     wanted = {name: drawn for name, (of, drawn) in figures.items() if section in (None, of)}
@@ -77,6 +78,5 @@ def _draw(console: Console, directory: Path, section: int | None) -> None:
         return
     console.print("Figures:")
     for name, drawn in wanted.items():
-        with writing(directory / name):
-            drawn.savefig(directory / name)
+        save(drawn, directory / name)
         console.print(f"  {directory / name}", markup=False, highlight=False, soft_wrap=True)

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from torchclip.cli.figures import save
 from torchclip.cli.options import writing
-from torchclip.cli.terminal import console_for
+from torchclip.cli.terminal import console_for, tell_file
 from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.figure import training_figure
 from torchclip.cli.train.options import Options
@@ -169,9 +170,8 @@ def plot(runs: Sequence[Run], path: Path, options: Options) -> None:
         clipped=[step.clipped for step in runs[-1].steps] if clips else (),
         note=WHY_IT_CHANGES.get(options.threshold, ""),
     )
-    with writing(path):
-        figure.savefig(path)
-    _tell_file("Picture", path)
+    save(figure, path)
+    tell_file(console, "Picture", path)
 
 
 def page(runs: Sequence[Run], path: Path) -> None:
@@ -179,13 +179,9 @@ def page(runs: Sequence[Run], path: Path) -> None:
     html = html_page("torchclip train", {run.name: run.history for run in runs})
     with writing(path):
         path.write_text(html, encoding="utf-8")
-    _tell_file("Page", path)
+    tell_file(console, "Page", path)
 
 
 def saved(path: Path) -> None:
     """Say where the model is, and how to get it back."""
-    _tell_file("Model", path, " (torchclip.cli.train.model.load_model reads it)")
-
-
-def _tell_file(what: str, path: Path, more: str = "") -> None:
-    console.print(f"{what}: {path}{more}", markup=False, highlight=False, soft_wrap=True)
+    tell_file(console, "Model", path, " (torchclip.cli.train.model.load_model reads it)")

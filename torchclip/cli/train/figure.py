@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchclip.cli.figures import Array, steps
+from torchclip.cli.figures import BLUE, GRAY, VERMILION, Array, new_figure, steps, style
 from torchclip.history.figure import on_log_scale
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 RunValues = Mapping[str, Sequence[float]]
 
+RUNS = {"unclipped": ("without clipping", VERMILION), "clipped": ("with clipping", BLUE)}
+"""How the legend names the runs, as "clipped" is also what happens to a step."""
 
-# Vermilion and blue of Okabe and Ito's palette, which colour-blind readers can tell apart.
-RUN_COLOURS = {"unclipped": "#D55E00", "clipped": "#0072B2"}
 
-
+@style()
 def training_figure(
     losses: RunValues,
     norms: RunValues,
@@ -29,7 +29,7 @@ def training_figure(
     clipped: Sequence[bool] = (),
     note: str = "",
 ) -> Figure:
-    """Loss and gradient norm of training runs, beside each other, on log scales.
+    """Loss and gradient norm of training runs, side by side, on log scales.
 
     Args:
         losses: for the runs ``"unclipped"``, ``"clipped"`` or both, one loss a step; where it is
@@ -39,9 +39,7 @@ def training_figure(
         clipped: whether the last run was clipped at each step; these steps are marked.
         note: what else the legend says about the threshold.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.6), dpi=140, layout="constrained")
+    figure = new_figure(10, 4.6)
     loss_axes, norm_axes = figure.subplots(1, 2)
     _draw_runs(loss_axes, "Loss", losses)
     _draw_runs(norm_axes, "Gradient norm before clipping", norms)
@@ -50,14 +48,13 @@ def training_figure(
     if is_clipped.any():
         label = f"clipped ({is_clipped.sum():,} of {len(is_clipped):,} steps)"
         at = np.flatnonzero(is_clipped)
-        colour = RUN_COLOURS["clipped"]
-        norm_axes.plot(at + 1, on_log_scale(last)[at], "o", color=colour, markersize=3, label=label)
+        norm_axes.plot(at + 1, on_log_scale(last)[at], "o", color=BLUE, markersize=3, label=label)
     threshold = on_log_scale(max_norms)
     if np.isfinite(threshold).any():
         label = textwrap.fill(_threshold_label(threshold, note), 58)
-        norm_axes.plot(steps(threshold), threshold, color="black", linestyle="--", label=label)
+        norm_axes.plot(steps(threshold), threshold, color=GRAY, linestyle="--", label=label)
     handles, labels = norm_axes.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=11, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, labels, fontsize=11, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -66,7 +63,7 @@ def _threshold_label(threshold: Array, note: str) -> str:
     if (threshold == threshold[0]).all():
         return f"threshold {threshold[0]:g}"
     first = int(np.flatnonzero(np.isfinite(threshold))[0])
-    late = f"from step {first + 1} on, after learning from those before" if first else ""
+    late = f"from step {first + 1} on, after learning from earlier steps" if first else ""
     reasons = "; ".join(filter(None, (late, note)))
     return f"threshold ({reasons})" if reasons else "threshold"
 
@@ -75,8 +72,8 @@ def _draw_runs(axes: Axes, title: str, runs: RunValues) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     for name, values in runs.items():
-        numbers = on_log_scale(values)
-        axes.plot(steps(numbers), numbers, color=RUN_COLOURS[name], linewidth=1.4, label=name)
+        label, colour = RUNS[name]
+        axes.plot(steps(values), on_log_scale(values), color=colour, linewidth=1.4, label=label)
     axes.set_title(title, size=15, loc="left")
     axes.set_xlabel("training step", size=13)
     axes.set_yscale("log")
@@ -84,5 +81,3 @@ def _draw_runs(axes: Axes, title: str, runs: RunValues) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(labelsize=12)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)

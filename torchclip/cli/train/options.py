@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import get_args
 
-from torchclip.cli.options import count, file_to_read, file_to_write, max_norm, png_file, positive, seed
+from torchclip.cli.options import count, file_to_read, file_to_write, max_norm, picture_file, positive, seed
 from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.parallel import Way
 
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Way),
         help="how the processes that torchrun started train one model (default: fsdp)",
     )
-    add("--plot", type=png_file, metavar="FILE", help="draw loss and gradient norm into a PNG file")
+    add("--plot", type=picture_file, metavar="FILE", help="draw loss and gradient norm (PNG, SVG or PDF)")
     add("--html", type=file_to_write, metavar="FILE", help="write a page about the norms, for a browser")
     add(
         "--save",

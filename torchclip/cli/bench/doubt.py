@@ -1,0 +1,43 @@
+"""How sure ``torchclip bench`` is of a ratio: on a busy machine it shows none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["BUSY", "EXPLANATION", "call_ratio", "doubt_of_steps", "step_ratio"]
+
+MOST_DOUBT = 0.25
+"""What a ratio may be wrong by, as a share of it.  On an idle machine it is 0.1 at most."""
+
+BUSY = "busy"
+EXPLANATION = (
+    f"{BUSY}: another program used the processor meanwhile, and the ratio may be wrong by more than "
+    f"{MOST_DOUBT:.0%}. Measure again on an idle machine."
+)
+
+
+def step_ratio(row: Mapping[str, Any], name: str) -> float | None:
+    """How many times less than torch a contender adds to a step, or None if the machine was busy.
+
+    Args:
+        row: a row of ``measure_steps``.
+        name: the contender.
+    """
+    ratio: float = row["speedup"][name][0]
+    return ratio if doubt_of_steps(row) <= MOST_DOUBT * row["added"][name][0] else None
+
+
+def doubt_of_steps(row: Mapping[str, Any]) -> float:
+    """Seconds by which two measurements of the same step without clipping differ."""
+    return abs(float(row["added"]["no clipping once more"][0]))
+
+
+def call_ratio(result: Mapping[str, Any]) -> float | None:
+    """How many times faster than torch a call is, the median, or None if the machine was busy.
+
+    Args:
+        result: one contender's in a row of ``measure``; half of its rounds have ratios between its quartiles.
+    """
+    first, median, third = map(float, result["speedup"])
+    return median if third - first <= 2 * MOST_DOUBT * median else None
