@@ -1,18 +1,27 @@
 """Builds the optional CPU kernel; everything else about the package stands in pyproject.toml.
 
-Where it cannot be compiled, the install goes on without it, and torch's own operations do the work.
+Where it cannot be compiled, the install goes on without it, and torch's own operations do the work.  Then
+``torchclip info`` shows what the compiler said.
 
-Environment: ``TORCHCLIP_KERNEL=0`` leaves the kernel out; ``TORCHCLIP_SANITIZE=1`` builds it with GCC's
-address and undefined-behaviour sanitizers, for its tests (see tests/csrc/test_kernel.py).
+Environment: with ``TORCHCLIP_KERNEL=0`` no kernel is built; with ``TORCHCLIP_KERNEL=1`` the install fails if it
+cannot be; with ``TORCHCLIP_SANITIZE=1`` it has GCC's address and undefined-behaviour sanitizers, for its tests
+(see tests/csrc/test_kernel.py).
 """
 
 import os
 import platform
+import re
+import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 
 def wanted() -> bool:
@@ -39,6 +48,69 @@ def flags() -> tuple[list[str], list[str]]:
     return compiling + both, both
 
 
+@contextmanager
+def heard(lines: list[str]) -> Iterator[None]:
+    """Add to `lines` what compilers print meanwhile; it is printed all the same, at the end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    streams = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, stream in enumerate(streams, start=1):
+                os.dup2(stream, number)
+                os.close(stream)
+            file.seek(0)
+            said = file.read().decode(errors="replace")
+            sys.stderr.write(said)
+            lines += said.splitlines()
+
+
+class BuildKernel(build_ext):
+    """Builds the kernel; where that fails, keeps the reason in a file, which `torchclip info` shows."""
+
+    reason = ""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Note why it failed, if it does."""
+        lines: list[str] = []
+        try:
+            with heard(lines):
+                super().build_extension(ext)
+        except Exception as error:
+            errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+            self.reason = (errors or [self.describe(error)])[0].strip()
+            raise
+
+    @staticmethod
+    def describe(error: BaseException | None) -> str:
+        """The error in a line: without the whole command, if it is that the command failed."""
+        text = str(error)
+        while error is not None:
+            if isinstance(error, subprocess.CalledProcessError):
+                return f"{error.cmd[0]} ended with status {error.returncode}"
+            error = error.__cause__ or error.__context__
+        return text
+
+    def run(self) -> None:
+        """Leave the note where the extension would be; remove that of an earlier build."""
+        super().run()
+        if self.inplace:
+            package = self.get_finalized_command("build_py").get_package_dir("torchclip")
+        else:
+            package = os.path.join(self.build_lib, "torchclip")
+        note = Path(package, "_not_built.txt")
+        if self.reason:
+            note.write_text(self.reason, encoding="utf-8")
+        else:
+            note.unlink(missing_ok=True)
+
+
 compiling, linking = flags()
 kernel = Extension(
     "torchclip._kernel",
@@ -48,10 +120,14 @@ kernel = Extension(
     extra_compile_args=compiling,
     extra_link_args=linking,
     py_limited_api=True,
-    optional=True,
+    optional=os.environ.get("TORCHCLIP_KERNEL") != "1",
 )
 
 if wanted():
-    setup(ext_modules=[kernel], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+    setup(
+        ext_modules=[kernel],
+        cmdclass={"build_ext": BuildKernel},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
 else:
     setup()

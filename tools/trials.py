@@ -53,7 +53,8 @@ def run(*command: str | Path, environment: Mapping[str, str] | None = None, cwd:
         errors="replace",
     )
     if done.returncode != 0:
-        raise Failed(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}")
+        said = "\n".join(done.stdout.splitlines()[-60:])
+        raise Failed(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{said}")
     return done.stdout
 
 
@@ -84,8 +85,8 @@ def _import_elsewhere(package: Path) -> str:
     found = []
     for minor in range(10, 20):
         python = shutil.which(f"python3.{minor}")
-        if python is None or minor == sys.version_info.minor:
-            continue
+        if python is None or minor == sys.version_info.minor or subprocess.run([python, "-c", ""]).returncode:
+            continue  # pyenv leaves names that start nothing
         run(python, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import _kernel", package)
         found.append(f"3.{minor}")
     return f"; imported by {', '.join(found)}" if found else ""

@@ -6,6 +6,7 @@ import importlib
 import os
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,9 @@ def _load() -> tuple[Any, str]:
     try:
         module = importlib.import_module("torchclip._kernel")
     except ImportError as error:
+        note = Path(__file__).parents[1] / "_not_built.txt"  # what the compiler said, from setup.py
+        if note.exists():
+            return None, f"off (the extension was not built: {note.read_text(encoding='utf-8')})"
         return None, f"off (the extension was not built or cannot be loaded: {error})"
     try:
         module.connect(
