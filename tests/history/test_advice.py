@@ -82,8 +82,8 @@ def test_norms_that_drift(end: float) -> None:
     assert "spikes" not in str(advice)
     max_norm = usable(advice)
     # What the share says is of the whole run, and what an early step needs stays.
-    clipped = np.mean(norms[100:] > max_norm)
-    assert 0 < clipped < 0.2
+    clipped = np.mean(norms > max_norm)
+    assert 0 < clipped < 0.25
     assert f"clipped {clipped:.1%} of the steps" in str(advice).replace("\n", " ")
     assert max_norm > 0.9 * np.median(norms[:100])
 

@@ -150,10 +150,10 @@ class _Run:
         quarters, drifts = ([], False) if len(found) < 8 else drift(found)
         if refusal:
             return self._advice(None, refusal, notes, first, False, 0, {}, {})
-        level = usual_level(found)
-        is_spike = spikes(found / level) if len(found) >= 8 else np.zeros(len(found), dtype=bool)
+        is_spike = spikes(found) if len(found) >= 8 else np.zeros(len(found), dtype=bool)
         if is_spike.any():
-            quarters, drifts = drift(found[~is_spike])
+            quarters, drifts_without = drift(found[~is_spike])
+            drifts = drifts and drifts_without
         if self.departure is not None and self.departure.loss_rose is not False:
             drifts = drifts and len(found) >= _LEAST_STEPS
         if drifts:
@@ -162,7 +162,7 @@ class _Run:
             first = len(notes)
         notes += [*self._about_stalls(), *self._about_zeros()]
         if is_spike.any():
-            notes.append(self._about_spikes(found / level, is_spike))
+            notes.append(self._about_spikes(found / usual_level(found), is_spike))
         max_norm, reason = self._recommended(found[~is_spike], int(is_spike.sum()), drifts)
         table, rose = self._table(found)
         return self._advice(max_norm, reason, notes, first, drifts, int(is_spike.sum()), table, rose)
@@ -238,7 +238,7 @@ class _Run:
                 early = early[np.isfinite(early) & (early > 0)]
                 threshold = max(threshold, float(np.median(early)) if len(early) else 0.0)
         max_norm = _two_digits(threshold)
-        clipped = np.mean(found > max_norm)
+        clipped = np.mean((self.norms[np.isfinite(self.norms)] if drifts else found) > max_norm)
         if spike_count:
             others = int((usual > max_norm).sum())
             spike = "the spike" if spike_count == 1 else f"the {spike_count:,} spikes"

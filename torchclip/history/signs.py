@@ -31,13 +31,14 @@ _SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
 # The norms drift if the means of a run's quarters differ by so many standard errors, and by this ratio.
 _DRIFT_ERRORS, _DRIFT_RATIO = 6.0, 1.5
 # Norms leave their usual range if they are so many standard deviations above it, and so many times as large:
-# with few steps before by more.
-_LEAVES_DEVIATIONS, _LEAVES_RATIO, _LEAVES_RATIO_OF_FEW = 5.0, 10.0, 100.0
-_FEW, _FEWEST = 10, 3
+# the fewer steps before, the more.
+_LEAVES_DEVIATIONS, _LEAVES_RATIOS = 5.0, ((10, 10.0), (3, 100.0), (1, 1000.0))
+_USUAL = 0.95  # this share of the norms before is in the range
 # They leave it for good if this share of the norms from then on is outside, and there are so many of them.
 _SHARE_OUTSIDE, _LEAST_AFTER = 0.8, 5
-# Where the loss rises for good by this ratio, norms that are so many times as large are enough.
-_LOSS_RATIO, _RATIO_WITH_LOSS = 1.2, 2.0
+# Where the loss is so many times as high in the next steps, and higher than before for good, norms that are
+# so many times as large in these steps, and so many standard deviations above, are enough.
+_SOON, _LOSS_RATIO, _RATIO_WITH_LOSS = 10, 1.3, 3.0
 # The standard deviation of a normal distribution, in terms of its median absolute deviation.
 _DEVIATION_OF_MAD = 1.4826
 
@@ -55,10 +56,14 @@ def usual_level(norms: Array) -> Array:
     return level
 
 
-def spikes(ratios: Array) -> Array:
-    """Which steps are spikes, given the ratios of their norms to what is usual there."""
-    logs = np.log(ratios)
-    found: Array = logs > max(math.log(_SPIKE_RATIO), _SPIKE_DEVIATIONS * _deviation(logs))
+def spikes(norms: Array) -> Array:
+    """Which steps are spikes: far above the usual level there, and above nine tenths of the norms around."""
+    logs = np.log(norms / usual_level(norms))
+    width = min(4 * _BESIDE + 1, len(norms))
+    upper = np.quantile(np.lib.stride_tricks.sliding_window_view(norms, width), 0.9, axis=1)
+    around = upper[np.clip(np.arange(len(norms)) - width // 2, 0, len(upper) - 1)]
+    least = max(math.log(_SPIKE_RATIO), _SPIKE_DEVIATIONS * _deviation(logs))
+    found: Array = (logs > least) & (norms > _SPIKE_RATIO * around)
     return found
 
 
@@ -113,9 +118,9 @@ def departure(norms: Array, losses: Array) -> Departure | None:
         losses: of each step, ``nan`` where unknown.
     """
     finite = np.isfinite(norms)
-    if len(norms) < _FEWEST + _LEAST_AFTER or not (norms[finite] > 0).any():
+    if len(norms) < 2 * _LEAST_AFTER or not (norms[finite] > 0).any():
         return None
-    highest = math.log(norms[finite].max()) + math.log(_LEAVES_RATIO_OF_FEW) * 2
+    highest = math.log(norms[finite].max()) + 2 * math.log(_LEAVES_RATIOS[-1][1])
     logs = np.full(len(norms), highest)
     positive = finite & (norms > 0)
     logs[positive] = np.log(norms[positive])
@@ -135,44 +140,55 @@ def departure(norms: Array, losses: Array) -> Departure | None:
 
 
 def _by_norms(logs: Array) -> int | None:
-    """The step from which on the norms alone show it."""
+    """The first step outside, judging by the norms alone."""
     steps = len(logs)
-    at = np.arange(_FEWEST, steps - _LEAST_AFTER + 1)
-    # Where a run splits best into two parts of different means.
+    at = np.arange(1, steps - _LEAST_AFTER + 1)
+    # Where a run splits best into two parts of different means, and places that are dense at the start:
+    # norms that grow step by step have no such split.
     sums = np.cumsum(logs - logs.mean())[at - 1]
-    split = int(at[np.argmin(sums / np.sqrt(at * (steps - at)))])
-    # Norms that grow step by step leave the range before that.
+    best = at[np.argmin(sums / np.sqrt(at * (steps - at)))]
+    splits = {int(best), *np.geomspace(1, at[-1], 25).astype(int).tolist()}
+    found = (_leaves_for_good(logs, split) for split in splits)
+    return min((index for index in found if index is not None), default=None)
+
+
+def _leaves_for_good(logs: Array, split: int) -> int | None:
+    """The first step outside of the range of the steps before a split, if most from then on are outside."""
     before = logs[:split]
-    ratio = _LEAVES_RATIO if split >= _FEW else _LEAVES_RATIO_OF_FEW
-    upper = np.median(before) + max(_LEAVES_DEVIATIONS * _deviation(before), math.log(ratio))
-    inside = np.flatnonzero(before <= upper)
-    index = int(inside[-1]) + 1
-    after = logs[index:]
-    outside = min(np.mean(after > upper), np.mean(after[-max(len(after) // 4, _LEAST_AFTER) :] > upper))
-    return index if outside >= _SHARE_OUTSIDE else None
+    deviation = _LEAVES_DEVIATIONS * _deviation(before)
+    ratio = next(ratio for least, ratio in _LEAVES_RATIOS if split >= least)
+    upper = max(np.median(before) + max(deviation, math.log(ratio)), np.quantile(before, _USUAL))
+    # The best end of the run, where a step inside costs as much as four outside give.
+    inside_costs = _SHARE_OUTSIDE / (1 - _SHARE_OUTSIDE)
+    gains = np.cumsum(np.where(logs > upper, 1.0, -inside_costs)[::-1])[::-1]
+    index = int(np.argmax(gains))
+    lately = logs[index:][-max((len(logs) - index) // 4, _LEAST_AFTER) :] > upper
+    stays = gains[index] >= _LEAST_AFTER and lately.mean() >= _SHARE_OUTSIDE
+    is_new = index >= split and np.mean(logs[:index] > upper) <= 1 - _USUAL
+    return index if stays and is_new else None
 
 
 def _by_losses(logs: Array, losses: Array) -> int | None:
     """The step from which on the loss is higher for good, and the norms larger."""
     if not np.isfinite(losses).any():
         return None
-    # Where the loss is no number the run is lost; where it is unknown the last one stands for it.
     filled = _filled(losses)
+    least = max(math.log(_RATIO_WITH_LOSS), _RATIO_WITH_LOSS * _deviation(np.diff(logs)) / math.sqrt(2))
     for index in range(1, len(filled) - _LEAST_AFTER + 1):
         beside = slice(max(index - _BESIDE, 0), index)
         highest = filled[beside].max()
         if not filled[index] > highest:
             continue
-        margin = (_LOSS_RATIO - 1) * abs(highest)
-        soon = filled[index : index + 2 * _LEAST_AFTER] > highest + margin / 4
-        if soon.mean() < _SHARE_OUTSIDE or not np.quantile(filled[index:], 0.2) > highest + margin:
-            continue
-        if np.median(logs[index:]) - np.median(logs[beside]) > math.log(_RATIO_WITH_LOSS):
+        soon = slice(index, index + _SOON)
+        rose = np.median(filled[soon]) > highest + (_LOSS_RATIO - 1) * abs(highest)
+        grew = np.median(logs[soon]) - np.median(logs[beside]) > least
+        if rose and grew and np.median(filled[index:]) > highest:
             return index
     return None
 
 
 def _filled(losses: Array) -> Array:
+    """The losses, where one is unknown the last one before it."""
     known = np.flatnonzero(~np.isnan(losses))
     last = np.searchsorted(known, np.arange(len(losses)), side="right") - 1
     filled: Array = losses[known[np.maximum(last, 0)]]

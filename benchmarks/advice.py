@@ -1,0 +1,168 @@
+"""How good the advice of ``history.suggest()`` and of ``torchclip run --try auto`` is, on runs that need it.
+
+    pip install '.[demo]'
+    python benchmarks/advice.py [--model rnn|lstm|transformer] [--seeds 5]
+
+Three character models learn from Python's documentation, at learning rates from low to exploding.  For each,
+one run without clipping gives the advice; it is compared with no clipping, with the best of a grid of
+thresholds, and with the search of ``--try auto``.  The loss is the mean of the last tenth of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchclip
+from torchclip.cli.options import count
+from torchclip.cli.run.search import Outcome, search
+from torchclip.cli.train import training
+from torchclip.cli.train.model import detached, new_model
+from torchclip.history.signs import final_loss
+
+STEPS, HIDDEN, BATCH, BPTT = 250, 64, 16, 64
+GRID = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+LEARNING_RATES = {"rnn": (0.5, 3.0, 5.0), "lstm": (3.0, 10.0, 30.0), "transformer": (0.002, 0.01, 0.03)}
+"""From usual to exploding without clipping."""
+
+
+class Setting(NamedTuple):
+    """What one run depends on, besides its threshold."""
+
+    model: str
+    lr: float
+    seed: int
+
+
+class Found(NamedTuple):
+    """The loss at the end, by way of clipping."""
+
+    none: float
+    grid: tuple[float, ...]
+    advised: float
+    auto: float
+    max_norm: float | None
+    explodes: bool
+
+
+def batches(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows of text side by side, and the same windows one character later."""
+    length = len(tokens) // BATCH
+    streams = tokens[: BATCH * length].view(BATCH, length)
+    for step in range(STEPS):
+        start = step * BPTT % (length - BPTT)
+        yield streams[:, start : start + BPTT], streams[:, start + 1 : start + BPTT + 1]
+
+
+def train(setting: Setting, max_norm: float) -> torchclip.history.History:
+    """Train once; a loss that is not finite ends the run."""
+    text = training.read_text(None)
+    vocabulary = "".join(sorted(set(text)))
+    torch.manual_seed(setting.seed)
+    model = new_model(setting.model, len(vocabulary), HIDDEN)
+    optimizer_class = torch.optim.AdamW if setting.model == "transformer" else torch.optim.SGD
+    optimizer = optimizer_class(model.parameters(), lr=setting.lr)
+    clipper = torchclip.Clipper(optimizer, max_norm)
+    history, state = torchclip.history.History(), None
+    for inputs, targets in batches(training.encode(text, vocabulary)):
+        scores, state = model(inputs, detached(state))
+        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        step, norm, threshold, clip_coef, *_ = clipper.history[-1]
+        history.append(step, norm, threshold, clip_coef, loss=loss.item())
+        if not loss.isfinite():
+            break
+    return history
+
+
+def loss_of(history: torchclip.history.History) -> float:
+    """The loss at the end, as ``torchclip run --try`` takes it."""
+    found = final_loss([math.nan if record.loss is None else record.loss for record in history])
+    return found if math.isfinite(found) else math.inf
+
+
+def compare(setting: Setting) -> Found:
+    """All ways of clipping, for one model, learning rate and seed."""
+    torch.set_num_threads(1)
+    done: dict[float, torchclip.history.History] = {}
+
+    def run(max_norm: float) -> torchclip.history.History:
+        if max_norm not in done:
+            done[max_norm] = train(setting, max_norm)
+        return done[max_norm]
+
+    def outcomes(thresholds: list[float]) -> list[Outcome]:
+        return [Outcome(threshold, loss_of(run(threshold)), run(threshold)) for threshold in thresholds]
+
+    unclipped = run(math.inf)
+    advice = unclipped.suggest()
+    advised = math.inf if advice.max_norm is None else advice.max_norm
+    best = min(search(outcomes), key=lambda outcome: outcome.loss)
+    return Found(
+        none=loss_of(unclipped),
+        grid=tuple(loss_of(run(max_norm)) for max_norm in GRID),
+        advised=loss_of(run(advised)),
+        auto=best.loss,
+        max_norm=advice.max_norm,
+        explodes=advice.explodes is not None,
+    )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=LEARNING_RATES, help="one of the models (default: all)")
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="runs a cell (default: 5)")
+    arguments = parser.parse_args()
+    models = [arguments.model] if arguments.model else [*LEARNING_RATES]
+    cells = [(model, lr) for model in models for lr in LEARNING_RATES[model]]
+    settings = [Setting(*cell, seed) for cell in cells for seed in range(arguments.seeds)]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = list(
+            track(pool.map(compare, settings), "Training", len(settings), console=Console(stderr=True))
+        )
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}; mean of {arguments.seeds} seeds\n")
+    print("| run | no clipping | advised `max_norm` | its loss | `--try auto` | best of the grid |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for i, (model, lr) in enumerate(cells):
+        print(row(model, lr, found[i * arguments.seeds : (i + 1) * arguments.seeds]))
+
+
+def row(model: str, lr: float, found: list[Found]) -> str:
+    """A row of the table: the means over the seeds, and how far each is from the best of the grid."""
+    best, max_norm = min(
+        (mean(each.grid[i] for each in found), threshold) for i, threshold in enumerate(GRID)
+    )
+    advised = ", ".join(sorted({"none" if f.max_norm is None else f"{f.max_norm:g}" for f in found}))
+    unclipped = mean(each.none for each in found)
+    spread = [each.none for each in found if math.isfinite(each.none)]
+    none = f"{unclipped:.2f}" + (f" ± {statistics.stdev(spread):.2f}" if len(spread) > 1 else "")
+    explodes = sum(each.explodes for each in found)
+    cells = [none + (f", {explodes} exploded" if explodes else ""), advised]
+    for way in (mean(each.advised for each in found), mean(each.auto for each in found)):
+        cells.append(f"{way:.3f} ({way / best - 1:+.1%})")
+    return f"| {model}, lr {lr:g} | {' | '.join(cells)} | {best:.3f} at {max_norm:g} |"
+
+
+def mean(values: Any) -> float:
+    """The mean, infinite if one of the values is."""
+    return statistics.fmean(values)
+
+
+if __name__ == "__main__":
+    main()
