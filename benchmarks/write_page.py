@@ -53,7 +53,10 @@ def page(calls: Report, steps: Report) -> str:
     return "\n\n".join(
         [
             "### In a training step",
-            *(f"**{table.title}**\n\n{markdown(table)}" for table in of_steps),
+            "With `model.parameters()`, with the model, and with a Clipper:",
+            markdown(of_steps[0]),
+            "With a list of parameters, and by value:",
+            markdown(of_steps[1]),
             *notes(steps["steps"], [], of_steps),
             f"Measured on: {_in_words(steps['machine'])}, one thread.",
             "### By itself, in a tight loop",

@@ -143,9 +143,8 @@ def test_a_compiler_that_fails_is_reported() -> None:
     named = {"workload": "small", "title": "small", "operation": "norm", "bytes": 72, **row}
     tables = list(table.call_tables([named | {"tensors": 3, "elements": 15}]))
     assert "failed" in tables[0].rows[0]
-    assert table.notes([], [named], tables) == [
-        "torch.compile failed on small, get_total_norm: RuntimeError: no compiler found"
-    ]
+    expected = "torch.compile failed on small, get_total_norm: RuntimeError: no compiler found"
+    assert expected in table.notes([], [named], tables)
 
 
 def test_our_own_failure_is_not_a_result() -> None:
@@ -281,10 +280,10 @@ def test_a_busy_machine_gives_no_ratio() -> None:
         assert expected in axes.texts[-1].get_text()
 
     calls = row("ppo", WORKLOADS["ppo"], "clipping", torch=1.0, torchclip=0.1)
-    assert next(table.call_tables([calls])).rows[0][-1] == "10.0×"
+    assert next(table.call_tables([calls])).rows[0][-1] == "100 ms (10.0×)"
     calls["contenders"]["torchclip"]["speedup"] = [7.0, 10.0, 12.5]
     tables = list(table.call_tables([calls]))
-    assert tables[0].rows[0][-1] == "busy"
+    assert tables[0].rows[0][-1] == "100 ms (busy)"
     assert any("idle machine" in note for note in table.notes([], [calls], tables))
     assert not any("idle machine" in note for note in table.notes([calm], [], []))
 

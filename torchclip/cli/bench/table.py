@@ -78,7 +78,7 @@ def call_tables(rows: Sequence[Row]) -> Iterator[Table]:
     for group in workloads:
         title = "{title}: {tensors:,} tensors, {elements:,} elements".format(**group[0])
         cells = [[OPERATIONS[row["operation"]], *_times_of(row, names)] for row in group]
-        yield Table(title, ["", *names, RATIO], cells)
+        yield Table(title, ["", *names], cells)
     large = [group for group in workloads if group[0]["bytes"] > CACHED]
     cells = [[group[0]["title"], *map(_bandwidth, group)] for group in large]
     yield Table("torchclip's GB/s, and its share of the floor", ["", *OPERATIONS.values()], cells)
@@ -100,6 +100,8 @@ def notes(steps: Sequence[StepRow], rows: Sequence[Row], tables: Sequence[Table]
             "less than torch on a list). Two measurements of a step without clipping differ by up to "
             f"{doubt:.1f} µs."
         )
+    if rows:
+        found.append("Calls: medians; in brackets, how many times faster than torch.")
     for row in rows:
         found += [
             f"{name} failed on {row['title']}, {OPERATIONS[row['operation']]}: {result['failed']}"
@@ -150,7 +152,8 @@ def _added(row: StepRow, name: str) -> str:
 
 def _times_of(row: Row, names: Sequence[str]) -> list[str]:
     results = row["contenders"]
-    return [*(_seconds(results.get(name)) for name in names), _times(call_ratio(results["torchclip"]))]
+    times = [_seconds(results.get(name)) for name in names]
+    return [*times[:-1], f"{times[-1]} ({_times(call_ratio(results['torchclip']))})"]
 
 
 def _times(ratio: float | None) -> str:
