@@ -28,7 +28,7 @@ FSDP2 = TORCH >= (2, 7)
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0
 # What is imported before the ranks are forked, and so only once.
-PRELOADED = ["distributed_checks", "clipper_rank_checks", "torch._dynamo"]
+PRELOADED = ["copies_checks", "distributed_checks", "in_step_checks", "clipper_rank_checks", "torch._dynamo"]
 Check = Callable[[], None]
 
 
@@ -48,13 +48,14 @@ def since_2_7(check: Check) -> Check:
     return check
 
 
-def checks_of(module: ModuleType) -> list[Any]:
-    """The names of the checks, as parameters of a test."""
+def checks_of(*modules: ModuleType) -> list[Any]:
+    """The checks, as parameters of a test."""
     skip = pytest.mark.skipif(
         TORCH < (2, 7), reason="on the CPU torch 2.6 has no FSDP2, averages and bfloat16"
     )
     return [
-        pytest.param(name, marks=[skip] if hasattr(check, "since_2_7") else [])
+        pytest.param(check, id=name, marks=[skip] if hasattr(check, "since_2_7") else [])
+        for module in modules
         for name, check in vars(module).items()
         if name.startswith("check_")
     ]

@@ -1,13 +1,18 @@
 """DTensors for the checks on ranks."""
 
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from helpers import bits
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-__all__ = ["placed"]
+__all__ = ["assert_agreed", "collectives_of", "parameter", "placed", "split"]
 
 
 def placed(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
@@ -23,3 +28,37 @@ def placed(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> D
     return DTensor.from_local(
         held.clone(), mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
     )
+
+
+def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
+    """A DTensor that has this value."""
+    return placed(full, mesh, placements)
+
+
+def parameter(grad: Tensor | None, like: Tensor | None = None) -> Any:
+    """A parameter that lies as its gradient, or as another tensor, does; it passes for anything, as there."""
+    like = grad if like is None else like
+    assert like is not None
+    if isinstance(like, DTensor) and any(p.is_partial() for p in like.placements):
+        where = [Replicate() if p.is_partial() else p for p in like.placements]
+        like = split(torch.zeros(like.shape, dtype=like.dtype), like.device_mesh, *where)
+    result = nn.Parameter(torch.zeros_like(like))
+    result.grad = grad
+    return result
+
+
+def assert_agreed(value: Tensor, group: Any = None) -> None:
+    """The same bits on all ranks, in a plain tensor."""
+    assert type(value) is Tensor
+    of_ranks = [None] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, (value.dtype, bits(value)), group=group)
+    assert len(set(of_ranks)) == 1, value
+
+
+def collectives_of(call: Callable[..., Any]) -> list[str]:
+    """The collectives of a call, as torch's profiler saw them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+    return [event.name for event in profile.events() if event.name.startswith("gloo:")]

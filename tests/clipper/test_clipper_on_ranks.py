@@ -2,7 +2,7 @@
 
 import clipper_rank_checks
 import pytest
-from distributed_helpers import Ranks, checks_of
+from distributed_helpers import Check, Ranks, checks_of
 
 
 @pytest.mark.parametrize(
@@ -10,7 +10,7 @@ from distributed_helpers import Ranks, checks_of
     [pytest.param(True, id="kernel"), pytest.param(False, id="torch operations", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("check", checks_of(clipper_rank_checks))
-def test_clipper_on_ranks(ranks: Ranks, check: str, with_kernel: bool) -> None:
-    errors = ranks.run(getattr(clipper_rank_checks, check), with_kernel)
+def test_clipper_on_ranks(ranks: Ranks, check: Check, with_kernel: bool) -> None:
+    errors = ranks.run(check, with_kernel)
     if errors:
         pytest.fail("\n".join(errors), pytrace=False)

@@ -1,165 +1,367 @@
-"""Norms across ranks.
+"""What ranks send one another: norms, and what shows that all of them are at the same call.
 
-Ranks exchange norms, not sums of powers: they cannot overflow, every rank combines the same numbers in the
-same order, and so all get the same result to the last bit.  The facts that decisions hang on travel with
-them.  All ranks of a mesh must make the same calls with the same parameters; it does not matter whether these
-have a gradient on every rank.
+Before what varies in length, a head of fixed size is exchanged.  It has the number of the exchange, which
+each process group counts for itself, the kind of the call, the order of the norms, how many there are, and
+the facts that decisions hang on.  Up to four norms travel along with it; more of them follow.
 
-Groups of ranks are opaque to torch.compile, so a compiled function leaves its graph here.
+Among few ranks each gathers the messages of all.  Among many, where a gather would grow with their number,
+there are two reductions, of a maximum and of a sum.  Either way the joint norms are sums of integers
+(``integer_sums``), with the same bits on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, cast
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from torchclip._core import memory
+from torchclip._core import integer_sums
 from torchclip._core.batch import Norm
-from torchclip._core.mesh import Layout
-from torchclip._core.scalars import join, join_rows, on_device
+from torchclip._core.scalars import ABSENT, on_device
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+__all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
 
-__all__ = ["across_meshes", "total"]
+MANY = 16
+"""From so many ranks on two reductions take less time than a gather (``benchmarks/distributed.py``)."""
+SLOTS = 4
+"""So many norms, and so many marks, fit into the head."""
+DIFFERS: Final = -1
+"""The mark of what was found not to be the same on other ranks."""
+
+_VERSION = 2
+_FACTS = 6
+# The words of a head.  Those before _REFUSED must be the same on all ranks.
+_NUMBER, _KIND, _ORDER, _COUNT, _MARKS = range(5)
+_REFUSED = _MARKS + SLOTS
+_HEAD = _REFUSED + 1 + _FACTS
+Array = Any
+"""A NumPy array where values can be read, a tensor where nobody waits for them."""
 
 
-@_disable_dynamo
-def total(
-    norms: Mapping[Layout | None, Norm], facts: int, groups: Sequence[dist.ProcessGroup], p: float
-) -> tuple[Norm, int]:
-    """The joint norm of what this rank and those that share its meshes and groups hold.
+class Kind:
+    """What a call is.  Ranks that are at calls of different kinds are out of step."""
+
+    CLIP: Final = 1
+    MEASURE: Final = 2
+    CLIP_EACH: Final = 3
+    MEASURE_EACH: Final = 4
+    ADAPT: Final = 5
+    COMPARE: Final = 6
+    CONNECT: Final = 7
+
+    NAMES: Final = {
+        1: "clipping by the total norm (clip_grad_norm_, or a Clipper's step)",
+        2: "measuring the total norm (get_total_norm)",
+        3: "clipping each gradient by its norm",
+        4: "measuring the norm of each gradient (Clipper.norms)",
+        5: "adaptive clipping",
+        6: "comparing copies of gradients",
+        7: "finding the ranks that `group` connects",
+    }
+
+
+@dataclass
+class Call:
+    """One call, as all its exchanges need it.
+
+    Attributes:
+        kind: of ``Kind``.
+        order: the order of the norms.
+        facts: those of this rank; after an exchange, of all ranks that took part.
+        refused: 1 + the rank that refused what it was given, or found others out of step; 0 if none did.
+        error: what to raise after the last exchange.
+    """
+
+    kind: int
+    order: float
+    facts: int = 0
+    refused: int = 0
+    error: str | None = None
+
+    def fail(self, error: str) -> None:
+        """Have the ranks of all further exchanges learn that this call came to nothing."""
+        self.error = self.error or error
+        self.refused = self.refused or 1 + dist.get_rank()
+
+    def finish(self) -> None:
+        """Raise the error, if there was one."""
+        if self.error is not None:
+            raise RuntimeError(self.error)
+
+
+class _State:
+    """What is known of a process group: how many exchanges it had, and whether its ranks are out of step."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.error: str | None = None
+        # Verdicts on their way from an accelerator: what tells that they have come, and the words.
+        self.verdicts: list[tuple[Any, Tensor]] = []
+
+
+_states: WeakKeyDictionary[dist.ProcessGroup, _State] = WeakKeyDictionary()
+
+
+class _Heads:
+    """The heads of all ranks, reduced, and what is known by them of the norms that travelled along.
+
+    Attributes:
+        high: the largest value of each word.
+        low: the least one, of the words that must be the same.
+        norms: those of each rank as rows; among many ranks the leading ones.
+    """
+
+    def __init__(self, high: Array, low: Array, norms: Array) -> None:
+        self.high, self.low, self.norms = high, low, norms
+
+
+def exchange(
+    group: dist.ProcessGroup, norms: Sequence[Norm] | Tensor, marks: Sequence[int], call: Call, device: str
+) -> tuple[list[float] | Tensor, list[bool]]:
+    """Join each of some norms with those that the other ranks of a group have in its place.
 
     Args:
-        norms: for each layout, and for None, the norm of what this rank holds of the tensors that lie like
-            this, or ``ABSENT``; on an accelerator in float64.
-        facts: the facts of what this rank holds.
-        groups: process groups whose other ranks hold other plain tensors, and DTensors on other meshes.
-        p: the order of the norms.
+        group: the process group.
+        norms: this rank's norms, or ``ABSENT``.
+        marks: up to ``SLOTS`` numbers, at least 0 or ``DIFFERS``.
+        call: the call, which learns what other ranks know.
+        device: the type of the device that the group's collectives work on.
 
     Returns:
-        The norm, the same on every rank that holds parts of the same tensors, ``ABSENT`` if none has any
-        element; and the facts of all those ranks (on an accelerator, where they could not be read without
-        waiting, of this one).
+        The joint norms, the same bits on every rank, and for each mark whether it differed between ranks.  On
+        an accelerator the norms are a tensor, NaN if anything was wrong; the marks count as the same there.
     """
-    plain = [norm for layout, norm in norms.items() if layout is None]
-    sharded = {layout: norm for layout, norm in norms.items() if layout is not None}
-    if any(_has_all_ranks(group) for group in groups):
-        return _across_world([*plain, *_first_copies(sharded)], facts, p)
-    joint, facts = _joint_norms(sharded, facts, p)
-    counted = [n for mesh, n in joint if all(_comes_first(mesh, group) for group in groups)]
-    norm = join([*plain, *counted], p)
-    for group in groups:
-        norm, facts = _across_group(norm, facts, group, p)
-    return norm, facts
+    state = _state_of(group)
+    count = len(norms)
+    if state.error is not None:
+        call.fail(state.error)
+        return [math.nan] * count, [False] * len(marks)
+    sent = _array(norms, device)
+    riding = _padded(sent if count <= SLOTS else sent[:0])
+    with np.errstate(all="ignore"):
+        heads = _exchange_heads(group, _head(state, count, marks, call), riding, call.order)
+        if isinstance(heads.high, Tensor):
+            right = _send_verdict(state, group, heads)
+            return torch.where(right, _join(group, sent, riding, heads, call.order), math.nan), [False] * len(
+                marks
+            )
+        high, low = heads.high.tolist(), heads.low.tolist()
+        _learn(state, group, high, low, call)
+        if call.error is not None:
+            return [math.nan] * count, [False] * len(marks)
+        differ = [high[at] != low[at] or high[at] == DIFFERS for at in range(_MARKS, _MARKS + len(marks))]
+        return _join(group, sent, riding, heads, call.order).tolist(), differ
 
 
-def _joint_norms(
-    norms: Mapping[Layout, Norm], facts: int, p: float
-) -> tuple[list[tuple[DeviceMesh, Norm]], int]:
-    """Norms of whole tensors: each with a mesh all of whose ranks get it."""
-    of_all = {layout: norm for layout, norm in norms.items() if _has_all_ranks(layout.mesh)}
-    split = next((layout.mesh for layout in of_all if layout.dims), None)
-    joint: list[tuple[DeviceMesh, Norm]] = []
-    if split is not None:
-        # Every rank is here: one exchange among all does for these meshes, however many dimensions they have.
-        norm, facts = _across_world(_first_copies(of_all), facts, p)
-        joint = [(split, norm)]
-        norms = {layout: norm for layout, norm in norms.items() if layout not in of_all}
-    vectors = {layout: on_device([norm], layout.mesh.device_type) for layout, norm in norms.items()}
-    of_meshes, facts = across_meshes(vectors, facts, p)
-    return joint + [(layout.mesh, _number(norm[0])) for layout, norm in of_meshes.items()], facts
+def gather_rows(group: dist.ProcessGroup, numbers: Array, call: Call, device: str) -> Any:
+    """Every rank's numbers as the rows of an array, for which it waits; None if the call failed."""
+    state = _state_of(group)
+    if state.error is not None:
+        call.fail(state.error)
+        return None
+    sent = np.array(numbers)
+    heads = _exchange_heads(group, _head(state, len(sent), (), call), _padded(_array([], device)), call.order)
+    _learn(state, group, heads.high.tolist(), heads.low.tolist(), call)
+    if call.error is not None:
+        return None
+    rows = _gather(group, _like(heads.high, sent))
+    return rows.cpu().numpy() if isinstance(rows, Tensor) else rows
 
 
-@_disable_dynamo
-def across_meshes(vectors: Mapping[Layout, Tensor], facts: int, p: float) -> tuple[dict[Layout, Tensor], int]:
-    """Join this rank's norms with those of the ranks that hold the other parts, element by element.
+# Heads
+
+
+def _head(state: _State, count: int, marks: Sequence[int], call: Call) -> list[int]:
+    number, state.number = state.number, state.number + 1
+    order = int(np.float64(call.order + 0.0).view(np.int64))
+    padding = [0] * (SLOTS - len(marks))
+    facts = [call.facts >> i & 1 for i in range(_FACTS)]
+    return [number, 100 * _VERSION + call.kind, order, count, *marks, *padding, call.refused, *facts]
+
+
+def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, p: float) -> _Heads:
+    words = _like(riding, np.array(head))
+    if not _are_many(group):
+        rows = _gather(group, _beside(words, riding.view(words.dtype)))
+        of_heads = rows[:, :_HEAD]
+        low = -integer_sums.largest(-of_heads[:, :_REFUSED])
+        return _Heads(integer_sums.largest(of_heads), low, rows[:, _HEAD:].view(riding.dtype))
+    message = _beside(words, -words[:_REFUSED], integer_sums.keys(riding, p))
+    reduced = _reduced(group, message, dist.ReduceOp.MAX)
+    leading = integer_sums.leading(reduced[_HEAD + _REFUSED :], p)
+    return _Heads(reduced[:_HEAD], -reduced[_HEAD : _HEAD + _REFUSED], leading)
+
+
+def _learn(state: _State, group: dist.ProcessGroup, high: list[int], low: list[int], call: Call) -> None:
+    """Take note of what all ranks of a group know now: of an error, or of their facts."""
+    refused = high[_REFUSED]
+    # A rank that refused an argument may not know more of its call than this.
+    known = _KIND if refused else _COUNT
+    if high[: known + 1] != low[: known + 1]:
+        state.error = _out_of_step(group, high, low)
+        call.fail(state.error)
+    elif refused:
+        call.refused = refused
+        call.fail(_refusal(refused - 1))
+    else:
+        call.facts = sum(fact << i for i, fact in enumerate(high[_REFUSED + 1 :]))
+
+
+def _out_of_step(group: dist.ProcessGroup, high: list[int], low: list[int]) -> str:
+    at = f"at exchange {low[_NUMBER]} of the process group of {group.size()} ranks"
+    if high[_NUMBER] != low[_NUMBER]:
+        which = (
+            f"some are at exchange {low[_NUMBER]} and others at exchange {high[_NUMBER]} of the process "
+            f"group of {group.size()} ranks"
+        )
+    elif high[_KIND] // 100 != low[_KIND] // 100:
+        which = "they have different versions of torchclip"
+    elif high[_KIND] != low[_KIND]:
+        names = [Kind.NAMES[words[_KIND] % 100] for words in (low, high)]
+        which = f"{at} some are {names[0]} and others {names[1]}"
+    elif high[_ORDER] != low[_ORDER]:
+        orders = [float(np.int64(words[_ORDER]).view(np.float64)) for words in (low, high)]
+        which = f"{at} some take norms of order {orders[0]} and others of order {orders[1]}"
+    else:
+        which = (
+            f"{at} some have {low[_COUNT]} norms and others {high[_COUNT]}, as of parameters or their groups"
+        )
+    return (
+        f"ranks are out of step: {which}. All ranks must make the same calls with the same parameters in the "
+        "same order. They cannot be in step again, so each further call on this process group raises this "
+        "error; make the group anew, as by starting again from a checkpoint"
+    )
+
+
+def _refusal(rank: int) -> str:
+    return (
+        f"rank {rank} refused its gradients or an argument, or found other ranks out of step, as its own "
+        "error says; so this call was called off on all ranks that wait for it, and no gradient was changed"
+    )
+
+
+# On an accelerator
+
+
+def _send_verdict(state: _State, group: dist.ProcessGroup, heads: _Heads) -> Tensor:
+    """Whether nothing is wrong, as a tensor; what was wrong is on its way to the host."""
+    words = torch.cat([heads.high, heads.low])
+    if words.is_cpu:  # within a transform, where nothing can be read at all
+        arrived, there = None, words
+    else:
+        there = torch.empty(words.shape, dtype=words.dtype, pin_memory=True).copy_(words, non_blocking=True)
+        arrived = torch.get_device_module(words.device).Event()
+        arrived.record()
+    state.verdicts.append((arrived, there))
+    right: Tensor = (heads.high[:_REFUSED] == heads.low).all() & (heads.high[_REFUSED] == 0)
+    return right
+
+
+def raise_pending(wait: bool = True) -> None:
+    """Raise the error of an exchange on an accelerator that could not be read at the time.
 
     Args:
-        vectors: for each layout, norms of parts that lie like this, or ``ABSENT``: float64, of one
-            dimension.
-        facts: the facts of what this rank holds.
-        p: the order of the norms.
-
-    Returns:
-        The joint norms, the same on every rank that holds a part; and the facts as ``total`` returns them.
+        wait: for exchanges that are still under way, as where a norm is read that comes out of them.
     """
-    joint = dict(vectors)
-    for group, layouts in _rounds(list(vectors)):
-        sent = torch.cat([joint[layout] for layout in layouts])
-        rows, facts = _exchange(sent.to(layouts[0].mesh.device_type), facts, group)
-        parts = torch.split(join_rows(rows.T, p), [len(joint[layout]) for layout in layouts])
-        joint.update((layout, part.to(sent.device)) for layout, part in zip(layouts, parts, strict=True))
-    return joint, facts
+    for group, state in list(_states.items()):
+        if state.verdicts:
+            _read_verdicts(state, group, wait)
 
 
-def _rounds(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layout]]]:
-    """Which groups of ranks exchange something, in order, and the layouts that it concerns.
-
-    Each set of ranks once.  A norm is joined along the dimensions of its mesh one by one, in the same order
-    on every rank of the mesh, whatever other meshes a rank has besides.
-    """
-    found: dict[frozenset[int], tuple[dist.ProcessGroup, list[Layout]]] = {}
-    latest: dict[frozenset[int], int] = {}
-    for layout in layouts:
-        for dim in layout.dims:
-            group = layout.mesh.get_group(dim)
-            ranks = frozenset(dist.get_process_group_ranks(group))
-            found.setdefault(ranks, (group, []))[1].append(layout)
-            latest[ranks] = max(dim, latest.get(ranks, 0))
-    return [found[ranks] for ranks in sorted(found, key=latest.__getitem__)]
-
-
-def _across_world(norms: Sequence[Norm], facts: int, p: float) -> tuple[Norm, int]:
-    """Join norms, any number on each rank, with those of all other ranks."""
-    return _across_group(join(norms, p), facts, cast("dist.ProcessGroup", dist.group.WORLD), p)
+def _read_verdicts(state: _State, group: dist.ProcessGroup, wait: bool) -> None:
+    while state.verdicts:
+        arrived, words = state.verdicts[0]
+        if arrived is not None and not arrived.query():
+            if not wait:
+                return
+            arrived.synchronize()
+        del state.verdicts[0]
+        high, low = words[:_HEAD].tolist(), words[_HEAD:].tolist()
+        call = Call(0, 0.0)
+        _learn(state, group, high, low, call)
+        if call.error is None and high[_MARKS:_REFUSED] != low[_MARKS:_REFUSED]:
+            call.fail(
+                "ranks with copies of the same parameters have gradients for different ones of them, which "
+                "is found out on an accelerator only after the exchange; have zeros in the place of those "
+                "that a rank lacks. The norm was NaN"
+            )
+        call.finish()
 
 
-def _across_group(norm: Norm, facts: int, group: dist.ProcessGroup, p: float) -> tuple[Norm, int]:
-    """Join a norm with those of the other ranks of a group."""
-    # The tensors of one rank may lie on the CPU, another's on an accelerator; the group decides.
-    device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
-    rows, facts = _exchange(on_device([norm], device), facts, group)
-    of_ranks = rows.view(-1)
-    return join(of_ranks.tolist() if memory.on_host([of_ranks]) else of_ranks, p), facts
+# Arithmetic and messages
 
 
-def _exchange(norms: Tensor, facts: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
-    """Every rank's norms, as the rows of a matrix, and the facts of all ranks."""
-    sent = torch.cat([norms, norms.new_full((1,), facts)])
-    rows = sent.new_empty(dist.get_world_size(group), len(sent))
-    dist.all_gather(list(rows.unbind()), sent, group=group)
-    if memory.on_host([rows]):
-        facts = reduce(or_, map(int, rows[:, -1].tolist()))
-    return rows[:, :-1], facts
+def _join(group: dist.ProcessGroup, sent: Array, riding: Array, heads: _Heads, p: float) -> Array:
+    """The joint norms, once the heads are known."""
+    count = len(sent)
+    if not _are_many(group):
+        return integer_sums.join(heads.norms if count <= SLOTS else _gather(group, sent), p)[:count]
+    leading = heads.norms
+    if count <= SLOTS:
+        sent = riding
+    else:
+        leading = integer_sums.leading(_reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX), p)
+    if math.isinf(p):
+        return leading[:count]
+    limbs = _reduced(group, _beside(*integer_sums.terms(sent, leading, p)), dist.ReduceOp.SUM)
+    return integer_sums.root(leading, limbs[: len(sent)], limbs[len(sent) :], p)[:count]
 
 
-def _number(norm: Tensor) -> Norm:
-    return norm.item() if memory.on_host([norm]) else norm
+def _state_of(group: dist.ProcessGroup) -> _State:
+    state = _states.get(group)
+    if state is None:
+        state = _states[group] = _State()
+    _read_verdicts(state, group, wait=False)
+    return state
 
 
-def _has_all_ranks(ranks: DeviceMesh | dist.ProcessGroup) -> bool:
-    return ranks.size() == dist.get_world_size()
+def _are_many(group: dist.ProcessGroup) -> bool:
+    return group.size() >= MANY
 
 
-def _first_copies(norms: Mapping[Layout, Norm]) -> list[Norm]:
-    """The norms of those parts that of all ranks with copies of them this one counts: the first."""
-    return [
-        norm
-        for layout, norm in norms.items()
-        if (here := layout.mesh.get_coordinate()) is not None
-        and all(at == 0 for dim, at in enumerate(here) if dim not in layout.dims)
-    ]
+def _array(norms: Sequence[Norm] | Tensor, device: str) -> Array:
+    """Norms as they are worked on: an array if they can be read, else a tensor on the group's device."""
+    if device == "cpu" and torch._C._functorch.maybe_current_level() is None:
+        if isinstance(norms, Tensor):
+            return norms.detach().to(torch.float64).numpy()
+        return np.array([float(norm) for norm in norms])
+    return on_device(norms, device)
 
 
-def _comes_first(mesh: DeviceMesh, group: dist.ProcessGroup) -> bool:
-    """Whether of all ranks of a group that are in a mesh this is the first."""
-    ranks = dist.get_process_group_ranks(group)
-    return dist.get_rank() == min(set(ranks).intersection(mesh.mesh.flatten().tolist()), default=None)
+def _padded(norms: Array) -> Array:
+    if isinstance(norms, Tensor):
+        return torch.nn.functional.pad(norms, (0, SLOTS - len(norms)), value=ABSENT)
+    return np.concatenate([norms, np.full(SLOTS - len(norms), ABSENT)])
+
+
+def _like(array: Array, other: Any) -> Array:
+    """An array of NumPy's as the other one is, which nobody waits for."""
+    return torch.from_numpy(other).to(array.device, non_blocking=True) if isinstance(array, Tensor) else other
+
+
+def _beside(*arrays: Array) -> Array:
+    return torch.cat(arrays) if isinstance(arrays[0], Tensor) else np.concatenate(arrays)
+
+
+def _gather(group: dist.ProcessGroup, sent: Array) -> Array:
+    """Every rank's array, as the rows of a matrix."""
+    tensor = sent if isinstance(sent, Tensor) else torch.from_numpy(sent)
+    rows = tensor.new_empty(group.size() * len(tensor))
+    # Torch 2.13 has renamed it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(rows, tensor, group=group)
+    rows = rows.view(-1, len(tensor))
+    return rows if isinstance(sent, Tensor) else rows.numpy()
+
+
+def _reduced(group: dist.ProcessGroup, sent: Array, op: Any) -> Array:
+    """The sum or the maximum of all ranks' arrays, in the place of this rank's."""
+    dist.all_reduce(sent if isinstance(sent, Tensor) else torch.from_numpy(sent), op, group=group)
+    return sent

@@ -20,27 +20,95 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import arguments, memory, mesh, native
+from torchclip._core import arguments, memory, mesh, native, sharded
 from torchclip._core.accelerator import AcceleratorBatch
-from torchclip._core.batch import Batch, Facts
+from torchclip._core.batch import Batch, Facts, Norm, Norms
+from torchclip._core.collectives import Kind
 from torchclip._core.host import HostBatch
 from torchclip._core.mixed import MixedBatch
 from torchclip._core.sharded import ShardedBatch
 
-__all__ = ["distinct", "gradients", "held_gradients", "refuse_unwritable", "tensors", "warn_if_used_up"]
+__all__ = [
+    "distinct",
+    "gradients",
+    "held_gradients",
+    "norms_of",
+    "refuse_unwritable",
+    "several",
+    "tell_ranks",
+    "tensors",
+    "warn_if_used_up",
+]
 
 _PLAIN = frozenset(memory.PLAIN)
+_MEASURED = (Kind.MEASURE, Kind.MEASURE_EACH)
 
 
-def gradients(parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None) -> Batch:
+def gradients(
+    parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None, kind: int | None = None
+) -> Batch:
     """The distinct gradients of the parameters that have one, in order, to be changed in place.
 
     Gradients that cannot be changed are refused.
+
+    Args:
+        parameters: the parameters.
+        group: the process groups whose ranks hold further gradients, or None.
+        kind: of ``collectives.Kind``, if ranks then take norms together; those that wait learn of a refusal.
     """
     items = arguments.tensor_list("parameters", parameters)
     if not items:
         warn_if_used_up(parameters)
-    return _batch(items, "parameters", group, parameters)
+    try:
+        return _batch(items, "parameters", group, parameters, kind in _MEASURED)
+    except (RuntimeError, TypeError, ValueError):
+        tell_ranks([items], group, kind)
+        raise
+
+
+def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
+    """``gradients`` of several lists of parameters, whose norms are taken in one go (``norms_of``)."""
+    try:
+        return [_batch(list(some), "parameters", group, some) for some in parameters]
+    except (RuntimeError, TypeError, ValueError):
+        tell_ranks(parameters, group, kind)
+        raise
+
+
+def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
+    """Have the ranks that wait for this one in a call learn that it refused its gradients or an argument.
+
+    Without this they would pair this call with the next one of this rank.
+
+    Args:
+        several: the arguments with parameters or tensors, which say together with ``group`` which ranks wait.
+        group: the argument of that name.
+        kind: of ``collectives.Kind``; None for a call that takes no other rank.
+    """
+    if kind is None or not mesh.has_ranks():
+        return
+    name = "tensors" if kind == Kind.MEASURE else "parameters"
+    try:
+        lists = [arguments.tensor_list(name, some) for some in several]
+        groups = mesh.as_groups(group)
+    except TypeError:
+        return  # they say nothing of other ranks
+    sharded.refuse([[item for item in some if isinstance(item, Tensor)] for some in lists], groups, kind)
+
+
+def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
+    """The norm of each batch, or with ``each`` the norms of its tensors: in one exchange of ranks."""
+    together = [batch for batch in batches if isinstance(batch, ShardedBatch)]
+    of_ranks = sharded.norms_of_each if each else sharded.norms_of
+    joint = iter(of_ranks(together, p, finite) if together else ())
+    return [
+        next(joint)
+        if isinstance(batch, ShardedBatch)
+        else batch.norms(p, finite)
+        if each
+        else batch.norm(p, finite)
+        for batch in batches
+    ]
 
 
 def held_gradients(parameters: Iterable[Tensor]) -> Batch:
@@ -51,7 +119,12 @@ def held_gradients(parameters: Iterable[Tensor]) -> Batch:
 
 def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
     """The distinct tensors of an argument named ``tensors``, to be measured."""
-    return _batch(arguments.tensor_list("tensors", tensors), "tensors", group, None)
+    items = arguments.tensor_list("tensors", tensors)
+    try:
+        return _batch(items, "tensors", group, None)
+    except (RuntimeError, TypeError, ValueError):
+        tell_ranks([items], group, Kind.MEASURE)
+        raise
 
 
 def warn_if_used_up(parameters: Any) -> None:
@@ -113,7 +186,7 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
     return found, len(found) < len(present)
 
 
-def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
+def _batch(items: list[Tensor], name: str, group: Any, given: Any, measured: bool = False) -> Batch:
     take_grad = name == "parameters"
     if group is None and not memory.unreadable() and native.active():
         batch = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
@@ -130,7 +203,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any) -> Batch:
         return here
     if take_grad:
         refuse_unwritable(mesh.locals_of(found), items, given)
-    return ShardedBatch(items, take_grad, mesh.as_groups(group), _local)
+    return ShardedBatch(items, take_grad, mesh.as_groups(group), _local, measured)
 
 
 def _local(tensors: list[Tensor], shared: bool) -> Batch:

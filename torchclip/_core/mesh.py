@@ -6,9 +6,11 @@ joint norm of the parts along the former: a copy is counted once.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -34,11 +36,123 @@ __all__ = [
 ]
 
 
+Ranks: TypeAlias = "frozenset[int] | None"
+"""Some ranks; None for all of them, which may be very many."""
+
+
 class Layout(NamedTuple):
     """A mesh, and the dimensions of it along which a tensor is split over several ranks, in order."""
 
     mesh: DeviceMesh
     dims: tuple[int, ...]
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """The dimensions of the mesh along which several ranks have copies; none on a rank outside of it."""
+        if self.mesh.get_coordinate() is None:
+            return ()
+        return tuple(i for i in range(self.mesh.ndim) if self.mesh.size(i) > 1 and i not in self.dims)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of the ranks with copies of the same parts."""
+        here = self.mesh.get_coordinate()
+        return here is not None and all(here[dim] == 0 for dim in self.copies)
+
+
+# Of meshes that are equal, ranks are the same.
+_ranks_of_mesh: WeakKeyDictionary[DeviceMesh, frozenset[int]] = WeakKeyDictionary()
+_ranks_of_group: WeakKeyDictionary[dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
+# By the first of several groups: the others, and the ranks that all of them connect.
+_connected: WeakKeyDictionary[dist.ProcessGroup, list[tuple[list[Any], Ranks]]] = WeakKeyDictionary()
+
+
+def ranks_of(mesh: DeviceMesh) -> Ranks:
+    """The ranks of a mesh."""
+    if mesh.size() == dist.get_world_size():
+        return None
+    ranks = _ranks_of_mesh.get(mesh)
+    if ranks is None:
+        ranks = _ranks_of_mesh[mesh] = frozenset(mesh.mesh.flatten().tolist())
+    return ranks
+
+
+def ranks_of_group(group: dist.ProcessGroup) -> Ranks:
+    """The ranks of a process group."""
+    if group.size() == dist.get_world_size():
+        return None
+    ranks = _ranks_of_group.get(group)
+    if ranks is None:
+        ranks = _ranks_of_group[group] = frozenset(dist.get_process_group_ranks(group))
+    return ranks
+
+
+def known_ranks(groups: Sequence[dist.ProcessGroup]) -> tuple[Ranks] | None:
+    """The ranks that several groups connect, in a tuple, if that is known."""
+    for others, ranks in _connected.get(groups[0], []):
+        if len(others) == len(groups) - 1 and all(map(operator.is_, others, groups[1:])):
+            return (ranks,)
+    return None
+
+
+def remember_ranks(groups: Sequence[dist.ProcessGroup], found: list[int]) -> Ranks:
+    """Take note of the ranks that several groups connect; each must be found once."""
+    if len(set(found)) < len(found):
+        raise ValueError(
+            "the process groups in `group` must cross each other, so that every two ranks that they connect "
+            f"are connected in one way; of these, rank {dist.get_rank()} meets some ranks several times"
+        )
+    ranks = None if len(found) == dist.get_world_size() else frozenset(found)
+    _connected.setdefault(groups[0], []).append((list(groups[1:]), ranks))
+    return ranks
+
+
+def is_within(ranks: Ranks, others: Ranks) -> bool:
+    """Whether some ranks are all among others."""
+    return others is None or (ranks is not None and ranks <= others)
+
+
+def is_first(ranks: Ranks, among: Ranks) -> bool:
+    """Whether this rank is the first of some ranks that are also among others."""
+    here = dist.get_rank()
+    if ranks is None or among is None:
+        both = among if ranks is None else ranks
+        return here == (0 if both is None else min(both))
+    return here == min(ranks & among, default=None)
+
+
+def groups_over(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """Process groups that together connect all ranks of a mesh: one if torch has one, or one a dimension."""
+    if mesh.size() == dist.get_world_size():
+        return [cast("dist.ProcessGroup", dist.group.WORLD)]
+    wide = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    if len(wide) > 1:
+        for flat in _flattened(mesh):
+            if ranks_of(flat) == ranks_of(mesh):
+                return [flat.get_group()]
+    return [mesh.get_group(dim) for dim in wide]
+
+
+def _flattened(mesh: DeviceMesh) -> list[DeviceMesh]:
+    """Meshes of one dimension into which the user has flattened dimensions of the same mesh."""
+    if not hasattr(mesh, "_get_root_mesh"):  # as in torch 2.6, which keeps them elsewhere
+        return []
+    return [
+        flat for flat in getattr(mesh._get_root_mesh(), "_flatten_mapping", {}).values() if flat.ndim == 1
+    ]
+
+
+def device_of(mesh: DeviceMesh) -> str:
+    """The type of the device that the collectives over a mesh work on."""
+    groups = groups_over(mesh)
+    devices = {device.type for device in groups[0]._device_types}
+    return mesh.device_type if mesh.device_type in devices else device_of_group(groups[0])
+
+
+def device_of_group(group: dist.ProcessGroup) -> str:
+    """The type of the device that the collectives of a group work on."""
+    # The tensors of one rank may lie on the CPU, another's on an accelerator.
+    return str(dist.distributed_c10d._get_object_coll_device(group))
 
 
 def has_ranks() -> bool:

@@ -3,18 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchclip._core import collectives, mesh
+from torchclip._core import mesh, rounds
 from torchclip._core.batch import Batch, Facts, Norm, Norms
+from torchclip._core.collectives import Call, Kind
+from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, on_device
 
-__all__ = ["ShardedBatch"]
+__all__ = ["ShardedBatch", "norms_of", "norms_of_each", "refuse"]
 
-_CPU = torch.device("cpu")
+
+class Placed:
+    """How the tensors of a call lie.
+
+    Args:
+        items: parameters or tensors.
+        take_grad: whether the gradients of the items are meant.
+
+    Attributes:
+        all: the distinct tensors that are here.
+        dtensors: those of them that are DTensors.
+        places: how they lie, in the order of the items on every rank, and which of ``all`` do: None stands
+            for one that is not here, but may be on other ranks.
+        pending: the layouts of those that are pending a reduction.
+        shared: whether any is the gradient of several parameters.
+    """
+
+    def __init__(self, items: Sequence[Tensor], take_grad: bool) -> None:
+        self.all: list[Tensor] = []
+        self.dtensors: list[Tensor] = []
+        self.places: dict[Layout | None, list[int | None]] = {}
+        self.pending: set[Layout] = set()
+        self._by_identity: dict[Any, list[int | None]] = {}
+        self._by_placements: dict[Any, list[int | None]] = {}
+        place_of: dict[int, int] = {}
+        dtensor = mesh.dtensor_types()
+        with_gradient = 0
+        for item in dict.fromkeys(items):
+            grad = item.grad if take_grad else item
+            tensor = item if grad is None else grad
+            sharded = isinstance(tensor, dtensor)
+            places = self._places_like(tensor if sharded else None)
+            if grad is None:
+                places.append(None)
+                continue
+            with_gradient += 1
+            places.append(place_of.setdefault(id(grad), len(self.all)))
+            if len(place_of) > len(self.all):
+                self.all.append(grad)
+                if sharded:
+                    self.dtensors.append(grad)
+        self.shared = with_gradient > len(self.all)
+
+    def _places_like(self, tensor: Any) -> list[int | None]:
+        """The places of the tensors that lie like this one."""
+        if tensor is None:
+            return self.places.setdefault(None, [])
+        # Tensors mostly have the placements of others before them, also as the same object.
+        placements, on = tensor.placements, id(tensor.device_mesh)
+        identity = on, id(placements)
+        places = self._by_identity.get(identity)
+        if places is None:
+            places = self._by_placements.get((on, placements))
+            if places is None:
+                layout = mesh.layout_of(tensor)
+                places = self._by_placements[on, placements] = self.places.setdefault(layout, [])
+                if layout is not None and mesh.is_partial(tensor):
+                    self.pending.add(layout)
+            self._by_identity[identity] = places
+        return places
 
 
 class ShardedBatch:
@@ -25,6 +88,7 @@ class ShardedBatch:
         take_grad: whether the gradients of the items are meant.
         groups: process groups whose ranks hold further gradients.
         gather: makes a batch of what this rank holds: of tensors, and whether any is shared.
+        measured: whether gradients are only measured.
     """
 
     def __init__(
@@ -33,96 +97,75 @@ class ShardedBatch:
         take_grad: bool,
         groups: Sequence[Any],
         gather: Callable[[list[Tensor], bool], Batch],
+        measured: bool = False,
     ) -> None:
-        self.all: list[Tensor] = []
-        self._groups = groups
+        self._placed = Placed(items, take_grad)
+        self.all = self._placed.all
+        self.groups = groups
+        self.is_changed = take_grad and not measured
         self._gather = gather
-        # How tensors lie, in the order of the items on every rank, and which of `all` do: None stands for one
-        # that is not here, but may be on other ranks.
-        self._places: dict[mesh.Layout | None, list[int | None]] = {}
-        self._partial = False
-        self._dtensors: list[Tensor] = []
-        shared = self._place(items, take_grad)
         self._locals = mesh.locals_of(self.all)
-        self._local = gather(self._locals, shared)
-        self._joint_facts: int | None = None
-
-    def _place(self, items: Sequence[Tensor], take_grad: bool) -> bool:
-        """Note how each tensor lies; returns whether one is the gradient of several parameters."""
-        place_of: dict[int, int] = {}
-        places_like: dict[Any, list[int | None]] = {}
-        dtensor = mesh.dtensor_types()
-        with_gradient = 0
-        for item in dict.fromkeys(items):
-            grad = item.grad if take_grad else item
-            tensor = item if grad is None else grad
-            sharded = isinstance(tensor, dtensor)
-            like = (id(tensor.device_mesh), tensor.placements) if sharded else None  # type: ignore[attr-defined]
-            places = places_like.get(like)
-            if places is None:
-                layout = mesh.layout_of(tensor)
-                places = places_like[like] = self._places.setdefault(layout, [])
-                self._partial |= mesh.is_partial(tensor)
-            if grad is None:
-                places.append(None)
-                continue
-            with_gradient += 1
-            places.append(place_of.setdefault(id(grad), len(self.all)))
-            if len(place_of) > len(self.all):
-                self.all.append(grad)
-                if sharded:
-                    self._dtensors.append(grad)
-        return with_gradient > len(self.all)
+        self._local = gather(self._locals, self._placed.shared)
+        self.joint_facts: int | None = None
 
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors on this rank and, once a norm was taken, on all ranks."""
-        known = self._local.facts if self._joint_facts is None else self._joint_facts
-        return known | Facts.SHARDED
+        return (self.own_facts if self.joint_facts is None else self.joint_facts) | Facts.SHARDED
+
+    @property
+    def own_facts(self) -> int:
+        """``Facts`` of the tensors on this rank."""
+        return self._local.facts
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all the tensors on all ranks."""
-        held = self._held(finite)
-        norms = {
-            layout: self._norm_of([held[i] for i in dict.fromkeys(places) if i is not None], p, finite)
-            for layout, places in self._places.items()
-        }
-        norm, self._joint_facts = collectives.total(norms, self._local.facts, self._groups, p)
+        (norm,) = norms_of([self], p, finite)
         return norm
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
         """The norm of each tensor, with the parts of it that other ranks hold."""
-        held = self._gather(list(self._held(finite)), False).norms(p, finite)
-        device = held.device if isinstance(held, Tensor) else _CPU
-        vectors = {
-            layout: on_device([ABSENT if i is None else held[i] for i in places], device)
-            for layout, places in self._places.items()
-            if layout is not None
-        }
-        joint, self._joint_facts = collectives.across_meshes(vectors, self._local.facts, p)
-        if not vectors:
-            return held
-        of_all: list[Norm] = list(held)
-        for layout, vector in joint.items():
-            values = vector.tolist() if isinstance(held, list) else vector
-            for i, value in zip(self._places[layout], values, strict=True):
+        (norms,) = norms_of_each([self], p, finite)
+        return norms
+
+    def part(self, p: float, finite: bool) -> rounds.Part:
+        """What this rank holds, to be measured; gradients that are pending a reduction are reduced."""
+        held = self._held(finite)
+        of_each: list[Norms] = []
+
+        def norm(layout: Layout | None) -> Norm:
+            places = dict.fromkeys(self._placed.places[layout])
+            return self._norm_of([held[i] for i in places if i is not None], p, finite)
+
+        def norms(layout: Layout | None) -> Norms:
+            if not of_each:
+                of_each.append(self._gather(list(held), False).norms(p, finite))
+            return _at(self._placed.places[layout], of_each[0])
+
+        return rounds.Part(self._placed.places, self._placed.pending, norm, norms)
+
+    def with_joint(self, joint: dict[Layout, Norms], part: rounds.Part, p: float, finite: bool) -> Norms:
+        """The norm of each tensor, given those that took other ranks."""
+        norms: list[Norm] = [ABSENT] * len(self.all)
+        for layout, places in self._placed.places.items():
+            values = joint[layout] if layout in joint else part.norms(layout)
+            for i, value in zip(places, values, strict=True):
                 if i is not None:
-                    of_all[i] = value
-        if isinstance(held, Tensor):
-            return on_device(of_all, device)
-        return [float(norm) for norm in of_all]
+                    norms[i] = value
+        device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+        return [float(norm) for norm in norms] if device is None else on_device(norms, device)
 
     def _held(self, finite: bool) -> Sequence[Tensor]:
         """What this rank holds of each tensor, to be measured: reduced if that is pending."""
         if finite:
             self._refuse_partial("zeroing non-finite elements")
-        if not self._partial:
+        if not self._placed.pending:
             return self._locals
         return mesh.locals_of(mesh.without_partial(self.all))
 
     def _norm_of(self, tensors: list[Tensor], p: float, finite: bool) -> Norm:
         """The norm of some of what this rank holds."""
-        whole = not self._partial and len(tensors) == len(self.all)
+        whole = not self._placed.pending and len(tensors) == len(self.all)
         return (self._local if whole else self._gather(tensors, False)).norm(p, finite)
 
     def scale_(self, clip_coef: Norm, /) -> None:
@@ -145,15 +188,88 @@ class ShardedBatch:
 
     def _written(self) -> Batch:
         """The local batch, for a change in place that the tensors it belongs to shall know of."""
-        torch.autograd.graph.increment_version(self._dtensors)
+        torch.autograd.graph.increment_version(self._placed.dtensors)
         return self._local
 
     def _refuse_partial(self, what: str) -> None:
         """Raise an error for tensors pending a reduction, whose elements are not known before it."""
-        for i, tensor in enumerate(self.all if self._partial else []):
+        for i, tensor in enumerate(self.all if self._placed.pending else []):
             if mesh.is_dtensor(tensor) and mesh.is_partial(tensor):
                 raise TypeError(
                     f"{what} needs the elements of gradient {i} of shape {tuple(tensor.shape)}, but it is "
                     f"pending a reduction over ranks ({tensor.placements}); reduce it first "
                     "(`p.grad = p.grad.redistribute(placements=p.placements)`)"
                 )
+
+
+def norms_of(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[Norm]:
+    """The norm of each of several batches of the same ranks, in one exchange for all."""
+    parts = [batch.part(p, finite) for batch in batches]
+    call = _call(batches, Kind.CLIP, Kind.MEASURE, p)
+    norms = rounds.totals(parts, batches[0].groups, call)
+    call.finish()
+    for batch in batches:
+        batch.joint_facts = call.facts
+    return norms
+
+
+def norms_of_each(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[Norms]:
+    """The norms of the tensors of each of several batches of the same ranks, in one exchange for all."""
+    parts = [batch.part(p, finite) for batch in batches]
+    call = _call(batches, Kind.CLIP_EACH, Kind.MEASURE_EACH, p)
+    joint = rounds.each(parts, call)
+    call.finish()
+    for batch in batches:
+        batch.joint_facts = call.facts
+    return [
+        batch.with_joint(of_part, part, p, finite)
+        for batch, of_part, part in zip(batches, joint, parts, strict=True)
+    ]
+
+
+def _call(batches: Sequence[ShardedBatch], if_changed: int, if_not: int, p: float) -> Call:
+    kind = if_changed if batches[0].is_changed else if_not
+    return Call(kind, p, reduce(or_, (batch.own_facts for batch in batches)))
+
+
+def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int) -> None:
+    """Have the ranks that wait for this one learn that it refused what it was given: then all raise an error.
+
+    Args:
+        several: the parameters, or tensors, of each batch of the call.
+        groups: the process groups of the call.
+        kind: of ``Kind``: what the call was to be.
+    """
+    parts = []
+    for items in several:
+        if not (groups or mesh.any_dtensor(items)):
+            continue
+        placed = Placed(items, take_grad=kind != Kind.MEASURE)
+        if placed.pending:
+            mesh.without_partial(placed.all)  # which takes all ranks, too
+        parts.append(_absent(placed))
+    if parts:
+        call = Call(kind, 0.0)
+        call.fail("refused")
+        if kind in (Kind.CLIP, Kind.MEASURE):
+            rounds.totals(parts, groups, call)
+        else:
+            rounds.each(parts, call)
+
+
+def _absent(placed: Placed) -> rounds.Part:
+    places = placed.places
+    return rounds.Part(
+        places, placed.pending, lambda _: ABSENT, lambda layout: [ABSENT] * len(places[layout])
+    )
+
+
+def _at(places: Sequence[int | None], norms: Norms) -> Norms:
+    """Of norms those at some places, ``ABSENT`` for None."""
+    if isinstance(norms, list):
+        return [ABSENT if i is None else norms[i] for i in places]
+    if list(places) == list(range(len(norms))):
+        return norms
+    padded = torch.cat([norms, norms.new_full((1,), ABSENT)])
+    index = torch.tensor([len(norms) if i is None else i for i in places])
+    return padded[index.to(norms.device, non_blocking=True)]

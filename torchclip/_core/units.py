@@ -6,12 +6,13 @@ The units of a parameter with two or more axes lie along its first axis; a vecto
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torchclip._core import arguments, collectives, gather, memory, mesh, rows
+from torchclip._core import arguments, gather, memory, mesh, rounds, rows
+from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
 
@@ -36,10 +37,32 @@ def of_parameters(parameters: Tensor | Iterable[Tensor] | nn.Module) -> list[Uni
     items = arguments.tensor_list("parameters", parameters)
     if not items:
         gather.warn_if_used_up(parameters)
+    try:
+        return _of_items(items, parameters)
+    except (RuntimeError, TypeError, ValueError):
+        tell_ranks(items)
+        raise
+
+
+def tell_ranks(parameters: Any) -> None:
+    """Have the ranks that wait for this one learn that it refused its gradients or an argument."""
+    if not mesh.has_ranks():
+        return
+    try:
+        items = arguments.tensor_list("parameters", parameters)
+    except TypeError:
+        return  # they say nothing of other ranks
+    layouts = {_layout(item): torch.zeros(0) for item in items if mesh.is_dtensor(item)}
+    call = Call(Kind.ADAPT, 0.0)
+    call.fail("refused")
+    rounds.lines({layout: vector for layout, vector in layouts.items() if layout is not None}, call)
+
+
+def _of_items(items: list[Tensor], given: Any) -> list[Units]:
     chosen = [p for p in gather.distinct(items) if p.grad is not None or mesh.is_dtensor(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
     held = mesh.locals_of(grads)
-    gather.refuse_unwritable(held, items, parameters)
+    gather.refuse_unwritable(held, items, given)
     for i, parameter in enumerate(chosen):
         _check(i, parameter)
     weights = mesh.locals_of([p.detach() for p in chosen])
@@ -76,12 +99,17 @@ def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Ten
             owner.copy_(owner.coalesce())
         values = owner._values()
         return Units(owner, weight[owner._indices()[0]], values, values, None)
-    layout = mesh.layout_of(parameter, except_dim=0 if parameter.dim() > 1 else None)
+    layout = _layout(parameter)
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
         grad = None if grad is None else grad.view(1, -1)
         measured = None if measured is None else measured.reshape(1, -1)
     return Units(owner, weight, grad, measured, layout)
+
+
+def _layout(parameter: Tensor) -> Layout | None:
+    """How single units are split over ranks."""
+    return mesh.layout_of(parameter, except_dim=0 if parameter.dim() > 1 else None)
 
 
 def _is_row_sparse(tensor: Tensor) -> bool:
@@ -102,7 +130,9 @@ def norms(units: Sequence[Units], p: float) -> list[Tensor]:
         if each.layout is not None:
             by_layout.setdefault(each.layout, []).append(i)
     vectors = {layout: torch.cat([of_units[i].view(-1) for i in at]) for layout, at in by_layout.items()}
-    joint, _ = collectives.across_meshes(vectors, 0, p)
+    call = Call(Kind.ADAPT, p)
+    joint = rounds.lines(vectors, call)
+    call.finish()
     for layout, vector in joint.items():
         at = by_layout[layout]
         for i, part in zip(at, torch.split(vector, [of_units[i].numel() for i in at]), strict=True):

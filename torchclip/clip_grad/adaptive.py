@@ -55,9 +55,13 @@ def clip_grad_adaptive_(
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
     """
-    clip_factor = threshold("clip_factor", clip_factor)
-    eps = threshold("eps", eps)
-    p = norm_order(norm_type)
+    try:
+        clip_factor = threshold("clip_factor", clip_factor)
+        eps = threshold("eps", eps)
+        p = norm_order(norm_type)
+    except (TypeError, ValueError):
+        units.tell_ranks(parameters)
+        raise
     _clip(units.of_parameters(parameters), clip_factor, eps, p)
 
 

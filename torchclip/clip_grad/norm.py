@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from torchclip._core import gather, memory, native
 from torchclip._core.arguments import flag, full, names_of, norm_order, number, shown, threshold
 from torchclip._core.batch import Norm
+from torchclip._core.collectives import Kind
 from torchclip._core.scalars import clip_coef, norm_dtype, refuse_nonfinite, to_result
 
 if TYPE_CHECKING:
@@ -81,10 +82,16 @@ def clip_grad_norm_(
         short = native.clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group)
         if short is not None:
             return short
-    max_norm = threshold("max_norm", max_norm)
-    p = norm_order(norm_type)
-    error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)
-    batch = gather.gradients(parameters, group)
+    try:
+        max_norm = threshold("max_norm", max_norm)
+        p = norm_order(norm_type)
+        error_if_nonfinite = error_if_nonfinite is not False and flag(
+            "error_if_nonfinite", error_if_nonfinite
+        )
+    except (TypeError, ValueError):
+        gather.tell_ranks([parameters], group, Kind.CLIP)
+        raise
+    batch = gather.gradients(parameters, group, Kind.CLIP)
     total_norm = batch.norm(p)
     if error_if_nonfinite:
         refuse_nonfinite(total_norm, p, batch.all, names_of(parameters))
@@ -126,8 +133,14 @@ def get_total_norm(
         >>> get_total_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
-    p = norm_order(norm_type)
-    error_if_nonfinite = error_if_nonfinite is not False and flag("error_if_nonfinite", error_if_nonfinite)
+    try:
+        p = norm_order(norm_type)
+        error_if_nonfinite = error_if_nonfinite is not False and flag(
+            "error_if_nonfinite", error_if_nonfinite
+        )
+    except (TypeError, ValueError):
+        gather.tell_ranks([tensors], group, Kind.MEASURE)
+        raise
     batch = gather.tensors(tensors, group)
     total_norm = batch.norm(p)
     if error_if_nonfinite:

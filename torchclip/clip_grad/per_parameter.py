@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from torchclip._core import gather
 from torchclip._core.arguments import norm_order, threshold
+from torchclip._core.collectives import Kind
 from torchclip._core.scalars import clip_coefs, to_results
 
 __all__ = ["clip_grad_norm_per_parameter_"]
@@ -42,9 +43,13 @@ def clip_grad_norm_per_parameter_(
         >>> a.grad, b.grad
         (tensor([0.6000, 0.8000]), tensor([0.3000, 0.4000]))
     """
-    max_norm = threshold("max_norm", max_norm)
-    p = norm_order(norm_type)
-    batch = gather.gradients(parameters)
+    try:
+        max_norm = threshold("max_norm", max_norm)
+        p = norm_order(norm_type)
+    except (TypeError, ValueError):
+        gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
+        raise
+    batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
     norms = batch.norms(p)
     batch.scale_each_(clip_coefs(max_norm, norms))
     return to_results(norms, batch)

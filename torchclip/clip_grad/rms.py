@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchclip._core import gather
 from torchclip._core.arguments import threshold
 from torchclip._core.batch import Batch, Norms
+from torchclip._core.collectives import Kind
 from torchclip._core.scalars import clip_coefs, on_device, to_results
 from torchclip.clip_grad.rule import Rule
 
@@ -54,8 +55,12 @@ def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: f
         >>> a.grad, b.grad[0]
         (tensor([1., 1.]), tensor(0.5000))
     """
-    max_rms = threshold("max_rms", max_rms)
-    batch = gather.gradients(parameters)
+    try:
+        max_rms = threshold("max_rms", max_rms)
+    except (TypeError, ValueError):
+        gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
+        raise
+    batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
     norms = _clip(batch, max_rms)
     roots = _roots(batch)
     if isinstance(norms, Tensor):
@@ -107,7 +112,7 @@ class BlockRMS(Rule):
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""
-        _clip(gather.gradients(parameters), self.max_rms, grad_scale)
+        _clip(gather.gradients(parameters, kind=Kind.CLIP_EACH), self.max_rms, grad_scale)
 
     def __repr__(self) -> str:
         return f"BlockRMS(max_rms={self.max_rms})"

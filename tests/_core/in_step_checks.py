@@ -1,0 +1,277 @@
+"""Checks of what ranks do that are not at the same call, and of calls that one rank refuses."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_helpers import world_of
+from dtensors import parameter, split
+from helpers import randn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+import torchclip
+from torchclip._core import collectives
+
+INF = math.inf
+Calls = list[Callable[[list[Any]], Any]]
+BY_NORM: Calls = [
+    lambda ps: torchclip.clip_grad_norm_(ps, 0.5),
+    lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5),
+    lambda ps: torchclip.clip_grad_rms_(ps, 0.5),
+]
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """What a call raises, or "" if it does not."""
+    try:
+        call()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def errors_of(call: Callable[..., Any], *args: Any) -> list[str]:
+    """What each rank's call raises."""
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error_of(lambda: call(*args)))
+    return errors
+
+
+def expanded(mesh: DeviceMesh) -> DTensor:
+    """A gradient that cannot be changed in place, as its elements share memory."""
+    return DTensor.from_local(torch.ones(1, 5).expand(2, 5), mesh, [Shard(0)])
+
+
+def assert_refused_by(rank: int, errors: list[str], own: str) -> None:
+    for i, error in enumerate(errors):
+        if i == rank:
+            assert own in error
+        else:
+            assert error.startswith(f"RuntimeError: rank {rank} refused its gradients or an argument"), error
+
+
+def check_a_gradient_that_one_rank_refuses() -> None:
+    """All ranks raise at once, and the next call is in step."""
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(8, 5)
+    bad = parameter(split(full, mesh, Shard(0)))
+    if dist.get_rank() == 2:
+        bad.grad = expanded(mesh)
+    calls: Calls = [*BY_NORM, torchclip.clip_grad_adaptive_]
+    for clip in calls:
+        with_weights = split(randn(5, 8, seed=1), mesh, Shard(1))
+        good = parameter(split(full, mesh, Shard(0)))
+        if clip in BY_NORM:
+            assert_refused_by(2, errors_of(clip, [good, bad]), "expanded or overlaps itself")
+        assert torch.equal(good.grad.full_tensor(), full)
+        units = parameter(with_weights)  # whose rows are split, so that ranks take norms together
+        if dist.get_rank() == 2:
+            units.grad = DTensor.from_local(torch.ones(1, 2).expand(5, 2), mesh, [Shard(1)])
+        assert_refused_by(2, errors_of(clip, [units]), "expanded or overlaps itself")
+        clip([good])
+    good = parameter(split(full, mesh, Shard(0)))
+    assert torchclip.clip_grad_norm_([good], 0.5) == torchclip.get_total_norm(full)
+    bad.grad = split(full, mesh, Shard(0))
+    assert torchclip.clip_grad_norm_([good, bad], INF) == torchclip.get_total_norm(
+        [full, good.grad.full_tensor()]
+    )
+
+
+def check_an_argument_that_one_rank_refuses() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(8, 5)
+    grad = split(full, mesh, Shard(0))
+    wrong = dist.get_rank() == 1
+    minus_one: Any = -1.0 if wrong else 1e6
+    word: Any = "x" if wrong else 1e6
+    number: Any = 1.0 if wrong else grad
+    yes: Any = "yes" if wrong else False
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("`max_norm`", lambda: torchclip.clip_grad_norm_([parameter(grad)], minus_one)),
+        (
+            "`norm_type`",
+            lambda: torchclip.clip_grad_norm_([parameter(grad)], 1e6, math.nan if wrong else 2.0),
+        ),
+        ("`error_if_nonfinite`", lambda: torchclip.get_total_norm([grad], 2.0, yes)),
+        ("`norm_type`", lambda: torchclip.get_total_norm([grad], "two" if wrong else 2)),
+        (
+            "`max_norm`",
+            lambda: torchclip.clip_grad_norm_per_parameter_([parameter(grad)], word),
+        ),
+        ("`max_rms`", lambda: torchclip.clip_grad_rms_([parameter(grad)], minus_one)),
+        ("`tensors`", lambda: torchclip.get_total_norm([grad, number])),
+        (
+            "`max_norm`",
+            lambda: torchclip.clip_grad_norm_([parameter(full.clone())], minus_one, group=dist.group.WORLD),
+        ),
+    ]
+    for own, call in calls:
+        assert_refused_by(1, errors_of(call), own)
+        assert torchclip.get_total_norm(grad) == torchclip.get_total_norm(full)
+    assert torchclip.get_total_norm(full, group=dist.group.WORLD) == 2 * torchclip.get_total_norm(full)
+
+
+def check_a_refusal_beside_sums_that_are_pending() -> None:
+    """The rank that refuses takes part in their reduction, for which the others wait, too."""
+    mesh = init_device_mesh("cpu", (4,))
+    pending = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    limit = -1.0 if dist.get_rank() == 3 else 1.0
+    assert_refused_by(
+        3, errors_of(lambda: torchclip.clip_grad_norm_([parameter(pending)], limit)), "`max_norm`"
+    )
+    assert torchclip.get_total_norm(pending) == torchclip.get_total_norm(torch.full((3,), 4.0))
+
+
+def check_a_refusal_on_meshes_of_some_ranks() -> None:
+    """Ranks of other meshes hear of it where something connects them, and nobody waits."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    grad = split(randn(8, 5), grid["dp"], Shard(0))
+    limit = -1.0 if dist.get_rank() == 0 else 1e6
+
+    def clip(limit: float, group: Any) -> Tensor:
+        return torchclip.clip_grad_norm_([parameter(grad)], limit, group=group)
+
+    for group in (None, grid.get_group("pp"), dist.group.WORLD):
+        errors = errors_of(clip, limit, group)
+        assert errors[0].startswith("ValueError: `max_norm`")
+        assert errors[1].startswith("RuntimeError: rank 0 refused")
+        for error in errors[2:]:
+            assert not error if group is None else "refused" in error
+    assert errors_of(lambda: torchclip.clip_grad_norm_([parameter(grad)], 1e6)) == [""] * 4
+
+
+def out_of_step(call: Callable[[], Any], again: Callable[[], Any], *say: str) -> None:
+    """All ranks raise the same error, and go on raising it."""
+    errors = errors_of(call)
+    assert len(set(errors)) == 1, errors
+    assert "ranks are out of step" in errors[0]
+    for each in say:
+        assert each in errors[0], errors[0]
+    for _ in range(2):
+        assert errors_of(again) == errors
+
+
+def check_ranks_that_make_different_calls() -> None:
+    """They would pair one with another, and take the norm of both."""
+    rank = dist.get_rank()
+    pairs = [[0, 1], [2, 3]]
+
+    def anew() -> DTensor:
+        groups = [dist.new_group(pair) for pair in pairs]
+        return split(randn(8, 5), DeviceMesh.from_group(groups[rank // 2], "cpu"), Shard(0))
+
+    def same(grad: DTensor) -> Callable[[], Any]:
+        return lambda: torchclip.get_total_norm(grad)
+
+    first = rank % 2 == 0
+    grad = anew()
+    p = parameter(grad)
+    out_of_step(
+        lambda: torchclip.get_total_norm(grad) if first else torchclip.clip_grad_norm_([p], 1.0),
+        same(grad),
+        "clip_grad_norm_",
+        "get_total_norm",
+    )
+    assert torch.equal(p.grad.full_tensor(), randn(8, 5))
+    grad = anew()
+    assert torchclip.get_total_norm(grad) == torchclip.get_total_norm(randn(8, 5))
+    out_of_step(
+        lambda: torchclip.get_total_norm(grad, 1.0 if first else 2.0), same(grad), "order 1.0", "order 2.0"
+    )
+    grad = anew()
+    count = 5 + first
+    out_of_step(
+        lambda: torchclip.clip_grad_norm_per_parameter_([parameter(grad) for _ in range(count)], 1.0),
+        same(grad),
+        "5 norms",
+        "6",
+    )
+
+
+def check_a_rank_that_is_a_call_ahead() -> None:
+    """As after an error that came to one rank only, in the middle of a call, if its loop goes on."""
+    mesh = init_device_mesh("cpu", (4,))
+    grad = split(randn(8, 5), mesh, Shard(0))
+    torchclip.get_total_norm(grad)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def lost(*_: Any, **__: Any) -> None:
+            raise ConnectionError
+
+        if dist.get_rank() == 1:
+            patch.setattr(collectives, "_gather", lost)
+            with pytest.raises(ConnectionError):
+                torchclip.get_total_norm(grad)
+    out_of_step(
+        lambda: torchclip.get_total_norm(grad),
+        lambda: torchclip.get_total_norm(grad),
+        "exchange 1",
+        "exchange 2",
+    )
+
+
+@world_of(2)
+def check_gather_and_reductions_give_the_same_bits() -> None:
+    """Among few ranks and among many, of all orders, also of what is infinite, NaN or not there."""
+    rank = dist.get_rank()
+    group: Any = dist.group.WORLD
+    generator = torch.Generator().manual_seed(0)
+    for order in (0.0, 0.5, 1.0, 2.0, 3.0, -1.0, -2.5, 100.0, INF, -INF):
+        for count in (1, 3, 9):
+            for _ in range(10):
+                both = 10.0 ** (20 * torch.rand(2, count, generator=generator, dtype=torch.float64) - 10)
+                both = both.ceil() if order == 0 else both
+                odd = torch.tensor([0.0, INF, math.nan, -1.0], dtype=torch.float64)
+                chosen = torch.rand(2, count, generator=generator) < 0.2
+                kinds = torch.randint(4, (2, count), generator=generator)
+                both = torch.where(chosen & (order != 0), odd[kinds], both)
+                results = []
+                for many in (2, 3):
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(collectives, "MANY", many)
+                        call = collectives.Call(collectives.Kind.MEASURE, order, facts=1 << 2 * rank)
+                        norms, _ = collectives.exchange(group, both[rank].tolist(), (), call, "cpu")
+                        call.finish()
+                        assert call.facts == 0b101
+                        results.append(torch.tensor(norms, dtype=torch.float64).view(torch.int64))
+                assert torch.equal(*results)
+                for norm, pair in zip(results[0].view(torch.float64).tolist(), both.T.tolist(), strict=True):
+                    expected = exactly([n for n in pair if not n < 0], order)
+                    assert norm == pytest.approx(expected, rel=1e-13, nan_ok=True)
+
+
+def exactly(norms: list[float], order: float) -> Any:
+    """The joint norm of a few, as the book would write it."""
+    if not norms:
+        return -1.0
+    if any(map(math.isnan, norms)):
+        return math.nan
+    if math.isinf(order):
+        return max(norms) if order > 0 else min(norms)
+    if order == 0:
+        return sum(norms)
+    leading = max(norms) if order > 0 else min(norms)
+    if leading in (0, INF):
+        return leading
+    return leading * math.fsum((n / leading) ** order for n in norms) ** (1 / order)
+
+
+def check_many_ranks() -> None:
+    """All that few ranks promise, by the reductions that are made among many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "MANY", 2)
+        mesh = init_device_mesh("cpu", (4,))
+        fulls = [randn(8, 5, seed=i) for i in range(6)]
+        grads: list[Tensor] = [split(full, mesh, Shard(0)) for full in fulls]
+        for order in (0, 1, 2, 3, INF, -INF):
+            assert torchclip.get_total_norm(grads, order) == torchclip.get_total_norm(fulls, order)
+        each = torchclip.clip_grad_norm_per_parameter_([parameter(grad) for grad in grads], INF)
+        assert each.tolist() == [torchclip.get_total_norm(full).item() for full in fulls]
+        check_a_gradient_that_one_rank_refuses()
+        check_an_argument_that_one_rank_refuses()
+        check_ranks_that_make_different_calls()

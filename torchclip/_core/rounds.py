@@ -1,0 +1,337 @@
+"""Which ranks exchange what in a call, and in which order.
+
+Ranks that share a mesh over which something is split exchange one number for all that lies on it, and so do
+the ranks that ``group`` connects.  A copy counts once: the first rank of those with copies has its norm
+counted, the others send ``ABSENT``.  So that a gradient counts though the first of them lacks it, all of them
+send a mark of what they have.  Where the marks differ, every rank's norms are compared one by one.
+
+All ranks of a mesh have the same parameters on it, so that all of them come to the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, cast
+from zlib import crc32
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from torchclip._core import integer_sums, mesh
+from torchclip._core.batch import Norm, Norms
+from torchclip._core.collectives import DIFFERS, SLOTS, Call, Kind, exchange, gather_rows
+from torchclip._core.mesh import Layout, Ranks
+from torchclip._core.scalars import ABSENT, on_device
+
+__all__ = ["Part", "Places", "each", "joined", "lines", "totals"]
+
+Places = Mapping["Layout | None", Sequence["int | None"]]
+"""For each layout, and None for plain tensors, which tensors lie like this: None for one that is not here."""
+
+
+class Part(NamedTuple):
+    """What this rank holds of tensors that have one norm together.
+
+    Attributes:
+        places: how they lie.
+        pending: the layouts of those that are pending a reduction, which takes all ranks of a mesh anyway.
+        norm: the norm of those with a layout.
+        norms: the norm of each place with a layout, ``ABSENT`` where there is none.
+    """
+
+    places: Places
+    pending: Collection[Layout]
+    norm: Callable[[Layout | None], Norm]
+    norms: Callable[[Layout | None], Norms]
+
+
+class _Held(NamedTuple):
+    """What of a part lies alike."""
+
+    part: int
+    layout: Layout
+
+
+class _Item:
+    """What some ranks exchange: a number for each part, or each tensor, of what lies on their meshes."""
+
+    def __init__(self, ranks: Ranks, groups: Sequence[dist.ProcessGroup], device: str) -> None:
+        self.ranks, self.groups, self.device = ranks, groups, device
+        self.held: list[_Held] = []
+
+    def mark(self, parts: Sequence[Part]) -> int:
+        """A number that says for which parameters with copies there are gradients; 0 for all of them."""
+        places = [parts[part].places[layout] for part, layout in self.held if layout.copies]
+        if not any(None in some for some in places):
+            return 0
+        return 1 + crc32(bytes(place is None for some in places for place in some))
+
+
+@_disable_dynamo
+def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
+    """The norm of each part on all ranks that share its meshes, or that a group connects.
+
+    Args:
+        parts: what this rank holds.
+        groups: process groups whose other ranks hold other plain tensors, and DTensors on other meshes.
+        call: the call; it has the facts of all those ranks afterwards.
+
+    Returns:
+        The norms, the same bits on each of those ranks; ``ABSENT`` where none has any element.
+    """
+    return _totals(parts, groups, call, at_once=True)
+
+
+@_disable_dynamo
+def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
+    """The norm of each tensor with a layout, with what all ranks of its mesh hold, in the order of places."""
+    items = _items(parts, every=False)
+    sent = {item: _beside([_counted(parts, held) for held in item.held]) for item in items}
+    joint = _exchanged(parts, items, sent, call)
+    found: list[dict[Layout, Norms]] = [{} for _ in parts]
+    for item in items:
+        norms, start = joint[item], 0
+        for part, layout in item.held:
+            stop = start + len(parts[part].places[layout])
+            found[part][layout] = norms[start:stop]
+            start = stop
+    return found
+
+
+@_disable_dynamo
+def lines(vectors: Mapping[Layout, Tensor], call: Call) -> dict[Layout, Tensor]:
+    """Join norms, element by element, along the dimensions of their layouts and no others."""
+    joint = dict(vectors)
+    for group, layouts in _lines(list(vectors)):
+        sent = torch.cat([joint[layout] for layout in layouts])
+        norms, _ = exchange(group, sent, (), call, layouts[0].mesh.device_type)
+        parts = torch.split(on_device(norms, sent.device), [len(joint[layout]) for layout in layouts])
+        joint.update(zip(layouts, parts, strict=True))
+    return joint
+
+
+def _lines(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layout]]]:
+    """Each set of ranks once.  Dimensions of a mesh have the same order on all of its ranks."""
+    found: dict[Ranks, tuple[dist.ProcessGroup, list[Layout]]] = {}
+    latest: dict[Ranks, int] = {}
+    for layout in layouts:
+        for dim in layout.dims:
+            group = layout.mesh.get_group(dim)
+            ranks = mesh.ranks_of_group(group)
+            found.setdefault(ranks, (group, []))[1].append(layout)
+            latest[ranks] = max(dim, latest.get(ranks, 0))
+    return [found[ranks] for ranks in sorted(found, key=latest.__getitem__)]
+
+
+def _totals(
+    parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call, at_once: bool
+) -> list[Norm]:
+    """``totals``; ``at_once`` if what lies on meshes within a group goes along with the group's exchange."""
+    p = call.order
+    connected = _connected(groups, call) if groups else None
+    items = _items(parts, every=connected is not None)
+    direct = [item for item in items if at_once and connected is not None and _joins(item, connected)]
+    before = [item for item in items if item not in direct]
+    sent: dict[_Item, Norms] = {item: _as_norms(_of_parts(parts, item, p)) for item in before}
+    joint = _exchanged(parts, before, sent, call)
+    exchanged = {held for item in items for held in item.held}
+    own = [
+        [part.norm(layout) for layout in part.places if layout is None or (i, layout) not in exchanged]
+        for i, part in enumerate(parts)
+    ]
+    for item in before:
+        if connected is None or mesh.is_first(item.ranks, connected.ranks):
+            for norms, norm in zip(own, joint[item], strict=True):
+                norms.append(norm)
+    if connected is None:
+        return [joined(norms, p) for norms in own]
+    for item in direct:
+        connected.held += item.held
+        for norms, norm in zip(own, _of_parts(parts, item, p), strict=True):
+            norms.append(norm)
+    sent = {connected: _as_norms([joined(norms, p) for norms in own])}
+    joint, differing = _run(parts, [connected], sent, call)
+    if differing:
+        return _totals(parts, groups, call, at_once=False)
+    return list(joint[connected])
+
+
+def _joins(item: _Item, connected: _Item) -> bool:
+    """Whether what lies on an item's meshes can go along with the exchange of a group.
+
+    Copies can only if all of the group's ranks compare their marks.
+    """
+    if item.ranks == connected.ranks:
+        return True
+    return mesh.is_within(item.ranks, connected.ranks) and not any(h.layout.copies for h in item.held)
+
+
+def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
+    """The exchange of all ranks that some groups connect."""
+    of_all = [group for group in groups if group.size() == dist.get_world_size()]
+    groups = of_all[:1] or groups
+    device = mesh.device_of_group(groups[0])
+    if len(groups) == 1:
+        return _Item(mesh.ranks_of_group(groups[0]), groups, device)
+    known = mesh.known_ranks(groups)
+    if known is None:
+        connect = Call(Kind.CONNECT, 0.0, call.facts, call.refused)
+        found = np.array([[float(dist.get_rank())]])
+        for group in groups:
+            rows = gather_rows(group, found.ravel(), connect, mesh.device_of_group(group))
+            if rows is None:
+                call.fail(cast("str", connect.error))
+                return _Item(frozenset(), groups, device)
+            found = rows
+        known = (mesh.remember_ranks(groups, found.astype(int).ravel().tolist()),)
+    return _Item(known[0], groups, device)
+
+
+def _items(parts: Sequence[Part], every: bool) -> list[_Item]:
+    """What is exchanged over meshes, in the order of the tensors; with ``every`` also what is not split."""
+    items: dict[Ranks, _Item] = {}
+    layouts = [
+        _Held(i, layout) for i, part in enumerate(parts) for layout in part.places if layout is not None
+    ]
+    for part, layout in layouts:
+        if layout.dims or ((every or layout in parts[part].pending) and layout.copies):
+            ranks = mesh.ranks_of(layout.mesh)
+            if ranks not in items:
+                items[ranks] = _Item(ranks, mesh.groups_over(layout.mesh), mesh.device_of(layout.mesh))
+    for held in layouts if items else ():
+        if held.layout.dims or held.layout.copies:
+            item = items.get(mesh.ranks_of(held.layout.mesh))
+            if item is not None:
+                item.held.append(held)
+    return list(items.values())
+
+
+def _of_parts(parts: Sequence[Part], item: _Item, p: float) -> list[Norm]:
+    """For each part, the norm of what this rank has to count of an item."""
+    norms: list[list[Norm]] = [[] for _ in parts]
+    for part, layout in item.held:
+        if layout.is_first:
+            norms[part].append(parts[part].norm(layout))
+    return [joined(some, p) for some in norms]
+
+
+def _counted(parts: Sequence[Part], held: _Held) -> Norms:
+    """The norm of each tensor of which this rank has to count what it holds."""
+    if held.layout.is_first:
+        return parts[held.part].norms(held.layout)
+    return [ABSENT] * len(parts[held.part].places[held.layout])
+
+
+def _exchanged(
+    parts: Sequence[Part], items: Sequence[_Item], sent: dict[_Item, Norms], call: Call
+) -> dict[_Item, Norms]:
+    """The joint norms of items, also of those whose ranks lack different gradients."""
+    joint, differing = _run(parts, items, sent, call)
+    for item in differing:
+        norms = _compared(parts, item, call)
+        if norms is None:
+            continue
+        if call.kind in (Kind.CLIP, Kind.MEASURE):
+            of_parts: list[list[Norm]] = [[] for _ in parts]
+            for (part, _), some in zip(item.held, norms, strict=True):
+                of_parts[part] += some
+            joint[item] = _as_norms([joined(some, call.order) for some in of_parts])
+        else:
+            joint[item] = [norm for some in norms for norm in some]
+    return joint
+
+
+def _run(
+    parts: Sequence[Part], items: Sequence[_Item], sent: dict[_Item, Norms], call: Call
+) -> tuple[dict[_Item, Norms], list[_Item]]:
+    """The joint norms of items, and those of them whose ranks lack different gradients."""
+    joint = dict(sent)
+    marks = {item: item.mark(parts) for item in items}
+    for group, device, together in _rounds(items):
+        for start in range(0, len(together), SLOTS):
+            some = together[start : start + SLOTS]
+            sent_here = _beside([joint[item] for item in some])
+            norms, differ = exchange(group, sent_here, [marks[item] for item in some], call, device)
+            at = 0
+            for item, differs in zip(some, differ, strict=True):
+                joint[item] = norms[at : at + len(joint[item])]
+                at += len(joint[item])
+                if differs:
+                    marks[item] = DIFFERS
+    return joint, [item for item in items if marks[item] == DIFFERS and call.error is None]
+
+
+def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, str, list[_Item]]]:
+    """The exchanges, in the same order on all ranks that take part in two of them.
+
+    What takes one exchange goes along with that of other items among the same ranks.
+    """
+    along: dict[Ranks, _Item] = {}
+    for item in items:
+        if len(item.groups) > 1:
+            along.update((mesh.ranks_of_group(group), item) for group in item.groups)
+    rounds = []
+    for item in items:
+        if len(item.groups) == 1:
+            if not along or item.ranks not in along:
+                rounds.append((item.groups[0], item.device, [item]))
+            continue
+        for group in item.groups:
+            ranks = mesh.ranks_of_group(group)
+            others = [other for other in items if len(other.groups) == 1 and other.ranks == ranks]
+            rounds.append((group, item.device, [item, *(others if along[ranks] is item else [])]))
+    return rounds
+
+
+def _compared(parts: Sequence[Part], item: _Item, call: Call) -> list[list[float]] | None:
+    """The norm of each tensor of an item whose copies are not everywhere; None if the call failed."""
+    own = [list(map(float, parts[part].norms(layout))) for part, layout in item.held]
+    compare = Call(Kind.COMPARE, call.order, call.facts)
+    rows = np.array([[float(dist.get_rank()), *(norm for norms in own for norm in norms)]])
+    for group in item.groups:
+        gathered = gather_rows(group, rows.ravel(), compare, item.device)
+        if gathered is None:
+            call.fail(cast("str", compare.error))
+            return None
+        rows = gathered.reshape(-1, rows.shape[1])
+    of_rank = {int(row[0]): row[1:] for row in rows}
+    found, start = [], 0
+    with np.errstate(all="ignore"):
+        for (_, layout), norms in zip(item.held, own, strict=True):
+            of_mesh = np.array([of_rank[rank] for rank in layout.mesh.mesh.flatten().tolist()])
+            of_mesh = of_mesh[:, start : start + len(norms)].reshape(*layout.mesh.shape, len(norms))
+            # Of copies that differ the largest counts.
+            largest = integer_sums.keys(of_mesh, 1.0).max(axis=layout.copies)
+            whole = integer_sums.leading(largest, 1.0).reshape(-1, len(norms))
+            found.append(integer_sums.join(whole, call.order).tolist())
+            start += len(norms)
+    return found
+
+
+def joined(norms: Sequence[Norm], p: float) -> Norm:
+    """The joint norm of some norms that this rank knows, with the bits that it has on all ranks."""
+    present = [norm for norm in norms if isinstance(norm, Tensor) or not norm < 0]
+    if len(present) < 2:
+        return present[0] if present else ABSENT
+    device = next((norm.device for norm in present if isinstance(norm, Tensor)), None)
+    if device is not None:
+        return cast("Tensor", integer_sums.join(on_device(present, device), p))
+    with np.errstate(all="ignore"):
+        return float(integer_sums.join(np.array(present), p))
+
+
+def _beside(several: Sequence[Norms]) -> Norms:
+    if len(several) == 1:
+        return several[0]
+    on_device_ = next((norms.device for norms in several if isinstance(norms, Tensor)), None)
+    if on_device_ is None:
+        return [norm for norms in several for norm in cast("list[float]", norms)]
+    return torch.cat([on_device(norms, on_device_) for norms in several])
+
+
+def _as_norms(norms: Sequence[Norm]) -> Norms:
+    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+    return cast("list[float]", norms) if device is None else on_device(norms, device)
