@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 
 import torchclip
-from torchclip.thresholds.base import MaxNorm
+from torchclip.thresholds.base import MaxNorm, Threshold
 
-__all__ = ["LEARNED", "WITHOUT_CEILING", "max_norm_of"]
+__all__ = ["CLASSES", "LEARNED", "WITHOUT_CEILING", "max_norm_of"]
+
+CLASSES: dict[str, Callable[..., Threshold]] = {
+    "percentile": torchclip.Percentile,
+    "zscore": torchclip.ZScore,
+    "adagc": torchclip.AdaGC,
+    "rolling-sigma": torchclip.RollingSigma,
+}
+"""The thresholds that learn from the norms."""
 
 LEARNED = {
     "percentile": "the 10th percentile of the norms so far (AutoClip)",
-    "zscore": "what is usual, and only spikes are above it (ZClip)",
-    "adagc": "what is usual for each parameter on its own (AdaGC)",
+    "zscore": "above the usual norm, so that only spikes are clipped (ZClip)",
+    "adagc": "the usual norm of each parameter (AdaGC)",
     "rolling-sigma": "mean plus six standard deviations of the last norms",
 }
-"""The thresholds that learn from the norms, and to what they clip."""
+"""To what they clip."""
 
-WITHOUT_CEILING = {"rolling-sigma"}
-"""Those that have no use for a ``max_norm``."""
+WITHOUT_CEILING = {name for name, of in CLASSES.items() if "max_norm" not in inspect.signature(of).parameters}
+"""Those that take no ``max_norm``."""
 
 
 def max_norm_of(threshold: str, max_norm: float = math.inf) -> MaxNorm:
@@ -26,15 +36,8 @@ def max_norm_of(threshold: str, max_norm: float = math.inf) -> MaxNorm:
 
     Args:
         threshold: ``"fixed"`` or a name in ``LEARNED``.
-        max_norm: the fixed threshold, or a ceiling for one that learns; for AdaGC that of its warm-up. A
-            rolling sigma has none.
+        max_norm: the fixed threshold, or a ceiling for one that learns; for AdaGC, that of its warm-up.
     """
-    if threshold == "percentile":
-        return torchclip.Percentile(10, max_norm=max_norm)
-    if threshold == "zscore":
-        return torchclip.ZScore(max_norm=max_norm)
-    if threshold == "adagc":
-        return torchclip.AdaGC() if math.isinf(max_norm) else torchclip.AdaGC(max_norm=max_norm)
-    if threshold == "rolling-sigma":
-        return torchclip.RollingSigma()
-    return max_norm
+    if threshold == "fixed":
+        return max_norm
+    return CLASSES[threshold](**({} if math.isinf(max_norm) else {"max_norm": max_norm}))

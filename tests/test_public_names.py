@@ -1,0 +1,139 @@
+"""Whoever adds a threshold or a rule of clipping learns here what else it needs.
+
+What there is, is found in the folders, not in a list: a class or function that was only just written is asked
+for its twin, its entries in the documentation, its option and its property test.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from functions import FUNCTIONS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import torchclip
+from torchclip import reference
+from torchclip.cli import thresholds as options
+
+ROOT = Path(__file__).parents[1]
+
+
+def defined_in(package: ModuleType) -> dict[str, Any]:
+    """The public classes and functions that a package's files define and export, by name."""
+    found = {}
+    for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(file.name)
+        for name, each in vars(module).items():
+            if not name.startswith("_") and getattr(each, "__module__", None) == module.__name__:
+                found[name] = each
+    return found
+
+
+def thresholds_in(package: ModuleType) -> dict[str, Any]:
+    """The thresholds among these: classes that can be made, with ``update`` and a state."""
+    return {
+        name: each
+        for name, each in defined_in(package).items()
+        if inspect.isclass(each)
+        and not inspect.isabstract(each)
+        and not getattr(each, "_is_protocol", False)
+        and callable(getattr(each, "update", None))
+        and callable(getattr(each, "load_state_dict", None))
+    }
+
+
+THRESHOLDS = thresholds_in(torchclip.thresholds)
+RULES = {
+    name: each
+    for name, each in defined_in(torchclip.clip_grad).items()
+    if (inspect.isclass(each) and hasattr(each, "clip_") and not inspect.isabstract(each))
+    or re.match(r"clip_|get_", name)
+}
+ALL = [*THRESHOLDS, *RULES]
+
+
+def taken_by_a_clipper(threshold: Any) -> bool:
+    """Whether a Clipper takes it: not a QuantileTracker, which sees no norms."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    try:
+        torchclip.Clipper(optimizer, threshold())
+    except TypeError:
+        return False
+    return True
+
+
+def test_what_there_is_was_found() -> None:
+    assert {"Percentile", "ZScore", "AdaGC", "RollingSigma", "QuantileTracker"} <= THRESHOLDS.keys()
+    assert {"Value", "Adaptive", "BlockRMS", "clip_grad_norm_", "clip_per_example"} <= RULES.keys()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_in_the_namespace(name: str) -> None:
+    assert name in torchclip.__all__
+    assert getattr(torchclip, name) is {**THRESHOLDS, **RULES}[name]
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_a_threshold_is_exported_by_its_folder(name: str) -> None:
+    assert name in torchclip.thresholds.__all__
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("page", "entry"), [("docs/api.md", "::: torchclip.{}\n"), ("README.md", "`{}"), ("CHANGELOG.md", "`{}")]
+)
+def test_it_is_in_the_documentation(name: str, page: str, entry: str) -> None:
+    assert entry.format(name) in (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_a_threshold_is_explained_on_its_page(name: str) -> None:
+    assert name in (ROOT / "docs" / "thresholds.md").read_text()
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+@given(seed=st.integers(0, 2**32), spread=st.sampled_from([0.0, 0.1, 1.0]))
+@settings(derandomize=True, max_examples=10, deadline=None)
+def test_a_threshold_computes_what_its_twin_does(name: str, seed: int, spread: float) -> None:
+    """The twin has the constructor's arguments with the same defaults, and gives the same numbers."""
+    threshold, twin = THRESHOLDS[name], twin_of(name)
+    first, *others = inspect.signature(twin).parameters.values()
+    defaults = {each.name: each.default for each in others}
+    own = {each.name: each.default for each in inspect.signature(threshold).parameters.values()}
+    assert own.items() <= defaults.items()
+
+    values = np.exp(-spread * np.random.default_rng(seed).exponential(size=150))  # norms, or shares, up to 1
+    expected = twin(values[:, None])[:, 0] if "Array" in str(first.annotation) else twin(values.tolist())
+    learns = threshold()
+    np.testing.assert_allclose([learns.update(value) for value in values], expected, rtol=1e-9)
+
+
+def twin_of(name: str) -> Any:
+    """The NumPy twin: of ``RollingSigma`` it is ``rolling_sigma_thresholds``."""
+    twins = {each.replace("_", ""): each for each in reference.__all__}
+    return getattr(reference, twins[f"{name.lower()}thresholds"])
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_a_threshold_is_an_option_of_the_commands(name: str) -> None:
+    threshold = THRESHOLDS[name]
+    assert taken_by_a_clipper(threshold) == (threshold in options.CLASSES.values())
+    assert options.CLASSES.keys() == options.LEARNED.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if not inspect.isclass(RULES[name])])
+def test_a_function_is_in_the_table_of_functions(name: str) -> None:
+    assert name in FUNCTIONS
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if inspect.isclass(RULES[name])])
+def test_a_rule_is_tested_with_a_clipper(name: str) -> None:
+    assert f"{name}(" in (ROOT / "tests" / "clipper" / "test_clipper_rules.py").read_text()
