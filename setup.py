@@ -23,6 +23,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+REPOSITORY = "https://github.com/torchclip/torchclip"
+
 
 def wanted() -> bool:
     """Whether to try: the limited API is CPython's, and no part of it without the GIL."""
@@ -116,6 +118,19 @@ class BuildKernel(build_ext):
             note.unlink(missing_ok=True)
 
 
+def long_description() -> str:
+    """The README, with links and pictures that work outside of the repository, at the version's tag."""
+    version = re.search('__version__ = "(.*)"', Path("torchclip/__init__.py").read_text(encoding="utf-8"))[1]
+    readme = Path("README.md").read_text(encoding="utf-8")
+    for pattern, base in (
+        (r"(!\[[^\]]*\]\()(?!https?:)", f"https://raw.githubusercontent.com/torchclip/torchclip/v{version}/"),
+        (r"(?<!!)(\[[^\]]*\]\()(?=#)", f"{REPOSITORY}/blob/v{version}/README.md"),
+        (r"(?<!!)(\[[^\]]*\]\()(?!https?:)", f"{REPOSITORY}/blob/v{version}/"),
+    ):
+        readme = re.sub(pattern, rf"\g<1>{base}", readme)
+    return readme
+
+
 compiling, linking = flags()
 kernel = Extension(
     "torchclip._kernel",
@@ -127,12 +142,14 @@ kernel = Extension(
     py_limited_api=True,
     optional=os.environ.get("TORCHCLIP_KERNEL") != "1",
 )
+readme = {"long_description": long_description(), "long_description_content_type": "text/markdown"}
 
 if wanted():
     setup(
+        **readme,
         ext_modules=[kernel],
         cmdclass={"build_ext": BuildKernel},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 else:
-    setup()
+    setup(**readme)

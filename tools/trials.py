@@ -26,8 +26,15 @@ PACKAGES = (
     " setuptools pytest hypothesis sybil sortedcontainers pluggy iniconfig packaging pygments colorama"
 ).split()
 TESTS = ("tests/csrc", "tests/clip_grad")
-# Wine 10's C library lacks this function, and torch calls it when it is imported.
-CREALF = "float crealf(struct { float real, imag; } z) { return z.real; }"
+# Wine 10's C library lacks these functions, and torch calls one of them when it is imported.
+OF_COMPLEX = """
+typedef struct { float real, imag; } single;
+typedef struct { double real, imag; } twofold;
+float crealf(single z) { return z.real; }
+float cimagf(single z) { return z.imag; }
+double creal(twofold z) { return z.real; }
+double cimag(twofold z) { return z.imag; }
+"""
 
 
 class Trial(NamedTuple):
@@ -195,14 +202,15 @@ def _windows_python(folder: Path, download: Path) -> None:
 
 
 def _complete_c_library(wines: Path, folder: Path) -> None:
-    """Put a C library beside Python that has `crealf` of its own, and takes all else from Wine's."""
+    """Put a C library beside Python that has these functions, and takes all others from Wine's."""
     shutil.copy(wines, folder / "wine_ucrtbase.dll")
     listing = run("x86_64-w64-mingw32-objdump", "-p", wines)
     names = set(re.findall(r"^\s*\[\s*\d+\] \+base\[\s*\d+\]\s+[0-9a-f]+ (\S+)$", listing, re.MULTILINE))
-    lines = [f'"{name}" = "wine_ucrtbase.{name}"' for name in sorted(names - {"crealf"})]
-    definitions, source = folder / "ucrtbase.def", folder / "crealf.c"
-    definitions.write_text("\n".join(["LIBRARY ucrtbase.dll", "EXPORTS", *lines, "crealf"]))
-    source.write_text(CREALF)
+    own = set(re.findall(r"\w+(?=\()", OF_COMPLEX))
+    lines = [f'"{name}" = "wine_ucrtbase.{name}"' for name in sorted(names - own)]
+    definitions, source = folder / "ucrtbase.def", folder / "complex.c"
+    definitions.write_text("\n".join(["LIBRARY ucrtbase.dll", "EXPORTS", *lines, *sorted(own)]))
+    source.write_text(OF_COMPLEX)
     library = ("-w", "-shared", "-nostdlib", "-Wl,-e,0", "-o", folder / "ucrtbase.dll")
     run("x86_64-w64-mingw32ucrt-gcc", "-O2", *library, source, definitions)
 
