@@ -26,7 +26,7 @@ PACKAGES = (
     " setuptools pytest hypothesis sybil sortedcontainers pluggy iniconfig packaging pygments colorama"
 ).split()
 TESTS = ("tests/csrc", "tests/clip_grad")
-# Wine 10's C library lacks these functions, and torch calls one of them when it is imported.
+# Wine 10's C library lacks these functions. Torch calls one of them when it is imported, NumPy others.
 OF_COMPLEX = """
 typedef struct { float real, imag; } single;
 typedef struct { double real, imag; } twofold;
@@ -34,6 +34,8 @@ float crealf(single z) { return z.real; }
 float cimagf(single z) { return z.imag; }
 double creal(twofold z) { return z.real; }
 double cimag(twofold z) { return z.imag; }
+double cabs(twofold z) { return __builtin_sqrt(z.real * z.real + z.imag * z.imag); }
+float cabsf(single z) { return (float)__builtin_sqrt((double)z.real * z.real + (double)z.imag * z.imag); }
 """
 
 
@@ -92,8 +94,10 @@ def _import_elsewhere(package: Path) -> str:
     found = []
     for minor in range(10, 20):
         python = shutil.which(f"python3.{minor}")
-        if python is None or minor == sys.version_info.minor or subprocess.run([python, "-c", ""]).returncode:
-            continue  # pyenv leaves names that start nothing
+        if python is None or minor == sys.version_info.minor:
+            continue
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode != 0:
+            continue  # a name that pyenv leaves where it has no such Python
         run(python, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import _kernel", package)
         found.append(f"3.{minor}")
     return f"; imported by {', '.join(found)}" if found else ""
@@ -135,7 +139,8 @@ def under_qemu(wheel: Path, checkout: Path, scratch: Path) -> Trial:
     root, site = scratch / "root", scratch / "site"
     _debian_python(root, scratch / "apt")
     _install(wheel, site, "manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
-    python = ["qemu-aarch64", "-L", root, root / f"usr/bin/python{EMULATED[0]}.{EMULATED[1]}"]
+    name = f"usr/bin/python{EMULATED[0]}.{EMULATED[1]}"
+    python: list[str | Path] = ["qemu-aarch64", "-L", root, root / name]
     return Trial(f"qemu: {_try(python, checkout, {'PYTHONPATH': str(site)})}", "speed")
 
 
@@ -206,13 +211,13 @@ def _complete_c_library(wines: Path, folder: Path) -> None:
     shutil.copy(wines, folder / "wine_ucrtbase.dll")
     listing = run("x86_64-w64-mingw32-objdump", "-p", wines)
     names = set(re.findall(r"^\s*\[\s*\d+\] \+base\[\s*\d+\]\s+[0-9a-f]+ (\S+)$", listing, re.MULTILINE))
-    own = set(re.findall(r"\w+(?=\()", OF_COMPLEX))
+    own = set(re.findall(r"\w+(?=\(\w+ z\))", OF_COMPLEX))
     lines = [f'"{name}" = "wine_ucrtbase.{name}"' for name in sorted(names - own)]
     definitions, source = folder / "ucrtbase.def", folder / "complex.c"
     definitions.write_text("\n".join(["LIBRARY ucrtbase.dll", "EXPORTS", *lines, *sorted(own)]))
     source.write_text(OF_COMPLEX)
     library = ("-w", "-shared", "-nostdlib", "-Wl,-e,0", "-o", folder / "ucrtbase.dll")
-    run("x86_64-w64-mingw32ucrt-gcc", "-O2", *library, source, definitions)
+    run("x86_64-w64-mingw32ucrt-gcc", "-O2", "-fno-math-errno", *library, source, definitions)
 
 
 def nowhere(wheel: Path, checkout: Path, scratch: Path) -> Trial:
