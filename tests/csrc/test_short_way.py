@@ -611,7 +611,10 @@ def test_attributes_that_are_in_no_dictionary() -> None:
             nn.Module.__init__(self)
 
     def odd(made: Any) -> Any:
-        cast("Any", functools.partial).__setstate__(made, (print, (), {}, 42))
+        try:
+            cast("Any", functools.partial).__setstate__(made, (print, (), {}, 42))
+        except TypeError:  # from CPython 3.13.11 on
+            pytest.skip("this Python refuses attributes that are in no dictionary")
         return made
 
     assert _kernel.clip_step(odd(functools.partial(print)), 1.0) is None
