@@ -208,15 +208,17 @@ def test_classes_and_states(kind: Any) -> None:
         Clipper(sgd([torch.ones(1)]), kind)
     with pytest.raises(TypeError, match="`skip_above`"):
         Clipper(sgd([torch.ones(1)]), 1.0, skip_above=kind(0.1))
-    clipper = Clipper(sgd([torch.ones(1)]), kind(0.1))
+    optimizer = sgd([torch.ones(1)])
+    clipper = Clipper(optimizer, kind(0.1))
     assert f"max_norm={kind(0.1)!r}, norm_type" in repr(clipper)
-    clipper.optimizer.step()
+    optimizer.step()
     state = clipper.state_dict()
     other = Clipper(sgd([torch.ones(1)]), kind(0.1))
     other.load_state_dict(state)
     assert other.state_dict() == state
-    learned = Clipper(sgd([torch.ones(1)]), ZScore())
-    learned.optimizer.step()
+    other_optimizer = sgd([torch.ones(1)])
+    learned = Clipper(other_optimizer, ZScore())
+    other_optimizer.step()
     with pytest.raises(ValueError, match="threshold object"):
         other.load_state_dict(learned.state_dict())
 
@@ -241,22 +243,23 @@ def test_adagc_is_for_single_parameters(scope: Scope, fused: bool) -> None:
 
 
 def test_adagc_resumes_and_leaves_out_groups_with_their_own() -> None:
-    def make() -> tuple[Net, Clipper]:
+    def make() -> tuple[Net, torch.optim.SGD, Clipper]:
         model = Net()
         first, *others = model.parameters()
         groups: list[dict[str, Any]] = [{"params": others}, {"params": [first], "max_norm": None}]
-        return model, Clipper(torch.optim.SGD(groups, lr=0.1), AdaGC(warmup=2))
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        return model, optimizer, Clipper(optimizer, AdaGC(warmup=2))
 
-    model, clipper = make()
+    model, optimizer, clipper = make()
     for step in range(3):
-        backward(model, clipper.optimizer, step)
-        clipper.optimizer.step()
-    resumed, its_clipper = make()
+        backward(model, optimizer, step)
+        optimizer.step()
+    resumed, its_optimizer, its_clipper = make()
     resumed.load_state_dict(model.state_dict())
     its_clipper.load_state_dict(clipper.state_dict())
-    for each, its in ((model, clipper), (resumed, its_clipper)):
-        backward(each, its.optimizer, 3)
-        its.optimizer.step()
+    for each, its in ((model, optimizer), (resumed, its_optimizer)):
+        backward(each, its, 3)
+        its.step()
     assert its_clipper.state_dict() == clipper.state_dict()
     assert [bits(p) for p in resumed.parameters()] == [bits(p) for p in model.parameters()]
     assert set(clipper.thresholds) == {"group 0, parameter 0", "group 0, parameter 1"}

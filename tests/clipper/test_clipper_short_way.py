@@ -290,13 +290,23 @@ def test_the_history_is_whole_however_steps_and_readers_take_turns() -> None:
     assert clipper.history.summary().steps == 6
 
 
-def test_clippers_share_a_history() -> None:
-    shared, runs = History(), [Run(), Run()]
+def test_a_history_of_another_clipper_is_refused() -> None:
+    runs = [Run(), Run()]
     optimizers = [torch.optim.SGD(run.parameters, lr=0.0) for run in runs]
-    clippers = [Clipper(optimizer, 0.5) for optimizer in optimizers]
-    for clipper in clippers:
-        clipper.history = shared
+    first, second = (Clipper(optimizer, 0.5) for optimizer in optimizers)
+    with pytest.raises(ValueError, match="that of another Clipper already"):
+        second.history = first.history
+    with pytest.raises(TypeError, match="must be a torchclip"):
+        second.history = []  # type: ignore[assignment]
+    second.history = second.history
     for _ in range(1100):  # more than are kept before they are recorded
         for optimizer in optimizers:
             optimizer.step()
-    assert len(shared) == 2200
+    assert (len(first.history), len(second.history)) == (1100, 1100)
+    kept = second.history
+    second.history = History()
+    optimizers[1].step()
+    assert (len(kept), len(second.history)) == (1100, 1)
+    first.history = kept  # which nobody has any more
+    optimizers[0].step()
+    assert (len(kept), kept[-1].step) == (1101, 1100)

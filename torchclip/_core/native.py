@@ -32,15 +32,8 @@ def active() -> bool:
 
 
 def step_state(*args: object) -> Any:
-    """The extension's ``StepState``, made of these arguments; None without kernel."""
-    return extension.StepState(*args) if active() else None
-
-
-def watch_hooks(*args: object) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """The extension's hooks for all optimizers, made of these arguments; None without kernel."""
-    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
-    hooks = extension.watch_hooks(*args) if active() else None
-    return hooks
+    """The extension's ``RoundState``, made of these arguments; None without kernel."""
+    return extension.RoundState(*args) if active() else None
 
 
 def status() -> str:
@@ -113,6 +106,7 @@ def _load() -> tuple[Any, str]:
             torch.is_inference_mode_enabled,
             torch.strided,
         )
+        module.connect_steps(Tensor, torch._C._current_graph_task_id)
         if _walks_as_torch_does():
             module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType)
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast, get_args
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import arguments, mesh, native
-from torchclip._core.batch import Norms
-from torchclip.clipper.clipping import Clipping, Row
+from torchclip.clipper import saved
+from torchclip.clipper.clipping import Clipping
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
+from torchclip.clipper.round import Round
 from torchclip.clipper.rules import Rule
-from torchclip.clipper.scope import Scope, Scoping
+from torchclip.clipper.scope import Scope, Scoping, groups_of, set_names
 from torchclip.clipper.spikes import Spikes
-from torchclip.clipper.step import State, Step, creates_state, with_closure
+from torchclip.clipper.step import State, Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
+from torchclip.history.stalls import eps_limits
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.base import MaxNorm, Threshold
 
@@ -131,7 +134,7 @@ class Clipper:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         max_norm: MaxNorm | Rule,
         *,
         norm_type: float | str = 2.0,
@@ -144,30 +147,14 @@ class Clipper:
         max_skips: int | None = None,
         layers_every: int = 0,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {arguments.shown(optimizer)}")
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(
-                f"`optimizer` is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
-                "that it wraps"
-            )
-        if optimizer in _clipped_optimizers:
-            raise ValueError("`optimizer` already has a Clipper; call its detach() first")
+        optimizers = _optimizers(optimizer)
         arguments.option("scope", scope, get_args(Scope))
         arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
-        if isinstance(optimizer, torch.optim.LBFGS) and (nonfinite == "skip" or skip_above is not None):
-            argument, remedy = ("nonfinite='skip'", "use 'error' or 'zero'")
-            if nonfinite != "skip":
-                argument, remedy = ("skip_above", "leave it out")
-            raise ValueError(
-                f"`{argument}` does not work with LBFGS, which moves the parameters several times in a step; "
-                f"{remedy}"
-            )
+        _refuse_lbfgs(optimizers, nonfinite, skip_above)
         if max_skips is not None and skip_above is None:
             raise ValueError("`max_skips` says how often `skip_above` may skip; pass that, too")
         if on_clip is not None and not callable(on_clip):
             raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
-        self.optimizer = optimizer
         # A tensor has a method of that name, too.
         is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self._way = cast("Rule", max_norm) if is_way else None
@@ -187,51 +174,119 @@ class Clipper:
             raise ValueError(
                 f"`group` has no meaning with {what}, which clips every gradient by its norm: leave it out"
             )
+        layers_every = arguments.count("layers_every", layers_every, least=0)
         self._scope: Scope = scope
         self._nonfinite: Nonfinite = nonfinite
-        self._names = Names(optimizer, model)
-        self._layers_every = arguments.count("layers_every", layers_every, least=0)
-        # What goes the short way while the kernel is on, with what is found to be usual in each step.
+        self._spikes = spikes
+        # Only while it warms up, but who could tell beforehand when that is.
+        joins_norms = self._rule.per_parameter and getattr(max_norm, "max_norm", 0.0) < math.inf
+        self._names = Names(optimizers, model)
+        self._classes = [type(each).__name__ for each in optimizers]
+        self._optimizers = tuple(ref(each) for each in optimizers)
+        # What the kernel clips in one go, with what is found to be usual in each step.
         usual = scope == "global" and self._order == 2 and not groups
-        takes_number = self._way is None and on_clip is None and spikes is None and not self._layers_every
+        takes_number = self._way is None and on_clip is None and spikes is None and not layers_every
         usual_max_norm = self._rule.number if usual and takes_number else None
-        history = History()
-        with_kernel = native.step_state(self, usual_max_norm, history)
-        self._state: State = with_kernel or State(history)
-        history.follow(self._state.flush)
-        self._step = Step(optimizer, self._state)
-        # What is to be recorded of a step that did not go the short way.
-        self._rows: list[Row] = []
-        self._layers: tuple[list[str], Norms] | None = None
+        with_kernel = native.step_state(usual_max_norm, self._optimizers)
+        self._state: State = with_kernel or State(self._optimizers)
+        steps = [
+            Step(each, member) for each, member in zip(self._optimizers, self._state.members, strict=True)
+        ]
+        scoping = Scoping(scope, self._order, groups)
         self._clipping = Clipping(
-            self._step,
-            self._rule,
-            Scoping(scope, self._order, groups),
-            nonfinite,
-            spikes,
-            self._way,
+            steps, self._rule, scoping, nonfinite, spikes, self._way, on_clip, self._names
+        )
+        self._round = Round(
+            self._state,
+            steps,
+            self._clipping,
+            self._names,
+            layers_every,
+            self._order,
+            partial(_needs_all, scope, self._rule, spikes is not None, groups is not None, joins_norms),
             on_clip,
-            self._names.of_gradients,
         )
-        own_hooks = self._before_step, self._after_step
-        before_step, after_step = own_hooks if with_kernel is None else with_kernel.hooks()
-        self._hooks: tuple[RemovableHandle, ...] = (
-            optimizer.register_step_pre_hook(before_step),
-            optimizer.register_step_post_hook(after_step),
-        )
-        self._clipping.hook_id = self._hooks[0].id
-        _clipped_optimizers.add(optimizer)
+        self._sets: list[str] = []
+        self._owner: str | None = None
+        self._know_sets()
+        self._follow(self._round.history)
+        self._hooks: list[RemovableHandle] = []
+        for i, each in enumerate(optimizers):
+            before, after = partial(self._before_step, i), partial(self._after_step, i)
+            if with_kernel is not None:
+                before, after = with_kernel.hooks(i, before, after)
+            self._hooks += [each.register_step_pre_hook(before), each.register_step_post_hook(after)]
+            self._clipping.hook_ids.append(self._hooks[-2].id)
+            _clipped_optimizers.add(each)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The first of the optimizers, which the Clipper does not keep alive."""
+        return self.optimizers[0]
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All of them, in the order in which they were passed."""
+        found = tuple(optimizer() for optimizer in self._optimizers)
+        if None in found:
+            raise RuntimeError(
+                f"the optimizer ({self._classes[found.index(None)]}) is gone, as a Clipper does not keep it "
+                "alive; hold it by a name of your own"
+            )
+        return cast("tuple[Optimizer, ...]", found)
 
     @property
     def history(self) -> History:
         """What clipping did, step by step."""
-        return self._state.history
+        return self._round.history
 
     @history.setter
     def history(self, history: History) -> None:
-        self._state.history.unfollow(self._state.flush)
-        self._state.history = history
-        history.follow(self._state.flush)
+        before = self._round.history
+        if history is before:
+            return
+        if not isinstance(history, History):
+            raise TypeError(
+                "`history` must be a torchclip.history.History, such as History(maxlen=1000), got "
+                f"{arguments.shown(history)}"
+            )
+        if history.is_followed:
+            raise ValueError(
+                "`history` is that of another Clipper already, and would hold the steps of both; pass a new "
+                "one"
+            )
+        before.unfollow(self._flush)
+        self._round.history = history
+        self._follow(history)
+        self._know_sets()
+
+    def _follow(self, history: History) -> None:
+        """Have the records that the kernel keeps handed to a history, also when it is full of them."""
+        self._flush: Callable[[], object] = self._state.flush
+        self._state.keep_records(history.follow(self._flush), partial(_resolve, ref(history)))
+
+    @property
+    def loss(self) -> float | Tensor | None:
+        """The loss that the next step's record gets; None if none was assigned.
+
+        Assign a number, or a tensor with one element, which is read only when the history is:
+        ``clipper.loss = loss``, once or, where gradients are accumulated, at each backward pass of a step:
+        the losses are added up.
+        """
+        return self._state.loss
+
+    @loss.setter
+    def loss(self, loss: float | Tensor | None) -> None:
+        if loss is None:
+            self._state.loss = None
+            return
+        added: float | Tensor
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cpu and not loss.is_complex():
+            added = arguments.full(loss.detach()).reshape(()).clone()  # as the user may add to it in place
+        else:
+            added = arguments.number("loss", loss)
+        before = self._state.loss
+        self._state.loss = added if before is None else before + added
 
     @property
     def last(self) -> Record | None:
@@ -242,9 +297,11 @@ class Clipper:
     def thresholds(self) -> Mapping[str, Threshold]:
         """The threshold objects with what they have learned, by the name of what each of them is for.
 
-        From the first step on: ``"all"``, ``"group 0"`` or ``"group 0, parameter 0"`` and so on, according to
-        ``scope``.  None if ``max_norm`` is a number or a callable.  Read-only.
+        ``"all"``, ``"group 0"`` or ``"group 0, parameter 0"`` and so on, according to ``scope``; with several
+        optimizers ``"optimizer 1, group 0"``, and the names of single parameters if there is a ``model``.
+        None if ``max_norm`` is a number or a callable.  Read-only.
         """
+        self._know_sets()
         return self._rule.thresholds
 
     def norms(self) -> dict[str, float]:
@@ -255,8 +312,8 @@ class Clipper:
         for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
         parts.
         """
-        self._step.is_running()  # gives back what a step that ended in an exception has left
-        names, present, norms = self._names.norms(self._order)
+        self._round.is_running()  # gives back what a step that ended in an exception has left
+        names, present, norms = self._names.norms(self.optimizers, self._order)
         values = norms.tolist() if isinstance(norms, Tensor) else norms
         named = zip(names, present, values, strict=True)
         found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
@@ -268,13 +325,15 @@ class Clipper:
         Raises:
             RuntimeError: if called during a step, from ``on_clip`` or a closure.
         """
-        if self._step.is_running():
+        if self._round.is_running():
             raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
+        self._round.close()
         if self._hooks:
-            _clipped_optimizers.discard(self.optimizer)
+            for optimizer in self._optimizers:
+                _clipped_optimizers.discard(optimizer())  # type: ignore[arg-type]
         for hook in self._hooks:
             hook.remove()
-        self._hooks = ()
+        self._hooks = []
 
     def __enter__(self) -> Clipper:
         return self
@@ -287,44 +346,90 @@ class Clipper:
 
         The history is part of it, with all records that it keeps.
         """
-        spikes = self._clipping.spikes
-        return {
+        self._know_sets()
+        thresholds = saved.of_rules(self._rule)
+        own = {
             "steps": self._state.number,
-            "norm_type": self._order,
-            "scope": self._scope,
-            "thresholds": self._rule.state_dict(),
-            "spikes": None if spikes is None else spikes.state_dict(),
+            "sets": list(thresholds),
+            "thresholds": thresholds,
+            "spikes": None if self._spikes is None else self._spikes.state_dict(),
             "history": self.history.state_dict(),
         }
+        shared = {"norm_type": self._order, "scope": self._scope, "optimizers": len(self._optimizers)}
+        return {**shared, **own} if self._owner is None else {**shared, self._owner: own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this clipper.
+        """Go on from a ``state_dict``; the arguments stay those of this clipper.  States of 0.1.0 load, too.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.
-            ValueError: if ``state`` is not a clipper's, or its thresholds are of another kind or have learned
-                from norms of another ``scope`` or ``norm_type``.
+            ValueError: if ``state`` is not a clipper's or that of another number of optimizers, or its
+                thresholds are of another kind, for other parameters, or have learned from norms of another
+                ``scope`` or ``norm_type``.  Nothing has changed then.
         """
-        keys = ("steps", "norm_type", "scope", "thresholds", "history")
-        arguments.saved("state", state, keys, "Clipper")
-        steps = arguments.count("state['steps']", state["steps"], least=0)
-        order = arguments.number("state['norm_type']", state["norm_type"])
-        scope = arguments.option("state['scope']", state["scope"], get_args(Scope))
-        arguments.saved("state['thresholds']", state["thresholds"], (), "Clipper")
-        arguments.saved("state['history']", state["history"], (), "Clipper")
-        learned_from, own = (scope, order), (self._scope, self._order)
-        if state["thresholds"] and learned_from != own:
+        arguments.saved("state", state, (), "Clipper")
+        self._know_sets()
+        own = saved.own_part(state, self._owner)
+        arguments.saved("state", own, ("steps",), "Clipper")
+        arguments.saved("state", state, ("norm_type", "scope"), "Clipper")
+        arguments.saved("state", own, ("thresholds", "history"), "Clipper")
+        steps = arguments.count("state['steps']", own["steps"], least=0)
+        self._check_kind(state)
+        thresholds = saved.learned("state['thresholds']", own["thresholds"])
+        of_sets = dict.fromkeys([*own.get("sets", ()), *thresholds])
+        self._check_learned(state, thresholds or of_sets, self._rule, scope=True)
+        saved.refuse_foreign("state['thresholds']", of_sets, self._sets)
+        of_spikes = own.get("spikes")  # not in what the first versions saved
+        if self._spikes is not None and of_spikes is not None:
+            self._spikes.check(of_spikes)
+            self._check_learned(state, of_spikes["thresholds"], self._spikes.rule, scope=False)
+        arguments.saved("state['history']", own["history"], (), "Clipper")
+        self.history.load_state_dict(own["history"])  # refuses a wrong one before anything has changed
+        self._round.forget()
+        self._rule.load_state_dict(thresholds)
+        if self._spikes is not None:
+            self._spikes.load_state_dict(of_spikes or {"skips": 0, "thresholds": {}})
+        self._state.number = steps
+        self._know_sets()
+
+    def _check_kind(self, state: Mapping[str, Any]) -> None:
+        """Raise an error for a state of another number of optimizers."""
+        arguments.number("state['norm_type']", state["norm_type"])
+        arguments.option("state['scope']", state["scope"], get_args(Scope))
+        optimizers = arguments.count("state['optimizers']", state.get("optimizers", 1), least=1)
+        if optimizers != len(self._optimizers):
+            raise ValueError(
+                f"`state` is that of a Clipper of {optimizers} optimizer{'s' * (optimizers > 1)}, this one "
+                f"has {len(self._optimizers)}; make it for as many, in the same order"
+            )
+
+    def _check_learned(
+        self, state: Mapping[str, Any], thresholds: Mapping[str, Any], rule: ThresholdBank, scope: bool
+    ) -> None:
+        """Raise an error for what thresholds of another kind, or from other norms, have learned."""
+        learned_from, own = (state["scope"], state["norm_type"]), (self._scope, self._order)
+        if thresholds and (learned_from != own if scope else learned_from[1:] != own[1:]):
             raise ValueError(
                 "the thresholds in `state` have learned from norms of (scope, norm_type) = "
                 f"{learned_from}, but this clipper's are {own}; make it with the same ones"
             )
-        History().load_state_dict(state["history"])  # refuses a wrong one before anything is changed
-        spikes, of_spikes = self._clipping.spikes, state.get("spikes")  # not in what earlier versions saved
-        if spikes is not None and of_spikes is not None:
-            spikes.load_state_dict(of_spikes)
-        self._rule.load_state_dict(state["thresholds"])
-        self.history.load_state_dict(state["history"])
-        self._state.number = steps
+        rule.check(
+            {name: learned for name, learned in thresholds.items() if learned is not None or not rule.learns}
+        )
+
+    def _know_sets(self) -> None:
+        """Find what may be clipped together, as parameter groups may have been added; a state has it all."""
+        optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
+        if len(optimizers) == len(self._optimizers):
+            groups = groups_of(optimizers)
+            names = self._names.of_sets(groups) if self._scope == "parameter" else {}
+            self._sets = set_names(groups, self._scope, names)
+            learning = [group for group in groups if "max_norm" not in group.values]
+            self._rule.add(set_names(learning, self._scope, names))
+            self._owner = saved.owner(optimizers, self._names)
+            self._round.history.eps_limits = eps_limits(optimizers) if self._scope == "global" else ()
+        if self._spikes is not None:
+            self._spikes.rule.add(["all"])
 
     def __getstate__(self) -> None:
         raise TypeError(
@@ -333,67 +438,93 @@ class Clipper:
         )
 
     def __repr__(self) -> str:
+        classes = ", ".join(self._classes)
         return (
-            f"Clipper({type(self.optimizer).__name__}, max_norm={self._way or self._rule!r}, "
-            f"norm_type={self._order}, "
-            f"scope={self._scope!r}, nonfinite={self._nonfinite!r})"
+            f"Clipper({classes if len(self._classes) == 1 else f'[{classes}]'}, "
+            f"max_norm={self._way or self._rule!r}, norm_type={self._order}, scope={self._scope!r}, "
+            f"nonfinite={self._nonfinite!r})"
         )
 
-    # The optimizer's hooks
+    # The optimizers' hooks
 
     # With the kernel others are called, written in C, which take the usual step in one go and leave any other
-    # to these: in a training step every frame, line and object costs several times what it costs alone.
+    # to these: in a training step every frame, line and object costs several times what it costs alone.  The
+    # optimizers hold the Clipper by them, and it holds the optimizers weakly.
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._step.begin():
-            return None
-        self._state.went_short, self._rows, self._layers = False, [], None
-        self._clipping.begin()
-        if len(args) > 1 or kwargs:
-            replaced = with_closure(type(self.optimizer).step, args, kwargs, self._clipped_after)
-            if replaced is not None:
-                return replaced
-        try:
-            self._clip(args, kwargs)
-        except BaseException:
-            self._step.fail()
-            raise
-        return None
+    def _before_step(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._round.before_step(index, args, kwargs)
 
-    def _clipped_after(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        def closure_then_clip(*args: Any, **kwargs: Any) -> Any:
-            self._step.take_back("again")
-            loss = closure(*args, **kwargs)
-            self._clip()
-            return loss
+    def _after_step(self, index: int, *_: Any) -> None:
+        self._round.after_step(index)
 
-        return closure_then_clip
 
-    def _clip(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Clip the gradients that are there now."""
-        look = self._clipping.look()
-        look.measure()
-        if creates_state(self.optimizer, args, kwargs or {}, look.total_norm):
-            return
-        if self._layers_every and self._state.number % self._layers_every == 0:
-            names, _, norms = self._names.norms(self._order)
-            self._layers = names, norms
-        self._rows.append(self._clipping.clip(self._state.number, look))
+def _needs_all(
+    scope: Scope,
+    rule: ThresholdBank,
+    skips: bool,
+    has_group: bool,
+    joins_norms: bool,
+    optimizers: Sequence[Optimizer],
+) -> str | None:
+    """What needs the gradients of all optimizers before any can step; None if nothing does."""
+    if skips:
+        return "`skip_above`"
+    if has_group:
+        return "`group`"
+    if joins_norms:
+        return "the warm-up of AdaGC, with a finite `max_norm`,"
+    together = any("max_norm" not in group.values for group in groups_of(optimizers))
+    if scope == "global" and rule.number != math.inf and together:
+        return "one threshold for all of them (`scope='global'`)"
+    return None
 
-    def _after_step(self, *_: Any) -> None:
-        # Only a step that was taken is in the history, and has used up its number.
-        if not self._step.end():
-            return
-        if self._state.went_short:
-            self._state.record()
-            return
-        rows, self._rows = self._rows, []
-        if rows:
-            for row in rows:
-                self.history.append(*row)
-            if self._clipping.spikes is not None:
-                self._clipping.spikes.end()
-            if self._layers is not None:
-                self.history.layers.append(self._state.number, *self._layers)
-                self._layers = None
-            self._state.number += 1
+
+def _resolve(history: ref[History]) -> None:
+    """Read the records that a history has been handed, if it is still there."""
+    found = history()
+    if found is not None:
+        len(found)
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    """The optimizers that a user passes, or an error that says what to pass."""
+    optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not optimizers:
+        raise ValueError("`optimizer` is an empty list; pass an optimizer, or those that step together")
+    for i, optimizer in enumerate(optimizers):
+        name = "`optimizer`" if optimizer is given else f"`optimizer[{i}]`"
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
+                f"{arguments.shown(optimizer)}; of a wrapper pass the optimizer that it wraps"
+            )
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks") or not isinstance(
+            optimizer.state, MutableMapping
+        ):
+            raise TypeError(
+                f"{name} is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
+                "that it wraps"
+            )
+        if optimizer in _clipped_optimizers:
+            raise ValueError(f"{name} already has a Clipper; call its detach() first")
+        if any(optimizer is other for other in optimizers[:i]):
+            raise ValueError(f"{name} is in the list twice; pass each optimizer once")
+    return optimizers
+
+
+def _refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_above: MaxNorm | None) -> None:
+    if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        return
+    if len(optimizers) > 1:
+        raise ValueError(
+            "`optimizer` has LBFGS among others, which takes new gradients several times in a step; make a "
+            "Clipper for it alone"
+        )
+    if nonfinite == "skip" or skip_above is not None:
+        argument, remedy = ("nonfinite='skip'", "use 'error' or 'zero'")
+        if nonfinite != "skip":
+            argument, remedy = ("skip_above", "leave it out")
+        raise ValueError(
+            f"`{argument}` does not work with LBFGS, which moves the parameters several times in a step; "
+            f"{remedy}"
+        )

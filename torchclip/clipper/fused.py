@@ -7,6 +7,8 @@ made for GradScaler, which sets it for a step along with ``found_inf``, and dele
 from __future__ import annotations
 
 import math
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def why_not(optimizer: Optimizer, hook_id: int, look: Look) -> str | None:
         return "there are several coefficients, but one grad_scale"
     if look.facts & Facts.DOUBLE:
         return "grad_scale is a float32 number, too coarse for float64 gradients"
-    if look.facts & Facts.SHARED:
+    if look.facts & Facts.SHARED or look.repeats:
         return "a gradient of several parameters would be divided several times"
     if look.facts & Facts.GAPS:
         return "torch's fused steps write between the elements of gradients with gaps"
@@ -73,11 +75,16 @@ class Loan:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._attributes = vars(optimizer)
+        self._optimizer = ref(optimizer)  # as a step that failed leaves this until the next one
         self._found_inf = self._attributes.get("found_inf")
         self._had = "grad_scale" in self._attributes
         self._tells = False
         self._before = self._left = self._attributes.get("grad_scale")
+
+    @property
+    def _attributes(self) -> dict[str, Any]:
+        optimizer = self._optimizer()
+        return {} if optimizer is None else vars(optimizer)
 
     @property
     def of_scaler(self) -> bool:

@@ -1,9 +1,10 @@
-"""What to call the parameters that an optimizer holds, and the norm of each by its name."""
+"""What to call the parameters that optimizers hold, and the norm of each by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, gather, scalars
 from torchclip._core.batch import Norms
-from torchclip.clipper.scope import place, unscaled
+from torchclip.clipper.scope import Group, groups_of, unscaled
 
 __all__ = ["Names"]
 
@@ -21,46 +22,75 @@ _WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."
 
 
 class Names:
-    """Names of the parameters of an optimizer, found anew each time, as parameters may be added later.
+    """Names of the parameters of some optimizers, found anew each time, as parameters may be added later.
+
+    Neither optimizers nor models are kept alive.
 
     Args:
-        optimizer: the optimizer, which knows names itself if it was made from ``named_parameters()``.
+        optimizers: the optimizers, which know names themselves if made from ``named_parameters()``.
         model: a module, or several, whose names come first; None for none.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module | Sequence[nn.Module] | None) -> None:
-        self._optimizer = optimizer
-        self._models = _modules(model)
+    def __init__(
+        self, optimizers: Sequence[Optimizer], model: nn.Module | Sequence[nn.Module] | None
+    ) -> None:
+        models = _modules(model)
+        self._models = [ref(each) for each in models]
+        # For parameters of models that live no longer, such as a list of modules made for this call.
+        self._known = {id(p): (ref(p), name) for p, name in _names_in(models)}
+        self.has_model = bool(models)
+        self.is_replicated = any(
+            isinstance(module, DistributedDataParallel) for each in models for module in each.modules()
+        )
+        held = [p for group in groups_of(optimizers) for p in group.parameters]
+        if models and held and not any(id(p) in self._known for p in held):
+            raise ValueError(
+                "`model` has none of the parameters that the optimizer holds; pass the module that the "
+                "optimizer was made from"
+            )
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters of the optimizer, by the name that a model or it knows, or else their place."""
-        of_models = _names_in(self._models)
-        used = set()
-        for i, group in enumerate(self._optimizer.param_groups):
-            of_group = group.get("param_names", ())
-            for j, parameter in enumerate(group["params"]):
+    def in_model(self) -> dict[int, str]:
+        """The names of the models' parameters by their ids."""
+        names = {key: name for key, (parameter, name) in self._known.items() if parameter() is not None}
+        models = [model() for model in self._models]
+        if None not in models:
+            names.update((id(p), name) for p, name in _names_in([m for m in models if m is not None]))
+        return names
+
+    def named_parameters(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
+        """All parameters of the optimizers, by the name that a model or they know, or else their place."""
+        of_models = self.in_model()
+        used: set[str] = set()
+        for group in groups_of(optimizers):
+            of_group = group.values.get("param_names", ())
+            for j, parameter in enumerate(group.parameters):
                 # A parameter may have been added to the list without a name, and two models share names.
                 name = of_models.get(id(parameter)) or (of_group[j] if j < len(of_group) else None)
                 if name is None or name in used:
-                    name = f"{place(i, 'params')}[{j}]"
+                    name = f"{group.place('params')}[{j}]"
                 used.add(name)
                 yield name, parameter
 
-    def of_gradients(self) -> dict[int, str]:
+    def of_gradients(self, optimizers: Sequence[Optimizer]) -> dict[int, str]:
         """What to call each gradient in an error, by its id."""
-        return {id(p.grad): name for name, p in self.named_parameters() if p.grad is not None}
+        return {id(p.grad): name for name, p in self.named_parameters(optimizers) if p.grad is not None}
 
-    def norms(self, order: float) -> tuple[list[str], list[bool], Norms]:
+    def norms(
+        self, optimizers: Sequence[Optimizer], order: float, only: int | None = None
+    ) -> tuple[list[str], list[bool], Norms]:
         """The norm of each parameter's gradient as it is now, without a GradScaler's scale.
 
-        All ranks must ask for it if one does.
+        All ranks must ask for it if one does.  With ``only``, of one of the optimizers.
 
         Returns:
             The names of all parameters, which of them have a gradient, and the norms: below 0 without one.
         """
-        named = dict(self.named_parameters())
+        named = dict(self.named_parameters(optimizers))
+        if only is not None:
+            of_one = {id(p) for group in optimizers[only].param_groups for p in group["params"]}
+            named = {name: p for name, p in named.items() if id(p) in of_one}
         batch = gather.gradients(list(named.values()))
-        grad_scale = getattr(self._optimizer, "grad_scale", None)
+        grad_scale = getattr(optimizers[0], "grad_scale", None) if len(optimizers) == 1 else None
         norms = unscaled(batch.norms(order), grad_scale, order)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}
         indices = [len(norms) if p.grad is None else index_of[id(p.grad)] for p in named.values()]
@@ -72,6 +102,23 @@ class Names:
             padded = torch.cat([norms, norms.new_full((1,), scalars.ABSENT)])
             norms = padded[torch.tensor(indices).to(norms.device, non_blocking=True)]
         return list(named), present, norms
+
+    def of_sets(self, groups: Sequence[Group]) -> dict[int, list[str]]:
+        """What to call the norms of single parameters, by the ids of their lists; empty for their places.
+
+        The names of one optimizer's sets are places, as they have always been.
+        """
+        if not self.has_model or not any(group.several for group in groups):
+            return {}
+        # A parameter that two optimizers hold has its name in the first of them.
+        names = self.in_model()
+        return {
+            id(group.parameters): [
+                names.pop(id(p), place)
+                for p, place in zip(group.parameters, group.names_of_each(), strict=True)
+            ]
+            for group in groups
+        }
 
 
 def _modules(model: Any) -> list[nn.Module]:
@@ -86,15 +133,15 @@ def _modules(model: Any) -> list[nn.Module]:
     return list(models)
 
 
-def _names_in(models: Sequence[nn.Module]) -> dict[int, str]:
-    """The names of some models' parameters by their ids; ``model[1].weight`` if two have such a name."""
-    of_each = [{id(p): name for name, p in _named_parameters(model)} for model in models]
-    names: dict[int, str] = {}
+def _names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:
+    """Some models' parameters and their names; ``model[1].weight`` if two have such a name."""
+    of_each = [[(p, name) for name, p in _named_parameters(model)] for model in models]
+    found: dict[int, tuple[Tensor, str]] = {}
     for i, of_model in enumerate(of_each):
-        others = {name for j, each in enumerate(of_each) if j != i for name in each.values()}
-        for key, name in of_model.items():
-            names.setdefault(key, f"model[{i}].{name}" if name in others else name)
-    return names
+        others = {name for j, each in enumerate(of_each) if j != i for _, name in each}
+        for p, name in of_model:
+            found.setdefault(id(p), (p, f"model[{i}].{name}" if name in others else name))
+    return list(found.values())
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

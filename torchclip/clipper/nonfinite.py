@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -22,21 +23,23 @@ Nonfinite = Literal["propagate", "error", "skip", "zero"]
 _REMEDY = "To go on, use `nonfinite='skip'` (leave such steps out) or 'zero' (put 0 in their place)"
 
 
-def skips(policy: Nonfinite, total_norm: Norm, optimizer: Optimizer) -> bool | Tensor:
+def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) -> bool | Tensor:
     """Whether a step is left out: by a GradScaler's decision, or because the norm is not finite.
 
     Args:
         policy: what to do about a norm that is not finite.
         total_norm: the norm.
-        optimizer: the optimizer, whose ``found_inf`` a GradScaler sets if it is fused, and then leaves the
-            step out itself.
+        optimizers: the optimizer that is about to step, whose ``found_inf`` a GradScaler sets if it is fused,
+            and then leaves the step out itself; and those that will step with the same gradients.
 
     Returns:
-        A tensor where nobody waits for it: the fused step has to be told.
+        A tensor where nobody waits for it: the fused steps have to be told.
     """
-    found_inf = getattr(optimizer, "found_inf", None)
+    found_inf = getattr(optimizers[0], "found_inf", None)
     left_out: bool | Tensor = False
-    if isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
+    # Of several, the GradScaler decides for each in its own step; a policy decides for all.
+    decides = len(optimizers) == 1 or policy == "error"
+    if decides and isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
         # To raise an error, or not, is to wait for an accelerator.
         if policy != "error" and not memory.on_host([found_inf]):
             left_out = found_inf > 0
@@ -46,16 +49,16 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizer: Optimizer) -> bool | T
         return left_out
     if isinstance(left_out, Tensor):
         return left_out | ~torch.as_tensor(total_norm, device=left_out.device).isfinite()
-    norm = unless_told(total_norm, optimizer)
+    norm = unless_told(total_norm, optimizers)
     return ~norm.isfinite() if isinstance(norm, Tensor) else not math.isfinite(norm)
 
 
-def unless_told(norm: Norm, optimizer: Optimizer) -> Norm:
-    """The norm that a step may be left out for: a number, unless the step is fused and can be told.
+def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
+    """The norm that a step may be left out for: a number, unless the steps are fused and can be told.
 
     For others this waits for an accelerator: they cannot leave a step out themselves.
     """
-    return norm if _heeds_found_inf(optimizer) else float(norm)
+    return norm if all(map(_heeds_found_inf, optimizers)) else float(norm)
 
 
 def _heeds_found_inf(optimizer: Optimizer) -> bool:
@@ -96,21 +99,26 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     hidden = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-    attributes, zero_grad = vars(optimizer), optimizer.zero_grad
-    before = attributes.get("zero_grad")
+    # The optimizer may be left so by a step that failed, and is not to keep itself alive then.
+    held, own_zero_grad = ref(optimizer), vars(optimizer).get("zero_grad")
 
     def zero_hidden_too(set_to_none: bool = True) -> None:
-        zero_grad(set_to_none)
+        zeroed = held()
+        if own_zero_grad is not None:
+            own_zero_grad(set_to_none)
+        elif zeroed is not None:
+            type(zeroed).zero_grad(zeroed, set_to_none)
         if set_to_none:
             hidden.clear()
         for _, grad in hidden:
             grad.detach().zero_()
 
     def give_back(outcome: Outcome) -> None:
-        if before is None:
-            del attributes["zero_grad"]
+        attributes = {} if (hiding := held()) is None else vars(hiding)
+        if own_zero_grad is None:
+            attributes.pop("zero_grad", None)
         else:
-            attributes["zero_grad"] = before
+            attributes["zero_grad"] = own_zero_grad
         # New ones after a step that ended in an exception: then the old ones, all of them, are history.
         if outcome == "finished" or all(parameter.grad is None for parameter, _ in hidden):
             for parameter, grad in hidden:
@@ -120,5 +128,5 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
     for parameter, _ in hidden:
         parameter.grad = None
     # A hook, or the step() of a subclass, may zero the gradients before the step is over.
-    attributes["zero_grad"] = zero_hidden_too
+    vars(optimizer)["zero_grad"] = zero_hidden_too
     return give_back

@@ -1,9 +1,9 @@
-"""What is clipped together: the parts of an optimizer's gradients that have a norm and a threshold each."""
+"""What is clipped together: the parts of some optimizers' gradients that have a norm and a threshold each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -17,10 +17,23 @@ from torchclip._core.batch import Batch, Facts, Norm, Norms
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Look", "Part", "Scope", "Scoping", "own_max_norms", "place", "together", "unscaled"]
+__all__ = [
+    "Group",
+    "Look",
+    "OwnMaxNorms",
+    "Part",
+    "Scope",
+    "Scoping",
+    "groups_of",
+    "own_max_norms",
+    "set_names",
+    "together",
+    "unscaled",
+]
 
 Scope = Literal["global", "group", "parameter"]
 Groups: TypeAlias = "Sequence[ProcessGroup] | None"
+OwnMaxNorms: TypeAlias = Mapping[int, float | None]
 
 
 class Scoping(NamedTuple):
@@ -32,6 +45,46 @@ class Scoping(NamedTuple):
     """Process groups whose other ranks hold further gradients."""
 
 
+class Group(NamedTuple):
+    """A parameter group of one of some optimizers."""
+
+    optimizer: int
+    number: int
+    several: bool
+    """Whether there are several optimizers."""
+    values: dict[str, Any]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The list that the optimizer has."""
+        parameters: list[Tensor] = self.values["params"]
+        return parameters
+
+    @property
+    def name(self) -> str:
+        """What to call the norm of its gradients."""
+        return f"optimizer {self.optimizer}, group {self.number}" if self.several else f"group {self.number}"
+
+    def place(self, key: str) -> str:
+        """Where something is in the group, as a user would write it."""
+        optimizer = f"optimizers[{self.optimizer}]." if self.several else ""
+        return f"{optimizer}param_groups[{self.number}][{key!r}]"
+
+    def names_of_each(self) -> list[str]:
+        """What to call the norms of its gradients one by one; not to be changed."""
+        return _names(self.name, len(self.parameters))
+
+
+def groups_of(optimizers: Sequence[Optimizer]) -> list[Group]:
+    """The parameter groups of some optimizers, one after the other."""
+    several = len(optimizers) > 1
+    return [
+        Group(i, j, several, values)
+        for i, optimizer in enumerate(optimizers)
+        for j, values in enumerate(optimizer.param_groups)
+    ]
+
+
 class Section(NamedTuple):
     """Parameters whose gradients are a part."""
 
@@ -39,6 +92,8 @@ class Section(NamedTuple):
     parameters: Sequence[Tensor]
     max_norm: float | None
     """The threshold that they bring along."""
+    names: list[str]
+    """What to call the norm of each, where each has one; not to be changed."""
 
 
 class Part:
@@ -56,7 +111,7 @@ class Part:
     """
 
     def __init__(self, section: Section, order: float, each: bool, groups: Groups) -> None:
-        self.name, self.parameters, self.own = section
+        self.name, self.parameters, self.own, self._names_of_all = section
         self.each, self._order = each, order
         self._names: list[str] | None = None
         self.batch: Batch = gather.gradients(self.parameters, groups)
@@ -71,7 +126,7 @@ class Part:
         return self._names
 
     def _names_of_each(self) -> list[str]:
-        names = _names(self.name, len(self.parameters))
+        names = self._names_of_all
         if len(self.batch.all) == len(names):
             return names
         # Some have no gradient, or share one, which is clipped once.
@@ -116,25 +171,35 @@ class Part:
 
 
 class Look:
-    """The gradients of an optimizer as they are at one moment, in parts, measured.
+    """The gradients of some optimizers as they are at one moment, in parts, measured.
 
     Attributes:
         parts: what is clipped together.
         own: the thresholds that the parameter groups bring along, or None.
         grad_scale: what a GradScaler has multiplied them by.
         total_norm: the norm of all gradients, ``scalars.ABSENT`` if there are none.
+        repeats: whether two optimizers hold the same parameter.
         facts: ``Facts`` of the gradients, of those of all ranks if they are sharded.
     """
 
-    def __init__(self, optimizer: Optimizer, scoping: Scoping, own: Sequence[float | None]) -> None:
-        self._param_groups, self.own = optimizer.param_groups, own
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        scoping: Scoping,
+        own: OwnMaxNorms,
+        grad_scale: Tensor | None,
+        names: Mapping[int, list[str]],
+    ) -> None:
+        self._held, self.own = groups, own
         self._order, self._groups = scoping.order, scoping.groups
-        self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        self.grad_scale = grad_scale
         self.parts = [
             Part(section, scoping.order, scoping.scope == "parameter", scoping.groups)
-            for section in _sections(self._param_groups, own, scoping)
+            for section in _sections(groups, own, scoping, names)
         ]
         self._overlap = len(self.parts) > 1 and _overlap(self.parts)
+        held = [id(p) for group in groups for p in group.parameters] if groups and groups[0].several else []
+        self.repeats = len(set(held)) < len(held)
         self.total_norm: Norm = scalars.ABSENT
         self._max_norm: Norm | None = None
         self.facts = 0
@@ -152,6 +217,10 @@ class Look:
             self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
         else:
             self.total_norm = self.joint_norm()
+
+    def others(self, optimizer: int) -> list[int]:
+        """The optimizers whose gradients these are, without one of them."""
+        return [i for i in dict.fromkeys(group.optimizer for group in self._held) if i != optimizer]
 
     def joint_norm(self) -> Norm:
         """The joint norm of the parts as they were measured last."""
@@ -191,6 +260,11 @@ class Look:
         """The smallest number that gradients are multiplied by."""
         return _smallest([part.clip_coefs for part in self.parts], 1.0)
 
+    def scale_but_(self, optimizers: Collection[int]) -> None:
+        """Multiply in place the gradients of all but some optimizers, where there is one number for all."""
+        rest = [p for group in self._held if group.optimizer not in optimizers for p in group.parameters]
+        gather.gradients(rest).scale_(self.parts[0].clip_coefs[0])
+
     def scale_(self) -> None:
         """Multiply the gradients in place; one that several parts share, by the smallest of their numbers."""
         if not self._overlap:
@@ -208,43 +282,54 @@ class Look:
         batch.scale_each_(on_host if device is None else scalars.on_device(clip_coefs, device))
 
     def _all(self) -> Batch:
-        parameters = [p for group in self._param_groups for p in group["params"]]
-        return gather.gradients(parameters, self._groups)
+        return gather.gradients([p for group in self._held for p in group.parameters], self._groups)
 
 
-def own_max_norms(
-    param_groups: Sequence[dict[str, Any]], known: Sequence[float | None]
-) -> list[float | None]:
-    """The threshold that each parameter group brings along, or None.
+def own_max_norms(groups: Iterable[Group], known: OwnMaxNorms) -> dict[int, float | None]:
+    """The threshold that each parameter group brings along, or None, by the id of the group.
 
     Args:
-        param_groups: the groups of an optimizer.
-        known: those of the first of them, which are not read again.
+        groups: the groups.
+        known: those of some of them, which are not read again.
     """
-    return [*known, *(_own(i, param_groups[i]) for i in range(len(known), len(param_groups)))]
+    return {
+        id(group.values): known[id(group.values)] if id(group.values) in known else _own(group)
+        for group in groups
+    }
 
 
-def _own(index: int, group: Mapping[str, Any]) -> float | None:
-    if "max_norm" not in group:
+def _own(group: Group) -> float | None:
+    if "max_norm" not in group.values:
         return None
-    own = group["max_norm"]
-    return math.inf if own is None else arguments.threshold(place(index, "max_norm"), own)
+    own = group.values["max_norm"]
+    return math.inf if own is None else arguments.threshold(group.place("max_norm"), own)
+
+
+def set_names(groups: Sequence[Group], scope: Scope, names: Mapping[int, list[str]]) -> list[str]:
+    """What the norms are called of all that may be clipped together, whether or not it has a gradient."""
+    if scope == "global":
+        return ["all"] if groups else []
+    if scope == "group":
+        return [group.name for group in groups]
+    return [name for group in groups for name in names.get(id(group.parameters)) or group.names_of_each()]
 
 
 def _sections(
-    param_groups: Sequence[dict[str, Any]], own: Sequence[float | None], scoping: Scoping
+    groups: Sequence[Group], own: OwnMaxNorms, scoping: Scoping, names: Mapping[int, list[str]]
 ) -> list[Section]:
     sections = []
     together: list[Tensor] | None = None
-    for i, (group, max_norm) in enumerate(zip(param_groups, own, strict=True)):
-        parameters = group["params"]
+    each = scoping.scope == "parameter"
+    for group in groups:
+        parameters, max_norm = group.parameters, own[id(group.values)]
         if max_norm is None and scoping.scope == "global":
             together = together + parameters if together else parameters
         else:
-            sections.append(Section(f"group {i}", parameters, max_norm))
+            of_each = (names.get(id(parameters)) or group.names_of_each()) if each else []
+            sections.append(Section(group.name, parameters, max_norm, of_each))
     # With none of them here, another rank of the group may still wait for this one.
     if together or (together is not None and scoping.groups):
-        sections.append(Section("all", together, None))
+        sections.append(Section("all", together, None, []))
     return sections
 
 
@@ -263,11 +348,6 @@ def _overlap(parts: Iterable[Part]) -> bool:
 def _names(of_all: str, count: int) -> list[str]:
     """What to call the parameters of a group; the same list each time, not to be changed."""
     return [f"{of_all}, parameter {i}" for i in range(count)]
-
-
-def place(group: int, key: str) -> str:
-    """Where something is in an optimizer, as a user would write it."""
-    return f"param_groups[{group}][{key!r}]"
 
 
 def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:

@@ -58,6 +58,8 @@ class Spikes:
         if isinstance(norm, Tensor) or isinstance(limit, Tensor):
             return self._are_left_out_unseen(norm, limit)
         self._skips_then, self.clip_coef = 0, 1.0
+        if norm != norm:  # which says nothing about the norms in a row, and which no limit leaves out
+            self._skips_then = self._skips
         if not norm > limit:
             return False
         # A norm that is not finite cannot be clipped to anything: such a step is never taken instead.

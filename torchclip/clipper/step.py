@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, TypeAlias
 from weakref import ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
-from torchclip.history.history import History
 
-__all__ = ["Outcome", "State", "Step", "with_closure"]
+__all__ = ["Member", "Outcome", "State", "Step", "creates_state", "with_closure"]
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why something is undone: the step is over, it ended in an exception, or its closure is called again."""
@@ -26,31 +28,99 @@ _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
 
 
-@dataclass
-class State:
-    """What is to be known between the two hooks of a step; the kernel's ``StepState`` stands in for it.
+class Member:
+    """What is to be known of one of the optimizers that step together; the kernel has a ``Member`` as well.
+
+    Args:
+        optimizer: the optimizer, which is not kept alive.
 
     Attributes:
-        history: where steps are recorded.
-        number: of the step that is running, or comes next.
-        until: the first step that ``torchclip run`` looks at, if these are its hooks.
         running: whether a step has begun and not ended, or not been found to have failed.
         nested: whether another one has begun within it.
-        went_short: whether the step that is running went the kernel's short way, and it has the record.
+        short: whether the step that is running was begun by the kernel.
+        stepped: whether a step has ended in the round that is open.
     """
 
-    history: History
-    number: int = 0
-    until: int = 0
-    running: bool = False
-    nested: bool = False
-    went_short: bool = False
+    def __init__(self, optimizer: ref[Optimizer]) -> None:
+        self._optimizer = optimizer
+        self.running = self.nested = self.short = self.stepped = False
+        self._marks: list[tuple[ref[Tensor] | None, int]] = []
+        self._sample: tuple[ref[Tensor], float] | None = None
+
+    def mark(self, sample: bool) -> None:
+        """Take note of the gradients as they are, to tell later whether they are still the same.
+
+        Args:
+            sample: whether to note a value as well, in host memory: not every change counts as a version.
+        """
+        gradients = [p.grad for p in self._parameters()]
+        self._marks = [(None, 0) if grad is None else (ref(grad), _version(grad)) for grad in gradients]
+        self._sample = _sample_of(gradients) if sample else None
+
+    def changed(self) -> list[Tensor]:
+        """The gradients that are not the same as when ``mark`` was called, without those that are gone."""
+        found = []
+        marks = itertools.chain(self._marks, itertools.repeat((None, 0)))
+        for parameter, (marked, version) in zip(self._parameters(), marks, strict=False):
+            grad = parameter.grad
+            if grad is not None and (marked is None or marked() is not grad or _version(grad) != version):
+                found.append(grad)
+        if self._sample is not None and not found:
+            sampled, norm = self._sample
+            grad = sampled()
+            if grad is not None and _norm(grad) != norm:
+                found.append(grad)
+        return found
+
+    def _parameters(self) -> list[Tensor]:
+        optimizer = self._optimizer()
+        return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(gather.tensors([tensor]).norm(2.0))
+
+
+def _sample_of(gradients: Sequence[Tensor | None]) -> tuple[ref[Tensor], float] | None:
+    """A small gradient in host memory whose norm is neither 0 nor infinite, and the norm."""
+    on_host = [g for g in gradients if g is not None and g.is_cpu and not mesh.any_dtensor([g])]
+    for grad in sorted(on_host, key=torch.numel):
+        norm = _norm(grad)
+        if 0 < norm < math.inf:
+            return ref(grad), norm
+    return None
+
+
+class State:
+    """What the hooks of all the optimizers know; the kernel's ``StepState`` stands in for it.
+
+    Attributes:
+        members: the optimizers.
+        number: of the round that is open, or comes next.
+        open: whether gradients were clipped, and not all have stepped with them.
+        opener: which optimizer has opened the round.
+        went_short: whether the kernel has clipped them, and has the record.
+        loss: what the record of the next round gets.
+    """
+
+    def __init__(self, optimizers: Sequence[ref[Optimizer]]) -> None:
+        self.members = tuple(Member(optimizer) for optimizer in optimizers)
+        self.number = self.opener = 0
+        self.open = self.went_short = False
+        self.loss: float | Tensor | None = None
 
     def record(self) -> None:
-        """Record the step that went the short way; without the kernel none does."""
+        """Record the round that the kernel has clipped; without it there is none."""
+
+    def keep_records(self, rows: list[tuple[Any, ...]], full: Callable[[], object]) -> None:
+        """Where the kernel puts its records, and what it calls when there are many."""
 
     def flush(self) -> None:
-        """Hand the records of such steps to the history."""
+        """Put them there now."""
 
 
 class Step:
@@ -63,12 +133,16 @@ class Step:
 
     Args:
         optimizer: whose steps these are.
-        state: what the hooks know.
+        member: what the hooks know.
+
+    Attributes:
+        counts: whether the step that is running is one of training's.
     """
 
-    def __init__(self, optimizer: Optimizer, state: State) -> None:
-        self._optimizer = ref(optimizer)
-        self._state = state
+    def __init__(self, optimizer: ref[Optimizer], member: Member) -> None:
+        self._optimizer = optimizer
+        self.member = member
+        self.counts = True
         self._undo: list[Callable[[Outcome], None]] = []
 
     @property
@@ -80,32 +154,34 @@ class Step:
 
     def begin(self) -> bool:
         """Begin a step; False if it is a part of the one that has begun already."""
-        if self._state.running:
-            if self._is_around(sys._getframe(2), 1):
-                self._state.nested = True
+        if self.member.running:
+            if self._is_around(sys._getframe(1), 1):
+                self.member.nested = True
                 return False
             self.take_back("failed")
-        self._state.running, self._state.nested = True, False
+        self.member.running, self.counts = True, True
+        self.member.nested = self.member.short = False
         return True
 
     def end(self) -> bool:
         """End a step; False if it is only a part of one."""
-        if not self._state.running or (self._state.nested and self._is_around(sys._getframe(2), 1)):
+        member = self.member
+        if not member.running or (member.nested and self._is_around(sys._getframe(1), 1)):
             return False
-        self._state.running = False
+        member.running = False
         self.take_back("finished")
         return True
 
     def fail(self) -> None:
         """End a step with an exception that is on its way."""
-        self._state.running = False
+        self.member.running = False
         self.take_back("failed")
 
     def is_running(self) -> bool:
         """Whether the caller is called from within a step; one that has failed is ended."""
-        if self._state.running and not self._is_around(sys._getframe(1), 0):
+        if self.member.running and not self._is_around(sys._getframe(1), 0):
             self.fail()
-        return self._state.running
+        return self.member.running
 
     def later(self, undo: Callable[[Outcome], None]) -> None:
         """Have something undone as soon as this step is over, or its closure is called again."""
@@ -129,7 +205,7 @@ class Step:
 
 
 def creates_state(
-    optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any], total_norm: Norm
+    optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any], total_norm: Callable[[], Norm]
 ) -> bool:
     """Whether a step is none of training's, but has the optimizer create its state.
 
@@ -142,7 +218,7 @@ def creates_state(
         says_no_closure
         and not any(optimizer.state.values())
         and all(float(group.get("lr", 0.0)) == 0.0 for group in optimizer.param_groups)
-        and bool(total_norm <= 0.0)
+        and bool(total_norm() <= 0.0)
     )
 
 

@@ -128,8 +128,8 @@ PyMethodDef module_methods[] = {
      "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
     {"clip_step", function(clip_step), METH_FASTCALL,
      "clip_step(optimizer, max_norm): the usual step of a Clipper in one go; the norm and the coefficient, or None"},
-    {"watch_hooks", function(watch_hooks), METH_FASTCALL,
-     "watch_hooks(before, after, states, add_seconds): the two functions to call around each step of any optimizer"},
+    {"connect_steps", function(connect_steps), METH_FASTCALL,
+     "connect_steps(tensor, graph_task_id): what the hooks of optimizers need of torch"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
     {"disable", disable, METH_NOARGS, "disable(): off until the enable() that belongs to it"},
@@ -157,10 +157,7 @@ PyMODINIT_FUNC PyInit__kernel() {
     use_instruction_set(nullptr);
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
     PyObject* const module = PyModule_Create(&module_definition);
-    state_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&state_spec));
-    if (!make_step_names() || batch_type == nullptr || state_type == nullptr || module == nullptr) return nullptr;
-    Py_INCREF(state_type);
-    if (PyModule_AddObject(module, "StepState", reinterpret_cast<PyObject*>(state_type)) < 0) return nullptr;
+    if (batch_type == nullptr || module == nullptr || !add_step_types(module)) return nullptr;
 #ifdef _OPENMP
     PyObject* const openmp = Py_True;
 #else

@@ -38,6 +38,14 @@ template <class... Loop> void fetch_code(Loop Loops::*... loops) {
     (fetch(short_loops_of[last_dtype].*loops, 1024), ...);
 }
 
+// Whether an optimizer has nothing that a GradScaler sets.
+bool is_unscaled(PyObject* optimizer) {
+    static PyObject* const of_scaler[] = {PyUnicode_InternFromString("grad_scale"),
+                                          PyUnicode_InternFromString("found_inf")};
+    const Attribute attributes(attributes_of(optimizer));
+    return attributes != nullptr && !has_own(attributes, of_scaler[0]) && !has_own(attributes, of_scaler[1]);
+}
+
 // The usual optimizer: what a GradScaler sets is not there, and no group brings its own threshold along.
 bool collect_of_optimizer(PyObject* optimizer, Items& items) {
     static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");

@@ -1,261 +1,379 @@
-// The two hooks of a Clipper on its optimizer: no Python frame in the usual step, and no look-up by name.
+// The two hooks of a Clipper on each of its optimizers: no Python frame in the usual step, and no look-up by name.
 //
-// What they need to know is in a `StepState`, which the Clipper's own `_before_step` and `_after_step` use as well; any
-// step that is not usual is left to these.  Below are the two hooks of `torchclip run`, on all optimizers.
+// What they know is in a `RoundState` and a `Member` for each optimizer, which torchclip.clipper.round uses as well.  Any
+// step that is not usual is left to two functions of Python.
 #pragma once
 
 #include <structmember.h>
 
-#include <chrono>
-
+#include "marks.h"
 #include "short_way.h"
 
 namespace {
 
 constexpr size_t kMostRows = 512;
 
-struct StepState {
-    PyObject_HEAD PyObject* clipper;  // whose steps these are
-    PyObject* max_norm;               // of a usual step, or None
-    PyObject* history;
-    long long number;      // of the step that is running, or comes next
-    long long until;       // the first step that `torchclip run` leaves to Python
-    char running, nested;  // as torchclip.clipper.step.State has them
-    char went_short;       // whether the step that is running is to be recorded here,
-    Clipped clipped;       // with this
-    size_t count;          // rows kept until somebody reads the history, or there is no room for more
-    struct {
-        long long number;
-        Clipped clipped;
-    } rows[kMostRows];
+// One of the optimizers that step together.
+struct Member {
+    PyObject_HEAD PyObject* optimizer;        // a weak reference
+    char running, nested, is_short, stepped;  // as torchclip.clipper.step.Member has them
+    Marks* marks;
 };
 
-struct {
-    PyObject *before_step, *after_step, *pending;
-} step_names;
+struct Row {
+    long long number;
+    Clipped clipped;
+    PyObject* loss;
+};
 
-// Whether garbage collection has taken the Clipper, and a finalizer still calls its optimizer.
-bool is_gone(const StepState* state) { return state->clipper == nullptr; }
+// What all of them know.
+struct RoundState {
+    PyObject_HEAD PyObject* max_norm;  // of a usual round, or None
+    PyObject* members;                 // a tuple
+    PyObject* loss;
+    PyObject* pending;       // where the history has rows put,
+    PyObject* full;          // and what to call when there are many
+    long long number;        // of the round that is open, or comes next
+    int opener;              // who has opened it
+    char is_open, is_short;  // whether it is open, and clipped and to be recorded here,
+    Clipped clipped;         // with this
+    size_t count;            // rows kept until somebody reads the history, or there is no room for more
+    Row rows[kMostRows];
+};
 
-bool begin_usual_step(StepState* state, PyObject* optimizer, PyObject* args, PyObject* kwargs) {
-    if (state->running || state->max_norm == Py_None) return false;
-    if (!PyTuple_Check(args) || PyTuple_Size(args) != 1 || !PyDict_Check(kwargs) || PyDict_Size(kwargs) != 0)
-        return false;
-    if (!clip_optimizer(optimizer, read_threshold(state->max_norm), state->clipped)) return false;
-    state->went_short = state->running = 1;
-    state->nested = 0;
+// What is called around the steps of one optimizer: here, and in Python.
+struct Hooks {
+    PyObject_HEAD RoundState* state;
+    Py_ssize_t index;
+    PyObject *before, *after;  // null if garbage collection has taken them, and a finalizer still steps
+};
+
+Function graph_task_id;  // torch's, of the backward pass that is running; -1 for none
+
+PyTypeObject *member_type = nullptr, *round_type = nullptr, *hooks_type = nullptr;
+
+Member* member(const RoundState* state, Py_ssize_t index) {
+    return reinterpret_cast<Member*>(PyTuple_GetItem(state->members, index));
+}
+
+PyObject* optimizer_of(const Member* member) { return PyWeakref_GetObject(member->optimizer); }  // borrowed, or None
+
+// Hands the rows kept to the history.  A finalizer that runs meanwhile may do the same, or take a step.
+bool flush(RoundState* state) {
+    while (state->count > 0 && state->pending != nullptr) {
+        const size_t count = state->count;
+        const Attribute rows(PyList_New(0));
+        for (size_t i = 0; i < count && rows != nullptr; ++i) {
+            const auto& [number, clipped, loss] = state->rows[i];
+            const Attribute row(Py_BuildValue("(LdOdOO)", number, clipped.norm, state->max_norm, clipped.coef, Py_False,
+                                              loss));
+            if (row == nullptr || PyList_Append(rows, row) < 0) return PyErr_NoMemory(), false;
+        }
+        if (rows == nullptr) return PyErr_NoMemory(), false;
+        if (state->count != count) continue;
+        if (PyList_SetSlice(state->pending, PY_SSIZE_T_MAX, PY_SSIZE_T_MAX, rows) < 0) return false;
+        state->count = 0;
+        for (size_t i = 0; i < count; ++i) Py_CLEAR(state->rows[i].loss);
+    }
     return true;
 }
 
-// Calls a method of the Clipper.
-template <class... Arguments> PyObject* call_clipper(StepState* state, PyObject* name, Arguments... arguments) {
-    PyObject* const method = PyObject_GetAttr(state->clipper, name);
-    if (method == nullptr) return nullptr;
-    PyObject* const result = PyObject_CallFunctionObjArgs(method, arguments..., nullptr);
-    Py_DECREF(method);
-    return result;
+// Records a round that was clipped here, and ends it.  False with an error set for an error.
+bool record(RoundState* state) {
+    state->is_open = state->is_short = 0;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) member(state, i)->stepped = 0;
+    if (state->count == kMostRows && !flush(state)) return false;  // as reading has failed before
+    if (state->count == kMostRows) return PyErr_NoMemory(), false;
+    state->rows[state->count++] = {state->number++, state->clipped, state->loss};
+    state->loss = new_reference(Py_None);
+    if (state->count < kMostRows || state->full == nullptr) return true;
+    if (!flush(state)) return false;
+    PyObject* const none = PyObject_CallFunctionObjArgs(state->full, nullptr);
+    Py_XDECREF(none);
+    return none != nullptr;
+}
+
+// Clips the gradients of all optimizers by their joint norm.  False if that is not usual, or with an error set.
+bool clip_all(RoundState* state) {
+    const Py_ssize_t count = PyTuple_Size(state->members);
+    const double max_norm = read_threshold(state->max_norm);
+    if (!(max_norm >= 0) || !is_usable()) return false;
+    fetch_code(&Loops::sum_squares, &Loops::scale);
+    Items items;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        const Attribute optimizer(new_reference(optimizer_of(member(state, i))));
+        if (!collect_of_optimizer(optimizer, items)) return false;
+    }
+    Gradients gradients;
+    return gradients.take(items) && clip(gradients, max_norm, state->clipped);
+}
+
+// Whether a step is taken while a backward pass runs, or nobody can tell.
+bool in_backward() {
+    const Attribute task(graph_task_id());
+    return task == nullptr || PyLong_AsLong(task) != -1;
+}
+
+// Whether an optimizer may step with what was clipped before: no gradient has changed since then.
+bool goes_on(const RoundState* state, Py_ssize_t index) {
+    const Py_ssize_t count = PyTuple_Size(state->members);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        const Member* const each = member(state, i);
+        if (i != index && !each->stepped) continue;
+        const Attribute optimizer(new_reference(optimizer_of(each)));
+        if (i == index && !is_unscaled(optimizer)) return false;
+        if (!each->marks->are_same(optimizer)) return false;
+    }
+    return true;
+}
+
+bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
+    RoundState* const state = hooks->state;
+    if (state->max_norm == Py_None || !PyTuple_Check(args) || PyTuple_Size(args) != 1 || !PyDict_Check(kwargs) ||
+        PyDict_Size(kwargs) != 0)
+        return false;
+    const Py_ssize_t count = PyTuple_Size(state->members);
+    for (Py_ssize_t i = 0; i < count; ++i)
+        if (member(state, i)->running) return false;
+    if (count > 1 && in_backward()) return false;
+    Member* const own = member(state, hooks->index);
+    if (state->is_open && !(state->is_short && (own->stepped || goes_on(state, hooks->index)))) return false;
+    if (state->is_open && own->stepped && !record(state)) return false;
+    if (!state->is_open) {
+        if (!clip_all(state)) return false;
+        state->is_open = state->is_short = 1;
+        state->opener = int(hooks->index);
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            const Attribute optimizer(new_reference(optimizer_of(member(state, i))));
+            if (i != hooks->index && !member(state, i)->marks->take(optimizer, true)) return false;
+        }
+    }
+    own->is_short = own->running = 1;
+    own->nested = 0;
+    return true;
 }
 
 // before_step(optimizer, args, kwargs)
 PyObject* before_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 3, 3)) return nullptr;
-    auto* const state = reinterpret_cast<StepState*>(self);
-    if (is_gone(state) || begin_usual_step(state, args[0], args[1], args[2])) return new_reference(Py_None);
+    auto* const hooks = reinterpret_cast<Hooks*>(self);
+    if (hooks->before == nullptr || begin_usual_step(hooks, args[1], args[2])) return new_reference(Py_None);
     if (PyErr_Occurred() != nullptr) return nullptr;
-    return call_clipper(state, step_names.before_step, args[0], args[1], args[2]);
-}
-
-// A new list of what History.append takes of the rows kept.
-PyObject* new_rows(const StepState* state) {
-    PyObject* const rows = PyList_New(0);
-    for (size_t i = 0; i < state->count && rows != nullptr; ++i) {
-        const auto& [number, clipped] = state->rows[i];
-        const Attribute row(Py_BuildValue("(LdOdO)", number, clipped.norm, state->max_norm, clipped.coef, Py_False));
-        if (row == nullptr || PyList_Append(rows, row) < 0) return Py_DECREF(rows), PyErr_NoMemory();
-    }
-    return rows;
-}
-
-// Hands the rows kept to the history.  A finalizer that runs meanwhile may do the same, or take a step.
-bool flush(StepState* state) {
-    while (state->count > 0) {
-        PyObject* const rows = new_rows(state);
-        PyObject* const pending = rows == nullptr ? nullptr : PyObject_GetAttr(state->history, step_names.pending);
-        const bool current = pending != nullptr && PyList_Check(pending) && size_t(PyList_Size(rows)) == state->count;
-        const bool handed_on = current && PyList_SetSlice(pending, PY_SSIZE_T_MAX, PY_SSIZE_T_MAX, rows) == 0;
-        if (handed_on) state->count = 0;
-        Py_XDECREF(rows);
-        Py_XDECREF(pending);
-        if (PyErr_Occurred() != nullptr) return false;
-    }
-    return true;
-}
-
-// Records a step that went the short way and is over now.  False with an error set for an error.
-bool record(StepState* state) {
-    state->went_short = state->running = 0;
-    if (state->count == kMostRows && !flush(state)) return false;  // as reading has failed before
-    state->rows[state->count++] = {state->number++, state->clipped};
-    return state->count < kMostRows || PyObject_Size(state->history) >= 0;  // which reads, and so empties this
+    return PyObject_CallFunctionObjArgs(hooks->before, args[0], args[1], args[2], nullptr);
 }
 
 // after_step(optimizer, args, kwargs)
-PyObject* after_step(PyObject* self, PyObject* const*, Py_ssize_t) {
-    auto* const state = reinterpret_cast<StepState*>(self);
-    if (is_gone(state)) return new_reference(Py_None);
-    if (state->went_short && state->running && !state->nested) return record(state) ? new_reference(Py_None) : nullptr;
-    return call_clipper(state, step_names.after_step);
+PyObject* after_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 3, 3)) return nullptr;
+    auto* const hooks = reinterpret_cast<Hooks*>(self);
+    if (hooks->after == nullptr) return new_reference(Py_None);
+    RoundState* const state = hooks->state;
+    Member* const own = member(state, hooks->index);
+    if (!(state->is_open && own->is_short && own->running && !own->nested))
+        return PyObject_CallFunctionObjArgs(hooks->after, args[0], args[1], args[2], nullptr);
+    own->running = own->is_short = 0;
+    own->stepped = 1;
+    bool all = true;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) all = all && member(state, i)->stepped;
+    return (all ? record(state) : own->marks->take(args[0], false)) ? new_reference(Py_None) : nullptr;
 }
 
-PyObject* state_record(PyObject* self, PyObject*) {
-    return record(reinterpret_cast<StepState*>(self)) ? new_reference(Py_None) : nullptr;
-}
-PyObject* state_flush(PyObject* self, PyObject*) {
-    return flush(reinterpret_cast<StepState*>(self)) ? new_reference(Py_None) : nullptr;
-}
+// Types
 
-// hooks(): the two functions to call around each step
-PyObject* state_hooks(PyObject* self, PyObject*) {
-    static PyMethodDef before = {"before_step", function(before_step), METH_FASTCALL, nullptr};
-    static PyMethodDef after = {"after_step", function(after_step), METH_FASTCALL, nullptr};
-    const Attribute first(PyCFunction_New(&before, self)), second(PyCFunction_New(&after, self));
-    if (first == nullptr || second == nullptr) return PyErr_NoMemory();
-    return PyTuple_Pack(2, static_cast<PyObject*>(first), static_cast<PyObject*>(second));
-}
-
-PyObject* new_state(PyTypeObject* type, PyObject* args, PyObject*) {
-    PyObject *clipper, *max_norm, *history;
-    if (!PyArg_ParseTuple(args, "OOO", &clipper, &max_norm, &history)) return nullptr;
-    PyObject* const made = PyType_GenericAlloc(type, 0);
+PyObject* new_member(PyObject* optimizer) {
+    PyObject* const made = PyType_GenericAlloc(member_type, 0);
     if (made == nullptr) return nullptr;
-    auto* const state = reinterpret_cast<StepState*>(made);
-    state->clipper = new_reference(clipper);
-    state->max_norm = new_reference(max_norm);
-    state->history = new_reference(history);
+    reinterpret_cast<Member*>(made)->optimizer = new_reference(optimizer);
+    reinterpret_cast<Member*>(made)->marks = new Marks;
     return made;
 }
 
-int traverse_state(PyObject* self, visitproc visit, void* arg) {
-    auto* const state = reinterpret_cast<StepState*>(self);
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(state->clipper);
-    Py_VISIT(state->max_norm);
-    Py_VISIT(state->history);
-    return 0;
-}
-
-int clear_state(PyObject* self) {
-    auto* const state = reinterpret_cast<StepState*>(self);
-    Py_CLEAR(state->clipper);
-    Py_CLEAR(state->max_norm);
-    Py_CLEAR(state->history);
-    return 0;
-}
-
-void free_state(PyObject* self) {
+void free_member(PyObject* self) {
     PyTypeObject* const type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    clear_state(self);
+    Py_XDECREF(reinterpret_cast<Member*>(self)->optimizer);
+    delete reinterpret_cast<Member*>(self)->marks;
     reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
 
-PyMemberDef state_members[] = {
-    {"history", T_OBJECT_EX, offsetof(StepState, history), 0, nullptr},
-    {"number", T_LONGLONG, offsetof(StepState, number), 0, nullptr},
-    {"until", T_LONGLONG, offsetof(StepState, until), 0, nullptr},
-    {"running", T_BOOL, offsetof(StepState, running), 0, nullptr},
-    {"nested", T_BOOL, offsetof(StepState, nested), 0, nullptr},
-    {"went_short", T_BOOL, offsetof(StepState, went_short), 0, nullptr},
-    {nullptr, 0, 0, 0, nullptr},
-};
-PyMethodDef state_methods[] = {
-    {"hooks", state_hooks, METH_NOARGS, "hooks(): the two functions to call around each step"},
-    {"record", state_record, METH_NOARGS, "record(): the step that went the short way"},
-    {"flush", state_flush, METH_NOARGS, "flush(): hand the records kept to the history"},
-    {nullptr, nullptr, 0, nullptr},
-};
-PyType_Slot state_slots[] = {
-    {Py_tp_new, reinterpret_cast<void*>(new_state)},
-    {Py_tp_members, state_members},
-    {Py_tp_methods, state_methods},
-    {Py_tp_traverse, reinterpret_cast<void*>(traverse_state)},
-    {Py_tp_clear, reinterpret_cast<void*>(clear_state)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(free_state)},
-    {0, nullptr},
-};
-PyType_Spec state_spec = {"torchclip._kernel.StepState", sizeof(StepState), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
-                          state_slots};
-
-PyTypeObject* state_type = nullptr;
-
-// What the hooks on all optimizers take is measured in some of the steps: those of torchclip.cli.run.watch._is_timed.
-using Clock = std::chrono::steady_clock;
-constexpr long long kEveryTimed = 16, kTimed = 10;
-double seconds_before_step = 0;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-bool is_timed(long long step) { return step % kEveryTimed == kTimed; }
-
-// The hooks' own object: what they were made of.
-enum { kBefore, kAfter, kStates, kAddSeconds, kHookParts };
-
-// Of an optimizer, from the dictionary of all of them; null if it is not there.  A new reference.
-PyObject* state_of(PyObject* self, PyObject* optimizer) {
-    const Attribute key(PyLong_FromVoidPtr(optimizer));
-    PyObject* const state = key == nullptr ? nullptr : PyDict_GetItemWithError(PyTuple_GetItem(self, kStates), key);
-    return state != nullptr && Py_TYPE(state) == state_type ? new_reference(state) : nullptr;
+// mark(sample)
+PyObject* member_mark(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 1, 1)) return nullptr;
+    auto* const own = reinterpret_cast<Member*>(self);
+    const Attribute optimizer(new_reference(optimizer_of(own)));
+    return own->marks->take(optimizer, args[0] == Py_True) ? new_reference(Py_None) : nullptr;
 }
 
-PyObject* leave_to_python(PyObject* function, PyObject* const* args) {
-    PyErr_Clear();  // what went wrong in the short way goes wrong again in Python, which makes a note of it
-    return PyObject_CallFunctionObjArgs(function, args[0], args[1], args[2], nullptr);
+PyObject* member_changed(PyObject* self, PyObject*) {
+    auto* const own = reinterpret_cast<Member*>(self);
+    const Attribute optimizer(new_reference(optimizer_of(own)));
+    return own->marks->changed(optimizer);
 }
 
-// before_any_step(optimizer, args, kwargs)
-PyObject* before_any_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    const auto start = Clock::now();
-    if (!count_is(count, 3, 3)) return nullptr;
-    const Attribute found(state_of(self, args[0]));
-    auto* const state = reinterpret_cast<StepState*>(static_cast<PyObject*>(found));
-    if (state == nullptr || state->number >= state->until || !begin_usual_step(state, args[0], args[1], args[2]))
-        return leave_to_python(PyTuple_GetItem(self, kBefore), args);
-    if (is_timed(state->number)) seconds_before_step = seconds_since(start);
+PyObject* new_round(PyTypeObject* type, PyObject* args, PyObject*) {
+    PyObject *max_norm, *optimizers;
+    if (!PyArg_ParseTuple(args, "OO!", &max_norm, &PyTuple_Type, &optimizers)) return nullptr;
+    PyObject* const members = PyTuple_New(PyTuple_Size(optimizers));
+    for (Py_ssize_t i = 0; members != nullptr && i < PyTuple_Size(optimizers); ++i) {
+        PyObject* const made = new_member(PyTuple_GetItem(optimizers, i));
+        if (made == nullptr) return Py_DECREF(members), nullptr;
+        PyTuple_SetItem(members, i, made);
+    }
+    PyObject* const made = members == nullptr ? nullptr : PyType_GenericAlloc(type, 0);
+    if (made == nullptr) return Py_XDECREF(members), nullptr;
+    auto* const state = reinterpret_cast<RoundState*>(made);
+    state->max_norm = new_reference(max_norm);
+    state->members = members;
+    state->loss = new_reference(Py_None);
+    return made;
+}
+
+void free_round(PyObject* self) {
+    PyTypeObject* const type = Py_TYPE(self);
+    auto* const state = reinterpret_cast<RoundState*>(self);
+    for (size_t i = 0; i < state->count; ++i) Py_XDECREF(state->rows[i].loss);
+    for (PyObject* each : {state->max_norm, state->members, state->loss, state->pending, state->full}) Py_XDECREF(each);
+    reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+PyObject* round_record(PyObject* self, PyObject*) {
+    return record(reinterpret_cast<RoundState*>(self)) ? new_reference(Py_None) : nullptr;
+}
+PyObject* round_flush(PyObject* self, PyObject*) {
+    return flush(reinterpret_cast<RoundState*>(self)) ? new_reference(Py_None) : nullptr;
+}
+
+// keep_records(rows, full)
+PyObject* round_keep_records(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 2, 2)) return nullptr;
+    if (!PyList_CheckExact(args[0])) return PyErr_Format(PyExc_TypeError, "rows must be a list");
+    auto* const state = reinterpret_cast<RoundState*>(self);
+    for (PyObject* each : {state->pending, state->full}) Py_XDECREF(each);
+    state->pending = new_reference(args[0]);
+    state->full = new_reference(args[1]);
     return new_reference(Py_None);
 }
 
-// after_any_step(optimizer, args, kwargs)
-PyObject* after_any_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    const auto start = Clock::now();
+// hooks(index, before, after): the two functions to call around each step of an optimizer
+PyObject* round_hooks(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    static PyMethodDef before = {"before_step", function(before_step), METH_FASTCALL, nullptr};
+    static PyMethodDef after = {"after_step", function(after_step), METH_FASTCALL, nullptr};
     if (!count_is(count, 3, 3)) return nullptr;
-    const Attribute found(state_of(self, args[0]));
-    auto* const state = reinterpret_cast<StepState*>(static_cast<PyObject*>(found));
-    if (state == nullptr || !state->went_short || !state->running || state->nested)
-        return leave_to_python(PyTuple_GetItem(self, kAfter), args);
-    const bool timed = is_timed(state->number);
-    if (!record(state)) return nullptr;
-    if (!timed) return new_reference(Py_None);
-    const Attribute seconds(PyFloat_FromDouble(seconds_before_step + seconds_since(start)));
-    return PyObject_CallFunctionObjArgs(PyTuple_GetItem(self, kAddSeconds), static_cast<PyObject*>(seconds), nullptr);
-}
-
-// watch_hooks(before, after, states, add_seconds)
-PyObject* watch_hooks(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    static PyMethodDef before = {"before_any_step", function(before_any_step), METH_FASTCALL, nullptr};
-    static PyMethodDef after = {"after_any_step", function(after_any_step), METH_FASTCALL, nullptr};
-    if (!count_is(count, kHookParts, kHookParts)) return nullptr;
-    if (!PyDict_CheckExact(args[kStates])) return PyErr_Format(PyExc_TypeError, "the states must be in a dictionary");
-    const Attribute self(PyTuple_Pack(kHookParts, args[0], args[1], args[2], args[3]));
-    if (self == nullptr) return PyErr_NoMemory();
-    const Attribute first(PyCFunction_New(&before, self)), second(PyCFunction_New(&after, self));
+    const Py_ssize_t index = PyLong_AsSsize_t(args[0]);
+    auto* const state = reinterpret_cast<RoundState*>(self);
+    if (index < 0 || index >= PyTuple_Size(state->members))
+        return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_IndexError, "there is no optimizer %zd", index);
+    const Attribute made(PyType_GenericAlloc(hooks_type, 0));
+    if (made == nullptr) return PyErr_NoMemory();
+    auto* const hooks = reinterpret_cast<Hooks*>(static_cast<PyObject*>(made));
+    hooks->state = reinterpret_cast<RoundState*>(new_reference(self));
+    hooks->index = index;
+    hooks->before = new_reference(args[1]);
+    hooks->after = new_reference(args[2]);
+    const Attribute first(PyCFunction_New(&before, made)), second(PyCFunction_New(&after, made));
     if (first == nullptr || second == nullptr) return PyErr_NoMemory();
     return PyTuple_Pack(2, static_cast<PyObject*>(first), static_cast<PyObject*>(second));
 }
 
-bool make_step_names() {
-    const auto intern = PyUnicode_InternFromString;
-    step_names = {intern("_before_step"), intern("_after_step"), intern("_pending")};
-    return PyErr_Occurred() == nullptr;
+int traverse_hooks(PyObject* self, visitproc visit, void* arg) {
+    auto* const hooks = reinterpret_cast<Hooks*>(self);
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(reinterpret_cast<PyObject*>(hooks->state));
+    Py_VISIT(hooks->before);
+    Py_VISIT(hooks->after);
+    return 0;
+}
+
+int clear_hooks(PyObject* self) {
+    auto* const hooks = reinterpret_cast<Hooks*>(self);
+    Py_CLEAR(hooks->before);
+    Py_CLEAR(hooks->after);
+    return 0;
+}
+
+void free_hooks(PyObject* self) {
+    PyTypeObject* const type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    clear_hooks(self);
+    Py_XDECREF(reinterpret_cast<PyObject*>(reinterpret_cast<Hooks*>(self)->state));
+    reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+PyMemberDef member_members[] = {
+    {"running", T_BOOL, offsetof(Member, running), 0, nullptr},
+    {"nested", T_BOOL, offsetof(Member, nested), 0, nullptr},
+    {"short", T_BOOL, offsetof(Member, is_short), 0, nullptr},
+    {"stepped", T_BOOL, offsetof(Member, stepped), 0, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+PyMethodDef member_methods[] = {
+    {"mark", function(member_mark), METH_FASTCALL, "mark(sample): take note of the gradients as they are"},
+    {"changed", member_changed, METH_NOARGS, "changed(): the gradients that are not the same any more"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyType_Slot member_slots[] = {
+    {Py_tp_members, member_members},
+    {Py_tp_methods, member_methods},
+    {Py_tp_dealloc, reinterpret_cast<void*>(free_member)},
+    {0, nullptr},
+};
+PyType_Spec member_spec = {"torchclip._kernel.Member", sizeof(Member), 0, Py_TPFLAGS_DEFAULT, member_slots};
+
+PyMemberDef round_members[] = {
+    {"members", T_OBJECT_EX, offsetof(RoundState, members), READONLY, nullptr},
+    {"loss", T_OBJECT_EX, offsetof(RoundState, loss), 0, nullptr},
+    {"number", T_LONGLONG, offsetof(RoundState, number), 0, nullptr},
+    {"opener", T_INT, offsetof(RoundState, opener), 0, nullptr},
+    {"open", T_BOOL, offsetof(RoundState, is_open), 0, nullptr},
+    {"went_short", T_BOOL, offsetof(RoundState, is_short), 0, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+PyMethodDef round_methods[] = {
+    {"hooks", function(round_hooks), METH_FASTCALL,
+     "hooks(index, before, after): the two functions to call around each step of an optimizer"},
+    {"record", round_record, METH_NOARGS, "record(): record the round that was clipped here, and end it"},
+    {"keep_records", function(round_keep_records), METH_FASTCALL,
+     "keep_records(rows, full): where to put records, and what to call when there are many"},
+    {"flush", round_flush, METH_NOARGS, "flush(): put the records there now"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyType_Slot round_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(new_round)},
+    {Py_tp_members, round_members},
+    {Py_tp_methods, round_methods},
+    {Py_tp_dealloc, reinterpret_cast<void*>(free_round)},
+    {0, nullptr},
+};
+PyType_Spec round_spec = {"torchclip._kernel.RoundState", sizeof(RoundState), 0, Py_TPFLAGS_DEFAULT, round_slots};
+
+PyType_Slot hooks_slots[] = {
+    {Py_tp_traverse, reinterpret_cast<void*>(traverse_hooks)},
+    {Py_tp_clear, reinterpret_cast<void*>(clear_hooks)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(free_hooks)},
+    {0, nullptr},
+};
+PyType_Spec hooks_spec = {"torchclip._kernel.Hooks", sizeof(Hooks), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+                          hooks_slots};
+
+// connect_steps(tensor, graph_task_id)
+PyObject* connect_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 2, 2) || !read_version.connect(args[0], "_version")) return nullptr;
+    graph_task_id.connect(args[1]);
+    return new_reference(Py_None);
+}
+
+// Makes the types, and puts the one that Python makes objects of into the module.
+bool add_step_types(PyObject* module) {
+    const std::pair<PyTypeObject**, PyType_Spec*> wanted[] = {
+        {&member_type, &member_spec}, {&round_type, &round_spec}, {&hooks_type, &hooks_spec}};
+    for (const auto& [type, spec] : wanted) {
+        *type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(spec));
+        if (*type == nullptr) return false;
+    }
+    Py_INCREF(round_type);
+    return PyModule_AddObject(module, "RoundState", reinterpret_cast<PyObject*>(round_type)) == 0;
 }
 
 }  // namespace

@@ -104,11 +104,21 @@ class History(Sequence[Record]):
             with self._lock:
                 self._resolve()
 
-    def follow(self, flush: Callable[[], object]) -> None:
-        """Have this called before anything is read or recorded: it records the steps that it has kept."""
+    @property
+    def is_followed(self) -> bool:
+        """Whether somebody keeps steps for it, as a Clipper does for its own."""
+        return bool(self._flushes)
+
+    def follow(self, flush: Callable[[], object]) -> list[tuple[Any, ...]]:
+        """Have this called before anything is read or recorded: it records the steps that it has kept.
+
+        Returns:
+            The list to put rows into, which ``append`` would make.
+        """
         with self._lock:
             self._resolve()
             self._flushes.append(flush)
+        return self._pending
 
     def unfollow(self, flush: Callable[[], object]) -> None:
         """Call this a last time."""

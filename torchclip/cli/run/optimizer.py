@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torchclip.cli.run.calls import Call
 from torchclip.cli.run.losses import Loss
 from torchclip.cli.run.names import parameter_names, variable_names
-from torchclip.clipper.step import State, Step
+from torchclip.clipper.step import Member, Step
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 
@@ -49,7 +49,7 @@ class OptimizerRecord:
         self.clipped_by: Counter[str] = Counter()
         self.nonfinite: dict[int, list[str]] = {}
         self.problem: str | None = None
-        self.step = Step(optimizer, State(self.history))
+        self.step = Step(self.optimizer, Member(self.optimizer))
         self.loss: Loss | None = None
         self.call: Call | None = None
         self.is_measured = False

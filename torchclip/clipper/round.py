@@ -1,0 +1,311 @@
+"""What optimizers do together: the steps that follow one backward pass, clipped once, recorded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.optim import Optimizer
+
+from torchclip._core import gather, mesh, scalars
+from torchclip._core.batch import Norm, Norms
+from torchclip.clipper.clipping import Clipping, Row
+from torchclip.clipper.names import Names
+from torchclip.clipper.step import State, Step, creates_state, with_closure
+from torchclip.history.history import History
+from torchclip.history.records import Record, as_records
+
+__all__ = ["Round"]
+
+
+class Round:
+    """The steps of some optimizers, as their hooks see them.
+
+    The first of them to step in a round has the gradients of all of them clipped; the others step with what
+    was clipped.  The round ends when every one has stepped, when one steps again, or when one that has
+    stepped has a new gradient.
+
+    Steps that are taken while a backward pass runs are clipped each on its own, and recorded together when
+    the pass is over.
+
+    Args:
+        state: what the hooks know, which the kernel's share.
+        steps: the steps of the optimizers.
+        clipping: how gradients are clipped.
+        names: what to call the parameters.
+        layers: at every how many rounds the norms of single parameters are kept; 0 for never.
+        order: the order of the norms.
+        needs_all: says what needs the gradients of all optimizers at once, None if nothing does.
+        on_clip: whom to tell of a round that was clipped during a backward pass.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        steps: Sequence[Step],
+        clipping: Clipping,
+        names: Names,
+        layers: int,
+        order: float,
+        needs_all: Callable[[Sequence[Optimizer]], str | None],
+        on_clip: Callable[[Record], object] | None,
+    ) -> None:
+        self.history = History()
+        self._state, self._steps, self._clipping, self._names = state, steps, clipping, names
+        self._layers_every, self._order = layers, order
+        self._needs_all, self._on_clip = needs_all, on_clip
+        # What is to be recorded of the round that is open, unless the kernel has it.
+        self._rows: list[Row] = []
+        self._layers: list[tuple[list[str], Norms]] = []
+        self._in_backward = False
+
+    def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a step is to be called with instead, or None; clips the gradients now or after a closure."""
+        step = self._steps[index]
+        if not step.begin():
+            return None
+        try:
+            self._clipping.begin(index)
+            self._find_failed(index)
+            return self._begin(index, args, kwargs)
+        except BaseException:
+            self._state.loss = None
+            step.fail()
+            raise
+
+    def after_step(self, index: int) -> None:
+        """End a step; only a round in which one was taken is in the history, and has used up its number."""
+        step = self._steps[index]
+        if not step.end() or not step.counts or not self._state.open:
+            return
+        step.member.stepped = True
+        if all(member.stepped for member in self._state.members):
+            self.close()
+        else:
+            step.member.mark(False)
+
+    def is_running(self) -> bool:
+        """Whether the caller is called from within a step."""
+        running = [step.is_running() for step in self._steps]  # each, as it gives back what has failed
+        return any(running)
+
+    def close(self) -> None:
+        """Record the round that is open, if there is one."""
+        state = self._state
+        if not state.open:
+            return
+        # If none has stepped, the one that began has failed.
+        taken = any(member.stepped for member in state.members)
+        in_backward, self._in_backward, state.open = self._in_backward, False, False
+        rows, self._rows = self._rows, []
+        layers, self._layers = self._layers, []
+        if taken and state.went_short:
+            state.record()
+        elif taken and rows:
+            self._clipping.end()
+            self._record([self._joined(rows)] if in_backward else rows, layers, tell=in_backward)
+        for member in state.members:
+            member.stepped = False
+
+    def forget(self) -> None:
+        """Leave the round that is open, and what was kept for it, as a state was loaded."""
+        self._state.open = self._in_backward = False
+        for member in self._state.members:
+            member.stepped = False
+        self._rows, self._layers = [], []
+        self._clipping.forget()
+
+    def take_loss(self) -> float | Tensor | None:
+        """The loss of the round that begins."""
+        loss, self._state.loss = self._state.loss, None
+        return loss
+
+    def _record(self, rows: Sequence[Row], layers: Sequence[tuple[list[str], Norms]], tell: bool) -> None:
+        for row in rows:
+            self.history.append(*row)
+        if self._clipping.spikes is not None:
+            self._clipping.spikes.end()
+        if layers:
+            names = [name for each, _ in layers for name in each]
+            norms = (
+                [norm for _, each in layers for norm in _numbers(each)] if len(layers) > 1 else layers[0][1]
+            )
+            self.history.layers.append(self._state.number, names, norms)
+        self._state.number += 1
+        if tell and self._on_clip is not None:
+            self._on_clip(as_records(rows)[0])
+
+    # Before a step
+
+    def _find_failed(self, index: int) -> None:
+        """End the steps that have failed, and the round if the one that has opened it is among them."""
+        state = self._state
+        for step in self._steps:
+            if step is not self._steps[index]:
+                step.is_running()
+        opener = state.members[state.opener]
+        failed = state.open and not opener.stepped and (state.opener == index or not opener.running)
+        if failed and not self._in_backward:
+            self.close()
+
+    def _begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step, state = self._steps[index], self._state
+        if creates_state(step.optimizer, args, kwargs, lambda: self._own_norm(index)):
+            step.counts = False
+            return None
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward:
+            self._refuse_in_backward()
+        if state.open and in_backward == self._in_backward and self._goes_on(index, args, kwargs):
+            if in_backward:
+                self._clip(index)
+            else:
+                self._clipping.join(index)
+            return None
+        self.close()
+        state.went_short, state.open, state.opener = False, True, index
+        self._in_backward = in_backward and len(self._steps) > 1
+        self._rows, self._layers = [], []
+        if self._in_backward:
+            Variable._execution_engine.queue_callback(self._end_backward)
+        if len(args) > 1 or kwargs:
+            around = self._clipped_after(index)
+            replaced = with_closure(type(step.optimizer).step, args, kwargs, around)
+            if replaced is not None:
+                return replaced
+        self._clip(index)
+        return None
+
+    def _own_norm(self, index: int) -> Norm:
+        look = self._clipping.look(only=index)
+        look.measure()
+        return look.total_norm
+
+    def _clipped_after(self, index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def around(closure: Callable[..., Any]) -> Callable[..., Any]:
+            def closure_then_clip(*args: Any, **kwargs: Any) -> Any:
+                self._steps[index].take_back("again")
+                loss = closure(*args, **kwargs)
+                self._clip(index)
+                return loss
+
+            return closure_then_clip
+
+        return around
+
+    def _clip(self, index: int) -> None:
+        """Clip the gradients that are there now; in a backward pass those of one optimizer."""
+        only = index if self._in_backward else None
+        look = self._clipping.look(only=only)
+        self._refuse_scaled(index)
+        look.measure()
+        if self._layers_every and self._state.number % self._layers_every == 0:
+            names, _, norms = self._names.norms([step.optimizer for step in self._steps], self._order, only)
+            self._layers = [*self._layers, (names, norms)] if self._in_backward else [(names, norms)]
+        loss = self.take_loss()
+        self._rows.append(
+            self._clipping.clip(self._state.number, look, loss, index, tell=not self._in_backward)
+        )
+        if len(self._steps) > 1 and not self._in_backward:
+            for i, step in enumerate(self._steps):
+                if i != index:
+                    step.member.mark(True)
+
+    def _refuse_scaled(self, index: int) -> None:
+        """Refuse gradients that a GradScaler has multiplied, where several optimizers have them."""
+        if len(self._steps) > 1 and getattr(self._steps[index].optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                f"{self._called(index)} steps with gradients that are still multiplied by a GradScaler's "
+                "scale; call `scaler.unscale_(optimizer)` for each optimizer of the Clipper before the first "
+                "one steps"
+            )
+
+    # A round that is open
+
+    def _goes_on(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an optimizer steps with what was clipped in this round.
+
+        Raises:
+            RuntimeError: if its gradients have changed since then.
+        """
+        member = self._state.members[index]
+        if member.stepped or self._in_backward:
+            return not member.stepped
+        if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
+            return False
+        closure = [value for value in (*args[1:], *kwargs.values()) if callable(value)]
+        if closure:
+            raise RuntimeError(
+                f"{self._called(index)} was given a closure, but the gradients of this round were clipped "
+                "when another optimizer of the Clipper stepped; only the first one to step may take a closure"
+            )
+        self._refuse_scaled(index)
+        if _nonzero(member.changed()):
+            raise RuntimeError(
+                f"the gradients of {self._called(index)} have changed since they were clipped, before its "
+                "step; with a GradScaler call `scaler.unscale_(optimizer)` for each optimizer of the "
+                "Clipper before the first one steps; optimizers that step after backward passes of their "
+                "own, as in a GAN, need a Clipper each. This step was called off"
+            )
+        return True
+
+    def _called(self, index: int) -> str:
+        """What to call an optimizer in an error."""
+        return f"optimizer {index} ({type(self._steps[index].optimizer).__name__})"
+
+    # During a backward pass
+
+    def _refuse_in_backward(self) -> None:
+        """Raise an error for what cannot be done while other gradients are not there yet."""
+        parameters = [
+            p for step in self._steps for group in step.optimizer.param_groups for p in group["params"]
+        ]
+        if mesh.any_dtensor(parameters):
+            raise RuntimeError(
+                "the gradients of a step that is taken during the backward pass are sharded; their norm "
+                "takes other ranks, which may be elsewhere in theirs. Call optimizer.step() after backward()"
+            )
+        what = self._needs_all([step.optimizer for step in self._steps]) if len(self._steps) > 1 else None
+        if what is not None:
+            raise RuntimeError(
+                f"an optimizer steps during the backward pass, but {what} needs the gradients of all "
+                "optimizers, which are not there yet. Use `scope='group'` or 'parameter' without "
+                "`skip_above`, or call optimizer.step() after backward()"
+            )
+
+    def _end_backward(self) -> None:
+        if torch._C._current_graph_task_id() != -1:  # the pass of a checkpoint, within another
+            Variable._execution_engine.queue_callback(self._end_backward)
+        elif self._in_backward:
+            self.close()
+
+    def _joined(self, rows: Sequence[Row]) -> Row:
+        """One row for the optimizers that have stepped during a backward pass."""
+        norms = [row.total_norm for row in rows]
+        losses = [row.loss for row in rows if row.loss is not None]
+        return Row(
+            rows[0].step,
+            scalars.join(norms, self._order),
+            scalars.join([row.max_norm for row in rows], -torch.inf),
+            scalars.join([row.clip_coef for row in rows], -torch.inf),
+            _all([row.skipped for row in rows]),
+            losses[0] if losses else None,
+        )
+
+
+def _all(flags: Sequence[bool | Tensor]) -> bool | Tensor:
+    if all(isinstance(flag, bool) for flag in flags):
+        return all(flags)
+    return torch.stack([torch.as_tensor(flag) for flag in flags]).all()
+
+
+def _nonzero(grads: Sequence[Tensor]) -> bool:
+    """Whether gradients are anything but zeros, which optimizers' ``zero_grad`` may leave."""
+    return bool(grads) and not float(gather.tensors(grads).norm(float("inf"))) <= 0
+
+
+def _numbers(norms: Norms) -> list[float]:
+    return norms.tolist() if isinstance(norms, Tensor) else norms

@@ -1,0 +1,105 @@
+"""The state of a Clipper as plain data, in the form that every way of saving it keeps.
+
+``torch.distributed.checkpoint`` loads the keys that the fresh state has, and stores what ranks have under the
+same key once.  So all keys are there from the start, what varies in length is one value under its key, and
+what ranks have each for themselves stands under a key of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchclip._core import arguments, mesh
+from torchclip.clipper.names import Names
+from torchclip.clipper.scope import groups_of
+from torchclip.thresholds.bank import ThresholdBank
+
+__all__ = ["OWN_KEYS", "learned", "of_rules", "own_part", "owner", "refuse_foreign"]
+
+OWN_KEYS = ("steps", "sets", "thresholds", "spikes", "history")
+"""What may differ between ranks."""
+_OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
+
+
+def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
+    """The key for what this rank has for itself; None where all ranks have the same.
+
+    They have where the model is replicated by torch, or every parameter is sharded over all ranks.  Else they
+    may be stages of a pipeline, which names of parameters tell apart if the Clipper knows them, or the rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    parameters = [p for group in groups_of(optimizers) for p in group.parameters]
+    if names.is_replicated or (parameters and all(map(_on_all_ranks, parameters))):
+        return None
+    known = dict(names.named_parameters(optimizers))
+    places = {
+        f"{group.place('params')}[{i}]"
+        for group in groups_of(optimizers)
+        for i in range(len(group.parameters))
+    }
+    if known and not places & known.keys():
+        digest = hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest()
+        return f"{_OF_PARAMETERS}{digest[:16]}"
+    return f"{_OF_RANK}{dist.get_rank()}"
+
+
+def _on_all_ranks(parameter: Tensor) -> bool:
+    return mesh.is_dtensor(parameter) and bool(parameter.device_mesh.size() == dist.get_world_size())
+
+
+def own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
+    """What of a state this rank goes on from.
+
+    Raises:
+        ValueError: if the state was taken from other parameters, or has several parts and not this one.
+    """
+    parts = [other for other in state if str(other).startswith((_OF_PARAMETERS, _OF_RANK))]
+    if not parts:
+        return state
+    if key in parts:
+        chosen = key
+    elif len(parts) > 1 or (parts[0].startswith(_OF_PARAMETERS) and str(key).startswith(_OF_PARAMETERS)):
+        raise ValueError(
+            f"`state` holds what Clippers of other parameters or ranks have learned ("
+            f"{', '.join(parts)}), this one is {key or 'of all ranks'}; load the state "
+            "that a Clipper of the same parameters has saved"
+        )
+    else:
+        chosen = parts[0]
+    part = state[chosen]
+    if not isinstance(part, Mapping):
+        raise TypeError(f"`state[{chosen!r}]` must be a dictionary, got {arguments.shown(part)}")
+    return part
+
+
+def of_rules(rule: ThresholdBank) -> dict[str, Any]:
+    """What thresholds have learned, by the names of the sets; that of a user's own object as one value."""
+    states = rule.state_dict()
+    return {name: (state,) for name, state in states.items()} if rule.runs_user_code else states
+
+
+def learned(name: str, saved: Any) -> dict[str, Any]:
+    """What ``of_rules`` gave, as a rule's ``load_state_dict`` takes it; ``name`` is for errors."""
+    arguments.saved(name, saved, (), "Clipper")
+    return {
+        key: state[0] if isinstance(state, (tuple, list)) and len(state) == 1 else state
+        for key, state in saved.items()
+    }
+
+
+def refuse_foreign(argument: str, names: Iterable[str], own: Sequence[str]) -> None:
+    """Raise an error for what was learned of sets that this Clipper does not have."""
+    foreign = [name for name in names if name not in set(own)]
+    if foreign:
+        raise ValueError(
+            f"`{argument}` has {', '.join(map(repr, foreign))}, which this Clipper does not clip; it clips "
+            f"{', '.join(map(repr, own)) or 'nothing'}. Make it for the same parameter groups, with the same "
+            "`scope` and `model`"
+        )

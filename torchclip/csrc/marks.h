@@ -1,0 +1,143 @@
+// Notes on the gradients of an optimizer, by which to tell later whether they are still the same.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "connection.h"
+#include "layout.h"
+#include "modules.h"
+#include "walk.h"
+
+namespace {
+
+Getter read_version;  // Tensor._version
+
+// The number of changes that autograd knows of; -1 for a tensor that has none, as those of inference mode.
+long long version_of(PyObject* tensor) {
+    const Attribute version(read_version(tensor));
+    return version == nullptr ? -1 : PyLong_AsLongLong(version);
+}
+
+// Whether a float, given by its bits, is neither 0 nor infinite nor NaN, so that any factor but 1 changes it.
+bool is_telling(const char* number, size_t dtype) {
+    const DtypeFacts& facts = kDtypes[dtype];
+    const size_t size = facts.item / facts.parts;
+    uint64_t bits = 0;
+    std::memcpy(&bits, number, size);
+    const bool is_bfloat = facts.code == kBfloat;
+    const uint64_t exponent = size == 8   ? 0x7ff0000000000000ull
+                              : size == 4 ? 0x7f800000ull
+                              : is_bfloat ? 0x7f80ull
+                                          : 0x7c00ull;
+    const uint64_t sign = 1ull << (8 * size - 1);
+    return (bits & ~sign) != 0 && (bits & exponent) != exponent;
+}
+
+class Marks {
+    struct Mark {
+        PyObject* gradient;  // a weak reference; null for none
+        long long version;
+    };
+    std::vector<Mark> marks_;
+    // A number in one of the gradients: not every change counts as a version.
+    size_t sampled_ = 0, place_ = 0, size_ = 0;  // of which gradient, where, and its bytes; no bytes for none
+    char sample_[8];
+
+    void clear() {
+        std::vector<Mark> marks;
+        marks.swap(marks_);
+        size_ = 0;
+        for (const Mark& mark : marks) Py_XDECREF(mark.gradient);
+    }
+
+    // Calls each(gradient or None) for every parameter until it returns false; false then, and for an error.
+    template <class Each> static bool visit(PyObject* optimizer, Each each) {
+        static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
+        static PyObject* const params = PyUnicode_InternFromString("params");
+        if (optimizer == Py_None) return true;
+        const Attribute groups(optimizer, param_groups);
+        if (groups == nullptr) return PyErr_Format(PyExc_AttributeError, "the optimizer has no param_groups"), false;
+        return for_each_item(groups, [&](PyObject* group) {
+            const Attribute parameters(PyObject_GetItem(group, params));
+            if (parameters == nullptr) return PyErr_Format(PyExc_KeyError, "a parameter group lacks params"), false;
+            return for_each_item(parameters, [&](PyObject* parameter) {
+                PyObject* const gradient = get_grad(parameter);
+                const bool goes_on = gradient != nullptr && each(gradient);
+                Py_XDECREF(gradient);
+                return goes_on;
+            });
+        });
+    }
+
+    static bool read_flat(PyObject* tensor, Layout& layout) {
+        DLTensor t;
+        Axis axes[kMaxAxes];
+        return is_plain(tensor) && may_describe(tensor) && describe(tensor, t) && read_layout(t, layout, axes) &&
+               layout.axes == 0;
+    }
+
+    void sample(PyObject* gradient) {
+        Layout layout;
+        if (size_ != 0 || gradient == Py_None || !read_flat(gradient, layout)) return;
+        const DtypeFacts& dtype = kDtypes[layout.dtype];
+        const size_t size = dtype.item / dtype.parts, end = layout.count * dtype.item;
+        for (size_t place = 0; place < end; place += size) {
+            if (!is_telling(layout.data + place, layout.dtype)) continue;
+            sampled_ = marks_.size() - 1;
+            place_ = place;
+            size_ = size;
+            std::memcpy(sample_, layout.data + place, size);
+            return;
+        }
+    }
+
+    bool is_same(size_t i, PyObject* gradient) const {
+        if (gradient == Py_None) return true;  // nothing to step with
+        if (i >= marks_.size() || marks_[i].gradient == nullptr) return false;
+        if (PyWeakref_GetObject(marks_[i].gradient) != gradient || version_of(gradient) != marks_[i].version)
+            return false;
+        if (size_ == 0 || i != sampled_) return true;
+        Layout layout;
+        return read_flat(gradient, layout) && place_ + size_ <= layout.count * kDtypes[layout.dtype].item &&
+               std::memcmp(layout.data + place_, sample_, size_) == 0;
+    }
+
+  public:
+    Marks() = default;
+    Marks(const Marks&) = delete;
+    Marks& operator=(const Marks&) = delete;
+    ~Marks() { clear(); }
+
+    // Takes note of all gradients, and of a number in one of them if so wished.  False, with an error set, for an error.
+    bool take(PyObject* optimizer, bool sampled) {
+        clear();
+        return visit(optimizer, [&](PyObject* gradient) {
+            PyObject* const weak = gradient == Py_None ? nullptr : PyWeakref_NewRef(gradient, nullptr);
+            if (weak == nullptr && gradient != Py_None) return false;
+            marks_.push_back({weak, weak == nullptr ? 0 : version_of(gradient)});
+            if (sampled) sample(gradient);
+            return true;
+        });
+    }
+
+    // False also with an error set.
+    bool are_same(PyObject* optimizer) const {
+        size_t i = 0;
+        return visit(optimizer, [&](PyObject* gradient) { return is_same(i++, gradient); });
+    }
+
+    // A list of the gradients that are not the same; null for an error.
+    PyObject* changed(PyObject* optimizer) const {
+        PyObject* const found = PyList_New(0);
+        size_t i = 0;
+        const auto add = [&](PyObject* gradient) {
+            return is_same(i++, gradient) || PyList_Append(found, gradient) == 0;
+        };
+        if (found != nullptr && visit(optimizer, add)) return found;
+        Py_XDECREF(found);
+        return nullptr;
+    }
+};
+
+}  // namespace
