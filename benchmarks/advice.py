@@ -15,7 +15,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from torchclip.cli.options import count
 from torchclip.cli.run.search import Outcome, search
 from torchclip.cli.train import training
 from torchclip.cli.train.model import detached, new_model
+from torchclip.history.history import History
 from torchclip.history.signs import final_loss
 
 STEPS, HIDDEN, BATCH, BPTT = 250, 64, 16, 64
@@ -67,7 +68,7 @@ def batches(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield streams[:, start : start + BPTT], streams[:, start + 1 : start + BPTT + 1]
 
 
-def train(setting: Setting, max_norm: float) -> torchclip.history.History:
+def train(setting: Setting, max_norm: float) -> History:
     """Train once; a loss that is not finite ends the run."""
     text = training.read_text(None)
     vocabulary = "".join(sorted(set(text)))
@@ -76,7 +77,7 @@ def train(setting: Setting, max_norm: float) -> torchclip.history.History:
     optimizer_class = torch.optim.AdamW if setting.model == "transformer" else torch.optim.SGD
     optimizer = optimizer_class(model.parameters(), lr=setting.lr)
     clipper = torchclip.Clipper(optimizer, max_norm)
-    history, state = torchclip.history.History(), None
+    history, state = History(), None
     for inputs, targets in batches(training.encode(text, vocabulary)):
         scores, state = model(inputs, detached(state))
         loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
@@ -90,7 +91,7 @@ def train(setting: Setting, max_norm: float) -> torchclip.history.History:
     return history
 
 
-def loss_of(history: torchclip.history.History) -> float:
+def loss_of(history: History) -> float:
     """The loss at the end, as ``torchclip run --try`` takes it."""
     found = final_loss([math.nan if record.loss is None else record.loss for record in history])
     return found if math.isfinite(found) else math.inf
@@ -99,14 +100,14 @@ def loss_of(history: torchclip.history.History) -> float:
 def compare(setting: Setting) -> Found:
     """All ways of clipping, for one model, learning rate and seed."""
     torch.set_num_threads(1)
-    done: dict[float, torchclip.history.History] = {}
+    done: dict[float, History] = {}
 
-    def run(max_norm: float) -> torchclip.history.History:
+    def run(max_norm: float) -> History:
         if max_norm not in done:
             done[max_norm] = train(setting, max_norm)
         return done[max_norm]
 
-    def outcomes(thresholds: list[float]) -> list[Outcome]:
+    def outcomes(thresholds: Sequence[float]) -> list[Outcome]:
         return [Outcome(threshold, loss_of(run(threshold)), run(threshold)) for threshold in thresholds]
 
     unclipped = run(math.inf)

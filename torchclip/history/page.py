@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchclip.history.history import History
     from torchclip.history.summary import Summary
 
-__all__ = ["page"]
+__all__ = ["Overview", "page"]
 
 # A picture with more points than this is drawn as pixels, where a marker for each would be large.
 _MANY_POINTS = 1000
@@ -50,6 +50,15 @@ class _Picture(NamedTuple):
     """What the page says about each step, as JSON."""
 
 
+class Overview(NamedTuple):
+    """What stands above the runs: a table, whose first row is its heading, and a picture."""
+
+    rows: Sequence[Sequence[str]]
+    title: str
+    draw: Callable[[float], Figure]
+    """Draws it for a width in inches."""
+
+
 class _Run(NamedTuple):
     name: str
     numbers: list[tuple[str, str]]
@@ -59,7 +68,10 @@ class _Run(NamedTuple):
 
 
 def page(
-    title: str, histories: Mapping[str, History], about: Mapping[str, Sequence[str]] | None = None
+    title: str,
+    histories: Mapping[str, History],
+    about: Mapping[str, Sequence[str]] | None = None,
+    overview: Overview | None = None,
 ) -> str:
     """The HTML of a page about the runs of several optimizers.
 
@@ -67,6 +79,7 @@ def page(
         title: the heading.
         histories: the runs by what to call them; for a single one the name is not shown.
         about: what else to say, by the names of the runs, and of all of them under the empty name.
+        overview: what to show above the runs.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -74,9 +87,14 @@ def page(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     said = about or {}
     runs = [_run(name, history, said.get(name, ()) if name else ()) for name, history in histories.items()]
-    if len(runs) == 1:
+    if len(runs) == 1 and overview is None:
         runs[0] = runs[0]._replace(name="")
-    return environment.from_string(template).render(title=title, runs=runs, about=said.get("", ()))
+    picture = None
+    if overview is not None:
+        picture = _Picture(overview.title, _drawings("overview", overview.draw), "")
+    return environment.from_string(template).render(
+        title=title, runs=runs, about=said.get("", ()), rows=overview and overview.rows, picture=picture
+    )
 
 
 def _run(name: str, history: History, about: Sequence[str]) -> _Run:
@@ -155,8 +173,11 @@ def _drawings(name: str, draw: Callable[[float], Figure]) -> list[_Drawing]:
     for window, width in _WIDTHS.items():
         figure = draw(width)
         svg = _svg(figure, f"{name}, {window}")
-        box, limits = figure.axes[0].get_position(), figure.axes[0].get_xlim()
-        drawings.append(_Drawing(window, svg, box.x0, box.x1, *limits))
+        if figure.axes:
+            box, limits = figure.axes[0].get_position(), figure.axes[0].get_xlim()
+            drawings.append(_Drawing(window, svg, box.x0, box.x1, *limits))
+        else:
+            drawings.append(_Drawing(window, svg, 0.0, 1.0, 0.0, 1.0))
     return drawings
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from torchclip import patch
 from torchclip._core.extras import installing
-from torchclip.cli.options import file_to_write, max_norm, picture_file, refusal
+from torchclip.cli.options import count, file_to_write, max_norm, picture_file, refusal
 from torchclip.cli.run import files
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.functions import FunctionRecorder
@@ -29,8 +30,11 @@ from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 from torchclip.cli.thresholds import LEARNED, WITHOUT_CEILING
 from torchclip.clipper.clipper import Nonfinite
+from torchclip.history.history import History
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from torchclip.cli.run.progress import Progress
 
 __all__ = ["add_arguments", "run"]
@@ -59,6 +63,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do about steps whose norm is not finite, as in torchclip.Clipper",
     )
     add("--none", action="store_true", help="take the script's own clipping away")
+    add(
+        "--try",
+        dest="tries",
+        type=thresholds_to_try,
+        metavar="X,Y,...",
+        help="run the script once for each of these thresholds (numbers, none, and the names that "
+        "--threshold takes), and compare; auto: search, from the advice up and down by factors of 3",
+    )
+    add("--jobs", type=count, metavar="N", help="with --try: so many runs at the same time (default: 1)")
+    add(
+        "--metric",
+        type=_pattern,
+        metavar="REGEX",
+        help="with --try: compare by the last number that this finds in a run's output, the lower the "
+        "better, in place of the loss over the last tenth of the steps",
+    )
     add("--plot", type=picture_file, metavar="FILE", help="draw the norms over the steps (PNG, SVG or PDF)")
     add("--csv", type=file_to_write, metavar="FILE", help="write a line for each step")
     add("--html", type=file_to_write, metavar="FILE", help="write a page with all of it, for a browser")
@@ -77,6 +97,31 @@ def _above_0(text: str) -> float:
     return value
 
 
+def thresholds_to_try(text: str) -> list[str]:
+    """Thresholds as they were given, or ``["auto"]``."""
+    found = [part.strip() for part in text.split(",")]
+    if found == ["auto"]:
+        return found
+    for each in found:
+        if each not in ("none", *LEARNED):
+            try:
+                _above_0(each)
+            except argparse.ArgumentTypeError as error:
+                names = ", ".join(LEARNED)
+                raise argparse.ArgumentTypeError(f"{error}; or none, auto, {names}") from None
+    twice = next((each for each in found if found.count(each) > 1), None)
+    if twice is not None:
+        raise argparse.ArgumentTypeError(f"has {twice!r} twice")
+    return found
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.MULTILINE)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+
+
 def run(
     script: str,
     args: list[str],
@@ -85,6 +130,9 @@ def run(
     threshold: str | None = None,
     nonfinite: Nonfinite | None = None,
     none: bool = False,
+    tries: list[str] | None = None,
+    jobs: int | None = None,
+    metric: re.Pattern[str] | None = None,
     plot: Path | None = None,
     csv: Path | None = None,
     html: Path | None = None,
@@ -101,6 +149,9 @@ def run(
         threshold: the name of a threshold that learns.
         nonfinite: what to do about steps that are not finite.
         none: whether to clip nothing.
+        tries: run the script once for each of these thresholds, in processes of their own.
+        jobs: how many of them at the same time.
+        metric: what finds the number to compare them by, in place of the loss.
         plot: where a picture goes.
         csv: where the steps go.
         html: where a page goes.
@@ -115,7 +166,19 @@ def run(
     if threshold in WITHOUT_CEILING and max_norm is not None:
         raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
     trial = _trial(max_norm, threshold, nonfinite, none)
-    _refuse_missing(plot, html)
+    wanted = files.Files(plot, csv, html)
+    _refuse_missing(wanted, tries)
+    if tries is not None:
+        from torchclip.cli.run.comparison import compare
+        from torchclip.cli.run.tries import Command
+
+        _refuse_with_try(max_norm, threshold, none)
+        return compare(
+            Command(["-m"] * module + [script, *args], nonfinite, metric), tries, jobs or 1, wanted
+        )
+    for name, value in {"--jobs": jobs, "--metric": metric}.items():
+        if value is not None:
+            raise refusal(f"{name} goes with --try only")
     try:
         main = prepare(script, args, module)
     except SyntaxError as error:
@@ -126,7 +189,7 @@ def run(
     try:
         session.run(main)
     finally:
-        failed = session.close(files.Files(plot, csv, html), " ".join([script, *args]))
+        failed = session.close(wanted, " ".join([script, *args]))
     return session.status or failed
 
 
@@ -139,12 +202,28 @@ def _trial(max_norm: float | None, threshold: str | None, nonfinite: Nonfinite |
     return Trial(max_norm, threshold, nonfinite, none)
 
 
-def _refuse_missing(plot: Path | None, html: Path | None) -> None:
+def _refuse_with_try(max_norm: float | None, threshold: str | None, none: bool) -> None:
+    for name, given in {
+        "--max-norm": max_norm is not None,
+        "--threshold": threshold is not None,
+        "--none": none,
+    }.items():
+        if given:
+            raise refusal(f"--try and {name} do not go together; --try takes all thresholds, and none")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise refusal("--try starts processes of its own; do not start it with torchrun")
+
+
+def _refuse_missing(wanted: files.Files, tries: list[str] | None) -> None:
     """What an option needs and is not installed is said now rather than after the run."""
-    needs = {"--plot": (plot, ["matplotlib"]), "--html": (html, ["jinja2", "matplotlib"])}
-    for option, (path, packages) in needs.items():
+    needs = {
+        "--plot": (wanted.plot, ["matplotlib"]),
+        "--html": (wanted.html, ["jinja2", "matplotlib"]),
+        "--try": (tries, ["rich"]),
+    }
+    for option, (value, packages) in needs.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if path is not None and missing:
+        if value is not None and missing:
             remedy = f"install with: {installing('demo')}"
             raise refusal(f"argument {option}: needs {' and '.join(missing)}; {remedy}")
 
@@ -224,8 +303,22 @@ class _Session:
             sys.stdout.flush()
         self.functions.calls.finish()
         print(report(self.functions, self.steps, seconds, self._end), file=sys.stderr)
+        found = histories(self.functions, self.steps)
         said = about(self.functions, self.steps, seconds, command, self._end)
-        return wanted.write(histories(self.functions, self.steps), said)
+        return wanted.write(found, lambda: _figure(found), lambda: _page(found, said))
+
+
+def _figure(histories: Mapping[str, History]) -> Figure:
+    from torchclip.cli.run.figure import histories_figure
+
+    return histories_figure(histories)
+
+
+def _page(histories: Mapping[str, History], said: Mapping[str, Sequence[str]]) -> str:
+    from torchclip.history.page import page
+
+    title = f"Gradient norms of {next(iter(histories))}" if len(histories) == 1 else "Gradient norms"
+    return page(title, histories, said)
 
 
 def _progress() -> Progress | None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torchclip.history.history import History
 from torchclip.history.records import Record
 
-__all__ = ["Files", "read_csv", "write_csv"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-Histories = Mapping[str, History]
+__all__ = ["Files", "read_csv"]
 
 
 class Files(NamedTuple):
@@ -23,24 +24,27 @@ class Files(NamedTuple):
     csv: Path | None
     html: Path | None
 
-    def write(self, histories: Histories, about: Mapping[str, Sequence[str]]) -> int:
+    def write(
+        self, histories: Mapping[str, History], figure: Callable[[], Figure], page: Callable[[], str]
+    ) -> int:
         """Write all of them: 0, or 2 if one could not be written, which is said on stderr.
 
         Args:
             histories: the steps, by optimizer.
-            about: what the page says beside them, by optimizer, and of all of them under the empty name.
+            figure: makes the picture.
+            page: makes the page.
         """
-        writers: dict[str, tuple[Path | None, Callable[[Path, Histories], None]]] = {
-            "plot": (self.plot, _plot),
-            "csv": (self.csv, write_csv),
-            "html": (self.html, lambda path, histories: _html(path, histories, about)),
+        writers: dict[str, tuple[Path | None, Callable[[Path], object]]] = {
+            "plot": (self.plot, lambda path: figure().savefig(path)),
+            "csv": (self.csv, lambda path: _write_csv(path, histories)),
+            "html": (self.html, lambda path: path.write_text(page(), encoding="utf-8")),
         }
         status = 0
         for name, (path, write) in writers.items():
             if path is None:
                 continue
             try:
-                write(path, histories)
+                write(path)
             except OSError as error:
                 print(f"torchclip run: error: argument --{name}: {error.strerror}: {path}", file=sys.stderr)
                 status = 2
@@ -49,13 +53,7 @@ class Files(NamedTuple):
         return status
 
 
-def _plot(path: Path, histories: Histories) -> None:
-    from torchclip.cli.run.figure import histories_figure
-
-    histories_figure(histories).savefig(path)
-
-
-def write_csv(path: Path, histories: Histories) -> None:
+def _write_csv(path: Path, histories: Mapping[str, History]) -> None:
     """A line for each step."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -65,7 +63,7 @@ def write_csv(path: Path, histories: Histories) -> None:
 
 
 def read_csv(path: Path) -> dict[str, History]:
-    """What ``write_csv`` wrote; in files of earlier versions there is no loss."""
+    """What was written for ``--csv``; in files of earlier versions there is no loss."""
     found: dict[str, History] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -74,10 +72,3 @@ def read_csv(path: Path) -> dict[str, History]:
             loss = float(row["loss"]) if row.get("loss") else None
             history.append(int(row["step"]), norm, max_norm, clip_coef, row["skipped"] == "True", loss)
     return found
-
-
-def _html(path: Path, histories: Histories, about: Mapping[str, Sequence[str]]) -> None:
-    from torchclip.history.page import page
-
-    title = f"Gradient norms of {next(iter(histories))}" if len(histories) == 1 else "Gradient norms"
-    path.write_text(page(title, histories, about), encoding="utf-8")

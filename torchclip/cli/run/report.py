@@ -19,11 +19,13 @@ from torchclip.history.history import History
 from torchclip.history.layers import Layers
 from torchclip.history.signs import final_loss
 
-__all__ = ["about", "histories", "labels", "report"]
+__all__ = ["REPORT", "about", "histories", "labels", "report"]
 
 _WIDTH = 80
 _MOST_OPTIMIZERS, _MOST_LAYERS, _MOST_NONFINITE, _MOST_NAMES = 8, 3, 3, 4
 STRAY = "no optimizer"
+REPORT = "torchclip: what clipping did"
+"""How a report begins."""
 
 
 def report(functions: FunctionRecorder, steps: StepRecorder, seconds: float, end: str = "") -> str:
@@ -37,7 +39,7 @@ def report(functions: FunctionRecorder, steps: StepRecorder, seconds: float, end
     """
     width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
     found = labels(steps)
-    lines = [f"torchclip: what clipping did in {_duration(seconds)}{end and ', '}{end}"]
+    lines = [f"{REPORT} in {_duration(seconds)}{end and ', '}{end}"]
     shown = dict(list(found.items())[:_MOST_OPTIMIZERS])
     for label, optimizer in shown.items():
         lines += ["", *_did(label, optimizer, functions, steps)]

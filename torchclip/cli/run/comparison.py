@@ -1,0 +1,178 @@
+"""What ``torchclip run --try`` shows: how far it is, a table, a picture and a page."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torchclip.cli.figures import Array
+from torchclip.cli.run.files import Files
+from torchclip.cli.run.tries import Command, Tries, Try, recommended
+from torchclip.history.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["compare"]
+
+_WIDTH = 80
+
+
+def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: Files) -> int:
+    """Run with each threshold, or search for one, and show what they came to: the exit status."""
+    what = "loss" if command.metric is None else "metric"
+    is_search = list(thresholds) == ["auto"]
+    with Progress(None if is_search else len(thresholds)) as progress:
+        tries = Tries(command, jobs, progress)
+        if is_search:
+            tries.auto()
+        else:
+            tries.all_of(thresholds)
+    found = tries.done
+    _print_table(found, what)
+    print(f"logs: {tries.directory}", flush=True)
+    status = wanted.write(
+        _histories(found), lambda: _losses_figure(found), lambda: _page(found, what, command)
+    )
+    if tries.interrupted:
+        return 130
+    return status or (0 if any(not each.problem for each in found) else 1)
+
+
+def _page(tries: Sequence[Try], what: str, command: Command) -> str:
+    from torchclip.history.page import Overview, page
+
+    date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    lines = [f"{' '.join(command.script)}, {date}", recommended(tries, what)[1]]
+    overview = Overview(rows(tries, what), "Loss of each run", lambda width: _losses_figure(tries, width))
+    return page("Thresholds tried", _histories(tries), {"": lines}, overview)
+
+
+class Progress:
+    """Says on stderr what the runs print; where that is no terminal, a line for each that has ended."""
+
+    def __init__(self, total: int | None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(stderr=True, highlight=False)
+        self._told = 0
+        text = TextColumn("{task.description}", markup=False)
+        self._bar = Bar(
+            text,
+            BarColumn(12),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, tries: Tries) -> None:
+        """Show how far they are."""
+        for each in tries.done[self._told :]:
+            if not self._console.is_terminal:
+                result = each.problem or f"{each.score:.4g}"
+                print(
+                    f"torchclip: {each.threshold}: {result}, {each.seconds:.3g} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        self._told = len(tries.done)
+        running = ", ".join(f"{each.threshold}: {_last_line(each)}" for each in list(tries.running))
+        room = max(self._console.width - 40, 10)
+        self._bar.update(self._task, completed=len(tries.done), description=running[:room])
+
+
+def _last_line(each: Try) -> str:
+    """What a run has printed last."""
+    with each.log.open("rb") as file:
+        file.seek(max(file.seek(0, 2) - 400, 0))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "…")
+
+
+def rows(tries: Sequence[Try], what: str) -> list[list[str]]:
+    """The table: a heading, and a row for each threshold, which begins with it as it was given."""
+    found = [["threshold", f"{what} at the end", "largest norm", "clipped", "spikes", "time"]]
+    for each in tries:
+        norm = "" if math.isnan(each.largest) else f"{each.largest:.4g}"
+        score = each.problem or f"{each.score:.4g}"
+        counts = [f"{each.clipped:.1%}", f"{each.spikes:,}"] if each.histories else ["", ""]
+        found.append([each.threshold, score, norm, *counts, f"{each.seconds:.3g} s"])
+    return found
+
+
+def _print_table(tries: Sequence[Try], what: str) -> None:
+    """The table, and which threshold to take."""
+    from rich.table import Table
+
+    from torchclip.cli.terminal import console_for
+
+    console = console_for(_WIDTH, highlight=False)
+    heading, *body = rows(tries, what)
+    table = Table(box=None, pad_edge=False)
+    for i, name in enumerate(heading):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+    console.print(recommended(tries, what)[1], markup=False)
+
+
+def _histories(tries: Sequence[Try]) -> dict[str, History]:
+    """The steps of all runs, by threshold and optimizer."""
+    return {
+        each.threshold if len(each.histories) == 1 else f"{each.threshold}, {label}": history
+        for each in tries
+        for label, history in each.histories.items()
+    }
+
+
+def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
+    """The loss of every run over the steps, smoothed where there are many."""
+    from matplotlib.figure import Figure
+
+    from torchclip.history.figure import NARROW, empty_figure, label_plainly
+
+    curves: Mapping[str, list[float]] = {each.threshold: each.losses for each in tries if each.losses}
+    if not curves:
+        return empty_figure("no loss was seen", width)
+    figure = Figure(figsize=(width, 2 + 3 * width / 8), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    for threshold, losses in curves.items():
+        axes.plot(_smooth(losses), linewidth=1.2, label=threshold)
+    known = [loss for losses in curves.values() for loss in losses if math.isfinite(loss)]
+    if known and min(known) > 0 and max(known) > 5 * min(known):
+        axes.set_yscale("log")
+        label_plainly(axes.yaxis)
+    axes.set_title("Loss of Each Run", fontsize=16)
+    figure.legend(loc="outside lower center", ncols=3 if width < NARROW else 6, title="threshold")
+    return figure
+
+
+def _smooth(losses: Sequence[float]) -> Array:
+    """The mean over a fiftieth of the run; what is not finite leaves a gap."""
+    values = np.where(np.isfinite(losses), losses, np.nan)
+    width = max(len(values) // 50, 1)
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    head = [np.mean(values[: i + 1]) for i in range(width - 1)]
+    if np.isnan(values).any():
+        return values
+    return np.concatenate([head, (sums[width:] - sums[:-width]) / width])

@@ -1,0 +1,252 @@
+"""Several thresholds tried on a script: a process for each, its log, and what it came to."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchclip.cli.run.files import read_csv
+from torchclip.cli.run.report import REPORT
+from torchclip.cli.run.search import Outcome, search
+from torchclip.cli.thresholds import LEARNED
+from torchclip.history.history import History
+from torchclip.history.signs import final_loss
+
+__all__ = ["Command", "Tries", "Try", "recommended"]
+
+_SECONDS_TO_END = 20  # which a run has after Ctrl-C to write down what it did
+_CLOSE = 1.01  # a loss this many times the lowest one is as good
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is run with each threshold.
+
+    Attributes:
+        script: the arguments of ``torchclip run`` from the script on, with ``-m`` before a module.
+        nonfinite: what ``--nonfinite`` says, if it was given.
+        metric: what finds the number to compare in a run's output, in place of the loss.
+    """
+
+    script: Sequence[str]
+    nonfinite: str | None = None
+    metric: re.Pattern[str] | None = None
+
+    def arguments(self, threshold: str, csv: Path) -> list[str]:
+        """The command line that runs the script with a threshold."""
+        options = ["--threshold", threshold] if threshold in LEARNED else ["--max-norm", threshold]
+        if threshold == "none":
+            options = ["--none"] if self.nonfinite is None else ["--max-norm", "inf"]
+        options += [] if self.nonfinite is None else ["--nonfinite", self.nonfinite]
+        python = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
+        return [*python, "-m", "torchclip", "run", *options, "--csv", str(csv), *self.script]
+
+
+@dataclass
+class Try:
+    """A run with one threshold.
+
+    Attributes:
+        threshold: as it was given.
+        log: where its output goes.
+        score: the loss at the end, or what ``--metric`` found; ``inf`` if it is not known.
+        histories: its steps, by optimizer.
+        seconds: how long it took.
+        problem: why it counts for nothing, if so.
+    """
+
+    threshold: str
+    log: Path
+    score: float = math.inf
+    histories: dict[str, History] = field(default_factory=dict)
+    seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def history(self) -> History:
+        """The steps of the optimizer whose loss is known, or of the first one."""
+        found = [*self.histories.values()]
+        return next((each for each in found if _losses(each)), found[0] if found else History())
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step that has one."""
+        return _losses(self.history)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite norm of all optimizers, ``nan`` if there is none."""
+        found = [each.summary().largest_norm for each in self.histories.values()]
+        return max((norm for norm in found if not math.isnan(norm)), default=math.nan)
+
+    @property
+    def clipped(self) -> float:
+        """The share of the steps that were clipped."""
+        summaries = [each.summary() for each in self.histories.values()]
+        steps = sum(summary.steps for summary in summaries)
+        return sum(summary.clipped for summary in summaries) / steps if steps else 0.0
+
+    @property
+    def spikes(self) -> int:
+        """How many steps had a norm far above those around them."""
+        return sum(each.suggest().spikes for each in self.histories.values())
+
+    def read(self, csv: Path, status: int, metric: re.Pattern[str] | None) -> None:
+        """Take in what the run has written, which ended with this exit status."""
+        self.histories = read_csv(csv) if csv.exists() else {}
+        if metric is None:
+            self.score = final_loss(self.losses) if self.losses else math.nan
+        else:
+            text = self.log.read_text(encoding="utf-8", errors="replace").partition(REPORT)[0]
+            found = [match.group(match.lastindex or 0) for match in metric.finditer(text)]
+            self.score = _number(found[-1]) if found else math.nan
+        if status in (130, -signal.SIGINT):
+            self.problem = "interrupted"
+        elif status:
+            self.problem = f"failed, exit status {status}"
+        elif math.isnan(self.score):
+            self.problem = "no loss was seen" if metric is None else "no line matched --metric"
+        if self.problem or math.isnan(self.score):
+            self.score = math.inf
+
+
+class Tries:
+    """Runs a command with several thresholds, some at the same time.
+
+    Attributes:
+        done: the runs that have ended, in the order in which they were begun.
+        running: those that have not.
+        interrupted: whether Ctrl-C has ended them.
+        directory: where the logs are.
+    """
+
+    def __init__(self, command: Command, jobs: int, tell: Callable[[Tries], object]) -> None:
+        self.done: list[Try] = []
+        self.running: list[Try] = []
+        self.interrupted = False
+        self.directory = Path(tempfile.mkdtemp(prefix="torchclip-try-"))
+        self._command = command
+        self._jobs = jobs
+        self._tell = tell
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def all_of(self, thresholds: Sequence[str]) -> list[Try]:
+        """Run with each of these thresholds; after Ctrl-C only those that were begun are returned."""
+        tries = [Try(each, self.directory / f"{each}.log") for each in thresholds]
+        with ThreadPoolExecutor(self._jobs) as pool:
+            futures = [pool.submit(self._run, each) for each in tries]
+            try:
+                self._wait(futures)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                for process in list(self._processes.values()):
+                    process.send_signal(signal.SIGINT)
+                self._wait(futures)
+        for future in futures:
+            future.result()
+        begun = [each for each in tries if each in self.done]
+        self.done = [each for each in self.done if each not in begun] + begun
+        return begun
+
+    def auto(self) -> None:
+        """Search, from the advice of a run that is not clipped."""
+
+        def run(thresholds: Sequence[float]) -> list[Outcome]:
+            given = ["none" if math.isinf(each) else f"{each:g}" for each in thresholds]
+            by_name = {each.threshold: each for each in self.all_of(given)}
+            found = [
+                (norm, by_name[name]) for norm, name in zip(thresholds, given, strict=True) if name in by_name
+            ]
+            if self.interrupted:
+                return []
+            return [Outcome(norm, each.score, each.history) for norm, each in found]
+
+        search(run)
+
+    def _wait(self, futures: Sequence[Future[None]]) -> None:
+        while wait(futures, timeout=0.2).not_done:
+            self._tell(self)
+        self._tell(self)
+
+    def _run(self, each: Try) -> None:
+        if self.interrupted:
+            return
+        csv = each.log.with_suffix(".csv")
+        start = time.perf_counter()
+        with each.log.open("wb") as log:
+            # In a session of its own: Ctrl-C reaches it through this process, once.
+            process = subprocess.Popen(
+                self._command.arguments(each.threshold, csv),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+            self._processes[each.threshold] = process
+            self.running.append(each)
+            status = self._wait_for(process)
+        each.seconds = time.perf_counter() - start
+        each.read(csv, status, self._command.metric)
+        del self._processes[each.threshold]
+        self.running.remove(each)
+        self.done.append(each)
+
+    def _wait_for(self, process: subprocess.Popen[bytes]) -> int:
+        deadline = math.inf
+        while True:
+            try:
+                return process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                now = time.monotonic()
+                if self.interrupted:
+                    deadline = min(deadline, now + _SECONDS_TO_END)
+                if now > deadline:
+                    process.kill()
+
+    def _environment(self) -> dict[str, str]:
+        """Runs at the same time share the cores."""
+        cores = os.cpu_count() or 1
+        threads = {"OMP_NUM_THREADS": str(max(cores // self._jobs, 1))} if self._jobs > 1 else {}
+        return {**threads, "PYTHONUNBUFFERED": "1", **os.environ}
+
+
+def recommended(tries: Sequence[Try], what: str = "loss") -> tuple[Try | None, str]:
+    """The run to follow, if there is one, and why."""
+    good = sorted((each for each in tries if math.isfinite(each.score)), key=lambda each: each.score)
+    if not good:
+        return None, f"No threshold can be recommended: no run has a finite {what} at the end."
+    best = good[0]
+    name = "no clipping" if best.threshold == "none" else f"max_norm={best.threshold}"
+    if best.threshold in LEARNED:
+        name = f"--threshold {best.threshold}"
+    text = f"Use {name}: it has the lowest {what} at the end, {best.score:.4g}."
+    limit = best.score + (_CLOSE - 1) * abs(best.score)
+    close = [each.threshold for each in good[1:] if each.score <= limit]
+    if close:
+        text += f" Within 1 % of it: {', '.join(close)}."
+    unclipped = next((each for each in tries if each.threshold == "none"), None)
+    if unclipped is not None and unclipped is not best and unclipped.threshold not in close:
+        text += f" Without clipping it is {unclipped.score:.4g}." if unclipped.score < math.inf else ""
+    return best, text
+
+
+def _losses(history: History) -> list[float]:
+    return [record.loss for record in history if record.loss is not None]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
