@@ -69,7 +69,10 @@ def gradients(
 def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
     """``gradients`` of several lists of parameters, whose norms are taken in one go (``norms_of``)."""
     try:
-        return [_batch(list(some), "parameters", group, some) for some in parameters]
+        return [
+            _batch(arguments.tensor_list("parameters", some), "parameters", group, some)
+            for some in parameters
+        ]
     except (RuntimeError, TypeError, ValueError):
         tell_ranks(parameters, group, kind)
         raise

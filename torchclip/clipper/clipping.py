@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchclip._core import gather
 from torchclip._core.batch import Facts, Norm
+from torchclip._core.collectives import Kind
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.limits import Limits
 from torchclip.clipper.names import Names
@@ -91,7 +92,13 @@ class Clipping:
             groups = [group for group in groups if group.optimizer == only]
         grad_scale = getattr(optimizers[0], "grad_scale", None) if len(optimizers) == 1 else None
         names = self._names.of_sets(groups) if self._scoping.scope == "parameter" else {}
-        return Look(groups, self._scoping, own_max_norms(groups, own), grad_scale, names)
+        try:
+            own = own_max_norms(groups, own)
+        except (TypeError, ValueError):
+            kind = Kind.CLIP_EACH if self._scoping.scope == "parameter" else Kind.CLIP
+            gather.tell_ranks([group.parameters for group in groups], self._scoping.groups, kind)
+            raise
+        return Look(groups, self._scoping, own, grad_scale, names)
 
     def clip(self, number: int, look: Look, loss: Loss, index: int, tell: bool) -> Row:
         """Clip gradients that were measured just now.

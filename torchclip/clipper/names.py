@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, gather, scalars
 from torchclip._core.batch import Norms
+from torchclip._core.collectives import Kind
 from torchclip.clipper.scope import Group, groups_of, unscaled
 
 __all__ = ["Names"]
@@ -89,7 +90,7 @@ class Names:
         if only is not None:
             of_one = {id(p) for group in optimizers[only].param_groups for p in group["params"]}
             named = {name: p for name, p in named.items() if id(p) in of_one}
-        batch = gather.gradients(list(named.values()))
+        batch = gather.gradients(list(named.values()), kind=Kind.MEASURE_EACH)
         grad_scale = getattr(optimizers[0], "grad_scale", None) if len(optimizers) == 1 else None
         norms = unscaled(batch.norms(order), grad_scale, order)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}

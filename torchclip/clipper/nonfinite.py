@@ -86,8 +86,7 @@ def without_nonfinite(look: Look) -> Sequence[Part]:
         for part in look.parts
         if isinstance(part.norms, Tensor) or not all(map(math.isfinite, part.norms))
     ]
-    for part in parts:
-        part.measure(look.grad_scale, finite=True)
+    look.measure_parts(parts, finite=True)
     return parts
 
 

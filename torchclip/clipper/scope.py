@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, gather, scalars
 from torchclip._core.batch import Batch, Facts, Norm, Norms
+from torchclip._core.collectives import Kind
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,11 +111,11 @@ class Part:
         clip_coefs: what to multiply by, for each norm.
     """
 
-    def __init__(self, section: Section, order: float, each: bool, groups: Groups) -> None:
+    def __init__(self, section: Section, order: float, each: bool, batch: Batch) -> None:
         self.name, self.parameters, self.own, self._names_of_all = section
         self.each, self._order = each, order
         self._names: list[str] | None = None
-        self.batch: Batch = gather.gradients(self.parameters, groups)
+        self.batch = batch
         self.norms: Norms = []
         self.max_norms: float | Norms = []
         self.clip_coefs: Norms = []
@@ -135,23 +136,14 @@ class Part:
         }
         return [of_grad[id(grad)] for grad in self.batch.all]
 
-    def measure(self, grad_scale: Tensor | None, finite: bool = False) -> None:
-        """Take the norms of the gradients, or of their finite elements, divided by a GradScaler's scale."""
-        self.norms = unscaled(self._norms_of(self.batch, finite), grad_scale, self._order)
-
     def held_norms(self) -> list[float]:
         """The norms of what this rank holds of gradients whose norm takes other ranks."""
         if not self.batch.facts & Facts.SHARDED:
             return []
         self.names()
-        norms = self._norms_of(gather.held_gradients(self.parameters), False)
+        held = gather.held_gradients(self.parameters)
+        norms = held.norms(self._order) if self.each else _as_norms(held.norm(self._order))
         return norms.tolist() if isinstance(norms, Tensor) else norms
-
-    def _norms_of(self, batch: Batch, finite: bool) -> Norms:
-        if self.each:
-            return batch.norms(self._order, finite)
-        norm = batch.norm(self._order, finite)
-        return norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
 
     def limit(self, max_norms: float | Norms, eps: float) -> None:
         """Set the threshold of each norm, and with it what to multiply by."""
@@ -193,9 +185,13 @@ class Look:
         self._held, self.own = groups, own
         self._order, self._groups = scoping.order, scoping.groups
         self.grad_scale = grad_scale
+        self._each = scoping.scope == "parameter"
+        sections = _sections(groups, own, scoping, names)
+        kind = Kind.CLIP_EACH if self._each else Kind.CLIP
+        batches = gather.several([section.parameters for section in sections], scoping.groups, kind)
         self.parts = [
-            Part(section, scoping.order, scoping.scope == "parameter", scoping.groups)
-            for section in _sections(groups, own, scoping, names)
+            Part(section, scoping.order, self._each, batch)
+            for section, batch in zip(sections, batches, strict=True)
         ]
         self._overlap = len(self.parts) > 1 and _overlap(self.parts)
         held = [id(p) for group in groups for p in group.parameters] if groups and groups[0].several else []
@@ -206,17 +202,26 @@ class Look:
 
     def measure(self) -> None:
         """Take the norms of the parts, and that of all gradients."""
+        self.measure_parts(self.parts)
         for part in self.parts:
-            part.measure(self.grad_scale)
             self.facts |= part.batch.facts
         if self._overlap and self._groups is None:
             # What several parts share counts once.  With `group` only some ranks may share a gradient, and
             # all of them would have to exchange another norm: there it counts in each part.
-            norm = self._all().norm(self._order)
-            norms = norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
+            norms = _as_norms(self._all().norm(self._order))
             self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
         else:
             self.total_norm = self.joint_norm()
+
+    def measure_parts(self, parts: Sequence[Part], finite: bool = False) -> None:
+        """Take the norms of some parts, or of their finite elements, divided by a GradScaler's scale.
+
+        Ranks take those of all parts in one exchange.
+        """
+        norms = gather.norms_of([part.batch for part in parts], self._each, self._order, finite)
+        for part, of_part in zip(parts, norms, strict=True):
+            of_each = of_part if self._each else _as_norms(cast("Norm", of_part))
+            part.norms = unscaled(cast("Norms", of_each), self.grad_scale, self._order)
 
     def others(self, optimizer: int) -> list[int]:
         """The optimizers whose gradients these are, without one of them."""
@@ -387,6 +392,10 @@ def _at_most(numbers: Norms, most: Norm) -> Norms:
     if isinstance(most, Tensor):
         return scalars.on_device(numbers, most.device).clamp(max=most)
     return [number if number != number else min(number, most) for number in numbers]
+
+
+def _as_norms(norm: Norm) -> Norms:
+    return norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
 
 
 def _smallest(several: Sequence[Norm | Norms], otherwise: float) -> Norm:
