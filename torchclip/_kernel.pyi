@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from types import GeneratorType
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-
-from torchclip.history.history import History
+from torch.optim import Optimizer
 
 openmp: bool
 """Whether several threads can be used."""
@@ -79,21 +79,8 @@ def clip_step(optimizer: object, max_norm: float, /) -> tuple[float, float] | No
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
 
-def watch_hooks(
-    before: Callable[..., object],
-    after: Callable[..., object],
-    states: dict[int, StepState],
-    add_seconds: Callable[[float], object],
-    /,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What to call before and after each step of any optimizer: the usual step is recorded in one go.
-
-    Args:
-        before: called before any other step, and before all from the state's ``until`` on.
-        after: likewise after them.
-        states: of the optimizers, by their ``id``.
-        add_seconds: called with what both hooks took together in a step, in some of the steps.
-    """
+def connect_steps(tensor: type[Tensor], graph_task_id: Callable[[], int], /) -> None:
+    """What the hooks of optimizers need of torch: its type, and what tells which backward pass is running."""
 
 def gradients(parameters: Iterable[Tensor], /) -> Batch:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over."""
@@ -124,27 +111,43 @@ def select(instruction_set: str | None, /) -> None:
         ValueError: if this machine or this build does not have it.
     """
 
-@final
-class StepState:
-    """A ``torchclip.clipper.step.State``, by which the two hooks below take the usual step in one go.
+class Member:
+    """A ``torchclip.clipper.step.Member``, where attributes and methods are described."""
 
-    Any other step is left to the Clipper's own two methods.
-    """
-
-    def __init__(self, clipper: object, max_norm: float | None, history: History, /) -> None:
-        """``max_norm`` is the threshold of a usual step; None where no step is."""
-    history: History
-    number: int
-    until: int
     running: bool
     nested: bool
+    short: bool
+    stepped: bool
+    def mark(self, sample: bool, /) -> None:
+        """Take note of the gradients as they are, and of a number in one of them if so wished."""
+    def changed(self) -> list[Tensor]:
+        """The gradients that are not the same any more."""
+
+@final
+class RoundState:
+    """A ``torchclip.clipper.step.State``, by which the hooks below take the usual step in one go.
+
+    Any other step is left to two functions of Python.
+    """
+
+    def __init__(self, max_norm: float | None, optimizers: tuple[ref[Optimizer], ...], /) -> None:
+        """``max_norm`` is the threshold of a usual round; None where no round is."""
+    members: Final[tuple[Member, ...]]
+    loss: float | Tensor | None
+    number: int
+    opener: int
+    open: bool
     went_short: bool
     def record(self) -> None:
-        """Record the step that went the short way, here, until the history is read."""
+        """Record the round that was clipped here, and end it."""
+    def keep_records(self, rows: list[tuple[Any, ...]], full: Callable[[], object], /) -> None:
+        """Where to put records, as ``History.append`` makes them, and what to call when there are many."""
     def flush(self) -> None:
-        """Hand the records kept to the history, as ``History.append`` does."""
-    def hooks(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What to call before and after each step of the optimizer."""
+        """Put the records there now."""
+    def hooks(
+        self, index: int, before: Callable[..., Any], after: Callable[..., Any], /
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What to call before and after each step of an optimizer; the two functions take what is unusual."""
 
 @final
 class Batch:

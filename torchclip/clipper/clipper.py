@@ -328,9 +328,10 @@ class Clipper:
         if self._round.is_running():
             raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
         self._round.close()
-        if self._hooks:
-            for optimizer in self._optimizers:
-                _clipped_optimizers.discard(optimizer())  # type: ignore[arg-type]
+        for each in self._optimizers if self._hooks else ():
+            optimizer = each()
+            if optimizer is not None:
+                _clipped_optimizers.discard(optimizer)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
+from torch.autograd import Variable, graph
 from torch.optim import Optimizer
 
 from torchclip._core import gather, mesh, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper.clipping import Clipping, Row
 from torchclip.clipper.names import Names
+from torchclip.clipper.rules import ratio
 from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
 from torchclip.history.records import Record, as_records
 
 __all__ = ["Round"]
+
+_BACKWARD = graph._engine_run_backward.__code__
 
 
 class Round:
@@ -61,6 +66,7 @@ class Round:
         self._rows: list[Row] = []
         self._layers: list[tuple[list[str], Norms]] = []
         self._in_backward = False
+        self._passes: set[int] = set()
 
     def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a step is to be called with instead, or None; clips the gradients now or after a closure."""
@@ -161,6 +167,7 @@ class Round:
             self._refuse_in_backward()
         if state.open and in_backward == self._in_backward and self._goes_on(index, args, kwargs):
             if in_backward:
+                self._follow_pass()
                 self._clip(index)
             else:
                 self._clipping.join(index)
@@ -170,7 +177,8 @@ class Round:
         self._in_backward = in_backward and len(self._steps) > 1
         self._rows, self._layers = [], []
         if self._in_backward:
-            Variable._execution_engine.queue_callback(self._end_backward)
+            self._passes = set()
+            self._follow_pass()
         if len(args) > 1 or kwargs:
             around = self._clipped_after(index)
             replaced = with_closure(type(step.optimizer).step, args, kwargs, around)
@@ -276,24 +284,43 @@ class Round:
                 "`skip_above`, or call optimizer.step() after backward()"
             )
 
-    def _end_backward(self) -> None:
-        if torch._C._current_graph_task_id() != -1:  # the pass of a checkpoint, within another
-            Variable._execution_engine.queue_callback(self._end_backward)
-        elif self._in_backward:
+    def _follow_pass(self) -> None:
+        """Have the round recorded when the backward pass that is running is over."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._passes:
+            self._passes.add(task)
+            Variable._execution_engine.queue_callback(partial(self._end_backward, task))
+
+    def _end_backward(self, task: int) -> None:
+        if self._in_backward and task in self._passes and not _is_within_another():
             self.close()
 
     def _joined(self, rows: Sequence[Row]) -> Row:
         """One row for the optimizers that have stepped during a backward pass."""
         norms = [row.total_norm for row in rows]
         losses = [row.loss for row in rows if row.loss is not None]
+        total_norm = scalars.join(norms, self._order)
+        clip_coef = scalars.join([row.clip_coef for row in rows], -torch.inf)
+        if self._clipping.way is not None:
+            after = [row.total_norm * row.clip_coef for row in rows]
+            clip_coef = ratio(scalars.join(after, self._order), total_norm)
         return Row(
             rows[0].step,
-            scalars.join(norms, self._order),
+            total_norm,
             scalars.join([row.max_norm for row in rows], -torch.inf),
-            scalars.join([row.clip_coef for row in rows], -torch.inf),
+            clip_coef,
             _all([row.skipped for row in rows]),
             losses[0] if losses else None,
         )
+
+
+def _is_within_another() -> bool:
+    """Whether the backward pass that is running is one of a checkpoint, within another."""
+    frame, passes = sys._getframe(1), 0
+    while frame is not None and passes < 2:
+        passes += frame.f_code is _BACKWARD
+        frame = frame.f_back  # type: ignore[assignment]
+    return passes > 1
 
 
 def _all(flags: Sequence[bool | Tensor]) -> bool | Tensor:

@@ -1,0 +1,664 @@
+"""Several optimizers that step together: one norm, one record, whoever steps first."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from clipper_helpers import Answering, equal, loss_of
+from helpers import randn
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+import torchclip
+from torchclip import AdaGC, BlockRMS, Clipper, Percentile, RollingSigma, Value, ZScore
+from torchclip.history.records import Record
+
+pytestmark = pytest.mark.usefixtures("each_way")
+
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "plain": (
+        lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
+        lambda ps: torch.optim.AdamW(ps, lr=0.05),
+    ),
+    "fused": (
+        lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, fused=True),
+        lambda ps: torch.optim.AdamW(ps, lr=0.05, fused=True),
+    ),
+    "one fused": (
+        lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
+        lambda ps: torch.optim.AdamW(ps, lr=0.05, fused=True),
+    ),
+}
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    OPTIMIZERS["Muon"] = (
+        lambda ps: torch.optim.Muon([p for p in ps if p.ndim == 2], lr=0.02),
+        lambda ps: torch.optim.AdamW(ps, lr=0.05),
+    )
+each_pair = pytest.mark.parametrize("pair", OPTIMIZERS)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(5, 4), nn.Linear(4, 6)
+        self.outer = nn.Linear(6, 2)
+        for i, parameter in enumerate(self.parameters()):
+            parameter.data = randn(*parameter.shape, seed=i)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        scores: Tensor = self.outer(torch.tanh(self.inner(self.embedding(tokens))))
+        return scores
+
+
+class Training:
+    """A model with two optimizers: matrices within, everything else."""
+
+    def __init__(self, pair: str = "plain", **groups: Any) -> None:
+        self.model = Net()
+        inner = [self.model.inner.weight, self.model.outer.weight]
+        others = [p for p in self.model.parameters() if all(p is not each for each in inner)]
+        first, second = OPTIMIZERS[pair]
+        self.first, self.second = first(inner), second(others)
+        self.optimizers = [self.first, self.second]
+
+    def backward(self, step: int) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        (loss_of(self.model, step) * 3).backward()
+
+    def gradients(self) -> list[Tensor | None]:
+        return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def norm(self) -> float:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torchclip.get_total_norm(gradients))
+
+
+def last_of(clipper: Clipper) -> Record:
+    assert clipper.last is not None
+    return clipper.last
+
+
+def assert_trained_alike(training: Training, by_hand: Training) -> None:
+    for ours, theirs in zip(training.model.parameters(), by_hand.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@each_pair
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "turned around"])
+def test_what_a_round_does_is_what_clip_grad_norm_does(pair: str, order: tuple[int, int]) -> None:
+    training, by_hand = Training(pair), Training(pair)
+    clipper = Clipper(training.optimizers, 0.5)
+    assert clipper.optimizer is training.first
+    assert list(clipper.optimizers) == training.optimizers
+    norms = []
+    for step in range(6):
+        training.backward(step)
+        by_hand.backward(step)
+        norms.append(float(torchclip.clip_grad_norm_(by_hand.model.parameters(), 0.5)))
+        for i in order:
+            training.optimizers[i].step()
+            by_hand.optimizers[i].step()
+        assert len(clipper.history) == step + 1
+        for ours, theirs in zip(training.gradients(), by_hand.gradients(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    assert_trained_alike(training, by_hand)
+    assert [record.total_norm for record in clipper.history] == pytest.approx(norms, rel=1e-5)
+    assert [record.step for record in clipper.history] == list(range(6))
+    assert all(record.clipped for record in clipper.history)
+
+
+def test_a_list_of_one_is_that_one() -> None:
+    states = []
+    for several in (False, True):
+        training = Training()
+        given = [training.second] if several else training.second
+        clipper = Clipper(given, Percentile(50), scope="group", skip_above=1e9)
+        for step in range(3):
+            training.backward(step)
+            training.step()
+        assert clipper.optimizers == (training.second,)
+        states.append(clipper.state_dict())
+    assert states[0] == states[1]
+
+
+def test_what_is_refused_when_it_is_made() -> None:
+    training = Training()
+    Clipper(training.second, 1.0)
+    free = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"`optimizer\[1\]` already has a Clipper"):
+        Clipper([free, training.second], 1.0)
+    Clipper(free, 1.0).detach()  # none was taken
+    with pytest.raises(ValueError, match=r"`optimizer\[1\]` is in the list twice"):
+        Clipper([free, free], 1.0)
+    with pytest.raises(ValueError, match="empty list"):
+        Clipper([], 1.0)
+    with pytest.raises(TypeError, match=r"`optimizer\[1\]` must be"):
+        Clipper([free, nn.Linear(1, 1)], 1.0)  # type: ignore[list-item]
+    lbfgs = torch.optim.LBFGS([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match="LBFGS among others"):
+        Clipper([free, lbfgs], 1.0)
+    with pytest.raises(ValueError, match="`model` has none of the parameters"):
+        Clipper(free, 1.0, model=nn.Linear(1, 1))
+    Clipper([free, lbfgs][:1], 1.0).detach()
+
+
+@each_pair
+def test_an_optimizer_that_steps_every_second_time(pair: str) -> None:
+    for often, seldom in ((0, 1), (1, 0)):
+        for first in (often, seldom):
+            training, by_hand = Training(pair), Training(pair)
+            clipper = Clipper(training.optimizers, 0.5)
+            norms = []
+            for step in range(6):
+                for each in (training, by_hand):
+                    each.optimizers[often].zero_grad()
+                    if step % 2 == 0:
+                        each.optimizers[seldom].zero_grad()
+                    loss_of(each.model, step).backward()
+                norms.append(float(torchclip.clip_grad_norm_(by_hand.model.parameters(), 0.5)))
+                steps = [often] if step % 2 else [first, often + seldom - first]
+                for i in steps:
+                    training.optimizers[i].step()
+                    by_hand.optimizers[i].step()
+            assert len(clipper.history) == 5  # the last round is still open
+            training.backward(9)
+            training.step()
+            assert [record.total_norm for record in clipper.history][:6] == pytest.approx(norms, rel=1e-5)
+
+
+@each_pair
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_gradients_that_are_set_to_zero_between_the_steps_are_no_new_ones(
+    pair: str, set_to_none: bool
+) -> None:
+    training = Training(pair)
+    clipper = Clipper(training.optimizers, 0.5)
+    for step in range(3):
+        training.backward(step)
+        norm = training.norm()
+        training.first.step()
+        training.first.zero_grad(set_to_none)
+        training.second.step()
+        assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-6)
+        assert len(clipper.history) == step + 1
+
+
+@each_pair
+def test_a_new_gradient_of_one_that_has_stepped_begins_a_round(pair: str) -> None:
+    training = Training(pair)
+    clipper = Clipper(training.optimizers, 0.5)
+    training.backward(0)
+    training.first.step()
+    training.backward(1)  # the second did not step
+    norm = training.norm()
+    training.second.step()
+    assert [record.step for record in clipper.history] == [0]
+    training.first.step()
+    assert [record.step for record in clipper.history] == [0, 1]
+    assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-6)
+    assert training.norm() == pytest.approx(0.5, rel=1e-4)
+
+
+def change_in_place(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(3.0)
+
+
+def replace(parameter: Tensor) -> None:
+    parameter.grad = torch.ones_like(parameter)
+
+
+def change_unseen(parameter: Tensor) -> None:
+    """As ``GradScaler.unscale_`` does on the CPU, which bumps no version."""
+    assert parameter.grad is not None
+    parameter.grad.data.mul_(0.5)
+
+
+@each_pair
+@pytest.mark.parametrize("change", [change_in_place, replace])
+def test_gradients_of_a_later_optimizer_that_have_changed_are_refused(pair: str, change: Any) -> None:
+    training = Training(pair)
+    clipper = Clipper(training.optimizers, 0.5)
+    training.backward(0)
+    training.first.step()
+    before = [p.detach().clone() for p in training.model.parameters()]
+    change(training.model.embedding.weight)
+    with pytest.raises(RuntimeError, match=r"optimizer 1 \(AdamW\) have changed since they were clipped"):
+        training.second.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, training.model.parameters(), strict=True))
+    training.backward(1)
+    norm = training.norm()
+    training.step()
+    assert [record.step for record in clipper.history] == [0, 1]
+    assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_a_change_that_is_no_version_is_found_by_a_value() -> None:
+    training = Training()
+    Clipper(training.optimizers, 0.5)
+    training.backward(0)
+    training.first.step()
+    for parameter in training.second.param_groups[0]["params"]:
+        change_unseen(parameter)
+    with pytest.raises(RuntimeError, match=r"optimizer 1 \(AdamW\) have changed"):
+        training.second.step()
+
+
+@each_pair
+def test_one_scaler_for_all(pair: str) -> None:
+    training, by_hand = Training(pair), Training(pair)
+    clipper = Clipper(training.optimizers, 0.5)
+    scalers = [GradScaler("cpu", init_scale=2.0**20), GradScaler("cpu", init_scale=2.0**20)]
+    for step in range(5):
+        for each, scaler in zip((training, by_hand), scalers, strict=True):
+            for optimizer in each.optimizers:
+                optimizer.zero_grad()
+            loss = loss_of(each.model, step)
+            if step == 2:
+                loss = loss + each.model.inner.weight.sum() * float("inf")  # the gradients of the first
+            scaler.scale(loss).backward()
+            for optimizer in each.optimizers:
+                scaler.unscale_(optimizer)
+        norm = float(torchclip.clip_grad_norm_(by_hand.model.parameters(), 0.5))
+        for each, scaler in zip((training, by_hand), scalers, strict=True):
+            for optimizer in each.optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+        if step != 2:
+            assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-5)
+    assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0**19
+    assert_trained_alike(training, by_hand)
+
+
+@each_pair
+def test_a_scaler_that_unscales_too_late(pair: str) -> None:
+    training = Training(pair)
+    Clipper(training.optimizers, 0.5)
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss_of(training.model, 0)).backward()
+
+    def step_all() -> None:
+        for optimizer in training.optimizers:
+            scaler.step(optimizer)
+
+    with pytest.raises(RuntimeError, match=r"scaler\.unscale_\(optimizer\)"):
+        step_all()
+
+
+@each_pair
+@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: 0.5,
+        lambda: lambda step: 0.5 + step,
+        lambda: Percentile(30),
+        lambda: ZScore(warmup=2),
+        lambda: RollingSigma(warmup=2),
+        lambda: AdaGC(warmup=2),
+        lambda: Value(0.01),
+        lambda: BlockRMS(0.01),
+        lambda: Answering(0.5, 2.0),
+    ],
+    ids=["number", "callable", "Percentile", "ZScore", "RollingSigma", "AdaGC", "Value", "BlockRMS", "own"],
+)
+def test_two_optimizers_do_what_one_with_all_parameters_does(pair: str, scope: Any, make: Any) -> None:
+    if scope == "group" and pair == "Muon":
+        pytest.skip("the same as the others")
+    training, alone = Training(pair), Training(pair)
+    names = ["optimizer 0, group 0", "optimizer 1, group 0"]
+    groups = [optimizer.param_groups[0]["params"] for optimizer in alone.optimizers]
+    single = torch.optim.SGD([{"params": params} for params in groups], lr=0.0)
+    clipper, of_one = Clipper(training.optimizers, make(), scope=scope), Clipper(single, make(), scope=scope)
+    for step in range(5):
+        training.backward(step)
+        alone.backward(step)
+        single.step()
+        alone.step()
+        training.step()
+        for ours, theirs in zip(training.gradients(), alone.gradients(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for record, other in zip(clipper.history, of_one.history, strict=True):
+        assert record[:4] == pytest.approx(other[:4], rel=1e-5)
+        assert record[4:] == other[4:]
+    if scope == "group" and clipper.thresholds and not isinstance(make(), AdaGC):
+        assert list(clipper.thresholds) == names
+
+
+def test_what_tells_the_optimizers_apart() -> None:
+    training = Training()
+    clipper = Clipper(training.optimizers, Percentile(), scope="parameter", layers_every=1)
+    training.backward(0)
+    places = [f"optimizer 0, group 0, parameter {i}" for i in range(2)]
+    assert list(clipper.thresholds)[:2] == places
+    assert "optimizers[1].param_groups[0]['params'][0]" in clipper.norms()
+    training.step()
+    assert len(set(clipper.history.layers.names)) == 5
+    clipper.detach()
+    named = Clipper(
+        training.optimizers, Percentile(), scope="parameter", nonfinite="error", model=training.model
+    )
+    names = {name for name, _ in training.model.named_parameters()}
+    assert set(named.thresholds) == set(named.norms()) == names
+    training.model.outer.bias.grad[0] = float("nan")  # type: ignore[index]
+    with pytest.raises(RuntimeError, match=r"outer\.bias"):
+        training.first.step()
+
+
+def test_groups_with_their_own_threshold() -> None:
+    training = Training()
+    training.first.param_groups[0]["max_norm"] = None
+    clipper = Clipper(training.optimizers, 0.5)
+    training.backward(0)
+    before = training.gradients()
+    of_second = [p.grad for p in training.second.param_groups[0]["params"]]
+    norm, all_norm = float(torchclip.get_total_norm(of_second)), training.norm()
+    training.step()
+    assert last_of(clipper).total_norm == pytest.approx(all_norm, rel=1e-6)
+    assert last_of(clipper).clip_coef == pytest.approx(0.5 / norm, rel=1e-5)
+    after = training.gradients()
+    names = [name for name, _ in training.model.named_parameters()]
+    for name, first, second in zip(names, before, after, strict=True):
+        factor = 1.0 if name in ("inner.weight", "outer.weight") else 0.5 / norm
+        torch.testing.assert_close(second, first * factor, rtol=1e-5, atol=1e-8)  # type: ignore[operator]
+
+
+@each_pair
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"skip_above": 1e9}], ids=["nonfinite", "spike"])
+def test_a_round_is_skipped_as_a_whole(pair: str, options: Any) -> None:
+    training = Training(pair)
+    clipper = Clipper(training.optimizers, 0.5, **options)
+    for step in range(3):
+        training.backward(step)
+        if step == 1:
+            training.model.outer.bias.grad.fill_(float("inf"))  # type: ignore[union-attr]
+        before = [p.detach().clone() for p in training.model.parameters()]
+        gradients = training.gradients()
+        training.step()
+        same = [torch.equal(a, b) for a, b in zip(before, training.model.parameters(), strict=True)]
+        assert all(same) if step == 1 else not any(same)
+        if step == 1:
+            for ours, theirs in zip(training.gradients(), gradients, strict=True):
+                assert torch.equal(ours, theirs)  # type: ignore[arg-type]
+    assert [record.skipped for record in clipper.history] == [False, True, False]
+
+
+def test_on_clip_is_called_once_a_round() -> None:
+    training = Training()
+    seen: list[Record] = []
+    clipper = Clipper(training.optimizers, lambda number: 0.5 + number, on_clip=seen.append)
+    for step in range(3):
+        training.backward(step)
+        training.step()
+    assert seen == list(clipper.history)
+    assert [record.max_norm for record in seen] == [0.5, 1.5, 2.5]
+
+
+@each_pair
+def test_a_parameter_that_two_optimizers_hold_counts_once(pair: str) -> None:
+    training = Training(pair)
+    weight = training.model.inner.weight
+    training.second.add_param_group({"params": [weight]})
+    clipper = Clipper(training.optimizers, 0.5)
+    for step in range(2):
+        training.backward(step)
+        norm = training.norm()
+        training.step()
+        assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-6)
+        assert training.norm() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_closures_and_which_optimizer_may_have_one() -> None:
+    training, by_hand = Training(), Training()
+    clipper = Clipper(training.optimizers, 0.5)
+
+    def closure() -> Tensor:
+        training.backward(0)
+        return loss_of(training.model, 0)
+
+    training.first.step(closure)
+    by_hand.backward(0)
+    torchclip.clip_grad_norm_(by_hand.model.parameters(), 0.5)
+    by_hand.step()
+    with pytest.raises(RuntimeError, match=r"optimizer 1 \(AdamW\) was given a closure"):
+        training.second.step(closure)
+    training.second.step()
+    assert_trained_alike(training, by_hand)
+    assert len(clipper.history) == 1
+
+
+class Interrupted(Exception):
+    """A step that fails."""
+
+
+def failing(optimizer: torch.optim.Optimizer) -> Any:
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    return optimizer.register_step_pre_hook(stop)
+
+
+@each_pair
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_step_that_raises(pair: str, which: int) -> None:
+    training = Training(pair)
+    clipper = Clipper(training.optimizers, 0.5)
+    training.backward(0)
+    handle = failing(training.optimizers[which])
+    with pytest.raises(Interrupted):
+        training.step()
+    handle.remove()
+    training.backward(1)
+    norm = training.norm()
+    training.step()
+    # What was clipped for one that has stepped is recorded; a first step that fails uses up no number.
+    assert [record.step for record in clipper.history] == ([0] if which == 0 else [0, 1])
+    assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-6)
+    for optimizer in training.optimizers:
+        assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+
+
+def test_a_round_that_is_open_belongs_neither_to_the_state_nor_to_the_history() -> None:
+    training = Training()
+    clipper = Clipper(training.optimizers, 0.5)
+    training.backward(0)
+    before = clipper.state_dict()
+    training.first.step()
+    assert (len(clipper.history), clipper.state_dict()) == (0, before)
+    training.second.step()
+    assert (len(clipper.history), clipper.state_dict()["steps"]) == (1, 1)
+
+
+def test_states_are_for_as_many_optimizers() -> None:
+    training, other = Training(), Training()
+    clipper, its_clipper = (
+        Clipper(each.optimizers, Percentile(30), scope="group") for each in (training, other)
+    )
+    for step in range(3):
+        training.backward(step)
+        training.step()
+    its_clipper.load_state_dict(clipper.state_dict())
+    other.model.load_state_dict(training.model.state_dict())
+    for ours, theirs in zip(training.optimizers, other.optimizers, strict=True):
+        theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for each in (training, other):
+        each.backward(3)
+        each.step()
+    assert its_clipper.state_dict() == clipper.state_dict()
+    assert equal(training.model, other.model)
+    alone = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match="that of a Clipper of 2 optimizers, this one has 1"):
+        Clipper(alone, Percentile(30), scope="group").load_state_dict(clipper.state_dict())
+
+
+def test_detach_takes_it_off_all() -> None:
+    training = Training()
+    clipper = Clipper(training.optimizers, 0.5)
+    training.backward(0)
+    training.first.step()
+    clipper.detach()
+    assert len(clipper.history) == 1
+    training.backward(1)
+    norm = training.norm()
+    training.step()
+    assert training.norm() == pytest.approx(norm)
+    Clipper(training.optimizers, 0.5)
+
+
+def test_the_loss_of_a_round() -> None:
+    training = Training()
+    clipper = Clipper(training.optimizers, 0.5)
+    assert clipper.loss is None
+    for losses in ((1.0,), (), (1.5, torch.tensor(2.0))):
+        training.backward(0)
+        for loss in losses:
+            clipper.loss = loss
+        training.step()
+        assert clipper.loss is None
+    assert [record.loss for record in clipper.history] == [1.0, None, 3.5]
+    with pytest.raises(TypeError, match="`loss` must be a number"):
+        clipper.loss = "low"  # type: ignore[assignment]
+
+
+# In the backward pass
+
+
+class InBackward(Training):
+    """An optimizer for each parameter, which steps as soon as the gradient is there."""
+
+    def __init__(self, kind: Callable[..., Any] = torch.optim.SGD) -> None:
+        super().__init__()
+        self.optimizers = [kind([p], lr=0.05) for p in self.model.parameters()]
+        for parameter, optimizer in zip(self.model.parameters(), self.optimizers, strict=True):
+            # A reference to the optimizer from its own parameter would be a cycle of the test's.
+            held = weakref.ref(optimizer)
+            parameter.register_post_accumulate_grad_hook(lambda _, held=held: step_and_zero(held))
+
+
+def step_and_zero(held: "weakref.ref[torch.optim.Optimizer]") -> None:
+    optimizer = held()
+    assert optimizer is not None
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("scope", ["group", "parameter"])
+@pytest.mark.parametrize("make", [lambda: 0.1, lambda: Percentile(50), lambda: Value(0.01)])
+def test_steps_in_the_backward_pass_are_clipped_each_on_its_own(scope: Any, make: Any) -> None:
+    training, after = InBackward(), Training()
+    seen: list[Record] = []
+    after.optimizers = [torch.optim.SGD([p], lr=0.05) for p in after.model.parameters()]
+    clipper = Clipper(training.optimizers, make(), scope=scope, on_clip=seen.append)
+    its_clipper = Clipper(after.optimizers, make(), scope=scope)
+    for step in range(3):
+        (loss_of(training.model, step) * 3).backward()
+        after.backward(step)
+        after.step()
+        assert len(clipper.history) == step + 1
+    assert_trained_alike(training, after)
+    assert seen == list(clipper.history)
+    for ours, theirs in zip(clipper.history, its_clipper.history, strict=True):
+        assert ours.total_norm == pytest.approx(theirs.total_norm, rel=1e-6)
+        assert ours.clip_coef == pytest.approx(theirs.clip_coef, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_norm": 0.1},
+        {"max_norm": Percentile()},
+        {"max_norm": 0.1, "scope": "group", "skip_above": 3.0},
+        {"max_norm": AdaGC(max_norm=1.0)},
+    ],
+)
+def test_what_needs_all_gradients_is_refused_in_the_backward_pass(options: Any) -> None:
+    training = InBackward()
+    clipper = Clipper(training.optimizers, **options)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    with pytest.raises(RuntimeError, match="during the backward pass"):
+        loss_of(training.model, 0).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, training.model.parameters(), strict=True))
+    assert len(clipper.history) == 0
+
+
+def test_a_backward_pass_that_does_not_reach_all_parameters_is_a_round() -> None:
+    training = InBackward()
+    clipper = Clipper(training.optimizers, 0.1, scope="group", nonfinite="skip")
+    training.model.inner(randn(3, 4, seed=0)).sum().backward()
+    assert [record.step for record in clipper.history] == [0]
+    training.model.outer(randn(3, 6, seed=0)).sum().backward()
+    assert [record.step for record in clipper.history] == [0, 1]
+    before = training.model.outer.weight.detach().clone()
+    (training.model.outer.weight.sum() * float("nan") + training.model.inner.weight.sum()).backward()
+    assert torch.equal(training.model.outer.weight, before)
+    assert last_of(clipper).nonfinite
+    assert not last_of(clipper).skipped
+
+
+# Memory
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scope": "parameter"},
+        {"skip_above": 1e9, "max_skips": 2},
+        {"nonfinite": "skip"},
+        {"layers_every": 1},
+        {"on_clip": lambda _: None},
+    ],
+    ids=["plain", "parameter", "skip_above", "nonfinite", "layers", "on_clip"],
+)
+def test_nothing_is_kept_alive(several: bool, detached: bool, options: dict[str, Any]) -> None:
+    for max_norm in (0.5, Percentile(), Value(0.1), AdaGC(), lambda _: 1.0):
+        training = Training("fused")
+        clipper = Clipper(
+            training.optimizers if several else training.first, max_norm, model=training.model, **options
+        )
+        for step in range(2):
+            training.backward(step)
+            clipper.loss = 1.0
+            training.step()
+        training.backward(2)
+        handle = failing(training.first)
+        with pytest.raises(Interrupted):
+            training.first.step()
+        handle.remove()
+        assert len(clipper.history) == 2
+        clipper.norms(), clipper.state_dict()
+        if detached:
+            clipper.detach()
+        held = [weakref.ref(each) for each in (training.model, *training.optimizers, clipper)]
+        del training, clipper, handle
+        assert [each() for each in held] == [None] * 4
+
+
+def test_a_clipper_without_its_optimizer() -> None:
+    clipper = Clipper(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), Percentile())
+    with pytest.raises(RuntimeError, match="hold it by a name of your own"):
+        _ = clipper.optimizer
+    assert clipper.last is None
+    assert clipper.state_dict()["steps"] == 0
+    clipper.load_state_dict(clipper.state_dict())
+    clipper.detach()
