@@ -98,6 +98,14 @@ class Arrays:
     @staticmethod
     def mean_and_deviation(rows: Any, count: Any) -> tuple[Any, Any]:
         """The mean and the standard deviation of the first so many of each row; of less than two anything."""
+        if (count < rows.shape[1]).any():
+            return _mean_and_deviation(rows, count, np)
+        mean = rows.mean(1)
+        parts = rows / mean[:, None]  # as below, in fewer passes over the memory
+        parts -= 1.0
+        deviation = mean * np.sqrt(np.einsum("ij,ij->i", parts, parts) / (rows.shape[1] - 1))
+        if np.isfinite(deviation).all():
+            return mean, deviation
         return _mean_and_deviation(rows, count, np)
 
 

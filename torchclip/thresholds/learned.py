@@ -54,6 +54,14 @@ class Learned(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this object."""
 
+    def _to_row(self, name: str, device: torch.device | None) -> Any:
+        """What stands in a row, in host memory or on a device, for what was learned."""
+        return getattr(self, name)
+
+    def _from_row(self, name: str, value: Any) -> None:
+        """Take over what stood in a row."""
+        setattr(self, name, value)
+
     def _takes_rows(self, device: torch.device | None) -> bool:
         """Whether many sets can learn together: in host memory, or on a device without waiting for it."""
         return True
@@ -84,7 +92,8 @@ class Rows:
     def _stacked(self, thresholds: Sequence[Learned]) -> Learned:
         stacked = copy.copy(self._one)
         for name in self._one._columns:
-            setattr(stacked, name, self._form.column([getattr(each, name) for each in thresholds]))
+            values = [each._to_row(name, self.device) for each in thresholds]
+            setattr(stacked, name, self._form.column(values))
         return stacked
 
     def append(self, thresholds: Sequence[Learned]) -> None:
@@ -112,5 +121,5 @@ class Rows:
         rows = [copy.deepcopy(self._one) for _ in next(iter(columns.values()))]
         for name, values in columns.items():
             for row, value in zip(rows, values, strict=True):
-                setattr(row, name, value)
+                row._from_row(name, value)
         return rows

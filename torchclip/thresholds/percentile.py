@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.thresholds import checks
-from torchclip.thresholds.forms import Tensors
+from torchclip.thresholds.forms import Arrays, Floats, Tensors
 from torchclip.thresholds.learned import Learned
 from torchclip.thresholds.window import in_order, in_slots
 
@@ -59,7 +61,7 @@ class Percentile(Learned):
         [1.0, 2.0, 3.0, 3.0]
     """
 
-    _columns = ("_seen", "_slots")
+    _columns = ("_seen", "_history")
 
     def __init__(
         self,
@@ -79,31 +81,31 @@ class Percentile(Learned):
         where = form.where
         has_learned = self._seen >= self.warmup
         learn = (norms >= 0) & (norms < math.inf)
-        self._history.add(norms, learn, self._seen)
+        history = _STORES[type(form)](self._history)
+        history.add(norms, learn, self._seen)
         self._seen = seen = where(learn, self._seen + 1, self._seen)
         count = seen if self.window is None else where(seen < self.window, seen, self.window)
         # Rounded as NumPy rounds it.
         last = where(count > 0, count - 1, 0)
-        low, high, t = self._history.around(last, self.percentile / 100)
+        low, high, t = history.around(last, self.percentile / 100)
         max_norms = where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))
         # Of no norms it is NaN.
         return where(has_learned & (max_norms < self.max_norm), max_norms, self.max_norm)
 
-    @property
-    def _slots(self) -> Any:
-        """The window as a column: the norm that was learned as number i is in slot i % window."""
-        return self._history.slots(self._seen)
+    def _to_row(self, name: str, device: torch.device | None) -> Any:
+        value = copy.deepcopy(getattr(self, name))
+        if name == "_seen" or device is None:
+            return value
+        assert self.window is not None
+        return in_slots(value.norms(), self._seen, self.window)
 
-    @_slots.setter
-    def _slots(self, slots: Any) -> None:
-        if isinstance(slots, list):
-            self._history = _Sorted(self.window, in_order(slots, self._seen))
-        else:
-            self._history = _Slots(slots)
+    def _from_row(self, name: str, value: Any) -> None:
+        is_row = isinstance(value, list)
+        setattr(self, name, _Sorted(self.window, in_order(value, self._seen)) if is_row else value)
 
     def _takes_rows(self, device: torch.device | None) -> bool:
-        # In host memory each keeps its norms sorted; on a device the windows are sorted in each step.
-        return device is not None and self.window is not None
+        # On a device the windows are sorted in each step; all norms would be too many.
+        return device is None or self.window is not None
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain data."""
@@ -137,33 +139,55 @@ class _Sorted:
 
     def __init__(self, window: int | None, norms: Sequence[float] = ()) -> None:
         self._window = window
-        self._sorted = array("d", sorted(norms))
+        self.ordered = array("d", sorted(norms))
         self._arrivals: deque[float] = deque(() if window is None else norms)
 
     def add(self, norm: float, learn: bool, _: int) -> None:
-        if not learn:
-            return
-        insort(self._sorted, norm)
+        if learn:
+            self.insert(norm)
+
+    def insert(self, norm: float) -> None:
+        insort(self.ordered, norm)
         if self._window is None:
             return
         self._arrivals.append(norm)
         if len(self._arrivals) > self._window:
-            del self._sorted[bisect_left(self._sorted, self._arrivals.popleft())]
+            del self.ordered[bisect_left(self.ordered, self._arrivals.popleft())]
 
     def around(self, last: int, fraction: float) -> tuple[float, float, float]:
         """The two norms that a percentile lies between, and how far it is from the lower one."""
-        if not self._sorted:
+        if not self.ordered:
             return math.inf, math.inf, 0.0
         position = last * fraction
         below = int(position)
-        return self._sorted[below], self._sorted[min(below + 1, last)], position - below
-
-    def slots(self, seen: int) -> list[float]:
-        assert self._window is not None
-        return in_slots(self._arrivals, seen, self._window)
+        return self.ordered[below], self.ordered[min(below + 1, last)], position - below
 
     def norms(self) -> list[float]:
-        return list(self._sorted if self._window is None else self._arrivals)
+        return list(self.ordered if self._window is None else self._arrivals)
+
+
+class _SortedRows:
+    """Those of many sets in host memory, an object for each.
+
+    To keep them sorted in one array would be to move all their norms in each step.
+    """
+
+    def __init__(self, histories: Any) -> None:
+        self._histories = histories
+
+    def add(self, norms: Any, learn: Any, _: object) -> None:
+        for history, norm in zip(self._histories[learn], norms[learn].tolist(), strict=True):
+            history.insert(norm)
+
+    def around(self, last: Any, fraction: float) -> tuple[Any, Any, Any]:
+        position = last * fraction
+        below = position.astype(np.int64)
+        above = np.minimum(below + 1, last)
+        return self._at(below), self._at(above), position - below
+
+    def _at(self, places: Any) -> Any:
+        pairs = zip(self._histories, places.tolist(), strict=True)
+        return np.array([of.ordered[place] if of.ordered else math.inf for of, place in pairs])
 
 
 class _Slots:
@@ -183,5 +207,6 @@ class _Slots:
         low, high = (ordered.gather(1, at[:, None]).squeeze(1) for at in (below, above))
         return low, high, position - below
 
-    def slots(self, _: object) -> Tensor:
-        return self._slots
+
+# What each form of the formula finds its norms in.
+_STORES: dict[type, Callable[[Any], Any]] = {Floats: lambda own: own, Arrays: _SortedRows, Tensors: _Slots}
