@@ -41,7 +41,8 @@ def flags() -> tuple[list[str], list[str]]:
     # Contraction into fused multiply-adds would make sums depend on the instruction set.
     compiling = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # On Linux torch brings GNU's OpenMP, and the kernel shares its threads; elsewhere one thread is used.
-    both = ["-fopenmp"] if sys.platform == "linux" else []
+    target = os.environ.get("_PYTHON_HOST_PLATFORM", sys.platform)  # another one in tools/wheels
+    both = ["-fopenmp"] if target.startswith("linux") else []
     if os.environ.get("TORCHCLIP_SANITIZE") == "1":
         both += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         compiling += ["-O1", "-g", "-fno-omit-frame-pointer"]
