@@ -20,9 +20,10 @@ def connect(
     refuse: Callable[[str, int, object], object],
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
-    len_dispatch_modes: Callable[[], int],
+    watchers: tuple[Callable[[], object], ...],
     is_inference_mode_enabled: Callable[[], bool],
     strided: torch.layout,
+    forward_ad: dict[str, Any],
     /,
 ) -> None:
     """Give the kernel what it needs of torch; once, before anything else.
@@ -37,9 +38,11 @@ def connect(
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
-        len_dispatch_modes: says how many modes intercept torch's operations; with any there is no short way.
+        watchers: each is true if somebody may see operations; with any there is no short way.
         is_inference_mode_enabled: says whether tensors that are made now can only be used in that mode.
         strided: ``torch.strided``, the layout of dense tensors.
+        forward_ad: the names of ``torch.autograd.forward_ad``; likewise while its ``_current_level`` is at
+            least 0.
 
     Raises:
         RuntimeError: if the table is not of DLPack's version 1.

@@ -71,6 +71,9 @@ clip_grads_with_norm_ = _stand_in(norm.clip_grads_with_norm_)
 get_total_norm = _stand_in(norm.get_total_norm, takes_gradients=True)
 
 _STAND_INS = (clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm)
+originals = types.SimpleNamespace(**{f.__name__: getattr(torch.nn.utils, f.__name__) for f in _STAND_INS})
+"""Torch's own, where pickle finds them while others are in their place."""
+_own_places = {each: (each.__module__, each.__qualname__) for each in vars(originals).values()}
 _lock = threading.RLock()
 _replaced: dict[tuple[types.ModuleType, str], Any] = {}
 _stays = False
@@ -163,11 +166,16 @@ def _put() -> None:
     for module, name, function in places():
         _replaced[module, name] = getattr(module, name)
         setattr(module, name, function)
+    for name, original in vars(originals).items():
+        if original in _replaced.values():
+            original.__module__, original.__qualname__ = __name__, f"originals.{name}"
 
 
 def _put_back() -> None:
     for (module, name), function in _replaced.items():
         setattr(module, name, function)
+    for original, place in _own_places.items():
+        original.__module__, original.__qualname__ = place
     _replaced.clear()
 
 

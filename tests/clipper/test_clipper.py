@@ -337,3 +337,27 @@ def test_a_parameter_that_was_appended_to_a_named_group_has_the_name_of_its_plac
     late.grad = torch.tensor([3.0, NAN])
     with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[1\] of shape \(2,\)"):
         optimizer.step()
+
+
+class _Wrapper:
+    """As wrappers of optimizers that are none themselves."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+
+class _WithPlainHooks(torch.optim.Optimizer):
+    """As wrappers that never call ``Optimizer.__init__``, and keep their hooks in plain dictionaries."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.optimizer, self.state, self.defaults = inner, {}, inner.defaults  # type: ignore[assignment]
+        self._optimizer_step_pre_hooks: dict[int, Any] = {}  # type: ignore[assignment]
+        self._optimizer_step_post_hooks: dict[int, Any] = {}  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("wrapper", [_Wrapper, _WithPlainHooks])
+def test_a_wrapper_that_takes_no_hooks_is_refused_with_the_optimizer_to_pass(wrapper: Any) -> None:
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(TypeError, match="pass the optimizer that it wraps"):
+        Clipper(wrapper(inner), 1.0)
+    Clipper(inner, 1.0)

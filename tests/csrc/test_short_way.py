@@ -138,7 +138,6 @@ STILL_USUAL: dict[str, Callable[[Call], None]] = {
     "an order of integer type": with_keyword("norm_type", 2),
     "foreach": with_keyword("foreach", True),
     "an error for what is not finite": with_keyword("error_if_nonfinite", True),
-    "a function mode": within(Functions),
     "listed twice": lambda call: call.parameters.append(call.parameters[0]),
     "shared": shared,
 }
@@ -165,6 +164,7 @@ UNUSUAL: dict[str, Callable[[Call], None]] = {
     "a threshold beyond float64": with_limit(10**400),
     "a truth value as threshold": with_limit(True),
     "a dispatch mode": within(Modes),
+    "a function mode": within(Functions),
 }
 FOR_NORMS: dict[str, Callable[[Call], None]] = {
     "another order": with_keyword("norm_type", 1.0),

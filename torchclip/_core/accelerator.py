@@ -81,7 +81,7 @@ class AcceleratorBatch:
             if 0 < clip_coef < FLOAT32_TINY:
                 self.scale_(STEP)
                 clip_coef /= STEP
-        with torch.no_grad():
+        with changes.writing():
             for group, clip_coef_there in self._with(clip_coef):
                 group.scale_(clip_coef_there)
             self._tell_sparse()
@@ -92,7 +92,7 @@ class AcceleratorBatch:
             for tensor, clip_coef in zip(self.all, clip_coefs, strict=True):
                 AcceleratorBatch([tensor]).scale_(clip_coef)
             return
-        with torch.no_grad():
+        with changes.writing():
             for group, clip_coefs_there in self._with(clip_coefs):
                 group.scale_each_(clip_coefs_there)
             self._tell_sparse()
@@ -100,7 +100,7 @@ class AcceleratorBatch:
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""
         alone = [tensor for _, tensor in self._others]
-        with torch.no_grad():
+        with changes.writing():
             for group in self._groups:
                 if group.foreach:
                     within = changes.limit_within(group.dtype, limit)
@@ -112,7 +112,7 @@ class AcceleratorBatch:
 
     def zero_nonfinite_(self) -> None:
         """Put 0 in the place of every infinite or NaN element."""
-        with torch.no_grad():
+        with changes.writing():
             for group in self._groups:
                 group.zero_nonfinite_()
         changes.zero_nonfinite_([tensor for _, tensor in self._others])
@@ -161,21 +161,21 @@ def _magnitudes(tensor: Tensor, p: float, finite: bool) -> Tensor:
     parts = [part.detach() for part in memory.stored(tensor, p)]
     values = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
     if values.is_complex():
-        if p == 2 and not finite and not memory.intercepted():
+        if p == 2 and not finite and not memory.values_hidden():
             values = torch.view_as_real(values.resolve_conj())
         else:
             wide = torch.complex64 if norm_dtype(values.device) is torch.float32 else torch.complex128
             values = values.to(wide).abs()
     elif values.dtype not in REAL:
         values = values.to(norm_dtype(values.device))
-    return values if memory.intercepted() else values.resolve_neg()
+    return values if memory.values_hidden() else values.resolve_neg()
 
 
 def _own_elements(tensor: Tensor) -> Tensor:
     """A tensor's own memory, as real numbers if that can be."""
     values = memory.own_values(tensor) if tensor.layout in memory.SPARSE else tensor
     # Where operations are intercepted it may stand for its conjugate, which cannot be seen.
-    if values.is_complex() and not memory.intercepted() and is_plain(values):
+    if values.is_complex() and not memory.values_hidden() and is_plain(values):
         return torch.view_as_real(memory.without_conj(values))
     return values
 

@@ -6,8 +6,6 @@ import math
 import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from decimal import Decimal
-from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -58,13 +56,14 @@ def number(name: str, value: Any, what: str = "a number", hint: str = "", text: 
     With ``text``, also of a string that ``float`` reads: configuration files give such, and torch takes them.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        if value.is_meta:
+            raise TypeError(
+                f"`{name}` must be {what}, got a tensor on the device 'meta', which has no value{hint}"
+            )
         return float(full(value.detach()))
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
-    # Real covers int, float and NumPy's scalars; bool is one too, but never meant here.
-    if (isinstance(value, (Real, Decimal)) and not isinstance(value, (bool, np.bool_))) or (
-        text and isinstance(value, str)
-    ):
+    if _is_number(value) or (text and isinstance(value, str)):
         try:
             result = float(value)
             if not (isinstance(value, str) and math.isnan(result)):
@@ -72,9 +71,16 @@ def number(name: str, value: Any, what: str = "a number", hint: str = "", text: 
         except OverflowError:
             kind = type(value).__name__
             raise ValueError(f"`{name}` must be within the range of float64, got a larger {kind}") from None
-        except ValueError:
-            pass  # a string that is no number is refused like any other
+        except (TypeError, ValueError):
+            pass  # a string that is no number, or an array of several, is refused like any other
     raise TypeError(f"`{name}` must be {what}, got {shown(value)}{hint}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``float`` takes a value, as torch does; a truth value is one too, but never meant."""
+    kind = type(value)
+    takes = hasattr(kind, "__float__") or hasattr(kind, "__index__")
+    return takes and not isinstance(value, (bool, np.bool_, Tensor))
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -144,7 +150,9 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
             f"`{name}` is an optimizer ({type(tensors).__name__}); pass the model's `.parameters()`, "
             "or attach a torchclip.Clipper to the optimizer"
         )
-    if isinstance(tensors, (Mapping, str, bytes, np.ndarray)) or not isinstance(tensors, Iterable):
+    # What has items by number is iterable too, also without saying so.
+    iterable = isinstance(tensors, Iterable) or hasattr(type(tensors), "__getitem__")
+    if isinstance(tensors, (Mapping, str, bytes, np.ndarray)) or not iterable:
         raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}")
     return list(tensors)
 

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from torchclip._core import memory
 
-__all__ = ["change_elements_", "clamp_elements_", "limit_within", "scale_alone_", "zero_nonfinite_"]
+__all__ = [
+    "change_elements_",
+    "clamp_elements_",
+    "limit_within",
+    "scale_alone_",
+    "scale_in_double_",
+    "writing",
+    "zero_nonfinite_",
+]
+
+
+def writing() -> AbstractContextManager[None]:
+    """What to change tensors in: no graph is built, and those that were made in inference mode are taken.
+
+    Of other tensors the version counters go up, as elsewhere.
+    """
+    return torch.no_grad() if memory.intercepted() else torch.inference_mode()
 
 
 def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:
@@ -20,6 +37,18 @@ def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:
         return
     memory.own_values(tensor).mul_(clip_coef)
     torch.autograd.graph.increment_version(tensor)
+
+
+def scale_in_double_(tensors: Sequence[Tensor], clip_coef: float) -> None:
+    """Multiply tensors of any layout in place by a number for which float32 has not all digits."""
+
+    def scale_(values: Tensor) -> Tensor:
+        real = torch.view_as_real(memory.without_conj(values)) if values.is_complex() else values
+        for part in memory.by_rows(real):
+            part.copy_(part.double().mul_(clip_coef))
+        return values
+
+    change_elements_(tensors, scale_)
 
 
 def clamp_elements_(tensors: Sequence[Tensor], limit: float) -> None:
@@ -44,8 +73,11 @@ def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:
 
 def change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tensor]) -> None:
     """Change the elements of tensors of any layout in place, one by one."""
-    with torch.no_grad():
+    with writing():
         for tensor in tensors:
+            if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+                tensor.copy_(change_(tensor.to_dense()).to_mkldnn())
+                continue
             if tensor.layout not in memory.SPARSE:
                 change_(tensor)
                 continue

@@ -191,27 +191,32 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
 
 def _batch(items: list[Tensor], name: str, group: Any, given: Any, measured: bool = False) -> Batch:
     take_grad = name == "parameters"
-    if group is None and not memory.unreadable() and native.active():
+    if group is None and not memory.intercepted() and native.active():
         batch = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
         # A parameter without a gradient here may have one on another rank, which waits for this one.
         if not (batch.subclassed and mesh.any_dtensor(items)):
-            if take_grad:
-                refuse_unwritable(batch.rest, items, given)
+            _refuse_unusable(batch.rest, items, take_grad, given)
             return _completed(batch)
     found, shared = _found(items, name)
     if group is None and not mesh.any_dtensor(items):
         here = _local(found, shared)
-        if take_grad and not (isinstance(here, HostBatch) and here.dtype):
-            refuse_unwritable(found, items, given)
+        if not (isinstance(here, HostBatch) and here.dtype):
+            _refuse_unusable(found, items, take_grad, given)
         return here
-    if take_grad:
-        refuse_unwritable(mesh.locals_of(found), items, given)
+    _refuse_unusable(mesh.locals_of(found), items, take_grad, given)
     return ShardedBatch(items, take_grad, mesh.as_groups(group), _local, measured)
+
+
+def _refuse_unusable(held: Sequence[Tensor], items: Sequence[Tensor], take_grad: bool, given: Any) -> None:
+    if take_grad:
+        refuse_unwritable(held, items, given)
+    elif held:
+        memory.refuse_without_memory(mesh.locals_of(items), "tensors")
 
 
 def _local(tensors: list[Tensor], shared: bool) -> Batch:
     """The batch of distinct tensors that no other rank holds parts of."""
-    if memory.unreadable() or not native.active():
+    if memory.intercepted() or not native.active():
         return _by_torch(tensors, shared)
     return _completed(native.extension.tensors(tensors), shared)
 
@@ -234,7 +239,7 @@ def _by_torch(tensors: list[Tensor], shared: bool) -> Batch:
 
 def _parts_by_torch(tensors: list[Tensor], shared: bool) -> list[Batch]:
     """Batches whose work is done by operations of torch and NumPy."""
-    if memory.unreadable():
+    if memory.intercepted():
         return [AcceleratorBatch(tensors, shared)]
     dtype = memory.common_dtype(tensors)
     on_host = [tensor for tensor in tensors if tensor.is_cpu] if dtype is None else tensors

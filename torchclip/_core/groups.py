@@ -213,7 +213,7 @@ def _copy_(to: list[Tensor], tensors: list[Tensor], foreach: bool) -> None:
 def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
     """Tensors and their places by device and dtype; alone where operations on lists do not take them."""
     groups: dict[tuple[object, ...], Group] = {}
-    transformed = memory.unreadable() and not memory.intercepted()
+    transformed = memory.transformed()
     for place, tensor in tensors:
         foreach = not transformed and not tensor.is_complex() and is_plain(tensor)
         key = (tensor.device, tensor.dtype) if foreach else (place,)
@@ -229,7 +229,7 @@ def is_plain(tensor: Tensor) -> bool:
     if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided:
         return False
     # It may stand for its memory's negative, which cannot be seen where operations are intercepted.
-    return memory.intercepted() or not tensor.is_neg()
+    return memory.values_hidden() or not tensor.is_neg()
 
 
 def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:

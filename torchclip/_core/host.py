@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchclip._core import changes, memory, norms, small
 from torchclip._core.batch import Facts, Norm, Norms
-from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, STEP
+from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL
 from torchclip._core.scalars import join
 
 __all__ = ["HostBatch", "facts_of"]
@@ -88,10 +88,9 @@ class HostBatch:
     def _scale_(self, tensors: list[Tensor], clip_coef: float) -> None:
         """Multiply every tensor in place; each product is formed in at least float32, then rounded."""
         if 0 < clip_coef < FLOAT32_TINY:
-            self._scale_(tensors, STEP)
-            self._scale_(tensors, clip_coef / STEP)
+            changes.scale_in_double_(tensors, clip_coef)
             return
-        with torch.no_grad():
+        with changes.writing():
             together, alone = self._parted(tensors)
             for tensor in alone:
                 changes.scale_alone_(tensor, clip_coef)
@@ -107,7 +106,7 @@ class HostBatch:
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""
         together, alone = self._parted(self.all)
-        with torch.no_grad():
+        with changes.writing():
             for dtype, group in together.items():
                 few = [tensor for tensor in group if tensor.numel() <= memory.JOINED]
                 if few:

@@ -6,14 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 __all__ = [
     "DOUBLE",
+    "FORWARD_AD",
     "JOINED",
     "PIECE",
     "PLAIN",
     "SPARSE",
+    "WATCHERS",
     "beside",
+    "by_rows",
     "common_dtype",
     "fills_its_memory",
     "flat",
@@ -22,10 +27,13 @@ __all__ = [
     "own_values",
     "pieces",
     "refuse_unwritable",
+    "refuse_without_memory",
     "split",
     "stored",
-    "unreadable",
+    "transformed",
+    "values_hidden",
     "without_conj",
+    "without_memory",
 ]
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not a set, which torch.compile of torch 2.6 does not know
@@ -41,24 +49,63 @@ _WRITABLE = frozenset(
     | {torch.complex32, torch.complex64, torch.complex128}
 )
 _REAL = frozenset(dtype for dtype in _WRITABLE if not dtype.is_complex)
+_LOW = 1 << 40
+"""A tensor without memory has its storage offset for an address, which is less."""
 _flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
+
+# Who records or transforms operations, and so has to be given torch's
+
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.maybe_current_level
+
+WATCHERS: tuple[Callable[[], object], ...] = (
+    _dispatch_modes,
+    _function_modes,
+    _transform,
+    torch._C._is_tracing,
+)
+"""Each is true if somebody may see operations: the kernel asks these, and ``FORWARD_AD``."""
+FORWARD_AD = vars(forward_ad)
+"""Its ``_current_level`` is at least 0 while operations carry tangents."""
 
 
 def intercepted() -> bool:
-    """Whether operations are being compiled or intercepted, so that all have to be torch's."""
+    """Whether operations are being recorded or transformed, so that all have to be torch's.
+
+    The one place that decides it.  By ``torch.compile``, a dispatch or function mode, ``torch.func``,
+    ``torch.jit.trace`` or forward-mode differentiation.  No value may be looked at then.
+    """
+    return (
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or (_function_modes() > 0 and _sees_operations())
+        or _transform() is not None
+        or torch._C._is_tracing()
+        or FORWARD_AD["_current_level"] >= 0
+    )
+
+
+def _sees_operations() -> bool:
+    """Whether any function mode does more than to choose a device for new tensors."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in modes)
+
+
+def values_hidden() -> bool:
+    """Whether a tensor may stand for its conjugate or negative without saying so: traced, or in a mode."""
     return _is_compiling() or _dispatch_modes() > 0
 
 
-def unreadable() -> bool:
-    """Whether no value may be looked at: operations are intercepted, or inside a transform as ``vmap``."""
-    return intercepted() or torch._C._functorch.maybe_current_level() is not None
+def transformed() -> bool:
+    """Whether operations are differentiated or vectorized, which those on lists of tensors cannot be."""
+    return not values_hidden() and (_transform() is not None or FORWARD_AD["_current_level"] >= 0)
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
     """Whether the values of all the tensors can be looked at without waiting for a device."""
-    if unreadable():
+    if intercepted():
         return False
     for tensor in tensors:  # noqa: SIM110 - all() takes three times as long
         if not tensor.is_cpu:
@@ -82,6 +129,7 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
             or not tensor.is_contiguous()
             or not tensor.is_cpu
             or tensor.is_neg()
+            or (tensor.data_ptr() < _LOW and _has_no_memory(tensor))
         ):
             return None
     return dtype
@@ -136,6 +184,13 @@ def split(vector: Tensor, length: int) -> Sequence[Tensor]:
     return (vector,) if len(vector) <= length else torch.split(vector, length)
 
 
+def by_rows(tensor: Tensor) -> Sequence[Tensor]:
+    """A tensor in parts along its first axis, of about ``PIECE`` elements."""
+    if tensor.numel() <= PIECE:
+        return (tensor,)
+    return torch.split(tensor, max(1, PIECE * len(tensor) // tensor.numel()))
+
+
 def fills_its_memory(tensor: Tensor) -> bool:
     """Whether a strided tensor has no gaps between its elements, in whatever order its axes lie."""
     return tensor.is_contiguous() or flat(tensor) is not None
@@ -159,13 +214,25 @@ def without_conj(tensor: Tensor) -> Tensor:
 def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], str]) -> None:
     """Raise an error for gradients that cannot be changed in place, before any is.
 
-    Torch's own where elements share memory, so that one would be changed several times.
+    Torch's own where elements share memory, so that one would be changed several times.  Nothing is known of
+    the memory of tensors that are traced.
 
     Args:
         tensors: the gradients, or what this rank holds of them.
         described: says of one of them whose gradient it is.
     """
+    hidden = intercepted()
     for tensor in tensors:
+        if not hidden and without_memory(tensor):
+            raise RuntimeError(
+                f"{described(tensor)} that has no memory, as its storage was resized to 0 bytes; resize it "
+                "back, or set the gradient to None (`p.grad = None`)"
+            )
+        if not hidden and tensor._is_zerotensor():
+            raise RuntimeError(
+                f"{described(tensor)} that stands for zeros and has no memory to change; clone it first "
+                "(`p.grad = p.grad.clone()`)"
+            )
         if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.dtype in _WRITABLE:
             continue  # as most are
         if tensor.dtype not in _WRITABLE:
@@ -180,6 +247,32 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
                 f"memory location ({described(tensor)}, which is expanded or overlaps itself). Please "
                 "clone() the tensor before performing the operation."
             )
+
+
+def refuse_without_memory(tensors: Iterable[Tensor], name: str) -> None:
+    """Raise an error for items of an argument whose storage was resized to nothing: they have no values."""
+    if intercepted():
+        return
+    for i, tensor in enumerate(tensors):
+        if without_memory(tensor):
+            raise RuntimeError(
+                f"item {i} of `{name}`, of shape {tuple(tensor.shape)}, has no memory, as its storage was "
+                "resized to 0 bytes; resize it back first"
+            )
+
+
+def without_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a tensor with elements was resized to nothing."""
+    if type(tensor) not in PLAIN or tensor.is_meta:
+        return False
+    values = own_values(tensor) if tensor.layout in SPARSE else tensor
+    if values.layout is not torch.strided or values.numel() == 0:
+        return False
+    return values.untyped_storage().nbytes() == 0
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    return tensor._is_zerotensor() or without_memory(tensor)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchclip._core import arguments
+from torchclip._core import arguments, memory
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
 from torchclip._core.host import HostBatch
@@ -102,9 +102,10 @@ def _load() -> tuple[Any, str]:
             arguments.refuse_item,
             torch.get_num_threads,
             _other_norms,
-            torch._C._len_torch_dispatch_stack,
+            memory.WATCHERS,
             torch.is_inference_mode_enabled,
             torch.strided,
+            memory.FORWARD_AD,
         )
         module.connect_steps(Tensor, torch._C._current_graph_task_id)
         if _walks_as_torch_does():

@@ -88,20 +88,20 @@ def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
     """Multiply each slice along the first axis in place by its own float64 number."""
     real = tensor
     # Where operations are intercepted a tensor may stand for its conjugate, which cannot be seen.
-    if tensor.is_complex() and not memory.intercepted():
+    if tensor.is_complex() and not memory.values_hidden():
         real = torch.view_as_real(memory.without_conj(tensor))
-    too_small = (clip_coefs > 0) & (clip_coefs < FLOAT32_TINY)
-    if memory.on_host([clip_coefs]) and bool(too_small.any()):
-        steps = torch.where(too_small, STEP, 1.0)
-        scale_rows_(tensor, steps)
-        scale_rows_(tensor, clip_coefs / steps)
-        return
-    wide = torch.float64 if real.dtype in memory.DOUBLE else torch.float32
+    wide = torch.float64 if real.dtype in memory.DOUBLE or _has_tiny(clip_coefs) else torch.float32
     clip_coefs = clip_coefs.to(wide).view(-1, *[1] * (real.dim() - 1))
     if clip_coefs.dtype == real.dtype or real.is_complex():
         real.mul_(clip_coefs)
         return
     # Torch would widen the whole tensor at once.
-    rows = max(1, memory.PIECE * len(real) // max(1, real.numel()))
-    for part, of_part in zip(torch.split(real, rows), torch.split(clip_coefs, rows), strict=True):
+    parts = memory.by_rows(real)
+    for part, of_part in zip(parts, torch.split(clip_coefs, max(1, len(parts[0]))), strict=True):
         part.mul_(of_part)
+
+
+def _has_tiny(clip_coefs: Tensor) -> bool:
+    """Whether float32 has not all digits of one of the numbers; of those on a device nobody asks."""
+    tiny = (clip_coefs > 0) & (clip_coefs < FLOAT32_TINY)
+    return memory.on_host([clip_coefs]) and bool(tiny.any())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchclip._core import arguments, gather, memory, mesh, rounds, rows
+from torchclip._core import arguments, changes, gather, memory, mesh, rounds, rows
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
@@ -66,6 +66,7 @@ def _of_items(items: list[Tensor], given: Any) -> list[Units]:
     for i, parameter in enumerate(chosen):
         _check(i, parameter)
     weights = mesh.locals_of([p.detach() for p in chosen])
+    memory.refuse_without_memory(weights, "parameters")
     local = iter(held)
     measured = iter(mesh.locals_of(mesh.without_partial(grads)))
     return [
@@ -81,9 +82,10 @@ def _check(i: int, parameter: Tensor) -> None:
     if grad is None:
         return
     if grad.layout != torch.strided and not _is_row_sparse(grad):
+        why = "is sparse within its rows" if grad.layout in memory.SPARSE else f"has layout {grad.layout}"
         raise TypeError(
-            f"gradient {i} of shape {tuple(grad.shape)} is sparse within its rows, whose norms adaptive "
-            "clipping needs; make it dense first (`p.grad = p.grad.to_dense()`)"
+            f"gradient {i} of shape {tuple(grad.shape)} {why}, but adaptive clipping needs whole rows; make "
+            "it dense first (`p.grad = p.grad.to_dense()`)"
         )
     if not mesh.split_alike(grad, parameter):
         raise TypeError(
@@ -158,7 +160,7 @@ def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
             before = of_gradient.get(id(each.owner))
             smallest = of_units if before is None else torch.minimum(before[1], of_units)
             of_gradient[id(each.owner)] = (each, smallest)
-    with torch.no_grad():
+    with changes.writing():
         for each, of_units in of_gradient.values():
             if not (memory.on_host([of_units]) and bool((of_units == 1).all())):
                 _scale(each, of_units)

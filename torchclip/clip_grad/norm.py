@@ -184,7 +184,13 @@ def clip_grads_with_norm_(
     """
     max_norm = threshold("max_norm", max_norm)
     norm = _as_norm(total_norm)
-    gather.gradients(parameters).scale_(clip_coef(max_norm, norm))
+    batch = gather.gradients(parameters)
+    if isinstance(norm, Tensor) and norm.is_meta and not all(grad.is_meta for grad in batch.all):
+        raise TypeError(
+            "`total_norm` must be a number, got a tensor on the device 'meta', which has no value, for "
+            "gradients that are elsewhere"
+        )
+    batch.scale_(clip_coef(max_norm, norm))
 
 
 def _as_norm(total_norm: Tensor | float) -> Norm:

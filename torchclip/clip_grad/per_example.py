@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from torchclip._core import rows
+from torchclip._core import memory, rows
 from torchclip._core.arguments import refuse_item, tensor_list, threshold
 from torchclip._core.scalars import clip_coef, join_rows, norm_dtype
 
@@ -72,6 +72,7 @@ def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
             raise TypeError(
                 f"`grads` must hold dense floating tensors, item {i} is {grad.layout} {grad.dtype}"
             )
+    memory.refuse_without_memory(tensors, "grads")
     if any(g.dim() == 0 for g in tensors) or len({len(g) for g in tensors}) > 1:
         raise ValueError(
             "every tensor in `grads` must have the same number of examples along its first axis, "

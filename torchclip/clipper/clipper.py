@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -499,9 +500,9 @@ def _optimizers(given: Any) -> list[Optimizer]:
                 f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
                 f"{arguments.shown(optimizer)}; of a wrapper pass the optimizer that it wraps"
             )
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks") or not isinstance(
-            optimizer.state, MutableMapping
-        ):
+        # The handle that torch gives for a hook holds its dictionary weakly, which no plain one can be.
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+        if not isinstance(hooks, OrderedDict) or not isinstance(optimizer.state, MutableMapping):
             raise TypeError(
                 f"{name} is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
                 "that it wraps"

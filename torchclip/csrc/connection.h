@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <cstddef>
+#include <vector>
 
 #include "dlpack.h"
 
@@ -59,7 +60,8 @@ struct {
     PyObject* refuse;
     Function get_num_threads;
     PyObject* other_norms;
-    Function len_dispatch_modes;
+    std::vector<Function> watchers;  // each is true if somebody may see operations
+    PyObject *forward_ad, *current_level;
     Function is_inference_mode_enabled;
     Getter grad, layout, is_cpu;
     PyObject* strided;  // the layout of dense tensors
@@ -100,11 +102,23 @@ bool may_describe(PyObject* tensor) {
     return is_dense;
 }
 
+// False for a view of a storage that was resized to nothing: then torch gives its offset for an address.  Few addresses
+// are so low; only of those torch is asked.
+bool has_memory(PyObject* tensor, const DLTensor& t) {
+    const uint64_t address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+    if (address == 0 || address >= uint64_t(1) << 40) return true;
+    PyObject* const answer = PyObject_CallMethod(tensor, "storage_offset", nullptr);
+    const long long offset = answer != nullptr ? PyLong_AsLongLong(answer) : 0;
+    Py_XDECREF(answer);
+    PyErr_Clear();
+    return uint64_t(offset) * t.dtype.bits / 8 != address;
+}
+
 // Describes a plain tensor's memory; false if it has none of its own (sparse, meta, inside vmap).
 // No Python code runs where it is true.
 bool describe(PyObject* tensor, DLTensor& t) {
     if (!is_plain(tensor)) return false;
-    if (torch.read(tensor, &t) == 0) return true;
+    if (torch.read(tensor, &t) == 0) return has_memory(tensor, t);
     PyErr_Clear();
     has_refused = true;
     return false;
@@ -118,12 +132,17 @@ PyObject* get_grad(PyObject* parameter) {
 // How many `torchclip.kernel.disabled()` are open, in all threads.
 long disabled_count = 0;
 
-// Whether operations are being intercepted, so that all have to be torch's.
+// Whether operations may be recorded or transformed, so that all have to be torch's; torchclip._core.memory decides.
 bool is_intercepted() {
-    PyObject* const modes = torch.len_dispatch_modes();
-    const bool none = modes != nullptr && PyLong_AsLong(modes) == 0;
-    Py_XDECREF(modes);
-    return !none;
+    PyObject* const level = PyDict_GetItemWithError(torch.forward_ad, torch.current_level);
+    bool intercepted = level == nullptr || PyLong_AsLong(level) >= 0;
+    for (const Function& watcher : torch.watchers) {
+        if (intercepted) break;
+        PyObject* const answer = watcher();
+        intercepted = answer == nullptr || PyObject_IsTrue(answer) != 0;
+        Py_XDECREF(answer);
+    }
+    return intercepted;
 }
 
 bool is_usable() { return disabled_count == 0 && !is_intercepted(); }

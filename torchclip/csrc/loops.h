@@ -100,7 +100,9 @@ template <class T> INLINE T limited_by_bits(T x, T top) {
 
 template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit) {
     using Int = typename Bits<T>::type;
-    const Int top = magnitude(narrow<T>(limit));
+    // One beyond the largest number limits nothing, also where it would be rounded to that.
+    const Int largest = Bits<T>::infinity - 1;
+    const Int top = limit > widen(bit_cast<T>(largest)) ? Bits<T>::infinity : magnitude(narrow<T>(limit));
     Int beyond = 0;
     bool written = false;
     for (size_t start = 0; start < n; start += kStretch) {

@@ -24,7 +24,7 @@
 namespace {
 
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 10, 10)) return nullptr;
+    if (!count_is(count, 11, 11)) return nullptr;
     auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (api == nullptr) return nullptr;
     while (api != nullptr && api->major != 1) api = api->previous;
@@ -45,7 +45,14 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     torch.refuse = new_reference(args[4]);
     torch.get_num_threads.connect(args[5]);
     torch.other_norms = new_reference(args[6]);
-    torch.len_dispatch_modes.connect(args[7]);
+    if (!PyTuple_Check(args[7]) || !PyDict_Check(args[10]))
+        return PyErr_Format(PyExc_TypeError, "argument 7 must be a tuple, argument 10 a dictionary");
+    torch.watchers.resize(size_t(PyTuple_Size(args[7])));
+    for (size_t i = 0; i < torch.watchers.size(); ++i)
+        torch.watchers[i].connect(PyTuple_GetItem(args[7], Py_ssize_t(i)));
+    torch.forward_ad = new_reference(args[10]);
+    torch.current_level = PyUnicode_InternFromString("_current_level");
+    if (torch.current_level == nullptr) return nullptr;
     torch.is_inference_mode_enabled.connect(args[8]);
     torch.strided = new_reference(args[9]);
     torch.read = api->dltensor_from_py_object_no_sync;
@@ -118,7 +125,7 @@ PyObject* select_instruction_set(PyObject*, PyObject* name) {
 PyMethodDef module_methods[] = {
     {"connect", function(connect), METH_FASTCALL,
      "connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms, "
-     "len_dispatch_modes, is_inference_mode_enabled, strided): "
+     "watchers, is_inference_mode_enabled, strided, forward_ad): "
      "what the kernel needs of torch"},
     {"connect_modules", function(connect_modules), METH_FASTCALL,
      "connect_modules(module, parameter_list, generator): the types, so that modules can be walked"},

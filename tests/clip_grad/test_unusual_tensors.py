@@ -1,0 +1,322 @@
+"""Unusual tensors and callers: refused before anything changes, or treated as torch does."""
+
+import math
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from functions import CHANGING, FUNCTIONS, Function
+from helpers import grad_of, randn, with_gradients
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+import torchclip
+from torchclip import Clipper
+from torchclip._core import memory
+
+pytestmark = [pytest.mark.usefixtures("kernel_on_and_off"), pytest.mark.filterwarnings("ignore:Sparse ")]
+
+every = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+changing = pytest.mark.parametrize("function", CHANGING.values(), ids=CHANGING)
+
+
+def without_memory(*shape: int, offset: int = 0) -> Tensor:
+    tensor = torch.ones(offset + math.prod(shape))[offset:].view(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def sparse_without_memory() -> Tensor:
+    tensor = torch.sparse_coo_tensor(
+        torch.tensor([[0, 2]]), torch.ones(2), (3,), check_invariants=True
+    ).coalesce()
+    tensor._values().untyped_storage().resize_(0)
+    return tensor
+
+
+# Tensors without memory
+
+
+@pytest.mark.parametrize("length", [3, 300, 70_000])
+def test_a_tensor_of_zeros_without_memory_is_measured_as_zeros(length: int) -> None:
+    zeros = torch._efficientzerotensor((length,))
+    assert torchclip.get_total_norm([zeros]) == 0
+    assert torchclip.get_total_norm([zeros, torch.tensor([3.0, 4.0])]) == 5
+
+
+@changing
+@pytest.mark.parametrize(
+    "gone",
+    [
+        lambda: torch._efficientzerotensor((3,)),
+        lambda: without_memory(3),
+        lambda: without_memory(3, offset=10),
+        sparse_without_memory,
+    ],
+    ids=["zeros", "resized", "view of resized", "sparse"],
+)
+def test_a_gradient_without_memory_is_refused_before_any_is_changed(
+    function: Function, gone: Callable[[], Tensor]
+) -> None:
+    first, second = with_gradients([torch.full((3,), 4.0), None])
+    second.data, second.grad = torch.zeros(3), gone()
+    with pytest.raises(RuntimeError, match=r"item 1 of `parameters` has a gradient .* no memory"):
+        function([first, second])
+    assert first.grad.eq(4).all()
+
+
+def test_measured_tensors_without_memory_are_refused() -> None:
+    for gone in (without_memory(3), without_memory(70_000, offset=5), sparse_without_memory()):
+        with pytest.raises(RuntimeError, match=r"item 1 of `tensors`, .* no memory"):
+            torchclip.get_total_norm([torch.ones(2), gone])
+    with pytest.raises(RuntimeError, match=r"item 0 of `grads`, .* no memory"):
+        torchclip.clip_per_example([without_memory(2, 3)], 1.0)
+
+
+def test_weights_without_memory_are_refused() -> None:
+    (weight,) = with_gradients([torch.ones(3, 3)])
+    weight.data = without_memory(3, 3)
+    with pytest.raises(RuntimeError, match=r"item 0 of `parameters`, .* no memory"):
+        torchclip.clip_grad_adaptive_([weight])
+    assert weight.grad.eq(1).all()
+
+
+def test_no_elements_need_no_memory() -> None:
+    assert torchclip.get_total_norm([torch.ones(5)[5:], torch.ones(0), torch.ones(4)]) == 2
+
+
+# Gradients that torch changes only in some circumstances
+
+
+@changing
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.full((2, 3), 4.0),
+        lambda: torch.full((2, 3), 4.0).to_sparse(1),
+        lambda: torch.full((2, 3), 4.0 + 3j, dtype=torch.complex32),
+        lambda: torch.full((3, 2), 4.0).t(),
+    ],
+    ids=["dense", "sparse", "complex32", "transposed"],
+)
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_gradients_made_in_inference_mode_are_clipped_as_others_are(
+    function: Function, make: Callable[[], Tensor]
+) -> None:
+    def parameters(inference: bool) -> list[Any]:
+        with torch.inference_mode(inference):
+            gradient = make()
+        weight = nn.Parameter(torch.ones(2, 3, dtype=gradient.dtype))
+        weight.grad = gradient
+        return [*with_gradients([torch.full((2, 3), 4.0)]), weight]
+
+    ours, usual = parameters(True), parameters(False)
+    try:
+        function(usual)
+    except TypeError as refused:
+        with pytest.raises(TypeError, match=str(refused)[:20]):
+            function(ours)
+        assert ours[0].grad.eq(4).all()
+        return
+    function(ours)
+    for a, b in zip(ours, usual, strict=True):
+        torch.testing.assert_close(_wide(a.grad), _wide(b.grad), rtol=0, atol=0)
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    dense = gradient.to_dense()
+    return dense.to(torch.complex64) if dense.is_complex() else dense
+
+
+def test_mkldnn_gradients_are_clipped_by_value() -> None:
+    weight = torch.zeros(2, 2).to_mkldnn().requires_grad_()
+    weight.grad = torch.tensor([[-3.0, 0.5], [2.0, math.nan]]).to_mkldnn()
+    torchclip.clip_grad_value_([weight], 1.0)
+    expected = torch.tensor([[-1.0, 0.5], [1.0, math.nan]])
+    torch.testing.assert_close(weight.grad.to_dense(), expected, equal_nan=True)
+    with pytest.raises(TypeError, match=r"has layout torch\._mkldnn, but adaptive clipping"):
+        torchclip.clip_grad_adaptive_([weight])
+
+
+# Who records or transforms operations
+
+
+class Seen(TorchFunctionMode):
+    """Counts the operations that change something."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.changes += getattr(func, "__name__", "").rstrip("0123456789").endswith("_")
+        return func(*args, **(kwargs or {}))
+
+
+@changing
+def test_a_function_mode_sees_every_change(function: Function) -> None:
+    parameters = with_gradients([randn(3, 4), randn(5)])
+    with Seen() as mode:
+        function(parameters)
+    assert mode.changes > 0
+
+
+def test_a_default_device_is_nobody_who_sees_operations() -> None:
+    with torch.device("cpu"):
+        assert not memory.intercepted()
+        with Seen():
+            assert memory.intercepted()
+
+
+def _called(function: Function, tensors: tuple[Tensor, ...], **arguments: Any) -> tuple[Tensor, ...]:
+    """What a function gives and what it makes of gradients, all as one tuple of tensors."""
+    if function.changes:
+        grads = [tensor.clone() for tensor in tensors]
+        result = function(with_gradients(grads, [torch.ones_like(grad) for grad in grads]), **arguments)
+        return (*grads, *([] if result is None else [result]))
+    if function.takes == "grads":
+        return tuple(function([tensor.unsqueeze(0) for tensor in tensors], **arguments)[0])
+    return (function(list(tensors), **arguments),)
+
+
+@every
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_jit_trace_computes_norms_anew(function: Function) -> None:
+    example = (torch.ones(3, 4), torch.ones(5))
+    traced = torch.jit.trace(lambda *tensors: _called(function, tensors), example, check_trace=False)
+    for scale in (9.0, 0.01):
+        tensors = (randn(3, 4, scale=scale), randn(5, scale=scale))
+        torch.testing.assert_close(traced(*tensors), _called(function, tensors))
+
+
+@every
+def test_forward_mode_differentiation(function: Function) -> None:
+    tensors = (randn(3, 4, dtype=torch.float64, scale=3), randn(5, dtype=torch.float64, scale=3))
+    tangents = (randn(3, 4, dtype=torch.float64, seed=7), randn(5, dtype=torch.float64, seed=7))
+    for order in (1, 2, 3, math.inf) if function.takes_order else (2,):
+        arguments = {"norm_type": order} if function.takes_order else {}
+        step = 1e-6
+        up, down = (
+            _called(function, tuple(t + s * d for t, d in zip(tensors, tangents, strict=True)), **arguments)
+            for s in (step, -step)
+        )
+        with forward_ad.dual_level():
+            duals = tuple(map(forward_ad.make_dual, tensors, tangents))
+            found = [forward_ad.unpack_dual(each).tangent for each in _called(function, duals, **arguments)]
+        for tangent, a, b in zip(found, up, down, strict=True):
+            torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+# By value and by tiny coefficients: the same bits with and without the kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float16, 65_510.0), (torch.bfloat16, 3.3961e38), (torch.float32, 3.40282354e38)],
+)
+def test_a_limit_just_beyond_a_dtype_limits_nothing(dtype: torch.dtype, limit: float) -> None:
+    gradient = torch.tensor([math.inf, 1.0, -math.inf, math.nan] * 10, dtype=dtype)
+    before = gradient.clone()
+    torchclip.clip_grad_value_(with_gradients([gradient]), limit)
+    torch.testing.assert_close(gradient, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("clip_coef", [3.3e-39, 1.7e-42, 1.1e-45, 4.3e-60])
+def test_tiny_coefficients_have_all_digits(dtype: torch.dtype, clip_coef: float) -> None:
+    gradient = randn(300, dtype=dtype, scale=3e37)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    expected = (gradient.to(wide) * clip_coef).to(dtype)
+    parameters = with_gradients([gradient, gradient.clone().view(2, 150)])
+    torchclip.clip_grads_with_norm_(parameters, clip_coef * 1e6, 1e6 - 1e-6)
+    for parameter in parameters:
+        assert torch.equal(parameter.grad.view(-1), expected)
+
+
+# What callers pass
+
+
+class Items:
+    """A sequence for Python, and for torch, though it is registered as none."""
+
+    def __init__(self, *items: Any) -> None:
+        self._items = items
+
+    def __getitem__(self, index: int) -> Any:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class AsFloat:
+    def __float__(self) -> float:
+        return 1.0
+
+
+class AsIndex:
+    def __index__(self) -> int:
+        return 1
+
+
+@every
+def test_containers_that_have_items_and_a_length_only(function: Function) -> None:
+    gradient = randn(1, 5)
+    function(Items(*with_gradients([gradient])) if function.changes else Items(gradient))
+
+
+@every
+@pytest.mark.parametrize("number", [AsFloat(), AsIndex()])
+def test_what_can_be_made_a_number_is_one(function: Function, number: Any) -> None:
+    results = []
+    for each in (number, 1.0):
+        gradient = randn(1, 5, scale=9)
+        arguments = dict.fromkeys((*function.numbers, *(["norm_type"] * function.takes_order)), each)
+        results.append((function.of(with_gradients([gradient]), **arguments), gradient))
+    torch.testing.assert_close(*results)
+
+
+def test_several_numbers_are_none() -> None:
+    class Several:
+        def __float__(self) -> float:
+            raise TypeError("only arrays of one element can be converted")
+
+    for wrong in (Several(), torch.ones(2), [1.0], True, None, 1j):
+        with pytest.raises(TypeError, match="`max_norm` must be a number, got"):
+            torchclip.clip_grad_norm_(with_gradients([torch.ones(2)]), wrong)  # type: ignore[arg-type]
+
+
+def test_a_number_without_a_value_is_named() -> None:
+    parameters, meta = with_gradients([torch.ones(2)]), torch.ones((), device="meta")
+    with pytest.raises(TypeError, match="`max_norm` must be a number, got a tensor on the device 'meta'"):
+        torchclip.clip_grad_norm_(parameters, meta)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`total_norm` must be a number, got a tensor on the device 'meta'"):
+        torchclip.clip_grads_with_norm_(parameters, 1.0, meta)
+    assert grad_of(parameters[0]).eq(1).all()
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
+def test_a_parameter_group_may_hold_a_tuple(scope: Any) -> None:
+    first, second = with_gradients([torch.full((2,), 3.0), torch.full((2,), 4.0)])
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=0.1)
+    for group in optimizer.param_groups:
+        group["params"] = tuple(group["params"])
+    clipper = Clipper(optimizer, 1.0, scope=scope)
+    optimizer.step()
+    assert clipper.last is not None
+    assert clipper.last.clipped
+
+
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"])
+def test_torchs_functions_can_be_pickled_while_torchclips_are_in_their_place(name: str) -> None:
+    original = getattr(nn.utils, name)
+    before = pickle.dumps(original)
+    with torchclip.installed():
+        held = pickle.dumps(partial(original, max_norm=1.0))
+        assert pickle.loads(held).func is original
+        assert pickle.loads(before) is getattr(nn.utils, name)
+    assert pickle.dumps(original) == before
+    assert pickle.loads(held).func is original
