@@ -19,7 +19,10 @@ from torchclip import get_total_norm, reference
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
 repeatable = settings(
-    deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.differing_executors]
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
 )
 
 REAL = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
