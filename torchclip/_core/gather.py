@@ -191,20 +191,20 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
 
 def _batch(items: list[Tensor], name: str, group: Any, given: Any, measured: bool = False) -> Batch:
     take_grad = name == "parameters"
-    if group is None and not memory.intercepted() and native.active():
-        batch = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
-        # A parameter without a gradient here may have one on another rank, which waits for this one.
-        if not (batch.subclassed and mesh.any_dtensor(items)):
-            _refuse_unusable(batch.rest, items, take_grad, given)
-            return _completed(batch)
+    # A parameter without a gradient here may have one on another rank, which waits for this one.
+    if group is not None or mesh.any_dtensor(items):
+        batch = ShardedBatch(distinct(items, name), take_grad, mesh.as_groups(group), _local, measured)
+        _refuse_unusable(batch.unchecked(), items, take_grad, given)
+        return batch
+    if not memory.intercepted() and native.active():
+        by_kernel = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
+        _refuse_unusable(by_kernel.rest, items, take_grad, given)
+        return _completed(by_kernel)
     found, shared = _found(items, name)
-    if group is None and not mesh.any_dtensor(items):
-        here = _local(found, shared)
-        if not (isinstance(here, HostBatch) and here.dtype):
-            _refuse_unusable(found, items, take_grad, given)
-        return here
-    _refuse_unusable(mesh.locals_of(found), items, take_grad, given)
-    return ShardedBatch(items, take_grad, mesh.as_groups(group), _local, measured)
+    here = _local(found, shared)
+    if not (isinstance(here, HostBatch) and here.dtype):
+        _refuse_unusable(found, items, take_grad, given)
+    return here
 
 
 def _refuse_unusable(held: Sequence[Tensor], items: Sequence[Tensor], take_grad: bool, given: Any) -> None:

@@ -60,6 +60,15 @@ class Layout(NamedTuple):
         return here is not None and all(here[dim] == 0 for dim in self.copies)
 
 
+# What to_local() returns where no gradient is recorded.
+_LOCAL = operator.attrgetter("_local_tensor")
+_SPEC = operator.attrgetter("_spec")
+# A number for each way to lie on a mesh: by the identity of a DTensor's spec, which is kept so that no other
+# object gets its id, and by the mesh and the placements.
+_ways: dict[int, int] = {}
+_equal_ways: dict[tuple[int, Any], int] = {}
+_kept: list[Any] = []
+_MOST_KEPT = 1 << 16
 # Of meshes that are equal, ranks are the same.
 _ranks_of_mesh: WeakKeyDictionary[DeviceMesh, frozenset[int]] = WeakKeyDictionary()
 _ranks_of_group: WeakKeyDictionary[dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
@@ -177,6 +186,32 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
 
 
+def ways_of(tensors: Sequence[Tensor]) -> list[int | None]:
+    """A number for each tensor, the same for those that lie alike; None for plain ones.
+
+    Few operations for each: to compare placements takes as long as all else that is done for a DTensor.
+    """
+    try:
+        ways = list(map(_ways.get, map(id, map(_SPEC, tensors))))
+    except AttributeError:  # some are plain
+        dtensor = dtensor_types()
+        return [_way_of(_SPEC(t)) if isinstance(t, dtensor) else None for t in tensors]
+    if None in ways:
+        return [_way_of(_SPEC(tensor)) for tensor in tensors]
+    return ways
+
+
+def _way_of(spec: Any) -> int:
+    way = _ways.get(id(spec))
+    if way is None:
+        if len(_kept) >= _MOST_KEPT:
+            for known in (_ways, _equal_ways, _kept):
+                known.clear()
+        way = _ways[id(spec)] = _equal_ways.setdefault((id(spec.mesh), spec.placements), id(spec))
+        _kept.append(spec)
+    return way
+
+
 def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None:
     """How a tensor lies on its mesh; None for a plain one.
 
@@ -215,9 +250,11 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, in the tensor's own memory."""
     if not any_dtensor(tensors):
         return list(tensors)
-    dtensor = dtensor_types()
-    with torch.no_grad():
-        return [cast("DTensor", t).to_local() if isinstance(t, dtensor) else t for t in tensors]
+    try:
+        return list(map(_LOCAL, tensors))  # which takes a tenth of the time of to_local()
+    except AttributeError:  # some are plain
+        dtensor = dtensor_types()
+        return [_LOCAL(t) if isinstance(t, dtensor) else t for t in tensors]
 
 
 def is_partial(tensor: Tensor) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
-from operator import or_
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Placed:
     """How the tensors of a call lie.
 
     Args:
-        items: parameters or tensors.
+        items: distinct parameters or tensors.
         take_grad: whether the gradients of the items are meant.
 
     Attributes:
@@ -36,55 +37,47 @@ class Placed:
     """
 
     def __init__(self, items: Sequence[Tensor], take_grad: bool) -> None:
-        self.all: list[Tensor] = []
-        self.dtensors: list[Tensor] = []
+        grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
+        missing = any(map(operator.is_, grads, repeat(None)))
+        here = [grad for grad in grads if grad is not None] if missing else grads
+        self.all: list[Tensor] = list(dict(zip(map(id, here), here, strict=True)).values())
+        self.shared = len(self.all) < len(here)
         self.places: dict[Layout | None, list[int | None]] = {}
         self.pending: set[Layout] = set()
-        self._by_identity: dict[Any, list[int | None]] = {}
-        self._by_placements: dict[Any, list[int | None]] = {}
-        place_of: dict[int, int] = {}
-        dtensor = mesh.dtensor_types()
-        with_gradient = 0
-        for item in dict.fromkeys(items):
-            grad = item.grad if take_grad else item
-            tensor = item if grad is None else grad
-            sharded = isinstance(tensor, dtensor)
-            places = self._places_like(tensor if sharded else None)
-            if grad is None:
-                places.append(None)
-                continue
-            with_gradient += 1
-            places.append(place_of.setdefault(id(grad), len(self.all)))
-            if len(place_of) > len(self.all):
-                self.all.append(grad)
-                if sharded:
-                    self.dtensors.append(grad)
-        self.shared = with_gradient > len(self.all)
+        lie = (
+            [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
+            if missing
+            else grads
+        )
+        ways = mesh.ways_of(lie)
+        places: Sequence[int | None] = range(len(lie))
+        if missing or self.shared:
+            place_of = {id(grad): place for place, grad in enumerate(self.all)}
+            places = [None if grad is None else place_of[id(grad)] for grad in grads]
+        first_of = dict(zip(reversed(ways), reversed(lie), strict=True))
+        if len(first_of) == 1:  # as where FSDP2 shards all of a model
+            self._places_of(lie[0]).extend(places)
+        else:
+            places_of = {way: self._places_of(first_of[way]) for way in dict.fromkeys(ways)}
+            for way, place in zip(ways, places, strict=True):
+                places_of[way].append(place)
+        self.dtensors = self.all
+        if None in first_of:
+            self.dtensors = [tensor for tensor in self.all if mesh.is_dtensor(tensor)]
 
-    def _places_like(self, tensor: Any) -> list[int | None]:
-        """The places of the tensors that lie like this one."""
-        if tensor is None:
-            return self.places.setdefault(None, [])
-        # Tensors mostly have the placements of others before them, also as the same object.
-        placements, on = tensor.placements, id(tensor.device_mesh)
-        identity = on, id(placements)
-        places = self._by_identity.get(identity)
-        if places is None:
-            places = self._by_placements.get((on, placements))
-            if places is None:
-                layout = mesh.layout_of(tensor)
-                places = self._by_placements[on, placements] = self.places.setdefault(layout, [])
-                if layout is not None and mesh.is_partial(tensor):
-                    self.pending.add(layout)
-            self._by_identity[identity] = places
-        return places
+    def _places_of(self, tensor: Tensor) -> list[int | None]:
+        """Where to note the place of a tensor that lies like this one."""
+        layout = mesh.layout_of(tensor)
+        if layout is not None and mesh.is_partial(tensor):
+            self.pending.add(layout)
+        return self.places.setdefault(layout, [])
 
 
 class ShardedBatch:
     """Plain tensors and DTensors with what other ranks hold of them; a ``Batch``.
 
     Args:
-        items: parameters or tensors.
+        items: distinct parameters or tensors.
         take_grad: whether the gradients of the items are meant.
         groups: process groups whose ranks hold further gradients.
         gather: makes a batch of what this rank holds: of tensors, and whether any is shared.
@@ -107,6 +100,12 @@ class ShardedBatch:
         self._locals = mesh.locals_of(self.all)
         self._local = gather(self._locals, self._placed.shared)
         self.joint_facts: int | None = None
+
+    def unchecked(self) -> Sequence[Tensor]:
+        """What this rank holds that might not be possible to change in place."""
+        # All that the kernel takes can be.
+        rest: Sequence[Tensor] = getattr(self._local, "rest", self._locals)
+        return rest
 
     @property
     def facts(self) -> int:
@@ -229,7 +228,7 @@ def norms_of_each(batches: Sequence[ShardedBatch], p: float, finite: bool) -> li
 
 def _call(batches: Sequence[ShardedBatch], if_changed: int, if_not: int, p: float) -> Call:
     kind = if_changed if batches[0].is_changed else if_not
-    return Call(kind, p, reduce(or_, (batch.own_facts for batch in batches)))
+    return Call(kind, p, reduce(operator.or_, (batch.own_facts for batch in batches)))
 
 
 def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int) -> None:
@@ -244,7 +243,7 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
     for items in several:
         if not (groups or mesh.any_dtensor(items)):
             continue
-        placed = Placed(items, take_grad=kind != Kind.MEASURE)
+        placed = Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
         if placed.pending:
             mesh.without_partial(placed.all)  # which takes all ranks, too
         parts.append(_absent(placed))
