@@ -1,6 +1,7 @@
 """How the kernel is built: what each platform's compiler is told, by the platform's name alone."""
 
 import platform
+import re
 import runpy
 import sys
 import sysconfig
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import setuptools  # type: ignore[import-untyped]
+
+import torchclip
 
 SETUP = Path(__file__).parents[2] / "setup.py"
 
@@ -20,13 +23,18 @@ def as_on(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def extensions(patch: pytest.MonkeyPatch) -> list[Any]:
+def asked_for(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``setup.py`` asks for."""
     asked: dict[str, Any] = {}
     patch.setattr(setuptools, "setup", asked.update)
     patch.chdir(SETUP.parent)
     runpy.run_path(str(SETUP))
-    found: list[Any] = asked.get("ext_modules", [])
+    return asked
+
+
+def extensions(patch: pytest.MonkeyPatch) -> list[Any]:
+    """The extensions that it asks for."""
+    found: list[Any] = asked_for(patch).get("ext_modules", [])
     return found
 
 
@@ -62,3 +70,38 @@ def test_no_kernel_where_it_cannot_be_or_is_not_wanted(as_on: pytest.MonkeyPatch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 1}.get)
         assert extensions(patch) == []
+
+
+def test_links_of_the_long_description_work_outside_of_the_repository(as_on: pytest.MonkeyPatch) -> None:
+    text = asked_for(as_on)["long_description"]
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) > 10
+    prefixes = (
+        f"https://github.com/torchclip/torchclip/blob/v{torchclip.__version__}/",
+        f"https://raw.githubusercontent.com/torchclip/torchclip/v{torchclip.__version__}/",
+    )
+    for link in links:
+        assert link.startswith("https://")
+        for prefix in prefixes:
+            if link.startswith(prefix):
+                assert (SETUP.parent / link.removeprefix(prefix).partition("#")[0]).exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler of this test is a shell script")
+def test_what_the_compiler_said_is_kept(as_on: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = asked_for(as_on)["cmdclass"]["build_ext"]
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'module.cpp:3:10: fatal error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    for name in ("CC", "CXX"):
+        as_on.setenv(name, str(compiler))
+    extension = setuptools.Extension(
+        "torchclip._kernel", sources=["torchclip/csrc/module.cpp"], optional=True
+    )
+    build = command(setuptools.Distribution({"ext_modules": [extension]}))
+    build.build_lib, build.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    (tmp_path / "lib" / "torchclip").mkdir(parents=True)
+    build.ensure_finalized()
+    build.run()
+    note = tmp_path / "lib" / "torchclip" / "_not_built.txt"
+    assert note.read_text() == "module.cpp:3:10: fatal error: no such thing"
