@@ -40,15 +40,14 @@ def flags() -> tuple[list[str], list[str]]:
         return ["/std:c++17", "/O2"], []
     # Contraction into fused multiply-adds would make sums depend on the instruction set.
     compiling = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    # On Linux torch brings GNU's OpenMP, and the kernel shares its threads; elsewhere one thread is used.
-    target = os.environ.get("_PYTHON_HOST_PLATFORM", sys.platform)  # another one in tools/wheels
-    both = ["-fopenmp"] if target.startswith("linux") else []
+    both: list[str] = []
     if os.environ.get("TORCHCLIP_SANITIZE") == "1":
         both += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         compiling += ["-O1", "-g", "-fno-omit-frame-pointer"]
     else:
         compiling += ["-O3", "-g0"]
-    return compiling + both, both
+    # Torch's threads are looked up when the kernel is loaded; in old Linuxes the look-up has a library of its own.
+    return compiling + both, both + (["-ldl"] if sys.platform == "linux" else [])
 
 
 @contextmanager

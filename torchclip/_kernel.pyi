@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-openmp: bool
-"""Whether several threads can be used."""
-
 def connect(
     tensor: type[Tensor],
     parameter: type[Tensor],
@@ -24,6 +21,7 @@ def connect(
     is_inference_mode_enabled: Callable[[], bool],
     strided: torch.layout,
     forward_ad: dict[str, Any],
+    library: str,
     /,
 ) -> None:
     """Give the kernel what it needs of torch; once, before anything else.
@@ -43,6 +41,7 @@ def connect(
         strided: ``torch.strided``, the layout of dense tensors.
         forward_ad: the names of ``torch.autograd.forward_ad``; likewise while its ``_current_level`` is at
             least 0.
+        library: the path of a library that was linked to torch's OpenMP, whose threads are used.
 
     Raises:
         RuntimeError: if the table is not of DLPack's version 1.
@@ -71,14 +70,6 @@ def clip_grad_norm(
     started, are walked where that is sure to give the same parameters; the generator is used up then.
     """
 
-def clip_step(optimizer: object, max_norm: float, /) -> tuple[float, float] | None:
-    """The usual step of a ``torchclip.Clipper``, which clips all gradients by their joint norm, in one go.
-
-    Returns:
-        The norm and the clip coefficient, after clipping; None, and nothing was changed, if anything is
-        unusual.
-    """
-
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
 
@@ -103,6 +94,9 @@ def enable() -> None:
 
 def is_enabled() -> bool:
     """Whether every ``disable`` was undone."""
+
+def has_threads() -> bool:
+    """Whether torch's OpenMP was found, so that several threads can be used."""
 
 def instruction_set() -> str:
     """The one in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""

@@ -39,22 +39,20 @@ def extensions(patch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("system", "openmp", "compiling"),
+    ("system", "compiling"),
     [
-        ("linux", True, {"-std=c++17", "-O3", "-ffp-contract=off"}),
-        ("darwin", False, {"-std=c++17", "-O3", "-ffp-contract=off"}),
-        ("win32", False, {"/std:c++17", "/O2"}),
+        ("linux", {"-std=c++17", "-O3", "-ffp-contract=off"}),
+        ("darwin", {"-std=c++17", "-O3", "-ffp-contract=off"}),
+        ("win32", {"/std:c++17", "/O2"}),
     ],
 )
-def test_flags_go_by_the_platforms_name(
-    as_on: pytest.MonkeyPatch, system: str, openmp: bool, compiling: set[str]
-) -> None:
+def test_flags_go_by_the_platforms_name(as_on: pytest.MonkeyPatch, system: str, compiling: set[str]) -> None:
     as_on.setattr(sys, "platform", system)
     (kernel,) = extensions(as_on)
     assert compiling <= set(kernel.extra_compile_args)
     assert {flag[0] for flag in kernel.extra_compile_args} == ({"/"} if system == "win32" else {"-"})
     for flags in (kernel.extra_compile_args, kernel.extra_link_args):
-        assert ("-fopenmp" in flags) is openmp
+        assert not any("openmp" in flag for flag in flags)  # torch's is looked up when the kernel is loaded
     assert kernel.optional
     assert kernel.py_limited_api
 

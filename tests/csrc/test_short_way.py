@@ -138,6 +138,10 @@ STILL_USUAL: dict[str, Callable[[Call], None]] = {
     "an order of integer type": with_keyword("norm_type", 2),
     "foreach": with_keyword("foreach", True),
     "an error for what is not finite": with_keyword("error_if_nonfinite", True),
+    "gaps": gradient(lambda: torch.ones(4, 6)[:, ::2]),
+    "many elements": gradient(lambda: randn(70_000)),
+    "many parameters": many,
+    "beyond float64": gradient(lambda: torch.tensor([1e200], dtype=torch.float64)),
     "listed twice": lambda call: call.parameters.append(call.parameters[0]),
     "shared": shared,
 }
@@ -146,15 +150,11 @@ UNUSUAL: dict[str, Callable[[Call], None]] = {
     "a gradient of a subclass": gradient(lambda: torch.ones(3).as_subclass(Subclass)),
     "sparse": gradient(lambda: torch.ones(3).to_sparse()),
     "expanded": gradient(lambda: torch.ones(1).expand(3)),
-    "gaps": gradient(lambda: torch.ones(4, 6)[:, ::2]),
     "elsewhere": gradient(lambda: torch.ones(3, device="meta")),
     "integers": gradient(lambda: torch.ones(3, dtype=torch.int32)),
     "float8": gradient(lambda: torch.ones(3).to(torch.float8_e4m3fn)),
-    "many elements": gradient(lambda: randn(70_000)),
-    "many parameters": many,
     "inf": gradient(lambda: torch.tensor([1.0, math.inf])),
     "nan": gradient(lambda: torch.tensor([math.nan, 1.0])),
-    "beyond float64": gradient(lambda: torch.tensor([1e200], dtype=torch.float64)),
     "no tensor": item(lambda: 3.0),
     "named": item(lambda: ("name", torch.zeros(3))),
     "a negative threshold": with_limit(-1.0),
@@ -261,7 +261,8 @@ def test_any_number_of_gradients(count: int, full_way: Callable[[], Any]) -> Non
     def make() -> Call:
         return Call(with_gradients([row.clone() for row in randn(count, 1)]), 1e-3)
 
-    assert is_short(make()) == is_short(make(), "value") == (count <= 1024)
+    assert is_short(make())
+    assert is_short(make(), "value")
     both(make, "norm", full_way)
     both(make, "value", full_way)
 
@@ -447,7 +448,6 @@ WALKED: dict[str, Callable[[], nn.Module]] = {
     "parametrized": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2)),
     "a list in a module": lambda: nn.ModuleList([nn.Linear(2, 2), nn.ParameterList([torch.ones(2)])]),
     "a child's names": child_overrides(lambda: Overriding(3, 3)),
-    "a property": child_overrides(lambda: WithProperty(3, 3)),
 }
 RUN: dict[str, Callable[[], nn.Module]] = {
     "named_parameters": lambda: Overriding(3, 2),
@@ -456,6 +456,7 @@ RUN: dict[str, Callable[[], nn.Module]] = {
     "a child's modules": child_overrides(lambda: OverridingModules(nn.Linear(3, 3), nn.Linear(3, 3))),
     "equal modules": lambda: nn.Sequential(Equal(3, 3), Equal(3, 3)),
     "__getattribute__": child_overrides(lambda: Intercepting(3, 3)),
+    "a property": child_overrides(lambda: WithProperty(3, 3)),
     "its own named_parameters": instance_override(
         "named_parameters", lambda m: iter([("", m.get_parameter("0.weight"))])
     ),
@@ -617,7 +618,6 @@ def test_attributes_that_are_in_no_dictionary() -> None:
             pytest.skip("this Python refuses attributes that are in no dictionary")
         return made
 
-    assert _kernel.clip_step(odd(functools.partial(print)), 1.0) is None
     assert not is_short(Call(odd(Odd(print))))
     assert not is_short(Call(nn.Sequential(nn.Linear(2, 2), odd(Odd(print)))))
 
@@ -743,9 +743,12 @@ def test_a_finalizer_of_a_parameter_that_trades_the_memory_of_its_gradient() -> 
     lost = weakref.finalize(given[1], lambda: grads[1].set_(torch.full_like(grads[1], 0.5)))
     call.parameters.clear()
 
+    read: list[None] = []
+
     def meddle() -> None:
-        if given:
-            given.clear()  # from now on the call alone keeps the parameters
+        read.append(None)
+        if len(read) == len(grads):
+            given.clear()  # from now on nothing keeps the parameters but the call
 
     with Meddling(meddle):
         torchclip.clip_grad_norm_(given, 0.1)

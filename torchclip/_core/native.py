@@ -17,7 +17,7 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
 from torchclip._core.host import HostBatch
 
-__all__ = ["active", "clip_grad_norm", "clip_grad_value", "clip_step", "extension", "status", "step_state"]
+__all__ = ["active", "clip_grad_norm", "clip_grad_value", "extension", "status", "step_state"]
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
@@ -42,8 +42,8 @@ def status() -> str:
         return _reason
     if not active():
         return "off (torchclip.kernel.disabled())"
-    # Outside of Linux there is no OpenMP that could be shared with torch.
-    return f"active ({extension.instruction_set()}{'' if extension.openmp else ', one thread'})"
+    # Some builds of torch have no OpenMP whose threads could be used.
+    return f"active ({extension.instruction_set()}{'' if extension.has_threads() else ', one thread'})"
 
 
 def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> Norm | Norms:
@@ -106,6 +106,7 @@ def _load() -> tuple[Any, str]:
             torch.is_inference_mode_enabled,
             torch.strided,
             memory.FORWARD_AD,
+            torch._C.__file__,
         )
         module.connect_steps(Tensor, torch._C._current_graph_task_id)
         if _walks_as_torch_does():
@@ -123,8 +124,5 @@ clip_grad_norm: Callable[..., Tensor | None]
 """The extension's fast path of ``clip_grad_norm_``; None where it does not take the call."""
 clip_grad_value: Callable[..., bool | None]
 """Likewise of ``clip_grad_value_``; True where it takes it."""
-clip_step: Callable[..., tuple[float, float] | None]
-"""Likewise of a step of a ``Clipper`` with a number; the norm and the clip coefficient."""
 clip_grad_norm = getattr(extension, "clip_grad_norm", _not_taken)
 clip_grad_value = getattr(extension, "clip_grad_value", _not_taken)
-clip_step = getattr(extension, "clip_step", _not_taken)

@@ -1,90 +1,62 @@
 // The type `Batch`: the distinct tensors of one call, and what can be done with them.
 //
 // A batch keeps references to its tensors and nothing that depends on their memory.  Each method does first whatever
-// can run Python code (numbers, threads), then takes a snapshot of the memory and works on that.
+// can run Python code (numbers), then reads where the memory lies and works on that.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#include "snapshot.h"
-#include "walk.h"
+#include "functions.h"
 
 namespace {
 
-constexpr size_t kSmallElements = size_t(1) << 19;
-
 struct Batch {
-    struct Member {
-        PyObject* tensor;
-        bool taken;  // whether the kernel works on it
-    };
-    std::vector<Member> members;               // distinct, in order
-    PyObject *all = nullptr, *rest = nullptr;  // lists, once they were asked for
+    Tensors tensors;
+    Ref all, rest;              // lists, once they were asked for
     Py_ssize_t count = 0;       // items seen, counting those without a gradient and those that came before
-    size_t found = 0;           // tensors that they had, counting those that came before
-    size_t taken = 0;           // members
-    size_t elements = 0;        // of taken members when they were gathered
-    int facts = 0;              // likewise
+    int facts = 0;              // when the tensors were gathered
     bool has_subclass = false;  // among the items
 
-    ~Batch() {
-        for (const Member& member : members) Py_DECREF(member.tensor);
-        Py_XDECREF(all);
-        Py_XDECREF(rest);
+    // False, with an error set, for something that is no tensor.
+    bool check(PyObject* item, const char* argument) {
+        const Py_ssize_t index = count++;
+        if (is_plain(item)) return true;
+        has_subclass = true;
+        const int is_tensor = PyObject_IsInstance(item, reinterpret_cast<PyObject*>(torch.tensor));
+        if (is_tensor != 0) return is_tensor > 0;
+        const Ref none(PyObject_CallFunction(torch.refuse, "snO", argument, index, item));
+        if (none != nullptr) PyErr_Format(PyExc_TypeError, "item %zd is not a Tensor", index);
+        return false;
     }
 
-    void add(Seen& seen, PyObject* tensor) {
-        ++found;
-        if (!seen.add(tensor)) return;
-        members.push_back({tensor, false});
-        Py_INCREF(tensor);
-        DLTensor t;
-        Layout layout;
-        Axis axes[kMaxAxes];
-        if (!is_plain(tensor) || !may_describe(tensor)) return;
-        if (!describe(tensor, t) || !read_layout(t, layout, axes)) return;
-        members.back().taken = true;
-        ++taken;
-        elements += layout.count;
-        const DtypeFacts& dtype = kDtypes[layout.dtype];
-        facts |=
-            (dtype.is_double() ? kDouble : 0) | (dtype.is_complex() ? kAnyComplex : 0) | (layout.axes > 0 ? kGaps : 0);
-    }
-
-    bool walk(PyObject* iterable, bool take_grad) {
-        const size_t expected = PyList_CheckExact(iterable) ? size_t(PyList_Size(iterable)) : 0;
-        Seen seen(expected);
-        members.reserve(expected);
-        const bool walked = for_each_item(iterable, [&](PyObject* item) {
-            if (!check_item(item, take_grad ? "parameters" : "tensors", count++, has_subclass)) return false;
-            PyObject* const tensor = take_grad ? get_grad(item) : new_reference(item);
-            if (tensor == nullptr) return false;
-            if (!take_grad || tensor != Py_None) add(seen, tensor);
-            Py_DECREF(tensor);
+    bool gather(PyObject* iterable, bool take_grad) {
+        const bool gathered = collect_any(iterable, [&](Ref item) {
+            if (!check(item, take_grad ? "parameters" : "tensors")) return false;
+            if (take_grad) return tensors.take_gradient(item);
+            tensors.take(std::move(item));
             return true;
         });
-        if (taken == members.size() && elements <= kSmallElements) facts |= kSmall;
-        if (take_grad && found > members.size()) facts |= kShared;
-        return walked;
+        if (!gathered) return false;
+        tensors.drop_repeated();
+        Memory memory;
+        tensors.read(memory);
+        const bool is_small = tensors.are_all_taken() && memory.elements() <= kSmallElements;
+        const bool is_shared = take_grad && tensors.has_repeated();
+        facts = memory.facts() | (is_small ? kSmall : 0) | (is_shared ? kShared : 0);
+        return true;
     }
 
-    // A new list of the members for which wanted(i) holds.
-    template <class Wanted> PyObject* list(Wanted wanted) const {
-        PyObject* const tensors = PyList_New(0);
-        for (size_t i = 0; i < members.size() && tensors != nullptr; ++i)
-            if (wanted(i) && PyList_Append(tensors, members[i].tensor) < 0) return Py_DECREF(tensors), nullptr;
-        return tensors;
+    // The list of the tensors for which wanted(i) holds; null with an error set.
+    template <class Wanted> Ref list(Wanted wanted) const {
+        Ref list(PyList_New(0));
+        for (size_t i = 0; i < tensors.all().size() && list != nullptr; ++i)
+            if (wanted(i) && PyList_Append(list, tensors.all()[i]) < 0) return Ref();
+        return list;
     }
 
-    PyObject* list_taken() const {
-        return list([this](size_t i) { return members[i].taken; });
-    }
-
-    // A new reference to the list of all members, which is made once.
-    PyObject* list_all() {
-        if (all == nullptr) all = list([](size_t) { return true; });
-        return all != nullptr ? new_reference(all) : nullptr;
+    Ref list_taken() const {
+        return list([this](size_t i) { return tensors.is_taken(i); });
     }
 };
 
@@ -95,21 +67,20 @@ PyTypeObject* batch_type = nullptr;
 
 Batch& batch_of(PyObject* self) { return reinterpret_cast<BatchObject*>(self)->batch; }
 
-// A batch of what the iterable gives: parameters whose gradients are meant, or tensors.
+// A new batch that fill(batch) fills; null, with an error set, if that returns false.
+template <class Fill> PyObject* make_batch(Fill fill) {
+    return guarded([&]() -> PyObject* {
+        BatchObject* const made = PyObject_New(BatchObject, batch_type);
+        if (made == nullptr) return nullptr;
+        Batch* const batch = new (&made->batch) Batch;
+        Ref self(reinterpret_cast<PyObject*>(made));
+        return fill(*batch) ? self.release() : nullptr;
+    });
+}
+
 PyObject* gather(PyObject* iterable, bool take_grad) {
     if (!connected()) return nullptr;
-    BatchObject* const self = PyObject_New(BatchObject, batch_type);
-    if (self == nullptr) return nullptr;
-    Batch* const batch = new (&self->batch) Batch;
-    bool done = false;
-    try {
-        done = batch->walk(iterable, take_grad);
-    } catch (const std::bad_alloc&) {
-        PyErr_NoMemory();
-    }
-    if (done) return reinterpret_cast<PyObject*>(self);
-    Py_DECREF(self);
-    return nullptr;
+    return make_batch([&](Batch& batch) { return batch.gather(iterable, take_grad); });
 }
 
 void batch_dealloc(PyObject* self) {
@@ -123,27 +94,24 @@ void batch_dealloc(PyObject* self) {
 // Arguments
 // ---------------------------------------------------------------------------------------------------------------
 
+using Numbers = Room<double, kUsual>;
+
 bool read_number(PyObject* object, double& number) {
     number = PyFloat_AsDouble(object);
     return number != -1.0 || PyErr_Occurred() == nullptr;
 }
 
 // An iterable of as many numbers as are wanted.
-bool read_numbers(PyObject* iterable, size_t wanted, std::vector<double>& numbers) {
-    PyObject* const list = PyList_CheckExact(iterable) ? new_reference(iterable) : PySequence_List(iterable);
-    if (list == nullptr) return false;
-    const Py_ssize_t given = PyList_Size(list);
-    bool read = size_t(given) == wanted;
-    if (!read) PyErr_Format(PyExc_ValueError, "expected one number for each of %zu tensors, got %zd", wanted, given);
-    numbers.resize(wanted);
-    for (size_t i = 0; i < wanted && read; ++i) {
-        PyObject* const number = PyList_GetItem(list, Py_ssize_t(i));
-        Py_XINCREF(number);  // as user code can change the list
-        read = number != nullptr && read_number(number, numbers[i]);
-        Py_XDECREF(number);
-    }
-    Py_DECREF(list);
-    return read;
+bool read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
+    const bool read = collect_any(iterable, [&](const Ref& item) {
+        double number;
+        if (!read_number(item, number)) return false;
+        numbers.push_back(number);
+        return true;
+    });
+    if (read && numbers.size() != wanted)
+        PyErr_Format(PyExc_ValueError, "expected one number for each of %zu tensors, got %zu", wanted, numbers.size());
+    return read && numbers.size() == wanted;
 }
 
 // What `norm` and `norms` take: an order, and whether only finite elements count.
@@ -166,13 +134,11 @@ struct Measure {
                                                               : nullptr;
     }
 
-    // The norm of a list of tensors, or a list of the norm of each, if there is no loop.  Takes over the list.
-    PyObject* ask(PyObject* tensors, bool each) const {
-        if (tensors == nullptr) return nullptr;
-        PyObject* const norms = PyObject_CallFunction(torch.other_norms, "OdOO", tensors, p,
-                                                      finite ? Py_True : Py_False, each ? Py_True : Py_False);
-        Py_DECREF(tensors);
-        return norms;
+    // The norm of a list of tensors, or a list of the norm of each, if there is no loop.
+    Ref ask(const Ref& tensors, bool each) const {
+        if (tensors == nullptr) return Ref();
+        return Ref(PyObject_CallFunction(torch.other_norms, "OdOO", static_cast<PyObject*>(tensors), p,
+                                         finite ? Py_True : Py_False, each ? Py_True : Py_False));
     }
 };
 
@@ -180,170 +146,117 @@ struct Measure {
 // Methods
 // ---------------------------------------------------------------------------------------------------------------
 
-// Adds the taken members for which number(i, value) holds, having set their number.  False, with an error set, if one
-// of them can no longer be taken.
-template <class Number> bool fill(Snapshot& snapshot, const Batch& batch, Number number) {
-    double value = 0;
-    for (size_t i = 0; i < batch.members.size(); ++i) {
-        if (!batch.members[i].taken || !number(i, value) || snapshot.add(batch.members[i].tensor, value)) continue;
-        PyErr_Format(PyExc_RuntimeError,
-                     "gradient %zu changed during the call: it has no memory any more that can be measured or changed "
-                     "directly, as its device, dtype or layout is another one, or its elements overlap. Nothing was "
-                     "changed. Replace gradients before or after clipping, not meanwhile.",
-                     i);
-        return false;
-    }
-    return true;
-}
-
-bool any_number(size_t, double&) { return true; }
-
 PyObject* batch_norm(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     const Batch& batch = batch_of(self);
     Measure measure;
     if (!measure.read(args, count)) return nullptr;
-    const auto loop = measure.loop();
-    if (loop == nullptr) return measure.ask(batch.list_taken(), false);
-    const int threads = usable_threads(batch.elements);
-    if (threads < 0) return nullptr;
-    try {
-        Snapshot snapshot(batch.taken, threads);
-        if (!fill(snapshot, batch, any_number)) return nullptr;
-        return PyFloat_FromDouble(snapshot.norm(loop, measure.finite));
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    }
+    if (measure.loop() == nullptr) return measure.ask(batch.list_taken(), false).release();
+    return guarded([&]() -> PyObject* {
+        Memory memory;
+        if (!batch.tensors.read_again(memory, kEach)) return nullptr;
+        return PyFloat_FromDouble(memory.norm(measure.loop(), measure.finite));
+    });
 }
 
 // The norms of the taken members, in order; false with an error set.
-bool measure_each(const Batch& batch, const Measure& measure, std::vector<double>& norms) {
+bool measure_each(const Batch& batch, const Measure& measure, Numbers& norms) {
     if (measure.loop() == nullptr) {
-        PyObject* const answer = measure.ask(batch.list_taken(), true);
-        const bool read = answer != nullptr && read_numbers(answer, batch.taken, norms);
-        Py_XDECREF(answer);
-        return read;
+        const Ref answer = measure.ask(batch.list_taken(), true);
+        return answer != nullptr && read_numbers(answer, batch.tensors.taken_count(), norms);
     }
-    const int threads = usable_threads(batch.elements);
-    if (threads < 0) return false;
-    Snapshot snapshot(batch.taken, threads);
-    if (!fill(snapshot, batch, any_number)) return false;
-    norms = snapshot.norms(measure.loop(), measure.finite);
+    Memory memory;
+    if (!batch.tensors.read_again(memory, kEach)) return false;
+    norms.resize(memory.size());
+    memory.norms(measure.loop(), measure.finite, norms.begin());
     return true;
 }
 
 PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    const Batch& batch = batch_of(self);
-    Measure measure;
-    std::vector<double> of_taken;
-    try {
-        if (!measure.read(args, count) || !measure_each(batch, measure, of_taken)) return nullptr;
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    }
-    PyObject* const norms = PyList_New(Py_ssize_t(batch.members.size()));
-    size_t next = 0;
-    for (size_t i = 0; i < batch.members.size() && norms != nullptr; ++i) {
-        PyObject* const norm = PyFloat_FromDouble(batch.members[i].taken ? of_taken[next++] : kAbsent);
-        if (norm == nullptr) return Py_DECREF(norms), nullptr;
-        PyList_SetItem(norms, Py_ssize_t(i), norm);
-    }
-    return norms;
-}
-
-// Changes the taken members for which number(i, value) holds, each by the value set.
-template <class Number> PyObject* change(Batch& batch, Write Loops::* loop, bool every, Number number) {
-    const int threads = usable_threads(batch.elements);
-    if (threads < 0) return nullptr;
-    try {
-        Snapshot snapshot(batch.taken, threads);
-        if (!fill(snapshot, batch, number)) return nullptr;
-        if (loop == &Loops::clamp && snapshot.has_complex())
-            return PyErr_Format(PyExc_RuntimeError, "a gradient became complex during the call; nothing was changed");
-        if (!snapshot.write(loop)) return new_reference(Py_None);
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    }
-    double ignored;
-    const auto wanted = [&](size_t i) { return batch.members[i].taken && number(i, ignored); };
-    const bool is_all = every && batch.taken == batch.members.size();
-    return tell_autograd(is_all ? batch.list_all() : batch.list(wanted)) ? new_reference(Py_None) : nullptr;
-}
-
-PyObject* change_all(Batch& batch, Write Loops::* loop, double number) {
-    return change(batch, loop, true, [number](size_t, double& value) {
-        value = number;
-        return true;
+    const Tensors& tensors = batch_of(self).tensors;
+    return guarded([&]() -> PyObject* {
+        Measure measure;
+        Numbers of_taken;
+        if (!measure.read(args, count) || !measure_each(batch_of(self), measure, of_taken)) return nullptr;
+        Ref norms(PyList_New(Py_ssize_t(tensors.all().size())));
+        size_t next = 0;
+        for (size_t i = 0; i < tensors.all().size() && norms != nullptr; ++i) {
+            PyObject* const norm = PyFloat_FromDouble(tensors.is_taken(i) ? of_taken[next++] : kAbsent);
+            if (norm == nullptr) return nullptr;
+            PyList_SetItem(norms, Py_ssize_t(i), norm);
+        }
+        return norms.release();
     });
+}
+
+// Changes the taken members for which wanted(i) holds, by one number or each by its own.
+template <class Wanted>
+PyObject* change(const Batch& batch, Write Loops::* loop, const double* numbers, bool each, Wanted wanted) {
+    Memory memory;
+    if (!batch.tensors.read_again(memory, wanted)) return nullptr;
+    if (loop == &Loops::clamp && (memory.facts() & kAnyComplex) != 0)
+        return PyErr_Format(PyExc_RuntimeError, "a gradient became complex during the call; nothing was changed");
+    const bool done = !memory.write(loop, numbers, each) || batch.tensors.bump_versions(wanted);
+    return done ? new_reference(Py_None) : nullptr;
+}
+
+PyObject* change_all(PyObject* self, Write Loops::* loop, double number) {
+    return guarded([&] { return change(batch_of(self), loop, &number, false, kEach); });
 }
 
 PyObject* batch_scale(PyObject* self, PyObject* argument) {
     double clip_coef;
     if (!read_number(argument, clip_coef)) return nullptr;
     if (clip_coef == 1.0) return new_reference(Py_None);
-    return change_all(batch_of(self), &Loops::scale, clip_coef);
+    return change_all(self, &Loops::scale, clip_coef);
 }
 
 PyObject* batch_scale_each(PyObject* self, PyObject* argument) {
-    Batch& batch = batch_of(self);
-    try {
-        std::vector<double> clip_coefs;
-        if (!read_numbers(argument, batch.members.size(), clip_coefs)) return nullptr;
-        return change(batch, &Loops::scale, false, [&](size_t i, double& value) {
-            value = clip_coefs[i];
-            return value != 1.0;
-        });
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    }
+    const Tensors& tensors = batch_of(self).tensors;
+    return guarded([&]() -> PyObject* {
+        Numbers given, of_wanted;
+        if (!read_numbers(argument, tensors.all().size(), given)) return nullptr;
+        const auto wanted = [&](size_t i) { return given[i] != 1.0; };
+        for (size_t i = 0; i < tensors.all().size(); ++i)
+            if (tensors.is_taken(i) && wanted(i)) of_wanted.push_back(given[i]);
+        return change(batch_of(self), &Loops::scale, of_wanted.begin(), true, wanted);
+    });
 }
 
 PyObject* batch_clamp(PyObject* self, PyObject* argument) {
-    Batch& batch = batch_of(self);
     double limit;
     if (!read_number(argument, limit)) return nullptr;
-    if (batch.facts & kAnyComplex)
+    if (batch_of(self).facts & kAnyComplex)
         return PyErr_Format(PyExc_ValueError, "complex numbers have no order, so they cannot be clamped");
     if (!(limit >= 0)) return PyErr_Format(PyExc_ValueError, "the limit must be at least 0, got %R", argument);
-    return change_all(batch, &Loops::clamp, limit);
+    return change_all(self, &Loops::clamp, limit);
 }
 
-PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) {
-    return change_all(batch_of(self), &Loops::zero_nonfinite, 0);
+PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) { return change_all(self, &Loops::zero_nonfinite, 0); }
+
+// A new reference to a list of members, which is made once.
+template <class Wanted> PyObject* listed(const Batch& batch, Ref& list, Wanted wanted) {
+    if (list == nullptr) list.reset(batch.list(wanted));
+    return list != nullptr ? new_reference(list) : nullptr;
 }
 
-// Those that the kernel takes, as a batch of their own.
+PyObject* batch_all(PyObject* self, void*) { return listed(batch_of(self), batch_of(self).all, kEach); }
+PyObject* batch_rest(PyObject* self, void*) {
+    Batch& batch = batch_of(self);
+    if (batch.tensors.are_all_taken()) return PyTuple_New(0);
+    return listed(batch, batch.rest, [&](size_t i) { return !batch.tensors.is_taken(i); });
+}
 PyObject* batch_taken(PyObject* self, void*) {
     const Batch& batch = batch_of(self);
-    BatchObject* const made = PyObject_New(BatchObject, batch_type);
-    if (made == nullptr) return nullptr;
-    Batch* const part = new (&made->batch) Batch;
-    try {
-        for (const Batch::Member& member : batch.members) {
-            if (!member.taken) continue;
-            part->members.push_back(member);
-            Py_INCREF(member.tensor);
-        }
-    } catch (const std::bad_alloc&) {
-        Py_DECREF(reinterpret_cast<PyObject*>(made));
-        return PyErr_NoMemory();
-    }
-    part->count = Py_ssize_t(batch.taken);
-    part->found = part->taken = batch.taken;
-    part->elements = batch.elements;
-    part->facts = batch.facts | (batch.elements <= kSmallElements ? kSmall : 0);
-    return reinterpret_cast<PyObject*>(made);
+    return make_batch([&](Batch& part) {
+        part.tensors.take_taken(batch.tensors);
+        part.count = Py_ssize_t(part.tensors.all().size());
+        part.facts = batch.facts;
+        return true;
+    });
 }
-
-PyObject* batch_all(PyObject* self, void*) { return batch_of(self).list_all(); }
 PyObject* batch_facts(PyObject* self, void*) { return PyLong_FromLong(batch_of(self).facts); }
 PyObject* batch_count(PyObject* self, void*) { return PyLong_FromSsize_t(batch_of(self).count); }
 PyObject* batch_subclassed(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).has_subclass); }
-PyObject* batch_rest(PyObject* self, void*) {
-    Batch& batch = batch_of(self);
-    if (batch.taken == batch.members.size()) return PyTuple_New(0);
-    if (batch.rest == nullptr) batch.rest = batch.list([&](size_t i) { return !batch.members[i].taken; });
-    return batch.rest != nullptr ? new_reference(batch.rest) : nullptr;
-}
 
 PyMethodDef batch_methods[] = {
     {"norm", function(batch_norm), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},

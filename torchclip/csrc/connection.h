@@ -1,14 +1,11 @@
 // What the kernel needs of torch, as `connect` was given it, and what it reads from a tensor through it.
 #pragma once
 
-#define Py_LIMITED_API 0x030a0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include <cstddef>
 #include <vector>
 
 #include "dlpack.h"
+#include "ref.h"
 
 namespace {
 
@@ -29,28 +26,39 @@ class Function {
         self_ = direct_ != nullptr ? PyCFunction_GetSelf(object) : nullptr;
     }
 
+    bool is_direct() const { return direct_ != nullptr; }
+
     PyObject* operator()(PyObject* argument = nullptr) const {
         return direct_ != nullptr ? direct_(self_, argument) : PyObject_CallFunctionObjArgs(object_, argument, nullptr);
     }
 };
 
-// An attribute of every tensor, and what reads it from one, without looking the name up each time.
+// An attribute of every object of a type, and what reads it from one, without looking the name up each time.
 class Getter {
     PyObject* descriptor_ = nullptr;
     descrgetfunc get_ = nullptr;
 
   public:
-    // False, with an error set, if the type has no such attribute.
-    bool connect(PyObject* type, const char* name) {
-        descriptor_ = PyObject_GetAttrString(type, name);
-        if (descriptor_ == nullptr) return false;
-        get_ = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(descriptor_), Py_tp_descr_get));
-        if (get_ == nullptr) PyErr_Format(PyExc_RuntimeError, "the kernel cannot read the attribute Tensor.%s", name);
-        return get_ != nullptr;
+    // False, with an error set, if there is no such attribute.
+    bool connect(PyObject* type, const char* name) { return use(PyObject_GetAttrString(type, name), name); }
+
+    // Likewise of classes themselves.
+    bool connect_of_types(const char* name) {
+        const Ref attributes(PyObject_GetAttrString(reinterpret_cast<PyObject*>(&PyType_Type), "__dict__"));
+        return attributes != nullptr && use(PyMapping_GetItemString(attributes, name), name);
     }
 
-    PyObject* operator()(PyObject* tensor) const {
-        return get_(descriptor_, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+    PyObject* operator()(PyObject* object) const {
+        return get_(descriptor_, object, reinterpret_cast<PyObject*>(Py_TYPE(object)));
+    }
+
+  private:
+    bool use(PyObject* descriptor, const char* name) {
+        descriptor_ = descriptor;
+        if (descriptor == nullptr) return false;
+        get_ = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(descriptor_), Py_tp_descr_get));
+        if (get_ == nullptr) PyErr_Format(PyExc_RuntimeError, "the kernel cannot read the attribute %s", name);
+        return get_ != nullptr;
     }
 };
 
@@ -75,13 +83,11 @@ bool connected() {
     return false;
 }
 
-// Tells autograd that tensors were written.  Takes over the reference to the list or tuple of them; false, with an
-// error set, if it is null or autograd raises.
-bool tell_autograd(PyObject* tensors) {
-    PyObject* const none = tensors != nullptr ? torch.increment_version(tensors) : nullptr;
-    Py_XDECREF(tensors);
-    Py_XDECREF(none);
-    return none != nullptr;
+// Tells autograd that the tensors of a list or tuple were written.  False, with an error set, if autograd raises, or
+// for null.
+bool bump_versions(const Ref& tensors) {
+    if (tensors == nullptr) return false;
+    return Ref(torch.increment_version(tensors)) != nullptr;
 }
 
 bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
@@ -90,16 +96,11 @@ bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_T
 // then on every tensor is first asked whether it is dense and in host memory.
 bool has_refused = false;
 
-// Whether it is worth asking for a plain tensor's memory.  Asking can run Python code (a mode for functions).
-bool may_describe(PyObject* tensor) {
-    if (!has_refused) return true;
-    PyObject* const is_cpu = torch.is_cpu(tensor);
-    PyObject* const layout = is_cpu == Py_True ? torch.layout(tensor) : nullptr;
-    const bool is_dense = layout == torch.strided;
-    Py_XDECREF(is_cpu);
-    Py_XDECREF(layout);
+// Asking can run Python code (a mode for functions).
+bool is_dense_on_host(PyObject* tensor) {
+    const Ref is_cpu(torch.is_cpu(tensor)), layout(is_cpu == Py_True ? torch.layout(tensor) : nullptr);
     PyErr_Clear();  // torch's operations will run into it, too
-    return is_dense;
+    return layout == torch.strided;
 }
 
 // False for a view of a storage that was resized to nothing: then torch gives its offset for an address.  Few addresses
@@ -107,9 +108,8 @@ bool may_describe(PyObject* tensor) {
 bool has_memory(PyObject* tensor, const DLTensor& t) {
     const uint64_t address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
     if (address == 0 || address >= uint64_t(1) << 40) return true;
-    PyObject* const answer = PyObject_CallMethod(tensor, "storage_offset", nullptr);
+    const Ref answer(PyObject_CallMethod(tensor, "storage_offset", nullptr));
     const long long offset = answer != nullptr ? PyLong_AsLongLong(answer) : 0;
-    Py_XDECREF(answer);
     PyErr_Clear();
     return uint64_t(offset) * t.dtype.bits / 8 != address;
 }
@@ -124,9 +124,9 @@ bool describe(PyObject* tensor, DLTensor& t) {
     return false;
 }
 
-// A new reference to the gradient, or to None.
-PyObject* get_grad(PyObject* parameter) {
-    return is_plain(parameter) ? torch.grad(parameter) : PyObject_GetAttrString(parameter, "grad");
+// The gradient, or None.
+Ref get_grad(PyObject* parameter) {
+    return Ref(is_plain(parameter) ? torch.grad(parameter) : PyObject_GetAttrString(parameter, "grad"));
 }
 
 // How many `torchclip.kernel.disabled()` are open, in all threads.
@@ -138,31 +138,19 @@ bool is_intercepted() {
     bool intercepted = level == nullptr || PyLong_AsLong(level) >= 0;
     for (const Function& watcher : torch.watchers) {
         if (intercepted) break;
-        PyObject* const answer = watcher();
+        const Ref answer(watcher());
         intercepted = answer == nullptr || PyObject_IsTrue(answer) != 0;
-        Py_XDECREF(answer);
     }
     return intercepted;
 }
 
 bool is_usable() { return disabled_count == 0 && !is_intercepted(); }
 
-// Where to look for an object in a table of addresses, whose last bits are all alike.
-size_t spread(PyObject* object) {
-    return size_t((reinterpret_cast<uintptr_t>(object) >> 4) * 0x9e3779b97f4a7c15ull >> 32);
-}
-
 bool count_is(Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
     if (given >= least && given <= most) return true;
     const Py_ssize_t wanted = given < least ? least : most;
     PyErr_Format(PyExc_TypeError, "expected %zd argument%s, got %zd", wanted, wanted == 1 ? "" : "s", given);
     return false;
-}
-
-// Also of None: Py_RETURN_NONE of Python 3.12.1's headers takes it for immortal, which it is not in 3.10 and 3.11.
-PyObject* new_reference(PyObject* object) {
-    Py_INCREF(object);
-    return object;
 }
 
 using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);

@@ -7,23 +7,24 @@
 
 namespace {
 
-// By row of the table of dtypes: for whatever is large, and for the short way.
-Loops loops_of[kDtypeCount], short_loops_of[kDtypeCount];
+// By row of the table of dtypes: for many elements, and for few.
+Loops loops_of[kDtypeCount], loops_of_few[kDtypeCount];
+constexpr size_t kFewElements = 64 * 1024;
 const char* instruction_set = nullptr;
 
 template <template <class, size_t> class Set, class... Rows> void use_loops(DtypeTable<Rows...>) {
     const Loops loops[] = {Set<typename Rows::Number, Rows::parts>::table()...};
     std::copy(std::begin(loops), std::end(loops), loops_of);
-    std::copy(std::begin(loops), std::end(loops), short_loops_of);
+    std::copy(std::begin(loops), std::end(loops), loops_of_few);
 }
 
 // Processors slow down for a while after arithmetic on 512 bits of floating-point numbers.  In a training step, a few
 // gradients cost more that way, in what comes after them, than they gain.  Integers do no harm.
-template <template <class, size_t> class Set, class... Rows> void spare_short_way(DtypeTable<Rows...>) {
+template <template <class, size_t> class Set, class... Rows> void spare_few(DtypeTable<Rows...>) {
     const Loops loops[] = {Set<typename Rows::Number, Rows::parts>::table()...};
     for (size_t i = 0; i < kDtypeCount; ++i) {
-        short_loops_of[i].sum_squares = loops[i].sum_squares;
-        short_loops_of[i].scale = loops[i].scale;
+        loops_of_few[i].sum_squares = loops[i].sum_squares;
+        loops_of_few[i].scale = loops[i].scale;
     }
 }
 
@@ -38,7 +39,7 @@ bool use_instruction_set(const char* name) {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (has_avx512 && wanted("avx512")) {
         use_loops<Avx512>(Dtypes());
-        if (name == nullptr) spare_short_way<Avx2>(Dtypes());
+        if (name == nullptr) spare_few<Avx2>(Dtypes());
         instruction_set = "avx512";
         return true;
     }
@@ -53,5 +54,8 @@ bool use_instruction_set(const char* name) {
     instruction_set = "baseline";
     return true;
 }
+
+// The loops over so many elements in all, by row of the table of dtypes.
+const Loops* loops_for(size_t elements) { return elements <= kFewElements ? loops_of_few : loops_of; }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "dtypes.h"
+#include "room.h"
 
 namespace {
 
@@ -13,34 +14,19 @@ struct Axis {
 constexpr int32_t kMaxAxes = 64;
 
 struct Layout {
-    char* data;      // of the first element
-    size_t count;    // elements
-    size_t span;     // bytes from the first element to the end of the last
-    uint32_t dtype;  // row of the table
-    uint32_t axes;   // of the grid; 0 for a flat run
+    char* data;           // of the first element
+    size_t count;         // elements
+    uint32_t first_axis;  // among those of all grids
+    uint16_t axes;        // of the grid; 0 for a flat run
+    uint16_t dtype;       // row of the table
 };
 
-// Works out `layout` for a tensor that the kernel can work on, and for a grid its axes, from the narrowest stride to
-// the widest.  False for any other: of another device or dtype, not aligned, or with elements that may overlap.
-bool read_layout(const DLTensor& t, Layout& layout, Axis (&axes)[kMaxAxes]) {
-    const size_t dtype = find_dtype(t);
-    if (dtype == kDtypeCount || t.device_type != kCPU || t.ndim > kMaxAxes) return false;
-    if (t.strides == nullptr && t.ndim > 0) return false;
-    const size_t item = kDtypes[dtype].item;
-    layout.dtype = uint32_t(dtype);
-    layout.axes = 0;
-    layout.count = 1;
-    bool contiguous = true;
-    for (int32_t d = t.ndim - 1; d >= 0; --d) {
-        contiguous &= t.shape[d] == 1 || t.strides[d] == int64_t(layout.count);
-        layout.count *= size_t(t.shape[d]);
-    }
-    layout.data = static_cast<char*>(t.data) + t.byte_offset;
-    layout.span = layout.count * item;
-    if (layout.count == 0) return true;
-    if (t.data == nullptr || reinterpret_cast<uintptr_t>(layout.data) % kDtypes[dtype].alignment != 0) return false;
-    if (contiguous) return true;
+using Axes = Room<Axis, 16>;  // of several grids, one after the other
 
+// The axes of a tensor with gaps between its elements, or in another order than they lie, from the narrowest stride to
+// the widest; none if it is a flat run after all.  False if elements may overlap.
+bool read_grid(const DLTensor& t, Layout& layout, Axes& all) {
+    Axis axes[kMaxAxes];
     size_t count = 0;
     for (int32_t d = 0; d < t.ndim; ++d)
         if (t.shape[d] != 1) axes[count++] = {t.shape[d], t.strides[d]};
@@ -57,9 +43,38 @@ bool read_layout(const DLTensor& t, Layout& layout, Axis (&axes)[kMaxAxes]) {
         else
             axes[++last] = axis;
     }
-    layout.span = size_t(reach + 1) * item;
-    if (last > 0 || axes[0].stride != 1) layout.axes = uint32_t(last + 1);
+    if (last == 0 && axes[0].stride == 1) return true;
+    layout.first_axis = uint32_t(all.size());
+    layout.axes = uint16_t(last + 1);
+    for (size_t i = 0; i <= last; ++i) all.push_back(axes[i]);
     return true;
+}
+
+// Works out `layout` for a tensor that the kernel can work on, and adds the axes of a grid.  False for any other: of
+// another device or dtype, not aligned, or with elements that may overlap.
+INLINE bool read_layout(const DLTensor& t, Layout& layout, Axes& axes) {
+    const size_t dtype = find_dtype(t);
+    if (dtype == kDtypeCount || t.device_type != kCPU || t.ndim > kMaxAxes) return false;
+    if (t.strides == nullptr && t.ndim > 0) return false;
+    size_t count = 1;
+    bool contiguous = true;
+    for (int32_t d = t.ndim - 1; d >= 0; --d) {
+        contiguous &= t.shape[d] == 1 || t.strides[d] == int64_t(count);
+        count *= size_t(t.shape[d]);
+    }
+    layout = {static_cast<char*>(t.data) + t.byte_offset, count, 0, 0, uint16_t(dtype)};
+    if (count == 0) return true;
+    if (t.data == nullptr || reinterpret_cast<uintptr_t>(layout.data) % kDtypes[dtype].alignment != 0) return false;
+    return contiguous || read_grid(t, layout, axes);
+}
+
+// Bytes from the first element to the end of the last.
+size_t span(const Layout& layout, const Axis* axes) {
+    const size_t item = kDtypes[layout.dtype].item;
+    if (layout.axes == 0 || layout.count == 0) return layout.count * item;
+    int64_t reach = 0;
+    for (uint32_t d = 0; d < layout.axes; ++d) reach += (axes[d].size - 1) * axes[d].stride;
+    return size_t(reach + 1) * item;
 }
 
 // Copies `n` elements between a gap-less buffer and memory `stride` elements apart.

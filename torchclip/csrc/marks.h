@@ -4,10 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "connection.h"
-#include "layout.h"
-#include "modules.h"
-#include "walk.h"
+#include "gradients.h"
 
 namespace {
 
@@ -15,7 +12,8 @@ Getter read_version;  // Tensor._version
 
 // The number of changes that autograd knows of; -1 for a tensor that has none, as those of inference mode.
 long long version_of(PyObject* tensor) {
-    const Attribute version(read_version(tensor));
+    const Ref version(read_version(tensor));
+    if (version == nullptr) PyErr_Clear();
     return version == nullptr ? -1 : PyLong_AsLongLong(version);
 }
 
@@ -56,25 +54,23 @@ class Marks {
         static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
         static PyObject* const params = PyUnicode_InternFromString("params");
         if (optimizer == Py_None) return true;
-        const Attribute groups(optimizer, param_groups);
+        const Ref groups(PyObject_GetAttr(optimizer, param_groups));
         if (groups == nullptr) return PyErr_Format(PyExc_AttributeError, "the optimizer has no param_groups"), false;
-        return for_each_item(groups, [&](PyObject* group) {
-            const Attribute parameters(PyObject_GetItem(group, params));
+        return collect_any(groups, [&](const Ref& group) {
+            const Ref parameters(PyObject_GetItem(group, params));
             if (parameters == nullptr) return PyErr_Format(PyExc_KeyError, "a parameter group lacks params"), false;
-            return for_each_item(parameters, [&](PyObject* parameter) {
-                PyObject* const gradient = get_grad(parameter);
-                const bool goes_on = gradient != nullptr && each(gradient);
-                Py_XDECREF(gradient);
-                return goes_on;
+            return collect_any(parameters, [&](const Ref& parameter) {
+                const Ref gradient = get_grad(parameter);
+                return gradient != nullptr && each(gradient);
             });
         });
     }
 
     static bool read_flat(PyObject* tensor, Layout& layout) {
         DLTensor t;
-        Axis axes[kMaxAxes];
-        return is_plain(tensor) && may_describe(tensor) && describe(tensor, t) && read_layout(t, layout, axes) &&
-               layout.axes == 0;
+        Axes axes;
+        return is_plain(tensor) && (!has_refused || is_dense_on_host(tensor)) && describe(tensor, t) &&
+               read_layout(t, layout, axes) && layout.axes == 0;
     }
 
     void sample(PyObject* gradient) {
@@ -109,7 +105,8 @@ class Marks {
     Marks& operator=(const Marks&) = delete;
     ~Marks() { clear(); }
 
-    // Takes note of all gradients, and of a number in one of them if so wished.  False, with an error set, for an error.
+    // Takes note of all gradients, and of a number in one of them if so wished.  False, with an error set, for an
+    // error.
     bool take(PyObject* optimizer, bool sampled) {
         clear();
         return visit(optimizer, [&](PyObject* gradient) {

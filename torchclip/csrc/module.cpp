@@ -4,27 +4,30 @@
 // serves every torch that has the table.  The headers are parts of this one translation unit, each standing on those
 // before it:
 //
+//     room.h        an array that grows
+//     ref.h         references to Python objects
 //     dlpack.h      the parts of DLPack that are read
 //     dtypes.h      a row a dtype; widening and rounding
 //     loops.h       the loops over numbers without gaps
 //     dispatch.h    the loops of the instruction set in use
 //     layout.h      how a tensor lies in memory
 //     connection.h  what is needed of torch
-//     walk.h        over the parameters of a call
+//     threads.h     torch's threads, and those of Python
+//     parameters.h  whose gradients are meant: lists, modules, generators, optimizers
+//     memory.h      the memory of tensors during one call: norms and changes, in chunks
+//     gradients.h   the distinct gradients of a call, from collecting to changing them
 //     scalar.h      0-dim tensors
-//     modules.h     over the parameters of modules, and what else a call is given
-//     snapshot.h    the memory of tensors during one call: chunks, threads, norms, changes
-//     batch.h       the Python type `Batch`
-//     short_way.h   the usual call in one go
-//     step_hooks.h  hooks for the usual step: of a Clipper, and of `torchclip run` on all optimizers
+//     functions.h   the functions of torch's names, where nothing is unusual
+//     batch.h       the Python type `Batch`, for all other calls
+//     marks.h       whether gradients are still what they were
+//     step_hooks.h  hooks for the usual step of optimizers
 #include "batch.h"
-#include "short_way.h"
 #include "step_hooks.h"
 
 namespace {
 
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 11, 11)) return nullptr;
+    if (!count_is(count, 12, 12)) return nullptr;
     auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (api == nullptr) return nullptr;
     while (api != nullptr && api->major != 1) api = api->previous;
@@ -55,6 +58,9 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (torch.current_level == nullptr) return nullptr;
     torch.is_inference_mode_enabled.connect(args[8]);
     torch.strided = new_reference(args[9]);
+    const Ref library(PyUnicode_AsUTF8String(args[11]));
+    if (library == nullptr) return nullptr;
+    connect_openmp(PyBytes_AsString(library));
     torch.read = api->dltensor_from_py_object_no_sync;
     torch.make = api->managed_tensor_to_py_object_no_sync;
     return new_reference(Py_None);
@@ -92,6 +98,9 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     modules.parameters_code = PyObject_GetAttrString(modules.parameters, "__code__");
     if (modules.parameters_code == nullptr) return nullptr;
+    if (!modules.mro.connect_of_types("__mro__") || !modules.class_attributes.connect_of_types("__dict__"))
+        return nullptr;
+    modules.object = reinterpret_cast<PyObject*>(&PyBaseObject_Type);
     modules.parameter_list = reinterpret_cast<PyTypeObject*>(new_reference(args[1]));
     modules.generator = reinterpret_cast<PyTypeObject*>(new_reference(args[2]));
     modules.traverse = reinterpret_cast<traverseproc>(PyType_GetSlot(modules.generator, Py_tp_traverse));
@@ -111,6 +120,7 @@ PyObject* enable(PyObject*, PyObject*) {
     --disabled_count;
     return new_reference(Py_None);
 }
+PyObject* has_threads(PyObject*, PyObject*) { return PyBool_FromLong(openmp.parallel != nullptr); }
 PyObject* is_enabled(PyObject*, PyObject*) { return PyBool_FromLong(disabled_count == 0); }
 
 PyObject* get_instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(instruction_set); }
@@ -125,7 +135,7 @@ PyObject* select_instruction_set(PyObject*, PyObject* name) {
 PyMethodDef module_methods[] = {
     {"connect", function(connect), METH_FASTCALL,
      "connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms, "
-     "watchers, is_inference_mode_enabled, strided, forward_ad): "
+     "watchers, is_inference_mode_enabled, strided, forward_ad, library): "
      "what the kernel needs of torch"},
     {"connect_modules", function(connect_modules), METH_FASTCALL,
      "connect_modules(module, parameter_list, generator): the types, so that modules can be walked"},
@@ -133,8 +143,6 @@ PyMethodDef module_methods[] = {
      "clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group): the usual call in one go, or None"},
     {"clip_grad_value", function(clip_grad_value), METH_FASTCALL,
      "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
-    {"clip_step", function(clip_step), METH_FASTCALL,
-     "clip_step(optimizer, max_norm): the usual step of a Clipper in one go; the norm and the coefficient, or None"},
     {"connect_steps", function(connect_steps), METH_FASTCALL,
      "connect_steps(tensor, graph_task_id): what the hooks of optimizers need of torch"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
@@ -142,6 +150,7 @@ PyMethodDef module_methods[] = {
     {"disable", disable, METH_NOARGS, "disable(): off until the enable() that belongs to it"},
     {"enable", enable, METH_NOARGS, "enable(): on, once it was called as often as disable()"},
     {"is_enabled", is_enabled, METH_NOARGS, "is_enabled(): whether it is on"},
+    {"has_threads", has_threads, METH_NOARGS, "has_threads(): whether torch's threads can be used"},
     {"instruction_set", get_instruction_set, METH_NOARGS, "instruction_set(): the one in use"},
     {"select", select_instruction_set, METH_O,
      "select(instruction_set): use another one, to compare; None for the best"},
@@ -165,13 +174,6 @@ PyMODINIT_FUNC PyInit__kernel() {
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
     PyObject* const module = PyModule_Create(&module_definition);
     if (batch_type == nullptr || module == nullptr || !add_step_types(module)) return nullptr;
-#ifdef _OPENMP
-    PyObject* const openmp = Py_True;
-#else
-    PyObject* const openmp = Py_False;
-#endif
-    Py_INCREF(openmp);
-    if (PyModule_AddObject(module, "openmp", openmp) < 0) return nullptr;
     Py_INCREF(batch_type);
     if (PyModule_AddObject(module, "Batch", reinterpret_cast<PyObject*>(batch_type)) < 0) return nullptr;
     return module;

@@ -1,13 +1,13 @@
 // The two hooks of a Clipper on each of its optimizers: no Python frame in the usual step, and no look-up by name.
 //
-// What they know is in a `RoundState` and a `Member` for each optimizer, which torchclip.clipper.round uses as well.  Any
-// step that is not usual is left to two functions of Python.
+// What they know is in a `RoundState` and a `Member` for each optimizer, which torchclip.clipper.round uses as well.
+// Any step that is not usual is left to two functions of Python.
 #pragma once
 
 #include <structmember.h>
 
+#include "functions.h"
 #include "marks.h"
-#include "short_way.h"
 
 namespace {
 
@@ -62,11 +62,11 @@ PyObject* optimizer_of(const Member* member) { return PyWeakref_GetObject(member
 bool flush(RoundState* state) {
     while (state->count > 0 && state->pending != nullptr) {
         const size_t count = state->count;
-        const Attribute rows(PyList_New(0));
+        const Ref rows(PyList_New(0));
         for (size_t i = 0; i < count && rows != nullptr; ++i) {
             const auto& [number, clipped, loss] = state->rows[i];
-            const Attribute row(Py_BuildValue("(LdOdOO)", number, clipped.norm, state->max_norm, clipped.coef, Py_False,
-                                              loss));
+            const Ref row(
+                Py_BuildValue("(LdOdOO)", number, clipped.norm, state->max_norm, clipped.coef, Py_False, loss));
             if (row == nullptr || PyList_Append(rows, row) < 0) return PyErr_NoMemory(), false;
         }
         if (rows == nullptr) return PyErr_NoMemory(), false;
@@ -98,20 +98,24 @@ bool clip_all(RoundState* state) {
     const Py_ssize_t count = PyTuple_Size(state->members);
     const double max_norm = read_threshold(state->max_norm);
     if (!(max_norm >= 0) || !is_usable()) return false;
-    fetch_code(&Loops::sum_squares, &Loops::scale);
-    Items items;
-    for (Py_ssize_t i = 0; i < count; ++i) {
-        const Attribute optimizer(new_reference(optimizer_of(member(state, i))));
-        if (!collect_of_optimizer(optimizer, items)) return false;
-    }
     Gradients gradients;
-    return gradients.take(items) && clip(gradients, max_norm, state->clipped);
+    for (Py_ssize_t i = 0; i < count; ++i)
+        if (!gradients.add_optimizer(Ref::to(optimizer_of(member(state, i))))) return false;
+    // A fused step scales many elements sooner.
+    return gradients.take() && gradients.is_small() && clip(gradients, max_norm, state->clipped);
 }
 
 // Whether a step is taken while a backward pass runs, or nobody can tell.
 bool in_backward() {
-    const Attribute task(graph_task_id());
+    const Ref task(graph_task_id());
+    if (task == nullptr) PyErr_Clear();
     return task == nullptr || PyLong_AsLong(task) != -1;
+}
+
+bool is_unscaled_optimizer(PyObject* optimizer) {
+    const Ref attributes = attributes_of(optimizer);
+    if (attributes == nullptr) PyErr_Clear();
+    return attributes != nullptr && is_unscaled(attributes);
 }
 
 // Whether an optimizer may step with what was clipped before: no gradient has changed since then.
@@ -120,8 +124,8 @@ bool goes_on(const RoundState* state, Py_ssize_t index) {
     for (Py_ssize_t i = 0; i < count; ++i) {
         const Member* const each = member(state, i);
         if (i != index && !each->stepped) continue;
-        const Attribute optimizer(new_reference(optimizer_of(each)));
-        if (i == index && !is_unscaled(optimizer)) return false;
+        const Ref optimizer = Ref::to(optimizer_of(each));
+        if (i == index && !is_unscaled_optimizer(optimizer)) return false;
         if (!each->marks->are_same(optimizer)) return false;
     }
     return true;
@@ -144,7 +148,7 @@ bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
         state->is_open = state->is_short = 1;
         state->opener = int(hooks->index);
         for (Py_ssize_t i = 0; i < count; ++i) {
-            const Attribute optimizer(new_reference(optimizer_of(member(state, i))));
+            const Ref optimizer = Ref::to(optimizer_of(member(state, i)));
             if (i != hooks->index && !member(state, i)->marks->take(optimizer, true)) return false;
         }
     }
@@ -157,9 +161,11 @@ bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
 PyObject* before_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 3, 3)) return nullptr;
     auto* const hooks = reinterpret_cast<Hooks*>(self);
-    if (hooks->before == nullptr || begin_usual_step(hooks, args[1], args[2])) return new_reference(Py_None);
-    if (PyErr_Occurred() != nullptr) return nullptr;
-    return PyObject_CallFunctionObjArgs(hooks->before, args[0], args[1], args[2], nullptr);
+    return guarded([&]() -> PyObject* {
+        if (hooks->before == nullptr || begin_usual_step(hooks, args[1], args[2])) return new_reference(Py_None);
+        if (PyErr_Occurred() != nullptr) return nullptr;
+        return PyObject_CallFunctionObjArgs(hooks->before, args[0], args[1], args[2], nullptr);
+    });
 }
 
 // after_step(optimizer, args, kwargs)
@@ -200,13 +206,13 @@ void free_member(PyObject* self) {
 PyObject* member_mark(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 1, 1)) return nullptr;
     auto* const own = reinterpret_cast<Member*>(self);
-    const Attribute optimizer(new_reference(optimizer_of(own)));
+    const Ref optimizer = Ref::to(optimizer_of(own));
     return own->marks->take(optimizer, args[0] == Py_True) ? new_reference(Py_None) : nullptr;
 }
 
 PyObject* member_changed(PyObject* self, PyObject*) {
     auto* const own = reinterpret_cast<Member*>(self);
-    const Attribute optimizer(new_reference(optimizer_of(own)));
+    const Ref optimizer = Ref::to(optimizer_of(own));
     return own->marks->changed(optimizer);
 }
 
@@ -264,14 +270,14 @@ PyObject* round_hooks(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     auto* const state = reinterpret_cast<RoundState*>(self);
     if (index < 0 || index >= PyTuple_Size(state->members))
         return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_IndexError, "there is no optimizer %zd", index);
-    const Attribute made(PyType_GenericAlloc(hooks_type, 0));
+    const Ref made(PyType_GenericAlloc(hooks_type, 0));
     if (made == nullptr) return PyErr_NoMemory();
     auto* const hooks = reinterpret_cast<Hooks*>(static_cast<PyObject*>(made));
     hooks->state = reinterpret_cast<RoundState*>(new_reference(self));
     hooks->index = index;
     hooks->before = new_reference(args[1]);
     hooks->after = new_reference(args[2]);
-    const Attribute first(PyCFunction_New(&before, made)), second(PyCFunction_New(&after, made));
+    const Ref first(PyCFunction_New(&before, made)), second(PyCFunction_New(&after, made));
     if (first == nullptr || second == nullptr) return PyErr_NoMemory();
     return PyTuple_Pack(2, static_cast<PyObject*>(first), static_cast<PyObject*>(second));
 }

@@ -1,0 +1,60 @@
+// The functions of torch's names: in one go, where nothing is unusual.
+#pragma once
+
+#include "gradients.h"
+#include "scalar.h"
+
+namespace {
+
+// Runs a function that may run out of memory.
+template <class Work> PyObject* guarded(Work work) {
+    try {
+        return work();
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    }
+}
+
+// None, for a `Batch` to be made, if no error is set.
+PyObject* unusual() { return PyErr_Occurred() == nullptr ? new_reference(Py_None) : nullptr; }
+
+// A threshold that is a float or an int; anything else gives -1, which is none.
+double read_threshold(PyObject* object) {
+    if (PyFloat_CheckExact(object)) return PyFloat_AsDouble(object);
+    if (!PyLong_CheckExact(object)) return -1;
+    const double value = PyLong_AsDouble(object);
+    PyErr_Clear();
+    return value;
+}
+
+// clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group)
+PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 5, 5)) return nullptr;
+    const double max_norm = read_threshold(args[1]), p = read_threshold(args[2]);
+    const bool is_flag = args[3] == Py_False || args[3] == Py_True;  // a norm that is not finite is not usual
+    if (!(max_norm >= 0) || p != 2 || !is_flag || args[4] != Py_None) return unusual();
+    return guarded([&]() -> PyObject* {
+        Gradients gradients;
+        Clipped clipped;
+        if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || !clip(gradients, max_norm, clipped))
+            return unusual();
+        use_up(args[0]);
+        return new_scalar(clipped.norm, gradients.is_double());
+    });
+}
+
+// clip_grad_value(parameters, clip_value)
+PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 2, 2)) return nullptr;
+    const double clip_value = read_threshold(args[1]);
+    if (!(clip_value >= 0)) return unusual();
+    return guarded([&]() -> PyObject* {
+        Gradients gradients;
+        if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || gradients.is_complex()) return unusual();
+        if (!gradients.clamp(clip_value)) return nullptr;
+        use_up(args[0]);
+        return new_reference(Py_True);
+    });
+}
+
+}  // namespace

@@ -1,0 +1,181 @@
+// The distinct gradients of one call: collected, measured and changed in one way, whoever calls.
+//
+// User code can run where a gradient is read from its parameter, where a reference to a parameter is given back, and
+// wherever Python allocates (finalizers).  So first references to all gradients are taken, and those to the parameters
+// given back; then, without any of Python, the memory is read, measured and changed; autograd is told last.
+#pragma once
+
+#include "memory.h"
+#include "parameters.h"
+
+namespace {
+
+// Distinct tensors, in order, and which of them the kernel works on.
+class Tensors {
+    References all_;
+    Room<bool, kUsual> taken_;
+    size_t found_ = 0, taken_count_ = 0;
+
+  public:
+    const References& all() const { return all_; }
+    bool is_taken(size_t i) const { return taken_[i]; }
+    size_t taken_count() const { return taken_count_; }
+    bool are_all_taken() const { return taken_count_ == all_.size(); }
+
+    // Whether one is there several times, be it of several parameters or of one that came several times.
+    bool has_repeated() const { return found_ > all_.size(); }
+
+    // Takes a tensor; or a parameter's gradient if it is there.  False, with an error set, if that cannot be read.
+    void take(Ref tensor) { all_.take(std::move(tensor)); }
+    bool take_gradient(PyObject* parameter) {
+        Ref grad = get_grad(parameter);
+        if (grad == nullptr) return false;
+        if (grad != Py_None) all_.take(std::move(grad));
+        return true;
+    }
+
+    void drop_repeated() {
+        found_ = all_.size();
+        all_.drop_repeated();
+    }
+
+    // Takes those that are taken of others.
+    void take_taken(const Tensors& others) {
+        for (size_t i = 0; i < others.all_.size(); ++i)
+            if (others.taken_[i]) all_.take(Ref::to(others.all_[i]));
+        taken_count_ = all_.size();
+        taken_.resize(taken_count_);
+        std::memset(taken_.begin(), true, taken_count_);
+    }
+
+    // Finds out which of them the kernel works on, and reads their memory.  No Python code has run afterwards.
+    void read(Memory& memory) {
+        taken_.resize(all_.size());
+        std::memset(taken_.begin(), true, all_.size());
+        if (has_refused)
+            for (size_t i = 0; i < all_.size(); ++i) taken_[i] = is_plain(all_[i]) && is_dense_on_host(all_[i]);
+        taken_count_ = 0;
+        memory.reserve(all_.size());
+        for (size_t i = 0; i < all_.size(); ++i) {
+            taken_[i] = taken_[i] && memory.add(all_[i]);
+            taken_count_ += taken_[i];
+        }
+    }
+
+    // Reads the memory of those taken for which wanted(i) holds.  False, with an error set, if one of them cannot be
+    // worked on any more.
+    template <class Wanted> bool read_again(Memory& memory, Wanted wanted) const {
+        memory.clear();
+        memory.reserve(taken_count_);
+        for (size_t i = 0; i < all_.size(); ++i) {
+            if (!taken_[i] || !wanted(i) || memory.add(all_[i])) continue;
+            PyErr_Format(PyExc_RuntimeError,
+                         "gradient %zu changed during the call: it has no memory any more that can be measured or "
+                         "changed directly, as its device, dtype or layout is another one, or its elements overlap. "
+                         "Nothing was changed. Replace gradients before or after clipping, not meanwhile.",
+                         i);
+            return false;
+        }
+        return true;
+    }
+
+    // Tells autograd that those taken were written for which wanted(i) holds.  False, with an error set, for an error.
+    template <class Wanted> bool bump_versions(Wanted wanted) const {
+        const auto written = [&](size_t i) { return taken_[i] && wanted(i); };
+        size_t count = 0;
+        for (size_t i = 0; i < all_.size(); ++i) count += written(i);
+        const Ref tuple(PyTuple_New(Py_ssize_t(count)));
+        for (size_t i = 0, next = 0; i < all_.size() && tuple != nullptr; ++i)
+            if (written(i)) PyTuple_SetItem(tuple, Py_ssize_t(next++), new_reference(all_[i]));
+        return ::bump_versions(tuple);
+    }
+};
+
+constexpr auto kEach = [](size_t) { return true; };
+
+// A call that the kernel carries out alone, from collecting the gradients to the last change.  Where something is
+// unusual, its functions return false with no error set, and nothing was changed: then a `Batch` is made in Python.
+class Gradients {
+    Tensors tensors_;
+    Memory memory_;
+    bool is_stale_ = false, has_raised_ = false;
+
+  public:
+    // Adds the gradients of what a call was given; or those of an optimizer, and of others that step with it.  With an
+    // error set if code of the user's raised it, where a gradient was read.
+    bool add(PyObject* parameters) {
+        return added(collect(parameters, [this](const Ref& item) { return add_one(item); }));
+    }
+    bool add_optimizer(PyObject* optimizer) {
+        return added(collect_of_optimizer(optimizer, [this](const Ref& item) { return add_one(item); }));
+    }
+
+    // Takes what was added: then no Python code has run since their memory was read.
+    bool take() {
+        tensors_.drop_repeated();
+        if (tensors_.all().size() == 0) return false;
+        tensors_.read(memory_);
+        return tensors_.are_all_taken();
+    }
+
+    bool is_double() const { return (memory_.facts() & kDouble) != 0; }
+    bool is_complex() const { return (memory_.facts() & kAnyComplex) != 0; }
+    bool is_small() const { return memory_.elements() <= kSmallElements; }
+
+    // The norm of order 2 of all of them as one vector.
+    bool measure(double& norm) {
+        norm = memory_.norm(&Loops::sum_squares, false);
+        is_stale_ = memory_.releases_gil();
+        return norm >= 0 && std::isfinite(norm);
+    }
+
+    // To be called between two others where Python code may have run meanwhile.  False, with an error set, if the
+    // kernel cannot work on one of them any more.
+    bool read_again() {
+        is_stale_ = false;
+        return tensors_.read_again(memory_, kEach);
+    }
+
+    // Changes all of them.  False, with an error set, for an error.
+    bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef); }
+    bool clamp(double limit) { return change(&Loops::clamp, limit); }
+
+  private:
+    // What is wrong with a walk is found out where the code runs that was walked.
+    bool added(bool done) {
+        if (!done && !has_raised_) PyErr_Clear();
+        return done;
+    }
+
+    bool add_one(PyObject* parameter) {
+        if (!is_plain(parameter)) return false;
+        has_raised_ = !tensors_.take_gradient(parameter);
+        return !has_raised_;
+    }
+
+    bool change(Write Loops::* loop, double number) {
+        if (is_stale_ && !read_again()) return false;
+        return !memory_.write(loop, &number, false) || tensors_.bump_versions(kEach);
+    }
+};
+
+// As torchclip._core.scalars.clip_coef has it.
+double clip_coef_of(double max_norm, double norm) {
+    constexpr double eps = 1e-6;  // what torch adds to the norm
+    if (max_norm == std::numeric_limits<double>::infinity()) return 1.0;
+    return std::min(1.0, max_norm / (norm + eps));
+}
+
+// What clipping by the norm found and did.
+struct Clipped {
+    double norm, coef;
+};
+
+// Scales gradients that were taken by their norm.  False if it is unusual, or with an error set.
+bool clip(Gradients& gradients, double max_norm, Clipped& clipped) {
+    if (!gradients.measure(clipped.norm)) return false;
+    clipped.coef = clip_coef_of(max_norm, clipped.norm);
+    return gradients.scale(clipped.coef);
+}
+
+}  // namespace

@@ -1,0 +1,248 @@
+// The memory of some tensors as it lies now: norms of it, changes to it, and who works on which piece of it.
+#pragma once
+
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "dispatch.h"
+#include "layout.h"
+#include "threads.h"
+
+namespace {
+
+// The bits of torchclip._core.batch.Facts.
+constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kShared = 16;
+
+constexpr size_t kSmallElements = size_t(1) << 19;  // of Facts.SMALL
+constexpr double kAbsent = -1.0;                    // the norm of no elements at all
+constexpr size_t kChunk = 16 * 1024;                // elements; sums are added chunk by chunk, in order
+constexpr size_t kChunkCost = 256;                  // what starting a chunk costs, in elements
+
+// Joins what two chunks gave; kAbsent changes nothing.
+inline double join(double result, double part, bool take_largest) {
+    if (part < 0 || result < 0) return part < 0 ? result : part;
+    return take_largest ? larger(part, result) : result + part;
+}
+
+// The root of a sum of squares.  Those of float64 can leave the range of numbers, or lose digits at its lower end; then
+// they are taken again relative to the largest, with the loops that reduce(loop, unit) runs.
+template <class Reduce> double root(double squares, Reduce reduce) {
+    if (squares > 1e-280 && squares <= std::numeric_limits<double>::max()) return std::sqrt(squares);
+    const double top = reduce(&Loops::largest, 1.0);
+    if (top == 0 || !std::isfinite(top)) return top;
+    const int exponent = std::max(-1023, std::min(std::ilogb(top), 1023));
+    return std::ldexp(std::sqrt(reduce(&Loops::sum_scaled_squares, std::ldexp(1.0, -exponent))), exponent);
+}
+
+// Holds pointers into the tensors' memory, so no Python code may run between `add` and whatever uses them; nothing here
+// runs any, but for other threads' during work on many elements.
+class Memory {
+    struct Place {
+        size_t part, start;  // tensor and first element
+        size_t chunk;        // among those of all tensors
+    };
+
+    Room<Layout, kUsual> parts_;
+    Axes axes_;
+    Room<double, kUsual> results_;  // by chunk
+    size_t elements_ = 0, chunks_ = 0;
+    int facts_ = 0, threads_ = 1;
+    const Loops* loops_ = nullptr;
+
+  public:
+    // Forgets everything, as where Python code has run.
+    void clear() {
+        parts_.clear();
+        axes_.clear();
+        elements_ = chunks_ = 0;
+        facts_ = 0;
+    }
+
+    void reserve(size_t tensors) { parts_.reserve(tensors); }
+
+    // False if the tensor's memory cannot be worked on.
+    INLINE bool add(PyObject* tensor) {
+        DLTensor t;
+        Layout layout;
+        if (!describe(tensor, t) || !read_layout(t, layout, axes_)) return false;
+        parts_.push_back(layout);
+        elements_ += layout.count;
+        chunks_ += chunks_of(layout);
+        const DtypeFacts& dtype = kDtypes[layout.dtype];
+        facts_ |=
+            (dtype.is_double() ? kDouble : 0) | (dtype.is_complex() ? kAnyComplex : 0) | (layout.axes > 0 ? kGaps : 0);
+        return true;
+    }
+
+    size_t size() const { return parts_.size(); }
+    size_t elements() const { return elements_; }
+    int facts() const { return facts_; }
+
+    // Whether other Python code may run while work on it is done.
+    bool releases_gil() const { return elements_ >= kWorthReleasing; }
+
+    // The norm of all tensors as one vector; of their finite elements only, if so wished.
+    double norm(Read Loops::* loop, bool finite) {
+        prepare();
+        const WithoutGil unlocked(elements_);
+        return norm_from(reduce(first(), last(), loop, finite, 1.0), first(), last(), loop, finite);
+    }
+
+    // The norm of each, in order, into `norms`.
+    void norms(Read Loops::* loop, bool finite, double* norms) {
+        prepare();
+        const WithoutGil unlocked(elements_);
+        reduce(first(), last(), loop, finite, 1.0);
+        Place from = first();
+        for (size_t i = 0; i < parts_.size(); ++i) {
+            const Place to = {i + 1, 0, from.chunk + chunks_of(parts_[i])};
+            norms[i] = norm_from(fold(from, to, loop == &Loops::largest), from, to, loop, finite);
+            from = to;
+        }
+    }
+
+    // Changes all tensors by one number, or each by its own; returns whether there was anything to change.
+    bool write(Write Loops::* loop, const double* numbers, bool each) {
+        prepare();
+        if (threads_ > 1 && overlaps()) threads_ = 1;
+        std::atomic<bool> written{false};
+        const WithoutGil unlocked(elements_);
+        run(first(), last(), [&](Place place, size_t n) {
+            const Layout& layout = parts_[place.part];
+            const Write inner = loops_[layout.dtype].*loop;
+            const double number = numbers[each ? place.part : 0];
+            visit<true>(layout, place.start, n, [&](char* x, size_t length) {
+                const bool changed = inner(x, length, number);
+                if (changed) written.store(true, std::memory_order_relaxed);
+                return changed;
+            });
+        });
+        return written;
+    }
+
+  private:
+    static size_t chunks_of(const Layout& layout) { return (layout.count + kChunk - 1) / kChunk; }
+
+    // Decides, by the number of elements, which loops to run and how many threads.
+    void prepare() {
+        results_.resize(chunks_);
+        threads_ = usable_threads(elements_);
+        loops_ = loops_for(elements_);
+    }
+
+    Place first() const { return {0, 0, 0}; }
+    Place last() const { return {parts_.size(), 0, chunks_}; }
+
+    // Calls work(place, n) for each chunk of n elements between two places.
+    template <class Work> void run_here(Place place, Place end, const Work& work) const {
+        for (; place.part < end.part || (place.part == end.part && place.start < end.start); ++place.part) {
+            const size_t count = place.part == end.part ? end.start : parts_[place.part].count;
+            for (; place.start < count; place.start += kChunk, ++place.chunk)
+                work(place, std::min(kChunk, count - place.start));
+            place.start = 0;
+        }
+    }
+
+    // Likewise, in several threads where they pay.
+    template <class Work> void run(Place from, Place to, const Work& work) const {
+        if (threads_ == 1 || to.chunk - from.chunk < chunks_) return run_here(from, to, work);
+        Room<Place, 33> begins;
+        cut(size_t(threads_), begins);
+        in_parallel(threads_, [&](size_t thread, size_t threads) {
+            for (size_t i = thread; i + 1 < begins.size(); i += threads) run_here(begins[i], begins[i + 1], work);
+        });
+    }
+
+    // Cuts all chunks into shares that cost about the same: where each of them begins, and the end of the last.
+    void cut(size_t shares, Room<Place, 33>& begins) const {
+        const size_t cost = elements_ + chunks_ * kChunkCost;
+        size_t before = 0;
+        run_here(first(), last(), [&](Place place, size_t n) {
+            if (before >= cost / shares * begins.size() && begins.size() < shares) begins.push_back(place);
+            before += n + kChunkCost;
+        });
+        begins.push_back(last());
+    }
+
+    // Calls inner(x, n) for the real numbers of some elements, through a buffer where there are gaps between them.
+    template <bool write, class Inner> void visit(const Layout& layout, size_t start, size_t n, Inner inner) const {
+        const DtypeFacts& dtype = kDtypes[layout.dtype];
+        if (layout.axes == 0)
+            inner(layout.data + start * dtype.item, n * dtype.parts);
+        else
+            buffered<write>(layout, start, n, inner);
+    }
+
+    template <bool write, class Inner> void buffered(const Layout& layout, size_t start, size_t n, Inner inner) const {
+        const DtypeFacts& dtype = kDtypes[layout.dtype];
+        alignas(64) char buffer[4096];
+        const size_t room = sizeof buffer / dtype.item, end = start + n;
+        for (; start < end; start += room) {
+            const size_t length = std::min(room, end - start);
+            copy(layout, start, length, buffer, true);
+            if constexpr (!write)
+                inner(buffer, length * dtype.parts);
+            else if (inner(buffer, length * dtype.parts))
+                copy(layout, start, length, buffer, false);
+        }
+    }
+
+    void copy(const Layout& layout, size_t start, size_t n, char* buffer, bool gather) const {
+        const size_t item = kDtypes[layout.dtype].item;
+        if (layout.axes == 0)
+            copy_run(layout.data + start * item, buffer, n, 1, item, gather);
+        else
+            copy_grid(layout, axes_.begin() + layout.first_axis, start, n, buffer, gather);
+    }
+
+    // Reduces the chunks between two places, each on its own, then together in order.
+    double reduce(Place from, Place to, Read Loops::* loop, bool finite, double unit) {
+        const bool take_largest = loop == &Loops::largest;
+        run(from, to, [&](Place place, size_t n) {
+            const Layout& layout = parts_[place.part];
+            const Loops& loops = loops_[layout.dtype];
+            double result = kAbsent;
+            const auto reduce_one = [&](char* x, size_t length) {
+                result = join(result, (loops.*loop)(x, length, unit), take_largest);
+            };
+            if (!finite)
+                visit<false>(layout, place.start, n, reduce_one);
+            else
+                buffered<false>(layout, place.start, n, [&](char* x, size_t length) {
+                    if (loops.count_finite(x, length, 0) == 0) return;
+                    loops.zero_nonfinite(x, length, 0);
+                    reduce_one(x, length);
+                });
+            results_[place.chunk] = result;
+        });
+        return fold(from, to, take_largest);
+    }
+
+    double fold(Place from, Place to, bool take_largest) const {
+        double result = kAbsent;
+        for (size_t i = from.chunk; i < to.chunk; ++i) result = join(result, results_[i], take_largest);
+        return result;
+    }
+
+    // The norm of what is between two places, given what `reduce` made of it.
+    double norm_from(double reduced, Place from, Place to, Read Loops::* loop, bool finite) {
+        if (loop != &Loops::sum_squares || reduced < 0) return reduced;
+        return root(reduced, [&](Read Loops::* other, double unit) { return reduce(from, to, other, finite, unit); });
+    }
+
+    // True if two threads might write to the same memory.
+    bool overlaps() const {
+        std::vector<std::pair<const char*, const char*>> ranges;
+        ranges.reserve(parts_.size());
+        for (const Layout& layout : parts_)
+            if (layout.count > 0)
+                ranges.emplace_back(layout.data, layout.data + span(layout, axes_.begin() + layout.first_axis));
+        std::sort(ranges.begin(), ranges.end());
+        for (size_t i = 1; i < ranges.size(); ++i)
+            if (ranges[i].first < ranges[i - 1].second) return true;
+        return false;
+    }
+};
+
+}  // namespace

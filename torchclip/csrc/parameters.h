@@ -1,0 +1,238 @@
+// Whose gradients are meant: a list or a tuple of parameters, one of them, a module, a generator of `Module.parameters`
+// that was not started, or an optimizer.  Modules are walked here instead of running code of theirs, in the order and
+// under the conditions of torch's code; so is a generator of their parameters.
+#pragma once
+
+#include <algorithm>
+
+#include "connection.h"
+
+namespace {
+
+// What `connect_modules` was given, and what it has looked up then.
+struct {
+    PyTypeObject *module, *parameter_list, *generator;
+    PyObject *parameters, *named_parameters, *named_members, *named_modules;  // of Module, as torch wrote them
+    PyObject *parameters_code, *object;
+    PyObject* get_attribute;       // object.__getattribute__
+    Getter mro, class_attributes;  // of classes: their bases, and what they themselves define
+    traverseproc traverse;         // of generators
+    destructor finalize;           // likewise
+    struct {
+        PyObject *parameters, *named_parameters, *named_members, *named_modules, *get_attribute;
+        PyObject *own_parameters, *own_modules;
+    } names;
+} modules;
+
+bool is_module(PyObject* object) {
+    return modules.module != nullptr && PyType_IsSubtype(Py_TYPE(object), modules.module);
+}
+
+// Where the functions below return false or null, an error may be set: that what was looked for is not there, or one of
+// the user's.
+//
+// Items are handed to take(item), with a reference to each.  User code can run meanwhile: where an item's gradient is
+// read, and where the reference is given back.  False where take(item) returns false, or where only running code of the
+// user's can tell what the items are.
+
+// Whether a class has a method as torch wrote it.
+bool inherits(PyTypeObject* type, PyObject* name, PyObject* wanted) {
+    return Ref(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name)) == wanted;
+}
+
+// The dictionary of an object's attributes; null if it has none, or something else in its place.
+Ref attributes_of(PyObject* object) {
+    Ref attributes(PyObject_GenericGetDict(object, nullptr));
+    return attributes == nullptr || PyDict_Check(attributes) ? std::move(attributes) : Ref();
+}
+
+// What an object itself has under a name, in the dictionary of its attributes; null if it is not there.
+Ref own_attribute(PyObject* attributes, PyObject* name) { return Ref::to(PyDict_GetItemWithError(attributes, name)); }
+
+// Whether an object itself has no attribute of a name.
+bool lacks(PyObject* attributes, PyObject* name) { return PyDict_Contains(attributes, name) == 0; }
+
+// Whether a class or a base of it, beyond nn.Module, has something of its own in the place of attributes that every
+// module has: a property, say, which comes before them and can answer otherwise each time.
+bool replaces_attributes(PyTypeObject* type) {
+    const Ref mro(modules.mro(reinterpret_cast<PyObject*>(type)));
+    if (mro == nullptr || !PyTuple_CheckExact(mro)) return true;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(mro); ++i) {
+        PyObject* const base = PyTuple_GetItem(mro, i);
+        if (base == reinterpret_cast<PyObject*>(modules.module) || base == modules.object) continue;
+        const Ref attributes(modules.class_attributes(base));
+        if (attributes == nullptr || PySequence_Contains(attributes, modules.names.own_parameters) != 0 ||
+            PySequence_Contains(attributes, modules.names.own_modules) != 0)
+            return true;
+    }
+    return false;
+}
+
+// Walks a module and those below it as `Module.parameters` does, where it is sure to give the same; one that is met
+// again gives its parameters again.
+template <class Take> class ModuleWalk {
+    // Torch's code ends a circle of modules; and where modules are shared on many levels, it meets each but once.
+    static constexpr int kDeepest = 64, kMostModules = 1 << 16, kMostTypes = 16;
+    Take take_;
+    PyTypeObject* types_[kMostTypes];  // looked at in this walk
+    int type_count_ = 0, module_count_ = 0;
+
+    bool has_looked_at(PyTypeObject* type) const {
+        return std::find(types_, types_ + type_count_, type) != types_ + type_count_;
+    }
+
+    // Whether modules of a class are told apart, asked for attributes and walked as torch wrote it.
+    bool look_at(PyTypeObject* type) {
+        if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules.module, Py_tp_hash)) return false;
+        if (!inherits(type, modules.names.get_attribute, modules.get_attribute)) return false;
+        if (!inherits(type, modules.names.named_modules, modules.named_modules)) return false;
+        if (replaces_attributes(type)) return false;
+        if (type_count_ < kMostTypes) types_[type_count_++] = type;
+        return true;
+    }
+
+    bool visit(PyObject* module, int depth) {
+        if (depth == kDeepest || ++module_count_ > kMostModules) return false;
+        if (!has_looked_at(Py_TYPE(module)) && !(is_module(module) && look_at(Py_TYPE(module)))) return false;
+        const Ref attributes = attributes_of(module);
+        if (attributes == nullptr || !lacks(attributes, modules.names.named_modules)) return false;
+        if (depth == 0 && !has_torchs_members(module, attributes)) return false;
+        const Ref parameters = own_attribute(attributes, modules.names.own_parameters);
+        if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
+        const Ref children = own_attribute(attributes, modules.names.own_modules);
+        if (children == nullptr || !PyDict_CheckExact(children)) return false;
+        Py_ssize_t place = 0;
+        PyObject* value;
+        while (PyDict_Next(parameters, &place, nullptr, &value)) {
+            if (value != Py_None && !take_(Ref::to(value))) return false;
+        }
+        if (PyDict_Size(children) == 0) return true;
+        place = 0;
+        while (PyDict_Next(children, &place, nullptr, &value)) {
+            if (value == Py_None) continue;
+            const Ref child = Ref::to(value);
+            if (!visit(child, depth + 1)) return false;
+        }
+        return true;
+    }
+
+    // Of the module that the walk begins with: only its methods are called.
+    static bool has_torchs_members(PyObject* module, PyObject* attributes) {
+        PyTypeObject* const type = Py_TYPE(module);
+        return inherits(type, modules.names.named_parameters, modules.named_parameters) &&
+               inherits(type, modules.names.named_members, modules.named_members) &&
+               lacks(attributes, modules.names.named_parameters) && lacks(attributes, modules.names.named_members);
+    }
+
+  public:
+    explicit ModuleWalk(Take take) : take_(take) {}
+
+    bool collect(PyObject* module) { return visit(module, 0); }
+};
+
+// Whether an object is a module whose `parameters()` is torch's own.  Lists of parameters are taken as lists.
+bool has_own_parameters(PyObject* object) {
+    PyTypeObject* const type = Py_TYPE(object);
+    if (!is_module(object) || PyType_IsSubtype(type, modules.parameter_list)) return false;
+    if (!inherits(type, modules.names.parameters, modules.parameters)) return false;
+    const Ref attributes = attributes_of(object);
+    return attributes != nullptr && lacks(attributes, modules.names.parameters);
+}
+
+// What a generator of a function refers to, apart from its names.
+struct Referents {
+    PyObject* module = nullptr;
+    bool of_parameters = false, recurses = false, has_others = false;
+
+    static int see(PyObject* object, void* self) {
+        auto& seen = *static_cast<Referents*>(self);
+        if (object == modules.parameters_code)
+            seen.of_parameters = true;
+        else if (object == Py_True)
+            seen.recurses = true;
+        else if (object == modules.parameters || PyUnicode_CheckExact(object))
+            return 0;
+        else if (seen.module == nullptr && is_module(object))
+            seen.module = object;
+        else
+            seen.has_others = true;
+        return 0;
+    }
+};
+
+// The module whose parameters an unstarted generator of `Module.parameters` would give, all of them; null if it is
+// anything else, and before Python 3.11, whose generators do not tell.  Until it is started, a generator refers to its
+// function, the code and the arguments: the module, and for `recurse` True.  As soon as it is, also to the generator
+// that it gets its items from; and to nothing when it has ended.
+Ref module_behind(PyObject* generator) {
+    Referents seen;
+    modules.traverse(generator, &Referents::see, &seen);
+    return seen.of_parameters && seen.recurses && !seen.has_others ? Ref::to(seen.module) : Ref();
+}
+
+// Has a generator end as if all its items had been taken; anything else stays as it is.  Finalizing it closes it, by
+// code that Python runs anyway when it frees a generator.  An error goes where those of finalizers go: nothing can be
+// undone.
+void use_up(PyObject* given) {
+    if (Py_TYPE(given) == modules.generator) modules.finalize(given);
+}
+
+// Of a list or a tuple, which user code can change meanwhile.
+template <class Take> bool collect_list(PyObject* list, Take take) {
+    for (Py_ssize_t i = 0; i < PyList_Size(list); ++i)
+        if (!take(Ref::to(PyList_GetItem(list, i)))) return false;
+    return true;
+}
+template <class Take> bool collect_tuple(PyObject* tuple, Take take) {
+    for (Py_ssize_t i = 0, count = PyTuple_Size(tuple); i < count; ++i)
+        if (!take(Ref::to(PyTuple_GetItem(tuple, i)))) return false;
+    return true;
+}
+
+// Of a list, a tuple, a parameter, a module or a fresh generator.
+template <class Take> bool collect(PyObject* given, Take take) {
+    if (PyList_CheckExact(given)) return collect_list(given, take);
+    if (PyTuple_CheckExact(given)) return collect_tuple(given, take);
+    if (is_plain(given)) return take(Ref::to(given));
+    const Ref module = Py_TYPE(given) == modules.generator ? module_behind(given)
+                       : has_own_parameters(given)         ? Ref::to(given)
+                                                           : Ref();
+    return module != nullptr && ModuleWalk<Take>(take).collect(module);
+}
+
+// Of any iterable, by running it.  False, with an error set, if that or take(item) fails.
+template <class Take> bool collect_any(PyObject* iterable, Take take) {
+    if (PyList_CheckExact(iterable)) return collect_list(iterable, take);
+    const Ref iterator(PyObject_GetIter(iterable));
+    if (iterator == nullptr) return false;
+    while (PyObject* const item = PyIter_Next(iterator))
+        if (!take(Ref(item))) return false;
+    return PyErr_Occurred() == nullptr;
+}
+
+// Whether an optimizer, of these attributes, has nothing that a GradScaler sets.
+bool is_unscaled(PyObject* attributes) {
+    static PyObject* const grad_scale = PyUnicode_InternFromString("grad_scale");
+    static PyObject* const found_inf = PyUnicode_InternFromString("found_inf");
+    return lacks(attributes, grad_scale) && lacks(attributes, found_inf);
+}
+
+// Of all groups of an optimizer, if what a GradScaler sets is not there, and no group brings its own threshold along.
+template <class Take> bool collect_of_optimizer(PyObject* optimizer, Take take) {
+    static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
+    static PyObject* const params = PyUnicode_InternFromString("params");
+    static PyObject* const max_norm = PyUnicode_InternFromString("max_norm");
+    const Ref attributes = attributes_of(optimizer);
+    if (attributes == nullptr || !is_unscaled(attributes)) return false;
+    const Ref groups = own_attribute(attributes, param_groups);
+    if (groups == nullptr || !PyList_CheckExact(groups)) return false;
+    for (Py_ssize_t i = 0; i < PyList_Size(groups); ++i) {
+        const Ref group = Ref::to(PyList_GetItem(groups, i));
+        if (!PyDict_CheckExact(group) || !lacks(group, max_norm)) return false;
+        const Ref parameters = own_attribute(group, params);
+        if (parameters == nullptr || !PyList_CheckExact(parameters) || !collect_list(parameters, take)) return false;
+    }
+    return true;
+}
+
+}  // namespace
