@@ -46,7 +46,7 @@ def flags() -> tuple[list[str], list[str]]:
         compiling += ["-O1", "-g", "-fno-omit-frame-pointer"]
     else:
         compiling += ["-O3", "-g0"]
-    # Torch's threads are looked up when the kernel is loaded; in old Linuxes the look-up has a library of its own.
+    # To look up torch's threads takes a library of its own in old Linuxes.
     return compiling + both, both + (["-ldl"] if sys.platform == "linux" else [])
 
 
