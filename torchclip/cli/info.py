@@ -1,4 +1,4 @@
-"""What there is on this machine: the command ``torchclip info``."""
+"""The command ``torchclip info``: versions, threads, and what is available on this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def facts() -> dict[str, str]:
 
 
 def installed_version(package: str) -> str:
-    """The version of a package, or that there is none."""
+    """The version of a package, or ``not installed``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,19 +6,18 @@ A command is a line in ``COMMANDS`` and a module with two functions, ``torchclip
     def add_arguments(parser: argparse.ArgumentParser) -> None    # declares its options
     def run(**options) -> int | None                              # gets them by name, returns the exit status
 
-What ``run`` cannot work with, such as options that do not go together or a file that cannot be read, it
-refuses by raising ``options.refusal(message)`` or an ``OSError``.  The user then sees one line on stderr, as
-for an option that argparse refuses, and the exit status is 2.  An ``OSError`` about a file that an option
-names is reported with that option.  After Ctrl-C the status is 130.
+If ``run`` cannot use its options, because they exclude each other or a file cannot be read, it raises
+``options.refusal(message)`` or an ``OSError``.  The user then sees one line on stderr, as for an option that
+argparse refuses, and the exit status is 2.  The line names the option of the file, if there is one.  After
+Ctrl-C the status is 130.
 
-Only the module of the command that is called gets imported, so that ``torchclip info`` needs no extra.
+Only the module of the called command is imported, so that ``torchclip info`` needs no extra.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import io
 import os
 import sys
@@ -27,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torchclip
-from torchclip._core.extras import installing
+from torchclip.cli.options import need
 
 __all__ = ["COMMANDS", "main"]
 
 
 class Command(NamedTuple):
-    """What the overview of all commands has to know of each."""
+    """A command in the overview of all commands."""
 
     summary: str
     needs_demo: bool
@@ -55,7 +54,7 @@ DEMO_PACKAGES = ("rich", "matplotlib")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without repeating the usage.
+    """An argument parser whose errors are one line, without the usage.
 
     Attributes:
         arguments: the arguments that were added.
@@ -72,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n" if _speaks() else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if _prints() else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,18 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
-    if COMMANDS[name].needs_demo:
-        missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
-        if missing:
-            parser.error(f"needs {' and '.join(missing)}; install with: {installing('demo')}")
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # ASCII output gets "?" for "é", not an exception
-    command = importlib.import_module(
-        f"torchclip.cli.{name}" if name == "info" else f"torchclip.cli.{name}.command"
-    )
-    command.add_arguments(parser)
-    options = vars(parser.parse_args(arguments))
     try:
+        if COMMANDS[name].needs_demo:
+            need("this command", *DEMO_PACKAGES)
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="replace")  # ASCII output gets "?" for "é", not an exception
+        module = name if name == "info" else f"{name}.command"
+        command = importlib.import_module(f"torchclip.cli.{module}")
+        command.add_arguments(parser)
+        options = vars(parser.parse_args(arguments))
         _refuse_one_file_for_two(parser, options)
         status = command.run(**options) or 0
         if sys.stdout is not None:
@@ -125,24 +121,24 @@ def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
         return status
     except argparse.ArgumentError as error:
         parser.error(str(error))
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         parser.error(_with_its_option(error, parser, options))
     except KeyboardInterrupt:
-        if _speaks():
+        if _prints():
             print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
 
 
-def _speaks() -> bool:
-    """Of the processes that ``torchrun`` starts here, one speaks for all."""
+def _prints() -> bool:
+    """Whether this process prints: one of those that ``torchrun`` starts on a machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _files(parser: Parser, options: Mapping[str, Any]) -> Iterator[tuple[argparse.Action, Path]]:
-    """The options that name a file or a directory, with what they name."""
+    """The options that name a file or a directory, with its path."""
     for argument in parser.arguments:
         value = options.get(argument.dest)
         if isinstance(value, Path):
@@ -150,7 +146,7 @@ def _files(parser: Parser, options: Mapping[str, Any]) -> Iterator[tuple[argpars
 
 
 def _refuse_one_file_for_two(parser: Parser, options: Mapping[str, Any]) -> None:
-    """What one option writes, another must neither write nor read."""
+    """No option may read or write a file that another one writes."""
     seen: dict[Path, argparse.Action] = {}
     for argument, path in _files(parser, options):
         other = seen.setdefault(path.resolve(), argument)
@@ -159,7 +155,7 @@ def _refuse_one_file_for_two(parser: Parser, options: Mapping[str, Any]) -> None
 
 
 def _with_its_option(error: OSError, parser: Parser, options: Mapping[str, Any]) -> str:
-    """What went wrong with a file, and which option named it."""
+    """The message of an error about a file, with the option that named the file."""
     if error.filename is None:
         return str(error)
     path = Path(os.fsdecode(error.filename))

@@ -1,17 +1,20 @@
-"""The kinds of values that options take: each reads a text, and refuses what cannot be used.
+"""The types of options: each converts a text, and refuses a text that it cannot use.
 
-A kind is a function for the ``type`` of an option.  What it raises names the value; ``argparse`` puts the
-option's name before it.
+A type is a function for the ``type`` of an argparse option.  Its error names the value, and argparse puts the
+name of the option before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from torchclip._core.extras import installing
 
 __all__ = [
     "count",
@@ -19,6 +22,7 @@ __all__ = [
     "file_to_read",
     "file_to_write",
     "max_norm",
+    "need",
     "picture_file",
     "positive",
     "refusal",
@@ -30,15 +34,26 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 
 def refusal(message: str) -> argparse.ArgumentError:
-    """What a command raises for options that it cannot work with; the message says which and why."""
+    """The error of a command for options that it cannot use; the message says which, and why."""
     return argparse.ArgumentError(None, message)
+
+
+def need(option: str, *packages: str) -> None:
+    """Refuse an option if packages that it needs are not installed.
+
+    Raises:
+        argparse.ArgumentError: with how to install them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise refusal(f"{option} needs {' and '.join(missing)}; install with: {installing('demo')}")
 
 
 # Numbers
 
 
 def max_norm(text: str) -> float:
-    """An option's value that is a threshold, as the functions take it: at least 0, ``inf`` not to clip."""
+    """An option's value that is a threshold: at least 0, ``inf`` for no clipping."""
     return _number(text, lambda value: value >= 0, "a number that is at least 0")
 
 
@@ -77,7 +92,7 @@ def _whole(text: str, least: int, end: int | None, what: str) -> int:
     return value
 
 
-# Files; what cannot be used is refused now rather than after the work
+# Files; they are checked now, before the work
 
 
 def file_to_read(text: str) -> Path:
@@ -107,14 +122,14 @@ def file_to_write(text: str) -> Path:
 
 
 def picture_file(text: str) -> Path:
-    """An option's value that is a picture to write, of a kind that its name's ending says."""
+    """An option's value that is a picture to write, in the format of the file's ending."""
     if Path(text).suffix.lower() not in _PICTURES:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(_PICTURES)}, got {text!r}")
     return file_to_write(text)
 
 
 def directory_to_write(text: str) -> Path:
-    """An option's value that is a directory for files; it and those above it may have to be made."""
+    """An option's value that is a directory for files; it may not exist yet."""
     path = Path(text)
     with _looking_at(path):
         there = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -127,7 +142,7 @@ def directory_to_write(text: str) -> Path:
 
 @contextmanager
 def _looking_at(path: Path) -> Iterator[None]:
-    """Refuse a path that cannot even be looked at: its name is too long, or a directory is closed."""
+    """Refuse a path that the system does not let us look up, such as one with too long a name."""
     try:
         yield
     except OSError as error:
@@ -136,7 +151,7 @@ def _looking_at(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have errors of writing to a file name it: a full disk's do not."""
+    """Add the file's name to errors of writing to it; the error of a full disk has none."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where the commands print: as wide as the terminal, and plain where there is none."""
+"""The console of the commands: as wide as the terminal, and plain text if there is no terminal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Console", "console_for", "tell_file"]
 
 
 def console_for(most: int, **options: Any) -> Console:
-    """A console for stdout that is at most so many columns wide.
+    """A console for stdout that is at most ``most`` columns wide.
 
-    Into a file or a pipe go no control characters, and no blanks at the ends of lines.
+    In a file or a pipe there are no control characters, and no blanks at the ends of lines.
     """
     console = Console(**options)
     if not console.is_terminal:
@@ -24,7 +24,7 @@ def console_for(most: int, **options: Any) -> Console:
 
 
 def tell_file(console: Console, what: str, path: Path, more: str = "") -> None:
-    """Say where a file is that was written, in one line that can be copied."""
+    """Print the path of a written file, in one line that can be copied."""
     console.print(f"{what}: {path}{more}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -38,7 +38,7 @@ class _WithoutTrailingBlanks:
         return len(text)
 
     def flush(self) -> None:
-        """Have stdout write what it holds."""
+        """Flush stdout."""
         sys.stdout.flush()
 
     def isatty(self) -> bool:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable
 
 import torchclip
+from torchclip.cli.options import refusal
 from torchclip.thresholds.base import MaxNorm, Threshold
 
-__all__ = ["CLASSES", "LEARNED", "WITHOUT_CEILING", "max_norm_of"]
+__all__ = ["CLASSES", "DESCRIBED", "LEARNED", "max_norm_of", "refuse_ceiling"]
 
 CLASSES: dict[str, Callable[..., Threshold]] = {
     "percentile": torchclip.Percentile,
@@ -29,6 +30,16 @@ LEARNED = {
 
 WITHOUT_CEILING = {name for name, of in CLASSES.items() if "max_norm" not in inspect.signature(of).parameters}
 """Those that take no ``max_norm``."""
+
+
+DESCRIBED = "; ".join(f"{name}: {what}" for name, what in LEARNED.items())
+"""All of them in one line, for the help of an option."""
+
+
+def refuse_ceiling(threshold: str | None, max_norm: float | None) -> None:
+    """Refuse a ``--max-norm`` that the threshold has no use for."""
+    if threshold in WITHOUT_CEILING and max_norm is not None:
+        raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
 
 
 def max_norm_of(threshold: str, max_norm: float = math.inf) -> MaxNorm:

@@ -75,7 +75,7 @@ def run(
         facts["gradients on"] = _device_name(device)
     console.print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), highlight=False)
 
-    # In the series torch.compile would take hours, and optax hold the largest gradients twice more.
+    # For the series, torch.compile would take hours, and optax would need memory for two more copies.
     rivals = [] if scaling else ["optax"] if quick else RIVALS
     workloads = SCALING if scaling else {n: w for n, w in WORKLOADS.items() if n in (only or WORKLOADS)}
     steps = []
@@ -99,7 +99,7 @@ def run(
 
 
 def _device(text: str) -> torch.device:
-    """A device that is there."""
+    """A device of this machine."""
     try:
         device = torch.device(text)
         torch.empty(1, device=device)
@@ -117,7 +117,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Facts about the machine on which the numbers depend."""
     return {
         "CPU": _cpu_model(),
         "cores": str(os.cpu_count()),

@@ -1,7 +1,7 @@
-"""Who is compared in ``torchclip bench``: each implementation, ready to be called on its own gradients.
+"""The contenders of ``torchclip bench``: each implementation with gradients for its calls.
 
-All of them are called in the same way, ``function(gradients, number)``.  What is left of the gradients after
-clipping can be put back, so that every timing starts from the same values.
+All are called in the same way, ``function(gradients, number)``.  The gradients can be restored after
+clipping, so that every timing starts from the same values.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Gradients:
     """Standard normal gradients of a workload's shapes.
 
     Attributes:
-        parameters: their values are never looked at, and their memory never touched.
-        device: where they are.
-        tensors: the gradients, each in memory of its own, as a backward pass leaves them.
-        flat: a copy of all of them, one after another, to restore them from.
-        norm: theirs in float64.
+        parameters: the parameters, whose values are never used.
+        device: of the gradients.
+        tensors: the gradients, each with its own memory, as after a backward pass.
+        flat: a copy of all gradients as one vector, from which they are restored.
+        norm: of the gradients, in float64.
     """
 
     def __init__(self, workload: Workload, device: torch.device | None = None) -> None:
@@ -62,7 +62,7 @@ class Gradients:
         self.norm = _exact_norm(self.flat)
 
     def originals(self) -> list[Tensor]:
-        """The gradients as they were at first: views into ``flat``."""
+        """The original gradients: views into ``flat``."""
         pieces = torch.split(self.flat, [tensor.numel() for tensor in self.tensors])
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
 
@@ -81,9 +81,9 @@ class Contender(NamedTuple):
     """One implementation with its gradients.
 
     Attributes:
-        calls: for each operation, what is timed, and its first argument.
-        restore: puts the gradients back.
-        context: what has to be entered around all calls.
+        calls: for each operation, the timed function and its first argument.
+        restore: restores the gradients.
+        context: a context manager for all calls.
         one_number: whether all calls get the same number.
     """
 
@@ -94,7 +94,7 @@ class Contender(NamedTuple):
 
 
 def contenders(gradients: Gradients, rivals: Sequence[str]) -> dict[str, Contender]:
-    """All that can run here, by name, as in ``NAMES``.
+    """All contenders that can run here, by name, as in ``NAMES``.
 
     Args:
         gradients: what they work on.
@@ -157,12 +157,12 @@ def _multi_tensor_norm() -> Callable[[list[Tensor], float], Tensor] | None:
 
 
 def _compiled(gradients: Gradients) -> Contender:
-    # Compiled code is kept by function, up to a limit that several workloads in one process would reach.
+    # torch keeps compiled code per function, up to a limit that several workloads would reach.
     torch.compiler.reset()
     names = ("get_total_norm", "clip_grad_norm_", "clip_grad_value_")
     functions = {name: torch.compile(getattr(torch.nn.utils, name)) for name in names}
-    # It compiles anew for every other number, and gives up after eight.  With a threshold that stays there is
-    # nothing to clip from the second call on, which is as much work: torch multiplies in any case.
+    # It compiles again for every new number, and stops after eight.  With a constant threshold, there is
+    # nothing to clip from the second call on, but torch multiplies in any case, so the work is the same.
     return _in_torch(SimpleNamespace(**functions), gradients)._replace(one_number=True)
 
 
@@ -202,13 +202,13 @@ def _optax(gradients: Gradients) -> Contender:
 
 
 def floors(gradients: Gradients) -> Contender:
-    """What has to be paid for the memory traffic alone: passes over one tensor of as many bytes.
+    """The memory traffic alone: passes over one tensor of the same size.
 
-    A norm takes a pass that reads, clipping by it one more that reads and writes, clipping by value only the
-    latter.
+    A norm takes a pass that reads.  Clipping by norm takes another one that reads and writes, and clipping by
+    value only that one.
     """
     flat = gradients.flat
-    if flat.dtype == torch.bfloat16:  # converting is work of its own: the same bytes as float32
+    if flat.dtype == torch.bfloat16:  # converting costs time, so take the same bytes as float32
         flat = flat[: flat.numel() // 2 * 2].view(torch.float32)
 
     def read(flat: Tensor, _: float) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 
-# torch is what they are compared with, and gray.
+# torch, with which they are compared, is gray.
 CONTENDERS = {
     "torchclip": (BLUE, "o"),
     "kernel off": (SKY, "s"),
@@ -115,7 +115,7 @@ def _workload_panels(
 
 @style()
 def scaling_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """What a gradient costs as there are more of them, and a byte as one gradient grows: ``clip_grad_norm_``.
+    """The cost of a gradient as their number grows, and of a byte as one gradient grows: ``clip_grad_norm_``.
 
     Args:
         rows: what ``torchclip bench --scaling`` measured.

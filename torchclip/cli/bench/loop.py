@@ -1,9 +1,9 @@
 """What clipping costs inside a training step: the time of clip and ``step``, less that of the step alone.
 
-The backward pass has just put its own code and data into the processor's caches, so a call costs several
-times what it costs in a tight loop.  One model and one optimizer serve all contenders, whose turns come in an
-order that is drawn at random for each round: where a model lies in memory, and who came before, would
-otherwise count for more than clipping does.
+The backward pass has just filled the processor's caches with its own code and data, so a call takes several
+times as long as in a tight loop.  All contenders use one model and one optimizer, and take turns in an order
+drawn at random for each round.  Otherwise the place of a model in memory, and the contender before, would
+matter more than clipping.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ROUNDS = 800
 WARM_UP = 30
 BATCH = 64
-SLOWEST = 0.05  # of the samples, which the mean leaves out: the machine did something else meanwhile
+SLOWEST = 0.05  # of the samples, not in the mean: another program ran
 
 MODELS: dict[str, list[int]] = {"mlp": [17, 64, 64, 6], "layers": [32] * 25}
 """The widths of their layers."""
@@ -83,7 +83,7 @@ class Setup:
         self.parameters = list(self.model.parameters())
 
     def backward(self) -> None:
-        """Everything of a training step that comes before clipping."""
+        """The part of a training step before clipping."""
         self.optimizer.zero_grad()
         self.model(self.inputs).square().mean().backward()
 
@@ -105,7 +105,7 @@ CONTENDERS: dict[str, Callable[[Setup], object]] = {
     "function, by value": lambda s: _ours.clip_grad_value_(s.parameters, s.clip_value),
     "Clipper": _nothing,
 }
-"""What is called between the backward pass and the step; of the Clipper there is nothing to call."""
+"""What is called between the backward pass and the step; for a Clipper, nothing."""
 
 _RIVALS = {
     "function, a list": "torch, a list",
@@ -122,7 +122,7 @@ class Added(NamedTuple):
 
     Attributes:
         quartile: the lower quartile of its steps, less that of the steps without clipping.
-        mean: the same of the means without the slowest 5 %, which also see what is put off to later calls.
+        mean: the same for means without the slowest 5 %, which include work that a call delays.
     """
 
     quartile: float
@@ -134,7 +134,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """The seconds that clip and ``step`` take, in each round, of each contender.
 
-    Uses one thread of torch's, and puts the number of threads back.
+    Uses one thread of torch's, and restores the number of threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -177,7 +177,7 @@ def _setup(row: Row) -> Setup:
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     model = nn.Sequential(*layers[:-1]).to(row.dtype)
     optimizer = OPTIMIZERS[row.optimizer](list(model.parameters()))
-    # Weights hardly move, so the norms stay: those of a first backward pass serve for all.
+    # Weights hardly move, so the norms of a first backward pass are those of all steps.
     limit = 1e-3 if row.clips else 1e3
     setup = Setup(model, optimizer, limit, limit, torch.randn(BATCH, widths[0], dtype=row.dtype))
     setup.backward()
@@ -188,7 +188,7 @@ def _setup(row: Row) -> Setup:
 
 
 class _Hooks:
-    """Puts a clipper's hooks on an optimizer and takes them off, outside of what is timed."""
+    """Adds a clipper's hooks to an optimizer, and removes them, outside the timed part."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._registered = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
@@ -207,7 +207,7 @@ class _Hooks:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Python's garbage collection off; whose turn it falls into would say nothing about that contender."""
+    """Turn Python's garbage collection off, as it would count for whichever contender's turn it is."""
     gc.collect()
     gc.disable()
     try:

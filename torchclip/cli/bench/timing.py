@@ -1,8 +1,8 @@
 """How ``torchclip bench`` measures single calls: warm, round by round.
 
 Everything runs in one process, with Python's garbage collection off.  Each round times every contender once,
-so that whatever else the machine does falls on all of them; ratios are taken within a round.  Results are
-quartiles over the rounds.
+so that a disturbance affects all of them.  Ratios are taken within a round.  Results are quartiles over the
+rounds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 
-SHRINK = 0.98  # of the threshold from call to call: there is always something to clip, even in bfloat16
-MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, far from where numbers lose digits
+SHRINK = 0.98  # of the threshold from call to call, so that every call clips, even in bfloat16
+MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, where no digits are lost
 
 CPU = torch.device("cpu")
 
@@ -48,9 +48,9 @@ class Effort(NamedTuple):
     """How long to measure.
 
     Attributes:
-        sample_seconds: calls are repeated for so long within one timing.
-        row_seconds: rounds are added for so long,
-        rounds: but at least and at most so many.
+        sample_seconds: how long calls are repeated within one timing.
+        row_seconds: how long rounds are added.
+        rounds: the smallest and the largest number of rounds.
     """
 
     sample_seconds: float
@@ -73,7 +73,7 @@ def measure(
     Args:
         workloads: by name.
         effort: how long to measure each row.
-        rivals: which of ``torch.compile`` and ``optax`` take part, the latter where it is installed.
+        rivals: which of ``torch.compile`` and ``optax`` take part; optax only if it is installed.
         device: where the gradients are.
     """
     rows = []
@@ -98,13 +98,13 @@ def measure(
 def compare(
     gradients: Gradients, operation: str, contenders: Mapping[str, Contender], effort: Effort
 ) -> dict[str, Any]:
-    """Time one operation in all contenders, round by round, and beside it the bare memory traffic.
+    """Time one operation in all contenders, round by round, and the memory traffic alone.
 
     Args:
-        gradients: what they work on.
+        gradients: of the calls.
         operation: a key of ``OPERATIONS``.
-        contenders: by name, among them ``torch``.
-        effort: how long.
+        contenders: by name, including ``torch``.
+        effort: how long to measure.
 
     Returns:
         The number of rounds, quartiles of the floor's seconds, and for each contender what ``summary``
@@ -119,7 +119,7 @@ def compare(
         timer = Timer(contender, operation, numbers, gradients.device)
         try:
             norm = timer.first_call()
-        except Exception as error:  # whatever goes wrong in somebody's compiler is a result
+        except Exception as error:  # a failure of another library is a result
             if name not in RIVALS:
                 raise
             entries[name] = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
@@ -134,7 +134,7 @@ def compare(
 
 
 def second_arguments(operation: str, norm: float) -> list[float]:
-    """What is passed beside the gradients, call by call: the norm's order, or a threshold."""
+    """The second argument of each call: the norm's order, or a threshold."""
     if operation == "norm":
         return [2.0] * 2 * MOST_CALLS
     if operation == "no clipping":
@@ -147,10 +147,10 @@ class Timer:
     """Times a contender's calls of one operation.
 
     Args:
-        contender: whose calls.
+        contender: the contender.
         operation: a key of ``OPERATIONS``.
-        numbers: what is passed beside the gradients, call by call.
-        device: where the gradients are; a time ends when its work there is done.
+        numbers: the second argument of each call.
+        device: of the gradients; a timing ends when the device has finished.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Timer:
         self.calls = 1
 
     def first_call(self) -> float | None:
-        """Have compiled what wants to be; the norm of the original gradients, if the function returns one."""
+        """Compile, and return the norm of the original gradients, if the function returns one."""
         with self.contender.context():
             self.contender.restore()
             norm = self.function(self.gradients, self.numbers[0])
@@ -171,13 +171,13 @@ class Timer:
         return None if norm is None else float(norm)
 
     def fill(self, seconds: float) -> None:
-        """Set how many calls make a sample, from how long one takes."""
+        """Set the number of calls in a sample, from the time of one call."""
         self.calls = min(max(int(seconds / min(self.sample() for _ in range(3))), 1), MOST_CALLS)
 
     def sample(self) -> float:
-        """Seconds a call takes, right after as many calls that are not timed.
+        """Seconds per call, right after as many calls that are not timed.
 
-        These fill the caches anew and let threads go to sleep that wait for another contender's next call.
+        Those fill the caches, and give the threads of another contender time to go to sleep.
         """
         before, timed = self.numbers[: self.calls], self.numbers[self.calls : 2 * self.calls]
         with self.contender.context():
@@ -200,7 +200,7 @@ class Timer:
 
 
 def _rounds(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float]]:
-    """Seconds a call of each timer, one for each round."""
+    """Seconds per call of each timer, one for each round."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     least, most = effort.rounds
     order = list(timers)
@@ -211,7 +211,7 @@ def _rounds(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float
         while len(times["torch"]) < least or (len(times["torch"]) < most and perf_counter() < end):
             for name in order:
                 times[name].append(timers[name].sample())
-            order.reverse()  # so that a machine that slows down favours nobody
+            order.reverse()  # so that a machine that slows down favours no contender
     return times
 
 
@@ -219,9 +219,9 @@ def summary(times: Sequence[float], torch: Sequence[float], floor: Sequence[floa
     """Quartiles over the rounds, each as ``[first, median, third]``.
 
     Args:
-        times: seconds a call, one for each round.
-        torch: those of torch in the same rounds.
-        floor: those of the bare memory traffic.
+        times: seconds per call, one for each round.
+        torch: the same of torch.
+        floor: the same of the memory traffic alone.
 
     Returns:
         ``seconds``; ``speedup``, torch's time divided by that of the same round; ``floor_share``, the floor's
@@ -241,7 +241,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, moved by calling what is yielded; nothing is drawn while the clock runs."""
+    """A progress bar on stderr, advanced by a call of the yielded function, and not drawn during timings."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
         task = progress.add_task("", total=total)

@@ -1,7 +1,6 @@
-"""The gradients of real models, as shapes, and series of sizes to see how costs grow.
+"""The shapes of the gradients of real models, and series of sizes that show how costs grow.
 
-An image classifier, a language model, a policy and the book's examples differ in what clipping costs them:
-the number of tensors counts for small ones, memory traffic for large ones.
+For small models the cost of clipping depends on the number of tensors, for large models on memory traffic.
 """
 
 from __future__ import annotations

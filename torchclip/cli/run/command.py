@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from torchclip import patch
-from torchclip._core.extras import installing
-from torchclip.cli.options import count, file_to_write, max_norm, picture_file, refusal
+from torchclip.cli.options import count, file_to_write, max_norm, need, picture_file, refusal
 from torchclip.cli.run import files
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.functions import FunctionRecorder
@@ -28,7 +27,7 @@ from torchclip.cli.run.report import about, histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
 from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
-from torchclip.cli.thresholds import LEARNED, WITHOUT_CEILING
+from torchclip.cli.thresholds import DESCRIBED, LEARNED, refuse_ceiling
 from torchclip.clipper.clipper import Nonfinite
 from torchclip.history.history import History
 
@@ -51,11 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="clip to this norm in place of the script's own clipping",
     )
-    described = "; ".join(f"{name}: {what}" for name, what in LEARNED.items())
     add(
         "--threshold",
         choices=list(LEARNED),
-        help=f"clip to a threshold that learns, with --max-norm as a ceiling: {described}",
+        help=f"clip to a threshold that learns, with --max-norm as a ceiling: {DESCRIBED}",
     )
     add(
         "--nonfinite",
@@ -163,8 +161,7 @@ def run(
         argparse.ArgumentError: if there is no such script, or options do not go together.
         SystemExit: the script's.
     """
-    if threshold in WITHOUT_CEILING and max_norm is not None:
-        raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
+    refuse_ceiling(threshold, max_norm)
     trial = _trial(max_norm, threshold, nonfinite, none)
     wanted = files.Files(plot, csv, html)
     _refuse_missing(wanted, tries)
@@ -222,10 +219,8 @@ def _refuse_missing(wanted: files.Files, tries: list[str] | None) -> None:
         "--try": (tries, ["rich"]),
     }
     for option, (value, packages) in needs.items():
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if value is not None and missing:
-            remedy = f"install with: {installing('demo')}"
-            raise refusal(f"argument {option}: needs {' and '.join(missing)}; {remedy}")
+        if value is not None:
+            need(f"argument {option}:", *packages)
 
 
 class _Session:

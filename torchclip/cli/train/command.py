@@ -1,24 +1,21 @@
 """The command ``torchclip train``: trains a language model with and without clipping, and compares.
 
-It works on one thread, unless ``OMP_NUM_THREADS`` says otherwise: that is enough for a small model, and its
-numbers do not depend on how many cores a machine has.
+It uses one thread unless ``OMP_NUM_THREADS`` is set.  That is enough for a small model, and the numbers do
+not depend on the machine's number of cores.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from torchclip._core.extras import installing
-from torchclip.cli.options import refusal
-from torchclip.cli.thresholds import WITHOUT_CEILING
+from torchclip.cli.options import need, refusal
 from torchclip.cli.train import display, parallel
 from torchclip.cli.train.model import model_of, sample, save_model
-from torchclip.cli.train.options import LEARNING_RATES, MAX_NORMS, Options, add_arguments
+from torchclip.cli.train.options import Options, add_arguments, with_defaults
 from torchclip.cli.train.training import Run, advance, encode, read_text, start_runs
 
 __all__ = ["add_arguments", "run"]
@@ -31,11 +28,7 @@ def run(
     html: Path | None,
     save: Path | None,
     way: parallel.Way | None,
-    cell: str,
-    lr: float | None,
-    threshold: str,
-    max_norm: float | None,
-    **counts: int,
+    **settings: Any,
 ) -> int:
     """Train with and without clipping, and show the difference.
 
@@ -46,12 +39,7 @@ def run(
         html: where a page about the norms of both runs goes.
         save: where the clipped (or only) model goes.
         way: how several processes train one model; by default ``"fsdp"``.
-        cell: ``"rnn"``, ``"lstm"`` or ``"transformer"``.
-        lr: the learning rate; by default the cell's in ``LEARNING_RATES``.
-        threshold: one of ``THRESHOLDS``.
-        max_norm: the fixed threshold, by default the cell's in ``MAX_NORMS``, or a ceiling for the others, by
-            default none.
-        counts: the other ``Options``.
+        settings: the ``Options``; a learning rate or threshold of None is the default of the cell.
 
     Returns:
         the exit status: 0, or 130 after Ctrl-C.
@@ -60,17 +48,11 @@ def run(
         argparse.ArgumentError: if the text or the options cannot be used.
         OSError: if a file cannot be read or written.
     """
-    if html is not None and importlib.util.find_spec("jinja2") is None:
-        raise refusal(f"argument --html: needs jinja2; install with: {installing('demo')}")
+    if html is not None:
+        need("argument --html:", "jinja2")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    if threshold in WITHOUT_CEILING and max_norm is not None:
-        raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
-    if max_norm is None:
-        max_norm = MAX_NORMS[cell] if threshold == "fixed" else math.inf
-    options = Options(
-        cell=cell, lr=lr or LEARNING_RATES[cell], threshold=threshold, max_norm=max_norm, **counts
-    )
+    options = with_defaults(**settings)
     characters = read_text(text)
     _check_length(characters, options)
     vocabulary = "".join(sorted(set(characters)))
@@ -88,7 +70,7 @@ def run(
             display.interruption(runs, options)
         weights = [parallel.full_state_dict(run.model) for run in runs]
     if shows:
-        models = [model_of(w, vocabulary, cell, options.hidden) for w in weights]
+        models = [model_of(w, vocabulary, options.cell, options.hidden) for w in weights]
         display.closing_table(runs, options, vocabulary)
         display.samples(runs, [sample(model, vocabulary, length=400, seed=options.seed) for model in models])
         if save is not None:
@@ -123,7 +105,7 @@ def _check_length(characters: str, options: Options) -> None:
 
 
 def _checked_way(way: parallel.Way | None, options: Options) -> parallel.Way | None:
-    """How to train on the processes that there are, or None in a process that nobody launched."""
+    """How to train on the launched processes, or None in a process that was not launched."""
     if not parallel.launched():
         if way is not None:
             raise refusal(

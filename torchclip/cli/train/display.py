@@ -35,7 +35,7 @@ WIDE = 72  # columns from which on each run has a row
 NUMBERS = ("loss", "perplexity", "gradient norm", "largest norm", "clipped steps")
 WHY_IT_CHANGES = {
     "percentile": "follows the norms",
-    "zscore": "follows the norms, and pulls spikes back below what is usual",
+    "zscore": "follows the norms, and clips spikes below the usual norm",
     "adagc": "the smallest of all parameters",
     "rolling-sigma": "follows the norms",
 }
@@ -72,7 +72,7 @@ def _clipping(options: Options) -> str:
 
 
 def live_table(runs: Sequence[Run], options: Options) -> Live:
-    """A context in which the terminal shows how the runs are going; nothing is left of it afterwards."""
+    """A context in which the terminal shows the progress of the runs; it is cleared afterwards."""
 
     def now() -> Table:
         return _table(runs, lambda run: ProgressBar(options.steps, len(run.steps), width=PROGRESS_WIDTH))
@@ -81,17 +81,17 @@ def live_table(runs: Sequence[Run], options: Options) -> Live:
 
 
 def interruption(runs: Sequence[Run], options: Options) -> None:
-    """Say that the training did not come to its end."""
+    """Say that the training was interrupted."""
     steps = max(len(run.steps) for run in runs)
     console.print(
-        f"Interrupted after step {steps} of {options.steps}. What follows is about the steps so far.",
+        f"Interrupted after step {steps} of {options.steps}. The tables below cover the steps so far.",
         style="bold",
         highlight=False,
     )
 
 
 def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> None:
-    """Print what the runs came to."""
+    """Print the results of the runs."""
 
     def ended(run: Run) -> Text:
         if run.diverged:
@@ -100,7 +100,7 @@ def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> Non
 
     console.print(_table(runs, ended))
     console.print(
-        f"Loss and perplexity are means over the last {RECENT} steps (guessing blindly has a perplexity of "
+        f"Loss and perplexity are means over the last {RECENT} steps (random guessing has a perplexity of "
         f"{len(vocabulary)}). Norms are those of all gradients together, before clipping.",
         style="dim",
         highlight=False,
@@ -140,7 +140,7 @@ def _numbers(steps: Sequence[Step], clips: bool) -> list[str]:
 
 
 def perplexity(loss: float) -> float:
-    """Among how many equally likely characters the model might as well guess."""
+    """The number of equally likely characters that would be as hard to predict."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -148,12 +148,12 @@ def perplexity(loss: float) -> float:
 
 
 def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
-    """Print the first lines of what each model writes, without blank ones."""
+    """Print the first lines that each model writes, without blank ones."""
     for run, text in zip(runs, texts, strict=True):
         if text is None:
             body = Text("Nothing: its scores are not finite.", style="italic")
         elif text.isspace():
-            body = Text("Nothing but white space.", style="italic")
+            body = Text("Only white space.", style="italic")
         else:
             lines = [line for line in text.splitlines() if line.strip()]
             body = Text("\n".join(lines[:SAMPLE_LINES]))

@@ -1,6 +1,6 @@
-"""The language model of ``torchclip train``: what it is, how it writes, how it is stored and loaded.
+"""The language model of ``torchclip train``: its layers, how it writes text, how it is saved and loaded.
 
-A model stored with ``--save`` is loaded and used like this:
+Load and use a model that ``--save`` wrote:
 
     from torchclip.cli.train.model import load_model, sample
 
@@ -39,21 +39,21 @@ class Model(nn.Module):
         self.output = nn.Linear(hidden, vocabulary_size)
 
     def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """Read on from a state.
+        """Continue from a state.
 
         Args:
             tokens: int64, of shape ``(batch, time)``.
-            state: the one in which the last call ended.
+            state: the state that the last call returned.
 
         Returns:
-            scores of shape ``(batch, time, vocabulary_size)``, and the state in which this call ended.
+            scores of shape ``(batch, time, vocabulary_size)``, and the new state.
         """
         hidden, state = self.recurrent(self.embedding(tokens), state)
         return self.output(hidden), state
 
 
 class Transformer(nn.Module):
-    """The same with attention: two layers, which look back over what they are given at once."""
+    """The same with attention: two layers, which see all characters of a call."""
 
     def __init__(self, vocabulary_size: int, hidden: int) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class Transformer(nn.Module):
         self.output = nn.Linear(hidden, vocabulary_size)
 
     def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """Read on, as ``Model`` does.
+        """Continue from a state, as ``Model`` does.
 
-        The state is what was read before, at most ``CONTEXT`` characters.  It is used with ``model.eval()``;
-        training begins anew with every window.
+        The state is the text before, at most ``CONTEXT`` characters.  Only ``model.eval()`` uses it; in
+        training each window starts without a past.
         """
         before = state if isinstance(state, Tensor) and not self.training else tokens[:, :0]
         seen = torch.cat([before, tokens], dim=1)
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 
 def _positions(length: int, size: int) -> Tensor:
-    """Waves of different lengths, by which attention tells positions apart: shape ``(length, size)``."""
+    """Waves of different lengths, which give each position its own code: shape ``(length, size)``."""
     angles = torch.outer(torch.arange(length), torch.logspace(0, -4, (size + 1) // 2))
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size]
 
@@ -94,7 +94,7 @@ def new_model(cell: str, vocabulary_size: int, hidden: int) -> nn.Module:
 
 
 def detached(state: State) -> State:
-    """The state without its past: here backpropagation through time is truncated."""
+    """The state without its graph: this truncates backpropagation through time."""
     if isinstance(state, tuple):
         return state[0].detach(), state[1].detach()
     return None if state is None else state.detach()
@@ -102,8 +102,8 @@ def detached(state: State) -> State:
 
 @torch.no_grad()
 def sample(model: nn.Module, vocabulary: str, length: int, seed: int) -> str | None:
-    """Text that the model writes, or None if its scores are not finite; it is no longer in training then."""
-    model.eval()  # a transformer remembers what it has read only then
+    """Text that the model writes, or None if its scores are not finite.  Puts the model into ``eval()``."""
+    model.eval()  # only then does a transformer use its state
     generator = torch.Generator().manual_seed(seed)
     token = torch.zeros(1, 1, dtype=torch.int64)  # the first of the vocabulary: in most texts, the line break
     state, text = None, ""
@@ -117,14 +117,14 @@ def sample(model: nn.Module, vocabulary: str, length: int, seed: int) -> str | N
 
 
 def model_of(weights: Weights, vocabulary: str, cell: str, hidden: int) -> nn.Module:
-    """A model with these weights, to write with."""
+    """A model with these weights."""
     model = new_model(cell, len(vocabulary), hidden)
     model.load_state_dict(weights)
     return model
 
 
 def save_model(path: Path, weights: Weights, vocabulary: str, options: Options) -> None:
-    """Store a model's weights, and what ``load_model`` needs to build it again."""
+    """Save a model's weights, and what ``load_model`` needs to build it again."""
     stored = io.BytesIO()  # torch.save does not say which file it could not write
     torch.save({"model": weights, "vocabulary": vocabulary, "options": asdict(options)}, stored)
     with writing(path):

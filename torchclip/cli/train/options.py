@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
 from torchclip.cli.options import count, file_to_read, file_to_write, max_norm, picture_file, positive, seed
-from torchclip.cli.thresholds import LEARNED
+from torchclip.cli.thresholds import DESCRIBED, LEARNED, refuse_ceiling
 from torchclip.cli.train.parallel import Way
 
-# The learning rates are as high as training with clipping bears; that is what clipping is good for.
+# The learning rates are as high as clipping allows: this is what it is good for.
 LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0, "transformer": 0.01}
 MAX_NORMS = {"rnn": 0.5, "lstm": 0.25, "transformer": 1.0}
-THRESHOLDS = ("fixed", *LEARNED)
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Options:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``torchclip train``."""
     add = parser.add_argument
-    described = "; ".join(f"{name}: {what}" for name, what in LEARNED.items())
-    rates, max_norms = _by_cell(LEARNING_RATES), _by_cell(MAX_NORMS)
+
+    def number(name: str, kind: Callable[[str], object], default: int, meaning: str) -> None:
+        add(name, type=kind, metavar="N", default=default, help=f"{meaning} (default: %(default)s)")
+
     add(
         "--text",
         type=file_to_read,
@@ -52,34 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--threshold",
-        choices=THRESHOLDS,
+        choices=["fixed", *LEARNED],
         default="fixed",
-        help=f"to what gradients are clipped: fixed: --max-norm; {described} (default: %(default)s)",
+        help=f"to what gradients are clipped: fixed: --max-norm; {DESCRIBED} (default: %(default)s)",
     )
     add(
         "--max-norm",
         type=max_norm,
         metavar="X",
-        help=f"the fixed threshold (default: {max_norms}); for the others a ceiling (default: none)",
+        help=f"the fixed threshold (default: {_by_cell(MAX_NORMS)}); a ceiling for the others",
     )
-    add(
-        "--lr",
-        type=positive,
-        metavar="X",
-        help=f"learning rate of SGD, or of AdamW for a transformer (default: {rates})",
-    )
-    add(
-        "--warmup",
-        type=count,
-        metavar="N",
-        default=1,
-        help="steps in which the learning rate rises to its full height (default: %(default)s)",
-    )
-    add("--steps", type=count, metavar="N", default=300, help="training steps (default: %(default)s)")
-    add("--hidden", type=count, metavar="N", default=128, help="hidden units (default: %(default)s)")
-    add("--batch", type=count, metavar="N", default=32, help="streams of text (default: %(default)s)")
-    add("--bptt", type=count, metavar="N", default=64, help="characters a step (default: %(default)s)")
-    add("--seed", type=seed, metavar="N", default=0, help="same seed, same numbers (default: %(default)s)")
+    rates = _by_cell(LEARNING_RATES)
+    add("--lr", type=positive, metavar="X", help=f"learning rate (default: {rates})")
+    number("--warmup", count, 1, "steps in which the learning rate rises to its full height")
+    number("--steps", count, 300, "training steps")
+    number("--hidden", count, 128, "hidden units")
+    number("--batch", count, 32, "streams of text")
+    number("--bptt", count, 64, "characters a step")
+    number("--seed", seed, 0, "same seed, same numbers")
     add(
         "--parallel",
         dest="way",
@@ -94,6 +87,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="store the clipped (or only) model; torchclip.cli.train.model.load_model reads it",
     )
+
+
+def with_defaults(
+    cell: str, threshold: str, lr: float | None = None, max_norm: float | None = None, **others: int
+) -> Options:
+    """The options, with the cell's learning rate and threshold where none is given.
+
+    Raises:
+        argparse.ArgumentError: for a ceiling that the threshold has no use for.
+    """
+    refuse_ceiling(threshold, max_norm)
+    if max_norm is None:
+        max_norm = MAX_NORMS[cell] if threshold == "fixed" else math.inf
+    return Options(cell=cell, lr=lr or LEARNING_RATES[cell], threshold=threshold, max_norm=max_norm, **others)
 
 
 def _by_cell(defaults: dict[str, float]) -> str:

@@ -1,8 +1,8 @@
-"""One training on several processes: what ``torchclip train`` does differently where ``torchrun`` started it.
+"""One training on several processes: what ``torchclip train`` does differently if ``torchrun`` started it.
 
-Each process (rank) reads its share of the streams of text, and all of them train one model: their gradients
-are averaged, which makes them those of the whole batch, as the shares are equally large.  In a process that
-is alone these functions change nothing.
+Each process (rank) reads its share of the streams of text, and all of them train one model.  Their gradients
+are averaged, and since the shares have the same size, the average is the gradient of the whole batch.  In a
+single process these functions change nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def launched() -> bool:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Talk to the other processes while the context lasts."""
+    """Communicate with the other processes within the context."""
     if not launched():
         yield
         return
@@ -43,7 +43,7 @@ def process_group() -> Iterator[None]:
             "or unset WORLD_SIZE to train in one process"
         ) from None
     try:
-        dist.barrier()  # nobody may be refused, and leave, while another is still joining
+        dist.barrier()  # no process may be refused, and end, while another is still joining
         yield
         dist.barrier()  # nor while another still needs it
     finally:
@@ -53,8 +53,8 @@ def process_group() -> Iterator[None]:
 def leave(status: int) -> NoReturn:
     """End this process at once, with an exit status.
 
-    In torch 2.13 threads of gloo's may be left after FSDP2, and abort a process that ends as usual; torchrun
-    would then kill the others, whatever they were about to show.
+    In torch 2.13, threads of gloo may still run after FSDP2, and abort a process that ends as usual.
+    torchrun would then kill the other processes before they show their results.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,18 +72,18 @@ def rank() -> int:
 
 
 def parallelize(model: nn.Module, way: Way | None) -> nn.Module:
-    """The model, trained by all ranks from now on; it must have the same weights on each of them.
+    """The model, prepared for training by all ranks; it must have the same weights on each of them.
 
     Args:
         model: is changed in place by ``"fsdp"``.
-        way: ``"fsdp"`` (FSDP2) leaves each rank a part of every parameter, gradient and optimizer state;
-            with ``"ddp"`` each has all of them.  None is for a process that is alone.
+        way: with ``"fsdp"`` (FSDP2), each rank has a part of every parameter, gradient and optimizer state;
+            with ``"ddp"``, each has all of them.  None for a single process.
     """
     if way is None:
         return model
     if way == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    # These modules are not needed, and take long to import, in a process that is alone.
+    # A single process does not need these modules, and they take long to import.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -93,7 +93,7 @@ def parallelize(model: nn.Module, way: Way | None) -> nn.Module:
 
 
 def share(streams: Tensor) -> Tensor:
-    """This rank's rows, of which there must be equally many for each."""
+    """This rank's rows; each rank must have the same number."""
     return streams.chunk(world_size())[rank()]
 
 
@@ -115,10 +115,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 class CtrlC:
-    """Whether Ctrl-C was pressed: instead of breaking off anywhere, a training can end after a step.
+    """Whether Ctrl-C was pressed, so that a training can end after a step.
 
-    Several processes must all end after the same one, or those that go on would wait for the others for
-    ever.  The second time Ctrl-C breaks off as usual.
+    Several processes must end after the same step, or those that continue would wait for the others forever.
+    A second Ctrl-C interrupts as usual.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,13 @@
 """A recurrent language model that learns because its gradients are clipped.
 
-Read from top to bottom, this file shows how clipping goes into a training: it is one line in ``train``.
-The rest is a plain character-level language model on real text, trained by truncated backpropagation through
-time: a recurrent network reads some 64 characters, predicts the successor of each, and the gradient flows
-back through all of these steps.  Each step multiplies it by the recurrent weights, and that makes it explode.
+This file shows how to add clipping to a training: it is one line in ``train``.  Everything else is a plain
+character-level language model on real text, trained by truncated backpropagation through time.  A recurrent
+network reads some 64 characters, predicts the next character after each, and the gradient flows back through
+all of these steps.  Each step multiplies it by the recurrent weights, which makes it explode.
 
-``torchclip train`` trains two models, from the same weights and on the same batches: one with clipping, one
-without.  Several processes that ``torchrun`` started train them together (``torchclip.cli.train.parallel``).
+``torchclip train`` trains two models, one with clipping and one without, from the same weights and on the
+same batches.  Several processes that ``torchrun`` started train them together
+(``torchclip.cli.train.parallel``).
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def encode(text: str, vocabulary: str) -> Tensor:
 
 
 def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of text, and the same windows one character later, which are to be predicted.
+    """Windows of text, and the same windows one character later, which the model predicts.
 
-    The text is cut into ``batch`` equally long streams, which are read side by side.  Each window begins
-    where the last one ended, so that the network can carry its state on; after the end they begin anew.
-    Of several processes each reads its share of the streams.
+    The text is cut into ``batch`` streams of equal length, which are read side by side.  Each window begins
+    where the last one ended, so that the network can keep its state; after the end of the text they start
+    again.  With several processes, each reads its share of the streams.
 
     Args:
         tokens: the encoded text, int64, of shape ``(characters,)``.
@@ -97,8 +98,8 @@ def train(
 ) -> Iterator[Step]:
     """Train the model in place, a step for each ``next()``.
 
-    An infinite ``max_norm`` measures the gradients without clipping them.  A loss that is not finite is the
-    last one: nothing can be learned after it.  ``history`` gets a record for each step.
+    An infinite ``max_norm`` measures the gradients without clipping them.  The training ends at a loss that
+    is not finite, as the model cannot learn after it.  ``history`` gets a record for each step.
     """
     optimizer_class = torch.optim.AdamW if options.cell == "transformer" else torch.optim.SGD
     optimizer = optimizer_class(model.parameters(), lr=options.lr)
@@ -141,7 +142,7 @@ class Run:
 def start_runs(
     only: str | None, vocabulary: str, options: Options, way: parallel.Way | None = None
 ) -> list[Run]:
-    """The runs to compare, without and with clipping, from the same weights, on one process or several."""
+    """The runs to compare, without and with clipping, from the same weights, in one process or several."""
     max_norms = {"unclipped": math.inf, "clipped": max_norm_of(options.threshold, options.max_norm)}
     runs = []
     for name in [only] if only else max_norms:
@@ -152,7 +153,7 @@ def start_runs(
 
 
 def advance(runs: list[Run], tokens: Tensor, options: Options) -> bool:
-    """Train all runs beside each other, step by step, to their end or to Ctrl-C: whether that came."""
+    """Train all runs side by side, step by step, until they end or Ctrl-C; returns whether it was Ctrl-C."""
     trainings = [train(run.model, tokens, options, run.max_norm, run.history) for run in runs]
     with parallel.CtrlC() as ctrl_c:
         for steps in zip_longest(*trainings):
