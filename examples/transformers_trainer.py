@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a callback clips in the place of the Trainer.
+"""Hugging Face Trainer: a callback clips in place of the Trainer.
 
 pip install '.[transformers]'
 python examples/transformers_trainer.py

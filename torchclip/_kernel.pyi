@@ -198,4 +198,4 @@ class Batch:
             ValueError: if a taken tensor is complex, before anything is written.
         """
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every element that is infinite or nan, in either part of a complex one."""
+        """Set every element to 0 that is infinite or nan, in either part of a complex one."""

@@ -1,4 +1,4 @@
-"""torchclip in the place of torch's own clipping functions, for code that calls those."""
+"""torchclip in place of torch's own clipping functions, for code that calls those."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ _blocks = 0
 
 
 def install() -> list[str]:
-    """Put torchclip in the place of torch's clipping functions, in this process, until ``uninstall``.
+    """Put torchclip in place of torch's clipping functions, in this process, until ``uninstall``.
 
     From now on ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and
     ``get_total_norm``, and the same in ``torch.nn.utils.clip_grad``, are torchclip's; the ``__wrapped__`` of

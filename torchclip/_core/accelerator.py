@@ -74,7 +74,7 @@ class AcceleratorBatch:
             return torch.stack(in_order)
 
     def scale_(self, clip_coef: Norm, /) -> None:
-        """Multiply every element in place; by a tensor always, as nobody waits to see whether it is 1."""
+        """Multiply every element in place; by a tensor always, without waiting to see whether it is 1."""
         if isinstance(clip_coef, float):
             if clip_coef == 1.0:
                 return
@@ -111,7 +111,7 @@ class AcceleratorBatch:
         changes.clamp_elements_(alone, limit)
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every infinite or NaN element."""
+        """Set every infinite or NaN element to 0."""
         with changes.writing():
             for group in self._groups:
                 group.zero_nonfinite_()

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["Batch", "Facts", "Norm", "Norms"]
 
 Norm: TypeAlias = float | Tensor
-"""A number known on the host, or a 0-dim float64 tensor that nobody should wait for."""
+"""A number known on the host, or a 0-dim float64 tensor for which the host should not wait."""
 
 Norms: TypeAlias = "list[float] | Tensor"
 """Several of them: a list, or a float64 tensor of one dimension."""
@@ -85,4 +85,4 @@ class Batch(Protocol):
         """
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every element that is infinite or NaN."""
+        """Set every element to 0 that is infinite or NaN."""

@@ -67,7 +67,7 @@ def limit_within(dtype: torch.dtype, limit: float) -> float:
 
 
 def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:
-    """Put 0 in the place of every element that is infinite or NaN."""
+    """Set every element to 0 that is infinite or NaN."""
     change_elements_(tensors, lambda values: values.masked_fill_(~values.isfinite(), 0))
 
 

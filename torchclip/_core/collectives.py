@@ -2,7 +2,7 @@
 
 Before what varies in length, a head of fixed size is exchanged.  It has the number of the exchange, which
 each process group counts for itself, the kind of the call, the order of the norms, how many there are, and
-the facts that decisions hang on.  Up to four norms travel along with it; more of them follow.
+the facts on which decisions depend.  Up to four norms travel along with it; more of them follow.
 
 Among few ranks each gathers the messages of all.  Among many, where a gather would grow with their number,
 there are two reductions, of a maximum and of a sum.  Either way the joint norms are sums of integers
@@ -42,7 +42,7 @@ _NUMBER, _KIND, _ORDER, _COUNT, _MARKS = range(5)
 _REFUSED = _MARKS + SLOTS
 _HEAD = _REFUSED + 1 + _FACTS
 Array = Any
-"""A NumPy array where values can be read, a tensor where nobody waits for them."""
+"""A NumPy array where values can be read, a tensor where the host does not wait for them."""
 
 
 class Kind:
@@ -289,7 +289,7 @@ def _read_verdicts(state: _State, group: dist.ProcessGroup, wait: bool) -> None:
         if call.error is None and high[_MARKS:_REFUSED] != low[_MARKS:_REFUSED]:
             call.fail(
                 "ranks with copies of the same parameters have gradients for different ones of them, which "
-                "is found out on an accelerator only after the exchange; have zeros in the place of those "
+                "is found out on an accelerator only after the exchange; have zeros in place of those "
                 "that a rank lacks. The norm was NaN"
             )
         call.finish()
@@ -342,7 +342,7 @@ def _padded(norms: Array) -> Array:
 
 
 def _like(array: Array, other: Any) -> Array:
-    """An array of NumPy's as the other one is, which nobody waits for."""
+    """An array of NumPy's as the other one is, for which the host does not wait."""
     return torch.from_numpy(other).to(array.device, non_blocking=True) if isinstance(array, Tensor) else other
 
 
@@ -362,6 +362,6 @@ def _gather(group: dist.ProcessGroup, sent: Array) -> Array:
 
 
 def _reduced(group: dist.ProcessGroup, sent: Array, op: Any) -> Array:
-    """The sum or the maximum of all ranks' arrays, in the place of this rank's."""
+    """The sum or the maximum of all ranks' arrays, in place of this rank's."""
     dist.all_reduce(sent if isinstance(sent, Tensor) else torch.from_numpy(sent), op, group=group)
     return sent

@@ -178,7 +178,7 @@ class Group:
         self._scale_each_([numbers[i] for i in self.places], [with_axis[i] for i in self.places])
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every infinite or NaN element; no operation on lists does that in place."""
+        """Set every infinite or NaN element to 0; no operation on lists does that in place."""
         for chunk in self._chunks():
             if len(chunk.tensors) == 1 or not chunk.foreach:
                 for tensor in chunk.tensors:
@@ -248,5 +248,5 @@ def _leading_order(p: float) -> float:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, which nobody waits for."""
+    """A tensor on a device, for which the host does not wait."""
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)

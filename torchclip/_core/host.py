@@ -118,7 +118,7 @@ class HostBatch:
         changes.clamp_elements_(alone, limit)
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every infinite or NaN element."""
+        """Set every infinite or NaN element to 0."""
         changes.zero_nonfinite_(self.all)
 
     def _parted(self, tensors: list[Tensor]) -> tuple[dict[torch.dtype, list[Tensor]], list[Tensor]]:

@@ -70,7 +70,7 @@ class MixedBatch:
             part.clamp_(limit)
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every infinite or NaN element."""
+        """Set every infinite or NaN element to 0."""
         for part in self._parts:
             part.zero_nonfinite_()
 

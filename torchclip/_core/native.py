@@ -73,7 +73,7 @@ def _exchange_api() -> tuple[Any, str]:
 
 
 def _walks_as_torch_does() -> bool:
-    """Whether nobody has put another method in the place of those that the extension stands in for."""
+    """Whether no other method has replaced one of those that the extension replaces."""
     names = ("parameters", "named_parameters", "_named_members", "named_modules")
     codes = [getattr(getattr(nn.Module, name), "__code__", None) for name in names]
     return all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes)

@@ -102,6 +102,6 @@ def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
 
 
 def _has_tiny(clip_coefs: Tensor) -> bool:
-    """Whether float32 has not all digits of one of the numbers; of those on a device nobody asks."""
+    """Whether float32 has not all digits of one of the numbers; numbers on a device are not asked."""
     tiny = (clip_coefs > 0) & (clip_coefs < FLOAT32_TINY)
     return memory.on_host([clip_coefs]) and bool(tiny.any())

@@ -1,4 +1,4 @@
-"""Arithmetic on norms and clip coefficients: floats, or float64 tensors that nobody should wait for."""
+"""Arithmetic on norms and clip coefficients: floats, or float64 tensors that must not be read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def norm_dtype(device: torch.device) -> torch.dtype:
 
 
 def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Tensor:
-    """Norms as a tensor of one dimension on a device, which nobody waits for."""
+    """Norms as a tensor of one dimension on a device, for which the host does not wait."""
     device = torch.device(device)
     dtype = norm_dtype(device)
     if isinstance(norms, Tensor):
@@ -187,7 +187,7 @@ def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
         coefs = (max_norm / (norm.clamp(min=0.0) + eps)).clamp(max=1.0)
         # Of no elements it is 1, whatever the threshold, which only one so small does not give.
         return coefs if max_norm > eps else coefs.masked_fill(norm < 0, 1.0)
-    # Of 0/0 and inf/inf nobody must see the NaN.
+    # The NaN of 0/0 and inf/inf must not be seen.
     as_they_are = norm <= max_norm
     if isinstance(max_norm, Tensor):
         as_they_are = as_they_are | (max_norm == math.inf)

@@ -182,7 +182,7 @@ class ShardedBatch:
         self._written().clamp_(limit)
 
     def zero_nonfinite_(self) -> None:
-        """Put 0 in the place of every infinite or NaN element that this rank holds."""
+        """Set every infinite or NaN element of this rank to 0."""
         self._written().zero_nonfinite_()
 
     def _written(self) -> Batch:

@@ -57,7 +57,7 @@ def is_accurate(whole: float, sampled: float, exact: float, rows: int, every: in
 def norm(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float:
     """The norm of tensors of one dtype, at most float32, that ``memory.common_dtype`` knows."""
     vectors = _vectors(tensors, sizes)
-    with np.errstate(all="ignore"):  # of what float32 cannot hold nobody has to be warned: it is done again
+    with np.errstate(all="ignore"):  # no warning: what float32 cannot hold is computed again
         squares = _verified(vectors) if sum(sizes) >= _LARGE else None
         return math.sqrt(sum(map(_exact, vectors)) if squares is None else squares)
 

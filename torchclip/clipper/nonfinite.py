@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: left out, or taken with 0 in the place of what is not finite."""
+"""Steps whose gradients are not finite: left out, or taken with 0 in place of what is not finite."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ template <size_t parts, class T> INLINE size_t count_finite(const T* x, size_t n
     return count;
 }
 
-// Puts 0 in the place of each such element that is not.
+// Puts 0 in place of each such element that is not.
 template <size_t parts, class T> INLINE bool zero_nonfinite(T* x, size_t n) {
     bool written = false;
     for (size_t i = 0; i < n; i += kStretch) {

@@ -52,7 +52,7 @@ Ref own_attribute(PyObject* attributes, PyObject* name) { return Ref::to(PyDict_
 // Whether an object itself has no attribute of a name.
 bool lacks(PyObject* attributes, PyObject* name) { return PyDict_Contains(attributes, name) == 0; }
 
-// Whether a class or a base of it, beyond nn.Module, has something of its own in the place of attributes that every
+// Whether a class or a base of it, beyond nn.Module, has something of its own in place of attributes that every
 // module has: a property, say, which comes before them and can answer otherwise each time.
 bool replaces_attributes(PyTypeObject* type) {
     const Ref mro(modules.mro(reinterpret_cast<PyObject*>(type)));

@@ -251,7 +251,7 @@ class History(Sequence[Record]):
         Needs matplotlib: ``pip install 'torchclip[demo]'``.
 
         Args:
-            path: where to save the picture; the ending chooses the format. Not saved if left out.
+            path: where to save the picture; the ending chooses the format. By default it is not saved.
 
         Returns:
             The figure, which a notebook shows.
@@ -270,7 +270,7 @@ class History(Sequence[Record]):
         Needs matplotlib, ``pip install 'torchclip[demo]'``, and a clipper with ``layers_every``.
 
         Args:
-            path: where to save the picture; the ending chooses the format. Not saved if left out.
+            path: where to save the picture; the ending chooses the format. By default it is not saved.
 
         Returns:
             The figure, which a notebook shows.
@@ -291,7 +291,7 @@ class History(Sequence[Record]):
 
         Args:
             path: where to write it.
-            title: the heading, "Gradient norms" if left out.
+            title: the heading, by default "Gradient norms".
 
         Raises:
             ModuleNotFoundError: if jinja2 or matplotlib is missing.
@@ -357,7 +357,7 @@ class History(Sequence[Record]):
             layers = Layers()
             layers.load_state_dict(self.layers.state_dict())
             state = self.__dict__ | {"_kept": self._kept.copy(), "layers": layers}
-        # Copies have a lock and pending steps of their own, and follow nobody.
+        # Copies have a lock and pending steps of their own, and follow no one.
         return state | {"_pending": [], "_flushes": [], "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -211,7 +211,7 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, widt
     scale = LogNorm(low, high if high > low else 1.1 * low)
     axes.set_facecolor("#d9d9d9")  # where there is nothing to draw
     cells = np.ma.masked_where(~(norms > 0) | np.isinf(norms), norms).T
-    # So many colours as an eye can tell apart: as pixels they take less than all 256.
+    # As many colours as an eye can distinguish: as pixels they take less than all 256.
     mesh = axes.pcolormesh(edges, rows, cells, norm=scale, cmap=colormaps["viridis"].resampled(64))
     side = "bottom" if width < NARROW else "right"
     bar = figure.colorbar(mesh, ax=axes, label="norm", location=side, pad=0.02, fraction=0.05, aspect=30)

@@ -89,7 +89,7 @@ class ClipperCallback(Callback):
         if trainer.gradient_clip_val:
             raise ValueError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip before ClipperCallback "
-                "does; leave it out"
+                "does; do not pass it"
             )
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise ValueError(

@@ -33,7 +33,7 @@ __all__ = ["ClipperCallback"]
 
 
 class ClipperCallback(TrainerCallback, ExportableState):
-    """Clips in every step of the Trainer's optimizer, in the place of the Trainer's own clipping:
+    """Clips in every step of the Trainer's optimizer, in place of the Trainer's own clipping:
 
         args = TrainingArguments(max_grad_norm=0.0, ...)
         trainer = Trainer(model, args, callbacks=[ClipperCallback(max_norm=1.0)], ...)
@@ -102,7 +102,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
         if args.restore_callback_states_from_checkpoint:
             raise ValueError(
                 "TrainingArguments(restore_callback_states_from_checkpoint=True) would put a new "
-                "ClipperCallback in the place of this one; leave it out: its state comes back anyway"
+                "ClipperCallback in place of this one; leave it out: its state comes back anyway"
             )
 
     def on_train_begin(

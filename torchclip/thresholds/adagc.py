@@ -27,7 +27,7 @@ class AdaGC(Learned):
         ĝ_i = min(relative γ_i / ‖g_i‖, 1) g_i        γ_i ← beta γ_i + (1 - beta) ‖ĝ_i‖
 
     A ``Clipper`` that is given one takes the norm of each parameter, whatever its ``scope``; for a DTensor
-    that of the whole parameter.  Parameters of a group with its own ``max_norm`` are left out.
+    that of the whole parameter.  It skips parameters of a group with its own ``max_norm``.
 
     What the paper leaves open, or where implementations disagree:
 
@@ -39,7 +39,7 @@ class AdaGC(Learned):
       implementations take that of each gradient there, too.
     - The authors' code has ``relative=1.04`` and ``beta=0.99`` for GPT-2. It adds a small constant to the
       denominators. Here a norm of 0 divides nothing, so there is none.
-    - A norm of 0 is not learned from. By the formula ``γ_i`` would be 0 for good, and the parameter would not
+    - A norm of 0 is not learned from. By the formula ``γ_i`` would be 0 forever, and the parameter would not
       move again: LoRA's ``A`` is an example, whose first gradient is 0 as ``B`` still is.
     - A norm that is not finite is not learned from. In the warm-up it does not count in ``‖g‖``, and is
       clipped to ``max_norm``.
@@ -87,7 +87,7 @@ class AdaGC(Learned):
 
         Args:
             norm: the norm of the parameter's gradient.
-            total_norm: the joint norm of all gradients, which counts in the warm-up; ``norm`` if left out.
+            total_norm: the joint norm of all gradients, which counts in the warm-up; by default ``norm``.
         """
         norm = checks.norm(norm)
         joint = norm if total_norm is None else total_norm

@@ -4,7 +4,7 @@ A formula uses operators, comparisons and these functions, so that it is written
 
 - one set of gradients: floats, without any array,
 - many sets in host memory: a NumPy array with an entry for each,
-- many sets on a device: a tensor likewise, whose values nobody waits for.
+- many sets on a device: a tensor likewise, for whose values the host does not wait.
 
 Every branch of a formula is computed, and ``where`` takes the right one, as a device has to.  So no formula
 may raise an error where its result is not taken: floats, for one, must not be divided by 0.
