@@ -50,8 +50,8 @@ class ZScore(Learned):
             ``max_norm`` alone.
         clip_option: what spikes are clipped to (above). The authors' code calls the first two options of
             ``mode="zscore"``, and the third a ``mode`` of its own.
-        skip_update_on_spike: learn nothing from spikes. If norms rise and stay high, every step is a spike from
-            then on, and the mean never follows.
+        skip_update_on_spike: learn nothing from spikes. If norms rise and stay high, every step is
+            then a spike, and the mean never follows.
         max_norm: a hard ceiling for the threshold, in the warm-up too.
 
     Raises:
