@@ -3,11 +3,14 @@
 import functools
 import itertools
 import math
+import tempfile
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed_helpers import since_2_7
 from dtensors import placed
 from helpers import bits, grad_of, last_of, randn, with_gradients
@@ -50,7 +53,8 @@ def check_norms_where_only_some_ranks_have_a_gradient() -> None:
         parameter(lying(second, Shard(0)), lying(second, Shard(0))),
         parameter(plain, plain),
     ]
-    clipper = Clipper(torch.optim.SGD(parameters, lr=1.0), 1.0)
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    clipper = Clipper(optimizer, 1.0)
     norms = clipper.norms()
     held = math.hypot(*(float(part.norm()) for i, part in enumerate(first.chunk(4)) if i != 1))
     expected = {"[1]": float(second.norm()), "[2]": float(plain.norm())}
@@ -158,7 +162,8 @@ def check_the_step_that_creates_an_optimizers_state() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     clipper = Clipper(optimizer, Percentile())
     state_dict.get_optimizer_state_dict(model, optimizer)
-    assert (clipper.last, clipper.thresholds) == (None, {})
+    assert clipper.last is None
+    assert clipper.thresholds["all"].state_dict()["norms"] == []
     model(randn(3, 4)).sum().backward()
     optimizer.step()
     assert last_of(clipper).step == 0
@@ -229,16 +234,107 @@ def check_rules_go_by_the_norms_of_whole_parameters() -> None:
     for way in ways:
         whole = [parameter(None, full) for full in fulls]
         sharded = [parameter(None, lying(full, Shard(0))) for full in fulls]
-        clippers = [Clipper(torch.optim.SGD(parameters, lr=1.0), **way) for parameters in (whole, sharded)]
+        optimizers = [torch.optim.SGD(parameters, lr=1.0) for parameters in (whole, sharded)]
+        alone, together = (Clipper(optimizer, **way) for optimizer in optimizers)
         for factor in (1.0, 1.1, 0.4, 30.0, 1.0):
             for full, in_one_piece, split in zip(fulls, whole, sharded, strict=True):
                 in_one_piece.grad, split.grad = factor * full, lying(factor * full, Shard(0))
-            for clipper in clippers:
-                clipper.optimizer.step()
-        alone, together = clippers
+            for optimizer in optimizers:
+                optimizer.step()
         for in_one_piece, split in zip(whole, sharded, strict=True):
             torch.testing.assert_close(split.full_tensor(), in_one_piece)
         assert [r.skipped for r in together.history] == [r.skipped for r in alone.history]
         assert [r.clipped for r in together.history] == [r.clipped for r in alone.history]
         assert any(r.clipped or r.skipped for r in alone.history)
         agreed(together.state_dict())
+
+
+def through_dcp(clipper: Clipper, fresh: Clipper) -> None:
+    paths = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"clipper": clipper}, checkpoint_id=paths[0])
+        dcp.load({"clipper": fresh}, checkpoint_id=paths[0])
+
+
+@since_2_7
+def check_a_checkpoint_of_what_ranks_have_together() -> None:
+    """One rank's state is that of all, on which DCP relies."""
+
+    def make(group: Any) -> tuple[Any, Any, Clipper]:
+        full = randn(8, 3)
+        p = parameter(None, lying(full, Shard(0)) if group is None else full)
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        limit = RollingSigma(window=3, warmup=2)
+        return p, optimizer, Clipper(optimizer, Percentile(30), skip_above=limit, group=group, layers_every=1)
+
+    for group in (None, dist.group.WORLD):
+        p, optimizer, clipper = make(group)
+        for step in range(4):
+            mine = randn(8, 3, seed=10 * step + (dist.get_rank() if group is not None else 0))
+            p.grad = lying(mine, Shard(0)) if group is None else mine
+            optimizer.step()
+        _, _, its_clipper = held = make(group)
+        through_dcp(clipper, its_clipper)
+        assert its_clipper.state_dict() == clipper.state_dict()
+        shared = {**clipper.state_dict(), "history": list(clipper.history)}
+        agreed({key: value for key, value in shared.items() if not key.startswith("of ")})
+        assert len(its_clipper.history.layers) == 4
+        del held
+
+
+@since_2_7
+def check_a_checkpoint_of_stages_of_a_pipeline() -> None:
+    """What each rank has learned for itself comes back to it, whether its parameters have names or not."""
+    rank = dist.get_rank()
+
+    def make(named: bool, scope: Scope) -> tuple[Any, Any, Clipper]:
+        stage = nn.ModuleDict({f"layer {rank}": nn.Linear(3, 2)})
+        optimizer = torch.optim.SGD(stage.parameters(), lr=0.0)
+        return (
+            stage,
+            optimizer,
+            Clipper(optimizer, Percentile(50), scope=scope, model=stage if named else None, layers_every=1),
+        )
+
+    for named, scope in itertools.product((False, True), SCOPES):
+        stage, optimizer, clipper = make(named, scope)
+        for step in range(3):
+            for i, p in enumerate(stage.parameters()):
+                p.grad = randn(*p.shape, seed=100 * rank + 10 * step + i)
+            optimizer.step()
+        other_stage, other_optimizer, its_clipper = make(named, scope)
+        through_dcp(clipper, its_clipper)
+        assert its_clipper.state_dict() == clipper.state_dict()
+        assert list(its_clipper.history) == list(clipper.history)
+        del other_stage, other_optimizer
+
+
+@since_2_7
+def check_rounds_of_sharded_models() -> None:
+    """One norm for both optimizers, whichever steps first, as by hand."""
+    for order, scope in itertools.product(((0, 1), (1, 0)), SCOPES[:1]):
+        models = []
+        for _ in range(2):
+            model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+            for i, p in enumerate(model.parameters()):
+                p.data = randn(*p.shape, seed=i)
+            fully_shard(model)
+            ps = list(model.parameters())
+            models.append((model, [torch.optim.SGD(ps[::2], lr=0.1), torch.optim.AdamW(ps[1::2], lr=0.1)]))
+        (model, optimizers), (by_hand, others) = models
+        clipper = Clipper(optimizers, 0.5, scope=scope)
+        for step in range(3):
+            for each, its in models:
+                for optimizer in its:
+                    optimizer.zero_grad()
+                each(randn(3, 4, seed=step)).square().sum().backward()
+            norm = torchclip.clip_grad_norm_(by_hand.parameters(), 0.5)
+            for i in order:
+                optimizers[i].step()
+                others[i].step()
+            assert last_of(clipper).total_norm == pytest.approx(float(norm), rel=1e-6)
+        for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs.full_tensor())  # type: ignore[attr-defined]
+        agreed(list(clipper.history))

@@ -292,7 +292,9 @@ def test_misuse_is_refused_and_leaves_the_optimizer_as_it_was(
 
 @pytest.mark.parametrize("optimizer", [None, nn.Linear(1, 1), [nn.Parameter(torch.ones(1))]])
 def test_only_optimizers_have_clippers(optimizer: Any) -> None:
-    with pytest.raises(TypeError, match=r"`optimizer(\[0\])?` must be a torch\.optim\.Optimizer"):
+    with pytest.raises(
+        TypeError, match=r"`optimizer` (\(item 0 of the list\) )?must be a torch\.optim\.Optimizer"
+    ):
         Clipper(optimizer, 1.0)
 
 

@@ -25,6 +25,9 @@ EXPECTED = {
     "amp.py": CLIPPED.format(100),
     "lightning_callback.py": CLIPPED.format(96),
     "transformers_trainer.py": CLIPPED.format(60),
+    "lightning_two_optimizers.py": CLIPPED.format(16),
+    "transformers_two_optimizers.py": CLIPPED.format(16),
+    "torchtitan_optimizers.py": CLIPPED.format(20),
     "sb3_ppo.py": r"^mean reward trained: \d{3}$",
     "ignite_trainer.py": CLIPPED.format(96),
     "ddp.py": SAME_ON_RANKS,
@@ -36,7 +39,7 @@ ON_RANKS = [name for name, expected in EXPECTED.items() if expected == SAME_ON_R
 def test_all_examples_are_here_and_short() -> None:
     assert EXPECTED.keys() == {path.name for path in EXAMPLES.glob("*.py")}
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 60
+        assert len(path.read_text().splitlines()) < 90
 
 
 @pytest.mark.slow
@@ -44,6 +47,8 @@ def test_all_examples_are_here_and_short() -> None:
 def test_example(name: str, tmp_path: Path) -> None:
     if name == "fsdp2.py" and not FSDP2:
         pytest.skip("torch 2.6 has FSDP2 for accelerators only")
+    if name == "torchtitan_optimizers.py":
+        pytest.importorskip("torchtitan.components.optimizer")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name in ON_RANKS else []
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / name)],

@@ -179,6 +179,7 @@ class Clipper:
         self._scope: Scope = scope
         self._nonfinite: Nonfinite = nonfinite
         self._spikes = spikes
+        self._has_group, self._keeps_layers = groups is not None, layers_every > 0
         # Only while it warms up, but who could tell beforehand when that is.
         joins_norms = self._rule.per_parameter and getattr(max_norm, "max_norm", 0.0) < math.inf
         self._names = Names(optimizers, model)
@@ -358,7 +359,12 @@ class Clipper:
             "history": self.history.state_dict(),
         }
         shared = {"norm_type": self._order, "scope": self._scope, "optimizers": len(self._optimizers)}
-        return {**shared, **own} if self._owner is None else {**shared, self._owner: own}
+        if self._owner is None or (self._has_group and not self._keeps_layers):
+            return {**shared, **own}
+        if not self._has_group:
+            return {**shared, self._owner: own}
+        history = dict(own["history"])
+        return {**shared, **own, "history": history, self._owner: {"layers": history.pop("layers")}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this clipper.  States of 0.1.0 load, too.
@@ -386,7 +392,9 @@ class Clipper:
             self._spikes.check(of_spikes)
             self._check_learned(state, of_spikes["thresholds"], self._spikes.rule, scope=False)
         arguments.saved("state['history']", own["history"], (), "Clipper")
-        self.history.load_state_dict(own["history"])  # refuses a wrong one before anything has changed
+        layers = state.get(str(self._owner), {}).get("layers") if self._has_group else None
+        history = own["history"] if layers is None else {**own["history"], "layers": layers}
+        self.history.load_state_dict(history)  # refuses a wrong one before anything has changed
         self._round.forget()
         self._rule.load_state_dict(thresholds)
         if self._spikes is not None:
@@ -494,7 +502,7 @@ def _optimizers(given: Any) -> list[Optimizer]:
     if not optimizers:
         raise ValueError("`optimizer` is an empty list; pass an optimizer, or those that step together")
     for i, optimizer in enumerate(optimizers):
-        name = "`optimizer`" if optimizer is given else f"`optimizer[{i}]`"
+        name = "`optimizer`" if optimizer is given else f"`optimizer` (item {i} of the list)"
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "

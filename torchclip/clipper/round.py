@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torchclip.history.history import History
 from torchclip.history.records import Record, as_records
 
 __all__ = ["Round"]
+
+Around: TypeAlias = Callable[[int, Callable[..., Any]], Callable[..., Any]]
 
 _BACKWARD = graph._engine_run_backward.__code__
 
@@ -165,13 +167,13 @@ class Round:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward:
             self._refuse_in_backward()
-        if state.open and in_backward == self._in_backward and self._goes_on(index, args, kwargs):
+        if state.open and in_backward == self._in_backward and self._goes_on(index):
             if in_backward:
                 self._follow_pass()
                 self._clip(index)
             else:
                 self._clipping.join(index)
-            return None
+            return self._with_closure(index, args, kwargs, self._unchanged_by)
         self.close()
         state.went_short, state.open, state.opener = False, True, index
         self._in_backward = in_backward and len(self._steps) > 1
@@ -179,30 +181,48 @@ class Round:
         if self._in_backward:
             self._passes = set()
             self._follow_pass()
-        if len(args) > 1 or kwargs:
-            around = self._clipped_after(index)
-            replaced = with_closure(type(step.optimizer).step, args, kwargs, around)
-            if replaced is not None:
-                return replaced
-        self._clip(index)
-        return None
+        replaced = self._with_closure(index, args, kwargs, self._clipped_after)
+        if replaced is None:
+            self._clip(index)
+        return replaced
+
+    def _with_closure(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Around
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of a step with something put around its closure; None if it has none."""
+        if len(args) == 1 and not kwargs:
+            return None
+        step = type(self._steps[index].optimizer).step
+        return with_closure(step, args, kwargs, partial(around, index))
 
     def _own_norm(self, index: int) -> Norm:
         look = self._clipping.look(only=index)
         look.measure()
         return look.total_norm
 
-    def _clipped_after(self, index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def around(closure: Callable[..., Any]) -> Callable[..., Any]:
-            def closure_then_clip(*args: Any, **kwargs: Any) -> Any:
-                self._steps[index].take_back("again")
-                loss = closure(*args, **kwargs)
-                self._clip(index)
-                return loss
+    def _clipped_after(self, index: int, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def closure_then_clip(*args: Any, **kwargs: Any) -> Any:
+            self._steps[index].take_back("again")
+            loss = closure(*args, **kwargs)
+            self._clip(index)
+            return loss
 
-            return closure_then_clip
+        return closure_then_clip
 
-        return around
+    def _unchanged_by(self, index: int, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """A closure that must leave the gradients alone, as those that frameworks pass along do."""
+
+        def closure_then_look(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            if _nonzero(self._state.members[index].changed()):
+                raise RuntimeError(
+                    f"the closure of {self._called(index)} gave it new gradients, but those of this round "
+                    "were clipped when another optimizer of the Clipper stepped; only the first one to step "
+                    "may take a closure"
+                )
+            return loss
+
+        return closure_then_look
 
     def _clip(self, index: int) -> None:
         """Clip the gradients that are there now; in a backward pass those of one optimizer."""
@@ -233,7 +253,7 @@ class Round:
 
     # A round that is open
 
-    def _goes_on(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    def _goes_on(self, index: int) -> bool:
         """Whether an optimizer steps with what was clipped in this round.
 
         Raises:
@@ -244,12 +264,6 @@ class Round:
             return not member.stepped
         if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
             return False
-        closure = [value for value in (*args[1:], *kwargs.values()) if callable(value)]
-        if closure:
-            raise RuntimeError(
-                f"{self._called(index)} was given a closure, but the gradients of this round were clipped "
-                "when another optimizer of the Clipper stepped; only the first one to step may take a closure"
-            )
         self._refuse_scaled(index)
         if _nonzero(member.changed()):
             raise RuntimeError(

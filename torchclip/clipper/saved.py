@@ -30,6 +30,8 @@ _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
 def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
     """The key for what this rank has for itself; None where all ranks have the same.
 
+    Of a Clipper with a `group` these are the norms of single parameters, as it knows all others together.
+
     They have where the model is replicated by torch, or every parameter is sharded over all ranks.  Else they
     may be stages of a pipeline, which names of parameters tell apart if the Clipper knows them, or the rank.
     """
@@ -61,7 +63,7 @@ def own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
         ValueError: if the state was taken from other parameters, or has several parts and not this one.
     """
     parts = [other for other in state if str(other).startswith((_OF_PARAMETERS, _OF_RANK))]
-    if not parts:
+    if not parts or "steps" in state:
         return state
     if key in parts:
         chosen = key

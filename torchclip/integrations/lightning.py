@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from torchclip._core.extras import installing
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
 from torchclip.clipper.rules import Rule
@@ -30,8 +32,9 @@ class ClipperCallback(Callback):
         trainer = Trainer(callbacks=[ClipperCallback(max_norm=1.0)])
 
     Each optimizer has its own ``torchclip.Clipper`` while ``fit`` runs, with the module's names for its
-    parameters.  Checkpoints carry the clippers' state, and another ``fit`` of the same module goes on with
-    it.  Do not pass ``gradient_clip_val`` to the Trainer as well.
+    parameters.  Of one optimizer the records have the loss.  Checkpoints carry the clippers' state, and
+    another ``fit`` of the same module goes on with it.  Do not pass ``gradient_clip_val`` to the Trainer as
+    well.  Optimizers that step together in manual optimization need one Clipper for both, made by you.
 
     Args:
         max_norm: as for ``torchclip.Clipper``.
@@ -108,6 +111,13 @@ class ClipperCallback(Callback):
         ]
         self._fitting = True
         self._restore()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss, where there is one optimizer that it can be of."""
+        if len(self.clippers) == 1:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self.clippers[0].loss = loss.detach() / scale
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the batch's step, if there was one."""

@@ -38,8 +38,8 @@ class ClipperCallback(TrainerCallback, ExportableState):
         args = TrainingArguments(max_grad_norm=0.0, ...)
         trainer = Trainer(model, args, callbacks=[ClipperCallback(max_norm=1.0)], ...)
 
-    The clipper has the model's names for its parameters.  Checkpoints carry its state in
-    ``trainer_state.json``; it comes back with every ``resume_from_checkpoint``.
+    The clipper has the model's names for its parameters, and its records have the loss.  Checkpoints carry
+    its state in ``trainer_state.json``; it comes back with every ``resume_from_checkpoint``.
 
     ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` go into ``trainer.state.log_history``,
     and into the logs that callbacks after this one see, such as the printed ones.  Callbacks of
@@ -153,6 +153,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
             self.clipper.detach()
         if self._accelerator is not None:
             vars(self._accelerator).pop("clip_grad_norm_", None)
+            vars(self._accelerator).pop("backward", None)
             self._accelerator = None
 
     def state(self) -> dict[str, Any]:
@@ -187,6 +188,14 @@ class ClipperCallback(TrainerCallback, ExportableState):
             return get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
 
         accelerator.clip_grad_norm_ = clip_or_wait_for_the_clipper
+        backward = accelerator.backward
+
+        def backward_with_loss(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            if self.clipper is not None:
+                self.clipper.loss = loss  # divided by the number of backward passes of a step already
+            backward(loss, *args, **kwargs)
+
+        accelerator.backward = backward_with_loss
 
     def _measures(self, clipper: Clipper, parameters: Sequence[Tensor], norm_type: float) -> bool:
         """Whether the clipper takes this norm of these parameters' gradients; all ranks answer alike."""

@@ -1,0 +1,98 @@
+"""What clipping does to a Transformer that Muon and AdamW train: none, both together, AdamW alone.
+
+    python benchmarks/muon.py [--seeds 5] [--steps 300]
+
+The model, the text and the batches are those of ``torchclip train --cell transformer``.  Muon trains the
+matrices of the two layers, AdamW the embeddings, the biases and the output.  Every run starts from the
+weights of its seed.  Shown is the mean loss of the last tenth of the steps: mean and standard deviation over
+the seeds, and how many steps were clipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import torchclip
+from torchclip.cli.options import count
+from torchclip.cli.train.model import new_model
+from torchclip.cli.train.options import Options
+from torchclip.cli.train.training import batches, encode, read_text
+
+WAYS = ("no clipping", "all together", "AdamW alone")
+MUON_LRS = (0.02, 0.1)
+
+
+def optimizers_of(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices within, AdamW for everything else."""
+    within = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name}
+    matrices = [p for p in model.parameters() if id(p) in within]
+    others = [p for p in model.parameters() if id(p) not in within]
+    assert matrices
+    return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=3e-3)]
+
+
+def run(way: str, seed: int, muon_lr: float, options: Options, tokens: Any, size: int) -> tuple[float, float]:
+    """The loss in the end, and the share of steps that were clipped."""
+    torch.manual_seed(seed)
+    model = new_model("transformer", size, options.hidden)
+    optimizers = optimizers_of(model, muon_lr)
+    if way == "AdamW alone":
+        optimizers[0].param_groups[0]["max_norm"] = None
+    clipper = torchclip.Clipper(optimizers, math.inf if way == "no clipping" else options.max_norm)
+    losses = []
+    for inputs, targets in batches(tokens, options):
+        scores, _ = model(inputs, None)
+        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    clipped = sum(record.clipped for record in clipper.history) / len(losses)
+    return fmean(losses[-len(losses) // 10 :]), clipped
+
+
+def main() -> None:
+    """Train and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="runs of each way (default: 5)")
+    parser.add_argument("--steps", type=count, default=300, metavar="N", help="of each run (default: 300)")
+    parser.add_argument("--max-norm", type=float, default=0.5, metavar="C", help="(default: 0.5)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    options = Options(
+        cell="transformer",
+        threshold="fixed",
+        max_norm=arguments.max_norm,
+        lr=0.0,  # each optimizer has its own
+        warmup=1,
+        seed=0,
+        hidden=64,
+        batch=16,
+        bptt=64,
+        steps=arguments.steps,
+    )
+    text = read_text(None)
+    vocabulary = "".join(sorted(set(text)))
+    tokens = encode(text, vocabulary)
+    print("| Muon's learning rate | clipped | loss in the end | steps clipped |\n|---:|---|---:|---:|")
+    for lr in MUON_LRS:
+        for way in WAYS:
+            ends = [run(way, seed, lr, options, tokens, len(vocabulary)) for seed in range(arguments.seeds)]
+            losses, clipped = zip(*ends, strict=True)
+            spread = stdev(losses) if len(losses) > 1 else 0.0
+            print(f"| {lr} | {way} | {fmean(losses):.3f} ± {spread:.3f} | {fmean(clipped):.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
