@@ -47,7 +47,8 @@ def flags() -> tuple[list[str], list[str]]:
     else:
         compiling += ["-O3", "-g0"]
     # To look up torch's threads takes a library of its own in old Linuxes.
-    return compiling + both, both + (["-ldl"] if sys.platform == "linux" else [])
+    target = os.environ.get("_PYTHON_HOST_PLATFORM", sys.platform)  # another one in tools/wheels
+    return compiling + both, both + (["-ldl"] if target.startswith("linux") else [])
 
 
 @contextmanager
