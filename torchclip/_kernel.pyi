@@ -127,8 +127,13 @@ class RoundState:
     Any other step is left to two functions of Python.
     """
 
-    def __init__(self, max_norm: float | None, optimizers: tuple[ref[Optimizer], ...], /) -> None:
-        """``max_norm`` is the threshold of a usual round; None where no round is."""
+    def __init__(
+        self,
+        clip_to: float | Callable[[float], float] | tuple[Any, ...] | None,
+        optimizers: tuple[ref[Optimizer], ...],
+        /,
+    ) -> None:
+        """``clip_to`` says how a usual round is clipped; ``step_ways.h`` lists what it can be."""
     members: Final[tuple[Member, ...]]
     loss: float | Tensor | None
     number: int

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchclip import Clipper, get_total_norm, kernel
+from torchclip import BlockRMS, Clipper, Percentile, RollingSigma, Value, ZScore, get_total_norm, kernel
 from torchclip._core import native
 from torchclip.history.history import History
 
@@ -70,7 +70,7 @@ class Run:
             for _ in range(2):
                 try:
                     optimizer.step(*self.arguments)
-                except (AssertionError, RuntimeError) as error:
+                except (AssertionError, RuntimeError, TypeError) as error:
                     return type(error), [bits(p) for p in self.parameters], len(clipper.history)
         grads = [None if p.grad is None else p.grad.to_dense() for p in self.parameters]
         versions = [0 if p.grad is None else p.grad._version for p in self.parameters]
@@ -142,6 +142,11 @@ THINGS: dict[str, Callable[[Run], None]] = {
     "0": set_max_norm(0),
     "inf": set_max_norm(INF),
     "a callable": set_max_norm(lambda step: 0.5),
+    "a percentile": set_max_norm(Percentile(0)),
+    "a z-score": set_max_norm(ZScore(warmup=1, threshold=0.0, clip_option="mean", max_norm=0.5)),
+    "deviations": set_max_norm(RollingSigma()),
+    "by value": set_max_norm(Value(0.5)),
+    "by mean square": set_max_norm(BlockRMS(0.5)),
     "no gradient": lambda run: run.add(None, torch.zeros(3)),
     "no gradient at all": take_all_away,
     "zeros": zero_all,
@@ -207,12 +212,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_what_is_usual_goes_the_short_way(taken: list[bool]) -> None:
     usual = ["nothing", "a larger threshold", "inf", "no gradient", "two groups", "fused", "momentum"]
     usual += ["float64", "float16", "bfloat16", "complex", "another order of strides", "an empty gradient"]
-    usual += ["large numbers", "shared", "0", "zeros", "gaps", "many elements"]
+    usual += ["large numbers", "shared", "0", "zeros", "gaps", "many elements", "a percentile", "a z-score"]
+    usual += ["deviations", "by value", "by mean square"]
     for first, second in itertools.combinations(usual, 2):
         taken.clear()
         outcome(first, second)
-        # Torch's fused steps refuse complex numbers.
-        assert taken == [True] * (1 if {first, second} == {"fused", "complex"} else 2), (first, second)
+        # Torch's fused steps refuse complex numbers, which have no order for "by value" either.
+        count = {frozenset(["fused", "complex"]): 1, frozenset(["by value", "complex"]): 0}
+        assert taken == [True] * count.get(frozenset([first, second]), 2), (first, second)
     for thing in THINGS.keys() - set(usual):
         taken.clear()
         outcome(thing)
@@ -224,7 +231,6 @@ def test_what_is_usual_goes_the_short_way(taken: list[bool]) -> None:
     [
         {"norm_type": 1.0},
         {"scope": "group"},
-        {"scope": "parameter"},
         {"on_clip": lambda record: None},
         {"skip_above": 1.0},
         {"layers_every": 1},
@@ -237,6 +243,67 @@ def test_what_a_clipper_is_asked_for_beyond_the_usual(options: dict[str, Any], t
     optimizer.step()
     assert taken == [False]
     assert math.isfinite(clipper.history[0].total_norm)
+
+
+def test_each_parameter_by_its_own_norm(taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [Run(), Run()]
+    records = []
+    for run in runs:
+        run.add(torch.zeros(0, 3))
+        run.add(torch.zeros(2))
+        optimizer = torch.optim.SGD(run.parameters, lr=0.1)
+        clipper = make_clipper(optimizer, 1.2, scope="parameter")
+        optimizer.step()
+        records += list(clipper.history)
+        monkeypatch.setattr(native, "step_state", lambda *_: None)
+    assert taken == [True, False]
+    for ours, theirs in zip(runs[0].parameters, runs[1].parameters, strict=True):
+        assert bits(ours) == bits(theirs)
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert (bits(ours.grad), ours.grad._version) == (bits(theirs.grad), theirs.grad._version)
+    for short, full in zip(*records, strict=True):
+        assert short == full or short == pytest.approx(full, rel=1e-15)
+
+
+def test_a_rule_may_change_its_threshold(taken: list[bool]) -> None:
+    for rule, name in [(Value(100.0), "clip_value"), (BlockRMS(100.0), "max_rms")]:
+        run = Run()
+        optimizer = torch.optim.SGD(run.parameters, lr=0.1)
+        clipper = make_clipper(optimizer, rule)
+        optimizer.step()
+        setattr(rule, name, 0.01)
+        optimizer.step()
+        assert [record.clipped for record in clipper.history] == [False, True]
+    assert taken == [True] * 4
+
+
+def test_a_threshold_is_asked_once_and_its_error_calls_the_step_off(taken: list[bool]) -> None:
+    class Failing(ZScore):
+        """In the house of the package, as its own are."""
+
+    Failing.__module__ = "torchclip.thresholds.zscore"
+    run, seen = Run(), []
+
+    def learn(self: Any, norms: float, *_: Any) -> float:
+        seen.append(norms)
+        if len(seen) == 2:
+            raise KeyError(norms)
+        return 0.5
+
+    vars_of_failing: Any = Failing
+    vars_of_failing._learn = learn
+    vars_of_failing.__abstractmethods__ = frozenset()
+    optimizer = torch.optim.SGD(run.parameters, lr=0.1)
+    clipper = make_clipper(optimizer, Failing())
+    optimizer.step()
+    before = [bits(p) for p in run.parameters]
+    with pytest.raises(KeyError):
+        optimizer.step()
+    assert [bits(p) for p in run.parameters] == before
+    optimizer.step()
+    assert [record.step for record in clipper.history] == [0, 1]
+    assert len(seen) == 3
 
 
 def test_hooks_that_trade_gradients_are_heeded_in_the_next_step() -> None:

@@ -107,6 +107,8 @@ class BlockRMS(Rule):
         BlockRMS(max_rms=1.0)
     """
 
+    usual = ("rms", "max_rms")
+
     def __init__(self, max_rms: float) -> None:
         self.max_rms = threshold("max_rms", max_rms)
 

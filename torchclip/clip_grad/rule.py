@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ class Rule(ABC):
     A clipper takes the norm of the gradients, has the rule clip those of all parameter groups that bring no
     ``max_norm`` along, and takes the norm again.  The ratio of the two is the step's coefficient.
     """
+
+    usual: ClassVar[tuple[str, str] | None] = None
+    """What the kernel calls the rule, and the attribute with its threshold; None if it does not know it."""
 
     @abstractmethod
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:

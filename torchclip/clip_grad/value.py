@@ -75,6 +75,8 @@ class Value(Rule):
         Value(clip_value=0.5)
     """
 
+    usual = ("value", "clip_value")
+
     def __init__(self, clip_value: float) -> None:
         self.clip_value = threshold("clip_value", clip_value)
 

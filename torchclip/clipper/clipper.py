@@ -186,10 +186,9 @@ class Clipper:
         self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
         # What the kernel clips in one go, with what is found to be usual in each step.
-        usual = scope == "global" and self._order == 2 and not groups
-        takes_number = self._way is None and on_clip is None and spikes is None and not layers_every
-        usual_max_norm = self._rule.number if usual and takes_number else None
-        with_kernel = native.step_state(usual_max_norm, self._optimizers)
+        is_usual = self._order == 2 and not groups and on_clip is None and spikes is None and not layers_every
+        usual = _usual_way(self._rule, self._way, scope) if is_usual else None
+        with_kernel = native.step_state(usual, self._optimizers)
         self._state: State = with_kernel or State(self._optimizers)
         steps = [
             Step(each, member) for each, member in zip(self._optimizers, self._state.members, strict=True)
@@ -494,6 +493,18 @@ def _resolve(history: ref[History]) -> None:
     found = history()
     if found is not None:
         len(found)
+
+
+def _usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
+    """How the kernel clips in one go, as its ``RoundState`` takes it; None if it does not."""
+    if way is not None:
+        usual = getattr(way, "usual", None) if type(way).__module__.startswith("torchclip.") else None
+        return (usual[0], way, usual[1]) if usual is not None and scope == "global" else None
+    if scope == "parameter":
+        return None if rule.number is None else ("each", rule.number)
+    if scope == "group" or rule.runs_user_code:
+        return None
+    return rule.max_norm_of_all if rule.learns else rule.number
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

@@ -129,6 +129,12 @@ class Gradients {
         return norm >= 0 && std::isfinite(norm);
     }
 
+    // Likewise of each; below 0 where there is no element.
+    void norms(double* norms) { memory_.norms(&Loops::sum_squares, false, norms); }
+
+    size_t size() const { return memory_.size(); }
+    size_t elements(size_t i) const { return memory_.elements(i); }
+
     // To be called between two others where Python code may have run meanwhile.  False, with an error set, if the
     // kernel cannot work on one of them any more.
     bool read_again() {
@@ -138,6 +144,14 @@ class Gradients {
 
     // Changes all of them.  False, with an error set, for an error.
     bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef); }
+    bool scale_each(const double* clip_coefs) {
+        const auto changes = [&](size_t i) { return clip_coefs[i] != 1.0; };
+        bool any = false;
+        for (size_t i = 0; i < size(); ++i) any = any || changes(i);
+        if (!any) return true;
+        if (is_stale_ && !read_again()) return false;
+        return !memory_.write(&Loops::scale, clip_coefs, true) || tensors_.bump_versions(changes);
+    }
     bool clamp(double limit) { return change(&Loops::clamp, limit); }
 
   private:
@@ -168,12 +182,13 @@ double clip_coef_of(double max_norm, double norm) {
 
 // What clipping by the norm found and did.
 struct Clipped {
-    double norm, coef;
+    double norm, max_norm, coef;
 };
 
 // Scales gradients that were taken by their norm.  False if it is unusual, or with an error set.
 bool clip(Gradients& gradients, double max_norm, Clipped& clipped) {
     if (!gradients.measure(clipped.norm)) return false;
+    clipped.max_norm = max_norm;
     clipped.coef = clip_coef_of(max_norm, clipped.norm);
     return gradients.scale(clipped.coef);
 }

@@ -77,6 +77,7 @@ class Memory {
 
     size_t size() const { return parts_.size(); }
     size_t elements() const { return elements_; }
+    size_t elements(size_t part) const { return parts_[part].count; }
     int facts() const { return facts_; }
 
     // Whether other Python code may run while work on it is done.

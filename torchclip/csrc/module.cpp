@@ -20,6 +20,7 @@
 //     functions.h   the functions of torch's names, where nothing is unusual
 //     batch.h       the Python type `Batch`, for all other calls
 //     marks.h       whether gradients are still what they were
+//     step_ways.h   how the gradients of a usual step are clipped
 //     step_hooks.h  hooks for the usual step of optimizers
 #include "batch.h"
 #include "step_hooks.h"

@@ -8,6 +8,7 @@
 
 #include "functions.h"
 #include "marks.h"
+#include "step_ways.h"
 
 namespace {
 
@@ -28,7 +29,8 @@ struct Row {
 
 // What all of them know.
 struct RoundState {
-    PyObject_HEAD PyObject* max_norm;  // of a usual round, or None
+    PyObject_HEAD PyObject* clip_to;   // what a usual round is clipped to,
+    Way way;                           // and so how
     PyObject* members;                 // a tuple
     PyObject* loss;
     PyObject* pending;       // where the history has rows put,
@@ -66,7 +68,7 @@ bool flush(RoundState* state) {
         for (size_t i = 0; i < count && rows != nullptr; ++i) {
             const auto& [number, clipped, loss] = state->rows[i];
             const Ref row(
-                Py_BuildValue("(LdOdOO)", number, clipped.norm, state->max_norm, clipped.coef, Py_False, loss));
+                Py_BuildValue("(LdddOO)", number, clipped.norm, clipped.max_norm, clipped.coef, Py_False, loss));
             if (row == nullptr || PyList_Append(rows, row) < 0) return PyErr_NoMemory(), false;
         }
         if (rows == nullptr) return PyErr_NoMemory(), false;
@@ -93,16 +95,17 @@ bool record(RoundState* state) {
     return none != nullptr;
 }
 
-// Clips the gradients of all optimizers by their joint norm.  False if that is not usual, or with an error set.
+// Clips the gradients of all optimizers together.  False if that is not usual, or with an error set.
 bool clip_all(RoundState* state) {
     const Py_ssize_t count = PyTuple_Size(state->members);
-    const double max_norm = read_threshold(state->max_norm);
-    if (!(max_norm >= 0) || !is_usable()) return false;
+    const double limit = limit_of(state->way, state->clip_to);
+    if (!(limit >= 0) || !is_usable()) return false;
     Gradients gradients;
     for (Py_ssize_t i = 0; i < count; ++i)
         if (!gradients.add_optimizer(Ref::to(optimizer_of(member(state, i))))) return false;
     // A fused step scales many elements sooner.
-    return gradients.take() && gradients.is_small() && clip(gradients, max_norm, state->clipped);
+    return gradients.take() && gradients.is_small() &&
+           clip_in_way(gradients, state->way, state->clip_to, limit, state->clipped);
 }
 
 // Whether a step is taken while a backward pass runs, or nobody can tell.
@@ -133,7 +136,7 @@ bool goes_on(const RoundState* state, Py_ssize_t index) {
 
 bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
     RoundState* const state = hooks->state;
-    if (state->max_norm == Py_None || !PyTuple_Check(args) || PyTuple_Size(args) != 1 || !PyDict_Check(kwargs) ||
+    if (state->way == Way::kNone || !PyTuple_Check(args) || PyTuple_Size(args) != 1 || !PyDict_Check(kwargs) ||
         PyDict_Size(kwargs) != 0)
         return false;
     const Py_ssize_t count = PyTuple_Size(state->members);
@@ -217,8 +220,8 @@ PyObject* member_changed(PyObject* self, PyObject*) {
 }
 
 PyObject* new_round(PyTypeObject* type, PyObject* args, PyObject*) {
-    PyObject *max_norm, *optimizers;
-    if (!PyArg_ParseTuple(args, "OO!", &max_norm, &PyTuple_Type, &optimizers)) return nullptr;
+    PyObject *clip_to, *optimizers;
+    if (!PyArg_ParseTuple(args, "OO!", &clip_to, &PyTuple_Type, &optimizers)) return nullptr;
     PyObject* const members = PyTuple_New(PyTuple_Size(optimizers));
     for (Py_ssize_t i = 0; members != nullptr && i < PyTuple_Size(optimizers); ++i) {
         PyObject* const made = new_member(PyTuple_GetItem(optimizers, i));
@@ -228,7 +231,8 @@ PyObject* new_round(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject* const made = members == nullptr ? nullptr : PyType_GenericAlloc(type, 0);
     if (made == nullptr) return Py_XDECREF(members), nullptr;
     auto* const state = reinterpret_cast<RoundState*>(made);
-    state->max_norm = new_reference(max_norm);
+    state->clip_to = new_reference(clip_to);
+    state->way = way_of(clip_to);
     state->members = members;
     state->loss = new_reference(Py_None);
     return made;
@@ -238,7 +242,7 @@ void free_round(PyObject* self) {
     PyTypeObject* const type = Py_TYPE(self);
     auto* const state = reinterpret_cast<RoundState*>(self);
     for (size_t i = 0; i < state->count; ++i) Py_XDECREF(state->rows[i].loss);
-    for (PyObject* each : {state->max_norm, state->members, state->loss, state->pending, state->full}) Py_XDECREF(each);
+    for (PyObject* each : {state->clip_to, state->members, state->loss, state->pending, state->full}) Py_XDECREF(each);
     reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }

@@ -1,0 +1,101 @@
+// How the gradients of a usual round are clipped, as a `RoundState` was given it:
+//
+//     a number              all together, by their norm
+//     a callable            likewise, to the threshold that it answers with when it is told the norm
+//     ("each", number)      each gradient by its own norm
+//     ("rms", rule, name)   each by its root mean square, to the number that is this attribute of the rule
+//     ("value", rule, name) each element by its value, likewise
+//     None                  no round is usual
+#pragma once
+
+#include "gradients.h"
+
+namespace {
+
+enum class Way : char { kNone, kNumber, kAsked, kEach, kRms, kValue };
+
+Way way_of(PyObject* given) {
+    if (given == Py_None) return Way::kNone;
+    if (!PyTuple_Check(given)) return PyCallable_Check(given) ? Way::kAsked : Way::kNumber;
+    PyObject* const name = PyTuple_GetItem(given, 0);
+    const auto is = [name](const char* other) { return PyUnicode_CompareWithASCIIString(name, other) == 0; };
+    return is("each") ? Way::kEach : is("rms") ? Way::kRms : is("value") ? Way::kValue : Way::kNone;
+}
+
+// The number to clip to; below 0 for none.
+double limit_of(Way way, PyObject* given) {
+    if (way == Way::kAsked) return std::numeric_limits<double>::infinity();
+    if (way == Way::kNone) return -1;
+    if (way == Way::kNumber) return read_threshold(given);
+    if (way == Way::kEach) return read_threshold(PyTuple_GetItem(given, 1));
+    const Ref limit(PyObject_GetAttr(PyTuple_GetItem(given, 1), PyTuple_GetItem(given, 2)));
+    if (limit == nullptr) PyErr_Clear();
+    return limit == nullptr ? -1 : read_threshold(limit);
+}
+
+// As torchclip._core.scalars.clip_coef has it for a threshold that was learned: without the 1e-6.
+double exact_clip_coef(double max_norm, double norm) { return norm <= max_norm ? 1.0 : max_norm / norm; }
+
+// The functions below scale or clamp gradients that were taken.  False for something unusual, with nothing changed, or
+// with an error set.
+
+// All together, to what somebody else makes of their norm.
+bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
+    if (!gradients.measure(clipped.norm)) return false;
+    const Ref norm(PyFloat_FromDouble(clipped.norm));
+    const Ref answer(norm == nullptr ? nullptr
+                                     : PyObject_CallFunctionObjArgs(ask, static_cast<PyObject*>(norm), nullptr));
+    if (answer == nullptr) return false;
+    clipped.max_norm = PyFloat_AsDouble(answer);
+    if (PyErr_Occurred() != nullptr) return false;
+    clipped.coef = exact_clip_coef(clipped.max_norm, clipped.norm);
+    return clipped.coef == 1.0 || (gradients.read_again() && gradients.scale(clipped.coef));
+}
+
+// What a norm was multiplied by, as torchclip.clipper.rules.ratio has it.
+bool measure_again(Gradients& gradients, Clipped& clipped) {
+    double after;
+    if (!gradients.measure(after)) return false;
+    clipped.coef = after == clipped.norm || clipped.norm == 0 ? 1.0 : std::min(1.0, after / clipped.norm);
+    clipped.max_norm = std::numeric_limits<double>::infinity();
+    return true;
+}
+
+// Each by its own norm, or by its root mean square.
+bool clip_each(Gradients& gradients, Way way, double limit, Clipped& clipped) {
+    if (!gradients.measure(clipped.norm)) return false;
+    Room<double, kUsual> coefs;
+    coefs.resize(gradients.size());
+    gradients.norms(coefs.begin());
+    clipped.coef = 1.0;
+    for (size_t i = 0; i < gradients.size(); ++i) {
+        double& coef = coefs[i];
+        if (coef < 0)  // of no elements
+            coef = 1.0;
+        else if (way == Way::kEach)
+            coef = clip_coef_of(limit, coef);
+        else
+            coef = exact_clip_coef(limit * std::sqrt(double(gradients.elements(i))), coef);
+        clipped.coef = std::min(clipped.coef, coef);
+    }
+    clipped.max_norm = limit;
+    return gradients.scale_each(coefs.begin()) && (way == Way::kEach || measure_again(gradients, clipped));
+}
+
+// Each element by its value.
+bool clip_value(Gradients& gradients, double limit, Clipped& clipped) {
+    return !gradients.is_complex() && gradients.measure(clipped.norm) && gradients.clamp(limit) &&
+           measure_again(gradients, clipped);
+}
+
+bool clip_in_way(Gradients& gradients, Way way, PyObject* given, double limit, Clipped& clipped) {
+    switch (way) {
+        case Way::kAsked: return clip_as_asked(gradients, given, clipped);
+        case Way::kEach:
+        case Way::kRms: return clip_each(gradients, way, limit, clipped);
+        case Way::kValue: return clip_value(gradients, limit, clipped);
+        default: clipped.max_norm = limit; return clip(gradients, limit, clipped);
+    }
+}
+
+}  // namespace
