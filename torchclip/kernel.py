@@ -11,15 +11,15 @@ __all__ = ["disabled", "status"]
 
 
 def status() -> str:
-    """One line on whether the kernel is active, and why not if it is not."""
+    """One line that says whether the kernel is active, and if not, why."""
     return native.status()
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Everything through torch operations, to compare the kernel with.
+    """Use torch operations in place of the kernel within a ``with`` block, for comparison.
 
-    In all threads, until each of them has left the last such block that it is in.
+    This affects all threads, until every thread has left its last such block.
     """
     if native.extension is None:
         yield

@@ -1,4 +1,4 @@
-"""torchclip in place of torch's own clipping functions, for code that calls those."""
+"""Replaces torch's clipping functions by torchclip's, for code that calls torch's."""
 
 from __future__ import annotations
 
@@ -81,23 +81,23 @@ _blocks = 0
 
 
 def install() -> list[str]:
-    """Put torchclip in place of torch's clipping functions, in this process, until ``uninstall``.
+    """Replace torch's clipping functions by torchclip's, in this process, until ``uninstall``.
 
-    From now on ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and
-    ``get_total_norm``, and the same in ``torch.nn.utils.clip_grad``, are torchclip's; the ``__wrapped__`` of
-    each is the function that was there.  Installing twice changes nothing.
+    This replaces ``clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and ``get_total_norm``
+    in ``torch.nn.utils`` and in ``torch.nn.utils.clip_grad``.  Each has the replaced function as its
+    ``__wrapped__``.  Installing twice changes nothing.
 
-    Of DTensors the norm is a DTensor, as torch's is, though one that every rank holds the whole of: code
-    that calls its ``full_tensor()`` works, and code that does not gets the right number all the same.
+    The norm of DTensors is a DTensor, as in torch, but it is whole on every rank.  So code that calls its
+    ``full_tensor()`` works, and code that does not call it gets the right number, too.
 
-    What does not change: FSDP1's own method ``model.clip_grad_norm_``, and names imported before, as by
-    ``from torch.nn.utils import clip_grad_norm_``.  Install before the modules with such a line are
-    imported.  (torch's ``clip_grad_norm_`` looks its two halves up when it is called, so that even an old
-    reference to it computes the norm and scales through torchclip; the three others stay torch's.)
+    This does not change FSDP1's own method ``model.clip_grad_norm_``, nor names that were imported earlier,
+    such as by ``from torch.nn.utils import clip_grad_norm_``.  Install before you import modules with such a
+    line.  (torch's ``clip_grad_norm_`` looks up its two halves when it is called, so even an old reference to
+    it measures and scales with torchclip; the three other functions stay torch's.)
 
     Returns:
-        The names in loaded modules that still hold one of torch's functions, as ``"module.name"``, sorted.
-        Attributes of classes and objects are not searched.
+        The names in loaded modules that still refer to one of torch's functions, as ``"module.name"``,
+        sorted. Attributes of classes and objects are not searched.
 
     Examples:
         >>> holders = install()
@@ -115,7 +115,7 @@ def install() -> list[str]:
 
 
 def uninstall() -> None:
-    """Put back exactly what was there before ``install`` or ``installed``, also within its block."""
+    """Restore the functions that ``install`` or ``installed`` replaced, also within a block of the latter."""
     global _stays
     with _lock:
         _stays = False
@@ -124,10 +124,10 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """``install`` for the length of a ``with`` block.
+    """``install`` within a ``with`` block.
 
     The functions are replaced for all threads.  Blocks may be nested and may overlap: the last one to end
-    puts torch's functions back, unless ``install`` was called.
+    restores torch's functions, unless ``install`` was called.
 
     Examples:
         >>> with installed():

@@ -1,4 +1,4 @@
-"""Clipping that belongs to the optimizer: said once, done before every step."""
+"""Clipping that belongs to the optimizer: created once, done before every step."""
 
 from __future__ import annotations
 
@@ -41,85 +41,83 @@ _clipped_optimizers: WeakSet[Optimizer] = WeakSet()
 class Clipper:
     r"""Clips the gradients of an optimizer before every step it takes.
 
-    Say once how to clip, then only call ``optimizer.step()``:
+    Create it once, then only call ``optimizer.step()``:
 
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
         clipper = torchclip.Clipper(optimizer, max_norm=1.0)
 
-    This works with closures (clipping follows the closure's backward pass, each time, and a step of LBFGS has
-    a record for each), gradient accumulation, learning rate schedulers, and ``torch.amp.GradScaler``: norms
-    and thresholds are those of the unscaled gradients.  Fused optimizers get the coefficient as their
-    ``grad_scale`` and multiply it in while they step, so that no pass over the gradients is spent on it;
-    afterwards ``p.grad`` is the clipped gradient as usual, to the rounding of that float32 number.
+    This works with gradient accumulation, learning rate schedulers, ``torch.amp.GradScaler`` and closures.
+    With a GradScaler, norms and thresholds are those of the unscaled gradients.  With a closure, it clips
+    after each backward pass of the closure; a step of LBFGS has a record for each.  Fused optimizers get the
+    coefficient as their ``grad_scale`` and scale the gradients during their step, which saves a pass over
+    them.  Afterwards ``p.grad`` is the clipped gradient as usual, up to the rounding of that float32 number.
 
-    A parameter group may carry its own ``max_norm``: it is then clipped on its own, with it, and ``None``
-    leaves it unclipped (its norm is measured all the same).  Like a learning rate it may change during
-    training:
+    A parameter group may have its own ``max_norm``.  The group is then clipped by itself, to that threshold.
+    ``None`` measures the group and does not clip it.  Like a learning rate, it may change during training:
 
         head = {"params": model.head.parameters(), "max_norm": 0.1}
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
 
-    Copies and pickles of the optimizer do not clip, as they have no hooks; attach a new clipper to them and
+    Copies and pickles of the optimizer do not clip, as they have no hooks.  Attach a new clipper to them, and
     load the old one's ``state_dict``.  The clipper itself can be neither copied nor pickled.
 
-    A step that a GradScaler leaves out never comes to an unfused optimizer, nor to its clipper; with a fused
-    one it is recorded, as skipped.  A step that ends in an exception is not recorded; the next one gets its
-    number.
+    If a GradScaler skips a step, it does not call an unfused optimizer, so the clipper has no record of that
+    step; a fused optimizer is called, and the step is recorded as skipped.  A step that ends in an exception
+    is not recorded, and the next one gets its number.
 
-    A gradient that parameters of several groups share is clipped once, to the tightest of their thresholds.
-    Without any gradient, or with nothing finite left of it, there is nothing to learn for a threshold object.
+    A gradient that parameters of several groups share is clipped once, to the lowest of their thresholds.  A
+    threshold object learns nothing from a step without gradients, or without finite ones.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``.
+        optimizer: any ``torch.optim.Optimizer``, or a list of optimizers that step together.
         max_norm: the threshold: a number (``float("inf")`` only measures), a threshold object such as
-            ``Percentile``, or a callable that is given the number of the step, from 0.  The object stays as
-            it is; the copies that learn are in ``thresholds``. A norm up to such an object's threshold is
-            left alone exactly; at a number the 1e-6 of ``clip_grad_norm_`` counts.  Or another way to clip:
-            ``Value``, ``Adaptive``, ``BlockRMS``.  Then a record's ``clip_coef`` is the norm after clipping
-            in terms of the norm before, and its ``max_norm`` that of the groups that have their own.
+            ``Percentile``, or a callable that takes the number of the step, from 0.  The object does not
+            change; the copies that learn are in ``thresholds``.  A norm up to the threshold of such an object
+            is not clipped; at a number, the 1e-6 of ``clip_grad_norm_`` applies.  Or another rule: ``Value``,
+            ``Adaptive``, ``BlockRMS``.  The ``clip_coef`` of a record is then the norm after clipping divided
+            by the norm before, and its ``max_norm`` is that of the groups with their own.
         norm_type: the order of the norm, any number or ``"inf"``.
-        scope: what is clipped together: ``"global"``, all parameters; ``"group"``, each parameter group;
-            ``"parameter"``, each parameter. Each of them gets its own copy of a threshold object; ``AdaGC``
-            is for single parameters, whatever is passed here.
-        nonfinite: what to do about a norm that is ``inf`` or ``nan``. ``"propagate"``: nothing, as torch.
-            ``"error"``: raise, naming the parameters, before anything changes (but for what LBFGS did in
-            the same step before). ``"skip"``: this step changes neither parameters nor optimizer state; it
-            does not see the gradients, which are there again after it. On an accelerator this waits for the
-            norm, but not with a fused optimizer, which is told by its ``found_inf``. ``"zero"``: non-finite
-            elements become 0, and the rest is clipped.
-        group: a process group, or several, whose other ranks hold further gradients, as for
-            ``clip_grad_norm_``; all ranks must have the same number of parameter groups.  DTensors need
+        scope: which gradients are clipped together: ``"global"``, all; ``"group"``, those of each parameter
+            group; ``"parameter"``, each by itself.  Each of these sets gets its own copy of a threshold
+            object.  ``AdaGC`` always works on single parameters.
+        nonfinite: what to do if the norm is ``inf`` or ``nan``.  ``"propagate"``: nothing, as torch.
+            ``"error"``: raise an error that names the parameters, before anything changes (except what LBFGS
+            did earlier in the same step).  ``"skip"``: the step changes neither parameters nor optimizer
+            state; the gradients are hidden from it, and restored afterwards.  On an accelerator this waits
+            for the norm, except with a fused optimizer, which uses its ``found_inf``.  ``"zero"``: set the
+            non-finite elements to 0, and clip the other elements.
+        group: a process group, or several, whose other ranks have further gradients, as for
+            ``clip_grad_norm_``.  All ranks must have the same number of parameter groups.  DTensors need
             none.
-        on_clip: called with the ``Record`` of every step, just before anything is changed and before it is
-            in the history; an exception from it calls the step off, and only what a threshold object has
-            learned stays.  If it changes gradients, these are measured again and clipped to the same
-            threshold, and the history says what was done; sharded gradients it must leave alone, as other
+        on_clip: called with the ``Record`` of every step, just before anything changes and before the record
+            is in the history.  If it raises an exception, the step does not happen; only what a threshold
+            object has learned remains.  If it changes gradients, these are measured again and clipped to the
+            same threshold, and the history has the result.  It must not change sharded gradients, as other
             ranks know their norm already.  On an accelerator this waits for the norm.
-        model: the module whose parameters the optimizer holds, or a list of several. Errors, ``norms`` and
-            ``history.layers`` then call parameters by their names in it, without what ``torch.compile`` and
-            data parallelism put before them.  Without it they do so if the optimizer was made from
-            ``model.named_parameters()``, and else give a parameter's place in the optimizer.
-        skip_above: leave out steps whose norm is above this: they change neither parameters nor optimizer
-            state, as with ``nonfinite="skip"``. Whatever ``max_norm`` may be, such as a number or
-            ``RollingSigma()``, by the norm of all gradients. None for no limit.
-        max_skips: after so many steps in a row that ``skip_above`` has left out, the next one is taken,
-            clipped to that limit, with a warning once, so that a run whose norms have risen for good does not
-            stand still; None for any number. A step that is not finite is left out all the same.
-        layers_every: keep the norm of each single parameter at every so many steps, in ``history.layers``;
-            0 for never. With sharded gradients the same on all ranks.
+        model: the module whose parameters the optimizer has, or a list of several.  Errors, ``norms`` and
+            ``history.layers`` then use the names in it, without the prefixes of ``torch.compile`` and data
+            parallelism.  Without it they use the names of ``model.named_parameters()`` if the optimizer was
+            made from these, and otherwise a parameter's position in the optimizer.
+        skip_above: skip steps whose norm is above this threshold.  They change neither parameters nor
+            optimizer state, as with ``nonfinite="skip"``.  It may be whatever ``max_norm`` may be, such as a
+            number or ``RollingSigma()``, and applies to the norm of all gradients.  None for no limit.
+        max_skips: after this many steps in a row that ``skip_above`` has skipped, take the next one, clipped
+            to that limit, and warn once, so that a run whose norms stay high continues.  None for no limit.
+            It does not apply to steps that are not finite.
+        layers_every: record the norm of each single parameter at every this many steps, in
+            ``history.layers``; 0 for never.  With sharded gradients it must be the same on all ranks.
 
     Attributes:
-        history (History): what clipping did, step by step; reading it is what waits for an accelerator.
-            With several thresholds a ``Record`` holds the smallest of them and the smallest coefficient.
-            To keep another number of records, assign ``torchclip.history.History(maxlen=...)`` before the
-            first step.
+        history (History): what clipping did, step by step.  Reading it waits for an accelerator.  With
+            several thresholds, a ``Record`` has the lowest threshold and the lowest coefficient.  To keep
+            another number of records, assign ``torchclip.history.History(maxlen=...)`` before the first step.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
-        ValueError: if ``max_norm`` is negative or NaN, ``scope`` or ``nonfinite`` unknown, the optimizer
-            already has a clipper, LBFGS, whose steps cannot be skipped half-way, is to skip some,
-            ``group`` is combined with ``"parameter"``, or a policy other than ``"propagate"`` with a
-            ``norm_type`` of 0 or less, whose norm may be finite though a gradient is not.
+        ValueError: if ``max_norm`` is negative or NaN; if ``scope`` or ``nonfinite`` is unknown; if the
+            optimizer already has a clipper; if steps of LBFGS are to be skipped, which cannot be skipped
+            half-way; if ``group`` is combined with ``"parameter"``; if a policy other than ``"propagate"`` is
+            combined with a ``norm_type`` of 0 or less, whose norm may be finite if a gradient is not.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))

@@ -17,28 +17,28 @@ __all__ = ["AdaGC"]
 class AdaGC(Learned):
     r"""Clip each parameter's gradient relative to a running mean of its own norm: AdaGC.
 
-    Parameter ``i`` with the gradient ``g_i`` has a mean ``γ_i`` of its own.  In the warm-up all gradients
+    Parameter ``i`` with the gradient ``g_i`` has its own mean ``γ_i``.  In the warm-up all gradients
     together are clipped to ``max_norm``, and ``γ_i`` becomes the smallest norm so far:
 
         ĝ_i = min(max_norm / ‖g‖, 1) g_i              γ_i ← min(γ_i, ‖ĝ_i‖)
 
-    with ``‖g‖`` the joint norm, and ``γ_i = ‖ĝ_i‖`` at the first step.  After it each is clipped by its own:
+    with ``‖g‖`` the joint norm, and ``γ_i = ‖ĝ_i‖`` at the first step.  Afterwards each is clipped by its own:
 
         ĝ_i = min(relative γ_i / ‖g_i‖, 1) g_i        γ_i ← beta γ_i + (1 - beta) ‖ĝ_i‖
 
-    A ``Clipper`` that is given one takes the norm of each parameter, whatever its ``scope``; for a DTensor
-    that of the whole parameter.  It skips parameters of a group with its own ``max_norm``.
+    With it, a ``Clipper`` takes the norm of each parameter, whatever its ``scope``; for a DTensor, that of the
+    whole parameter.  It skips parameters of a group with its own ``max_norm``.
 
     What the paper leaves open, or where implementations disagree:
 
     - In the authors' code the first ``warmup`` steps are clipped together, the same for all parameters; in
-      other code it is one step fewer. Here ``warmup`` is how many norms each parameter learns from, so that
-      one that is frozen at first has its warm-up later; in the authors' code it would start from its first
-      norm, and not have one.
+      other code it is one step fewer. Here ``warmup`` is the number of norms from which each parameter
+      learns, so a parameter that is frozen at first has its warm-up later. In the authors' code it would
+      start from its first norm, without a warm-up.
     - In the warm-up, the joint norm is the one of all gradients, as in the paper and the authors' code; some
       implementations take that of each gradient there, too.
     - The authors' code has ``relative=1.04`` and ``beta=0.99`` for GPT-2. It adds a small constant to the
-      denominators. Here a norm of 0 divides nothing, so there is none.
+      denominators. Here nothing is divided by a norm of 0, so there is none.
     - A norm of 0 is not learned from. By the formula ``γ_i`` would be 0 forever, and the parameter would not
       move again: LoRA's ``A`` is an example, whose first gradient is 0 as ``B`` still is.
     - A norm that is not finite is not learned from. In the warm-up it does not count in ``‖g‖``, and is
@@ -49,8 +49,8 @@ class AdaGC(Learned):
     Args:
         relative: the largest norm, in terms of ``γ_i`` (``λ_rel`` in the paper), at least 0.
         beta: how much of ``γ_i`` is kept each step, between 0 and 1.
-        warmup: how many norms each parameter first learns from, at least 1.
-        max_norm: what all gradients together are clipped to in the warm-up (``λ_abs`` in the paper).
+        warmup: the number of norms from which each parameter first learns, at least 1.
+        max_norm: the threshold for all gradients together in the warm-up (``λ_abs`` in the paper).
 
     Raises:
         TypeError: if an argument is not a number.

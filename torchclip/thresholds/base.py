@@ -10,10 +10,10 @@ __all__ = ["MaxNorm", "Threshold"]
 
 @runtime_checkable
 class Threshold(Protocol):
-    """What a ``torchclip.Clipper`` asks of a threshold object; there is nothing to inherit from.
+    """What a ``torchclip.Clipper`` needs from a threshold object; you need not inherit from it.
 
-    In a distributed run every rank passes the same norms, so a threshold that decides by them alone gives the
-    same answer everywhere.
+    In a distributed run every rank passes the same norms, so a threshold that depends on them alone gives the
+    same result on all ranks.
 
     Examples:
         >>> import math

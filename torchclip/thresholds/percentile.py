@@ -33,18 +33,18 @@ class Percentile(Learned):
     The percentile is exact, with linear interpolation as in ``numpy.percentile``.  Norms that are not
     finite do not enter the history; such a step gets the percentile of the norms before it.
 
-    The history is kept sorted, so a step inserts one value instead of sorting again.  What that costs is
-    moving the larger values up: with a history of 10,000 norms a step takes about 1 µs, with 100,000 norms
-    4 µs, with a million 40 µs.  The memory is 8 bytes a norm, 40 with a ``window``.
+    The history stays sorted, so a step inserts one value and does not sort again.  It moves the larger
+    values: with a history of 10,000 norms a step takes about 1 µs, with 100,000 norms 4 µs, with a million
+    40 µs.  The memory is 8 bytes per norm, 40 with a ``window``.
 
     Twin: ``torchclip.reference.percentile_thresholds``.
 
     Args:
         percentile: between 0 (the smallest norm so far) and 100 (the largest: no clipping). Low values clip
-            most steps, which is the method's intent; the paper recommends 10.
-        window: how many of the latest norms count; ``None`` for all, as in the paper.
-        warmup: so many finite norms are only learned from at first; these steps are clipped to ``max_norm``
-            alone. The paper has no warm-up.
+            most steps, as the method intends; the paper recommends 10.
+        window: the number of latest norms that count; ``None`` for all, as in the paper.
+        warmup: the number of finite norms from which it first only learns; these steps are clipped to
+            ``max_norm`` alone. The paper has no warm-up.
         max_norm: a hard ceiling for the threshold, in the warm-up too.
 
     Raises:

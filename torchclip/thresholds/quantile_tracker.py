@@ -15,19 +15,19 @@ __all__ = ["QuantileTracker"]
 
 
 class QuantileTracker:
-    r"""The threshold for ``clip_per_example`` that leaves a given share of the examples as they are.
+    r"""A threshold for ``clip_per_example`` that leaves a given share of the examples unclipped.
 
     With ``share`` the share of a batch's examples that were not clipped, after each step:
 
         max_norm ← max_norm · exp(-lr (share - quantile))
 
-    It sees no norms, only that share, which costs little privacy.  For differential privacy, add the noise to
-    the share that the paper asks for, and count both releases in the accounting: neither is done here.
+    It sees no norms, only that share, which costs little privacy.  For differential privacy, add the paper's
+    noise to the share, and count both releases in the accounting.  This class does neither.
 
     Twin: ``torchclip.reference.quantile_tracker_thresholds``.
 
     Args:
-        quantile: the share of examples to leave as they are, between 0 and 1.
+        quantile: the share of examples to leave unclipped, between 0 and 1.
         lr: how fast the threshold moves, at least 0.
         max_norm: the threshold to start with, above 0 and finite; better too small than too large, as it
             grows as fast as ``exp(lr · quantile)`` a step.

@@ -15,29 +15,30 @@ __all__ = ["RollingSigma"]
 
 
 class RollingSigma(Learned):
-    r"""So many standard deviations above the mean of the last norms: what is above is a spike.
+    r"""A number of standard deviations above the mean of the last norms: norms above it are spikes.
 
-    Over the last ``window`` norms that were no spikes, ``W``, before the current one:
+    With ``W`` the last ``window`` norms before the current one that were no spikes:
 
         max_norm = mean(W) + sigma · std(W)
 
-    with the standard deviation that divides by one less than the number of norms.  It is meant to skip steps
-    by: ``Clipper(optimizer, 1.0, skip_above=RollingSigma())``.  As a ``max_norm`` it clips spikes and leaves
-    all other steps alone.
+    The standard deviation divides by one less than the number of norms.  It is meant for skipping steps:
+    ``Clipper(optimizer, 1.0, skip_above=RollingSigma())``.  As a ``max_norm`` it clips spikes, and no other
+    steps.
 
-    A norm above the threshold, or one that is not finite, does not enter the window.  So norms that rise for
-    good stay above it: skipping has ``max_skips`` for that; to clip by, ``ZScore`` follows them.
+    A norm above the threshold, or one that is not finite, does not enter the window.  So norms that rise and
+    stay high remain above it.  For skipping, there is ``max_skips``; for clipping, ``ZScore`` follows them.
 
     OLMo's training code skips steps by this rule, applied to the loss and to the norm of the gradients; here
-    it is applied to the norm alone.  In OLMo's code the norms of skipped steps enter the window, too.  And it
-    judges from half a window on, the current step included, where ``warmup`` counts the norms before it.
+    it is applied to the norm alone.  In OLMo's code the norms of skipped steps enter the window, too.  It
+    starts after half a window, including the current step; here ``warmup`` counts the norms before it.
 
     Twin: ``torchclip.reference.rolling_sigma_thresholds``.
 
     Args:
-        sigma: how many standard deviations above the mean a norm is a spike, at least 0.
-        window: how many of the latest norms count, at least 2.
-        warmup: so many norms are only learned from at first, at least 2; these steps have no threshold.
+        sigma: the number of standard deviations above the mean from which a norm is a spike, at least 0.
+        window: the number of latest norms that count, at least 2.
+        warmup: the number of norms from which it first only learns, at least 2; these steps have no
+            threshold.
 
     Raises:
         TypeError: if an argument is not a number.

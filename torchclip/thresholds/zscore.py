@@ -16,7 +16,7 @@ ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
 
 
 class ZScore(Learned):
-    r"""Pull back the steps whose norm is far above its running mean: ZClip.
+    r"""Clip the steps whose norm is far above its running mean: ZClip.
 
     A norm ``g`` is a spike if its z-score against the mean ``μ`` and standard deviation ``σ`` of the steps
     before it is above the threshold: ``z = (g - μ) / σ > z*``.  A spike is clipped to ``g*``, which depends
@@ -32,24 +32,24 @@ class ZScore(Learned):
         μ ← α μ + (1 - α) g          σ² ← α σ² + (1 - α) (g - μ)²
 
     They start as the mean and the standard deviation of the norms of the warm-up.  A norm that is not finite
-    gets ``μ + z* σ`` and is not learned from.  The ceiling ``max_norm`` limits the answer only: what is
+    gets ``μ + z* σ`` and is not learned from.  The ceiling ``max_norm`` limits only the threshold: what is
     learned does not depend on it.
 
-    Two things differ from the authors' code.  It has a ceiling by default, ``max_grad_norm=1.0``, to which
-    every step is clipped, spike or not; here the ceiling is ``inf`` unless you set one, so pass
-    ``max_norm=1.0`` for the same.  And it adds a small constant to ``σ`` against division by zero; here no
-    division can meet a zero, so there is none, and norms scaled by a factor get thresholds scaled by that
-    factor.
+    Two things differ from the authors' code.  Their code has a ceiling by default, ``max_grad_norm=1.0``, and
+    clips every step to it, spike or not.  Here the ceiling is ``inf`` unless you set one; pass
+    ``max_norm=1.0`` for the same.  Their code also adds a small constant to ``σ`` to avoid a division by
+    zero.  Here no division can meet a zero, so there is no constant, and norms scaled by a factor get
+    thresholds scaled by that factor.
 
     Twin: ``torchclip.reference.zscore_thresholds``.
 
     Args:
         alpha: ``α``, how much of the mean and variance is kept each step, between 0 and 1.
         threshold: ``z*``, the z-score above which a norm is a spike, at least 0.
-        warmup: how many finite norms the mean and variance start from, at least 1; these steps are clipped to
-            ``max_norm`` alone.
-        clip_option: what spikes are clipped to (above). The authors' code calls the first two options of
-            ``mode="zscore"``, and the third a ``mode`` of its own.
+        warmup: the number of finite norms from which mean and variance start, at least 1; these steps are
+            clipped to ``max_norm`` alone.
+        clip_option: what spikes are clipped to (above). In the authors' code the first two are options of
+            ``mode="zscore"``, and the third is another ``mode``.
         skip_update_on_spike: learn nothing from spikes. If norms rise and stay high, every step is
             then a spike, and the mean never follows.
         max_norm: a hard ceiling for the threshold, in the warm-up too.
