@@ -1,7 +1,7 @@
-"""What clipping did, step by step: a bounded record that costs the step next to nothing.
+"""What clipping did, step by step: a bounded record that costs the step almost nothing.
 
-On an accelerator the norm of a step is a tensor whose value is not there yet when the step is recorded.
-``History`` keeps such tensors as they are and fetches all values in one transfer when somebody reads.
+On an accelerator the norm of a step is a tensor whose value is not known yet when the step is recorded.
+``History`` keeps such tensors, and fetches all values in one transfer when it is read.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class History(Sequence[Record]):
     ) -> None:
         """Record a step, without waiting for any value.
 
-        Tensors must be 0-dim, may live on any device, and must not be modified afterwards: they are kept
-        until their values are read, or until a thousand steps wait to be.
+        Tensors must be 0-dim, may be on any device, and must not be modified afterwards: they are kept until
+        their values are read, or until there are a thousand such steps.
 
         Args:
             step: the step's number; records in a row that have the same one are counted as one step.
-            total_norm: the norm of all gradients before clipping, ``inf`` and ``nan`` as they come.
+            total_norm: the norm of all gradients before clipping, also ``inf`` and ``nan``.
             max_norm: the threshold of this step.
             clip_coef: what the gradients are multiplied by, at most 1.
             skipped: whether the step is skipped.
@@ -214,7 +214,7 @@ class History(Sequence[Record]):
         )
 
     def suggest(self) -> Advice:
-        """Which threshold to take, judging by the norms of this run before clipping.
+        """Which threshold to use, judging by the norms of this run before clipping.
 
         Returns:
             What fixed thresholds would have done, one to take, and whether the norms have spikes or drift;

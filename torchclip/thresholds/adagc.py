@@ -22,12 +22,12 @@ class AdaGC(Learned):
 
         ĝ_i = min(max_norm / ‖g‖, 1) g_i              γ_i ← min(γ_i, ‖ĝ_i‖)
 
-    with ``‖g‖`` the joint norm, and ``γ_i = ‖ĝ_i‖`` at the first step.  Afterwards each is clipped by its own:
+    with ``‖g‖`` the joint norm, and ``γ_i = ‖ĝ_i‖`` at the first step.  After it each is clipped by its own:
 
         ĝ_i = min(relative γ_i / ‖g_i‖, 1) g_i        γ_i ← beta γ_i + (1 - beta) ‖ĝ_i‖
 
-    With it, a ``Clipper`` takes the norm of each parameter, whatever its ``scope``; for a DTensor, that of the
-    whole parameter.  It skips parameters of a group with its own ``max_norm``.
+    With it, a ``Clipper`` takes the norm of each parameter, whatever its ``scope``; for a DTensor,
+    that of the whole parameter.  It skips parameters of a group with its own ``max_norm``.
 
     What the paper leaves open, or where implementations disagree:
 
