@@ -15,6 +15,7 @@ from torch import Tensor
 from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
 from torchclip.thresholds.base import MaxNorm, Threshold
+from torchclip.thresholds.forms import FLOATS
 from torchclip.thresholds.learned import Learned, Rows, has_own_update
 from torchclip.thresholds.quantile_tracker import QuantileTracker
 
@@ -141,7 +142,7 @@ class ThresholdBank:
         For a step that goes the short way; only of a bank that learns, without code of the user.
         """
         if self._rows is None and _ALL in self._objects:
-            max_norm: float = self._objects[_ALL].update(norm)
+            max_norm: float = self._objects[_ALL]._learn(norm, FLOATS)
             return max_norm
         (max_norm,) = self.max_norms(0, [_ALL], [norm])
         return max_norm

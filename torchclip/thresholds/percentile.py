@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.thresholds import checks
-from torchclip.thresholds.forms import Arrays, Floats, Tensors
+from torchclip.thresholds.forms import FLOATS, Arrays, Tensors
 from torchclip.thresholds.learned import Learned
 from torchclip.thresholds.window import in_order, in_slots
 
@@ -81,7 +81,7 @@ class Percentile(Learned):
         where = form.where
         has_learned = self._seen >= self.warmup
         learn = (norms >= 0) & (norms < math.inf)
-        history = _STORES[type(form)](self._history)
+        history = self._history if form is FLOATS else _STORES[type(form)](self._history)
         history.add(norms, learn, self._seen)
         self._seen = seen = where(learn, self._seen + 1, self._seen)
         count = seen if self.window is None else where(seen < self.window, seen, self.window)
@@ -142,11 +142,9 @@ class _Sorted:
         self.ordered = array("d", sorted(norms))
         self._arrivals: deque[float] = deque(() if window is None else norms)
 
-    def add(self, norm: float, learn: bool, _: int) -> None:
-        if learn:
-            self.insert(norm)
-
-    def insert(self, norm: float) -> None:
+    def add(self, norm: float, learn: bool, _: int = 0) -> None:
+        if not learn:
+            return
         insort(self.ordered, norm)
         if self._window is None:
             return
@@ -177,7 +175,7 @@ class _SortedRows:
 
     def add(self, norms: Any, learn: Any, _: object) -> None:
         for history, norm in zip(self._histories[learn], norms[learn].tolist(), strict=True):
-            history.insert(norm)
+            history.add(norm, True)
 
     def around(self, last: Any, fraction: float) -> tuple[Any, Any, Any]:
         position = last * fraction
@@ -209,4 +207,4 @@ class _Slots:
 
 
 # What each form of the formula finds its norms in.
-_STORES: dict[type, Callable[[Any], Any]] = {Floats: lambda own: own, Arrays: _SortedRows, Tensors: _Slots}
+_STORES: dict[type, Callable[[Any], Any]] = {Arrays: _SortedRows, Tensors: _Slots}

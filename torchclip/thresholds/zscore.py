@@ -96,29 +96,33 @@ class ZScore(Learned):
 
     def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
         mean, std, seen, where = self._mean, self._std, self._seen, form.where
-        warming_up, has_learned = seen < self.warmup, seen >= self.warmup
+        warming_up = seen < self.warmup
         margin = self.threshold * std
         max_norms = mean + margin
         learn = (norms >= 0) & (norms < math.inf)
-        spike = learn & has_learned & (norms > max_norms)
-        if self.clip_option == "adaptive_scaling":
-            # z*²/z · σ, written without squares; above max_norms a norm is above the mean, too.
-            pulled_back = mean + margin * (margin / where(spike, norms - mean, 1.0))
-            max_norms = where(spike, pulled_back, max_norms)
-        elif self.clip_option == "mean":
-            max_norms = where(spike, mean, max_norms)
-        learned = where(spike, max_norms, norms)
-        if self.skip_update_on_spike:
-            learn = learn != spike  # these are among those
-        # In the warm-up every norm counts alike, after it the last ones more.
-        rate = where(warming_up, 1.0 / (seen + 1.0), 1.0 - self.alpha)
+        learned = norms
+        spike = learn & (seen >= self.warmup) & (norms > max_norms)
+        if form.any(spike):
+            max_norms = where(spike, self._pulled_back(norms, mean, margin, spike, where), max_norms)
+            learned = where(spike, max_norms, norms)
+            if self.skip_update_on_spike:
+                learn = learn != spike  # these are among those
+        rate = 1.0 - self.alpha
+        if form.any(warming_up):  # there every norm counts alike, later the last ones more
+            rate = where(warming_up, 1.0 / (seen + 1.0), rate)
+            self._seen = where(learn & warming_up, seen + 1.0, seen)
+            max_norms = where(warming_up, math.inf, max_norms)
         kept = 1.0 - rate
-        offset = where(warming_up, form.sqrt(rate * kept), form.sqrt(rate) * kept) * (learned - mean)
+        offset = form.sqrt(rate * where(warming_up, kept, kept * kept)) * (learned - mean)
         self._mean = where(learn, kept * mean + rate * learned, mean)
         self._std = where(learn, form.hypot(form.sqrt(kept) * std, offset), std)
-        self._seen = where(learn & warming_up, seen + 1.0, seen)
-        max_norms = where(warming_up, math.inf, max_norms)
         return where(max_norms < self.max_norm, max_norms, self.max_norm)
+
+    def _pulled_back(self, norms: Any, mean: Any, margin: Any, spike: Any, where: Any) -> Any:
+        if self.clip_option == "adaptive_scaling":
+            # z*²/z · σ, written without squares; above mean + margin a norm is above the mean, too.
+            return mean + margin * (margin / where(spike, norms - mean, 1.0))
+        return mean if self.clip_option == "mean" else mean + margin
 
     def state_dict(self) -> dict[str, Any]:
         """The mean and standard deviation, and how many norms of the warm-up they are of, as plain data."""
