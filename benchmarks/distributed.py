@@ -1,30 +1,43 @@
-"""Clipping an FSDP2 model on several ranks of this machine: torch's function and torchclip's.
+"""Clipping on several ranks: torch's function and torchclip's, few ranks and very many.
 
-    python benchmarks/distributed.py [--ranks 2] [--parameters 100 300 1000] [--json FILE]
+    python benchmarks/distributed.py fsdp2 [--ranks 2] [--parameters 100 300 600 1000] [--json FILE]
+    python benchmarks/distributed.py exchange [--ranks 2 4 8 16 32] [--json FILE]
+    python benchmarks/distributed.py fake [--ranks 8 256 4096 131072] [--parameters 20 1000] [--json FILE]
 
-The ranks talk over gloo.  Each of them has one thread.  Times are medians of the slowest rank's time a call,
-with the two functions taking turns, each on gradients of ones; collectives are counted by torch's profiler.
+``fsdp2`` clips a model on ranks of this machine that talk over gloo.  Each of them has one thread.  Times are
+medians of the slowest rank's time a call, with the two functions taking turns, each on gradients of ones;
+collectives are counted by torch's profiler.
+
+``exchange`` joins one norm of each rank, and 1,000 of each, in the two ways that there are: a gather, and two
+reductions.  Beside them is what torchclip did before: a gather into a list with a tensor for each rank.
+
+``fake`` plays one rank of many, with a process group of torch's testing modules that sends nothing: the CPU
+time of a whole call.  The page docs/distributed.md adds the network's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 import torchclip
+from torchclip._core import collectives
 
 SIDE = 64
 ROUNDS = 30
@@ -107,18 +120,110 @@ def count_collectives(clip: Callable[[list[Tensor], float], Tensor], tensors: li
     return sum(event.name.startswith("gloo:") for event in profile.events())
 
 
-def run_rank(rank: int, ranks: int, store: str, sizes: list[int], result: str) -> None:
+def fsdp2(rank: int, ranks: int, store: str, sizes: list[int], result: str) -> None:
     """What each process does; rank 0 writes what all have measured."""
+    with process_group(rank, ranks, store):
+        rows = [row for size in sizes for row in measure(size)]
+        if rank == 0:
+            Path(result).write_text(json.dumps(rows))
+
+
+@contextmanager
+def process_group(rank: int, ranks: int, store: str) -> Iterator[None]:
+    """All ranks of this machine, over gloo."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
-    rows = [row for size in sizes for row in measure(size)]
-    if rank == 0:
-        Path(result).write_text(json.dumps(rows))
+    yield
     dist.barrier()
     dist.destroy_process_group()
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+# One exchange
+
+
+def by_list(norms: list[float]) -> None:
+    """A gather into a list of tensors, and a sum in the order of the ranks."""
+    sent = torch.tensor([*norms, 0.0], dtype=torch.float64)
+    rows = sent.new_empty(dist.get_world_size(), len(sent))
+    dist.all_gather(list(rows.unbind()), sent)
+    if len(norms) == 1:
+        norms = rows[:, 0].tolist()
+        largest = max(norms)
+        math.sqrt(math.fsum((norm / largest) ** 2 for norm in norms))
+    else:
+        torch.linalg.vector_norm(rows[:, :-1], dim=0)
+
+
+def by_exchange(norms: list[float]) -> None:
+    """As torchclip does it."""
+    call = collectives.Call(collectives.Kind.MEASURE, 2.0)
+    world: Any = dist.group.WORLD
+    collectives.exchange(world, norms, (), call, "cpu")
+    call.finish()
+
+
+# From how many ranks on there are two reductions.
+WAYS = {"list": None, "gather": 1 << 30, "reductions": 2}
+
+
+def exchange(rank: int, ranks: int, store: str, counts: list[int], result: str) -> None:
+    """What each process does; rank 0 writes what all have measured."""
+    rows: list[dict[str, Any]] = []
+    with process_group(rank, ranks, store):
+        for count in counts:
+            times: dict[str, list[float]] = {way: [] for way in WAYS}
+            for _ in range(ROUNDS):
+                for way, many in WAYS.items():
+                    collectives.MANY = many or collectives.MANY
+                    dist.barrier()
+                    start = time.perf_counter()
+                    (by_list if many is None else by_exchange)([1.0 + rank] * count)
+                    times[way].append(slowest(time.perf_counter() - start))
+            milliseconds = {way: 1e3 * statistics.median(values) for way, values in times.items()}
+            rows.append({"ranks": ranks, "norms": count, "milliseconds": milliseconds})
+        if rank == 0:
+            Path(result).write_text(json.dumps(rows))
+
+
+# One rank of many
+
+
+def fake(ranks: int, parameters: int) -> dict[str, Any]:
+    """The CPU time of a call on one of very many ranks, to whom nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks,))
+    tensors: list[Any] = []
+    for _ in range(parameters):
+        parameter, gradient = (
+            DTensor.from_local(value(SIDE), mesh, [Shard(0)], run_check=False)
+            for value in (torch.zeros, torch.ones)
+        )
+        tensors.append(nn.Parameter(parameter))
+        tensors[-1].grad = gradient
+    calls: dict[str, Callable[[], Any]] = {
+        "one norm": lambda: torchclip.clip_grad_norm_(tensors, 1e9),
+        "each": lambda: torchclip.clip_grad_norm_per_parameter_(tensors, 1e9),
+    }
+    milliseconds = {}
+    for name, call in calls.items():
+        call()
+        times = []
+        for _ in range(ROUNDS):
+            start = time.process_time_ns()
+            call()
+            times.append(time.process_time_ns() - start)
+        milliseconds[name] = statistics.median(times) / 1e6
+    dist.destroy_process_group()
+    return {"ranks": ranks, "parameters": parameters, "milliseconds": milliseconds}
+
+
+# Tables
+
+
+def table_of_fsdp2(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
         "| parameters | | torch, ms | torchclip, ms | times faster | collectives: torch | torchclip |",
@@ -133,20 +238,60 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table_of_exchanges(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| ranks | norms of each | list, ms | gather, ms | reductions, ms |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        ms = " | ".join(f"{row['milliseconds'][way]:.2f}" for way in WAYS)
+        lines.append(f"| {row['ranks']} | {row['norms']:,} | {ms} |")
+    return "\n".join(lines)
+
+
+def table_of_fakes(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| ranks | parameters | one norm, ms | a norm for each, ms |", "| ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        ms = row["milliseconds"]
+        lines.append(
+            f"| {row['ranks']:,} | {row['parameters']:,} | {ms['one norm']:.2f} | {ms['each']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def on_ranks(work: Callable[..., None], ranks: int, sizes: list[int]) -> list[dict[str, Any]]:
+    """What rank 0 writes, of ranks that are processes of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, result = f"{folder}/store", f"{folder}/result.json"
+        torch.multiprocessing.spawn(work, (ranks, store, sizes, result), nprocs=ranks)
+        rows: list[dict[str, Any]] = json.loads(Path(result).read_text())
+    return rows
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--parameters", type=int, nargs="+", default=[100, 300, 1000], metavar="N")
+    parser.add_argument("what", choices=["fsdp2", "exchange", "fake"])
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="N")
+    parser.add_argument("--parameters", type=int, nargs="+", metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        store, result = f"{folder}/store", f"{folder}/result.json"
-        arguments = (options.ranks, store, options.parameters, result)
-        torch.multiprocessing.spawn(run_rank, arguments, nprocs=options.ranks)
-        rows = json.loads(Path(result).read_text())
-    print(table(rows))
+    if options.what == "fsdp2":
+        sizes = options.parameters or [100, 300, 600, 1000]
+        rows = [row for ranks in options.ranks or [2] for row in on_ranks(fsdp2, ranks, sizes)]
+        print(table_of_fsdp2(rows))
+    elif options.what == "exchange":
+        rows = []
+        for ranks in options.ranks or [2, 4, 8, 16, 32]:
+            rows += on_ranks(exchange, ranks, options.parameters or [1, 1000])
+        print(table_of_exchanges(rows))
+    else:
+        sizes = options.parameters or [20, 1000]
+        rows = [fake(ranks, size) for ranks in options.ranks or [8, 256, 4096, 131_072] for size in sizes]
+        print(table_of_fakes(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

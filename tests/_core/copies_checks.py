@@ -154,3 +154,17 @@ def check_parameter_groups_take_one_exchange() -> None:
     for p, full in zip(parameters, fulls, strict=True):
         assert torch.equal(p.grad.full_tensor(), full)
         assert isinstance(p.grad, DTensor)
+
+
+def check_copies_that_a_group_counts_several_times() -> None:
+    """As where `group` has all ranks, but parameters of one mesh are copies of those of another."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    full = randn(8, 5)
+    grads = [split(full, grid["tp"], Shard(0)), split(randn(3, seed=1), grid["tp"], Replicate())]
+    assert torchclip.get_total_norm(grads) == torchclip.get_total_norm([full, randn(3, seed=1)])
+    for some in (grads, grads[:1]):
+        with pytest.warns(UserWarning, match="copies of the same gradients") as caught:
+            torchclip.get_total_norm(some, group=dist.group.WORLD)
+        assert caught[0].filename == __file__
+    stages = [split(randn(8, 5, seed=dist.get_rank() // 2), grid["tp"], Shard(0))]
+    torchclip.get_total_norm(stages, group=dist.group.WORLD)

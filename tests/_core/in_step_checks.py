@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 import torchclip
 from torchclip._core import collectives
+from torchclip._core.scalars import on_device
 
 INF = math.inf
 Calls = list[Callable[[list[Any]], Any]]
@@ -275,3 +276,49 @@ def check_many_ranks() -> None:
         check_a_gradient_that_one_rank_refuses()
         check_an_argument_that_one_rank_refuses()
         check_ranks_that_make_different_calls()
+
+
+def check_ranks_out_of_step_on_an_accelerator() -> None:
+    """There nobody waits to see it: the norm is NaN, and the next read raises the error."""
+    rank = dist.get_rank()
+
+    def as_there(norms: Any, device: str) -> Tensor:
+        return on_device(norms, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_array", as_there)
+        for many in (16, 2):
+            patch.setattr(collectives, "MANY", many)
+            mesh = DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu")
+            full = randn(8, 5)
+            grad = split(full, mesh, Shard(0))
+            for order in (0, 1, 2, INF):
+                assert torchclip.get_total_norm(grad, order) == torchclip.get_total_norm(full, order)
+            # One that refuses: the others' gradients become NaN, and the next call is in step.
+            p = parameter(grad.clone())
+            if rank == 3:
+                with pytest.raises(ValueError, match="`max_norm`"):
+                    torchclip.clip_grad_norm_([p], -1.0)
+            else:
+                assert torchclip.clip_grad_norm_([p], 1.0).isnan()
+            errors = errors_of(torchclip.get_total_norm, grad)
+            assert all("rank 3 refused" in error for error in errors)
+            norm = torchclip.get_total_norm(grad, error_if_nonfinite=True)
+            assert norm == torchclip.get_total_norm(full)
+            # Different calls: NaN everywhere, and an error for good.
+            call = (
+                torchclip.get_total_norm
+                if rank == 0
+                else lambda g: torchclip.clip_grad_norm_([parameter(g)], INF)
+            )
+            assert call(grad).isnan()
+            for _ in range(2):
+                errors = errors_of(torchclip.get_total_norm, grad)
+                assert len(set(errors)) == 1
+                assert "ranks are out of step" in errors[0]
+            with pytest.raises(RuntimeError, match="ranks are out of step"):
+                torchclip.get_total_norm(grad, error_if_nonfinite=True)
+            # To read a norm is enough.
+            grad = split(full, DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu"), Shard(0))
+            with pytest.raises(RuntimeError, match="ranks are out of step"):
+                torchclip.get_total_norm(grad, 1.0 + rank, error_if_nonfinite=True)

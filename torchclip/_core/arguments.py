@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +18,7 @@ __all__ = [
     "flag",
     "full",
     "items",
+    "level_of_caller",
     "names_of",
     "norm_order",
     "number",
@@ -173,3 +175,13 @@ def refuse_item(name: str, index: int, item: Any) -> NoReturn:
 def shown(value: Any) -> str:
     """A value for an error message: what it looks like, shortened, and its type."""
     return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def level_of_caller() -> int:
+    """The ``stacklevel`` that shows the line where a user called a clipping function."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(
+        ("torch.", "torchclip.")
+    ):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -45,6 +45,13 @@ Array = Any
 """A NumPy array where values can be read, a tensor where the host does not wait for them."""
 
 
+_DIFFERENT_COPIES = (
+    "ranks with copies of the same parameters have gradients for different ones of them, which is found out "
+    "on an accelerator only after the exchange, so that the norm was NaN; have zeros in place of those "
+    "that a rank lacks"
+)
+
+
 class Kind:
     """What a call is.  Ranks that are at calls of different kinds are out of step."""
 
@@ -77,6 +84,7 @@ class Call:
         facts: those of this rank; after an exchange, of all ranks that took part.
         refused: 1 + the rank that refused what it was given, or found others out of step; 0 if none did.
         error: what to raise after the last exchange.
+        sent: what each rank of the last exchange sent, as rows, if that was gathered along with the heads.
     """
 
     kind: int
@@ -84,6 +92,7 @@ class Call:
     facts: int = 0
     refused: int = 0
     error: str | None = None
+    sent: Any = None
 
     def fail(self, error: str) -> None:
         """Have the ranks of all further exchanges learn that this call came to nothing."""
@@ -99,9 +108,12 @@ class Call:
 class _State:
     """What is known of a process group: how many exchanges it had, and whether its ranks are out of step."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
         self.number = 0
         self.error: str | None = None
+        # What was wrong with an earlier exchange on an accelerator, to be raised by the next call.
+        self.refusal: str | None = None
         # Verdicts on their way from an accelerator: what tells that they have come, and the words.
         self.verdicts: list[tuple[Any, Tensor]] = []
 
@@ -138,37 +150,36 @@ def exchange(
         The joint norms, the same bits on every rank, and for each mark whether it differed between ranks.  On
         an accelerator the norms are a tensor, NaN if anything was wrong; the marks count as the same there.
     """
-    state = _state_of(group)
+    state = _state_of(group, call)
     count = len(norms)
     if state.error is not None:
-        call.fail(state.error)
         return [math.nan] * count, [False] * len(marks)
     sent = _array(norms, device)
     riding = _padded(sent if count <= SLOTS else sent[:0])
     with np.errstate(all="ignore"):
         heads = _exchange_heads(group, _head(state, count, marks, call), riding, call.order)
         if isinstance(heads.high, Tensor):
-            right = _send_verdict(state, group, heads)
+            right = _send_verdict(state, heads)
             return torch.where(right, _join(group, sent, riding, heads, call.order), math.nan), [False] * len(
                 marks
             )
         high, low = heads.high.tolist(), heads.low.tolist()
-        _learn(state, group, high, low, call)
+        _learn(state, high, low, call)
         if call.error is not None:
             return [math.nan] * count, [False] * len(marks)
+        call.sent = None if _are_many(group) or count > SLOTS else heads.norms[:, :count]
         differ = [high[at] != low[at] or high[at] == DIFFERS for at in range(_MARKS, _MARKS + len(marks))]
         return _join(group, sent, riding, heads, call.order).tolist(), differ
 
 
 def gather_rows(group: dist.ProcessGroup, numbers: Array, call: Call, device: str) -> Any:
     """Every rank's numbers as the rows of an array, for which it waits; None if the call failed."""
-    state = _state_of(group)
+    state = _state_of(group, call)
     if state.error is not None:
-        call.fail(state.error)
         return None
     sent = np.array(numbers)
     heads = _exchange_heads(group, _head(state, len(sent), (), call), _padded(_array([], device)), call.order)
-    _learn(state, group, heads.high.tolist(), heads.low.tolist(), call)
+    _learn(state, heads.high.tolist(), heads.low.tolist(), call)
     if call.error is not None:
         return None
     rows = _gather(group, _like(heads.high, sent))
@@ -199,13 +210,13 @@ def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, p:
     return _Heads(reduced[:_HEAD], -reduced[_HEAD : _HEAD + _REFUSED], leading)
 
 
-def _learn(state: _State, group: dist.ProcessGroup, high: list[int], low: list[int], call: Call) -> None:
+def _learn(state: _State, high: list[int], low: list[int], call: Call) -> None:
     """Take note of what all ranks of a group know now: of an error, or of their facts."""
     refused = high[_REFUSED]
     # A rank that refused an argument may not know more of its call than this.
     known = _KIND if refused else _COUNT
     if high[: known + 1] != low[: known + 1]:
-        state.error = _out_of_step(group, high, low)
+        state.error = _out_of_step(state.ranks, high, low)
         call.fail(state.error)
     elif refused:
         call.refused = refused
@@ -214,12 +225,12 @@ def _learn(state: _State, group: dist.ProcessGroup, high: list[int], low: list[i
         call.facts = sum(fact << i for i, fact in enumerate(high[_REFUSED + 1 :]))
 
 
-def _out_of_step(group: dist.ProcessGroup, high: list[int], low: list[int]) -> str:
-    at = f"at exchange {low[_NUMBER]} of the process group of {group.size()} ranks"
+def _out_of_step(ranks: int, high: list[int], low: list[int]) -> str:
+    at = f"at exchange {low[_NUMBER]} of the process group of {ranks} ranks"
     if high[_NUMBER] != low[_NUMBER]:
         which = (
             f"some are at exchange {low[_NUMBER]} and others at exchange {high[_NUMBER]} of the process "
-            f"group of {group.size()} ranks"
+            f"group of {ranks} ranks"
         )
     elif high[_KIND] // 100 != low[_KIND] // 100:
         which = "they have different versions of torchclip"
@@ -250,7 +261,7 @@ def _refusal(rank: int) -> str:
 # On an accelerator
 
 
-def _send_verdict(state: _State, group: dist.ProcessGroup, heads: _Heads) -> Tensor:
+def _send_verdict(state: _State, heads: _Heads) -> Tensor:
     """Whether nothing is wrong, as a tensor; what was wrong is on its way to the host."""
     words = torch.cat([heads.high, heads.low])
     if words.is_cpu:  # within a transform, where nothing can be read at all
@@ -264,18 +275,20 @@ def _send_verdict(state: _State, group: dist.ProcessGroup, heads: _Heads) -> Ten
     return right
 
 
-def raise_pending(wait: bool = True) -> None:
-    """Raise the error of an exchange on an accelerator that could not be read at the time.
+def raise_pending() -> None:
+    """Raise the error of an exchange on an accelerator, where it could not be read at the time.
 
-    Args:
-        wait: for exchanges that are still under way, as where a norm is read that comes out of them.
+    To be called where a norm is read that may come out of one: it waits for it.
     """
-    for group, state in list(_states.items()):
-        if state.verdicts:
-            _read_verdicts(state, group, wait)
+    for state in list(_states.values()):
+        _read_verdicts(state, wait=True)
+        error, state.refusal = state.refusal, None
+        if error is not None:
+            raise RuntimeError(error)
 
 
-def _read_verdicts(state: _State, group: dist.ProcessGroup, wait: bool) -> None:
+def _read_verdicts(state: _State, wait: bool) -> None:
+    """Take note of what has come from the accelerator."""
     while state.verdicts:
         arrived, words = state.verdicts[0]
         if arrived is not None and not arrived.query():
@@ -285,14 +298,10 @@ def _read_verdicts(state: _State, group: dist.ProcessGroup, wait: bool) -> None:
         del state.verdicts[0]
         high, low = words[:_HEAD].tolist(), words[_HEAD:].tolist()
         call = Call(0, 0.0)
-        _learn(state, group, high, low, call)
+        _learn(state, high, low, call)
         if call.error is None and high[_MARKS:_REFUSED] != low[_MARKS:_REFUSED]:
-            call.fail(
-                "ranks with copies of the same parameters have gradients for different ones of them, which "
-                "is found out on an accelerator only after the exchange; have zeros in place of those "
-                "that a rank lacks. The norm was NaN"
-            )
-        call.finish()
+            call.fail(_DIFFERENT_COPIES)
+        state.refusal = state.refusal or call.error
 
 
 # Arithmetic and messages
@@ -308,17 +317,26 @@ def _join(group: dist.ProcessGroup, sent: Array, riding: Array, heads: _Heads, p
         sent = riding
     else:
         leading = integer_sums.leading(_reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX), p)
-    if math.isinf(p):
+    # A tensor's sum is taken anyway: a rank that refused its arguments may not know the order.
+    if math.isinf(p) and not isinstance(leading, Tensor):
         return leading[:count]
     limbs = _reduced(group, _beside(*integer_sums.terms(sent, leading, p)), dist.ReduceOp.SUM)
+    if math.isinf(p):
+        return leading[:count]
     return integer_sums.root(leading, limbs[: len(sent)], limbs[len(sent) :], p)[:count]
 
 
-def _state_of(group: dist.ProcessGroup) -> _State:
+def _state_of(group: dist.ProcessGroup, call: Call) -> _State:
+    """What is known of a group; the call fails if that is an error."""
     state = _states.get(group)
     if state is None:
-        state = _states[group] = _State()
-    _read_verdicts(state, group, wait=False)
+        state = _states[group] = _State(group.size())
+    _read_verdicts(state, wait=False)
+    if state.error is not None:
+        call.fail(state.error)
+    elif state.refusal is not None:
+        # Other ranks may not have read it yet: the call is made all the same, and then the error is raised.
+        call.error, state.refusal = call.error or state.refusal, None
     return state
 
 

@@ -11,7 +11,6 @@ a DTensor, or any in a call with ``group``                   sharded, over one o
 
 from __future__ import annotations
 
-import sys
 import types
 import warnings
 from collections.abc import Iterable, Sequence
@@ -134,15 +133,7 @@ def warn_if_used_up(parameters: Any) -> None:
     """Torch's warning for a generator that gave no items: most often it was used up before."""
     if isinstance(parameters, types.GeneratorType):
         message = "`parameters` is an empty generator, no gradient clipping will occur."
-        warnings.warn(message, stacklevel=_level_of_caller())
-
-
-def _level_of_caller() -> int:
-    """The ``stacklevel`` that shows the line where a user called a clipping function."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("torchclip."):
-        frame, level = frame.f_back, level + 1
-    return level
+        warnings.warn(message, stacklevel=arguments.level_of_caller())
 
 
 def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:

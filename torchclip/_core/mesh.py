@@ -132,10 +132,10 @@ def is_first(ranks: Ranks, among: Ranks) -> bool:
 
 def groups_over(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
     """Process groups that together connect all ranks of a mesh: one if torch has one, or one a dimension."""
-    if mesh.size() == dist.get_world_size():
-        return [cast("dist.ProcessGroup", dist.group.WORLD)]
     wide = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
     if len(wide) > 1:
+        if mesh.size() == dist.get_world_size():
+            return [cast("dist.ProcessGroup", dist.group.WORLD)]
         for flat in _flattened(mesh):
             if ranks_of(flat) == ranks_of(mesh):
                 return [flat.get_group()]

@@ -10,6 +10,9 @@ All ranks of a mesh have the same parameters on it, so that all of them come to 
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, cast
 from zlib import crc32
@@ -20,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from torchclip._core import integer_sums, mesh
+from torchclip._core import arguments, integer_sums, mesh
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.collectives import DIFFERS, SLOTS, Call, Kind, exchange, gather_rows
 from torchclip._core.mesh import Layout, Ranks
@@ -156,7 +159,26 @@ def _totals(
     joint, differing = _run(parts, [connected], sent, call)
     if differing:
         return _totals(parts, groups, call, at_once=False)
+    smaller = all(item.ranks != connected.ranks for item in items)
+    if items and smaller and not any(part.places.get(None) for part in parts):
+        _warn_of_copies(call)
     return list(joint[connected])
+
+
+def _warn_of_copies(call: Call) -> None:
+    """Warn if all norms that the ranks of a group have counted are there several times, to the last bit."""
+    if call.error is not None or call.sent is None:
+        return
+    for column in call.sent.T.tolist():
+        counts = Counter(norm for norm in column if norm > 0)
+        if not counts or min(counts.values()) < 2 or math.inf in counts:
+            return
+    message = (
+        "the ranks of `group` have the same norms on different meshes, to the last bit: these seem to be "
+        "copies of the same gradients, of which each counts here; pass as `group` only the process group "
+        "across which gradients differ, such as that of pipeline stages (`mesh.get_group('pp')`), or none"
+    )
+    warnings.warn(message, stacklevel=arguments.level_of_caller())
 
 
 def _joins(item: _Item, connected: _Item) -> bool:

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from torchclip._core import gather, memory, native
 from torchclip._core.arguments import flag, full, names_of, norm_order, number, shown, threshold
 from torchclip._core.batch import Norm
-from torchclip._core.collectives import Kind
+from torchclip._core.collectives import Kind, raise_pending
 from torchclip._core.scalars import clip_coef, norm_dtype, refuse_nonfinite, to_result
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def clip_grad_norm_(
     batch = gather.gradients(parameters, group, Kind.CLIP)
     total_norm = batch.norm(p)
     if error_if_nonfinite:
+        raise_pending()
         refuse_nonfinite(total_norm, p, batch.all, names_of(parameters))
     batch.scale_(clip_coef(max_norm, total_norm))
     return to_result(total_norm, batch)
@@ -144,6 +145,7 @@ def get_total_norm(
     batch = gather.tensors(tensors, group)
     total_norm = batch.norm(p)
     if error_if_nonfinite:
+        raise_pending()
         remedy = "To disable this error and get the non-finite norm, set `error_if_nonfinite=False`"
         refuse_nonfinite(total_norm, p, batch.all, remedy=remedy, argument="tensors")
     return to_result(total_norm, batch)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import memory, scalars
 from torchclip._core.batch import Norm
+from torchclip._core.collectives import raise_pending
 from torchclip.clipper.scope import Look, Part
 from torchclip.clipper.step import Outcome
 
@@ -73,6 +74,7 @@ def _heeds_found_inf(optimizer: Optimizer) -> bool:
 def refuse(look: Look, order: float, names: Mapping[int, str]) -> None:
     """Raise an error that names the gradients if the norm is not finite."""
     grads = [grad for part in look.parts for grad in part.batch.all]
+    raise_pending()
     scalars.refuse_nonfinite(look.total_norm, order, grads, names, _REMEDY)
 
 

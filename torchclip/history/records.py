@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchclip._core import arguments
+from torchclip._core.collectives import raise_pending
 
 __all__ = ["Record", "as_records", "integer", "saved_columns"]
 
@@ -102,6 +103,8 @@ def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
         values = torch.stack([rows[i][j] for i, j in where]).tolist()
         for (i, j), value in zip(where, values, strict=True):
             fetched[i][j] = value
+    if places:
+        raise_pending()  # as a norm is NaN that came out of ranks that are out of step
     records = []
     for (step, norm, max_norm, coef, skipped, loss), row in zip(fetched, rows, strict=True):
         if skipped and isinstance(row[4], Tensor):  # when the step was recorded its value was not known yet
