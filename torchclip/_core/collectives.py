@@ -332,11 +332,12 @@ def _state_of(group: dist.ProcessGroup, call: Call) -> _State:
     if state is None:
         state = _states[group] = _State(group.size())
     _read_verdicts(state, wait=False)
+    refusal, state.refusal = state.refusal, None
     if state.error is not None:
         call.fail(state.error)
-    elif state.refusal is not None:
+    elif refusal is not None:
         # Other ranks may not have read it yet: the call is made all the same, and then the error is raised.
-        call.error, state.refusal = call.error or state.refusal, None
+        call.error = call.error or refusal
     return state
 
 
