@@ -10,7 +10,7 @@ from torch import Tensor
 from torchclip._core import changes, memory, norms, small
 from torchclip._core.batch import Facts, Norm, Norms
 from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL
-from torchclip._core.scalars import join
+from torchclip._core.scalars import join, numbers
 
 __all__ = ["HostBatch", "facts_of"]
 
@@ -81,7 +81,7 @@ class HostBatch:
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor in place by its own number."""
-        for tensor, clip_coef in zip(self.all, _numbers(clip_coefs), strict=True):
+        for tensor, clip_coef in zip(self.all, numbers(clip_coefs), strict=True):
             if clip_coef != 1.0:
                 self._scale_([tensor], clip_coef)
 
@@ -137,7 +137,3 @@ def _parted(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[Tensor]],
         real = torch.view_as_real(memory.without_conj(tensor)) if tensor.is_complex() else tensor
         together.setdefault(real.dtype, []).append(real)
     return together, alone
-
-
-def _numbers(clip_coefs: Norms) -> list[float]:
-    return clip_coefs.tolist() if isinstance(clip_coefs, Tensor) else clip_coefs

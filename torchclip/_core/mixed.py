@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchclip._core.batch import Batch, Facts, Norm, Norms
-from torchclip._core.scalars import join, on_device
+from torchclip._core.scalars import in_one, join
 
 __all__ = ["MixedBatch"]
 
@@ -46,10 +46,7 @@ class MixedBatch:
         for places, norms in zip(self._places(), by_part, strict=True):
             for place, norm in zip(places, norms, strict=True):
                 in_order[place] = norm
-        device = next((norms.device for norms in by_part if isinstance(norms, Tensor)), None)
-        if device is None:
-            return [norm for norm in in_order if isinstance(norm, float)]
-        return on_device(in_order, device)
+        return in_one(in_order)
 
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply every element in place."""

@@ -27,7 +27,7 @@ from torchclip._core import arguments, integer_sums, mesh
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.collectives import DIFFERS, SLOTS, Call, Kind, exchange, gather_rows
 from torchclip._core.mesh import Layout, Ranks
-from torchclip._core.scalars import ABSENT, on_device
+from torchclip._core.scalars import ABSENT, concatenate, device_of, in_one, on_device
 
 __all__ = ["Part", "Places", "each", "joined", "lines", "totals"]
 
@@ -92,7 +92,7 @@ def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Cal
 def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
     """The norm of each tensor with a layout, with what all ranks of its mesh hold, in the order of places."""
     items = _items(parts, every=False)
-    sent = {item: _beside([_counted(parts, held) for held in item.held]) for item in items}
+    sent = {item: concatenate([_counted(parts, held) for held in item.held]) for item in items}
     joint = _exchanged(parts, items, sent, call)
     found: list[dict[Layout, Norms]] = [{} for _ in parts]
     for item in items:
@@ -138,7 +138,7 @@ def _totals(
     items = _items(parts, every=connected is not None)
     direct = [item for item in items if at_once and connected is not None and _joins(item, connected)]
     before = [item for item in items if item not in direct]
-    sent: dict[_Item, Norms] = {item: _as_norms(_of_parts(parts, item, p)) for item in before}
+    sent: dict[_Item, Norms] = {item: in_one(_of_parts(parts, item, p)) for item in before}
     joint = _exchanged(parts, before, sent, call)
     exchanged = {held for item in items for held in item.held}
     own = [
@@ -155,7 +155,7 @@ def _totals(
         connected.held += item.held
         for norms, norm in zip(own, _of_parts(parts, item, p), strict=True):
             norms.append(norm)
-    sent = {connected: _as_norms([joined(norms, p) for norms in own])}
+    sent = {connected: in_one([joined(norms, p) for norms in own])}
     joint, differing = _run(parts, [connected], sent, call)
     if differing:
         return _totals(parts, groups, call, at_once=False)
@@ -260,7 +260,7 @@ def _exchanged(
             of_parts: list[list[Norm]] = [[] for _ in parts]
             for (part, _), some in zip(item.held, norms, strict=True):
                 of_parts[part] += some
-            joint[item] = _as_norms([joined(some, call.order) for some in of_parts])
+            joint[item] = in_one([joined(some, call.order) for some in of_parts])
         else:
             joint[item] = [norm for some in norms for norm in some]
     return joint
@@ -275,7 +275,7 @@ def _run(
     for group, device, together in _rounds(items):
         for start in range(0, len(together), SLOTS):
             some = together[start : start + SLOTS]
-            sent_here = _beside([joint[item] for item in some])
+            sent_here = concatenate([joint[item] for item in some])
             norms, differ = exchange(group, sent_here, [marks[item] for item in some], call, device)
             at = 0
             for item, differs in zip(some, differ, strict=True):
@@ -338,22 +338,8 @@ def joined(norms: Sequence[Norm], p: float) -> Norm:
     present = [norm for norm in norms if isinstance(norm, Tensor) or not norm < 0]
     if len(present) < 2:
         return present[0] if present else ABSENT
-    device = next((norm.device for norm in present if isinstance(norm, Tensor)), None)
+    device = device_of(present)
     if device is not None:
         return cast("Tensor", integer_sums.join(on_device(present, device), p))
     with np.errstate(all="ignore"):
         return float(integer_sums.join(np.array(present), p))
-
-
-def _beside(several: Sequence[Norms]) -> Norms:
-    if len(several) == 1:
-        return several[0]
-    on_device_ = next((norms.device for norms in several if isinstance(norms, Tensor)), None)
-    if on_device_ is None:
-        return [norm for norms in several for norm in cast("list[float]", norms)]
-    return torch.cat([on_device(norms, on_device_) for norms in several])
-
-
-def _as_norms(norms: Sequence[Norm]) -> Norms:
-    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
-    return cast("list[float]", norms) if device is None else on_device(norms, device)

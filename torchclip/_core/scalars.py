@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast, overload
 
 import torch
@@ -17,16 +17,25 @@ from torchclip._core.batch import Batch, Facts, Norm, Norms
 __all__ = [
     "ABSENT",
     "EPS",
+    "at_most",
     "clip_coef",
     "clip_coefs",
+    "concatenate",
+    "device_of",
+    "divided",
     "divisor_like",
+    "in_one",
     "is_finite",
     "join",
     "join_present",
     "join_rows",
+    "may_change",
     "norm_dtype",
+    "numbers",
     "on_device",
+    "present",
     "refuse_nonfinite",
+    "smallest",
     "to_result",
     "to_results",
     "vector",
@@ -52,7 +61,7 @@ def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Ten
     dtype = norm_dtype(device)
     if isinstance(norms, Tensor):
         return norms.to(device, dtype)
-    if not any(isinstance(norm, Tensor) for norm in norms):
+    if device_of(norms) is None:
         vector = torch.tensor(norms, dtype=dtype, device=_CPU)
         return vector if device.type == "cpu" else vector.to(device, non_blocking=True)
     # A number written on the device is no copy from the host, which would wait.
@@ -73,6 +82,74 @@ def vector(norms: Sequence[float]) -> Tensor:
     return torch.frombuffer(array("d", norms), dtype=torch.float64)
 
 
+# Numbers of the host or of a device, where it does not matter which
+
+
+def device_of(values: Iterable[Norm | Norms]) -> torch.device | None:
+    """The device of the first that is on one; None if all are numbers of the host."""
+    return next((value.device for value in values if isinstance(value, Tensor)), None)
+
+
+def numbers(norms: Norms) -> list[float]:
+    """Norms as numbers, for which this waits if they are on a device."""
+    return norms.tolist() if isinstance(norms, Tensor) else norms
+
+
+def in_one(norms: Sequence[Norm]) -> Norms:
+    """Single norms as several: a tensor if one of them is."""
+    device = device_of(norms)
+    if device is not None and len(norms) == 1:
+        return cast("Tensor", norms[0]).unsqueeze(0)
+    return cast("list[float]", list(norms)) if device is None else on_device(norms, device)
+
+
+def concatenate(several: Sequence[Norms]) -> Norms:
+    """All norms, one after the other."""
+    if len(several) == 1:
+        return several[0]
+    device = device_of(several)
+    if device is None:
+        return [norm for norms in several for norm in cast("list[float]", norms)]
+    return torch.cat([on_device(norms, device) for norms in several])
+
+
+def divided(norms: Norms, divisor: Tensor | Sequence[float]) -> Norms:
+    """Norms by one number on whatever device, or each by its own of the host."""
+    if isinstance(norms, Tensor):
+        by = divisor.to(norms) if isinstance(divisor, Tensor) else on_device(divisor, norms.device)
+        return norms / by
+    divisors = [float(divisor)] * len(norms) if isinstance(divisor, Tensor) else divisor
+    return [norm / by for norm, by in zip(norms, divisors, strict=True)]
+
+
+def at_most(values: Norms, most: Norm) -> Norms:
+    """Numbers of which none is larger than another number; NaN stays NaN."""
+    if device_of([values, most]) is None:
+        return [value if value != value else min(value, cast("float", most)) for value in numbers(values)]
+    return on_device(values, device_of([values, most])).clamp(max=most)  # type: ignore[arg-type]
+
+
+def smallest(several: Iterable[Norm | Norms], otherwise: float) -> Norm:
+    """The smallest of several numbers, NaN if one of them is."""
+    found: list[Norm] = []
+    for each in several:
+        if isinstance(each, Tensor):
+            found.append(each.amin() if each.numel() > 1 else each.reshape(()))
+        else:
+            found += each if isinstance(each, list) else [each]
+    return join(found, -math.inf) if found else otherwise
+
+
+def may_change(clip_coef: Norm) -> bool:
+    """Whether to multiply by a number may change something: nobody waits to know whether it is 1."""
+    return isinstance(clip_coef, Tensor) or clip_coef != 1.0
+
+
+def present(norm: Norm) -> Norm:
+    """A norm, or 0 in the place of ``ABSENT``."""
+    return norm.clamp(min=0.0) if isinstance(norm, Tensor) else 0.0 if norm < 0 else norm
+
+
 # Joint norms: (Σ n^p)^(1/p)
 
 
@@ -85,7 +162,7 @@ def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
         return join_rows(norms, p)
     if len(norms) == 1:
         return norms[0]
-    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+    device = device_of(norms)
     if device is not None:
         return join_rows(on_device(norms, device), p)
     return _join_numbers([norm for norm in cast("Sequence[float]", norms) if not norm < 0], p)

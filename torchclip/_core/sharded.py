@@ -15,7 +15,7 @@ from torchclip._core import mesh, rounds
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
-from torchclip._core.scalars import ABSENT, on_device
+from torchclip._core.scalars import ABSENT, in_one, may_change
 
 __all__ = ["ShardedBatch", "norms_of", "norms_of_each", "refuse"]
 
@@ -151,8 +151,7 @@ class ShardedBatch:
             for i, value in zip(places, values, strict=True):
                 if i is not None:
                     norms[i] = value
-        device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
-        return [float(norm) for norm in norms] if device is None else on_device(norms, device)
+        return in_one(norms)
 
     def _held(self, finite: bool) -> Sequence[Tensor]:
         """What this rank holds of each tensor, to be measured: reduced if that is pending."""
@@ -169,7 +168,7 @@ class ShardedBatch:
 
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply what this rank holds of every tensor in place."""
-        if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
+        if may_change(clip_coef):
             self._written().scale_(clip_coef)
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:

@@ -11,7 +11,7 @@ from torchclip._core import gather
 from torchclip._core.arguments import threshold
 from torchclip._core.batch import Batch, Norms
 from torchclip._core.collectives import Kind
-from torchclip._core.scalars import clip_coefs, on_device, to_results
+from torchclip._core.scalars import clip_coefs, divided, to_results
 from torchclip.clip_grad.rule import Rule
 
 __all__ = ["BlockRMS", "clip_grad_rms_"]
@@ -61,28 +61,17 @@ def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: f
         gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
         raise
     batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
-    norms = _clip(batch, max_rms)
-    roots = _roots(batch)
-    if isinstance(norms, Tensor):
-        return to_results(norms / on_device(roots, norms.device), batch)
-    return to_results([norm / root for norm, root in zip(norms, roots, strict=True)], batch)
+    return to_results(divided(_clip(batch, max_rms), _roots(batch)), batch)
 
 
 def _clip(batch: Batch, max_rms: float, grad_scale: Tensor | None = None) -> Norms:
     """Clip, and return the norms before."""
     norms = batch.norms(2.0)
     if grad_scale is not None:
-        norms = _divided(norms, grad_scale)
+        norms = divided(norms, grad_scale)
     # The limit for the norm, which keeps what is as long as that exactly as it is.
     batch.scale_each_(clip_coefs([max_rms * root for root in _roots(batch)], norms, 0.0))
     return norms
-
-
-def _divided(norms: Norms, grad_scale: Tensor) -> Norms:
-    if isinstance(norms, Tensor):
-        return norms / grad_scale.to(norms)
-    divisor = float(grad_scale)
-    return [norm / divisor for norm in norms]
 
 
 def _roots(batch: Batch) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import arguments, mesh, native
+from torchclip._core import arguments, mesh, native, scalars
 from torchclip.clipper import saved
 from torchclip.clipper.clipping import Clipping
 from torchclip.clipper.names import Names
@@ -313,8 +313,7 @@ class Clipper:
         """
         self._round.is_running()  # gives back what a step that ended in an exception has left
         names, present, norms = self._names.norms(self.optimizers, self._order)
-        values = norms.tolist() if isinstance(norms, Tensor) else norms
-        named = zip(names, present, values, strict=True)
+        named = zip(names, present, scalars.numbers(norms), strict=True)
         found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
 

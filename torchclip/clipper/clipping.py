@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from torchclip._core import gather
+from torchclip._core import gather, scalars
 from torchclip._core.batch import Facts, Norm
 from torchclip._core.collectives import Kind
 from torchclip.clipper import fused, nonfinite
@@ -299,7 +299,7 @@ class Clipping:
         self._tell(row.skipped, index)
         for part in to_zero:
             part.batch.zero_nonfinite_()
-        if isinstance(row.clip_coef, Tensor) or row.clip_coef != 1.0:
+        if scalars.may_change(row.clip_coef):
             self._scale(look, row.skipped, index)
 
     @property
@@ -349,7 +349,7 @@ class Clipping:
 
 def _row(number: int, look: Look, skipped: bool | Tensor, loss: Loss) -> Row:
     norm = look.total_norm
-    norm = norm.clamp(min=0.0) if isinstance(norm, Tensor) else 0.0 if norm < 0 else norm
+    norm = scalars.present(norm)
     if skipped is True:
         return Row(number, norm, math.inf, 1.0, True, loss)
     return Row(number, norm, look.max_norm(), look.clip_coef(), skipped, loss)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchclip._core import scalars
 from torchclip._core.batch import Norms
-from torchclip.clipper.scope import Look, Part, together
+from torchclip.clipper.scope import Look, Part
 from torchclip.thresholds.bank import ThresholdBank
 
 __all__ = ["Limits"]
@@ -61,7 +61,7 @@ class Limits:
     def _set_learned(self, parts: Sequence[Part], skipped: bool | Tensor) -> bool:
         """Set what threshold objects answer, which may be the norm itself: it is met exactly."""
         names = [name for part in parts for name in part.names()] if len(parts) > 1 else parts[0].names()
-        norms = together([part.norms for part in parts])
+        norms = scalars.concatenate([part.norms for part in parts])
         if isinstance(skipped, Tensor) and isinstance(norms, Tensor):
             norms = norms.masked_fill(skipped.to(norms.device), math.nan)
         asked = self._names is None
@@ -86,17 +86,19 @@ class Limits:
         if present:
             names_there, norms_there = [names[i] for i in present], [norms[i] for i in present]
             answers = self._rule.max_norms(self._number, names_there, norms_there, self._order)
-            for i, answer in zip(present, _numbers(answers), strict=True):
+            for i, answer in zip(present, scalars.numbers(answers), strict=True):
                 max_norms[i] = answer
         return max_norms
 
     def _again(self, names: Sequence[str], norms: Norms) -> tuple[bool, list[float]]:
         """The thresholds that were learned, and those of what there was nothing to learn from before."""
-        before = zip(self._names or (), _numbers(self._norms), _numbers(self._max_norms), strict=True)
+        before = zip(
+            self._names or (), scalars.numbers(self._norms), scalars.numbers(self._max_norms), strict=True
+        )
         learned = {name: max_norm for name, norm, max_norm in before if not norm < 0}
         unknown = {
             name: norm
-            for name, norm in zip(names, _numbers(norms), strict=True)
+            for name, norm in zip(names, scalars.numbers(norms), strict=True)
             if name not in learned and not norm < 0
         }
         if unknown:
@@ -106,10 +108,6 @@ class Limits:
                     "had been asked for twice; set gradients before optimizer.step(). The step was called off"
                 )
             answer = self._rule.max_norms(self._number, [*unknown], [*unknown.values()], self._order)
-            learned.update(zip(unknown, _numbers(answer), strict=True))
+            learned.update(zip(unknown, scalars.numbers(answer), strict=True))
             self._names, self._norms, self._max_norms = [*learned], [0.0] * len(learned), [*learned.values()]
         return bool(unknown), [learned.get(name, math.inf) for name in names]
-
-
-def _numbers(norms: Norms) -> list[float]:
-    return norms.tolist() if isinstance(norms, Tensor) else norms

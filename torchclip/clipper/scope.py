@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,7 +27,6 @@ __all__ = [
     "groups_of",
     "own_max_norms",
     "set_names",
-    "together",
     "unscaled",
 ]
 
@@ -142,8 +140,8 @@ class Part:
             return []
         self.names()
         held = gather.held_gradients(self.parameters)
-        norms = held.norms(self._order) if self.each else _as_norms(held.norm(self._order))
-        return norms.tolist() if isinstance(norms, Tensor) else norms
+        norms = held.norms(self._order) if self.each else scalars.in_one([held.norm(self._order)])
+        return scalars.numbers(norms)
 
     def limit(self, max_norms: float | Norms, eps: float) -> None:
         """Set the threshold of each norm, and with it what to multiply by."""
@@ -208,7 +206,7 @@ class Look:
         if self._overlap and self._groups is None:
             # What several parts share counts once.  With `group` only some ranks may share a gradient, and
             # all of them would have to exchange another norm: there it counts in each part.
-            norms = _as_norms(self._all().norm(self._order))
+            norms = scalars.in_one([self._all().norm(self._order)])
             self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
         else:
             self.total_norm = self.joint_norm()
@@ -220,7 +218,7 @@ class Look:
         """
         norms = gather.norms_of([part.batch for part in parts], self._each, self._order, finite)
         for part, of_part in zip(parts, norms, strict=True):
-            of_each = of_part if self._each else _as_norms(cast("Norm", of_part))
+            of_each = of_part if self._each else scalars.in_one([cast("Norm", of_part)])
             part.norms = unscaled(cast("Norms", of_each), self.grad_scale, self._order)
 
     def others(self, optimizer: int) -> list[int]:
@@ -239,10 +237,10 @@ class Look:
 
     def limit_all(self, clip_coef: Norm, max_norm: Norm | None) -> None:
         """Have no gradient multiplied by more than a number, which a threshold for all of them gave."""
-        if isinstance(clip_coef, Tensor) or clip_coef < 1.0:
+        if scalars.may_change(clip_coef):
             self._max_norm = max_norm
             for part in self.parts:
-                part.clip_coefs = _at_most(part.clip_coefs, clip_coef)
+                part.clip_coefs = scalars.at_most(part.clip_coefs, clip_coef)
 
     def leave_where(self, skipped: Tensor) -> None:
         """Have no gradient changed if a truth value says so that nobody waits for."""
@@ -259,11 +257,11 @@ class Look:
         """The smallest threshold, of the parts where there is something to clip."""
         present = [part for part in self.parts if not part.is_absent()] or self.parts
         max_norms = [part.max_norms for part in present if len(part.norms)]
-        return _smallest([*max_norms, *([] if self._max_norm is None else [self._max_norm])], math.inf)
+        return scalars.smallest([*max_norms, *([] if self._max_norm is None else [self._max_norm])], math.inf)
 
     def clip_coef(self) -> Norm:
         """The smallest number that gradients are multiplied by."""
-        return _smallest([part.clip_coefs for part in self.parts], 1.0)
+        return scalars.smallest([part.clip_coefs for part in self.parts], 1.0)
 
     def scale_but_(self, optimizers: Collection[int]) -> None:
         """Multiply in place the gradients of all but some optimizers, where there is one number for all."""
@@ -282,9 +280,7 @@ class Look:
                 of_grad.setdefault(id(grad), []).append(part.clip_coefs[i if part.each else 0])
         batch = self._all()
         clip_coefs = [scalars.join(of_grad[id(grad)], -math.inf) for grad in batch.all]
-        device = next((coef.device for coef in clip_coefs if isinstance(coef, Tensor)), None)
-        on_host = [coef for coef in clip_coefs if not isinstance(coef, Tensor)]
-        batch.scale_each_(on_host if device is None else scalars.on_device(clip_coefs, device))
+        batch.scale_each_(scalars.in_one(clip_coefs))
 
     def _all(self) -> Batch:
         return gather.gradients([p for group in self._held for p in group.parameters], self._groups)
@@ -357,22 +353,7 @@ def _names(of_all: str, count: int) -> list[str]:
 
 def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
     """The norms of gradients once a GradScaler's scale is taken out of them; order 0 only counts them."""
-    if grad_scale is None or order == 0:
-        return norms
-    if isinstance(norms, Tensor):
-        return norms / grad_scale.to(norms)
-    divisor = float(grad_scale)
-    return [norm / divisor for norm in norms]
-
-
-def together(several: Sequence[Norms]) -> Norms:
-    """The norms of several parts, one after the other."""
-    if len(several) == 1:
-        return several[0]
-    on_device = next((norms for norms in several if isinstance(norms, Tensor)), None)
-    if on_device is None:
-        return [norm for norms in several for norm in norms]
-    return torch.cat([scalars.on_device(norms, on_device.device) for norms in several])
+    return norms if grad_scale is None or order == 0 else scalars.divided(norms, grad_scale)
 
 
 def _joined(several: Sequence[Norms], order: float) -> Norm:
@@ -384,28 +365,3 @@ def _joined(several: Sequence[Norms], order: float) -> Norm:
         else:
             norms.append(each[0] if len(each) == 1 else scalars.join(each, order))
     return scalars.join(norms, order) if norms else scalars.ABSENT
-
-
-def _at_most(numbers: Norms, most: Norm) -> Norms:
-    if isinstance(numbers, Tensor):
-        return numbers.clamp(max=most)
-    if isinstance(most, Tensor):
-        return scalars.on_device(numbers, most.device).clamp(max=most)
-    return [number if number != number else min(number, most) for number in numbers]
-
-
-def _as_norms(norm: Norm) -> Norms:
-    return norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
-
-
-def _smallest(several: Sequence[Norm | Norms], otherwise: float) -> Norm:
-    """The smallest of several numbers, NaN if one of them is."""
-    found: list[Norm] = []
-    for each in several:
-        if isinstance(each, Tensor):
-            found.append(each.amin() if each.numel() > 1 else each.reshape(()))
-        elif isinstance(each, list):
-            found += each
-        else:
-            found.append(each)
-    return scalars.join(found, -math.inf) if found else otherwise

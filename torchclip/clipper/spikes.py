@@ -55,7 +55,7 @@ class Spikes:
         if self.limit is None:
             (self.limit,) = self._max_norms(step, norm)
         limit = self.limit
-        if isinstance(norm, Tensor) or isinstance(limit, Tensor):
+        if scalars.device_of([norm, limit]) is not None:
             return self._are_left_out_unseen(norm, limit)
         self._skips_then, self.clip_coef = 0, 1.0
         if norm != norm:  # which says nothing about the norms in a row, and which no limit leaves out
@@ -91,9 +91,7 @@ class Spikes:
         return left_out
 
     def _max_norms(self, step: int, norm: Norm) -> Norms:
-        norms: Norms = norm.unsqueeze(0) if isinstance(norm, Tensor) else [norm]
-        max_norms = self.rule.max_norms(step, [_NAME], norms, self._order)
-        return max_norms.tolist() if isinstance(norms, list) and isinstance(max_norms, Tensor) else max_norms
+        return self.rule.max_norms(step, [_NAME], scalars.in_one([norm]), self._order)
 
     def end(self) -> None:
         """Count the step, which was left out or taken."""
