@@ -324,6 +324,55 @@ def test_the_loss_is_what_backward_is_called_on() -> None:
     assert "loss: 4 at the first step, 6 over the last tenth" in session.report()
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_clipper_gets_the_loss_unless_the_script_gives_it(own: bool) -> None:
+    w = weight(2.0)
+    optimizer = sgd(w)
+    with Session() as session:
+        clipper = torchclip.Clipper(optimizer, 1.0)
+        for _ in range(2):
+            w.data.fill_(2.0)
+            w.sum().backward()
+            if own:
+                clipper.loss = 7.0
+            optimizer.step()
+    assert losses_of(session.history) == [7.0 if own else 2.0] * 2
+
+
+def test_of_closures_a_clipper_gets_the_first_loss() -> None:
+    w = weight(4.0)
+    optimizer = torch.optim.LBFGS([w], max_iter=5, lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    with Session() as session:
+        clipper = torchclip.Clipper(optimizer, 1.0)
+        for _ in range(2):
+            w.data.fill_(4.0)
+            optimizer.step(closure)
+    assert session.history is clipper.history
+    assert [next(r.loss for r in clipper.history if r.step == step) for step in (0, 1)] == [16.0, 16.0]
+
+
+def test_clipped_gradients_below_eps_are_said_to_stall() -> None:
+    parameters = [nn.Parameter(torch.zeros(100)), nn.Parameter(torch.zeros(50))]
+    optimizer = torch.optim.Adam(parameters, eps=1e-3)
+    with Session() as session:
+        for _ in range(60):
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+            optimizer.step()
+    assert session.history.suggest().stalls == 1.0
+    text = " ".join(session.report().split())
+    assert "in 100% of the steps the clipped gradients have a root mean square of about 8.2e-05" in text
+    assert "below the optimizer's eps=0.001" in text
+
+
 def test_the_loss_belongs_to_the_optimizer_that_steps_next() -> None:
     first, second = weight(2.0), weight(3.0)
     optimizers = sgd(first), sgd(second)
@@ -653,6 +702,7 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows] == list(range(60))
     assert {row["optimizer"] for row in rows} == {"optimizer (SGD)"}
     assert {row["max_norm"] for row in rows} == {"1.0"}
+    assert all(float(row["loss"]) > 0 for row in rows)
     assert "<svg" in (tmp_path / "a.svg").read_text()
     page = (tmp_path / "a.html").read_text()
     assert "optimizer (SGD)" in page
@@ -660,7 +710,7 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert re.search(r"script\.py, \d{4}-\d\d-\d\d \d\d:\d\d \w+, [\d.]+ m?s", text)
     assert "Clipped by --max-norm 1" in text
     assert "Largest layers, by their share of the squared norm: weight" in text
-    assert "Norm over steps" in text
+    assert "Norm and loss over steps" in text
     assert not re.search(r"(src|href)=\"http|@import|url\(http", page)
 
 

@@ -181,8 +181,11 @@ def _by_losses(logs: Array, losses: Array) -> int | None:
             continue
         soon = slice(index, index + _SOON)
         rose = np.median(filled[soon]) > highest + (_LOSS_RATIO - 1) * abs(highest)
-        grew = np.median(logs[soon]) - np.median(logs[beside]) > least
-        if rose and grew and np.median(filled[index:]) > highest:
+        growth = max(np.median(logs[soon]), np.median(logs[index:])) - np.median(logs[beside])
+        stays = np.median(filled[index:]) > highest and growth > least
+        # Where hardly any later loss is as low as those before, less growth is enough.
+        certainly = np.quantile(filled[index:], 1 - _USUAL) > highest and growth > max(least / 2, math.log(2))
+        if rose and (stays or certainly):
             return index
     return None
 

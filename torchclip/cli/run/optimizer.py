@@ -14,6 +14,7 @@ from torchclip.cli.run.names import parameter_names, variable_names
 from torchclip.clipper.step import Member, Step
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
+from torchclip.history.stalls import eps_limits
 
 __all__ = ["OptimizerRecord"]
 
@@ -60,6 +61,8 @@ class OptimizerRecord:
         self.groups = len(optimizer.param_groups)
         self.names = parameter_names(optimizer)
         self.on_host = _on_host(optimizer)
+        if not self.clipped_by:  # a Clipper's history has them from that
+            self.history.eps_limits = eps_limits([optimizer])
 
     def label(self, name: str) -> str:
         """What to call it in a report."""

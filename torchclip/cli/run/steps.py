@@ -191,8 +191,8 @@ class StepRecorder:
             if record.call is not None:
                 clip_coef = record.call.clip_coef
             if clipper is not None:
-                if record.loss is not None and getattr(clipper, "loss", None) is None:
-                    setattr(clipper, "loss", record.loss)  # noqa: B010
+                if record.loss is not None and clipper.loss is None:
+                    clipper.loss = record.loss
             elif record.call is not None:
                 self._record_call(record, record.call, skipped=False)
             else:
@@ -247,7 +247,7 @@ class StepRecorder:
             self._note_nonfinite(record, clipper.last.step, nonfinite_ids(_parameters(optimizer)))
 
     def _note_nonfinite(self, record: OptimizerRecord, step: int, parameters: Sequence[int]) -> None:
-        if len(record.nonfinite) < _MOST_NONFINITE:
+        if len(record.nonfinite) < _MOST_NONFINITE and step not in record.nonfinite:
             record.nonfinite[step] = [record.names[key] for key in parameters if key in record.names]
 
     # Optimizers and Clippers

@@ -1,0 +1,260 @@
+"""What advice sees in synthetic histories of each kind, over many seeds, and how often it is wrong."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from torchclip import Clipper
+from torchclip.history import Advice, History
+from torchclip.history.stalls import eps_limits
+from torchclip.reference import Array
+
+SEEDS = 50
+
+
+def advice_on(norms: Sequence[float] | Array, losses: Sequence[float] | Array | None = None) -> Advice:
+    history = History(100_000)
+    for step, norm in enumerate(norms):
+        history.append(step, float(norm), math.inf, 1.0, loss=None if losses is None else float(losses[step]))
+    return history.suggest()
+
+
+def calm(seed: int, steps: int, spread: float = 0.3) -> Array:
+    return np.random.default_rng(seed).lognormal(sigma=spread, size=steps)
+
+
+def falling(seed: int, steps: int) -> Array:
+    """Losses of a run that learns."""
+    noise = np.random.default_rng(1000 + seed).lognormal(sigma=0.1, size=steps)
+    return 4 * np.exp(-2 * np.arange(steps) / steps) * noise
+
+
+def noisy(seed: int, steps: int) -> Array:
+    """Losses of a run that does not learn."""
+    return np.random.default_rng(2000 + seed).lognormal(sigma=0.5, size=steps)
+
+
+@pytest.mark.parametrize("losses", [None, falling, noisy])
+@pytest.mark.parametrize(("steps", "spread"), [(60, 0.3), (200, 0.8), (300, 0.5)])
+def test_wrong_alarms_on_stationary_norms_are_below_2_percent(
+    steps: int, spread: float, losses: Callable[[int, int], Array] | None
+) -> None:
+    found = [
+        advice_on(calm(seed, steps, spread), None if losses is None else losses(seed, steps))
+        for seed in range(100)
+    ]
+    for alarms in (
+        sum(advice.drifts for advice in found),
+        sum(advice.spikes > 0 for advice in found),
+        sum(advice.explodes is not None for advice in found),
+    ):
+        assert alarms < 2
+    assert all(0.5 < advice.max_norm < 10 for advice in found if advice.max_norm and advice.explodes is None)
+
+
+# Explosions
+
+
+@pytest.mark.parametrize(
+    ("at", "steps", "ratio"),
+    [(1, 300, 1e6), (5, 300, 1e4), (100, 300, 30.0), (270, 300, 1e6), (980, 1000, 1e6)],
+)
+def test_norms_that_leave_their_range_at_once(at: int, steps: int, ratio: float) -> None:
+    for seed in range(SEEDS):
+        norms = calm(seed, steps)
+        norms[at:] *= ratio
+        advice = advice_on(norms)
+        assert advice.explodes == at
+        assert advice.max_norm is not None
+        assert advice.max_norm < 2
+        words = " ".join(str(advice).split())
+        assert words.startswith(f"At step {at} the norms left their usual range for good")
+
+
+@pytest.mark.parametrize(("start", "steps", "rate"), [(20, 300, 1.2), (500, 1000, 1.05), (900, 1000, 1.2)])
+def test_norms_that_grow_step_by_step(start: int, steps: int, rate: float) -> None:
+    for seed in range(SEEDS):
+        norms = calm(seed, steps)
+        norms[start:] *= rate ** np.arange(steps - start)
+        advice = advice_on(norms)
+        assert advice.explodes is not None
+        assert start <= advice.explodes <= start + math.log(100) / math.log(rate)
+        assert advice.max_norm is not None
+        assert advice.max_norm < 2
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("at", [3, 100, 285])
+def test_norms_that_are_not_finite_any_more(at: int, value: float) -> None:
+    norms = calm(0, 300)
+    norms[at:] = value
+    advice = advice_on(norms)
+    assert (advice.explodes, advice.nonfinite) == (at, 300 - at)
+    assert str(advice).startswith("Not finite: the norm of")
+
+
+def test_the_loss_shows_where_an_explosion_begins_after_one_step() -> None:
+    """As of an RNN at a learning rate of 5: norms that hardly show it, and a loss that does."""
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        norms = np.concatenate([[0.91], 3 * rng.lognormal(sigma=0.6, size=249)])
+        losses = np.concatenate([[4.7, 5.0, 6.0, 12.0, 30.0], 10 * rng.lognormal(sigma=0.2, size=245)])
+        advice = advice_on(norms, losses)
+        assert advice.explodes in (1, 2, 3)
+        assert advice.max_norm is not None
+        assert 0.2 < advice.max_norm < 1.5
+        assert "The loss rose from" in str(advice).replace("\n", " ")
+    assert advice_on(norms).explodes is None
+
+
+def test_a_jump_that_may_be_meant_is_said_as_it_was_seen() -> None:
+    norms = calm(0, 400)
+    norms[200:] *= 40
+    advice = advice_on(norms, falling(0, 400))
+    assert advice.explodes == 200
+    words = " ".join(str(advice).split())
+    assert "left their usual range for good" in words
+    assert "The loss did not rise" in words
+    assert "explo" not in words
+    assert advice.max_norm is not None
+    assert 20 < advice.max_norm < 200
+
+
+def test_where_nothing_was_healthy_a_lower_learning_rate_is_advised() -> None:
+    advice = advice_on([math.nan] * 100)
+    assert advice.max_norm is None
+    assert "Lower the learning rate" in str(advice).replace("\n", " ")
+
+
+# What is neither drift nor spikes nor an explosion
+
+
+@pytest.mark.parametrize("kind", ["in turn", "at random", "in blocks"])
+def test_two_levels_that_alternate(kind: str) -> None:
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        levels = {
+            "in turn": np.tile([1.0, 20.0], 250),
+            "at random": rng.choice([1.0, 20.0], 500),
+            "in blocks": np.tile(np.repeat([1.0, 20.0], 10), 25),
+        }[kind]
+        advice = advice_on(levels * calm(seed, 500, 0.1))
+        assert (advice.drifts, advice.spikes, advice.explodes) == (False, 0, None)
+
+
+def test_zeros_do_not_count() -> None:
+    norms = calm(0, 400)
+    norms[::2] = 0.0
+    advice, without = advice_on(norms), advice_on(norms[1::2])
+    assert advice.max_norm == without.max_norm
+    assert min(advice.table.values()) > 0.5
+    assert "The norm of 200 steps of 400 is 0" in str(advice).replace("\n", " ")
+
+
+def test_steps_that_are_not_finite_are_said_first() -> None:
+    norms = calm(0, 400)
+    norms[np.random.default_rng(0).permutation(400)[:200]] = math.nan
+    advice = advice_on(norms)
+    assert advice.explodes is None
+    assert str(advice).startswith("Not finite: the norm of 200 steps of 400.")
+
+
+def test_a_run_that_converges_is_not_told_to_stand_still() -> None:
+    model = torch.nn.Linear(10, 1, dtype=torch.float64)
+    inputs = torch.randn(64, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def trained(max_norm: float) -> tuple[float, History]:
+        model.load_state_dict(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        clipper = Clipper(optimizer, max_norm)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            clipper.loss = loss
+            optimizer.step()
+        return loss.item(), clipper.history
+
+    loss, history = trained(math.inf)
+    advice = history.suggest()
+    assert loss < 1e-12
+    assert advice.drifts
+    assert str(advice).startswith("The norms drift")
+    assert advice.max_norm is not None
+    assert trained(advice.max_norm)[0] < 1e-8
+
+
+def test_a_step_with_several_closure_calls_counts_once() -> None:
+    history = History()
+    for step, norm in enumerate(calm(0, 100)):
+        for call in range(4):
+            history.append(step, norm * 10**-call, math.inf, 1.0)
+    assert history.suggest().steps == 90
+    assert history.suggest() == advice_on(calm(0, 100))
+
+
+# Losses beside norms
+
+
+def test_spikes_that_did_no_harm_are_named_as_such() -> None:
+    norms, losses = calm(0, 400), falling(0, 400)
+    norms[[150, 250]] *= 40
+    assert "They did no harm" in str(advice_on(norms, losses)).replace("\n", " ")
+    losses[151:170] *= 5
+    assert "The loss rose after 1 of them" in str(advice_on(norms, losses)).replace("\n", " ")
+
+
+def test_how_often_the_loss_rose_stands_beside_each_threshold() -> None:
+    norms, losses = np.where(np.arange(400) % 4 == 0, 5.0, 1.0) * calm(0, 400, 0.2), np.empty(400)
+    losses[0] = 100.0
+    for i in range(1, 400):  # it rises after long steps, and only then
+        losses[i] = losses[i - 1] + (1.0 if norms[i - 1] > 3 else -0.5)
+    advice = advice_on(norms, losses)
+    above, below = advice.rises[0.1]
+    assert above == 1.0
+    assert below < 0.3
+    assert "the loss rose after 100% of them" in str(advice).replace("\n    ", " ")
+
+
+# Gradients below eps
+
+
+def clipped_history(optimizer: Any, max_norm: float, norm: float = 10.0) -> History:
+    history = History()
+    history.eps_limits = eps_limits([optimizer])
+    for step in range(100):
+        history.append(step, norm, max_norm, min(max_norm / norm, 1.0))
+    return history
+
+
+@pytest.mark.parametrize("max_norm", [1e-6, 1.0])
+def test_stalls(max_norm: float) -> None:
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(100, 100))], eps=1e-6)
+    history = clipped_history(adam, max_norm)
+    stalled = max_norm < 1e-4
+    assert history.suggest().stalls == float(stalled)
+    for words in (str(history.suggest()), str(history.summary())):
+        assert ("eps=1e-06" in words.replace("\n", " ")) == stalled
+        assert ("Raise max_norm" in words.replace("\n", " ")) == stalled
+
+
+def test_a_clipper_knows_the_eps_of_its_optimizer() -> None:
+    weight = torch.nn.Parameter(torch.zeros(100))
+    optimizer = torch.optim.Adam([weight], eps=1e-2)
+    clipper = Clipper(optimizer, 1e-3)
+    for _ in range(60):
+        weight.grad = torch.ones(100)
+        optimizer.step()
+    assert clipper.history.suggest().stalls == 1.0
+    assert "eps" in str(clipper.history.summary())
+
+
+def test_without_an_eps_nothing_stalls() -> None:
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(100))], lr=0.1)
+    assert clipped_history(sgd, 1e-9).suggest().stalls == 0.0
+    assert History().suggest().stalls == 0.0
