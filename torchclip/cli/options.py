@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from torchclip._core.extras import installing
 
@@ -29,6 +30,8 @@ __all__ = [
     "seed",
     "writing",
 ]
+
+Number = TypeVar("Number", int, float)
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -52,44 +55,25 @@ def need(option: str, *packages: str) -> None:
 # Numbers
 
 
-def max_norm(text: str) -> float:
-    """An option's value that is a threshold: at least 0, ``inf`` for no clipping."""
-    return _number(text, lambda value: value >= 0, "a number that is at least 0")
+def _number(
+    kind: Callable[[str], Number], holds: Callable[[Number], bool], what: str
+) -> Callable[[str], Number]:
+    def number(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):  # no comparison holds for nan
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+        return value
+
+    return number
 
 
-def positive(text: str) -> float:
-    """An option's value that is a finite number above 0."""
-    return _number(text, lambda value: 0 < value < math.inf, "a finite number above 0")
-
-
-def _number(text: str, holds: Callable[[float], bool], what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not holds(value):  # no comparison holds for nan
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-    return value
-
-
-def count(text: str) -> int:
-    """An option's value that is a whole number above 0."""
-    return _whole(text, least=1, end=None, what="a whole number above 0")
-
-
-def seed(text: str) -> int:
-    """An option's value that torch takes as a seed."""
-    return _whole(text, least=0, end=2**63, what="a whole number from 0 to 2**63 - 1")
-
-
-def _whole(text: str, least: int, end: int | None, what: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least or (end is not None and value >= end):
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-    return value
+max_norm = _number(float, lambda value: value >= 0, "a number that is at least 0")  # inf for no clipping
+positive = _number(float, lambda value: 0 < value < math.inf, "a finite number above 0")
+count = _number(int, lambda value: value > 0, "a whole number above 0")
+seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
 
 
 # Files; they are checked now, before the work
