@@ -149,7 +149,8 @@ def row(model: str, lr: float, found: list[Found]) -> str:
     best, max_norm = min(
         (mean(each.grid[i] for each in found), threshold) for i, threshold in enumerate(GRID)
     )
-    advised = ", ".join(sorted({"none" if f.max_norm is None else f"{f.max_norm:g}" for f in found}))
+    numbers = sorted(each.max_norm for each in found if each.max_norm is not None)
+    advised = " to ".join(dict.fromkeys(f"{norm:g}" for norm in (numbers[:1] + numbers[-1:]))) or "none"
     unclipped = mean(each.none for each in found)
     spread = [each.none for each in found if math.isfinite(each.none)]
     none = f"{unclipped:.2f}" + (f" ± {statistics.stdev(spread):.2f}" if len(spread) > 1 else "")
