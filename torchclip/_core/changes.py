@@ -75,7 +75,7 @@ def change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tens
     """Change the elements of tensors of any layout in place, one by one."""
     with writing():
         for tensor in tensors:
-            if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+            if tensor.is_mkldnn:
                 tensor.copy_(change_(tensor.to_dense()).to_mkldnn())
                 continue
             if tensor.layout not in memory.SPARSE:

@@ -140,7 +140,7 @@ def beside(tensors: Sequence[Tensor]) -> Tensor:
     if not torch.is_autocast_enabled("cpu"):
         return _flatten(tensors)
     # It meddles with all that concatenates: it refuses float16 where it is about bfloat16.
-    with torch._C._DisableAutocast():
+    with torch.autocast("cpu", enabled=False):
         return _flatten(tensors)
 
 
@@ -151,7 +151,7 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
         return
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
-    if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+    if tensor.is_mkldnn:
         yield tensor.to_dense()
         return
     values = tensor.values()
