@@ -95,8 +95,21 @@ def enable() -> None:
 def is_enabled() -> bool:
     """Whether every ``disable`` was undone."""
 
-def has_threads() -> bool:
-    """Whether torch's OpenMP was found, so that several threads can be used."""
+def units(parameters: Iterable[Tensor], /) -> Units:
+    """The distinct parameters that have a gradient, to be clipped unit by unit."""
+
+def clip_examples(grads: list[Tensor], sums: list[Tensor], max_norm: float, /) -> int | None:
+    """Clip the gradients of each example, and put their sums into ``sums``.
+
+    Args:
+        grads: of shape ``(examples, *shape)``. Not modified.
+        sums: of shape ``shape`` and the same dtypes, without gaps.
+        max_norm: the threshold for the norm of each example.
+
+    Returns:
+        How many examples were clipped; None, and nothing was changed, if the kernel does not take all
+        tensors.
+    """
 
 def instruction_set() -> str:
     """The one in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
@@ -152,6 +165,27 @@ class RoundState:
         """What to call before and after each step of an optimizer; the two functions take what is unusual."""
 
 @final
+class Units:
+    """Parameters with their gradients, clipped unit by unit along the first axis.
+
+    Those that the kernel does not take are in ``rest``; all, if a gradient is that of several parameters.
+    """
+
+    @property
+    def rest(self) -> list[Tensor]:
+        """The parameters that are not taken, and (of other types) those without a gradient here."""
+    @property
+    def taken(self) -> list[Tensor]:
+        """The others."""
+    def clip_(self, clip_factor: float, eps: float, p: float, grad_scale: float, /) -> bool:
+        """Scale the gradient of each unit in place, as ``torchclip.clip_grad_adaptive_`` says.
+
+        Returns:
+            False, and nothing was changed, for an order that the kernel has no loops for, or gradients that
+            overlap.
+        """
+
+@final
 class Batch:
     """Tensors to work on together; a ``torchclip._core.batch.Batch``, whose methods are described there.
 
@@ -196,6 +230,11 @@ class Batch:
         """
     def scale_each_(self, clip_coefs: Iterable[float | Tensor], /) -> None:
         """Multiply each tensor by its own number of those given for ``all``; the rest are left alone."""
+    def clip_each_(self, limits: float | Iterable[float | Tensor], p: float, eps: float, /) -> list[float]:
+        """Scale each taken tensor in place to its own limit, while it is in the cache; the norms before.
+
+        ``limits`` is a number for all, or one for each tensor of ``all``.
+        """
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``; nan stays nan.
 

@@ -16,7 +16,7 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.groups import REAL, Group, grouped, is_plain, joint, moved
 from torchclip._core.host import facts_of
 from torchclip._core.rows import FLOAT32_TINY, STEP
-from torchclip._core.scalars import ABSENT, join, norm_dtype
+from torchclip._core.scalars import ABSENT, clip_each_, join, norm_dtype
 
 __all__ = ["AcceleratorBatch"]
 
@@ -96,6 +96,10 @@ class AcceleratorBatch:
             for group, clip_coefs_there in self._with(clip_coefs):
                 group.scale_each_(clip_coefs_there)
             self._tell_sparse()
+
+    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
+        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol, TypeAlias
 
 from torch import Tensor
@@ -77,6 +78,18 @@ class Batch(Protocol):
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor of ``all`` in place by its own number."""
+
+    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
+        """Multiply each tensor in place so that its norm is at most its limit.
+
+        Args:
+            limits: one for all, or one for each tensor of ``all``.
+            p: the order of the norms.
+            eps: as for ``scalars.clip_coef``.
+
+        Returns:
+            The norms before.
+        """
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``; NaN stays NaN.

@@ -14,6 +14,7 @@ from torchclip._core import memory
 __all__ = [
     "change_elements_",
     "clamp_elements_",
+    "coalesce_",
     "limit_within",
     "scale_alone_",
     "scale_in_double_",
@@ -28,6 +29,13 @@ def writing() -> AbstractContextManager[None]:
     Of other tensors the version counters go up, as elsewhere.
     """
     return torch.no_grad() if memory.intercepted() else torch.inference_mode()
+
+
+def coalesce_(tensor: Tensor) -> None:
+    """Add up the entries for the same place of a sparse tensor, in place."""
+    # What it stores is new, and has to be of the tensor's own mode.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(tensor.coalesce())
 
 
 def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:
@@ -83,6 +91,6 @@ def change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tens
                 continue
             if tensor.layout == torch.sparse_coo and not tensor.is_coalesced():
                 # Entries for the same place add up to the element that is meant.
-                tensor.copy_(tensor.coalesce())
+                coalesce_(tensor)
             change_(memory.own_values(tensor))
             torch.autograd.graph.increment_version(tensor)

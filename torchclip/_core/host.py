@@ -10,7 +10,7 @@ from torch import Tensor
 from torchclip._core import changes, memory, norms, small
 from torchclip._core.batch import Facts, Norm, Norms
 from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL
-from torchclip._core.scalars import join, numbers
+from torchclip._core.scalars import clip_each_, join, numbers
 
 __all__ = ["HostBatch", "facts_of"]
 
@@ -102,6 +102,10 @@ class HostBatch:
                 # Multiplied together, they would round the number to their own low precision, by up to 0.4 %.
                 for tensor in group:
                     tensor.mul_(clip_coef)
+
+    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
+        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""

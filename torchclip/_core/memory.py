@@ -89,7 +89,7 @@ def intercepted() -> bool:
 
 def _sees_operations() -> bool:
     """Whether any function mode does more than to choose a device for new tensors."""
-    modes = torch.overrides._get_current_function_mode_stack()
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(type(mode) is not DeviceContext for mode in modes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchclip._core.batch import Batch, Facts, Norm, Norms
-from torchclip._core.scalars import in_one, join
+from torchclip._core.scalars import clip_each_, in_one, join
 
 __all__ = ["MixedBatch"]
 
@@ -60,6 +60,10 @@ class MixedBatch:
                 part.scale_each_(torch.stack([clip_coefs[place] for place in places]))
             else:
                 part.scale_each_([clip_coefs[place] for place in places])
+
+    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
+        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""

@@ -20,6 +20,7 @@ __all__ = [
     "at_most",
     "clip_coef",
     "clip_coefs",
+    "clip_each_",
     "concatenate",
     "device_of",
     "divided",
@@ -290,6 +291,13 @@ def clip_coefs(max_norms: Norm | Sequence[float], norms: Norms, eps: float = EPS
     return [clip_coef(limit, norm, eps) for limit, norm in zip(max_norms, norms, strict=True)]
 
 
+def clip_each_(batch: Batch, limits: Norm | Sequence[float], p: float, eps: float) -> Norms:
+    """``Batch.clip_each_`` in two steps: all tensors are measured, then all are scaled."""
+    norms = batch.norms(p)
+    batch.scale_each_(clip_coefs(limits, norms, eps))
+    return norms
+
+
 def is_finite(norm: Norm) -> bool:
     """Whether a norm is a finite number; on an accelerator this waits for it."""
     return math.isfinite(norm)
@@ -313,6 +321,8 @@ def to_result(total_norm: Norm, batch: Batch) -> Tensor:
 
 def to_results(norms: Norms, batch: Batch) -> Tensor:
     """Several norms as a tensor of one dimension, as ``to_result`` returns one."""
+    if isinstance(norms, list) and _result_device(batch, _CPU) == _CPU:
+        return vector([0.0 if norm < 0 else norm for norm in norms]).to(_result_dtype(batch))
     return on_device(norms, _result_device(batch, _CPU)).clamp(min=0.0).to(_result_dtype(batch))
 
 

@@ -15,7 +15,7 @@ from torchclip._core import mesh, rounds
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
-from torchclip._core.scalars import ABSENT, in_one, may_change
+from torchclip._core.scalars import ABSENT, clip_each_, in_one, may_change
 
 __all__ = ["ShardedBatch", "norms_of", "norms_of_each", "refuse"]
 
@@ -174,6 +174,10 @@ class ShardedBatch:
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply what this rank holds of each tensor in place by its own number."""
         self._written().scale_each_(clip_coefs)
+
+    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
+        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element that this rank holds in place to ``[-limit, limit]``."""

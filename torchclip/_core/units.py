@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchclip._core import arguments, changes, gather, memory, mesh, rounds, rows
+from torchclip._core import arguments, changes, gather, memory, mesh, native, rounds, rows
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
 
-__all__ = ["Units", "norms", "of_parameters", "scale_"]
+__all__ = ["Units", "norms", "of_parameters", "parted", "scale_"]
 
 
 class Units(NamedTuple):
@@ -37,11 +37,32 @@ def of_parameters(parameters: Tensor | Iterable[Tensor] | nn.Module) -> list[Uni
     items = arguments.tensor_list("parameters", parameters)
     if not items:
         gather.warn_if_used_up(parameters)
+    return _told(items, items, parameters)
+
+
+def _told(chosen: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
+    """The units of some of the items of an argument; of an error the ranks that wait for this one learn."""
     try:
-        return _of_items(items, parameters)
+        return _of_items(chosen, items, given)
     except (RuntimeError, TypeError, ValueError):
         tell_ranks(items)
         raise
+
+
+def parted(parameters: Tensor | Iterable[Tensor] | nn.Module) -> tuple[Any, list[Units]]:
+    """The units that the kernel takes, if there is one, and the others as ``of_parameters`` gives them."""
+    if memory.intercepted() or not native.active():
+        return None, of_parameters(parameters)
+    items = arguments.tensor_list("parameters", parameters)
+    if not items:
+        gather.warn_if_used_up(parameters)
+    try:
+        by_kernel = native.extension.units(items)
+    except TypeError:
+        tell_ranks(items)
+        raise
+    rest = by_kernel.rest
+    return by_kernel, _told(rest, items, parameters) if rest else []
 
 
 def tell_ranks(parameters: Any) -> None:
@@ -58,13 +79,14 @@ def tell_ranks(parameters: Any) -> None:
     rounds.lines({layout: vector for layout, vector in layouts.items() if layout is not None}, call)
 
 
-def _of_items(items: list[Tensor], given: Any) -> list[Units]:
-    chosen = [p for p in gather.distinct(items) if p.grad is not None or mesh.is_dtensor(p)]
+def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
+    chosen = [p for p in gather.distinct(some) if p.grad is not None or mesh.is_dtensor(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
     held = mesh.locals_of(grads)
     gather.refuse_unwritable(held, items, given)
-    for i, parameter in enumerate(chosen):
-        _check(i, parameter)
+    place_of = {id(item): place for place, item in enumerate(items)}
+    for parameter in chosen:
+        _check(place_of[id(parameter)], parameter)
     weights = mesh.locals_of([p.detach() for p in chosen])
     memory.refuse_without_memory(weights, "parameters")
     local = iter(held)
@@ -98,7 +120,7 @@ def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Ten
     owner = parameter.grad
     if grad is not None and owner is not None and _is_row_sparse(owner):
         if not owner.is_coalesced():
-            owner.copy_(owner.coalesce())
+            changes.coalesce_(owner)
         values = owner._values()
         return Units(owner, weight[owner._indices()[0]], values, values, None)
     layout = _layout(parameter)

@@ -62,24 +62,38 @@ def clip_grad_adaptive_(
     except (TypeError, ValueError):
         units.tell_ranks(parameters)
         raise
-    _clip(units.of_parameters(parameters), clip_factor, eps, p)
+    _clip(parameters, clip_factor, eps, p)
 
 
 def _clip(
-    of_parameters: Sequence[units.Units],
+    parameters: Tensor | Iterable[Tensor] | nn.Module,
     clip_factor: float,
     eps: float,
     p: float,
     grad_scale: Tensor | None = None,
 ) -> None:
+    by_kernel, others = units.parted(parameters)
+    # Other ranks may refuse: that is known before anything is changed.
+    clip_coefs = _clip_coefs(others, clip_factor, eps, p, grad_scale)
+    if by_kernel is not None:
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        if not by_kernel.clip_(clip_factor, eps, p, scale):
+            left = units.of_parameters(by_kernel.taken)
+            units.scale_(left, _clip_coefs(left, clip_factor, eps, p, grad_scale))
+    units.scale_(others, clip_coefs)
+
+
+def _clip_coefs(
+    some: Sequence[units.Units], clip_factor: float, eps: float, p: float, grad_scale: Tensor | None
+) -> list[Tensor]:
     clip_coefs = []
-    for of_weight, of_grad in units.norms(of_parameters, p):
+    for of_weight, of_grad in units.norms(some, p):
         limits = clip_factor * of_weight.clamp(min=eps)
         if grad_scale is not None:
             limits = limits * grad_scale.to(limits)
         # A NaN compares false, and spreads through its unit.
         clip_coefs.append(torch.where(of_grad <= limits, 1.0, limits / of_grad))
-    units.scale_(of_parameters, clip_coefs)
+    return clip_coefs
 
 
 class Adaptive(Rule):
@@ -110,7 +124,7 @@ class Adaptive(Rule):
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""
-        _clip(units.of_parameters(parameters), self.clip_factor, self.eps, 2.0, grad_scale)
+        _clip(parameters, self.clip_factor, self.eps, 2.0, grad_scale)
 
     def __repr__(self) -> str:
         return f"Adaptive(clip_factor={self.clip_factor}, eps={self.eps})"

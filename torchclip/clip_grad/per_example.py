@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from torchclip._core import memory, rows
+from torchclip._core import memory, native, rows
 from torchclip._core.arguments import refuse_item, tensor_list, threshold
 from torchclip._core.scalars import clip_coef, join_rows, norm_dtype
 
@@ -17,6 +17,8 @@ __all__ = ["clip_per_example"]
 
 # Elements of examples copied in one go.
 _PIECE = 1 << 20
+_CPU = torch.device("cpu")
+_PLAIN = frozenset(memory.PLAIN)
 
 
 def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
@@ -53,7 +55,11 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
         ([tensor([0.3300, 0.4400])], tensor(1))
     """
     max_norm = threshold("max_norm", max_norm)
-    tensors = _examples(grads)
+    tensors = tensor_list("grads", grads)
+    by_kernel = _by_kernel(tensors, max_norm)
+    if by_kernel is not None:
+        return by_kernel
+    _check(tensors)
     if not tensors:
         return [], torch.tensor(0, device="cpu")
     with torch.no_grad():
@@ -63,8 +69,27 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
         return [_weighted_sum(g, clip_coefs) for g in tensors], (~(clip_coefs >= 1)).sum()
 
 
-def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    tensors = tensor_list("grads", grads)
+def _by_kernel(tensors: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor] | None:
+    """What the kernel makes of the examples; None if it is not on, or does not take all tensors."""
+    if memory.intercepted() or not native.active() or not tensors:
+        return None
+    if not (_PLAIN.issuperset(map(type, tensors)) and tensors[0].is_cpu):
+        return None
+    # It may stand for what its memory is not.
+    if any(g.is_neg() for g in tensors) or any(g.is_conj() for g in tensors):
+        return None
+    # The kernel adds up in the order of the memory, which is that of the results then.
+    sums = [
+        torch.empty(g.shape[1:], dtype=g.dtype, device=_CPU)
+        if g.is_contiguous() or not len(g)
+        else torch.empty_like(g.detach()[0])
+        for g in tensors
+    ]
+    clipped = native.extension.clip_examples(tensors, sums, max_norm)
+    return None if clipped is None else (sums, torch.tensor(clipped, device=_CPU))
+
+
+def _check(tensors: list[Tensor]) -> None:
     for i, grad in enumerate(tensors):
         if not isinstance(grad, Tensor):
             refuse_item("grads", i, grad)
@@ -78,7 +103,6 @@ def _examples(grads: Tensor | Sequence[Tensor]) -> list[Tensor]:
             "every tensor in `grads` must have the same number of examples along its first axis, "
             f"got shapes {[tuple(g.shape) for g in tensors]}"
         )
-    return tensors
 
 
 def _weighted_sum(grad: Tensor, clip_coefs: Tensor) -> Tensor:

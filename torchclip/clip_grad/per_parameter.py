@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchclip._core import gather
 from torchclip._core.arguments import norm_order, threshold
 from torchclip._core.collectives import Kind
-from torchclip._core.scalars import clip_coefs, to_results
+from torchclip._core.scalars import EPS, to_results
 
 __all__ = ["clip_grad_norm_per_parameter_"]
 
@@ -50,6 +50,4 @@ def clip_grad_norm_per_parameter_(
         gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
         raise
     batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
-    norms = batch.norms(p)
-    batch.scale_each_(clip_coefs(max_norm, norms))
-    return to_results(norms, batch)
+    return to_results(batch.clip_each_(max_norm, p, EPS), batch)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from torchclip._core import gather
+from torchclip._core import gather, memory
 from torchclip._core.arguments import threshold
 from torchclip._core.batch import Batch, Norms
 from torchclip._core.collectives import Kind
-from torchclip._core.scalars import clip_coefs, divided, to_results
+from torchclip._core.scalars import divided, on_device, to_results
 from torchclip.clip_grad.rule import Rule
 
 __all__ = ["BlockRMS", "clip_grad_rms_"]
@@ -61,17 +61,14 @@ def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: f
         gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
         raise
     batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
-    return to_results(divided(_clip(batch, max_rms), _roots(batch)), batch)
+    roots = _roots(batch)
+    return to_results(divided(_clip(batch, max_rms, roots), roots), batch)
 
 
-def _clip(batch: Batch, max_rms: float, grad_scale: Tensor | None = None) -> Norms:
+def _clip(batch: Batch, max_rms: float, roots: Sequence[float]) -> Norms:
     """Clip, and return the norms before."""
-    norms = batch.norms(2.0)
-    if grad_scale is not None:
-        norms = divided(norms, grad_scale)
-    # The limit for the norm, which keeps what is as long as that exactly as it is.
-    batch.scale_each_(clip_coefs([max_rms * root for root in _roots(batch)], norms, 0.0))
-    return norms
+    # By limits for the norms, which keep what is as long as that exactly as it is.
+    return batch.clip_each_([max_rms * root for root in roots], 2.0, 0.0)
 
 
 def _roots(batch: Batch) -> list[float]:
@@ -103,7 +100,15 @@ class BlockRMS(Rule):
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""
-        _clip(gather.gradients(parameters, kind=Kind.CLIP_EACH), self.max_rms, grad_scale)
+        batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
+        roots = _roots(batch)
+        if grad_scale is None:
+            _clip(batch, self.max_rms, roots)
+        elif memory.on_host([grad_scale]):
+            _clip(batch, self.max_rms * float(grad_scale), roots)
+        else:
+            limits = on_device(roots, grad_scale.device) * (self.max_rms * grad_scale)
+            batch.clip_each_(limits, 2.0, 0.0)
 
     def __repr__(self) -> str:
         return f"BlockRMS(max_rms={self.max_rms})"

@@ -171,20 +171,24 @@ bool measure_each(const Batch& batch, const Measure& measure, Numbers& norms) {
     return true;
 }
 
+// The norms of all members, given those of the taken ones.
+PyObject* new_list(const Tensors& tensors, const Numbers& of_taken) {
+    Ref norms(PyList_New(Py_ssize_t(tensors.all().size())));
+    size_t next = 0;
+    for (size_t i = 0; i < tensors.all().size() && norms != nullptr; ++i) {
+        PyObject* const norm = PyFloat_FromDouble(tensors.is_taken(i) ? of_taken[next++] : kAbsent);
+        if (norm == nullptr) return nullptr;
+        PyList_SetItem(norms, Py_ssize_t(i), norm);
+    }
+    return norms.release();
+}
+
 PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    const Tensors& tensors = batch_of(self).tensors;
     return guarded([&]() -> PyObject* {
         Measure measure;
         Numbers of_taken;
         if (!measure.read(args, count) || !measure_each(batch_of(self), measure, of_taken)) return nullptr;
-        Ref norms(PyList_New(Py_ssize_t(tensors.all().size())));
-        size_t next = 0;
-        for (size_t i = 0; i < tensors.all().size() && norms != nullptr; ++i) {
-            PyObject* const norm = PyFloat_FromDouble(tensors.is_taken(i) ? of_taken[next++] : kAbsent);
-            if (norm == nullptr) return nullptr;
-            PyList_SetItem(norms, Py_ssize_t(i), norm);
-        }
-        return norms.release();
+        return new_list(batch_of(self).tensors, of_taken);
     });
 }
 
@@ -219,6 +223,38 @@ PyObject* batch_scale_each(PyObject* self, PyObject* argument) {
         for (size_t i = 0; i < tensors.all().size(); ++i)
             if (tensors.is_taken(i) && wanted(i)) of_wanted.push_back(given[i]);
         return change(batch_of(self), &Loops::scale, of_wanted.begin(), true, wanted);
+    });
+}
+
+// clip_each_(limits, p, eps)
+PyObject* batch_clip_each(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    const Batch& batch = batch_of(self);
+    const Tensors& tensors = batch.tensors;
+    double eps;
+    Measure measure;
+    if (!count_is(count, 3, 3) || !measure.read(args + 1, 1) || !read_number(args[2], eps)) return nullptr;
+    return guarded([&]() -> PyObject* {
+        Numbers given, coefs, norms;  // the last two of those that are taken; the first of these is the limits at first
+        const bool one = PyFloat_Check(args[0]);
+        if (!one && !read_numbers(args[0], tensors.all().size(), given)) return nullptr;
+        for (size_t i = 0; i < tensors.all().size(); ++i)
+            if (tensors.is_taken(i)) coefs.push_back(one ? PyFloat_AsDouble(args[0]) : given[i]);
+        norms.resize(coefs.size());
+        Memory memory;
+        if (measure.loop() == nullptr) {
+            norms.clear();
+            if (!measure_each(batch, measure, norms)) return nullptr;
+            for (size_t i = 0; i < norms.size(); ++i) coefs[i] = clip_coef_of(coefs[i], norms[i], eps);
+            if (!tensors.read_again(memory, kEach)) return nullptr;
+            memory.write(&Loops::scale, coefs.begin(), true);
+        } else {
+            if (!tensors.read_again(memory, kEach)) return nullptr;
+            memory.clip_each(measure.loop(), coefs.begin(), eps, norms.begin());
+        }
+        size_t next = 0;
+        const auto changed = [&](size_t i) { return tensors.is_taken(i) && coefs[next++] != 1.0; };
+        Ref list = batch.list(changed);
+        return bump_versions(list) ? new_list(tensors, norms) : nullptr;
     });
 }
 
@@ -263,6 +299,8 @@ PyMethodDef batch_methods[] = {
     {"norms", function(batch_norms), METH_FASTCALL, "norms(p, finite=False): of each tensor"},
     {"scale_", batch_scale, METH_O, "scale_(clip_coef): multiply in place"},
     {"scale_each_", batch_scale_each, METH_O, "scale_each_(clip_coefs): multiply each by its own number"},
+    {"clip_each_", function(batch_clip_each), METH_FASTCALL,
+     "clip_each_(limits, p, eps): scale each to its own limit, a number for all or one for each; the norms before"},
     {"clamp_", batch_clamp, METH_O, "clamp_(limit): to [-limit, limit], in place"},
     {"zero_nonfinite_", batch_zero_nonfinite, METH_NOARGS, "zero_nonfinite_(): 0 for what is infinite or nan"},
     {nullptr, nullptr, 0, nullptr},

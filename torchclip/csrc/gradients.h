@@ -173,12 +173,8 @@ class Gradients {
     }
 };
 
-// As torchclip._core.scalars.clip_coef has it.
-double clip_coef_of(double max_norm, double norm) {
-    constexpr double eps = 1e-6;  // what torch adds to the norm
-    if (max_norm == std::numeric_limits<double>::infinity()) return 1.0;
-    return std::min(1.0, max_norm / (norm + eps));
-}
+// Likewise with what torch adds to the norm.
+double clip_coef_of(double max_norm, double norm) { return clip_coef_of(max_norm, norm, 1e-6); }
 
 // What clipping by the norm found and did.
 struct Clipped {

@@ -35,6 +35,13 @@ template <class Reduce> double root(double squares, Reduce reduce) {
     return std::ldexp(std::sqrt(reduce(&Loops::sum_scaled_squares, std::ldexp(1.0, -exponent))), exponent);
 }
 
+// As torchclip._core.scalars.clip_coef has it.
+double clip_coef_of(double max_norm, double norm, double eps) {
+    if (max_norm == std::numeric_limits<double>::infinity() || norm < 0 || (eps == 0 && norm <= max_norm)) return 1.0;
+    const double coef = max_norm / (norm + eps);
+    return coef >= 1.0 ? 1.0 : coef;  // nan, of a norm that is
+}
+
 // Holds pointers into the tensors' memory, so no Python code may run between `add` and whatever uses them; nothing here
 // runs any, but for other threads' during work on many elements.
 class Memory {
@@ -122,7 +129,46 @@ class Memory {
         return written;
     }
 
+    // Takes the norm of each tensor and scales it to its own limit; with one thread while it is in the cache.
+    //
+    // Args:
+    //     limits: gets what each was multiplied by.
+    //     eps: as for scalars.clip_coef.
+    void clip_each(Read Loops::* loop, double* limits, double eps, double* norms) {
+        prepare();
+        // Where tensors overlap, or several threads share one, all are measured before any is scaled.
+        const bool in_turn = threads_ == 1 && !overlaps();
+        const WithoutGil unlocked(elements_);
+        if (!in_turn) reduce(first(), last(), loop, false, 1.0);
+        Place from = first();
+        for (size_t i = 0; i < parts_.size(); ++i) {
+            const Place to = {i + 1, 0, from.chunk + chunks_of(parts_[i])};
+            if (in_turn) reduce(from, to, loop, false, 1.0);
+            norms[i] = norm_from(fold(from, to, loop == &Loops::largest), from, to, loop, false);
+            limits[i] = clip_coef_of(limits[i], norms[i], eps);
+            if (in_turn) scale_backwards(i, limits[i]);
+            from = to;
+        }
+        if (in_turn) return;
+        if (threads_ > 1 && overlaps()) threads_ = 1;
+        run(first(), last(),
+            [&](Place place, size_t n) { scale(parts_[place.part], place.start, n, limits[place.part]); });
+    }
+
   private:
+    void scale(const Layout& layout, size_t start, size_t n, double clip_coef) const {
+        if (clip_coef == 1.0) return;
+        const Write inner = loops_[layout.dtype].scale;
+        visit<true>(layout, start, n, [&](char* x, size_t length) { return inner(x, length, clip_coef); });
+    }
+
+    // From the last chunk to the first: what was read last may still be in the cache.
+    void scale_backwards(size_t part, double clip_coef) const {
+        const Layout& layout = parts_[part];
+        for (size_t chunk = chunks_of(layout); chunk-- > 0;)
+            scale(layout, chunk * kChunk, std::min(kChunk, layout.count - chunk * kChunk), clip_coef);
+    }
+
     static size_t chunks_of(const Layout& layout) { return (layout.count + kChunk - 1) / kChunk; }
 
     // Decides, by the number of elements, which loops to run and how many threads.

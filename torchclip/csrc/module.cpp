@@ -19,10 +19,12 @@
 //     scalar.h      0-dim tensors
 //     functions.h   the functions of torch's names, where nothing is unusual
 //     batch.h       the Python type `Batch`, for all other calls
+//     rows.h        rows: norms, and units clipped relative to weights
+//     examples.h    gradients of single examples: norms, and their clipped sum
 //     marks.h       whether gradients are still what they were
 //     step_ways.h   how the gradients of a usual step are clipped
 //     step_hooks.h  hooks for the usual step of optimizers
-#include "batch.h"
+#include "examples.h"
 #include "step_hooks.h"
 
 namespace {
@@ -148,6 +150,10 @@ PyMethodDef module_methods[] = {
      "connect_steps(tensor, graph_task_id): what the hooks of optimizers need of torch"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
+    {"units", new_units, METH_O, "units(parameters): the Units of those that have a gradient"},
+    {"clip_examples", function(clip_examples), METH_FASTCALL,
+     "clip_examples(grads, sums, max_norm): puts the sums of clipped examples into sums; how many were clipped, or "
+     "None"},
     {"disable", disable, METH_NOARGS, "disable(): off until the enable() that belongs to it"},
     {"enable", enable, METH_NOARGS, "enable(): on, once it was called as often as disable()"},
     {"is_enabled", is_enabled, METH_NOARGS, "is_enabled(): whether it is on"},
@@ -173,8 +179,9 @@ PyModuleDef module_definition = {PyModuleDef_HEAD_INIT,
 PyMODINIT_FUNC PyInit__kernel() {
     use_instruction_set(nullptr);
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
+    units_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&units_spec));
     PyObject* const module = PyModule_Create(&module_definition);
-    if (batch_type == nullptr || module == nullptr || !add_step_types(module)) return nullptr;
+    if (units_type == nullptr || batch_type == nullptr || module == nullptr || !add_step_types(module)) return nullptr;
     Py_INCREF(batch_type);
     if (PyModule_AddObject(module, "Batch", reinterpret_cast<PyObject*>(batch_type)) < 0) return nullptr;
     return module;

@@ -1,0 +1,222 @@
+"""Clipping row by row, tensor by tensor and example by example, with and without the kernel."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers import DTYPES, as_numpy, assert_same_up_to_rounding, bits, randn, with_gradients
+from torch import Tensor, nn
+
+import torchclip
+from torchclip import kernel, reference
+from torchclip._core import native
+
+GUARD = 7.0
+needs_kernel = pytest.mark.skipif(native.extension is None, reason="the kernel is off")
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def with_gaps(tensor: Tensor) -> Tensor:
+    memory = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), GUARD, dtype=tensor.dtype)
+    view = memory[..., : 2 * tensor.shape[-1] : 2]
+    return view.copy_(tensor)
+
+
+def every_second_row(tensor: Tensor) -> Tensor:
+    memory = torch.full((2 * len(tensor), *tensor.shape[1:]), GUARD, dtype=tensor.dtype)
+    return memory[::2].copy_(tensor)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+LAYOUTS = [as_it_is, transposed, with_gaps, every_second_row, channels_last]
+SHAPES = [(7,), (5, 17), (4, 3, 3, 3), (2, 2000), (3, 20_000), (70, 33), (6, 1)]
+
+RULES: dict[str, Callable[[Any, float], Any]] = {
+    "adaptive": lambda parameters, order: torchclip.clip_grad_adaptive_(parameters, 0.5, 1e-3, order),
+    "per parameter": lambda p, order: torchclip.clip_grad_norm_per_parameter_(p, 3.0, order),
+    "RMS": lambda parameters, _: torchclip.clip_grad_rms_(parameters, 0.9),
+}
+
+
+def parameters_of(dtype: torch.dtype, layout: Callable[[Tensor], Tensor], shapes: Any = SHAPES) -> list[Any]:
+    """Parameters and gradients, of which some units have to be clipped, and some hold what is not finite."""
+    parameters = []
+    for i, shape in enumerate(shapes):
+        gradient = randn(*shape, dtype=dtype, seed=i)
+        gradient[:1] *= 0.01
+        if i == 2:
+            gradient[-1].view(-1)[0] = math.nan
+            gradient[0].zero_()
+        parameter = nn.Parameter(layout(randn(*shape, dtype=dtype, seed=i + 50)))
+        parameter.grad = layout(gradient)
+        parameters.append(parameter)
+    return parameters
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", [2.0, 1.0, math.inf, 3.0])
+def test_kernel_and_torch_operations_agree(
+    dtype: torch.dtype, layout: Callable[[Tensor], Tensor], order: float
+) -> None:
+    for rule in RULES.values():
+        ours, others = parameters_of(dtype, layout), parameters_of(dtype, layout)
+        found = rule(ours, order)
+        with kernel.disabled():
+            expected = rule(others, order)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+        for a, b in zip(ours, others, strict=True):
+            torch.testing.assert_close(
+                torch.view_as_real(a.grad) if dtype.is_complex else a.grad,
+                torch.view_as_real(b.grad) if dtype.is_complex else b.grad,
+                rtol=max(3 * torch.finfo(dtype).eps, 1e-13),
+                atol=1e-7 if dtype is torch.float16 else 0,
+                equal_nan=True,
+            )
+            memory = a.grad if a.grad._base is None else a.grad._base
+            if layout in (with_gaps, every_second_row):
+                assert memory.eq(GUARD).sum() >= memory.numel() - a.grad.numel()
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", RULES)
+def test_the_same_bits_for_any_threads_and_instructions(name: str, threads: None) -> None:
+    results = []
+    try:
+        for number, instructions in itertools.product((1, 2, 5), _instruction_sets()):
+            torch.set_num_threads(number)
+            native.extension.select(instructions)
+            parameters = parameters_of(torch.float32, as_it_is, [*SHAPES, (600, 300)])
+            RULES[name](parameters, 2.0)
+            results.append([bits(p.grad) for p in parameters])
+    finally:
+        native.extension.select(None)
+    assert all(result == results[0] for result in results)
+
+
+def _instruction_sets() -> Iterator[str]:
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            native.extension.select(name)
+        except ValueError:
+            continue
+        yield name
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+class TestMemoryThatIsShared:
+    def test_gradients_that_overlap_are_measured_before_any_is_changed(self) -> None:
+        for name, rule in RULES.items():
+            memory = torch.arange(1.0, 31.0)
+            expected = memory.clone()
+            views = [memory[:20].view(4, 5), memory[10:].view(4, 5)]
+            copies = [expected[:20].clone().view(4, 5), expected[10:].clone().view(4, 5)]
+            apart = with_gradients(copies, [torch.ones(4, 5)] * 2)
+            rule(apart, 2.0)
+            # Each overlapping element is multiplied by both numbers.
+            rule(with_gradients(views, [torch.ones(4, 5)] * 2), 2.0)
+            first = apart[0].grad.view(-1)[10:] / expected[10:20]
+            second = apart[1].grad.view(-1)[:10] / expected[10:20]
+            torch.testing.assert_close(memory[10:20], expected[10:20] * first * second, msg=name)
+            torch.testing.assert_close(memory[:10], apart[0].grad.view(-1)[:10], msg=name)
+
+    def test_a_gradient_in_the_memory_of_the_weights(self) -> None:
+        weight = nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+        weight.grad = weight.detach()
+        torchclip.clip_grad_adaptive_(weight, 0.5)
+        torch.testing.assert_close(weight.detach(), torch.tensor([[1.5, 2.0], [0.15, 0.2]]))
+
+    def test_a_shared_gradient_gets_the_smallest_of_its_numbers(self) -> None:
+        gradient = torch.full((2, 2), 3.0)
+        parameters = with_gradients([gradient] * 2, [torch.ones(2, 2), torch.full((2, 2), 2.0)])
+        torchclip.clip_grad_adaptive_(parameters, 0.1)
+        torch.testing.assert_close(gradient, torch.full((2, 2), 0.1))
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+def test_only_what_is_changed_has_a_new_version() -> None:
+    small, large = with_gradients([torch.full((2, 2), 1e-6), torch.ones(2, 2)], [torch.ones(2, 2)] * 2)
+    for rule in RULES.values():
+        before = bits(small.grad)
+        versions = small.grad._version, large.grad._version
+        large.grad.fill_(9.0)
+        rule([small, large], 2.0)
+        assert bits(small.grad) == before
+        assert small.grad._version == versions[0]
+        assert large.grad._version > versions[1] + 1
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+def test_one_sparse_parameter_beside_dense_ones() -> None:
+    dense, sparse = with_gradients(
+        [torch.full((2, 2), 3.0), torch.full((3, 2), 3.0)], [torch.ones(2, 2), torch.ones(3, 2)]
+    )
+    sparse.grad = sparse.grad.to_sparse(1)
+    torchclip.clip_grad_adaptive_([dense, sparse], 0.1)
+    torch.testing.assert_close(dense.grad, torch.full((2, 2), 0.1))
+    torch.testing.assert_close(sparse.grad.to_dense(), torch.full((3, 2), 0.1))
+    dense.grad.fill_(3.0)
+    sparse.grad = torch.full((3, 2), 3.0).to_sparse()
+    with pytest.raises(TypeError, match="gradient 1 of shape"):
+        torchclip.clip_grad_adaptive_([dense, sparse], 0.1)
+    assert dense.grad.eq(3).all()
+
+
+EXAMPLES = 9
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_examples_in_any_layout(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    shapes: Sequence[tuple[int, ...]] = [
+        (EXAMPLES,),
+        (EXAMPLES, 5, 3, 3),
+        (EXAMPLES, 2, 3000),
+        (EXAMPLES, 40),
+    ]
+    # All positive, so that no digits cancel out.
+    grads = [layout(randn(*shape, dtype=dtype, seed=i).abs().to(dtype)) for i, shape in enumerate(shapes)]
+    before = [bits(grad) for grad in grads]
+    norms = torch.stack([grad.reshape(EXAMPLES, -1).abs().double().norm(dim=1) for grad in grads]).norm(dim=0)
+    limit = float(norms.sort().values[3:5].mean())
+    sums, clipped = torchclip.clip_per_example(grads, limit)
+    expected, number = reference.clip_per_example([as_numpy(grad) for grad in grads], limit)
+    assert clipped == number == 5
+    for ours, twin in zip(sums, expected, strict=True):
+        assert ours.dtype is dtype
+        assert_same_up_to_rounding(ours, twin)
+    assert [bits(grad) for grad in grads] == before
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+def test_examples_that_stand_for_conjugates() -> None:
+    grads = randn(4, 3, dtype=torch.complex64)
+    for lazy, expected in ((grads.conj(), grads.conj().resolve_conj()), (grads.conj().imag, -grads.imag)):
+        sums, _ = torchclip.clip_per_example([lazy], math.inf)
+        torch.testing.assert_close(sums[0], expected.sum(0))
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+def test_no_examples_and_no_elements() -> None:
+    sums, clipped = torchclip.clip_per_example([torch.ones(0, 3), torch.ones(0)], 1.0)
+    assert [each.tolist() for each in sums] == [[0.0] * 3, 0.0]
+    assert clipped == 0
+    sums, clipped = torchclip.clip_per_example([torch.ones(2, 0), torch.full((2,), 3.0)], 1.0)
+    assert sums[0].shape == (0,)
+    assert clipped == 2
