@@ -31,6 +31,7 @@ struct Batch {
     }
 
     bool gather(PyObject* iterable, bool take_grad) {
+        tensors.expect(iterable);
         const bool gathered = collect_any(iterable, [&](Ref item) {
             if (!check(item, take_grad ? "parameters" : "tensors")) return false;
             if (take_grad) return tensors.take_gradient(item);

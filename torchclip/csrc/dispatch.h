@@ -2,10 +2,37 @@
 #pragma once
 
 #include <cstring>
+#include <initializer_list>
 
 #include "loops.h"
 
+#ifdef HAVE_X86_TARGETS
+#include <cpuid.h>
+#endif
+
 namespace {
+
+#ifdef HAVE_X86_TARGETS
+// What the processor can do, and the operating system saves of its registers.  Asked directly, as some toolchains
+// answer no to every __builtin_cpu_supports.
+struct Processor {
+    bool has_avx2 = false, has_avx512 = false;
+
+    Processor() {
+        unsigned a, b, c, d;
+        if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+        const bool has_fma = c >> 12 & 1, has_xgetbv = c >> 27 & 1, has_avx = c >> 28 & 1;
+        if (!has_fma || !has_xgetbv || !has_avx || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+        const auto has = [b](std::initializer_list<int> bits) {
+            return std::all_of(bits.begin(), bits.end(), [b](int bit) { return (b >> bit & 1) != 0; });
+        };
+        unsigned saved, upper;
+        __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+        has_avx2 = (saved & 0x06) == 0x06 && has({5});                             // SSE and AVX registers; AVX2
+        has_avx512 = has_avx2 && (saved & 0xe0) == 0xe0 && has({16, 17, 30, 31});  // F, DQ, BW, VL
+    }
+};
+#endif
 
 // By row of the table of dtypes: for many elements, and for few.
 Loops loops_of[kDtypeCount], loops_of_few[kDtypeCount];
@@ -33,17 +60,14 @@ template <template <class, size_t> class Set, class... Rows> void spare_few(Dtyp
 bool use_instruction_set(const char* name) {
     const auto wanted = [name](const char* set) { return name == nullptr || std::strcmp(name, set) == 0; };
 #ifdef HAVE_X86_TARGETS
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && wanted("avx512")) {
+    static const Processor processor;
+    if (processor.has_avx512 && wanted("avx512")) {
         use_loops<Avx512>(Dtypes());
         if (name == nullptr) spare_few<Avx2>(Dtypes());
         instruction_set = "avx512";
         return true;
     }
-    if (has_avx2 && wanted("avx2")) {
+    if (processor.has_avx2 && wanted("avx2")) {
         use_loops<Avx2>(Dtypes());
         instruction_set = "avx2";
         return true;

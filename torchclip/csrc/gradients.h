@@ -25,6 +25,11 @@ class Tensors {
     // Whether one is there several times, be it of several parameters or of one that came several times.
     bool has_repeated() const { return found_ > all_.size(); }
 
+    // To come from a list of so many items, if it is one.
+    void expect(PyObject* given) {
+        if (PyList_CheckExact(given)) all_.reserve(size_t(PyList_Size(given)));
+    }
+
     // Takes a tensor; or a parameter's gradient if it is there.  False, with an error set, if that cannot be read.
     void take(Ref tensor) { all_.take(std::move(tensor)); }
     bool take_gradient(PyObject* parameter) {
@@ -104,6 +109,7 @@ class Gradients {
     // Adds the gradients of what a call was given; or those of an optimizer, and of others that step with it.  With an
     // error set if code of the user's raised it, where a gradient was read.
     bool add(PyObject* parameters) {
+        tensors_.expect(parameters);
         return added(collect(parameters, [this](const Ref& item) { return add_one(item); }));
     }
     bool add_optimizer(PyObject* optimizer) {

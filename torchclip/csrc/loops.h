@@ -13,12 +13,12 @@ constexpr size_t kLanes = 32;
 // Calls visit(i, lane) for every element i of x, and has the memory fetched that is needed soon, into the second cache.
 // Left alone, processors look ahead as far as their queue of instructions reaches, which is not far where every element
 // takes several of them.  A short x is used up before anything fetched could arrive.
-constexpr size_t kAhead = 6 * 1024, kCacheLine = 64;  // bytes
+constexpr size_t kPrefetchDistance = 6 * 1024, kCacheLine = 64;  // bytes
 template <class T, class Visit> INLINE void for_each(const T* x, size_t n, Visit visit) {
     size_t i = 0;
 #ifdef __GNUC__
-    for (; n * sizeof(T) > kAhead && i + kLanes <= n; i += kLanes) {
-        const uintptr_t ahead = reinterpret_cast<uintptr_t>(x + i) + kAhead;
+    for (; n * sizeof(T) > kPrefetchDistance && i + kLanes <= n; i += kLanes) {
+        const uintptr_t ahead = reinterpret_cast<uintptr_t>(x + i) + kPrefetchDistance;
         for (size_t byte = 0; byte < kLanes * sizeof(T); byte += kCacheLine)
             __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, 2);
         for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
@@ -84,7 +84,7 @@ template <class T> INLINE void scale(T* x, size_t n, double clip_coef) {
 
 // Memory that is not written costs half as much: these loops look at so many numbers before they write any, and tell
 // whether they have.
-constexpr size_t kStretch = 256;
+constexpr size_t kBlock = 256;
 
 // A number brought into [-top, top]; nan stays, to the bit, and so does the sign of 0.  Written like this, each of the
 // two comparisons is one instruction.
@@ -105,21 +105,21 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
     const Int top = limit > widen(bit_cast<T>(largest)) ? Bits<T>::infinity : magnitude(narrow<T>(limit));
     Int beyond = 0;
     bool written = false;
-    for (size_t start = 0; start < n; start += kStretch) {
-        T* const stretch = x + start;
-        const size_t length = std::min(kStretch, n - start);
-        if (!beyond) {  // where one stretch is written, the next will be
-            for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(stretch[i]) > top);
+    for (size_t start = 0; start < n; start += kBlock) {
+        T* const block = x + start;
+        const size_t length = std::min(kBlock, n - start);
+        if (!beyond) {  // where one block is written, the next will be
+            for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(block[i]) > top);
             if (!beyond) continue;
         }
         written = true;
         beyond = 0;
         for (size_t i = 0; i < length; ++i) {
-            beyond |= Int(magnitude(stretch[i]) > top);
+            beyond |= Int(magnitude(block[i]) > top);
             if constexpr (kByBits || sizeof(T) < sizeof(float))
-                stretch[i] = limited_by_bits(stretch[i], bit_cast<T>(top));
+                block[i] = limited_by_bits(block[i], bit_cast<T>(top));
             else
-                stretch[i] = limited(stretch[i], bit_cast<T>(top));
+                block[i] = limited(block[i], bit_cast<T>(top));
         }
     }
     return written;
@@ -151,14 +151,14 @@ template <size_t parts, class T> INLINE size_t count_finite(const T* x, size_t n
 // Puts 0 in place of each such element that is not.
 template <size_t parts, class T> INLINE bool zero_nonfinite(T* x, size_t n) {
     bool written = false;
-    for (size_t i = 0; i < n; i += kStretch) {
-        T* const stretch = x + i;
-        const size_t length = std::min(kStretch, n - i);
-        if (count_finite<parts>(stretch, length) == length) continue;
+    for (size_t i = 0; i < n; i += kBlock) {
+        T* const block = x + i;
+        const size_t length = std::min(kBlock, n - i);
+        if (count_finite<parts>(block, length) == length) continue;
         written = true;
         for (size_t j = 0; j < length; j += parts)
-            if (!(is_finite(stretch[j]) && is_finite(stretch[j + parts - 1])))
-                std::memset(static_cast<void*>(stretch + j), 0, parts * sizeof(T));
+            if (!(is_finite(block[j]) && is_finite(block[j + parts - 1])))
+                std::memset(static_cast<void*>(block + j), 0, parts * sizeof(T));
     }
     return written;
 }

@@ -29,9 +29,9 @@ struct Row {
 
 // What all of them know.
 struct RoundState {
-    PyObject_HEAD PyObject* clip_to;   // what a usual round is clipped to,
-    Way way;                           // and so how
-    PyObject* members;                 // a tuple
+    PyObject_HEAD PyObject* clip_to;  // what a usual round is clipped to,
+    Way way;                          // and so how
+    PyObject* members;                // a tuple
     PyObject* loss;
     PyObject* pending;       // where the history has rows put,
     PyObject* full;          // and what to call when there are many
