@@ -36,7 +36,7 @@ def connect(
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
-        watchers: each is true if somebody may see operations; with any there is no short way.
+        watchers: each is true if somebody may see operations; with any the kernel takes nothing.
         is_inference_mode_enabled: says whether tensors that are made now can only be used in that mode.
         strided: ``torch.strided``, the layout of dense tensors.
         forward_ad: the names of ``torch.autograd.forward_ad``; likewise while its ``_current_level`` is at
@@ -65,8 +65,8 @@ def clip_grad_norm(
 ) -> Tensor | None:
     """The usual call of ``torchclip.clip_grad_norm_`` in one go: what it returns, to the bit.
 
-    None for any other call, with nothing changed: then the full way has to be taken, with its errors.
-    ``short_way.h`` says what is usual.  A module, and a generator of ``Module.parameters`` that was not
+    None for any other call, with nothing changed: then a ``Batch`` has to be made, with its errors.
+    ``functions.h`` and ``gradients.h`` say what is usual.  A module, and a generator of ``Module.parameters`` that was not
     started, are walked where that is sure to give the same parameters; the generator is used up then.
     """
 
