@@ -45,12 +45,25 @@ class Training:
         self.backward()
         grads = [p.grad for p in parameters if p.grad is not None]
         self.max_norm = (1e-3 if clips else 1e3) * float(torchclip.get_total_norm(grads))
+        self.clipper = torchclip.Clipper(self.optimizers, self.max_norm)
+        self._registered = [
+            hooks
+            for o in self.optimizers
+            for hooks in (o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks)
+        ]
+        self._kept = [dict(hooks) for hooks in self._registered]
 
     def backward(self) -> None:
         """Everything of a training step that comes before clipping."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.model(self.inputs).square().mean().backward()
+
+    def put_on(self, there: bool) -> None:
+        """Put the Clipper's hooks on the optimizers, or take them off, outside of what is timed."""
+        for hooks, kept in zip(self._registered, self._kept, strict=True):
+            hooks.clear()
+            hooks.update(kept if there else {})  # type: ignore[arg-type]
 
     def step(self, clip: Callable[[], object] | None) -> float:
         """The seconds that clipping and both steps take."""
@@ -76,12 +89,8 @@ def measure(name: str, clips: bool, rounds: int) -> dict[str, list[float]]:
     with without_garbage_collection():
         for i in range(WARM_UP + rounds):
             for contender in order.sample(list(contenders), len(contenders)):
-                clipper = None
-                if contender == OURS:
-                    clipper = torchclip.Clipper(training.optimizers, training.max_norm)
+                training.put_on(contender == OURS)
                 taken = training.step(contenders[contender])
-                if clipper is not None:
-                    clipper.detach()
                 if i >= WARM_UP:
                     seconds[contender].append(taken)
     return seconds

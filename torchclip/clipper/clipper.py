@@ -39,7 +39,7 @@ _clipped_optimizers: WeakSet[Optimizer] = WeakSet()
 
 
 class Clipper:
-    r"""Clips the gradients of an optimizer before every step it takes.
+    r"""Clips the gradients of an optimizer, or of several that step together, before every step.
 
     Create it once, then only call ``optimizer.step()``:
 
@@ -52,6 +52,12 @@ class Clipper:
     coefficient as their ``grad_scale`` and scale the gradients during their step, which saves a pass over
     them.  Afterwards ``p.grad`` is the clipped gradient as usual, up to the rounding of that float32 number.
 
+    Optimizers that step together on the gradients of one backward pass, such as Muon and AdamW, are passed as
+    a list: ``Clipper([muon, adamw], max_norm=1.0)``.  The first of them to step clips the gradients of all;
+    the others step with what was clipped.  There is one record for each such round.  It ends when every
+    optimizer has stepped, when one steps again, or when one that has stepped has a new gradient.  Optimizers
+    that step during a backward pass are clipped each by itself, and recorded together at its end.
+
     A parameter group may have its own ``max_norm``.  The group is then clipped by itself, to that threshold.
     ``None`` measures the group and does not clip it.  Like a learning rate, it may change during training:
 
@@ -60,6 +66,8 @@ class Clipper:
 
     Copies and pickles of the optimizer do not clip, as they have no hooks.  Attach a new clipper to them, and
     load the old one's ``state_dict``.  The clipper itself can be neither copied nor pickled.
+
+    The optimizers keep the Clipper by their hooks.  It keeps neither them nor the model.
 
     If a GradScaler skips a step, it does not call an unfused optimizer, so the clipper has no record of that
     step; a fused optimizer is called, and the step is recorded as skipped.  A step that ends in an exception
@@ -115,7 +123,8 @@ class Clipper:
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
         ValueError: if ``max_norm`` is negative or NaN; if ``scope`` or ``nonfinite`` is unknown; if the
-            optimizer already has a clipper; if steps of LBFGS are to be skipped, which cannot be skipped
+            optimizer already has a clipper, or is there twice; if ``model`` has none of its parameters; if
+            LBFGS is one of several optimizers; if steps of LBFGS are to be skipped, which cannot be skipped
             half-way; if ``group`` is combined with ``"parameter"``; if a policy other than ``"propagate"`` is
             combined with a ``norm_type`` of 0 or less, whose norm may be finite if a gradient is not.
 

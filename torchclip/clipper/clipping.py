@@ -78,6 +78,8 @@ class Clipping:
         # Of the round that is open: whether it is skipped, and what fused steps have yet to divide by.
         self._skipped: bool | Tensor = False
         self._divisors: dict[int, Tensor] = {}
+        # Who has let a round pass without a step: its gradients may be added to, so they are clipped at once.
+        self._seldom: set[int] = set()
 
     def begin(self, index: int) -> None:
         """Take note of what a GradScaler has set for the step that begins, as it may end in an exception."""
@@ -265,6 +267,7 @@ class Clipping:
     def end(self) -> None:
         """Multiply what an optimizer did not step with in this round, if nothing else has changed it."""
         divisors, self._divisors, self._skipped = self._divisors, {}, False
+        self._seldom.update(divisors)
         for index, divisor in divisors.items():
             member = self._steps[index].member
             if not member.changed():
@@ -328,7 +331,7 @@ class Clipping:
         }
         self.not_fused = reasons[index]
         divisor = None
-        fused_ones = [i for i, reason in reasons.items() if reason is None]
+        fused_ones = [i for i, reason in reasons.items() if reason is None and i not in self._seldom]
         if fused_ones:
             divisor = fused.divisor(look.parts[0].clip_coefs[0], look.grad_scale)
             if divisor is None:
