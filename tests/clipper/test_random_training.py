@@ -9,10 +9,12 @@ is SGD, of two lines.  A run that fails prints what it did.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchclip import Clipper, Percentile, ZScore, reference
+from torchclip import Clipper, Percentile, RollingSigma, ZScore, reference
 from torchclip.history import Record
 
 INF = math.inf
@@ -68,6 +71,14 @@ LEARNED: dict[str, tuple[Callable[[], Any], Callable[[list[float]], Any]]] = {
     "zscore": (
         lambda: ZScore(warmup=3, threshold=1.0),
         lambda norms: reference.zscore_thresholds(norms, warmup=3, threshold=1.0),
+    ),
+    "percentile of a window": (
+        lambda: Percentile(60.0, window=3),
+        lambda norms: reference.percentile_thresholds(norms, 60.0, window=3),
+    ),
+    "rolling sigma": (
+        lambda: RollingSigma(sigma=1.0, window=4, warmup=2),
+        lambda norms: reference.rolling_sigma_thresholds(norms, sigma=1.0, window=4, warmup=2),
     ),
     "twice the mean": (TwiceTheMean, twice_the_mean),
 }
@@ -279,7 +290,25 @@ class Training:
         self.say(f"{'freeze' if frozen else 'thaw'} group {i}")
 
     def save_and_load(self) -> None:
-        state = json.loads(json.dumps(self.clipper.state_dict()))
+        before, way = self.clipper, self.rng.choice(["json", "torch.save", "dcp"])
+        state = json.loads(json.dumps(before.state_dict()))
+        if way == "torch.save":
+            file = io.BytesIO()
+            torch.save(before.state_dict(), file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+        with tempfile.TemporaryDirectory() as folder:
+            if way == "dcp":
+                dcp.save({"clipper": before}, checkpoint_id=folder, no_dist=True)
+            self.renew_clipper()
+            if way == "dcp":
+                dcp.load({"clipper": self.clipper}, checkpoint_id=folder, no_dist=True)
+            else:
+                self.clipper.load_state_dict(state)
+        self.say(f"save and load by {way}")
+
+    def renew_clipper(self) -> None:
+        """Make another one, for the same optimizer or for a new one."""
         if self.rng.random() < 0.5:
             self.clipper.detach()
         else:
@@ -295,8 +324,6 @@ class Training:
             self.optimizer.load_state_dict(saved)
             self.unscaled = False
         self.clipper = self.new_clipper()
-        self.clipper.load_state_dict(state)
-        self.say("save and load")
 
     def ask_norms(self) -> None:
         norms = self.clipper.norms()
@@ -593,6 +620,7 @@ def broken(optimizer: torch.optim.Optimizer, what: str) -> Iterator[None]:
             hook.remove()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch")  # of DCP
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("seeds", [range(i, i + 15) for i in range(0, 120, 15)], ids=str)

@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, get_args
 from weakref import WeakSet, ref
 
@@ -215,6 +216,7 @@ class Clipper:
             on_clip,
         )
         self._sets: list[str] = []
+        self._learning: list[str] = []
         self._owner: str | None = None
         self._know_sets()
         self._follow(self._round.history)
@@ -310,7 +312,8 @@ class Clipper:
         None if ``max_norm`` is a number or a callable.  Read-only.
         """
         self._know_sets()
-        return self._rule.thresholds
+        learned = self._rule.thresholds
+        return MappingProxyType({name: learned[name] for name in self._learning if name in learned})
 
     def norms(self) -> dict[str, float]:
         """The norm of each gradient as it is now, by the name of its parameter, largest first.
@@ -439,8 +442,9 @@ class Clipper:
             groups = groups_of(optimizers)
             names = self._names.of_sets(groups) if self._scope == "parameter" else {}
             self._sets = set_names(groups, self._scope, names)
+            self._rule.add(self._sets)  # also of groups with a threshold of their own, which may go
             learning = [group for group in groups if "max_norm" not in group.values]
-            self._rule.add(set_names(learning, self._scope, names))
+            self._learning = set_names(learning, self._scope, names)
             self._owner = saved.owner(optimizers, self._names)
             self._round.history.eps_limits = eps_limits(optimizers) if self._scope == "global" else ()
         if self._spikes is not None:
