@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dtensors import assert_agreed, collectives_of, parameter, split
+from dtensors import assert_agreed, parameter, split
 from helpers import bits, last_of, randn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torchclip
 from torchclip._core import collectives
-from torchclip.clipper import Scope
 
 INF = math.inf
 ORDERS = (0, 1, 2, 3, INF, -1)
@@ -139,21 +138,6 @@ def check_a_dispatch_mode_on_one_rank() -> None:
             else:
                 norm = torchclip.get_total_norm(grads[:2], order)
             assert_agreed(norm)
-
-
-def check_parameter_groups_take_one_exchange() -> None:
-    """Two messages for 24 parameter groups, each with a norm of its own."""
-    mesh = init_device_mesh("cpu", (4,))
-    fulls = [randn(8, 5, seed=i) for i in range(24)]
-    parameters = [parameter(split(full, mesh, Shard(0))) for full in fulls]
-    scopes: list[Scope] = ["group", "parameter"]
-    for scope in scopes:
-        optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.0)
-        with torchclip.Clipper(optimizer, INF, scope=scope):
-            assert len(collectives_of(optimizer.step)) == 2
-    for p, full in zip(parameters, fulls, strict=True):
-        assert torch.equal(p.grad.full_tensor(), full)
-        assert isinstance(p.grad, DTensor)
 
 
 def check_copies_that_a_group_counts_several_times() -> None:

@@ -28,7 +28,17 @@ FSDP2 = TORCH >= (2, 7)
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0
 # What is imported before the ranks are forked, and so only once.
-PRELOADED = ["copies_checks", "distributed_checks", "in_step_checks", "clipper_rank_checks", "torch._dynamo"]
+PRELOADED = [
+    "clipper_rank_checks",
+    "copies_checks",
+    "exchange_checks",
+    "in_step_checks",
+    "mesh_checks",
+    "model_checks",
+    "norm_checks",
+    "training_checks",
+    "torch._dynamo",
+]
 Check = Callable[[], None]
 
 

@@ -10,9 +10,23 @@ import torch.distributed as dist
 from helpers import bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-__all__ = ["assert_agreed", "collectives_of", "parameter", "placed", "split"]
+import torchclip
+
+__all__ = [
+    "addends",
+    "assert_agreed",
+    "assert_same",
+    "collectives_of",
+    "compare",
+    "global_norm",
+    "parameter",
+    "placed",
+    "split",
+    "whole",
+    "with_norm",
+]
 
 
 def placed(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
@@ -62,3 +76,61 @@ def collectives_of(call: Callable[..., Any]) -> list[str]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call()
     return [event.name for event in profile.events() if event.name.startswith("gloo:")]
+
+
+def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
+    """A DTensor that has this value once the ranks' addends are reduced."""
+    where = [Replicate() if p.is_partial() else p for p in placements]
+    held = split(full, mesh, *where).to_local().clone()
+    for dim, placement in enumerate(placements):
+        if isinstance(placement, Partial):
+            # Powers of two: exact in every dtype.
+            ranks, place = mesh.size(dim), mesh.get_local_rank(dim)
+            shares = [2.0**-i for i in range(1, ranks)] + [2.0 ** (1 - ranks)]
+            held = held * (shares[place] * (ranks if placement.reduce_op == "avg" else 1))
+    return DTensor.from_local(held, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    # The product with the coefficient is rounded once, that of each addend too: the last digit may differ.
+    pending = isinstance(actual, DTensor) and any(p.is_partial() for p in actual.placements)
+    rtol = max(torch.finfo(actual.dtype).eps, 1e-14) * (4 if pending else 1)
+    torch.testing.assert_close(whole(actual), expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+def compare(fulls: Sequence[Tensor], grads: Sequence[Tensor], clip: Callable[..., Any]) -> None:
+    """The same result and the same gradients as of the full tensors, and the same result on every rank."""
+    oracle = [parameter(full.clone()) for full in fulls]
+    parameters = [parameter(grad) for grad in grads]
+    versions = [grad._version for grad in grads]
+    memory = [grad.to_local().data_ptr() if isinstance(grad, DTensor) else None for grad in grads]
+    expected, actual = clip(oracle), clip(parameters)
+    if expected is not None:
+        assert_agreed(actual)
+        assert actual.dtype == expected.dtype
+        rtol = 1e-12 if actual.dtype == torch.float64 else 0
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=0, equal_nan=True)
+    for full, before, at, grad, p, q in zip(fulls, versions, memory, grads, parameters, oracle, strict=True):
+        assert p.grad is grad
+        assert_same(grad, q.grad)
+        if isinstance(grad, DTensor):
+            assert grad.to_local().data_ptr() == at
+        if not torch.equal(q.grad, full):
+            assert grad._version > before
+
+
+def global_norm(limit: float, order: float | str = 2.0) -> Callable[..., Tensor]:
+    return lambda parameters: torchclip.clip_grad_norm_(parameters, limit, order)
+
+
+def with_norm(limit: float, order: float | str) -> Callable[..., Tensor]:
+    def clip(parameters: list[Any]) -> Tensor:
+        norm = torchclip.get_total_norm([p.grad for p in parameters], order)
+        torchclip.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
+    return clip

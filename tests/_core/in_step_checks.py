@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_helpers import world_of
 from dtensors import parameter, split
 from helpers import randn
 from torch import Tensor
@@ -214,52 +213,6 @@ def check_a_rank_that_is_a_call_ahead() -> None:
         "exchange 1",
         "exchange 2",
     )
-
-
-@world_of(2)
-def check_gather_and_reductions_give_the_same_bits() -> None:
-    """Among few ranks and among many, of all orders, also of what is infinite, NaN or not there."""
-    rank = dist.get_rank()
-    group: Any = dist.group.WORLD
-    generator = torch.Generator().manual_seed(0)
-    for order in (0.0, 0.5, 1.0, 2.0, 3.0, -1.0, -2.5, 100.0, INF, -INF):
-        for count in (1, 3, 9):
-            for _ in range(10):
-                both = 10.0 ** (20 * torch.rand(2, count, generator=generator, dtype=torch.float64) - 10)
-                both = both.ceil() if order == 0 else both
-                odd = torch.tensor([0.0, INF, math.nan, -1.0], dtype=torch.float64)
-                chosen = torch.rand(2, count, generator=generator) < 0.2
-                kinds = torch.randint(4, (2, count), generator=generator)
-                both = torch.where(chosen & (order != 0), odd[kinds], both)
-                results = []
-                for many in (2, 3):
-                    with pytest.MonkeyPatch.context() as patch:
-                        patch.setattr(collectives, "MANY", many)
-                        call = collectives.Call(collectives.Kind.MEASURE, order, facts=1 << 2 * rank)
-                        norms, _ = collectives.exchange(group, both[rank].tolist(), (), call, "cpu")
-                        call.finish()
-                        assert call.facts == 0b101
-                        results.append(torch.tensor(norms, dtype=torch.float64).view(torch.int64))
-                assert torch.equal(*results)
-                for norm, pair in zip(results[0].view(torch.float64).tolist(), both.T.tolist(), strict=True):
-                    expected = exactly([n for n in pair if not n < 0], order)
-                    assert norm == pytest.approx(expected, rel=1e-13, nan_ok=True)
-
-
-def exactly(norms: list[float], order: float) -> Any:
-    """The joint norm of a few, as the book would write it."""
-    if not norms:
-        return -1.0
-    if any(map(math.isnan, norms)):
-        return math.nan
-    if math.isinf(order):
-        return max(norms) if order > 0 else min(norms)
-    if order == 0:
-        return sum(norms)
-    leading = max(norms) if order > 0 else min(norms)
-    if leading in (0, INF):
-        return leading
-    return leading * math.fsum((n / leading) ** order for n in norms) ** (1 / order)
 
 
 def check_many_ranks() -> None:

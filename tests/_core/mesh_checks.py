@@ -1,0 +1,229 @@
+"""Checks of gradients on several meshes, of groups, and of gradients that some ranks lack."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from dtensors import (
+    assert_agreed,
+    assert_same,
+    compare,
+    global_norm,
+    parameter,
+    split,
+)
+from helpers import NORM_TYPES, last_of, randn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import torchclip
+
+INF = math.inf
+
+
+def check_gradients_that_some_ranks_lack() -> None:
+    rank = dist.get_rank()
+    mesh, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    for order in (0, 2, INF, -1):
+        fulls = [randn(8, 5, seed=i) for i in range(4)]
+        grads = [split(f, mesh, Shard(0)) for f in fulls[:3]] + [split(fulls[3], grid, Shard(0), Shard(1))]
+        lacking = {0: [1], 1: [0, 2], 2: [0, 1, 2, 3], 3: []}
+        parameters = [parameter(None if i in lacking[rank] else g, like=g) for i, g in enumerate(grads)]
+        # By rows of 2, which is what a rank has of the first three.
+        rows = [slice(2 * r, 2 * r + 2) for r in range(4)]
+        there = [fulls[i][rows[r]] for r in range(4) for i in range(3) if i not in lacking[r]]
+        there += [fulls[3][4 * (r // 2) :][:4].chunk(2, 1)[r % 2] for r in range(4) if 3 not in lacking[r]]
+        norm = torchclip.clip_grad_norm_(parameters, 1.0, order)
+        assert_agreed(norm)
+        assert norm == torchclip.get_total_norm([t.contiguous() for t in there], order)
+        norms = torchclip.clip_grad_norm_per_parameter_(parameters, INF)
+        assert len(norms) == 4 - len(lacking[rank])
+        torchclip.clip_grad_adaptive_(parameters)
+
+
+def check_gradients_that_a_rank_has_none_of() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    p = parameter(None, like=split(randn(8, 5), mesh, Shard(0)))
+    if dist.get_rank() == 2:
+        p.grad = split(randn(8, 5), mesh, Shard(0))
+    norm = torchclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
+    assert_agreed(norm)
+    assert norm == torchclip.get_total_norm(randn(8, 5)[4:6].contiguous())
+
+
+def check_experts_on_meshes_that_only_some_ranks_have() -> None:
+    """One mesh for all, one for each pair of ranks with an expert of its own; ``group`` tells them apart."""
+    rank = dist.get_rank()
+    everyone = init_device_mesh("cpu", (4,))
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    crossing = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    pair = DeviceMesh.from_group(pairs[rank // 2], "cpu")
+    fulls = [randn(8, 5), randn(6, 3, seed=1), randn(6, 3, seed=2)]
+    expert = fulls[1 + rank // 2]
+    for order, experts_first in itertools.product((0, 1, 2, INF, -INF), (False, True)):
+        grads = [split(fulls[0], everyone, Shard(0)), split(expert, pair, Shard(0))]
+        if experts_first:
+            grads.reverse()
+        own = torchclip.get_total_norm(grads, order)
+        assert_agreed(own, pairs[rank // 2])
+        assert own == torchclip.get_total_norm([fulls[0], expert], order)
+        for group in (dist.group.WORLD, crossing[rank % 2]):
+            norm = torchclip.clip_grad_norm_([parameter(g.clone()) for g in grads], 0.5, order, group=group)
+            assert_agreed(norm)
+            assert norm == torchclip.get_total_norm(fulls, order)
+
+
+def check_experts_that_some_ranks_lack() -> None:
+    rank = dist.get_rank()
+    everyone = init_device_mesh("cpu", (4,))
+    group = dist.new_group([0, 1])
+    fulls = [randn(8, 5), randn(6, 3, seed=1)]
+    grads = [split(fulls[0], everyone, Shard(0))]
+    if rank < 2:
+        grads.append(split(fulls[1], DeviceMesh.from_group(group, "cpu"), Shard(0)))
+    expected = [torchclip.get_total_norm(f) for f in fulls[: len(grads)]]
+    assert torchclip.get_total_norm(grads) == torchclip.get_total_norm(fulls[: len(grads)])
+    norm = torchclip.get_total_norm(grads, group=dist.group.WORLD)
+    assert_agreed(norm)
+    assert norm == torchclip.get_total_norm(fulls)
+    each = torchclip.clip_grad_norm_per_parameter_([parameter(g) for g in grads], INF)
+    assert each.tolist() == [norm.item() for norm in expected]
+
+
+def check_expert_parallel_over_submeshes() -> None:
+    """Dense parameters over all ranks; experts split over ``ep`` and, within it, over ``shard``."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "ep"))
+    dense = init_device_mesh("cpu", (4,))
+    fulls = [randn(9, 5), randn(4, 6, 3, seed=1), randn(4, seed=2), randn(3, 3, seed=3)]
+    grads = [
+        split(fulls[0], dense, Shard(0)),
+        split(fulls[1], root, Shard(1), Shard(0)),
+        split(fulls[2], root["ep"], Shard(0)),
+        split(fulls[3], root["shard"], Replicate()),
+    ]
+    for arrangement in itertools.permutations(range(4)):
+        arranged = [grads[i].clone() for i in arrangement]
+        compare([fulls[i] for i in arrangement], arranged, global_norm(0.5))
+    for order in (0, INF, -INF):
+        compare(fulls, [grad.clone() for grad in grads], global_norm(0.5, order))
+    compare(fulls, grads, lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 0.5))
+
+
+def check_asymmetric_submeshes() -> None:
+    """Ranks meet the dimensions of their mesh in different orders."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    fulls = [randn(6, seed=1), randn(6, 4)]
+    grads = [split(fulls[0], grid["b"], Shard(0))] if dist.get_rank() < 2 else []
+    grads.append(split(fulls[1], grid, Shard(0), Shard(1)))
+    norms = torchclip.clip_grad_norm_per_parameter_([parameter(g) for g in grads], INF)
+    assert norms[-1] == torchclip.get_total_norm(fulls[1])
+
+
+def check_meshes_without_all_ranks() -> None:
+    group = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        full = randn(7, 3)
+        norm = torchclip.clip_grad_norm_([parameter(split(full, mesh, Shard(0)))], 1.0)
+        assert norm == torchclip.get_total_norm(full)
+
+
+def check_pipeline() -> None:
+    """Stages over which parameters are parted, each of them sharded by itself."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    fulls = [randn(7, 5), randn(3, 4, seed=1), randn(4, seed=2), randn(2, seed=3)]
+    stage = root.get_local_rank("pp")
+    mine = fulls[2 * stage : 2 * stage + 2]
+    for order, group in itertools.product(NORM_TYPES, (root.get_group("pp"), dist.group.WORLD)):
+        ways = (Shard(0), Replicate())
+        p = [parameter(split(f, root["dp"], way)) for f, way in zip(mine, ways, strict=True)]
+        oracle = [parameter(f.clone()) for f in fulls]
+        norm = torchclip.clip_grad_norm_(p, 0.5, order, group=group)
+        assert_agreed(norm)
+        assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
+        for each, expected in zip(p, oracle[2 * stage : 2 * stage + 2], strict=True):
+            assert_same(each.grad, expected.grad)
+
+
+def check_parts_made_by_hand() -> None:
+    """Plain tensors over one group of ranks, over two that cross, and a rank without parameters."""
+    rank = dist.get_rank()
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    fulls = [randn(5, 2, seed=i) for i in range(4)]
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    for order, group in itertools.product(NORM_TYPES, (dist.group.WORLD, crossing)):
+        p = parameter(fulls[rank].clone())
+        oracle = [parameter(f.clone()) for f in fulls]
+        norm = torchclip.clip_grad_norm_([p], 0.5, order, group=group)
+        assert_agreed(norm)
+        assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
+        assert_same(p.grad, oracle[rank].grad)
+        without_me = [] if rank == 1 else [fulls[rank]]
+        norm = torchclip.get_total_norm(without_me, order, group=group)
+        assert_agreed(norm)
+        assert norm == torchclip.get_total_norm([f for r, f in enumerate(fulls) if r != 1], order)
+
+
+def check_ranks_agree_on_the_dtype() -> None:
+    """One gradient in float64 on one rank makes the norm float64 on all."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    for group in (dist.group.WORLD, crossing):
+        grad = randn(5, dtype=torch.float64 if rank == 2 else torch.float32, seed=rank)
+        norm = torchclip.clip_grad_norm_([parameter(grad)], 0.5, group=group)
+        assert norm.dtype == torch.float64
+        assert_agreed(norm)
+    for lies in ((mesh, Shard(0)), (grid, Shard(0), Shard(1))):
+        wide = split(randn(8, 4, dtype=torch.float64), *lies)
+        narrow = split(randn(8, 4), *lies)
+        lacking = [parameter(wide if rank == 1 else None, like=wide), parameter(narrow)]
+        norm = torchclip.clip_grad_norm_(lacking, 0.5)
+        assert norm.dtype == torch.float64
+        assert_agreed(norm)
+        norms = torchclip.clip_grad_norm_per_parameter_(lacking, 0.5)
+        assert norms.dtype == torch.float64
+        norm = torchclip.clip_grad_norm_([parameter(None, like=wide), parameter(narrow)], 0.5)
+        assert norm.dtype == torch.float32
+        assert_agreed(norm)
+
+
+def check_ranks_decide_alike_whether_a_fused_step_multiplies() -> None:
+    """What they have in common must not drift apart because of what each has for itself."""
+    mesh = init_device_mesh("cpu", (4,))
+    # The gradient of one rank has gaps, which a fused step would write into.
+    held = torch.ones(1_200_000)[::2] if dist.get_rank() == 3 else torch.ones(600_000)
+    own = parameter(split(torch.ones(2_400_000), mesh, Shard(0)))
+    own.grad = DTensor.from_local(held, mesh, [Shard(0)])
+    common = parameter(split(randn(31, 17), mesh, Replicate()))
+    optimizer = torch.optim.AdamW([common, own], lr=0.1, fused=True)
+    clipper = torchclip.Clipper(optimizer, 0.123)
+    optimizer.step()
+    assert last_of(clipper).clipped
+    assert_agreed(common.detach().to_local())
+    assert_agreed(common.grad.to_local())
+
+
+def check_parts_made_by_hand_beside_a_mesh_of_all() -> None:
+    """What all ranks of the group have in common counts once."""
+    mesh = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    fulls = [randn(5, 2, seed=i) for i in range(4)]
+    common = randn(9, 3)
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    for group in (dist.group.WORLD, crossing):
+        grads = [fulls[dist.get_rank()].clone(), split(common, mesh, Shard(0))]
+        norm = torchclip.clip_grad_norm_([parameter(g) for g in grads], 0.5, group=group)
+        assert_agreed(norm)
+        assert norm == torchclip.get_total_norm([common, *fulls])
+
+
+def check_groups_are_process_groups() -> None:
+    groups: list[Any] = ["world", [dist.group.WORLD, 1], dist.GroupMember.NON_GROUP_MEMBER]
+    for wrong in groups:
+        with pytest.raises(TypeError, match="`group` must be a process group"):
+            torchclip.get_total_norm([], group=wrong)

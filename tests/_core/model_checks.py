@@ -1,0 +1,278 @@
+"""Checks of models that torch spreads over ranks, and of torch's function there."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_helpers import since_2_7, world_of
+from dtensors import (
+    assert_agreed,
+    collectives_of,
+    compare,
+    global_norm,
+    parameter,
+    split,
+    whole,
+)
+from helpers import randn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import torchclip
+from torchclip.cli.run.calls import Calls
+from torchclip.cli.run.functions import FunctionRecorder
+from torchclip.cli.run.trial import Trial
+
+INF = math.inf
+
+
+@world_of(2)
+def check_norms_under_install_are_what_code_for_torch_expects() -> None:
+    fulls = [randn(10, 6), randn(3, 5, seed=1)]
+    expected = torchclip.get_total_norm(fulls)
+    meshes = [init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))]
+    for mesh, placements in itertools.product(meshes, ((Shard(0),), (Replicate(),))):
+        where = [*placements, Replicate()][: mesh.ndim]
+        parameters = [parameter(split(full, mesh, *where)) for full in fulls]
+        grads = [p.grad for p in parameters]
+        with torchclip.installed():
+            for norm in (
+                torch.nn.utils.clip_grad_norm_(parameters, INF),
+                torch.nn.utils.get_total_norm(grads),
+                torch.nn.utils.get_total_norm(iter([*grads, fulls[0][:0]])),
+            ):
+                assert isinstance(norm, DTensor)
+                assert norm.item() == float(norm) == norm.full_tensor() == expected
+                assert norm.to_local() == expected
+                assert type(norm.full_tensor()) is Tensor
+            torch.nn.utils.clip_grads_with_norm_(parameters, 0.5, norm)
+            clipped = torch.nn.utils.clip_grad_norm_(parameters, 0.25)
+            assert clipped.item() == pytest.approx(0.5, rel=1e-5)
+            # What has no DTensors is as ever.
+            assert type(torch.nn.utils.get_total_norm(fulls)) is Tensor
+        assert type(torchclip.get_total_norm(grads)) is Tensor
+        for p, full in zip(parameters, fulls, strict=True):
+            torch.testing.assert_close(whole(p.grad), full * 0.25 / expected, rtol=1e-5, atol=1e-6)
+
+
+@world_of(2)
+def check_norms_of_dtensors_are_recorded_by_the_run_command() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    with torchclip.installed():
+        recorder = FunctionRecorder(Calls(), Trial())
+        recorder.attach()
+        torch.nn.utils.clip_grad_norm_([parameter(split(torch.ones(4), mesh, Shard(0)))], 1.0)
+    recorder.calls.finish()
+    assert [(record.total_norm, record.clipped) for record in recorder.calls.stray] == [(2.0, True)]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 8)
+        self.down = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(torch.tanh(self.up(self.norm(x))))
+        return result
+
+
+# Activations between the layers are split along the sequence, and so are the gradients of LayerNorm's sums.
+SEQUENCE_PARALLEL = {
+    "norm": SequenceParallel(),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Shard(1)),
+}
+
+
+def parameters_of(model: nn.Module) -> list[Any]:
+    """Its parameters, which pass for anything: gradients are there, and DTensors where it is sharded."""
+    return list(model.parameters())
+
+
+def model_of(blocks: int = 2, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(blocks))).to(dtype)
+
+
+def batch_of(ranks: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return randn(4 * ranks, 3, 6, dtype=dtype)
+
+
+def backward(model: nn.Module, x: Tensor, weight: float = 100.0) -> None:
+    (weight * model(x).square().mean()).backward()
+
+
+def trained_alone(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Float64, so that sums over ranks in another order make no difference that counts."""
+    model = model_of(dtype=dtype)
+    backward(model, batch_of(4, dtype))
+    return model
+
+
+def compare_models(model: nn.Module, oracle: nn.Module, rtol: float = 1e-11) -> None:
+    names = [name.replace("module.", "") for name, _ in model.named_parameters()]
+    assert names == [name for name, _ in oracle.named_parameters()]
+    expected = torchclip.clip_grad_norm_(oracle.parameters(), 0.1)
+    actual = torchclip.clip_grad_norm_(model.parameters(), 0.1)
+    assert_agreed(actual)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
+    for p, q in zip(parameters_of(model), oracle.parameters(), strict=True):
+        torch.testing.assert_close(whole(p.grad), q.grad, rtol=rtol, atol=rtol)
+
+
+def my_part(x: Tensor, parts: int = 4, place: int | None = None) -> Tensor:
+    return x.chunk(parts)[dist.get_rank() if place is None else place]
+
+
+def sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
+    for block in model:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
+
+
+@since_2_7
+def check_fsdp2() -> None:
+    model = sharded(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64)))
+    assert dist.get_rank() < 3 or any(p.grad.to_local().numel() == 0 for p in parameters_of(model))
+    compare_models(model, trained_alone())
+
+
+@since_2_7
+def check_fsdp2_on_replicated_groups() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(model_of(dtype=torch.float64), mesh=mesh)
+    backward(model, my_part(batch_of(4, torch.float64)))
+    compare_models(model, trained_alone())
+
+
+@since_2_7
+@world_of(2)
+def check_fsdp2_on_two_ranks() -> None:
+    model = sharded(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64), 2))
+    compare_models(model, trained_alone())
+
+
+def offloaded(model: nn.Sequential) -> nn.Sequential:
+    return sharded(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+@since_2_7
+@world_of(2)
+def check_fsdp2_with_offload_to_the_cpu() -> None:
+    model = offloaded(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64), 2))
+    compare_models(model, trained_alone())
+
+
+@since_2_7
+def check_fsdp2_in_mixed_precision() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(model_of(), mp_policy=policy)
+    backward(model, my_part(batch_of(4, torch.bfloat16)))
+    fulls = [whole(p.grad).clone() for p in parameters_of(model)]
+    compare(fulls, [p.grad for p in parameters_of(model)], global_norm(0.1))
+
+
+def check_tensor_parallel_sequence() -> None:
+    """SequenceParallel leaves gradients of which each rank has an addend."""
+    mesh = init_device_mesh("cpu", (4,))
+
+    blocks: list[Any] = [model_of(1, torch.float64)[0] for _ in range(2)]
+    model, oracle = blocks
+    parallelize_module(model, mesh, SEQUENCE_PARALLEL)
+    x = randn(4, 8, 6, dtype=torch.float64)
+    backward(oracle, x)
+    backward(model, x.chunk(4, dim=1)[dist.get_rank()], 100 / 4)
+    assert model.norm.weight.grad.placements == (Partial(),)
+    compare_models(model, oracle)
+    assert model.norm.weight.grad.placements == (Partial(),)
+
+
+@since_2_7
+def check_fsdp2_with_tensor_parallel() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    model, oracle = (model_of(dtype=torch.float64) for _ in range(2))
+    for block in model:
+        parallelize_module(block, mesh["tp"], SEQUENCE_PARALLEL)
+    model = sharded(model, mesh=mesh["dp"])
+    x = randn(4, 8, 6, dtype=torch.float64)
+    backward(oracle, x)
+    part = my_part(x, 2, mesh.get_local_rank("dp")).chunk(2, dim=1)[mesh.get_local_rank("tp")]
+    backward(model, part, 100 / 2)
+    kinds = {type(p).__name__ for q in parameters_of(model) for p in q.grad.placements}
+    assert "_StridedShard" in kinds
+    grads = [p.grad for p in parameters_of(model)]
+    assert len(collectives_of(lambda: torchclip.get_total_norm(grads))) == 1
+    compare_models(model, oracle)
+
+
+def check_ddp() -> None:
+    model = nn.parallel.DistributedDataParallel(model_of(dtype=torch.float64))
+    backward(model, my_part(batch_of(4, torch.float64)))
+    grads = [p.grad for p in parameters_of(model)]
+    assert collectives_of(lambda: torchclip.get_total_norm(grads)) == []
+    compare_models(model, trained_alone())
+
+
+@since_2_7
+def check_what_torch_asserts_of_a_mesh() -> None:
+    """Over some steps: the norm of the model in one piece, no part above the limit, and 0 of zeros."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for order, options in itertools.product((1, 2, INF), ({}, {"mesh": mesh})):
+        model, oracle = sharded(model_of(dtype=torch.float64), **options), model_of(dtype=torch.float64)
+        optimizers = [torch.optim.Adam(each.parameters(), lr=1e-2) for each in (model, oracle)]
+        for step in range(3):
+            x = randn(16, 3, 6, dtype=torch.float64, seed=step)
+            backward(model, my_part(x))
+            backward(oracle, x)
+            limit = 0.1 * float(torchclip.get_total_norm([p.grad for p in parameters_of(oracle)], order))
+            assert any(p.grad.norm(order) > limit for p in parameters_of(oracle))
+            norm = torchclip.clip_grad_norm_(model.parameters(), limit, order)
+            expected = torchclip.clip_grad_norm_(oracle.parameters(), limit, order)
+            torch.testing.assert_close(norm, expected, rtol=1e-10, atol=0)
+            for p, q in zip(parameters_of(model), parameters_of(oracle), strict=True):
+                assert torchclip.get_total_norm(p.grad.to_local(), order) <= limit * (1 + 1e-6)
+                torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-9, atol=1e-12)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        backward(model, my_part(batch_of(4, torch.float64)), weight=0.0)
+        assert torchclip.clip_grad_norm_(model.parameters(), 0.1, order, error_if_nonfinite=True) == 0
+        assert all((p.grad.to_local() == 0).all() for p in parameters_of(model))
+
+
+def check_what_torchtitan_asserts_of_experts_and_stages() -> None:
+    """The norm of dense parameters, of experts on a mesh of their own, and of all stages: by powers."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stage = root.get_local_rank("pp")
+    dense = [randn(8, 5, dtype=torch.float64, seed=i) for i in range(2)]
+    experts = [randn(4, 6, dtype=torch.float64, seed=i) for i in range(2, 4)]
+    with_experts = DeviceMesh.from_group(root["dp"].get_group(), "cpu", mesh_dim_names=("ep",))
+    for order in (1.0, 2.0, 3.0, INF):
+        parameters = [
+            parameter(split(dense[stage], root["dp"], Shard(0))),
+            parameter(split(experts[stage], with_experts, Shard(0))),
+        ]
+        norm = torchclip.clip_grad_norm_(parameters, 0.5, order, group=root.get_group("pp"))
+        norms = [float(torch.linalg.vector_norm(full, order)) for full in (*dense, *experts)]
+        by_powers = max(norms) if order == INF else sum(n**order for n in norms) ** (1 / order)
+        assert norm.item() == pytest.approx(by_powers, rel=1e-12)
+        for p, full in zip(parameters, (dense[stage], experts[stage]), strict=True):
+            torch.testing.assert_close(whole(p.grad), full * (0.5 / (norm.item() + 1e-6)), rtol=1e-12, atol=0)

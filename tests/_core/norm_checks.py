@@ -1,0 +1,297 @@
+"""Checks that DTensors have the norms of the full tensors and are changed as these, however they lie."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_helpers import TORCH, since_2_7, world_of
+from dtensors import (
+    addends,
+    assert_agreed,
+    assert_same,
+    compare,
+    global_norm,
+    parameter,
+    split,
+    whole,
+    with_norm,
+)
+from helpers import DTYPES, NORM_TYPES, grad_of, randn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import torchclip
+
+INF = math.inf
+# Uneven over 2 and 4 ranks, with fewer rows than ranks, with none, and without an axis.
+SHAPES = [(10, 6), (3, 5), (7,), (1,), (2, 1, 3), (0, 4), (16, 4)]
+
+
+def placements_on(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, ...]]:
+    """All ways in which a tensor can lie on a mesh."""
+    each = [Replicate(), *(Shard(d) for d in range(len(shape)))]
+    ways = list(itertools.product(each, repeat=mesh.ndim))
+    return [*ways, *strided(mesh, shape)]
+
+
+def strided(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, ...]]:
+    """The way in which FSDP2 over tensor parallelism splits rows; torch 2.9 mixes up uneven ones itself."""
+    if mesh.ndim != 2 or not shape or (TORCH < (2, 10) and shape[0] % mesh.size()):
+        return []
+    return [(_StridedShard(0, split_factor=mesh.size(1)), Shard(0))]
+
+
+def check_every_placement_on_a_line_of_ranks() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    fulls, grads = [], []
+    for i, shape in enumerate(SHAPES):
+        for way in placements_on(mesh, shape):
+            fulls.append(randn(*shape, seed=i))
+            grads.append(split(fulls[-1], mesh, *way))
+    for limit in (1.0, 1e6):
+        compare(fulls, [g.clone() for g in grads], global_norm(limit))
+
+
+def check_every_placement_on_a_grid_of_ranks() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    for i, shape in enumerate(SHAPES):
+        fulls, grads = [], []
+        for way in placements_on(mesh, shape):
+            fulls.append(randn(*shape, seed=i))
+            grads.append(split(fulls[-1], mesh, *way))
+            # One by one, as a mistake in one may be made good by another.
+            assert_agreed(torchclip.get_total_norm(grads[-1]))
+            assert torchclip.get_total_norm(grads[-1]) == torchclip.get_total_norm(fulls[-1])
+        compare(fulls, grads, global_norm(1.0))
+
+
+def check_norm_types() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    fulls = [randn(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    fulls[0][3, 2] = 0
+    for order, clip in itertools.product(NORM_TYPES, (global_norm, with_norm)):
+        compare(fulls, [split(f, mesh, Shard(0)) for f in fulls], clip(0.5, order))
+
+
+def check_norm_types_without_any_element() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    for order in NORM_TYPES:
+        for grads in ([], [split(torch.zeros(0, 4), mesh, Shard(0))]):
+            assert torchclip.get_total_norm(grads, order) == 0
+        assert torchclip.get_total_norm([], order, group=dist.group.WORLD) == 0
+
+
+@since_2_7
+def check_dtypes() -> None:
+    grid = init_device_mesh("cpu", (2, 2))
+    for dtype in DTYPES:
+        fulls = [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
+        compare(fulls, [split(f, grid, Shard(0), Replicate()) for f in fulls], global_norm(1.0))
+        split_twice = [(full, way) for full in fulls for way in strided(grid, tuple(full.shape))]
+        compare(
+            [full for full, _ in split_twice],
+            [split(full, grid, *way) for full, way in split_twice],
+            global_norm(1.0),
+        )
+    mixed = [randn(5, 2, dtype=dtype, seed=i) for i, dtype in enumerate(DTYPES)]
+    compare(mixed, [split(f, grid, Shard(0), Shard(1)) for f in mixed], global_norm(1.0))
+
+
+def check_range() -> None:
+    """Norms whose squares leave float64."""
+    mesh = init_device_mesh("cpu", (4,))
+    for scale in (1e200, 1e-200):
+        full = randn(9, 4, dtype=torch.float64) * scale
+        compare([full], [split(full, mesh, Shard(0))], global_norm(scale))
+
+
+@since_2_7
+def check_pending_sums_and_averages() -> None:
+    grid = init_device_mesh("cpu", (2, 2))
+    ways = [
+        (Partial(), Replicate()),
+        (Shard(0), Partial()),
+        (Partial("avg"), Shard(1)),
+        (Partial(), Partial()),
+        (Shard(0), Replicate()),
+    ]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
+        fulls = [randn(6, 5, dtype=dtype, seed=i) for i in range(len(ways))]
+        grads = [addends(f, grid, *way) for f, way in zip(fulls, ways, strict=True)]
+        compare(fulls, [g.clone() for g in grads], global_norm(1.0))
+        compare(
+            fulls, [g.clone() for g in grads], lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 1.0)
+        )
+        assert all(g.placements == way for g, way in zip(grads, ways, strict=True))
+
+
+def check_pending_sums_are_not_clamped() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    p = parameter(addends(randn(6, 5), mesh, Partial()))
+    before = p.grad.to_local().clone()
+    with pytest.raises(TypeError, match=r"gradient 0 of shape \(6, 5\).*pending.*redistribute"):
+        torchclip.clip_grad_value_([p], 0.1)
+    assert torch.equal(p.grad.to_local(), before)
+
+
+def check_value() -> None:
+    grid = init_device_mesh("cpu", (2, 2))
+    for dtype in (torch.float32, torch.bfloat16):
+        fulls = [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
+        grads = [split(f, grid, Replicate(), Shard(0)) for f in fulls]
+        compare(fulls, grads, lambda ps: torchclip.clip_grad_value_(ps, 0.5))
+
+
+def check_norm_and_rms_per_parameter() -> None:
+    grid = init_device_mesh("cpu", (2, 2))
+    by_norm = [
+        functools.partial(torchclip.clip_grad_norm_per_parameter_, max_norm=0.5, norm_type=order)
+        for order in NORM_TYPES
+    ]
+    for clip in [*by_norm, functools.partial(torchclip.clip_grad_rms_, max_rms=0.5)]:
+        fulls: list[Tensor] = []
+        grads: list[Tensor] = []
+        for i, shape in enumerate(SHAPES):
+            for way in placements_on(grid, shape)[:6]:
+                fulls.append(randn(*shape, seed=i))
+                grads.append(split(fulls[-1], grid, *way))
+        plain = randn(4)
+        fulls.append(plain)
+        grads.append(plain.clone())
+        compare(fulls, grads, clip)
+
+
+def check_adaptive() -> None:
+    grid = init_device_mesh("cpu", (2, 2))
+    ways = [(shape, way) for shape in SHAPES for way in placements_on(grid, shape)]
+    for order in (1, 2, 3, INF, -1):
+        oracles, parameters = [], []
+        for shape, way in ways:
+            full, weight = randn(*shape), randn(*shape, seed=7, scale=0.1)
+            oracles.append(nn.Parameter(weight.clone()))
+            oracles[-1].grad = full.clone()
+            parameters.append(nn.Parameter(split(weight, grid, *way)))
+            parameters[-1].grad = split(full, grid, *way)
+        for each in (oracles, parameters):
+            torchclip.clip_grad_adaptive_(each, 0.1, norm_type=order)
+        for p, oracle in zip(parameters, oracles, strict=True):
+            assert_same(grad_of(p), grad_of(oracle))
+
+
+def check_adaptive_with_pending_sums() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    full, weight = randn(6, 5), randn(6, 5, seed=7, scale=0.1)
+    oracle, p = nn.Parameter(weight.clone()), nn.Parameter(split(weight, mesh, Replicate()))
+    oracle.grad, p.grad = full.clone(), addends(full, mesh, Partial())
+    for each in (oracle, p):
+        torchclip.clip_grad_adaptive_([each], 0.1)
+    assert_same(p.grad, oracle.grad)
+
+
+def check_adaptive_needs_gradients_split_as_weights() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    p = nn.Parameter(split(randn(8, 8), mesh, Shard(0)))
+    p.grad = split(randn(8, 8), mesh, Shard(1))
+    with pytest.raises(TypeError, match=r"not split as its parameter.*redistribute"):
+        torchclip.clip_grad_adaptive_([p])
+
+
+def check_beside_plain_tensors() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    fulls = [randn(6, 5), randn(3, seed=1)]
+    compare(fulls, [split(fulls[0], mesh, Shard(0)), fulls[1].clone()], global_norm(1.0))
+    compare(fulls, [split(fulls[0], mesh, Replicate()), fulls[1].clone()], global_norm(1.0))
+
+
+def check_limits_and_norms_that_are_pending() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(8, 5)
+    norm = torch.linalg.vector_norm(split(full, mesh, Shard(0)))  # on each rank, that of its part
+    assert norm.placements[0].is_partial()
+    compare([full], [split(full, mesh, Shard(0))], lambda ps: torchclip.clip_grads_with_norm_(ps, 0.5, norm))
+    p = parameter(split(full, mesh, Shard(0)))
+    torchclip.clip_grad_norm_(p, norm / 2)
+    torch.testing.assert_close(whole(p.grad), full / 2)
+
+
+def check_shared_gradients_and_parameters_listed_twice() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(6, 5)
+    a, b = parameter(full.clone()), parameter(split(full, mesh, Shard(0)))
+    expected, actual = (torchclip.clip_grad_norm_([p, p], 1.0) for p in (a, b))
+    assert actual == expected
+    assert_same(b.grad, a.grad)
+    c = parameter(None, like=b.grad)
+    c.grad = b.grad
+    assert len(torchclip.clip_grad_norm_per_parameter_([b, c], 0.5)) == 1
+
+
+def check_nonfinite_on_one_rank() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    for bad in (math.nan, INF):
+        full = randn(8, 3)
+        full[5, 1] = bad
+        grad = split(full, mesh, Shard(0))
+        before = grad.to_local().clone()
+        blamed = "gradient 0 of shape" if dist.get_rank() == 2 else "none of this rank's"
+        calls: list[Callable[[DTensor], Tensor]] = [
+            lambda g: torchclip.clip_grad_norm_([parameter(g)], 1.0, error_if_nonfinite=True),
+            lambda g: torchclip.get_total_norm([g], error_if_nonfinite=True),
+            lambda g: torchclip.clip_grad_norm_(
+                [parameter(g.to_local())], 1.0, error_if_nonfinite=True, group=dist.group.WORLD
+            ),
+        ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match=f"non-finite.*{blamed}"):
+                call(grad)
+        assert torch.equal(grad.to_local().nan_to_num(), before.nan_to_num())
+        compare([full], [grad], global_norm(1.0))
+
+
+def check_versions_of_gradients_that_stay() -> None:
+    """What is not changed keeps its version, as what autograd has saved of it stays valid."""
+    mesh = init_device_mesh("cpu", (4,))
+    grads = [split(randn(8, 3), mesh, Shard(0)), split(randn(8, 3) / 100, mesh, Shard(0))]
+    before = [g._version for g in grads]
+    torchclip.clip_grad_norm_([parameter(g) for g in grads], 1e6)
+    assert [g._version for g in grads] == before
+
+
+def check_gradients_still_being_reduced() -> None:
+    """Local tensors that wait for a collective, as tensor parallelism leaves them."""
+    from torch.distributed._functional_collectives import all_reduce
+
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(6, 5)
+    pending = all_reduce(full / 4, "sum", mesh)
+    assert type(pending) is not Tensor
+    grad = DTensor.from_local(pending, mesh, [Replicate()], run_check=False)
+    p, oracle = parameter(grad), parameter(full.clone())
+    assert torchclip.clip_grad_norm_([p], 0.5) == torchclip.clip_grad_norm_([oracle], 0.5)
+    assert_same(p.grad, oracle.grad)
+
+
+def check_gradients_that_require_grad() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(6, 5)
+    p = parameter(split(full, mesh, Shard(0)).requires_grad_())
+    norm = torchclip.get_total_norm(p.grad)
+    assert not norm.requires_grad
+    assert norm == torchclip.get_total_norm(full)
+
+
+@world_of(2)
+def check_compiled() -> None:
+    """A compiled step may break its graph at the exchange; the result is the same."""
+    mesh = init_device_mesh("cpu", (2,))
+    full = randn(6, 5)
+    p, oracle = parameter(split(full, mesh, Shard(0))), parameter(full.clone())
+    compiled = torch.compile(lambda q: torchclip.clip_grad_norm_([q], 0.5), backend="eager")
+    assert compiled(p) == torchclip.clip_grad_norm_([oracle], 0.5)
+    assert_same(p.grad, oracle.grad)

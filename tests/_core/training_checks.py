@@ -1,0 +1,174 @@
+"""Checks of training with a Clipper where torch spreads the model over ranks."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_helpers import since_2_7, world_of
+from dtensors import (
+    assert_same,
+    parameter,
+    whole,
+)
+from helpers import last_of, randn
+from model_checks import backward, batch_of, model_of, my_part, offloaded, parameters_of, sharded
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import torchclip
+from torchclip.clipper import Nonfinite, Scope
+from torchclip.thresholds import MaxNorm
+
+INF = math.inf
+SCOPES: list[Scope] = ["global", "group", "parameter"]
+
+POLICIES: list[Nonfinite] = ["propagate", "skip", "zero"]
+
+
+def steps(
+    model: nn.Module,
+    x: Tensor,
+    make_clipper: Callable[..., torchclip.Clipper],
+    steps: int = 3,
+    bad_step: int | None = None,
+    **options: Any,
+) -> tuple[list[tuple[float, float, float, bool]], list[Tensor]]:
+    """Train a little; what the clipper recorded, and the parameters that came out."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+    clipper = make_clipper(optimizer)
+    for step in range(steps):
+        backward(model, x)
+        if step == bad_step:
+            spoil(parameters_of(model)[0].grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    records = [(r.total_norm, r.max_norm, r.clip_coef, r.skipped) for r in clipper.history]
+    return records, [whole(p).detach() for p in model.parameters()]
+
+
+def spoil(grad: Tensor) -> None:
+    """Put NaN into the last row, which only one rank holds."""
+    if not isinstance(grad, DTensor):
+        grad[-1] = math.nan
+    elif dist.get_rank() == 2:
+        grad.to_local()[-1] = math.nan
+
+
+def compare_training(
+    make_clipper: Callable[..., torchclip.Clipper],
+    shard: Callable[[nn.Sequential], nn.Module] = sharded,
+    dtype: torch.dtype = torch.float64,
+    rtol: float = 1e-7,
+    **options: Any,
+) -> None:
+    """Norms, thresholds and decisions are the same on all ranks, and those of one process."""
+    x = batch_of(4, dtype)
+    expected, weights = steps(model_of(dtype=dtype), x, make_clipper, **options)
+    part = my_part(x, dist.get_world_size())
+    actual, sharded_weights = steps(shard(model_of(dtype=dtype)), part, make_clipper, **options)
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, actual)
+    assert all(repr(records) == repr(actual) for records in everyones)
+    torch.testing.assert_close(
+        torch.tensor(actual), torch.tensor(expected), rtol=rtol, atol=0, equal_nan=True
+    )
+    for a, b in zip(sharded_weights, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, equal_nan=True)
+
+
+@since_2_7
+def check_clipper_on_fsdp2() -> None:
+    thresholds: list[MaxNorm] = [0.1, INF, lambda step: 0.1 / (1 + step), torchclip.ZScore(warmup=2)]
+    thresholds.append(torchclip.Percentile(50.0))
+    for max_norm, scope in itertools.product(thresholds, SCOPES):
+        compare_training(lambda o, m=max_norm, s=scope: torchclip.Clipper(o, m, scope=s))
+    compare_training(lambda o: torchclip.Clipper(o, 0.1), fused=True)
+    compare_training(lambda o: torchclip.Clipper(o, 0.1), foreach=True)
+
+
+@since_2_7
+@world_of(2)
+def check_clipper_on_fsdp2_with_offload_to_the_cpu() -> None:
+    def clipper(optimizer: torch.optim.Optimizer) -> torchclip.Clipper:
+        return torchclip.Clipper(optimizer, 0.1)
+
+    compare_training(clipper, offloaded)
+    # A fused step gets the coefficient along with gradients in float32 only.
+    compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchclip.clipper.fused._TOO_SMALL", 0)
+        compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
+
+
+@since_2_7
+def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
+    for nonfinite, scope in itertools.product(POLICIES, SCOPES):
+        compare_training(
+            lambda o, n=nonfinite, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite=n), bad_step=1
+        )
+    for scope in SCOPES:
+        with pytest.raises(RuntimeError, match="non-finite"):
+            compare_training(
+                lambda o, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite="error"), bad_step=1
+            )
+        model = sharded(model_of())
+        with pytest.raises(RuntimeError, match=r"param_groups|none of this rank's"):
+            steps(
+                model,
+                my_part(batch_of(4)),
+                lambda o, s=scope: torchclip.Clipper(o, 0.1, scope=s, nonfinite="error"),
+                bad_step=1,
+            )
+
+
+@since_2_7
+def check_clipper_with_a_fused_optimizer() -> None:
+    """The coefficient goes along with the step, as the optimizer's ``grad_scale``, in float32 only."""
+    results = []
+    for model, x in ((model_of(), batch_of(4)), (sharded(model_of()), my_part(batch_of(4)))):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        clipper = torchclip.Clipper(optimizer, 0.1)
+        backward(model, x)
+        optimizer.step()
+        assert last_of(clipper).clip_coef < 1
+        results.append([whole(t).detach() for p in parameters_of(model) for t in (p, p.grad)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def check_clipper_over_groups() -> None:
+    """Stages of a pipeline: every rank has parameters of its own."""
+    rank = dist.get_rank()
+    fulls = [randn(5, 2, seed=i) for i in range(4)]
+    for scope, nonfinite in itertools.product(SCOPES[:2], POLICIES):
+        for bad in (False, True):
+            grads = [f.clone() for f in fulls]
+            if bad:
+                grads[2][1, 1] = math.nan
+            p = parameter(grads[rank].clone())
+            q = [parameter(g.clone()) for g in grads]
+            ours, oracle = torch.optim.SGD([p], lr=1.0), torch.optim.SGD(q, lr=1.0)
+            clipper = torchclip.Clipper(ours, 0.5, scope=scope, nonfinite=nonfinite, group=dist.group.WORLD)
+            expected = torchclip.Clipper(oracle, 0.5, scope=scope, nonfinite=nonfinite)
+            for each in (ours, oracle):
+                each.step()
+            actual, wanted = list(last_of(clipper))[:-1], list(last_of(expected))[:-1]  # without a loss
+            assert actual == pytest.approx(wanted, rel=1e-12, nan_ok=True)
+            assert_same(p.detach(), q[rank].detach())
+    for scope in SCOPES[:2]:
+        p = parameter(fulls[rank].clone())
+        without_first = torch.optim.SGD([{"params": [p] if rank else []}], lr=1.0)
+        clipper = torchclip.Clipper(without_first, 0.5, scope=scope, group=dist.group.WORLD)
+        without_first.step()
+        assert last_of(clipper).total_norm == pytest.approx(float(torchclip.get_total_norm(fulls[1:])))
+    spoilt = parameter(torch.full((2,), math.nan if rank == 1 else 1.0))
+    optimizer = torch.optim.SGD([spoilt], lr=1.0)
+    with pytest.raises(ValueError, match="`group` has no meaning with `scope='parameter'`"):
+        torchclip.Clipper(optimizer, 0.5, scope="parameter", group=dist.group.WORLD)
+    torchclip.Clipper(optimizer, 0.5, nonfinite="error", group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.step()
+    assert (spoilt == 0).all()
