@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchclip import Clipper, Percentile, ZScore
 from torchclip.clipper import Nonfinite, Scope
-from torchclip.clipper.scope import Look
+from torchclip.clipper.scope import Snapshot
 from torchclip.history import Record
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
@@ -316,13 +316,13 @@ def test_gradients_that_appear_again_and_again_are_refused_before_anything_chang
 
 def test_without_user_code_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    measure = Look.measure
+    measure = Snapshot.measure
 
-    def note(look: Look) -> None:
+    def note(look: Snapshot) -> None:
         measured.append(1)
         measure(look)
 
-    monkeypatch.setattr(Look, "measure", note)
+    monkeypatch.setattr(Snapshot, "measure", note)
     for max_norm in (1.0, Percentile(), ZScore()):
         optimizer = two_groups()
         Clipper(optimizer, max_norm)

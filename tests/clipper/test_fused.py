@@ -12,7 +12,7 @@ from torch import nn
 import torchclip
 from torchclip import Clipper, kernel
 from torchclip._core import native
-from torchclip.clipper.scope import Look
+from torchclip.clipper.scope import Snapshot
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
 
@@ -88,7 +88,7 @@ def test_a_fused_step_takes_the_coefficient_along_and_no_other_pass(
     def refuse(*_: object) -> None:
         raise AssertionError("the gradients were scaled in a pass of their own")
 
-    monkeypatch.setattr("torchclip.clipper.scope.Look.scale_", refuse)
+    monkeypatch.setattr("torchclip.clipper.scope.Snapshot.scale_", refuse)
     train(model, optimizer, range(2))
     assert clipper.history.summary().clipped == 2
     assert float(torchclip.get_total_norm(gradients(optimizer))) == pytest.approx(0.5, rel=1e-5)
@@ -102,13 +102,13 @@ def test_small_gradients_are_scaled_in_place_by_the_kernel(
     monkeypatch.setattr(native, "step_state", lambda *_: None)
     optimizer = sgd([torch.ones(size)], fused=True)
     scaled: list[Any] = []
-    scale_ = Look.scale_
+    scale_ = Snapshot.scale_
 
     def note(one: Any) -> None:
         scaled.append(one)
         scale_(one)
 
-    monkeypatch.setattr("torchclip.clipper.scope.Look.scale_", note)
+    monkeypatch.setattr("torchclip.clipper.scope.Snapshot.scale_", note)
     Clipper(optimizer, 1.0)
     optimizer.step()
     in_place = size == 3 and kernel.status().startswith("active")

@@ -15,7 +15,7 @@ from torchclip._core import changes, memory
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.groups import REAL, Group, grouped, is_plain, joint, moved
 from torchclip._core.host import facts_of
-from torchclip._core.rows import FLOAT32_TINY, STEP
+from torchclip._core.rows import FLOAT32_TINY, PRESCALE
 from torchclip._core.scalars import ABSENT, clip_each_, join, norm_dtype
 
 __all__ = ["AcceleratorBatch"]
@@ -79,8 +79,8 @@ class AcceleratorBatch:
             if clip_coef == 1.0:
                 return
             if 0 < clip_coef < FLOAT32_TINY:
-                self.scale_(STEP)
-                clip_coef /= STEP
+                self.scale_(PRESCALE)
+                clip_coef /= PRESCALE
         with changes.writing():
             for group, clip_coef_there in self._with(clip_coef):
                 group.scale_(clip_coef_there)

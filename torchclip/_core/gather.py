@@ -30,7 +30,7 @@ from torchclip._core.sharded import ShardedBatch
 __all__ = [
     "distinct",
     "gradients",
-    "held_gradients",
+    "local_gradients",
     "norms_of",
     "refuse_unwritable",
     "several",
@@ -113,7 +113,7 @@ def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = Fals
     ]
 
 
-def held_gradients(parameters: Iterable[Tensor]) -> Batch:
+def local_gradients(parameters: Iterable[Tensor]) -> Batch:
     """What this rank holds of the parameters' gradients: norms of it take no other rank."""
     found, shared = _found(arguments.tensor_list("parameters", parameters), "parameters")
     return _local(mesh.locals_of(found), shared)

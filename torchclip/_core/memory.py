@@ -17,9 +17,9 @@ __all__ = [
     "PLAIN",
     "SPARSE",
     "WATCHERS",
-    "beside",
     "by_rows",
     "common_dtype",
+    "concatenate",
     "fills_its_memory",
     "flat",
     "intercepted",
@@ -135,7 +135,7 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
     return dtype
 
 
-def beside(tensors: Sequence[Tensor]) -> Tensor:
+def concatenate(tensors: Sequence[Tensor]) -> Tensor:
     """The elements of strided tensors of one dtype, copied into one vector."""
     if not torch.is_autocast_enabled("cpu"):
         return _flatten(tensors)

@@ -156,7 +156,7 @@ def _float32_norms(rows: Tensor, p: float) -> Tensor:
 
 
 def _together(vectors: Sequence[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else memory.beside(vectors)
+    return vectors[0] if len(vectors) == 1 else memory.concatenate(vectors)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -165,8 +165,8 @@ def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     size = 0
     for tensor in tensors:
         if size + tensor.numel() > memory.PIECE:
-            yield memory.beside(group)
+            yield memory.concatenate(group)
             group, size = [], 0
         group.append(tensor)
         size += tensor.numel()
-    yield memory.beside(group)
+    yield memory.concatenate(group)

@@ -14,7 +14,7 @@ __all__ = [
     "FLOAT32_TINY",
     "NARROW",
     "NARROW_REAL",
-    "STEP",
+    "PRESCALE",
     "_wide_dtype",
     "matrix_norms",
     "row_norms",
@@ -25,7 +25,7 @@ NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
 """Dtypes whose squares float64 holds."""
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
-STEP = 2.0**-64
+PRESCALE = 2.0**-64
 """A power of two, which rounds nothing: it takes numbers too small for float32 part of the way."""
 
 _ROW = 1 << 10

@@ -65,7 +65,7 @@ def norm(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float:
 def _vectors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Array]:
     """The elements in float32; small tensors are beside each other in one vector."""
     if max(sizes) <= memory.JOINED:
-        return [_vector(memory.beside(tensors))]
+        return [_vector(memory.concatenate(tensors))]
     vectors, small = [], []
     for tensor, size in zip(tensors, sizes, strict=True):
         if size > memory.JOINED:
@@ -73,7 +73,7 @@ def _vectors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Array]:
         else:
             small.append(tensor)
     if small:
-        vectors.append(_vector(memory.beside(small)))
+        vectors.append(_vector(memory.concatenate(small)))
     return vectors
 
 

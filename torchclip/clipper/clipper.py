@@ -321,7 +321,7 @@ class Clipper:
         Call it between ``backward()`` and ``step()``, or from ``on_clip``, to see which layer explodes; after
         the step the gradients are the clipped ones.  With a GradScaler call its ``unscale_()`` before.  Waits
         for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
-        parts.
+        sets.
         """
         self._round.is_running()  # gives back what a step that ended in an exception has left
         names, present, norms = self._names.norms(self.optimizers, self._order)

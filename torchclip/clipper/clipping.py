@@ -14,11 +14,11 @@ from torchclip._core import gather, scalars
 from torchclip._core.batch import Facts, Norm
 from torchclip._core.collectives import Kind
 from torchclip.clipper import fused, nonfinite
-from torchclip.clipper.limits import Limits
+from torchclip.clipper.limits import StepThresholds
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.rules import Rule, copied_gradients, ratio, write_back
-from torchclip.clipper.scope import Look, OwnMaxNorms, Part, Scoping, groups_of, own_max_norms
+from torchclip.clipper.scope import ClipSet, OwnMaxNorms, Scoping, Snapshot, groups_of, own_max_norms
 from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Outcome, Step
 from torchclip.history.records import Record, as_records
@@ -48,7 +48,7 @@ class Clipping:
         rule: what the thresholds are.
         scoping: what is clipped together.
         policy: what to do about a norm that is not finite.
-        spikes: which steps are left out as their norm is too large; None for none.
+        spikes: which steps are skipped as their norm is too large; None for none.
         way: how gradients are clipped that are not clipped to a norm; None if all are.
         on_clip: whom to tell before anything changes.
         names: what to call the parameters.
@@ -74,7 +74,7 @@ class Clipping:
         self._on_clip, self._names = on_clip, names
         self.hook_ids: list[int] = []
         self.not_fused: str | None = None
-        self._loans: dict[int, fused.Loan] = {}
+        self._overrides: dict[int, fused.GradScaleOverride] = {}
         # Of the round that is open: whether it is skipped, and what fused steps have yet to divide by.
         self._skipped: bool | Tensor = False
         self._divisors: dict[int, Tensor] = {}
@@ -84,9 +84,9 @@ class Clipping:
     def begin(self, index: int) -> None:
         """Take note of what a GradScaler has set for the step that begins, as it may end in an exception."""
         if "found_inf" in vars(self._steps[index].optimizer):
-            self._borrow(index)
+            self._override(index)
 
-    def look(self, own: OwnMaxNorms = MappingProxyType({}), only: int | None = None) -> Look:
+    def snapshot(self, own: OwnMaxNorms = MappingProxyType({}), only: int | None = None) -> Snapshot:
         """The gradients as they are now, not measured yet: of all optimizers, or only of one."""
         optimizers = [step.optimizer for step in self._steps]
         groups = groups_of(optimizers)
@@ -100,14 +100,14 @@ class Clipping:
             kind = Kind.CLIP_EACH if self._scoping.scope == "parameter" else Kind.CLIP
             gather.tell_ranks([group.parameters for group in groups], self._scoping.groups, kind)
             raise
-        return Look(groups, self._scoping, own, grad_scale, names)
+        return Snapshot(groups, self._scoping, own, grad_scale, names)
 
-    def clip(self, number: int, look: Look, loss: Loss, index: int, tell: bool) -> Row:
+    def clip(self, number: int, snapshot: Snapshot, loss: Loss, index: int, tell: bool) -> Row:
         """Clip gradients that were measured just now.
 
         Args:
             number: the number of the step.
-            look: the gradients.
+            snapshot: the gradients.
             loss: what to record as the loss.
             index: which optimizer is about to step with them.
             tell: whether to call ``on_clip``.
@@ -116,140 +116,143 @@ class Clipping:
             What to record.
         """
         self._skipped, self._divisors = False, {}
-        limits = Limits(self._rule, number, self._scoping.order)
+        limits = StepThresholds(self._rule, number, self._scoping.order)
         asks_user = limits.runs_user_code or (self.spikes is not None and self.spikes.rule.runs_user_code)
         on_clip = self._on_clip if tell else None
         user_code = on_clip is not None or asks_user
-        held = look.held_norms() if user_code else ()
+        held = snapshot.held_norms() if user_code else ()
         if self.spikes is not None:
             self.spikes.begin()
-        skipped, to_zero, _ = self._judge(number, look, limits, index)
-        row = _row(number, look, skipped, loss)
+        skipped, to_zero, _ = self._judge(number, snapshot, limits, index)
+        row = _row(number, snapshot, skipped, loss)
         if self.way is not None and skipped is not True:
-            return self._clip_in_its_way(self.way, row, look, limits, to_zero, held, index, on_clip)
+            return self._clip_in_its_way(self.way, row, snapshot, limits, to_zero, held, index, on_clip)
         if on_clip is not None:
             (record,) = as_records([row])
             on_clip(record)
         if user_code and skipped is not True:
-            if look.facts & Facts.SHARDED:
-                look, to_zero = self._same_gradients(look, held, to_zero)
+            if snapshot.facts & Facts.SHARDED:
+                snapshot, to_zero = self._same_gradients(snapshot, held, to_zero)
             else:
-                look, skipped, to_zero = self._look_again(number, look, limits, index)
-                row = _row(number, look, skipped, loss)
-        self._apply(look, row, to_zero, index)
+                snapshot, skipped, to_zero = self._measure_again(number, snapshot, limits, index)
+                row = _row(number, snapshot, skipped, loss)
+        self._apply(snapshot, row, to_zero, index)
         return row
 
     def _clip_in_its_way(
         self,
         way: Rule,
         row: Row,
-        look: Look,
-        limits: Limits,
-        to_zero: Sequence[Part],
+        snapshot: Snapshot,
+        limits: StepThresholds,
+        to_zero: Sequence[ClipSet],
         held: Sequence[Sequence[float]],
         index: int,
         on_clip: Callable[[Record], object] | None,
     ) -> Row:
         """Clip by something else than a norm; what the norm is multiplied by is known only afterwards."""
-        only = None if len(look.others(index)) == len(self._steps) - 1 else index
+        only = None if len(snapshot.others(index)) == len(self._steps) - 1 else index
         if on_clip is None:
-            self._apply(look, row, to_zero, index)
-            return row._replace(clip_coef=self._apply_way(way, look, only))
+            self._apply(snapshot, row, to_zero, index)
+            return row._replace(clip_coef=self._apply_way(way, snapshot, only))
         # Who is told before anything changes is told what comes out of copies.
-        parameters = [p for part in look.parts for p in part.parameters]
+        parameters = [p for clip_set in snapshot.sets for p in clip_set.parameters]
         with copied_gradients(parameters) as copies:
-            trial = self.look(look.own, only)
-            trial.decided_as(look)
-            for part in to_zero:
-                trial.parts[look.parts.index(part)].batch.zero_nonfinite_()
+            trial = self.snapshot(snapshot.own, only)
+            trial.take_decisions_of(snapshot)
+            for clip_set in to_zero:
+                trial.sets[snapshot.sets.index(clip_set)].batch.zero_nonfinite_()
             trial.scale_()
             row = row._replace(clip_coef=self._apply_way(way, trial, only))
         (record,) = as_records([row])
         on_clip(record)
-        if not look.facts & Facts.SHARDED:
-            look, skipped, to_zero = self._look_again(row.step, look, limits, index)
-            row = _row(row.step, look, skipped, row.loss)
-            self._apply(look, row, to_zero, index)
-            return row if skipped is True else row._replace(clip_coef=self._apply_way(way, look, only))
+        if not snapshot.facts & Facts.SHARDED:
+            snapshot, skipped, to_zero = self._measure_again(row.step, snapshot, limits, index)
+            row = _row(row.step, snapshot, skipped, row.loss)
+            self._apply(snapshot, row, to_zero, index)
+            return row if skipped is True else row._replace(clip_coef=self._apply_way(way, snapshot, only))
         # Other ranks do not listen to this one's user: all that takes them was done on the copies.
-        before = [grad for part in look.parts for grad in part.batch.all]
-        now, _ = self._same_gradients(look, held, to_zero)
+        before = [grad for clip_set in snapshot.sets for grad in clip_set.batch.all]
+        now, _ = self._same_gradients(snapshot, held, to_zero)
         self._tell(row.skipped, index)
         write_back(
-            [grad for part in now.parts for grad in part.batch.all], [copies[id(grad)] for grad in before]
+            [grad for clip_set in now.sets for grad in clip_set.batch.all],
+            [copies[id(grad)] for grad in before],
         )
         return row
 
-    def _apply_way(self, way: Rule, look: Look, only: int | None) -> Norm:
+    def _apply_way(self, way: Rule, snapshot: Snapshot, only: int | None) -> Norm:
         """Clip by something else than a norm; returns what the norm was multiplied by."""
-        before = look.total_norm
-        parameters = [p for part in look.parts if part.own is None for p in part.parameters]
-        way.clip_(parameters, look.grad_scale)
-        clipped = self.look(look.own, only)
+        before = snapshot.total_norm
+        parameters = [p for clip_set in snapshot.sets if clip_set.own is None for p in clip_set.parameters]
+        way.clip_(parameters, snapshot.grad_scale)
+        clipped = self.snapshot(snapshot.own, only)
         clipped.measure()
         return ratio(clipped.total_norm, before)
 
     def _judge(
-        self, number: int, look: Look, limits: Limits, index: int
-    ) -> tuple[bool | Tensor, Sequence[Part], bool]:
+        self, number: int, snapshot: Snapshot, limits: StepThresholds, index: int
+    ) -> tuple[bool | Tensor, Sequence[ClipSet], bool]:
         """Decide what to do, without changing anything.
 
         Returns:
-            Whether the step is left out, the parts whose non-finite elements are to be set to 0, and whether
+            Whether the step is skipped, the sets whose non-finite elements are to be set to 0, and whether
             a threshold had to be asked for.
         """
-        optimizers = [self._steps[i].optimizer for i in (index, *look.others(index))]
-        skipped = nonfinite.skips(self._policy, look.total_norm, optimizers)
+        optimizers = [self._steps[i].optimizer for i in (index, *snapshot.others(index))]
+        skipped = nonfinite.skips(self._policy, snapshot.total_norm, optimizers)
         if skipped is True:
             return True, (), False
         if self._policy == "error":
-            nonfinite.refuse(look, self._scoping.order, self._names.of_gradients(optimizers))
-        to_zero = nonfinite.without_nonfinite(look) if self._policy == "zero" else ()
+            nonfinite.refuse(snapshot, self._scoping.order, self._names.of_gradients(optimizers))
+        to_zero = nonfinite.without_nonfinite(snapshot) if self._policy == "zero" else ()
         if self.spikes is not None:
-            norm = look.joint_norm() if to_zero else look.total_norm
-            spike = self.spikes.are_left_out(number, nonfinite.unless_told(norm, optimizers))
+            norm = snapshot.joint_norm() if to_zero else snapshot.total_norm
+            spike = self.spikes.should_skip(number, nonfinite.unless_told(norm, optimizers))
             if spike is True:
                 return True, (), False
             skipped = skipped if spike is False else spike if skipped is False else skipped | spike
-        asked = limits.set_for(look, skipped)
+        asked = limits.set_for(snapshot, skipped)
         if self.spikes is not None:
-            look.limit_all(self.spikes.clip_coef, self.spikes.limit)
+            snapshot.limit_all(self.spikes.clip_coef, self.spikes.limit)
         return skipped, to_zero, asked
 
-    def _look_again(
-        self, number: int, first: Look, limits: Limits, index: int
-    ) -> tuple[Look, bool | Tensor, Sequence[Part]]:
+    def _measure_again(
+        self, number: int, first: Snapshot, limits: StepThresholds, index: int
+    ) -> tuple[Snapshot, bool | Tensor, Sequence[ClipSet]]:
         """What the gradients are after user code ran, with the thresholds that were decided upon before.
 
         The user may have replaced a gradient, changed it in place, or given one to a parameter that had none.
         """
         while True:
-            look = self.look(first.own)
-            look.measure()
-            skipped, to_zero, asked = self._judge(number, look, limits, index)
+            snapshot = self.snapshot(first.own)
+            snapshot.measure()
+            skipped, to_zero, asked = self._judge(number, snapshot, limits, index)
             if not (asked and limits.runs_user_code):
-                return look, skipped, to_zero
+                return snapshot, skipped, to_zero
             # The threshold of what was not there before was learned by the user's own code.
             limits.close()
 
     def _same_gradients(
-        self, first: Look, held: Sequence[Sequence[float]], to_zero: Sequence[Part]
-    ) -> tuple[Look, Sequence[Part]]:
+        self, first: Snapshot, held: Sequence[Sequence[float]], to_zero: Sequence[ClipSet]
+    ) -> tuple[Snapshot, Sequence[ClipSet]]:
         """What the gradients are after user code ran, which must not have changed sharded ones.
 
         Another rank may not run any user code, so that to measure again would be to wait for it forever.
         """
-        look = self.look(first.own)
-        same_names = [p.names() for p in first.parts] == [p.names() for p in look.parts]
-        if not same_names or not _equal(held, look.held_norms()):
+        snapshot = self.snapshot(first.own)
+        same_names = [p.names() for p in first.sets] == [p.names() for p in snapshot.sets]
+        if not same_names or not _equal(held, snapshot.held_norms()):
             raise RuntimeError(
                 "gradients were changed by `on_clip` or by what was asked for a `max_norm`, but all ranks "
                 "know their norm by now, and this one cannot take it again alone; change sharded gradients "
                 "before optimizer.step() or in a hook registered before the Clipper. The step was called off"
             )
-        look.decided_as(first)
-        return look, [
-            part for part, of_first in zip(look.parts, first.parts, strict=True) if of_first in to_zero
+        snapshot.take_decisions_of(first)
+        return snapshot, [
+            clip_set
+            for clip_set, of_first in zip(snapshot.sets, first.sets, strict=True)
+            if of_first in to_zero
         ]
 
     # Changing
@@ -257,12 +260,12 @@ class Clipping:
     def join(self, index: int) -> None:
         """Have a further optimizer step with the gradients that were clipped for all."""
         if self._skipped is True:
-            self._steps[index].later(nonfinite.hide_gradients(self._steps[index].optimizer))
+            self._steps[index].undo_at_end(nonfinite.hide_gradients(self._steps[index].optimizer))
             return
         self._tell(self._skipped, index)
         divisor = self._divisors.pop(index, None)
         if divisor is not None:
-            self._borrow(index).lend(divisor)
+            self._override(index).set(divisor)
 
     def end(self) -> None:
         """Multiply what an optimizer did not step with in this round, if nothing else has changed it."""
@@ -279,83 +282,83 @@ class Clipping:
         """Multiply nothing more in the round that was open."""
         self._skipped, self._divisors = False, {}
 
-    def _borrow(self, index: int) -> fused.Loan:
+    def _override(self, index: int) -> fused.GradScaleOverride:
         """The ``grad_scale`` of an optimizer, until its step is over."""
-        loan = self._loans.get(index)
-        if loan is None:
-            loan = self._loans[index] = fused.Loan(self._steps[index].optimizer)
-            self._steps[index].later(partial(self._give_back, index))
-        return loan
+        override = self._overrides.get(index)
+        if override is None:
+            override = self._overrides[index] = fused.GradScaleOverride(self._steps[index].optimizer)
+            self._steps[index].undo_at_end(partial(self._restore, index))
+        return override
 
-    def _give_back(self, index: int, outcome: Outcome) -> None:
-        loan = self._loans.pop(index, None)
-        if loan is not None:
-            loan.give_back(outcome)
+    def _restore(self, index: int, outcome: Outcome) -> None:
+        override = self._overrides.pop(index, None)
+        if override is not None:
+            override.restore(outcome)
 
-    def _apply(self, look: Look, row: Row, to_zero: Sequence[Part], index: int) -> None:
+    def _apply(self, snapshot: Snapshot, row: Row, to_zero: Sequence[ClipSet], index: int) -> None:
         if row.skipped is True:
-            if self._leaves_out:
+            if self._skips:
                 self._skipped = True
-                self._steps[index].later(nonfinite.hide_gradients(self._steps[index].optimizer))
+                self._steps[index].undo_at_end(nonfinite.hide_gradients(self._steps[index].optimizer))
             return
         self._skipped = row.skipped
         self._tell(row.skipped, index)
-        for part in to_zero:
-            part.batch.zero_nonfinite_()
+        for clip_set in to_zero:
+            clip_set.batch.zero_nonfinite_()
         if scalars.may_change(row.clip_coef):
-            self._scale(look, row.skipped, index)
+            self._scale(snapshot, row.skipped, index)
 
     @property
-    def _leaves_out(self) -> bool:
-        """Whether steps are left out by this clipper, and not by a GradScaler alone."""
+    def _skips(self) -> bool:
+        """Whether steps are skipped by this clipper, and not by a GradScaler alone."""
         return self._policy == "skip" or self.spikes is not None or len(self._steps) > 1
 
     def _tell(self, skipped: bool | Tensor, index: int) -> None:
         """Have a fused step leave itself out: to hide the gradients would be to wait."""
-        if isinstance(skipped, Tensor) and self._leaves_out:
-            loan = self._borrow(index)
+        if isinstance(skipped, Tensor) and self._skips:
+            override = self._override(index)
             # A GradScaler may have its own reason for this optimizer.
             found_inf = getattr(self._steps[index].optimizer, "found_inf", None)
             own = found_inf > 0 if isinstance(found_inf, Tensor) else False
-            loan.tell(skipped | own)
+            override.skip_where(skipped | own)
 
-    def _scale(self, look: Look, skipped: bool | Tensor, index: int) -> None:
+    def _scale(self, snapshot: Snapshot, skipped: bool | Tensor, index: int) -> None:
         """Multiply the gradients: now, or within the fused steps, as their ``grad_scale``."""
         if self.way is not None:
             self.not_fused = "the gradients are clipped in another way too, in place"
-            look.scale_()
+            snapshot.scale_()
             return
         reasons = {
-            i: fused.why_not(self._steps[i].optimizer, self.hook_ids[i], look)
-            for i in (index, *look.others(index))
+            i: fused.why_not(self._steps[i].optimizer, self.hook_ids[i], snapshot)
+            for i in (index, *snapshot.others(index))
         }
         self.not_fused = reasons[index]
         divisor = None
         fused_ones = [i for i, reason in reasons.items() if reason is None and i not in self._seldom]
         if fused_ones:
-            divisor = fused.divisor(look.parts[0].clip_coefs[0], look.grad_scale)
+            divisor = fused.divisor(snapshot.sets[0].clip_coefs[0], snapshot.grad_scale)
             if divisor is None:
                 self.not_fused = "what the step would have to divide by is no number of float32's range"
                 fused_ones = []
         if isinstance(skipped, Tensor) and len(fused_ones) < len(reasons):
-            look.leave_where(skipped)
+            snapshot.keep_where(skipped)
         if not fused_ones:
-            look.scale_()
+            snapshot.scale_()
             return
         if len(fused_ones) < len(reasons):
-            look.scale_but_(fused_ones)
+            snapshot.scale_but_(fused_ones)
         assert divisor is not None
         self._divisors = dict.fromkeys(fused_ones, divisor)
         if index in fused_ones:
-            self._borrow(index).lend(self._divisors.pop(index))
+            self._override(index).set(self._divisors.pop(index))
 
 
-def _row(number: int, look: Look, skipped: bool | Tensor, loss: Loss) -> Row:
-    norm = look.total_norm
+def _row(number: int, snapshot: Snapshot, skipped: bool | Tensor, loss: Loss) -> Row:
+    norm = snapshot.total_norm
     norm = scalars.present(norm)
     if skipped is True:
         return Row(number, norm, math.inf, 1.0, True, loss)
-    return Row(number, norm, look.max_norm(), look.clip_coef(), skipped, loss)
+    return Row(number, norm, snapshot.max_norm(), snapshot.clip_coef(), skipped, loss)
 
 
 def _equal(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchclip._core.batch import Facts, Norm
-from torchclip.clipper.scope import Look
+from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.step import Outcome
 
-__all__ = ["Loan", "divisor", "why_not"]
+__all__ = ["GradScaleOverride", "divisor", "why_not"]
 
 _CPU = torch.device("cpu")
 _TOO_SMALL = Facts.SMALL
@@ -26,7 +26,7 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def why_not(optimizer: Optimizer, hook_id: int, look: Look) -> str | None:
+def why_not(optimizer: Optimizer, hook_id: int, snapshot: Snapshot) -> str | None:
     """Why the clip coefficient cannot, or should not, go along with the step; None if it does.
 
     What is said of the gradients goes by facts that all ranks know, so that all of them decide alike.
@@ -34,7 +34,7 @@ def why_not(optimizer: Optimizer, hook_id: int, look: Look) -> str | None:
     Args:
         optimizer: the optimizer, which is about to step.
         hook_id: the id of the pre hook that clips.
-        look: the gradients.
+        snapshot: the gradients.
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return "the optimizer does not divide by a grad_scale"
@@ -45,15 +45,15 @@ def why_not(optimizer: Optimizer, hook_id: int, look: Look) -> str | None:
         return "a step() of another class may look at the gradients"
     if next(reversed(optimizer._optimizer_step_pre_hooks)) != hook_id:
         return "a later hook may look at the gradients"
-    if len(look.parts) != 1 or look.parts[0].each:
+    if len(snapshot.sets) != 1 or snapshot.sets[0].each:
         return "there are several coefficients, but one grad_scale"
-    if look.facts & Facts.DOUBLE:
+    if snapshot.facts & Facts.DOUBLE:
         return "grad_scale is a float32 number, too coarse for float64 gradients"
-    if look.facts & Facts.SHARED or look.repeats:
+    if snapshot.facts & Facts.SHARED or snapshot.repeats:
         return "a gradient of several parameters would be divided several times"
-    if look.facts & Facts.GAPS:
+    if snapshot.facts & Facts.GAPS:
         return "torch's fused steps write between the elements of gradients with gaps"
-    if look.facts & _TOO_SMALL:
+    if snapshot.facts & _TOO_SMALL:
         return "so few elements are multiplied sooner by the clipper"
     return None
 
@@ -67,7 +67,7 @@ def divisor(clip_coef: Norm, grad_scale: Tensor | None) -> Tensor | None:
     return torch.full((), value, dtype=torch.float32, device=_CPU) if not value > _MOST else None
 
 
-class Loan:
+class GradScaleOverride:
     """What an optimizer's ``grad_scale`` is during a step, and what it has to be afterwards.
 
     A step that ended in an exception leaves ``grad_scale`` there, and GradScaler, at its next step, takes it
@@ -91,17 +91,17 @@ class Loan:
         """Whether a GradScaler takes this step."""
         return self._found_inf is not None and not self._tells
 
-    def lend(self, value: Tensor) -> None:
+    def set(self, value: Tensor) -> None:
         """Have the step divide by a number."""
         self._attributes["grad_scale"] = self._left = value
 
-    def tell(self, left_out: Tensor) -> None:
+    def skip_where(self, skip: Tensor) -> None:
         """Have the step leave itself out, or not, as a truth value says that nobody waits for."""
         self._tells = not self.of_scaler
         dtype = self._found_inf.dtype if isinstance(self._found_inf, Tensor) else torch.float32
-        self._attributes["found_inf"] = self._found_inf = left_out.to(dtype)
+        self._attributes["found_inf"] = self._found_inf = skip.to(dtype)
 
-    def give_back(self, outcome: Outcome) -> None:
+    def restore(self, outcome: Outcome) -> None:
         """Put back what was there, or what the next step of a GradScaler needs."""
         if self._tells and self._attributes.get("found_inf") is self._found_inf:
             self._attributes.pop("found_inf")

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from torchclip._core import scalars
 from torchclip._core.batch import Norms
-from torchclip.clipper.scope import Look, Part
+from torchclip.clipper.scope import ClipSet, Snapshot
 from torchclip.thresholds.bank import ThresholdBank
 
-__all__ = ["Limits"]
+__all__ = ["StepThresholds"]
 
 
-class Limits:
+class StepThresholds:
     """The thresholds of one step, each asked for once.
 
     Attributes:
@@ -36,17 +36,17 @@ class Limits:
         """Refuse to ask for another one from now on."""
         self._closed = True
 
-    def set_for(self, look: Look, skipped: bool | Tensor) -> bool:
-        """Set the thresholds of all parts; returns whether one had to be asked for.
+    def set_for(self, snapshot: Snapshot, skipped: bool | Tensor) -> bool:
+        """Set the thresholds of all sets; returns whether one had to be asked for.
 
-        Of a step that may be left out, which nobody waits to know, nothing is learned if it is.
+        Of a step that may be skipped, which nobody waits to know, nothing is learned if it is.
         """
         ruled = []
-        for part in look.parts:
-            if part.own is None:
-                ruled.append(part)
+        for clip_set in snapshot.sets:
+            if clip_set.own is None:
+                ruled.append(clip_set)
             else:
-                part.limit(part.own, scalars.EPS)
+                clip_set.limit(clip_set.own, scalars.EPS)
         if not ruled:
             return False
         if self._rule.learns:
@@ -54,14 +54,14 @@ class Limits:
         asked = self._common is None
         if self._common is None:
             self._common = float(self._rule.max_norms(self._number, ["all"], [0.0])[0])
-        for part in ruled:
-            part.limit(self._common, scalars.EPS)
+        for clip_set in ruled:
+            clip_set.limit(self._common, scalars.EPS)
         return asked
 
-    def _set_learned(self, parts: Sequence[Part], skipped: bool | Tensor) -> bool:
+    def _set_learned(self, sets: Sequence[ClipSet], skipped: bool | Tensor) -> bool:
         """Set what threshold objects answer, which may be the norm itself: it is met exactly."""
-        names = [name for part in parts for name in part.names()] if len(parts) > 1 else parts[0].names()
-        norms = scalars.concatenate([part.norms for part in parts])
+        names = [name for clip_set in sets for name in clip_set.names()] if len(sets) > 1 else sets[0].names()
+        norms = scalars.concatenate([clip_set.norms for clip_set in sets])
         if isinstance(skipped, Tensor) and isinstance(norms, Tensor):
             norms = norms.masked_fill(skipped.to(norms.device), math.nan)
         asked = self._names is None
@@ -71,9 +71,9 @@ class Limits:
         else:
             asked, max_norms = self._again(names, norms)
         start = 0
-        for part in parts:
-            end = start + len(part.norms)
-            part.limit(max_norms[start:end], 0.0)
+        for clip_set in sets:
+            end = start + len(clip_set.norms)
+            clip_set.limit(max_norms[start:end], 0.0)
             start = end
         return asked
 

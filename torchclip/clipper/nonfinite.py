@@ -14,18 +14,18 @@ from torch.optim import Optimizer
 from torchclip._core import memory, scalars
 from torchclip._core.batch import Norm
 from torchclip._core.collectives import raise_pending
-from torchclip.clipper.scope import Look, Part
+from torchclip.clipper.scope import ClipSet, Snapshot
 from torchclip.clipper.step import Outcome
 
 __all__ = ["Nonfinite", "hide_gradients", "refuse", "skips", "without_nonfinite"]
 
 Nonfinite = Literal["propagate", "error", "skip", "zero"]
 
-_REMEDY = "To go on, use `nonfinite='skip'` (leave such steps out) or 'zero' (put 0 in their place)"
+_REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"
 
 
 def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) -> bool | Tensor:
-    """Whether a step is left out: by a GradScaler's decision, or because the norm is not finite.
+    """Whether a step is skipped: by a GradScaler's decision, or because the norm is not finite.
 
     Args:
         policy: what to do about a norm that is not finite.
@@ -37,25 +37,25 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
         A tensor where nobody waits for it: the fused steps have to be told.
     """
     found_inf = getattr(optimizers[0], "found_inf", None)
-    left_out: bool | Tensor = False
+    skip: bool | Tensor = False
     # Of several, the GradScaler decides for each in its own step; a policy decides for all.
     decides = len(optimizers) == 1 or policy == "error"
     if decides and isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
         # To raise an error, or not, is to wait for an accelerator.
         if policy != "error" and not memory.on_host([found_inf]):
-            left_out = found_inf > 0
+            skip = found_inf > 0
         elif found_inf > 0:
             return True
     if policy != "skip":
-        return left_out
-    if isinstance(left_out, Tensor):
-        return left_out | ~torch.as_tensor(total_norm, device=left_out.device).isfinite()
+        return skip
+    if isinstance(skip, Tensor):
+        return skip | ~torch.as_tensor(total_norm, device=skip.device).isfinite()
     norm = unless_told(total_norm, optimizers)
     return ~norm.isfinite() if isinstance(norm, Tensor) else not math.isfinite(norm)
 
 
 def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
-    """The norm that a step may be left out for: a number, unless the steps are fused and can be told.
+    """The norm that a step may be skipped for: a number, unless the steps are fused and can be told.
 
     For others this waits for an accelerator: they cannot leave a step out themselves.
     """
@@ -71,25 +71,25 @@ def _heeds_found_inf(optimizer: Optimizer) -> bool:
     )
 
 
-def refuse(look: Look, order: float, names: Mapping[int, str]) -> None:
+def refuse(snapshot: Snapshot, order: float, names: Mapping[int, str]) -> None:
     """Raise an error that names the gradients if the norm is not finite."""
-    grads = [grad for part in look.parts for grad in part.batch.all]
+    grads = [grad for clip_set in snapshot.sets for grad in clip_set.batch.all]
     raise_pending()
-    scalars.refuse_nonfinite(look.total_norm, order, grads, names, _REMEDY)
+    scalars.refuse_nonfinite(snapshot.total_norm, order, grads, names, _REMEDY)
 
 
-def without_nonfinite(look: Look) -> Sequence[Part]:
-    """The parts with elements to be set to 0, measured as if they were.
+def without_nonfinite(snapshot: Snapshot) -> Sequence[ClipSet]:
+    """The sets with elements to be set to 0, measured as if they were.
 
     On an accelerator nobody waits to know which these are.
     """
-    parts = [
-        part
-        for part in look.parts
-        if isinstance(part.norms, Tensor) or not all(map(math.isfinite, part.norms))
+    sets = [
+        clip_set
+        for clip_set in snapshot.sets
+        if isinstance(clip_set.norms, Tensor) or not all(map(math.isfinite, clip_set.norms))
     ]
-    look.measure_parts(parts, finite=True)
-    return parts
+    snapshot.measure_sets(sets, finite=True)
+    return sets
 
 
 def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
@@ -114,7 +114,7 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
         for _, grad in hidden:
             grad.detach().zero_()
 
-    def give_back(outcome: Outcome) -> None:
+    def restore(outcome: Outcome) -> None:
         attributes = {} if (hiding := held()) is None else vars(hiding)
         if own_zero_grad is None:
             attributes.pop("zero_grad", None)
@@ -130,4 +130,4 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
         parameter.grad = None
     # A hook, or the step() of a subclass, may zero the gradients before the step is over.
     vars(optimizer)["zero_grad"] = zero_hidden_too
-    return give_back
+    return restore

@@ -196,13 +196,13 @@ class Round:
         return with_closure(step, args, kwargs, partial(around, index))
 
     def _own_norm(self, index: int) -> Norm:
-        look = self._clipping.look(only=index)
-        look.measure()
-        return look.total_norm
+        snapshot = self._clipping.snapshot(only=index)
+        snapshot.measure()
+        return snapshot.total_norm
 
     def _clipped_after(self, index: int, closure: Callable[..., Any]) -> Callable[..., Any]:
         def closure_then_clip(*args: Any, **kwargs: Any) -> Any:
-            self._steps[index].take_back("again")
+            self._steps[index].undo("again")
             loss = closure(*args, **kwargs)
             self._clip(index)
             return loss
@@ -227,15 +227,15 @@ class Round:
     def _clip(self, index: int) -> None:
         """Clip the gradients that are there now; in a backward pass those of one optimizer."""
         only = index if self._in_backward else None
-        look = self._clipping.look(only=only)
+        snapshot = self._clipping.snapshot(only=only)
         self._refuse_scaled(index)
-        look.measure()
+        snapshot.measure()
         if self._layers_every and self._state.number % self._layers_every == 0:
             names, _, norms = self._names.norms([step.optimizer for step in self._steps], self._order, only)
             self._layers = [*self._layers, (names, norms)] if self._in_backward else [(names, norms)]
         loss = self.take_loss()
         self._rows.append(
-            self._clipping.clip(self._state.number, look, loss, index, tell=not self._in_backward)
+            self._clipping.clip(self._state.number, snapshot, loss, index, tell=not self._in_backward)
         )
         if len(self._steps) > 1 and not self._in_backward:
             for i, step in enumerate(self._steps):

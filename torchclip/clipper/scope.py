@@ -1,4 +1,4 @@
-"""What is clipped together: the parts of some optimizers' gradients that have a norm and a threshold each."""
+"""What is clipped together: the sets of some optimizers' gradients that have a norm and a threshold each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "ClipSet",
     "Group",
-    "Look",
     "OwnMaxNorms",
-    "Part",
     "Scope",
     "Scoping",
+    "Snapshot",
     "groups_of",
     "own_max_norms",
     "set_names",
@@ -84,8 +84,8 @@ def groups_of(optimizers: Sequence[Optimizer]) -> list[Group]:
     ]
 
 
-class Section(NamedTuple):
-    """Parameters whose gradients are a part."""
+class SetMembers(NamedTuple):
+    """Parameters whose gradients are a clip set."""
 
     name: str
     parameters: Sequence[Tensor]
@@ -95,7 +95,7 @@ class Section(NamedTuple):
     """What to call the norm of each, where each has one; not to be changed."""
 
 
-class Part:
+class ClipSet:
     """Gradients that are clipped together, by one norm, or each by its own.
 
     Attributes:
@@ -109,8 +109,8 @@ class Part:
         clip_coefs: what to multiply by, for each norm.
     """
 
-    def __init__(self, section: Section, order: float, each: bool, batch: Batch) -> None:
-        self.name, self.parameters, self.own, self._names_of_all = section
+    def __init__(self, members: SetMembers, order: float, each: bool, batch: Batch) -> None:
+        self.name, self.parameters, self.own, self._names_of_all = members
         self.each, self._order = each, order
         self._names: list[str] | None = None
         self.batch = batch
@@ -139,7 +139,7 @@ class Part:
         if not self.batch.facts & Facts.SHARDED:
             return []
         self.names()
-        held = gather.held_gradients(self.parameters)
+        held = gather.local_gradients(self.parameters)
         norms = held.norms(self._order) if self.each else scalars.in_one([held.norm(self._order)])
         return scalars.numbers(norms)
 
@@ -160,11 +160,11 @@ class Part:
             self.batch.scale_(self.clip_coefs[0])
 
 
-class Look:
-    """The gradients of some optimizers as they are at one moment, in parts, measured.
+class Snapshot:
+    """The gradients of some optimizers as they are at one moment, in sets, measured.
 
     Attributes:
-        parts: what is clipped together.
+        sets: what is clipped together.
         own: the thresholds that the parameter groups bring along, or None.
         grad_scale: what a GradScaler has multiplied them by.
         total_norm: the norm of all gradients, ``scalars.ABSENT`` if there are none.
@@ -184,14 +184,14 @@ class Look:
         self._order, self._groups = scoping.order, scoping.groups
         self.grad_scale = grad_scale
         self._each = scoping.scope == "parameter"
-        sections = _sections(groups, own, scoping, names)
+        of_sets = _members_of_sets(groups, own, scoping, names)
         kind = Kind.CLIP_EACH if self._each else Kind.CLIP
-        batches = gather.several([section.parameters for section in sections], scoping.groups, kind)
-        self.parts = [
-            Part(section, scoping.order, self._each, batch)
-            for section, batch in zip(sections, batches, strict=True)
+        batches = gather.several([members.parameters for members in of_sets], scoping.groups, kind)
+        self.sets = [
+            ClipSet(members, scoping.order, self._each, batch)
+            for members, batch in zip(of_sets, batches, strict=True)
         ]
-        self._overlap = len(self.parts) > 1 and _overlap(self.parts)
+        self._overlap = len(self.sets) > 1 and _overlap(self.sets)
         held = [id(p) for group in groups for p in group.parameters] if groups and groups[0].several else []
         self.repeats = len(set(held)) < len(held)
         self.total_norm: Norm = scalars.ABSENT
@@ -199,85 +199,89 @@ class Look:
         self.facts = 0
 
     def measure(self) -> None:
-        """Take the norms of the parts, and that of all gradients."""
-        self.measure_parts(self.parts)
-        for part in self.parts:
-            self.facts |= part.batch.facts
+        """Take the norms of the sets, and that of all gradients."""
+        self.measure_sets(self.sets)
+        for clip_set in self.sets:
+            self.facts |= clip_set.batch.facts
         if self._overlap and self._groups is None:
-            # What several parts share counts once.  With `group` only some ranks may share a gradient, and
-            # all of them would have to exchange another norm: there it counts in each part.
+            # What several sets share counts once.  With `group` only some ranks may share a gradient, and
+            # all of them would have to exchange another norm: there it counts in each set.
             norms = scalars.in_one([self._all().norm(self._order)])
             self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
         else:
             self.total_norm = self.joint_norm()
 
-    def measure_parts(self, parts: Sequence[Part], finite: bool = False) -> None:
-        """Take the norms of some parts, or of their finite elements, divided by a GradScaler's scale.
+    def measure_sets(self, sets: Sequence[ClipSet], finite: bool = False) -> None:
+        """Take the norms of some sets, or of their finite elements, divided by a GradScaler's scale.
 
-        Ranks take those of all parts in one exchange.
+        Ranks take those of all sets in one exchange.
         """
-        norms = gather.norms_of([part.batch for part in parts], self._each, self._order, finite)
-        for part, of_part in zip(parts, norms, strict=True):
-            of_each = of_part if self._each else scalars.in_one([cast("Norm", of_part)])
-            part.norms = unscaled(cast("Norms", of_each), self.grad_scale, self._order)
+        norms = gather.norms_of([clip_set.batch for clip_set in sets], self._each, self._order, finite)
+        for clip_set, of_set in zip(sets, norms, strict=True):
+            of_each = of_set if self._each else scalars.in_one([cast("Norm", of_set)])
+            clip_set.norms = unscaled(cast("Norms", of_each), self.grad_scale, self._order)
 
     def others(self, optimizer: int) -> list[int]:
         """The optimizers whose gradients these are, without one of them."""
         return [i for i in dict.fromkeys(group.optimizer for group in self._held) if i != optimizer]
 
     def joint_norm(self) -> Norm:
-        """The joint norm of the parts as they were measured last."""
-        return _joined([part.norms for part in self.parts], self._order)
+        """The joint norm of the sets as they were measured last."""
+        return _joined([clip_set.norms for clip_set in self.sets], self._order)
 
-    def decided_as(self, other: Look) -> None:
+    def take_decisions_of(self, other: Snapshot) -> None:
         """Take over what was measured and decided of the same gradients."""
         self.total_norm, self.facts = other.total_norm, other.facts
-        for part, same in zip(self.parts, other.parts, strict=True):
-            part.norms, part.max_norms, part.clip_coefs = same.norms, same.max_norms, same.clip_coefs
+        for clip_set, same in zip(self.sets, other.sets, strict=True):
+            clip_set.norms, clip_set.max_norms, clip_set.clip_coefs = (
+                same.norms,
+                same.max_norms,
+                same.clip_coefs,
+            )
 
     def limit_all(self, clip_coef: Norm, max_norm: Norm | None) -> None:
         """Have no gradient multiplied by more than a number, which a threshold for all of them gave."""
         if scalars.may_change(clip_coef):
             self._max_norm = max_norm
-            for part in self.parts:
-                part.clip_coefs = scalars.at_most(part.clip_coefs, clip_coef)
+            for clip_set in self.sets:
+                clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, clip_coef)
 
-    def leave_where(self, skipped: Tensor) -> None:
+    def keep_where(self, skipped: Tensor) -> None:
         """Have no gradient changed if a truth value says so that nobody waits for."""
-        for part in self.parts:
-            coefs = part.clip_coefs
+        for clip_set in self.sets:
+            coefs = clip_set.clip_coefs
             if isinstance(coefs, Tensor):
-                part.clip_coefs = coefs.masked_fill(skipped.to(coefs.device, non_blocking=True), 1.0)
+                clip_set.clip_coefs = coefs.masked_fill(skipped.to(coefs.device, non_blocking=True), 1.0)
 
     def held_norms(self) -> list[list[float]]:
         """The norms of what this rank holds of each part whose norms take other ranks."""
-        return [part.held_norms() for part in self.parts]
+        return [clip_set.held_norms() for clip_set in self.sets]
 
     def max_norm(self) -> Norm:
-        """The smallest threshold, of the parts where there is something to clip."""
-        present = [part for part in self.parts if not part.is_absent()] or self.parts
-        max_norms = [part.max_norms for part in present if len(part.norms)]
+        """The smallest threshold, of the sets where there is something to clip."""
+        present = [clip_set for clip_set in self.sets if not clip_set.is_absent()] or self.sets
+        max_norms = [clip_set.max_norms for clip_set in present if len(clip_set.norms)]
         return scalars.smallest([*max_norms, *([] if self._max_norm is None else [self._max_norm])], math.inf)
 
     def clip_coef(self) -> Norm:
         """The smallest number that gradients are multiplied by."""
-        return scalars.smallest([part.clip_coefs for part in self.parts], 1.0)
+        return scalars.smallest([clip_set.clip_coefs for clip_set in self.sets], 1.0)
 
     def scale_but_(self, optimizers: Collection[int]) -> None:
         """Multiply in place the gradients of all but some optimizers, where there is one number for all."""
         rest = [p for group in self._held if group.optimizer not in optimizers for p in group.parameters]
-        gather.gradients(rest).scale_(self.parts[0].clip_coefs[0])
+        gather.gradients(rest).scale_(self.sets[0].clip_coefs[0])
 
     def scale_(self) -> None:
-        """Multiply the gradients in place; one that several parts share, by the smallest of their numbers."""
+        """Multiply the gradients in place; one that several sets share, by the smallest of their numbers."""
         if not self._overlap:
-            for part in self.parts:
-                part.scale_()
+            for clip_set in self.sets:
+                clip_set.scale_()
             return
         of_grad: dict[int, list[Norm]] = {}
-        for part in self.parts:
-            for i, grad in enumerate(part.batch.all):
-                of_grad.setdefault(id(grad), []).append(part.clip_coefs[i if part.each else 0])
+        for clip_set in self.sets:
+            for i, grad in enumerate(clip_set.batch.all):
+                of_grad.setdefault(id(grad), []).append(clip_set.clip_coefs[i if clip_set.each else 0])
         batch = self._all()
         clip_coefs = [scalars.join(of_grad[id(grad)], -math.inf) for grad in batch.all]
         batch.scale_each_(scalars.in_one(clip_coefs))
@@ -315,10 +319,10 @@ def set_names(groups: Sequence[Group], scope: Scope, names: Mapping[int, list[st
     return [name for group in groups for name in names.get(id(group.parameters)) or group.names_of_each()]
 
 
-def _sections(
+def _members_of_sets(
     groups: Sequence[Group], own: OwnMaxNorms, scoping: Scoping, names: Mapping[int, list[str]]
-) -> list[Section]:
-    sections = []
+) -> list[SetMembers]:
+    members = []
     together: list[Tensor] | None = None
     each = scoping.scope == "parameter"
     for group in groups:
@@ -327,19 +331,19 @@ def _sections(
             together = together + parameters if together else parameters
         else:
             of_each = (names.get(id(parameters)) or group.names_of_each()) if each else []
-            sections.append(Section(group.name, parameters, max_norm, of_each))
+            members.append(SetMembers(group.name, parameters, max_norm, of_each))
     # With none of them here, another rank of the group may still wait for this one.
     if together or (together is not None and scoping.groups):
-        sections.append(Section("all", together, None, []))
-    return sections
+        members.append(SetMembers("all", together, None, []))
+    return members
 
 
-def _overlap(parts: Iterable[Part]) -> bool:
-    """Whether a gradient is in several parts, as the one that parameters of two groups share."""
+def _overlap(sets: Iterable[ClipSet]) -> bool:
+    """Whether a gradient is in several sets, as the one that parameters of two groups share."""
     found: set[int] = set()
-    for part in parts:
-        count = len(found) + len(part.batch.all)
-        found.update(map(id, part.batch.all))
+    for clip_set in sets:
+        count = len(found) + len(clip_set.batch.all)
+        found.update(map(id, clip_set.batch.all))
         if len(found) < count:
             return True
     return False
@@ -357,7 +361,7 @@ def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
 
 
 def _joined(several: Sequence[Norms], order: float) -> Norm:
-    """The joint norm of some parts."""
+    """The joint norm of some sets."""
     norms: list[Norm] = []
     for each in several:
         if isinstance(each, list):

@@ -1,4 +1,4 @@
-"""Steps that are left out because their norm is above a limit."""
+"""Steps that are skipped because their norm is above a limit."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _NAME = "all"
 
 
 class Spikes:
-    """Decides which steps are spikes, and how many of them in a row are left out.
+    """Decides which steps are spikes, and how many of them in a row are skipped.
 
     Args:
         skip_above: the limit: whatever ``max_norm`` may be.
-        max_skips: how many steps in a row are left out at most; None for any number.
+        max_skips: how many steps in a row are skipped at most; None for any number.
         order: the order of the norms.
 
     Attributes:
         rule: what the limit is.
         limit: that of the step, once it was asked for.
         clip_coef: what the gradients of the step are to be multiplied by at most: below 1 for a spike that is
-            taken all the same, as too many in a row were left out.
+            taken all the same, as too many in a row were skipped.
     """
 
     def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float) -> None:
@@ -50,13 +50,13 @@ class Spikes:
         """Forget what the limit was for the step before."""
         self.limit, self.clip_coef = None, 1.0
 
-    def are_left_out(self, step: int, norm: Norm) -> bool | Tensor:
-        """Whether a step with this norm is left out; asked again for the same step, by the same limit."""
+    def should_skip(self, step: int, norm: Norm) -> bool | Tensor:
+        """Whether a step with this norm is skipped; asked again for the same step, by the same limit."""
         if self.limit is None:
             (self.limit,) = self._max_norms(step, norm)
         limit = self.limit
         if scalars.device_of([norm, limit]) is not None:
-            return self._are_left_out_unseen(norm, limit)
+            return self._should_skip_on_device(norm, limit)
         self._skips_then, self.clip_coef = 0, 1.0
         if norm != norm:  # which says nothing about the norms in a row, and which no limit leaves out
             self._skips_then = self._skips
@@ -77,28 +77,28 @@ class Spikes:
             )
         return False
 
-    def _are_left_out_unseen(self, norm: Norm, limit: Norm) -> Tensor:
+    def _should_skip_on_device(self, norm: Norm, limit: Norm) -> Tensor:
         """The same without a look at any value, hence also without the warning."""
         norm = norm if isinstance(norm, Tensor) else torch.full_like(limit, norm)  # type: ignore[arg-type]
-        left_out = norm > limit
+        skip = norm > limit
         if self._max_skips is None:
             self._skips_then, self.clip_coef = 0, 1.0
-            return left_out
+            return skip
         finite = norm.isfinite()
-        left_out = left_out & ((self._skips < self._max_skips) | ~finite)
-        self._skips_then = torch.where(left_out, self._skips + 1, 0).where(finite, self._skips)
+        skip = skip & ((self._skips < self._max_skips) | ~finite)
+        self._skips_then = torch.where(skip, self._skips + 1, 0).where(finite, self._skips)
         self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
-        return left_out
+        return skip
 
     def _max_norms(self, step: int, norm: Norm) -> Norms:
         return self.rule.max_norms(step, [_NAME], scalars.in_one([norm]), self._order)
 
     def end(self) -> None:
-        """Count the step, which was left out or taken."""
+        """Count the step, which was skipped or taken."""
         self._skips = self._skips_then
 
     def state_dict(self) -> dict[str, Any]:
-        """What the limit has learned, and how many steps in a row were left out; waits for an accelerator."""
+        """What the limit has learned, and how many steps in a row were skipped; waits for an accelerator."""
         return {"skips": int(self._skips), "thresholds": self.rule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

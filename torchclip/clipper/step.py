@@ -158,7 +158,7 @@ class Step:
             if self._is_around(sys._getframe(1), 1):
                 self.member.nested = True
                 return False
-            self.take_back("failed")
+            self.undo("failed")
         self.member.running, self.counts = True, True
         self.member.nested = self.member.short = False
         return True
@@ -169,13 +169,13 @@ class Step:
         if not member.running or (member.nested and self._is_around(sys._getframe(1), 1)):
             return False
         member.running = False
-        self.take_back("finished")
+        self.undo("finished")
         return True
 
     def fail(self) -> None:
         """End a step with an exception that is on its way."""
         self.member.running = False
-        self.take_back("failed")
+        self.undo("failed")
 
     def is_running(self) -> bool:
         """Whether the caller is called from within a step; one that has failed is ended."""
@@ -183,11 +183,11 @@ class Step:
             self.fail()
         return self.member.running
 
-    def later(self, undo: Callable[[Outcome], None]) -> None:
+    def undo_at_end(self, undo: Callable[[Outcome], None]) -> None:
         """Have something undone as soon as this step is over, or its closure is called again."""
         self._undo.append(undo)
 
-    def take_back(self, outcome: Outcome) -> None:
+    def undo(self, outcome: Outcome) -> None:
         """Undo what was arranged for this step."""
         while self._undo:
             self._undo.pop()(outcome)
