@@ -359,7 +359,7 @@ class Clipper:
         """
         self._know_sets()
         thresholds = saved.of_rules(self._rule)
-        own = {
+        own: dict[str, Any] = {
             "steps": self._state.number,
             "sets": list(thresholds),
             "thresholds": thresholds,
