@@ -517,6 +517,82 @@ def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
         assert len(session.functions.calls._owners) == 0
 
 
+# Optimizers that step together
+
+
+def two() -> tuple[list[nn.Parameter], list[torch.optim.SGD]]:
+    weights = [weight(0.0, 0.0), weight(0.0, 0.0)]
+    return weights, [sgd(each) for each in weights]
+
+
+def joint_step(weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]) -> None:
+    (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_optimizers_that_step_together_are_reported_jointly(clips: bool) -> None:
+    weights, optimizers = two()
+    with Session() as session:
+        for _ in range(20):
+            (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum().backward()
+            if clips:
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    found = histories(session.functions, session.steps)
+    assert list(found) == ["optimizers[0] (SGD) and optimizers[1] (SGD)", *labels(session.steps)]
+    joint, first, second = found.values()
+    assert {record.total_norm for record in joint} == {5.0}
+    assert len(joint) == len(first) == len(second) == 20
+    assert joint.summary().clipped == (20 if clips else 0)
+    assert "which step together 20 steps" in " ".join(session.report().split())
+
+
+def test_optimizers_that_step_in_turn_are_reported_alone() -> None:
+    weights, optimizers = two()
+    with Session() as session:
+        for _ in range(20):
+            for w, optimizer in zip(weights, optimizers, strict=True):
+                optimizer.zero_grad()
+                w.sum().backward()
+                optimizer.step()
+    assert list(histories(session.functions, session.steps)) == list(labels(session.steps))
+
+
+def test_max_norm_puts_one_clipper_on_optimizers_that_step_together() -> None:
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        for _ in range(3):
+            joint_step(weights, optimizers)
+    torch.testing.assert_close(weights[0].data, torch.tensor([-1.8, 0.0]))
+    torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -2.4]))
+    ((label, optimizer),) = labels(session.steps).items()
+    assert label == "optimizers[0] (SGD) and optimizers[1] (SGD)"
+    assert [record.total_norm for record in optimizer.history] == [5.0] * 3
+
+
+def test_with_max_norm_optimizers_that_step_in_turn_are_clipped_each() -> None:
+    """As a GAN's, where the first backward pass reaches the parameters of both."""
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum().backward()
+            optimizers[0].step()
+            optimizers[1].zero_grad()
+            (weights[1] * torch.tensor([0.0, 2.0])).sum().backward()
+            optimizers[1].step()
+    torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -3.0]))
+    assert [record.total_norm for record in session.steps.optimizers[1].history] == [2.0] * 3
+    assert len(labels(session.steps)) == 2
+
+
 # Trials
 
 

@@ -24,9 +24,13 @@ class LossRecorder:
 
     Several within a step are added up, as gradient accumulation does.  ``autograd.grad`` and
     ``backward(gradient=...)`` are not seen.
+
+    Attributes:
+        backwards: how often ``backward()`` was called, on whatever.
     """
 
     def __init__(self) -> None:
+        self.backwards = 0
         self._pending: Loss | None = None
         self._is_closed = False
         # A scaled loss → the loss as it was; and the scale that was used last, for what is computed from it.
@@ -67,6 +71,7 @@ class LossRecorder:
         self._detach.append(lambda: setattr(owner, name, original))
 
     def _backward(self, original: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.backwards += 1
         gradient = args[0] if args else kwargs.get("gradient")
         if gradient is None and tensor.numel() == 1 and not tensor.is_complex():
             self._add(tensor)

@@ -18,6 +18,8 @@ from torchclip.history.stalls import eps_limits
 
 __all__ = ["OptimizerRecord"]
 
+MOST_ROUNDS = 10_000  # as many as a history keeps steps
+
 
 class OptimizerRecord:
     """One optimizer, and what its steps were like.
@@ -30,6 +32,7 @@ class OptimizerRecord:
         steps: how many steps it has taken.
         history: its steps; those of its Clipper, if it has one.
         layers: the norms of its parameters in some of the steps.
+        rounds: after how many backward passes each of the latest steps was taken.
         clipped_by: how many steps were clipped in which way.
         nonfinite: the names of the parameters with a gradient that is not finite, by step.
         problem: why its norms are not known, or why it is not clipped as the options ask.
@@ -47,6 +50,7 @@ class OptimizerRecord:
         self.steps = 0
         self.history = History()
         self.layers = Layers()
+        self.rounds: dict[int, int] = {}
         self.clipped_by: Counter[str] = Counter()
         self.nonfinite: dict[int, list[str]] = {}
         self.problem: str | None = None
@@ -63,6 +67,13 @@ class OptimizerRecord:
         self.on_host = _on_host(optimizer)
         if not self.clipped_by:  # a Clipper's history has them from that
             self.history.eps_limits = eps_limits([optimizer])
+
+    def note_round(self, backwards: int) -> None:
+        """Note after how many backward passes this step is taken."""
+        if backwards:
+            self.rounds[self.steps] = backwards
+            if len(self.rounds) > MOST_ROUNDS:
+                del self.rounds[next(iter(self.rounds))]
 
     def label(self, name: str) -> str:
         """What to call it in a report."""

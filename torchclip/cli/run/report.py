@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from statistics import median
 
@@ -15,6 +15,7 @@ from torchclip.cli.run.functions import FunctionRecorder
 from torchclip.cli.run.names import unique_names
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.steps import StepRecorder
+from torchclip.cli.run.together import joint_history, together
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 from torchclip.history.signs import final_loss
@@ -45,14 +46,17 @@ def report(functions: FunctionRecorder, steps: StepRecorder, seconds: float, end
         lines += ["", *_did(label, optimizer, functions, steps)]
     if len(found) > len(shown):
         lines += ["", f"and {_count(len(found) - len(shown), 'optimizer')} more"]
+    joint = joint_histories(found)
+    for label, history in joint.items():
+        lines += ["", f"{label}, which step together", *(f"  {line}" for line in _numbers(history))]
     if len(functions.calls.stray):
         lines += ["", *_strays(functions.calls.stray)]
     if len(lines) == 1:
         lines += ["  No optimizer of torch's took a step, and no clipping function of torch's was called."]
-    for label, optimizer in shown.items():
-        if optimizer.steps:
-            lines += ["", f"advice for {label}" if len(shown) > 1 else "advice"]
-            lines += [f"  {line}" for line in optimizer.history.suggest().lines]
+    advised = joint | {label: optimizer.history for label, optimizer in shown.items() if optimizer.steps}
+    for label, history in advised.items():
+        lines += ["", f"advice for {label}" if len(advised) > 1 else "advice"]
+        lines += [f"  {line}" for line in history.suggest().lines]
     costs = list(_costs(functions, steps, seconds))
     if costs:
         lines += ["", "time", *costs]
@@ -76,9 +80,16 @@ def labels(steps: StepRecorder) -> dict[str, OptimizerRecord]:
     return {" and ".join(found): optimizer for found, optimizer in together.values()}
 
 
+def joint_histories(optimizers: Mapping[str, OptimizerRecord]) -> dict[str, History]:
+    """The joint steps of the optimizers that step together, by their labels."""
+    names = {id(optimizer): label for label, optimizer in optimizers.items()}
+    groups = together(list(optimizers.values()))
+    return {" and ".join(names[id(each)] for each in group): joint_history(group) for group in groups}
+
+
 def histories(functions: FunctionRecorder, steps: StepRecorder) -> dict[str, History]:
-    """The steps of each optimizer, by its label, with the norms of its parameters."""
-    found = {}
+    """The steps of each optimizer, and of those that step together, with the norms of their parameters."""
+    found = joint_histories(labels(steps))
     for label, optimizer in labels(steps).items():
         found[label] = optimizer.history
         if not len(optimizer.history.layers):

@@ -23,6 +23,7 @@ from torchclip.cli.run.calls import Call, Calls
 from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of, with_gradient
 from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.optimizer import OptimizerRecord
+from torchclip.cli.run.together import OpenRound, companions
 from torchclip.cli.run.trial import Trial
 from torchclip.clipper import clipper as clippers
 from torchclip.clipper.clipper import Clipper
@@ -65,6 +66,7 @@ class StepRecorder:
         self._by_id: dict[int, OptimizerRecord] = {}
         self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
         self._trial_clippers: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
+        self._rounds: WeakKeyDictionary[Clipper, OpenRound] = WeakKeyDictionary()
         self._is_adding_clipper = False
         self._detach: list[Callable[[], None]] = []
         self._own_seconds: deque[float] = deque(maxlen=_MOST_TIMES)
@@ -126,6 +128,8 @@ class StepRecorder:
             record = self._register(optimizer)
         if record is None or not record.step.begin():
             return None
+        self._split_round(optimizer)
+        record.note_round(self._losses.backwards)
         record.loss, record.call, record.is_measured = self._losses.take(), None, False
         if len(args) > 1 or kwargs:
 
@@ -168,6 +172,8 @@ class StepRecorder:
         clipper = self._clipper_of(optimizer)
         if clipper is not None:
             self._read_clipper(record, optimizer, clipper)
+            if clipper in self._rounds:
+                self._rounds[clipper].mark(optimizer)
         number = record.steps
         record.steps += 1
         if self._progress is not None:
@@ -279,19 +285,42 @@ class StepRecorder:
                 del self._by_id[key]
 
     def _add_trial_clipper(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
+        others = companions(optimizer, {*self._by_id, *map(id, clippers._clipped_optimizers)})
         self._is_adding_clipper = True
         try:
-            self._trial_clippers[optimizer] = self.trial.clipper_for(optimizer)
+            clipper = self.trial.clipper_for([optimizer, *others] if others else optimizer)
+            for each in [optimizer, *others]:
+                self._trial_clippers[each] = clipper
+            if others:
+                self._rounds[clipper] = OpenRound()
         except (TypeError, ValueError) as error:
             record.problem = f"not clipped as asked: {error}"
         finally:
             self._is_adding_clipper = False
 
+    def _split_round(self, optimizer: Optimizer) -> None:
+        """Give each optimizer a Clipper of its own if they do not step on the same backward pass."""
+        clipper = self._trial_clippers.get(optimizer)
+        if clipper is None or clipper not in self._rounds:
+            return
+        if not self._rounds[clipper].step(optimizer, self._losses.backwards):
+            optimizers = clipper.optimizers
+            self._remove_trial_clippers(optimizers)
+            self._is_adding_clipper = True
+            try:
+                for each in optimizers:
+                    self._trial_clippers[each] = self.trial.clipper_for(each)
+            finally:
+                self._is_adding_clipper = False
+
     def _remove_trial_clippers(self, optimizers: Sequence[Any]) -> None:
         """The program makes a Clipper of its own for optimizers that have this run's."""
         for optimizer in optimizers:
             if isinstance(optimizer, Optimizer) and optimizer in self._trial_clippers:
-                self._trial_clippers.pop(optimizer).detach()
+                clipper = self._trial_clippers[optimizer]
+                for each in clipper.optimizers:
+                    self._trial_clippers.pop(each, None)
+                clipper.detach()
 
     def _clipper_of(self, optimizer: Optimizer) -> Clipper | None:
         if not self._clippers or optimizer not in clippers._clipped_optimizers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
@@ -50,8 +51,8 @@ class Trial:
         ceiling = math.inf if self.max_norm is None else self.max_norm
         return max_norm_of(self.threshold or "fixed", ceiling)
 
-    def clipper_for(self, optimizer: Optimizer) -> Clipper:
-        """A Clipper on an optimizer that has none."""
+    def clipper_for(self, optimizer: Optimizer | Sequence[Optimizer]) -> Clipper:
+        """A Clipper on an optimizer that has none, or on several that step together."""
         return Clipper(optimizer, self.new_max_norm(), nonfinite=self.nonfinite or "propagate")
 
     def __str__(self) -> str:

@@ -1,0 +1,129 @@
+"""Optimizers that step together, on the gradients of the same backward passes."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Container, Sequence
+from weakref import ref
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from torchclip.cli.run.optimizer import OptimizerRecord
+from torchclip.history.history import History
+from torchclip.history.records import Record
+
+__all__ = ["OpenRound", "companions", "joint_history", "together"]
+
+_SHARE = 0.9  # of the rounds of the one that steps less often
+
+
+def companions(optimizer: Optimizer, known: Container[int]) -> list[Optimizer]:
+    """Other optimizers that have gradients now, and have never stepped: they step with this one, it seems.
+
+    Args:
+        optimizer: the one that takes its first step.
+        known: the ``id`` of each optimizer that has stepped, or has a Clipper.
+    """
+    own = {id(parameter) for parameter in _parameters(optimizer)}
+    found = []
+    for each in gc.get_objects():
+        if issubclass(type(each), Optimizer) and hasattr(each, "_optimizer_step_pre_hooks"):
+            theirs = _parameters(each)
+            # One that wraps another has the same parameters.
+            if each is optimizer or id(each) in known or own & set(map(id, theirs)):
+                continue
+            if not isinstance(each, LBFGS) and any(parameter.grad is not None for parameter in theirs):
+                found.append(each)
+                own |= set(map(id, theirs))
+    return found
+
+
+class OpenRound:
+    """Which of the optimizers of one Clipper have stepped on the gradients that are there."""
+
+    def __init__(self) -> None:
+        self._backwards = 0
+        self._stepped: dict[int, tuple[ref[Tensor] | None, int]] = {}
+        self._optimizers: dict[int, ref[Optimizer]] = {}
+
+    def step(self, optimizer: Optimizer, backwards: int) -> bool:
+        """Note a step; False if the optimizer's gradients are of another backward pass than the others'.
+
+        Args:
+            optimizer: the one that steps.
+            backwards: how many backward passes there have been.
+        """
+        is_new = not self._stepped or id(optimizer) in self._stepped
+        if not is_new and backwards != self._backwards:
+            # Whoever has stepped may have new gradients as well: then it steps less often than this one.
+            if all(_mark(each) == mark for each, mark in self._others()):
+                return False
+            is_new = True
+        if is_new:
+            self._backwards, self._stepped, self._optimizers = backwards, {}, {}
+        self._optimizers[id(optimizer)] = ref(optimizer)
+        self.mark(optimizer)
+        return True
+
+    def mark(self, optimizer: Optimizer) -> None:
+        """Note the gradients with which an optimizer has stepped."""
+        self._stepped[id(optimizer)] = _mark(optimizer)
+
+    def _others(self) -> list[tuple[Optimizer, tuple[ref[Tensor] | None, int]]]:
+        alive = [(self._optimizers[key](), mark) for key, mark in self._stepped.items()]
+        return [(each, mark) for each, mark in alive if each is not None]
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
+
+
+def _mark(optimizer: Optimizer) -> tuple[ref[Tensor] | None, int]:
+    """What tells a new gradient from one that is still the same."""
+    grad = next((p.grad for p in _parameters(optimizer) if p.grad is not None), None)
+    return (None, 0) if grad is None else (ref(grad), grad._version)
+
+
+# The report
+
+
+def together(optimizers: Sequence[OptimizerRecord]) -> list[list[OptimizerRecord]]:
+    """Those that step after the same backward passes, each on its own Clipper or on none."""
+    groups: list[list[OptimizerRecord]] = []
+    for each in optimizers:
+        for group in groups:
+            rounds, others = set(each.rounds.values()), set(group[0].rounds.values())
+            least = max(_SHARE * min(len(rounds), len(others)), 1)
+            if each.history is not group[0].history and len(rounds & others) >= least:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return [group for group in groups if len(group) > 1]
+
+
+def joint_history(optimizers: Sequence[OptimizerRecord]) -> History:
+    """Their steps as one: the norm of all gradients of a backward pass, as one call would have seen it."""
+    rounds: dict[int, list[Record]] = {}
+    for each in optimizers:
+        for record in each.history:
+            if record.step in each.rounds:
+                rounds.setdefault(each.rounds[record.step], []).append(record)
+    joint = History()
+    for step, parts in enumerate(rounds[number] for number in sorted(rounds)):
+        norms = {(part.total_norm, part.max_norm) for part in parts}
+        # A call that clipped all of them has measured all of them.
+        is_one_call = len(norms) == 1 and math.isfinite(parts[0].max_norm)
+        norm = parts[0].total_norm if is_one_call else math.hypot(*(part.total_norm for part in parts))
+        losses = [part.loss for part in parts if part.loss is not None]
+        joint.append(
+            step,
+            norm,
+            min(part.max_norm for part in parts),
+            min(part.clip_coef for part in parts),
+            all(part.skipped for part in parts),
+            losses[0] if losses else None,
+        )
+    return joint
