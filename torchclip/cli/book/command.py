@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchclip.cli.book import figure
 from torchclip.cli.book.experiments import BATCH, MAX_NORM, gradient_norms, tanh_curve
-from torchclip.cli.book.lesson import SECTIONS
+from torchclip.cli.book.lesson import SECTIONS, tell
 from torchclip.cli.figures import save
 from torchclip.cli.options import directory_to_write
 from torchclip.cli.terminal import Console, console_for
@@ -17,7 +17,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    titles = "; ".join(f"{i}: {section.title}" for i, section in enumerate(SECTIONS, start=1))
+    titles = "; ".join(f"{i}: {title}" for i, title in enumerate(SECTIONS, start=1))
     parser.add_argument(
         "--section",
         type=int,
@@ -49,7 +49,7 @@ def run(figures: Path | None, section: int | None = None) -> None:
         figures.mkdir(parents=True, exist_ok=True)
     console = console_for(80)
     if section is not None:
-        SECTIONS[section - 1].tell(console)
+        tell(list(SECTIONS)[section - 1], console)
     elif console.is_terminal:
         with console.pager():
             _tell_all(console)
@@ -61,7 +61,7 @@ def run(figures: Path | None, section: int | None = None) -> None:
 
 def _tell_all(console: Console) -> None:
     for section in SECTIONS:
-        section.tell(console)
+        tell(section, console)
 
 
 def _draw(console: Console, directory: Path, section: int | None) -> None:
