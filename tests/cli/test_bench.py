@@ -279,6 +279,9 @@ def test_a_busy_machine_gives_no_ratio() -> None:
         (axes,) = figure.benchmark_figure([], OPERATIONS, [drawn]).axes
         assert expected in axes.texts[-1].get_text()
 
+    calm["drift"] = {"Clipper": 0.3 * calm["added"]["Clipper"][0]}
+    assert "busy" in table.step_table([calm]).rows[0][-1]
+
     calls = row("ppo", WORKLOADS["ppo"], "clipping", torch=1.0, torchclip=0.1)
     assert next(table.call_tables([calls])).rows[0][-1] == "100 ms (10.0×)"
     calls["contenders"]["torchclip"]["speedup"] = [7.0, 10.0, 12.5]

@@ -20,12 +20,15 @@ EXPLANATION = (
 def step_ratio(row: Mapping[str, Any], name: str) -> float | None:
     """How many times less than torch a contender adds to a step, or None if the machine was busy.
 
+    It was if two measurements of a step without clipping differ, or the two halves of this measurement.
+
     Args:
         row: a row of ``measure_steps``.
         name: the contender.
     """
     ratio: float = row["speedup"][name][0]
-    return ratio if doubt_of_steps(row) <= MOST_DOUBT * row["added"][name][0] else None
+    doubt = max(doubt_of_steps(row), row.get("drift", {}).get(name, 0.0))
+    return ratio if doubt <= MOST_DOUBT * row["added"][name][0] else None
 
 
 def doubt_of_steps(row: Mapping[str, Any]) -> float:

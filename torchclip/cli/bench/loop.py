@@ -32,6 +32,7 @@ __all__ = [
     "Added",
     "Row",
     "added",
+    "drifts",
     "measure",
     "speedups",
     "without_garbage_collection",
@@ -221,6 +222,18 @@ def added(times: Mapping[str, Sequence[float]]) -> dict[str, Added]:
     floor = _summary(times[_FLOOR])
     summaries = {name: _summary(of_one) for name, of_one in times.items() if name != _FLOOR}
     return {name: Added(s.quartile - floor.quartile, s.mean - floor.mean) for name, s in summaries.items()}
+
+
+def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Seconds by which the two halves of the rounds differ in what each contender adds; none of few rounds."""
+    middle = len(times[_FLOOR]) // 2
+    if middle < 2:
+        return {}
+    first, second = (
+        added({name: of_one[half] for name, of_one in times.items()})
+        for half in (slice(None, middle), slice(middle, None))
+    )
+    return {name: abs(first[name].quartile - second[name].quartile) for name in first}
 
 
 def _summary(seconds: Sequence[float]) -> Added:

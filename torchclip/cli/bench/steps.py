@@ -33,7 +33,8 @@ def measure_steps(rounds: int) -> list[StepRow]:
             facts: StepRow = {"model": row.model, "title": TITLES[row.model], "optimizer": row.optimizer}
             facts["clips"] = row.clips
             begin(label(facts))
-            added = loop.added(loop.measure(row, rounds=rounds))
+            times = loop.measure(row, rounds=rounds)
+            added, facts["drift"] = loop.added(times), loop.drifts(times)
             facts["added"] = {name: list(each) for name, each in added.items()}
             facts["speedup"] = {name: list(each) for name, each in loop.speedups(added).items()}
             found.append(facts)
