@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 import torchclip
 from torchclip._core import collectives
 from torchclip._core.scalars import on_device
+from torchclip.clipper import Scope
 
 INF = math.inf
 Calls = list[Callable[[list[Any]], Any]]
@@ -275,3 +276,39 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
             grad = split(full, DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu"), Shard(0))
             with pytest.raises(RuntimeError, match="ranks are out of step"):
                 torchclip.get_total_norm(grad, 1.0 + rank, error_if_nonfinite=True)
+
+
+def check_clippers_that_one_rank_refuses_or_is_not_in_step_with() -> None:
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(8, 5)
+
+    def made(groups: int = 1, scope: Scope = "global") -> tuple[list[Any], Any, torchclip.Clipper]:
+        mesh = DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu")
+        parameters = [parameter(split(full, mesh, Shard(0))) for _ in range(groups)]
+        optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)
+        return parameters, optimizer, torchclip.Clipper(optimizer, 0.5, scope=scope)
+
+    scopes: list[Scope] = ["global", "group", "parameter"]
+    for scope in scopes:
+        (p, q), optimizer, clipper = made(2, scope)
+        if rank == 2:
+            q.grad = expanded(mesh)
+        assert_refused_by(2, errors_of(optimizer.step), "expanded or overlaps itself")
+        assert len(clipper.history) == 0
+        assert (p.to_local() == 0).all()
+        q.grad = split(full, q.device_mesh, Shard(0))
+        if rank == 1:
+            optimizer.param_groups[1]["max_norm"] = -1.0
+        assert_refused_by(1, errors_of(optimizer.step), "max_norm")
+        optimizer.param_groups[1].pop("max_norm", None)
+        optimizer.step()
+        norm = float(torchclip.get_total_norm([full, full.clone()]))
+        assert clipper.history[0].total_norm == pytest.approx(norm)
+    (p,), optimizer, clipper = made()
+    out_of_step(
+        clipper.norms if rank == 0 else optimizer.step, optimizer.step, "Clipper.norms", "a Clipper's step"
+    )
+    assert (p.to_local() == 0).all()
+    _, optimizer, clipper = made(3 if rank == 0 else 2, "group")
+    out_of_step(optimizer.step, optimizer.step, "2 norms", "others 3")

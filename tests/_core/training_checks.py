@@ -2,22 +2,28 @@
 
 import itertools
 import math
+import tempfile
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed_helpers import since_2_7, world_of
 from dtensors import (
     assert_same,
     parameter,
+    split,
     whole,
 )
 from helpers import last_of, randn
 from model_checks import backward, batch_of, model_of, my_part, offloaded, parameters_of, sharded
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import torchclip
 from torchclip.clipper import Nonfinite, Scope
@@ -172,3 +178,56 @@ def check_clipper_over_groups() -> None:
     with pytest.raises(RuntimeError, match="non-finite"):
         optimizer.step()
     assert (spoilt == 0).all()
+
+
+@since_2_7
+def check_a_checkpoint_that_another_number_of_ranks_loads() -> None:
+    """Four ranks save, two go on, and then one; norms and thresholds are those of a run on one rank."""
+    rank = dist.get_rank()
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    path = Path(folder[0])
+
+    def made(mesh: DeviceMesh | None) -> tuple[Any, Any, torchclip.Clipper]:
+        full = torch.zeros(8, 3)
+        p = parameter(None, full if mesh is None else split(full, mesh, Shard(0)))
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        return (
+            p,
+            optimizer,
+            torchclip.Clipper(optimizer, torchclip.Percentile(50), skip_above=torchclip.ZScore(warmup=2)),
+        )
+
+    def trained(steps: range, mesh: DeviceMesh | None, p: Any, optimizer: Any) -> None:
+        for step in steps:
+            full = randn(8, 3, seed=step)
+            p.grad = full if mesh is None else split(full, mesh, Shard(0))
+            optimizer.step()
+
+    everyone = init_device_mesh("cpu", (4,))
+    alone, saved = made(None), made(everyone)
+    trained(range(4), None, *alone[:2])
+    trained(range(4), everyone, *saved[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"clipper": saved[2]}, checkpoint_id=path / "4")
+        for ranks in (2, 1):
+            world, place = (ranks, rank) if rank < ranks else (1, 0)
+            store = dist.FileStore(
+                str(path / (f"store {ranks}" if rank < ranks else f"store {ranks} {rank}")), world
+            )
+            dist.barrier()
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", store=store, rank=place, world_size=world)
+            if rank >= ranks:
+                continue
+            mesh = init_device_mesh("cpu", (ranks,))
+            loaded = made(mesh)
+            dcp.load({"clipper": loaded[2]}, checkpoint_id=path / str(2 * ranks))
+            trained(range(8 - 2 * ranks, 10 - 2 * ranks), None, *alone[:2])
+            trained(range(8 - 2 * ranks, 10 - 2 * ranks), mesh, *loaded[:2])
+            torch.testing.assert_close(
+                torch.tensor([(r.total_norm, r.max_norm, r.clip_coef) for r in loaded[2].history]),
+                torch.tensor([(r.total_norm, r.max_norm, r.clip_coef) for r in alone[2].history]),
+            )
+            dcp.save({"clipper": loaded[2]}, checkpoint_id=path / str(ranks))
