@@ -14,6 +14,9 @@ from torchclip._core.scalars import clip_each_, join, numbers
 
 __all__ = ["HostBatch", "facts_of"]
 
+# So few elements are summed in float64 as fast as in another way; and by one thread, whatever their number.
+_FEW = 1 << 14
+
 
 def facts_of(tensors: Sequence[Tensor], shared: bool) -> int:
     """``Facts`` of tensors that torch operations work on, which are never ``SMALL``."""
@@ -63,6 +66,16 @@ class HostBatch:
         if finite:
             with torch.no_grad():
                 return [norms.finite_norm(tensor, p) for tensor in self.all]
+        if p in (1, 2) and self.dtype in NARROW_REAL:
+            few = [tensor for tensor in self.all if 0 < tensor.numel() <= _FEW]
+            with torch.no_grad():
+                found = torch._foreach_norm(few, p, dtype=torch.float64) if few else ()
+                of_few = iter(torch.stack(found).tolist() if found else ())
+            sizes = [tensor.numel() for tensor in self.all]
+            return [
+                next(of_few) if 0 < size <= _FEW else self._norm([tensor], p)
+                for tensor, size in zip(self.all, sizes, strict=True)
+            ]
         return [self._norm([tensor], p) for tensor in self.all]
 
     def _norm(self, tensors: list[Tensor], p: float) -> float:
@@ -81,9 +94,14 @@ class HostBatch:
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor in place by its own number."""
-        for tensor, clip_coef in zip(self.all, numbers(clip_coefs), strict=True):
-            if clip_coef != 1.0:
+        chosen = [(t, c) for t, c in zip(self.all, numbers(clip_coefs), strict=True) if c != 1.0]
+        if self.dtype is None or any(0 < clip_coef < FLOAT32_TINY for _, clip_coef in chosen):
+            for tensor, clip_coef in chosen:
                 self._scale_([tensor], clip_coef)
+            return
+        with changes.writing():
+            for tensor, clip_coef in chosen:
+                tensor.mul_(clip_coef)
 
     def _scale_(self, tensors: list[Tensor], clip_coef: float) -> None:
         """Multiply every tensor in place; each product is formed in at least float32, then rounded."""

@@ -16,6 +16,7 @@ __all__ = [
     "NARROW_REAL",
     "PRESCALE",
     "_wide_dtype",
+    "coefs_for",
     "matrix_norms",
     "row_norms",
     "scale_rows_",
@@ -29,6 +30,15 @@ PRESCALE = 2.0**-64
 """A power of two, which rounds nothing: it takes numbers too small for float32 part of the way."""
 
 _ROW = 1 << 10
+# Torch splits no reduction of this length over threads, which would make results depend on their number.
+_SERIAL = (1 << 15) - 1
+# Up to so many elements a copy in float64 takes longer than to widen them one by one; from so many on float32
+# norms that have to be verified are cheaper than exact ones.
+_FEW, _MANY = 1 << 14, 1 << 17
+# At most so many elements are summed in float32.
+_PART = 1 << 8
+# One row out of so many is looked at once more.
+_EVERY = 47
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -65,16 +75,50 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
 
 def row_norms(tensor: Tensor, p: float) -> Tensor:
     """The norms of the slices of a tensor along its first axis: float64, of shape ``(len(tensor),)``."""
-    columns = math.prod(tensor.shape[1:])
-    rows = tensor.reshape(len(tensor), columns)
-    if rows.numel() == 0:
-        return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
-    blocks = torch.split(rows, max(1, memory.PIECE // columns))
+    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    matrix = tensor.reshape(rows, columns)
+    if rows * columns == 0:
+        return tensor.new_zeros(rows, dtype=norm_dtype(tensor.device))
+    if p in (1, 2) and matrix.dtype in NARROW_REAL and columns <= _SERIAL and memory.on_host((matrix,)):
+        return _narrow_norms(matrix, p)
+    blocks = torch.split(matrix, max(1, memory.PIECE // columns))
     parts = [
         torch.stack([_block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
         for block in blocks
     ]
     return torch.cat([join_rows(part, p) for part in parts])
+
+
+def _narrow_norms(rows: Tensor, p: float) -> Tensor:
+    """The norms of rows whose powers float64 holds, each summed by one thread."""
+    if rows.numel() <= _FEW:
+        return vector_norms(rows, p, torch.float64)
+    fast = _verified_norms(rows, p) if rows.numel() >= _MANY else None
+    if fast is not None:
+        return fast
+    parts = [vector_norms(part.double(), p) for part in memory.by_rows(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
+    """The norms of many rows at the speed of float32, or None where they are not accurate.
+
+    Short parts of rows are summed in float32 and joined in float64.  Some rows are summed in float64 too: on
+    most numbers rounding errors cancel out, and where they do not, these rows show it.
+    """
+    length = next(
+        (n for n in range(min(_PART, rows.shape[1]), _PART // 4, -1) if rows.shape[1] % n == 0), None
+    )
+    if rows.dtype is not torch.float32 or length is None:
+        return None
+    parts = vector_norms(rows.unflatten(1, (-1, length)), p)
+    norms = vector_norms(parts, p, torch.float64)
+    least, most = norms.aminmax()
+    if not (float(least) > 1e-15 and float(most) < 1e15):
+        return None
+    exact = vector_norms(rows[::_EVERY], p, torch.float64)
+    error = (norms[::_EVERY] / exact - 1).mean()
+    return norms if abs(float(error)) < 2e-8 else None
 
 
 def _block_norms(rows: Tensor, p: float) -> Tensor:
@@ -85,14 +129,15 @@ def _block_norms(rows: Tensor, p: float) -> Tensor:
 
 
 def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
-    """Multiply each slice along the first axis in place by its own float64 number."""
+    """Multiply each slice along the first axis in place by its own number, as ``coefs_for`` gives them."""
     real = tensor
     # Where operations are intercepted a tensor may stand for its conjugate, which cannot be seen.
-    if tensor.is_complex() and not memory.values_hidden():
+    if tensor.dtype.is_complex and not memory.values_hidden():
         real = torch.view_as_real(memory.without_conj(tensor))
-    wide = torch.float64 if real.dtype in memory.DOUBLE or _has_tiny(clip_coefs) else torch.float32
-    clip_coefs = clip_coefs.to(wide).view(-1, *[1] * (real.dim() - 1))
-    if clip_coefs.dtype == real.dtype or real.is_complex():
+    if clip_coefs.dtype != (torch.float64 if real.dtype in memory.DOUBLE else clip_coefs.dtype):
+        clip_coefs = clip_coefs.to(torch.float64)
+    clip_coefs = clip_coefs.view(-1, *[1] * (real.dim() - 1))
+    if clip_coefs.dtype == real.dtype or real.dtype.is_complex:
         real.mul_(clip_coefs)
         return
     # Torch would widen the whole tensor at once.
@@ -101,7 +146,9 @@ def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
         part.mul_(of_part)
 
 
-def _has_tiny(clip_coefs: Tensor) -> bool:
-    """Whether float32 has not all digits of one of the numbers; numbers on a device are not asked."""
+def coefs_for(dtype: torch.dtype, clip_coefs: Tensor) -> Tensor:
+    """Float64 numbers in the dtype to multiply a dtype in: float32, if that has all their digits."""
     tiny = (clip_coefs > 0) & (clip_coefs < FLOAT32_TINY)
-    return memory.on_host([clip_coefs]) and bool(tiny.any())
+    if dtype in memory.DOUBLE or (memory.on_host((clip_coefs,)) and bool(tiny.any())):
+        return clip_coefs
+    return clip_coefs.to(torch.float32)

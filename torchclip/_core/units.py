@@ -5,9 +5,11 @@ The units of a parameter with two or more axes lie along its first axis; a vecto
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -140,28 +142,32 @@ def _is_row_sparse(tensor: Tensor) -> bool:
     return tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1 and tensor.dim() > 1
 
 
-def norms(units: Sequence[Units], p: float) -> list[Tensor]:
-    """The norms of the weights (first row) and of the gradients (second row) of each parameter's units.
+def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
+    """The norms of the weights and of the gradients of each parameter's units.
 
     Where units are split over ranks, with the parts of them that other ranks hold.
     """
     with torch.no_grad():
-        of_units = [torch.stack([_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)]) for u in units]
+        of_units = [(_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)) for u in units]
     if all(u.layout is None for u in units):
         return of_units
     by_layout: dict[Layout, list[int]] = {}
     for i, each in enumerate(units):
         if each.layout is not None:
             by_layout.setdefault(each.layout, []).append(i)
-    vectors = {layout: torch.cat([of_units[i].view(-1) for i in at]) for layout, at in by_layout.items()}
+    vectors = {
+        layout: torch.cat([part for i in at for part in of_units[i]]) for layout, at in by_layout.items()
+    }
     call = Call(Kind.ADAPT, p)
     joint = rounds.lines(vectors, call)
     call.finish()
     for layout, vector in joint.items():
         at = by_layout[layout]
-        for i, part in zip(at, torch.split(vector, [of_units[i].numel() for i in at]), strict=True):
-            of_units[i] = part.view(2, -1)
-    return [each.clamp(min=0.0) for each in of_units]
+        lengths = [part.numel() for i in at for part in of_units[i]]
+        parts = iter(torch.split(vector.clamp(min=0.0), lengths))
+        for i in at:
+            of_units[i] = next(parts), next(parts)
+    return of_units
 
 
 def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
@@ -182,10 +188,35 @@ def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
             before = of_gradient.get(id(each.owner))
             smallest = of_units if before is None else torch.minimum(before[1], of_units)
             of_gradient[id(each.owner)] = (each, smallest)
+    some = [(each, of_units) for each, of_units in of_gradient.values() if of_units.numel()]
+    changed = _changed([of_units for _, of_units in some])
+    wanted = [pair for pair, is_wanted in zip(some, changed, strict=True) if is_wanted]
     with changes.writing():
-        for each, of_units in of_gradient.values():
-            if not (memory.on_host([of_units]) and bool((of_units == 1).all())):
+        for (dtype, _), chosen in _by_dtype(wanted).items():
+            together = rows.coefs_for(dtype, torch.cat([of_units for _, of_units in chosen]))
+            parts = torch.split(together, [of_units.numel() for _, of_units in chosen])
+            for (each, _), of_units in zip(chosen, parts, strict=True):
                 _scale(each, of_units)
+
+
+def _by_dtype(
+    some: Sequence[tuple[Units, Tensor]],
+) -> dict[tuple[torch.dtype, torch.device], list[tuple[Units, Tensor]]]:
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[Units, Tensor]]] = {}
+    for each, of_units in some:
+        dtype = (each.weight if each.grad is None else each.grad).dtype
+        groups.setdefault((dtype, of_units.device), []).append((each, of_units))
+    return groups
+
+
+def _changed(clip_coefs: Sequence[Tensor]) -> Sequence[bool]:
+    """Which of several vectors have a number other than 1; of those on a device nobody asks."""
+    if not clip_coefs or not memory.on_host(clip_coefs):
+        return [True] * len(clip_coefs)
+    starts = list(itertools.accumulate((part.numel() for part in clip_coefs), initial=0))[:-1]
+    least = np.minimum.reduceat(torch.cat(list(clip_coefs)).numpy(), starts)  # NaN, if any is
+    answers: list[bool] = (least != 1).tolist()
+    return answers
 
 
 def _scale(units: Units, clip_coefs: Tensor) -> None:

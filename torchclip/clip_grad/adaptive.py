@@ -86,14 +86,24 @@ def _clip(
 def _clip_coefs(
     some: Sequence[units.Units], clip_factor: float, eps: float, p: float, grad_scale: Tensor | None
 ) -> list[Tensor]:
-    clip_coefs = []
-    for of_weight, of_grad in units.norms(some, p):
-        limits = clip_factor * of_weight.clamp(min=eps)
-        if grad_scale is not None:
-            limits = limits * grad_scale.to(limits)
-        # A NaN compares false, and spreads through its unit.
-        clip_coefs.append(torch.where(of_grad <= limits, 1.0, limits / of_grad))
-    return clip_coefs
+    norms = units.norms(some, p)
+    if (
+        len({of_weight.device for of_weight, _ in norms}) == 1
+    ):  # all at once, as each operation takes its time
+        weights, grads = (torch.cat(of_all) for of_all in zip(*norms, strict=True))
+        of_all = _clip_coef(weights, grads, clip_factor, eps, grad_scale)
+        return list(torch.split(of_all, [of_weight.numel() for of_weight, _ in norms]))
+    return [_clip_coef(of_weight, of_grad, clip_factor, eps, grad_scale) for of_weight, of_grad in norms]
+
+
+def _clip_coef(
+    of_weight: Tensor, of_grad: Tensor, clip_factor: float, eps: float, grad_scale: Tensor | None
+) -> Tensor:
+    limits = clip_factor * of_weight.clamp(min=eps)
+    if grad_scale is not None:
+        limits = limits * grad_scale.to(limits)
+    # A NaN compares false, and spreads through its unit.
+    return torch.where(of_grad <= limits, 1.0, limits / of_grad)
 
 
 class Adaptive(Rule):
