@@ -63,7 +63,7 @@ const SumLoops* sum_loops() {
     return sum_table<BaselineSums>(Dtypes());
 }
 
-constexpr size_t kBlock = 2048;  // elements of a row that are summed up together, over all examples
+constexpr size_t kSummed = 2048;  // elements of a row that are summed up together, over all examples
 
 // The tensors of a call, all of which the kernel can work on.
 struct Examples {
@@ -126,9 +126,9 @@ struct Examples {
         std::vector<Pieces> pieces;
         // What was measured last comes first, as it may still be in the cache.
         for (size_t i = grads.size(); i-- > 0;)
-            pieces.push_back({(sums[i].count + kBlock - 1) / kBlock, kBlock * (count + 1)});
+            pieces.push_back({(sums[i].count + kSummed - 1) / kSummed, kSummed * (count + 1)});
         const SumLoops* const table = sum_loops();
-        share(pieces, threads, [&](size_t i, size_t block) { add_block(grads.size() - 1 - i, block * kBlock, table); });
+        share(pieces, threads, [&](size_t i, size_t block) { add_block(grads.size() - 1 - i, block * kSummed, table); });
     }
 
   private:
@@ -137,9 +137,9 @@ struct Examples {
         const Rows& grad = grads[i];
         const DtypeFacts& dtype = kDtypes[grad.row.dtype];
         const SumLoops& loops = table[grad.row.dtype];
-        const size_t n = std::min(kBlock, sums[i].count - start);
-        alignas(64) double sum[2 * kBlock];
-        alignas(64) char buffer[kAtOnce][16 * kBlock];
+        const size_t n = std::min(kSummed, sums[i].count - start);
+        alignas(64) double sum[2 * kSummed];
+        alignas(64) char buffer[kAtOnce][16 * kSummed];
         std::fill(sum, sum + n * dtype.parts, 0.0);
         for (size_t row = 0; row < count; row += kAtOnce) {
             const size_t rows = std::min(kAtOnce, count - row);
