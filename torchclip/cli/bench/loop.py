@@ -225,7 +225,7 @@ def added(times: Mapping[str, Sequence[float]]) -> dict[str, Added]:
 
 
 def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Seconds by which what each contender adds differs between the halves of the rounds; {} of few rounds."""
+    """Seconds by which the halves of the rounds differ in what each contender adds; none of few rounds."""
     middle = len(times[_FLOOR]) // 2
     if middle < 2:
         return {}
