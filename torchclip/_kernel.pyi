@@ -66,8 +66,9 @@ def clip_grad_norm(
     """The usual call of ``torchclip.clip_grad_norm_`` in one go: what it returns, to the bit.
 
     None for any other call, with nothing changed: then a ``Batch`` has to be made, with its errors.
-    ``functions.h`` and ``gradients.h`` say what is usual.  A module, and a generator of ``Module.parameters`` that was not
-    started, are walked where that is sure to give the same parameters; the generator is used up then.
+    ``functions.h`` and ``gradients.h`` say what is usual.  A module, and a generator of ``Module.parameters``
+    that was not started, are walked where that is sure to give the same parameters; the generator is used up
+    then.
     """
 
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:

@@ -145,12 +145,12 @@ def smallest(several: Iterable[Norm | Norms], otherwise: float) -> Norm:
 
 
 def may_change(clip_coef: Norm) -> bool:
-    """Whether to multiply by a number may change something: nobody waits to know whether it is 1."""
+    """Whether to multiply by a number may change something: without waiting to know whether it is 1."""
     return isinstance(clip_coef, Tensor) or clip_coef != 1.0
 
 
 def present(norm: Norm) -> Norm:
-    """A norm, or 0 in the place of ``ABSENT``."""
+    """A norm, or 0 in place of ``ABSENT``."""
     return norm.clamp(min=0.0) if isinstance(norm, Tensor) else 0.0 if norm < 0 else norm
 
 

@@ -210,7 +210,7 @@ def _by_dtype(
 
 
 def _changed(clip_coefs: Sequence[Tensor]) -> Sequence[bool]:
-    """Which of several vectors have a number other than 1; of those on a device nobody asks."""
+    """Which of several vectors have a number other than 1; of those on a device are not read."""
     if not clip_coefs or not memory.on_host(clip_coefs):
         return [True] * len(clip_coefs)
     starts = list(itertools.accumulate((part.numel() for part in clip_coefs), initial=0))[:-1]

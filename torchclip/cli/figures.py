@@ -22,7 +22,7 @@ __all__ = ["BLUE", "GRAY", "GREEN", "SKY", "VERMILION", "Array", "new_figure", "
 
 Array = NDArray[Any]
 
-# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Of Okabe and Ito's palette, which colour-blind readers can distinguish.
 BLUE, VERMILION, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 GRAY = "#808080"  # readable on white and on black, as the pictures are transparent
 

@@ -181,7 +181,7 @@ class Clipper:
         if groups and scope == "parameter":
             what = "AdaGC" if self._rule.per_parameter else "`scope='parameter'`"
             raise ValueError(
-                f"`group` has no meaning with {what}, which clips every gradient by its norm: leave it out"
+                f"`group` has no meaning with {what}, which clips every gradient by its own norm: do not pass it"
             )
         layers_every = arguments.count("layers_every", layers_every, least=0)
         self._scope: Scope = scope
@@ -554,7 +554,7 @@ def _refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_ab
     if nonfinite == "skip" or skip_above is not None:
         argument, remedy = ("nonfinite='skip'", "use 'error' or 'zero'")
         if nonfinite != "skip":
-            argument, remedy = ("skip_above", "leave it out")
+            argument, remedy = ("skip_above", "do not pass it")
         raise ValueError(
             f"`{argument}` does not work with LBFGS, which moves the parameters several times in a step; "
             f"{remedy}"

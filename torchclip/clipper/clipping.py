@@ -314,7 +314,7 @@ class Clipping:
         return self._policy == "skip" or self.spikes is not None or len(self._steps) > 1
 
     def _tell(self, skipped: bool | Tensor, index: int) -> None:
-        """Have a fused step leave itself out: to hide the gradients would be to wait."""
+        """Make a fused step skip itself: hiding the gradients would wait for the device."""
         if isinstance(skipped, Tensor) and self._skips:
             override = self._override(index)
             # A GradScaler may have its own reason for this optimizer.

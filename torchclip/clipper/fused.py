@@ -96,7 +96,7 @@ class GradScaleOverride:
         self._attributes["grad_scale"] = self._left = value
 
     def skip_where(self, skip: Tensor) -> None:
-        """Have the step leave itself out, or not, as a truth value says that nobody waits for."""
+        """Make the step skip itself if a truth value on the device says so."""
         self._tells = not self.of_scaler
         dtype = self._found_inf.dtype if isinstance(self._found_inf, Tensor) else torch.float32
         self._attributes["found_inf"] = self._found_inf = skip.to(dtype)

@@ -1,4 +1,4 @@
-"""The thresholds of one step: what the parameter groups bring along, and what the rule answers."""
+"""The thresholds of one step: those of the parameter groups, and the answer of the rule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StepThresholds:
     def set_for(self, snapshot: Snapshot, skipped: bool | Tensor) -> bool:
         """Set the thresholds of all sets; returns whether one had to be asked for.
 
-        Of a step that may be skipped, which nobody waits to know, nothing is learned if it is.
+        Nothing is learned from a step that is skipped, which is known only on the device.
         """
         ruled = []
         for clip_set in snapshot.sets:

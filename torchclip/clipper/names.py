@@ -129,7 +129,7 @@ def _modules(model: Any) -> list[nn.Module]:
     if not isinstance(models, (list, tuple)) or not all(isinstance(each, nn.Module) for each in models):
         raise TypeError(
             f"`model` must be a torch.nn.Module or a list of them, got {arguments.shown(model)}; pass the "
-            "module whose parameters the optimizer holds, or leave it out"
+            "module whose parameters the optimizer holds, or do not pass it"
         )
     return list(models)
 

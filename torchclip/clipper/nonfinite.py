@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: left out, or taken with 0 in place of what is not finite."""
+"""Steps whose gradients are not finite: skipped, or taken with 0 in place of the non-finite elements."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
             and then leaves the step out itself; and those that will step with the same gradients.
 
     Returns:
-        A tensor where nobody waits for it: the fused steps have to be told.
+        A tensor if the host does not wait for it: then it is passed to the fused steps.
     """
     found_inf = getattr(optimizers[0], "found_inf", None)
     skip: bool | Tensor = False
@@ -57,7 +57,7 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
 def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
     """The norm that a step may be skipped for: a number, unless the steps are fused and can be told.
 
-    For others this waits for an accelerator: they cannot leave a step out themselves.
+    For others this waits for an accelerator: they cannot skip a step themselves.
     """
     return norm if all(map(_heeds_found_inf, optimizers)) else float(norm)
 
@@ -81,7 +81,7 @@ def refuse(snapshot: Snapshot, order: float, names: Mapping[int, str]) -> None:
 def without_nonfinite(snapshot: Snapshot) -> Sequence[ClipSet]:
     """The sets with elements to be set to 0, measured as if they were.
 
-    On an accelerator nobody waits to know which these are.
+    On an accelerator this does not wait to know which these are.
     """
     sets = [
         clip_set

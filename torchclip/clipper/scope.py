@@ -90,7 +90,7 @@ class SetMembers(NamedTuple):
     name: str
     parameters: Sequence[Tensor]
     max_norm: float | None
-    """The threshold that they bring along."""
+    """Their own threshold."""
     names: list[str]
     """What to call the norm of each, where each has one; not to be changed."""
 
@@ -101,7 +101,7 @@ class ClipSet:
     Attributes:
         name: what to call their norm.
         parameters: whose gradients they are.
-        own: the threshold that their parameter group brings along, or None.
+        own: the own threshold of their parameter group, or None.
         each: whether each of them has a norm and a threshold.
         batch: the gradients.
         norms: their norms, or the one norm, without a GradScaler's scale.
@@ -165,7 +165,7 @@ class Snapshot:
 
     Attributes:
         sets: what is clipped together.
-        own: the thresholds that the parameter groups bring along, or None.
+        own: the own thresholds of the parameter groups, or None.
         grad_scale: what a GradScaler has multiplied them by.
         total_norm: the norm of all gradients, ``scalars.ABSENT`` if there are none.
         repeats: whether two optimizers hold the same parameter.
@@ -247,7 +247,7 @@ class Snapshot:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, clip_coef)
 
     def keep_where(self, skipped: Tensor) -> None:
-        """Have no gradient changed if a truth value says so that nobody waits for."""
+        """Change no gradient if a truth value on the device says so."""
         for clip_set in self.sets:
             coefs = clip_set.clip_coefs
             if isinstance(coefs, Tensor):
@@ -291,7 +291,7 @@ class Snapshot:
 
 
 def own_max_norms(groups: Iterable[Group], known: OwnMaxNorms) -> dict[int, float | None]:
-    """The threshold that each parameter group brings along, or None, by the id of the group.
+    """The own threshold of each parameter group, or None, by the id of the group.
 
     Args:
         groups: the groups.

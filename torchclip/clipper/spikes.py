@@ -72,7 +72,7 @@ class Spikes:
             warnings.warn(
                 f"step {step} was taken, clipped to {limit:.4g}, though its norm is {norm:.4g}: "
                 f"{self._skips} steps in a row were skipped, as many as `max_skips` allows. If the norms "
-                "have risen for good, raise `skip_above`, or leave it out",
+                "have risen and stay high, raise `skip_above`, or do not pass it",
                 stacklevel=2,
             )
         return False

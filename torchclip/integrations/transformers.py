@@ -102,7 +102,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
         if args.restore_callback_states_from_checkpoint:
             raise ValueError(
                 "TrainingArguments(restore_callback_states_from_checkpoint=True) would put a new "
-                "ClipperCallback in place of this one; leave it out: its state comes back anyway"
+                "ClipperCallback in place of this one; do not pass it: its state is restored anyway"
             )
 
     def on_train_begin(
