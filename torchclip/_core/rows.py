@@ -111,7 +111,7 @@ def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
     )
     if rows.dtype is not torch.float32 or length is None:
         return None
-    parts = vector_norms(rows.unflatten(1, (-1, length)), p)
+    parts = vector_norms(rows.view(rows.shape[0], -1, length), p)
     norms = vector_norms(parts, p, torch.float64)
     least, most = norms.aminmax()
     if not (float(least) > 1e-15 and float(most) < 1e15):

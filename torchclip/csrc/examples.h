@@ -128,7 +128,8 @@ struct Examples {
         for (size_t i = grads.size(); i-- > 0;)
             pieces.push_back({(sums[i].count + kSummed - 1) / kSummed, kSummed * (count + 1)});
         const SumLoops* const table = sum_loops();
-        share(pieces, threads, [&](size_t i, size_t block) { add_block(grads.size() - 1 - i, block * kSummed, table); });
+        share(pieces, threads,
+              [&](size_t i, size_t block) { add_block(grads.size() - 1 - i, block * kSummed, table); });
     }
 
   private:
