@@ -128,6 +128,8 @@ class Adaptive(Rule):
         Adaptive(clip_factor=0.01, eps=0.001)
     """
 
+    usual = ("adaptive", "clip_factor", "eps")
+
     def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3) -> None:
         self.clip_factor = threshold("clip_factor", clip_factor)
         self.eps = threshold("eps", eps)

@@ -18,8 +18,8 @@ class Rule(ABC):
     ``max_norm`` along, and takes the norm again.  The ratio of the two is the step's coefficient.
     """
 
-    usual: ClassVar[tuple[str, str] | None] = None
-    """What the kernel calls the rule, and the attribute with its threshold; None if it does not know it."""
+    usual: ClassVar[tuple[str, ...] | None] = None
+    """What the kernel calls the rule, and the attributes with its numbers; None if it does not know it."""
 
     @abstractmethod
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:

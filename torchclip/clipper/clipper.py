@@ -509,7 +509,7 @@ def _usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
     """How the kernel clips in one go, as its ``RoundState`` takes it; None if it does not."""
     if way is not None:
         usual = getattr(way, "usual", None) if type(way).__module__.startswith("torchclip.") else None
-        return (usual[0], way, usual[1]) if usual is not None and scope == "global" else None
+        return (usual[0], way, *usual[1:]) if usual is not None and scope == "global" else None
     if scope == "parameter":
         return None if rule.number is None else ("each", rule.number)
     if scope == "group" or rule.runs_user_code:

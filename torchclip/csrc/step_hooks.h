@@ -95,6 +95,17 @@ bool record(RoundState* state) {
     return none != nullptr;
 }
 
+// Clips each unit of them relative to its weights; likewise.
+bool clip_units(RoundState* state, Gradients& gradients, double clip_factor) {
+    const double eps = number_of(state->clip_to, 3);
+    const Ref parameters(PyList_New(0));
+    if (!(eps >= 0) || parameters == nullptr) return false;
+    const auto add = [&](const Ref& item) { return PyList_Append(parameters, item) == 0; };
+    for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i)
+        if (!collect_of_optimizer(Ref::to(optimizer_of(member(state, i))), add)) return false;
+    return gradients.read_again() && clip_adaptively(gradients, parameters, clip_factor, eps, state->clipped);
+}
+
 // Clips the gradients of all optimizers together.  False if that is not usual, or with an error set.
 bool clip_all(RoundState* state) {
     const Py_ssize_t count = PyTuple_Size(state->members);
@@ -104,8 +115,9 @@ bool clip_all(RoundState* state) {
     for (Py_ssize_t i = 0; i < count; ++i)
         if (!gradients.add_optimizer(Ref::to(optimizer_of(member(state, i))))) return false;
     // A fused step scales many elements sooner.
-    return gradients.take() && gradients.is_small() &&
-           clip_in_way(gradients, state->way, state->clip_to, limit, state->clipped);
+    if (!gradients.take() || !gradients.is_small()) return false;
+    if (state->way == Way::kAdaptive) return clip_units(state, gradients, limit);
+    return clip_in_way(gradients, state->way, state->clip_to, limit, state->clipped);
 }
 
 // Whether a step is taken while a backward pass runs, or nobody can tell.

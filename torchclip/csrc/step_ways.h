@@ -5,21 +5,31 @@
 //     ("each", number)      each gradient by its own norm
 //     ("rms", rule, name)   each by its root mean square, to the number that is this attribute of the rule
 //     ("value", rule, name) each element by its value, likewise
+//     ("adaptive", rule, name, other)  each unit relative to its weights, by clip_factor and eps of these names
 //     None                  no round is usual
 #pragma once
 
 #include "gradients.h"
+#include "rows.h"
 
 namespace {
 
-enum class Way : char { kNone, kNumber, kAsked, kEach, kRms, kValue };
+enum class Way : char { kNone, kNumber, kAsked, kEach, kRms, kValue, kAdaptive };
 
 Way way_of(PyObject* given) {
     if (given == Py_None) return Way::kNone;
     if (!PyTuple_Check(given)) return PyCallable_Check(given) ? Way::kAsked : Way::kNumber;
     PyObject* const name = PyTuple_GetItem(given, 0);
     const auto is = [name](const char* other) { return PyUnicode_CompareWithASCIIString(name, other) == 0; };
-    return is("each") ? Way::kEach : is("rms") ? Way::kRms : is("value") ? Way::kValue : Way::kNone;
+    if (is("each")) return Way::kEach;
+    return is("rms") ? Way::kRms : is("value") ? Way::kValue : is("adaptive") ? Way::kAdaptive : Way::kNone;
+}
+
+// A rule's number of the name at this place; below 0 for none.
+double number_of(PyObject* given, Py_ssize_t place) {
+    const Ref number(PyObject_GetAttr(PyTuple_GetItem(given, 1), PyTuple_GetItem(given, place)));
+    if (number == nullptr) PyErr_Clear();
+    return number == nullptr ? -1 : read_threshold(number);
 }
 
 // The number to clip to; below 0 for none.
@@ -28,13 +38,8 @@ double limit_of(Way way, PyObject* given) {
     if (way == Way::kNone) return -1;
     if (way == Way::kNumber) return read_threshold(given);
     if (way == Way::kEach) return read_threshold(PyTuple_GetItem(given, 1));
-    const Ref limit(PyObject_GetAttr(PyTuple_GetItem(given, 1), PyTuple_GetItem(given, 2)));
-    if (limit == nullptr) PyErr_Clear();
-    return limit == nullptr ? -1 : read_threshold(limit);
+    return number_of(given, 2);
 }
-
-// As torchclip._core.scalars.clip_coef has it for a threshold that was learned: without the 1e-6.
-double exact_clip_coef(double max_norm, double norm) { return norm <= max_norm ? 1.0 : max_norm / norm; }
 
 // The functions below scale or clamp gradients that were taken.  False for something unusual, with nothing changed, or
 // with an error set.
@@ -48,7 +53,7 @@ bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
     if (answer == nullptr) return false;
     clipped.max_norm = PyFloat_AsDouble(answer);
     if (PyErr_Occurred() != nullptr) return false;
-    clipped.coef = exact_clip_coef(clipped.max_norm, clipped.norm);
+    clipped.coef = clip_coef_of(clipped.max_norm, clipped.norm, 0.0);
     return clipped.coef == 1.0 || (gradients.read_again() && gradients.scale(clipped.coef));
 }
 
@@ -70,12 +75,10 @@ bool clip_each(Gradients& gradients, Way way, double limit, Clipped& clipped) {
     clipped.coef = 1.0;
     for (size_t i = 0; i < gradients.size(); ++i) {
         double& coef = coefs[i];
-        if (coef < 0)  // of no elements
-            coef = 1.0;
-        else if (way == Way::kEach)
+        if (way == Way::kEach)
             coef = clip_coef_of(limit, coef);
         else
-            coef = exact_clip_coef(limit * std::sqrt(double(gradients.elements(i))), coef);
+            coef = clip_coef_of(limit * std::sqrt(double(gradients.elements(i))), coef, 0.0);
         clipped.coef = std::min(clipped.coef, coef);
     }
     clipped.max_norm = limit;
@@ -86,6 +89,22 @@ bool clip_each(Gradients& gradients, Way way, double limit, Clipped& clipped) {
 bool clip_value(Gradients& gradients, double limit, Clipped& clipped) {
     return !gradients.is_complex() && gradients.measure(clipped.norm) && gradients.clamp(limit) &&
            measure_again(gradients, clipped);
+}
+
+// Each unit relative to its weights.
+bool clip_adaptively(Gradients& gradients, PyObject* parameters, double clip_factor, double eps, Clipped& clipped) {
+    if (!gradients.measure(clipped.norm)) return false;
+    const Ref units(new_units(nullptr, parameters));
+    if (units == nullptr) return false;
+    for (const Units::Member& member : units_of(units).members)
+        if (!member.taken) return false;
+    const Ref numbers[] = {Ref(PyFloat_FromDouble(clip_factor)), Ref(PyFloat_FromDouble(eps)),
+                           Ref(PyFloat_FromDouble(2.0)), Ref(PyFloat_FromDouble(1.0))};
+    PyObject* args[4];
+    for (size_t i = 0; i < 4; ++i)
+        if ((args[i] = numbers[i]) == nullptr) return false;
+    const Ref done(units_clip(units, args, 4));
+    return done == Py_True && gradients.read_again() && measure_again(gradients, clipped);
 }
 
 bool clip_in_way(Gradients& gradients, Way way, PyObject* given, double limit, Clipped& clipped) {
