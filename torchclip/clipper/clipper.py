@@ -181,7 +181,7 @@ class Clipper:
         if groups and scope == "parameter":
             what = "AdaGC" if self._rule.per_parameter else "`scope='parameter'`"
             raise ValueError(
-                f"`group` has no meaning with {what}, which clips every gradient by its own norm: do not pass it"
+                f"`group` has no meaning with {what}, which clips each gradient by itself: do not pass it"
             )
         layers_every = arguments.count("layers_every", layers_every, least=0)
         self._scope: Scope = scope

@@ -33,7 +33,8 @@ def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
     Of a Clipper with a `group` these are the norms of single parameters, as it knows all others together.
 
     They have where the model is replicated by torch, or every parameter is sharded over all ranks.  Else they
-    may be stages of a pipeline, which differ by the names of parameters if the Clipper knows them, or by the rank.
+    may be stages of a pipeline, which differ by the names of parameters if the Clipper knows them, else by
+    the rank.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
