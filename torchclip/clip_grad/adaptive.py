@@ -26,14 +26,14 @@ def clip_grad_adaptive_(
 
         G_i ← λ max(‖W_i‖, eps) / ‖G_i‖ · G_i    if ‖G_i‖ > λ max(‖W_i‖, eps)
 
-    The units of a parameter with two or more axes lie along its first axis; a vector or a scalar is one unit.
-    A gradient that several parameters share is multiplied once, by the smallest of its numbers.  The paper
-    leaves the last linear layer out: do not pass its parameters.
+    The units of a parameter with two or more axes are its slices along the first axis; a vector or a scalar
+    is one unit.  A gradient that several parameters share is multiplied once, by the smallest of its
+    coefficients.  The paper does not clip the last linear layer, so do not pass its parameters.
 
     Args:
-        parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Their values stay.
+        parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Their values do not change.
         clip_factor: the largest ratio of the two norms, at least 0 (``λ`` in the paper).
-        eps: the least weight norm that counts, so that weights that start at zero can move.
+        eps: a lower bound for the norm of the weights, so that weights that start at zero can move.
         norm_type: the order of the norm, any number or ``"inf"``.
 
     Raises:
@@ -109,11 +109,11 @@ def _clip_coef(
 class Adaptive(Rule):
     """``clip_grad_adaptive_`` as a rule for a ``Clipper``: ``Clipper(optimizer, Adaptive())``.
 
-    The paper leaves the last linear layer out: give its parameter group ``"max_norm": None``.
+    The paper does not clip the last linear layer: give its parameter group ``"max_norm": None``.
 
     Args:
         clip_factor: the largest ratio of the norms of a unit's gradient and of its weights, at least 0.
-        eps: the least weight norm that counts, so that weights that start at zero can move.
+        eps: a lower bound for the norm of the weights, so that weights that start at zero can move.
 
     Raises:
         TypeError: if an argument is not a number.

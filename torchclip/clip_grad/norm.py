@@ -38,22 +38,22 @@ def clip_grad_norm_(
 
         min(1, max_norm / (total_norm + 1e-6))
 
-    The norm is accumulated in float64, the coefficient computed in float64.  Gradients in CPU memory are not
-    touched where no clipping is needed; on an accelerator nothing waits for the device.  Of DTensors the norm
-    is that of the full tensors, the same on every rank, on any mixture of meshes.
+    The norm and the coefficient are computed in float64.  If no clipping is needed, gradients in CPU memory
+    do not change.  On an accelerator the host does not wait for the device.  The norm of DTensors is that of the
+    full tensors, the same on every rank, on any mixture of meshes.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters,
-            which errors then name).  Those without a gradient are passed over; one that is listed twice
-            counts once.
+            which errors then name).  Parameters without a gradient are skipped.  A parameter that is listed
+            twice counts once.
         max_norm: the threshold, at least 0. ``float("inf")`` only measures.
         norm_type: the order of the norm, any number or ``"inf"``.
-        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, before anything is changed.  By default
-            it is returned, and spreads to all gradients.  It is the norm that is looked at, as in torch: of
-            an order of 0 or less it may be finite though a gradient is not.
+        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, before anything changes.  By default
+            that norm is returned, and spreads to all gradients.  As in torch, only the norm is checked: if
+            its order is 0 or less, it may be finite when a gradient is not.
         foreach: accepted for compatibility, without effect.
-        group: a process group, or several, whose other ranks hold further gradients (pipeline stages, shards
-            made by hand); all of its ranks must make the call.  DTensors need none.
+        group: a process group, or several, whose other ranks have further gradients (pipeline stages,
+            manual shards).  All of its ranks must make the call.  DTensors need none.
 
     Returns:
         The norm before clipping, a 0-dim tensor on the device of the first gradient: float64 if any gradient
@@ -108,7 +108,7 @@ def get_total_norm(
     *,
     group: ProcessGroup | Sequence[ProcessGroup] | None = None,
 ) -> Tensor:
-    """The norm of all tensors, taken as one vector.
+    """The norm of all tensors as one vector.
 
     The drop-in for ``torch.nn.utils.get_total_norm``.  Unlike the ``clip`` functions it takes the tensors
     (gradients) themselves.  Nothing is modified.
@@ -157,7 +157,7 @@ def clip_grads_with_norm_(
     total_norm: Tensor | float,
     foreach: bool | None = None,
 ) -> None:
-    """Scale all gradients as ``clip_grad_norm_`` does, with a norm that was computed before.
+    """Scale all gradients as ``clip_grad_norm_`` does, by a norm that you computed earlier.
 
     The drop-in for ``torch.nn.utils.clip_grads_with_norm_``.  Every gradient is multiplied by:
 
@@ -173,8 +173,8 @@ def clip_grads_with_norm_(
     Raises:
         TypeError: for anything but tensors in ``parameters`` and numbers in the others, or an integer
             gradient.
-        ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative; on an accelerator,
-            where that cannot be seen without waiting, the gradients become NaN instead.
+        ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative.  A negative
+            ``total_norm`` on an accelerator raises no error, and the gradients become NaN.
         RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
 
     Examples:

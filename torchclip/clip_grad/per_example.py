@@ -1,4 +1,4 @@
-"""Clipping each example, then adding the examples up: the step of DP-SGD."""
+"""Clipping each example, then adding the examples: the step of DP-SGD."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _PLAIN = frozenset(memory.PLAIN)
 
 
 def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
-    r"""Clip each example's gradient, then add the examples up: the clipping step of DP-SGD.
+    r"""Clip the gradient of each example, then add the examples: the clipping step of DP-SGD.
 
-    Example ``i`` owns slice ``i`` of every tensor, and its norm is taken over all of them:
+    Example ``i`` has slice ``i`` of every tensor, and its norm is that of all its slices:
 
         sums = Σ_i min(1, max_norm / (‖g_i‖ + 1e-6)) g_i
 
     For differential privacy, add noise of standard deviation ``noise_multiplier * max_norm`` to the sums and
-    divide by the batch size.  Noise and accounting are yours to do.  ``torchclip.QuantileTracker`` finds a
-    ``max_norm``: give its ``update`` the share that was not clipped, ``1 - clipped / examples``.
+    divide by the batch size.  This function does neither, and no privacy accounting.
+    ``torchclip.QuantileTracker`` finds a ``max_norm``: pass its ``update`` the share of examples that were
+    not clipped, ``1 - clipped / examples``.
 
     Args:
         grads: one tensor a parameter, of shape ``(examples, *parameter.shape)``, as

@@ -17,7 +17,7 @@ __all__ = ["clip_grad_norm_per_parameter_"]
 def clip_grad_norm_per_parameter_(
     parameters: Tensor | Iterable[Tensor] | nn.Module, max_norm: float, norm_type: float | str = 2.0
 ) -> Tensor:
-    """Clip each gradient to ``max_norm`` on its own, as if the others were not there.
+    """Clip each gradient to ``max_norm`` by itself.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters).
@@ -26,7 +26,7 @@ def clip_grad_norm_per_parameter_(
 
     Returns:
         The norms before clipping, in the order of the distinct gradients: a tensor of shape ``(gradients,)``,
-        of dtype and device as ``clip_grad_norm_`` returns them.
+        with the dtype and device that ``clip_grad_norm_`` returns.
 
     Raises:
         TypeError: for anything but tensors in ``parameters``, an integer gradient, or a ``max_norm`` or

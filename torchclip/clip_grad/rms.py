@@ -18,14 +18,14 @@ __all__ = ["BlockRMS", "clip_grad_rms_"]
 
 
 def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: float) -> Tensor:
-    r"""Clip each gradient to a root mean square of at most ``max_rms``, as if the others were not there.
+    r"""Clip each gradient by itself, to a root mean square of at most ``max_rms``.
 
-    With ``n`` the number of elements of a gradient ``g``, of the whole one if it is a DTensor:
+    With ``n`` the number of elements of a gradient ``g`` (of the full tensor, if it is a DTensor):
 
         rms(g) = ‖g‖ / √n                g ← min(1, max_rms / rms(g)) g
 
-    Unlike a threshold for the norm, the same number does for large and small parameters.  optax calls this
-    ``clip_by_block_rms``; Adafactor clips its updates so.
+    Unlike with a threshold for the norm, one number fits large and small parameters.  optax calls this
+    ``clip_by_block_rms``; Adafactor clips its updates in this way.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters).

@@ -20,8 +20,8 @@ def clip_grad_value_(
 ) -> None:
     """Limit every single element of the gradients to ``[-clip_value, clip_value]``.
 
-    The drop-in for ``torch.nn.utils.clip_grad_value_``.  Unlike clipping by norm this turns the direction
-    of the step.
+    The drop-in for ``torch.nn.utils.clip_grad_value_``.  Unlike clipping by norm, this changes the
+    direction of the step.
 
     Args:
         parameters: tensors whose ``.grad`` is changed in place, a single one, or a module (its parameters).
