@@ -39,8 +39,8 @@ def clip_grad_norm_(
         min(1, max_norm / (total_norm + 1e-6))
 
     The norm and the coefficient are computed in float64.  If no clipping is needed, gradients in CPU memory
-    do not change.  On an accelerator the host does not wait for the device.  The norm of DTensors is that of the
-    full tensors, the same on every rank, on any mixture of meshes.
+    do not change.  On an accelerator the host does not wait for the device.  The norm of DTensors is that of
+    the full tensors, the same on every rank, on any mixture of meshes.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters,
