@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, get_args
 from weakref import WeakSet, ref
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import arguments, mesh, native, scalars
+from torchclip._core import arguments, native
 from torchclip.clipper import saved
+from torchclip.clipper.checked import (
+    alive,
+    loss_of,
+    needs_all,
+    optimizers_of,
+    order_of,
+    process_groups_of,
+    refuse_history,
+    refuse_lbfgs,
+    refuse_options,
+    usual_way,
+)
 from torchclip.clipper.clipping import Clipping
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
@@ -156,33 +166,20 @@ class Clipper:
         max_skips: int | None = None,
         layers_every: int = 0,
     ) -> None:
-        optimizers = _optimizers(optimizer)
+        optimizers = optimizers_of(optimizer, _clipped_optimizers)
         arguments.option("scope", scope, get_args(Scope))
         arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
-        _refuse_lbfgs(optimizers, nonfinite, skip_above)
-        if max_skips is not None and skip_above is None:
-            raise ValueError("`max_skips` says how often `skip_above` may skip; pass that, too")
-        if on_clip is not None and not callable(on_clip):
-            raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
+        refuse_lbfgs(optimizers, nonfinite, skip_above)
+        refuse_options(on_clip, skip_above, max_skips)
         # A tensor has a method of that name, too.
         is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self._way = cast("Rule", max_norm) if is_way else None
         self._rule = ThresholdBank(math.inf if is_way else cast("MaxNorm", max_norm))
         if self._rule.per_parameter:
             scope = "parameter"
-        self._order = arguments.norm_order(norm_type)
-        if self._order <= 0 and nonfinite != "propagate":
-            raise ValueError(
-                f"`nonfinite={nonfinite!r}` goes by the norm, which of order {self._order} may be finite "
-                "though a gradient is not; pass an order above 0 as `norm_type`, or use 'propagate'"
-            )
+        self._order = order_of(norm_type, nonfinite)
         spikes = None if skip_above is None else Spikes(skip_above, max_skips, self._order)
-        groups = mesh.as_groups(group) or None
-        if groups and scope == "parameter":
-            what = "AdaGC" if self._rule.per_parameter else "`scope='parameter'`"
-            raise ValueError(
-                f"`group` has no meaning with {what}, which clips each gradient by itself: do not pass it"
-            )
+        groups = process_groups_of(group, "AdaGC" if self._rule.per_parameter else scope)
         layers_every = arguments.count("layers_every", layers_every, least=0)
         self._scope: Scope = scope
         self._nonfinite: Nonfinite = nonfinite
@@ -195,25 +192,20 @@ class Clipper:
         self._optimizers = tuple(ref(each) for each in optimizers)
         # What the kernel clips in one go, with what is found to be usual in each step.
         is_usual = self._order == 2 and not groups and on_clip is None and spikes is None and not layers_every
-        usual = _usual_way(self._rule, self._way, scope) if is_usual else None
+        usual = usual_way(self._rule, self._way, scope) if is_usual else None
         with_kernel = native.step_state(usual, self._optimizers)
         self._state: State = with_kernel or State(self._optimizers)
         steps = [
             Step(each, member) for each, member in zip(self._optimizers, self._state.members, strict=True)
         ]
+        self._kind = saved.Kind(self._order, scope, len(optimizers))
         scoping = Scoping(scope, self._order, groups)
         self._clipping = Clipping(
             steps, self._rule, scoping, nonfinite, spikes, self._way, on_clip, self._names
         )
+        needs = partial(needs_all, scope, self._rule, spikes is not None, groups is not None, joins_norms)
         self._round = Round(
-            self._state,
-            steps,
-            self._clipping,
-            self._names,
-            layers_every,
-            self._order,
-            partial(_needs_all, scope, self._rule, spikes is not None, groups is not None, joins_norms),
-            on_clip,
+            self._state, steps, self._clipping, self._names, layers_every, self._order, needs, on_clip
         )
         self._sets: list[str] = []
         self._learning: list[str] = []
@@ -237,13 +229,7 @@ class Clipper:
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         """All of them, in the order in which they were passed."""
-        found = tuple(optimizer() for optimizer in self._optimizers)
-        if None in found:
-            raise RuntimeError(
-                f"the optimizer ({self._classes[found.index(None)]}) is gone, as a Clipper does not keep it "
-                "alive; hold it by a name of your own"
-            )
-        return cast("tuple[Optimizer, ...]", found)
+        return alive(self._optimizers, self._classes)
 
     @property
     def history(self) -> History:
@@ -255,16 +241,7 @@ class Clipper:
         before = self._round.history
         if history is before:
             return
-        if not isinstance(history, History):
-            raise TypeError(
-                "`history` must be a torchclip.history.History, such as History(maxlen=1000), got "
-                f"{arguments.shown(history)}"
-            )
-        if history.is_followed:
-            raise ValueError(
-                "`history` is that of another Clipper already, and would hold the steps of both; pass a new "
-                "one"
-            )
+        refuse_history(history)
         before.unfollow(self._flush)
         self._round.history = history
         self._follow(history)
@@ -273,7 +250,7 @@ class Clipper:
     def _follow(self, history: History) -> None:
         """Have the records that the kernel keeps handed to a history, also when it is full of them."""
         self._flush: Callable[[], object] = self._state.flush
-        self._state.keep_records(history.follow(self._flush), partial(_resolve, ref(history)))
+        self._state.keep_records(history.follow(self._flush), partial(_read, ref(history)))
 
     @property
     def loss(self) -> float | Tensor | None:
@@ -287,16 +264,9 @@ class Clipper:
 
     @loss.setter
     def loss(self, loss: float | Tensor | None) -> None:
-        if loss is None:
-            self._state.loss = None
-            return
-        added: float | Tensor
-        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cpu and not loss.is_complex():
-            added = arguments.full(loss.detach()).reshape(()).clone()  # as the user may add to it in place
-        else:
-            added = arguments.number("loss", loss)
         before = self._state.loss
-        self._state.loss = added if before is None else before + added
+        added = None if loss is None else loss_of(loss)
+        self._state.loss = added if added is None or before is None else before + added
 
     @property
     def last(self) -> Record | None:
@@ -324,10 +294,7 @@ class Clipper:
         sets.
         """
         self._round.is_running()  # gives back what a step that ended in an exception has left
-        names, present, norms = self._names.norms(self.optimizers, self._order)
-        named = zip(names, present, scalars.numbers(norms), strict=True)
-        found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
-        return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
+        return self._names.largest_norms(self.optimizers, self._order)
 
     def detach(self) -> None:
         """Take the clipper off its optimizer, which no longer clips.  The history stays readable.
@@ -366,13 +333,9 @@ class Clipper:
             "spikes": None if self._spikes is None else self._spikes.state_dict(),
             "history": self.history.state_dict(),
         }
-        shared = {"norm_type": self._order, "scope": self._scope, "optimizers": len(self._optimizers)}
-        if self._owner is None or (self._has_group and not self._keeps_layers):
-            return {**shared, **own}
-        if not self._has_group:
-            return {**shared, self._owner: own}
-        history = dict(own["history"])
-        return {**shared, **own, "history": history, self._owner: {"layers": history.pop("layers")}}
+        if self._has_group and not self._keeps_layers:
+            return saved.collected(self._kind, own, None, joint=True)
+        return saved.collected(self._kind, own, self._owner, joint=self._has_group)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this clipper.  States of 0.1.0 load, too.
@@ -383,57 +346,15 @@ class Clipper:
                 thresholds are of another kind, for other parameters, or have learned from norms of another
                 ``scope`` or ``norm_type``.  Nothing has changed then.
         """
-        arguments.saved("state", state, (), "Clipper")
         self._know_sets()
-        own = saved.own_part(state, self._owner)
-        arguments.saved("state", own, ("steps",), "Clipper")
-        arguments.saved("state", state, ("norm_type", "scope"), "Clipper")
-        arguments.saved("state", own, ("thresholds", "history"), "Clipper")
-        steps = arguments.count("state['steps']", own["steps"], least=0)
-        self._check_kind(state)
-        thresholds = saved.learned("state['thresholds']", own["thresholds"])
-        of_sets = dict.fromkeys([*own.get("sets", ()), *thresholds])
-        self._check_learned(state, thresholds or of_sets, self._rule, scope=True)
-        saved.refuse_foreign("state['thresholds']", of_sets, self._sets)
-        of_spikes = own.get("spikes")  # not in what the first versions saved
-        if self._spikes is not None and of_spikes is not None:
-            self._spikes.check(of_spikes)
-            self._check_learned(state, of_spikes["thresholds"], self._spikes.rule, scope=False)
-        arguments.saved("state['history']", own["history"], (), "Clipper")
-        layers = state.get(str(self._owner), {}).get("layers") if self._has_group else None
-        history = own["history"] if layers is None else {**own["history"], "layers": layers}
-        self.history.load_state_dict(history)  # refuses a wrong one before anything has changed
+        loaded = saved.checked(state, self._kind, self._owner, self._sets, self._rule, self._spikes)
+        self.history.load_state_dict(loaded.history)  # refuses a wrong one before anything has changed
         self._round.forget()
-        self._rule.load_state_dict(thresholds)
+        self._rule.load_state_dict(loaded.thresholds)
         if self._spikes is not None:
-            self._spikes.load_state_dict(of_spikes or {"skips": 0, "thresholds": {}})
-        self._state.number = steps
+            self._spikes.load_state_dict(loaded.spikes)
+        self._state.number = loaded.steps
         self._know_sets()
-
-    def _check_kind(self, state: Mapping[str, Any]) -> None:
-        """Raise an error for a state of another number of optimizers."""
-        arguments.number("state['norm_type']", state["norm_type"])
-        arguments.option("state['scope']", state["scope"], get_args(Scope))
-        optimizers = arguments.count("state['optimizers']", state.get("optimizers", 1), least=1)
-        if optimizers != len(self._optimizers):
-            raise ValueError(
-                f"`state` is that of a Clipper of {optimizers} optimizer{'s' * (optimizers > 1)}, this one "
-                f"has {len(self._optimizers)}; make it for as many, in the same order"
-            )
-
-    def _check_learned(
-        self, state: Mapping[str, Any], thresholds: Mapping[str, Any], rule: ThresholdBank, scope: bool
-    ) -> None:
-        """Raise an error for what thresholds of another kind, or from other norms, have learned."""
-        learned_from, own = (state["scope"], state["norm_type"]), (self._scope, self._order)
-        if thresholds and (learned_from != own if scope else learned_from[1:] != own[1:]):
-            raise ValueError(
-                "the thresholds in `state` have learned from norms of (scope, norm_type) = "
-                f"{learned_from}, but this clipper's are {own}; make it with the same ones"
-            )
-        rule.check(
-            {name: learned for name, learned in thresholds.items() if learned is not None or not rule.learns}
-        )
 
     def _know_sets(self) -> None:
         """Find what may be clipped together, as parameter groups may have been added; a state has it all."""
@@ -477,85 +398,6 @@ class Clipper:
         self._round.after_step(index)
 
 
-def _needs_all(
-    scope: Scope,
-    rule: ThresholdBank,
-    skips: bool,
-    has_group: bool,
-    joins_norms: bool,
-    optimizers: Sequence[Optimizer],
-) -> str | None:
-    """What needs the gradients of all optimizers before any can step; None if nothing does."""
-    if skips:
-        return "`skip_above`"
-    if has_group:
-        return "`group`"
-    if joins_norms:
-        return "the warm-up of AdaGC, with a finite `max_norm`,"
-    together = any("max_norm" not in group.values for group in groups_of(optimizers))
-    if scope == "global" and rule.number != math.inf and together:
-        return "one threshold for all of them (`scope='global'`)"
-    return None
-
-
-def _resolve(history: ref[History]) -> None:
+def _read(history: ref[History]) -> None:
     """Read the records that a history has been handed, if it is still there."""
-    found = history()
-    if found is not None:
-        len(found)
-
-
-def _usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
-    """How the kernel clips in one go, as its ``RoundState`` takes it; None if it does not."""
-    if way is not None:
-        usual = getattr(way, "usual", None) if type(way).__module__.startswith("torchclip.") else None
-        return (usual[0], way, *usual[1:]) if usual is not None and scope == "global" else None
-    if scope == "parameter":
-        return None if rule.number is None else ("each", rule.number)
-    if scope == "group" or rule.runs_user_code:
-        return None
-    return rule.max_norm_of_all if rule.learns else rule.number
-
-
-def _optimizers(given: Any) -> list[Optimizer]:
-    """The optimizers that a user passes, or an error that says what to pass."""
-    optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
-    if not optimizers:
-        raise ValueError("`optimizer` is an empty list; pass an optimizer, or those that step together")
-    for i, optimizer in enumerate(optimizers):
-        name = "`optimizer`" if optimizer is given else f"`optimizer` (item {i} of the list)"
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
-                f"{arguments.shown(optimizer)}; of a wrapper pass the optimizer that it wraps"
-            )
-        # The handle that torch gives for a hook holds its dictionary weakly, which no plain one can be.
-        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-        if not isinstance(hooks, OrderedDict) or not isinstance(optimizer.state, MutableMapping):
-            raise TypeError(
-                f"{name} is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
-                "that it wraps"
-            )
-        if optimizer in _clipped_optimizers:
-            raise ValueError(f"{name} already has a Clipper; call its detach() first")
-        if any(optimizer is other for other in optimizers[:i]):
-            raise ValueError(f"{name} is in the list twice; pass each optimizer once")
-    return optimizers
-
-
-def _refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_above: MaxNorm | None) -> None:
-    if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
-        return
-    if len(optimizers) > 1:
-        raise ValueError(
-            "`optimizer` has LBFGS among others, which takes new gradients several times in a step; make a "
-            "Clipper for it alone"
-        )
-    if nonfinite == "skip" or skip_above is not None:
-        argument, remedy = ("nonfinite='skip'", "use 'error' or 'zero'")
-        if nonfinite != "skip":
-            argument, remedy = ("skip_above", "do not pass it")
-        raise ValueError(
-            f"`{argument}` does not work with LBFGS, which moves the parameters several times in a step; "
-            f"{remedy}"
-        )
+    len(history() or ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import ref
@@ -103,6 +104,13 @@ class Names:
             padded = torch.cat([norms, norms.new_full((1,), scalars.ABSENT)])
             norms = padded[torch.tensor(indices).to(norms.device, non_blocking=True)]
         return list(named), present, norms
+
+    def largest_norms(self, optimizers: Sequence[Optimizer], order: float) -> dict[str, float]:
+        """The norm of each gradient by its parameter's name, what is not finite first, then the largest."""
+        names, present, norms = self.norms(optimizers, order)
+        named = zip(names, present, scalars.numbers(norms), strict=True)
+        found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
+        return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
 
     def of_sets(self, groups: Sequence[Group]) -> dict[int, list[str]]:
         """What to call the norms of single parameters, by the ids of their lists; empty for their places.

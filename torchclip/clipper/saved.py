@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,14 +17,113 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, mesh
 from torchclip.clipper.names import Names
-from torchclip.clipper.scope import groups_of
+from torchclip.clipper.scope import Scope, groups_of
+from torchclip.clipper.spikes import Spikes
 from torchclip.thresholds.bank import ThresholdBank
 
-__all__ = ["OWN_KEYS", "learned", "of_rules", "own_part", "owner", "refuse_foreign"]
+__all__ = ["Kind", "checked", "collected", "of_rules", "owner"]
 
-OWN_KEYS = ("steps", "sets", "thresholds", "spikes", "history")
-"""What may differ between ranks."""
 _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
+
+
+class Kind(NamedTuple):
+    """What a Clipper and the state that it goes on from must have in common; the same on all ranks."""
+
+    norm_type: float
+    scope: Scope
+    optimizers: int
+
+
+class Loaded(NamedTuple):
+    """The parts of a state that may be loaded."""
+
+    steps: int
+    thresholds: dict[str, Any]
+    spikes: Mapping[str, Any]
+    history: Mapping[str, Any]
+
+
+def collected(kind: Kind, own: dict[str, Any], key: str | None, joint: bool) -> dict[str, Any]:
+    """The state.
+
+    Args:
+        kind: what is the same on all ranks.
+        own: what may differ.
+        key: where that is put; None if it does not differ.
+        joint: whether only the norms of single parameters differ.
+    """
+    if key is None:
+        return {**kind._asdict(), **own}
+    if not joint:
+        return {**kind._asdict(), key: own}
+    history = dict(own["history"])
+    return {**kind._asdict(), **own, "history": history, key: {"layers": history.pop("layers")}}
+
+
+def checked(
+    state: Mapping[str, Any],
+    kind: Kind,
+    key: str | None,
+    sets: Sequence[str],
+    rule: ThresholdBank,
+    spikes: Spikes | None,
+) -> Loaded:
+    """The parts of a state, or an error that says why a Clipper cannot go on from it; nothing changes.
+
+    Args:
+        state: what was saved.
+        kind: that of the Clipper.
+        key: where the Clipper puts what may differ between ranks.
+        sets: the names of all that it may clip together.
+        rule: its thresholds.
+        spikes: its limit.
+    """
+    arguments.saved("state", state, (), "Clipper")
+    own = own_part(state, key)
+    arguments.saved("state", own, ("steps",), "Clipper")
+    arguments.saved("state", state, ("norm_type", "scope"), "Clipper")
+    arguments.saved("state", own, ("thresholds", "history"), "Clipper")
+    steps = arguments.count("state['steps']", own["steps"], least=0)
+    saved_kind = _checked_kind(state, kind)
+    thresholds = learned("state['thresholds']", own["thresholds"])
+    of_sets = dict.fromkeys([*own.get("sets", ()), *thresholds])
+    if of_sets and saved_kind != kind:
+        raise _of_other_norms(saved_kind, kind)
+    rule.check(thresholds if rule.learns else of_sets)
+    refuse_foreign("state['thresholds']", of_sets, sets)
+    of_spikes = own.get("spikes")  # not in what the first versions saved
+    if spikes is None or of_spikes is None:
+        of_spikes = {"skips": 0, "thresholds": {}}
+    else:
+        spikes.check(of_spikes)
+        if of_spikes["thresholds"] and saved_kind.norm_type != kind.norm_type:
+            raise _of_other_norms(saved_kind, kind)
+        spikes.rule.check(of_spikes["thresholds"])
+    arguments.saved("state['history']", own["history"], (), "Clipper")
+    layers = state.get(str(key), {}).get("layers") if own is state else None
+    history = own["history"] if layers is None else {**own["history"], "layers": layers}
+    return Loaded(steps, thresholds, of_spikes, history)
+
+
+def _checked_kind(state: Mapping[str, Any], kind: Kind) -> Kind:
+    """The kind of a state, which must be of as many optimizers as another one."""
+    order = arguments.number("state['norm_type']", state["norm_type"])
+    scope = arguments.option("state['scope']", state["scope"], get_args(Scope))
+    optimizers = arguments.count("state['optimizers']", state.get("optimizers", 1), least=1)
+    if optimizers != kind.optimizers:
+        raise ValueError(
+            f"`state` is that of a Clipper of {optimizers} optimizer{'s' * (optimizers > 1)}, this one "
+            f"has {kind.optimizers}; make it for as many, in the same order"
+        )
+    return Kind(order, scope, optimizers)
+
+
+def _of_other_norms(saved_kind: Kind, kind: Kind) -> ValueError:
+    return ValueError(
+        "the thresholds in `state` have learned from norms of (scope, norm_type) = "
+        f"{(saved_kind.scope, saved_kind.norm_type)}, but this clipper's are {(kind.scope, kind.norm_type)}; "
+        "make it with the same ones"
+    )
 
 
 def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
