@@ -60,7 +60,7 @@ def measure(name: str) -> dict[str, Any]:
             seconds = perf_counter() - start
             if i >= WARM_UP:
                 times[way].append(seconds)
-        order.reverse()  # so that a machine that slows down favours nobody
+        order.reverse()  # so that a machine that slows down favours no contender
     gc.enable()
     medians = {way: median(of_way) for way, of_way in times.items()}
     added = {way: seconds - medians["step"] for way, seconds in medians.items()}

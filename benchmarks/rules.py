@@ -56,7 +56,7 @@ def perplexity_with(run: tuple[str, float, int]) -> float:
     torch.manual_seed(seed)
     model = new_model(options.cell, len(vocabulary), options.hidden)
     parameters, head = list(model.parameters()), list(model.output.parameters())  # type: ignore[union-attr]
-    if name == "Adaptive":  # which leaves the last layer out
+    if name == "Adaptive":  # which does not clip the last layer
         parameters = parameters[: -len(head)]
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
     losses: list[float] = []

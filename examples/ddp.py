@@ -1,4 +1,4 @@
-"""DDP: every rank has the whole model, and after backward() the same gradients, which each clips alike.
+"""DDP: every rank has the whole model and, after backward(), the same gradients; all clip in the same way.
 
 pip install .
 torchrun --nproc-per-node=2 examples/ddp.py

@@ -1,4 +1,4 @@
-"""FSDP2: every rank holds a part of each gradient, and all clip by the norm of the whole.
+"""FSDP2: every rank has a part of each gradient, and all ranks clip by the norm of the whole gradient.
 
 pip install .
 torchrun --nproc-per-node=2 examples/fsdp2.py

@@ -1,4 +1,4 @@
-"""Lightning: a callback puts a clipper on the Trainer's optimizers, and logs what it does.
+"""Lightning: a callback attaches a clipper to the Trainer's optimizers, and logs what it does.
 
 pip install '.[lightning]'
 python examples/lightning_callback.py

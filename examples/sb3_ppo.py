@@ -1,4 +1,4 @@
-"""Stable-Baselines3 as it is: after install() its algorithms clip with torchclip.
+"""Stable-Baselines3: after install() its algorithms clip with torchclip.
 
 pip install '.[sb3]'
 python examples/sb3_ppo.py

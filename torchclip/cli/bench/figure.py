@@ -41,7 +41,7 @@ def benchmark_figure(
     """How many times faster than torch each contender is: in a training step, and called by itself.
 
     Above are bars, what clipping adds to a step compared with torch's; below, on every workload, medians with
-    their quartiles.  Each panel has a scale of its own.  What was measured on a busy machine is not drawn.
+    their quartiles.  Each panel has its own scale.  Measurements on a busy machine are not drawn.
 
     Args:
         rows: what ``torchclip bench`` measured, one workload after another.
