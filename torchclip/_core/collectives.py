@@ -29,7 +29,7 @@ from torchclip._core.scalars import ABSENT, on_device
 __all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
 
 MANY = 16
-"""From so many ranks on two reductions take less time than a gather (``benchmarks/distributed.py``)."""
+"""From so many ranks on there are two reductions, whose messages do not grow with the number of ranks."""
 SLOTS = 4
 """So many norms, and so many marks, fit into the head."""
 DIFFERS: Final = -1
