@@ -353,8 +353,8 @@ class _WithPlainHooks(torch.optim.Optimizer):
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.optimizer, self.state, self.defaults = inner, {}, inner.defaults  # type: ignore[assignment]
-        self._optimizer_step_pre_hooks: dict[int, Any] = {}  # type: ignore[assignment]
-        self._optimizer_step_post_hooks: dict[int, Any] = {}  # type: ignore[assignment]
+        self._optimizer_step_pre_hooks: dict[int, Any] = {}
+        self._optimizer_step_post_hooks: dict[int, Any] = {}
 
 
 @pytest.mark.parametrize("wrapper", [_Wrapper, _WithPlainHooks])
