@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from torchclip.cli import main as cli
-from torchclip.cli.bench import contenders, figure, loop, steps, table, timing
+from torchclip.cli.bench import contenders, figure, loop, rules, steps, table, timing
 from torchclip.cli.bench.contenders import OPERATIONS, Gradients
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS, Workload
 
@@ -364,3 +364,34 @@ def test_steps_alone(
     assert "Added to a training step" in output
     assert "In short" in output
     assert not any(line.endswith(" ") for line in output.splitlines())
+
+
+def test_the_other_rules_are_measured_beside_plain_loops() -> None:
+    (model, *_) = rules.MODELS
+    rows = rules.measure_rules(seconds=0, models=[model])
+    assert [(row["rule"], row["model"]) for row in rows] == [(rule, model) for rule in rules.RULES]
+    for row in rows:
+        assert {rules.PLAIN, "torchclip"} <= row["seconds"].keys()
+        assert row["speedup"]["torchclip"] > 0
+    shown = table.rule_table(rows)
+    assert shown.columns[1] == rules.PLAIN
+    assert shown.columns[-1] == "torchclip"
+    assert all(len(cells) == len(shown.columns) for cells in shown.rows)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_plain_loops_do_what_torchclip_does(rule: str) -> None:
+    shapes, examples = next(iter(rules.MODELS.values()))
+    results = []
+    for call in rules._contenders(rule).values():
+        setup = rules.Setup(shapes, examples)
+        given = call(setup)
+        grads = [parameter.grad for parameter in setup.parameters]
+        if isinstance(given, tuple):  # torchclip's sums, with their number
+            grads = given[0]
+        elif rule == "per example":  # Opacus puts them on the parameters
+            grads = given or [vars(parameter)["summed_grad"] for parameter in setup.parameters]
+        results.append(grads)
+    for other in results[1:]:
+        for ours, plain in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)

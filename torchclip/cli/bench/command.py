@@ -14,8 +14,9 @@ from torchclip.cli import info
 from torchclip.cli.bench.contenders import OPERATIONS, RIVALS
 from torchclip.cli.bench.figure import benchmark_figure, scaling_figure
 from torchclip.cli.bench.loop import ROUNDS
+from torchclip.cli.bench.rules import SECONDS, measure_rules
 from torchclip.cli.bench.steps import measure_steps
-from torchclip.cli.bench.table import call_tables, in_short, notes, show, step_table
+from torchclip.cli.bench.table import call_tables, in_short, notes, rule_table, show, step_table
 from torchclip.cli.bench.timing import FULL, QUICK, measure
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS
 from torchclip.cli.figures import save
@@ -26,7 +27,9 @@ __all__ = ["add_arguments", "machine", "run"]
 
 WIDTH = 140  # of the tables, where no terminal sets it
 STEPS = "steps"  # the measurement in training steps, as --only calls it
-QUICK_ROUNDS = 40  # there, for a look
+OTHER_RULES = "rules"  # that of the rules besides clipping by norm and by value
+QUICK_ROUNDS = 40  # in steps, for a look
+QUICK_SECONDS = 0.1  # for a row of the rules, likewise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         metavar="WORKLOAD",
         action="append",
-        choices=[STEPS, *WORKLOADS],
-        help=f"measure this only; may be repeated: {STEPS} (in training), {', '.join(WORKLOADS)}",
+        choices=[STEPS, OTHER_RULES, *WORKLOADS],
+        help=f"measure this only; may be repeated: {STEPS} (in training), {OTHER_RULES} (AGC, per example, "
+        f"RMS, per parameter), {', '.join(WORKLOADS)}",
     )
     add(
         "--scaling",
@@ -81,16 +85,19 @@ def run(
     steps = []
     if device.type == "cpu" and not scaling and STEPS in (only or [STEPS]):
         steps = measure_steps(QUICK_ROUNDS if quick else ROUNDS)
+    rules = []
+    if device.type == "cpu" and not scaling and OTHER_RULES in (only or [OTHER_RULES]):
+        rules = measure_rules(QUICK_SECONDS if quick else SECONDS)
     rows = measure(workloads, QUICK if quick else FULL, rivals, device)
-    tables = [step_table(steps), *call_tables(rows), in_short(steps, rows)]
+    tables = [step_table(steps), rule_table(rules), *call_tables(rows), in_short(steps, rows)]
     for table in tables:
         if table.rows:
             show(table, console)
-    for note in notes(steps, rows, tables):
+    for note in notes(steps, rows, tables, rules):
         console.print(note, markup=False, highlight=False)
     if results:
         with writing(results):
-            report = {"machine": facts, "quick": quick, "steps": steps, "rows": rows}
+            report = {"machine": facts, "quick": quick, "steps": steps, "rules": rules, "rows": rows}
             results.write_text(json.dumps(report, indent=1) + "\n")
         tell_file(console, "Results", results)
     if picture:

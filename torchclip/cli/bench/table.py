@@ -12,10 +12,11 @@ from rich.table import Table as RichTable
 
 from torchclip.cli.bench.contenders import NAMES, OPERATIONS
 from torchclip.cli.bench.doubt import BUSY, EXPLANATION, call_ratio, doubt_of_steps, step_ratio
+from torchclip.cli.bench.rules import PLAIN, RuleRow
 from torchclip.cli.bench.steps import StepRow, label
 from torchclip.cli.bench.timing import Row
 
-__all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "show", "step_table"]
+__all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "rule_table", "show", "step_table"]
 
 PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at the least
 CACHED = 1 << 20  # bytes up to which the memory's bandwidth says nothing
@@ -33,6 +34,8 @@ LISTS = {
     "function, by value": "function, by value",
 }
 """The columns of what is measured in steps, and what they are called."""
+
+RULE_COLUMNS = (PLAIN, "timm", "Opacus", "kernel off", "torchclip")
 
 RATIO = "torch ÷ torchclip"
 SHORT_STEPS = [("mlp", "Adam"), ("layers", "AdamW fused")]
@@ -71,6 +74,20 @@ def step_table(rows: Sequence[StepRow], columns: Mapping[str, str] = PARAMETERS)
     return Table("Added to a training step, in µs", ["", *columns.values()], cells)
 
 
+def rule_table(rows: Sequence[RuleRow]) -> Table:
+    """The times of the other rules, and how many times faster than a plain loop that is."""
+    names = [name for name in RULE_COLUMNS if any(name in row["seconds"] for row in rows)]
+    cells = [[f"{row['rule']}, {row['model']}", *(_of_rule(row, name) for name in names)] for row in rows]
+    return Table("The other rules", ["", *names], cells)
+
+
+def _of_rule(row: RuleRow, name: str) -> str:
+    if name not in row["seconds"]:
+        return ""
+    time = _time(row["seconds"][name][0])
+    return time if name not in row["speedup"] else f"{time} ({_times(row['speedup'][name])})"
+
+
 def call_tables(rows: Sequence[Row]) -> Iterator[Table]:
     """The times of calls, a table for each workload; then bandwidth, and errors of the norms."""
     names = [name for name in NAMES if any(name in row["contenders"] for row in rows)]
@@ -90,7 +107,9 @@ def call_tables(rows: Sequence[Row]) -> Iterator[Table]:
     yield Table("Relative error of the norm", ["", "torch", "torchclip"], errors)
 
 
-def notes(steps: Sequence[StepRow], rows: Sequence[Row], tables: Sequence[Table]) -> list[str]:
+def notes(
+    steps: Sequence[StepRow], rows: Sequence[Row], tables: Sequence[Table], rules: Sequence[RuleRow] = ()
+) -> list[str]:
     """What has to be said below the tables: how exact they are, what failed, what ``busy`` means."""
     found = []
     if steps:
@@ -99,6 +118,11 @@ def notes(steps: Sequence[StepRow], rows: Sequence[Row], tables: Sequence[Table]
             "Steps: lower quartiles, on one thread; in brackets, how many times less than torch (a Clipper: "
             "less than torch on a list). Two measurements of a step without clipping differ by up to "
             f"{doubt:.1f} µs."
+        )
+    if rules:
+        found.append(
+            "The other rules: lower quartiles, on one thread; in brackets, how many times faster than a "
+            "plain loop of torch's operations."
         )
     if rows:
         found.append("Calls: medians; in brackets, how many times faster than torch.")
