@@ -28,8 +28,8 @@ from torchclip._core.scalars import ABSENT, on_device
 
 __all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
 
-MANY = 16
-"""From so many ranks on there are two reductions, whose messages do not grow with the number of ranks."""
+MANY = 32
+"""From so many ranks on there are two reductions: 4 log₂ N messages in a row for the N - 1 of a gather."""
 SLOTS = 4
 """So many norms, and so many marks, fit into the head."""
 DIFFERS: Final = -1
