@@ -93,7 +93,7 @@ def outputs(notebook: Any) -> tuple[str, list[Image.Image]]:
     """What the cells printed, and the pictures that they drew."""
     found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     drawn = [output.data["image/png"] for output in found if "image/png" in output.get("data", {})]
-    pictures = [Image.open(io.BytesIO(base64.b64decode(each))) for each in drawn]
+    pictures: list[Image.Image] = [Image.open(io.BytesIO(base64.b64decode(each))) for each in drawn]
     return "".join(output.get("text", "") for output in found), pictures
 
 
