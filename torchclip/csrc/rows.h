@@ -62,7 +62,7 @@ struct Rows {
                 inner(layout.data + start * dtype.item, std::min(kChunk, row.count - start) * dtype.parts);
             return;
         }
-        alignas(64) char buffer[8192];
+        alignas(64) char buffer[4096];
         const size_t room = sizeof buffer / dtype.item;
         for (size_t start = 0; start < row.count; start += room) {
             const size_t n = std::min(room, row.count - start);
