@@ -22,6 +22,7 @@ from torchclip.cli.bench.table import (
     in_short,
     markdown,
     notes,
+    rule_table,
     step_table,
 )
 from torchclip.cli.bench.workloads import WORKLOADS
@@ -49,6 +50,7 @@ def page(calls: Report, steps: Report) -> str:
     """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
     of_steps = [step_table(steps["steps"], columns) for columns in (PARAMETERS, LISTS)]
     of_calls = [table for table in call_tables(calls["rows"]) if table.rows]
+    rules: list[dict[str, Any]] = calls.get("rules", [])
     together = read("clip_and_step.json")["rows"]
     return "\n\n".join(
         [
@@ -63,6 +65,8 @@ def page(calls: Report, steps: Report) -> str:
             "\n".join(["```text", *(f"{k:<18} {v}" for k, v in calls["machine"].items()), "```"]),
             *(f"**{table.title}**\n\n{markdown(table)}" for table in of_calls),
             *notes([], calls["rows"], of_calls),
+            *([f"### Other rules\n\n{markdown(rule_table(rules))}"] if rules else []),
+            *notes([], [], [rule_table(rules)] if rules else [], rules),
             *([f"### Clipping and a step\n\n{markdown(clip_and_step(together))}"] if together else []),
             "### Targets\n\n" + _verdict(calls["rows"], read("scaling.json")["rows"]),
             *(f"![{title}]({name})" for name, title in PICTURES.items() if (PAGE.parent / name).exists()),
