@@ -81,14 +81,12 @@ class LossRecorder:
         scale, self._last_scale = self._last_scale, None
         if self._is_closed:
             return
-        with torch.no_grad():
-            if tensor in self._unscaled:
-                value = self._unscaled[tensor]
-            else:
-                value = _value(tensor)
-                if scale is not None:
-                    value = value / (float(scale) if isinstance(value, float) else scale)
-            self._pending = value if self._pending is None else self._pending + value
+        value = self._unscaled.get(tensor) if scale is not None or len(self._unscaled) else None
+        if value is None:
+            value = _value(tensor)
+            if scale is not None:
+                value = value / (float(scale) if isinstance(value, float) else scale)
+        self._pending = value if self._pending is None else self._pending + value
 
     def _scale(self, original: Callable[..., Any], scaler: GradScaler, outputs: Any) -> Any:
         scaled = original(scaler, outputs)

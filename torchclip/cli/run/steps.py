@@ -128,7 +128,8 @@ class StepRecorder:
             record = self._register(optimizer)
         if record is None or not record.step.begin():
             return None
-        self._split_round(optimizer)
+        if self._rounds:
+            self._split_round(optimizer)
         record.note_round(self._losses.backwards)
         record.loss, record.call, record.is_measured = self._losses.take(), None, False
         if len(args) > 1 or kwargs:
