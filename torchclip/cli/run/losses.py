@@ -81,8 +81,9 @@ class LossRecorder:
         scale, self._last_scale = self._last_scale, None
         if self._is_closed:
             return
-        value = self._unscaled.get(tensor) if scale is not None or len(self._unscaled) else None
-        if value is None:
+        if len(self._unscaled) and tensor in self._unscaled:
+            value: Loss = self._unscaled[tensor]
+        else:
             value = _value(tensor)
             if scale is not None:
                 value = value / (float(scale) if isinstance(value, float) else scale)
