@@ -4,8 +4,8 @@
 
 One process and one thread.  A round is a backward pass and a step of SGD for every contender, in a random
 order, all with one model and one optimizer, as it counts where these lie in memory.  Only what comes after
-the backward pass is timed.  Shown are lower quartiles, less that of a step without clipping, and how many times
-less a Clipper adds than the line by hand next to it.
+the backward pass is timed.  Shown are lower quartiles, less that of a step without clipping, and how many
+times less a Clipper adds than the line by hand next to it.
 """
 
 from __future__ import annotations
