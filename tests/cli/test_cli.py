@@ -97,7 +97,7 @@ def test_a_missing_extra_is_named_with_its_remedy(command: str) -> None:
     result = python("-c", WITHOUT_DEMO + MAIN, command)
     assert result.returncode == 2
     assert result.stderr == (
-        f"torchclip {command}: error: needs rich and matplotlib; "
+        f"torchclip {command}: error: this command needs rich and matplotlib; "
         "install with: pip install 'torchclip[demo]' (from a checkout: pip install '.[demo]')\n"
     )
 
