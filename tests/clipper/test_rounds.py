@@ -471,15 +471,37 @@ def test_a_step_that_raises(pair: str, which: int) -> None:
         assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
 
 
-def test_a_round_that_is_open_belongs_neither_to_the_state_nor_to_the_history() -> None:
+@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
+@pytest.mark.parametrize(
+    "max_norm",
+    [
+        0.5,
+        Percentile(30),
+        Percentile(30, window=2),
+        ZScore(warmup=2),
+        RollingSigma(1.0, 3, 2),
+        AdaGC(warmup=2),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("skip_above", [None, RollingSigma(2.0, 3, 2)], ids=repr)
+def test_a_round_that_is_open_belongs_neither_to_the_state_nor_to_the_history(
+    max_norm: Any, scope: Any, skip_above: Any
+) -> None:
     training = Training()
-    clipper = Clipper(training.optimizers, 0.5)
-    training.backward(0)
-    before = clipper.state_dict()
-    training.first.step()
-    assert (len(clipper.history), clipper.state_dict()) == (0, before)
-    training.second.step()
-    assert (len(clipper.history), clipper.state_dict()["steps"]) == (1, 1)
+    clipper = Clipper(training.optimizers, max_norm, scope=scope, skip_above=skip_above)
+    fresh = clipper.state_dict()
+    for step in range(5):
+        training.backward(step)
+        before = copy.deepcopy(clipper.state_dict())
+        training.first.step()
+        assert len(clipper.history) == step
+        assert repr(clipper.state_dict()) == repr(before)
+        training.second.step()
+        assert len(clipper.history) == step + 1
+        assert clipper.state_dict()["steps"] == step + 1
+    assert skip_above is None or repr(clipper.state_dict()["spikes"]) != repr(fresh["spikes"])
+    assert max_norm == 0.5 or repr(clipper.state_dict()["thresholds"]) != repr(fresh["thresholds"])
 
 
 def test_states_are_for_as_many_optimizers() -> None:

@@ -169,7 +169,7 @@ def needs_all(
     return None
 
 
-def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
+def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope, several: bool) -> object:
     """How the kernel clips in one go, as its ``RoundState`` takes it; None if it does not."""
     if way is not None:
         usual = getattr(way, "usual", None) if type(way).__module__.startswith("torchclip.") else None
@@ -178,4 +178,6 @@ def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
         return None if rule.number is None else ("each", rule.number)
     if scope == "group" or rule.runs_user_code:
         return None
-    return rule.max_norm_of_all if rule.learns else rule.number
+    if not rule.learns:
+        return rule.number
+    return rule.max_norm_of_round if several else rule.max_norm_of_all

@@ -192,7 +192,7 @@ class Clipper:
         self._optimizers = tuple(ref(each) for each in optimizers)
         # What the kernel clips in one go, with what is found to be usual in each step.
         is_usual = self._order == 2 and not groups and on_clip is None and spikes is None and not layers_every
-        usual = usual_way(self._rule, self._way, scope) if is_usual else None
+        usual = usual_way(self._rule, self._way, scope, len(optimizers) > 1) if is_usual else None
         with_kernel = native.step_state(usual, self._optimizers)
         self._state: State = with_kernel or State(self._optimizers)
         steps = [
@@ -322,15 +322,17 @@ class Clipper:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on exactly as an uninterrupted one, as plain data.
 
-        The history is part of it, with all records that it keeps.
+        The history is part of it, with all records that it keeps.  A round that is open, as some of several
+        optimizers have yet to step, is not.
         """
         self._know_sets()
-        thresholds = saved.of_rules(self._rule)
+        in_round = len(self._optimizers) > 1 and self._state.open
+        thresholds = saved.of_rules(self._rule.before_round() if in_round else self._rule)
         own: dict[str, Any] = {
             "steps": self._state.number,
             "sets": list(thresholds),
             "thresholds": thresholds,
-            "spikes": None if self._spikes is None else self._spikes.state_dict(),
+            "spikes": None if self._spikes is None else self._spikes.state_dict(in_round),
             "history": self.history.state_dict(),
         }
         if self._has_group and not self._keeps_layers:

@@ -86,6 +86,12 @@ class Clipping:
         if "found_inf" in vars(self._steps[index].optimizer):
             self._override(index)
 
+    def begin_round(self) -> None:
+        """Have thresholds note what they have learned up to a round of several optimizers."""
+        self._rule.begin_round()
+        if self.spikes is not None:
+            self.spikes.rule.begin_round()
+
     def snapshot(self, own: OwnMaxNorms = MappingProxyType({}), only: int | None = None) -> Snapshot:
         """The gradients as they are now, not measured yet: of all optimizers, or only of one."""
         optimizers = [step.optimizer for step in self._steps]

@@ -178,6 +178,8 @@ class Round:
         state.went_short, state.open, state.opener = False, True, index
         self._in_backward = in_backward and len(self._steps) > 1
         self._rows, self._layers = [], []
+        if len(self._steps) > 1:
+            self._clipping.begin_round()
         if self._in_backward:
             self._passes = set()
             self._follow_pass()

@@ -97,9 +97,14 @@ class Spikes:
         """Count the step, which was skipped or taken."""
         self._skips = self._skips_then
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the limit has learned, and how many steps in a row were skipped; waits for an accelerator."""
-        return {"skips": int(self._skips), "thresholds": self.rule.state_dict()}
+    def state_dict(self, in_round: bool) -> dict[str, Any]:
+        """What the limit has learned, and how many steps in a row were skipped; waits for an accelerator.
+
+        Args:
+            in_round: whether a round of several optimizers is open, which does not count yet.
+        """
+        rule = self.rule.before_round() if in_round else self.rule
+        return {"skips": int(self._skips), "thresholds": rule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``."""

@@ -84,6 +84,24 @@ class ThresholdBank:
         self._names: tuple[str, ...] | None = None
         self._updates: list[Callable[[float], float]] = []
         self._index: Any = None
+        self._before_round: ThresholdBank | None = None
+
+    def begin_round(self) -> None:
+        """Note what was learned before a round of several optimizers, for a state that is taken in it."""
+        if self.learns:
+            self._before_round = None
+            self._before_round = self._copied()
+
+    def before_round(self) -> ThresholdBank:
+        """A bank that has learned what this one had when ``begin_round`` was called last."""
+        return self if self._before_round is None else self._before_round
+
+    def _copied(self) -> ThresholdBank:
+        copied = copy.copy(self)
+        copied._objects = {name: _copied_object(each) for name, each in self._objects.items()}
+        copied._rows = None if self._rows is None else self._rows.copied()
+        copied._row_of, copied._names = dict(self._row_of), None
+        return copied
 
     def add(self, names: Iterable[str]) -> None:
         """Make room for sets of these names, unless it is there: what they learn starts from ``max_norm``."""
@@ -146,6 +164,11 @@ class ThresholdBank:
             return max_norm
         (max_norm,) = self.max_norms(0, [_ALL], [norm])
         return max_norm
+
+    def max_norm_of_round(self, norm: float) -> float:
+        """``max_norm_of_all`` in a round of several optimizers, which this begins."""
+        self.begin_round()
+        return self.max_norm_of_all(norm)
 
     def _has_rows_on_host(self) -> bool:
         many = self.per_parameter or len(self._row_of) + len(self._objects) >= _MANY
@@ -231,6 +254,10 @@ class ThresholdBank:
 
     def __repr__(self) -> str:
         return repr(self._max_norm)
+
+
+def _copied_object(threshold: Any) -> Any:
+    return threshold.copied() if isinstance(threshold, Learned) else copy.deepcopy(threshold)
 
 
 def _takes_rows(max_norm: Any, device: torch.device | None) -> bool:

@@ -54,6 +54,14 @@ class Learned(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; the arguments stay those of this object."""
 
+    def copied(self: Kind) -> Kind:
+        """One that has learned the same, and goes on by itself."""
+        copied = copy.copy(self)
+        for name in self._columns:
+            value = getattr(self, name)
+            setattr(copied, name, value.copy() if isinstance(value, list) else copy.deepcopy(value))
+        return copied
+
     def _to_row(self, name: str, device: torch.device | None) -> Any:
         """What stands in a row, in host memory or on a device, for what was learned."""
         return getattr(self, name)
@@ -95,6 +103,12 @@ class Rows:
             values = [each._to_row(name, self.device) for each in thresholds]
             setattr(stacked, name, self._form.column(values))
         return stacked
+
+    def copied(self) -> Rows:
+        """Rows that have learned the same, and go on by themselves."""
+        copied = copy.copy(self)
+        copied._all = self._all.copied()
+        return copied
 
     def append(self, thresholds: Sequence[Learned]) -> None:
         """Add rows after those that are there."""

@@ -142,6 +142,11 @@ class _Sorted:
         self.ordered = array("d", sorted(norms))
         self._arrivals: deque[float] = deque(() if window is None else norms)
 
+    def __deepcopy__(self, _: object) -> _Sorted:
+        copied = _Sorted(self._window)
+        copied.ordered, copied._arrivals = self.ordered[:], self._arrivals.copy()
+        return copied
+
     def add(self, norm: float, learn: bool, _: int = 0) -> None:
         if not learn:
             return
