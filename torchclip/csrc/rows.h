@@ -222,13 +222,14 @@ struct Units {
             members.push_back({std::move(item), std::move(grad), plain});
             return true;
         });
+        if (!collected) return false;
         Axes axes;
         for (Member& member : members) {
             Rows weight, grad;
             member.taken = member.taken && !shared && read(member, weight, grad, axes);
             if (member.taken) elements += grad.elements();
         }
-        return collected;
+        return true;
     }
 
     static bool read(const Member& member, Rows& weight, Rows& grad, Axes& axes) {
