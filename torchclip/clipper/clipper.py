@@ -140,6 +140,7 @@ class Clipper:
             combined with a ``norm_type`` of 0 or less, whose norm may be finite if a gradient is not.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
         >>> clipper = Clipper(optimizer, max_norm=1.0)
