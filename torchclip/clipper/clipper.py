@@ -76,16 +76,13 @@ class Clipper:
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
 
     Copies and pickles of the optimizer do not clip, as they have no hooks.  Attach a new clipper to them, and
-    load the old one's ``state_dict``.  The clipper itself can be neither copied nor pickled.
+    load the old one's ``state_dict``.  A Clipper can be neither copied nor pickled.  The optimizers keep it by
+    their hooks.  It keeps neither them nor the model.
 
-    The optimizers keep the Clipper by their hooks.  It keeps neither them nor the model.
-
-    If a GradScaler skips a step, it does not call an unfused optimizer, so the clipper has no record of that
-    step; a fused optimizer is called, and the step is recorded as skipped.  A step that ends in an exception
-    is not recorded, and the next one gets its number.
-
-    A gradient that parameters of several groups share is clipped once, to the lowest of their thresholds.  A
-    threshold object learns nothing from a step without gradients, or without finite ones.
+    If a GradScaler skips a step, an unfused optimizer has no record of it, and a fused one has one that says
+    so.  A step that ends in an exception is not recorded, and the next one gets its number.  A gradient that
+    parameters of several groups share is clipped once, to the lowest of their thresholds.  A threshold object
+    learns nothing from a step without finite gradients.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or a list of optimizers that step together.

@@ -1,7 +1,6 @@
 // The two hooks of a Clipper on each of its optimizers: no Python frame in the usual step, and no look-up by name.
 //
-// What they know is in a `RoundState` and a `Member` for each optimizer, which torchclip.clipper.round uses as well.
-// Any step that is not usual is left to two functions of Python.
+// What they know is in a `RoundState` and a `Member` for each optimizer. An unusual step goes to two Python functions.
 #pragma once
 
 #include <structmember.h>
