@@ -75,9 +75,8 @@ class Clipper:
         head = {"params": model.head.parameters(), "max_norm": 0.1}
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
 
-    Copies and pickles of the optimizer do not clip, as they have no hooks.  Attach a new clipper to them, and
-    load the old one's ``state_dict``.  A Clipper can be neither copied nor pickled.  The optimizers keep it by
-    their hooks.  It keeps neither them nor the model.
+    Copies and pickles of the optimizer do not clip.  Attach a new clipper to them and load the old one's
+    ``state_dict``.  A Clipper can be neither copied nor pickled, and keeps no optimizer alive.
 
     If a GradScaler skips a step, an unfused optimizer has no record of it, and a fused one has one that says
     so.  A step that ends in an exception is not recorded, and the next one gets its number.  A gradient that
@@ -183,7 +182,7 @@ class Clipper:
         self._nonfinite: Nonfinite = nonfinite
         self._spikes = spikes
         self._has_group, self._keeps_layers = groups is not None, layers_every > 0
-        # Only while it warms up, but who could tell beforehand when that is.
+        # AdaGC needs it in its warm-up alone, whose end is not known beforehand.
         joins_norms = self._rule.per_parameter and getattr(max_norm, "max_norm", 0.0) < math.inf
         self._names = Names(optimizers, model)
         self._classes = [type(each).__name__ for each in optimizers]
@@ -193,9 +192,7 @@ class Clipper:
         usual = usual_way(self._rule, self._way, scope, len(optimizers) > 1) if is_usual else None
         with_kernel = native.step_state(usual, self._optimizers)
         self._state: State = with_kernel or State(self._optimizers)
-        steps = [
-            Step(each, member) for each, member in zip(self._optimizers, self._state.members, strict=True)
-        ]
+        steps = [*map(Step, self._optimizers, self._state.members)]
         self._kind = saved.Kind(self._order, scope, len(optimizers))
         scoping = Scoping(scope, self._order, groups)
         self._clipping = Clipping(
