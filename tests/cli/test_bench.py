@@ -386,7 +386,7 @@ def test_plain_loops_do_what_torchclip_does(rule: str) -> None:
     for call in rules._contenders(rule).values():
         setup = rules.Setup(shapes, examples)
         given = call(setup)
-        grads = [parameter.grad for parameter in setup.parameters]
+        grads: Any = [parameter.grad for parameter in setup.parameters]
         if isinstance(given, tuple):  # torchclip's sums, with their number
             grads = given[0]
         elif rule == "per example":  # Opacus puts them on the parameters
