@@ -688,3 +688,116 @@ def test_a_clipper_without_its_optimizer() -> None:
     assert clipper.state_dict()["steps"] == 0
     clipper.load_state_dict(clipper.state_dict())
     clipper.detach()
+
+
+def shared_by_two(grad: float) -> tuple[nn.Parameter, list[torch.optim.Optimizer]]:
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), grad)
+    return weight, [torch.optim.SGD([weight], lr=1.0) for _ in range(2)]
+
+
+def two_weights(lr: float = 1.0, elements: int = 4, **second: Any) -> tuple[list[nn.Parameter], list[Any]]:
+    weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(elements))]
+    return weights, [torch.optim.SGD(weights[:1], lr=lr), torch.optim.SGD(weights[1:], lr=lr, **second)]
+
+
+@pytest.mark.parametrize("max_norm", [1.0, lambda number: 1.0], ids=["number", "callable"])
+def test_in_a_backward_pass_user_code_sees_the_optimizer_that_steps_alone(max_norm: Any) -> None:
+    weights, optimizers = two_weights()
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        weight.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    clipper = Clipper(optimizers, max_norm, scope="group")
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=False)
+        (weights[0].sum() * 2 + weights[1].sum() * 2).backward()
+    assert last_of(clipper).total_norm == pytest.approx(32**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_error_names_the_optimizer_whichever_steps_first(first: int) -> None:
+    weights, optimizers = two_weights()
+    weights[0].grad, weights[1].grad = torch.ones(4), torch.full((4,), float("nan"))
+    _clipper = Clipper(optimizers, 1.0, nonfinite="error")
+    with pytest.raises(RuntimeError, match=r"optimizers\[1\]"):
+        optimizers[first].step()
+
+
+def test_adagc_counts_a_parameter_that_two_optimizers_have_once_in_its_warm_up() -> None:
+    weight, optimizers = shared_by_two(2.0)
+    _clipper = Clipper(optimizers, AdaGC(max_norm=1.0))
+    optimizers[0].step()
+    assert weight.grad is not None
+    assert float(weight.grad.norm()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_steps_every_second_time_has_the_gradients_that_it_has_by_hand(fused: bool) -> None:
+    weights, optimizers = two_weights(elements=700_000, fused=fused)
+    clipper = Clipper(optimizers, 1.0)
+    by_hand = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    norms = []
+    for number in range(4):
+        for first, each in ((weights[0], weights), (by_hand[0], by_hand)):
+            first.grad = None
+            (each[0].sum() + each[1].sum()).backward()
+        norms.append(float(torchclip.clip_grad_norm_(by_hand, 1.0)))
+        optimizers[0].step()
+        if number % 2:
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+            by_hand[1].grad = None
+    clipper.detach()
+    assert [record.total_norm for record in clipper.history] == pytest.approx(norms, rel=1e-5)
+
+
+def test_a_later_fused_step_that_has_failed_is_clipped_when_it_is_taken_again() -> None:
+    weights, optimizers = two_weights(elements=700_000, fused=True)
+    clipper = Clipper(optimizers, 1.0)
+    for _ in range(4):
+        weights[1].data.zero_()
+        weights[0].grad, weights[1].grad = torch.ones(4), torch.ones(700_000)
+        optimizers[0].step()
+
+        def fails() -> float:
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            optimizers[1].step(fails)
+        optimizers[1].step()
+        assert float(weights[1].detach().norm()) == pytest.approx(1.0, rel=1e-3)
+    assert len(clipper.history) == 4
+
+
+def test_what_a_failed_step_has_taught_is_in_the_state() -> None:
+    def fail(_: Record) -> None:
+        raise ZeroDivisionError
+
+    weights, optimizers = two_weights()
+    weights[0].grad = torch.ones(4)
+    clipper = Clipper(optimizers, Percentile(), on_clip=fail)
+    with pytest.raises(ZeroDivisionError):
+        optimizers[0].step()
+    learned = clipper.thresholds["all"].state_dict()
+    assert clipper.state_dict()["thresholds"]["all"] == learned
+
+
+def test_a_history_is_free_once_its_clipper_is_detached() -> None:
+    weights, optimizers = two_weights()
+    weights[0].grad = torch.ones(4)
+    clipper = Clipper(optimizers[0], 1.0)
+    optimizers[0].step()
+    clipper.detach()
+    other = Clipper(optimizers[0], 1.0)
+    other.history = clipper.history
+    optimizers[0].step()
+    assert len(clipper.history) == 2
+    clipper.detach()
+
+
+def test_foreign_names_in_the_state_of_skip_above_are_refused() -> None:
+    clipper = Clipper(two_weights()[1][0], 1.0, skip_above=RollingSigma())
+    state = clipper.state_dict()
+    state["spikes"]["thresholds"]["other"] = state["spikes"]["thresholds"]["all"]
+    with pytest.raises(ValueError, match="'other'"):
+        clipper.load_state_dict(state)

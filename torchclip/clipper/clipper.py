@@ -182,7 +182,7 @@ class Clipper:
         self._nonfinite: Nonfinite = nonfinite
         self._spikes = spikes
         self._has_group, self._keeps_layers = groups is not None, layers_every > 0
-        # AdaGC needs it in its warm-up alone, whose end is not known beforehand.
+        # AdaGC does in its warm-up.
         joins_norms = self._rule.per_parameter and getattr(max_norm, "max_norm", 0.0) < math.inf
         self._names = Names(optimizers, model)
         self._classes = [type(each).__name__ for each in optimizers]
@@ -237,9 +237,10 @@ class Clipper:
         if history is before:
             return
         refuse_history(history)
-        before.unfollow(self._flush)
         self._round.history = history
-        self._follow(history)
+        if self._hooks:
+            before.unfollow(self._flush)
+            self._follow(history)
         self._know_sets()
 
     def _follow(self, history: History) -> None:
@@ -300,9 +301,9 @@ class Clipper:
         if self._round.is_running():
             raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
         self._round.close()
-        for each in self._optimizers if self._hooks else ():
-            optimizer = each()
-            if optimizer is not None:
+        if self._hooks:
+            self.history.unfollow(self._flush)
+            for optimizer in filter(None, (each() for each in self._optimizers)):
                 _clipped_optimizers.discard(optimizer)
         for hook in self._hooks:
             hook.remove()
@@ -317,11 +318,10 @@ class Clipper:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on exactly as an uninterrupted one, as plain data.
 
-        The history is part of it, with all records that it keeps.  A round that is open, as some of several
-        optimizers have yet to step, is not.
+        The history is part of it, with all records.  A round in which optimizers have yet to step is not.
         """
         self._know_sets()
-        in_round = len(self._optimizers) > 1 and self._state.open
+        in_round = self._round.is_open()
         thresholds = saved.of_rules(self._rule.before_round() if in_round else self._rule)
         own: dict[str, Any] = {
             "steps": self._state.number,

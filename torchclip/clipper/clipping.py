@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -23,6 +24,9 @@ from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Outcome, Step
 from torchclip.history.records import Record, as_records
 from torchclip.thresholds.bank import ThresholdBank
+
+# A fused optimizer that has stepped in so many rounds in a row is expected to step in the next one, too.
+_REGULAR = 2
 
 __all__ = ["Clipping", "Row"]
 
@@ -80,6 +84,7 @@ class Clipping:
         self._divisors: dict[int, Tensor] = {}
         # Who has let a round pass without a step: its gradients may be added to, so they are clipped at once.
         self._seldom: set[int] = set()
+        self._in_row = [0] * len(steps)  # in how many rounds in a row each has stepped
 
     def begin(self, index: int) -> None:
         """Take note of what a GradScaler has set for the step that begins, as it may end in an exception."""
@@ -157,7 +162,7 @@ class Clipping:
         on_clip: Callable[[Record], object] | None,
     ) -> Row:
         """Clip by something else than a norm; what the norm is multiplied by is known only afterwards."""
-        only = None if len(snapshot.others(index)) == len(self._steps) - 1 else index
+        only = self._only(snapshot, index)
         if on_clip is None:
             self._apply(snapshot, row, to_zero, index)
             return row._replace(clip_coef=self._apply_way(way, snapshot, only))
@@ -196,6 +201,10 @@ class Clipping:
         clipped.measure()
         return ratio(clipped.total_norm, before)
 
+    def _only(self, snapshot: Snapshot, index: int) -> int | None:
+        """The optimizer whose gradients alone these are; None if they are those of all."""
+        return None if len(snapshot.others(index)) == len(self._steps) - 1 else index
+
     def _judge(
         self, number: int, snapshot: Snapshot, limits: StepThresholds, index: int
     ) -> tuple[bool | Tensor, Sequence[ClipSet], bool]:
@@ -210,7 +219,8 @@ class Clipping:
         if skipped is True:
             return True, (), False
         if self._policy == "error":
-            nonfinite.refuse(snapshot, self._scoping.order, self._names.of_gradients(optimizers))
+            in_order = [step.optimizer for step in self._steps]
+            nonfinite.refuse(snapshot, self._scoping.order, self._names.of_gradients(in_order))
         to_zero = nonfinite.without_nonfinite(snapshot) if self._policy == "zero" else ()
         if self.spikes is not None:
             norm = snapshot.joint_norm() if to_zero else snapshot.total_norm
@@ -230,8 +240,9 @@ class Clipping:
 
         The user may have replaced a gradient, changed it in place, or given one to a parameter that had none.
         """
+        only = self._only(first, index)
         while True:
-            snapshot = self.snapshot(first.own)
+            snapshot = self.snapshot(first.own, only)
             snapshot.measure()
             skipped, to_zero, asked = self._judge(number, snapshot, limits, index)
             if not (asked and limits.runs_user_code):
@@ -269,20 +280,37 @@ class Clipping:
             self._steps[index].undo_at_end(nonfinite.hide_gradients(self._steps[index].optimizer))
             return
         self._tell(self._skipped, index)
-        divisor = self._divisors.pop(index, None)
+        divisor = self._divisors.get(index)
         if divisor is not None:
             self._override(index).set(divisor)
+            self._steps[index].undo_at_end(partial(self._divided, index))
+
+    def _divided(self, index: int, outcome: Outcome) -> None:
+        if outcome == "finished":  # a step that failed may be taken again in this round
+            self._divisors.pop(index, None)
 
     def end(self) -> None:
         """Multiply what an optimizer did not step with in this round, if nothing else has changed it."""
         divisors, self._divisors, self._skipped = self._divisors, {}, False
         self._seldom.update(divisors)
+        for index, step in enumerate(self._steps):
+            self._in_row[index] = self._in_row[index] + 1 if step.member.stepped else 0
         for index, divisor in divisors.items():
             member = self._steps[index].member
             if not member.changed():
                 groups = self._steps[index].optimizer.param_groups
                 batch = gather.gradients([p for group in groups for p in group["params"]])
                 batch.scale_(1.0 / float(divisor))
+            else:
+                warnings.warn(
+                    f"optimizer {index} did not step in the last round, and its gradients were added to "
+                    "before they were clipped; from now on they are clipped at once",
+                    stacklevel=2,
+                )
+
+    def _steps_next(self, i: int, index: int) -> bool:
+        """Whether an optimizer will step in this round, as far as one can tell from the rounds before."""
+        return i == index or (self._in_row[i] >= _REGULAR and i not in self._seldom)
 
     def forget(self) -> None:
         """Multiply nothing more in the round that was open."""
@@ -340,7 +368,7 @@ class Clipping:
         }
         self.not_fused = reasons[index]
         divisor = None
-        fused_ones = [i for i, reason in reasons.items() if reason is None and i not in self._seldom]
+        fused_ones = [i for i, reason in reasons.items() if reason is None and self._steps_next(i, index)]
         if fused_ones:
             divisor = fused.divisor(snapshot.sets[0].clip_coefs[0], snapshot.grad_scale)
             if divisor is None:

@@ -50,7 +50,7 @@ class StepThresholds:
         if not ruled:
             return False
         if self._rule.learns:
-            return self._set_learned(ruled, skipped)
+            return self._set_learned(ruled, skipped, snapshot.repeats)
         asked = self._common is None
         if self._common is None:
             self._common = float(self._rule.max_norms(self._number, ["all"], [0.0])[0])
@@ -58,12 +58,20 @@ class StepThresholds:
             clip_set.limit(self._common, scalars.EPS)
         return asked
 
-    def _set_learned(self, sets: Sequence[ClipSet], skipped: bool | Tensor) -> bool:
+    def _set_learned(self, sets: Sequence[ClipSet], skipped: bool | Tensor, repeats: bool) -> bool:
         """Set what threshold objects answer, which may be the norm itself: it is met exactly."""
         names = [name for clip_set in sets for name in clip_set.names()] if len(sets) > 1 else sets[0].names()
         norms = scalars.concatenate([clip_set.norms for clip_set in sets])
         if isinstance(skipped, Tensor) and isinstance(norms, Tensor):
             norms = norms.masked_fill(skipped.to(norms.device), math.nan)
+        if repeats and self._rule.per_parameter and isinstance(norms, list):
+            # AdaGC joins the norms in its warm-up, where a gradient that several optimizers have counts once.
+            seen: set[int] = set()
+            norms = list(norms)
+            for i, grad in enumerate(grad for clip_set in sets for grad in clip_set.batch.all):
+                if id(grad) in seen:
+                    norms[i] = scalars.ABSENT
+                seen.add(id(grad))
         asked = self._names is None
         if self._names is None:
             max_norms = self._asked(names, norms)

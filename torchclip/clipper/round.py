@@ -100,6 +100,12 @@ class Round:
         running = [step.is_running() for step in self._steps]  # each, as it gives back what has failed
         return any(running)
 
+    def is_open(self) -> bool:
+        """Whether some of several optimizers have yet to step in a round; one that has failed is none."""
+        running = self.is_running()
+        begun = running or any(member.stepped for member in self._state.members)
+        return len(self._steps) > 1 and self._state.open and begun
+
     def close(self) -> None:
         """Record the round that is open, if there is one."""
         state = self._state

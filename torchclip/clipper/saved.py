@@ -99,6 +99,7 @@ def checked(
         if of_spikes["thresholds"] and saved_kind.norm_type != kind.norm_type:
             raise _of_other_norms(saved_kind, kind)
         spikes.rule.check(of_spikes["thresholds"])
+        refuse_foreign("state['spikes']['thresholds']", of_spikes["thresholds"], ["all"])
     arguments.saved("state['history']", own["history"], (), "Clipper")
     layers = state.get(str(key), {}).get("layers") if own is state else None
     history = own["history"] if layers is None else {**own["history"], "layers": layers}

@@ -123,24 +123,31 @@ struct Examples {
     }
 
     void add_up(int threads) const {
+        // On the heap, as the stack of a thread may be small; what gathers rows only where they have gaps.
+        bool has_gaps = false;
+        for (const Rows& grad : grads) has_gaps = has_gaps || grad.row.axes > 0;
+        const std::unique_ptr<double[]> scratch(new double[size_t(threads) * kSumRoom]);
+        const std::unique_ptr<char[]> rows(has_gaps ? new char[size_t(threads) * kRowRoom] : nullptr);
         std::vector<Pieces> pieces;
         // What was measured last comes first, as it may still be in the cache.
         for (size_t i = grads.size(); i-- > 0;)
             pieces.push_back({(sums[i].count + kSummed - 1) / kSummed, kSummed * (count + 1)});
         const SumLoops* const table = sum_loops();
-        share(pieces, threads,
-              [&](size_t i, size_t block) { add_block(grads.size() - 1 - i, block * kSummed, table); });
+        share(pieces, threads, [&](size_t i, size_t block) {
+            const size_t thread = threads > 1 ? size_t(openmp.get_thread_num()) : 0;
+            char* const buffer = has_gaps ? &rows[thread * kRowRoom] : nullptr;
+            add_block(grads.size() - 1 - i, block * kSummed, table, &scratch[thread * kSumRoom], buffer);
+        });
     }
 
   private:
-    void add_block(size_t i, size_t start, const SumLoops* table) const {
-        constexpr size_t kAtOnce = 4;
+    static constexpr size_t kAtOnce = 4, kSumRoom = 2 * kSummed, kOneRow = 16 * kSummed, kRowRoom = kAtOnce * kOneRow;
+
+    void add_block(size_t i, size_t start, const SumLoops* table, double* sum, char* buffer) const {
         const Rows& grad = grads[i];
         const DtypeFacts& dtype = kDtypes[grad.row.dtype];
         const SumLoops& loops = table[grad.row.dtype];
         const size_t n = std::min(kSummed, sums[i].count - start);
-        alignas(64) double sum[2 * kSummed];
-        alignas(64) char buffer[kAtOnce][16 * kSummed];
         std::fill(sum, sum + n * dtype.parts, 0.0);
         for (size_t row = 0; row < count; row += kAtOnce) {
             const size_t rows = std::min(kAtOnce, count - row);
@@ -149,8 +156,8 @@ struct Examples {
                 const Layout layout = grad.at(row + k);
                 x[k] = layout.data + start * dtype.item;
                 if (grad.row.axes == 0) continue;
-                copy_grid(layout, grad.first_axis(), start, n, buffer[k], true);
-                x[k] = buffer[k];
+                copy_grid(layout, grad.first_axis(), start, n, buffer + k * kOneRow, true);
+                x[k] = buffer + k * kOneRow;
             }
             loops.add(sum, x, clip_coefs.data() + row, rows, n * dtype.parts);
         }

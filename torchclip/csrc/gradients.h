@@ -77,7 +77,7 @@ class Tensors {
             PyErr_Format(PyExc_RuntimeError,
                          "gradient %zu changed during the call: it has no memory any more that can be measured or "
                          "changed directly, as its device, dtype or layout is another one, or its elements overlap. "
-                         "Nothing was changed. Replace gradients before or after clipping, not meanwhile.",
+                         "Replace gradients before or after clipping, not meanwhile.",
                          i);
             return false;
         }
@@ -126,7 +126,8 @@ class Gradients {
 
     bool is_double() const { return (memory_.facts() & kDouble) != 0; }
     bool is_complex() const { return (memory_.facts() & kAnyComplex) != 0; }
-    bool is_small() const { return memory_.elements() <= kSmallElements; }
+    // Then no other thread of Python runs during a call.
+    bool is_small() const { return memory_.elements() <= kSmallElements && !memory_.releases_gil(); }
 
     // The norm of order 2 of all of them as one vector.
     bool measure(double& norm) {

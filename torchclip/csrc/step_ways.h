@@ -57,10 +57,12 @@ bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
     return clipped.coef == 1.0 || (gradients.read_again() && gradients.scale(clipped.coef));
 }
 
-// What a norm was multiplied by, as torchclip.clipper.rules.ratio has it.
+// What a norm was multiplied by, as torchclip.clipper.rules.ratio has it.  To tell autograd of the change may have run
+// Python code, so memory is read again.  The norm may be NaN now, as weights may be: the step was clipped all the same.
 bool measure_again(Gradients& gradients, Clipped& clipped) {
     double after;
-    if (!gradients.measure(after)) return false;
+    if (!gradients.read_again()) return false;
+    gradients.measure(after);
     clipped.coef = after == clipped.norm || clipped.norm == 0 ? 1.0 : std::min(1.0, after / clipped.norm);
     clipped.max_norm = std::numeric_limits<double>::infinity();
     return true;
@@ -104,7 +106,7 @@ bool clip_adaptively(Gradients& gradients, PyObject* parameters, double clip_fac
     for (size_t i = 0; i < 4; ++i)
         if ((args[i] = numbers[i]) == nullptr) return false;
     const Ref done(units_clip(units, args, 4));
-    return done == Py_True && gradients.read_again() && measure_again(gradients, clipped);
+    return done == Py_True && measure_again(gradients, clipped);
 }
 
 bool clip_in_way(Gradients& gradients, Way way, PyObject* given, double limit, Clipped& clipped) {
