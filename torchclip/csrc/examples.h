@@ -126,8 +126,8 @@ struct Examples {
         // On the heap, as the stack of a thread may be small; what gathers rows only where they have gaps.
         bool has_gaps = false;
         for (const Rows& grad : grads) has_gaps = has_gaps || grad.row.axes > 0;
-        const std::unique_ptr<double[]> scratch(new double[size_t(threads) * kSumRoom]);
-        const std::unique_ptr<char[]> rows(has_gaps ? new char[size_t(threads) * kRowRoom] : nullptr);
+        std::vector<double> scratch(size_t(threads) * kSumRoom);
+        std::vector<char> rows(has_gaps ? size_t(threads) * kRowRoom : 0);
         std::vector<Pieces> pieces;
         // What was measured last comes first, as it may still be in the cache.
         for (size_t i = grads.size(); i-- > 0;)
