@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from helpers import bits, randn, with_gradients
+from helpers import DTYPES, bits, randn, with_gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
@@ -34,14 +34,6 @@ if kernel.status().startswith("off"):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(3, 4), (5,), (), (200, 90), (2, 3, 2)]
-DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.complex64,
-    torch.complex128,
-]
 
 
 class Subclass(Tensor):

@@ -25,10 +25,10 @@ from torchclip.clipper.step import Outcome, Step
 from torchclip.history.records import Record, as_records
 from torchclip.thresholds.bank import ThresholdBank
 
+__all__ = ["Clipping", "Row"]
+
 # A fused optimizer that has stepped in so many rounds in a row is expected to step in the next one, too.
 _REGULAR = 2
-
-__all__ = ["Clipping", "Row"]
 
 Loss: TypeAlias = float | Tensor | None
 
