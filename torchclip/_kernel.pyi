@@ -154,6 +154,7 @@ class RoundState:
     opener: int
     open: bool
     went_short: bool
+    next_sample: int
     def record(self) -> None:
         """Record the round that was clipped here, and end it."""
     def keep_records(self, rows: list[tuple[Any, ...]], full: Callable[[], object], /) -> None:

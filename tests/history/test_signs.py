@@ -10,7 +10,6 @@ import torch
 
 from torchclip import Clipper
 from torchclip.history import Advice, History
-from torchclip.history.stalls import eps_limits
 from torchclip.reference import Array
 
 SEEDS = 50
@@ -224,37 +223,75 @@ def test_how_often_the_loss_rose_stands_beside_each_threshold() -> None:
 # Gradients below eps
 
 
-def clipped_history(optimizer: Any, max_norm: float, norm: float = 10.0) -> History:
-    history = History()
-    history.eps_limits = eps_limits([optimizer])
-    for step in range(100):
-        history.append(step, norm, max_norm, min(max_norm / norm, 1.0))
-    return history
+def trained(
+    optimizers: list[torch.optim.Optimizer], norms: Sequence[float], max_norm: Any, **options: Any
+) -> History:
+    """A hundred steps, in each of which the parameters have gradients of these norms."""
+    clipper = Clipper(optimizers, max_norm, **options)
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    for _ in range(100):
+        for parameter, norm in zip(parameters, norms, strict=True):
+            parameter.grad = torch.full_like(parameter, norm / math.sqrt(parameter.numel()))
+        for optimizer in optimizers:
+            optimizer.step()
+    return clipper.history
+
+
+def weight(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(shape))
+
+
+def words(said: object) -> str:
+    return " ".join(str(said).split())
 
 
 @pytest.mark.parametrize("max_norm", [1e-6, 1.0])
 def test_stalls(max_norm: float) -> None:
-    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(100, 100))], eps=1e-6)
-    history = clipped_history(adam, max_norm)
+    history = trained([torch.optim.Adam([weight(100, 100)], eps=1e-6)], [10.0], max_norm)
     stalled = max_norm < 1e-4
     assert history.suggest().stalls == float(stalled)
-    for words in (str(history.suggest()), str(history.summary())):
-        assert ("eps=1e-06" in words.replace("\n", " ")) == stalled
-        assert ("Raise max_norm" in words.replace("\n", " ")) == stalled
+    for said in (words(history.suggest()), words(history.summary())):
+        assert ("root mean square of about 1e-08, below the optimizer's eps=1e-06" in said) == stalled
+        assert ("Raise max_norm" in said) == stalled
 
 
-def test_a_clipper_knows_the_eps_of_its_optimizer() -> None:
-    weight = torch.nn.Parameter(torch.zeros(100))
-    optimizer = torch.optim.Adam([weight], eps=1e-2)
-    clipper = Clipper(optimizer, 1e-3)
-    for _ in range(60):
-        weight.grad = torch.ones(100)
-        optimizer.step()
-    assert clipper.history.suggest().stalls == 1.0
-    assert "eps" in str(clipper.history.summary())
+@pytest.mark.parametrize("options", [{}, {"scope": "group"}, {"scope": "parameter"}])
+def test_a_small_group_that_stalls_beside_a_large_one_is_found(options: dict[str, Any]) -> None:
+    groups: list[dict[str, Any]] = [
+        {"params": [weight(100, 100)]},
+        {"params": [weight(4)], "eps": 1e-5},
+    ]
+    history = trained([torch.optim.Adam(groups, eps=1e-8)], [100.0, 1e-3], 0.5e-5, **options)
+    assert history.suggest().stalls == 1.0
+    assert "of group 1 of Adam have a root mean square" in words(history.summary())
+    assert "eps=1e-05" in words(history.suggest())
+    groups = [{"params": [weight(100, 100)]}, {"params": [weight(4)]}]
+    assert trained([torch.optim.Adam(groups)], [100.0, 1e-3], 0.1, **options).suggest().stalls == 0.0
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="since torch 2.9")
+def test_muon_stalls_by_the_norm_of_a_matrix() -> None:
+    muon = torch.optim.Muon([("first", weight(30, 30)), ("second", weight(30, 30))])
+    history = trained([muon, torch.optim.AdamW([weight(50)])], [1.0, 1e-3, 10.0], 1e-4)
+    assert history.suggest().stalls == 1.0
+    assert "of second of Muon have a norm of about 1e-08, below the optimizer's eps=1e-07" in words(
+        history.summary()
+    )
+    muon = torch.optim.Muon([weight(30, 30), weight(30, 30)])  # whose root mean square would be below eps
+    assert trained([muon, torch.optim.AdamW([weight(50)])], [1.0, 1.0, 10.0], 2e-6).suggest().stalls == 0.0
+
+
+def test_stalls_follow_a_threshold_that_changes_from_step_to_step() -> None:
+    history = trained(
+        [torch.optim.Adam([weight(100)], eps=1e-6)], [10.0], lambda step: 1e-6 if step % 4 else 1.0
+    )
+    assert history.suggest().stalls == 0.75
 
 
 def test_without_an_eps_nothing_stalls() -> None:
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(100))], lr=0.1)
-    assert clipped_history(sgd, 1e-9).suggest().stalls == 0.0
+    assert trained([torch.optim.SGD([weight(100)], lr=0.1)], [10.0], 1e-9).suggest().stalls == 0.0
     assert History().suggest().stalls == 0.0
+    bare = History()
+    for step in range(100):
+        bare.append(step, 10.0, 1e-9, 1e-10)
+    assert bare.suggest().stalls == 0.0

@@ -37,7 +37,6 @@ from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import State, Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
-from torchclip.history.stalls import eps_limits
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.base import MaxNorm, Threshold
 
@@ -364,7 +363,6 @@ class Clipper:
             learning = [group for group in groups if "max_norm" not in group.values]
             self._learning = set_names(learning, self._scope, names)
             self._owner = saved.owner(optimizers, self._names)
-            self._round.history.eps_limits = eps_limits(optimizers) if self._scope == "global" else ()
         if self._spikes is not None:
             self._spikes.rule.add(["all"])
 

@@ -91,9 +91,18 @@ class Round:
             return
         step.member.stepped = True
         if all(member.stepped for member in self._state.members):
+            number, in_backward = self._state.number, self._in_backward
             self.close()
+            if number >= self._state.next_sample and not in_backward:
+                self._measure_clipped(number)
         else:
             step.member.mark(False)
+
+    def _measure_clipped(self, number: int) -> None:
+        """Measure the gradients of a round that has just ended, for what the history says of stalls."""
+        sizes = self.history.clipped_sizes
+        sizes.measure(number, [step.optimizer for step in self._steps])
+        self._state.next_sample = sizes.next_step
 
     def is_running(self) -> bool:
         """Whether the caller is called from within a step."""

@@ -105,11 +105,12 @@ class State:
         opener: which optimizer has opened the round.
         went_short: whether the kernel has clipped them, and has the record.
         loss: what the record of the next round gets.
+        next_sample: the number of the round at whose end ``Round.after_step`` is to be called in any case.
     """
 
     def __init__(self, optimizers: Sequence[ref[Optimizer]]) -> None:
         self.members = tuple(Member(optimizer) for optimizer in optimizers)
-        self.number = self.opener = 0
+        self.number = self.opener = self.next_sample = 0
         self.open = self.went_short = False
         self.loss: float | Tensor | None = None
 

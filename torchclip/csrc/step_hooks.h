@@ -35,6 +35,7 @@ struct RoundState {
     PyObject* pending;       // where the history has rows put,
     PyObject* full;          // and what to call when there are many
     long long number;        // of the round that is open, or comes next
+    long long next_sample;   // of a round whose end is left to Python
     int opener;              // who has opened it
     char is_open, is_short;  // whether it is open, and clipped and to be recorded here,
     Clipped clipped;         // with this
@@ -189,7 +190,7 @@ PyObject* after_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (hooks->after == nullptr) return new_reference(Py_None);
     RoundState* const state = hooks->state;
     Member* const own = member(state, hooks->index);
-    if (!(state->is_open && own->is_short && own->running && !own->nested))
+    if (!(state->is_open && own->is_short && own->running && !own->nested) || state->number >= state->next_sample)
         return PyObject_CallFunctionObjArgs(hooks->after, args[0], args[1], args[2], nullptr);
     own->running = own->is_short = 0;
     own->stepped = 1;
@@ -258,11 +259,8 @@ void free_round(PyObject* self) {
     Py_DECREF(type);
 }
 
-PyObject* round_record(PyObject* self, PyObject*) {
-    return record(reinterpret_cast<RoundState*>(self)) ? new_reference(Py_None) : nullptr;
-}
-PyObject* round_flush(PyObject* self, PyObject*) {
-    return flush(reinterpret_cast<RoundState*>(self)) ? new_reference(Py_None) : nullptr;
+template <bool (*act)(RoundState*)> PyObject* round_does(PyObject* self, PyObject*) {
+    return act(reinterpret_cast<RoundState*>(self)) ? new_reference(Py_None) : nullptr;
 }
 
 // keep_records(rows, full)
@@ -346,6 +344,7 @@ PyMemberDef round_members[] = {
     {"members", T_OBJECT_EX, offsetof(RoundState, members), READONLY, nullptr},
     {"loss", T_OBJECT_EX, offsetof(RoundState, loss), 0, nullptr},
     {"number", T_LONGLONG, offsetof(RoundState, number), 0, nullptr},
+    {"next_sample", T_LONGLONG, offsetof(RoundState, next_sample), 0, nullptr},
     {"opener", T_INT, offsetof(RoundState, opener), 0, nullptr},
     {"open", T_BOOL, offsetof(RoundState, is_open), 0, nullptr},
     {"went_short", T_BOOL, offsetof(RoundState, is_short), 0, nullptr},
@@ -354,10 +353,10 @@ PyMemberDef round_members[] = {
 PyMethodDef round_methods[] = {
     {"hooks", function(round_hooks), METH_FASTCALL,
      "hooks(index, before, after): the two functions to call around each step of an optimizer"},
-    {"record", round_record, METH_NOARGS, "record(): record the round that was clipped here, and end it"},
+    {"record", round_does<record>, METH_NOARGS, "record(): record the round that was clipped here, and end it"},
     {"keep_records", function(round_keep_records), METH_FASTCALL,
      "keep_records(rows, full): where to put records, and what to call when there are many"},
-    {"flush", round_flush, METH_NOARGS, "flush(): put the records there now"},
+    {"flush", round_does<flush>, METH_NOARGS, "flush(): put the records there now"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyType_Slot round_slots[] = {

@@ -20,7 +20,7 @@ from torchclip.history.signs import (
     spikes,
     usual_level,
 )
-from torchclip.history.stalls import EpsLimit, stalled
+from torchclip.history.stalls import ClippedSizes, Stall
 
 __all__ = ["Advice", "advise"]
 
@@ -104,22 +104,22 @@ class Advice:
         )
 
 
-def advise(records: Sequence[Record], earlier: int = 0, limits: Sequence[EpsLimit] = ()) -> Advice:
+def advise(records: Sequence[Record], earlier: int, clipped_sizes: ClippedSizes) -> Advice:
     """The advice for a run.
 
     Args:
         records: the records kept, oldest first.
         earlier: how many steps were before them.
-        limits: what the optimizer adds to the gradients' size before it divides by it.
+        clipped_sizes: how large clipped gradients were beside the optimizer's ``eps``.
     """
     firsts = [record for i, record in enumerate(records) if i == 0 or record.step != records[i - 1].step]
-    return _Run(firsts, earlier, limits).advice()
+    return _Run(firsts, earlier, clipped_sizes.stall(firsts)).advice()
 
 
 class _Run:
     """What is known of a run, and what is said about it."""
 
-    def __init__(self, records: Sequence[Record], earlier: int, limits: Sequence[EpsLimit]) -> None:
+    def __init__(self, records: Sequence[Record], earlier: int, stall: Stall) -> None:
         self.numbers = np.array([record.step for record in records], dtype=np.int64)
         self.norms = np.array([record.total_norm for record in records], dtype=np.float64)
         self.losses = np.array(
@@ -128,7 +128,7 @@ class _Run:
         self.finite = np.isfinite(self.norms)
         self.nonfinite = len(self.norms) - int(self.finite.sum())
         self.departure = departure(self.norms, self.losses)
-        self.stall = stalled(records, limits)
+        self.stall = stall
         self.warmup = max(math.ceil((len(self.norms) + earlier) / 10) - earlier, 0)
         end = len(self.norms)
         if self.departure is not None and self.departure.loss_rose is not False:
@@ -297,7 +297,7 @@ class _Run:
         )
 
     def _about_stalls(self) -> Iterator[str]:
-        if self.stall.share >= _MUCH:
+        if self.stall.matters:
             yield str(self.stall)
 
     def _about_zeros(self) -> Iterator[str]:

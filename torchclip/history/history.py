@@ -23,7 +23,7 @@ from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record, as_records, integer, saved_columns
-from torchclip.history.stalls import EpsLimit, stalled
+from torchclip.history.stalls import ClippedSizes
 from torchclip.history.summary import QUANTILES, Summary
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ class History(Sequence[Record]):
 
     layers: Layers
     """The norms of single parameters, of every ``layers_every``-th step of a ``Clipper``."""
-    eps_limits: tuple[EpsLimit, ...] = ()
-    """The optimizer's ``eps``, for each of its parameter groups; a Clipper sets it."""
+    clipped_sizes: ClippedSizes
+    """The size of the clipped gradients beside the optimizer's ``eps``, which a Clipper measures."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
+        self.clipped_sizes = ClippedSizes()
         self._pending: list[tuple[Any, ...]] = []
         self._flushes: list[Callable[[], object]] = []
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
@@ -210,7 +211,7 @@ class History(Sequence[Record]):
             largest_step=largest_step,
             kept=len({record.step for record in records}),
             quantiles=quantiles,
-            stall=stalled(records, self.eps_limits),
+            stall=self.clipped_sizes.stall(records),
         )
 
     def suggest(self) -> Advice:
@@ -231,7 +232,7 @@ class History(Sequence[Record]):
         with self._lock:
             records, steps = self._snapshot(), self._counts["steps"]
         earlier = steps - len({record.step for record in records})
-        return advise(records, earlier, self.eps_limits)
+        return advise(records, earlier, self.clipped_sizes)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The records kept as columns: field of ``Record`` → its values, oldest first."""
@@ -356,6 +357,7 @@ class History(Sequence[Record]):
             self._resolve()
             layers = Layers()
             layers.load_state_dict(self.layers.state_dict())
+            self.clipped_sizes.fetch()
             state = self.__dict__ | {"_kept": self._kept.copy(), "layers": layers}
         # Copies have a lock and pending steps of their own, and follow no one.
         return state | {"_pending": [], "_flushes": [], "_lock": None}

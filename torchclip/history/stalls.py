@@ -3,44 +3,139 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
+from torchclip._core import gather, mesh, scalars
+from torchclip.history.layers import Layers
 from torchclip.history.records import Record
 
-__all__ = ["EpsLimit", "Stall", "eps_limits", "stalled"]
+__all__ = ["NEVER", "ClippedSizes", "Stall"]
+
+_MOST_APART = 512  # steps from one sample to the next; the first ones are closer
+NEVER = 2**62
+"""The number of a step that no training reaches."""
+_JOINT = "all"
+_WORTH_A_WORD = 0.05
 
 
-class EpsLimit(NamedTuple):
-    """A parameter group's ``eps``, and how many elements the gradient has whose size it is added to.
+class _EpsSet(NamedTuple):
+    """Parameters with the ``eps`` that their optimizer adds to the size of their gradients.
 
-    An optimizer such as Adam divides by the root mean square of each element; Muon by the norm of a matrix,
-    for which ``elements`` is 1.
+    The size is the root mean square of a parameter group's gradient; for Muon, the norm of a matrix.
     """
 
+    name: str
     eps: float
-    elements: int
-
-    @property
-    def norm(self) -> float:
-        """The norm below which the root mean square is below ``eps``."""
-        return self.eps * math.sqrt(self.elements)
+    parameters: Sequence[Tensor]
+    is_matrix: bool
 
 
-def eps_limits(optimizers: Iterable[Any]) -> tuple[EpsLimit, ...]:
-    """The limits of optimizers' parameter groups; of groups without ``eps`` there is none."""
-    found = []
-    for optimizer in optimizers:
-        is_muon = "muon" in type(optimizer).__name__.lower()
-        for group in optimizer.param_groups:
+def _eps_sets(optimizers: Iterable[Any]) -> Iterator[_EpsSet]:
+    """All of some optimizers; groups without an ``eps`` have none."""
+    optimizers = list(optimizers)
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    for i, optimizer in enumerate(optimizers):
+        kind = kinds[i] if kinds.count(kinds[i]) == 1 else f"optimizer {i} ({kinds[i]})"
+        for number, group in enumerate(optimizer.param_groups):
             eps = group.get("eps")
-            if isinstance(eps, (int, float)) and eps > 0:
-                elements = 1 if is_muon else sum(parameter.numel() for parameter in group["params"])
-                found.append(EpsLimit(float(eps), max(elements, 1)))
-    return tuple(found)
+            if not isinstance(eps, (int, float)) or not eps > 0:
+                continue
+            called = kind if len(optimizer.param_groups) == 1 else f"group {number} of {kind}"
+            if "muon" not in kind.lower() or not group.get("use_muon", True):
+                yield _EpsSet(called, float(eps), group["params"], False)
+                continue
+            names = dict(enumerate(group.get("param_names", ())))
+            for j, parameter in enumerate(group["params"]):
+                yield _EpsSet(f"{names.get(j, f'parameter {j}')} of {called}", float(eps), [parameter], True)
+
+
+class ClippedSizes:
+    """The size of the clipped gradients beside each ``eps`` of some optimizers, in a few of the steps.
+
+    Attributes:
+        next_step: the number of the step to measure next.
+    """
+
+    def __init__(self) -> None:
+        self.next_step = 0
+        self._samples = Layers()
+        self._eps: dict[str, float] = {}
+        self._matrices: set[str] = set()
+
+    def measure(self, step: int, optimizers: Iterable[Any]) -> None:
+        """Measure the gradients after clipping, without waiting for an accelerator or for other ranks.
+
+        Args:
+            step: the step's number.
+            optimizers: whose gradients these are.
+        """
+        optimizers = list(optimizers)
+        sets = list(_eps_sets(optimizers))
+        self.next_step = step + min(step + 1, _MOST_APART) if sets else NEVER
+        parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+        grads = _gradients(parameters)
+        if not sets or not grads:
+            return
+        norms = gather.local_gradients(parameters).norms(2.0)
+        norm_of = dict(zip(map(id, grads), norms, strict=True))
+        sizes = [scalars.join(norms, 2.0)]
+        for each in sets:
+            held = _gradients(each.parameters)
+            norm = scalars.join([norm_of[id(grad)] for grad in held], 2.0)
+            elements = 1 if each.is_matrix else sum(grad.numel() for grad in mesh.locals_of(held))
+            sizes.append(norm / math.sqrt(max(elements, 1)))
+        self._eps = {each.name: each.eps for each in sets}
+        self._matrices = {each.name for each in sets if each.is_matrix}
+        self._samples.append(step, [_JOINT, *self._eps], scalars.in_one(sizes))
+
+    def fetch(self) -> None:
+        """Turn tensors into numbers; this waits for an accelerator."""
+        self._samples.read()
+
+    def stall(self, records: Sequence[Record]) -> Stall:
+        """How many steps stall, judging by the sample nearest to each."""
+        names, steps, sizes = self._samples.read()
+        usable = np.isfinite(sizes).all(axis=1) & (sizes[:, 0] > 0) if steps else np.zeros(0, dtype=bool)
+        if not records or not usable.any():
+            return Stall()
+        at, sizes = np.asarray(steps)[usable], sizes[usable]
+        norms = np.array([record.total_norm * record.clip_coef for record in records])
+        norm_of = {record.step: norm for record, norm in zip(records, norms, strict=True)}
+        nearest = np.searchsorted((at[1:] + at[:-1]) / 2, [record.step for record in records])
+        found = sizes[nearest, 1:]
+        # Where each step has one coefficient for all gradients, sizes change with the norm after clipping.
+        # With several thresholds, or ranks that hold other parts, the sample itself is all that is known.
+        if all(
+            math.isclose(norm_of.get(step, joint), joint, rel_tol=0.01)
+            for step, joint in zip(at, sizes[:, 0], strict=True)
+        ):
+            found = found / sizes[nearest, :1] * norms[:, None]
+        eps = np.array([self._eps.get(name, 0.0) for name in names[1:]])
+        clipped = np.array([record.clipped and not record.nonfinite for record in records])
+        below = clipped[:, None] & (found > 0) & (found < eps)
+        if not below.any():
+            return Stall()
+        worst = int(np.argmax(below.sum(axis=0)))
+        name, size = names[1 + worst], float(np.median(found[below[:, worst], worst]))
+        also = int((below.mean(axis=0) >= _WORTH_A_WORD).sum()) - 1
+        return Stall(
+            float(below.any(axis=1).mean()),
+            size,
+            self._eps[name],
+            name if len(self._eps) > 1 else "",
+            max(also, 0),
+            name in self._matrices,
+        )
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The distinct gradients."""
+    return list({id(p.grad): p.grad for p in parameters if p.grad is not None}.values())
 
 
 @dataclass(frozen=True)
@@ -48,33 +143,32 @@ class Stall:
     """How many of a run's steps are stalled; ``str()`` says it in words.
 
     Attributes:
-        share: the share of steps whose clipped gradients are below ``eps``.
-        size: their median root mean square.
+        share: the share of steps in which clipped gradients are below ``eps``.
+        size: their median root mean square; for Muon the median norm of a matrix.
         eps: the ``eps``.
+        name: whose gradients these are, if not all.
+        also: how many other parameter groups or matrices stall.
+        is_matrix: whether they are those of a matrix of Muon's.
     """
 
     share: float = 0.0
     size: float = 0.0
     eps: float = 0.0
+    name: str = ""
+    also: int = 0
+    is_matrix: bool = False
+
+    @property
+    def matters(self) -> bool:
+        """Whether it is worth a word."""
+        return self.share >= _WORTH_A_WORD
 
     def __str__(self) -> str:
+        of = f" of {self.name}" if self.name else ""
+        also = f" (and of {self.also:,} more)" if self.also else ""
+        what = "norm" if self.is_matrix else "root mean square"
         return (
-            f"Stalled: in {self.share:.0%} of the steps the clipped gradients have a root mean square of "
-            f"about {self.size:.2g}, below the optimizer's eps={self.eps:g}, so they move hardly anything. "
-            f"Raise max_norm, or lower eps below {self.size:.0g}."
+            f"Stalled: in {self.share:.0%} of the steps the clipped gradients{of}{also} have a {what} of "
+            f"about {self.size:.2g}, below the optimizer's eps={self.eps:g}, so these steps change hardly "
+            f"anything. Raise max_norm, or lower eps below {self.size:.0g}."
         )
-
-
-def stalled(records: Sequence[Record], limits: Sequence[EpsLimit]) -> Stall:
-    """How many steps stall, judging by the norm of all gradients, which is at least that of each group."""
-    if not records or not limits:
-        return Stall()
-    limit = max(limits, key=lambda each: each.norm)
-    clipped = np.array(
-        [r.total_norm * r.clip_coef if r.clipped and not r.nonfinite else math.inf for r in records]
-    )
-    below = (clipped > 0) & (clipped < limit.norm)
-    if not below.any():
-        return Stall()
-    size = float(np.median(clipped[below])) / math.sqrt(limit.elements)
-    return Stall(float(below.mean()), size, limit.eps)

@@ -8,8 +8,6 @@ from torchclip.history.stalls import Stall
 
 __all__ = ["QUANTILES", "Summary"]
 
-MUCH = 0.05
-"""Stalled steps are worth a word if they are this share of all."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """The probabilities of the quantiles in a summary."""
 
@@ -49,7 +47,7 @@ class Summary:
         if not self.quantiles:
             return f"{counts}\nnorm: none finite among the steps kept"
         quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in self.quantiles.items())
-        stall = f"\n{self.stall}" if self.stall.share >= MUCH else ""
+        stall = f"\n{self.stall}" if self.stall.matters else ""
         where = "" if self.kept == self.steps else f" (last {self.kept:,} steps)"
         largest = f"largest {self.largest_norm:.4g} at step {self.largest_step}"
         return f"{counts}\nnorm: {quantiles}{where}; {largest}{stall}"

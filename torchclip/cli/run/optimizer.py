@@ -14,7 +14,6 @@ from torchclip.cli.run.names import parameter_names, variable_names
 from torchclip.clipper.step import Member, Step
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
-from torchclip.history.stalls import eps_limits
 
 __all__ = ["OptimizerRecord"]
 
@@ -65,8 +64,6 @@ class OptimizerRecord:
         self.groups = len(optimizer.param_groups)
         self.names = parameter_names(optimizer)
         self.on_host = _on_host(optimizer)
-        if not self.clipped_by:  # a Clipper's history has them from that
-            self.history.eps_limits = eps_limits([optimizer])
 
     def note_round(self, backwards: int) -> None:
         """Note after how many backward passes this step is taken."""

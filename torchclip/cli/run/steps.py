@@ -176,6 +176,8 @@ class StepRecorder:
             if clipper in self._rounds:
                 self._rounds[clipper].mark(optimizer)
         number = record.steps
+        if number >= record.history.clipped_sizes.next_step:  # a Clipper does it for its own history
+            record.history.clipped_sizes.measure(number, [optimizer])
         record.steps += 1
         if self._progress is not None:
             self._progress(record)
