@@ -14,17 +14,7 @@ from typing import Any
 
 from check_targets import checks
 
-from torchclip.cli.bench.table import (
-    LISTS,
-    PARAMETERS,
-    Table,
-    call_tables,
-    in_short,
-    markdown,
-    notes,
-    rule_table,
-    step_table,
-)
+from torchclip.cli.bench.table import Table, call_tables, in_short, markdown, notes, rule_table, step_tables
 from torchclip.cli.bench.workloads import WORKLOADS
 
 HERE = Path(__file__).parent
@@ -34,6 +24,10 @@ PICTURES = {
     "figures/speed.png": "Speed relative to torch",
     "figures/scaling.png": "Cost a gradient and a byte",
 }
+IN_STEPS = (
+    "`torch` and `function` are `clip_grad_norm_(model.parameters(), …)` of torch and of torchclip; "
+    "`function, model` is `torchclip.clip_grad_norm_(model, …)`."
+)
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Report = dict[str, Any]
@@ -48,17 +42,15 @@ def read(name: str) -> Report:
 
 def page(calls: Report, steps: Report) -> str:
     """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
-    of_steps = [step_table(steps["steps"], columns) for columns in (PARAMETERS, LISTS)]
+    of_steps = list(step_tables(steps["steps"]))
     of_calls = [table for table in call_tables(calls["rows"]) if table.rows]
     rules: list[dict[str, Any]] = calls.get("rules", [])
     together = read("clip_and_step.json")["rows"]
     return "\n\n".join(
         [
             "### In a training step",
-            "With `model.parameters()`, with the model, and with a Clipper:",
-            markdown(of_steps[0]),
-            "With a list of parameters, and by value:",
-            markdown(of_steps[1]),
+            IN_STEPS,
+            *(f"**{table.title}**\n\n{markdown(table)}" for table in of_steps),
             *notes(steps["steps"], [], of_steps),
             f"Measured on: {_in_words(steps['machine'])}, one thread.",
             "### By itself, in a tight loop",

@@ -243,11 +243,16 @@ STEP_ROWS = [
 ]
 
 
+def _of_clipper(row: dict[str, Any]) -> str:
+    """The table's cell of a Clipper."""
+    return next(table.step_tables([row])).rows[0][-1]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 140])
 def test_the_tables_are_whole_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"torch": 4e-5, "optax": 2e-5, "kernel_off": 3e-5, "torchclip": 2e-6}
     rows = [row("ppo", WORKLOADS["ppo"], op, **times) for op in OPERATIONS]
-    tables = [table.step_table(STEP_ROWS), *table.call_tables(rows), table.in_short(STEP_ROWS, rows)]
+    tables = [*table.step_tables(STEP_ROWS), *table.call_tables(rows), table.in_short(STEP_ROWS, rows)]
     for each in tables:
         table.show(each, Console(width=width))
     output = capsys.readouterr().out
@@ -272,7 +277,7 @@ def test_four_rows_say_it_in_short() -> None:
 def test_a_busy_machine_gives_no_ratio() -> None:
     calm, busy = step_row("mlp", "Adam", True), step_row("mlp", "Adam", True)
     busy["added"]["no clipping once more"] = [0.3 * busy["added"]["Clipper"][0], 0.0]
-    cells = [table.step_table([each]).rows[0][-1] for each in (calm, busy)]
+    cells = [_of_clipper(each) for each in (calm, busy)]
     assert re.fullmatch(r"[\d.]+ \([\d.]+×\)", cells[0])
     assert re.fullmatch(r"[\d.]+ \(busy\)", cells[1])
     for drawn, expected in ((calm, "×"), (busy, "busy")):
@@ -280,7 +285,7 @@ def test_a_busy_machine_gives_no_ratio() -> None:
         assert expected in axes.texts[-1].get_text()
 
     calm["drift"] = {"Clipper": 0.3 * calm["added"]["Clipper"][0]}
-    assert "busy" in table.step_table([calm]).rows[0][-1]
+    assert "busy" in _of_clipper(calm)
 
     calls = row("ppo", WORKLOADS["ppo"], "clipping", torch=1.0, torchclip=0.1)
     assert next(table.call_tables([calls])).rows[0][-1] == "100 ms (10.0×)"
@@ -361,7 +366,7 @@ def test_steps_alone(
     assert (report["rows"], report["steps"]) == ([], STEP_ROWS)
     assert imread(picture).std() > 0.05
     output = capsys.readouterr().out
-    assert "Added to a training step" in output
+    assert "µs added to a training step" in output
     assert "In short" in output
     assert not any(line.endswith(" ") for line in output.splitlines())
 

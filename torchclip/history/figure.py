@@ -59,7 +59,7 @@ def history_figure(columns: Mapping[str, Sequence[float]], width: float = 8.0) -
     else:
         axes = figure.add_subplot()
     draw_norms(axes, columns)
-    axes.set_title("Norms over Steps", fontsize=16)
+    axes.set_title("Norm over steps")
     figure.legend(loc="outside lower center", ncols=2 if width < NARROW else 5)
     return figure
 

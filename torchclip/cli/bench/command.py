@@ -16,7 +16,7 @@ from torchclip.cli.bench.figure import benchmark_figure, scaling_figure
 from torchclip.cli.bench.loop import ROUNDS
 from torchclip.cli.bench.rules import SECONDS, measure_rules
 from torchclip.cli.bench.steps import measure_steps
-from torchclip.cli.bench.table import call_tables, in_short, notes, rule_table, show, step_table
+from torchclip.cli.bench.table import call_tables, in_short, notes, rule_table, show, step_tables
 from torchclip.cli.bench.timing import FULL, QUICK, measure
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS
 from torchclip.cli.figures import save
@@ -89,7 +89,7 @@ def run(
     if device.type == "cpu" and not scaling and OTHER_RULES in (only or [OTHER_RULES]):
         rules = measure_rules(QUICK_SECONDS if quick else SECONDS)
     rows = measure(workloads, QUICK if quick else FULL, rivals, device)
-    tables = [step_table(steps), rule_table(rules), *call_tables(rows), in_short(steps, rows)]
+    tables = [*step_tables(steps), rule_table(rules), *call_tables(rows), in_short(steps, rows)]
     for table in tables:
         if table.rows:
             show(table, console)

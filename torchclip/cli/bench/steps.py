@@ -8,7 +8,7 @@ from typing import Any
 from torchclip.cli.bench import loop
 from torchclip.cli.bench.timing import progress
 
-__all__ = ["TITLES", "StepRow", "label", "measure_steps"]
+__all__ = ["TITLES", "StepRow", "how", "label", "measure_steps"]
 
 TITLES = {"mlp": "MLP 17-64-64-6", "layers": "24 layers of 32"}
 
@@ -43,4 +43,9 @@ def measure_steps(rounds: int) -> list[StepRow]:
 
 def label(row: Mapping[str, Any]) -> str:
     """What a row is called: the model, the optimizer, and whether gradients are clipped."""
-    return f"{row['title']}, {row['optimizer']}, {'clipping' if row['clips'] else 'not needed'}"
+    return f"{row['title']}, {how(row)}"
+
+
+def how(row: Mapping[str, Any]) -> str:
+    """The optimizer, and whether gradients are clipped."""
+    return f"{row['optimizer']}, {'clipping' if row['clips'] else 'not needed'}"

@@ -13,10 +13,10 @@ from rich.table import Table as RichTable
 from torchclip.cli.bench.contenders import NAMES, OPERATIONS
 from torchclip.cli.bench.doubt import BUSY, EXPLANATION, call_ratio, doubt_of_steps, step_ratio
 from torchclip.cli.bench.rules import PLAIN, RuleRow
-from torchclip.cli.bench.steps import StepRow, label
+from torchclip.cli.bench.steps import StepRow, how, label
 from torchclip.cli.bench.timing import Row
 
-__all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "rule_table", "show", "step_table"]
+__all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "rule_table", "show", "step_tables"]
 
 PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at the least
 CACHED = 1 << 20  # bytes up to which the memory's bandwidth says nothing
@@ -68,10 +68,16 @@ def in_short(steps: Sequence[StepRow], rows: Sequence[Row]) -> Table:
     return Table("In short: what clipping takes", ["", "torch", "torchclip", RATIO], found)
 
 
-def step_table(rows: Sequence[StepRow], columns: Mapping[str, str] = PARAMETERS) -> Table:
-    """What clipping adds to a training step, in µs, and how many times less than torch that is."""
-    cells = [[label(row), *(_added(row, name) for name in columns)] for row in rows]
-    return Table("Added to a training step, in µs", ["", *columns.values()], cells)
+def step_tables(rows: Sequence[StepRow]) -> Iterator[Table]:
+    """What clipping adds to a training step, in µs, and how many times less than torch that is.
+
+    Two tables for each model, as a terminal and a page have no room for all columns.
+    """
+    for title, group in groupby(rows, lambda row: row["title"]):
+        of_model = list(group)
+        for columns, what in ((PARAMETERS, ""), (LISTS, ", from a list of parameters and by value")):
+            cells = [[how(row), *(_added(row, name) for name in columns)] for row in of_model]
+            yield Table(f"{title}: µs added to a training step{what}", ["", *columns.values()], cells)
 
 
 def rule_table(rows: Sequence[RuleRow]) -> Table:

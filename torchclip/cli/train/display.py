@@ -35,7 +35,7 @@ WIDE = 72  # columns from which on each run has a row
 NUMBERS = ("loss", "perplexity", "gradient norm", "largest norm", "clipped steps")
 WHY_IT_CHANGES = {
     "percentile": "follows the norms",
-    "zscore": "follows the norms, and clips spikes below the usual norm",
+    "zscore": "follows the norms",
     "adagc": "the smallest of all parameters",
     "rolling-sigma": "follows the norms",
 }
