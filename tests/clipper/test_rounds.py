@@ -12,6 +12,7 @@ from clipper_helpers import Answering, equal, loss_of
 from helpers import randn
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.utils.checkpoint import checkpoint
 
 import torchclip
 from torchclip import AdaGC, BlockRMS, Clipper, Percentile, RollingSigma, Value, ZScore
@@ -555,6 +556,38 @@ def test_the_loss_of_a_round() -> None:
         clipper.loss = "low"  # type: ignore[assignment]
 
 
+@pytest.mark.parametrize("assigned", ["before backward", "after backward"])
+def test_the_loss_of_a_step_that_a_scaler_skips_is_dropped(assigned: str) -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    clipper = Clipper(optimizer, 1.0)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    for step, factor in enumerate([1.0, float("inf"), 1.0]):
+        optimizer.zero_grad()
+        for part in range(2):
+            if assigned == "before backward":
+                clipper.loss = 10.0 * step + part
+            scaler.scale((weight**2).sum() * factor).backward()
+            if assigned == "after backward":
+                clipper.loss = 10.0 * step + part
+        scaler.step(optimizer)
+        scaler.update()
+    assert [record.loss for record in clipper.history] == [1.0, 41.0]
+
+
+def test_losses_are_added_where_a_backward_pass_replaces_gradients() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    clipper = Clipper(optimizer, 1.0)
+    for part in range(3):
+        (grad,) = torch.autograd.grad((weight**2).sum(), weight, create_graph=True)
+        weight.grad = grad if weight.grad is None else weight.grad + grad
+        clipper.loss = float(part)
+    optimizer.step()
+    weight.grad = None
+    assert last_of(clipper).loss == 3.0
+
+
 # In the backward pass
 
 
@@ -628,6 +661,30 @@ def test_a_backward_pass_that_does_not_reach_all_parameters_is_a_round() -> None
     assert torch.equal(training.model.outer.weight, before)
     assert last_of(clipper).nonfinite
     assert not last_of(clipper).skipped
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_backward_pass_that_has_failed_and_the_next_one_are_two_rounds(checkpointed: bool) -> None:
+    weights, optimizers = two_weights()
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        held = weakref.ref(optimizer)
+        weight.register_post_accumulate_grad_hook(lambda _, held=held: step_and_zero(held))
+    clipper = Clipper(optimizers, 1.0, scope="group")
+
+    def fails(_: Tensor) -> None:
+        raise Interrupted
+
+    broken = weights[0] * 1.0
+    broken.register_hook(fails)
+    with pytest.raises(Interrupted):  # after the second optimizer has stepped
+        (broken + weights[1] * 3.0).sum().backward()
+    for _ in range(2):
+        inputs = torch.ones(4, requires_grad=True)
+        first: Any = lambda x: (x * weights[0]).sum()  # noqa: E731
+        loss = checkpoint(first, inputs, use_reentrant=True) if checkpointed else first(inputs)
+        loss.backward()
+    assert [record.step for record in clipper.history] == [0, 1, 2]
+    assert [record.total_norm for record in clipper.history] == [6.0, 2.0, 2.0]
 
 
 # Memory
@@ -732,23 +789,47 @@ def test_adagc_counts_a_parameter_that_two_optimizers_have_once_in_its_warm_up()
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_optimizer_that_steps_every_second_time_has_the_gradients_that_it_has_by_hand(fused: bool) -> None:
+@pytest.mark.parametrize("steps", [(0, 1, 0, 1), (1, 1, 0, 1, 0, 0)], ids=["every second", "mostly"])
+def test_an_optimizer_that_steps_seldom_has_the_gradients_that_it_has_by_hand(
+    steps: tuple[int, ...], fused: bool
+) -> None:
     weights, optimizers = two_weights(elements=700_000, fused=fused)
     clipper = Clipper(optimizers, 1.0)
     by_hand = [nn.Parameter(weight.detach().clone()) for weight in weights]
     norms = []
-    for number in range(4):
-        for first, each in ((weights[0], weights), (by_hand[0], by_hand)):
-            first.grad = None
+    for second_steps in steps:
+        for each in (weights, by_hand):
+            each[0].grad = None
             (each[0].sum() + each[1].sum()).backward()
         norms.append(float(torchclip.clip_grad_norm_(by_hand, 1.0)))
         optimizers[0].step()
-        if number % 2:
+        if second_steps:
             optimizers[1].step()
             optimizers[1].zero_grad()
             by_hand[1].grad = None
     clipper.detach()
     assert [record.total_norm for record in clipper.history] == pytest.approx(norms, rel=1e-5)
+    torch.testing.assert_close(weights[1].grad, by_hand[1].grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("elements", [4, 700_000])
+def test_a_round_is_skipped_if_a_scaler_skips_all_fused_steps(elements: int) -> None:
+    weights = [nn.Parameter(torch.zeros(elements)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.1, fused=True) for weight in weights]
+    clipper = Clipper(optimizers, 1.0)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    inf = float("inf")
+    for factors in ((1.0, 1.0), (inf, inf), (inf, 1.0), (1.0, inf), (1.0, 1.0)):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = weights[0].sum() * factors[0] + weights[1].sum() * factors[1]
+        scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    assert [record.skipped for record in clipper.history] == [False, True, False, False, False]
 
 
 def test_a_later_fused_step_that_has_failed_is_clipped_when_it_is_taken_again() -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from torchclip._core import arguments, mesh
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "alive",
-    "loss_of",
     "needs_all",
     "optimizers_of",
     "order_of",
@@ -126,13 +124,6 @@ def process_groups_of(group: Any, scope: str) -> list[ProcessGroup] | None:
             f"`group` has no meaning with {what}, which clips each gradient by itself: do not pass it"
         )
     return groups
-
-
-def loss_of(loss: float | Tensor) -> float | Tensor:
-    """A loss as a number, or as a tensor of its own that nobody waits for."""
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cpu and not loss.is_complex():
-        return arguments.full(loss.detach()).reshape(()).clone()  # as the user may add to it in place
-    return arguments.number("loss", loss)
 
 
 def refuse_history(history: Any) -> None:

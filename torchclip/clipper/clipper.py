@@ -17,7 +17,6 @@ from torchclip._core import arguments, native
 from torchclip.clipper import saved
 from torchclip.clipper.checked import (
     alive,
-    loss_of,
     needs_all,
     optimizers_of,
     order_of,
@@ -28,6 +27,7 @@ from torchclip.clipper.checked import (
     usual_way,
 )
 from torchclip.clipper.clipping import Clipping
+from torchclip.clipper.loss import PendingLoss
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.round import Round
@@ -191,6 +191,7 @@ class Clipper:
         usual = usual_way(self._rule, self._way, scope, len(optimizers) > 1) if is_usual else None
         with_kernel = native.step_state(usual, self._optimizers)
         self._state: State = with_kernel or State(self._optimizers)
+        self._loss = PendingLoss(self._state, self._optimizers)
         steps = [*map(Step, self._optimizers, self._state.members)]
         self._kind = saved.Kind(self._order, scope, len(optimizers))
         scoping = Scoping(scope, self._order, groups)
@@ -201,9 +202,6 @@ class Clipper:
         self._round = Round(
             self._state, steps, self._clipping, self._names, layers_every, self._order, needs, on_clip
         )
-        self._sets: list[str] = []
-        self._learning: list[str] = []
-        self._owner: str | None = None
         self._know_sets()
         self._follow(self._round.history)
         self._hooks: list[RemovableHandle] = []
@@ -228,6 +226,7 @@ class Clipper:
     @property
     def history(self) -> History:
         """What clipping did, step by step."""
+        self._round.close_after_backward()
         return self._round.history
 
     @history.setter
@@ -252,16 +251,15 @@ class Clipper:
         """The loss that the next step's record gets; None if none was assigned.
 
         Assign a number, or a tensor with one element, which is read only when the history is:
-        ``clipper.loss = loss``, once or, where gradients are accumulated, at each backward pass of a step:
-        the losses are added up.
+        ``clipper.loss = loss``, after ``zero_grad()``; once or, where gradients are accumulated, at each
+        backward pass of a step: the losses are added up.  The loss of a step that a GradScaler skips is
+        dropped if the gradients are then set to None, as ``zero_grad()`` does.
         """
         return self._state.loss
 
     @loss.setter
     def loss(self, loss: float | Tensor | None) -> None:
-        before = self._state.loss
-        added = None if loss is None else loss_of(loss)
-        self._state.loss = added if added is None or before is None else before + added
+        self._loss.assign(loss)
 
     @property
     def last(self) -> Record | None:

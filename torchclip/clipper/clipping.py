@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from torchclip._core import gather, scalars
 from torchclip._core.batch import Facts, Norm
 from torchclip._core.collectives import Kind
 from torchclip.clipper import fused, nonfinite
+from torchclip.clipper.deferred import Deferred, can_be_deferred
 from torchclip.clipper.limits import StepThresholds
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
@@ -26,9 +26,6 @@ from torchclip.history.records import Record, as_records
 from torchclip.thresholds.bank import ThresholdBank
 
 __all__ = ["Clipping", "Row"]
-
-# A fused optimizer that has stepped in so many rounds in a row is expected to step in the next one, too.
-_REGULAR = 2
 
 Loss: TypeAlias = float | Tensor | None
 
@@ -79,12 +76,9 @@ class Clipping:
         self.hook_ids: list[int] = []
         self.not_fused: str | None = None
         self._overrides: dict[int, fused.GradScaleOverride] = {}
-        # Of the round that is open: whether it is skipped, and what fused steps have yet to divide by.
+        # Of the round that is open: whether it is skipped, and what fused steps have yet to do.
         self._skipped: bool | Tensor = False
-        self._divisors: dict[int, Tensor] = {}
-        # Who has let a round pass without a step: its gradients may be added to, so they are clipped at once.
-        self._seldom: set[int] = set()
-        self._in_row = [0] * len(steps)  # in how many rounds in a row each has stepped
+        self._deferred: dict[int, Deferred] = {}
 
     def begin(self, index: int) -> None:
         """Take note of what a GradScaler has set for the step that begins, as it may end in an exception."""
@@ -126,7 +120,7 @@ class Clipping:
         Returns:
             What to record.
         """
-        self._skipped, self._divisors = False, {}
+        self.forget()
         limits = StepThresholds(self._rule, number, self._scoping.order)
         asks_user = limits.runs_user_code or (self.spikes is not None and self.spikes.rule.runs_user_code)
         on_clip = self._on_clip if tell else None
@@ -280,41 +274,25 @@ class Clipping:
             self._steps[index].undo_at_end(nonfinite.hide_gradients(self._steps[index].optimizer))
             return
         self._tell(self._skipped, index)
-        divisor = self._divisors.get(index)
-        if divisor is not None:
-            self._override(index).set(divisor)
+        if index in self._deferred:
+            self._override(index).set(self._deferred[index].divisor)
             self._steps[index].undo_at_end(partial(self._divided, index))
 
     def _divided(self, index: int, outcome: Outcome) -> None:
         if outcome == "finished":  # a step that failed may be taken again in this round
-            self._divisors.pop(index, None)
+            self._deferred.pop(index).forget()
 
     def end(self) -> None:
-        """Multiply what an optimizer did not step with in this round, if nothing else has changed it."""
-        divisors, self._divisors, self._skipped = self._divisors, {}, False
-        self._seldom.update(divisors)
-        for index, step in enumerate(self._steps):
-            self._in_row[index] = self._in_row[index] + 1 if step.member.stepped else 0
-        for index, divisor in divisors.items():
-            member = self._steps[index].member
-            if not member.changed():
-                groups = self._steps[index].optimizer.param_groups
-                batch = gather.gradients([p for group in groups for p in group["params"]])
-                batch.scale_(1.0 / float(divisor))
-            else:
-                warnings.warn(
-                    f"optimizer {index} did not step in the last round, and its gradients were added to "
-                    "before they were clipped; from now on they are clipped at once",
-                    stacklevel=2,
-                )
-
-    def _steps_next(self, i: int, index: int) -> bool:
-        """Whether an optimizer will step in this round, as far as one can tell from the rounds before."""
-        return i == index or (self._in_row[i] >= _REGULAR and i not in self._seldom)
+        """Multiply what an optimizer did not step with in this round."""
+        for deferred in self._deferred.values():
+            deferred.apply()
+        self.forget()
 
     def forget(self) -> None:
         """Multiply nothing more in the round that was open."""
-        self._skipped, self._divisors = False, {}
+        for deferred in self._deferred.values():
+            deferred.forget()
+        self._skipped, self._deferred = False, {}
 
     def _override(self, index: int) -> fused.GradScaleOverride:
         """The ``grad_scale`` of an optimizer, until its step is over."""
@@ -368,23 +346,29 @@ class Clipping:
         }
         self.not_fused = reasons[index]
         divisor = None
-        fused_ones = [i for i, reason in reasons.items() if reason is None and self._steps_next(i, index)]
+        fused_ones = [
+            i
+            for i, reason in reasons.items()
+            if reason is None and (i == index or can_be_deferred(self._steps[i].optimizer))
+        ]
         if fused_ones:
             divisor = fused.divisor(snapshot.sets[0].clip_coefs[0], snapshot.grad_scale)
             if divisor is None:
                 self.not_fused = "what the step would have to divide by is no number of float32's range"
                 fused_ones = []
-        if isinstance(skipped, Tensor) and len(fused_ones) < len(reasons):
+        if isinstance(skipped, Tensor) and not (fused_ones and len(reasons) == 1):
             snapshot.keep_where(skipped)
-        if not fused_ones:
+        if divisor is None or not fused_ones:
             snapshot.scale_()
             return
         if len(fused_ones) < len(reasons):
             snapshot.scale_but_(fused_ones)
-        assert divisor is not None
-        self._divisors = dict.fromkeys(fused_ones, divisor)
-        if index in fused_ones:
-            self._override(index).set(self._divisors.pop(index))
+        for i in fused_ones:
+            if i == index:
+                self._override(i).set(divisor)
+                continue
+            step, clip_coef = self._steps[i], snapshot.sets[0].clip_coefs[0]
+            self._deferred[i] = Deferred(step.optimizer, step.member, clip_coef, divisor)
 
 
 def _row(number: int, snapshot: Snapshot, skipped: bool | Tensor, loss: Loss) -> Row:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable, graph
 from torch.optim import Optimizer
 
-from torchclip._core import gather, mesh, scalars
+from torchclip._core import gather, memory, mesh, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper.clipping import Clipping, Row
 from torchclip.clipper.names import Names
@@ -67,8 +69,12 @@ class Round:
         # What is to be recorded of the round that is open, unless the kernel has it.
         self._rows: list[Row] = []
         self._layers: list[tuple[list[str], Norms]] = []
+        # Of several optimizers: whether a GradScaler skips the step of each.
+        self._skips: list[bool | Tensor] = []
         self._in_backward = False
-        self._passes: set[int] = set()
+        # The backward passes of a round by the numbers of their tasks: what torch calls at the end of each,
+        # and keeps until then; None if the pass is over.
+        self._passes: dict[int, ref[Callable[[], object]] | None] = {}
 
     def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a step is to be called with instead, or None; clips the gradients now or after a closure."""
@@ -125,20 +131,30 @@ class Round:
         in_backward, self._in_backward, state.open = self._in_backward, False, False
         rows, self._rows = self._rows, []
         layers, self._layers = self._layers, []
+        skips, self._skips = self._skips, []
         if taken and state.went_short:
             state.record()
         elif taken and rows:
             self._clipping.end()
-            self._record([self._joined(rows)] if in_backward else rows, layers, tell=in_backward)
+            if in_backward:
+                rows = [self._joined(rows)]
+            elif skips:
+                rows = [*rows[:-1], _skipped_too(rows[-1], _all(skips))]
+            self._record(rows, layers, tell=in_backward)
         for member in state.members:
             member.stepped = False
+
+    def close_after_backward(self) -> None:
+        """Close a round whose backward pass is over, if all its steps were taken within checkpoints."""
+        if self._in_backward and torch._C._current_graph_task_id() == -1:
+            self.close()
 
     def forget(self) -> None:
         """Leave the round that is open, and what was kept for it, as a state was loaded."""
         self._state.open = self._in_backward = False
         for member in self._state.members:
             member.stepped = False
-        self._rows, self._layers = [], []
+        self._rows, self._layers, self._skips = [], [], []
         self._clipping.forget()
 
     def take_loss(self) -> float | Tensor | None:
@@ -187,6 +203,7 @@ class Round:
                 self._follow_pass()
                 self._clip(index)
             else:
+                self._skips.append(_is_skipped_by_scaler(step.optimizer))
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._unchanged_by)
         self.close()
@@ -196,8 +213,10 @@ class Round:
         if len(self._steps) > 1:
             self._clipping.begin_round()
         if self._in_backward:
-            self._passes = set()
+            self._passes = {}
             self._follow_pass()
+        elif len(self._steps) > 1:
+            self._skips = [_is_skipped_by_scaler(step.optimizer)]
         replaced = self._with_closure(index, args, kwargs, self._clipped_after)
         if replaced is None:
             self._clip(index)
@@ -278,7 +297,7 @@ class Round:
         """
         member = self._state.members[index]
         if member.stepped or self._in_backward:
-            return not member.stepped
+            return not member.stepped and not self._is_new_pass()
         if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
             return False
         self._refuse_scaled(index)
@@ -319,11 +338,26 @@ class Round:
         """Have the round recorded when the backward pass that is running is over."""
         task = torch._C._current_graph_task_id()
         if task not in self._passes:
-            self._passes.add(task)
-            Variable._execution_engine.queue_callback(partial(self._end_backward, task))
+            end = partial(self._end_backward, task)
+            self._passes[task] = ref(end)
+            Variable._execution_engine.queue_callback(end)
+
+    def _is_new_pass(self) -> bool:
+        """Whether the backward pass that is running does not belong to the round, whose own has failed.
+
+        The later a pass begins, the higher is its number; the passes of checkpoints begin within another one.
+        """
+        task = torch._C._current_graph_task_id()
+        if task in self._passes or task < max(self._passes):
+            return False
+        failed = any(end is not None and end() is None for end in self._passes.values())
+        return failed or not _is_within_another()
 
     def _end_backward(self, task: int) -> None:
-        if self._in_backward and task in self._passes and not _is_within_another():
+        if not self._in_backward or task not in self._passes:
+            return
+        self._passes[task] = None
+        if not _is_within_another():
             self.close()
 
     def _joined(self, rows: Sequence[Row]) -> Row:
@@ -352,6 +386,21 @@ def _is_within_another() -> bool:
         passes += frame.f_code is _BACKWARD
         frame = frame.f_back  # type: ignore[assignment]
     return passes > 1
+
+
+def _is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:
+    """Whether a GradScaler has told a fused step to change nothing; a tensor if it is on a device."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if not isinstance(found_inf, Tensor):
+        return False
+    return bool(found_inf > 0) if memory.on_host([found_inf]) else found_inf > 0
+
+
+def _skipped_too(row: Row, skipped: bool | Tensor) -> Row:
+    """The row of a round, given whether a GradScaler has skipped all its steps."""
+    if isinstance(skipped, Tensor):
+        return row._replace(skipped=torch.as_tensor(row.skipped, device=skipped.device) | skipped)
+    return row._replace(max_norm=math.inf, clip_coef=1.0, skipped=True) if skipped else row
 
 
 def _all(flags: Sequence[bool | Tensor]) -> bool | Tensor:

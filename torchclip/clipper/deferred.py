@@ -1,0 +1,62 @@
+"""The clip coefficient of a fused optimizer that steps later in a round than another one."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchclip._core import gather, mesh
+from torchclip._core.batch import Norm
+from torchclip.clipper.step import Member
+
+__all__ = ["Deferred", "can_be_deferred"]
+
+
+def can_be_deferred(optimizer: Optimizer) -> bool:
+    """Whether autograd itself adds to the gradients; FSDP2 does it for DTensors."""
+    return not mesh.any_dtensor(_parameters(optimizer))
+
+
+class Deferred:
+    """A clip coefficient that the step of a fused optimizer takes along, later in the round.
+
+    The optimizer may not step in this round.  So before a backward pass adds to the gradients, or when the
+    round ends, they are multiplied in place.
+
+    Args:
+        optimizer: the optimizer.
+        member: what its hooks know.
+        clip_coef: what to multiply the gradients by.
+        divisor: the same as the ``grad_scale`` of its step.
+    """
+
+    def __init__(self, optimizer: Optimizer, member: Member, clip_coef: Norm, divisor: Tensor) -> None:
+        self.divisor = divisor
+        self._optimizer, self._member = ref(optimizer), member  # as the hooks are on its parameters
+        self._clip_coef: Norm | None = clip_coef
+        self._hooks: list[Any] = [
+            p.register_hook(lambda _: self.apply())  # type: ignore[no-untyped-call]
+            for p in _parameters(optimizer)
+            if p.requires_grad and p.grad is not None
+        ]
+
+    def apply(self) -> None:
+        """Multiply the gradients now, unless they were changed."""
+        optimizer, clip_coef = self._optimizer(), self._clip_coef
+        if optimizer is not None and clip_coef is not None and not self._member.changed():
+            gather.gradients(_parameters(optimizer)).scale_(clip_coef)
+        self.forget()
+
+    def forget(self) -> None:
+        """Multiply nothing any more."""
+        self._clip_coef = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
