@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -303,3 +304,17 @@ def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from
     rule.max_norms(0, names_of(20), [5.0] * 20)
     assert threshold.state_dict() == before
     assert rule.thresholds["group 0, parameter 3"].state_dict()["mean"] == 4.0
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("count", [1, 20], ids=["objects", "rows"])
+def test_a_bank_knows_what_a_percentile_had_learned_before_a_round(window: int | None, count: int) -> None:
+    names, numbers = [f"set {i}" for i in range(count)], random.Random(0)
+    bank = ThresholdBank(Percentile(30.0, window))
+    bank.add(names)
+    for round_ in range(12):
+        before = repr(bank.state_dict())
+        bank.begin_round()
+        for _ in range(round_ % 3):
+            bank.max_norms(0, names, [numbers.choice([1.0, 2.0, math.nan, numbers.random()]) for _ in names])
+        assert repr(bank.before_round().state_dict()) == before

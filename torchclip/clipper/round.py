@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
-from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable, graph
 from torch.optim import Optimizer
 
 from torchclip._core import gather, memory, mesh, scalars
 from torchclip._core.batch import Norm, Norms
+from torchclip.clipper.backward import Passes, is_running
 from torchclip.clipper.clipping import Clipping, Row
 from torchclip.clipper.names import Names
 from torchclip.clipper.rules import ratio
@@ -26,8 +24,6 @@ from torchclip.history.records import Record, as_records
 __all__ = ["Round"]
 
 Around: TypeAlias = Callable[[int, Callable[..., Any]], Callable[..., Any]]
-
-_BACKWARD = graph._engine_run_backward.__code__
 
 
 class Round:
@@ -72,9 +68,7 @@ class Round:
         # Of several optimizers: whether a GradScaler skips the step of each.
         self._skips: list[bool | Tensor] = []
         self._in_backward = False
-        # The backward passes of a round by the numbers of their tasks: what torch calls at the end of each,
-        # and keeps until then; None if the pass is over.
-        self._passes: dict[int, ref[Callable[[], object]] | None] = {}
+        self._passes = Passes()
 
     def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a step is to be called with instead, or None; clips the gradients now or after a closure."""
@@ -129,6 +123,7 @@ class Round:
         # If none has stepped, the one that began has failed.
         taken = any(member.stepped for member in state.members)
         in_backward, self._in_backward, state.open = self._in_backward, False, False
+        self._passes.end()
         rows, self._rows = self._rows, []
         layers, self._layers = self._layers, []
         skips, self._skips = self._skips, []
@@ -146,7 +141,7 @@ class Round:
 
     def close_after_backward(self) -> None:
         """Close a round whose backward pass is over, if all its steps were taken within checkpoints."""
-        if self._in_backward and torch._C._current_graph_task_id() == -1:
+        if self._in_backward and not is_running():
             self.close()
 
     def forget(self) -> None:
@@ -195,12 +190,12 @@ class Round:
         if creates_state(step.optimizer, args, kwargs, lambda: self._own_norm(index)):
             step.counts = False
             return None
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = is_running()
         if in_backward:
             self._refuse_in_backward()
         if state.open and in_backward == self._in_backward and self._goes_on(index):
             if in_backward:
-                self._follow_pass()
+                self._passes.follow(self.close)
                 self._clip(index)
             else:
                 self._skips.append(_is_skipped_by_scaler(step.optimizer))
@@ -213,8 +208,7 @@ class Round:
         if len(self._steps) > 1:
             self._clipping.begin_round()
         if self._in_backward:
-            self._passes = {}
-            self._follow_pass()
+            self._passes.follow(self.close)
         elif len(self._steps) > 1:
             self._skips = [_is_skipped_by_scaler(step.optimizer)]
         replaced = self._with_closure(index, args, kwargs, self._clipped_after)
@@ -297,7 +291,7 @@ class Round:
         """
         member = self._state.members[index]
         if member.stepped or self._in_backward:
-            return not member.stepped and not self._is_new_pass()
+            return not member.stepped and not self._passes.are_over()
         if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
             return False
         self._refuse_scaled(index)
@@ -334,32 +328,6 @@ class Round:
                 "`skip_above`, or call optimizer.step() after backward()"
             )
 
-    def _follow_pass(self) -> None:
-        """Have the round recorded when the backward pass that is running is over."""
-        task = torch._C._current_graph_task_id()
-        if task not in self._passes:
-            end = partial(self._end_backward, task)
-            self._passes[task] = ref(end)
-            Variable._execution_engine.queue_callback(end)
-
-    def _is_new_pass(self) -> bool:
-        """Whether the backward pass that is running does not belong to the round, whose own has failed.
-
-        The later a pass begins, the higher is its number; the passes of checkpoints begin within another one.
-        """
-        task = torch._C._current_graph_task_id()
-        if task in self._passes or task < max(self._passes):
-            return False
-        failed = any(end is not None and end() is None for end in self._passes.values())
-        return failed or not _is_within_another()
-
-    def _end_backward(self, task: int) -> None:
-        if not self._in_backward or task not in self._passes:
-            return
-        self._passes[task] = None
-        if not _is_within_another():
-            self.close()
-
     def _joined(self, rows: Sequence[Row]) -> Row:
         """One row for the optimizers that have stepped during a backward pass."""
         norms = [row.total_norm for row in rows]
@@ -377,15 +345,6 @@ class Round:
             _all([row.skipped for row in rows]),
             losses[0] if losses else None,
         )
-
-
-def _is_within_another() -> bool:
-    """Whether the backward pass that is running is one of a checkpoint, within another."""
-    frame, passes = sys._getframe(1), 0
-    while frame is not None and passes < 2:
-        passes += frame.f_code is _BACKWARD
-        frame = frame.f_back  # type: ignore[assignment]
-    return passes > 1
 
 
 def _is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:

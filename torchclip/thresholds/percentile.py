@@ -92,6 +92,16 @@ class Percentile(Learned):
         # Of no norms it is NaN.
         return where(has_learned & (max_norms < self.max_norm), max_norms, self.max_norm)
 
+    def copied(self) -> Percentile:
+        """One that has learned the same, for as long as the next copy is not made; it copies no history."""
+        copied = copy.copy(self)
+        history = self._history
+        if isinstance(history, np.ndarray):
+            copied._history = np.array([each.before() for each in history])
+        else:
+            copied._history = history.clone() if isinstance(history, Tensor) else history.before()
+        return copied
+
     def _to_row(self, name: str, device: torch.device | None) -> Any:
         value = copy.deepcopy(getattr(self, name))
         if name == "_seen" or device is None:
@@ -138,12 +148,14 @@ class _Sorted:
     """
 
     def __init__(self, window: int | None, norms: Sequence[float] = ()) -> None:
-        self._window = window
+        self.window = window
         self.ordered = array("d", sorted(norms))
         self._arrivals: deque[float] = deque(() if window is None else norms)
+        # The norms since `before` was called last, each with the one that it has pushed out of the window.
+        self._changes: list[tuple[float, float | None]] | None = None
 
     def __deepcopy__(self, _: object) -> _Sorted:
-        copied = _Sorted(self._window)
+        copied = _Sorted(self.window)
         copied.ordered, copied._arrivals = self.ordered[:], self._arrivals.copy()
         return copied
 
@@ -151,11 +163,14 @@ class _Sorted:
         if not learn:
             return
         insort(self.ordered, norm)
-        if self._window is None:
-            return
-        self._arrivals.append(norm)
-        if len(self._arrivals) > self._window:
-            del self.ordered[bisect_left(self.ordered, self._arrivals.popleft())]
+        oldest = None
+        if self.window is not None:
+            self._arrivals.append(norm)
+            if len(self._arrivals) > self.window:
+                oldest = self._arrivals.popleft()
+                del self.ordered[bisect_left(self.ordered, oldest)]
+        if self._changes is not None:
+            self._changes.append((norm, oldest))
 
     def around(self, last: int, fraction: float) -> tuple[float, float, float]:
         """The two norms that a percentile lies between, and how far it is from the lower one."""
@@ -165,8 +180,33 @@ class _Sorted:
         below = int(position)
         return self.ordered[below], self.ordered[min(below + 1, last)], position - below
 
+    def before(self) -> _Before:
+        """What is here now, until this is called again."""
+        self._changes = []
+        return _Before(self, self._changes)
+
     def norms(self) -> list[float]:
-        return list(self.ordered if self._window is None else self._arrivals)
+        return list(self.ordered if self.window is None else self._arrivals)
+
+
+class _Before:
+    """The norms that a history had, for as long as it notes what changes: nothing is copied.
+
+    Args:
+        history: of what.
+        changes: what it notes.
+    """
+
+    def __init__(self, history: _Sorted, changes: Sequence[tuple[float, float | None]]) -> None:
+        self._history, self._changes = history, changes
+
+    def norms(self) -> list[float]:
+        norms = self._history.norms()
+        for added, oldest in reversed(self._changes):
+            del norms[-1 if self._history.window is not None else bisect_left(norms, added)]
+            if oldest is not None:
+                norms.insert(0, oldest)
+        return norms
 
 
 class _SortedRows:
