@@ -8,19 +8,20 @@ from typing import Any
 __all__ = ["BUSY", "EXPLANATION", "call_ratio", "doubt_of_steps", "step_ratio"]
 
 MOST_DOUBT = 0.25
-"""What a ratio may be wrong by, as a share of it.  On an idle machine it is 0.1 at most."""
+"""The largest relative error of a ratio that is shown.  On an idle machine it is at most 0.1."""
 
 BUSY = "busy"
 EXPLANATION = (
-    f"{BUSY}: another program used the processor meanwhile, and the ratio may be wrong by more than "
-    f"{MOST_DOUBT:.0%}. Measure again on an idle machine."
+    f"{BUSY}: another program used the processor during the measurement, so that the ratio may be wrong by "
+    f"more than {MOST_DOUBT:.0%}. Measure again on an idle machine."
 )
 
 
 def step_ratio(row: Mapping[str, Any], name: str) -> float | None:
     """How many times less than torch a contender adds to a step, or None if the machine was busy.
 
-    It was if two measurements of a step without clipping differ, or the two halves of this measurement.
+    A busy machine shows in two measurements of a step without clipping that differ, or in two halves of this
+    measurement that differ.
 
     Args:
         row: a row of ``measure_steps``.
@@ -40,7 +41,7 @@ def call_ratio(result: Mapping[str, Any]) -> float | None:
     """How many times faster than torch a call is, the median, or None if the machine was busy.
 
     Args:
-        result: one contender's in a row of ``measure``; half of its rounds have ratios between its quartiles.
+        result: one contender's in a row of ``measure``; half of the rounds lie between its quartiles.
     """
     first, median, third = map(float, result["speedup"])
     return median if third - first <= 2 * MOST_DOUBT * median else None

@@ -74,7 +74,7 @@ def _steps_panel(part: SubFigure, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
     axes.grid(False, axis="y")
-    part.suptitle("In a training step: times less added than by torch.nn.utils", fontsize=13)
+    part.suptitle("In a training step: how many times less than torch.nn.utils", fontsize=13)
     part.legend(loc="outside lower center", ncols=len(IN_STEPS))
 
 
@@ -104,7 +104,7 @@ def _workload_panels(
         axes.grid(False, axis="y")
     panels[0].set_yticks(range(len(titles)), titles)
     panels[0].invert_yaxis()
-    part.suptitle("Called by itself: times faster than torch.nn.utils", fontsize=13)
+    part.suptitle("Called by itself: how many times faster than torch.nn.utils", fontsize=13)
     used = {
         label: handle
         for axes in panels

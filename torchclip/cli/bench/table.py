@@ -18,8 +18,8 @@ from torchclip.cli.bench.timing import Row
 
 __all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "rule_table", "show", "step_tables"]
 
-PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at the least
-CACHED = 1 << 20  # bytes up to which the memory's bandwidth says nothing
+PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at least
+CACHED = 1 << 20  # bytes that fit into a core's cache, where the memory's bandwidth does not matter
 
 PARAMETERS = {
     "torch, model.parameters()": "torch",
@@ -65,13 +65,13 @@ def in_short(steps: Sequence[StepRow], rows: Sequence[Row]) -> Table:
             theirs, ours = (row["contenders"][name]["seconds"][1] for name in ("torch", "torchclip"))
             ratio = call_ratio(row["contenders"]["torchclip"])
             found.append([f"one call, {row['title']}", _time(theirs), _time(ours), _times(ratio)])
-    return Table("In short: what clipping takes", ["", "torch", "torchclip", RATIO], found)
+    return Table("In short: how long clipping takes", ["", "torch", "torchclip", RATIO], found)
 
 
 def step_tables(rows: Sequence[StepRow]) -> Iterator[Table]:
     """What clipping adds to a training step, in µs, and how many times less than torch that is.
 
-    Two tables for each model, as a terminal and a page have no room for all columns.
+    There are two tables for each model, since a page has no room for all columns.
     """
     for title, group in groupby(rows, lambda row: row["title"]):
         of_model = list(group)
@@ -116,22 +116,22 @@ def call_tables(rows: Sequence[Row]) -> Iterator[Table]:
 def notes(
     steps: Sequence[StepRow], rows: Sequence[Row], tables: Sequence[Table], rules: Sequence[RuleRow] = ()
 ) -> list[str]:
-    """What has to be said below the tables: how exact they are, what failed, what ``busy`` means."""
+    """The text below the tables: how exact they are, which contenders failed, what ``busy`` means."""
     found = []
     if steps:
         doubt = 1e6 * max(map(doubt_of_steps, steps))
         found.append(
-            "Steps: lower quartiles, on one thread; in brackets, how many times less than torch (a Clipper: "
-            "less than torch on a list). Two measurements of a step without clipping differ by up to "
-            f"{doubt:.1f} µs."
+            "Steps: the lower quartile, on one thread; in brackets, how many times less than torch adds (for "
+            "a Clipper: than torch adds with a list). Two measurements of a step without clipping differ by "
+            f"up to {doubt:.1f} µs."
         )
     if rules:
         found.append(
-            "The other rules: lower quartiles, on one thread; in brackets, how many times faster than a "
-            "plain loop of torch's operations."
+            "The other rules: the lower quartile, on one thread; in brackets, how many times faster than a "
+            "plain loop of torch operations."
         )
     if rows:
-        found.append("Calls: medians; in brackets, how many times faster than torch.")
+        found.append("Calls: the median; in brackets, how many times faster than torch.")
     for row in rows:
         found += [
             f"{name} failed on {row['title']}, {OPERATIONS[row['operation']]}: {result['failed']}"
