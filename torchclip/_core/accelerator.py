@@ -177,7 +177,7 @@ def _magnitudes(tensor: Tensor, p: float, finite: bool) -> Tensor:
 
 def _own_elements(tensor: Tensor) -> Tensor:
     """A tensor's own memory, as real numbers if that can be."""
-    values = memory.own_values(tensor) if tensor.layout in memory.SPARSE else tensor
+    values = changes.own_elements(tensor) if tensor.layout in memory.SPARSE else tensor
     # Where operations are intercepted it may stand for its conjugate, which cannot be seen.
     if values.is_complex() and not memory.values_hidden() and is_plain(values):
         return torch.view_as_real(memory.without_conj(values))

@@ -16,6 +16,7 @@ __all__ = [
     "clamp_elements_",
     "coalesce_",
     "limit_within",
+    "own_elements",
     "scale_alone_",
     "scale_in_double_",
     "writing",
@@ -38,12 +39,19 @@ def coalesce_(tensor: Tensor) -> None:
         tensor.copy_(tensor.coalesce())
 
 
+def own_elements(tensor: Tensor) -> Tensor:
+    """The memory of the elements that a sparse tensor stores, each once from now on."""
+    if memory.is_uncoalesced(tensor):
+        coalesce_(tensor)
+    return memory.own_values(tensor)
+
+
 def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:
     """Multiply a tensor of any layout in place."""
     if tensor.layout not in memory.SPARSE:
         tensor.mul_(clip_coef)
         return
-    memory.own_values(tensor).mul_(clip_coef)
+    own_elements(tensor).mul_(clip_coef)
     torch.autograd.graph.increment_version(tensor)
 
 
@@ -89,8 +97,5 @@ def change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tens
             if tensor.layout not in memory.SPARSE:
                 change_(tensor)
                 continue
-            if tensor.layout == torch.sparse_coo and not tensor.is_coalesced():
-                # Entries for the same place add up to the element that is meant.
-                coalesce_(tensor)
-            change_(memory.own_values(tensor))
+            change_(own_elements(tensor))
             torch.autograd.graph.increment_version(tensor)

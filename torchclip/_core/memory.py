@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 __all__ = [
     "DOUBLE",
@@ -23,6 +23,7 @@ __all__ = [
     "fills_its_memory",
     "flat",
     "intercepted",
+    "is_uncoalesced",
     "on_host",
     "own_values",
     "pieces",
@@ -57,12 +58,16 @@ _flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_ten
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.maybe_current_level
+
+# Whether there is a function mode: of the number, which is no tensor, there is nothing else to say.
+_has_function_mode: Callable[[], bool] = partial(torch.overrides.has_torch_function_unary, 0)
+with torch.device("cpu"):
+    _DEVICE_MODE = type(torch.overrides._get_current_function_mode_stack()[-1])  # type: ignore[no-untyped-call]
 
 WATCHERS: tuple[Callable[[], object], ...] = (
     _dispatch_modes,
-    _function_modes,
+    _has_function_mode,
     _transform,
     torch._C._is_tracing,
 )
@@ -80,7 +85,7 @@ def intercepted() -> bool:
     return (
         _is_compiling()
         or _dispatch_modes() > 0
-        or (_function_modes() > 0 and _sees_operations())
+        or (_has_function_mode() and _sees_operations())
         or _transform() is not None
         or torch._C._is_tracing()
         or FORWARD_AD["_current_level"] >= 0
@@ -90,7 +95,7 @@ def intercepted() -> bool:
 def _sees_operations() -> bool:
     """Whether any function mode does more than to choose a device for new tensors."""
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return any(type(mode) is not DeviceContext for mode in modes)
+    return any(type(mode) is not _DEVICE_MODE for mode in modes)
 
 
 def values_hidden() -> bool:
@@ -161,9 +166,13 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
 
 
 def own_values(tensor: Tensor) -> Tensor:
-    """The values that a sparse tensor stores, not a copy of them."""
-    # Of values() not detached no view can be made, as complex ones need.
-    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values().detach()
+    """The values that a sparse tensor stores, not a copy of them; a COO tensor must be coalesced."""
+    return tensor.values().detach()  # of values() not detached no view can be made, as complex ones need
+
+
+def is_uncoalesced(tensor: Tensor) -> bool:
+    """Whether a sparse tensor may store several entries for one place."""
+    return tensor.layout is torch.sparse_coo and not tensor.is_coalesced()
 
 
 def pieces(tensor: Tensor, length: int = PIECE) -> Iterator[Tensor]:
@@ -228,7 +237,7 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
                 f"{described(tensor)} that has no memory, as its storage was resized to 0 bytes; resize it "
                 "back, or set the gradient to None (`p.grad = None`)"
             )
-        if not hidden and tensor._is_zerotensor():
+        if not hidden and _is_zero_tensor(tensor):
             raise RuntimeError(
                 f"{described(tensor)} that stands for zeros and has no memory to change; clone it first "
                 "(`p.grad = p.grad.clone()`)"
@@ -240,6 +249,8 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
                 f"{described(tensor)} and dtype {tensor.dtype}, which cannot be scaled; "
                 "convert it first (`p.grad = p.grad.float()`)"
             )
+        if is_uncoalesced(tensor):
+            continue  # what is changed is a copy, in which the entries for one place were added up
         values = own_values(tensor) if tensor.layout in SPARSE else tensor
         if values.layout is torch.strided and not values.is_contiguous() and _overlaps_itself(values):
             raise RuntimeError(
@@ -263,7 +274,7 @@ def refuse_without_memory(tensors: Iterable[Tensor], name: str) -> None:
 
 def without_memory(tensor: Tensor) -> bool:
     """Whether the storage of a tensor with elements was resized to nothing."""
-    if type(tensor) not in PLAIN or tensor.is_meta:
+    if type(tensor) not in PLAIN or tensor.is_meta or is_uncoalesced(tensor):
         return False
     values = own_values(tensor) if tensor.layout in SPARSE else tensor
     if values.layout is not torch.strided or values.numel() == 0:
@@ -271,8 +282,15 @@ def without_memory(tensor: Tensor) -> bool:
     return values.untyped_storage().nbytes() == 0
 
 
+def _is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor with elements stands for zeros that are nowhere, as autograd may make one."""
+    if type(tensor) not in PLAIN or tensor.is_meta or tensor.layout is not torch.strided:
+        return False
+    return tensor.numel() > 0 and tensor.data_ptr() == 0
+
+
 def _has_no_memory(tensor: Tensor) -> bool:
-    return tensor._is_zerotensor() or without_memory(tensor)
+    return _is_zero_tensor(tensor) or without_memory(tensor)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ joint norm of the parts along the former: a copy is counted once.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections.abc import Iterable, Sequence
@@ -60,14 +61,12 @@ class Layout(NamedTuple):
         return here is not None and all(here[dim] == 0 for dim in self.copies)
 
 
-# What to_local() returns where no gradient is recorded.
-_LOCAL = operator.attrgetter("_local_tensor")
-_SPEC = operator.attrgetter("_spec")
-# A number for each way to lie on a mesh: by the identity of a DTensor's spec, which is kept so that no other
-# object gets its id, and by the mesh and the placements.
-_ways: dict[int, int] = {}
+# A number for each way to lie on a mesh: by the identities of the mesh and of the placements, which are kept
+# so that no other objects get their ids, and by the placements' values.
+_ways: dict[tuple[int, int], int] = {}
 _equal_ways: dict[tuple[int, Any], int] = {}
 _kept: list[Any] = []
+_numbers = itertools.count()
 _MOST_KEPT = 1 << 16
 # Of meshes that are equal, ranks are the same.
 _ranks_of_mesh: WeakKeyDictionary[DeviceMesh, frozenset[int]] = WeakKeyDictionary()
@@ -143,25 +142,36 @@ def groups_over(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
 
 
 def _flattened(mesh: DeviceMesh) -> list[DeviceMesh]:
-    """Meshes of one dimension into which the user has flattened dimensions of the same mesh."""
-    if not hasattr(mesh, "_get_root_mesh"):  # as in torch 2.6, which keeps them elsewhere
-        return []
-    return [
-        flat for flat in getattr(mesh._get_root_mesh(), "_flatten_mapping", {}).values() if flat.ndim == 1
-    ]
+    """Meshes of one dimension into which the user has flattened dimensions of the same mesh.
+
+    Torch keeps them in a dictionary of the mesh that has all dimensions; it has public names for neither.
+    """
+    kind = type(mesh)
+    meshes = [mesh, *(held for held in vars(mesh).values() if isinstance(held, kind))]
+    kept = [held for each in meshes for held in vars(each).values() if isinstance(held, dict)]
+    found = [flat for held in kept for flat in held.values()]
+    return [flat for flat in found if isinstance(flat, kind) and flat.ndim == 1]
 
 
 def device_of(mesh: DeviceMesh) -> str:
     """The type of the device that the collectives over a mesh work on."""
-    groups = groups_over(mesh)
-    devices = {device.type for device in groups[0]._device_types}
-    return mesh.device_type if mesh.device_type in devices else device_of_group(groups[0])
+    devices = _devices_of_group(groups_over(mesh)[0])
+    return mesh.device_type if mesh.device_type in devices else _first_choice(devices)
 
 
 def device_of_group(group: dist.ProcessGroup) -> str:
     """The type of the device that the collectives of a group work on."""
     # The tensors of one rank may lie on the CPU, another's on an accelerator.
-    return str(dist.distributed_c10d._get_object_coll_device(group))
+    return _first_choice(_devices_of_group(group))
+
+
+def _devices_of_group(group: dist.ProcessGroup) -> list[str]:
+    """The types of the devices that a group's collectives can work on, of such as "cpu:gloo,cuda:nccl"."""
+    return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+
+
+def _first_choice(devices: Sequence[str]) -> str:
+    return "cpu" if "cpu" in devices else devices[0]
 
 
 def has_ranks() -> bool:
@@ -191,24 +201,19 @@ def ways_of(tensors: Sequence[Tensor]) -> list[int | None]:
 
     Few operations for each: to compare placements takes as long as all else that is done for a DTensor.
     """
-    try:
-        ways = list(map(_ways.get, map(id, map(_SPEC, tensors))))
-    except AttributeError:  # some are plain
-        dtensor = dtensor_types()
-        return [_way_of(_SPEC(t)) if isinstance(t, dtensor) else None for t in tensors]
-    if None in ways:
-        return [_way_of(_SPEC(tensor)) for tensor in tensors]
-    return ways
+    dtensor: Any = dtensor_types()
+    return [_way_of(t.device_mesh, t.placements) if isinstance(t, dtensor) else None for t in tensors]
 
 
-def _way_of(spec: Any) -> int:
-    way = _ways.get(id(spec))
+def _way_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> int:
+    key = id(mesh), id(placements)
+    way = _ways.get(key)
     if way is None:
         if len(_kept) >= _MOST_KEPT:
             for known in (_ways, _equal_ways, _kept):
                 known.clear()
-        way = _ways[id(spec)] = _equal_ways.setdefault((id(spec.mesh), spec.placements), id(spec))
-        _kept.append(spec)
+        way = _ways[key] = _equal_ways.setdefault((id(mesh), placements), next(_numbers))
+        _kept.append((mesh, placements))
     return way
 
 
@@ -250,11 +255,9 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, in the tensor's own memory."""
     if not any_dtensor(tensors):
         return list(tensors)
-    try:
-        return list(map(_LOCAL, tensors))  # which takes a tenth of the time of to_local()
-    except AttributeError:  # some are plain
-        dtensor = dtensor_types()
-        return [_LOCAL(t) if isinstance(t, dtensor) else t for t in tensors]
+    dtensor: Any = dtensor_types()
+    with torch.no_grad():  # or it would be a copy of its own for autograd
+        return [t.to_local() if isinstance(t, dtensor) else t for t in tensors]
 
 
 def is_partial(tensor: Tensor) -> bool:
@@ -276,20 +279,20 @@ def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
                     pending.setdefault(key, []).append(i)
     if not pending:
         return list(tensors)
-    from torch.distributed._functional_collectives import all_reduce
     from torch.distributed.tensor import DTensor, Replicate
 
     result = list(tensors)
     for (mesh, dim, placement, _), places in pending.items():
         chosen = [cast("DTensor", result[i]) for i in places]
-        together = torch.cat([t.to_local().reshape(-1) for t in chosen])
-        reduced = all_reduce(together, placement.reduce_op, (mesh, dim))
-        for i, t, part in zip(
-            places, chosen, reduced.split([t.to_local().numel() for t in chosen]), strict=True
-        ):
+        held = locals_of(chosen)
+        with torch.no_grad():
+            together = torch.cat([local.reshape(-1) for local in held])
+        _all_reduce(together, placement.reduce_op, mesh.get_group(dim))
+        parts = torch.split(together, [local.numel() for local in held])
+        for i, t, local, part in zip(places, chosen, held, parts, strict=True):
             placements = [Replicate() if d == dim else each for d, each in enumerate(t.placements)]
             result[i] = DTensor.from_local(
-                part.view(t.to_local().shape),
+                part.view(local.shape),
                 mesh,
                 placements,
                 run_check=False,
@@ -297,6 +300,14 @@ def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
                 stride=t.stride(),
             )
     return result
+
+
+def _all_reduce(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
+    """Reduce a tensor in place as a placement says; not every backend has the mean."""
+    is_mean = operation == "avg"
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, "SUM" if is_mean else operation.upper()), group)
+    if is_mean:
+        tensor.div_(group.size())
 
 
 def as_groups(group: Any) -> list[dist.ProcessGroup]:

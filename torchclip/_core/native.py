@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import types
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import graph
 
 from torchclip._core import arguments, memory
 from torchclip._core.batch import Norm, Norms
@@ -72,11 +74,27 @@ def _exchange_api() -> tuple[Any, str]:
     return table, f"{lacks}, and torch-c-dlpack-ext did not add it"
 
 
-def _walks_as_torch_does() -> bool:
-    """Whether no other method has replaced one of those that the extension replaces."""
-    names = ("parameters", "named_parameters", "_named_members", "named_modules")
-    codes = [getattr(getattr(nn.Module, name), "__code__", None) for name in names]
-    return all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes)
+def _names_of_modules() -> tuple[str, ...] | None:
+    """What torch's modules call what the extension uses in a walk; None if somebody has replaced a method.
+
+    Torch calls some of it by private names, which are found by what they do.
+    """
+    named_parameters = getattr(nn.Module.named_parameters, "__code__", None)
+    called = [name for name in getattr(named_parameters, "co_names", ()) if hasattr(nn.Module, name)]
+    methods = ("parameters", "named_parameters", *called, "named_modules")
+    codes = [getattr(getattr(nn.Module, name), "__code__", None) for name in methods]
+    if not all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes):
+        return None
+    probe = nn.Module()
+    probe.register_parameter("a parameter", None)
+    probe.add_module("a module", None)
+    kept_in = [
+        key
+        for held in ("a parameter", "a module")
+        for key, value in vars(probe).items()
+        if isinstance(value, dict) and held in value
+    ]
+    return (*methods, *kept_in, "__getattribute__")
 
 
 def _load() -> tuple[Any, str]:
@@ -98,7 +116,7 @@ def _load() -> tuple[Any, str]:
             Tensor,
             nn.Parameter,
             exchange_api,
-            torch._C._increment_version,
+            graph.increment_version,
             arguments.refuse_item,
             torch.get_num_threads,
             _other_norms,
@@ -106,11 +124,12 @@ def _load() -> tuple[Any, str]:
             torch.is_inference_mode_enabled,
             torch.strided,
             memory.FORWARD_AD,
-            torch._C.__file__,
+            inspect.getfile(torch.Generator),  # the library with torch's classes
         )
         module.connect_steps(Tensor, torch._C._current_graph_task_id)
-        if _walks_as_torch_does():
-            module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType)
+        names = _names_of_modules()
+        if names is not None:
+            module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType, names)
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         return None, f"off (torch {torch.__version__} does not fit: {error})"
     return module, ""

@@ -10,18 +10,18 @@ All ranks of a mesh have the same parameters on it, so that all of them come to 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from zlib import crc32
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from torchclip._core import arguments, integer_sums, mesh
 from torchclip._core.batch import Norm, Norms
@@ -33,6 +33,22 @@ __all__ = ["Part", "Places", "each", "joined", "lines", "totals"]
 
 Places = Mapping["Layout | None", Sequence["int | None"]]
 """For each layout, and None for plain tensors, which tensors lie like this: None for one that is not here."""
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _Function) -> _Function:
+    """``torch.compiler.disable``, which imports the compiler, but not before the first call."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return cast("_Function", call)
 
 
 class Part(NamedTuple):
@@ -73,7 +89,7 @@ class _Item:
         return 1 + crc32(bytes(place is None for some in places for place in some))
 
 
-@_disable_dynamo
+@_not_compiled
 def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
     """The norm of each part on all ranks that share its meshes, or that a group connects.
 
@@ -88,7 +104,7 @@ def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Cal
     return _totals(parts, groups, call, at_once=True)
 
 
-@_disable_dynamo
+@_not_compiled
 def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
     """The norm of each tensor with a layout, with what all ranks of its mesh hold, in the order of places."""
     items = _items(parts, every=False)
@@ -104,7 +120,7 @@ def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
     return found
 
 
-@_disable_dynamo
+@_not_compiled
 def lines(vectors: Mapping[Layout, Tensor], call: Call) -> dict[Layout, Tensor]:
     """Join norms, element by element, along the dimensions of their layouts and no others."""
     joint = dict(vectors)

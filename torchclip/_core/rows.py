@@ -15,7 +15,6 @@ __all__ = [
     "NARROW",
     "NARROW_REAL",
     "PRESCALE",
-    "_wide_dtype",
     "coefs_for",
     "matrix_norms",
     "row_norms",

@@ -121,10 +121,8 @@ def _check(i: int, parameter: Tensor) -> None:
 def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None) -> Units:
     owner = parameter.grad
     if grad is not None and owner is not None and _is_row_sparse(owner):
-        if not owner.is_coalesced():
-            changes.coalesce_(owner)
-        values = owner._values()
-        return Units(owner, weight[owner._indices()[0]], values, values, None)
+        values = changes.own_elements(owner)
+        return Units(owner, weight[owner.indices()[0]], values, values, None)
     layout = _layout(parameter)
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
-from types import FrameType
+from itertools import islice
 from weakref import ref
 
 import torch
-from torch.autograd import Variable, graph
+from torch.autograd.variable import ImperativeEngine  # type: ignore[attr-defined]
 
 __all__ = ["Passes", "is_running"]
 
-_BACKWARD = graph._engine_run_backward.__code__
+_BACKWARD = {torch.autograd.backward.__code__, torch.autograd.grad.__code__}
 
 
 def is_running() -> bool:
@@ -35,7 +35,7 @@ class Passes:
         if number not in self._ends:
             end = partial(self._end_of, number, close)
             self._ends[number] = ref(end)
-            Variable._execution_engine.queue_callback(end)
+            ImperativeEngine().queue_callback(end)
 
     def are_over(self) -> bool:
         """Whether the pass that is running is another one, as those followed have ended in an exception.
@@ -62,9 +62,5 @@ class Passes:
 
 def _is_within_another() -> bool:
     """Whether the pass that is running is one of a checkpoint, within another."""
-    frame: FrameType | None = sys._getframe(1)
-    passes = 0
-    while frame is not None and passes < 2:
-        passes += frame.f_code is _BACKWARD
-        frame = frame.f_back
-    return passes > 1
+    passes = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code in _BACKWARD)
+    return len(list(islice(passes, 2))) > 1

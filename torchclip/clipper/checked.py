@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Container, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -31,6 +30,7 @@ __all__ = [
     "refuse_history",
     "refuse_lbfgs",
     "refuse_options",
+    "takes_hooks",
     "usual_way",
 ]
 
@@ -52,9 +52,7 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
                 f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
                 f"{arguments.shown(optimizer)}; of a wrapper pass the optimizer that it wraps"
             )
-        # The handle that torch gives for a hook holds its dictionary weakly, which no plain one can be.
-        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-        if not isinstance(hooks, OrderedDict) or not isinstance(optimizer.state, MutableMapping):
+        if not takes_hooks(optimizer) or not isinstance(optimizer.state, MutableMapping):
             raise TypeError(
                 f"{name} is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
                 "that it wraps"
@@ -64,6 +62,15 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
         if any(optimizer is other for other in optimizers[:i]):
             raise ValueError(f"{name} is in the list twice; pass each optimizer once")
     return optimizers
+
+
+def takes_hooks(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has what torch's constructor makes for hooks, as most wrappers of one have not."""
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except (AttributeError, TypeError):
+        return False
+    return True
 
 
 def refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_above: MaxNorm | None) -> None:

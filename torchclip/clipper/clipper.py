@@ -210,7 +210,7 @@ class Clipper:
             if with_kernel is not None:
                 before, after = with_kernel.hooks(i, before, after)
             self._hooks += [each.register_step_pre_hook(before), each.register_step_post_hook(after)]
-            self._clipping.hook_ids.append(self._hooks[-2].id)
+            self._clipping.hooks.append(self._hooks[-2])
             _clipped_optimizers.add(each)
 
     @property

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import gather, scalars
 from torchclip._core.batch import Facts, Norm
@@ -55,7 +56,7 @@ class Clipping:
         names: what to call the parameters.
 
     Attributes:
-        hook_ids: the ids of the pre hooks that clip.
+        hooks: the handles of the pre hooks that clip.
         not_fused: why the latest clip coefficient below 1 did not go along with a fused step.
     """
 
@@ -73,7 +74,7 @@ class Clipping:
         self._steps, self._rule, self._scoping, self._policy = steps, rule, scoping, policy
         self.spikes, self.way = spikes, way
         self._on_clip, self._names = on_clip, names
-        self.hook_ids: list[int] = []
+        self.hooks: list[RemovableHandle] = []
         self.not_fused: str | None = None
         self._overrides: dict[int, fused.GradScaleOverride] = {}
         # Of the round that is open: whether it is skipped, and what fused steps have yet to do.
@@ -341,7 +342,7 @@ class Clipping:
             snapshot.scale_()
             return
         reasons = {
-            i: fused.why_not(self._steps[i].optimizer, self.hook_ids[i], snapshot)
+            i: fused.why_not(self._steps[i].optimizer, self.hooks[i], snapshot)
             for i in (index, *snapshot.others(index))
         }
         self.not_fused = reasons[index]

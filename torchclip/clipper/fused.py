@@ -13,10 +13,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from torchclip._core.batch import Facts, Norm
 from torchclip.clipper.scope import Snapshot
-from torchclip.clipper.step import Outcome
+from torchclip.clipper.step import Outcome, why_not_fused
 
 __all__ = ["GradScaleOverride", "divisor", "why_not"]
 
@@ -26,24 +27,20 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def why_not(optimizer: Optimizer, hook_id: int, snapshot: Snapshot) -> str | None:
+def why_not(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot) -> str | None:
     """Why the clip coefficient cannot, or should not, go along with the step; None if it does.
 
     What is said of the gradients goes by facts that all ranks know, so that all of them decide alike.
 
     Args:
         optimizer: the optimizer, which is about to step.
-        hook_id: the id of the pre hook that clips.
+        hook: the handle of the pre hook that clips.
         snapshot: the gradients.
     """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return "the optimizer does not divide by a grad_scale"
-    if not all(group.get("fused") for group in optimizer.param_groups):
-        return "a parameter group is not fused"
-    # Whoever sees the gradients before the optimizer does must find them clipped.
-    if not type(optimizer).step.__module__.startswith("torch.optim."):
-        return "a step() of another class may look at the gradients"
-    if next(reversed(optimizer._optimizer_step_pre_hooks)) != hook_id:
+    reason = why_not_fused(optimizer)
+    if reason is not None:
+        return reason
+    if next(reversed(hook.hooks_dict_ref() or {}), None) != hook.id:
         return "a later hook may look at the gradients"
     if len(snapshot.sets) != 1 or snapshot.sets[0].each:
         return "there are several coefficients, but one grad_scale"

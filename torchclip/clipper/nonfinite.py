@@ -15,7 +15,7 @@ from torchclip._core import memory, scalars
 from torchclip._core.batch import Norm
 from torchclip._core.collectives import raise_pending
 from torchclip.clipper.scope import ClipSet, Snapshot
-from torchclip.clipper.step import Outcome
+from torchclip.clipper.step import Outcome, why_not_fused
 
 __all__ = ["Nonfinite", "hide_gradients", "refuse", "skips", "without_nonfinite"]
 
@@ -59,16 +59,7 @@ def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
 
     For others this waits for an accelerator: they cannot skip a step themselves.
     """
-    return norm if all(map(_heeds_found_inf, optimizers)) else float(norm)
-
-
-def _heeds_found_inf(optimizer: Optimizer) -> bool:
-    """Whether a step leaves itself out if ``found_inf`` says so."""
-    return (
-        getattr(optimizer, "_step_supports_amp_scaling", False)
-        and type(optimizer).step.__module__.startswith("torch.optim.")
-        and all(group.get("fused") for group in optimizer.param_groups)
-    )
+    return norm if all(why_not_fused(each) is None for each in optimizers) else float(norm)
 
 
 def refuse(snapshot: Snapshot, order: float, names: Mapping[int, str]) -> None:

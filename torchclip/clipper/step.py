@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
 
-__all__ = ["Member", "Outcome", "State", "Step", "creates_state", "with_closure"]
+__all__ = ["Member", "Outcome", "State", "Step", "creates_state", "why_not_fused", "with_closure"]
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why something is undone: the step is over, it ended in an exception, or its closure is called again."""
@@ -203,6 +203,21 @@ class Step:
                 inner -= 1
             frame = frame.f_back
         return False
+
+
+def why_not_fused(optimizer: Optimizer) -> str | None:
+    """Why a step does not heed a ``grad_scale`` and a ``found_inf``; None if it does, as torch's fused ones.
+
+    The steps that torch itself wrote do so if the optimizer was made with ``fused`` and all groups have it.
+    """
+    if not optimizer.defaults.get("fused"):
+        return "the optimizer does not divide by a grad_scale"
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return "a parameter group is not fused"
+    # Whoever sees the gradients before the optimizer does must find them clipped.
+    if not type(optimizer).step.__module__.startswith("torch.optim."):
+        return "a step() of another class may look at the gradients"
+    return None
 
 
 def creates_state(

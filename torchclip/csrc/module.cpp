@@ -74,19 +74,21 @@ PyObject* tensors(PyObject*, PyObject* iterable) { return gather(iterable, false
 
 // What is there of torch's modules, so that they can be walked.
 PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 3, 3)) return nullptr;
-    for (Py_ssize_t i = 0; i < count; ++i)
+    if (!count_is(count, 4, 4)) return nullptr;
+    for (Py_ssize_t i = 0; i < 3; ++i)
         if (!PyType_Check(args[i])) return PyErr_Format(PyExc_TypeError, "argument %zd must be a type", i);
     auto& names = modules.names;
-    const std::pair<PyObject**, const char*> wanted[] = {
-        {&names.parameters, "parameters"},          {&names.named_parameters, "named_parameters"},
-        {&names.named_members, "_named_members"},   {&names.named_modules, "named_modules"},
-        {&names.get_attribute, "__getattribute__"}, {&names.own_parameters, "_parameters"},
-        {&names.own_modules, "_modules"},
+    PyObject** const wanted[] = {
+        &names.parameters,     &names.named_parameters, &names.named_members, &names.named_modules,
+        &names.own_parameters, &names.own_modules,      &names.get_attribute,
     };
-    for (const auto& [place, text] : wanted) {
-        *place = PyUnicode_InternFromString(text);
-        if (*place == nullptr) return nullptr;
+    constexpr Py_ssize_t kNames = sizeof(wanted) / sizeof(*wanted);
+    if (!PyTuple_Check(args[3]) || PyTuple_Size(args[3]) != kNames)
+        return PyErr_Format(PyExc_TypeError, "argument 3 must be a tuple of %zd names", kNames);
+    for (Py_ssize_t i = 0; i < kNames; ++i) {
+        *wanted[i] = new_reference(PyTuple_GetItem(args[3], i));
+        if (!PyUnicode_Check(*wanted[i])) return PyErr_Format(PyExc_TypeError, "name %zd must be a string", i);
+        PyUnicode_InternInPlace(wanted[i]);
     }
     const std::pair<PyObject**, std::pair<PyObject*, PyObject*>> looked_up[] = {
         {&modules.parameters, {args[0], names.parameters}},

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, quantiles
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +192,13 @@ class _Hooks:
     """Adds a clipper's hooks to an optimizer, and removes them, outside the timed part."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._registered = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        handles = [
+            register(lambda *_: None)
+            for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook)
+        ]
+        self._registered: list[Any] = [handle.hooks_dict_ref() for handle in handles]
+        for handle in handles:
+            handle.remove()
         self._kept: list[dict[int, Callable[..., object]]] = []
 
     def take_off(self) -> None:
@@ -203,7 +209,7 @@ class _Hooks:
 
     def put_on(self) -> None:
         for hooks, kept in zip(self._registered, self._kept, strict=True):
-            hooks.update(kept)  # type: ignore[attr-defined]
+            hooks.update(kept)
 
 
 @contextmanager

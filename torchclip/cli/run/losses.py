@@ -96,7 +96,8 @@ class LossRecorder:
             for each, before in pairs:
                 if before.numel() == 1:
                     self._unscaled[each] = _value(before)
-            self._last_scale = scaler._scale
+            device = pairs[0][1].device if pairs else "cpu"
+            self._last_scale = original(scaler, torch.ones((), device=device))
         return scaled
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -27,7 +25,7 @@ from torchclip.cli.run.together import OpenRound, companions
 from torchclip.cli.run.trial import Trial
 from torchclip.clipper import clipper as clippers
 from torchclip.clipper.clipper import Clipper
-from torchclip.clipper.step import with_closure
+from torchclip.clipper.step import creates_state, with_closure
 
 __all__ = ["StepRecorder"]
 
@@ -125,7 +123,7 @@ class StepRecorder:
         start = time.perf_counter()
         record = self._by_id.get(id(optimizer))
         if record is None or record.groups != len(optimizer.param_groups):
-            record = self._register(optimizer)
+            record = self._register(optimizer, args, kwargs)
         if record is None or not record.step.begin():
             return None
         if self._rounds:
@@ -261,9 +259,11 @@ class StepRecorder:
 
     # Optimizers and Clippers
 
-    def _register(self, optimizer: Optimizer) -> OptimizerRecord | None:
+    def _register(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> OptimizerRecord | None:
         """Take an optimizer in, or read its parameters anew if it has got another group."""
-        if not optimizer.state and _creates_state(sys._getframe(2)):
+        if creates_state(optimizer, args, kwargs, lambda: norm_of(_parameters(optimizer)) or 0.0):
             return None
         record = self._by_id.get(id(optimizer))
         if record is not None:
@@ -352,12 +352,3 @@ def _unscaled(norm: Norm, optimizer: Optimizer) -> Norm:
     if scale is None:
         return norm
     return norm / scale.to(norm) if isinstance(norm, Tensor) else norm / float(scale)
-
-
-def _creates_state(frame: FrameType | None) -> bool:
-    """Whether ``torch.distributed.checkpoint`` takes a step that is none, to make an optimizer's state."""
-    while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state":
-            return True
-        frame = frame.f_back
-    return False

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from torchclip.cli.run.optimizer import OptimizerRecord
+from torchclip.clipper.checked import takes_hooks
 from torchclip.history.history import History
 from torchclip.history.records import Record
 
@@ -29,7 +30,7 @@ def companions(optimizer: Optimizer, known: Container[int]) -> list[Optimizer]:
     own = {id(parameter) for parameter in _parameters(optimizer)}
     found = []
     for each in gc.get_objects():
-        if issubclass(type(each), Optimizer) and hasattr(each, "_optimizer_step_pre_hooks"):
+        if issubclass(type(each), Optimizer) and takes_hooks(each):
             theirs = _parameters(each)
             # One that wraps another has the same parameters.
             if each is optimizer or id(each) in known or own & set(map(id, theirs)):
