@@ -27,14 +27,14 @@ def step_ratio(row: Mapping[str, Any], name: str) -> float | None:
         row: a row of ``measure_steps``.
         name: the contender.
     """
-    ratio: float = row["speedup"][name][0]
+    ratio: float = row["speedup"][name]
     doubt = max(doubt_of_steps(row), row.get("drift", {}).get(name, 0.0))
-    return ratio if doubt <= MOST_DOUBT * row["added"][name][0] else None
+    return ratio if doubt <= MOST_DOUBT * row["added"][name] else None
 
 
 def doubt_of_steps(row: Mapping[str, Any]) -> float:
     """Seconds by which two measurements of the same step without clipping differ."""
-    return abs(float(row["added"]["no clipping once more"][0]))
+    return abs(float(row["added"]["no clipping again"]))
 
 
 def call_ratio(result: Mapping[str, Any]) -> float | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import fmean, quantiles
+from statistics import quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ __all__ = [
     "MODELS",
     "OPTIMIZERS",
     "ROUNDS",
-    "Added",
     "Row",
     "added",
     "drifts",
@@ -41,7 +40,6 @@ __all__ = [
 ROUNDS = 800
 WARM_UP = 30
 BATCH = 64
-SLOWEST = 0.05  # of the samples, not in the mean: another program ran
 
 MODELS: dict[str, list[int]] = {"mlp": [17, 64, 64, 6], "layers": [32] * 25}
 """The widths of their layers."""
@@ -96,7 +94,7 @@ def _nothing(setup: Setup) -> object:
 _torch, _ours = torch.nn.utils, torchclip
 CONTENDERS: dict[str, Callable[[Setup], object]] = {
     "no clipping": _nothing,
-    "no clipping once more": _nothing,
+    "no clipping again": _nothing,
     "torch, a list": lambda s: _torch.clip_grad_norm_(s.parameters, s.max_norm),
     "torch, model.parameters()": lambda s: _torch.clip_grad_norm_(s.model.parameters(), s.max_norm),
     "torch, by value": lambda s: _torch.clip_grad_value_(s.parameters, s.clip_value),
@@ -116,18 +114,6 @@ _RIVALS = {
     "Clipper": "torch, a list",
 }
 _FLOOR = "no clipping"
-
-
-class Added(NamedTuple):
-    """Seconds that a contender adds to a step.
-
-    Attributes:
-        quartile: the lower quartile of its steps, less that of the steps without clipping.
-        mean: the same for means without the slowest 5 %, which include work that a call delays.
-    """
-
-    quartile: float
-    mean: float
 
 
 def measure(
@@ -223,15 +209,20 @@ def without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def added(times: Mapping[str, Sequence[float]]) -> dict[str, Added]:
-    """What each contender adds to a step, from what ``measure`` gave."""
-    floor = _summary(times[_FLOOR])
-    summaries = {name: _summary(of_one) for name, of_one in times.items() if name != _FLOOR}
-    return {name: Added(s.quartile - floor.quartile, s.mean - floor.mean) for name, s in summaries.items()}
+def added(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Seconds that each contender adds to a step, from what ``measure`` returned.
+
+    They are the lower quartile of its steps, less that of the steps without clipping.
+    """
+    firsts = {name: quantiles(of_one, n=4)[0] for name, of_one in times.items()}
+    return {name: first - firsts[_FLOOR] for name, first in firsts.items() if name != _FLOOR}
 
 
 def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Seconds by which the halves of the rounds differ in what each contender adds; none of few rounds."""
+    """Seconds by which what each contender adds differs between the two halves of the rounds.
+
+    Nothing if there are too few rounds.
+    """
     middle = len(times[_FLOOR]) // 2
     if middle < 2:
         return {}
@@ -239,18 +230,11 @@ def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
         added({name: of_one[half] for name, of_one in times.items()})
         for half in (slice(None, middle), slice(middle, None))
     )
-    return {name: abs(first[name].quartile - second[name].quartile) for name in first}
+    return {name: abs(first[name] - second[name]) for name in first}
 
 
-def _summary(seconds: Sequence[float]) -> Added:
-    kept = sorted(seconds)[: max(1, round(len(seconds) * (1 - SLOWEST)))]
-    return Added(quantiles(seconds, n=4)[0], fmean(kept))
-
-
-def speedups(of_row: Mapping[str, Added]) -> dict[str, Added]:
+def speedups(added: Mapping[str, float]) -> dict[str, float]:
     """How many times less each of torchclip's contenders adds than torch's."""
     return {
-        name: Added(*(theirs / ours for theirs, ours in zip(of_row[rival], of_row[name], strict=True)))
-        for name, rival in _RIVALS.items()
-        if name in of_row and rival in of_row
+        name: added[rival] / added[name] for name, rival in _RIVALS.items() if {name, rival} <= added.keys()
     }

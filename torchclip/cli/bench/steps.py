@@ -34,9 +34,8 @@ def measure_steps(rounds: int) -> list[StepRow]:
             facts["clips"] = row.clips
             begin(label(facts))
             times = loop.measure(row, rounds=rounds)
-            added, facts["drift"] = loop.added(times), loop.drifts(times)
-            facts["added"] = {name: list(each) for name, each in added.items()}
-            facts["speedup"] = {name: list(each) for name, each in loop.speedups(added).items()}
+            facts["added"], facts["drift"] = loop.added(times), loop.drifts(times)
+            facts["speedup"] = loop.speedups(facts["added"])
             found.append(facts)
     return found
 

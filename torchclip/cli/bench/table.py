@@ -55,9 +55,7 @@ def in_short(steps: Sequence[StepRow], rows: Sequence[Row]) -> Table:
     found = []
     for row in steps:
         if row["clips"] and (row["model"], row["optimizer"]) in SHORT_STEPS:
-            theirs, ours = (
-                row["added"][f"{whose}, model.parameters()"][0] for whose in ("torch", "function")
-            )
+            theirs, ours = (row["added"][f"{whose}, model.parameters()"] for whose in ("torch", "function"))
             ratio = step_ratio(row, "function, model.parameters()")
             found.append([f"a training step, {label(row)}", _time(theirs), _time(ours), _times(ratio)])
     for row in rows:
@@ -176,7 +174,7 @@ def markdown(table: Table) -> str:
 
 
 def _added(row: StepRow, name: str) -> str:
-    text = f"{1e6 * row['added'][name][0]:.1f}"
+    text = f"{1e6 * row['added'][name]:.1f}"
     return f"{text} ({_times(step_ratio(row, name))})" if name in row["speedup"] else text
 
 
