@@ -1,11 +1,12 @@
 """How good the advice of ``history.suggest()`` and of ``torchclip run --try auto`` is, on runs that need it.
 
     pip install '.[demo]'
-    python benchmarks/advice.py [--model rnn|lstm|transformer] [--seeds 5]
+    python benchmarks/advice.py [--model rnn|lstm|transformer|transformer-sgd] [--seeds 5]
 
-Three character models learn from Python's documentation, at learning rates from low to exploding.  For each,
-one run without clipping gives the advice; it is compared with no clipping, with the best of a grid of
-thresholds, and with the search of ``--try auto``.  The loss is the mean of the last tenth of the steps.
+Three character models learn from Python's documentation, at learning rates from low to exploding: with SGD,
+the Transformer also with AdamW.  For each, one run without clipping gives the advice; it is compared with no
+clipping, with the best of a grid of thresholds, and with the search of ``--try auto``.  The loss is the mean
+of the last tenth of the steps.
 """
 
 from __future__ import annotations
@@ -36,8 +37,13 @@ from torchclip.history.signs import final_loss
 
 STEPS, HIDDEN, BATCH, BPTT = 250, 64, 16, 64
 GRID = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-LEARNING_RATES = {"rnn": (0.5, 3.0, 5.0), "lstm": (3.0, 10.0, 30.0), "transformer": (0.002, 0.01, 0.03)}
-"""From usual to exploding without clipping."""
+LEARNING_RATES = {
+    "rnn": (0.5, 3.0, 5.0),
+    "lstm": (3.0, 10.0, 30.0),
+    "transformer": (0.002, 0.01, 0.03),
+    "transformer-sgd": (0.5, 2.0, 5.0),
+}
+"""From usual to exploding without clipping; with AdamW the Transformer does not explode."""
 
 
 class Setting(NamedTuple):
@@ -73,7 +79,7 @@ def train(setting: Setting, max_norm: float) -> History:
     text = training.read_text(None)
     vocabulary = "".join(sorted(set(text)))
     torch.manual_seed(setting.seed)
-    model = new_model(setting.model, len(vocabulary), HIDDEN)
+    model = new_model(setting.model.removesuffix("-sgd"), len(vocabulary), HIDDEN)
     optimizer_class = torch.optim.AdamW if setting.model == "transformer" else torch.optim.SGD
     optimizer = optimizer_class(model.parameters(), lr=setting.lr)
     clipper = torchclip.Clipper(optimizer, max_norm)

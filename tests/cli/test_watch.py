@@ -6,7 +6,7 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import torchclip
 from torchclip.cli.main import main
@@ -383,11 +384,26 @@ def test_the_loss_belongs_to_the_optimizer_that_steps_next() -> None:
     assert [losses_of(each.history) for each in session.steps.optimizers] == [[2.0], [3.0]]
 
 
-def test_the_loss_is_without_a_grad_scalers_scale() -> None:
+def own_scaler() -> torch.amp.GradScaler:
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, outputs: Any) -> Any:
+            return outputs * super().scale(torch.ones(()))
+
+    return Scaler("cpu", init_scale=1024.0)
+
+
+@pytest.mark.parametrize(
+    "new_scaler",
+    [
+        lambda: torch.amp.GradScaler("cpu", init_scale=1024.0),
+        own_scaler,
+    ],
+)
+def test_the_loss_is_without_a_grad_scalers_scale(new_scaler: Callable[[], torch.amp.GradScaler]) -> None:
     w = weight(2.0)
     optimizer = sgd(w)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with Session() as session:
+        scaler = new_scaler()
         for divided in (False, True):
             w.data.fill_(2.0)
             loss = scaler.scale(w.sum())
@@ -403,6 +419,14 @@ def test_the_loss_is_without_a_grad_scalers_scale() -> None:
         scaler.scale(w.sum()).backward()
         scaler.step(optimizer)
     assert losses_of(session.history) == [2.0, 0.5, 3.0]
+
+
+def test_the_loss_is_without_the_scale_of_the_scaler_for_ranks() -> None:
+    w = weight(2.0)
+    with Session() as session:
+        ShardedGradScaler("cpu", init_scale=1024.0).scale(w.sum()).backward()
+        sgd(w).step()
+    assert losses_of(session.history) == [2.0]
 
 
 def test_of_a_step_with_several_closure_calls_the_first_loss_counts() -> None:

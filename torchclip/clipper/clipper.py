@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, get_args
-from weakref import WeakSet, ref
+from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import arguments, native
-from torchclip.clipper import saved
+from torchclip.clipper import registry, saved
 from torchclip.clipper.checked import (
     alive,
     needs_all,
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["Clipper", "Nonfinite", "Scope"]
-
-_clipped_optimizers: WeakSet[Optimizer] = WeakSet()
 
 
 class Clipper:
@@ -162,7 +160,8 @@ class Clipper:
         max_skips: int | None = None,
         layers_every: int = 0,
     ) -> None:
-        optimizers = optimizers_of(optimizer, _clipped_optimizers)
+        max_norm, nonfinite = registry.adjusted(optimizer, max_norm, nonfinite)
+        optimizers = optimizers_of(optimizer, registry.clippers)
         arguments.option("scope", scope, get_args(Scope))
         arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
         refuse_lbfgs(optimizers, nonfinite, skip_above)
@@ -211,7 +210,7 @@ class Clipper:
                 before, after = with_kernel.hooks(i, before, after)
             self._hooks += [each.register_step_pre_hook(before), each.register_step_post_hook(after)]
             self._clipping.hooks.append(self._hooks[-2])
-            _clipped_optimizers.add(each)
+            registry.clippers[each] = ref(self)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -301,7 +300,7 @@ class Clipper:
         if self._hooks:
             self.history.unfollow(self._flush)
             for optimizer in filter(None, (each() for each in self._optimizers)):
-                _clipped_optimizers.discard(optimizer)
+                registry.clippers.pop(optimizer, None)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -22,10 +22,7 @@ def with_gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
 def norm_of(parameters: Sequence[Tensor]) -> Norm | None:
     """The norm of all gradients together, on an accelerator a tensor; None if there is none."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads:
-        return None
-    with torch.no_grad():
-        return gather.tensors(grads).norm(2.0)
+    return gather.tensors(grads).norm(2.0) if grads else None
 
 
 def norms_of(parameters: Sequence[Tensor]) -> Tensor:

@@ -33,16 +33,31 @@ class LossRecorder:
         self.backwards = 0
         self._pending: Loss | None = None
         self._is_closed = False
-        # A scaled loss → the loss as it was; and the scale that was used last, for what is computed from it.
+        # A scaled loss → the loss as it was; and what has scaled last, for what is computed from its result.
         self._unscaled = WeakTensorKeyDictionary()
-        self._last_scale: Tensor | None = None
+        self._scaled_by: Callable[[Tensor], Any] | None = None
         self._detach: list[Callable[[], None]] = []
 
     def attach(self) -> None:
         """Record from now on."""
         self._replace(Tensor, "backward", self._backward)
-        self._replace(GradScaler, "scale", self._scale)
-        self._replace(GradScaler, "update", self._update)
+        self._replace_in_scaler(GradScaler)
+
+        def see_new_class(scaler: type[GradScaler]) -> None:
+            super(GradScaler, scaler).__init_subclass__()
+            self._replace_in_scaler(scaler)
+
+        # Such as torch.distributed's scaler, which the program may import at any time.
+        setattr(GradScaler, "__init_subclass__", classmethod(see_new_class))  # noqa: B010
+        self._detach.append(lambda: delattr(GradScaler, "__init_subclass__"))
+
+    def _replace_in_scaler(self, scaler: type[GradScaler]) -> None:
+        """Replace the methods of a class of GradScalers, and of those that are derived from it."""
+        for name, stand_in in {"scale": self._scale, "update": self._update}.items():
+            if name in vars(scaler):
+                self._replace(scaler, name, stand_in)
+        for derived in scaler.__subclasses__():
+            self._replace_in_scaler(derived)
 
     def detach(self) -> None:
         """Record no more."""
@@ -78,26 +93,24 @@ class LossRecorder:
         return original(tensor, *args, **kwargs)
 
     def _add(self, tensor: Tensor) -> None:
-        scale, self._last_scale = self._last_scale, None
+        scaled_by, self._scaled_by = self._scaled_by, None
         if self._is_closed:
             return
         if len(self._unscaled) and tensor in self._unscaled:
             value: Loss = self._unscaled[tensor]
         else:
             value = _value(tensor)
-            if scale is not None:
-                value = value / (float(scale) if isinstance(value, float) else scale)
+            if scaled_by is not None:
+                value = value / _value(scaled_by(torch.ones((), device=tensor.device)))
         self._pending = value if self._pending is None else self._pending + value
 
     def _scale(self, original: Callable[..., Any], scaler: GradScaler, outputs: Any) -> Any:
         scaled = original(scaler, outputs)
         if scaler.is_enabled():
-            pairs = [(scaled, outputs)] if isinstance(outputs, Tensor) else _pairs(scaled, outputs)
-            for each, before in pairs:
+            for each, before in _pairs(scaled, outputs):
                 if before.numel() == 1:
                     self._unscaled[each] = _value(before)
-            device = pairs[0][1].device if pairs else "cpu"
-            self._last_scale = original(scaler, torch.ones((), device=device))
+            self._scaled_by = functools.partial(original, scaler)
         return scaled
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
@@ -118,5 +131,4 @@ def _value(tensor: Tensor) -> Loss:
     """A loss as a number, or as a tensor of its own where to read it would be to wait."""
     if mesh.is_dtensor(tensor):
         tensor = tensor.to_local()
-    found = tensor.detach().reshape(())
-    return float(found) if found.is_cpu else found.clone()
+    return float(tensor.item()) if tensor.is_cpu else tensor.detach().reshape(()).clone()

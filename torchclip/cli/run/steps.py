@@ -23,8 +23,9 @@ from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.together import OpenRound, companions
 from torchclip.cli.run.trial import Trial
-from torchclip.clipper import clipper as clippers
+from torchclip.clipper import registry
 from torchclip.clipper.clipper import Clipper
+from torchclip.clipper.registry import clipper_of
 from torchclip.clipper.step import creates_state, with_closure
 
 __all__ = ["StepRecorder"]
@@ -62,7 +63,6 @@ class StepRecorder:
         self._losses = losses
         self._progress = progress
         self._by_id: dict[int, OptimizerRecord] = {}
-        self._clippers: WeakKeyDictionary[Optimizer, ref[Clipper]] = WeakKeyDictionary()
         self._trial_clippers: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
         self._rounds: WeakKeyDictionary[Clipper, OpenRound] = WeakKeyDictionary()
         self._is_adding_clipper = False
@@ -94,28 +94,21 @@ class StepRecorder:
             register_optimizer_step_pre_hook(before_step).remove,
             register_optimizer_step_post_hook(after_step).remove,
         ]
-        initialize = Clipper.__init__
-
-        @functools.wraps(initialize)
-        def initialize_for_trial(clipper: Clipper, optimizer: Any, max_norm: Any, **options: Any) -> None:
-            optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-            if not self._is_adding_clipper:
-                self._remove_trial_clippers(optimizers)
-                if self.trial.replaces:
-                    self.replaced_clippers += 1
-                    max_norm = math.inf if self.trial.none else self.trial.new_max_norm()
-            if self.trial.nonfinite is not None:
-                options["nonfinite"] = self.trial.nonfinite
-            initialize(clipper, optimizer, max_norm, **options)
-            self._clippers.update(dict.fromkeys(optimizers, ref(clipper)))
-
-        setattr(Clipper, "__init__", initialize_for_trial)  # noqa: B010
-        self._detach.append(lambda: setattr(Clipper, "__init__", initialize))
+        self._detach.append(registry.set_adjustment(self._adjusted))
 
     def detach(self) -> None:
         """Record no more; Clippers of the trial stay."""
         while self._detach:
             self._detach.pop()()
+
+    def _adjusted(self, optimizer: Any, max_norm: Any, nonfinite: Any) -> tuple[Any, Any]:
+        """What a Clipper that the program makes gets as ``max_norm`` and ``nonfinite``."""
+        if not self._is_adding_clipper:
+            self._remove_trial_clippers(optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
+            if self.trial.replaces:
+                self.replaced_clippers += 1
+                max_norm = math.inf if self.trial.none else self.trial.new_max_norm()
+        return max_norm, self.trial.nonfinite or nonfinite
 
     # One step
 
@@ -168,7 +161,7 @@ class StepRecorder:
         if len(args) > 1 or kwargs:  # later calls of its closure do not count
             self._losses.take()
             self._calls.of(optimizer)
-        clipper = self._clipper_of(optimizer)
+        clipper = clipper_of(optimizer)
         if clipper is not None:
             self._read_clipper(record, optimizer, clipper)
             if clipper in self._rounds:
@@ -193,7 +186,7 @@ class StepRecorder:
         record.is_measured = True
         try:
             record.call = self._calls.of(optimizer) if self._calls.are_waiting else None
-            clipper = self._clipper_of(optimizer)
+            clipper = clipper_of(optimizer)
             clip_coef: Norm = 1.0
             if record.call is not None:
                 clip_coef = record.call.clip_coef
@@ -276,7 +269,7 @@ class StepRecorder:
             for group in optimizer.param_groups:
                 if group.get("max_norm") is not None:
                     del group["max_norm"]
-        if self.trial.clips and self._clipper_of(optimizer) is None:
+        if self.trial.clips and clipper_of(optimizer) is None:
             self._add_trial_clipper(record, optimizer)
         self._calls.register(optimizer, record.names)
         return record
@@ -288,7 +281,7 @@ class StepRecorder:
                 del self._by_id[key]
 
     def _add_trial_clipper(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
-        others = companions(optimizer, {*self._by_id, *map(id, clippers._clipped_optimizers)})
+        others = companions(optimizer, {*self._by_id, *map(id, registry.clippers)})
         self._is_adding_clipper = True
         try:
             clipper = self.trial.clipper_for([optimizer, *others] if others else optimizer)
@@ -324,12 +317,6 @@ class StepRecorder:
                 for each in clipper.optimizers:
                     self._trial_clippers.pop(each, None)
                 clipper.detach()
-
-    def _clipper_of(self, optimizer: Optimizer) -> Clipper | None:
-        if not self._clippers or optimizer not in clippers._clipped_optimizers:
-            return None
-        found = self._clippers.get(optimizer)
-        return None if found is None else found()
 
 
 def _measures_layers(step: int) -> bool:
