@@ -1,1 +1,1 @@
-"""What all of the package stands on: gathering the gradients of a call, their norms, and changes in place."""
+"""What the whole package uses: the gradients of a call, their norms, and changes in place."""

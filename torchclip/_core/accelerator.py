@@ -1,4 +1,5 @@
-"""Torch operations that never wait for a value: tensors on other devices, and whatever is being traced.
+"""Torch operations that never wait for a value: for tensors on other devices, and while operations are
+traced.
 
 The number of operations does not depend on the number of tensors: all those of one device and dtype are
 handed to torch's ``_foreach_`` operations together.  Norms and clip coefficients stay on the device.
@@ -74,7 +75,7 @@ class AcceleratorBatch:
             return torch.stack(in_order)
 
     def scale_(self, clip_coef: Norm, /) -> None:
-        """Multiply every element in place; by a tensor always, without waiting to see whether it is 1."""
+        """Multiply every element in place; always by a tensor, without waiting to see whether it is 1."""
         if isinstance(clip_coef, float):
             if clip_coef == 1.0:
                 return
@@ -98,7 +99,7 @@ class AcceleratorBatch:
             self._tell_sparse()
 
     def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
         return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
@@ -141,14 +142,14 @@ class AcceleratorBatch:
             yield group, made[device, dtype]
 
     def _tell_sparse(self) -> None:
-        """Let sparse tensors know that their values were changed."""
+        """Tell sparse tensors that their values were changed."""
         for _, tensor in self._others:
             if tensor.layout in memory.SPARSE:
                 torch.autograd.graph.increment_version(tensor)
 
 
 def _parted(tensors: Sequence[Tensor]) -> tuple[list[Group], list[tuple[int, Tensor]]]:
-    """Plain real tensors in groups, without empty ones; and the other tensors with their places."""
+    """Plain real tensors in groups, without empty ones; and the other tensors with their positions."""
     real: list[tuple[int, Tensor]] = []
     others: list[tuple[int, Tensor]] = []
     for place, tensor in enumerate(tensors):
@@ -161,7 +162,7 @@ def _parted(tensors: Sequence[Tensor]) -> tuple[list[Group], list[tuple[int, Ten
 
 def _magnitudes(tensor: Tensor, p: float, finite: bool) -> Tensor:
     """Real numbers that have the norm of a tensor of any layout and dtype."""
-    # Of what a sparse tensor stores no view can be made otherwise, as complex numbers need.
+    # Complex numbers need a view, and a sparse tensor's values have one only when they are detached.
     parts = [part.detach() for part in memory.stored(tensor, p)]
     values = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
     if values.is_complex():
@@ -176,9 +177,9 @@ def _magnitudes(tensor: Tensor, p: float, finite: bool) -> Tensor:
 
 
 def _own_elements(tensor: Tensor) -> Tensor:
-    """A tensor's own memory, as real numbers if that can be."""
+    """A tensor's own memory, as real numbers if possible."""
     values = changes.own_elements(tensor) if tensor.layout in memory.SPARSE else tensor
-    # Where operations are intercepted it may stand for its conjugate, which cannot be seen.
+    # Where operations are intercepted, a tensor may be lazily conjugated without showing it.
     if values.is_complex() and not memory.values_hidden() and is_plain(values):
         return torch.view_as_real(memory.without_conj(values))
     return values
@@ -187,5 +188,5 @@ def _own_elements(tensor: Tensor) -> Tensor:
 def _on(clip_coefs: Norm, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(clip_coefs, Tensor):
         return moved(clip_coefs if clip_coefs.dtype == dtype else clip_coefs.to(dtype), device)
-    # Written by the device, which would wait for a copy from the host.
+    # The device writes it: a copy from the host would make the device wait.
     return torch.full((), clip_coefs, dtype=dtype, device=device)

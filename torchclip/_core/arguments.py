@@ -55,7 +55,8 @@ def norm_order(norm_type: Any) -> float:
 def number(name: str, value: Any, what: str = "a number", hint: str = "", text: bool = False) -> float:
     """``value`` as a float, or an error that names the argument.
 
-    With ``text``, also of a string that ``float`` reads: configuration files give such, and torch takes them.
+    With ``text``, a string that ``float`` reads is allowed: configuration files have such, and torch takes
+    them.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         if value.is_meta:
@@ -74,27 +75,27 @@ def number(name: str, value: Any, what: str = "a number", hint: str = "", text: 
             kind = type(value).__name__
             raise ValueError(f"`{name}` must be within the range of float64, got a larger {kind}") from None
         except (TypeError, ValueError):
-            pass  # a string that is no number, or an array of several, is refused like any other
+            pass  # a string that is no number, or an array of several, is refused like anything else
     raise TypeError(f"`{name}` must be {what}, got {shown(value)}{hint}")
 
 
 def _is_number(value: Any) -> bool:
-    """Whether ``float`` takes a value, as torch does; a truth value is one too, but never meant."""
+    """Whether ``float`` takes a value, as torch does; but a bool is never meant as a number."""
     kind = type(value)
     takes = hasattr(kind, "__float__") or hasattr(kind, "__index__")
     return takes and not isinstance(value, (bool, np.bool_, Tensor))
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The tensor; for a DTensor, which may be pending a reduction, what it is on all ranks together."""
+    """The tensor; of a DTensor, which may be pending a reduction, the full one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def count(name: str, value: Any, least: float) -> int:
-    """``value`` as an integer that is at least so large, or an error that names the argument."""
+    """``value`` as an integer that is at least ``least``, or an error that names the argument."""
     try:
         integer = operator.index(value)
-    except TypeError:  # as tensors and arrays of several elements raise it, which have an index otherwise
+    except TypeError:  # tensors and arrays of several elements raise it; those of one integer have an index
         integer = None
     if integer is None or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, got {shown(value)}")
@@ -128,7 +129,7 @@ def saved(name: str, value: Any, keys: Iterable[str], kind: str) -> None:
 
 
 def items(name: str, values: Any, check: Callable[[str, Any], T]) -> list[T]:
-    """A list with each of its items checked by another function, or an error that names the list."""
+    """A list whose items another function has checked, or an error that names the list."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"`{name}` must be a list, got {shown(values)}")
     return [check(name, value) for value in values]
@@ -137,7 +138,7 @@ def items(name: str, values: Any, check: Callable[[str, Any], T]) -> list[T]:
 def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     """``tensors`` as a list, a single tensor as a list of itself, or an error that says what to pass.
 
-    A module stands for its ``parameters()``.  What the items are is not looked at here.
+    A module means its ``parameters()``.  The items are not checked here.
     """
     if type(tensors) is list:
         return tensors
@@ -152,7 +153,7 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
             f"`{name}` is an optimizer ({type(tensors).__name__}); pass the model's `.parameters()`, "
             "or attach a torchclip.Clipper to the optimizer"
         )
-    # What has items by number is iterable too, also without saying so.
+    # An object with numbered items is iterable too, even if it does not say so.
     iterable = isinstance(tensors, Iterable) or hasattr(type(tensors), "__getitem__")
     if isinstance(tensors, (Mapping, str, bytes, np.ndarray)) or not iterable:
         raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}")
@@ -160,20 +161,20 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
 
 
 def names_of(parameters: Any) -> dict[int, str]:
-    """What to call the gradients in errors, by their ``id``: known only of a module's parameters."""
+    """What to call the gradients in errors, by their ``id``: only parameters of a module have names."""
     if not isinstance(parameters, nn.Module):
         return {}
     return {id(p.grad): f"{name!r}" for name, p in parameters.named_parameters() if p.grad is not None}
 
 
 def refuse_item(name: str, index: int, item: Any) -> NoReturn:
-    """The error for something among the tensors that is none."""
+    """Raise the error for an item that is not a tensor."""
     hint = "; pass `.parameters()`, not `.named_parameters()`" if isinstance(item, tuple) else ""
     raise TypeError(f"`{name}` must hold tensors only, item {index} is {shown(item)}{hint}")
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: what it looks like, shortened, and its type."""
+    """A value in an error message: its ``repr``, shortened, and its type."""
     return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 

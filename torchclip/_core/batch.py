@@ -4,7 +4,7 @@
 
     native        the compiled kernel, for plain dense tensors in host memory
     host          torch operations on other tensors in host memory: sparse ones, subclasses, other dtypes
-    accelerator   torch operations that never wait for a value: other devices, and whatever is being traced
+    accelerator   torch operations that never wait for a value: other devices, and traced operations
     mixed         several of those in one call
     sharded       any of those, with norms that ranks agree on
 """
@@ -22,13 +22,14 @@ Norm: TypeAlias = float | Tensor
 """A number known on the host, or a 0-dim float64 tensor for which the host should not wait."""
 
 Norms: TypeAlias = "list[float] | Tensor"
-"""Several of them: a list, or a float64 tensor of one dimension."""
+"""Several such numbers: a list, or a float64 tensor of one dimension."""
 
 
 class Facts:
-    """What callers need to know of the tensors; of a sharded batch that has taken a norm, on all ranks.
+    """What callers need to know about the tensors; after a norm of a sharded batch, about those of all ranks.
 
-    Bits of plain integers: a flag of an enum takes many times as long, and torch.compile may not know it.
+    They are bits of plain integers: an ``enum.Flag`` takes many times as long, and torch.compile may not know
+    it.
     """
 
     DOUBLE: Final = 1
@@ -36,13 +37,13 @@ class Facts:
     COMPLEX: Final = 2
     """Any is complex."""
     SMALL: Final = 4
-    """So few elements in host memory that multiplying them now costs less than having a fused step do it."""
+    """There are so few elements in host memory that multiplying them now costs less than in a fused step."""
     GAPS: Final = 8
-    """Any has memory between its elements, into which torch's fused steps on the CPU write."""
+    """Any has gaps between its elements, into which torch's fused steps on the CPU write."""
     SHARED: Final = 16
     """Any is the gradient of several parameters, so that an optimizer meets it several times."""
     SHARDED: Final = 32
-    """Ranks take the norm together, so that one of them cannot take it again alone."""
+    """Ranks take the norm together, so that one rank alone cannot take it again."""
 
 
 class Batch(Protocol):
@@ -55,7 +56,7 @@ class Batch(Protocol):
 
     @property
     def all(self) -> list[Tensor]:
-        """The distinct tensors in order, as the user sees them.  Not to be changed."""
+        """The distinct tensors in order, as the user sees them.  Do not change the list."""
 
     @property
     def facts(self) -> int:
@@ -64,14 +65,14 @@ class Batch(Protocol):
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of order ``p`` of all elements as one vector; ``scalars.ABSENT`` (-1.0) for no elements.
 
-        With ``finite`` (for an order above 0) only the elements that are finite count; ``ABSENT`` if none is.
+        With ``finite`` (for an order above 0) only finite elements count; ``ABSENT`` if there are none.
         """
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
         """The norm of each tensor of ``all``, likewise."""
 
     def scale_(self, clip_coef: Norm, /) -> None:
-        """Multiply all elements in place; by the float 1.0, which would change nothing, not at all.
+        """Multiply all elements in place; the float 1.0 changes nothing, and does nothing.
 
         Each product is formed in at least float32 and rounded once.
         """
@@ -88,7 +89,7 @@ class Batch(Protocol):
             eps: as for ``scalars.clip_coef``.
 
         Returns:
-            The norms before.
+            The norms before the change.
         """
 
     def clamp_(self, limit: float, /) -> None:
@@ -98,4 +99,4 @@ class Batch(Protocol):
         """
 
     def zero_nonfinite_(self) -> None:
-        """Set every element to 0 that is infinite or NaN."""
+        """Set every infinite or NaN element to 0."""

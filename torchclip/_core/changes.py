@@ -25,22 +25,23 @@ __all__ = [
 
 
 def writing() -> AbstractContextManager[None]:
-    """What to change tensors in: no graph is built, and those that were made in inference mode are taken.
+    """The context for changes: no graph is built, and tensors that were made in inference mode may be
+    changed.
 
-    Of other tensors the version counters go up, as elsewhere.
+    The version counters of other tensors go up, as elsewhere.
     """
     return torch.no_grad() if memory.intercepted() else torch.inference_mode()
 
 
 def coalesce_(tensor: Tensor) -> None:
     """Add up the entries for the same place of a sparse tensor, in place."""
-    # What it stores is new, and has to be of the tensor's own mode.
+    # The stored values are new, and must have been made in the same mode as the tensor.
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(tensor.coalesce())
 
 
 def own_elements(tensor: Tensor) -> Tensor:
-    """The memory of the elements that a sparse tensor stores, each once from now on."""
+    """The memory of the elements that a sparse tensor stores; each is stored once from now on."""
     if memory.is_uncoalesced(tensor):
         coalesce_(tensor)
     return memory.own_values(tensor)
@@ -56,7 +57,7 @@ def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:
 
 
 def scale_in_double_(tensors: Sequence[Tensor], clip_coef: float) -> None:
-    """Multiply tensors of any layout in place by a number for which float32 has not all digits."""
+    """Multiply tensors of any layout in place by a number that has more digits than float32."""
 
     def scale_(values: Tensor) -> Tensor:
         real = torch.view_as_real(memory.without_conj(values)) if values.is_complex() else values
@@ -78,7 +79,7 @@ def clamp_elements_(tensors: Sequence[Tensor], limit: float) -> None:
 
 
 def limit_within(dtype: torch.dtype, limit: float) -> float:
-    """A limit that torch takes for a dtype: it refuses one beyond the range, which limits nothing."""
+    """A limit that torch accepts for a dtype: it refuses one beyond the range, which limits nothing."""
     return limit if limit <= torch.finfo(dtype).max else math.inf
 
 

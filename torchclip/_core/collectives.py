@@ -1,12 +1,12 @@
-"""What ranks send one another: norms, and what shows that all of them are at the same call.
+"""What ranks send each other: norms, and data that shows whether all of them are at the same call.
 
-Before what varies in length, a head of fixed size is exchanged.  It has the number of the exchange, which
-each process group counts for itself, the kind of the call, the order of the norms, how many there are, and
-the facts on which decisions depend.  Up to four norms travel along with it; more of them follow.
+Ranks first exchange a head of fixed size.  It has the number of the exchange, counted in each process group,
+the kind of the call, the order and the number of the norms, and the facts on which decisions depend.  Up to
+four norms travel with the head; the others follow.
 
-Among few ranks each gathers the messages of all.  Among many, where a gather would grow with their number,
-there are two reductions, of a maximum and of a sum.  Either way the joint norms are sums of integers
-(``integer_sums``), with the same bits on every rank.
+Few ranks gather each other's messages.  Among many ranks, where a gather would grow with their number, there
+are two reductions: a maximum and a sum.  Either way the joint norms are sums of integers (``integer_sums``),
+with the same bits on every rank.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from torchclip._core.scalars import ABSENT, on_device
 __all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
 
 MANY = 32
-"""From so many ranks on there are two reductions: 4 log₂ N messages in a row for the N - 1 of a gather."""
+"""The number of ranks from which there are two reductions: 4 log₂ N messages in a row, against N - 1."""
 SLOTS = 4
-"""So many norms, and so many marks, fit into the head."""
+"""How many norms, and how many marks, fit into the head."""
 DIFFERS: Final = -1
-"""The mark of what was found not to be the same on other ranks."""
+"""The mark for a difference between ranks."""
 
 _VERSION = 2
 _FACTS = 6
-# The words of a head.  Those before _REFUSED must be the same on all ranks.
+# The words of a head.  Those before _REFUSED must be equal on all ranks.
 _NUMBER, _KIND, _ORDER, _COUNT, _MARKS = range(5)
 _REFUSED = _MARKS + SLOTS
 _HEAD = _REFUSED + 1 + _FACTS
 Array = Any
-"""A NumPy array where values can be read, a tensor where the host does not wait for them."""
+"""A NumPy array if values can be read, a tensor if the host must not wait for them."""
 
 
 _DIFFERENT_COPIES = (
@@ -53,7 +53,7 @@ _DIFFERENT_COPIES = (
 
 
 class Kind:
-    """What a call is.  Ranks that are at calls of different kinds are out of step."""
+    """The kind of a call.  Ranks that are at calls of different kinds are out of step."""
 
     CLIP: Final = 1
     MEASURE: Final = 2
@@ -76,15 +76,15 @@ class Kind:
 
 @dataclass
 class Call:
-    """One call, as all its exchanges need it.
+    """What all exchanges of a call need to know.
 
     Attributes:
         kind: of ``Kind``.
         order: the order of the norms.
-        facts: those of this rank; after an exchange, of all ranks that took part.
-        refused: 1 + the rank that refused what it was given, or found others out of step; 0 if none did.
+        facts: of this rank; after an exchange, of all ranks that took part.
+        refused: 1 + the rank that refused its arguments, or found others out of step; 0 if none did.
         error: what to raise after the last exchange.
-        sent: what each rank of the last exchange sent, as rows, if that was gathered along with the heads.
+        sent: what each rank sent in the last exchange, as rows, if it was gathered together with the heads.
     """
 
     kind: int
@@ -95,7 +95,7 @@ class Call:
     sent: Any = None
 
     def fail(self, error: str) -> None:
-        """Have the ranks of all further exchanges learn that this call came to nothing."""
+        """Tell the ranks of all further exchanges that this call failed."""
         self.error = self.error or error
         self.refused = self.refused or 1 + dist.get_rank()
 
@@ -106,7 +106,7 @@ class Call:
 
 
 class _State:
-    """What is known of a process group: how many exchanges it had, and whether its ranks are out of step."""
+    """The state of a process group: how many exchanges it had, and whether its ranks are out of step."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -114,7 +114,7 @@ class _State:
         self.error: str | None = None
         # What was wrong with an earlier exchange on an accelerator, to be raised by the next call.
         self.refusal: str | None = None
-        # Verdicts on their way from an accelerator: what tells that they have come, and the words.
+        # Verdicts on their way from an accelerator: the events that show their arrival, and the words.
         self.verdicts: list[tuple[Any, Tensor]] = []
 
 
@@ -122,12 +122,12 @@ _states: WeakKeyDictionary[dist.ProcessGroup, _State] = WeakKeyDictionary()
 
 
 class _Heads:
-    """The heads of all ranks, reduced, and what is known by them of the norms that travelled along.
+    """The heads of all ranks, reduced, with what they say about the norms that travelled with them.
 
     Attributes:
         high: the largest value of each word.
-        low: the least one, of the words that must be the same.
-        norms: those of each rank as rows; among many ranks the leading ones.
+        low: the smallest value, of the words that must be equal.
+        norms: of each rank, as rows; among many ranks, the leading ones.
     """
 
     def __init__(self, high: Array, low: Array, norms: Array) -> None:
@@ -137,18 +137,19 @@ class _Heads:
 def exchange(
     group: dist.ProcessGroup, norms: Sequence[Norm] | Tensor, marks: Sequence[int], call: Call, device: str
 ) -> tuple[list[float] | Tensor, list[bool]]:
-    """Join each of some norms with those that the other ranks of a group have in its place.
+    """Join each norm with the norms that the other ranks of a group have in its place.
 
     Args:
         group: the process group.
         norms: this rank's norms, or ``ABSENT``.
         marks: up to ``SLOTS`` numbers, at least 0 or ``DIFFERS``.
-        call: the call, which learns what other ranks know.
+        call: the call; it receives what other ranks know.
         device: the type of the device that the group's collectives work on.
 
     Returns:
-        The joint norms, the same bits on every rank, and for each mark whether it differed between ranks.  On
-        an accelerator the norms are a tensor, NaN if anything was wrong; the marks count as the same there.
+        The joint norms, with the same bits on every rank, and for each mark whether it differed between
+        ranks.  On an accelerator the norms are a tensor, NaN if anything was wrong, and the marks count as
+        equal.
     """
     state = _state_of(group, call)
     count = len(norms)
@@ -173,7 +174,7 @@ def exchange(
 
 
 def gather_rows(group: dist.ProcessGroup, numbers: Array, call: Call, device: str) -> Any:
-    """Every rank's numbers as the rows of an array, for which it waits; None if the call failed."""
+    """Every rank's numbers as the rows of an array, once they have arrived; None if the call failed."""
     state = _state_of(group, call)
     if state.error is not None:
         return None
@@ -211,9 +212,9 @@ def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, p:
 
 
 def _learn(state: _State, high: list[int], low: list[int], call: Call) -> None:
-    """Take note of what all ranks of a group know now: of an error, or of their facts."""
+    """Record what all ranks of a group know now: an error, or their facts."""
     refused = high[_REFUSED]
-    # A rank that refused an argument may not know more of its call than this.
+    # A rank that refused an argument may not know more about its call than this.
     known = _KIND if refused else _COUNT
     if high[: known + 1] != low[: known + 1]:
         state.error = _out_of_step(state.ranks, high, low)
@@ -262,9 +263,9 @@ def _refusal(rank: int) -> str:
 
 
 def _send_verdict(state: _State, heads: _Heads) -> Tensor:
-    """Whether nothing is wrong, as a tensor; what was wrong is on its way to the host."""
+    """Whether nothing is wrong, as a tensor; the details are on their way to the host."""
     words = torch.cat([heads.high, heads.low])
-    if words.is_cpu:  # within a transform, where nothing can be read at all
+    if words.is_cpu:  # within a transform, where nothing can be read
         arrived, there = None, words
     else:
         there = torch.empty(words.shape, dtype=words.dtype, pin_memory=True).copy_(words, non_blocking=True)
@@ -276,9 +277,9 @@ def _send_verdict(state: _State, heads: _Heads) -> Tensor:
 
 
 def raise_pending() -> None:
-    """Raise the error of an exchange on an accelerator, where it could not be read at the time.
+    """Raise the error of an earlier exchange on an accelerator, which could not be read at the time.
 
-    To be called where a norm is read that may come out of one: it waits for it.
+    Call it where a norm from an exchange is read: it waits for the exchange.
     """
     for state in list(_states.values()):
         _read_verdicts(state, wait=True)
@@ -288,7 +289,7 @@ def raise_pending() -> None:
 
 
 def _read_verdicts(state: _State, wait: bool) -> None:
-    """Take note of what has come from the accelerator."""
+    """Record what has arrived from the accelerator."""
     while state.verdicts:
         arrived, words = state.verdicts[0]
         if arrived is not None and not arrived.query():
@@ -317,7 +318,7 @@ def _join(group: dist.ProcessGroup, sent: Array, riding: Array, heads: _Heads, p
         sent = riding
     else:
         leading = integer_sums.leading(_reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX), p)
-    # A tensor's sum is taken anyway: a rank that refused its arguments may not know the order.
+    # Tensors are summed in any case: a rank that refused its arguments may not know the order.
     if math.isinf(p) and not isinstance(leading, Tensor):
         return leading[:count]
     limbs = _reduced(group, _beside(*integer_sums.terms(sent, leading, p)), dist.ReduceOp.SUM)
@@ -327,7 +328,7 @@ def _join(group: dist.ProcessGroup, sent: Array, riding: Array, heads: _Heads, p
 
 
 def _state_of(group: dist.ProcessGroup, call: Call) -> _State:
-    """What is known of a group; the call fails if that is an error."""
+    """The state of a group; if it has an error, the call fails."""
     state = _states.get(group)
     if state is None:
         state = _states[group] = _State(group.size())
@@ -336,7 +337,7 @@ def _state_of(group: dist.ProcessGroup, call: Call) -> _State:
     if state.error is not None:
         call.fail(state.error)
     elif refusal is not None:
-        # Other ranks may not have read it yet: the call is made all the same, and then the error is raised.
+        # Other ranks may not have read the error yet, so this rank still takes part, and then raises it.
         call.error = call.error or refusal
     return state
 
@@ -346,7 +347,7 @@ def _are_many(group: dist.ProcessGroup) -> bool:
 
 
 def _array(norms: Sequence[Norm] | Tensor, device: str) -> Array:
-    """Norms as they are worked on: an array if they can be read, else a tensor on the group's device."""
+    """Norms to compute with: an array if they can be read, else a tensor on the group's device."""
     if device == "cpu" and torch._C._functorch.maybe_current_level() is None:
         if isinstance(norms, Tensor):
             return norms.detach().to(torch.float64).numpy()
@@ -361,7 +362,7 @@ def _padded(norms: Array) -> Array:
 
 
 def _like(array: Array, other: Any) -> Array:
-    """An array of NumPy's as the other one is, for which the host does not wait."""
+    """A NumPy array of the same kind as the other one, without waiting."""
     return torch.from_numpy(other).to(array.device, non_blocking=True) if isinstance(array, Tensor) else other
 
 
@@ -373,7 +374,7 @@ def _gather(group: dist.ProcessGroup, sent: Array) -> Array:
     """Every rank's array, as the rows of a matrix."""
     tensor = sent if isinstance(sent, Tensor) else torch.from_numpy(sent)
     rows = tensor.new_empty(group.size() * len(tensor))
-    # Torch 2.13 has renamed it.
+    # Torch 2.13 renamed it.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(rows, tensor, group=group)
     rows = rows.view(-1, len(tensor))

@@ -1,4 +1,4 @@
-"""What to install for what is missing."""
+"""How to install what is missing."""
 
 __all__ = ["installing"]
 

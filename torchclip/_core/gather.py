@@ -1,6 +1,6 @@
-"""From a call's argument to a batch: the one place that decides who works on which tensor.
+"""From a call's argument to a batch: this file alone decides which implementation handles which tensor.
 
-a tensor that is …                                          is taken by
+a tensor that is …                                          is handled by
 ----------------------------------------------------------  ---------------------------
 plain, dense, in host memory, of a dtype of the kernel       native (if the kernel is on)
 anything else whose values can be read without waiting       host
@@ -48,12 +48,13 @@ def gradients(
 ) -> Batch:
     """The distinct gradients of the parameters that have one, in order, to be changed in place.
 
-    Gradients that cannot be changed are refused.
+    Raises for gradients that cannot be changed.
 
     Args:
         parameters: the parameters.
         group: the process groups whose ranks hold further gradients, or None.
-        kind: of ``collectives.Kind``, if ranks then take norms together; those that wait learn of a refusal.
+        kind: of ``collectives.Kind``, if ranks take norms together afterwards; waiting ranks learn of a
+            refusal.
     """
     items = arguments.tensor_list("parameters", parameters)
     if not items:
@@ -66,7 +67,7 @@ def gradients(
 
 
 def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
-    """``gradients`` of several lists of parameters, whose norms are taken in one go (``norms_of``)."""
+    """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
     try:
         return [
             _batch(arguments.tensor_list("parameters", some), "parameters", group, some)
@@ -78,14 +79,14 @@ def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> li
 
 
 def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
-    """Have the ranks that wait for this one in a call learn that it refused its gradients or an argument.
+    """Tell the ranks that wait for this one that it refused its gradients or an argument.
 
-    Without this they would pair this call with the next one of this rank.
+    Otherwise they would pair their call with the next one of this rank.
 
     Args:
-        several: the arguments with parameters or tensors, which say together with ``group`` which ranks wait.
+        several: the arguments with parameters or tensors: with ``group``, they show which ranks wait.
         group: the argument of that name.
-        kind: of ``collectives.Kind``; None for a call that takes no other rank.
+        kind: of ``collectives.Kind``; None for a call without other ranks.
     """
     if kind is None or not mesh.has_ranks():
         return
@@ -94,12 +95,12 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
         lists = [arguments.tensor_list(name, some) for some in several]
         groups = mesh.as_groups(group)
     except TypeError:
-        return  # they say nothing of other ranks
+        return  # they do not involve other ranks
     sharded.refuse([[item for item in some if isinstance(item, Tensor)] for some in lists], groups, kind)
 
 
 def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
-    """The norm of each batch, or with ``each`` the norms of its tensors: in one exchange of ranks."""
+    """The norm of each batch, or with ``each`` the norms of its tensors, in one exchange between ranks."""
     together = [batch for batch in batches if isinstance(batch, ShardedBatch)]
     of_ranks = sharded.norms_of_each if each else sharded.norms_of
     joint = iter(of_ranks(together, p, finite) if together else ())
@@ -114,7 +115,7 @@ def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = Fals
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> Batch:
-    """What this rank holds of the parameters' gradients: norms of it take no other rank."""
+    """This rank's part of the parameters' gradients: its norms need no other rank."""
     found, shared = _found(arguments.tensor_list("parameters", parameters), "parameters")
     return _local(mesh.locals_of(found), shared)
 
@@ -130,15 +131,15 @@ def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
 
 
 def warn_if_used_up(parameters: Any) -> None:
-    """Torch's warning for a generator that gave no items: most often it was used up before."""
+    """Give torch's warning for a generator without items, which usually was used up before."""
     if isinstance(parameters, types.GeneratorType):
         message = "`parameters` is an empty generator, no gradient clipping will occur."
         warnings.warn(message, stacklevel=arguments.level_of_caller())
 
 
 def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
-    """The items of an argument without those that came before; anything but a tensor is refused."""
-    # Asked of all at once where it is not traced, as torch.compile of torch 2.6 cannot do that.
+    """The distinct items of an argument; raises for anything but a tensor."""
+    # All at once unless it is traced, which torch.compile of torch 2.6 cannot do.
     if is_dynamo_compiling() or not _PLAIN.issuperset(map(type, items)):
         for i, item in enumerate(items):
             if not isinstance(item, Tensor):
@@ -150,7 +151,7 @@ def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: An
     """Raise an error for gradients that cannot be changed in place, before any is.
 
     Args:
-        held: what this rank holds of them.
+        held: this rank's parts of them.
         items: the parameters.
         given: what the user passed for them.
     """
@@ -169,7 +170,7 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
     """The distinct tensors among the items of an argument, or (of one named "parameters") their gradients.
 
     Returns:
-        Them, and whether any is the gradient of several items.
+        The tensors, and whether any is the gradient of several items.
     """
     different = distinct(items, name)
     if name != "parameters":
@@ -182,7 +183,7 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
 
 def _batch(items: list[Tensor], name: str, group: Any, given: Any, measured: bool = False) -> Batch:
     take_grad = name == "parameters"
-    # A parameter without a gradient here may have one on another rank, which waits for this one.
+    # A parameter without a gradient here may have one on another rank, which then waits for this one.
     if group is not None or mesh.any_dtensor(items):
         batch = ShardedBatch(distinct(items, name), take_grad, mesh.as_groups(group), _local, measured)
         _refuse_unusable(batch.unchecked(), items, take_grad, given)
@@ -206,14 +207,14 @@ def _refuse_unusable(held: Sequence[Tensor], items: Sequence[Tensor], take_grad:
 
 
 def _local(tensors: list[Tensor], shared: bool) -> Batch:
-    """The batch of distinct tensors that no other rank holds parts of."""
+    """The batch of distinct tensors of which no other rank has a part."""
     if memory.intercepted() or not native.active():
         return _by_torch(tensors, shared)
     return _completed(native.extension.tensors(tensors), shared)
 
 
 def _completed(batch: Any, shared: bool = False) -> Batch:
-    """A batch of the kernel's, with others for the tensors that the kernel does not take."""
+    """A batch of the kernel, with others for the tensors that the kernel does not handle."""
     known = bool(batch.facts & Facts.SHARED)
     if not batch.rest and (known or not shared):
         return cast("Batch", batch)
@@ -229,7 +230,7 @@ def _by_torch(tensors: list[Tensor], shared: bool) -> Batch:
 
 
 def _parts_by_torch(tensors: list[Tensor], shared: bool) -> list[Batch]:
-    """Batches whose work is done by operations of torch and NumPy."""
+    """Batches for which operations of torch and NumPy do the work."""
     if memory.intercepted():
         return [AcceleratorBatch(tensors, shared)]
     dtype = memory.common_dtype(tensors)

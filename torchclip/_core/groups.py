@@ -18,7 +18,7 @@ from torchclip._core.scalars import ABSENT, divisor_like, join_present, norm_dty
 
 __all__ = ["REAL", "Group", "grouped", "is_plain", "joint", "moved"]
 
-# Where a norm needs copies, so many elements are copied in one go: never a second set of all gradients.
+# If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24
 # Devices known to multiply float16 tensors together by a float32 number, in float32.
 _UNSCALING = frozenset({"cuda"})
@@ -26,13 +26,13 @@ REAL = NARROW_REAL | {torch.float64}
 
 
 class Group:
-    """Tensors with elements, of one device and dtype, and their places among all tensors of a batch.
+    """Non-empty tensors of one device and dtype, with their positions among all tensors of a batch.
 
     Args:
-        foreach: whether torch's operations on lists take them: a subclass may know only those on single
-            tensors, and so do the transforms of ``torch.func``.
-        tensors: the tensors.  Those to be measured are real.
-        places: where they stand in the batch.
+        foreach: whether torch's operations on lists accept them: a subclass, and the transforms of
+            ``torch.func``, may know only operations on single tensors.
+        tensors: the tensors; if they are measured, real ones.
+        places: their positions in the batch.
     """
 
     def __init__(self, foreach: bool, tensors: list[Tensor], places: list[int]) -> None:
@@ -42,18 +42,18 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        """Where all of them are."""
+        """The device of all of them."""
         return self.tensors[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all of them."""
+        """The dtype of all of them."""
         return self.tensors[0].dtype
 
     # Norms
 
     def in_range(self, p: float) -> bool:
-        """Whether no power can leave the range of the dtype that norms are accumulated in."""
+        """Whether all powers stay in the range of the dtype in which norms are accumulated."""
         if p in (0, 1, math.inf, -math.inf):
             return True
         in_double = norm_dtype(self.device) is torch.float64
@@ -67,13 +67,13 @@ class Group:
         with_axis = torch.split(divisors, 1)
         quotients: list[Tensor] = []
         for chunk in self._chunks():
-            # The chunks come in order.
+            # The chunks are in order.
             of_chunk = with_axis[len(quotients) : len(quotients) + len(chunk.tensors)]
             quotients += chunk._divided_each(of_chunk)._plain_norms(p)
         return list((torch.stack(quotients) * divisors).unbind())
 
     def norms_of_parts(self, p: float) -> list[Tensor]:
-        """Some norms whose joint norm is that of all elements."""
+        """Norms whose joint norm is that of all elements."""
         if self.in_range(p):
             return self._plain_norms(p)
         leading = joint(self._plain_norms(_leading_order(p)), _leading_order(p), in_range=True)
@@ -82,7 +82,7 @@ class Group:
         return [joint(quotients, p, in_range=p == 2) * divisor]
 
     def finite_norms(self, p: float) -> Tensor:
-        """The norm of each tensor as if its non-finite elements were 0; ``ABSENT`` where all are."""
+        """The norm of the finite elements of each tensor; ``ABSENT`` if it has none."""
         norms: list[Tensor] = []
         found: list[Tensor] = []
         for chunk in self._chunks():
@@ -92,7 +92,7 @@ class Group:
         return torch.where(torch.stack(found) > 0, torch.stack(norms), ABSENT)
 
     def finite_norm(self, p: float) -> Tensor:
-        """The norm of all elements likewise."""
+        """The norm of all finite elements; ``ABSENT`` if there are none."""
         norms: list[Tensor] = []
         found: list[Tensor] = []
         for chunk in self._chunks():
@@ -125,14 +125,14 @@ class Group:
         return Group(self.foreach, self.tensors[start:stop], self.places[start:stop])
 
     def _divided(self, divisor: Tensor) -> Group:
-        """Quotients in the dtype of a number that all are divided by."""
+        """All tensors divided by one number, in its dtype."""
         if self.foreach and self.dtype == divisor.dtype:
             return self._like(torch._foreach_div(self.tensors, divisor))
         # Beside tensors with axes a number's dtype counts only if it has an axis too.
         return self._divided_each([divisor.view(1)] * len(self.tensors))
 
     def _divided_each(self, divisors: Sequence[Tensor]) -> Group:
-        """Quotients in the dtype of the numbers that each is divided by, which have one axis."""
+        """Each tensor divided by its own number, in the dtype of the numbers, which have one axis."""
         if self.foreach:
             return self._like(torch._foreach_div(self.tensors, list(divisors)))
         return self._like(tensor / divisor for tensor, divisor in zip(self.tensors, divisors, strict=True))
@@ -146,7 +146,7 @@ class Group:
         return self._like(copies), self._like(flags)
 
     def _copies(self) -> tuple[Tensor, list[Tensor]]:
-        """Copies beside each other: all as one vector, and one by one."""
+        """Copies in one vector, and the same copies one by one."""
         sizes = [tensor.numel() for tensor in self.tensors]
         whole = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
         copies = [part.view(t.shape) for part, t in zip(torch.split(whole, sizes), self.tensors, strict=True)]
@@ -164,7 +164,7 @@ class Group:
         if self.foreach and self.dtype == clip_coef.dtype:
             torch._foreach_mul_(self.tensors, clip_coef)
         elif self.foreach and self.dtype is torch.float16 and self.device.type in _UNSCALING:
-            # It multiplies by what its callers call an inverse; what it has found is of no interest.
+            # It multiplies by its argument "inverse"; the non-finite values that it finds do not matter here.
             found_inf = torch.zeros((), dtype=torch.float32, device=self.device)
             torch._amp_foreach_non_finite_check_and_unscale_(self.tensors, found_inf, clip_coef)
             torch.autograd.graph.increment_version(self.tensors)
@@ -178,7 +178,7 @@ class Group:
         self._scale_each_([numbers[i] for i in self.places], [with_axis[i] for i in self.places])
 
     def zero_nonfinite_(self) -> None:
-        """Set every infinite or NaN element to 0; no operation on lists does that in place."""
+        """Set every infinite or NaN element to 0; no operation on lists does so in place."""
         for chunk in self._chunks():
             if len(chunk.tensors) == 1 or not chunk.foreach:
                 for tensor in chunk.tensors:
@@ -211,7 +211,7 @@ def _copy_(to: list[Tensor], tensors: list[Tensor], foreach: bool) -> None:
 
 
 def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
-    """Tensors and their places by device and dtype; alone where operations on lists do not take them."""
+    """Tensors and positions by device and dtype; one by one if operations on lists do not accept them."""
     groups: dict[tuple[object, ...], Group] = {}
     transformed = memory.transformed()
     for place, tensor in tensors:
@@ -225,15 +225,15 @@ def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but its strided memory, as operations on lists need it."""
+    """Whether a tensor is plain strided memory, as operations on lists need it."""
     if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided:
         return False
-    # It may stand for its memory's negative, which cannot be seen where operations are intercepted.
+    # It may be lazily negated, which does not show where operations are intercepted.
     return memory.values_hidden() or not tensor.is_neg()
 
 
 def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:
-    """The joint norm of norms that are all there; ``in_range`` if no power of them leaves float64."""
+    """The joint norm of norms, none of them ``ABSENT``; ``in_range`` if their powers fit into float64."""
     if len(norms) == 1:
         return norms[0]
     vector = torch.stack(list(norms))
@@ -248,5 +248,5 @@ def _leading_order(p: float) -> float:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, for which the host does not wait."""
+    """A tensor on a device, made without waiting for it."""
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Tensors in host memory, with operations of torch and NumPy: what the kernel does not take, or all."""
+"""Tensors in host memory that the kernel does not handle, with operations of torch and NumPy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torchclip._core.scalars import clip_each_, join, numbers
 
 __all__ = ["HostBatch", "facts_of"]
 
-# So few elements are summed in float64 as fast as in another way; and by one thread, whatever their number.
+# Up to this many elements, sums in float64 are as fast as any; one thread computes them in any case.
 _FEW = 1 << 14
 
 
 def facts_of(tensors: Sequence[Tensor], shared: bool) -> int:
-    """``Facts`` of tensors that torch operations work on, which are never ``SMALL``."""
+    """``Facts`` about tensors that torch operations handle; they are never ``SMALL``."""
     facts = Facts.SHARED if shared else 0
     dtypes = {tensor.dtype for tensor in tensors}
     if not dtypes.isdisjoint(memory.DOUBLE):
@@ -39,7 +39,7 @@ class HostBatch:
     Args:
         tensors: the tensors.
         shared: whether any of them is the gradient of several parameters.
-        dtype: their ``memory.common_dtype``, if they have one.
+        dtype: their ``memory.common_dtype``, or None.
     """
 
     def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
@@ -114,15 +114,16 @@ class HostBatch:
                 changes.scale_alone_(tensor, clip_coef)
             for dtype, group in together.items():
                 if dtype in (torch.float32, torch.float64):
-                    # Of a number torch would make a tensor again for each of the group.
+                    # Torch would convert a number to a tensor again for each tensor of the group.
                     torch._foreach_mul_(group, torch.scalar_tensor(clip_coef, dtype=dtype, device="cpu"))
                     continue
-                # Multiplied together, they would round the number to their own low precision, by up to 0.4 %.
+                # An operation on all of them would round the number to their own low precision, by up to 0.4
+                # %.
                 for tensor in group:
                     tensor.mul_(clip_coef)
 
     def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
         return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
@@ -152,7 +153,7 @@ def _parted(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[Tensor]],
     together: dict[torch.dtype, list[Tensor]] = {}
     alone = []
     for tensor in tensors:
-        # One may stand for its memory's negative.
+        # It may be lazily negated.
         if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided or tensor.is_neg():
             alone.append(tensor)
             continue

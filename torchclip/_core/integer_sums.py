@@ -3,15 +3,14 @@
 The norm of order p of a vector whose parts have the norms n is ``leading * (sum((n / leading)^p))^(1/p)``,
 where ``leading`` is the largest of them (the least, for p below 0).  Two reductions of integers give it:
 
-1. The maximum of ``keys``: the bits of numbers that are not negative have the order of the numbers.
-2. The sum of ``terms``: (n / leading)^p is between 0 and 1, and becomes a fixed-point number of 80 bits, in
-   two limbs of 40.  In 64 bits there is room for the sum of 2²³ - 1 of them.
+1. The maximum of ``keys``: the bits of nonnegative floats are ordered like the floats. 2. The sum of
+   ``terms``: (n / leading)^p is between 0 and 1, and becomes a fixed-point number of 80 bits, in two limbs of
+   40.  64 bits have room for the sum of 2²³ - 1 of them.
 
 So every way to reduce gives the same bits: along an axis of a matrix, or over ranks by a ring, a tree, or one
 dimension of a mesh after the other.  The error is at most 1.8 units of 2⁻⁵³ for the orders 1 and 2.
 
-All functions take NumPy arrays, whose operations take less time on few numbers, or tensors, for which they do
-not wait.
+All functions take NumPy arrays, which are faster for few numbers, or tensors, for which they do not wait.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _NONE = -1
 
 
 def keys(norms: Array, p: float) -> Array:
-    """Integers of which the largest is the leading norm's: NaN's if there is one, that of ``ABSENT`` last."""
+    """Integers, of which the leading norm has the largest: NaN comes first, ``ABSENT`` last."""
     xp = _library(norms)
     bits = abs(norms).view(xp.int64)
     if p < 0:
@@ -46,7 +45,7 @@ def keys(norms: Array, p: float) -> Array:
 
 
 def leading(keys: Array, p: float) -> Array:
-    """The norm that has a key."""
+    """The norm with this key."""
     xp = _library(keys)
     bits = keys if p >= 0 else _INF - keys
     return xp.where(keys > _INF, _NAN, xp.where(keys < 0, _ABSENT, bits)).view(xp.float64)
@@ -57,14 +56,14 @@ def terms(norms: Array, leading: Array, p: float) -> tuple[Array, Array]:
     xp = _library(norms)
     counts = _is_ordinary(leading)
     divisor = xp.where(counts, leading, 1.0) if p != 0 else _LIMB
-    # Of order 0 it is the number of elements itself.
+    # For order 0 it is the number of elements itself.
     powers = xp.where(counts & (norms >= 0), _power(norms / divisor, p), 0.0) * _LIMB
     high = xp.floor(powers)
     return xp.asarray(high, dtype=xp.int64), xp.asarray((powers - high) * _LIMB, dtype=xp.int64)
 
 
 def root(leading: Array, high: Array, low: Array, p: float) -> Array:
-    """The joint norm, given the leading one and the sum of the terms."""
+    """The joint norm, from the leading norm and the sum of the terms."""
     xp = _library(leading)
     high, low = (xp.asarray(limb, dtype=xp.float64) for limb in (high, low))
     total = (high + low / _LIMB) / _LIMB
@@ -75,7 +74,7 @@ def root(leading: Array, high: Array, low: Array, p: float) -> Array:
     elif p == 2:
         joint = leading * xp.sqrt(total)
     else:
-        # With logarithms where the root alone would leave the range, as it does for a small p.
+        # With logarithms, as the root alone would leave the range for a small p.
         exponent = xp.log(total) / p
         by_logarithms = xp.exp(exponent + xp.log(leading))
         joint = xp.where(abs(exponent) < 600, leading * total ** (1 / p), by_logarithms)
@@ -83,7 +82,7 @@ def root(leading: Array, high: Array, low: Array, p: float) -> Array:
 
 
 def join(norms: Array, p: float) -> Array:
-    """The joint norms along the first axis: ``ABSENT`` where there are no others."""
+    """The joint norms along the first axis; ``ABSENT`` where all norms are."""
     leads = leading(largest(keys(norms, p)), p)
     if math.isinf(p):
         return leads
@@ -101,10 +100,10 @@ def _library(array: Array) -> Any:
 
 
 def _is_ordinary(leading: Array) -> Array:
-    """Whether there is a sum at all: where 0, infinity, NaN or ``ABSENT`` leads, it is the joint norm."""
+    """Whether a sum is needed: if 0, infinity, NaN or ``ABSENT`` leads, it is the joint norm."""
     return (leading > 0) & (leading < math.inf)
 
 
 def _power(ratio: Array, p: float) -> Array:
-    # Products are rounded alike everywhere, as powers need not be.
+    # Products are rounded in the same way everywhere; powers need not be.
     return ratio if p in (0, 1) else ratio * ratio if p == 2 else ratio**p

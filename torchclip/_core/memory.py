@@ -1,4 +1,4 @@
-"""How tensors lie in memory, and whether their values can be looked at."""
+"""How tensors lie in memory, and whether their values can be read."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ __all__ = [
 PLAIN = (Tensor, torch.nn.Parameter)  # not a set, which torch.compile of torch 2.6 does not know
 SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 DOUBLE = frozenset({torch.float64, torch.complex128})
-# Elements looked at in one go, so that what is allocated on the way does not grow with the gradients.
+# The number of elements processed at a time, so that temporary memory does not grow with the gradients.
 PIECE = 1 << 20
 JOINED = 1 << 14
-"""Up to this size a tensor's own calls cost more than copying it beside others."""
+"""Up to this size, calls for a single tensor cost more than copying it next to others."""
 
 _WRITABLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -51,16 +51,16 @@ _WRITABLE = frozenset(
 )
 _REAL = frozenset(dtype for dtype in _WRITABLE if not dtype.is_complex)
 _LOW = 1 << 40
-"""A tensor without memory has its storage offset for an address, which is less."""
+"""A tensor without memory has its storage offset as its address, which is below this."""
 _flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 
-# Who records or transforms operations, and so has to be given torch's
+# Whether operations are recorded or transformed, so that they must be torch's
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.maybe_current_level
 
-# Whether there is a function mode: of the number, which is no tensor, there is nothing else to say.
+# Whether there is a function mode: a number, being no tensor, shows nothing else.
 _has_function_mode: Callable[[], bool] = partial(torch.overrides.has_torch_function_unary, 0)
 with torch.device("cpu"):
     _DEVICE_MODE = type(torch.overrides._get_current_function_mode_stack()[-1])  # type: ignore[no-untyped-call]
@@ -71,16 +71,16 @@ WATCHERS: tuple[Callable[[], object], ...] = (
     _transform,
     torch._C._is_tracing,
 )
-"""Each is true if somebody may see operations: the kernel asks these, and ``FORWARD_AD``."""
+"""Each is true if operations may be observed: the kernel asks these, and ``FORWARD_AD``."""
 FORWARD_AD = vars(forward_ad)
 """Its ``_current_level`` is at least 0 while operations carry tangents."""
 
 
 def intercepted() -> bool:
-    """Whether operations are being recorded or transformed, so that all have to be torch's.
+    """Whether operations are recorded or transformed, so that all of them must be torch's.
 
-    The one place that decides it.  By ``torch.compile``, a dispatch or function mode, ``torch.func``,
-    ``torch.jit.trace`` or forward-mode differentiation.  No value may be looked at then.
+    Only this function decides it.  ``torch.compile``, dispatch and function modes, ``torch.func``,
+    ``torch.jit.trace`` and forward-mode differentiation do so.  No value may be read then.
     """
     return (
         _is_compiling()
@@ -93,23 +93,23 @@ def intercepted() -> bool:
 
 
 def _sees_operations() -> bool:
-    """Whether any function mode does more than to choose a device for new tensors."""
+    """Whether any function mode does more than choose a device for new tensors."""
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(type(mode) is not _DEVICE_MODE for mode in modes)
 
 
 def values_hidden() -> bool:
-    """Whether a tensor may stand for its conjugate or negative without saying so: traced, or in a mode."""
+    """Whether a tensor may be lazily conjugated or negated without showing it, as in a mode."""
     return _is_compiling() or _dispatch_modes() > 0
 
 
 def transformed() -> bool:
-    """Whether operations are differentiated or vectorized, which those on lists of tensors cannot be."""
+    """Whether operations are differentiated or vectorized, where those on lists of tensors do not work."""
     return not values_hidden() and (_transform() is not None or FORWARD_AD["_current_level"] >= 0)
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
-    """Whether the values of all the tensors can be looked at without waiting for a device."""
+    """Whether the values of all tensors can be read without waiting for a device."""
     if intercepted():
         return False
     for tensor in tensors:  # noqa: SIM110 - all() takes three times as long
@@ -119,14 +119,15 @@ def on_host(tensors: Iterable[Tensor]) -> bool:
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The dtype of tensors that are all plain, real, of one dtype, and contiguous in host memory, else None.
+    """The dtype of tensors that are all plain, real, of the same dtype, and contiguous in host memory; else
+    None.
 
-    As those of most calls are.  They need no further looking at: all of them can be written to.
+    Most calls have such tensors.  They need no more checks: all of them can be written to.
     """
     dtype = tensors[0].dtype if tensors else None
     if dtype not in _REAL:
         return None
-    for tensor in tensors:  # one expression, as this is where calls with many small tensors spend their time
+    for tensor in tensors:  # one expression, because calls with many small tensors spend their time here
         if (
             tensor.dtype is not dtype
             or type(tensor) not in PLAIN
@@ -144,13 +145,13 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
     """The elements of strided tensors of one dtype, copied into one vector."""
     if not torch.is_autocast_enabled("cpu"):
         return _flatten(tensors)
-    # It meddles with all that concatenates: it refuses float16 where it is about bfloat16.
+    # Autocast changes every concatenation: in bfloat16 it refuses float16.
     with torch.autocast("cpu", enabled=False):
         return _flatten(tensors)
 
 
 def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
-    """The strided tensors whose elements are the tensor's; for a sparse one, those that it stores."""
+    """The strided tensors with a tensor's elements; for a sparse one, the elements that it stores."""
     if tensor.layout == torch.strided:
         yield tensor
         return
@@ -167,7 +168,7 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
 
 def own_values(tensor: Tensor) -> Tensor:
     """The values that a sparse tensor stores, not a copy of them; a COO tensor must be coalesced."""
-    return tensor.values().detach()  # of values() not detached no view can be made, as complex ones need
+    return tensor.values().detach()  # values() must be detached to be viewed as real numbers
 
 
 def is_uncoalesced(tensor: Tensor) -> bool:
@@ -176,7 +177,7 @@ def is_uncoalesced(tensor: Tensor) -> bool:
 
 
 def pieces(tensor: Tensor, length: int = PIECE) -> Iterator[Tensor]:
-    """The elements of a strided tensor in pieces of at most ``length``, copied only if they are scattered."""
+    """The elements of a strided tensor in pieces of at most ``length``, copied only if there are gaps."""
     whole = flat(tensor)
     if whole is not None:
         yield from split(whole, length)
@@ -206,7 +207,7 @@ def fills_its_memory(tensor: Tensor) -> bool:
 
 
 def flat(tensor: Tensor) -> Tensor | None:
-    """A one-dimensional view of a tensor that fills its memory in any order of its axes, else None."""
+    """A one-dimensional view of a tensor without gaps, in any order of its axes; else None."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     strides = tensor.stride()
@@ -216,19 +217,19 @@ def flat(tensor: Tensor) -> Tensor | None:
 
 
 def without_conj(tensor: Tensor) -> Tensor:
-    """The same memory without the lazy conjugation, which scaling by a real number does not see."""
+    """The same memory without the lazy conjugation, which does not matter for scaling by a real number."""
     return tensor.conj() if tensor.is_conj() else tensor
 
 
 def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], str]) -> None:
     """Raise an error for gradients that cannot be changed in place, before any is.
 
-    Torch's own where elements share memory, so that one would be changed several times.  Nothing is known of
-    the memory of tensors that are traced.
+    The error is torch's own if elements share memory, so that one would be changed several times.  The memory
+    of traced tensors is not known.
 
     Args:
-        tensors: the gradients, or what this rank holds of them.
-        described: says of one of them whose gradient it is.
+        tensors: the gradients, or this rank's parts of them.
+        described: says whose gradient a tensor is.
     """
     hidden = intercepted()
     for tensor in tensors:
@@ -243,14 +244,14 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
                 "(`p.grad = p.grad.clone()`)"
             )
         if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.dtype in _WRITABLE:
-            continue  # as most are
+            continue  # the usual case
         if tensor.dtype not in _WRITABLE:
             raise TypeError(
                 f"{described(tensor)} and dtype {tensor.dtype}, which cannot be scaled; "
                 "convert it first (`p.grad = p.grad.float()`)"
             )
         if is_uncoalesced(tensor):
-            continue  # what is changed is a copy, in which the entries for one place were added up
+            continue  # a copy is changed, in which the entries for one place were added
         values = own_values(tensor) if tensor.layout in SPARSE else tensor
         if values.layout is torch.strided and not values.is_contiguous() and _overlaps_itself(values):
             raise RuntimeError(
@@ -261,7 +262,7 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
 
 
 def refuse_without_memory(tensors: Iterable[Tensor], name: str) -> None:
-    """Raise an error for items of an argument whose storage was resized to nothing: they have no values."""
+    """Raise an error for items of an argument whose storage was resized to nothing, which have no values."""
     if intercepted():
         return
     for i, tensor in enumerate(tensors):
@@ -283,7 +284,7 @@ def without_memory(tensor: Tensor) -> bool:
 
 
 def _is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor with elements stands for zeros that are nowhere, as autograd may make one."""
+    """Whether a tensor with elements represents zeros without memory, as autograd may make it."""
     if type(tensor) not in PLAIN or tensor.is_meta or tensor.layout is not torch.strided:
         return False
     return tensor.numel() > 0 and tensor.data_ptr() == 0
@@ -311,7 +312,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _has_equal_offsets(axes: Sequence[tuple[int, int]], count: int) -> bool:
-    # Axes may interleave without meeting; only the offsets themselves can tell.
+    # Axes may interleave without overlapping; only the offsets themselves show it.
     offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in axes:
         steps = torch.arange(0, size * stride, stride, device="cpu")

@@ -1,7 +1,7 @@
-"""How a DTensor lies on its mesh of ranks, and what of it this rank holds.
+"""How a DTensor lies on its mesh of ranks, and which part of it this rank holds.
 
-Along some dimensions of the mesh a tensor is split, along the others each rank has a copy.  Its norm is the
-joint norm of the parts along the former: a copy is counted once.
+Along some dimensions of the mesh a tensor is split; along the others each rank has a copy.  Its norm is the
+joint norm of the parts along the former, with each copy counted once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 Ranks: TypeAlias = "frozenset[int] | None"
-"""Some ranks; None for all of them, which may be very many."""
+"""A set of ranks; None for all ranks, of which there may be very many."""
 
 
 class Layout(NamedTuple):
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 
     @property
     def copies(self) -> tuple[int, ...]:
-        """The dimensions of the mesh along which several ranks have copies; none on a rank outside of it."""
+        """The dimensions along which several ranks have copies; none on a rank outside the mesh."""
         if self.mesh.get_coordinate() is None:
             return ()
         return tuple(i for i in range(self.mesh.ndim) if self.mesh.size(i) > 1 and i not in self.dims)
@@ -61,17 +61,17 @@ class Layout(NamedTuple):
         return here is not None and all(here[dim] == 0 for dim in self.copies)
 
 
-# A number for each way to lie on a mesh: by the identities of the mesh and of the placements, which are kept
-# so that no other objects get their ids, and by the placements' values.
+# A number for each layout on a mesh: by the identities of the mesh and of the placements, which are kept so
+# that no other objects get their ids, and by the placements' values.
 _ways: dict[tuple[int, int], int] = {}
 _equal_ways: dict[tuple[int, Any], int] = {}
 _kept: list[Any] = []
 _numbers = itertools.count()
 _MOST_KEPT = 1 << 16
-# Of meshes that are equal, ranks are the same.
+# Equal meshes have the same ranks.
 _ranks_of_mesh: WeakKeyDictionary[DeviceMesh, frozenset[int]] = WeakKeyDictionary()
 _ranks_of_group: WeakKeyDictionary[dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
-# By the first of several groups: the others, and the ranks that all of them connect.
+# By the first of several groups: the other groups, and the ranks that all of them connect.
 _connected: WeakKeyDictionary[dist.ProcessGroup, list[tuple[list[Any], Ranks]]] = WeakKeyDictionary()
 
 
@@ -104,7 +104,7 @@ def known_ranks(groups: Sequence[dist.ProcessGroup]) -> tuple[Ranks] | None:
 
 
 def remember_ranks(groups: Sequence[dist.ProcessGroup], found: list[int]) -> Ranks:
-    """Take note of the ranks that several groups connect; each must be found once."""
+    """Record the ranks that several groups connect; each rank must be found once."""
     if len(set(found)) < len(found):
         raise ValueError(
             "the process groups in `group` must cross each other, so that every two ranks that they connect "
@@ -116,12 +116,12 @@ def remember_ranks(groups: Sequence[dist.ProcessGroup], found: list[int]) -> Ran
 
 
 def is_within(ranks: Ranks, others: Ranks) -> bool:
-    """Whether some ranks are all among others."""
+    """Whether a set of ranks is part of another."""
     return others is None or (ranks is not None and ranks <= others)
 
 
 def is_first(ranks: Ranks, among: Ranks) -> bool:
-    """Whether this rank is the first of some ranks that are also among others."""
+    """Whether this rank is the first of the ranks that two sets have in common."""
     here = dist.get_rank()
     if ranks is None or among is None:
         both = among if ranks is None else ranks
@@ -142,7 +142,7 @@ def groups_over(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
 
 
 def _flattened(mesh: DeviceMesh) -> list[DeviceMesh]:
-    """Meshes of one dimension into which the user has flattened dimensions of the same mesh.
+    """One-dimensional meshes into which the user has flattened dimensions of the same mesh.
 
     Torch keeps them in a dictionary of the mesh that has all dimensions; it has public names for neither.
     """
@@ -161,7 +161,7 @@ def device_of(mesh: DeviceMesh) -> str:
 
 def device_of_group(group: dist.ProcessGroup) -> str:
     """The type of the device that the collectives of a group work on."""
-    # The tensors of one rank may lie on the CPU, another's on an accelerator.
+    # One rank's tensors may be on the CPU and another's on an accelerator.
     return _first_choice(_devices_of_group(group))
 
 
@@ -180,7 +180,7 @@ def has_ranks() -> bool:
 
 
 def dtensor_types() -> tuple[type, ...]:
-    """DTensor, or nothing while there can be none: its module, slow to import, has not been imported."""
+    """The class DTensor; nothing if there can be none, as its module, slow to import, was not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return () if module is None else (module.DTensor,)
 
@@ -197,9 +197,9 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
 
 
 def ways_of(tensors: Sequence[Tensor]) -> list[int | None]:
-    """A number for each tensor, the same for those that lie alike; None for plain ones.
+    """A number for each tensor, equal for tensors with the same layout; None for plain tensors.
 
-    Few operations for each: to compare placements takes as long as all else that is done for a DTensor.
+    It must be quick: comparing placements takes as long as all other work for a DTensor.
     """
     dtensor: Any = dtensor_types()
     return [_way_of(t.device_mesh, t.placements) if isinstance(t, dtensor) else None for t in tensors]
@@ -225,7 +225,7 @@ def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None
     if not is_dtensor(tensor):
         return None
     mesh = tensor.device_mesh
-    if mesh.get_coordinate() is None:  # a rank outside of the mesh holds nothing, and takes no part
+    if mesh.get_coordinate() is None:  # a rank outside the mesh holds nothing, and takes no part
         return Layout(mesh, ())
     return Layout(
         mesh,
@@ -234,7 +234,7 @@ def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None
             for i, placement in enumerate(tensor.placements)
             if mesh.size(i) > 1
             and not (placement.is_replicate() or placement.is_partial())
-            # Not only Shard, also the other kinds of it, which have a dim as well.
+            # Not only Shard, but also its variants, which have a dim as well.
             and cast("Shard", placement).dim != except_dim
         ),
     )
@@ -256,7 +256,7 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not any_dtensor(tensors):
         return list(tensors)
     dtensor: Any = dtensor_types()
-    with torch.no_grad():  # or it would be a copy of its own for autograd
+    with torch.no_grad():  # autograd would make a copy
         return [t.to_local() if isinstance(t, dtensor) else t for t in tensors]
 
 
@@ -266,9 +266,9 @@ def is_partial(tensor: Tensor) -> bool:
 
 
 def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with those that are pending a reduction reduced, into copies.
+    """The tensors, with reduced copies of those that are pending a reduction.
 
-    All that are pending on the same dimension of a mesh are reduced in one collective.
+    Tensors that are pending on the same dimension of a mesh are reduced in one collective.
     """
     pending: dict[tuple[Any, ...], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -303,7 +303,7 @@ def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _all_reduce(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
-    """Reduce a tensor in place as a placement says; not every backend has the mean."""
+    """Reduce a tensor in place as its placement says; not every backend can compute a mean."""
     is_mean = operation == "avg"
     dist.all_reduce(tensor, getattr(dist.ReduceOp, "SUM" if is_mean else operation.upper()), group)
     if is_mean:

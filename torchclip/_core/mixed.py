@@ -1,4 +1,4 @@
-"""Tensors of one call that different implementations take."""
+"""Tensors of one call that different implementations handle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MixedBatch:
 
     @property
     def facts(self) -> int:
-        """``Facts`` of the tensors: never small, as not all of them are in the kernel's hands."""
+        """``Facts`` of the tensors: never small, as the kernel does not handle all of them."""
         shared = Facts.SHARED if self._shared else 0
         return (reduce(or_, (part.facts for part in self._parts)) | shared) & ~Facts.SMALL
 
@@ -40,7 +40,7 @@ class MixedBatch:
         return join([part.norm(p, finite) for part in self._parts], p)
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
-        """The norm of each tensor: a list if all parts give numbers, else a tensor."""
+        """The norm of each tensor: a list if all parts return numbers, else a tensor."""
         by_part = [part.norms(p, finite) for part in self._parts]
         in_order: list[Norm] = [0.0] * len(self.all)
         for places, norms in zip(self._places(), by_part, strict=True):
@@ -62,7 +62,7 @@ class MixedBatch:
                 part.scale_each_([clip_coefs[place] for place in places])
 
     def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
         return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
@@ -76,6 +76,6 @@ class MixedBatch:
             part.zero_nonfinite_()
 
     def _places(self) -> list[list[int]]:
-        """Where the tensors of each part stand among all."""
+        """The positions of each part's tensors among all tensors."""
         place_of = {id(tensor): place for place, tensor in enumerate(self.all)}
         return [[place_of[id(tensor)] for tensor in part.all] for part in self._parts]

@@ -29,12 +29,12 @@ def _not_taken(*_: object) -> None:
 
 
 def active() -> bool:
-    """Whether the kernel is there and not turned off at the moment."""
+    """Whether the kernel is loaded and not turned off at the moment."""
     return extension is not None and bool(extension.is_enabled())
 
 
 def step_state(*args: object) -> Any:
-    """The extension's ``RoundState``, made of these arguments; None without kernel."""
+    """The extension's ``RoundState`` with these arguments; None without the kernel."""
     return extension.RoundState(*args) if active() else None
 
 
@@ -49,15 +49,15 @@ def status() -> str:
 
 
 def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> Norm | Norms:
-    """Norms of orders that the kernel has no loops for."""
+    """Norms of orders for which the kernel has no loops."""
     batch = HostBatch(tensors)
     return batch.norms(p, finite) if each else batch.norm(p, finite)
 
 
 def _exchange_api() -> tuple[Any, str]:
-    """Torch's DLPack exchange table, or None and the reason why there is none.
+    """Torch's DLPack exchange table; or None and the reason.
 
-    Torch has it from 2.10 on; to some versions before, the package torch-c-dlpack-ext adds it.
+    Torch 2.10 and newer have it; the package torch-c-dlpack-ext adds it to some older versions.
     """
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if table is not None:
@@ -65,7 +65,7 @@ def _exchange_api() -> tuple[Any, str]:
     lacks = f"torch {torch.__version__} has no DLPack exchange table"
     try:
         importlib.import_module(_ADDS_TABLE)
-    except Exception as error:  # of any kind: without the package there are torch operations
+    except Exception as error:  # of any kind: without the package, torch operations do the work
         if isinstance(error, ModuleNotFoundError) and error.name == _ADDS_TABLE:
             return None, f"{lacks}; 2.10 has, and for 2.7 to 2.9 {installing('kernel')} adds it"
         message = " ".join(f"{type(error).__name__}: {error}".split())
@@ -98,7 +98,7 @@ def _names_of_modules() -> tuple[str, ...] | None:
 
 
 def _load() -> tuple[Any, str]:
-    """The extension, or None and the reason why it is not there."""
+    """The extension; or None and the reason."""
     if os.environ.get("TORCHCLIP_KERNEL") == "0":
         return None, "off (TORCHCLIP_KERNEL=0)"
     exchange_api, reason = _exchange_api()
@@ -107,7 +107,7 @@ def _load() -> tuple[Any, str]:
     try:
         module = importlib.import_module("torchclip._kernel")
     except ImportError as error:
-        note = Path(__file__).parents[1] / "_not_built.txt"  # what the compiler said, from setup.py
+        note = Path(__file__).parents[1] / "_not_built.txt"  # the compiler's message, from setup.py
         if note.exists():
             return None, f"off (the extension was not built: {note.read_text(encoding='utf-8')})"
         return None, f"off (the extension was not built or cannot be loaded: {error})"
@@ -136,12 +136,12 @@ def _load() -> tuple[Any, str]:
 
 
 extension: Any
-"""The module ``torchclip._kernel``, or None where it cannot be used."""
+"""The module ``torchclip._kernel``, or None if it cannot be used."""
 extension, _reason = _load()
 
 clip_grad_norm: Callable[..., Tensor | None]
-"""The extension's fast path of ``clip_grad_norm_``; None where it does not take the call."""
+"""The extension's fast path for ``clip_grad_norm_``; it returns None for calls that it does not handle."""
 clip_grad_value: Callable[..., bool | None]
-"""Likewise of ``clip_grad_value_``; True where it takes it."""
+"""The same for ``clip_grad_value_``; it returns True for calls that it handles."""
 clip_grad_norm = getattr(extension, "clip_grad_norm", _not_taken)
 clip_grad_value = getattr(extension, "clip_grad_value", _not_taken)

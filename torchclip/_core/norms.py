@@ -14,26 +14,26 @@ from torchclip._core.scalars import ABSENT, join
 
 __all__ = ["finite_norm", "norm"]
 
-# Torch splits no reduction of this length over threads, which would make results depend on their number.
+# Torch does not split reductions of this length over threads, so results do not depend on their number.
 _SERIAL = (1 << 15) - 1
 _ROW = 1 << 10
-# Rows of so many elements are summed in float32.
+# The number of elements in a row that is summed in float32.
 _SHORT_ROW = 1 << 8
-# One row out of so many is looked at once more, of few rows and of many: numbers in step with no usual width.
+# One row in this many is summed again, of few rows and of many: primes, unlike any usual width.
 _EVERY = (67, 263)
 _MANY_ROWS = 1 << 14
-# From so many elements on a float32 norm that has to be verified is cheaper than an exact one.
+# From this many elements on, a verified float32 norm is cheaper than an exact one.
 _LARGE = 1 << 16
-# Of those so many can be looked at in one go: no copy is made, and their rows have at most _SERIAL norms.
+# That many of these are processed at a time: no copy is made, and their rows have at most _SERIAL norms.
 _LONG_PIECE = _SHORT_ROW * _SERIAL
-# So many are looked at together, of which some may be copies.
+# That many are processed together, some of them copies.
 _TOGETHER = 4 * memory.PIECE
-# So many are widened in one go, so that what is read again is still in the cache.
+# That many are converted at a time, so that they are still in the cache when they are read again.
 _WIDENED = 1 << 17
 
 
 def norm(tensors: Sequence[Tensor], p: float) -> float:
-    """The norm of all elements of some tensors as one vector."""
+    """The norm of all elements of the tensors as one vector."""
     parts: list[float] = []
     of_rows: list[Tensor] = []
     narrow: list[Tensor] = []
@@ -57,7 +57,7 @@ def norm(tensors: Sequence[Tensor], p: float) -> float:
 
 def finite_norm(tensor: Tensor, p: float) -> float:
     """The norm of the finite elements of a tensor."""
-    copy = tensor.detach().clone()  # of one at a time, so that there is never a second set of them
+    copy = tensor.detach().clone()  # one tensor at a time, so that there is never a second set of gradients
     if copy.layout == torch.sparse_coo:
         copy = copy.coalesce()
     values = memory.own_values(copy) if copy.layout in memory.SPARSE else copy
@@ -89,18 +89,18 @@ def _piece_norms(piece: Tensor, p: float) -> list[float]:
 
 
 def _rows(piece: Tensor, length: int) -> list[Tensor]:
-    """A one-dimensional tensor as a matrix of rows of some length, and one of a single row with the rest."""
+    """A one-dimensional tensor as a matrix with rows of some length, and a single row with the rest."""
     whole = piece.numel() - piece.numel() % length
     return [part for part in (piece[:whole].view(-1, length), piece[whole:].view(1, -1)) if part.numel()]
 
 
 def _is_narrow(tensor: Tensor, p: float) -> bool:
-    """Whether no power leaves the range of float64: of the orders 1 and 2, and shorter real numbers."""
+    """Whether all powers fit into float64: those of orders 1 and 2, of real numbers shorter than that."""
     return p in (1, 2) and tensor.dtype in NARROW_REAL
 
 
 def _narrow_norms(pieces: Sequence[Tensor], p: float) -> list[Tensor]:
-    """Float64 norms of the parts of narrow pieces."""
+    """Float64 norms of the parts of pieces that are narrower than float64."""
     long = [piece for piece in pieces if piece.numel() > memory.JOINED]
     norms = [
         vector_norm(piece, p, dim=0, keepdim=True, dtype=torch.float64)
@@ -121,7 +121,7 @@ def _narrow_norms(pieces: Sequence[Tensor], p: float) -> list[Tensor]:
 
 
 def _verified_float32_norms(pieces: Sequence[Tensor], p: float) -> list[Tensor] | None:
-    """Norms of the parts of pieces at the speed of float32, or None where they are not accurate.
+    """Norms of the parts of pieces at the speed of float32, or None if these are not accurate.
 
     Short rows are summed in float32 and joined in float64.
     """
@@ -160,7 +160,7 @@ def _together(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Small tensors of one dtype, copied beside each other into pieces of at most ``PIECE`` elements."""
+    """Small tensors of one dtype, copied next to each other into pieces of at most ``PIECE`` elements."""
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:

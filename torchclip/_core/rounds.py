@@ -1,11 +1,11 @@
 """Which ranks exchange what in a call, and in which order.
 
-Ranks that share a mesh over which something is split exchange one number for all that lies on it, and so do
-the ranks that ``group`` connects.  A copy counts once: the first rank of those with copies has its norm
-counted, the others send ``ABSENT``.  So that a gradient counts though the first of them lacks it, all of them
-send a mark of what they have.  Where the marks differ, every rank's norms are compared one by one.
+Ranks that share a mesh over which a tensor is split exchange one number for everything on that mesh, and so
+do the ranks that ``group`` connects.  Copies count once: of the ranks with copies, the first sends its norm
+and the others send ``ABSENT``.  The first may lack a gradient that others have, so all of them also send a
+mark of the gradients that they have.  If the marks differ, the norms of all ranks are compared one by one.
 
-All ranks of a mesh have the same parameters on it, so that all of them come to the same plan.
+All ranks of a mesh have the same parameters on it, so all of them make the same plan.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from torchclip._core.scalars import ABSENT, concatenate, device_of, in_one, on_d
 __all__ = ["Part", "Places", "each", "joined", "lines", "totals"]
 
 Places = Mapping["Layout | None", Sequence["int | None"]]
-"""For each layout, and None for plain tensors, which tensors lie like this: None for one that is not here."""
+"""The tensors of each layout (None for plain tensors); None in place of a tensor that is not on this rank."""
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _not_compiled(function: _Function) -> _Function:
-    """``torch.compiler.disable``, which imports the compiler, but not before the first call."""
+    """``torch.compiler.disable``, but the compiler is imported in the first call only."""
     disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
@@ -52,13 +52,13 @@ def _not_compiled(function: _Function) -> _Function:
 
 
 class Part(NamedTuple):
-    """What this rank holds of tensors that have one norm together.
+    """This rank's part of tensors that have one joint norm.
 
     Attributes:
-        places: how they lie.
-        pending: the layouts of those that are pending a reduction, which takes all ranks of a mesh anyway.
-        norm: the norm of those with a layout.
-        norms: the norm of each place with a layout, ``ABSENT`` where there is none.
+        places: their layouts.
+        pending: the layouts of those that are pending a reduction, which involves all ranks of a mesh anyway.
+        norm: the norm of the tensors with a given layout.
+        norms: the norm of each tensor with a given layout, ``ABSENT`` for those that are not on this rank.
     """
 
     places: Places
@@ -68,21 +68,21 @@ class Part(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What of a part lies alike."""
+    """The tensors of a part that have the same layout."""
 
     part: int
     layout: Layout
 
 
 class _Item:
-    """What some ranks exchange: a number for each part, or each tensor, of what lies on their meshes."""
+    """What some ranks exchange: a number for each part, or for each tensor, on their meshes."""
 
     def __init__(self, ranks: Ranks, groups: Sequence[dist.ProcessGroup], device: str) -> None:
         self.ranks, self.groups, self.device = ranks, groups, device
         self.held: list[_Held] = []
 
     def mark(self, parts: Sequence[Part]) -> int:
-        """A number that says for which parameters with copies there are gradients; 0 for all of them."""
+        """A number that shows which parameters with copies have gradients; 0 if all have."""
         places = [parts[part].places[layout] for part, layout in self.held if layout.copies]
         if not any(None in some for some in places):
             return 0
@@ -91,22 +91,22 @@ class _Item:
 
 @_not_compiled
 def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
-    """The norm of each part on all ranks that share its meshes, or that a group connects.
+    """The norm of each part over all ranks that share its meshes, or that a group connects.
 
     Args:
-        parts: what this rank holds.
-        groups: process groups whose other ranks hold other plain tensors, and DTensors on other meshes.
+        parts: this rank's parts.
+        groups: process groups whose other ranks have other plain tensors, and DTensors on other meshes.
         call: the call; it has the facts of all those ranks afterwards.
 
     Returns:
-        The norms, the same bits on each of those ranks; ``ABSENT`` where none has any element.
+        The norms, with the same bits on each of those ranks; ``ABSENT`` if none has any element.
     """
     return _totals(parts, groups, call, at_once=True)
 
 
 @_not_compiled
 def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
-    """The norm of each tensor with a layout, with what all ranks of its mesh hold, in the order of places."""
+    """The norm of each tensor with a given layout over all ranks of its mesh, in the order of places."""
     items = _items(parts, every=False)
     sent = {item: concatenate([_counted(parts, held) for held in item.held]) for item in items}
     joint = _exchanged(parts, items, sent, call)
@@ -133,7 +133,7 @@ def lines(vectors: Mapping[Layout, Tensor], call: Call) -> dict[Layout, Tensor]:
 
 
 def _lines(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layout]]]:
-    """Each set of ranks once.  Dimensions of a mesh have the same order on all of its ranks."""
+    """Each set of ranks once.  The dimensions of a mesh have the same order on all of its ranks."""
     found: dict[Ranks, tuple[dist.ProcessGroup, list[Layout]]] = {}
     latest: dict[Ranks, int] = {}
     for layout in layouts:
@@ -148,7 +148,7 @@ def _lines(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layo
 def _totals(
     parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call, at_once: bool
 ) -> list[Norm]:
-    """``totals``; ``at_once`` if what lies on meshes within a group goes along with the group's exchange."""
+    """``totals``; with ``at_once``, tensors on meshes within a group are exchanged with the group's."""
     p = call.order
     connected = _connected(groups, call) if groups else None
     items = _items(parts, every=connected is not None)
@@ -182,7 +182,7 @@ def _totals(
 
 
 def _warn_of_copies(call: Call) -> None:
-    """Warn if all norms that the ranks of a group have counted are there several times, to the last bit."""
+    """Warn if every norm that the ranks of a group have counted occurs several times, to the last bit."""
     if call.error is not None or call.sent is None:
         return
     for column in call.sent.T.tolist():
@@ -198,9 +198,9 @@ def _warn_of_copies(call: Call) -> None:
 
 
 def _joins(item: _Item, connected: _Item) -> bool:
-    """Whether what lies on an item's meshes can go along with the exchange of a group.
+    """Whether the tensors on an item's meshes can be exchanged together with a group's.
 
-    Copies can only if all of the group's ranks compare their marks.
+    Copies can, but only if all of the group's ranks compare their marks.
     """
     if item.ranks == connected.ranks:
         return True
@@ -229,7 +229,7 @@ def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
 
 
 def _items(parts: Sequence[Part], every: bool) -> list[_Item]:
-    """What is exchanged over meshes, in the order of the tensors; with ``every`` also what is not split."""
+    """What is exchanged over meshes, in the order of the tensors; with ``every`` also without splits."""
     items: dict[Ranks, _Item] = {}
     layouts = [
         _Held(i, layout) for i, part in enumerate(parts) for layout in part.places if layout is not None
@@ -248,7 +248,7 @@ def _items(parts: Sequence[Part], every: bool) -> list[_Item]:
 
 
 def _of_parts(parts: Sequence[Part], item: _Item, p: float) -> list[Norm]:
-    """For each part, the norm of what this rank has to count of an item."""
+    """For each part, the norm of what this rank counts for an item."""
     norms: list[list[Norm]] = [[] for _ in parts]
     for part, layout in item.held:
         if layout.is_first:
@@ -257,7 +257,7 @@ def _of_parts(parts: Sequence[Part], item: _Item, p: float) -> list[Norm]:
 
 
 def _counted(parts: Sequence[Part], held: _Held) -> Norms:
-    """The norm of each tensor of which this rank has to count what it holds."""
+    """The norm of each tensor whose part on this rank counts."""
     if held.layout.is_first:
         return parts[held.part].norms(held.layout)
     return [ABSENT] * len(parts[held.part].places[held.layout])
@@ -266,7 +266,7 @@ def _counted(parts: Sequence[Part], held: _Held) -> Norms:
 def _exchanged(
     parts: Sequence[Part], items: Sequence[_Item], sent: dict[_Item, Norms], call: Call
 ) -> dict[_Item, Norms]:
-    """The joint norms of items, also of those whose ranks lack different gradients."""
+    """The joint norms of items, including those whose ranks lack different gradients."""
     joint, differing = _run(parts, items, sent, call)
     for item in differing:
         norms = _compared(parts, item, call)
@@ -285,7 +285,7 @@ def _exchanged(
 def _run(
     parts: Sequence[Part], items: Sequence[_Item], sent: dict[_Item, Norms], call: Call
 ) -> tuple[dict[_Item, Norms], list[_Item]]:
-    """The joint norms of items, and those of them whose ranks lack different gradients."""
+    """The joint norms of items, and the items whose ranks lack different gradients."""
     joint = dict(sent)
     marks = {item: item.mark(parts) for item in items}
     for group, device, together in _rounds(items):
@@ -303,9 +303,9 @@ def _run(
 
 
 def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, str, list[_Item]]]:
-    """The exchanges, in the same order on all ranks that take part in two of them.
+    """The exchanges, in the same order on all ranks that take part in any two of them.
 
-    What takes one exchange goes along with that of other items among the same ranks.
+    Items that take one exchange share it with other items among the same ranks.
     """
     along: dict[Ranks, _Item] = {}
     for item in items:
@@ -325,7 +325,7 @@ def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, str, list[_
 
 
 def _compared(parts: Sequence[Part], item: _Item, call: Call) -> list[list[float]] | None:
-    """The norm of each tensor of an item whose copies are not everywhere; None if the call failed."""
+    """The norm of each tensor of an item of which some ranks lack their copies; None if the call failed."""
     own = [list(map(float, parts[part].norms(layout))) for part, layout in item.held]
     compare = Call(Kind.COMPARE, call.order, call.facts)
     rows = np.array([[float(dist.get_rank()), *(norm for norms in own for norm in norms)]])
@@ -341,7 +341,7 @@ def _compared(parts: Sequence[Part], item: _Item, call: Call) -> list[list[float
         for (_, layout), norms in zip(item.held, own, strict=True):
             of_mesh = np.array([of_rank[rank] for rank in layout.mesh.mesh.flatten().tolist()])
             of_mesh = of_mesh[:, start : start + len(norms)].reshape(*layout.mesh.shape, len(norms))
-            # Of copies that differ the largest counts.
+            # If copies differ, the largest counts.
             largest = integer_sums.keys(of_mesh, 1.0).max(axis=layout.copies)
             whole = integer_sums.leading(largest, 1.0).reshape(-1, len(norms))
             found.append(integer_sums.join(whole, call.order).tolist())
@@ -350,7 +350,7 @@ def _compared(parts: Sequence[Part], item: _Item, call: Call) -> list[list[float
 
 
 def joined(norms: Sequence[Norm], p: float) -> Norm:
-    """The joint norm of some norms that this rank knows, with the bits that it has on all ranks."""
+    """The joint norm of norms that this rank knows, with the same bits as on all ranks."""
     present = [norm for norm in norms if isinstance(norm, Tensor) or not norm < 0]
     if len(present) < 2:
         return present[0] if present else ABSENT

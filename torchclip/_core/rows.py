@@ -1,4 +1,4 @@
-"""Norms of the rows of matrices, and rows multiplied each by its own number."""
+"""Norms of the rows of matrices, and multiplication of each row by its own number."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ __all__ = [
 
 NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
-"""Dtypes whose squares float64 holds."""
+"""Dtypes whose squares fit into float64."""
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 PRESCALE = 2.0**-64
-"""A power of two, which rounds nothing: it takes numbers too small for float32 part of the way."""
+"""A power of two, so that nothing is rounded: one step for numbers that are too small for float32."""
 
 _ROW = 1 << 10
 # Torch splits no reduction of this length over threads, which would make results depend on their number.
 _SERIAL = (1 << 15) - 1
-# Up to so many elements a copy in float64 takes longer than to widen them one by one; from so many on float32
-# norms that have to be verified are cheaper than exact ones.
+# Up to this many elements, a copy in float64 takes longer than converting them one by one; from this many on,
+# verified float32 norms are cheaper than exact ones.
 _FEW, _MANY = 1 << 14, 1 << 17
-# At most so many elements are summed in float32.
+# The largest number of elements that are summed in float32.
 _PART = 1 << 8
-# One row out of so many is looked at once more.
+# One row in this many is summed again.
 _EVERY = 47
 
 
@@ -54,13 +54,13 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
     if not narrow:
         rows = rows.to(wide)  # as vector_norm does not read float8
     if rows.is_complex() and p != 2:
-        # Of a single complex number vector_norm looks at the real part only, for order 0.
+        # For order 0, vector_norm reads only the real part of a single complex number.
         rows = rows.to(wide).abs()
         wide = rows.dtype
     plain = vector_norms(rows, p, wide)
     if p in (0, math.inf, -math.inf) or (p in (1, 2) and narrow and wide in memory.DOUBLE):
         return plain
-    # The powers are in range if those of the results are.
+    # If the powers of the results are in range, so are all others.
     regular = (plain > 0) & (abs(p) * plain.log().abs() < 600)
     if memory.on_host([rows]) and bool(regular.all()):
         return plain
@@ -89,7 +89,7 @@ def row_norms(tensor: Tensor, p: float) -> Tensor:
 
 
 def _narrow_norms(rows: Tensor, p: float) -> Tensor:
-    """The norms of rows whose powers float64 holds, each summed by one thread."""
+    """The norms of rows whose powers fit into float64, each summed by one thread."""
     if rows.numel() <= _FEW:
         return vector_norms(rows, p, torch.float64)
     fast = _verified_norms(rows, p) if rows.numel() >= _MANY else None
@@ -100,10 +100,10 @@ def _narrow_norms(rows: Tensor, p: float) -> Tensor:
 
 
 def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
-    """The norms of many rows at the speed of float32, or None where they are not accurate.
+    """The norms of many rows at the speed of float32, or None if these are not accurate.
 
-    Short parts of rows are summed in float32 and joined in float64.  Some rows are summed in float64 too: on
-    most numbers rounding errors cancel out, and where they do not, these rows show it.
+    Short parts of rows are summed in float32 and joined in float64.  Some rows are summed in float64 too:
+    rounding errors usually cancel out, and if they do not, these rows show it.
     """
     length = next(
         (n for n in range(min(_PART, rows.shape[1]), _PART // 4, -1) if rows.shape[1] % n == 0), None
@@ -128,7 +128,7 @@ def _block_norms(rows: Tensor, p: float) -> Tensor:
 
 
 def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
-    """Multiply each slice along the first axis in place by its own number, as ``coefs_for`` gives them."""
+    """Multiply each slice along the first axis in place by its own number, from ``coefs_for``."""
     real = tensor
     # Where operations are intercepted a tensor may stand for its conjugate, which cannot be seen.
     if tensor.dtype.is_complex and not memory.values_hidden():
@@ -139,14 +139,14 @@ def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
     if clip_coefs.dtype == real.dtype or real.dtype.is_complex:
         real.mul_(clip_coefs)
         return
-    # Torch would widen the whole tensor at once.
+    # Torch would convert the whole tensor at once.
     parts = memory.by_rows(real)
     for part, of_part in zip(parts, torch.split(clip_coefs, max(1, len(parts[0]))), strict=True):
         part.mul_(of_part)
 
 
 def coefs_for(dtype: torch.dtype, clip_coefs: Tensor) -> Tensor:
-    """Float64 numbers in the dtype to multiply a dtype in: float32, if that has all their digits."""
+    """Float64 numbers in the dtype to multiply in: float32, if it has all their digits."""
     tiny = (clip_coefs > 0) & (clip_coefs < FLOAT32_TINY)
     if dtype in memory.DOUBLE or (memory.on_host((clip_coefs,)) and bool(tiny.any())):
         return clip_coefs

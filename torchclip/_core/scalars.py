@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 ABSENT = -1.0
-"""What stands for the norm of no elements at all; it changes no joint norm, of whatever order."""
+"""The norm of no elements; it does not change a joint norm of any order."""
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _CPU = torch.device("cpu")
@@ -53,12 +53,12 @@ _SHOWN = 10
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that norms have on a device: float64, but float32 on mps, which has no wider one."""
+    """The dtype of norms on a device: float64, or float32 on mps, which has no wider one."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Tensor:
-    """Norms as a tensor of one dimension on a device, for which the host does not wait."""
+    """Norms as a one-dimensional tensor on a device, without waiting for it."""
     device = torch.device(device)
     dtype = norm_dtype(device)
     if isinstance(norms, Tensor):
@@ -66,7 +66,7 @@ def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Ten
     if device_of(norms) is None:
         vector = torch.tensor(norms, dtype=dtype, device=_CPU)
         return vector if device.type == "cpu" else vector.to(device, non_blocking=True)
-    # A number written on the device is no copy from the host, which would wait.
+    # The device writes the number, as a copy from the host would wait.
     return torch.stack(
         [
             norm.to(device, dtype)
@@ -78,24 +78,24 @@ def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Ten
 
 
 def vector(norms: Sequence[float]) -> Tensor:
-    """Norms as a tensor in host memory, several times faster than ``torch.tensor`` makes one."""
+    """Norms as a tensor in host memory, several times faster than with ``torch.tensor``."""
     if not norms:
         return torch.zeros(0, dtype=torch.float64, device=_CPU)
     return torch.frombuffer(array("d", norms), dtype=torch.float64)
 
 
-# Numbers of the host or of a device, where it does not matter which
+# Numbers on the host or on a device
 
 
 def device_of(values: Collection[Norm | Norms]) -> torch.device | None:
-    """The device of the first that is on one; None if all are numbers of the host."""
-    if _OF_HOST.issuperset(map(type, values)):  # many times faster than to look at each
+    """The device of the first number that is on one; None if all are on the host."""
+    if _OF_HOST.issuperset(map(type, values)):  # many times faster than checking each
         return None
     return next((value.device for value in values if isinstance(value, Tensor)), None)
 
 
 def numbers(norms: Norms) -> list[float]:
-    """Norms as numbers, for which this waits if they are on a device."""
+    """Norms as numbers; waits if they are on a device."""
     return norms.tolist() if isinstance(norms, Tensor) else norms
 
 
@@ -108,7 +108,7 @@ def in_one(norms: Sequence[Norm]) -> Norms:
 
 
 def concatenate(several: Sequence[Norms]) -> Norms:
-    """All norms, one after the other."""
+    """All norms in one list or tensor."""
     if len(several) == 1:
         return several[0]
     device = device_of(several)
@@ -118,7 +118,7 @@ def concatenate(several: Sequence[Norms]) -> Norms:
 
 
 def divided(norms: Norms, divisor: Tensor | Sequence[float]) -> Norms:
-    """Norms by one number on whatever device, or each by its own of the host."""
+    """Norms divided by one number on any device, or each by its own number on the host."""
     if isinstance(norms, Tensor):
         by = divisor.to(norms) if isinstance(divisor, Tensor) else on_device(divisor, norms.device)
         return norms / by
@@ -127,14 +127,14 @@ def divided(norms: Norms, divisor: Tensor | Sequence[float]) -> Norms:
 
 
 def at_most(values: Norms, most: Norm) -> Norms:
-    """Numbers of which none is larger than another number; NaN stays NaN."""
+    """The numbers, limited to at most another number; NaN stays NaN."""
     if device_of([values, most]) is None:
         return [value if value != value else min(value, cast("float", most)) for value in numbers(values)]
     return on_device(values, device_of([values, most])).clamp(max=most)  # type: ignore[arg-type]
 
 
 def smallest(several: Iterable[Norm | Norms], otherwise: float) -> Norm:
-    """The smallest of several numbers, NaN if one of them is."""
+    """The smallest of several numbers; NaN if any of them is."""
     found: list[Norm] = []
     for each in several:
         if isinstance(each, Tensor):
@@ -145,7 +145,7 @@ def smallest(several: Iterable[Norm | Norms], otherwise: float) -> Norm:
 
 
 def may_change(clip_coef: Norm) -> bool:
-    """Whether to multiply by a number may change something: without waiting to know whether it is 1."""
+    """Whether multiplying by a number may change something; does not wait to see whether a tensor is 1."""
     return isinstance(clip_coef, Tensor) or clip_coef != 1.0
 
 
@@ -176,11 +176,11 @@ def _join_numbers(norms: list[float], p: float) -> float:
     if len(norms) < 2:
         return norms[0] if norms else ABSENT
     total = sum(norms)
-    if total != total:  # as NaN is, and nothing else that is not negative
+    if total != total:  # only NaN is not equal to itself
         return math.nan
     if p == 0:
         return math.fsum(norms)
-    # Divided by the leading one, no power leaves the range, whatever p is.
+    # Divided by the leading norm, no power leaves the range, for any p.
     leading = max(norms) if p > 0 else min(norms)
     if math.isinf(p) or leading == 0 or math.isinf(leading):
         return leading
@@ -202,7 +202,7 @@ def join_rows(norms: Tensor, p: float) -> Tensor:
 
 
 def join_present(norms: Tensor, p: float) -> Tensor:
-    """``join_rows`` of norms that are all there, in few operations."""
+    """``join_rows`` of norms of which none is ``ABSENT``, in few operations."""
     if p == 0:
         return norms.sum(dim=-1)
     leading = norms.amax(dim=-1) if p > 0 else norms.amin(dim=-1)
@@ -215,16 +215,16 @@ def join_present(norms: Tensor, p: float) -> Tensor:
 def vector_norms(vectors: Tensor, p: float, dtype: torch.dtype | None = None) -> Tensor:
     """The norms along the last dimension.
 
-    It is counted from the front: torch 2.9 traces -1 to a wrong shape where that dimension has length 1.
+    The dimension is counted from the front: torch 2.9 traces -1 to a wrong shape if its length is 1.
     """
     norms: Tensor = vector_norm(vectors, p, dim=vectors.dim() - 1, dtype=dtype)
     return norms
 
 
 def divisor_like(leading: Tensor) -> Tensor:
-    """What to divide by so that no power of a quotient leaves the range: the leading number itself.
+    """A divisor with which no power of a quotient leaves the range: the leading number.
 
-    But not by 0 or infinity, whose quotients would be NaN.
+    It is never 0 or infinity, whose quotients would be NaN.
     """
     limits = torch.finfo(leading.dtype)
     return leading.clamp(limits.tiny, limits.max)
@@ -233,7 +233,7 @@ def divisor_like(leading: Tensor) -> Tensor:
 # Clip coefficients
 
 EPS = 1e-6
-"""What torch adds to the norm in the denominator of the clip coefficient."""
+"""The number that torch adds to the norm in the denominator of the clip coefficient."""
 
 
 @overload
@@ -267,9 +267,9 @@ def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
         return torch.ones_like(norm)
     if isinstance(max_norm, float) and eps > 0:
         coefs = (max_norm / (norm.clamp(min=0.0) + eps)).clamp(max=1.0)
-        # Of no elements it is 1, whatever the threshold, which only one so small does not give.
+        # Without elements it is 1, which the formula does not give for such a small threshold.
         return coefs if max_norm > eps else coefs.masked_fill(norm < 0, 1.0)
-    # The NaN of 0/0 and inf/inf must not be seen.
+    # 0/0 and inf/inf must not become NaN.
     as_they_are = norm <= max_norm
     if isinstance(max_norm, Tensor):
         as_they_are = as_they_are | (max_norm == math.inf)
@@ -277,13 +277,13 @@ def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
 
 
 def clip_coefs(max_norms: Norm | Sequence[float], norms: Norms, eps: float = EPS) -> Norms:
-    """``clip_coef`` of several norms, with one threshold for all or one for each."""
+    """``clip_coef`` of several norms, with one threshold for all of them or one for each."""
     if isinstance(norms, Tensor):
         limits = on_device(max_norms, norms.device) if isinstance(max_norms, (list, tuple)) else max_norms
         return clip_coef(cast("Norm", limits), norms, eps)
     if isinstance(max_norms, Tensor):
         if max_norms.dim():
-            # One operation after the other on all of them is faster than a call for each.
+            # A few operations on all of them are faster than a call for each.
             return cast("list[float]", clip_coef(max_norms, vector(norms), eps).tolist())
         max_norms = float(max_norms)
     if not isinstance(max_norms, (list, tuple)):
@@ -311,7 +311,7 @@ def to_result(total_norm: Norm, batch: Batch) -> Tensor:
     dtype = _result_dtype(batch)
     if isinstance(total_norm, Tensor):
         return total_norm.clamp(min=0.0).to(_result_device(batch, total_norm.device), dtype)
-    # No norm is 0; a number beyond float32 is infinite there, of which torch would make an error.
+    # No norm means 0; a number beyond float32 becomes infinite, where torch would raise.
     value = 0.0 if total_norm < 0 else total_norm
     if dtype is torch.float32 and value > _FLOAT32_MAX:
         value = math.inf
@@ -320,7 +320,7 @@ def to_result(total_norm: Norm, batch: Batch) -> Tensor:
 
 
 def to_results(norms: Norms, batch: Batch) -> Tensor:
-    """Several norms as a tensor of one dimension, as ``to_result`` returns one."""
+    """Several norms as a one-dimensional tensor, like those of ``to_result``."""
     if isinstance(norms, list) and _result_device(batch, _CPU) == _CPU:
         return vector([0.0 if norm < 0 else norm for norm in norms]).to(_result_dtype(batch))
     return on_device(norms, _result_device(batch, _CPU)).clamp(min=0.0).to(_result_dtype(batch))
@@ -343,15 +343,15 @@ def refuse_nonfinite(
     "`error_if_nonfinite=False`",
     argument: str = "parameters",
 ) -> None:
-    """Raise torch's error if the norm is not finite, saying which gradients are to blame.
+    """Raise torch's error if the norm is not finite, and name the gradients that cause it.
 
     Args:
         total_norm: the norm; on an accelerator this waits for it.
         norm_type: its order.
         tensors: the gradients.
-        names: what to call a gradient, by its ``id``; its position otherwise.
+        names: the names of gradients, by their ``id``; others are named by their position.
         remedy: what the user can do.
-        argument: where the gradients are from.
+        argument: the name of the argument with the gradients.
     """
     if is_finite(total_norm):
         return

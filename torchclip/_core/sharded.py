@@ -1,4 +1,4 @@
-"""Tensors of which this rank may hold only parts: norms that all ranks agree on."""
+"""Tensors of which this rank may have only parts: norms on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["ShardedBatch", "norms_of", "norms_of_each", "refuse"]
 
 
 class Placed:
-    """How the tensors of a call lie.
+    """The layouts of the tensors of a call.
 
     Args:
         items: distinct parameters or tensors.
         take_grad: whether the gradients of the items are meant.
 
     Attributes:
-        all: the distinct tensors that are here.
+        all: the distinct tensors on this rank.
         dtensors: those of them that are DTensors.
-        places: how they lie, in the order of the items on every rank, and which of ``all`` do: None stands
-            for one that is not here, but may be on other ranks.
+        places: the layouts, in the same order on every rank, with the positions in ``all`` of the tensors
+            that have them: None for a tensor that is not on this rank but may be on others.
         pending: the layouts of those that are pending a reduction.
         shared: whether any is the gradient of several parameters.
     """
@@ -55,7 +55,7 @@ class Placed:
             place_of = {id(grad): place for place, grad in enumerate(self.all)}
             places = [None if grad is None else place_of[id(grad)] for grad in grads]
         first_of = dict(zip(reversed(ways), reversed(lie), strict=True))
-        if len(first_of) == 1:  # as where FSDP2 shards all of a model
+        if len(first_of) == 1:  # such as a model that FSDP2 shards as a whole
             self._places_of(lie[0]).extend(places)
         else:
             places_of = {way: self._places_of(first_of[way]) for way in dict.fromkeys(ways)}
@@ -66,7 +66,7 @@ class Placed:
             self.dtensors = [tensor for tensor in self.all if mesh.is_dtensor(tensor)]
 
     def _places_of(self, tensor: Tensor) -> list[int | None]:
-        """Where to note the place of a tensor that lies like this one."""
+        """The list for the positions of tensors with this layout."""
         layout = mesh.layout_of(tensor)
         if layout is not None and mesh.is_partial(tensor):
             self.pending.add(layout)
@@ -74,13 +74,13 @@ class Placed:
 
 
 class ShardedBatch:
-    """Plain tensors and DTensors with what other ranks hold of them; a ``Batch``.
+    """Plain tensors and DTensors, including the parts on other ranks; a ``Batch``.
 
     Args:
         items: distinct parameters or tensors.
         take_grad: whether the gradients of the items are meant.
-        groups: process groups whose ranks hold further gradients.
-        gather: makes a batch of what this rank holds: of tensors, and whether any is shared.
+        groups: process groups whose ranks have further gradients.
+        gather: makes a batch of this rank's tensors, given them and whether any is shared.
         measured: whether gradients are only measured.
     """
 
@@ -102,14 +102,14 @@ class ShardedBatch:
         self.joint_facts: int | None = None
 
     def unchecked(self) -> Sequence[Tensor]:
-        """What this rank holds that might not be possible to change in place."""
-        # All that the kernel takes can be.
+        """This rank's tensors that it may not be possible to change in place."""
+        # Tensors that the kernel handles can always be changed.
         rest: Sequence[Tensor] = getattr(self._local, "rest", self._locals)
         return rest
 
     @property
     def facts(self) -> int:
-        """``Facts`` of the tensors on this rank and, once a norm was taken, on all ranks."""
+        """``Facts`` of the tensors on this rank; once a norm was taken, on all ranks."""
         return (self.own_facts if self.joint_facts is None else self.joint_facts) | Facts.SHARDED
 
     @property
@@ -123,12 +123,12 @@ class ShardedBatch:
         return norm
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
-        """The norm of each tensor, with the parts of it that other ranks hold."""
+        """The norm of each tensor, including its parts on other ranks."""
         (norms,) = norms_of_each([self], p, finite)
         return norms
 
     def part(self, p: float, finite: bool) -> rounds.Part:
-        """What this rank holds, to be measured; gradients that are pending a reduction are reduced."""
+        """This rank's tensors to measure; gradients that are pending a reduction are reduced first."""
         held = self._held(finite)
         of_each: list[Norms] = []
 
@@ -144,7 +144,7 @@ class ShardedBatch:
         return rounds.Part(self._placed.places, self._placed.pending, norm, norms)
 
     def with_joint(self, joint: dict[Layout, Norms], part: rounds.Part, p: float, finite: bool) -> Norms:
-        """The norm of each tensor, given those that took other ranks."""
+        """The norm of each tensor, given the norms that involved other ranks."""
         norms: list[Norm] = [ABSENT] * len(self.all)
         for layout, places in self._placed.places.items():
             values = joint[layout] if layout in joint else part.norms(layout)
@@ -154,7 +154,7 @@ class ShardedBatch:
         return in_one(norms)
 
     def _held(self, finite: bool) -> Sequence[Tensor]:
-        """What this rank holds of each tensor, to be measured: reduced if that is pending."""
+        """This rank's part of each tensor to measure: reduced first if a reduction is pending."""
         if finite:
             self._refuse_partial("zeroing non-finite elements")
         if not self._placed.pending:
@@ -162,39 +162,39 @@ class ShardedBatch:
         return mesh.locals_of(mesh.without_partial(self.all))
 
     def _norm_of(self, tensors: list[Tensor], p: float, finite: bool) -> Norm:
-        """The norm of some of what this rank holds."""
+        """The norm of some of this rank's tensors."""
         whole = not self._placed.pending and len(tensors) == len(self.all)
         return (self._local if whole else self._gather(tensors, False)).norm(p, finite)
 
     def scale_(self, clip_coef: Norm, /) -> None:
-        """Multiply what this rank holds of every tensor in place."""
+        """Multiply this rank's part of every tensor in place."""
         if may_change(clip_coef):
             self._written().scale_(clip_coef)
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
-        """Multiply what this rank holds of each tensor in place by its own number."""
+        """Multiply this rank's part of each tensor in place by its own number."""
         self._written().scale_each_(clip_coefs)
 
     def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; the norms before."""
+        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
         return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
-        """Limit every element that this rank holds in place to ``[-limit, limit]``."""
+        """Limit every element on this rank in place to ``[-limit, limit]``."""
         self._refuse_partial("clipping by value")
         self._written().clamp_(limit)
 
     def zero_nonfinite_(self) -> None:
-        """Set every infinite or NaN element of this rank to 0."""
+        """Set every infinite or NaN element on this rank to 0."""
         self._written().zero_nonfinite_()
 
     def _written(self) -> Batch:
-        """The local batch, for a change in place that the tensors it belongs to shall know of."""
+        """The local batch for a change in place; DTensors' version counters are incremented afterwards."""
         torch.autograd.graph.increment_version(self._placed.dtensors)
         return self._local
 
     def _refuse_partial(self, what: str) -> None:
-        """Raise an error for tensors pending a reduction, whose elements are not known before it."""
+        """Raise an error for tensors that are pending a reduction, as their elements are not known yet."""
         for i, tensor in enumerate(self.all if self._placed.pending else []):
             if mesh.is_dtensor(tensor) and mesh.is_partial(tensor):
                 raise TypeError(
@@ -205,7 +205,7 @@ class ShardedBatch:
 
 
 def norms_of(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[Norm]:
-    """The norm of each of several batches of the same ranks, in one exchange for all."""
+    """The norms of several batches of the same ranks, in one exchange."""
     parts = [batch.part(p, finite) for batch in batches]
     call = _call(batches, Kind.CLIP, Kind.MEASURE, p)
     norms = rounds.totals(parts, batches[0].groups, call)
@@ -216,7 +216,7 @@ def norms_of(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[No
 
 
 def norms_of_each(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[Norms]:
-    """The norms of the tensors of each of several batches of the same ranks, in one exchange for all."""
+    """The norms of the tensors of several batches of the same ranks, in one exchange."""
     parts = [batch.part(p, finite) for batch in batches]
     call = _call(batches, Kind.CLIP_EACH, Kind.MEASURE_EACH, p)
     joint = rounds.each(parts, call)
@@ -235,12 +235,12 @@ def _call(batches: Sequence[ShardedBatch], if_changed: int, if_not: int, p: floa
 
 
 def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int) -> None:
-    """Have the ranks that wait for this one learn that it refused what it was given: then all raise an error.
+    """Tell the ranks that wait for this one that it refused its arguments, so that all raise an error.
 
     Args:
         several: the parameters, or tensors, of each batch of the call.
         groups: the process groups of the call.
-        kind: of ``Kind``: what the call was to be.
+        kind: of ``Kind``: the kind of the call.
     """
     parts = []
     for items in several:
@@ -248,7 +248,7 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
             continue
         placed = Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
         if placed.pending:
-            mesh.without_partial(placed.all)  # which takes all ranks, too
+            mesh.without_partial(placed.all)  # which involves all ranks, too
         parts.append(_absent(placed))
     if parts:
         call = Call(kind, 0.0)
@@ -267,7 +267,7 @@ def _absent(placed: Placed) -> rounds.Part:
 
 
 def _at(places: Sequence[int | None], norms: Norms) -> Norms:
-    """Of norms those at some places, ``ABSENT`` for None."""
+    """The norms at some positions, ``ABSENT`` for None."""
     if isinstance(norms, list):
         return [ABSENT if i is None else norms[i] for i in places]
     if list(places) == list(range(len(norms))):

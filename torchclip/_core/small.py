@@ -1,6 +1,6 @@
-"""The 2-norm of few elements, which stay in the cache: there calls take longer than arithmetic.
+"""The 2-norm of few elements, which stay in the cache, so that calls take longer than arithmetic.
 
-NumPy's calls cost a fifth of torch's, and so few elements are not worth a second thread.
+NumPy's calls cost a fifth of torch's, and so few elements do not need a second thread.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torchclip._core import memory
 __all__ = ["MOST", "is_accurate", "norm"]
 
 MOST = 1 << 19
-"""So many elements are few."""
-# From so many elements on a float32 norm that has to be verified is cheaper than an exact one.
+"""The largest number of elements that this module handles."""
+# From this many elements on, a verified float32 norm is cheaper than an exact one.
 _LARGE = 1 << 16
-# So many are summed in float32, in many lanes: so few that no BLAS shares them among threads.
+# How many are summed in float32, in many lanes: so few that no BLAS splits them over threads.
 _ROW = 1 << 9
-# One row out of so many is looked at once more.
+# One row in this many is summed again.
 _EVERY = 47
 _WIDENED = 1 << 14
 
@@ -34,36 +34,36 @@ Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 
 
 def is_accurate(whole: float, sampled: float, exact: float, rows: int, every: int, p: float) -> bool:
-    """Whether a sum of powers that was taken row by row in float32, then in float64, is accurate.
+    """Whether a sum of powers, taken in float32 within rows and in float64 over rows, is accurate.
 
-    On most gradients the rows' rounding errors cancel out (to some 1e-9).  Where they do not, as for constant
-    ones, the rows that are looked at once more show it.
+    For most gradients the rows' rounding errors cancel out (to some 1e-9).  If they do not, as for constant
+    gradients, the sampled rows show it.
 
     Args:
         whole: the sum.
-        sampled: that of one row out of so many.
-        exact: that of these rows in float64.
-        rows: how many there are.
-        every: out of how many one was looked at once more.
+        sampled: the sum of one row in ``every``.
+        exact: the sum of these rows in float64.
+        rows: the number of rows.
+        every: how many rows there are for each sampled one.
         p: the power.
     """
     # Far from both ends of the float32 range, where squares overflow or lose their digits.
     in_range = (1e-15 * rows) ** p < whole < 1e15**p
-    # Next to nothing in the rows looked at says nothing about the others.
+    # If the sampled rows are almost 0, they say nothing about the others.
     telling = 4 * every * exact > whole
     return in_range and telling and abs(sampled - exact) <= p * 2e-8 * exact
 
 
 def norm(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float:
-    """The norm of tensors of one dtype, at most float32, that ``memory.common_dtype`` knows."""
+    """The norm of tensors for which ``memory.common_dtype`` gives a dtype of at most float32."""
     vectors = _vectors(tensors, sizes)
-    with np.errstate(all="ignore"):  # no warning: what float32 cannot hold is computed again
+    with np.errstate(all="ignore"):  # no warning: what overflows float32 is computed again
         squares = _verified(vectors) if sum(sizes) >= _LARGE else None
         return math.sqrt(sum(map(_exact, vectors)) if squares is None else squares)
 
 
 def _vectors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Array]:
-    """The elements in float32; small tensors are beside each other in one vector."""
+    """The elements in float32, with small tensors joined in one vector."""
     if max(sizes) <= memory.JOINED:
         return [_vector(memory.concatenate(tensors))]
     vectors, small = [], []
@@ -80,18 +80,18 @@ def _vectors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Array]:
 def _vector(tensor: Tensor) -> Array:
     """The elements of a contiguous tensor in float32: its own memory, if it has that dtype.
 
-    Not by ``numpy()``, after which torch refuses to resize the storage; nor by DLPack, which takes three
+    Not with ``numpy()``, after which torch refuses to resize the storage; nor with DLPack, which takes three
     times as long.
     """
     values = tensor if tensor.dtype is torch.float32 else tensor.float()
     elements = _floats(values.numel()).from_address(values.data_ptr())
-    elements.owner = values  # as long as somebody looks at its memory, the tensor is there
+    elements.owner = values  # keeps the tensor alive as long as its memory is in use
     return np.frombuffer(elements, np.float32)
 
 
 @lru_cache(1024)
 def _floats(count: int) -> Any:
-    """A type, which takes longer to make than the array of it."""
+    """The ctypes type of an array, cached as making it takes longer than making the array."""
     return ctypes.c_float * count
 
 
@@ -109,7 +109,7 @@ def _exact(vector: Array) -> float:
 
 
 def _verified(vectors: Sequence[Array]) -> float | None:
-    """The sum of the squares at the speed of float32, or None where it is not accurate."""
+    """The sum of the squares at the speed of float32, or None if it is not accurate."""
     of_rows, chosen, rests, before = [], [], [], 0
     for vector in vectors:
         count = len(vector) // _ROW
@@ -129,7 +129,7 @@ def _verified(vectors: Sequence[Array]) -> float | None:
 
 
 def _squares_by_matmul(rows: Array) -> Array:
-    """As ``numpy.vecdot``, which NumPy has since 2.0."""
+    """Like ``numpy.vecdot``, which NumPy has since 2.0."""
     sums: Array = np.matmul(rows[:, None, :], rows[:, :, None]).reshape(-1)
     return sums
 

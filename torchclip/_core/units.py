@@ -22,14 +22,14 @@ __all__ = ["Units", "norms", "of_parameters", "parted", "scale_"]
 
 
 class Units(NamedTuple):
-    """What this rank holds of a parameter and of its gradient, unit by unit along the first axis."""
+    """This rank's part of a parameter and of its gradient, unit by unit along the first axis."""
 
     owner: Tensor | None
     """The gradient as the user sees it; None if there is none on this rank."""
     weight: Tensor
     grad: Tensor | None
     measured: Tensor | None
-    """The gradient to take norms of: a reduced copy, where a reduction is pending."""
+    """The gradient to measure: a reduced copy if a reduction is pending."""
     layout: Layout | None
     """How single units are split over ranks."""
 
@@ -43,7 +43,7 @@ def of_parameters(parameters: Tensor | Iterable[Tensor] | nn.Module) -> list[Uni
 
 
 def _told(chosen: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
-    """The units of some of the items of an argument; of an error the ranks that wait for this one learn."""
+    """The units of some items of an argument; ranks that wait for this one are told of an error."""
     try:
         return _of_items(chosen, items, given)
     except (RuntimeError, TypeError, ValueError):
@@ -52,7 +52,7 @@ def _told(chosen: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
 
 
 def parted(parameters: Tensor | Iterable[Tensor] | nn.Module) -> tuple[Any, list[Units]]:
-    """The units that the kernel takes, if there is one, and the others as ``of_parameters`` gives them."""
+    """The units that the kernel handles, and the others as from ``of_parameters``."""
     if memory.intercepted() or not native.active():
         return None, of_parameters(parameters)
     items = arguments.tensor_list("parameters", parameters)
@@ -68,13 +68,13 @@ def parted(parameters: Tensor | Iterable[Tensor] | nn.Module) -> tuple[Any, list
 
 
 def tell_ranks(parameters: Any) -> None:
-    """Have the ranks that wait for this one learn that it refused its gradients or an argument."""
+    """Tell the ranks that wait for this one that it refused its gradients or an argument."""
     if not mesh.has_ranks():
         return
     try:
         items = arguments.tensor_list("parameters", parameters)
     except TypeError:
-        return  # they say nothing of other ranks
+        return  # they do not involve other ranks
     layouts = {_layout(item): torch.zeros(0) for item in items if mesh.is_dtensor(item)}
     call = Call(Kind.ADAPT, 0.0)
     call.fail("refused")
@@ -143,7 +143,7 @@ def _is_row_sparse(tensor: Tensor) -> bool:
 def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     """The norms of the weights and of the gradients of each parameter's units.
 
-    Where units are split over ranks, with the parts of them that other ranks hold.
+    If units are split over ranks, the parts on other ranks are included.
     """
     with torch.no_grad():
         of_units = [(_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)) for u in units]
@@ -169,7 +169,7 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
 
 
 def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
-    """The norms of what this rank holds of the units of a tensor."""
+    """The norms of this rank's parts of the units of a tensor."""
     if tensor is None or (units.layout is not None and tensor.numel() == 0):
         return units.weight.new_full((len(units.weight),), ABSENT, dtype=norm_dtype(units.weight.device))
     return rows.row_norms(tensor, p)
@@ -178,7 +178,7 @@ def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
 def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
     """Multiply the gradient of each unit in place by its own number.
 
-    A gradient that several parameters share is multiplied once, by the smallest.
+    A gradient that several parameters share is multiplied once, by the smallest number.
     """
     of_gradient: dict[int, tuple[Units, Tensor]] = {}
     for each, of_units in zip(units, clip_coefs, strict=True):
@@ -208,11 +208,11 @@ def _by_dtype(
 
 
 def _changed(clip_coefs: Sequence[Tensor]) -> Sequence[bool]:
-    """Which of several vectors have a number other than 1; of those on a device are not read."""
+    """Which of several vectors have a number other than 1; those on a device are not read, and count."""
     if not clip_coefs or not memory.on_host(clip_coefs):
         return [True] * len(clip_coefs)
     starts = list(itertools.accumulate((part.numel() for part in clip_coefs), initial=0))[:-1]
-    least = np.minimum.reduceat(torch.cat(list(clip_coefs)).numpy(), starts)  # NaN, if any is
+    least = np.minimum.reduceat(torch.cat(list(clip_coefs)).numpy(), starts)  # NaN if any of them is
     answers: list[bool] = (least != 1).tolist()
     return answers
 
