@@ -17,9 +17,9 @@ def status() -> str:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Use torch operations in place of the kernel within a ``with`` block, for comparison.
+    """Use torch operations instead of the kernel within a ``with`` block, for comparison.
 
-    This affects all threads, until every thread has left its last such block.
+    This affects all threads, until each of them has left its last such block.
     """
     if native.extension is None:
         yield

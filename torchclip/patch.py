@@ -24,9 +24,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
-    """A function that does what one of torchclip's does, but returns a norm as torch's function does.
+    """A function of torchclip that returns the norm as torch's function does.
 
-    It can have a ``__wrapped__``, which would be untrue of the original.
+    It is a function of its own, so that it can have a ``__wrapped__``.
     """
     first = next(iter(inspect.signature(ours).parameters))
 
@@ -52,9 +52,9 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
 
 
 def _as_torch_returns(total_norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The norm as a DTensor if gradients are: torch's callers may ask it for its ``full_tensor()``.
+    """The norm as a DTensor if the gradients are: callers of torch's function may call its ``full_tensor()``.
 
-    Every rank holds the whole of it, so that ``item()`` is right, too.
+    It is replicated on every rank, so that ``item()`` is right, too.
     """
     found = [tensor.device_mesh for tensor in tensors if mesh.is_dtensor(tensor)]
     own = next((each for each in found if each.get_coordinate() is not None), None)
@@ -72,7 +72,7 @@ get_total_norm = _stand_in(norm.get_total_norm, takes_gradients=True)
 
 _STAND_INS = (clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm)
 originals = types.SimpleNamespace(**{f.__name__: getattr(torch.nn.utils, f.__name__) for f in _STAND_INS})
-"""Torch's own, where pickle finds them while others are in their place."""
+"""Torch's own functions, where pickle finds them while others replace them."""
 _own_places = {each: (each.__module__, each.__qualname__) for each in vars(originals).values()}
 _lock = threading.RLock()
 _replaced: dict[tuple[types.ModuleType, str], Any] = {}
@@ -87,7 +87,7 @@ def install() -> list[str]:
     in ``torch.nn.utils`` and in ``torch.nn.utils.clip_grad``.  Each has the replaced function as its
     ``__wrapped__``.  Installing twice changes nothing.
 
-    The norm of DTensors is a DTensor, as in torch, but it is whole on every rank.  So code that calls its
+    The norm of DTensors is a DTensor, as in torch, but a replicated one.  So code that calls its
     ``full_tensor()`` works, and code that does not call it gets the right number, too.
 
     This does not change FSDP1's own method ``model.clip_grad_norm_``, nor names that were imported earlier,
@@ -124,7 +124,7 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """``install`` within a ``with`` block.
+    """Like ``install``, but for a ``with`` block.
 
     The functions are replaced for all threads.  Blocks may be nested and may overlap: the last one to end
     restores torch's functions, unless ``install`` was called.

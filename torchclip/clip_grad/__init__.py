@@ -1,1 +1,1 @@
-"""The functions, a file a rule."""
+"""The functions, one file per rule."""

@@ -38,8 +38,8 @@ def clip_grad_adaptive_(
 
     Raises:
         TypeError: for anything but tensors in ``parameters`` and numbers in the others, an integer gradient,
-            a sparse gradient that is not made of whole rows (as those of ``torch.nn.Embedding`` are), or a
-            DTensor gradient that is not split as its parameter is.
+            a sparse gradient that does not consist of whole rows (as those of ``torch.nn.Embedding`` do), or
+            a DTensor gradient that is not split like its parameter.
         ValueError: if ``clip_factor`` or ``eps`` is negative or NaN, or ``norm_type`` is NaN.
         RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
 
@@ -73,7 +73,7 @@ def _clip(
     grad_scale: Tensor | None = None,
 ) -> None:
     by_kernel, others = units.parted(parameters)
-    # Other ranks may refuse: that is known before anything is changed.
+    # Other ranks may refuse, which must be known before anything changes.
     clip_coefs = _clip_coefs(others, clip_factor, eps, p, grad_scale)
     if by_kernel is not None:
         scale = 1.0 if grad_scale is None else float(grad_scale)
@@ -87,9 +87,7 @@ def _clip_coefs(
     some: Sequence[units.Units], clip_factor: float, eps: float, p: float, grad_scale: Tensor | None
 ) -> list[Tensor]:
     norms = units.norms(some, p)
-    if (
-        len({of_weight.device for of_weight, _ in norms}) == 1
-    ):  # all at once, as each operation takes its time
+    if len({of_weight.device for of_weight, _ in norms}) == 1:  # all at once, as each operation takes time
         weights, grads = (torch.cat(of_all) for of_all in zip(*norms, strict=True))
         of_all = _clip_coef(weights, grads, clip_factor, eps, grad_scale)
         return list(torch.split(of_all, [of_weight.numel() for of_weight, _ in norms]))

@@ -33,8 +33,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     r"""Scale all gradients together so that their joint norm is at most ``max_norm``.
 
-    The drop-in for ``torch.nn.utils.clip_grad_norm_``.  All gradients are one vector; with its norm,
-    every gradient is multiplied by:
+    The drop-in for ``torch.nn.utils.clip_grad_norm_``.  All gradients are one vector, whose norm is
+    ``total_norm``.  Every gradient is multiplied by:
 
         min(1, max_norm / (total_norm + 1e-6))
 
@@ -61,7 +61,7 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: for anything but tensors in ``parameters``, an integer gradient, a ``max_norm`` or
-            ``norm_type`` that is not a number, or a ``group`` that is no process group.
+            ``norm_type`` that is not a number, or a ``group`` that is not a process group.
         ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is NaN.
         RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do; if
             ``error_if_nonfinite`` and the norm is not finite (the message names the gradients).
@@ -196,7 +196,7 @@ def clip_grads_with_norm_(
 
 
 def _as_norm(total_norm: Tensor | float) -> Norm:
-    """A norm that the user computed: left on its device if it is on one."""
+    """A norm that the user computed; it stays on its device."""
     if isinstance(total_norm, Tensor) and not memory.on_host([total_norm]):
         if total_norm.numel() != 1 or total_norm.is_complex():
             raise TypeError(
@@ -204,7 +204,7 @@ def _as_norm(total_norm: Tensor | float) -> Norm:
                 f"{total_norm.dtype}"
             )
         norm = full(total_norm.detach()).to(norm_dtype(total_norm.device)).view(())
-        # Nobody waits to see whether it is negative; NaN shows that it was, and turns no gradient around.
+        # To see whether it is negative would wait.  NaN shows that it was, and reverses no gradient.
         return torch.where(norm < 0, math.nan, norm)
     value = number("total_norm", total_norm)
     if value < 0:

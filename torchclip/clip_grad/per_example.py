@@ -15,7 +15,7 @@ from torchclip._core.scalars import clip_coef, join_rows, norm_dtype
 
 __all__ = ["clip_per_example"]
 
-# Elements of examples copied in one go.
+# The number of elements copied at a time.
 _PIECE = 1 << 20
 _CPU = torch.device("cpu")
 _PLAIN = frozenset(memory.PLAIN)
@@ -34,8 +34,8 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
     not clipped, ``1 - clipped / examples``.
 
     Args:
-        grads: one tensor a parameter, of shape ``(examples, *parameter.shape)``, as
-            ``torch.func.vmap(torch.func.grad(loss), ...)`` gives them.  Not modified.
+        grads: one tensor per parameter, of shape ``(examples, *parameter.shape)``, as from
+            ``torch.func.vmap(torch.func.grad(loss), ...)``.  Not modified.
         max_norm: the threshold for each example's norm, at least 0.
 
     Returns:
@@ -71,15 +71,15 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
 
 
 def _by_kernel(tensors: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor] | None:
-    """What the kernel makes of the examples; None if it is not on, or does not take all tensors."""
+    """The kernel's result; None if the kernel is off, or does not handle all tensors."""
     if memory.intercepted() or not native.active() or not tensors:
         return None
     if not (_PLAIN.issuperset(map(type, tensors)) and tensors[0].is_cpu):
         return None
-    # It may stand for what its memory is not.
+    # It may be lazily conjugated or negated.
     if any(g.is_neg() for g in tensors) or any(g.is_conj() for g in tensors):
         return None
-    # The kernel adds up in the order of the memory, which is that of the results then.
+    # The kernel adds in the order of the memory, so the results are in that order.
     sums = [
         torch.empty(g.shape[1:], dtype=g.dtype, device=_CPU)
         if g.is_contiguous() or not len(g)
@@ -107,12 +107,12 @@ def _check(tensors: list[Tensor]) -> None:
 
 
 def _weighted_sum(grad: Tensor, clip_coefs: Tensor) -> Tensor:
-    # On mps, which has no float64, float32, and then autocast must not narrow the product.
+    # mps has no float64; autocast must not narrow the product in float32 there.
     wide = torch.promote_types(grad.dtype, norm_dtype(grad.device))
     clip_coefs = clip_coefs.to(grad.device, wide)
     examples = grad.reshape(len(grad), math.prod(grad.shape[1:]))
     with torch.autocast("mps", enabled=False) if grad.device.type == "mps" else nullcontext():
-        # By pieces, so that the copies do not grow with the gradients.
+        # In pieces, so that the copies do not grow with the gradients.
         pieces = torch.split(examples, max(1, _PIECE // max(1, len(examples))), dim=1)
         total = torch.cat([clip_coefs @ piece.to(wide) for piece in pieces])
     return total.to(grad.dtype).view(grad.shape[1:])

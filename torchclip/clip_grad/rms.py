@@ -20,11 +20,11 @@ __all__ = ["BlockRMS", "clip_grad_rms_"]
 def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: float) -> Tensor:
     r"""Clip each gradient by itself, to a root mean square of at most ``max_rms``.
 
-    With ``n`` the number of elements of a gradient ``g`` (of the full tensor, if it is a DTensor):
+    A gradient ``g`` has ``n`` elements (those of the full tensor, if it is a DTensor):
 
         rms(g) = ‖g‖ / √n                g ← min(1, max_rms / rms(g)) g
 
-    Unlike with a threshold for the norm, one number fits large and small parameters.  optax calls this
+    Unlike a threshold for the norm, one number fits large and small parameters.  optax calls this
     ``clip_by_block_rms``; Adafactor clips its updates in this way.
 
     Args:
@@ -34,7 +34,7 @@ def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: f
 
     Returns:
         The root mean squares before clipping, in the order of the distinct gradients: a tensor of shape
-        ``(gradients,)``, of dtype and device as ``clip_grad_norm_`` returns them.
+        ``(gradients,)``, with the dtype and device that ``clip_grad_norm_`` returns.
 
     Raises:
         TypeError: for anything but tensors in ``parameters``, an integer gradient, or a ``max_rms`` that is
@@ -66,13 +66,13 @@ def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: f
 
 
 def _clip(batch: Batch, max_rms: float, roots: Sequence[float]) -> Norms:
-    """Clip, and return the norms before."""
-    # By limits for the norms, which keep what is as long as that exactly as it is.
+    """Clip, and return the norms before clipping."""
+    # With limits for the norms, a gradient that is exactly at the limit does not change.
     return batch.clip_each_([max_rms * root for root in roots], 2.0, 0.0)
 
 
 def _roots(batch: Batch) -> list[float]:
-    """The square root of each gradient's number of elements; 1 for those without any."""
+    """The square root of each gradient's number of elements; 1 for empty gradients."""
     return [math.sqrt(max(1, grad.numel())) for grad in batch.all]
 
 

@@ -1,4 +1,4 @@
-"""Ways of clipping that are no threshold for a norm, as objects that a ``Clipper`` takes as ``max_norm``."""
+"""Other rules than a threshold for the norm, as objects that a ``Clipper`` takes as ``max_norm``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Rule"]
 
 
 class Rule(ABC):
-    """How gradients are clipped, where it is not by ``max_norm``.
+    """A rule of clipping in place of ``max_norm``.
 
-    A clipper takes the norm of the gradients, has the rule clip those of all parameter groups that bring no
-    ``max_norm`` along, and takes the norm again.  The ratio of the two is the step's coefficient.
+    A clipper measures the norm of the gradients, lets the rule clip those of all parameter groups without a
+    ``max_norm`` of their own, and measures again.  The ratio of the two norms is the step's coefficient.
     """
 
     usual: ClassVar[tuple[str, ...] | None] = None
-    """What the kernel calls the rule, and the attributes with its numbers; None if it does not know it."""
+    """The kernel's name for the rule, and the attributes with its numbers; None if there is none."""
 
     @abstractmethod
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
@@ -27,9 +27,9 @@ class Rule(ABC):
 
         Args:
             parameters: the parameters of one or several groups.
-            grad_scale: what a GradScaler has multiplied the gradients by, if it has not taken it out yet; the
-                rule is for the gradients without it.
+            grad_scale: the scale of a GradScaler, if the gradients are still multiplied by it; the rule
+                applies to the unscaled gradients.
 
         Raises:
-            TypeError: for gradients that cannot be clipped so; none is changed then.
+            TypeError: for gradients that cannot be clipped in this way; then none is changed.
         """

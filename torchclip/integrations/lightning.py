@@ -31,10 +31,11 @@ class ClipperCallback(Callback):
 
         trainer = Trainer(callbacks=[ClipperCallback(max_norm=1.0)])
 
-    Each optimizer has its own ``torchclip.Clipper`` while ``fit`` runs, with the module's names for its
-    parameters.  Of one optimizer the records have the loss.  Checkpoints carry the clippers' state, and
-    another ``fit`` of the same module goes on with it.  Do not pass ``gradient_clip_val`` to the Trainer as
-    well.  Optimizers that step together in manual optimization need one Clipper for both, made by you.
+    Each optimizer has its own ``torchclip.Clipper`` while ``fit`` runs, which uses the module's names for its
+    parameters.  With a single optimizer, the records include the loss.  Checkpoints store the clippers'
+    state, and another ``fit`` of the same module continues with it.  Do not pass ``gradient_clip_val`` to the
+    Trainer as well.  For optimizers that step together in manual optimization, make one Clipper for both
+    yourself.
 
     Args:
         max_norm: as for ``torchclip.Clipper``.
@@ -50,7 +51,7 @@ class ClipperCallback(Callback):
 
     Attributes:
         clippers (list[Clipper]): one for each optimizer, in order, from the start of ``fit``; their history
-            stays readable afterwards.
+            can be read afterwards.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class ClipperCallback(Callback):
         self._restore()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss, where there is one optimizer that it can be of."""
+        """Record the loss, if there is only one optimizer."""
         if len(self.clippers) == 1:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
@@ -126,11 +127,11 @@ class ClipperCallback(Callback):
             self._to_log = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the clippers off."""
+        """Remove the clippers."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the clippers off."""
+        """Remove the clippers."""
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,15 +139,15 @@ class ClipperCallback(Callback):
         return {"clippers": [clipper.state_dict() for clipper in self.clippers]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the Trainer loads it before the optimizers exist, or after."""
+        """Load the state from a checkpoint; the Trainer does so before the optimizers exist, or after."""
         self._states = list(state_dict["clippers"])
         if self._fitting:
             self._restore()
         else:
-            self._module = None  # what the clippers have learned is not to be gone on with
+            self._module = None  # discards what the clippers have learned
 
     def _goes_on(self, module: LightningModule, optimizers: int) -> bool:
-        """Whether the clippers of the ``fit`` before are of the same module, which is trained further."""
+        """Whether the clippers of the last ``fit`` belong to the same module, which is trained further."""
         return self._module is not None and self._module() is module and len(self.clippers) == optimizers
 
     def _note(self, scalars: Scalars) -> Callable[[Record], None] | None:

@@ -1,4 +1,4 @@
-"""What a clipper did in a step, as numbers for any logger."""
+"""What a clipper did in a step, as numbers for loggers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Scalars:
     """Turns the records of one clipper into named numbers.
 
     Args:
-        prefix: what the names begin with, before a slash.
-        window: over how many of the latest steps the share of clipped steps is taken, at least 1.
+        prefix: the beginning of the names, before a slash.
+        window: the number of latest steps in the share of clipped steps, at least 1.
 
     Raises:
         TypeError: if ``window`` is not an integer.
@@ -33,7 +33,7 @@ class Scalars:
         self._clipped: deque[bool] = deque(maxlen=arguments.count("window", window, least=1))
 
     def resume(self, history: Iterable[Record]) -> None:
-        """Go on from a loaded history, so that the share of clipped steps does not start anew."""
+        """Continue from a loaded history, so that the share of clipped steps does not start again."""
         self._clipped.clear()
         self._clipped.extend(record.clipped for record in history)
 
@@ -48,15 +48,15 @@ class Scalars:
 
 
 class DictLogger:
-    """For ``Clipper(on_clip=...)``: hands the numbers of every step to a function that takes a dictionary.
+    """For ``Clipper(on_clip=...)``: passes the numbers of every step to a function that takes a dictionary.
 
-    For Weights & Biases, so that they go along with what is logged next:
+    For Weights & Biases, where they are logged together with the next values:
 
         on_clip=DictLogger(functools.partial(wandb.log, commit=False))
 
     Args:
         log: called with a dictionary of names and numbers after every step.
-        prefix: what the names begin with, before a slash.
+        prefix: the beginning of the names, before a slash.
 
     Raises:
         TypeError: if ``log`` is not callable.
@@ -74,7 +74,7 @@ class DictLogger:
         self._scalars = Scalars(prefix)
 
     def resume(self, history: Iterable[Record]) -> None:
-        """Go on from a loaded history: ``on_clip.resume(clipper.history)``."""
+        """Continue from a loaded history: ``on_clip.resume(clipper.history)``."""
         self._scalars.resume(history)
 
     def __call__(self, record: Record) -> None:

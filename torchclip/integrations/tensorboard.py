@@ -24,8 +24,8 @@ class ScalarLogger:
         clipper = torchclip.Clipper(optimizer, 1.0, on_clip=ScalarLogger(SummaryWriter()))
 
     Args:
-        writer: a ``torch.utils.tensorboard.SummaryWriter``, or whatever has its ``add_scalar``.
-        prefix: what the tags begin with, before a slash.
+        writer: a ``torch.utils.tensorboard.SummaryWriter``, or any object with its ``add_scalar``.
+        prefix: the beginning of the tags, before a slash.
 
     Raises:
         TypeError: if ``writer`` has no ``add_scalar``.
@@ -38,7 +38,7 @@ class ScalarLogger:
         self._scalars = Scalars(prefix)
 
     def resume(self, history: Iterable[Record]) -> None:
-        """Go on from a loaded history: ``on_clip.resume(clipper.history)``."""
+        """Continue from a loaded history: ``on_clip.resume(clipper.history)``."""
         self._scalars.resume(history)
 
     def __call__(self, record: Record) -> None:

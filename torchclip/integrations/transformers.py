@@ -38,17 +38,16 @@ class ClipperCallback(TrainerCallback, ExportableState):
         args = TrainingArguments(max_grad_norm=0.0, ...)
         trainer = Trainer(model, args, callbacks=[ClipperCallback(max_norm=1.0)], ...)
 
-    The clipper has the model's names for its parameters, and its records have the loss.  Checkpoints carry
-    its state in ``trainer_state.json``; it comes back with every ``resume_from_checkpoint``.
+    The clipper uses the model's names for its parameters, and its records include the loss.  Checkpoints
+    store its state in ``trainer_state.json``, and ``resume_from_checkpoint`` restores it.
 
-    ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` go into ``trainer.state.log_history``,
-    and into the logs that callbacks after this one see, such as the printed ones.  Callbacks of
-    ``report_to`` come before those of the user: for them pass ``on_clip``, with one of
-    ``torchclip.integrations.loggers`` or ``torchclip.integrations.tensorboard``.  The Trainer's own
-    ``grad_norm`` is the norm that the clipper takes: the Trainer does not go through the gradients itself,
-    which reach the clipper as the backward pass has left them.
+    ``trainer.state.log_history``, and the logs that later callbacks receive, such as the printed ones, have
+    ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share``.  Callbacks of ``report_to`` run before
+    those of the user: for them pass ``on_clip``, with a class of ``torchclip.integrations.loggers`` or
+    ``torchclip.integrations.tensorboard``.  The Trainer's own ``grad_norm`` is the norm that the clipper
+    measures: the Trainer does not measure the gradients itself.
 
-    Not for DeepSpeed and FSDP1, which keep the gradients to themselves: there use ``max_grad_norm``.
+    This does not work with DeepSpeed and FSDP1, which hide the gradients; use ``max_grad_norm`` there.
 
     Args:
         max_norm: as for ``torchclip.Clipper``.
@@ -61,8 +60,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
         on_clip: likewise.
 
     Attributes:
-        clipper (Clipper | None): the clipper, from the start of training; its history stays readable
-            afterwards.
+        clipper (Clipper | None): the clipper, from the start of training; its history can be read afterwards.
     """
 
     def __init__(
@@ -94,7 +92,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
         self.clipper: Clipper | None = None
 
     def on_init_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        """Refuse what would replace this callback.
+        """Refuse an option that would replace this callback.
 
         Raises:
             ValueError: if ``restore_callback_states_from_checkpoint`` is set.
@@ -108,7 +106,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the clipper on the optimizer, and load its state if training goes on from a checkpoint.
+        """Put the clipper on the optimizer, and load its state if training resumes from a checkpoint.
 
         Raises:
             ValueError: if the Trainer clips too.
@@ -126,7 +124,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
             model=kwargs["model"],
             **self._options,
         )
-        # A checkpoint from before this callback has no entry, but the Trainer relies on one when it saves.
+        # A checkpoint from before this callback has no entry, but the Trainer needs one when it saves.
         entries: Any = state.stateful_callbacks
         saved = entries.setdefault(type(self).__name__, self.state())["attributes"]["clipper"]
         self._scalars, self._latest = Scalars(), {}
@@ -148,7 +146,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(self._latest)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Take the clipper off."""
+        """Remove the clipper."""
         if self.clipper is not None:
             self.clipper.detach()
         if self._accelerator is not None:
@@ -161,10 +159,10 @@ class ClipperCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"clipper": self.clipper and self.clipper.state_dict()}}
 
     def _measure_for(self, trainer: Trainer) -> None:
-        """Give the Trainer the clipper's norm to log.
+        """Let the Trainer log the clipper's norm.
 
-        To have a norm to log, the Trainer calls Accelerate's ``clip_grad_norm_`` with an infinite threshold
-        before the step.  That reads all gradients once more, and if one is infinite it makes all of them NaN.
+        To log a norm, the Trainer calls Accelerate's ``clip_grad_norm_`` with an infinite threshold before
+        the step.  That would read all gradients a second time, and if one is infinite make all of them NaN.
         """
         accelerator = self._accelerator = trainer.accelerator
         clip_grad_norm_ = accelerator.clip_grad_norm_
@@ -181,7 +179,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
                 return clip_grad_norm_(parameters, max_norm, norm_type)
             parameters = list(parameters)
             if self._measures(clipper, parameters, norm_type):
-                # The Trainer reads it after the step; NaN where a GradScaler has left the step out.
+                # The Trainer reads it after the step; it is NaN if a GradScaler has skipped the step.
                 self._grad_norm = torch.full((), math.nan, dtype=torch.float64)
                 return self._grad_norm
             accelerator.unscale_gradients()
@@ -198,7 +196,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
         accelerator.backward = backward_with_loss
 
     def _measures(self, clipper: Clipper, parameters: Sequence[Tensor], norm_type: float) -> bool:
-        """Whether the clipper takes this norm of these parameters' gradients; all ranks answer alike."""
+        """Whether the clipper measures this norm of these parameters' gradients; all ranks agree."""
         held = [p for group in clipper.optimizer.param_groups for p in group["params"]]
         return float(self._options["norm_type"]) == norm_type and _trainable(held) == _trainable(parameters)
 
@@ -219,7 +217,7 @@ def _trainable(parameters: Iterable[Tensor]) -> set[int]:
 
 
 def _calling_trainer() -> Trainer | None:
-    """The Trainer whose callback is being called: it passes on all that it has, but not itself."""
+    """The Trainer that is calling a callback: it passes everything but itself."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

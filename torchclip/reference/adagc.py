@@ -1,4 +1,4 @@
-"""AdaGC: a threshold for each parameter, at every step of a run."""
+"""AdaGC: a threshold for each parameter at every step of a run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ def adagc_thresholds(
 
         threshold_i = relative γ_i        γ_i ← beta γ_i + (1 - beta) min(‖g_i‖, threshold_i)
 
-    A norm that is 0 or not finite leaves ``γ_i`` as it is, and does not count in the warm-up of its
-    parameter; one that is not finite does not count in the joint norm either.  Twin of ``torchclip.AdaGC``.
+    A norm that is 0 or not finite does not change ``γ_i``, and does not count in the warm-up of its
+    parameter; a norm that is not finite does not count in the joint norm either.  Twin of
+    ``torchclip.AdaGC``.
 
     Args:
-        norms: the norm of each parameter's gradient at each step, of shape ``(steps, parameters)``; below 0
+        norms: the norm of each parameter's gradient at each step, of shape ``(steps, parameters)``; negative
             where there is no gradient.
-        relative: the largest norm, in terms of ``γ_i``.
-        beta: how much of ``γ_i`` is kept each step.
-        warmup: how many norms each parameter first learns from.
-        max_norm: what all gradients together are clipped to in the warm-up.
+        relative: the largest allowed norm, as a multiple of ``γ_i``.
+        beta: the weight of the old ``γ_i`` in each step.
+        warmup: the number of norms from which each parameter learns first.
+        max_norm: the threshold for all gradients together in the warm-up.
         norm_type: the order of the norms.
 
     Returns:

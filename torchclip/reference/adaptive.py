@@ -30,10 +30,10 @@ def clip_grad_adaptive(
     Twin of ``torchclip.clip_grad_adaptive_``.
 
     Args:
-        weights: the parameters' values, unchanged.
-        grads: their gradients, of the same shapes, modified in place.
+        weights: the parameters' values; not modified.
+        grads: their gradients, of the same shapes; modified in place.
         clip_factor: the largest ratio of the two norms (λ in the paper), at least 0.
-        eps: the least weight norm that counts, so that weights that start at zero can move.
+        eps: a lower bound for the norm of the weights, so that weights that start at zero can move.
         norm_type: the order of the norm.
 
     References:
@@ -65,5 +65,5 @@ def clip_grad_adaptive(
             limit = clip_factor * max(norm_of([magnitudes(weight[unit])], p), eps)
             norm = norm_of([magnitudes(grad[unit])], p)
             if not norm <= limit:
-                # A norm of 0 comes here with a limit of NaN only.
+                # A norm of 0 gets here only if the limit is NaN.
                 scale([grad[(*unit, ...)]], limit / norm if norm else limit)

@@ -1,4 +1,4 @@
-"""Arrays of gradients: what is refused, how a norm is taken, how they are scaled."""
+"""Arrays of gradients: checks, norms and scaling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array: TypeAlias = NDArray[Any]
 
 
 def norm_of(magnitudes: Sequence[Array], p: float) -> float:
-    """``(Σ m^p)^(1/p)`` over float64 arrays of magnitudes, without overflow on the way."""
+    """``(Σ m^p)^(1/p)`` over float64 arrays of magnitudes, without overflow in between."""
     m = np.concatenate([a.ravel() for a in magnitudes]) if magnitudes else np.zeros(0)
     if m.size == 0:
         return 0.0
@@ -35,11 +35,11 @@ def magnitudes(grad: Array) -> Array:
 
 
 def scale(grads: Sequence[Array], rate: float) -> None:
-    """Multiply in place by ``rate`` where it is below 1 (or NaN), the product rounded once."""
+    """Multiply in place by ``rate`` where it is below 1 (or NaN); the product is rounded once."""
     if rate >= 1:
         return
     for grad in grads:
-        # A complex number times a real one: each part on its own.
+        # A complex number times a real one: each part by itself.
         parts = [grad.real, grad.imag] if np.iscomplexobj(grad) else [grad]
         for part in parts:
             with np.errstate(invalid="ignore", under="ignore"):
@@ -49,7 +49,7 @@ def scale(grads: Sequence[Array], rate: float) -> None:
 def check_arrays(
     arrays: Sequence[Array], *, writeable: bool, real: bool = False, name: str = "grads"
 ) -> list[Array]:
-    """The distinct ones of the arrays, in order, or an error that says what is wrong with them."""
+    """The distinct arrays, in order, or an error that says what is wrong with them."""
     if not isinstance(arrays, (list, tuple)):
         raise TypeError(f"`{name}` must be a list or a tuple of arrays, got {type(arrays).__name__}")
     for i, a in enumerate(arrays):

@@ -30,7 +30,7 @@ def threshold(name: str, value: float) -> float:
 
 
 def number(name: str, value: Any) -> float:
-    """``value`` as a float; strings and truth values are no numbers."""
+    """``value`` as a float; strings and bools are not numbers."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
     try:

@@ -1,4 +1,4 @@
-"""The norm of all gradients, and the book's clipping by it."""
+"""The norm of all gradients, and the book's clipping by that norm."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
     and in general it is ``(Σ |g|^p)^(1/p)``; for ``p = inf`` the largest ``|g|``, for ``-inf`` the smallest,
     for ``0`` the number of elements that are not zero.
 
-    The book adds up ``g²``.  Here each ``|g|`` is first divided by the largest one, and the result multiplied
-    by it again, which is the same number but cannot overflow or underflow on the way.
+    The book adds up ``g²``.  Here each ``|g|`` is first divided by the largest one, and the result is
+    multiplied by it again.  That gives the same number, but cannot overflow or underflow in between.
 
     Twin of ``torchclip.get_total_norm``.
 
@@ -56,11 +56,11 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
         if rate < 1:
             for every gradient:  grad *= rate
 
-    The 1e-6 keeps the division from being one by zero.  All gradients share one ``rate``, so the direction of
-    the step stays the same and only its length changes.
+    The 1e-6 avoids a division by zero.  All gradients share one ``rate``, so the direction of the step stays
+    the same and only its length changes.
 
-    Twin of ``torchclip.clip_grad_norm_``.  One thing goes beyond the book, as in torch: if the norm is
-    NaN, the rate is too, and it is multiplied in, so that a NaN in one gradient is seen in all of them.
+    Twin of ``torchclip.clip_grad_norm_``.  One thing goes beyond the book, as in torch: if the norm is NaN,
+    so is the rate, and a NaN in one gradient spreads to all of them.
 
     Args:
         grads: floating or complex arrays of any shape, modified in place.
@@ -91,7 +91,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
 
 
 def clip_coefficient(max_norm: float, total_norm: float) -> float:
-    """What the gradients are multiplied by: ``min(1, max_norm / (total_norm + 1e-6))``.
+    """The number by which gradients are multiplied: ``min(1, max_norm / (total_norm + 1e-6))``.
 
     NaN if ``total_norm`` is NaN; always 1 for an infinite ``max_norm``, which only measures.
 

@@ -14,16 +14,16 @@ __all__ = ["clip_per_example"]
 
 
 def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Array], int]:
-    r"""Clip each example's gradient, then add the examples up: the clipping step of DP-SGD.
+    r"""Clip each example's gradient, then add the examples: the clipping step of DP-SGD.
 
-    Example ``i`` owns slice ``i`` of every array.  Its norm is taken over all of them:
+    Example ``i`` has slice ``i`` of every array, and its norm is that of all its slices:
 
         g_i ← min(1, max_norm / (‖g_i‖ + 1e-6)) · g_i        sums = Σ_i g_i
 
     Twin of ``torchclip.clip_per_example``.
 
     Args:
-        grads: one array a parameter, of shape ``(examples, *parameter.shape)``, unchanged.
+        grads: one array per parameter, of shape ``(examples, *parameter.shape)``; not modified.
         max_norm: the threshold for each example's norm, at least 0.
 
     Returns:

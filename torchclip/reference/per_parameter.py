@@ -14,7 +14,7 @@ __all__ = ["clip_grad_norm_per_parameter"]
 def clip_grad_norm_per_parameter(
     grads: Sequence[Array], max_norm: float, norm_type: float | str = 2.0
 ) -> list[float]:
-    """Clip each gradient to ``max_norm`` on its own, as if the others were not there.
+    """Clip each gradient to ``max_norm`` by itself.
 
     Twin of ``torchclip.clip_grad_norm_per_parameter_``.
 

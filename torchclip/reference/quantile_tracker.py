@@ -1,4 +1,4 @@
-"""The threshold of per-example clipping that follows a quantile."""
+"""A threshold for per-example clipping that follows a quantile."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def quantile_tracker_thresholds(
 
     Args:
         shares: the share of examples that were not clipped, for each batch.
-        quantile: the share of examples to leave as they are.
+        quantile: the share of examples that should not be clipped.
         lr: how fast the threshold moves.
-        max_norm: the threshold to start with.
+        max_norm: the first threshold.
 
     Returns:
         The thresholds, of shape ``(len(shares),)``, float64.

@@ -12,7 +12,7 @@ __all__ = ["clip_grad_rms"]
 
 
 def clip_grad_rms(grads: Sequence[Array], max_rms: float) -> list[float]:
-    r"""Clip each gradient to a root mean square of at most ``max_rms``, as if the others were not there.
+    r"""Clip each gradient by itself, to a root mean square of at most ``max_rms``.
 
         rms(g) = sqrt( Σ_elements g² / n )        g ← min(1, max_rms / rms(g)) g
 
@@ -35,7 +35,7 @@ def clip_grad_rms(grads: Sequence[Array], max_rms: float) -> list[float]:
     found = []
     for grad in grads:
         rms = norm_of([magnitudes(grad)], 2.0) / math.sqrt(max(1, grad.size))
-        # Without the 1e-6 of clipping by norm; an infinite threshold only measures.
+        # Unlike clipping by norm, there is no 1e-6.  An infinite threshold only measures.
         if not (rms <= max_rms or math.isinf(max_rms)):
             scale([grad], max_rms / rms)
         found.append(rms)

@@ -22,8 +22,7 @@ def percentile_thresholds(
 ) -> Array:
     r"""AutoClip's threshold for every step of a run: a percentile of the norms so far.
 
-    With ``H_t`` the finite ones of the norms up to and including the step's own, or the last ``window`` of
-    those:
+    ``H_t`` are the finite norms up to and including the step's own, or the last ``window`` of them:
 
         threshold_t = min(percentile of H_t, max_norm)
 
@@ -33,7 +32,7 @@ def percentile_thresholds(
         norms: the gradient norm of each step.
         percentile: between 0 and 100.
         window: how many of the latest finite norms count; ``None`` for all.
-        warmup: before so many finite norms were seen, the threshold is ``max_norm``.
+        warmup: the number of finite norms before which the threshold is ``max_norm``.
         max_norm: the largest threshold.
 
     Returns:
@@ -73,7 +72,7 @@ def zscore_thresholds(
     skip_update_on_spike: bool = False,
     max_norm: float = math.inf,
 ) -> Array:
-    r"""ZClip's threshold for every step of a run: spikes above the z-score ``threshold`` are pulled back.
+    r"""ZClip's threshold for every step of a run: it clips spikes above the z-score ``threshold``.
 
     Mean ``μ`` and variance ``σ²`` start as those of the first ``warmup`` finite norms.  Then, step by step:
 
@@ -89,11 +88,11 @@ def zscore_thresholds(
 
     Args:
         norms: the gradient norm of each step.
-        alpha: how much of the mean and variance is kept each step.
+        alpha: the weight of the old mean and variance in each step.
         threshold: the z-score above which a norm is a spike.
-        warmup: how many finite norms the mean and variance start from.
-        clip_option: what a spike is pulled back to.
-        skip_update_on_spike: a spike leaves mean and variance as they are.
+        warmup: the number of finite norms from which mean and variance start.
+        clip_option: the norm to which a spike is clipped.
+        skip_update_on_spike: whether a spike leaves mean and variance unchanged.
         max_norm: the largest threshold.
 
     Returns:
@@ -129,7 +128,7 @@ def zscore_thresholds(
         limit = mean + threshold * std
         spike = math.isfinite(norm) and norm > limit
         if spike and clip_option == "adaptive_scaling":
-            # threshold²/z · σ, with z's σ multiplied up: no spike divides by zero.
+            # threshold²/z · σ, rearranged so that no spike divides by zero.
             limit = mean + threshold**2 * var / (norm - mean)
         elif spike and clip_option == "mean":
             limit = mean
@@ -144,19 +143,19 @@ def zscore_thresholds(
 def rolling_sigma_thresholds(
     norms: Sequence[float], sigma: float = 6.0, window: int = 128, warmup: int = 64
 ) -> Array:
-    r"""So many deviations above the mean of the last norms, for every step of a run.
+    r"""The mean of the last norms plus some standard deviations, for every step of a run.
 
-    With ``W`` the last ``window`` of the finite norms before the step that were not above their threshold:
+    ``W`` are the last ``window`` finite norms before the step that were not above their threshold:
 
         threshold = mean(W) + sigma std(W)        std(W)² = Σ (g - mean(W))² / (|W| - 1)
 
-    and ``inf`` before so many as ``warmup`` were seen.  Twin of ``torchclip.RollingSigma``.
+    The threshold is ``inf`` until there were ``warmup`` such norms.  Twin of ``torchclip.RollingSigma``.
 
     Args:
         norms: the gradient norm of each step.
         sigma: how many standard deviations above the mean.
         window: how many of the latest norms count.
-        warmup: how many norms are only learned from at first.
+        warmup: the number of norms before which nothing is clipped.
 
     Returns:
         The thresholds, of shape ``(len(norms),)``, float64.

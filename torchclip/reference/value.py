@@ -1,4 +1,4 @@
-"""Clipping by value: each element on its own."""
+"""Clipping by value: each element by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["clip_grad_value"]
 def clip_grad_value(grads: Sequence[Array], clip_value: float) -> None:
     """Limit every single element to ``[-clip_value, clip_value]``.
 
-    Twin of ``torchclip.clip_grad_value_``.  Unlike clipping by norm this turns the direction of the step.
+    Twin of ``torchclip.clip_grad_value_``.  Unlike clipping by norm, this changes the direction of the step.
 
     Args:
         grads: real floating arrays, modified in place. NaN stays NaN.
