@@ -1,5 +1,6 @@
 """Ways of clipping that are no threshold for a norm, and AdaGC, in a Clipper."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import torchclip
-from torchclip import AdaGC, Adaptive, BlockRMS, Clipper, Value, ZScore
+from torchclip import AdaGC, Adaptive, BlockRMS, Clipper, Value, ZScore, kernel
+from torchclip._core import gather
+from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.clipper import Scope
 from torchclip.history import Record
 
@@ -263,6 +266,22 @@ def test_adagc_resumes_and_leaves_out_groups_with_their_own() -> None:
     assert its_clipper.state_dict() == clipper.state_dict()
     assert [bits(p) for p in resumed.parameters()] == [bits(p) for p in model.parameters()]
     assert set(clipper.thresholds) == {"group 0, parameter 0", "group 0, parameter 1"}
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_adagc_counts_a_parameter_of_two_optimizers_once_in_its_warm_up(
+    on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, other = with_gradients([torch.tensor([3.0, 4.0]), torch.tensor([12.0])])
+    optimizers = [torch.optim.SGD([shared], lr=1.0), torch.optim.SGD([shared, other], lr=1.0)]
+    Clipper(optimizers, AdaGC(warmup=2, max_norm=6.5))
+    with contextlib.ExitStack() as stack:
+        if not on_host:
+            stack.enter_context(kernel.disabled())
+            monkeypatch.setattr(gather, "_local", AcceleratorBatch)
+        optimizers[0].step()
+    assert shared.grad.tolist() == pytest.approx([1.5, 2.0])  # the joint norm is 13
+    assert other.grad.tolist() == pytest.approx([6.0])
 
 
 def test_adagc_over_a_group_of_ranks_is_refused_in_its_name() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchclip._core import scalars
+from torchclip._core.batch import Norms
 from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.learned import Rows
@@ -182,6 +183,12 @@ def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> No
 # --- the bank --------------------------------------------------------------------------------------------
 
 
+def asked(bank: ThresholdBank, step: int, names: Sequence[str], norms: Norms) -> Any:
+    """What a bank answers in a step of its own."""
+    bank.begin_step(step)
+    return bank.max_norms(names, norms)
+
+
 def names_of(count: int) -> list[str]:
     return [f"group 0, parameter {i}" for i in range(count)]
 
@@ -191,7 +198,7 @@ def test_the_bank_looks_the_same_in_all_forms(make: Callable[[], Any]) -> None:
     steps, names = random_norms(3, 40, 20), names_of(20)
     rule, thresholds = ThresholdBank(make()), [make() for _ in range(20)]
     for i, norms in enumerate(steps):
-        answers = rule.max_norms(i, names, norms)
+        answers = asked(rule, i, names, norms)
         found = [NAN if norm == ABSENT else float(a) for a, norm in zip(answers, norms, strict=True)]
         np.testing.assert_allclose(found, singly(thresholds, norms), rtol=1e-9)
     assert list(rule.thresholds) == list(rule.state_dict()) == names
@@ -207,8 +214,8 @@ def test_a_default_device_elsewhere_does_not_matter(make: Callable[[], Any]) -> 
     for i, norms in enumerate(steps):
         chosen = slice(0, 18 if i % 2 else 20)
         with torch.device("meta"):
-            answers = rule.max_norms(i, names[chosen], norms[chosen])
-        expected = other.max_norms(i, names[chosen], norms[chosen])
+            answers = asked(rule, i, names[chosen], norms[chosen])
+        expected = asked(other, i, names[chosen], norms[chosen])
         np.testing.assert_array_equal(np.asarray(answers), np.asarray(expected))
 
 
@@ -220,7 +227,7 @@ def test_sets_come_and_go(make: Callable[[], Any]) -> None:
     for step in range(40):
         chosen = sorted(rng.choice(20 if step < 15 else 30, size=18, replace=False).tolist())
         norms = rng.lognormal(size=18).tolist()
-        answers = rule.max_norms(step, [names[i] for i in chosen], norms)
+        answers = asked(rule, step, [names[i] for i in chosen], norms)
         expected = singly([thresholds[names[i]] for i in chosen], norms)
         np.testing.assert_allclose(np.asarray(answers), expected, rtol=1e-9)
 
@@ -232,12 +239,12 @@ def test_a_saved_rule_goes_on_in_either_form(make: Callable[[], Any], size: int)
     rule, other = ThresholdBank(make()), ThresholdBank(make())
     for i, norms in enumerate(steps[:30]):
         for j in range(0, 20, size):
-            rule.max_norms(i, names[j : j + size], norms[j : j + size])
+            asked(rule, i, names[j : j + size], norms[j : j + size])
     other.load_state_dict(json.loads(json.dumps(rule.state_dict(), allow_nan=False)))
     for i, norms in enumerate(steps[30:]):
         np.testing.assert_allclose(
-            np.asarray(other.max_norms(i, names, norms)),
-            np.asarray(rule.max_norms(i, names, norms)),
+            np.asarray(asked(other, i, names, norms)),
+            np.asarray(asked(rule, i, names, norms)),
             rtol=1e-9,
         )
 
@@ -246,7 +253,7 @@ def test_a_saved_rule_goes_on_in_either_form(make: Callable[[], Any], size: int)
 def test_what_is_not_there_is_no_observation(count: int) -> None:
     rule, names = ThresholdBank(ZScore(warmup=2)), names_of(count)
     for step in range(5):
-        rule.max_norms(step, names, [ABSENT] * count)
+        asked(rule, step, names, [ABSENT] * count)
     assert all(
         threshold.state_dict() == ZScore(warmup=2).state_dict() for threshold in rule.thresholds.values()
     )
@@ -284,8 +291,8 @@ def test_a_users_own_object_is_asked_with_floats(threshold: Threshold) -> None:
     assert rule.runs_user_code
     assert not rule.answers_tensors
     norms = [float(i) for i in range(20)]
-    assert rule.max_norms(0, names, norms) == [2 * norm for norm in norms]
-    assert rule.max_norms(1, names, torch.tensor(norms).double()) == [2 * norm for norm in norms]
+    assert asked(rule, 0, names, norms) == [2 * norm for norm in norms]
+    assert asked(rule, 1, names, torch.tensor(norms).double()) == [2 * norm for norm in norms]
 
 
 def test_what_the_rule_says_of_itself() -> None:
@@ -301,7 +308,7 @@ def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from
     threshold.update(3.0)
     before = copy.deepcopy(threshold.state_dict())
     rule = ThresholdBank(threshold)
-    rule.max_norms(0, names_of(20), [5.0] * 20)
+    asked(rule, 0, names_of(20), [5.0] * 20)
     assert threshold.state_dict() == before
     assert rule.thresholds["group 0, parameter 3"].state_dict()["mean"] == 4.0
 
@@ -310,11 +317,11 @@ def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from
 @pytest.mark.parametrize("count", [1, 20], ids=["objects", "rows"])
 def test_a_bank_knows_what_a_percentile_had_learned_before_a_round(window: int | None, count: int) -> None:
     names, numbers = [f"set {i}" for i in range(count)], random.Random(0)
-    bank = ThresholdBank(Percentile(30.0, window))
+    bank = ThresholdBank(Percentile(30.0, window), in_rounds=True)
     bank.add(names)
     for round_ in range(12):
         before = repr(bank.state_dict())
         bank.begin_round()
         for _ in range(round_ % 3):
-            bank.max_norms(0, names, [numbers.choice([1.0, 2.0, math.nan, numbers.random()]) for _ in names])
+            asked(bank, 0, names, [numbers.choice([1.0, 2.0, math.nan, numbers.random()]) for _ in names])
         assert repr(bank.before_round().state_dict()) == before

@@ -36,6 +36,7 @@ __all__ = [
     "on_device",
     "present",
     "refuse_nonfinite",
+    "replaced",
     "smallest",
     "to_result",
     "to_results",
@@ -126,6 +127,24 @@ def divided(norms: Norms, divisor: Tensor | Sequence[float]) -> Norms:
     return [norm / by for norm, by in zip(norms, divisors, strict=True)]
 
 
+def replaced(values: Norms, where: bool | Sequence[bool] | Tensor, value: float) -> Norms:
+    """Numbers with another one in the place of some.
+
+    Args:
+        values: the numbers.
+        where: whether to replace each of them, or all; a truth value on a device does not say it of numbers
+            of the host.
+        value: what to put there.
+    """
+    if where is False or (isinstance(where, Tensor) and isinstance(values, list)):
+        return values
+    if isinstance(values, list):
+        places = [where] * len(values) if isinstance(where, bool) else where
+        return [value if is_there else old for old, is_there in zip(values, places, strict=True)]
+    mask = where if isinstance(where, Tensor) else torch.tensor(where, device=_CPU)
+    return values.masked_fill(mask.to(values.device, non_blocking=True), value)
+
+
 def at_most(values: Norms, most: Norm) -> Norms:
     """The numbers, limited to at most another number; NaN stays NaN."""
     if device_of([values, most]) is None:
@@ -162,10 +181,10 @@ def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
 
     ``ABSENT`` parts do not count; the result is ``ABSENT`` if there are no others.
     """
-    if isinstance(norms, Tensor):
-        return join_rows(norms, p)
     if len(norms) == 1:
         return norms[0]
+    if isinstance(norms, Tensor):
+        return join_rows(norms, p)
     device = device_of(norms)
     if device is not None:
         return join_rows(on_device(norms, device), p)

@@ -167,7 +167,7 @@ def needs_all(
     return None
 
 
-def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope, several: bool) -> object:
+def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
     """How the kernel clips in one go, as its ``RoundState`` takes it; None if it does not."""
     if way is not None:
         usual = getattr(way, "usual", None) if type(way).__module__.startswith("torchclip.") else None
@@ -178,4 +178,4 @@ def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope, several: bool
         return None
     if not rule.learns:
         return rule.number
-    return rule.max_norm_of_round if several else rule.max_norm_of_all
+    return rule.max_norm_of_all

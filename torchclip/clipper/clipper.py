@@ -169,11 +169,15 @@ class Clipper:
         # A tensor has a method of that name, too.
         is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self._way = cast("Rule", max_norm) if is_way else None
-        self._rule = ThresholdBank(math.inf if is_way else cast("MaxNorm", max_norm))
+        self._rule = ThresholdBank(
+            math.inf if is_way else cast("MaxNorm", max_norm), in_rounds=len(optimizers) > 1
+        )
         if self._rule.per_parameter:
             scope = "parameter"
         self._order = order_of(norm_type, nonfinite)
-        spikes = None if skip_above is None else Spikes(skip_above, max_skips, self._order)
+        spikes = (
+            None if skip_above is None else Spikes(skip_above, max_skips, self._order, len(optimizers) > 1)
+        )
         groups = process_groups_of(group, "AdaGC" if self._rule.per_parameter else scope)
         layers_every = arguments.count("layers_every", layers_every, least=0)
         self._scope: Scope = scope
@@ -187,7 +191,7 @@ class Clipper:
         self._optimizers = tuple(ref(each) for each in optimizers)
         # What the kernel clips in one go, with what is found to be usual in each step.
         is_usual = self._order == 2 and not groups and on_clip is None and spikes is None and not layers_every
-        usual = usual_way(self._rule, self._way, scope, len(optimizers) > 1) if is_usual else None
+        usual = usual_way(self._rule, self._way, scope) if is_usual else None
         with_kernel = native.step_state(usual, self._optimizers)
         self._state: State = with_kernel or State(self._optimizers)
         self._loss = PendingLoss(self._state, self._optimizers)

@@ -16,7 +16,6 @@ from torchclip._core.batch import Facts, Norm
 from torchclip._core.collectives import Kind
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.deferred import Deferred, can_be_deferred
-from torchclip.clipper.limits import StepThresholds
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.rules import Rule, copied_gradients, ratio, write_back
@@ -122,17 +121,18 @@ class Clipping:
             What to record.
         """
         self.forget()
-        limits = StepThresholds(self._rule, number, self._scoping.order)
-        asks_user = limits.runs_user_code or (self.spikes is not None and self.spikes.rule.runs_user_code)
+        self._rule.begin_step(number)
+        asks_user = self._rule.runs_user_code
+        if self.spikes is not None:
+            self.spikes.begin(number)
+            asks_user = asks_user or self.spikes.rule.runs_user_code
         on_clip = self._on_clip if tell else None
         user_code = on_clip is not None or asks_user
         held = snapshot.held_norms() if user_code else ()
-        if self.spikes is not None:
-            self.spikes.begin()
-        skipped, to_zero, _ = self._judge(number, snapshot, limits, index)
+        skipped, to_zero = self._judge(snapshot, index)
         row = _row(number, snapshot, skipped, loss)
         if self.way is not None and skipped is not True:
-            return self._clip_in_its_way(self.way, row, snapshot, limits, to_zero, held, index, on_clip)
+            return self._clip_in_its_way(self.way, row, snapshot, to_zero, held, index, on_clip)
         if on_clip is not None:
             (record,) = as_records([row])
             on_clip(record)
@@ -140,7 +140,7 @@ class Clipping:
             if snapshot.facts & Facts.SHARDED:
                 snapshot, to_zero = self._same_gradients(snapshot, held, to_zero)
             else:
-                snapshot, skipped, to_zero = self._measure_again(number, snapshot, limits, index)
+                snapshot, skipped, to_zero = self._measure_again(snapshot, index)
                 row = _row(number, snapshot, skipped, loss)
         self._apply(snapshot, row, to_zero, index)
         return row
@@ -150,7 +150,6 @@ class Clipping:
         way: Rule,
         row: Row,
         snapshot: Snapshot,
-        limits: StepThresholds,
         to_zero: Sequence[ClipSet],
         held: Sequence[Sequence[float]],
         index: int,
@@ -173,7 +172,7 @@ class Clipping:
         (record,) = as_records([row])
         on_clip(record)
         if not snapshot.facts & Facts.SHARDED:
-            snapshot, skipped, to_zero = self._measure_again(row.step, snapshot, limits, index)
+            snapshot, skipped, to_zero = self._measure_again(snapshot, index)
             row = _row(row.step, snapshot, skipped, row.loss)
             self._apply(snapshot, row, to_zero, index)
             return row if skipped is True else row._replace(clip_coef=self._apply_way(way, snapshot, only))
@@ -200,36 +199,33 @@ class Clipping:
         """The optimizer whose gradients alone these are; None if they are those of all."""
         return None if len(snapshot.others(index)) == len(self._steps) - 1 else index
 
-    def _judge(
-        self, number: int, snapshot: Snapshot, limits: StepThresholds, index: int
-    ) -> tuple[bool | Tensor, Sequence[ClipSet], bool]:
+    def _judge(self, snapshot: Snapshot, index: int) -> tuple[bool | Tensor, Sequence[ClipSet]]:
         """Decide what to do, without changing anything.
 
         Returns:
-            Whether the step is skipped, the sets whose non-finite elements are to be set to 0, and whether
-            a threshold had to be asked for.
+            Whether the step is skipped, and the sets whose non-finite elements are to be set to 0.
         """
         optimizers = [self._steps[i].optimizer for i in (index, *snapshot.others(index))]
         skipped = nonfinite.skips(self._policy, snapshot.total_norm, optimizers)
         if skipped is True:
-            return True, (), False
+            return True, ()
         if self._policy == "error":
             in_order = [step.optimizer for step in self._steps]
             nonfinite.refuse(snapshot, self._scoping.order, self._names.of_gradients(in_order))
         to_zero = nonfinite.without_nonfinite(snapshot) if self._policy == "zero" else ()
         if self.spikes is not None:
             norm = snapshot.joint_norm() if to_zero else snapshot.total_norm
-            spike = self.spikes.should_skip(number, nonfinite.unless_told(norm, optimizers))
+            spike = self.spikes.should_skip(nonfinite.unless_told(norm, optimizers))
             if spike is True:
-                return True, (), False
+                return True, ()
             skipped = skipped if spike is False else spike if skipped is False else skipped | spike
-        asked = limits.set_for(snapshot, skipped)
+        snapshot.set_thresholds(self._rule, skipped)
         if self.spikes is not None:
             snapshot.limit_all(self.spikes.clip_coef, self.spikes.limit)
-        return skipped, to_zero, asked
+        return skipped, to_zero
 
     def _measure_again(
-        self, number: int, first: Snapshot, limits: StepThresholds, index: int
+        self, first: Snapshot, index: int
     ) -> tuple[Snapshot, bool | Tensor, Sequence[ClipSet]]:
         """What the gradients are after user code ran, with the thresholds that were decided upon before.
 
@@ -237,13 +233,14 @@ class Clipping:
         """
         only = self._only(first, index)
         while True:
+            asked = self._rule.asked
             snapshot = self.snapshot(first.own, only)
             snapshot.measure()
-            skipped, to_zero, asked = self._judge(number, snapshot, limits, index)
-            if not (asked and limits.runs_user_code):
+            skipped, to_zero = self._judge(snapshot, index)
+            if not (self._rule.runs_user_code and self._rule.asked > asked):
                 return snapshot, skipped, to_zero
             # The threshold of what was not there before was learned by the user's own code.
-            limits.close()
+            self._rule.close()
 
     def _same_gradients(
         self, first: Snapshot, held: Sequence[Sequence[float]], to_zero: Sequence[ClipSet]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torchclip._core import arguments, gather, scalars
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Kind
+from torchclip.thresholds.bank import ThresholdBank
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -227,7 +228,39 @@ class Snapshot:
 
     def joint_norm(self) -> Norm:
         """The joint norm of the sets as they were measured last."""
-        return _joined([clip_set.norms for clip_set in self.sets], self._order)
+        return scalars.join(scalars.concatenate([clip_set.norms for clip_set in self.sets]), self._order)
+
+    def set_thresholds(self, bank: ThresholdBank, skipped: bool | Tensor) -> None:
+        """Set the threshold of each set: that of its parameter group, or what the bank answers.
+
+        Args:
+            bank: the thresholds.
+            skipped: whether the step is skipped, of which nothing is learned; a truth value on the device.
+        """
+        asked = []
+        for clip_set in self.sets:
+            if clip_set.own is None:
+                asked.append(clip_set)
+            else:
+                clip_set.limit(clip_set.own, scalars.EPS)
+        if not asked:
+            return
+        names, norms = self._observed(asked, skipped) if bank.learns else ([], [])
+        max_norms = bank.max_norms(names, norms, self._order)
+        start = 0
+        for clip_set in asked:
+            end = start + len(clip_set.norms)
+            clip_set.limit(max_norms if isinstance(max_norms, float) else max_norms[start:end], bank.eps)
+            start = end
+
+    def _observed(self, sets: Sequence[ClipSet], skipped: bool | Tensor) -> tuple[list[str], Norms]:
+        """What thresholds learn from: the names of some sets, and their norms."""
+        names = sets[0].names() if len(sets) == 1 else [name for each in sets for name in each.names()]
+        norms = scalars.concatenate([clip_set.norms for clip_set in sets])
+        if self.repeats and self._each:
+            # Thresholds that join the norms count a gradient of several optimizers once.
+            norms = scalars.replaced(norms, _repeated(sets), scalars.ABSENT)
+        return names, scalars.replaced(norms, skipped, math.nan)
 
     def take_decisions_of(self, other: Snapshot) -> None:
         """Take over what was measured and decided of the same gradients."""
@@ -249,9 +282,7 @@ class Snapshot:
     def keep_where(self, skipped: Tensor) -> None:
         """Change no gradient if a truth value on the device says so."""
         for clip_set in self.sets:
-            coefs = clip_set.clip_coefs
-            if isinstance(coefs, Tensor):
-                clip_set.clip_coefs = coefs.masked_fill(skipped.to(coefs.device, non_blocking=True), 1.0)
+            clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, skipped, 1.0)
 
     def held_norms(self) -> list[list[float]]:
         """The norms of what this rank holds of each part whose norms take other ranks."""
@@ -288,6 +319,13 @@ class Snapshot:
 
     def _all(self) -> Batch:
         return gather.gradients([p for group in self._held for p in group.parameters], self._groups)
+
+
+def _repeated(sets: Iterable[ClipSet]) -> list[bool]:
+    """Whether each gradient of some sets was there before."""
+    grads = [id(grad) for each in sets for grad in each.batch.all]
+    first = {grad: place for place, grad in reversed(list(enumerate(grads)))}
+    return [first[grad] < place for place, grad in enumerate(grads)]
 
 
 def own_max_norms(groups: Iterable[Group], known: OwnMaxNorms) -> dict[int, float | None]:
@@ -358,14 +396,3 @@ def _names(of_all: str, count: int) -> list[str]:
 def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
     """The norms of gradients once a GradScaler's scale is taken out of them; order 0 only counts them."""
     return norms if grad_scale is None or order == 0 else scalars.divided(norms, grad_scale)
-
-
-def _joined(several: Sequence[Norms], order: float) -> Norm:
-    """The joint norm of some sets."""
-    norms: list[Norm] = []
-    for each in several:
-        if isinstance(each, list):
-            norms += each
-        else:
-            norms.append(each[0] if len(each) == 1 else scalars.join(each, order))
-    return scalars.join(norms, order) if norms else scalars.ABSENT

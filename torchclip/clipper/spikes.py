@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchclip._core import arguments, scalars
-from torchclip._core.batch import Norm, Norms
+from torchclip._core.batch import Norm
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.base import MaxNorm
 
@@ -27,6 +27,7 @@ class Spikes:
         skip_above: the limit: whatever ``max_norm`` may be.
         max_skips: how many steps in a row are skipped at most; None for any number.
         order: the order of the norms.
+        in_rounds: whether several optimizers step together.
 
     Attributes:
         rule: what the limit is.
@@ -35,10 +36,11 @@ class Spikes:
             taken all the same, as too many in a row were skipped.
     """
 
-    def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float) -> None:
-        self.rule = ThresholdBank(skip_above, "skip_above")
+    def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float, in_rounds: bool) -> None:
+        self.rule = ThresholdBank(skip_above, "skip_above", in_rounds)
         self._max_skips = None if max_skips is None else arguments.count("max_skips", max_skips, least=1)
         self._order = order
+        self._step = 0
         self.limit: Norm | None = None
         # Skipped steps in a row up to the last step, and with the one that is being taken.
         self._skips: int | Tensor = 0
@@ -46,14 +48,16 @@ class Spikes:
         self._warned = False
         self.clip_coef: Norm = 1.0
 
-    def begin(self) -> None:
-        """Forget what the limit was for the step before."""
-        self.limit, self.clip_coef = None, 1.0
+    def begin(self, step: int) -> None:
+        """Begin the step of a number, whose limit is asked for once."""
+        self._step, self.limit, self.clip_coef = step, None, 1.0
+        self.rule.begin_step(step)
 
-    def should_skip(self, step: int, norm: Norm) -> bool | Tensor:
-        """Whether a step with this norm is skipped; asked again for the same step, by the same limit."""
+    def should_skip(self, norm: Norm) -> bool | Tensor:
+        """Whether the step with this norm is skipped; asked again, by the same limit."""
         if self.limit is None:
-            (self.limit,) = self._max_norms(step, norm)
+            limits = self.rule.max_norms([_NAME], scalars.in_one([norm]), self._order)
+            self.limit = limits if isinstance(limits, float) else limits[0]
         limit = self.limit
         if scalars.device_of([norm, limit]) is not None:
             return self._should_skip_on_device(norm, limit)
@@ -70,7 +74,7 @@ class Spikes:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"step {step} was taken, clipped to {limit:.4g}, though its norm is {norm:.4g}: "
+                f"step {self._step} was taken, clipped to {limit:.4g}, though its norm is {norm:.4g}: "
                 f"{self._skips} steps in a row were skipped, as many as `max_skips` allows. If the norms "
                 "have risen and stay high, raise `skip_above`, or do not pass it",
                 stacklevel=2,
@@ -89,9 +93,6 @@ class Spikes:
         self._skips_then = torch.where(skip, self._skips + 1, 0).where(finite, self._skips)
         self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
         return skip
-
-    def _max_norms(self, step: int, norm: Norm) -> Norms:
-        return self.rule.max_norms(step, [_NAME], scalars.in_one([norm]), self._order)
 
     def end(self) -> None:
         """Count the step, which was skipped or taken."""

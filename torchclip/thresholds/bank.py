@@ -33,11 +33,14 @@ class ThresholdBank:
     gets its own copy.  Few sets in host memory have objects.  Many, or those whose norms are on a device, are
     rows of columns, if the threshold can learn so (``Rows``).
 
-    A clipper uses it so, once for each step that is one of training's:
+    A clipper uses it so, for each step that is one of training's:
 
-        eps = 0.0 if bank.learns else scalars.EPS
-        max_norms = bank.max_norms(step, names, norms, norm_type)
-        clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
+        bank.begin_step(step)
+        max_norms = bank.max_norms(names, norms, norm_type)
+        clip_coefs = scalars.clip_coefs(max_norms, norms, bank.eps)
+
+    Within a step each set's threshold is asked for once.  User code may run then, and change gradients; to be
+    asked again is to be answered the same, but for sets that had no gradient before.
 
     All sets come in one call, as thresholds need it that join their norms.  Norms that are tensors on one
     device are handed over as one tensor, and nothing waits for it if the bank ``answers_tensors``; otherwise
@@ -46,19 +49,22 @@ class ThresholdBank:
     Args:
         max_norm: the threshold.
         argument: what it is called in errors.
+        in_rounds: whether several optimizers step together.
 
     Attributes:
         number: the threshold, if it is a number.
-        learns: whether it is a threshold object. Then ``max_norms`` must be called for every step, and the
-            coefficient has no 1e-6 in it.
+        learns: whether it is a threshold object, which must be asked in every step.
+        eps: what is added to the norm in the clip coefficient: 1e-6 as in torch, but nothing for a threshold
+            object, whose answer may be the norm itself.
         runs_user_code: whether asking it runs code that is not torchclip's.
         per_parameter: whether it is a threshold for single parameters (AdaGC): the clipper then takes
             a norm for each of them, whatever else its scope would be.
         answers_tensors: whether a tensor of norms gets a tensor of thresholds, without waiting.
+        asked: how often the threshold itself was asked in this step.
     """
 
-    def __init__(self, max_norm: MaxNorm, argument: str = "max_norm") -> None:
-        self._argument = argument
+    def __init__(self, max_norm: MaxNorm, argument: str = "max_norm", in_rounds: bool = False) -> None:
+        self._argument, self._in_rounds = argument, in_rounds
         if isinstance(max_norm, type):
             name = max_norm.__name__
             raise TypeError(f"`{argument}` is the class {name}; pass an object of it, such as {name}()")
@@ -72,6 +78,7 @@ class ThresholdBank:
         is_object = self.learns or callable(max_norm)
         self._max_norm: Any = max_norm if is_object else arguments.threshold(argument, max_norm)
         self.number = self._max_norm if isinstance(self._max_norm, float) else None
+        self.eps = 0.0 if self.learns else scalars.EPS
         self.runs_user_code = is_object and not type(max_norm).__module__.startswith("torchclip.")
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
         self.answers_tensors = _takes_rows(max_norm, torch.device("meta"))
@@ -85,10 +92,22 @@ class ThresholdBank:
         self._updates: list[Callable[[float], float]] = []
         self._index: Any = None
         self._before_round: ThresholdBank | None = None
+        self.begin_step(0)
+
+    def begin_step(self, step: int) -> None:
+        """Have each set's threshold asked for once from now on, for the step of this number."""
+        self.asked, self._step, self._closed = 0, step, False
+        self._common: float | None = None
+        # The names and norms of the sets that were asked for, and their thresholds.
+        self._known: tuple[Sequence[str], Norms, Norms] | None = None
+
+    def close(self) -> None:
+        """Refuse sets that had no gradient before, for the rest of the step."""
+        self._closed = True
 
     def begin_round(self) -> None:
         """Note what was learned before a round of several optimizers, for a state that is taken in it."""
-        if self.learns:
+        if self.learns and self._in_rounds:
             self._before_round = None
             self._before_round = self._copied()
 
@@ -123,26 +142,59 @@ class ThresholdBank:
             return MappingProxyType(self._objects)
         return MappingProxyType(dict(zip(self._row_of, self._rows.thresholds(), strict=True)))
 
-    def max_norms(self, step: int, names: Sequence[str], norms: Norms, norm_type: float = 2.0) -> Norms:
+    def max_norms(self, names: Sequence[str], norms: Norms, norm_type: float = 2.0) -> float | Norms:
         """This step's threshold for each of the sets with these names and norms.
 
         Args:
-            step: the number of the step, for a callable.
-            names: what the sets are called. The same list object in every step is fastest.
+            names: what the sets are called. The same list object in every step is fastest. Of a number or a
+                callable they do not matter.
             norms: their norms; ``ABSENT`` where there is no gradient, of which nothing is learned.
             norm_type: the order of the norms.
 
         Returns:
-            The thresholds: of a tensor a tensor on its device if the bank ``answers_tensors``, else a list.
-            What a set without a gradient gets has no meaning; its coefficient is 1.
+            One threshold for all if it is a number or a callable.  Else, of a tensor a tensor on its device
+            if the bank ``answers_tensors``, and a list otherwise.
+
+        Raises:
+            RuntimeError: if a set appears that had no gradient when the bank was closed.
         """
+        if not self.learns:
+            if self._common is None:
+                self._common = self.number if self.number is not None else self._called()
+            return self._common
+        if self._known is not None:
+            return self._again(names, norms, norm_type)
+        max_norms = self._learned(names, norms, norm_type)
+        self._known = names, norms, max_norms
+        return max_norms
+
+    def _called(self) -> float:
+        self.asked += 1
+        return arguments.threshold(f"{self._argument}({self._step})", self._max_norm(self._step))
+
+    def _again(self, names: Sequence[str], norms: Norms, norm_type: float) -> list[float]:
+        """The thresholds that were learned, and those of sets of which there was no norm before."""
+        assert self._known is not None
+        before = zip(self._known[0], *map(scalars.numbers, self._known[1:]), strict=True)
+        known = {name: max_norm for name, norm, max_norm in before if not norm < 0}
+        present = {
+            name: norm for name, norm in zip(names, scalars.numbers(norms), strict=True) if not norm < 0
+        }
+        unknown = [name for name in present if name not in known]
+        if unknown and self._closed:
+            raise RuntimeError(
+                f"a gradient appeared in the middle of a step ({', '.join(unknown)}), after thresholds "
+                "had been asked for twice; set gradients before optimizer.step(). The step was called off"
+            )
+        answers = self._learned(unknown, [present[name] for name in unknown], norm_type)
+        known.update(zip(unknown, scalars.numbers(answers), strict=True))
+        self._known = [*known], [0.0] * len(known), [*known.values()]
+        return [known.get(name, math.inf) for name in names]
+
+    def _learned(self, names: Sequence[str], norms: Norms, norm_type: float) -> Norms:
         if not names:
             return norms
-        if not self.learns:
-            max_norm = self._max_norm
-            if not isinstance(max_norm, float):
-                max_norm = arguments.threshold(f"{self._argument}({step})", max_norm(step))
-            return [max_norm] * len(norms)
+        self.asked += 1
         if names is not self._names and tuple(names) != self._names:
             self.add(names)
             self._names = None
@@ -159,16 +211,12 @@ class ThresholdBank:
 
         For a step that goes the short way; only of a bank that learns, without code of the user.
         """
+        self.begin_round()
         if self._rows is None and _ALL in self._objects:
             max_norm: float = self._objects[_ALL]._learn(norm, FLOATS)
             return max_norm
-        (max_norm,) = self.max_norms(0, [_ALL], [norm])
-        return max_norm
-
-    def max_norm_of_round(self, norm: float) -> float:
-        """``max_norm_of_all`` in a round of several optimizers, which this begins."""
-        self.begin_round()
-        return self.max_norm_of_all(norm)
+        (number,) = scalars.numbers(self._learned([_ALL], [norm], 2.0))
+        return number
 
     def _has_rows_on_host(self) -> bool:
         many = self.per_parameter or len(self._row_of) + len(self._objects) >= _MANY

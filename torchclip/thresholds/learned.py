@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from torchclip._core.batch import Norms
 from torchclip.thresholds import checks
@@ -120,14 +120,14 @@ class Rows:
     def update(self, norms: Norms, order: float) -> Norms:
         """Learn from a norm for each row, below 0 where there is no gradient, and return the thresholds.
 
-        What stands where there is no gradient has no meaning.
+        Where there is no gradient it is infinite.
         """
-        if self.device is not None:
-            max_norms: Tensor = self._all._learn(norms, self._form, order)
-            return max_norms
+        form: Any = self._form
+        columns: Any = norms if self.device is not None else np.array(norms)
         with np.errstate(all="ignore"):  # of what is not taken in the end
-            numbers: list[float] = self._all._learn(np.array(norms), self._form, order).tolist()
-        return numbers
+            max_norms = form.where(columns < 0, math.inf, self._all._learn(columns, form, order))
+        found: Norms = max_norms if self.device is not None else max_norms.tolist()
+        return found
 
     def thresholds(self) -> list[Any]:
         """An object for each row; waits for the device."""
