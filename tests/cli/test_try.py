@@ -88,6 +88,7 @@ def test_a_run_that_fails_is_a_row_that_says_so(tmp_path: Path) -> None:
     assert done.returncode == 0
     rows = rows_of(done.stdout)
     assert "failed, exit status 7" in rows["0.01"]
+    assert "0.01: score 1" in done.stdout  # what it printed last
     assert "Use max_norm=10: it has the lowest metric at the end" in done.stdout
     assert "metric at the end" in done.stdout.splitlines()[0]
 
@@ -103,7 +104,8 @@ def test_auto_searches_until_both_sides_are_worse(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_all_runs_and_keeps_what_is_there(tmp_path: Path, name: str, status: int) -> None:
     (tmp_path / "wait.py").write_text(
         "import os, sys, time, torch\n"
         "weight = torch.nn.Parameter(torch.ones(2))\n"
@@ -113,7 +115,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
         "    optimizer.step()\n"
         "print('score', 3.0)\n"
         "if os.path.exists('first'):\n"
-        "    open('second', 'w').close()\n"
+        "    open('second', 'w').write(str(os.getpid()))\n"
         "    time.sleep(100)\n"
         "open('first', 'w').close()\n"
     )
@@ -129,9 +131,11 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
     while not (tmp_path / "second").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "second").read_text()), 0)
     rows = rows_of(output)
     assert list(rows) == ["2", "0.5"]
     assert "interrupted" in rows["0.5"]
@@ -147,6 +151,9 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
             "argument --try: must be a number that is at least 0, got 'two'; or none, auto,",
         ),
         (["--try", "1,1"], "argument --try: has '1' twice"),
+        (["--try", "1,1.0"], "argument --try: has '1.0' and '1', which are the same"),
+        (["--try", "auto,1"], "argument --try: auto searches by itself; give either auto or thresholds"),
+        (["--try", "1"], "argument SCRIPT: No such file or directory: script.py"),
         (["--try", "1", "--max-norm", "2"], "--try and --max-norm do not go together"),
         (["--try", "1", "--none"], "--try and --none do not go together"),
         (["--jobs", "2"], "--jobs goes with --try only"),
@@ -195,6 +202,14 @@ def test_the_search_ends_with_worse_runs_on_both_sides(best: float) -> None:
 def test_the_search_starts_somewhere_without_advice() -> None:
     outcomes = search(lambda thresholds: [Outcome(each, each, History()) for each in thresholds])
     assert outcomes[1].threshold == 1.0
+
+
+@pytest.mark.slow
+def test_a_script_that_always_fails_is_not_searched_to_the_end(tmp_path: Path) -> None:
+    done = tried(tmp_path, "--try", "auto", "script.py", "no number")
+    assert done.returncode == 1
+    assert list(rows_of(done.stdout)) == ["none"]
+    assert "none: ValueError: could not convert string to float: 'no number'" in done.stdout
 
 
 def test_an_interrupted_search_keeps_what_it_has() -> None:

@@ -7,7 +7,9 @@ by a framework, or not at all.  Options put another clipping in place of the scr
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Nonfinite),
         help="what to do about steps whose norm is not finite, as in torchclip.Clipper",
     )
-    add("--none", action="store_true", help="take the script's own clipping away")
+    add("--none", action="store_true", help="remove the script's own clipping")
     add(
         "--try",
         dest="tries",
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the script once for each of these thresholds (numbers, none, and the names that "
         "--threshold takes), and compare; auto: search, from the advice up and down by factors of 3",
     )
-    add("--jobs", type=count, metavar="N", help="with --try: so many runs at the same time (default: 1)")
+    add("--jobs", type=count, metavar="N", help="with --try: number of runs at the same time (default: 1)")
     add(
         "--metric",
         type=_pattern,
@@ -98,18 +100,21 @@ def _above_0(text: str) -> float:
 def thresholds_to_try(text: str) -> list[str]:
     """Thresholds as they were given, or ``["auto"]``."""
     found = [part.strip() for part in text.split(",")]
-    if found == ["auto"]:
-        return found
+    seen: dict[float | str, str] = {}
     for each in found:
-        if each not in ("none", *LEARNED):
+        if each == "auto" and len(found) > 1:
+            raise argparse.ArgumentTypeError("auto searches by itself; give either auto or thresholds")
+        value: float | str = math.inf if each == "none" else each
+        if each not in ("auto", "none", *LEARNED):
             try:
-                _above_0(each)
+                value = _above_0(each)
             except argparse.ArgumentTypeError as error:
                 names = ", ".join(LEARNED)
                 raise argparse.ArgumentTypeError(f"{error}; or none, auto, {names}") from None
-    twice = next((each for each in found if found.count(each) > 1), None)
-    if twice is not None:
-        raise argparse.ArgumentTypeError(f"has {twice!r} twice")
+        if value in seen:
+            same = "twice" if seen[value] == each else f"and {seen[value]!r}, which are the same"
+            raise argparse.ArgumentTypeError(f"has {each!r} {same}")
+        seen[value] = each
     return found
 
 
@@ -170,6 +175,8 @@ def run(
         from torchclip.cli.run.tries import Command
 
         _refuse_with_try(max_norm, threshold, none)
+        if not module and not os.path.exists(script):
+            raise refusal(f"argument SCRIPT: {os.strerror(errno.ENOENT)}: {script}")
         return compare(
             Command(["-m"] * module + [script, *args], nonfinite, metric), tries, jobs or 1, wanted
         )

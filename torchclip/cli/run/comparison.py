@@ -39,9 +39,7 @@ def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: File
     status = wanted.write(
         _histories(found), lambda: _losses_figure(found), lambda: _page(found, what, command)
     )
-    if tries.interrupted:
-        return 130
-    return status or (0 if any(not each.problem for each in found) else 1)
+    return tries.status if tries.interrupted else status or tries.status
 
 
 def _page(tries: Sequence[Try], what: str, command: Command) -> str:
@@ -93,17 +91,9 @@ class Progress:
                     flush=True,
                 )
         self._told = len(tries.done)
-        running = ", ".join(f"{each.threshold}: {_last_line(each)}" for each in list(tries.running))
+        running = ", ".join(f"{each.threshold}: {each.last_line() or '…'}" for each in list(tries.running))
         room = max(self._console.width - 40, 10)
         self._bar.update(self._task, completed=len(tries.done), description=running[:room])
-
-
-def _last_line(each: Try) -> str:
-    """What a run has printed last."""
-    with each.log.open("rb") as file:
-        file.seek(max(file.seek(0, 2) - 400, 0))
-        lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "…")
 
 
 def rows(tries: Sequence[Try], what: str) -> list[list[str]]:
@@ -132,6 +122,9 @@ def _print_table(tries: Sequence[Try], what: str) -> None:
         table.add_row(*row)
     console.print(table)
     console.print()
+    for each in tries:
+        if each.error:
+            console.print(f"{each.threshold}: {each.error}", markup=False, soft_wrap=True)
     console.print(recommended(tries, what)[1], markup=False)
 
 

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from torchclip.history.signs import final_loss
 __all__ = ["Command", "Tries", "Try", "recommended"]
 
 _SECONDS_TO_END = 20  # which a run has after Ctrl-C to write down what it did
+_TAIL = 4096  # bytes at the end of a log in which the last line is
+_KILL = getattr(signal, "SIGKILL", 9)
 _CLOSE = 1.01  # a loss this many times the lowest one is as good
 
 
@@ -63,6 +67,7 @@ class Try:
         histories: its steps, by optimizer.
         seconds: how long it took.
         problem: why it counts for nothing, if so.
+        error: the last line that it printed, if it failed.
     """
 
     threshold: str
@@ -71,6 +76,7 @@ class Try:
     histories: dict[str, History] = field(default_factory=dict)
     seconds: float = 0.0
     problem: str = ""
+    error: str = ""
 
     @property
     def history(self) -> History:
@@ -101,23 +107,40 @@ class Try:
         """How many steps had a norm far above those around them."""
         return sum(each.suggest().spikes for each in self.histories.values())
 
+    def last_line(self) -> str:
+        """What it has printed last, but for torchclip's report."""
+        with self.log.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
+            lines = file.read().decode(errors="replace").partition(REPORT)[0].splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
     def read(self, csv: Path, status: int, metric: re.Pattern[str] | None) -> None:
         """Take in what the run has written, which ended with this exit status."""
-        self.histories = read_csv(csv) if csv.exists() else {}
+        was_killed = status == -_KILL  # perhaps while it wrote
+        self.histories = read_csv(csv) if csv.exists() and not was_killed else {}
         if metric is None:
-            self.score = final_loss(self.losses) if self.losses else math.nan
+            self.score = final_loss(self.losses)
         else:
             text = self.log.read_text(encoding="utf-8", errors="replace").partition(REPORT)[0]
             found = [match.group(match.lastindex or 0) for match in metric.finditer(text)]
             self.score = _number(found[-1]) if found else math.nan
-        if status in (130, -signal.SIGINT):
+        if status in (130, -signal.SIGINT, -signal.SIGTERM):
             self.problem = "interrupted"
         elif status:
             self.problem = f"failed, exit status {status}"
+            self.error = self.last_line()
         elif math.isnan(self.score):
-            self.problem = "no loss was seen" if metric is None else "no line matched --metric"
+            self.problem = self._unknown(metric is not None)
         if self.problem or math.isnan(self.score):
             self.score = math.inf
+
+    def _unknown(self, by_metric: bool) -> str:
+        """Why there is no number at the end."""
+        if by_metric:
+            return "no line matched --metric"
+        if not any(len(each) for each in self.histories.values()):
+            return "no optimizer took a step"
+        return "the loss is not a number" if self.losses else "no loss was seen"
 
 
 class Tries:
@@ -126,7 +149,7 @@ class Tries:
     Attributes:
         done: the runs that have ended, in the order in which they were begun.
         running: those that have not.
-        interrupted: whether Ctrl-C has ended them.
+        interrupted: whether Ctrl-C, or a signal that asks this process to end, has ended them.
         directory: where the logs are.
     """
 
@@ -139,19 +162,28 @@ class Tries:
         self._jobs = jobs
         self._tell = tell
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._received: list[int] = []
+
+    @property
+    def status(self) -> int:
+        """The exit status: that of an interrupted command, or 1 if no run has ended well."""
+        if self.interrupted:
+            return 128 + (self._received or [signal.SIGINT])[0]
+        return 0 if any(not each.problem for each in self.done) else 1
 
     def all_of(self, thresholds: Sequence[str]) -> list[Try]:
         """Run with each of these thresholds; after Ctrl-C only those that were begun are returned."""
         tries = [Try(each, self.directory / f"{each}.log") for each in thresholds]
-        with ThreadPoolExecutor(self._jobs) as pool:
+        with ThreadPoolExecutor(self._jobs) as pool, _ended_as_by_ctrl_c() as self._received:
             futures = [pool.submit(self._run, each) for each in tries]
-            try:
-                self._wait(futures)
-            except KeyboardInterrupt:
-                self.interrupted = True
-                for process in list(self._processes.values()):
-                    process.send_signal(signal.SIGINT)
-                self._wait(futures)
+            while True:
+                try:
+                    self._wait(futures)
+                    break
+                except KeyboardInterrupt:
+                    for process in list(self._processes.values()):
+                        _kill(process) if self.interrupted else _interrupt(process)
+                    self.interrupted = True
         for future in futures:
             future.result()
         begun = [each for each in tries if each in self.done]
@@ -167,7 +199,7 @@ class Tries:
             found = [
                 (norm, by_name[name]) for norm, name in zip(thresholds, given, strict=True) if name in by_name
             ]
-            if self.interrupted:
+            if self.interrupted or all(each.problem.startswith("failed") for each in self.done):
                 return []
             return [Outcome(norm, each.score, each.history) for norm, each in found]
 
@@ -194,6 +226,8 @@ class Tries:
                 start_new_session=True,
             )
             self._processes[each.threshold] = process
+            if self.interrupted:
+                _interrupt(process)
             self.running.append(each)
             status = self._wait_for(process)
         each.seconds = time.perf_counter() - start
@@ -212,13 +246,51 @@ class Tries:
                 if self.interrupted:
                     deadline = min(deadline, now + _SECONDS_TO_END)
                 if now > deadline:
-                    process.kill()
+                    _kill(process)
 
     def _environment(self) -> dict[str, str]:
         """Runs at the same time share the cores."""
         cores = os.cpu_count() or 1
         threads = {"OMP_NUM_THREADS": str(max(cores // self._jobs, 1))} if self._jobs > 1 else {}
         return {**threads, "PYTHONUNBUFFERED": "1", **os.environ}
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[list[int]]:
+    """Have signals that end a process end it as Ctrl-C does; gives a list of those that came.
+
+    The runs have sessions of their own, which these signals do not reach.
+    """
+    received: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()  # others can set no handlers
+    names = ("SIGTERM", "SIGHUP") if is_main else ()
+    before = {number: signal.signal(number, end) for name in names if (number := getattr(signal, name, None))}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Send a run what Ctrl-C sends; on Windows it has that from the console."""
+    if os.name != "nt":
+        # A shell has what it runs in the background ignore Ctrl-C, and so do processes started from there.
+        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        process.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a run with all processes that it has started."""
+    if os.name == "nt":
+        process.kill()
+    elif process.poll() is None:
+        os.killpg(process.pid, _KILL)
 
 
 def recommended(tries: Sequence[Try], what: str = "loss") -> tuple[Try | None, str]:
