@@ -1,7 +1,7 @@
-"""What the figures of the commands share: their style, and how they are saved.
+"""What the figures of the commands have in common: their style, and saving them.
 
-Figures are made as objects, without ``pyplot``: no window, no global state, nothing to close.  matplotlib
-comes with the ``demo`` extra and is imported where a figure is made.
+Figures are made as objects, without ``pyplot``, so there is no window and no global state.  matplotlib comes
+with the ``demo`` extra and is imported when a figure is made.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STYLE: Any = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw what is drawn meanwhile in the style of the commands; decorates functions that make figures."""
+    """Use the style of the commands within the context; also a decorator for functions that make figures."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
@@ -57,11 +57,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the file's name asks for."""
+    """Write a figure in the format of the file's ending."""
     with writing(path):
         figure.savefig(path)
 
 
 def steps(values: Sequence[float] | Array) -> range:
-    """The numbers of the steps, from 1."""
+    """The step numbers, from 1."""
     return range(1, len(values) + 1)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run() -> None:
-    """Print the facts, one a line."""
+    """Print one fact per line."""
     for name, value in facts().items():
         print(f"{name:<18} {value}")
 

@@ -78,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: what follows the program's name; by default that of this process.
+        arguments: the arguments after the program's name; by default those of this process.
 
     Returns:
         The exit status.
 
     Raises:
-        SystemExit: after ``--help`` and ``--version``, and with code 2 for what a command refuses.
+        SystemExit: after ``--help`` and ``--version``, and with code 2 if the command refuses its options.
     """
     if arguments is None:
         arguments = sys.argv[1:]
@@ -133,7 +133,7 @@ def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
 
 
 def _prints() -> bool:
-    """Whether this process prints: one of those that ``torchrun`` starts on a machine."""
+    """Whether this process prints: of those that ``torchrun`` starts on a machine, the first."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -146,7 +146,7 @@ def _files(parser: Parser, options: Mapping[str, Any]) -> Iterator[tuple[argpars
 
 
 def _refuse_one_file_for_two(parser: Parser, options: Mapping[str, Any]) -> None:
-    """No option may read or write a file that another one writes."""
+    """Refuse two options that name the same file."""
     seen: dict[Path, argparse.Action] = {}
     for argument, path in _files(parser, options):
         other = seen.setdefault(path.resolve(), argument)

@@ -1,4 +1,4 @@
-"""The types of options: each converts a text, and refuses a text that it cannot use.
+"""The types of options: each converts a text, or refuses it.
 
 A type is a function for the ``type`` of an argparse option.  Its error names the value, and argparse puts the
 name of the option before it.
@@ -37,7 +37,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 
 def refusal(message: str) -> argparse.ArgumentError:
-    """The error of a command for options that it cannot use; the message says which, and why."""
+    """The error for options that a command cannot use; the message says which, and why."""
     return argparse.ArgumentError(None, message)
 
 
@@ -63,7 +63,7 @@ def _number(
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not holds(value):  # no comparison holds for nan
+        if value is None or not holds(value):  # comparisons with nan are false
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
         return value
 
@@ -76,7 +76,7 @@ count = _number(int, lambda value: value > 0, "a whole number above 0")
 seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
 
 
-# Files; they are checked now, before the work
+# Files; they are checked before the work begins
 
 
 def file_to_read(text: str) -> Path:
@@ -113,7 +113,7 @@ def picture_file(text: str) -> Path:
 
 
 def directory_to_write(text: str) -> Path:
-    """An option's value that is a directory for files; it may not exist yet."""
+    """An option's value that is a directory for files, which may not exist yet."""
     path = Path(text)
     with _looking_at(path):
         there = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -126,7 +126,7 @@ def directory_to_write(text: str) -> Path:
 
 @contextmanager
 def _looking_at(path: Path) -> Iterator[None]:
-    """Refuse a path that the system does not let us look up, such as one with too long a name."""
+    """Refuse a path that the system cannot look up, such as one with too long a name."""
     try:
         yield
     except OSError as error:
@@ -135,7 +135,7 @@ def _looking_at(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Add the file's name to errors of writing to it; the error of a full disk has none."""
+    """Add the file's name to errors of writing it; the error for a full disk has none."""
     try:
         yield
     except OSError as error:

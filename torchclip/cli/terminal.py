@@ -1,4 +1,4 @@
-"""The console of the commands: as wide as the terminal, and plain text if there is no terminal."""
+"""The console of the commands: as wide as the terminal, and plain text without a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Console", "console_for", "tell_file"]
 def console_for(most: int, **options: Any) -> Console:
     """A console for stdout that is at most ``most`` columns wide.
 
-    In a file or a pipe there are no control characters, and no blanks at the ends of lines.
+    Output to a file or a pipe has no control characters, and no spaces at the ends of lines.
     """
     console = Console(**options)
     if not console.is_terminal:
@@ -29,7 +29,7 @@ def tell_file(console: Console, what: str, path: Path, more: str = "") -> None:
 
 
 class _WithoutTrailingBlanks:
-    """Stdout, without the blanks that fill a table's cells at the end of each line."""
+    """Stdout, without the spaces with which tables fill each line."""
 
     def write(self, text: str) -> int:
         """Write whole lines, as rich does."""
@@ -42,10 +42,10 @@ class _WithoutTrailingBlanks:
         sys.stdout.flush()
 
     def isatty(self) -> bool:
-        """It is used where stdout is none."""
+        """It is used only if stdout is not a terminal."""
         return False
 
     @property
     def encoding(self) -> str:
-        """That of stdout, by which rich chooses the lines of its tables."""
+        """The encoding of stdout, by which rich chooses the lines of its tables."""
         return getattr(sys.stdout, "encoding", None) or "utf-8"

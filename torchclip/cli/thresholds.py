@@ -1,4 +1,4 @@
-"""The thresholds that options choose between."""
+"""The thresholds that options offer."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ LEARNED = {
     "adagc": "the usual norm of each parameter (AdaGC)",
     "rolling-sigma": "mean plus six standard deviations of the last norms",
 }
-"""To what they clip."""
+"""The threshold of each, in words."""
 
 WITHOUT_CEILING = {name for name, of in CLASSES.items() if "max_norm" not in inspect.signature(of).parameters}
 """Those that take no ``max_norm``."""
 
 
 DESCRIBED = "; ".join(f"{name}: {what}" for name, what in LEARNED.items())
-"""All of them in one line, for the help of an option."""
+"""All of them in one line, for an option's help."""
 
 
 def refuse_ceiling(threshold: str | None, max_norm: float | None) -> None:
-    """Refuse a ``--max-norm`` that the threshold has no use for."""
+    """Refuse a ``--max-norm`` with a threshold that does not use it."""
     if threshold in WITHOUT_CEILING and max_norm is not None:
         raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
 
 
 def max_norm_of(threshold: str, max_norm: float = math.inf) -> MaxNorm:
-    """What to pass as ``max_norm`` to a Clipper: a new object for each.
+    """The ``max_norm`` of a Clipper: a new object in each call.
 
     Args:
         threshold: ``"fixed"`` or a name in ``LEARNED``.

@@ -1,4 +1,4 @@
-"""Thresholds that follow the run: the norms seen so far decide where to clip."""
+"""Thresholds that follow the run: they depend on the norms so far."""
 
 from torchclip.thresholds.adagc import AdaGC
 from torchclip.thresholds.base import MaxNorm, Threshold

@@ -1,4 +1,4 @@
-"""AdaGC: a threshold for each parameter, relative to the norms that its gradient usually has."""
+"""AdaGC: a threshold for each parameter, relative to the usual norm of its gradient."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ class AdaGC(Learned):
 
         ĝ_i = min(max_norm / ‖g‖, 1) g_i              γ_i ← min(γ_i, ‖ĝ_i‖)
 
-    with ``‖g‖`` the joint norm, and ``γ_i = ‖ĝ_i‖`` at the first step.  After it each is clipped by its own:
+    ``‖g‖`` is the joint norm, and ``γ_i = ‖ĝ_i‖`` in the first step.  After the warm-up each gradient is
+    clipped by its own threshold:
 
         ĝ_i = min(relative γ_i / ‖g_i‖, 1) g_i        γ_i ← beta γ_i + (1 - beta) ‖ĝ_i‖
 
-    With it, a ``Clipper`` takes the norm of each parameter, whatever its ``scope``; for a DTensor,
-    that of the whole parameter.  It skips parameters of a group with its own ``max_norm``.
+    A ``Clipper`` with this threshold measures the norm of each parameter, whatever its ``scope``; for a
+    DTensor, that of the full parameter.  AdaGC does not apply to groups with their own ``max_norm``.
 
-    What the paper leaves open, or where implementations disagree:
+    Where the paper is not specific, or implementations differ:
 
     - In the authors' code the first ``warmup`` steps are clipped together, the same for all parameters; in
       other code it is one step fewer. Here ``warmup`` is the number of norms from which each parameter
       learns, so a parameter that is frozen at first has its warm-up later. In the authors' code it would
       start from its first norm, without a warm-up.
-    - In the warm-up, the joint norm is the one of all gradients, as in the paper and the authors' code; some
-      implementations take that of each gradient there, too.
+    - In the warm-up, ``‖g‖`` is the norm of all gradients, as in the paper and the authors' code; some
+      implementations use each gradient's own norm.
     - The authors' code has ``relative=1.04`` and ``beta=0.99`` for GPT-2. It adds a small constant to the
       denominators. Here nothing is divided by a norm of 0, so there is none.
-    - A norm of 0 is not learned from. By the formula ``γ_i`` would be 0 forever, and the parameter would not
-      move again: LoRA's ``A`` is an example, whose first gradient is 0 as ``B`` still is.
-    - A norm that is not finite is not learned from. In the warm-up it does not count in ``‖g‖``, and is
-      clipped to ``max_norm``.
+    - AdaGC does not learn from a norm of 0. By the formula ``γ_i`` would stay 0, and the parameter would not
+      move again. An example is LoRA's ``A``, whose first gradient is 0 because ``B`` is.
+    - AdaGC does not learn from a norm that is not finite. In the warm-up such a norm does not count in
+      ``‖g‖``, and is clipped to ``max_norm``.
 
     Twin: ``torchclip.reference.adagc_thresholds``.
 
     Args:
-        relative: the largest norm, in terms of ``γ_i`` (``λ_rel`` in the paper), at least 0.
-        beta: how much of ``γ_i`` is kept each step, between 0 and 1.
+        relative: the largest allowed norm, as a multiple of ``γ_i`` (``λ_rel`` in the paper), at least 0.
+        beta: the weight of the old ``γ_i`` in each step, between 0 and 1.
         warmup: the number of norms from which each parameter first learns, at least 1.
         max_norm: the threshold for all gradients together in the warm-up (``λ_abs`` in the paper).
 
@@ -70,7 +71,7 @@ class AdaGC(Learned):
     _columns = ("_gamma", "_seen")
 
     per_parameter = True
-    """Tells a ``Clipper`` to take a norm for each parameter."""
+    """Tells a ``Clipper`` to measure the norm of each parameter."""
 
     def __init__(
         self, relative: float = 1.05, beta: float = 0.98, warmup: int = 100, max_norm: float = 1.0
@@ -117,12 +118,12 @@ class AdaGC(Learned):
         return max_norms
 
     def state_dict(self) -> dict[str, Any]:
-        """The running mean, and how many norms of the warm-up it has seen, as plain data."""
+        """The running mean, and the number of norms so far in the warm-up, as plain data."""
         gamma = None if math.isinf(self._gamma) else self._gamma
         return {"kind": "AdaGC", "gamma": gamma, "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this object.
+        """Continue from a ``state_dict``; this object keeps its own arguments.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.

@@ -10,7 +10,7 @@ __all__ = ["MaxNorm", "Threshold"]
 
 @runtime_checkable
 class Threshold(Protocol):
-    """What a ``torchclip.Clipper`` needs from a threshold object; you need not inherit from it.
+    """The methods that a ``torchclip.Clipper`` needs of a threshold object; you need not inherit from it.
 
     In a distributed run every rank passes the same norms, so a threshold that depends on them alone gives the
     same result on all ranks.
@@ -39,22 +39,22 @@ class Threshold(Protocol):
     """
 
     def update(self, norm: float) -> float:
-        """Take in this step's norm and return this step's ``max_norm``.
+        """Learn from this step's norm and return this step's ``max_norm``.
 
         Args:
-            norm: the norm before clipping; may be ``inf`` or ``nan``, which must leave no trace.
+            norm: the norm before clipping; may be ``inf`` or ``nan``, from which it must not learn.
 
         Returns:
-            The threshold for this step, at least 0; ``inf`` for a step that is not to be clipped.
+            The threshold for this step, at least 0; ``inf`` if the step must not be clipped.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything learned so far, as plain data (what ``json`` and ``torch.save`` take)."""
+        """Everything learned so far, as plain data that ``json`` and ``torch.save`` can store."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where ``state_dict`` was taken."""
+        """Continue from a ``state_dict``."""
         ...
 
 

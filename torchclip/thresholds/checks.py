@@ -20,7 +20,7 @@ def between(name: str, value: Any, most: float) -> float:
 
 
 def norm(value: Any) -> float:
-    """What ``update`` is given, as a float: ``inf`` and ``nan`` may come, negative numbers may not."""
+    """The argument of ``update`` as a float: ``inf`` and ``nan`` are allowed, negative numbers are not."""
     found = value if type(value) is float else arguments.number("norm", value)
     if -math.inf < found < 0:
         raise ValueError(f"`norm` must be at least 0, got {arguments.shown(value)}")
@@ -30,7 +30,7 @@ def norm(value: Any) -> float:
 def finite(name: str, value: Any, text: bool = False) -> float:
     """``value`` as a finite number that is at least 0, or an error that names it.
 
-    With ``text``, a string will do too, as for arguments; what was saved has none.
+    With ``text``, a string is allowed too, as in arguments; a saved state has none.
     """
     norm = arguments.threshold(name, arguments.number(name, value, text=text))
     if math.isinf(norm):
@@ -50,13 +50,13 @@ def state_of(state: Mapping[str, Any], kind: str, keys: tuple[str, ...]) -> None
 
 
 def window_of(state: Mapping[str, Any], kind: str, window: int | None, owner: str) -> tuple[int, list[float]]:
-    """How many norms a saved threshold has learned from, and those that it keeps, oldest first.
+    """The number of norms that a saved threshold has learned from, and the norms that it keeps, oldest first.
 
     Args:
-        state: what was saved.
-        kind: the kind of threshold that it must be of.
-        window: how many norms the threshold keeps that goes on from it; None for all.
-        owner: what to call that threshold in an error.
+        state: the saved state.
+        kind: the kind of threshold that it must have.
+        window: how many norms the threshold that loads it keeps; None for all.
+        owner: the name of that threshold in an error.
     """
     state_of(state, kind, ("window", "seen", "norms"))
     if state["window"] != window:

@@ -1,13 +1,13 @@
-"""What the formulas of thresholds are written with: the same functions for each kind of number.
+"""The functions in which thresholds' formulas are written, for each kind of number.
 
-A formula uses operators, comparisons and these functions, so that it is written once and serves
+A formula uses operators, comparisons and these functions, so it is written once for
 
 - one set of gradients: floats, without any array,
 - many sets in host memory: a NumPy array with an entry for each,
 - many sets on a device: a tensor likewise, for whose values the host does not wait.
 
-Every branch of a formula is computed, and ``where`` takes the right one, as a device has to.  So no formula
-may raise an error where its result is not taken: floats, for one, must not be divided by 0.
+As on a device, every branch of a formula is computed, and ``where`` selects one.  So a branch that is not
+selected must not raise an error: for example, floats must not be divided by 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CPU = torch.device("cpu")
 
 
 class Floats:
-    """One number; a row of several is a list, in which NaN stands for what is not there yet."""
+    """One number; a row of several numbers is a list, in which NaN marks empty slots."""
 
     hypot = staticmethod(math.hypot)
     sqrt = staticmethod(math.sqrt)
@@ -56,7 +56,7 @@ class Floats:
 
     @staticmethod
     def mean_and_deviation(row: list[float], count: int) -> tuple[float, float]:
-        """The mean and the standard deviation of the first so many of a row; of less than two anything."""
+        """The mean and standard deviation of the first ``count`` of a row; of fewer than two, anything."""
         if count < 2:
             return math.inf, 0.0
         numbers = row if count == len(row) else row[:count]
@@ -81,7 +81,7 @@ class Arrays:
 
     @staticmethod
     def join(norms: Any, order: float) -> float:
-        """The norm of given order of a vector whose parts have these norms, all of which are there."""
+        """The norm of given order of a vector whose parts have these norms, none of them ``ABSENT``."""
         return scalars.join(norms.tolist(), order)  # type: ignore[return-value]
 
     @staticmethod
@@ -97,7 +97,7 @@ class Arrays:
 
     @staticmethod
     def mean_and_deviation(rows: Any, count: Any) -> tuple[Any, Any]:
-        """The mean and the standard deviation of the first so many of each row; of less than two anything."""
+        """The mean and standard deviation of the first ``count`` of each row; of fewer than two, anything."""
         if (count < rows.shape[1]).any():
             return _mean_and_deviation(rows, count, np)
         mean = rows.mean(1)
@@ -122,7 +122,7 @@ class Tensors:
 
     @staticmethod
     def any(_: Tensor) -> bool:
-        """Whether the condition may hold for one of the numbers: not to know is not to wait."""
+        """Whether the condition may hold for one of the numbers; always True, as to know would be to wait."""
         return True
 
     @staticmethod
@@ -138,20 +138,20 @@ class Tensors:
 
     def column(self, values: Sequence[Any]) -> Tensor:
         """A number for each row, or a row of numbers for each."""
-        column = torch.from_numpy(np.array(values))  # in host memory, whatever the default device is
+        column = torch.from_numpy(np.array(values))  # in host memory, whatever the default device
         dtype = scalars.norm_dtype(self.device) if column.is_floating_point() else torch.int64
         return column.to(self.device, dtype, non_blocking=True)
 
     @staticmethod
     def mean_and_deviation(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and the standard deviation of the first so many of each row; of less than two anything."""
+        """The mean and standard deviation of the first ``count`` of each row; of fewer than two, anything."""
         return _mean_and_deviation(rows, count, torch)
 
 
 def _mean_and_deviation(rows: Any, count: Any, module: Any) -> tuple[Any, Any]:
     is_there = rows == rows
     mean = module.where(is_there, rows / count[:, None], 0.0).sum(1)
-    # Divided by the mean, which is never far below the largest, no square leaves the range.
+    # Divided by the mean, which is never far below the largest norm, no square leaves the range.
     parts = module.where(is_there, rows / mean[:, None] - 1.0, 0.0)
     deviation = mean * module.sqrt((parts * parts).sum(1) / (count - 1))
     return mean, module.where(mean > 0, deviation, 0.0)

@@ -1,4 +1,4 @@
-"""What the thresholds of this package have in common: a formula, and columns of numbers that it learns."""
+"""What this package's thresholds have in common: a formula, and columns of numbers that they learn."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Kind = TypeVar("Kind", bound="Learned")
 class Learned(ABC):
     """A threshold that learns by a formula.
 
-    What it has learned is in attributes, the columns.  In an object that a user makes they are numbers.  In
-    ``Rows`` a copy of it has an entry for each of many sets there, and learns by the same formula.
+    It keeps what it has learned in attributes, the columns.  In an object that a user makes, each is a
+    number.  In ``Rows``, each has an entry for each of many sets, and the same formula updates all of them.
     """
 
     _columns: ClassVar[tuple[str, ...]]
-    """The attributes with what was learned."""
+    """The attributes that hold what was learned."""
 
     def update(self, norm: float) -> float:
         """Learn from ``norm`` and return the threshold of this step."""
@@ -40,8 +40,8 @@ class Learned(ABC):
         """Learn from norms and return the thresholds.
 
         Args:
-            norms: a norm, or an array or tensor with one for each set; below 0 where there is no gradient.
-                Those, ``inf`` and ``nan`` leave no trace.
+            norms: a norm, or an array or tensor with one for each set; negative where there is no gradient.
+                Nothing is learned from these, nor from ``inf`` and ``nan``.
             form: the functions for this kind of number.
             order: the order of the norms, for rules that join them.
         """
@@ -52,10 +52,10 @@ class Learned(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this object."""
+        """Continue from a ``state_dict``; this object keeps its own arguments."""
 
     def copied(self: Kind) -> Kind:
-        """One that has learned the same, and goes on by itself."""
+        """An independent copy that has learned the same."""
         copied = copy.copy(self)
         for name in self._columns:
             value = getattr(self, name)
@@ -63,11 +63,11 @@ class Learned(ABC):
         return copied
 
     def _to_row(self, name: str, device: torch.device | None) -> Any:
-        """What stands in a row, in host memory or on a device, for what was learned."""
+        """The row, in host memory or on a device, for what was learned."""
         return getattr(self, name)
 
     def _from_row(self, name: str, value: Any) -> None:
-        """Take over what stood in a row."""
+        """Take what was learned from a row."""
         setattr(self, name, value)
 
     def _takes_rows(self, device: torch.device | None) -> bool:
@@ -76,7 +76,7 @@ class Learned(ABC):
 
 
 def has_own_update(kind: type) -> bool:
-    """Whether a user's class answers by an ``update`` of its own, which must be called for each norm."""
+    """Whether a user's subclass has its own ``update``, which must be called for each norm."""
     for cls in kind.__mro__:
         if "_learn" in vars(cls) or "update" in vars(cls):
             return "_learn" not in vars(cls)
@@ -87,7 +87,7 @@ class Rows:
     """Thresholds of many sets, which learn together: a row for each in every column.
 
     Args:
-        thresholds: what they go on from, objects of the same kind with the same arguments.
+        thresholds: the objects to start from, of the same kind with the same arguments.
         device: where the norms will be; None for numbers in host memory.
     """
 
@@ -105,7 +105,7 @@ class Rows:
         return stacked
 
     def copied(self) -> Rows:
-        """Rows that have learned the same, and go on by themselves."""
+        """Independent rows that have learned the same."""
         copied = copy.copy(self)
         copied._all = self._all.copied()
         return copied
@@ -118,13 +118,13 @@ class Rows:
             setattr(self._all, name, self._form.concatenate(columns))
 
     def update(self, norms: Norms, order: float) -> Norms:
-        """Learn from a norm for each row, below 0 where there is no gradient, and return the thresholds.
+        """Learn from a norm for each row, negative where there is no gradient, and return the thresholds.
 
         Where there is no gradient it is infinite.
         """
         form: Any = self._form
         columns: Any = norms if self.device is not None else np.array(norms)
-        with np.errstate(all="ignore"):  # of what is not taken in the end
+        with np.errstate(all="ignore"):  # from branches that are not selected
             max_norms = form.where(columns < 0, math.inf, self._all._learn(columns, form, order))
         found: Norms = max_norms if self.device is not None else max_norms.tolist()
         return found

@@ -33,9 +33,9 @@ class Percentile(Learned):
     The percentile is exact, with linear interpolation as in ``numpy.percentile``.  Norms that are not
     finite do not enter the history; such a step gets the percentile of the norms before it.
 
-    The history stays sorted, so a step inserts one value and does not sort again.  It moves the larger
-    values: with a history of 10,000 norms a step takes about 1 µs, with 100,000 norms 4 µs, with a million
-    40 µs.  The memory is 8 bytes per norm, 40 with a ``window``.
+    The history is kept sorted, so a step inserts one value and moves the larger ones: with a history of
+    10,000 norms a step takes about 1 µs, with 100,000 norms 4 µs, with a million 40 µs.  It needs 8 bytes of
+    memory per norm, 40 with a ``window``.
 
     Twin: ``torchclip.reference.percentile_thresholds``.
 
@@ -43,8 +43,8 @@ class Percentile(Learned):
         percentile: between 0 (the smallest norm so far) and 100 (the largest: no clipping). Low values clip
             most steps, as the method intends; the paper recommends 10.
         window: the number of latest norms that count; ``None`` for all, as in the paper.
-        warmup: the number of finite norms from which it first only learns; these steps are clipped to
-            ``max_norm`` alone. The paper has no warm-up.
+        warmup: the number of finite norms in the warm-up, in which steps are clipped to ``max_norm`` alone.
+            The paper has no warm-up.
         max_norm: a hard ceiling for the threshold, in the warm-up too.
 
     Raises:
@@ -123,7 +123,7 @@ class Percentile(Learned):
         return {"kind": "Percentile", "window": self.window, "seen": self._seen, "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this object.
+        """Continue from a ``state_dict``; this object keeps its own arguments.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.

@@ -17,20 +17,20 @@ __all__ = ["QuantileTracker"]
 class QuantileTracker:
     r"""A threshold for ``clip_per_example`` that leaves a given share of the examples unclipped.
 
-    With ``share`` the share of a batch's examples that were not clipped, after each step:
+    After each step, ``share`` is the share of the batch's examples that were not clipped:
 
         max_norm ← max_norm · exp(-lr (share - quantile))
 
-    It sees no norms, only that share, which costs little privacy.  For differential privacy, add the paper's
-    noise to the share, and count both releases in the accounting.  This class does neither.
+    The tracker sees only that share and no norms, which costs little privacy.  For differential privacy, add
+    the paper's noise to the share, and count both releases in the accounting.  This class does neither.
 
     Twin: ``torchclip.reference.quantile_tracker_thresholds``.
 
     Args:
         quantile: the share of examples to leave unclipped, between 0 and 1.
         lr: how fast the threshold moves, at least 0.
-        max_norm: the threshold to start with, above 0 and finite; better too small than too large, as it
-            grows as fast as ``exp(lr · quantile)`` a step.
+        max_norm: the first threshold, above 0 and finite. Rather start too small than too large: the
+            threshold grows by up to ``exp(lr · quantile)`` per step.
 
     Attributes:
         max_norm (float): the threshold to clip the next batch to.
@@ -58,7 +58,7 @@ class QuantileTracker:
         self.max_norm = _positive("max_norm", max_norm, text=True)
 
     def update(self, share: float | Tensor) -> float:
-        """Move the threshold by what the last batch showed, and return it.
+        """Adapt the threshold to the last batch, and return it.
 
         Args:
             share: the share of examples that were not clipped, ``1 - clipped / len(examples)`` with what
@@ -67,7 +67,7 @@ class QuantileTracker:
         unclipped = arguments.number("share", share)
         if not math.isfinite(unclipped):
             raise ValueError(f"`share` must be finite, got {arguments.shown(share)}")
-        # Within what float64 holds, so that the threshold can always come back.
+        # Within the range of float64, so that the threshold can always recover.
         exponent = math.log(self.max_norm) - self.lr * (unclipped - self.quantile)
         self.max_norm = math.exp(min(max(exponent, -700.0), 700.0))
         return self.max_norm
@@ -77,7 +77,7 @@ class QuantileTracker:
         return {"kind": "QuantileTracker", "max_norm": self.max_norm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this object.
+        """Continue from a ``state_dict``; this object keeps its own arguments.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.

@@ -1,4 +1,4 @@
-"""So many standard deviations above the mean of the last norms."""
+"""A threshold some standard deviations above the mean of the last norms."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["RollingSigma"]
 
 
 class RollingSigma(Learned):
-    r"""A number of standard deviations above the mean of the last norms: norms above it are spikes.
+    r"""The mean of the last norms plus some standard deviations: norms above it are spikes.
 
-    With ``W`` the last ``window`` norms before the current one that were no spikes:
+    ``W`` are the last ``window`` norms before the current one that were not spikes:
 
         max_norm = mean(W) + sigma · std(W)
 
-    The standard deviation divides by one less than the number of norms.  It is meant for skipping steps:
-    ``Clipper(optimizer, 1.0, skip_above=RollingSigma())``.  As a ``max_norm`` it clips spikes, and no other
-    steps.
+    The standard deviation divides by one less than the number of norms.  The threshold is meant for skipping
+    steps: ``Clipper(optimizer, 1.0, skip_above=RollingSigma())``.  As a ``max_norm`` it clips only spikes.
 
     A norm above the threshold, or one that is not finite, does not enter the window.  So norms that rise and
-    stay high remain above it.  For skipping, there is ``max_skips``; for clipping, ``ZScore`` follows them.
+    stay high remain above the threshold.  When skipping, use ``max_skips`` against this; when clipping, use
+    ``ZScore``, which follows the norms.
 
     OLMo's training code skips steps by this rule, applied to the loss and to the norm of the gradients; here
     it is applied to the norm alone.  In OLMo's code the norms of skipped steps enter the window, too.  It
@@ -37,8 +37,7 @@ class RollingSigma(Learned):
     Args:
         sigma: the number of standard deviations above the mean from which a norm is a spike, at least 0.
         window: the number of latest norms that count, at least 2.
-        warmup: the number of norms from which it first only learns, at least 2; these steps have no
-            threshold.
+        warmup: the number of norms in the warm-up, which has no threshold; at least 2.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -79,7 +78,7 @@ class RollingSigma(Learned):
         return {"kind": "RollingSigma", "window": self.window, "seen": self._seen, "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this object.
+        """Continue from a ``state_dict``; this object keeps its own arguments.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.

@@ -1,4 +1,4 @@
-"""The last norms, as they are kept: the norm that was learned as number ``i`` is in slot ``i % window``."""
+"""How the last norms are stored: norm number ``i`` is in slot ``i % window``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["in_order", "in_slots"]
 
 
 def in_slots(norms: Iterable[float], seen: int, window: int) -> list[float]:
-    """The last of ``seen`` norms, oldest first, in their slots; NaN in those that have none yet."""
+    """Put the last of ``seen`` norms, oldest first, into their slots; NaN in empty slots."""
     latest = list(norms)
     slots = [math.nan] * window
     for number, norm in enumerate(latest, start=seen - len(latest)):
@@ -18,6 +18,6 @@ def in_slots(norms: Iterable[float], seen: int, window: int) -> list[float]:
 
 
 def in_order(slots: Sequence[float], seen: int) -> list[float]:
-    """The norms of these slots, oldest first."""
+    """The norms in the slots, oldest first."""
     first = seen % len(slots)
     return [*slots[:seen]] if seen < len(slots) else [*slots[first:], *slots[:first]]

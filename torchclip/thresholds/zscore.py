@@ -1,4 +1,4 @@
-"""ZClip: pull back the norms that are far above their running mean."""
+"""ZClip: clip the norms that are far above their running mean."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ class ZScore(Learned):
 
         "adaptive_scaling":   g* = μ + (z*² / z) σ      the larger the spike, the closer to the mean
         "mean":               g* = μ
-        "percentile":         g* = μ + z* σ             the largest norm that is no spike
+        "percentile":         g* = μ + z* σ             the largest norm that is not a spike
 
-    Other steps are not clipped: their threshold is ``μ + z* σ``.  Then ``μ`` and ``σ`` learn from the step, a
-    spike counting with ``g*`` in place of ``g``:
+    Other steps are not clipped: their threshold is ``μ + z* σ``.  Then ``μ`` and ``σ`` learn from the step;
+    for a spike, ``g*`` replaces ``g``:
 
         μ ← α μ + (1 - α) g          σ² ← α σ² + (1 - α) (g - μ)²
 
-    They start as the mean and the standard deviation of the norms of the warm-up.  A norm that is not finite
-    gets ``μ + z* σ`` and is not learned from.  The ceiling ``max_norm`` limits only the threshold: what is
-    learned does not depend on it.
+    They start as the mean and the standard deviation of the norms of the warm-up.  The threshold for a norm
+    that is not finite is ``μ + z* σ``, and nothing is learned from it.  The ceiling ``max_norm`` limits only
+    the threshold; what is learned does not depend on it.
 
     Two things differ from the authors' code.  Their code has a ceiling by default, ``max_grad_norm=1.0``, and
     clips every step to it, spike or not.  Here the ceiling is ``inf`` unless you set one; pass
     ``max_norm=1.0`` for the same.  Their code also adds a small constant to ``σ`` to avoid a division by
-    zero.  Here no division can meet a zero, so there is no constant, and norms scaled by a factor get
+    zero.  Here no division by zero can occur, so there is no constant, and norms scaled by a factor give
     thresholds scaled by that factor.
 
     Twin: ``torchclip.reference.zscore_thresholds``.
 
     Args:
-        alpha: ``α``, how much of the mean and variance is kept each step, between 0 and 1.
+        alpha: ``α``, the weight of the old mean and variance in each step, between 0 and 1.
         threshold: ``z*``, the z-score above which a norm is a spike, at least 0.
-        warmup: the number of finite norms from which mean and variance start, at least 1; these steps are
-            clipped to ``max_norm`` alone.
+        warmup: the number of finite norms from which mean and variance start, at least 1; in the warm-up
+            steps are clipped to ``max_norm`` alone.
         clip_option: what spikes are clipped to (above). In the authors' code the first two are options of
             ``mode="zscore"``, and the third is another ``mode``.
-        skip_update_on_spike: learn nothing from spikes. If norms rise and stay high, every step is
+        skip_update_on_spike: whether to learn nothing from spikes. If norms rise and stay high, every step is
             then a spike, and the mean never follows.
         max_norm: a hard ceiling for the threshold, in the warm-up too.
 
@@ -90,7 +90,7 @@ class ZScore(Learned):
         self.skip_update_on_spike = arguments.flag("skip_update_on_spike", skip_update_on_spike)
         self.max_norm = arguments.threshold("max_norm", max_norm)
         self._mean = 0.0
-        # The deviation, not the variance: squares of large norms would overflow.
+        # The deviation, not the variance, as squares of large norms would overflow.
         self._std = 0.0
         self._seen = 0.0  # finite norms in the warm-up
 
@@ -108,7 +108,7 @@ class ZScore(Learned):
             if self.skip_update_on_spike:
                 learn = learn != spike  # these are among those
         rate = 1.0 - self.alpha
-        if form.any(warming_up):  # there every norm counts alike, later the last ones more
+        if form.any(warming_up):  # in the warm-up all norms weigh the same, later the last ones more
             rate = where(warming_up, 1.0 / (seen + 1.0), rate)
             self._seen = where(learn & warming_up, seen + 1.0, seen)
             max_norms = where(warming_up, math.inf, max_norms)
@@ -120,16 +120,16 @@ class ZScore(Learned):
 
     def _pulled_back(self, norms: Any, mean: Any, margin: Any, spike: Any, where: Any) -> Any:
         if self.clip_option == "adaptive_scaling":
-            # z*²/z · σ, written without squares; above mean + margin a norm is above the mean, too.
+            # z*²/z · σ, written without squares; a norm above mean + margin is above the mean, too.
             return mean + margin * (margin / where(spike, norms - mean, 1.0))
         return mean if self.clip_option == "mean" else mean + margin
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean and standard deviation, and how many norms of the warm-up they are of, as plain data."""
+        """The mean and standard deviation, and the number of norms so far in the warm-up, as plain data."""
         return {"kind": "ZScore", "mean": self._mean, "std": self._std, "seen": int(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this object.
+        """Continue from a ``state_dict``; this object keeps its own arguments.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.
@@ -146,14 +146,14 @@ class ZScore(Learned):
         self._mean, self._std = mean, std
 
     def _load_state_of_0_1(self, state: Mapping[str, Any]) -> None:
-        """Version 0.1.0 kept the norms of an unfinished warm-up, beside a mean of None."""
+        """Version 0.1.0 kept the norms of an unfinished warm-up, and None as the mean."""
         norms = arguments.items("state['warmup_norms']", state["warmup_norms"], checks.finite)
         if state["mean"] is not None:
             mean = checks.finite("state['mean']", state["mean"])
             self._std = checks.finite("state['std']", state["std"])
             self._mean, self._seen = mean, float(self.warmup)
             return
-        if state["std"] == state["std"]:  # many sets at once had a NaN there
+        if state["std"] == state["std"]:  # with many sets it was NaN
             checks.finite("state['std']", state["std"])
         self._mean = self._std = self._seen = 0.0
         for norm in norms:

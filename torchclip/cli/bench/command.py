@@ -25,11 +25,11 @@ from torchclip.cli.terminal import console_for, tell_file
 
 __all__ = ["add_arguments", "machine", "run"]
 
-WIDTH = 140  # of the tables, where no terminal sets it
-STEPS = "steps"  # the measurement in training steps, as --only calls it
-OTHER_RULES = "rules"  # that of the rules besides clipping by norm and by value
-QUICK_ROUNDS = 40  # in steps, for a look
-QUICK_SECONDS = 0.1  # for a row of the rules, likewise
+WIDTH = 140  # of the tables, without a terminal
+STEPS = "steps"  # the name of the measurement in training steps for --only
+OTHER_RULES = "rules"  # the name for the rules other than clipping by norm and by value
+QUICK_ROUNDS = 40  # in training steps, with --quick
+QUICK_SECONDS = 0.1  # for a row of the rules, with --quick
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def run(
         facts["gradients on"] = _device_name(device)
     console.print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), highlight=False)
 
-    # For the series, torch.compile would take hours, and optax would need memory for two more copies.
+    # For --scaling, torch.compile would take hours, and optax would need memory for two more copies.
     rivals = [] if scaling else ["optax"] if quick else RIVALS
     workloads = SCALING if scaling else {n: w for n, w in WORKLOADS.items() if n in (only or WORKLOADS)}
     steps = []

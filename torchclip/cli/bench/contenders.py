@@ -1,7 +1,7 @@
 """The contenders of ``torchclip bench``: each implementation with gradients for its calls.
 
-All are called in the same way, ``function(gradients, number)``.  The gradients can be restored after
-clipping, so that every timing starts from the same values.
+All are called in the same way: ``function(gradients, number)``.  The gradients can be restored after
+clipping, so that every timing starts with the same values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPERATIONS = {
 }
 NAMES = ("torch", "torch.compile", "optax", "multi-tensor", "kernel off", "torchclip")
 RIVALS = ("torch.compile", "optax")
-MOST_COMPILED = 200  # gradients: torch.compile takes a minute for them, and was not done after nine for 1,000
+MOST_COMPILED = 200  # gradients: torch.compile takes a minute for 200, and more than nine minutes for 1,000
 _PIECE = 1 << 20  # elements in float64 at a time
 
 Call = tuple[Callable[[Any, float], Any], Any]
@@ -97,9 +97,9 @@ def contenders(gradients: Gradients, rivals: Sequence[str]) -> dict[str, Contend
     """All contenders that can run here, by name, as in ``NAMES``.
 
     Args:
-        gradients: what they work on.
+        gradients: the gradients that they clip.
         rivals: which of ``RIVALS`` take part: ``torch.compile`` on up to ``MOST_COMPILED`` gradients, optax
-            where it is installed.
+            if it is installed.
     """
     found = {"torch": _in_torch(torch.nn.utils, gradients)}
     if "torch.compile" in rivals and len(gradients.tensors) <= MOST_COMPILED:
@@ -157,17 +157,17 @@ def _multi_tensor_norm() -> Callable[[list[Tensor], float], Tensor] | None:
 
 
 def _compiled(gradients: Gradients) -> Contender:
-    # torch keeps compiled code per function, up to a limit that several workloads would reach.
+    # torch keeps compiled code for each function, up to a limit that several workloads would reach.
     torch.compiler.reset()
     names = ("get_total_norm", "clip_grad_norm_", "clip_grad_value_")
     functions = {name: torch.compile(getattr(torch.nn.utils, name)) for name in names}
-    # It compiles again for every new number, and stops after eight.  With a constant threshold, there is
-    # nothing to clip from the second call on, but torch multiplies in any case, so the work is the same.
+    # It compiles again for every new number, and stops after eight.  With a constant threshold, nothing has
+    # to be clipped from the second call on, but torch multiplies in any case, so the work is the same.
     return _in_torch(SimpleNamespace(**functions), gradients)._replace(one_number=True)
 
 
 def _optax(gradients: Gradients) -> Contender:
-    """optax under jit, as its own compiled step; the arrays' memory is donated, so that it works in place."""
+    """optax under ``jax.jit``; the arrays' memory is donated, so that it works in place."""
     import jax
     import jax.numpy as jnp
     import optax

@@ -1,4 +1,4 @@
-"""How sure ``torchclip bench`` is of a ratio: on a busy machine it shows none."""
+"""How certain ``torchclip bench`` is of a ratio: on a busy machine it shows none."""
 
 from __future__ import annotations
 

@@ -40,12 +40,12 @@ def benchmark_figure(
 ) -> Figure:
     """How many times faster than torch each contender is: in a training step, and called by itself.
 
-    Above are bars, what clipping adds to a step compared with torch's; below, on every workload, medians with
-    their quartiles.  Each panel has its own scale.  Measurements on a busy machine are not drawn.
+    Bars show what clipping adds to a step, compared with torch.  Below them are medians with quartiles for
+    every workload.  Each panel has its own scale.  Measurements on a busy machine are not drawn.
 
     Args:
         rows: what ``torchclip bench`` measured, one workload after another.
-        operations: the panels: what the rows call an operation, and its title.
+        operations: the panels: the name of an operation in the rows, and its title.
         in_steps: what ``torchclip bench`` measured in training steps.
     """
     titles = list(dict.fromkeys(row["title"] for row in rows))
@@ -60,7 +60,7 @@ def benchmark_figure(
 
 
 def _steps_panel(part: SubFigure, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bars: how many times less than torch's each contender adds to a step."""
+    """Bars: how many times less than torch each contender adds to a step."""
     axes = part.add_subplot()
     height = 0.84 / len(IN_STEPS)
     for i, (name, (colour, label)) in enumerate(IN_STEPS.items()):

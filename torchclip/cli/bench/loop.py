@@ -1,9 +1,10 @@
-"""What clipping costs inside a training step: the time of clip and ``step``, less that of the step alone.
+"""What clipping costs inside a training step: the time of clipping and ``step``, minus that of ``step``
+alone.
 
-The backward pass has just filled the processor's caches with its own code and data, so a call takes several
-times as long as in a tight loop.  All contenders use one model and one optimizer, and take turns in an order
-drawn at random for each round.  Otherwise the place of a model in memory, and the contender before, would
-matter more than clipping.
+We time clipping inside a real training step, where caches are cold, so a call takes several times as long as
+in a tight loop.  All contenders use one model and one optimizer, and take turns in a new random order in each
+round.  Otherwise the position of a model in memory, and the previous contender, would matter more than
+clipping.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ CONTENDERS: dict[str, Callable[[Setup], object]] = {
     "function, by value": lambda s: _ours.clip_grad_value_(s.parameters, s.clip_value),
     "Clipper": _nothing,
 }
-"""What is called between the backward pass and the step; for a Clipper, nothing."""
+"""The function that is called between the backward pass and the step; for a Clipper, none."""
 
 _RIVALS = {
     "function, a list": "torch, a list",
@@ -119,9 +120,9 @@ _FLOOR = "no clipping"
 def measure(
     row: Row, contenders: Sequence[str] = tuple(CONTENDERS), rounds: int = ROUNDS, seed: int = 0
 ) -> dict[str, list[float]]:
-    """The seconds that clip and ``step`` take, in each round, of each contender.
+    """The seconds that clipping and ``step`` take in each round, for each contender.
 
-    Uses one thread of torch's, and restores the number of threads.
+    It uses one thread, and restores torch's number of threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -164,7 +165,7 @@ def _setup(row: Row) -> Setup:
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     model = nn.Sequential(*layers[:-1]).to(row.dtype)
     optimizer = OPTIMIZERS[row.optimizer](list(model.parameters()))
-    # Weights hardly move, so the norms of a first backward pass are those of all steps.
+    # Weights hardly change, so the norms of a first backward pass are those of all steps.
     limit = 1e-3 if row.clips else 1e3
     setup = Setup(model, optimizer, limit, limit, torch.randn(BATCH, widths[0], dtype=row.dtype))
     setup.backward()
@@ -200,7 +201,7 @@ class _Hooks:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Turn Python's garbage collection off, as it would count for whichever contender's turn it is."""
+    """Turn Python's garbage collection off, which would slow down the contender whose turn it is."""
     gc.collect()
     gc.disable()
     try:
@@ -212,16 +213,16 @@ def without_garbage_collection() -> Iterator[None]:
 def added(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Seconds that each contender adds to a step, from what ``measure`` returned.
 
-    They are the lower quartile of its steps, less that of the steps without clipping.
+    They are the lower quartile of its steps, minus that of the steps without clipping.
     """
     firsts = {name: quantiles(of_one, n=4)[0] for name, of_one in times.items()}
     return {name: first - firsts[_FLOOR] for name, first in firsts.items() if name != _FLOOR}
 
 
 def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Seconds by which what each contender adds differs between the two halves of the rounds.
+    """Seconds by which the two halves of the rounds differ in what each contender adds.
 
-    Nothing if there are too few rounds.
+    Empty if there are too few rounds.
     """
     middle = len(times[_FLOOR]) // 2
     if middle < 2:
@@ -234,7 +235,7 @@ def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def speedups(added: Mapping[str, float]) -> dict[str, float]:
-    """How many times less each of torchclip's contenders adds than torch's."""
+    """How many times less than torch each contender of torchclip adds."""
     return {
         name: added[rival] / added[name] for name, rival in _RIVALS.items() if {name, rival} <= added.keys()
     }

@@ -1,4 +1,4 @@
-"""The other rules beside plain loops, timm and Opacus: rows of ``torchclip bench``."""
+"""The other rules, compared with plain loops, timm and Opacus: rows of ``torchclip bench``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CLIP_FACTOR, EPS, LIMIT = 0.01, 1e-3, 1e-3
 
 
 class Setup:
-    """Parameters with gradients, which every call is to clip, and gradients of single examples."""
+    """Parameters with gradients that every call clips, and gradients of single examples."""
 
     def __init__(self, shapes: Shapes, examples: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ Call = Callable[[Setup], object]
 def _timm() -> Call | None:
     try:
         clip = importlib.import_module("timm.utils.agc").adaptive_clip_grad
-    except Exception:  # as where it is installed without what it imports
+    except Exception:  # such as an installation without its dependencies
         return None
     return lambda setup: clip(setup.parameters, CLIP_FACTOR, EPS)
 
@@ -121,14 +121,14 @@ def _opacus() -> Call | None:
         return None
 
     def clip(setup: Setup) -> None:
-        # Made once; its step would add noise, which is not what is measured.
+        # Made once; its step() would add noise, which is not measured here.
         optimizer = vars(setup).get("opacus")
         if optimizer is None:
             sgd = torch.optim.SGD(setup.parameters, lr=0.1)
             optimizer = optimizer_type(sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
             vars(setup)["opacus"] = optimizer
         for parameter, grads in zip(setup.parameters, setup.examples, strict=True):
-            vars(grads).pop("_processed", None)  # it refuses those that it has clipped before
+            vars(grads).pop("_processed", None)  # it refuses gradients that it has clipped before
             parameter.grad_sample, parameter.summed_grad = grads, None  # type: ignore[attr-defined]
         optimizer.clip_and_accumulate()
 
@@ -161,16 +161,16 @@ RULES: dict[str, tuple[str, Call, Call, tuple[str, Callable[[], Call | None]] | 
         None,
     ),
 }
-"""Each rule's function, the plain loop, the call of torchclip, and who else has it."""
+"""Each rule's function, the plain loop, the call of torchclip, and another library with the rule."""
 
 
 def measure_rules(seconds: float = SECONDS, models: Sequence[str] = tuple(MODELS)) -> list[RuleRow]:
     """The seconds of each rule on each model, and how many times faster than the plain loop that is.
 
-    All take turns, on one thread, and clip the same gradients each time.
+    All contenders take turns, on one thread, and clip the same gradients each time.
 
     Args:
-        seconds: for how long a row is measured.
+        seconds: how long each row is measured.
         models: which of ``MODELS``.
     """
     threads = torch.get_num_threads()
@@ -205,7 +205,7 @@ def _times(setup: Setup, rule: str, seconds: float) -> dict[str, list[float]]:
     calls = _contenders(rule)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name in calls:
-        _turn(setup, name, calls[name])  # what is done once is not measured
+        _turn(setup, name, calls[name])  # one-time work is not measured
     end = perf_counter() + seconds
     with without_garbage_collection():
         while perf_counter() < end or len(times[PLAIN]) < LEAST:

@@ -16,7 +16,7 @@ StepRow = dict[str, Any]
 
 
 def measure_steps(rounds: int) -> list[StepRow]:
-    """What each contender adds to a step, in seconds, and how many times less than torch's that is.
+    """What each contender adds to a step, in seconds, and how many times less than torch that is.
 
     Args:
         rounds: how often each contender takes its turn.
@@ -41,7 +41,7 @@ def measure_steps(rounds: int) -> list[StepRow]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """What a row is called: the model, the optimizer, and whether gradients are clipped."""
+    """The name of a row: the model, the optimizer, and whether gradients are clipped."""
     return f"{row['title']}, {how(row)}"
 
 

@@ -33,7 +33,7 @@ LISTS = {
     "torch, by value": "torch, by value",
     "function, by value": "function, by value",
 }
-"""The columns of what is measured in steps, and what they are called."""
+"""The columns of the tables of steps: the contenders, and their headings."""
 
 RULE_COLUMNS = (PLAIN, "timm", "Opacus", "kernel off", "torchclip")
 
@@ -51,7 +51,7 @@ class Table(NamedTuple):
 
 
 def in_short(steps: Sequence[StepRow], rows: Sequence[Row]) -> Table:
-    """Clipping in four rows, with torch's function and torchclip's; fewer where fewer were measured."""
+    """A summary in four rows, with torch's function and torchclip's; fewer if fewer were measured."""
     found = []
     for row in steps:
         if row["clips"] and (row["model"], row["optimizer"]) in SHORT_STEPS:
@@ -142,9 +142,9 @@ def notes(
 
 
 def show(table: Table, console: Console) -> None:
-    """Print a table: as many columns side by side as fit, the others below."""
+    """Print a table: as many columns side by side as fit, the others below them."""
     console.print(table.title, style="bold", highlight=False, markup=False)
-    unlimited = console.options.update(width=10_000)  # a measured width is never above the console's
+    unlimited = console.options.update(width=10_000)  # a width is never measured beyond the console's
     first, end = 1, len(table.columns)
     while first < end:
         last = end

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 
-SHRINK = 0.98  # of the threshold from call to call, so that every call clips, even in bfloat16
-MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, where no digits are lost
+SHRINK = 0.98  # the threshold shrinks from call to call, so that every call clips, even in bfloat16
+MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, which loses no digits
 
 CPU = torch.device("cpu")
 
@@ -48,8 +48,8 @@ class Effort(NamedTuple):
     """How long to measure.
 
     Attributes:
-        sample_seconds: how long calls are repeated within one timing.
-        row_seconds: how long rounds are added.
+        sample_seconds: how long each timing repeats the call.
+        row_seconds: how long further rounds are started.
         rounds: the smallest and the largest number of rounds.
     """
 
@@ -68,7 +68,7 @@ def measure(
     rivals: Sequence[str],
     device: torch.device = CPU,
 ) -> list[Row]:
-    """One row for each workload and operation.
+    """A row for each workload and operation.
 
     Args:
         workloads: by name.
@@ -101,14 +101,14 @@ def compare(
     """Time one operation in all contenders, round by round, and the memory traffic alone.
 
     Args:
-        gradients: of the calls.
+        gradients: the gradients to clip.
         operation: a key of ``OPERATIONS``.
         contenders: by name, including ``torch``.
         effort: how long to measure.
 
     Returns:
-        The number of rounds, quartiles of the floor's seconds, and for each contender what ``summary``
-        says, with the relative error of the norm that it returned; or, where it failed, the error's message.
+        The number of rounds, quartiles of the floor's seconds, and for each contender what ``summary`` says,
+        with the relative error of the norm that it returned; or the message of its error.
     """
     numbers = second_arguments(operation, gradients.norm)
     timers = {"floor": Timer(floors(gradients), operation, numbers, gradients.device)}
@@ -177,7 +177,7 @@ class Timer:
     def sample(self) -> float:
         """Seconds per call, right after as many calls that are not timed.
 
-        Those fill the caches, and give the threads of another contender time to go to sleep.
+        These fill the caches, and give the threads of other contenders time to go to sleep.
         """
         before, timed = self.numbers[: self.calls], self.numbers[self.calls : 2 * self.calls]
         with self.contender.context():
@@ -200,7 +200,7 @@ class Timer:
 
 
 def _rounds(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float]]:
-    """Seconds per call of each timer, one for each round."""
+    """Seconds per call of each timer, in each round."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     least, most = effort.rounds
     order = list(timers)
@@ -211,7 +211,7 @@ def _rounds(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float
         while len(times["torch"]) < least or (len(times["torch"]) < most and perf_counter() < end):
             for name in order:
                 times[name].append(timers[name].sample())
-            order.reverse()  # so that a machine that slows down favours no contender
+            order.reverse()  # so that a machine that slows down favors no contender
     return times
 
 
@@ -219,9 +219,9 @@ def summary(times: Sequence[float], torch: Sequence[float], floor: Sequence[floa
     """Quartiles over the rounds, each as ``[first, median, third]``.
 
     Args:
-        times: seconds per call, one for each round.
-        torch: the same of torch.
-        floor: the same of the memory traffic alone.
+        times: seconds per call, in each round.
+        torch: the same for torch.
+        floor: the same for the memory traffic alone.
 
     Returns:
         ``seconds``; ``speedup``, torch's time divided by that of the same round; ``floor_share``, the floor's
@@ -241,7 +241,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr, advanced by a call of the yielded function, and not drawn during timings."""
+    """A progress bar on stderr; the yielded function advances it, and it is not drawn during timings."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
         task = progress.add_task("", total=total)

@@ -36,7 +36,7 @@ def _ppo_policy(observations: int = 3, actions: int = 1, hidden: int = 64) -> Sh
     """Stable-Baselines3's ``MlpPolicy`` on Pendulum-v1: a log standard deviation, two hidden layers each for
     actor and critic, and a last layer for each.
 
-    CartPole's actions are discrete, have no standard deviation, and its policy is 12 tensors.
+    CartPole's actions are discrete and have no standard deviation, so its policy has 12 tensors.
     """
     layers: Shapes = [(hidden, observations), (hidden,), (hidden, hidden), (hidden,)]
     return [(actions,), *layers, *layers, (actions, hidden), (actions,), (1, hidden), (1,)]

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(figures: Path | None, section: int | None = None) -> None:
-    """Print the lesson, on a terminal a page at a time; with a directory ``figures``, also draw its figures.
+    """Print the lesson, in a pager on a terminal; with a directory ``figures``, also draw its figures.
 
     Args:
         figures: where the figures go, made if it does not exist; figures of an earlier run are replaced.

@@ -1,4 +1,4 @@
-"""The book's chapter: the prose of lesson.md, and its numbers by NumPy and by torch side by side."""
+"""The book's chapter: the text of lesson.md, with its numbers from NumPy and from torch side by side."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torchclip.cli.figures import Array
 
 __all__ = ["SECTIONS", "tell"]
 
-# Columns of a terminal from which on a table has all its parts.
+# The width of a terminal, in columns, from which a table has all its parts.
 WIDE, MEDIUM, NARROW = 78, 58, 45
 
 
@@ -55,7 +55,7 @@ SHOWN: dict[str, Callable[[int], Table | str]] = {
     "two gradients": lambda width: _example(width, large_gradients()[0]),
     "three gradients": lambda width: _example(width, large_gradients()[1]),
 }
-"""What stands where lesson.md has a line with ``%`` and one of these names, by the console's width."""
+"""What replaces a line of lesson.md with ``%`` and one of these names, given the console's width."""
 
 SECTIONS = {
     title: lesson.strip().split("\n\n")
@@ -93,7 +93,7 @@ def tell(title: str, console: Console) -> None:
 
 
 def _example(width: int, grads: Sequence[Array]) -> Table:
-    """The worked example from top to bottom, NumPy and torch side by side; on little width NumPy alone."""
+    """The worked example, with NumPy and torch side by side; in a narrow terminal only NumPy."""
     sides = {"NumPy": worked_example(grads), "torch": worked_example_torch(grads)}
     if width < MEDIUM:
         del sides["torch"]
@@ -112,15 +112,15 @@ def _example(width: int, grads: Sequence[Array]) -> Table:
 
 
 def _series(width: int, title: str, first: float, step: float, values: Array, torchs: Array) -> Table:
-    """Ten values a line, or five, NumPy's above the same of torch's, labelled by where the line starts.
+    """Lines of ten values, or five: NumPy's above torch's, labelled with the position of the first.
 
     Args:
         width: of the console.
-        title: what is above the table.
-        first: where the first value is.
-        step: how far the next one is from it.
+        title: the title of the table.
+        first: the position of the first value.
+        step: the distance to the next one.
         values: NumPy's values.
-        torchs: the same by torch.
+        torchs: the same values from torch.
     """
     caption = f"largest difference between NumPy and torch: {np.max(np.abs(values - torchs)):.0e}"
     table = Table.grid(padding=(0, 1, 0, 0))

@@ -1,7 +1,7 @@
 """The command ``torchclip train``: trains a language model with and without clipping, and compares.
 
-It uses one thread unless ``OMP_NUM_THREADS`` is set.  That is enough for a small model, and the numbers do
-not depend on the machine's number of cores.
+It uses one thread unless ``OMP_NUM_THREADS`` is set.  One is enough for a small model, and the numbers do not
+depend on the machine's number of cores.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def run(
     Args:
         text: the file to learn from; by default Python's own documentation.
         only: ``"clipped"`` or ``"unclipped"`` for one run instead of both.
-        plot: where the picture of loss and gradient norm goes.
-        html: where a page about the norms of both runs goes.
-        save: where the clipped (or only) model goes.
+        plot: the file for the picture of loss and gradient norm.
+        html: the file for a page about the norms of both runs.
+        save: the file for the clipped (or only) model.
         way: how several processes train one model; by default ``"fsdp"``.
-        settings: the ``Options``; a learning rate or threshold of None is the default of the cell.
+        settings: the ``Options``; None as a learning rate or threshold means the default of the cell.
 
     Returns:
-        the exit status: 0, or 130 after Ctrl-C.
+        The exit status: 0, or 130 after Ctrl-C.
 
     Raises:
         argparse.ArgumentError: if the text or the options cannot be used.
@@ -105,7 +105,7 @@ def _check_length(characters: str, options: Options) -> None:
 
 
 def _checked_way(way: parallel.Way | None, options: Options) -> parallel.Way | None:
-    """How to train on the launched processes, or None in a process that was not launched."""
+    """How to train on the launched processes; None in a process that was not launched."""
     if not parallel.launched():
         if way is not None:
             raise refusal(

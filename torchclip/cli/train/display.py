@@ -27,11 +27,11 @@ from torchclip.cli.train.training import Run, Step
 from torchclip.history.page import page as html_page
 
 PROGRESS_WIDTH = 15
-RECENT = 20  # the loss shown is the mean of so many steps, since single ones are noisy
+RECENT = 20  # the number of steps in the mean loss that is shown, as single losses are noisy
 SAMPLE_LINES = 6
 WAYS = {"fsdp": "FSDP2", "ddp": "DDP"}
 
-WIDE = 72  # columns from which on each run has a row
+WIDE = 72  # the width from which each run has a row
 NUMBERS = ("loss", "perplexity", "gradient norm", "largest norm", "clipped steps")
 WHY_IT_CHANGES = {
     "percentile": "follows the norms",
@@ -46,7 +46,7 @@ console = console_for(80)
 def introduction(
     options: Options, text: Path | None, tokens: Tensor, vocabulary: str, way: Way | None
 ) -> None:
-    """Say what is going to be trained, and on what."""
+    """Say which model is trained, and on which text."""
     source = "Python's own documentation" if text is None else str(text)
     cell = {"rnn": "Tanh RNN", "lstm": "LSTM", "transformer": "Transformer"}[options.cell]
     warmup = f" after {options.warmup} steps of warm-up" if options.warmup > 1 else ""
@@ -108,7 +108,7 @@ def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> Non
 
 
 def _table(runs: Sequence[Run], progress: Callable[[Run], RenderableType]) -> Table:
-    """A row a run, or on little width a column a run."""
+    """A row for each run, or in a narrow terminal a column."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     headers = ["run", "step", *NUMBERS]
     rows = [[run.name, progress(run), *_numbers(run.steps, clips=run.name == "clipped")] for run in runs]
@@ -148,7 +148,7 @@ def perplexity(loss: float) -> float:
 
 
 def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
-    """Print the first lines that each model writes, without blank ones."""
+    """Print the first lines that each model writes, skipping blank ones."""
     for run, text in zip(runs, texts, strict=True):
         if text is None:
             body = Text("Nothing: its scores are not finite.", style="italic")
@@ -183,5 +183,5 @@ def page(runs: Sequence[Run], path: Path) -> None:
 
 
 def saved(path: Path) -> None:
-    """Say where the model is, and how to get it back."""
+    """Say where the model is, and how to load it."""
     tell_file(console, "Model", path, " (torchclip.cli.train.model.load_model reads it)")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RunValues = Mapping[str, Sequence[float]]
 
 RUNS = {"unclipped": ("without clipping", VERMILION), "clipped": ("with clipping", BLUE)}
-"""How the legend names the runs, as "clipped" is also what happens to a step."""
+"""The names of the runs in the legend, where "clipped" also says what happened to a step."""
 
 
 @style()
@@ -32,12 +32,12 @@ def training_figure(
     """Loss and gradient norm of training runs, side by side, on log scales.
 
     Args:
-        losses: for the runs ``"unclipped"``, ``"clipped"`` or both, one loss a step; where it is
-            not finite there is a gap.
-        norms: likewise the norms before clipping.
+        losses: for the runs ``"unclipped"``, ``"clipped"`` or both, one loss per step; those that are not
+            finite leave a gap.
+        norms: the norms before clipping, in the same form.
         max_norms: the threshold of the last run at each step, drawn dashed, with a gap where it is infinite.
         clipped: whether the last run was clipped at each step; these steps are marked.
-        note: what else the legend says about the threshold.
+        note: more about the threshold, for the legend.
     """
     figure = new_figure(10, 4.6)
     loss_axes, norm_axes = figure.subplots(1, 2)
@@ -59,7 +59,7 @@ def training_figure(
 
 
 def _threshold_label(threshold: Array, note: str) -> str:
-    """What the threshold is, or why it changes, begins late or has gaps."""
+    """The threshold, or why it changes, begins late or has gaps."""
     if (threshold == threshold[0]).all():
         return f"threshold {threshold[0]:g}"
     first = int(np.flatnonzero(np.isfinite(threshold))[0])

@@ -22,14 +22,14 @@ from torchclip.cli.options import writing
 from torchclip.cli.train.options import Options
 
 EMBEDDING = 32
-CONTEXT = 64  # characters that a transformer looks back when it writes
+CONTEXT = 64  # how many characters a transformer looks back when it writes
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None at the beginning
 Weights: TypeAlias = dict[str, Any]  # what a module's state_dict() returns
 
 
 class Model(nn.Module):
-    """Characters in, a score for every possible next character out: a recurrent network."""
+    """A recurrent network that reads characters and returns a score for every possible next character."""
 
     def __init__(self, cell: str, vocabulary_size: int, hidden: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The same with attention: two layers, which see all characters of a call."""
+    """The same with attention: two layers that see all characters of a call."""
 
     def __init__(self, vocabulary_size: int, hidden: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 
 def _positions(length: int, size: int) -> Tensor:
-    """Waves of different lengths, which give each position its own code: shape ``(length, size)``."""
+    """Waves of different lengths that give each position its own code, of shape ``(length, size)``."""
     angles = torch.outer(torch.arange(length), torch.logspace(0, -4, (size + 1) // 2))
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size]
 
@@ -105,7 +105,7 @@ def sample(model: nn.Module, vocabulary: str, length: int, seed: int) -> str | N
     """Text that the model writes, or None if its scores are not finite.  Puts the model into ``eval()``."""
     model.eval()  # only then does a transformer use its state
     generator = torch.Generator().manual_seed(seed)
-    token = torch.zeros(1, 1, dtype=torch.int64)  # the first of the vocabulary: in most texts, the line break
+    token = torch.zeros(1, 1, dtype=torch.int64)  # in most texts, the line break
     state, text = None, ""
     for _ in range(length):
         scores, state = model(token, state)

@@ -1,4 +1,4 @@
-"""What the numbers of a training depend on, and the options of ``torchclip train``."""
+"""The options of ``torchclip train``, and those of them on which its numbers depend."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torchclip.cli.options import count, file_to_read, file_to_write, max_norm, 
 from torchclip.cli.thresholds import DESCRIBED, LEARNED, refuse_ceiling
 from torchclip.cli.train.parallel import Way
 
-# The learning rates are as high as clipping allows: this is what it is good for.
+# The learning rates are as high as clipping allows, to show what it is good for.
 LEARNING_RATES = {"rnn": 3.0, "lstm": 30.0, "transformer": 0.01}
 MAX_NORMS = {"rnn": 0.5, "lstm": 0.25, "transformer": 1.0}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the numbers of a run depend on, besides the text."""
+    """Everything but the text on which the numbers of a run depend."""
 
     cell: str
     hidden: int
@@ -95,7 +95,7 @@ def with_defaults(
     """The options, with the cell's learning rate and threshold where none is given.
 
     Raises:
-        argparse.ArgumentError: for a ceiling that the threshold has no use for.
+        argparse.ArgumentError: for a ceiling that the threshold does not use.
     """
     refuse_ceiling(threshold, max_norm)
     if max_norm is None:

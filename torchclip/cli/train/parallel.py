@@ -1,8 +1,8 @@
-"""One training on several processes: what ``torchclip train`` does differently if ``torchrun`` started it.
+"""Training on several processes: what ``torchclip train`` does differently under ``torchrun``.
 
 Each process (rank) reads its share of the streams of text, and all of them train one model.  Their gradients
-are averaged, and since the shares have the same size, the average is the gradient of the whole batch.  In a
-single process these functions change nothing.
+are averaged.  The shares have the same size, so the average is the gradient of the whole batch.  In a single
+process these functions change nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Way = Literal["fsdp", "ddp"]
 
 
 def launched() -> bool:
-    """Whether ``torchrun``, or something like it, started this process, perhaps beside others."""
+    """Whether ``torchrun``, or a similar launcher, started this process."""
     return "WORLD_SIZE" in os.environ
 
 
@@ -43,7 +43,7 @@ def process_group() -> Iterator[None]:
             "or unset WORLD_SIZE to train in one process"
         ) from None
     try:
-        dist.barrier()  # no process may be refused, and end, while another is still joining
+        dist.barrier()  # no process may be refused and end while another is still joining
         yield
         dist.barrier()  # nor while another still needs it
     finally:
@@ -51,10 +51,10 @@ def process_group() -> Iterator[None]:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once, with an exit status.
+    """End this process at once with an exit status.
 
-    In torch 2.13, threads of gloo may still run after FSDP2, and abort a process that ends as usual.
-    torchrun would then kill the other processes before they show their results.
+    In torch 2.13, threads of gloo may still run after FSDP2, and abort a process that ends normally. torchrun
+    would then kill the other processes before they show their results.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -62,7 +62,7 @@ def leave(status: int) -> NoReturn:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -72,22 +72,22 @@ def rank() -> int:
 
 
 def parallelize(model: nn.Module, way: Way | None) -> nn.Module:
-    """The model, prepared for training by all ranks; it must have the same weights on each of them.
+    """The model, prepared for training on all ranks; it must have the same weights on each of them.
 
     Args:
         model: is changed in place by ``"fsdp"``.
         way: with ``"fsdp"`` (FSDP2), each rank has a part of every parameter, gradient and optimizer state;
-            with ``"ddp"``, each has all of them.  None for a single process.
+            with ``"ddp"``, each rank has all of them.  None for a single process.
     """
     if way is None:
         return model
     if way == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    # A single process does not need these modules, and they take long to import.
+    # A single process does not need these modules, which are slow to import.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # A larger model would have its layers sharded first, to be gathered one after another.
+    # In a larger model, each layer would be sharded first, so that they are gathered one by one.
     fully_shard(model, mesh=init_device_mesh("cpu", (world_size(),)))
     return model
 
@@ -98,7 +98,7 @@ def share(streams: Tensor) -> Tensor:
 
 
 def mean(value: Tensor) -> float:
-    """The mean of all ranks' values, the same number on each of them."""
+    """The mean of all ranks' values, with the same result on each rank."""
     total = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -106,7 +106,7 @@ def mean(value: Tensor) -> float:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of the model as it was before ``parallelize``; on rank 0, while all ranks call this."""
+    """The full state dict of the model, on rank 0; all ranks must call this."""
     if not dist.is_initialized():
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -115,10 +115,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 class CtrlC:
-    """Whether Ctrl-C was pressed, so that a training can end after a step.
+    """Whether Ctrl-C was pressed, so that training can end after a step.
 
-    Several processes must end after the same step, or those that continue would wait for the others forever.
-    A second Ctrl-C interrupts as usual.
+    Several processes must end after the same step, or some would wait for the others forever.  A second
+    Ctrl-C interrupts as usual.
     """
 
     def __init__(self) -> None:
@@ -136,5 +136,5 @@ class CtrlC:
         signal.signal(signal.SIGINT, self._before)
 
     def on_any_rank(self) -> bool:
-        """Whether it was pressed on any rank; all ranks must ask, and get the same answer."""
+        """Whether it was pressed on any rank; all ranks must call this, and get the same answer."""
         return mean(torch.tensor(float(self._pressed.is_set()))) > 0

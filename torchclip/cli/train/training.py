@@ -1,8 +1,8 @@
 """A recurrent language model that learns because its gradients are clipped.
 
-This file shows how to add clipping to a training: it is one line in ``train``.  Everything else is a plain
+This file shows how to add clipping to a training loop: it is one line in ``train``.  The rest is a plain
 character-level language model on real text, trained by truncated backpropagation through time.  A recurrent
-network reads some 64 characters, predicts the next character after each, and the gradient flows back through
+network reads some 64 characters and predicts the next character after each.  The gradient flows back through
 all of these steps.  Each step multiplies it by the recurrent weights, which makes it explode.
 
 ``torchclip train`` trains two models, one with clipping and one without, from the same weights and on the
@@ -60,13 +60,13 @@ def encode(text: str, vocabulary: str) -> Tensor:
 def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows of text, and the same windows one character later, which the model predicts.
 
-    The text is cut into ``batch`` streams of equal length, which are read side by side.  Each window begins
-    where the last one ended, so that the network can keep its state; after the end of the text they start
+    The text is cut into ``batch`` streams of equal length, which are read in parallel.  Each window begins
+    where the last one ended, so that the network can keep its state; at the end of the text, reading starts
     again.  With several processes, each reads its share of the streams.
 
     Args:
         tokens: the encoded text, int64, of shape ``(characters,)``.
-        options: of which ``batch``, ``bptt`` and ``steps`` are used.
+        options: only ``batch``, ``bptt`` and ``steps`` are used.
 
     Yields:
         ``steps`` pairs of inputs and targets, each of shape ``(batch, bptt)``, or fewer rows in a share.
@@ -81,11 +81,11 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 
 # Training
 
-LAYERS_EVERY = 10  # steps after which the norm of each parameter is kept, for the page of --html
+LAYERS_EVERY = 10  # how often the norm of each parameter is recorded, for the page of --html
 
 
 class Step(NamedTuple):
-    """What is kept of one training step."""
+    """The record of one training step."""
 
     loss: float
     norm: float  # of all gradients together, before clipping
@@ -96,10 +96,10 @@ class Step(NamedTuple):
 def train(
     model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm, history: History
 ) -> Iterator[Step]:
-    """Train the model in place, a step for each ``next()``.
+    """Train the model in place, one step for each ``next()``.
 
-    An infinite ``max_norm`` measures the gradients without clipping them.  The training ends at a loss that
-    is not finite, as the model cannot learn after it.  ``history`` gets a record for each step.
+    An infinite ``max_norm`` measures the gradients without clipping them.  Training ends at a loss that is
+    not finite, after which the model cannot learn.  ``history`` gets a record for each step.
     """
     optimizer_class = torch.optim.AdamW if options.cell == "transformer" else torch.optim.SGD
     optimizer = optimizer_class(model.parameters(), lr=options.lr)
@@ -125,7 +125,7 @@ def train(
 
 @dataclass
 class Run:
-    """One model in training, with its steps so far."""
+    """A model in training, with its steps so far."""
 
     name: str
     model: nn.Module
@@ -153,7 +153,7 @@ def start_runs(
 
 
 def advance(runs: list[Run], tokens: Tensor, options: Options) -> bool:
-    """Train all runs side by side, step by step, until they end or Ctrl-C; returns whether it was Ctrl-C."""
+    """Train all runs, step by step, until they end or Ctrl-C; returns whether it was Ctrl-C."""
     trainings = [train(run.model, tokens, options, run.max_norm, run.history) for run in runs]
     with parallel.CtrlC() as ctrl_c:
         for steps in zip_longest(*trainings):
