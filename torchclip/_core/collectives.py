@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchclip._core import integer_sums
-from torchclip._core.batch import Norm
+from torchclip._core.batch import Norms
 from torchclip._core.scalars import ABSENT, on_device
 
 __all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
@@ -121,8 +121,8 @@ class _State:
 _states: WeakKeyDictionary[dist.ProcessGroup, _State] = WeakKeyDictionary()
 
 
-class _Heads:
-    """The heads of all ranks, reduced, with what they say about the norms that travelled with them.
+class _Heads(NamedTuple):
+    """The heads of all ranks, reduced, and the norms that travelled along.
 
     Attributes:
         high: the largest value of each word.
@@ -130,14 +130,15 @@ class _Heads:
         norms: of each rank, as rows; among many ranks, the leading ones.
     """
 
-    def __init__(self, high: Array, low: Array, norms: Array) -> None:
-        self.high, self.low, self.norms = high, low, norms
+    high: Array
+    low: Array
+    norms: Array
 
 
 def exchange(
-    group: dist.ProcessGroup, norms: Sequence[Norm] | Tensor, marks: Sequence[int], call: Call, device: str
-) -> tuple[list[float] | Tensor, list[bool]]:
-    """Join each norm with the norms that the other ranks of a group have in its place.
+    group: dist.ProcessGroup, norms: Norms, marks: Sequence[int], call: Call, device: str
+) -> tuple[Norms, list[int]]:
+    """Join each of some norms with those that the other ranks of a group have in its place.
 
     Args:
         group: the process group.
@@ -147,30 +148,29 @@ def exchange(
         device: the type of the device that the group's collectives work on.
 
     Returns:
-        The joint norms, with the same bits on every rank, and for each mark whether it differed between
-        ranks.  On an accelerator the norms are a tensor, NaN if anything was wrong, and the marks count as
-        equal.
+        The joint norms, the same bits on every rank, NaN if anything was wrong; on an accelerator as a tensor.
+        And the marks: ``DIFFERS`` where they differed between ranks, which is not known on an accelerator,
+        and 0 if anything was wrong.
     """
     state = _state_of(group, call)
     count = len(norms)
+    failed = [math.nan] * count, [0] * len(marks)
     if state.error is not None:
-        return [math.nan] * count, [False] * len(marks)
-    sent = _array(norms, device)
-    riding = _padded(sent if count <= SLOTS else sent[:0])
+        return failed
+    head = _head(state, count, marks, call)
+    sent = _array(_padded(norms) if count <= SLOTS else norms, device)
     with np.errstate(all="ignore"):
-        heads = _exchange_heads(group, _head(state, count, marks, call), riding, call.order)
+        heads = _exchange_heads(group, head, sent if count <= SLOTS else _array(_padded([]), device), call)
         if isinstance(heads.high, Tensor):
             right = _send_verdict(state, heads)
-            return torch.where(right, _join(group, sent, riding, heads, call.order), math.nan), [False] * len(
-                marks
-            )
+            return torch.where(right, _join(group, sent, count, heads, call.order), math.nan), list(marks)
         high, low = heads.high.tolist(), heads.low.tolist()
-        _learn(state, high, low, call)
-        if call.error is not None:
-            return [math.nan] * count, [False] * len(marks)
-        call.sent = None if _are_many(group) or count > SLOTS else heads.norms[:, :count]
-        differ = [high[at] != low[at] or high[at] == DIFFERS for at in range(_MARKS, _MARKS + len(marks))]
-        return _join(group, sent, riding, heads, call.order).tolist(), differ
+        if not _learn(state, high, low, call):
+            return failed
+        joint = _join(group, sent, count, heads, call.order).tolist()
+    call.sent = None if _are_many(group) or count > SLOTS else heads.norms[:, :count]
+    words = zip(marks, high[_MARKS:], low[_MARKS:])  # noqa: B905 - of as many as there are marks
+    return joint, [mark if most == least else DIFFERS for mark, most, least in words]
 
 
 def gather_rows(group: dist.ProcessGroup, numbers: Array, call: Call, device: str) -> Any:
@@ -178,12 +178,10 @@ def gather_rows(group: dist.ProcessGroup, numbers: Array, call: Call, device: st
     state = _state_of(group, call)
     if state.error is not None:
         return None
-    sent = np.array(numbers)
-    heads = _exchange_heads(group, _head(state, len(sent), (), call), _padded(_array([], device)), call.order)
-    _learn(state, heads.high.tolist(), heads.low.tolist(), call)
-    if call.error is not None:
+    heads = _exchange_heads(group, _head(state, len(numbers), (), call), _array(_padded([]), device), call)
+    if not _learn(state, heads.high.tolist(), heads.low.tolist(), call):
         return None
-    rows = _gather(group, _like(heads.high, sent))
+    rows = _gather(group, _like(heads.high, numbers))
     return rows.cpu().numpy() if isinstance(rows, Tensor) else rows
 
 
@@ -198,32 +196,34 @@ def _head(state: _State, count: int, marks: Sequence[int], call: Call) -> list[i
     return [number, 100 * _VERSION + call.kind, order, count, *marks, *padding, call.refused, *facts]
 
 
-def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, p: float) -> _Heads:
+def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, call: Call) -> _Heads:
     words = _like(riding, np.array(head))
     if not _are_many(group):
         rows = _gather(group, _beside(words, riding.view(words.dtype)))
-        of_heads = rows[:, :_HEAD]
-        low = -integer_sums.largest(-of_heads[:, :_REFUSED])
-        return _Heads(integer_sums.largest(of_heads), low, rows[:, _HEAD:].view(riding.dtype))
-    message = _beside(words, -words[:_REFUSED], integer_sums.keys(riding, p))
+        high = integer_sums.largest(rows[:, :_HEAD])
+        low = -integer_sums.largest(-rows[:, :_REFUSED])
+        return _Heads(high, low, rows[:, _HEAD:].view(riding.dtype))
+    message = _beside(words, -words[:_REFUSED], integer_sums.keys(riding, call.order))
     reduced = _reduced(group, message, dist.ReduceOp.MAX)
-    leading = integer_sums.leading(reduced[_HEAD + _REFUSED :], p)
+    leading = integer_sums.leading(reduced[_HEAD + _REFUSED :], call.order)
     return _Heads(reduced[:_HEAD], -reduced[_HEAD : _HEAD + _REFUSED], leading)
 
 
-def _learn(state: _State, high: list[int], low: list[int], call: Call) -> None:
-    """Record what all ranks of a group know now: an error, or their facts."""
+def _learn(state: _State, high: list[int], low: list[int], call: Call) -> bool:
+    """Take note of what all ranks of a group know now: their facts, or an error, and then False."""
     refused = high[_REFUSED]
     # A rank that refused an argument may not know more about its call than this.
     known = _KIND if refused else _COUNT
     if high[: known + 1] != low[: known + 1]:
         state.error = _out_of_step(state.ranks, high, low)
         call.fail(state.error)
-    elif refused:
+        return False
+    if refused:
         call.refused = refused
         call.fail(_refusal(refused - 1))
-    else:
-        call.facts = sum(fact << i for i, fact in enumerate(high[_REFUSED + 1 :]))
+        return False
+    call.facts = sum(fact << i for i, fact in enumerate(high[_REFUSED + 1 :]))
+    return True
 
 
 def _out_of_step(ranks: int, high: list[int], low: list[int]) -> str:
@@ -308,15 +308,13 @@ def _read_verdicts(state: _State, wait: bool) -> None:
 # Arithmetic and messages
 
 
-def _join(group: dist.ProcessGroup, sent: Array, riding: Array, heads: _Heads, p: float) -> Array:
+def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: float) -> Array:
     """The joint norms, once the heads are known."""
-    count = len(sent)
     if not _are_many(group):
-        return integer_sums.join(heads.norms if count <= SLOTS else _gather(group, sent), p)[:count]
+        rows = heads.norms if count <= SLOTS else _gather(group, sent)
+        return integer_sums.join(rows[:, :count], p)
     leading = heads.norms
-    if count <= SLOTS:
-        sent = riding
-    else:
+    if count > SLOTS:
         leading = integer_sums.leading(_reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX), p)
     # Tensors are summed in any case: a rank that refused its arguments may not know the order.
     if math.isinf(p) and not isinstance(leading, Tensor):
@@ -346,19 +344,20 @@ def _are_many(group: dist.ProcessGroup) -> bool:
     return group.size() >= MANY
 
 
-def _array(norms: Sequence[Norm] | Tensor, device: str) -> Array:
-    """Norms to compute with: an array if they can be read, else a tensor on the group's device."""
+def _array(norms: Norms, device: str) -> Array:
+    """Norms as they are worked on: an array if they can be read, else a tensor on the group's device."""
     if device == "cpu" and torch._C._functorch.maybe_current_level() is None:
         if isinstance(norms, Tensor):
-            return norms.detach().to(torch.float64).numpy()
-        return np.array([float(norm) for norm in norms])
+            return norms.detach().to("cpu", torch.float64).numpy()
+        return np.array(norms, dtype=np.float64)
     return on_device(norms, device)
 
 
-def _padded(norms: Array) -> Array:
+def _padded(norms: Norms) -> Norms:
+    """As many norms as fit into the head."""
     if isinstance(norms, Tensor):
         return torch.nn.functional.pad(norms, (0, SLOTS - len(norms)), value=ABSENT)
-    return np.concatenate([norms, np.full(SLOTS - len(norms), ABSENT)])
+    return [*norms, *[ABSENT] * (SLOTS - len(norms))]
 
 
 def _like(array: Array, other: Any) -> Array:

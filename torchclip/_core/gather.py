@@ -39,7 +39,6 @@ __all__ = [
     "warn_if_used_up",
 ]
 
-_PLAIN = frozenset(memory.PLAIN)
 _MEASURED = (Kind.MEASURE, Kind.MEASURE_EACH)
 
 
@@ -138,9 +137,9 @@ def warn_if_used_up(parameters: Any) -> None:
 
 
 def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
-    """The distinct items of an argument; raises for anything but a tensor."""
-    # All at once unless it is traced, which torch.compile of torch 2.6 cannot do.
-    if is_dynamo_compiling() or not _PLAIN.issuperset(map(type, items)):
+    """The items of an argument without those that came before; anything but a tensor is refused."""
+    # Asked of all at once where it is not traced, as torch.compile of torch 2.6 cannot do that.
+    if is_dynamo_compiling() or not all(issubclass(kind, Tensor) for kind in set(map(type, items))):
         for i, item in enumerate(items):
             if not isinstance(item, Tensor):
                 arguments.refuse_item(name, i, item)
@@ -200,7 +199,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, measured: boo
 
 
 def _refuse_unusable(held: Sequence[Tensor], items: Sequence[Tensor], take_grad: bool, given: Any) -> None:
-    if take_grad:
+    if take_grad and held:
         refuse_unwritable(held, items, given)
     elif held:
         memory.refuse_without_memory(mesh.locals_of(items), "tensors")

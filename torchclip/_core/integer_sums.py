@@ -54,12 +54,19 @@ def leading(keys: Array, p: float) -> Array:
 def terms(norms: Array, leading: Array, p: float) -> tuple[Array, Array]:
     """What each norm adds to the sum, in two limbs: 0 for ``ABSENT``."""
     xp = _library(norms)
-    counts = _is_ordinary(leading)
-    divisor = xp.where(counts, leading, 1.0) if p != 0 else _LIMB
-    # For order 0 it is the number of elements itself.
-    powers = xp.where(counts & (norms >= 0), _power(norms / divisor, p), 0.0) * _LIMB
+    high, low = _limbs(norms, leading, p)
+    return xp.asarray(high, dtype=xp.int64), xp.asarray(low, dtype=xp.int64)
+
+
+def _limbs(norms: Array, leading: Array, p: float) -> tuple[Array, Array]:
+    """``terms`` as whole numbers of float64, whose sum is exact for thousands of them, too."""
+    xp = _library(norms)
+    # Of order 0 it is the number of elements itself.
+    ratio = norms / (leading if p != 0 else _LIMB)
+    # It is negative for ABSENT, and NaN beside 0 or infinity, which are the joint norm themselves.
+    powers = xp.where(ratio >= 0, _power(ratio, p), 0.0) * _LIMB
     high = xp.floor(powers)
-    return xp.asarray(high, dtype=xp.int64), xp.asarray((powers - high) * _LIMB, dtype=xp.int64)
+    return high, xp.floor((powers - high) * _LIMB)
 
 
 def root(leading: Array, high: Array, low: Array, p: float) -> Array:
@@ -78,15 +85,17 @@ def root(leading: Array, high: Array, low: Array, p: float) -> Array:
         exponent = xp.log(total) / p
         by_logarithms = xp.exp(exponent + xp.log(leading))
         joint = xp.where(abs(exponent) < 600, leading * total ** (1 / p), by_logarithms)
-    return xp.where(_is_ordinary(leading), joint, leading)
+    # Where 0, infinity, NaN or ABSENT leads, it is the joint norm.
+    return xp.where((leading > 0) & (leading < math.inf), joint, leading)
 
 
 def join(norms: Array, p: float) -> Array:
-    """The joint norms along the first axis; ``ABSENT`` where all norms are."""
-    leads = leading(largest(keys(norms, p)), p)
+    """The joint norms along the first axis: ``ABSENT`` where there are no others."""
+    # For an order of at least 0 the leading norm is the largest, or NaN.
+    leads = largest(norms) if p >= 0 else leading(largest(keys(norms, p)), p)
     if math.isinf(p):
         return leads
-    high, low = terms(norms, leads, p)
+    high, low = _limbs(norms, leads, p)
     return root(leads, high.sum(0), low.sum(0), p)
 
 
@@ -97,11 +106,6 @@ def largest(array: Array) -> Array:
 
 def _library(array: Array) -> Any:
     return torch if isinstance(array, Tensor) else np
-
-
-def _is_ordinary(leading: Array) -> Array:
-    """Whether a sum is needed: if 0, infinity, NaN or ``ABSENT`` leads, it is the joint norm."""
-    return (leading > 0) & (leading < math.inf)
 
 
 def _power(ratio: Array, p: float) -> Array:

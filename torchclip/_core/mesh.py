@@ -6,10 +6,9 @@ joint norm of the parts along the former, with each copy counted once.
 
 from __future__ import annotations
 
-import itertools
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
@@ -21,58 +20,248 @@ from torchclip._core import arguments
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Placement, Shard
+    from torch.distributed.tensor import DTensor, Placement
 
 __all__ = [
     "Layout",
+    "any_dtensor",
     "as_groups",
     "dtensor_types",
     "has_ranks",
     "is_dtensor",
     "is_partial",
     "layout_of",
+    "layouts_of",
     "locals_of",
     "split_alike",
     "without_partial",
 ]
-
 
 Ranks: TypeAlias = "frozenset[int] | None"
 """A set of ranks; None for all ranks, of which there may be very many."""
 
 
 class Layout(NamedTuple):
-    """A mesh, and the dimensions of it along which a tensor is split over several ranks, in order."""
+    """How a DTensor lies, as far as its norm depends on it.
+
+    Attributes:
+        mesh: its mesh.
+        dims: the dimensions of the mesh along which it is split over several ranks, in order.
+        copies: those along which several ranks have copies, or addends of a pending sum; none on a rank
+            outside of the mesh.
+        is_first: whether this is the first of the ranks with copies of the same parts.
+        is_pending: whether it is pending a reduction.
+    """
 
     mesh: DeviceMesh
     dims: tuple[int, ...]
-
-    @property
-    def copies(self) -> tuple[int, ...]:
-        """The dimensions along which several ranks have copies; none on a rank outside the mesh."""
-        if self.mesh.get_coordinate() is None:
-            return ()
-        return tuple(i for i in range(self.mesh.ndim) if self.mesh.size(i) > 1 and i not in self.dims)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the first of the ranks with copies of the same parts."""
-        here = self.mesh.get_coordinate()
-        return here is not None and all(here[dim] == 0 for dim in self.copies)
+    copies: tuple[int, ...] = ()
+    is_first: bool = False
+    is_pending: bool = False
 
 
-# A number for each layout on a mesh: by the identities of the mesh and of the placements, which are kept so
-# that no other objects get their ids, and by the placements' values.
-_ways: dict[tuple[int, int], int] = {}
-_equal_ways: dict[tuple[int, Any], int] = {}
+# Layouts by the identity of the spec that a DTensor keeps, and by what is in it: the same object for those that
+# lie alike.  The specs are kept, so that no other object gets their id, or that of their mesh.
+_layouts: dict[int, Layout] = {}
+_equal_layouts: dict[tuple[int, Any], Layout] = {}
 _kept: list[Any] = []
-_numbers = itertools.count()
 _MOST_KEPT = 1 << 16
-# Equal meshes have the same ranks.
+# What reads a DTensor's part and its spec, once one was there to ask for them.
+_readers: list[tuple[Callable[[Any], Tensor], Callable[[Any], Any]]] = []
+# Of meshes that are equal, ranks are the same.
 _ranks_of_mesh: WeakKeyDictionary[DeviceMesh, frozenset[int]] = WeakKeyDictionary()
 _ranks_of_group: WeakKeyDictionary[dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
 # By the first of several groups: the other groups, and the ranks that all of them connect.
 _connected: WeakKeyDictionary[dist.ProcessGroup, list[tuple[list[Any], Ranks]]] = WeakKeyDictionary()
+
+# DTensors
+
+
+def dtensor_types() -> tuple[type, ...]:
+    """DTensor, or nothing while there can be none: its module, slow to import, has not been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor."""
+    return isinstance(tensor, dtensor_types())
+
+
+def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors is a DTensor."""
+    types = dtensor_types()
+    return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
+
+
+def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None:
+    """How a tensor lies on its mesh; None for a plain one.
+
+    With ``except_dim``, only as far as it is split along other dimensions of its own than this one.
+    """
+    return _layout(tensor.device_mesh, tensor.placements, except_dim) if is_dtensor(tensor) else None
+
+
+def layouts_of(tensors: Sequence[Tensor]) -> list[Layout | None]:
+    """``layout_of`` each tensor; the same object for those that lie alike.
+
+    Few operations for each: to compare placements takes as long as all else that is done for a DTensor.
+    """
+    if not any_dtensor(tensors):
+        return [None] * len(tensors)
+    _, read_spec = _readers_for(tensors)
+    try:
+        layouts = list(map(_layouts.get, map(id, map(read_spec, tensors))))
+    except AttributeError:  # some are plain
+        return [_known_layout(read_spec(t)) if is_dtensor(t) else None for t in tensors]
+    if None in layouts:
+        return [_known_layout(read_spec(tensor)) for tensor in tensors]
+    return layouts
+
+
+def _known_layout(spec: Any) -> Layout:
+    layout = _layouts.get(id(spec))
+    if layout is None:
+        if len(_kept) >= _MOST_KEPT:
+            for known in (_layouts, _equal_layouts, _kept):
+                known.clear()
+        key = (id(spec.mesh), spec.placements)
+        layout = _equal_layouts.get(key) or _layout(spec.mesh, spec.placements)
+        _layouts[id(spec)] = _equal_layouts[key] = layout
+        _kept.append(spec)
+    return layout
+
+
+def _readers_for(tensors: Iterable[Tensor]) -> tuple[Callable[[Any], Tensor], Callable[[Any], Any]]:
+    """What reads a DTensor's part and its spec: the public names take ten times as long, in each call.
+
+    They are found by what they hold: the part is what ``to_local()`` returns where no gradient is recorded, and
+    the spec has the placements.
+    """
+    if not _readers:
+        tensor = next(filter(is_dtensor, tensors))
+        with torch.no_grad():
+            part = tensor.to_local()
+        held = {name: getattr(tensor, name) for name in dtensor_types()[0].__slots__}  # type: ignore[attr-defined]
+        of_part = next(name for name, value in held.items() if value is part)
+        of_spec = next(name for name, value in held.items() if hasattr(value, "placements"))
+        _readers.append((operator.attrgetter(of_part), operator.attrgetter(of_spec)))
+    return _readers[0]
+
+
+def _layout(mesh: DeviceMesh, placements: Sequence[Any], except_dim: int | None = None) -> Layout:
+    here = mesh.get_coordinate()
+    if here is None:  # a rank outside of the mesh holds nothing, and takes no part
+        return Layout(mesh, ())
+    wide = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    splits = [None if _is_whole(placement) else placement.dim for placement in placements]
+    dims = tuple(dim for dim in wide if splits[dim] not in (None, except_dim))
+    copies = tuple(dim for dim in wide if dim not in dims)
+    pending = any(placement.is_partial() for placement in placements)
+    return Layout(mesh, dims, copies, all(here[dim] == 0 for dim in copies), pending)
+
+
+def _is_whole(placement: Any) -> bool:
+    # Not only Shard, also the other kinds of it, have a dim.
+    return bool(placement.is_replicate() or placement.is_partial())
+
+
+def split_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether this rank holds the same elements of two tensors of one shape."""
+    if not (is_dtensor(a) and is_dtensor(b)):
+        return is_dtensor(a) == is_dtensor(b)
+    return a.device_mesh == b.device_mesh and _splits(a) == _splits(b)
+
+
+def _splits(tensor: DTensor) -> list[Placement | None]:
+    return [None if _is_whole(placement) else placement for placement in tensor.placements]
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor, in the tensor's own memory."""
+    if not any_dtensor(tensors):
+        return list(tensors)
+    read_part, _ = _readers_for(tensors)
+    try:
+        return list(map(read_part, tensors))
+    except AttributeError:  # some are plain
+        return [read_part(tensor) if is_dtensor(tensor) else tensor for tensor in tensors]
+
+
+def is_partial(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor that is pending a reduction."""
+    return is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)
+
+
+def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with those that are pending a reduction reduced, into copies.
+
+    All that are pending on the same dimension of a mesh are reduced in one collective.
+    """
+    pending: dict[tuple[Any, ...], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        for dim, placement in enumerate(tensor.placements if is_dtensor(tensor) else ()):
+            if placement.is_partial():
+                pending.setdefault((tensor.device_mesh, dim, placement, tensor.dtype), []).append(i)
+    result = list(tensors)
+    for (mesh, dim, placement, _), places in pending.items():
+        chosen = [cast("DTensor", result[i]) for i in places]
+        for i, tensor in zip(places, _reduced(chosen, mesh, dim, placement), strict=True):
+            result[i] = tensor
+    return result
+
+
+def _reduced(tensors: list[DTensor], mesh: DeviceMesh, dim: int, placement: Any) -> list[DTensor]:
+    """Copies of tensors, reduced along a dimension of their mesh."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    held = locals_of(tensors)
+    with torch.no_grad():
+        together = torch.cat([part.reshape(-1) for part in held])
+    _all_reduce(together, placement.reduce_op, mesh.get_group(dim))
+    return [
+        DTensor.from_local(
+            total.view(part.shape),
+            mesh,
+            [Replicate() if at == dim else each for at, each in enumerate(tensor.placements)],
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+        for tensor, part, total in zip(
+            tensors, held, torch.split(together, [part.numel() for part in held]), strict=True
+        )
+    ]
+
+
+def _all_reduce(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
+    """Reduce a tensor in place as a placement says; not every backend has the mean."""
+    is_mean = operation == "avg"
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, "SUM" if is_mean else operation.upper()), group)
+    if is_mean:
+        tensor.div_(group.size())
+
+
+# Ranks
+
+
+def has_ranks() -> bool:
+    """Whether there are other processes at all."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def as_groups(group: Any) -> list[dist.ProcessGroup]:
+    """The argument ``group`` as a list: None, a process group, or several."""
+    if group is None:
+        return []
+    groups = list(group) if isinstance(group, (list, tuple)) else [group]
+    for each in groups:
+        if not isinstance(each, dist.ProcessGroup):
+            raise TypeError(
+                f"`group` must be a process group or a list of them, got {arguments.shown(each)}; a rank "
+                "outside of a group must not pass it"
+            )
+    return groups
 
 
 def ranks_of(mesh: DeviceMesh) -> Ranks:
@@ -153,172 +342,10 @@ def _flattened(mesh: DeviceMesh) -> list[DeviceMesh]:
     return [flat for flat in found if isinstance(flat, kind) and flat.ndim == 1]
 
 
-def device_of(mesh: DeviceMesh) -> str:
-    """The type of the device that the collectives over a mesh work on."""
-    devices = _devices_of_group(groups_over(mesh)[0])
-    return mesh.device_type if mesh.device_type in devices else _first_choice(devices)
-
-
-def device_of_group(group: dist.ProcessGroup) -> str:
-    """The type of the device that the collectives of a group work on."""
-    # One rank's tensors may be on the CPU and another's on an accelerator.
-    return _first_choice(_devices_of_group(group))
-
-
-def _devices_of_group(group: dist.ProcessGroup) -> list[str]:
-    """The types of the devices that a group's collectives can work on, of such as "cpu:gloo,cuda:nccl"."""
-    return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
-
-
-def _first_choice(devices: Sequence[str]) -> str:
+def device_of(group: dist.ProcessGroup, preferred: str | None = None) -> str:
+    """The type of the device that the collectives of a group work on: the preferred one if they can."""
+    # Such as "cpu:gloo,cuda:nccl".  The tensors of one rank may lie on the CPU, another's on an accelerator.
+    devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if preferred in devices:
+        return cast("str", preferred)
     return "cpu" if "cpu" in devices else devices[0]
-
-
-def has_ranks() -> bool:
-    """Whether there are other processes at all."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def dtensor_types() -> tuple[type, ...]:
-    """The class DTensor; nothing if there can be none, as its module, slow to import, was not imported."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else (module.DTensor,)
-
-
-def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor."""
-    return isinstance(tensor, dtensor_types())
-
-
-def any_dtensor(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of the tensors is a DTensor."""
-    types = dtensor_types()
-    return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
-
-
-def ways_of(tensors: Sequence[Tensor]) -> list[int | None]:
-    """A number for each tensor, equal for tensors with the same layout; None for plain tensors.
-
-    It must be quick: comparing placements takes as long as all other work for a DTensor.
-    """
-    dtensor: Any = dtensor_types()
-    return [_way_of(t.device_mesh, t.placements) if isinstance(t, dtensor) else None for t in tensors]
-
-
-def _way_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> int:
-    key = id(mesh), id(placements)
-    way = _ways.get(key)
-    if way is None:
-        if len(_kept) >= _MOST_KEPT:
-            for known in (_ways, _equal_ways, _kept):
-                known.clear()
-        way = _ways[key] = _equal_ways.setdefault((id(mesh), placements), next(_numbers))
-        _kept.append((mesh, placements))
-    return way
-
-
-def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None:
-    """How a tensor lies on its mesh; None for a plain one.
-
-    With ``except_dim``, only as far as it is split along other dimensions of its own than this one.
-    """
-    if not is_dtensor(tensor):
-        return None
-    mesh = tensor.device_mesh
-    if mesh.get_coordinate() is None:  # a rank outside the mesh holds nothing, and takes no part
-        return Layout(mesh, ())
-    return Layout(
-        mesh,
-        tuple(
-            i
-            for i, placement in enumerate(tensor.placements)
-            if mesh.size(i) > 1
-            and not (placement.is_replicate() or placement.is_partial())
-            # Not only Shard, but also its variants, which have a dim as well.
-            and cast("Shard", placement).dim != except_dim
-        ),
-    )
-
-
-def split_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether this rank holds the same elements of two tensors of one shape."""
-    if not (is_dtensor(a) and is_dtensor(b)):
-        return is_dtensor(a) == is_dtensor(b)
-    return a.device_mesh == b.device_mesh and _splits(a) == _splits(b)
-
-
-def _splits(tensor: DTensor) -> list[Placement | None]:
-    return [None if p.is_replicate() or p.is_partial() else p for p in tensor.placements]
-
-
-def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, in the tensor's own memory."""
-    if not any_dtensor(tensors):
-        return list(tensors)
-    dtensor: Any = dtensor_types()
-    with torch.no_grad():  # autograd would make a copy
-        return [t.to_local() if isinstance(t, dtensor) else t for t in tensors]
-
-
-def is_partial(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor that is pending a reduction."""
-    return is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)
-
-
-def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, with reduced copies of those that are pending a reduction.
-
-    Tensors that are pending on the same dimension of a mesh are reduced in one collective.
-    """
-    pending: dict[tuple[Any, ...], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if is_dtensor(tensor):
-            for dim, placement in enumerate(tensor.placements):
-                if placement.is_partial():
-                    key = (tensor.device_mesh, dim, placement, tensor.dtype)
-                    pending.setdefault(key, []).append(i)
-    if not pending:
-        return list(tensors)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    result = list(tensors)
-    for (mesh, dim, placement, _), places in pending.items():
-        chosen = [cast("DTensor", result[i]) for i in places]
-        held = locals_of(chosen)
-        with torch.no_grad():
-            together = torch.cat([local.reshape(-1) for local in held])
-        _all_reduce(together, placement.reduce_op, mesh.get_group(dim))
-        parts = torch.split(together, [local.numel() for local in held])
-        for i, t, local, part in zip(places, chosen, held, parts, strict=True):
-            placements = [Replicate() if d == dim else each for d, each in enumerate(t.placements)]
-            result[i] = DTensor.from_local(
-                part.view(local.shape),
-                mesh,
-                placements,
-                run_check=False,
-                shape=t.shape,
-                stride=t.stride(),
-            )
-    return result
-
-
-def _all_reduce(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
-    """Reduce a tensor in place as its placement says; not every backend can compute a mean."""
-    is_mean = operation == "avg"
-    dist.all_reduce(tensor, getattr(dist.ReduceOp, "SUM" if is_mean else operation.upper()), group)
-    if is_mean:
-        tensor.div_(group.size())
-
-
-def as_groups(group: Any) -> list[dist.ProcessGroup]:
-    """The argument ``group`` as a list: None, a process group, or several."""
-    if group is None:
-        return []
-    groups = list(group) if isinstance(group, (list, tuple)) else [group]
-    for each in groups:
-        if not isinstance(each, dist.ProcessGroup):
-            raise TypeError(
-                f"`group` must be a process group or a list of them, got {arguments.shown(each)}; a rank "
-                "outside of a group must not pass it"
-            )
-    return groups

@@ -5,7 +5,8 @@ do the ranks that ``group`` connects.  Copies count once: of the ranks with copi
 and the others send ``ABSENT``.  The first may lack a gradient that others have, so all of them also send a
 mark of the gradients that they have.  If the marks differ, the norms of all ranks are compared one by one.
 
-All ranks of a mesh have the same parameters on it, so all of them make the same plan.
+All ranks of a mesh have the same parameters on it, so that all of them come to the same plan, and follow it
+to its end also if one of the exchanges fails.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 from zlib import crc32
 
@@ -25,15 +26,14 @@ from torch import Tensor
 
 from torchclip._core import arguments, integer_sums, mesh
 from torchclip._core.batch import Norm, Norms
-from torchclip._core.collectives import DIFFERS, SLOTS, Call, Kind, exchange, gather_rows
+from torchclip._core.collectives import DIFFERS, Call, Kind, exchange, gather_rows
 from torchclip._core.mesh import Layout, Ranks
 from torchclip._core.scalars import ABSENT, concatenate, device_of, in_one, on_device
 
-__all__ = ["Part", "Places", "each", "joined", "lines", "totals"]
+__all__ = ["Part", "Places", "absent", "each", "joined", "lines", "totals"]
 
 Places = Mapping["Layout | None", Sequence["int | None"]]
 """The tensors of each layout (None for plain tensors); None in place of a tensor that is not on this rank."""
-
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -55,23 +55,32 @@ class Part(NamedTuple):
     """This rank's part of tensors that have one joint norm.
 
     Attributes:
-        places: their layouts.
-        pending: the layouts of those that are pending a reduction, which involves all ranks of a mesh anyway.
-        norm: the norm of the tensors with a given layout.
-        norms: the norm of each tensor with a given layout, ``ABSENT`` for those that are not on this rank.
+        places: how they lie.
+        norm: the norm of those with a layout.
+        norms: the norm of each place with a layout, ``ABSENT`` where there is none.
     """
 
     places: Places
-    pending: Collection[Layout]
     norm: Callable[[Layout | None], Norm]
     norms: Callable[[Layout | None], Norms]
+
+
+def absent(places: Places) -> Part:
+    """A part of which this rank has nothing to tell."""
+    return Part(places, lambda _: ABSENT, lambda layout: [ABSENT] * len(places[layout]))
 
 
 class _Held(NamedTuple):
     """The tensors of a part that have the same layout."""
 
-    part: int
+    index: int
+    part: Part
     layout: Layout
+
+    def norms(self) -> Norms:
+        """The norm of each tensor, ``ABSENT`` where it is not for this rank to count it."""
+        counted = self.part if self.layout.is_first else absent(self.part.places)
+        return counted.norms(self.layout)
 
 
 class _Item:
@@ -81,12 +90,20 @@ class _Item:
         self.ranks, self.groups, self.device = ranks, groups, device
         self.held: list[_Held] = []
 
-    def mark(self, parts: Sequence[Part]) -> int:
-        """A number that shows which parameters with copies have gradients; 0 if all have."""
-        places = [parts[part].places[layout] for part, layout in self.held if layout.copies]
+    def mark(self) -> int:
+        """A number that says for which parameters with copies there are gradients; 0 for all of them."""
+        places = [held.part.places[held.layout] for held in self.held if held.layout.copies]
         if not any(None in some for some in places):
             return 0
         return 1 + crc32(bytes(place is None for some in places for place in some))
+
+    def of_parts(self, besides: Sequence[Sequence[Norm]], p: float) -> Norms:
+        """For each part, the joint norm of what this rank has to count here, and of some norms besides."""
+        norms = [list(some) for some in besides]
+        for index, part, layout in self.held:
+            if layout.is_first:
+                norms[index].append(part.norm(layout))
+        return in_one([joined(some, p) for some in norms])
 
 
 @_not_compiled
@@ -101,21 +118,38 @@ def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Cal
     Returns:
         The norms, with the same bits on each of those ranks; ``ABSENT`` if none has any element.
     """
-    return _totals(parts, groups, call, at_once=True)
+    p = call.order
+    connected = _connected(groups, call) if groups else None
+    items, own = _items(parts, every=connected is not None)
+    if connected is None:
+        return [joined(norms, p) for norms in _with(own, items, None, call)]
+    direct = [item for item in items if _joins(item, connected)]
+    own = _with(own, [item for item in items if item not in direct], connected, call)
+    connected.held = [held for item in direct for held in item.held]
+    joint, differing = _run({connected: connected.of_parts(own, p)}, call)
+    if differing:
+        own = _with(own, direct, connected, call)
+        connected.held = []
+        joint, _ = _run({connected: connected.of_parts(own, p)}, call)
+    smaller = all(item.ranks != connected.ranks for item in items)
+    if items and smaller and not any(part.places.get(None) for part in parts):
+        _warn_of_copies(call)
+    return list(joint[connected])
 
 
 @_not_compiled
 def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
-    """The norm of each tensor with a given layout over all ranks of its mesh, in the order of places."""
-    items = _items(parts, every=False)
-    sent = {item: concatenate([_counted(parts, held) for held in item.held]) for item in items}
-    joint = _exchanged(parts, items, sent, call)
+    """The norm of each tensor with a layout, with what all ranks of its mesh hold, in the order of places."""
+    items, _ = _items(parts, every=False)
+    sent = {item: concatenate([held.norms() for held in item.held]) for item in items}
+    joint, differing = _run(sent, call)
+    joint.update({item: concatenate(_compared(item, call)) for item in differing})
     found: list[dict[Layout, Norms]] = [{} for _ in parts]
     for item in items:
-        norms, start = joint[item], 0
-        for part, layout in item.held:
-            stop = start + len(parts[part].places[layout])
-            found[part][layout] = norms[start:stop]
+        start = 0
+        for index, part, layout in item.held:
+            stop = start + len(part.places[layout])
+            found[index][layout] = joint[item][start:stop]
             start = stop
     return found
 
@@ -145,40 +179,75 @@ def _lines(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layo
     return [found[ranks] for ranks in sorted(found, key=latest.__getitem__)]
 
 
-def _totals(
-    parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call, at_once: bool
-) -> list[Norm]:
-    """``totals``; with ``at_once``, tensors on meshes within a group are exchanged with the group's."""
-    p = call.order
-    connected = _connected(groups, call) if groups else None
-    items = _items(parts, every=connected is not None)
-    direct = [item for item in items if at_once and connected is not None and _joins(item, connected)]
-    before = [item for item in items if item not in direct]
-    sent: dict[_Item, Norms] = {item: in_one(_of_parts(parts, item, p)) for item in before}
-    joint = _exchanged(parts, before, sent, call)
-    exchanged = {held for item in items for held in item.held}
-    own = [
-        [part.norm(layout) for layout in part.places if layout is None or (i, layout) not in exchanged]
+# What is exchanged
+
+
+def _items(parts: Sequence[Part], every: bool) -> tuple[list[_Item], list[list[Norm]]]:
+    """What is exchanged over meshes, in the order of the tensors; for each part, the norms of all else.
+
+    Copies are not exchanged if nothing is split over the same ranks, or is pending; with ``every`` they are.
+    """
+    items: dict[Ranks, _Item] = {}
+    lying = [
+        (None if layout is None else mesh.ranks_of(layout.mesh), _Held(i, part, cast("Layout", layout)))
         for i, part in enumerate(parts)
+        for layout in part.places
     ]
-    for item in before:
-        if connected is None or mesh.is_first(item.ranks, connected.ranks):
-            for norms, norm in zip(own, joint[item], strict=True):
-                norms.append(norm)
-    if connected is None:
-        return [joined(norms, p) for norms in own]
-    for item in direct:
-        connected.held += item.held
-        for norms, norm in zip(own, _of_parts(parts, item, p), strict=True):
-            norms.append(norm)
-    sent = {connected: in_one([joined(norms, p) for norms in own])}
-    joint, differing = _run(parts, [connected], sent, call)
-    if differing:
-        return _totals(parts, groups, call, at_once=False)
-    smaller = all(item.ranks != connected.ranks for item in items)
-    if items and smaller and not any(part.places.get(None) for part in parts):
-        _warn_of_copies(call)
-    return list(joint[connected])
+    for ranks, (_, _, layout) in lying:
+        if layout is not None and (layout.dims or ((every or layout.is_pending) and layout.copies)):
+            if ranks not in items:
+                groups = mesh.groups_over(layout.mesh)
+                items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
+    own: list[list[Norm]] = [[] for _ in parts]
+    for ranks, held in lying:
+        layout = held.layout
+        if layout is not None and ranks in items and (layout.dims or layout.copies):
+            items[ranks].held.append(held)
+        else:
+            own[held.index].append(held.part.norm(layout))
+    return list(items.values()), own
+
+
+def _with(
+    own: Sequence[Sequence[Norm]], items: Sequence[_Item], connected: _Item | None, call: Call
+) -> list[list[Norm]]:
+    """For each part, some norms and the joint norm of each item that this rank has to count."""
+    joint, differing = _run({item: item.of_parts([()] * len(own), call.order) for item in items}, call)
+    for item in differing:
+        of_parts: list[list[Norm]] = [[] for _ in own]
+        for held, norms in zip(item.held, _compared(item, call), strict=True):
+            of_parts[held.index] += norms
+        joint[item] = in_one([joined(norms, call.order) for norms in of_parts])
+    counted = [item for item in items if connected is None or mesh.is_first(item.ranks, connected.ranks)]
+    return [[*norms, *(joint[item][i] for item in counted)] for i, norms in enumerate(own)]
+
+
+def _joins(item: _Item, connected: _Item) -> bool:
+    """Whether what lies on an item's meshes can go along with the exchange of a group.
+
+    Copies can only if all of the group's ranks compare their marks.
+    """
+    if item.ranks == connected.ranks:
+        return True
+    return mesh.is_within(item.ranks, connected.ranks) and not any(h.layout.copies for h in item.held)
+
+
+def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
+    """The exchange of all ranks that some groups connect."""
+    of_all = [group for group in groups if group.size() == dist.get_world_size()]
+    groups = of_all[:1] or groups
+    device = mesh.device_of(groups[0])
+    if len(groups) == 1:
+        return _Item(mesh.ranks_of_group(groups[0]), groups, device)
+    known = mesh.known_ranks(groups)
+    if known is None:
+        connect = Call(Kind.CONNECT, 0.0)
+        found = _gathered(groups, np.array([[float(dist.get_rank())]]), connect, None)
+        if connect.error is not None:
+            call.fail(connect.error)
+            return _Item(frozenset(), groups, device)
+        known = (mesh.remember_ranks(groups, found.astype(int).ravel().tolist()),)
+    return _Item(known[0], groups, device)
 
 
 def _warn_of_copies(call: Call) -> None:
@@ -197,156 +266,78 @@ def _warn_of_copies(call: Call) -> None:
     warnings.warn(message, stacklevel=arguments.level_of_caller())
 
 
-def _joins(item: _Item, connected: _Item) -> bool:
-    """Whether the tensors on an item's meshes can be exchanged together with a group's.
-
-    Copies can, but only if all of the group's ranks compare their marks.
-    """
-    if item.ranks == connected.ranks:
-        return True
-    return mesh.is_within(item.ranks, connected.ranks) and not any(h.layout.copies for h in item.held)
+# Exchanges
 
 
-def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
-    """The exchange of all ranks that some groups connect."""
-    of_all = [group for group in groups if group.size() == dist.get_world_size()]
-    groups = of_all[:1] or groups
-    device = mesh.device_of_group(groups[0])
-    if len(groups) == 1:
-        return _Item(mesh.ranks_of_group(groups[0]), groups, device)
-    known = mesh.known_ranks(groups)
-    if known is None:
-        connect = Call(Kind.CONNECT, 0.0, call.facts, call.refused)
-        found = np.array([[float(dist.get_rank())]])
-        for group in groups:
-            rows = gather_rows(group, found.ravel(), connect, mesh.device_of_group(group))
-            if rows is None:
-                call.fail(cast("str", connect.error))
-                return _Item(frozenset(), groups, device)
-            found = rows
-        known = (mesh.remember_ranks(groups, found.astype(int).ravel().tolist()),)
-    return _Item(known[0], groups, device)
-
-
-def _items(parts: Sequence[Part], every: bool) -> list[_Item]:
-    """What is exchanged over meshes, in the order of the tensors; with ``every`` also without splits."""
-    items: dict[Ranks, _Item] = {}
-    layouts = [
-        _Held(i, layout) for i, part in enumerate(parts) for layout in part.places if layout is not None
-    ]
-    for part, layout in layouts:
-        if layout.dims or ((every or layout in parts[part].pending) and layout.copies):
-            ranks = mesh.ranks_of(layout.mesh)
-            if ranks not in items:
-                items[ranks] = _Item(ranks, mesh.groups_over(layout.mesh), mesh.device_of(layout.mesh))
-    for held in layouts if items else ():
-        if held.layout.dims or held.layout.copies:
-            item = items.get(mesh.ranks_of(held.layout.mesh))
-            if item is not None:
-                item.held.append(held)
-    return list(items.values())
-
-
-def _of_parts(parts: Sequence[Part], item: _Item, p: float) -> list[Norm]:
-    """For each part, the norm of what this rank counts for an item."""
-    norms: list[list[Norm]] = [[] for _ in parts]
-    for part, layout in item.held:
-        if layout.is_first:
-            norms[part].append(parts[part].norm(layout))
-    return [joined(some, p) for some in norms]
-
-
-def _counted(parts: Sequence[Part], held: _Held) -> Norms:
-    """The norm of each tensor whose part on this rank counts."""
-    if held.layout.is_first:
-        return parts[held.part].norms(held.layout)
-    return [ABSENT] * len(parts[held.part].places[held.layout])
-
-
-def _exchanged(
-    parts: Sequence[Part], items: Sequence[_Item], sent: dict[_Item, Norms], call: Call
-) -> dict[_Item, Norms]:
-    """The joint norms of items, including those whose ranks lack different gradients."""
-    joint, differing = _run(parts, items, sent, call)
-    for item in differing:
-        norms = _compared(parts, item, call)
-        if norms is None:
-            continue
-        if call.kind in (Kind.CLIP, Kind.MEASURE):
-            of_parts: list[list[Norm]] = [[] for _ in parts]
-            for (part, _), some in zip(item.held, norms, strict=True):
-                of_parts[part] += some
-            joint[item] = in_one([joined(some, call.order) for some in of_parts])
-        else:
-            joint[item] = [norm for some in norms for norm in some]
-    return joint
-
-
-def _run(
-    parts: Sequence[Part], items: Sequence[_Item], sent: dict[_Item, Norms], call: Call
-) -> tuple[dict[_Item, Norms], list[_Item]]:
-    """The joint norms of items, and the items whose ranks lack different gradients."""
+def _run(sent: Mapping[_Item, Norms], call: Call) -> tuple[dict[_Item, Norms], list[_Item]]:
+    """The joint norms of items, and those of them whose ranks lack different gradients."""
     joint = dict(sent)
-    marks = {item: item.mark(parts) for item in items}
-    for group, device, together in _rounds(items):
-        for start in range(0, len(together), SLOTS):
-            some = together[start : start + SLOTS]
-            sent_here = concatenate([joint[item] for item in some])
-            norms, differ = exchange(group, sent_here, [marks[item] for item in some], call, device)
-            at = 0
-            for item, differs in zip(some, differ, strict=True):
-                joint[item] = norms[at : at + len(joint[item])]
-                at += len(joint[item])
-                if differs:
-                    marks[item] = DIFFERS
-    return joint, [item for item in items if marks[item] == DIFFERS and call.error is None]
+    marks = {item: item.mark() for item in sent}
+    for group, together in _rounds(list(sent)):
+        here = concatenate([joint[item] for item in together])
+        norms, learnt = exchange(group, here, [marks[item] for item in together], call, together[0].device)
+        marks.update(zip(together, learnt, strict=True))
+        start = 0
+        for item in together:
+            stop = start + len(joint[item])
+            joint[item] = norms[start:stop]
+            start = stop
+    return joint, [item for item, mark in marks.items() if mark == DIFFERS]
 
 
-def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, str, list[_Item]]]:
-    """The exchanges, in the same order on all ranks that take part in any two of them.
+def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, list[_Item]]]:
+    """The exchanges, in the same order on all ranks that take part in two of them.
 
-    Items that take one exchange share it with other items among the same ranks.
+    What takes one exchange goes along with that of another item among the same ranks.
     """
-    along: dict[Ranks, _Item] = {}
-    for item in items:
-        if len(item.groups) > 1:
-            along.update((mesh.ranks_of_group(group), item) for group in item.groups)
+    carriers = {
+        mesh.ranks_of_group(group): item for item in items if len(item.groups) > 1 for group in item.groups
+    }
     rounds = []
     for item in items:
         if len(item.groups) == 1:
-            if not along or item.ranks not in along:
-                rounds.append((item.groups[0], item.device, [item]))
+            if not carriers or item.ranks not in carriers:
+                rounds.append((item.groups[0], [item]))
             continue
         for group in item.groups:
             ranks = mesh.ranks_of_group(group)
-            others = [other for other in items if len(other.groups) == 1 and other.ranks == ranks]
-            rounds.append((group, item.device, [item, *(others if along[ranks] is item else [])]))
+            along = [other for other in items if len(other.groups) == 1 and other.ranks == ranks]
+            rounds.append((group, [item, *(along if carriers[ranks] is item else [])]))
     return rounds
 
 
-def _compared(parts: Sequence[Part], item: _Item, call: Call) -> list[list[float]] | None:
-    """The norm of each tensor of an item of which some ranks lack their copies; None if the call failed."""
-    own = [list(map(float, parts[part].norms(layout))) for part, layout in item.held]
-    compare = Call(Kind.COMPARE, call.order, call.facts)
-    rows = np.array([[float(dist.get_rank()), *(norm for norms in own for norm in norms)]])
-    for group in item.groups:
-        gathered = gather_rows(group, rows.ravel(), compare, item.device)
-        if gathered is None:
-            call.fail(cast("str", compare.error))
-            return None
-        rows = gathered.reshape(-1, rows.shape[1])
+def _compared(item: _Item, call: Call) -> list[list[float]]:
+    """The norm of each tensor of an item whose copies are not everywhere, for each of what lies alike."""
+    own = [list(map(float, held.part.norms(held.layout))) for held in item.held]
+    compare = Call(Kind.COMPARE, call.order, call.facts, call.refused)
+    row = np.array([[float(dist.get_rank()), *(norm for norms in own for norm in norms)]])
+    rows = _gathered(item.groups, row, compare, item.device)
+    if compare.error is not None:
+        call.fail(compare.error)
+        return own
     of_rank = {int(row[0]): row[1:] for row in rows}
     found, start = [], 0
     with np.errstate(all="ignore"):
-        for (_, layout), norms in zip(item.held, own, strict=True):
-            of_mesh = np.array([of_rank[rank] for rank in layout.mesh.mesh.flatten().tolist()])
-            of_mesh = of_mesh[:, start : start + len(norms)].reshape(*layout.mesh.shape, len(norms))
-            # If copies differ, the largest counts.
-            largest = integer_sums.keys(of_mesh, 1.0).max(axis=layout.copies)
-            whole = integer_sums.leading(largest, 1.0).reshape(-1, len(norms))
+        for held, norms in zip(item.held, own, strict=True):
+            layout, stop = held.layout, start + len(norms)
+            of_mesh = np.array([of_rank[rank][start:stop] for rank in layout.mesh.mesh.flatten().tolist()])
+            # Of copies that differ the largest counts.
+            by_rank = integer_sums.keys(of_mesh.reshape(*layout.mesh.shape, len(norms)), 1.0)
+            whole = integer_sums.leading(by_rank.max(axis=layout.copies), 1.0).reshape(-1, len(norms))
             found.append(integer_sums.join(whole, call.order).tolist())
-            start += len(norms)
+            start = stop
     return found
+
+
+def _gathered(
+    groups: Sequence[dist.ProcessGroup], row: np.ndarray, call: Call, device: str | None
+) -> np.ndarray:
+    """The rows of all ranks that some groups connect; of some of them if the call fails."""
+    rows = row
+    for group in groups:  # all of them in any case, as other ranks do
+        found = gather_rows(group, rows.ravel(), call, device or mesh.device_of(group))
+        rows = rows if found is None else found.reshape(-1, row.shape[1])
+    return rows
 
 
 def joined(norms: Sequence[Norm], p: float) -> Norm:

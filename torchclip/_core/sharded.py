@@ -30,47 +30,36 @@ class Placed:
     Attributes:
         all: the distinct tensors on this rank.
         dtensors: those of them that are DTensors.
-        places: the layouts, in the same order on every rank, with the positions in ``all`` of the tensors
-            that have them: None for a tensor that is not on this rank but may be on others.
-        pending: the layouts of those that are pending a reduction.
-        shared: whether any is the gradient of several parameters.
+        places: how they lie, in the order of the items on every rank, and which of ``all`` do: None stands
+            for one that is not here, but may be on other ranks.
+        is_pending: whether any is pending a reduction.
+        is_shared: whether any is the gradient of several parameters.
     """
 
     def __init__(self, items: Sequence[Tensor], take_grad: bool) -> None:
         grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
-        missing = any(map(operator.is_, grads, repeat(None)))
-        here = [grad for grad in grads if grad is not None] if missing else grads
+        lacking = any(map(operator.is_, grads, repeat(None)))
+        here = [grad for grad in grads if grad is not None] if lacking else grads
         self.all: list[Tensor] = list(dict(zip(map(id, here), here, strict=True)).values())
-        self.shared = len(self.all) < len(here)
-        self.places: dict[Layout | None, list[int | None]] = {}
-        self.pending: set[Layout] = set()
-        lie = (
-            [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
-            if missing
-            else grads
-        )
-        ways = mesh.ways_of(lie)
-        places: Sequence[int | None] = range(len(lie))
-        if missing or self.shared:
+        self.is_shared = len(self.all) < len(here)
+        at: Sequence[int | None] = range(len(grads))
+        lie = grads
+        if lacking or self.is_shared:
             place_of = {id(grad): place for place, grad in enumerate(self.all)}
-            places = [None if grad is None else place_of[id(grad)] for grad in grads]
-        first_of = dict(zip(reversed(ways), reversed(lie), strict=True))
-        if len(first_of) == 1:  # such as a model that FSDP2 shards as a whole
-            self._places_of(lie[0]).extend(places)
+            at = [place_of.get(id(grad)) for grad in grads]
+            lie = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
+        layouts = mesh.layouts_of(lie)
+        different = dict(zip(map(id, layouts), layouts, strict=True))
+        self.places: dict[Layout | None, list[int | None]] = {}
+        places_of = {key: self.places.setdefault(layout, []) for key, layout in different.items()}
+        if len(different) == 1:  # as where FSDP2 shards all of a model
+            places_of[id(layouts[0])].extend(at)
         else:
-            places_of = {way: self._places_of(first_of[way]) for way in dict.fromkeys(ways)}
-            for way, place in zip(ways, places, strict=True):
-                places_of[way].append(place)
-        self.dtensors = self.all
-        if None in first_of:
-            self.dtensors = [tensor for tensor in self.all if mesh.is_dtensor(tensor)]
-
-    def _places_of(self, tensor: Tensor) -> list[int | None]:
-        """The list for the positions of tensors with this layout."""
-        layout = mesh.layout_of(tensor)
-        if layout is not None and mesh.is_partial(tensor):
-            self.pending.add(layout)
-        return self.places.setdefault(layout, [])
+            for layout, place in zip(layouts, at, strict=True):
+                places_of[id(layout)].append(place)
+        self.is_pending = any(layout is not None and layout.is_pending for layout in self.places)
+        plain = None in self.places
+        self.dtensors = [t for t in self.all if mesh.is_dtensor(t)] if plain else self.all
 
 
 class ShardedBatch:
@@ -98,7 +87,7 @@ class ShardedBatch:
         self.is_changed = take_grad and not measured
         self._gather = gather
         self._locals = mesh.locals_of(self.all)
-        self._local = gather(self._locals, self._placed.shared)
+        self._local = gather(self._locals, self._placed.is_shared)
         self.joint_facts: int | None = None
 
     def unchecked(self) -> Sequence[Tensor]:
@@ -128,23 +117,29 @@ class ShardedBatch:
         return norms
 
     def part(self, p: float, finite: bool) -> rounds.Part:
-        """This rank's tensors to measure; gradients that are pending a reduction are reduced first."""
-        held = self._held(finite)
+        """What this rank holds, to be measured; gradients that are pending a reduction are reduced."""
+        placed, held = self._placed, self._locals
+        if finite:
+            self._refuse_partial("zeroing non-finite elements")
+        if placed.is_pending:
+            held = mesh.locals_of(mesh.without_partial(self.all))
         of_each: list[Norms] = []
 
         def norm(layout: Layout | None) -> Norm:
-            places = dict.fromkeys(self._placed.places[layout])
-            return self._norm_of([held[i] for i in places if i is not None], p, finite)
+            if len(placed.places) == 1 and not placed.is_pending:
+                return self._local.norm(p, finite)
+            chosen = [held[i] for i in dict.fromkeys(placed.places[layout]) if i is not None]
+            return self._gather(chosen, False).norm(p, finite)
 
         def norms(layout: Layout | None) -> Norms:
             if not of_each:
-                of_each.append(self._gather(list(held), False).norms(p, finite))
-            return _at(self._placed.places[layout], of_each[0])
+                of_each.append(self._gather(held, False).norms(p, finite))
+            return _at(placed.places[layout], of_each[0])
 
-        return rounds.Part(self._placed.places, self._placed.pending, norm, norms)
+        return rounds.Part(placed.places, norm, norms)
 
-    def with_joint(self, joint: dict[Layout, Norms], part: rounds.Part, p: float, finite: bool) -> Norms:
-        """The norm of each tensor, given the norms that involved other ranks."""
+    def with_joint(self, joint: dict[Layout, Norms], part: rounds.Part) -> Norms:
+        """The norm of each tensor, given those that took other ranks."""
         norms: list[Norm] = [ABSENT] * len(self.all)
         for layout, places in self._placed.places.items():
             values = joint[layout] if layout in joint else part.norms(layout)
@@ -152,19 +147,6 @@ class ShardedBatch:
                 if i is not None:
                     norms[i] = value
         return in_one(norms)
-
-    def _held(self, finite: bool) -> Sequence[Tensor]:
-        """This rank's part of each tensor to measure: reduced first if a reduction is pending."""
-        if finite:
-            self._refuse_partial("zeroing non-finite elements")
-        if not self._placed.pending:
-            return self._locals
-        return mesh.locals_of(mesh.without_partial(self.all))
-
-    def _norm_of(self, tensors: list[Tensor], p: float, finite: bool) -> Norm:
-        """The norm of some of this rank's tensors."""
-        whole = not self._placed.pending and len(tensors) == len(self.all)
-        return (self._local if whole else self._gather(tensors, False)).norm(p, finite)
 
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply this rank's part of every tensor in place."""
@@ -194,8 +176,8 @@ class ShardedBatch:
         return self._local
 
     def _refuse_partial(self, what: str) -> None:
-        """Raise an error for tensors that are pending a reduction, as their elements are not known yet."""
-        for i, tensor in enumerate(self.all if self._placed.pending else []):
+        """Raise an error for tensors pending a reduction, whose elements are not known before it."""
+        for i, tensor in enumerate(self.all if self._placed.is_pending else []):
             if mesh.is_dtensor(tensor) and mesh.is_partial(tensor):
                 raise TypeError(
                     f"{what} needs the elements of gradient {i} of shape {tuple(tensor.shape)}, but it is "
@@ -209,9 +191,7 @@ def norms_of(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[No
     parts = [batch.part(p, finite) for batch in batches]
     call = _call(batches, Kind.CLIP, Kind.MEASURE, p)
     norms = rounds.totals(parts, batches[0].groups, call)
-    call.finish()
-    for batch in batches:
-        batch.joint_facts = call.facts
+    _finish(call, batches)
     return norms
 
 
@@ -220,18 +200,19 @@ def norms_of_each(batches: Sequence[ShardedBatch], p: float, finite: bool) -> li
     parts = [batch.part(p, finite) for batch in batches]
     call = _call(batches, Kind.CLIP_EACH, Kind.MEASURE_EACH, p)
     joint = rounds.each(parts, call)
-    call.finish()
-    for batch in batches:
-        batch.joint_facts = call.facts
-    return [
-        batch.with_joint(of_part, part, p, finite)
-        for batch, of_part, part in zip(batches, joint, parts, strict=True)
-    ]
+    _finish(call, batches)
+    return [batch.with_joint(some, part) for batch, some, part in zip(batches, joint, parts, strict=True)]
 
 
 def _call(batches: Sequence[ShardedBatch], if_changed: int, if_not: int, p: float) -> Call:
     kind = if_changed if batches[0].is_changed else if_not
     return Call(kind, p, reduce(operator.or_, (batch.own_facts for batch in batches)))
+
+
+def _finish(call: Call, batches: Sequence[ShardedBatch]) -> None:
+    call.finish()
+    for batch in batches:
+        batch.joint_facts = call.facts
 
 
 def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int) -> None:
@@ -244,12 +225,11 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
     """
     parts = []
     for items in several:
-        if not (groups or mesh.any_dtensor(items)):
-            continue
-        placed = Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
-        if placed.pending:
-            mesh.without_partial(placed.all)  # which involves all ranks, too
-        parts.append(_absent(placed))
+        if groups or mesh.any_dtensor(items):
+            placed = Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
+            if placed.is_pending:
+                mesh.without_partial(placed.all)  # which takes all ranks, too
+            parts.append(rounds.absent(placed.places))
     if parts:
         call = Call(kind, 0.0)
         call.fail("refused")
@@ -257,13 +237,6 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
             rounds.totals(parts, groups, call)
         else:
             rounds.each(parts, call)
-
-
-def _absent(placed: Placed) -> rounds.Part:
-    places = placed.places
-    return rounds.Part(
-        places, placed.pending, lambda _: ABSENT, lambda layout: [ABSENT] * len(places[layout])
-    )
 
 
 def _at(places: Sequence[int | None], norms: Norms) -> Norms:
