@@ -65,6 +65,20 @@ def check_replicas_that_lack_gradients_within_a_group() -> None:
         assert norm == torchclip.get_total_norm(fulls)
 
 
+def check_replicas_that_lack_gradients_within_a_group_beside_a_mesh_of_all() -> None:
+    """What they compare takes no exchange with the ranks outside of the group."""
+    rank = dist.get_rank()
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    common, copy = randn(8, 5), randn(6, seed=1)
+    p = parameter(split(copy, grid["dp"], Replicate()))
+    if rank == 3:  # the other two have their copies
+        p.grad = None
+    for order in (1, 2, INF):
+        norm = torchclip.get_total_norm([common, copy], order)
+        everywhere = parameter(split(common, grid, Shard(0), Shard(1)))
+        assert torchclip.clip_grad_norm_([everywhere, p], INF, order, group=grid.get_group("dp")) == norm
+
+
 def check_replicas_of_some_ranks_decide_alike() -> None:
     """On a mesh of some ranks, of two dimensions: the dtype, the way to multiply, and the norm."""
     rank = dist.get_rank()

@@ -11,7 +11,7 @@ from dtensors import parameter, split
 from helpers import randn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import torchclip
 from torchclip._core import collectives
@@ -51,7 +51,7 @@ def expanded(mesh: DeviceMesh) -> DTensor:
 def assert_refused_by(rank: int, errors: list[str], own: str) -> None:
     for i, error in enumerate(errors):
         if i == rank:
-            assert own in error
+            assert own in error, error
         else:
             assert error.startswith(f"RuntimeError: rank {rank} refused its gradients or an argument"), error
 
@@ -144,6 +144,35 @@ def check_a_refusal_on_meshes_of_some_ranks() -> None:
         for error in errors[2:]:
             assert not error if group is None else "refused" in error
     assert errors_of(lambda: torchclip.clip_grad_norm_([parameter(grad)], 1e6)) == [""] * 4
+
+
+def check_a_refusal_in_the_first_call_with_groups_that_cross() -> None:
+    """In which ranks first find out whom the groups connect: all of them hear of it, and nobody waits."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    own = torch.full((2,), 1.0 + dist.get_rank())
+    order = math.nan if dist.get_rank() == 1 else 2.0
+    errors = errors_of(lambda: torchclip.clip_grad_norm_([parameter(own)], 1.0, order, group=crossing))
+    assert_refused_by(1, errors, "`norm_type`")
+    norm = torchclip.get_total_norm([own], group=crossing)
+    assert norm == torchclip.get_total_norm([torch.full((2,), 1.0 + rank) for rank in range(4)])
+
+
+def check_a_refusal_that_one_of_two_replicas_hears_of() -> None:
+    """It tells the other, though both have to compare what they lack."""
+    rank = dist.get_rank()
+    with_first, replicas = dist.new_group([0, 2]), dist.new_group([2, 3])
+    gradients = []
+    if rank in (2, 3):
+        mesh = DeviceMesh.from_group(replicas, "cpu")
+        copy = split(randn(3), mesh, Replicate())
+        lacking = parameter(None if rank == 3 else copy, like=copy)
+        gradients = [parameter(split(randn(8, 5), mesh, Shard(0))), lacking]
+    if rank in (0, 2):
+        gradients.append(parameter(split(randn(8, 5), DeviceMesh.from_group(with_first, "cpu"), Shard(0))))
+    errors = errors_of(torchclip.clip_grad_norm_, gradients, -1.0 if rank == 0 else 1.0)
+    assert_refused_by(0, [error for i, error in enumerate(errors) if i != 1], "`max_norm`")
+    assert errors[1] == ""
 
 
 def out_of_step(call: Callable[[], Any], again: Callable[[], Any], *say: str) -> None:

@@ -148,7 +148,7 @@ def exchange(
         device: the type of the device that the group's collectives work on.
 
     Returns:
-        The joint norms, the same bits on every rank, NaN if anything was wrong; on an accelerator as a tensor.
+        The joint norms, the same bits on every rank, NaN if anything was wrong; a tensor on an accelerator.
         And the marks: ``DIFFERS`` where they differed between ranks, which is not known on an accelerator,
         and 0 if anything was wrong.
     """

@@ -60,8 +60,8 @@ class Layout(NamedTuple):
     is_pending: bool = False
 
 
-# Layouts by the identity of the spec that a DTensor keeps, and by what is in it: the same object for those that
-# lie alike.  The specs are kept, so that no other object gets their id, or that of their mesh.
+# Layouts by the identity of the spec of a DTensor, and by what is in it: the same object for those that lie
+# alike.  The specs are kept, so that no other object gets their id, or that of their mesh.
 _layouts: dict[int, Layout] = {}
 _equal_layouts: dict[tuple[int, Any], Layout] = {}
 _kept: list[Any] = []
@@ -135,8 +135,8 @@ def _known_layout(spec: Any) -> Layout:
 def _readers_for(tensors: Iterable[Tensor]) -> tuple[Callable[[Any], Tensor], Callable[[Any], Any]]:
     """What reads a DTensor's part and its spec: the public names take ten times as long, in each call.
 
-    They are found by what they hold: the part is what ``to_local()`` returns where no gradient is recorded, and
-    the spec has the placements.
+    They are found by what they hold: the part is what ``to_local()`` returns where no gradient is recorded,
+    and the spec has the placements.
     """
     if not _readers:
         tensor = next(filter(is_dtensor, tensors))
@@ -200,7 +200,9 @@ def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     pending: dict[tuple[Any, ...], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        for dim, placement in enumerate(tensor.placements if is_dtensor(tensor) else ()):
+        if not is_dtensor(tensor):
+            continue
+        for dim, placement in enumerate(tensor.placements):
             if placement.is_partial():
                 pending.setdefault((tensor.device_mesh, dim, placement, tensor.dtype), []).append(i)
     result = list(tensors)
@@ -346,6 +348,6 @@ def device_of(group: dist.ProcessGroup, preferred: str | None = None) -> str:
     """The type of the device that the collectives of a group work on: the preferred one if they can."""
     # Such as "cpu:gloo,cuda:nccl".  The tensors of one rank may lie on the CPU, another's on an accelerator.
     devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
-    if preferred in devices:
-        return cast("str", preferred)
+    if preferred is not None and preferred in devices:
+        return preferred
     return "cpu" if "cpu" in devices else devices[0]

@@ -73,7 +73,7 @@ def absent(places: Places) -> Part:
 class _Held(NamedTuple):
     """The tensors of a part that have the same layout."""
 
-    index: int
+    place: int
     part: Part
     layout: Layout
 
@@ -100,9 +100,9 @@ class _Item:
     def of_parts(self, besides: Sequence[Sequence[Norm]], p: float) -> Norms:
         """For each part, the joint norm of what this rank has to count here, and of some norms besides."""
         norms = [list(some) for some in besides]
-        for index, part, layout in self.held:
+        for place, part, layout in self.held:
             if layout.is_first:
-                norms[index].append(part.norm(layout))
+                norms[place].append(part.norm(layout))
         return in_one([joined(some, p) for some in norms])
 
 
@@ -147,9 +147,9 @@ def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
     found: list[dict[Layout, Norms]] = [{} for _ in parts]
     for item in items:
         start = 0
-        for index, part, layout in item.held:
+        for place, part, layout in item.held:
             stop = start + len(part.places[layout])
-            found[index][layout] = joint[item][start:stop]
+            found[place][layout] = joint[item][start:stop]
             start = stop
     return found
 
@@ -194,17 +194,18 @@ def _items(parts: Sequence[Part], every: bool) -> tuple[list[_Item], list[list[N
         for layout in part.places
     ]
     for ranks, (_, _, layout) in lying:
-        if layout is not None and (layout.dims or ((every or layout.is_pending) and layout.copies)):
-            if ranks not in items:
-                groups = mesh.groups_over(layout.mesh)
-                items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
+        if layout is None or ranks in items:
+            continue
+        if layout.dims or ((every or layout.is_pending) and layout.copies):
+            groups = mesh.groups_over(layout.mesh)
+            items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
     own: list[list[Norm]] = [[] for _ in parts]
     for ranks, held in lying:
         layout = held.layout
         if layout is not None and ranks in items and (layout.dims or layout.copies):
             items[ranks].held.append(held)
         else:
-            own[held.index].append(held.part.norm(layout))
+            own[held.place].append(held.part.norm(layout))
     return list(items.values()), own
 
 
@@ -216,7 +217,7 @@ def _with(
     for item in differing:
         of_parts: list[list[Norm]] = [[] for _ in own]
         for held, norms in zip(item.held, _compared(item, call), strict=True):
-            of_parts[held.index] += norms
+            of_parts[held.place] += norms
         joint[item] = in_one([joined(norms, call.order) for norms in of_parts])
     counted = [item for item in items if connected is None or mesh.is_first(item.ranks, connected.ranks)]
     return [[*norms, *(joint[item][i] for item in counted)] for i, norms in enumerate(own)]
