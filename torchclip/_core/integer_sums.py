@@ -3,9 +3,9 @@
 The norm of order p of a vector whose parts have the norms n is ``leading * (sum((n / leading)^p))^(1/p)``,
 where ``leading`` is the largest of them (the least, for p below 0).  Two reductions of integers give it:
 
-1. The maximum of ``keys``: the bits of nonnegative floats are ordered like the floats. 2. The sum of
-   ``terms``: (n / leading)^p is between 0 and 1, and becomes a fixed-point number of 80 bits, in two limbs of
-   40.  64 bits have room for the sum of 2²³ - 1 of them.
+1. The maximum of ``keys``: the bits of nonnegative floats are ordered like the floats.
+2. The sum of ``terms``: (n / leading)^p is between 0 and 1, and becomes a fixed-point number of 80 bits, in
+   two limbs of 40.  64 bits have room for the sum of 2²³ - 1 of them.
 
 So every way to reduce gives the same bits: along an axis of a matrix, or over ranks by a ring, a tree, or one
 dimension of a mesh after the other.  The error is at most 1.8 units of 2⁻⁵³ for the orders 1 and 2.
