@@ -1,11 +1,11 @@
-"""Builds the optional CPU kernel; everything else about the package stands in pyproject.toml.
+"""Builds the optional CPU kernel; pyproject.toml describes the rest of the package.
 
-Where it cannot be compiled, the install goes on without it, and torch's own operations do the work.  Then
+If it cannot be compiled, the install continues without it, and torch operations do the work.  Then
 ``torchclip info`` shows what the compiler said.
 
-Environment: with ``TORCHCLIP_KERNEL=0`` no kernel is built; with ``TORCHCLIP_KERNEL=1`` the install fails if
-it cannot be; with ``TORCHCLIP_SANITIZE=1`` it has GCC's address and undefined-behaviour sanitizers, for its
-tests (see tests/csrc/test_kernel.py).
+Environment: ``TORCHCLIP_KERNEL=0`` builds no kernel; with ``TORCHCLIP_KERNEL=1`` the install fails if the
+    kernel cannot be built; ``TORCHCLIP_SANITIZE=1`` builds it with GCC's address and undefined-behaviour
+    sanitizers, for its tests (see tests/csrc/test_kernel.py).
 """
 
 import os
@@ -27,7 +27,7 @@ REPOSITORY = "https://github.com/torchclip/torchclip"
 
 
 def wanted() -> bool:
-    """Whether to try: the limited API is CPython's, and no part of it without the GIL."""
+    """Whether to build: only CPython has the limited API, and not without the GIL."""
     suitable = platform.python_implementation() == "CPython" and not sysconfig.get_config_var(
         "Py_GIL_DISABLED"
     )
@@ -35,7 +35,7 @@ def wanted() -> bool:
 
 
 def flags() -> tuple[list[str], list[str]]:
-    """What to tell the compiler and the linker."""
+    """The options of the compiler and the linker."""
     if sys.platform == "win32":
         return ["/std:c++17", "/O2"], []
     # Contraction into fused multiply-adds would make sums depend on the instruction set.
@@ -46,14 +46,14 @@ def flags() -> tuple[list[str], list[str]]:
         compiling += ["-O1", "-g", "-fno-omit-frame-pointer"]
     else:
         compiling += ["-O3", "-g0"]
-    # To look up torch's threads takes a library of its own in old Linuxes.
-    target = os.environ.get("_PYTHON_HOST_PLATFORM", sys.platform)  # another one in tools/wheels
+    # Looking up torch's threads needs a separate library on old Linux systems.
+    target = os.environ.get("_PYTHON_HOST_PLATFORM", sys.platform)  # tools/wheels sets another one
     return compiling + both, both + (["-ldl"] if target.startswith("linux") else [])
 
 
 @contextmanager
 def heard(lines: list[str]) -> Iterator[None]:
-    """Add to `lines` what compilers print meanwhile; it is printed all the same, at the end."""
+    """Add what compilers print within the context to `lines`; it is still printed, at the end."""
     sys.stdout.flush()
     sys.stderr.flush()
     streams = os.dup(1), os.dup(2)
@@ -75,12 +75,12 @@ def heard(lines: list[str]) -> Iterator[None]:
 
 
 class BuildKernel(build_ext):
-    """Builds the kernel; where that fails, keeps the reason in a file, which `torchclip info` shows."""
+    """Builds the kernel; if that fails, stores the reason in a file, which `torchclip info` shows."""
 
     reason = ""
 
     def build_extension(self, ext: Extension) -> None:
-        """Note why it failed, if it does."""
+        """Build it, and keep the reason if that fails."""
         lines: list[str] = []
         try:
             with heard(lines):
@@ -91,13 +91,13 @@ class BuildKernel(build_ext):
             raise
 
     def get_ext_filename(self, fullname: str) -> str:
-        """With the suffix of the platform compiled for, which setuptools ignores for the stable ABI."""
+        """With the suffix of the target platform, which setuptools ignores for the stable ABI."""
         filename, suffix = super().get_ext_filename(fullname), os.environ.get("SETUPTOOLS_EXT_SUFFIX")
         return filename.partition(".")[0] + suffix if suffix else filename
 
     @staticmethod
     def describe(error: BaseException | None) -> str:
-        """The error in a line: without the whole command, if it is that the command failed."""
+        """The error in one line, without the full command if a command failed."""
         text = str(error)
         while error is not None:
             if isinstance(error, subprocess.CalledProcessError):
@@ -106,7 +106,7 @@ class BuildKernel(build_ext):
         return text
 
     def run(self) -> None:
-        """Leave the note where the extension would be; remove that of an earlier build."""
+        """Put the reason where the extension would be; remove that of an earlier build."""
         super().run()
         if self.inplace:
             package = self.get_finalized_command("build_py").get_package_dir("torchclip")
@@ -120,7 +120,7 @@ class BuildKernel(build_ext):
 
 
 def long_description() -> str:
-    """The README, with links and pictures that work outside of the repository, at the version's tag."""
+    """The README, with links and pictures that work outside the repository, at the version's tag."""
     version = re.search('__version__ = "(.*)"', Path("torchclip/__init__.py").read_text(encoding="utf-8"))[1]
     readme = Path("README.md").read_text(encoding="utf-8")
     for pattern, base in (

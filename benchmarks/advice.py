@@ -4,9 +4,9 @@
     python benchmarks/advice.py [--model rnn|lstm|transformer|transformer-sgd] [--seeds 5]
 
 Three character models learn from Python's documentation, at learning rates from low to exploding: with SGD,
-the Transformer also with AdamW.  For each, one run without clipping gives the advice; it is compared with no
+the Transformer also with AdamW.  The advice comes from one run without clipping.  It is compared with no
 clipping, with the best of a grid of thresholds, and with the search of ``--try auto``.  The loss is the mean
-of the last tenth of the steps.
+over the last tenth of the steps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LEARNING_RATES = {
 
 
 class Setting(NamedTuple):
-    """What one run depends on, besides its threshold."""
+    """Everything but the threshold on which a run depends."""
 
     model: str
     lr: float
@@ -55,7 +55,7 @@ class Setting(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The loss at the end, by way of clipping."""
+    """The final loss for each way of clipping."""
 
     none: float
     grid: tuple[float, ...]
@@ -66,7 +66,7 @@ class Found(NamedTuple):
 
 
 def batches(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of text side by side, and the same windows one character later."""
+    """Windows of text, and the same windows one character later."""
     length = len(tokens) // BATCH
     streams = tokens[: BATCH * length].view(BATCH, length)
     for step in range(STEPS):
@@ -75,7 +75,7 @@ def batches(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(setting: Setting, max_norm: float) -> History:
-    """Train once; a loss that is not finite ends the run."""
+    """Train once; the run ends at a loss that is not finite."""
     text = training.read_text(None)
     vocabulary = "".join(sorted(set(text)))
     torch.manual_seed(setting.seed)
@@ -98,7 +98,7 @@ def train(setting: Setting, max_norm: float) -> History:
 
 
 def loss_of(history: History) -> float:
-    """The loss at the end, as ``torchclip run --try`` takes it."""
+    """The final loss, as ``torchclip run --try`` computes it."""
     found = final_loss([math.nan if record.loss is None else record.loss for record in history])
     return found if math.isfinite(found) else math.inf
 
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def row(model: str, lr: float, found: list[Found]) -> str:
-    """A row of the table: the means over the seeds, and how far each is from the best of the grid."""
+    """A row of the table: means over the seeds, and their distances from the best of the grid."""
     best, max_norm = min(
         (mean(each.grid[i] for each in found), threshold) for i, threshold in enumerate(GRID)
     )

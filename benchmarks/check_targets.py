@@ -38,7 +38,7 @@ class Check(NamedTuple):
 
 
 def checks(rows: list[Row]) -> list[Check]:
-    """All targets that the rows say something about."""
+    """All targets for which there are rows."""
     scaling = any(row["workload"].endswith("-tensors") for row in rows)
     return list(_flatness(rows)) if scaling else [check for row in rows for check in _of_row(row)]
 
@@ -62,8 +62,8 @@ def _of_row(row: Row) -> Iterator[Check]:
 
 
 def _flatness(rows: list[Row]) -> Iterator[Check]:
-    """How flat the costs are over the series: of a gradient the least over the most; of a byte the worst
-    share of what memory traffic alone takes.
+    """How flat the costs are: of a gradient, the smallest divided by the largest; of a byte, the worst ratio
+    of the memory traffic's time to the time of the call.
     """
     (of_gradient, gradient_limit), (of_byte, byte_limit) = TARGETS["growth_of_cost"].items()
     for operation in dict.fromkeys(row["operation"] for row in rows):
@@ -80,7 +80,7 @@ def _median(row: Row) -> float:
 
 
 def main() -> int:
-    """Print the checks, the missed ones last."""
+    """Print the checks, with missed targets last."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     found = checks(json.loads(Path(sys.argv[1]).read_text())["rows"])

@@ -1,9 +1,10 @@
-"""What clipping adds to a step of fused AdamW when there is something to clip: torch's function, and Clipper.
+"""What torch's function and a Clipper add to a step of fused AdamW whose gradients are clipped.
 
     python benchmarks/clip_and_step.py [--only gpt2] [--json FILE]
 
-One process, the same parameters, and their gradients put back before every call.  A round is one step in
-every way, so that whatever else the machine does falls on all of them.  Shown are medians over the rounds.
+Everything runs in one process on the same parameters, whose gradients are restored before every call.  Each
+round takes one step in every way, so that disturbances affect all of them.  It prints medians over the
+rounds.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def ways(parameters: Sequence[Tensor], max_norm: float) -> dict[str, Callable[[]
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Median seconds of each way, and what the Clipper gains on torch."""
+    """The median seconds of each way, and how many times faster than torch the Clipper is."""
     gradients = Gradients(WORKLOADS[name])
     for parameter in gradients.parameters:
         parameter.data.zero_()
@@ -60,7 +61,7 @@ def measure(name: str) -> dict[str, Any]:
             seconds = perf_counter() - start
             if i >= WARM_UP:
                 times[way].append(seconds)
-        order.reverse()  # so that a machine that slows down favours no contender
+        order.reverse()  # so that a machine that slows down favors no contender
     gc.enable()
     medians = {way: median(of_way) for way, of_way in times.items()}
     added = {way: seconds - medians["step"] for way, seconds in medians.items()}

@@ -1,11 +1,11 @@
-"""What a Clipper adds to a training step, by what it was given, beside what people write by hand.
+"""What a Clipper adds to a training step, for each threshold and rule, compared with code written by hand.
 
     python benchmarks/clippers.py [--rounds 300]
 
-One process and one thread.  A round is a backward pass and a step of SGD for every contender, in a random
-order, all with one model and one optimizer, as it counts where these lie in memory.  Only what comes after
-the backward pass is timed.  Shown are lower quartiles, less that of a step without clipping, and how many
-times less a Clipper adds than the line by hand next to it.
+Everything runs in one process on one thread.  Each round is a backward pass and a step of SGD for every
+contender, in a random order, with the same model and optimizer, as their position in memory matters.  Only
+the part after the backward pass is timed.  It prints lower quartiles, minus that of a step without clipping,
+and how many times less a Clipper adds than the code by hand next to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torchclip.cli.bench.command import machine
 from torchclip.cli.bench.loop import MODELS
 from torchclip.cli.options import count
 
-WARM_UP = 100  # steps: more than any of the thresholds has
+WARM_UP = 100  # steps: longer than the warm-up of any threshold
 NOTHING = "no clipping"
 
 
@@ -57,7 +57,7 @@ def by_mean_square(parameters: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def adaptively(parameters: Sequence[nn.Parameter]) -> None:
-    """A plain loop, as most code for adaptive gradient clipping has it."""
+    """A plain loop, as in most code for adaptive gradient clipping."""
     for parameter in parameters:
         grad = parameter.grad
         assert grad is not None
@@ -87,7 +87,7 @@ CLIPPERS: dict[str, tuple[ByHand, Callable[[torch.optim.Optimizer], torchclip.Cl
 
 
 class Bench:
-    """A model with its optimizer, and the hooks of several Clippers, which take turns."""
+    """A model with its optimizer, and the hooks of several Clippers that take turns."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         torch.manual_seed(0)

@@ -4,15 +4,15 @@
     python benchmarks/distributed.py exchange [--ranks 2 4 8 16 32] [--json FILE]
     python benchmarks/distributed.py fake [--ranks 2 256 131072] [--parameters 20 100 600 1000] [--json FILE]
 
-``fsdp2`` clips a model on ranks of this machine that talk over gloo.  Each of them has one thread.  Times are
-medians of the slowest rank's time a call, with the two functions taking turns, each on gradients of ones;
-collectives are counted by torch's profiler.
+``fsdp2`` clips a model on ranks of this machine that communicate over gloo, with one thread each.  The two
+functions take turns, on gradients of ones.  It prints medians of the slowest rank's time per call; torch's
+profiler counts the collectives.
 
-``exchange`` joins one norm of each rank, and 1,000 of each, in the two ways that there are: a gather, and two
-reductions.  Beside them is what torchclip did before: a gather into a list with a tensor for each rank.
+``exchange`` joins one norm from each rank, and 1,000 from each, in both ways: with a gather, and with two
+reductions.  For comparison it also measures a gather into a list with a tensor for each rank.
 
-``fake`` plays one rank of many, with a process group of torch's testing modules that sends nothing: the CPU
-time of a whole call.  The page docs/distributed.md adds the network's.
+``fake`` is one rank of many, on a process group from torch's testing modules that sends nothing.  It measures
+the CPU time of a whole call.  The page docs/distributed.md adds the network's time.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def measure(parameters: int) -> list[dict[str, Any]]:
 
 
 def time_of(clip: Callable[[list[Tensor], float], Tensor], tensors: list[Tensor], max_norm: float) -> float:
-    """Seconds that one call takes on this rank, on gradients of ones."""
+    """The seconds of one call on this rank, with gradients of ones."""
     for tensor in tensors:
         assert isinstance(tensor.grad, DTensor)
         tensor.grad.to_local().fill_(1.0)
@@ -155,7 +155,7 @@ def by_list(norms: list[float]) -> None:
 
 
 def by_exchange(norms: list[float]) -> None:
-    """As torchclip does it."""
+    """The way of torchclip."""
     call = collectives.Call(collectives.Kind.MEASURE, 2.0)
     world: Any = dist.group.WORLD
     collectives.exchange(world, norms, (), call, "cpu")
@@ -189,7 +189,7 @@ def exchange(rank: int, ranks: int, store: str, counts: list[int], result: str) 
 
 
 def fake(ranks: int, parameters: int) -> dict[str, Any]:
-    """The CPU time of a call on one of very many ranks, to whom nothing is sent."""
+    """The CPU time of a call on one of very many ranks; nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.set_num_threads(1)

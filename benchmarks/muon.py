@@ -1,11 +1,11 @@
-"""What clipping does to a Transformer that Muon and AdamW train: none, both together, AdamW alone.
+"""What clipping does for a Transformer that Muon and AdamW train: none, both together, or AdamW alone.
 
     python benchmarks/muon.py [--seeds 5] [--steps 300]
 
 The model, the text and the batches are those of ``torchclip train --cell transformer``.  Muon trains the
 matrices of the two layers, AdamW the embeddings, the biases and the output.  Every run starts from the
-weights of its seed.  Shown is the mean loss of the last tenth of the steps: mean and standard deviation over
-the seeds, and how many steps were clipped.
+weights of its seed.  It prints the mean loss over the last tenth of the steps, as mean and standard deviation
+over the seeds, and how many steps were clipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MUON_LRS = (0.02, 0.1)
 
 
 def optimizers_of(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices within, AdamW for everything else."""
+    """Muon for the matrices of the layers, AdamW for everything else."""
     within = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name}
     matrices = [p for p in model.parameters() if id(p) in within]
     others = [p for p in model.parameters() if id(p) not in within]
@@ -39,7 +39,7 @@ def optimizers_of(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def run(way: str, seed: int, muon_lr: float, options: Options, tokens: Any, size: int) -> tuple[float, float]:
-    """The loss in the end, and the share of steps that were clipped."""
+    """The final loss, and the share of steps that were clipped."""
     torch.manual_seed(seed)
     model = new_model("transformer", size, options.hidden)
     optimizers = optimizers_of(model, muon_lr)

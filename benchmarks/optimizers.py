@@ -1,10 +1,10 @@
-"""What one Clipper on Muon and AdamW adds to a training step, and what torch's function does.
+"""What one Clipper on Muon and AdamW adds to a training step, compared with torch's function.
 
     python benchmarks/optimizers.py [--rounds 800]
 
-One process and one thread.  A round is one training step in every way, in a random order; timed are clipping
-and both steps, after a backward pass that has put its own code and data into the caches.  Shown is the lower
-quartile of the steps less that of the steps without clipping.
+Everything runs in one process on one thread.  Each round takes one training step in every way, in a random
+order.  Clipping and both steps are timed, after a real backward pass, so caches are cold.  It prints the
+lower quartile of the steps, minus that of the steps without clipping.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Training:
         self._kept = [dict(hooks) for hooks in self._registered]
 
     def backward(self) -> None:
-        """Everything of a training step that comes before clipping."""
+        """The part of a training step before clipping."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.model(self.inputs).square().mean().backward()
 
     def put_on(self, there: bool) -> None:
-        """Put the Clipper's hooks on the optimizers, or take them off, outside of what is timed."""
+        """Put the Clipper's hooks on the optimizers, or remove them, outside the timed part."""
         for hooks, kept in zip(self._registered, self._kept, strict=True):
             hooks.clear()
             hooks.update(kept if there else {})  # type: ignore[arg-type]

@@ -3,9 +3,9 @@
     pip install 'torchclip[sb3]'
     python benchmarks/ppo_share.py
 
-Stable-Baselines3's PPO with its defaults on CartPole, on one thread: one rollout of 2,048 steps, then the
-same update (320 steps of the optimizer) again and again from the same weights, with torch's function and with
-torchclip's in turn.  Both run under the same timer.  Printed are the medians over the updates.
+It runs Stable-Baselines3's PPO with its defaults on CartPole, on one thread: one rollout of 2,048 steps, then
+the same update (320 steps of the optimizer) again and again from the same weights, alternating between
+torch's function and torchclip's.  Both run under the same timer.  It prints medians over the updates.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Timed:
 
 
 def update(model: PPO, before: dict[str, Any], clip: Callable[..., object]) -> tuple[float, float, int]:
-    """One update from the same state: its seconds, those of clipping, and how often it clipped."""
+    """One update from the same state: its seconds, the seconds of clipping, and how often it clipped."""
     model.set_parameters(copy.deepcopy(before))
     torch.manual_seed(0)
     timed = Timed(clip)

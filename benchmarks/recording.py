@@ -1,9 +1,10 @@
-"""What `torchclip run` adds to a step by recording it: that is switched on and off at random, in one process.
+"""What recording by `torchclip run` adds to a step: it is switched on and off at random in one process.
 
     python benchmarks/recording.py [--steps N]
 
-The model is the MLP 17-64-64-6 with Adam, batches of 64, one thread.  A step is all from zero_grad() to
-step().  The share is that of the lower quartiles, and that of the means without the slowest 5 %.
+The model is the MLP 17-64-64-6 with Adam, batches of 64, on one thread.  A step is everything from
+zero_grad() to step().  It prints the share of recording by lower quartiles, and by means without the slowest
+5 %.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def measure(steps: int) -> tuple[list[float], list[float]]:
     times: tuple[list[float], list[float]] = ([], [])
     for step in range(WARM_UP + steps):
         recorded = draw.random() < 0.5
-        for each in (recorder, losses):  # in either case, for it has an effect on the caches
+        for each in (recorder, losses):  # in both cases, as it affects the caches
             each.attach()
             if not recorded:
                 each.detach()
@@ -65,12 +66,12 @@ def measure(steps: int) -> tuple[list[float], list[float]]:
 
 
 def lower_quartile(times: list[float]) -> float:
-    """What a quarter of the steps stay below."""
+    """The lower quartile."""
     return quantiles(times, n=4)[0]
 
 
 def mean(times: list[float]) -> float:
-    """Without the slowest 5 %: the machine did something else meanwhile."""
+    """The mean without the slowest 5 %, in which the machine did something else."""
     return fmean(sorted(times)[: round(0.95 * len(times))])
 
 

@@ -1,11 +1,11 @@
-"""Pictures of the other rules: how their limits change what the RNN learns, and a threshold that is tracked.
+"""Pictures of the other rules: how their limits change what the RNN learns, and a tracked threshold.
 
     pip install '.[demo]'
     python benchmarks/rules.py --limits FILE.png
     python benchmarks/rules.py --quantiles FILE.png
 
 The first trains the RNN of ``torchclip train`` with each rule, at limits from too low to too high.  The
-second trains a classifier with ``clip_per_example`` and a ``QuantileTracker``.  Takes a minute or two.
+second trains a classifier with ``clip_per_example`` and a ``QuantileTracker``.  It takes a minute or two.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def perplexity_with(run: tuple[str, float, int]) -> float:
 
 @style()
 def limits_figure(path: Path) -> None:
-    """Final perplexity against the limit, a panel a rule: a dot a run."""
+    """The final perplexity against the limit, with a panel for each rule and a dot for each run."""
     runs = [
         (name, limit, seed) for name, (_, _, limits) in RULES.items() for limit in limits for seed in SEEDS
     ]
@@ -106,7 +106,7 @@ def limits_figure(path: Path) -> None:
 
 @style()
 def quantiles_figure(path: Path) -> None:
-    """The tracked threshold and the quantile that it is to find, over the steps of a training."""
+    """The tracked threshold and the quantile that it should find, over the training steps."""
     figure = new_figure(8, 4)
     axes = figure.add_subplot(xlabel="step", ylabel="norm of an example's gradient", yscale="log")
     for quantile, colour in ((0.9, VERMILION), (0.5, BLUE), (0.1, GREEN)):

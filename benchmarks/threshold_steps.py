@@ -1,10 +1,10 @@
-"""What a threshold for each parameter adds to a step that clips each of them to a number.
+"""What a learned threshold for each parameter adds to a step, compared with a number for each.
 
     python benchmarks/threshold_steps.py [--parameters 600] [--elements 64] [--rounds 600]
 
-One process and one thread.  A round is one step of SGD in every way, in a random order, each with parameters
-of its own whose gradients are put back before.  Shown are medians over the rounds, of a step and of what it
-takes longer than the one with a number in the same round.
+Everything runs in one process on one thread.  Each round takes one step of SGD in every way, in a random
+order, each with its own parameters, whose gradients are restored before.  It prints medians over the rounds:
+of a step, and of its extra time over the step with a number in the same round.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ THRESHOLDS: dict[str, Callable[[], float | torchclip.thresholds.Threshold]] = {
     "AdaGC()": torchclip.AdaGC,
     "RollingSigma()": torchclip.RollingSigma,
 }
-WARM_UP = 200  # steps: more than any of the thresholds has
+WARM_UP = 200  # steps: longer than the warm-up of any threshold
 
 
 class Contender:

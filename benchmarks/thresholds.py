@@ -4,10 +4,10 @@
     python benchmarks/thresholds.py [--model rnn|transformer] [--seeds 5] [--plot FILE]
     python benchmarks/thresholds.py --learning-rates [--seeds 5]
 
-The first compares all ways at a learning rate that is nearly too high, on a text that is spoilt: every
-150th batch is a few characters, repeated.  The second compares some of them at several learning rates on
-clean text.  Whether a run that is hardly clipped recovers depends on the seed, and on how a processor
-rounds.  So every cell is of several runs.  Each has one thread; several are trained at the same time.
+The first command compares all ways at a learning rate that is nearly too high, on a spoilt text: every 150th
+batch is a few characters, repeated.  The second compares some of them at several learning rates on clean
+text.  Whether a run that is hardly clipped recovers depends on the seed, and on how a processor rounds.  So
+every cell shows several runs.  Each run has one thread, and several train at the same time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WAYS: Clippers = {
         optimizer, 1.0, skip_above=torchclip.RollingSigma(), max_skips=10
     ),
 }
-"""What is compared on the spoilt text, by what a user would write."""
+"""The ways that are compared on the spoilt text, by the code that a user would write."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "rnn": {"cell": "rnn", "lr": 3.0, "hidden": 64, "batch": 16, "steps": 350},
@@ -106,7 +106,7 @@ def perplexity_of(losses: Sequence[float]) -> float:
 
 
 def spoilt(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of which every so manieth is its first few characters, repeated."""
+    """Batches of which every ``SPOILT_EVERY``-th repeats its first few characters."""
     for step, (inputs, targets) in enumerate(batches):
         if step and step % SPOILT_EVERY == 0:
             repeated = inputs[:1, :4].repeat(len(inputs), inputs.shape[1] // 4 + 1)
@@ -141,7 +141,7 @@ def train_on_spoilt(run: tuple[str, str, int]) -> float:
 
 
 def compare(models: Sequence[str], seeds: range, plot: Path | None) -> None:
-    """The comparison of all ways: a table and, if asked for, a picture."""
+    """Compare all ways: a table and, on request, a picture."""
     runs = [(model, way, seed) for model in models for way in WAYS for seed in seeds]
     found = dict(zip(runs, in_parallel(train_on_spoilt, runs), strict=True))
     results = {m: {way: [found[m, way, seed] for seed in seeds] for way in WAYS} for m in models}
@@ -158,7 +158,7 @@ def compare(models: Sequence[str], seeds: range, plot: Path | None) -> None:
 
 @style()
 def draw(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """A panel a model, a row a way of clipping, a dot a run; its median as a line."""
+    """A panel for each model, a row for each way of clipping, a dot for each run; lines mark medians."""
     figure = new_figure(10, 4.5)
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, (model, ways) in zip(panels, results.items(), strict=True):
@@ -208,7 +208,7 @@ def by_learning_rate(seeds: range) -> None:
 
 
 def in_parallel(train: Callable[[Any], float], runs: Sequence[Any]) -> list[float]:
-    """What all runs come to, with progress and the time that is left."""
+    """The results of all runs, with a progress bar and the remaining time."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         trained = pool.map(train, runs)
         return list(track(trained, "Training", len(runs), console=Console(stderr=True)))

@@ -1,9 +1,9 @@
-"""Put the measurements into docs/performance.md and the README's table of speed, each between its two marks.
+"""Put the measurements into docs/performance.md and into the README's table of speed, between their marks.
 
     torchclip bench --only steps --json benchmarks/steps.json
     python benchmarks/write_page.py
 
-It reads steps.json and results.json beside it, and scaling.json and clip_and_step.json where they are.
+It reads steps.json and results.json in its own folder, and scaling.json and clip_and_step.json if they exist.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Report = dict[str, Any]
 
 
 def read(name: str) -> Report:
-    """What a command wrote with ``--json``; without rows where it was not run."""
+    """What a command wrote with ``--json``; without rows if it was not run."""
     path = HERE / name
     found: Report = json.loads(path.read_text()) if path.exists() else {"rows": []}
     return found
@@ -107,7 +107,7 @@ def rewrite(page: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Rewrite both."""
+    """Rewrite both pages."""
     calls, steps = read("results.json"), read("steps.json")
     rewrite(PAGE, page(calls, steps))
     rewrite(README, short(calls, steps))

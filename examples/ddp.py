@@ -1,4 +1,4 @@
-"""DDP: every rank has the whole model and, after backward(), the same gradients; all clip in the same way.
+"""DDP: every rank has the whole model and, after backward(), the same gradients, so all clip alike.
 
 pip install .
 torchrun --nproc-per-node=2 examples/ddp.py
@@ -26,7 +26,7 @@ model = DistributedDataParallel(
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 clipper = torchclip.Clipper(optimizer, max_norm=0.1)
 
-torch.manual_seed(rank)  # every rank its own data
+torch.manual_seed(rank)  # each rank has its own data
 for _ in range(50):
     x = torch.randn(32, 64, device=device)
     optimizer.zero_grad()

@@ -33,7 +33,7 @@ fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(model.named_parameters(), lr=3e-3)
 clipper = torchclip.Clipper(optimizer, max_norm=0.03)
 
-torch.manual_seed(rank)  # every rank its own data
+torch.manual_seed(rank)  # each rank has its own data
 for _ in range(50):
     x = torch.randn(32, 64, device=device)
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Ignite: the optimizer clips, with the trainer that Ignite makes.
+"""Ignite: the optimizer clips, with Ignite's usual trainer.
 
 pip install '.[ignite]'
 python examples/ignite_trainer.py
@@ -27,6 +27,6 @@ def report(engine: Engine) -> None:
     print(f"epoch {engine.state.epoch}: loss {engine.state.output:.4f}, norm {norm:.3g}")
 
 
-# To go on from a checkpoint: Checkpoint({"model": model, "optimizer": optimizer, "clipper": clipper}, ...)
+# To resume from a checkpoint: Checkpoint({"model": model, "optimizer": optimizer, "clipper": clipper}, ...)
 trainer.run(data, max_epochs=3)
 print(clipper.history.summary())

@@ -38,7 +38,7 @@ trainer = pl.Trainer(
     accelerator="cpu",
     max_epochs=3,
     callbacks=[clipping],
-    logger=False,  # with one, clip/total_norm, clip/max_norm and clip/clipped_share go there
+    logger=False,  # a logger receives clip/total_norm, clip/max_norm and clip/clipped_share
     enable_checkpointing=False,
     enable_progress_bar=False,
 )

@@ -15,7 +15,7 @@ import torchclip
 
 
 class Regression(LightningModule):
-    """Matrices have SGD with momentum, everything else has AdamW."""
+    """SGD with momentum trains matrices, AdamW everything else."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,11 +14,11 @@ torch.manual_seed(0)
 rnn = nn.RNN(input_size=2, hidden_size=64, nonlinearity="relu", batch_first=True)
 readout = nn.Linear(64, 1)
 optimizer = torch.optim.Adam([*rnn.named_parameters(), *readout.named_parameters("readout")], lr=2e-3)
-clipper = torchclip.Clipper(optimizer, max_norm=1.0)  # from here on optimizer.step() clips
+clipper = torchclip.Clipper(optimizer, max_norm=1.0)  # from now on optimizer.step() clips
 
 
 def batch(size: int = 32, length: int = 10) -> tuple[Tensor, Tensor]:
-    """Sequences of numbers, two of them marked; the answer is the sum of these two."""
+    """Sequences of numbers, two of which are marked; the answer is the sum of these two."""
     numbers = torch.rand(size, length)
     marks = torch.zeros(size, length).scatter(1, torch.rand(size, length).topk(2).indices, 1.0)
     return torch.stack([numbers, marks], dim=-1), (numbers * marks).sum(1, keepdim=True)

@@ -3,7 +3,7 @@
 pip install '.[sb3]'
 python examples/sb3_ppo.py
 
-For a script of yours, without an edit and with a report at the end: torchclip run SCRIPT.
+For your own script, without a change and with a report at the end: torchclip run SCRIPT.
 """
 
 from typing import Any

@@ -3,9 +3,9 @@
     pip install torchtitan
     python examples/torchtitan_optimizers.py
 
-``OptimizersContainer`` has optimizers for each part of a pipeline, and steps them one after the other.  A
-Clipper on these optimizers clips all of them by one norm before the first one steps.  With a pipeline on
-several ranks pass ``group=`` as well, so that the norm is that of all stages.
+``OptimizersContainer`` has an optimizer for each part of a pipeline, and steps them one after the other.  A
+Clipper on these optimizers clips all of them by one norm before the first one steps.  If the pipeline has
+several ranks, pass ``group=`` as well, so that the norm is that of all stages.
 """
 
 import torch

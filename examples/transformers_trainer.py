@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a callback clips in place of the Trainer.
+"""Hugging Face Trainer: a callback clips instead of the Trainer.
 
 pip install '.[transformers]'
 python examples/transformers_trainer.py
@@ -17,7 +17,7 @@ config = GPT2Config(
 )
 model = GPT2LMHeadModel(config)
 starts = torch.randint(64, (256, 1))
-sequences = (starts + 3 * torch.arange(32)) % 64  # count in threes
+sequences = (starts + 3 * torch.arange(32)) % 64  # counts in threes
 
 clipping = ClipperCallback(max_norm=0.7)
 trainer = Trainer(
@@ -37,7 +37,7 @@ trainer = Trainer(
     train_dataset=[{"input_ids": row, "labels": row} for row in sequences],
     callbacks=[clipping],
 )
-trainer.train()  # logs clip/total_norm, clip/max_norm and clip/clipped_share beside the loss
+trainer.train()  # logs clip/total_norm, clip/max_norm and clip/clipped_share with the loss
 
 if clipping.clipper is not None:  # made when training begins
     print(clipping.clipper.history.summary())

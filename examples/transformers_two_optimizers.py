@@ -3,8 +3,8 @@
     pip install 'torchclip[transformers]'
     python examples/transformers_two_optimizers.py
 
-The Trainer knows one optimizer, so the two are put into a container, as torchtitan does it.  The container is
-an optimizer itself: a Clipper on it clips before both step.
+The Trainer takes one optimizer, so both are put into a container, as in torchtitan.  The container is itself
+an optimizer; a Clipper on it clips before both step.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ class Optimizers(torch.optim.Optimizer):
         super().__init__(
             [p for each in optimizers for group in each.param_groups for p in group["params"]], {}
         )
-        # Their own groups, so that a schedule reaches them.
+        # The optimizers' own groups, so that a schedule reaches them.
         self.param_groups = [group for each in optimizers for group in each.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

