@@ -74,6 +74,20 @@ def clip_grad_norm(
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
     """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
 
+def clip_grad_each(parameters: object, limit: object, norm_type: object, is_rms: bool, /) -> Tensor | None:
+    """The usual call of ``torchclip.clip_grad_norm_per_parameter_`` in one go, or of ``clip_grad_rms_``."""
+
+def clip_grad_adaptive(
+    parameters: object, clip_factor: object, eps: object, norm_type: object, grad_scale: float, /
+) -> Literal[True] | None:
+    """The usual call of ``torchclip.clip_grad_adaptive_``, likewise.
+
+    ``grad_scale`` is what the gradients are still multiplied by.
+    """
+
+def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], Tensor] | None:
+    """The usual call of ``torchclip.clip_per_example``, likewise."""
+
 def connect_steps(tensor: type[Tensor], graph_task_id: Callable[[], int], /) -> None:
     """What the hooks of optimizers need of torch: its type, and what tells which backward pass is running."""
 
@@ -95,22 +109,6 @@ def enable() -> None:
 
 def is_enabled() -> bool:
     """Whether every ``disable`` was undone."""
-
-def units(parameters: Iterable[Tensor], /) -> Units:
-    """The distinct parameters that have a gradient, to be clipped unit by unit."""
-
-def clip_examples(grads: list[Tensor], sums: list[Tensor], max_norm: float, /) -> int | None:
-    """Clip the gradients of each example, and put their sums into ``sums``.
-
-    Args:
-        grads: of shape ``(examples, *shape)``. Not modified.
-        sums: of shape ``shape`` and the same dtypes, without gaps.
-        max_norm: the threshold for the norm of each example.
-
-    Returns:
-        How many examples were clipped; None, and nothing was changed, if the kernel does not take all
-        tensors.
-    """
 
 def instruction_set() -> str:
     """The one in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
@@ -165,27 +163,6 @@ class RoundState:
         self, index: int, before: Callable[..., Any], after: Callable[..., Any], /
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What to call before and after each step of an optimizer; the two functions take what is unusual."""
-
-@final
-class Units:
-    """Parameters with their gradients, clipped unit by unit along the first axis.
-
-    Those that the kernel does not take are in ``rest``; all, if a gradient is that of several parameters.
-    """
-
-    @property
-    def rest(self) -> list[Tensor]:
-        """The parameters that are not taken, and (of other types) those without a gradient here."""
-    @property
-    def taken(self) -> list[Tensor]:
-        """The others."""
-    def clip_(self, clip_factor: float, eps: float, p: float, grad_scale: float, /) -> bool:
-        """Scale the gradient of each unit in place, as ``torchclip.clip_grad_adaptive_`` says.
-
-        Returns:
-            False, and nothing was changed, for an order that the kernel has no loops for, or gradients that
-            overlap.
-        """
 
 @final
 class Batch:

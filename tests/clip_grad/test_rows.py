@@ -220,3 +220,41 @@ def test_no_examples_and_no_elements() -> None:
     sums, clipped = torchclip.clip_per_example([torch.ones(2, 0), torch.full((2,), 3.0)], 1.0)
     assert sums[0].shape == (0,)
     assert clipped == 2
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+@pytest.mark.parametrize("size", [7, 3 << 19])
+def test_sums_are_tensors_of_their_own(size: int) -> None:
+    grads = [torch.full((2, size), 1.0), torch.full((2, 4, 3), 2.0), torch.ones(2)]
+    sums, clipped = torchclip.clip_per_example(grads, math.inf)
+    assert clipped.dtype is torch.int64
+    assert clipped.shape == ()
+    first, second, third = sums
+    assert all(each.is_contiguous() and not each.requires_grad for each in sums)
+    first.zero_()
+    torch.testing.assert_close(second, torch.full((4, 3), 4.0))
+    view = second[1]
+    del sums, first, second, clipped, grads
+    assert third == 2  # the memory of those that are gone is not used again
+    others = [torch.full((size,), 9.0) for _ in range(3)]
+    assert view.tolist() == [4.0] * 3
+    assert len(others) == 3
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
+@pytest.mark.parametrize("name", RULES)
+def test_a_module_and_a_generator_stand_for_the_parameters(name: str) -> None:
+    expected = None
+    for passed in (list, iter, nn.Module.parameters, lambda module: module):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        with torch.no_grad():
+            for i, parameter in enumerate(model.parameters()):
+                parameter.copy_(randn(*parameter.shape, seed=i))
+                parameter.grad = randn(*parameter.shape, seed=i + 9) * 5
+        given = passed(model.parameters() if passed in (list, iter) else model)
+        RULES[name](given, 2.0)
+        found = [bits(p.grad) for p in model.parameters()]
+        expected = expected or found
+        assert found == expected
+        if isinstance(given, Iterator):
+            assert list(given) == []

@@ -19,7 +19,17 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
 from torchclip._core.host import HostBatch
 
-__all__ = ["active", "clip_grad_norm", "clip_grad_value", "extension", "status", "step_state"]
+__all__ = [
+    "active",
+    "clip_grad_adaptive",
+    "clip_grad_each",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "clip_per_example",
+    "extension",
+    "status",
+    "step_state",
+]
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
@@ -139,9 +149,14 @@ extension: Any
 """The module ``torchclip._kernel``, or None if it cannot be used."""
 extension, _reason = _load()
 
+# The extension's fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
 clip_grad_norm: Callable[..., Tensor | None]
-"""The extension's fast path for ``clip_grad_norm_``; it returns None for calls that it does not handle."""
 clip_grad_value: Callable[..., bool | None]
-"""The same for ``clip_grad_value_``; it returns True for calls that it handles."""
+clip_grad_each: Callable[..., Tensor | None]
+clip_grad_adaptive: Callable[..., bool | None]
+clip_per_example: Callable[..., tuple[list[Tensor], Tensor] | None]
 clip_grad_norm = getattr(extension, "clip_grad_norm", _not_taken)
 clip_grad_value = getattr(extension, "clip_grad_value", _not_taken)
+clip_grad_each = getattr(extension, "clip_grad_each", _not_taken)
+clip_grad_adaptive = getattr(extension, "clip_grad_adaptive", _not_taken)
+clip_per_example = getattr(extension, "clip_per_example", _not_taken)

@@ -6,14 +6,14 @@ The units of a parameter with two or more axes lie along its first axis; a vecto
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchclip._core import arguments, changes, gather, memory, mesh, native, rounds, rows
+from torchclip._core import arguments, changes, gather, memory, mesh, rounds, rows
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
@@ -34,37 +34,36 @@ class Units(NamedTuple):
     """How single units are split over ranks."""
 
 
-def of_parameters(parameters: Tensor | Iterable[Tensor] | nn.Module) -> list[Units]:
-    """The units of the distinct parameters that have a gradient, here or (if sharded) on other ranks."""
-    items = arguments.tensor_list("parameters", parameters)
-    if not items:
-        gather.warn_if_used_up(parameters)
-    return _told(items, items, parameters)
+def of_parameters(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
+    """The units of the distinct parameters that have a gradient, here or (if sharded) on other ranks.
 
-
-def _told(chosen: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
-    """The units of some items of an argument; ranks that wait for this one are told of an error."""
+    Args:
+        some: the parameters.
+        items: all parameters of the call; ranks that wait for this one are told of an error.
+        given: what the user passed for them.
+    """
     try:
-        return _of_items(chosen, items, given)
+        return _of_items(some, items, given)
     except (RuntimeError, TypeError, ValueError):
         tell_ranks(items)
         raise
 
 
-def parted(parameters: Tensor | Iterable[Tensor] | nn.Module) -> tuple[Any, list[Units]]:
-    """The units that the kernel handles, and the others as from ``of_parameters``."""
-    if memory.intercepted() or not native.active():
-        return None, of_parameters(parameters)
-    items = arguments.tensor_list("parameters", parameters)
-    if not items:
-        gather.warn_if_used_up(parameters)
-    try:
-        by_kernel = native.extension.units(items)
-    except TypeError:
-        tell_ranks(items)
-        raise
-    rest = by_kernel.rest
-    return by_kernel, _told(rest, items, parameters) if rest else []
+def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The distinct parameters that the kernel may handle, and the others, if there are some of both."""
+    some = gather.distinct(items)
+    grads = [p.grad for p in some if p.grad is not None]
+    if len({id(grad) for grad in grads}) < len(grads):
+        return [], items  # one that several parameters share is scaled by the smallest of their coefficients
+    plain, rest = [], []
+    for p in some:
+        by_kernel = _is_plain(p) and (p.grad is None or _is_plain(p.grad))
+        (plain if by_kernel else rest).append(p)
+    return (plain, rest) if rest else ([], items)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in memory.PLAIN and tensor.is_cpu and tensor.layout is torch.strided
 
 
 def tell_ranks(parameters: Any) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import units
+from torchclip._core import arguments, gather, memory, native, units
 from torchclip._core.arguments import norm_order, threshold
 from torchclip.clip_grad.rule import Rule
 
@@ -72,14 +73,25 @@ def _clip(
     p: float,
     grad_scale: Tensor | None = None,
 ) -> None:
-    by_kernel, others = units.parted(parameters)
-    # Other ranks may refuse, which must be known before anything changes.
-    clip_coefs = _clip_coefs(others, clip_factor, eps, p, grad_scale)
-    if by_kernel is not None:
+    has_kernel = not is_dynamo_compiling() and native.active()
+    has_kernel = has_kernel and (grad_scale is None or memory.on_host([grad_scale]))
+
+    def by_kernel(some: Tensor | Iterable[Tensor] | nn.Module) -> bool:
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        if not by_kernel.clip_(clip_factor, eps, p, scale):
-            left = units.of_parameters(by_kernel.taken)
-            units.scale_(left, _clip_coefs(left, clip_factor, eps, p, grad_scale))
+        return native.clip_grad_adaptive(some, clip_factor, eps, p, scale) is not None
+
+    if has_kernel and by_kernel(parameters):
+        return
+    items = arguments.tensor_list("parameters", parameters)
+    if not items:
+        gather.warn_if_used_up(parameters)
+    plain, rest = units.parted(items) if has_kernel else ([], items)
+    # Other ranks may refuse, which must be known before anything changes.
+    others = units.of_parameters(rest, items, parameters)
+    clip_coefs = _clip_coefs(others, clip_factor, eps, p, grad_scale)
+    if plain and not by_kernel(plain):
+        left = units.of_parameters(plain, items, parameters)
+        units.scale_(left, _clip_coefs(left, clip_factor, eps, p, grad_scale))
     units.scale_(others, clip_coefs)
 
 

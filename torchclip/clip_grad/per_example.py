@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import memory, native, rows
 from torchclip._core.arguments import refuse_item, tensor_list, threshold
@@ -17,8 +18,6 @@ __all__ = ["clip_per_example"]
 
 # The number of elements copied at a time.
 _PIECE = 1 << 20
-_CPU = torch.device("cpu")
-_PLAIN = frozenset(memory.PLAIN)
 
 
 def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
@@ -57,9 +56,10 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
     """
     max_norm = threshold("max_norm", max_norm)
     tensors = tensor_list("grads", grads)
-    by_kernel = _by_kernel(tensors, max_norm)
-    if by_kernel is not None:
-        return by_kernel
+    if not is_dynamo_compiling():
+        short = native.clip_per_example(tensors, max_norm)
+        if short is not None:
+            return short
     _check(tensors)
     if not tensors:
         return [], torch.tensor(0, device="cpu")
@@ -68,26 +68,6 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
         norms = torch.stack([rows.row_norms(g, 2.0).to(device) for g in tensors], dim=-1)
         clip_coefs = clip_coef(max_norm, join_rows(norms, 2.0))
         return [_weighted_sum(g, clip_coefs) for g in tensors], (~(clip_coefs >= 1)).sum()
-
-
-def _by_kernel(tensors: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor] | None:
-    """The kernel's result; None if the kernel is off, or does not handle all tensors."""
-    if memory.intercepted() or not native.active() or not tensors:
-        return None
-    if not (_PLAIN.issuperset(map(type, tensors)) and tensors[0].is_cpu):
-        return None
-    # It may be lazily conjugated or negated.
-    if any(g.is_neg() for g in tensors) or any(g.is_conj() for g in tensors):
-        return None
-    # The kernel adds in the order of the memory, so the results are in that order.
-    sums = [
-        torch.empty(g.shape[1:], dtype=g.dtype, device=_CPU)
-        if g.is_contiguous() or not len(g)
-        else torch.empty_like(g.detach()[0])
-        for g in tensors
-    ]
-    clipped = native.extension.clip_examples(tensors, sums, max_norm)
-    return None if clipped is None else (sums, torch.tensor(clipped, device=_CPU))
 
 
 def _check(tensors: list[Tensor]) -> None:

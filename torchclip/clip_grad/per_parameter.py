@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import gather
+from torchclip._core import gather, native
 from torchclip._core.arguments import norm_order, threshold
 from torchclip._core.collectives import Kind
 from torchclip._core.scalars import EPS, to_results
@@ -43,6 +44,10 @@ def clip_grad_norm_per_parameter_(
         >>> a.grad, b.grad
         (tensor([0.6000, 0.8000]), tensor([0.3000, 0.4000]))
     """
+    if not is_dynamo_compiling():
+        short = native.clip_grad_each(parameters, max_norm, norm_type, False)
+        if short is not None:
+            return short
     try:
         max_norm = threshold("max_norm", max_norm)
         p = norm_order(norm_type)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import gather, memory
+from torchclip._core import gather, memory, native
 from torchclip._core.arguments import threshold
 from torchclip._core.batch import Batch, Norms
 from torchclip._core.collectives import Kind
@@ -55,6 +56,10 @@ def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: f
         >>> a.grad, b.grad[0]
         (tensor([1., 1.]), tensor(0.5000))
     """
+    if not is_dynamo_compiling():
+        short = native.clip_grad_each(parameters, max_rms, 2.0, True)
+        if short is not None:
+            return short
     try:
         max_rms = threshold("max_rms", max_rms)
     except (TypeError, ValueError):

@@ -95,8 +95,6 @@ void batch_dealloc(PyObject* self) {
 // Arguments
 // ---------------------------------------------------------------------------------------------------------------
 
-using Numbers = Room<double, kUsual>;
-
 bool read_number(PyObject* object, double& number) {
     number = PyFloat_AsDouble(object);
     return number != -1.0 || PyErr_Occurred() == nullptr;
@@ -127,13 +125,7 @@ struct Measure {
         return truth >= 0;
     }
 
-    // The loop that reduces elements to a norm of this order; null if there is none.
-    Read Loops::* loop() const {
-        return p == 2                                         ? &Loops::sum_squares
-               : p == 1                                       ? &Loops::sum_magnitudes
-               : p == std::numeric_limits<double>::infinity() ? &Loops::largest
-                                                              : nullptr;
-    }
+    Read Loops::* loop() const { return loop_of(p); }
 
     // The norm of a list of tensors, or a list of the norm of each, if there is no loop.
     Ref ask(const Ref& tensors, bool each) const {

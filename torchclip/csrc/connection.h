@@ -72,7 +72,8 @@ struct {
     PyObject *forward_ad, *current_level;
     Function is_inference_mode_enabled;
     Getter grad, layout, is_cpu;
-    PyObject* strided;  // the layout of dense tensors
+    PyObject* strided;           // the layout of dense tensors
+    PyObject *is_neg, *is_conj;  // methods of tensors
     int (*read)(void* py_object, DLTensor* out);
     int (*make)(DLManagedTensorVersioned* tensor, void** out);
 } torch;

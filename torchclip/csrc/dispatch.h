@@ -52,6 +52,10 @@ template <template <class, size_t> class Set, class... Rows> void spare_few(Dtyp
     for (size_t i = 0; i < kDtypeCount; ++i) {
         loops_of_few[i].sum_squares = loops[i].sum_squares;
         loops_of_few[i].scale = loops[i].scale;
+        loops_of_few[i].sum_squares_of_rows = loops[i].sum_squares_of_rows;
+        loops_of_few[i].scale_rows = loops[i].scale_rows;
+        loops_of_few[i].add_rows = loops[i].add_rows;
+        loops_of_few[i].round_sums = loops[i].round_sums;
     }
 }
 

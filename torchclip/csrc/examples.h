@@ -1,157 +1,118 @@
 // Gradients of single examples: their norms over all tensors, and their clipped sum, with no copy of any.
 #pragma once
 
+#include "results.h"
 #include "rows.h"
 
 namespace {
 
-// The loops of the weighted sum, of one dtype and instruction set.
-struct SumLoops {
-    // Adds `rows` times n numbers, each multiplied by the row's coefficient.
-    void (*add)(double* sums, const void* const* x, const double* clip_coefs, size_t rows, size_t n);
-    void (*round)(void* result, const double* sums, size_t n);
-};
-
-template <class T>
-INLINE void add_rows(double* sums, const void* const* x, const double* clip_coefs, size_t rows, size_t n) {
-    size_t i = 0;
-    // Four at a time, so that the sums are not read and written for each.
-    for (; i + 4 <= rows; i += 4) {
-        const T *a = static_cast<const T*>(x[i]), *b = static_cast<const T*>(x[i + 1]);
-        const T *c = static_cast<const T*>(x[i + 2]), *d = static_cast<const T*>(x[i + 3]);
-        const double p = clip_coefs[i], q = clip_coefs[i + 1], r = clip_coefs[i + 2], s = clip_coefs[i + 3];
-        for (size_t j = 0; j < n; ++j)
-            sums[j] = (((sums[j] + p * widen(a[j])) + q * widen(b[j])) + r * widen(c[j])) + s * widen(d[j]);
-    }
-    for (; i < rows; ++i) {
-        const T* a = static_cast<const T*>(x[i]);
-        const double p = clip_coefs[i];
-        for (size_t j = 0; j < n; ++j) sums[j] += p * widen(a[j]);
-    }
-}
-
-template <class T> INLINE void round_sums(void* result, const double* sums, size_t n) {
-    T* const to = static_cast<T*>(result);
-    for (size_t j = 0; j < n; ++j) to[j] = narrow<T>(sums[j]);
-}
-
-#define DEFINE_SUM_LOOPS(NAME, TARGET)                                                                     \
-    template <class T> struct NAME {                                                                       \
-        TARGET static void add(double* s, const void* const* x, const double* c, size_t rows, size_t n) {  \
-            add_rows<T>(s, x, c, rows, n);                                                                 \
-        }                                                                                                  \
-        TARGET static void round(void* result, const double* s, size_t n) { round_sums<T>(result, s, n); } \
-    };
-DEFINE_SUM_LOOPS(BaselineSums, )
-#ifdef HAVE_X86_TARGETS
-DEFINE_SUM_LOOPS(Avx2Sums, __attribute__((target("avx2"))))
-DEFINE_SUM_LOOPS(Avx512Sums, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
-#endif
-#undef DEFINE_SUM_LOOPS
-
-template <template <class> class Set, class... Rows> const SumLoops* sum_table(DtypeTable<Rows...>) {
-    static const SumLoops table[] = {{Set<typename Rows::Number>::add, Set<typename Rows::Number>::round}...};
-    return table;
-}
-
-// By row of the table of dtypes, for the instruction set in use.
-const SumLoops* sum_loops() {
-#ifdef HAVE_X86_TARGETS
-    if (std::strcmp(instruction_set, "avx512") == 0) return sum_table<Avx512Sums>(Dtypes());
-    if (std::strcmp(instruction_set, "avx2") == 0) return sum_table<Avx2Sums>(Dtypes());
-#endif
-    return sum_table<BaselineSums>(Dtypes());
-}
-
 constexpr size_t kSummed = 2048;  // elements of a row that are summed up together, over all examples
 
 // The tensors of a call, all of which the kernel can work on.
-struct Examples {
-    std::vector<Rows> grads;
-    std::vector<Layout> sums;        // as the rows lie, but without gaps
-    std::vector<double> clip_coefs;  // by example
-    size_t count = 0, elements = 0;
-    Axes axes;
+class Examples {
+    std::vector<Rows> grads_;
+    std::vector<size_t> lengths_;  // elements of each sum
+    Axes axes_;
+    Results sums_;  // as the rows lie, but without gaps
+    size_t count_ = 0, elements_ = 0;
 
-    bool read(PyObject* tensors, PyObject* results) {
-        grads.reserve(size_t(PyList_Size(tensors)));
-        sums.reserve(size_t(PyList_Size(tensors)));
-        for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
-            grads.emplace_back();
-            sums.emplace_back();
-            Rows& grad = grads.back();
-            Layout& sum = sums.back();
+  public:
+    size_t elements() const { return elements_; }
+
+    // False for what the kernel does not take.
+    bool read(const References& tensors) {
+        if (tensors.size() == 0 || !are_dense_on_host(tensors) || !stand_for_their_memory(tensors)) return false;
+        grads_.resize(tensors.size());
+        for (size_t i = 0; i < tensors.size(); ++i) {
             DLTensor t;
-            if (!grad.read(PyList_GetItem(tensors, i), true, axes)) return false;
-            if (!describe(PyList_GetItem(results, i), t) || !read_layout(t, sum, axes)) return false;
-            if (sum.axes > 0 || sum.dtype != grad.row.dtype || (i > 0 && grad.count != count)) return false;
-            if (grad.count > 0 && sum.count != grad.row.count) return false;
-            count = grad.count;
-            elements += grad.elements();
+            Rows& grad = grads_[i];
+            if (!describe(tensors[i], t) || !grad.read(t, true, axes_)) return false;
+            if (i > 0 && grad.count != count_) return false;
+            count_ = grad.count;
+            elements_ += grad.elements();
+            lengths_.push_back(sums_.add(t.dtype, t.ndim - 1, t.shape + 1, t.strides + 1));
         }
+        sums_.allocate();
         return true;
     }
 
     // The norm of each example over all tensors.
     std::vector<double> norms(int threads) const {
-        std::vector<double> of_rows(grads.size() * count), result(count, 0.0);
+        const Loops* const table = loops_for(elements_);
+        std::vector<double> of_rows(grads_.size() * count_), result(count_);
         std::vector<Pieces> pieces;
         std::vector<size_t> together;
-        for (const Rows& grad : grads) {
+        for (const Rows& grad : grads_) {
             together.push_back(rows_together(grad, grad, &Loops::sum_squares));
-            pieces.push_back(
-                {(count + together.back() - 1) / together.back(), together.back() * (grad.row.count + kRowCost)});
+            pieces.push_back(pieces_of(grad, together.back()));
         }
         share(pieces, threads, [&](size_t i, size_t piece) {
-            const size_t first = piece * together[i], rows = std::min(together[i], count - first);
-            grads[i].norms(first, rows, &of_rows[i * count + first], elements, &Loops::sum_squares);
+            const size_t first = piece * together[i], rows = std::min(together[i], count_ - first);
+            grads_[i].norms(first, rows, &of_rows[i * count_ + first], table, &Loops::sum_squares);
         });
-        for (size_t row = 0; row < count; ++row) {
+        for (size_t row = 0; row < count_; ++row) {
             double top = 0, sum = 0;
-            for (size_t i = 0; i < grads.size(); ++i) top = larger(of_rows[i * count + row], top);
-            if (top == 0 || !std::isfinite(top)) {
-                result[row] = top;
-                continue;
-            }
-            for (size_t i = 0; i < grads.size(); ++i) {
-                const double part = of_rows[i * count + row] / top;
+            for (size_t i = 0; i < grads_.size(); ++i) top = larger(of_rows[i * count_ + row], top);
+            const bool is_usable = top > 0 && std::isfinite(top);
+            for (size_t i = 0; i < grads_.size() && is_usable; ++i) {
+                const double part = of_rows[i * count_ + row] / top;
                 sum += part * part;
             }
-            result[row] = std::sqrt(sum) * top;
+            result[row] = is_usable ? std::sqrt(sum) * top : top;
         }
         return result;
     }
 
-    void add_up(int threads) const {
+    void add_up(const std::vector<double>& clip_coefs, int threads) const {
         // On the heap, as the stack of a thread may be small; what gathers rows only where they have gaps.
         bool has_gaps = false;
-        for (const Rows& grad : grads) has_gaps = has_gaps || grad.row.axes > 0;
+        for (const Rows& grad : grads_) has_gaps = has_gaps || grad.row.axes > 0;
         std::vector<double> scratch(size_t(threads) * kSumRoom);
         std::vector<char> rows(has_gaps ? size_t(threads) * kRowRoom : 0);
         std::vector<Pieces> pieces;
         // What was measured last comes first, as it may still be in the cache.
-        for (size_t i = grads.size(); i-- > 0;)
-            pieces.push_back({(sums[i].count + kSummed - 1) / kSummed, kSummed * (count + 1)});
-        const SumLoops* const table = sum_loops();
+        for (size_t i = grads_.size(); i-- > 0;)
+            pieces.push_back({(lengths_[i] + kSummed - 1) / kSummed, kSummed * (count_ + 1)});
         share(pieces, threads, [&](size_t i, size_t block) {
             const size_t thread = threads > 1 ? size_t(openmp.get_thread_num()) : 0;
             char* const buffer = has_gaps ? &rows[thread * kRowRoom] : nullptr;
-            add_block(grads.size() - 1 - i, block * kSummed, table, &scratch[thread * kSumRoom], buffer);
+            add_block(grads_.size() - 1 - i, block * kSummed, clip_coefs, &scratch[thread * kSumRoom], buffer);
         });
     }
 
-  private:
-    static constexpr size_t kAtOnce = 4, kSumRoom = 2 * kSummed, kOneRow = 16 * kSummed, kRowRoom = kAtOnce * kOneRow;
+    // The sums in a list; null, with an error set, for an error.
+    Ref sums() {
+        Ref list(PyList_New(Py_ssize_t(grads_.size())));
+        for (size_t i = 0; i < grads_.size() && list != nullptr; ++i) {
+            Ref sum = sums_.take(i);
+            if (sum == nullptr) return sum;
+            PyList_SetItem(list, Py_ssize_t(i), sum.release());
+        }
+        return list;
+    }
 
-    void add_block(size_t i, size_t start, const SumLoops* table, double* sum, char* buffer) const {
-        const Rows& grad = grads[i];
+  private:
+    static constexpr size_t kSumRoom = 2 * kSummed, kOneRow = 16 * kSummed, kRowRoom = kRowsAtOnce * kOneRow;
+
+    // Not so are views that torch conjugates or negates whenever it reads them.
+    static bool stand_for_their_memory(const References& tensors) {
+        for (PyObject* tensor : tensors)
+            for (PyObject* name : {torch.is_neg, torch.is_conj}) {
+                const Ref answer(PyObject_CallFunctionObjArgs(name, tensor, nullptr));
+                if (answer != Py_False) return PyErr_Clear(), false;
+            }
+        return true;
+    }
+
+    void add_block(size_t i, size_t start, const std::vector<double>& clip_coefs, double* sum, char* buffer) const {
+        const Rows& grad = grads_[i];
         const DtypeFacts& dtype = kDtypes[grad.row.dtype];
-        const SumLoops& loops = table[grad.row.dtype];
-        const size_t n = std::min(kSummed, sums[i].count - start);
+        const Loops& loops = loops_for(elements_)[grad.row.dtype];
+        const size_t n = std::min(kSummed, lengths_[i] - start);
+        const void* x[kRowsAtOnce];
         std::fill(sum, sum + n * dtype.parts, 0.0);
-        for (size_t row = 0; row < count; row += kAtOnce) {
-            const size_t rows = std::min(kAtOnce, count - row);
-            const void* x[kAtOnce];
+        for (size_t row = 0; row < count_; row += kRowsAtOnce) {
+            const size_t rows = std::min(kRowsAtOnce, count_ - row);
             for (size_t k = 0; k < rows; ++k) {
                 const Layout layout = grad.at(row + k);
                 x[k] = layout.data + start * dtype.item;
@@ -159,32 +120,36 @@ struct Examples {
                 copy_grid(layout, grad.first_axis(), start, n, buffer + k * kOneRow, true);
                 x[k] = buffer + k * kOneRow;
             }
-            loops.add(sum, x, clip_coefs.data() + row, rows, n * dtype.parts);
+            loops.add_rows(sum, x, clip_coefs.data() + row, rows, n * dtype.parts);
         }
-        loops.round(sums[i].data + start * dtype.item, sum, n * dtype.parts);
+        loops.round_sums(sums_.data(i) + start * dtype.item, sum, n * dtype.parts);
     }
 };
 
-// clip_examples(grads, sums, max_norm)
-PyObject* clip_examples(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    double max_norm;
-    if (!count_is(count, 3, 3) || !read_number(args[2], max_norm)) return nullptr;
-    if (!PyList_Check(args[0]) || !PyList_Check(args[1]) || PyList_Size(args[0]) != PyList_Size(args[1]))
-        return PyErr_Format(PyExc_TypeError, "the first two arguments must be lists of the same length");
+// clip_per_example(grads, max_norm)
+PyObject* clip_per_example(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 2, 2)) return nullptr;
+    const double max_norm = read_threshold(args[1]);
+    if (!(max_norm >= 0) || !PyList_CheckExact(args[0])) return unusual();
     return guarded([&]() -> PyObject* {
+        References tensors;
         Examples examples;
-        if (!is_usable() || !examples.read(args[0], args[1])) return new_reference(Py_None);
-        const int threads = usable_threads(examples.elements);
-        long long clipped = 0;
+        collect_list(args[0], [&](Ref item) { return tensors.take(std::move(item)), true; });
+        if (!is_usable() || !examples.read(tensors)) return unusual();
+        const int threads = usable_threads(examples.elements());
+        double clipped = 0;
         {
-            const WithoutGil unlocked(examples.elements);
-            for (const double norm : examples.norms(threads)) {
-                examples.clip_coefs.push_back(clip_coef_of(max_norm, norm));
-                clipped += !(examples.clip_coefs.back() >= 1);
+            const WithoutGil unlocked(examples.elements());
+            std::vector<double> clip_coefs = examples.norms(threads);
+            for (double& coef : clip_coefs) {
+                coef = clip_coef_of(max_norm, coef);
+                clipped += !(coef >= 1);
             }
-            examples.add_up(threads);
+            examples.add_up(clip_coefs, threads);
         }
-        return PyLong_FromLongLong(clipped);
+        const Ref sums = examples.sums(), number(new_tensor<int64_t>(kInt, &clipped, 1, 0));
+        if (sums == nullptr || number == nullptr) return nullptr;
+        return PyTuple_Pack(2, static_cast<PyObject*>(sums), static_cast<PyObject*>(number));
     });
 }
 

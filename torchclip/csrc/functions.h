@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gradients.h"
+#include "results.h"
 #include "scalar.h"
 
 namespace {
@@ -25,6 +26,14 @@ double read_threshold(PyObject* object) {
     const double value = PyLong_AsDouble(object);
     PyErr_Clear();
     return value;
+}
+
+// The loop that reduces elements to a norm of an order; null if there is none.
+Read Loops::* loop_of(double p) {
+    return p == 2                                         ? &Loops::sum_squares
+           : p == 1                                       ? &Loops::sum_magnitudes
+           : p == std::numeric_limits<double>::infinity() ? &Loops::largest
+                                                          : nullptr;
 }
 
 // clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group)
@@ -54,6 +63,24 @@ PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (!gradients.clamp(clip_value)) return nullptr;
         use_up(args[0]);
         return new_reference(Py_True);
+    });
+}
+
+// clip_grad_each(parameters, limit, norm_type, is_rms): of its norm, or of its root mean square
+PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (!count_is(count, 4, 4)) return nullptr;
+    const double limit = read_threshold(args[1]);
+    const auto loop = loop_of(read_threshold(args[2]));
+    const bool is_rms = args[3] == Py_True;
+    if (!(limit >= 0) || loop == nullptr) return unusual();
+    return guarded([&]() -> PyObject* {
+        Gradients gradients;
+        if (!is_usable() || !gradients.add(args[0]) || !gradients.take()) return unusual();
+        Numbers before, clip_coefs;
+        if (!gradients.clip_each(loop, limit, is_rms, before, clip_coefs)) return nullptr;
+        use_up(args[0]);
+        const auto make = gradients.is_double() ? new_tensor<double> : new_tensor<float>;
+        return make(kFloat, before.begin(), int64_t(before.size()), 1);
     });
 }
 

@@ -10,6 +10,16 @@
 
 namespace {
 
+// A tuple of those for which wanted(i) holds; null, with an error set, for an error.
+template <class Wanted> Ref tuple_of(const References& all, Wanted wanted) {
+    size_t count = 0;
+    for (size_t i = 0; i < all.size(); ++i) count += wanted(i);
+    Ref tuple(PyTuple_New(Py_ssize_t(count)));
+    for (size_t i = 0, next = 0; i < all.size() && tuple != nullptr; ++i)
+        if (wanted(i)) PyTuple_SetItem(tuple, Py_ssize_t(next++), new_reference(all[i]));
+    return tuple;
+}
+
 // Distinct tensors, in order, and which of them the kernel works on.
 class Tensors {
     References all_;
@@ -86,34 +96,52 @@ class Tensors {
 
     // Tells autograd that those taken were written for which wanted(i) holds.  False, with an error set, for an error.
     template <class Wanted> bool bump_versions(Wanted wanted) const {
-        const auto written = [&](size_t i) { return taken_[i] && wanted(i); };
-        size_t count = 0;
-        for (size_t i = 0; i < all_.size(); ++i) count += written(i);
-        const Ref tuple(PyTuple_New(Py_ssize_t(count)));
-        for (size_t i = 0, next = 0; i < all_.size() && tuple != nullptr; ++i)
-            if (written(i)) PyTuple_SetItem(tuple, Py_ssize_t(next++), new_reference(all_[i]));
-        return ::bump_versions(tuple);
+        const Ref written = tuple_of(all_, [&](size_t i) { return taken_[i] && wanted(i); });
+        return written != nullptr && PyTuple_Size(written) == 0 ? true : ::bump_versions(written);
     }
 };
 
+using Numbers = Room<double, kUsual>;
+
 constexpr auto kEach = [](size_t) { return true; };
+
+// Whether torch can describe all of them without being asked for long.
+bool are_dense_on_host(const References& all) {
+    return std::all_of(all.begin(), all.end(),
+                       [](PyObject* tensor) { return is_plain(tensor) && (!has_refused || is_dense_on_host(tensor)); });
+}
+
+// Hands each parameter that a call was given, or of an optimizer, to take(parameter), if all are plain.  False if they
+// are not; or with an error set if take(parameter) is false, as where code of the user's raised it.
+template <class Take> bool take_plain(PyObject* given, bool is_optimizer, Take take) {
+    bool has_raised = false;
+    const auto take_one = [&](const Ref& item) {
+        if (!is_plain(item)) return false;
+        has_raised = !take(item);
+        return !has_raised;
+    };
+    const bool done = is_optimizer ? collect_of_optimizer(given, take_one) : collect(given, take_one);
+    // What is wrong with a walk is found out where the code runs that was walked.
+    if (!done && !has_raised) PyErr_Clear();
+    return done;
+}
 
 // A call that the kernel carries out alone, from collecting the gradients to the last change.  Where something is
 // unusual, its functions return false with no error set, and nothing was changed: then a `Batch` is made in Python.
 class Gradients {
     Tensors tensors_;
     Memory memory_;
-    bool is_stale_ = false, has_raised_ = false;
+    bool is_stale_ = false;
 
   public:
     // Adds the gradients of what a call was given; or those of an optimizer, and of others that step with it.  With an
     // error set if code of the user's raised it, where a gradient was read.
     bool add(PyObject* parameters) {
         tensors_.expect(parameters);
-        return added(collect(parameters, [this](const Ref& item) { return add_one(item); }));
+        return take_plain(parameters, false, [this](PyObject* item) { return tensors_.take_gradient(item); });
     }
     bool add_optimizer(PyObject* optimizer) {
-        return added(collect_of_optimizer(optimizer, [this](const Ref& item) { return add_one(item); }));
+        return take_plain(optimizer, true, [this](PyObject* item) { return tensors_.take_gradient(item); });
     }
 
     // Takes what was added: then no Python code has run since their memory was read.
@@ -136,8 +164,21 @@ class Gradients {
         return norm >= 0 && std::isfinite(norm);
     }
 
-    // Likewise of each; below 0 where there is no element.
-    void norms(double* norms) { memory_.norms(&Loops::sum_squares, false, norms); }
+    // Scales each to its own limit: of its norm, or of its root mean square.  `before` gets these as they were, and
+    // `clip_coefs` what each was multiplied by.
+    bool clip_each(Read Loops::* loop, double limit, bool is_rms, Numbers& before, Numbers& clip_coefs) {
+        if (is_stale_ && !read_again()) return false;
+        const auto root_of_count = [&](size_t i) {
+            return is_rms ? std::sqrt(double(std::max(size_t(1), elements(i)))) : 1.0;
+        };
+        before.resize(size());
+        clip_coefs.resize(size());
+        for (size_t i = 0; i < size(); ++i) clip_coefs[i] = limit * root_of_count(i);
+        // A limit that torch does not have needs none of what torch adds to the norm.
+        memory_.clip_each(loop, clip_coefs.begin(), is_rms ? 0.0 : 1e-6, before.begin());
+        for (size_t i = 0; i < size(); ++i) before[i] = before[i] < 0 ? 0 : before[i] / root_of_count(i);
+        return tensors_.bump_versions([&](size_t i) { return clip_coefs[i] != 1.0; });
+    }
 
     size_t size() const { return memory_.size(); }
     size_t elements(size_t i) const { return memory_.elements(i); }
@@ -151,29 +192,9 @@ class Gradients {
 
     // Changes all of them.  False, with an error set, for an error.
     bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef); }
-    bool scale_each(const double* clip_coefs) {
-        const auto changes = [&](size_t i) { return clip_coefs[i] != 1.0; };
-        bool any = false;
-        for (size_t i = 0; i < size(); ++i) any = any || changes(i);
-        if (!any) return true;
-        if (is_stale_ && !read_again()) return false;
-        return !memory_.write(&Loops::scale, clip_coefs, true) || tensors_.bump_versions(changes);
-    }
     bool clamp(double limit) { return change(&Loops::clamp, limit); }
 
   private:
-    // What is wrong with a walk is found out where the code runs that was walked.
-    bool added(bool done) {
-        if (!done && !has_raised_) PyErr_Clear();
-        return done;
-    }
-
-    bool add_one(PyObject* parameter) {
-        if (!is_plain(parameter)) return false;
-        has_raised_ = !tensors_.take_gradient(parameter);
-        return !has_raised_;
-    }
-
     bool change(Write Loops::* loop, double number) {
         if (is_stale_ && !read_again()) return false;
         return !memory_.write(loop, &number, false) || tensors_.bump_versions(kEach);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "dtypes.h"
 #include "room.h"
@@ -75,6 +76,25 @@ size_t span(const Layout& layout, const Axis* axes) {
     int64_t reach = 0;
     for (uint32_t d = 0; d < layout.axes; ++d) reach += (axes[d].size - 1) * axes[d].stride;
     return size_t(reach + 1) * item;
+}
+
+// Bytes of memory from one address to another, and whether they are to be written.
+struct Range {
+    const char *begin, *end;
+    bool is_written;
+};
+
+// True if any that is written lies over another.
+bool written_overlap(std::vector<Range>& ranges) {
+    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    const char *end = nullptr, *end_of_written = nullptr;
+    for (const Range& range : ranges) {
+        if (range.begin == range.end) continue;
+        if (range.begin < (range.is_written ? end : end_of_written)) return true;
+        end = std::max(end, range.end);
+        if (range.is_written) end_of_written = std::max(end_of_written, range.end);
+    }
+    return false;
 }
 
 // Copies `n` elements between a gap-less buffer and memory `stride` elements apart.

@@ -82,6 +82,40 @@ template <class T> INLINE void scale(T* x, size_t n, double clip_coef) {
     for_each(x, n, [=](size_t i, size_t) { x[i] = narrow<T>(widen(x[i]) * clip_coef); });
 }
 
+// Rows of n numbers, `step` bytes from one to the next: a call for each would cost as much again, where they are short.
+template <bool kFusedMultiplyAdd, class T>
+INLINE void sum_squares_of_rows(double* sums, const char* x, size_t rows, size_t n, int64_t step) {
+    for (size_t i = 0; i < rows; ++i, x += step)
+        sums[i] = sum_squares<kFusedMultiplyAdd>(reinterpret_cast<const T*>(x), n);
+}
+
+// Each by its own coefficient.
+template <class T> INLINE void scale_rows(char* x, size_t rows, size_t n, int64_t step, const double* clip_coefs) {
+    for (size_t i = 0; i < rows; ++i, x += step)
+        if (clip_coefs[i] != 1.0) scale(reinterpret_cast<T*>(x), n, clip_coefs[i]);
+}
+
+// Adds rows to sums, each multiplied by its coefficient: four at a time, so that the sums are not read and written for
+// each.
+constexpr size_t kRowsAtOnce = 4;
+template <class T>
+INLINE void add_rows(double* sums, const void* const* x, const double* clip_coefs, size_t rows, size_t n) {
+    const auto row = [x](size_t i) { return static_cast<const T*>(x[i]); };
+    const double* p = clip_coefs;
+    size_t i = 0;
+    for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce, p += kRowsAtOnce) {
+        const T *a = row(i), *b = row(i + 1), *c = row(i + 2), *d = row(i + 3);
+        for (size_t j = 0; j < n; ++j)
+            sums[j] = (((sums[j] + p[0] * widen(a[j])) + p[1] * widen(b[j])) + p[2] * widen(c[j])) + p[3] * widen(d[j]);
+    }
+    for (; i < rows; ++i, ++p)
+        for (size_t j = 0; j < n; ++j) sums[j] += *p * widen(row(i)[j]);
+}
+
+template <class T> INLINE void round_sums(void* result, const double* sums, size_t n) {
+    for (size_t j = 0; j < n; ++j) static_cast<T*>(result)[j] = narrow<T>(sums[j]);
+}
+
 // Memory that is not written costs half as much: these loops look at so many numbers before they write any, and tell
 // whether they have.
 constexpr size_t kBlock = 256;
@@ -169,6 +203,10 @@ using Write = bool (*)(void* x, size_t n, double number);  // false if there was
 struct Loops {
     Read sum_squares, sum_scaled_squares, sum_magnitudes, largest, count_finite;
     Write scale, clamp, zero_nonfinite;
+    void (*sum_squares_of_rows)(double* sums, const char* x, size_t rows, size_t n, int64_t step);
+    void (*scale_rows)(char* x, size_t rows, size_t n, int64_t step, const double* clip_coefs);
+    void (*add_rows)(double* sums, const void* const* x, const double* clip_coefs, size_t rows, size_t n);
+    void (*round_sums)(void* result, const double* sums, size_t n);
 };
 
 template <class T> double sum_moduli(const void* x, size_t n, double) {
@@ -196,11 +234,25 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         TARGET static bool scaling(Out x, size_t n, double clip_coef) { return scale((T*)x, n, clip_coef), true; }  \
         TARGET static bool clamping(Out x, size_t n, double limit) { return clamp<BY_BITS>((T*)x, n, limit); }      \
         TARGET static bool zeroing(Out x, size_t n, double) { return zero_nonfinite<parts>((T*)x, n); }             \
+        TARGET static void rows(double* sums, const char* x, size_t rows, size_t n, int64_t step) {                 \
+            sum_squares_of_rows<FUSED, T>(sums, x, rows, n, step);                                                  \
+        }                                                                                                           \
+        TARGET static void scaling_rows(char* x, size_t rows, size_t n, int64_t step, const double* clip_coefs) {   \
+            scale_rows<T>(x, rows, n, step, clip_coefs);                                                            \
+        }                                                                                                           \
+        TARGET static void adding(double* sums, const In* x, const double* clip_coefs, size_t rows, size_t n) {     \
+            add_rows<T>(sums, x, clip_coefs, rows, n);                                                              \
+        }                                                                                                           \
+        TARGET static void rounding(Out result, const double* sums, size_t n) { round_sums<T>(result, sums, n); }   \
         static Loops table() {                                                                                      \
-            if constexpr (parts == 2)                                                                               \
-                return {squares, scaled, sum_moduli<T>, largest_modulus<T>, finite, scaling, nullptr, zeroing};     \
-            else                                                                                                    \
-                return {squares, scaled, magnitudes, top, finite, scaling, clamping, zeroing};                      \
+            Loops loops = {squares,  scaled,  magnitudes, top,          finite, scaling,                            \
+                           clamping, zeroing, rows,       scaling_rows, adding, rounding};                          \
+            if constexpr (parts == 2) {                                                                             \
+                loops.sum_magnitudes = sum_moduli<T>;                                                               \
+                loops.largest = largest_modulus<T>;                                                                 \
+                loops.clamp = nullptr;                                                                              \
+            }                                                                                                       \
+            return loops;                                                                                           \
         }                                                                                                           \
     };
 

@@ -280,15 +280,11 @@ class Memory {
 
     // True if two threads might write to the same memory.
     bool overlaps() const {
-        std::vector<std::pair<const char*, const char*>> ranges;
+        std::vector<Range> ranges;
         ranges.reserve(parts_.size());
         for (const Layout& layout : parts_)
-            if (layout.count > 0)
-                ranges.emplace_back(layout.data, layout.data + span(layout, axes_.begin() + layout.first_axis));
-        std::sort(ranges.begin(), ranges.end());
-        for (size_t i = 1; i < ranges.size(); ++i)
-            if (ranges[i].first < ranges[i - 1].second) return true;
-        return false;
+            ranges.push_back({layout.data, layout.data + span(layout, axes_.begin() + layout.first_axis), true});
+        return written_overlap(ranges);
     }
 };
 

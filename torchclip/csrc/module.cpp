@@ -16,6 +16,7 @@
 //     parameters.h  whose gradients are meant: lists, modules, generators, optimizers
 //     memory.h      the memory of tensors during one call: norms and changes, in chunks
 //     gradients.h   the distinct gradients of a call, from collecting to changing them
+//     results.h     tensors that a call returns
 //     scalar.h      0-dim tensors
 //     functions.h   the functions of torch's names, where nothing is unusual
 //     batch.h       the Python type `Batch`, for all other calls
@@ -24,6 +25,7 @@
 //     marks.h       whether gradients are still what they were
 //     step_ways.h   how the gradients of a usual step are clipped
 //     step_hooks.h  hooks for the usual step of optimizers
+#include "batch.h"
 #include "examples.h"
 #include "step_hooks.h"
 
@@ -61,6 +63,9 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (torch.current_level == nullptr) return nullptr;
     torch.is_inference_mode_enabled.connect(args[8]);
     torch.strided = new_reference(args[9]);
+    torch.is_neg = PyObject_GetAttrString(args[0], "is_neg");
+    torch.is_conj = PyObject_GetAttrString(args[0], "is_conj");
+    if (torch.is_neg == nullptr || torch.is_conj == nullptr) return nullptr;
     const Ref library(PyUnicode_AsUTF8String(args[11]));
     if (library == nullptr) return nullptr;
     connect_openmp(PyBytes_AsString(library));
@@ -148,14 +153,16 @@ PyMethodDef module_methods[] = {
      "clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group): the usual call in one go, or None"},
     {"clip_grad_value", function(clip_grad_value), METH_FASTCALL,
      "clip_grad_value(parameters, clip_value): the usual call in one go, or None"},
+    {"clip_grad_each", function(clip_grad_each), METH_FASTCALL,
+     "clip_grad_each(parameters, limit, norm_type, is_rms): each by its own norm or root mean square, likewise"},
+    {"clip_grad_adaptive", function(clip_grad_adaptive), METH_FASTCALL,
+     "clip_grad_adaptive(parameters, clip_factor, eps, norm_type, grad_scale): each unit, likewise"},
+    {"clip_per_example", function(clip_per_example), METH_FASTCALL,
+     "clip_per_example(grads, max_norm): the sums of clipped examples and how many were clipped, likewise"},
     {"connect_steps", function(connect_steps), METH_FASTCALL,
      "connect_steps(tensor, graph_task_id): what the hooks of optimizers need of torch"},
     {"gradients", gradients, METH_O, "gradients(parameters): a Batch of their gradients"},
     {"tensors", tensors, METH_O, "tensors(tensors): a Batch of the tensors themselves"},
-    {"units", new_units, METH_O, "units(parameters): the Units of those that have a gradient"},
-    {"clip_examples", function(clip_examples), METH_FASTCALL,
-     "clip_examples(grads, sums, max_norm): puts the sums of clipped examples into sums; how many were clipped, or "
-     "None"},
     {"disable", disable, METH_NOARGS, "disable(): off until the enable() that belongs to it"},
     {"enable", enable, METH_NOARGS, "enable(): on, once it was called as often as disable()"},
     {"is_enabled", is_enabled, METH_NOARGS, "is_enabled(): whether it is on"},
@@ -181,9 +188,8 @@ PyModuleDef module_definition = {PyModuleDef_HEAD_INIT,
 PyMODINIT_FUNC PyInit__kernel() {
     use_instruction_set(nullptr);
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
-    units_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&units_spec));
     PyObject* const module = PyModule_Create(&module_definition);
-    if (units_type == nullptr || batch_type == nullptr || module == nullptr || !add_step_types(module)) return nullptr;
+    if (batch_type == nullptr || module == nullptr || !add_step_types(module)) return nullptr;
     Py_INCREF(batch_type);
     if (PyModule_AddObject(module, "Batch", reinterpret_cast<PyObject*>(batch_type)) < 0) return nullptr;
     return module;

@@ -98,12 +98,11 @@ bool record(RoundState* state) {
 // Clips each unit of them relative to its weights; likewise.
 bool clip_units(RoundState* state, Gradients& gradients, double clip_factor) {
     const double eps = number_of(state->clip_to, 3);
-    const Ref parameters(PyList_New(0));
-    if (!(eps >= 0) || parameters == nullptr) return false;
-    const auto add = [&](const Ref& item) { return PyList_Append(parameters, item) == 0; };
+    if (!(eps >= 0)) return false;
+    Units units;
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i)
-        if (!collect_of_optimizer(Ref::to(optimizer_of(member(state, i))), add)) return false;
-    return gradients.read_again() && clip_adaptively(gradients, parameters, clip_factor, eps, state->clipped);
+        if (!units.add(Ref::to(optimizer_of(member(state, i))), true)) return false;
+    return gradients.read_again() && clip_adaptively(gradients, units, clip_factor, eps, state->clipped);
 }
 
 // Clips the gradients of all optimizers together.  False if that is not usual, or with an error set.

@@ -71,20 +71,12 @@ bool measure_again(Gradients& gradients, Clipped& clipped) {
 // Each by its own norm, or by its root mean square.
 bool clip_each(Gradients& gradients, Way way, double limit, Clipped& clipped) {
     if (!gradients.measure(clipped.norm)) return false;
-    Room<double, kUsual> coefs;
-    coefs.resize(gradients.size());
-    gradients.norms(coefs.begin());
+    Numbers before, clip_coefs;
+    if (!gradients.clip_each(&Loops::sum_squares, limit, way == Way::kRms, before, clip_coefs)) return false;
     clipped.coef = 1.0;
-    for (size_t i = 0; i < gradients.size(); ++i) {
-        double& coef = coefs[i];
-        if (way == Way::kEach)
-            coef = clip_coef_of(limit, coef);
-        else
-            coef = clip_coef_of(limit * std::sqrt(double(gradients.elements(i))), coef, 0.0);
-        clipped.coef = std::min(clipped.coef, coef);
-    }
+    for (const double coef : clip_coefs) clipped.coef = std::min(clipped.coef, coef);
     clipped.max_norm = limit;
-    return gradients.scale_each(coefs.begin()) && (way == Way::kEach || measure_again(gradients, clipped));
+    return way == Way::kEach || measure_again(gradients, clipped);
 }
 
 // Each element by its value.
@@ -94,19 +86,9 @@ bool clip_value(Gradients& gradients, double limit, Clipped& clipped) {
 }
 
 // Each unit relative to its weights.
-bool clip_adaptively(Gradients& gradients, PyObject* parameters, double clip_factor, double eps, Clipped& clipped) {
-    if (!gradients.measure(clipped.norm)) return false;
-    const Ref units(new_units(nullptr, parameters));
-    if (units == nullptr) return false;
-    for (const Units::Member& member : units_of(units).members)
-        if (!member.taken) return false;
-    const Ref numbers[] = {Ref(PyFloat_FromDouble(clip_factor)), Ref(PyFloat_FromDouble(eps)),
-                           Ref(PyFloat_FromDouble(2.0)), Ref(PyFloat_FromDouble(1.0))};
-    PyObject* args[4];
-    for (size_t i = 0; i < 4; ++i)
-        if ((args[i] = numbers[i]) == nullptr) return false;
-    const Ref done(units_clip(units, args, 4));
-    return done == Py_True && measure_again(gradients, clipped);
+bool clip_adaptively(Gradients& gradients, Units& units, double clip_factor, double eps, Clipped& clipped) {
+    return units.take(&Loops::sum_squares) && gradients.measure(clipped.norm) &&
+           units.clip(&Loops::sum_squares, clip_factor, eps, 1.0) && measure_again(gradients, clipped);
 }
 
 bool clip_in_way(Gradients& gradients, Way way, PyObject* given, double limit, Clipped& clipped) {
