@@ -149,7 +149,7 @@ extension: Any
 """The module ``torchclip._kernel``, or None if it cannot be used."""
 extension, _reason = _load()
 
-# The extension's fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
+# The fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
 clip_grad_norm: Callable[..., Tensor | None]
 clip_grad_value: Callable[..., bool | None]
 clip_grad_each: Callable[..., Tensor | None]
