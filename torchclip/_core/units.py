@@ -55,7 +55,8 @@ def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     grads = [p.grad for p in some if p.grad is not None]
     if len({id(grad) for grad in grads}) < len(grads):
         return [], items  # one that several parameters share is scaled by the smallest of their coefficients
-    plain, rest = [], []
+    plain: list[Tensor] = []
+    rest: list[Tensor] = []
     for p in some:
         by_kernel = _is_plain(p) and (p.grad is None or _is_plain(p.grad))
         (plain if by_kernel else rest).append(p)
