@@ -45,7 +45,8 @@ COMMANDS = {
         "Run a training script with torchclip installed, then say what clipping did.", needs_demo=False
     ),
     "bench": Command(
-        "Measure how fast and exact clipping is on this machine, compared with torch and others.", needs_demo=True
+        "Measure how fast and exact clipping is on this machine, compared with torch and others.",
+        needs_demo=True,
     ),
     "info": Command("Show versions, threads, and what is available on this machine.", needs_demo=False),
 }
