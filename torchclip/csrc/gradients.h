@@ -152,6 +152,9 @@ class Gradients {
         return tensors_.are_all_taken();
     }
 
+    // The distinct gradients, once they were taken.
+    const References& all() const { return tensors_.all(); }
+
     bool is_double() const { return (memory_.facts() & kDouble) != 0; }
     bool is_complex() const { return (memory_.facts() & kAnyComplex) != 0; }
     // Then no other thread of Python runs during a call.

@@ -34,20 +34,14 @@ bool is_telling(const char* number, size_t dtype) {
 
 class Marks {
     struct Mark {
-        PyObject* gradient;  // a weak reference; null for none
+        PyObject* gradient;  // a reference, or a weak one
         long long version;
     };
     std::vector<Mark> marks_;
+    bool are_weak_ = true;
     // A number in one of the gradients: not every change counts as a version.
     size_t sampled_ = 0, place_ = 0, size_ = 0;  // of which gradient, where, and its bytes; no bytes for none
     char sample_[8];
-
-    void clear() {
-        std::vector<Mark> marks;
-        marks.swap(marks_);
-        size_ = 0;
-        for (const Mark& mark : marks) Py_XDECREF(mark.gradient);
-    }
 
     // Calls each(gradient or None) for every parameter until it returns false; false then, and for an error.
     template <class Each> static bool visit(PyObject* optimizer, Each each) {
@@ -66,6 +60,14 @@ class Marks {
         });
     }
 
+    // Likewise where nothing of the optimizer is unusual, in less time; false also where something is.
+    template <class Each> static bool visit_usual(PyObject* optimizer, Each each) {
+        return collect_of_optimizer(optimizer, [&](const Ref& parameter) {
+            const Ref gradient = get_grad(parameter);
+            return gradient != nullptr && each(gradient);
+        });
+    }
+
     static bool read_flat(PyObject* tensor, Layout& layout) {
         DLTensor t;
         Axes axes;
@@ -73,9 +75,22 @@ class Marks {
                read_layout(t, layout, axes) && layout.axes == 0;
     }
 
-    void sample(PyObject* gradient) {
+    // False, with an error set, for an error.
+    bool add(PyObject* gradient) {
+        if (gradient == Py_None) return true;
+        Ref kept = are_weak_ ? Ref(PyWeakref_NewRef(gradient, nullptr)) : Ref::to(gradient);
+        if (kept == nullptr) return false;
+        marks_.push_back({kept, version_of(gradient)});
+        kept.release();
+        return true;
+    }
+
+    // Takes a number of the gradient that was added last, unless there is one.
+    void sample() {
         Layout layout;
-        if (size_ != 0 || gradient == Py_None || !read_flat(gradient, layout)) return;
+        if (size_ != 0 || marks_.empty()) return;
+        PyObject* const gradient = marked(marks_.size() - 1);
+        if (!read_flat(gradient, layout)) return;
         const DtypeFacts& dtype = kDtypes[layout.dtype];
         const size_t size = dtype.item / dtype.parts, end = layout.count * dtype.item;
         for (size_t place = 0; place < end; place += size) {
@@ -88,15 +103,23 @@ class Marks {
         }
     }
 
-    bool is_same(size_t i, PyObject* gradient) const {
+    // Whether a gradient is the same, given the place from which on to look for it.  Of the parameters some may have
+    // had none, or have none any more.
+    bool is_same(size_t& place, PyObject* gradient) const {
         if (gradient == Py_None) return true;  // nothing to step with
-        if (i >= marks_.size() || marks_[i].gradient == nullptr) return false;
-        if (PyWeakref_GetObject(marks_[i].gradient) != gradient || version_of(gradient) != marks_[i].version)
-            return false;
+        size_t i = place;
+        while (i < marks_.size() && marked(i) != gradient) ++i;
+        if (i == marks_.size()) return false;
+        place = i;
+        if (version_of(gradient) != marks_[i].version) return false;
         if (size_ == 0 || i != sampled_) return true;
         Layout layout;
         return read_flat(gradient, layout) && place_ + size_ <= layout.count * kDtypes[layout.dtype].item &&
                std::memcmp(layout.data + place_, sample_, size_) == 0;
+    }
+
+    PyObject* marked(size_t i) const {
+        return are_weak_ ? PyWeakref_GetObject(marks_[i].gradient) : marks_[i].gradient;
     }
 
   public:
@@ -105,31 +128,62 @@ class Marks {
     Marks& operator=(const Marks&) = delete;
     ~Marks() { clear(); }
 
-    // Takes note of all gradients, and of a number in one of them if so wished.  False, with an error set, for an
-    // error.
+    // Takes note of nothing.  Giving a reference back can run user code.
+    void clear() {
+        size_ = 0;
+        while (!marks_.empty()) {
+            PyObject* const gradient = marks_.back().gradient;
+            marks_.pop_back();
+            Py_XDECREF(gradient);
+        }
+    }
+
+    // Takes note of all gradients, and of a number in one of them if so wished, without keeping them alive.  False,
+    // with an error set, for an error.
     bool take(PyObject* optimizer, bool sampled) {
         clear();
+        are_weak_ = true;
         return visit(optimizer, [&](PyObject* gradient) {
-            PyObject* const weak = gradient == Py_None ? nullptr : PyWeakref_NewRef(gradient, nullptr);
-            if (weak == nullptr && gradient != Py_None) return false;
-            marks_.push_back({weak, weak == nullptr ? 0 : version_of(gradient)});
-            if (sampled) sample(gradient);
+            if (!add(gradient)) return false;
+            if (sampled) sample();
             return true;
         });
     }
 
-    // False also with an error set.
+    // Keeps the gradients that were collected from an optimizer, of few elements, and notes a number in one of them:
+    // weak references would cost more.  False, with an error set, for an error.
+    bool hold(PyObject* const* begin, PyObject* const* end) {
+        clear();
+        are_weak_ = false;
+        for (; begin < end; ++begin) {
+            if (!add(*begin)) return false;
+            sample();
+        }
+        return true;
+    }
+
+    // Likewise those that an optimizer has after its step, without a number.
+    bool hold_again(PyObject* optimizer) {
+        clear();
+        are_weak_ = false;
+        const auto hold_one = [&](PyObject* gradient) { return add(gradient); };
+        if (visit_usual(optimizer, hold_one)) return true;
+        PyErr_Clear();  // it will be met again
+        return take(optimizer, false);
+    }
+
+    // Whether the gradients are as they were, where nothing is unusual.
     bool are_same(PyObject* optimizer) const {
-        size_t i = 0;
-        return visit(optimizer, [&](PyObject* gradient) { return is_same(i++, gradient); });
+        size_t place = 0;
+        return visit_usual(optimizer, [&](PyObject* gradient) { return is_same(place, gradient); });
     }
 
     // A list of the gradients that are not the same; null for an error.
     PyObject* changed(PyObject* optimizer) const {
         PyObject* const found = PyList_New(0);
-        size_t i = 0;
+        size_t place = 0;
         const auto add = [&](PyObject* gradient) {
-            return is_same(i++, gradient) || PyList_Append(found, gradient) == 0;
+            return is_same(place, gradient) || PyList_Append(found, gradient) == 0;
         };
         if (found != nullptr && visit(optimizer, add)) return found;
         Py_XDECREF(found);

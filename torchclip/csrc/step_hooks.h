@@ -88,6 +88,7 @@ bool record(RoundState* state) {
     if (state->count == kMostRows) return PyErr_NoMemory(), false;
     state->rows[state->count++] = {state->number++, state->clipped, state->loss};
     state->loss = new_reference(Py_None);
+    for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) member(state, i)->marks->clear();
     if (state->count < kMostRows || state->full == nullptr) return true;
     if (!flush(state)) return false;
     PyObject* const none = PyObject_CallFunctionObjArgs(state->full, nullptr);
@@ -105,18 +106,28 @@ bool clip_units(RoundState* state, Gradients& gradients, double clip_factor) {
     return gradients.read_again() && clip_adaptively(gradients, units, clip_factor, eps, state->clipped);
 }
 
-// Clips the gradients of all optimizers together.  False if that is not usual, or with an error set.
-bool clip_all(RoundState* state) {
+// Clips the gradients of all optimizers together, before one of them steps, and notes those of the others.  False if
+// that is not usual, or with an error set.
+bool clip_all(RoundState* state, Py_ssize_t index) {
     const Py_ssize_t count = PyTuple_Size(state->members);
     const double limit = limit_of(state->way, state->clip_to);
     if (!(limit >= 0) || !is_usable()) return false;
     Gradients gradients;
-    for (Py_ssize_t i = 0; i < count; ++i)
+    Room<size_t, kUsual> ends;
+    for (Py_ssize_t i = 0; i < count; ++i) {
         if (!gradients.add_optimizer(Ref::to(optimizer_of(member(state, i))))) return false;
+        ends.push_back(gradients.all().size());
+    }
     // A fused step scales many elements sooner.
-    if (!gradients.take() || !gradients.is_small()) return false;
-    if (state->way == Way::kAdaptive) return clip_units(state, gradients, limit);
-    return clip_in_way(gradients, state->way, state->clip_to, limit, state->clipped);
+    if (!gradients.take() || !gradients.is_small() || (count > 1 && gradients.all().size() < ends[count - 1]))
+        return false;
+    if (state->way == Way::kAdaptive ? !clip_units(state, gradients, limit)
+                                     : !clip_in_way(gradients, state->way, state->clip_to, limit, state->clipped))
+        return false;
+    PyObject* const* const all = gradients.all().begin();
+    for (Py_ssize_t i = 0; i < count; ++i)
+        if (i != index && !member(state, i)->marks->hold(all + (i > 0 ? ends[i - 1] : 0), all + ends[i])) return false;
+    return true;
 }
 
 // Whether a step is taken while a backward pass runs, or nobody can tell.
@@ -126,21 +137,14 @@ bool in_backward() {
     return task == nullptr || PyLong_AsLong(task) != -1;
 }
 
-bool is_unscaled_optimizer(PyObject* optimizer) {
-    const Ref attributes = attributes_of(optimizer);
-    if (attributes == nullptr) PyErr_Clear();
-    return attributes != nullptr && is_unscaled(attributes);
-}
-
 // Whether an optimizer may step with what was clipped before: no gradient has changed since then.
 bool goes_on(const RoundState* state, Py_ssize_t index) {
-    const Py_ssize_t count = PyTuple_Size(state->members);
-    for (Py_ssize_t i = 0; i < count; ++i) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) {
         const Member* const each = member(state, i);
-        if (i != index && !each->stepped) continue;
-        const Ref optimizer = Ref::to(optimizer_of(each));
-        if (i == index && !is_unscaled_optimizer(optimizer)) return false;
-        if (!each->marks->are_same(optimizer)) return false;
+        if ((i == index || each->stepped) && !each->marks->are_same(Ref::to(optimizer_of(each)))) {
+            PyErr_Clear();  // it will be met again
+            return false;
+        }
     }
     return true;
 }
@@ -158,13 +162,9 @@ bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
     if (state->is_open && !(state->is_short && (own->stepped || goes_on(state, hooks->index)))) return false;
     if (state->is_open && own->stepped && !record(state)) return false;
     if (!state->is_open) {
-        if (!clip_all(state)) return false;
+        if (!clip_all(state, hooks->index)) return false;
         state->is_open = state->is_short = 1;
         state->opener = int(hooks->index);
-        for (Py_ssize_t i = 0; i < count; ++i) {
-            const Ref optimizer = Ref::to(optimizer_of(member(state, i)));
-            if (i != hooks->index && !member(state, i)->marks->take(optimizer, true)) return false;
-        }
     }
     own->is_short = own->running = 1;
     own->nested = 0;
@@ -195,7 +195,7 @@ PyObject* after_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     own->stepped = 1;
     bool all = true;
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) all = all && member(state, i)->stepped;
-    return (all ? record(state) : own->marks->take(args[0], false)) ? new_reference(Py_None) : nullptr;
+    return (all ? record(state) : own->marks->hold_again(args[0])) ? new_reference(Py_None) : nullptr;
 }
 
 // Types
