@@ -70,13 +70,11 @@ Batch& batch_of(PyObject* self) { return reinterpret_cast<BatchObject*>(self)->b
 
 // A new batch that fill(batch) fills; null, with an error set, if that returns false.
 template <class Fill> PyObject* make_batch(Fill fill) {
-    return guarded([&]() -> PyObject* {
-        BatchObject* const made = PyObject_New(BatchObject, batch_type);
-        if (made == nullptr) return nullptr;
-        Batch* const batch = new (&made->batch) Batch;
-        Ref self(reinterpret_cast<PyObject*>(made));
-        return fill(*batch) ? self.release() : nullptr;
-    });
+    BatchObject* const made = PyObject_New(BatchObject, batch_type);
+    if (made == nullptr) return nullptr;
+    Batch* const batch = new (&made->batch) Batch;
+    Ref self(reinterpret_cast<PyObject*>(made));
+    return fill(*batch) ? self.release() : nullptr;
 }
 
 PyObject* gather(PyObject* iterable, bool take_grad) {
@@ -144,20 +142,17 @@ PyObject* batch_norm(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Measure measure;
     if (!measure.read(args, count)) return nullptr;
     if (measure.loop() == nullptr) return measure.ask(batch.list_taken(), false).release();
-    return guarded([&]() -> PyObject* {
-        Memory memory;
-        if (!batch.tensors.read_again(memory, kEach)) return nullptr;
-        return PyFloat_FromDouble(memory.norm(measure.loop(), measure.finite));
-    });
+    Memory memory;
+    if (!batch.tensors.read_again(memory, kEach)) return nullptr;
+    return PyFloat_FromDouble(memory.norm(measure.loop(), measure.finite));
 }
 
 // The norms of the taken members, in order; false with an error set.
-bool measure_each(const Batch& batch, const Measure& measure, Numbers& norms) {
+bool measure_each(const Batch& batch, const Measure& measure, Memory& memory, Numbers& norms) {
     if (measure.loop() == nullptr) {
         const Ref answer = measure.ask(batch.list_taken(), true);
         return answer != nullptr && read_numbers(answer, batch.tensors.taken_count(), norms);
     }
-    Memory memory;
     if (!batch.tensors.read_again(memory, kEach)) return false;
     norms.resize(memory.size());
     memory.norms(measure.loop(), measure.finite, norms.begin());
@@ -177,12 +172,11 @@ PyObject* new_list(const Tensors& tensors, const Numbers& of_taken) {
 }
 
 PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject* {
-        Measure measure;
-        Numbers of_taken;
-        if (!measure.read(args, count) || !measure_each(batch_of(self), measure, of_taken)) return nullptr;
-        return new_list(batch_of(self).tensors, of_taken);
-    });
+    Measure measure;
+    Numbers of_taken;
+    Memory memory;
+    if (!measure.read(args, count) || !measure_each(batch_of(self), measure, memory, of_taken)) return nullptr;
+    return new_list(batch_of(self).tensors, of_taken);
 }
 
 // Changes the taken members for which wanted(i) holds, by one number or each by its own.
@@ -197,7 +191,7 @@ PyObject* change(const Batch& batch, Write Loops::* loop, const double* numbers,
 }
 
 PyObject* change_all(PyObject* self, Write Loops::* loop, double number) {
-    return guarded([&] { return change(batch_of(self), loop, &number, false, kEach); });
+    return change(batch_of(self), loop, &number, false, kEach);
 }
 
 PyObject* batch_scale(PyObject* self, PyObject* argument) {
@@ -209,14 +203,12 @@ PyObject* batch_scale(PyObject* self, PyObject* argument) {
 
 PyObject* batch_scale_each(PyObject* self, PyObject* argument) {
     const Tensors& tensors = batch_of(self).tensors;
-    return guarded([&]() -> PyObject* {
-        Numbers given, of_wanted;
-        if (!read_numbers(argument, tensors.all().size(), given)) return nullptr;
-        const auto wanted = [&](size_t i) { return given[i] != 1.0; };
-        for (size_t i = 0; i < tensors.all().size(); ++i)
-            if (tensors.is_taken(i) && wanted(i)) of_wanted.push_back(given[i]);
-        return change(batch_of(self), &Loops::scale, of_wanted.begin(), true, wanted);
-    });
+    Numbers given, of_wanted;
+    if (!read_numbers(argument, tensors.all().size(), given)) return nullptr;
+    const auto wanted = [&](size_t i) { return given[i] != 1.0; };
+    for (size_t i = 0; i < tensors.all().size(); ++i)
+        if (tensors.is_taken(i) && wanted(i)) of_wanted.push_back(given[i]);
+    return change(batch_of(self), &Loops::scale, of_wanted.begin(), true, wanted);
 }
 
 // clip_each_(limits, p, eps)
@@ -226,29 +218,27 @@ PyObject* batch_clip_each(PyObject* self, PyObject* const* args, Py_ssize_t coun
     double eps;
     Measure measure;
     if (!count_is(count, 3, 3) || !measure.read(args + 1, 1) || !read_number(args[2], eps)) return nullptr;
-    return guarded([&]() -> PyObject* {
-        Numbers given, coefs, norms;  // the last two of those that are taken; the first of these is the limits at first
-        const bool one = PyFloat_Check(args[0]);
-        if (!one && !read_numbers(args[0], tensors.all().size(), given)) return nullptr;
-        for (size_t i = 0; i < tensors.all().size(); ++i)
-            if (tensors.is_taken(i)) coefs.push_back(one ? PyFloat_AsDouble(args[0]) : given[i]);
-        norms.resize(coefs.size());
-        Memory memory;
-        if (measure.loop() == nullptr) {
-            norms.clear();
-            if (!measure_each(batch, measure, norms)) return nullptr;
-            for (size_t i = 0; i < norms.size(); ++i) coefs[i] = clip_coef_of(coefs[i], norms[i], eps);
-            if (!tensors.read_again(memory, kEach)) return nullptr;
-            memory.write(&Loops::scale, coefs.begin(), true);
-        } else {
-            if (!tensors.read_again(memory, kEach)) return nullptr;
-            memory.clip_each(measure.loop(), coefs.begin(), eps, norms.begin());
-        }
-        size_t next = 0;
-        const auto changed = [&](size_t i) { return tensors.is_taken(i) && coefs[next++] != 1.0; };
-        Ref list = batch.list(changed);
-        return bump_versions(list) ? new_list(tensors, norms) : nullptr;
-    });
+    Numbers given, coefs, norms;  // the last two of those that are taken; the first of these is the limits at first
+    const bool one = PyFloat_Check(args[0]);
+    if (!one && !read_numbers(args[0], tensors.all().size(), given)) return nullptr;
+    for (size_t i = 0; i < tensors.all().size(); ++i)
+        if (tensors.is_taken(i)) coefs.push_back(one ? PyFloat_AsDouble(args[0]) : given[i]);
+    norms.resize(coefs.size());
+    Memory memory;
+    if (measure.loop() == nullptr) {
+        norms.clear();
+        if (!measure_each(batch, measure, memory, norms)) return nullptr;
+        for (size_t i = 0; i < norms.size(); ++i) coefs[i] = clip_coef_of(coefs[i], norms[i], eps);
+        if (!tensors.read_again(memory, kEach)) return nullptr;
+        memory.write(&Loops::scale, coefs.begin(), true);
+    } else {
+        if (!tensors.read_again(memory, kEach)) return nullptr;
+        memory.clip_each(measure.loop(), coefs.begin(), eps, norms.begin());
+    }
+    size_t next = 0;
+    const auto changed = [&](size_t i) { return tensors.is_taken(i) && coefs[next++] != 1.0; };
+    Ref list = batch.list(changed);
+    return bump_versions(list) ? new_list(tensors, norms) : nullptr;
 }
 
 PyObject* batch_clamp(PyObject* self, PyObject* argument) {
@@ -288,24 +278,26 @@ PyObject* batch_count(PyObject* self, void*) { return PyLong_FromSsize_t(batch_o
 PyObject* batch_subclassed(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).has_subclass); }
 
 PyMethodDef batch_methods[] = {
-    {"norm", function(batch_norm), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},
-    {"norms", function(batch_norms), METH_FASTCALL, "norms(p, finite=False): of each tensor"},
-    {"scale_", batch_scale, METH_O, "scale_(clip_coef): multiply in place"},
-    {"scale_each_", batch_scale_each, METH_O, "scale_each_(clip_coefs): multiply each by its own number"},
-    {"clip_each_", function(batch_clip_each), METH_FASTCALL,
+    {"norm", function<batch_norm>(), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},
+    {"norms", function<batch_norms>(), METH_FASTCALL, "norms(p, finite=False): of each tensor"},
+    {"scale_", function<batch_scale>(), METH_O, "scale_(clip_coef): multiply in place"},
+    {"scale_each_", function<batch_scale_each>(), METH_O, "scale_each_(clip_coefs): multiply each by its own number"},
+    {"clip_each_", function<batch_clip_each>(), METH_FASTCALL,
      "clip_each_(limits, p, eps): scale each to its own limit, a number for all or one for each; the norms before"},
-    {"clamp_", batch_clamp, METH_O, "clamp_(limit): to [-limit, limit], in place"},
-    {"zero_nonfinite_", batch_zero_nonfinite, METH_NOARGS, "zero_nonfinite_(): 0 for what is infinite or nan"},
+    {"clamp_", function<batch_clamp>(), METH_O, "clamp_(limit): to [-limit, limit], in place"},
+    {"zero_nonfinite_", function<batch_zero_nonfinite>(), METH_NOARGS,
+     "zero_nonfinite_(): 0 for what is infinite or nan"},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyGetSetDef batch_attributes[] = {
-    {"all", batch_all, nullptr, "the distinct tensors, in order", nullptr},
-    {"facts", batch_facts, nullptr, "what callers need to know of them", nullptr},
-    {"taken", batch_taken, nullptr, "those that the kernel takes, as a batch", nullptr},
-    {"rest", batch_rest, nullptr, "those that the kernel does not take", nullptr},
-    {"count", batch_count, nullptr, "the number of items seen", nullptr},
-    {"subclassed", batch_subclassed, nullptr, "whether an item is neither plain Tensor nor Parameter", nullptr},
+    {"all", Guarded<batch_all>::call, nullptr, "the distinct tensors, in order", nullptr},
+    {"facts", Guarded<batch_facts>::call, nullptr, "what callers need to know of them", nullptr},
+    {"taken", Guarded<batch_taken>::call, nullptr, "those that the kernel takes, as a batch", nullptr},
+    {"rest", Guarded<batch_rest>::call, nullptr, "those that the kernel does not take", nullptr},
+    {"count", Guarded<batch_count>::call, nullptr, "the number of items seen", nullptr},
+    {"subclassed", Guarded<batch_subclassed>::call, nullptr, "whether an item is neither plain Tensor nor Parameter",
+     nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 

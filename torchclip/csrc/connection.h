@@ -154,7 +154,19 @@ bool count_is(Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
     return false;
 }
 
-using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-PyCFunction function(Fast fast) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast)); }
+// What Python calls goes through here: C++ that runs out of memory would end the process otherwise.
+template <auto work> struct Guarded;
+template <class... Args, PyObject* (*work)(Args...)> struct Guarded<work> {
+    static PyObject* call(Args... args) {
+        try {
+            return work(args...);
+        } catch (const std::bad_alloc&) {
+            return PyErr_NoMemory();
+        }
+    }
+};
+template <auto work> PyCFunction function() {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Guarded<work>::call));
+}
 
 }  // namespace

@@ -16,10 +16,11 @@ namespace {
 // What the processor can do, and the operating system saves of its registers.  Asked directly, as some toolchains
 // answer no to every __builtin_cpu_supports.
 struct Processor {
-    bool has_avx2 = false, has_avx512 = false;
+    bool has_avx2 = false, has_avx512 = false, is_amd = false;
 
     Processor() {
         unsigned a, b, c, d;
+        is_amd = __get_cpuid(0, &a, &b, &c, &d) && b == 0x68747541;  // "Auth" of "AuthenticAMD"
         if (!__get_cpuid(1, &a, &b, &c, &d)) return;
         const bool has_fma = c >> 12 & 1, has_xgetbv = c >> 27 & 1, has_avx = c >> 28 & 1;
         if (!has_fma || !has_xgetbv || !has_avx || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
@@ -65,6 +66,8 @@ bool use_instruction_set(const char* name) {
     const auto wanted = [name](const char* set) { return name == nullptr || std::strcmp(name, set) == 0; };
 #ifdef HAVE_X86_TARGETS
     static const Processor processor;
+    // So a norm of 600 MB takes 15 % less time on an EPYC with Zen 5; on a Xeon, fetching each line is at the floor.
+    follows_pages = processor.is_amd;
     if (processor.has_avx512 && wanted("avx512")) {
         use_loops<Avx512>(Dtypes());
         if (name == nullptr) spare_few<Avx2>(Dtypes());

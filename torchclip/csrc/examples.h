@@ -131,26 +131,24 @@ PyObject* clip_per_example(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 2, 2)) return nullptr;
     const double max_norm = read_threshold(args[1]);
     if (!(max_norm >= 0) || !PyList_CheckExact(args[0])) return unusual();
-    return guarded([&]() -> PyObject* {
-        References tensors;
-        Examples examples;
-        collect_list(args[0], [&](Ref item) { return tensors.take(std::move(item)), true; });
-        if (!is_usable() || !examples.read(tensors)) return unusual();
-        const int threads = usable_threads(examples.elements());
-        double clipped = 0;
-        {
-            const WithoutGil unlocked(examples.elements());
-            std::vector<double> clip_coefs = examples.norms(threads);
-            for (double& coef : clip_coefs) {
-                coef = clip_coef_of(max_norm, coef);
-                clipped += !(coef >= 1);
-            }
-            examples.add_up(clip_coefs, threads);
+    References tensors;
+    Examples examples;
+    collect_list(args[0], [&](Ref item) { return tensors.take(std::move(item)), true; });
+    if (!is_usable() || !examples.read(tensors)) return unusual();
+    const int threads = usable_threads(examples.elements());
+    double clipped = 0;
+    {
+        const WithoutGil unlocked(examples.elements());
+        std::vector<double> clip_coefs = examples.norms(threads);
+        for (double& coef : clip_coefs) {
+            coef = clip_coef_of(max_norm, coef);
+            clipped += !(coef >= 1);
         }
-        const Ref sums = examples.sums(), number(new_tensor<int64_t>(kInt, &clipped, 1, 0));
-        if (sums == nullptr || number == nullptr) return nullptr;
-        return PyTuple_Pack(2, static_cast<PyObject*>(sums), static_cast<PyObject*>(number));
-    });
+        examples.add_up(clip_coefs, threads);
+    }
+    const Ref sums = examples.sums(), number(new_tensor<int64_t>(kInt, &clipped, 1, 0));
+    if (sums == nullptr || number == nullptr) return nullptr;
+    return PyTuple_Pack(2, static_cast<PyObject*>(sums), static_cast<PyObject*>(number));
 }
 
 }  // namespace

@@ -7,15 +7,6 @@
 
 namespace {
 
-// Runs a function that may run out of memory.
-template <class Work> PyObject* guarded(Work work) {
-    try {
-        return work();
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    }
-}
-
 // None, for a `Batch` to be made, if no error is set.
 PyObject* unusual() { return PyErr_Occurred() == nullptr ? new_reference(Py_None) : nullptr; }
 
@@ -42,14 +33,12 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const double max_norm = read_threshold(args[1]), p = read_threshold(args[2]);
     const bool is_flag = args[3] == Py_False || args[3] == Py_True;  // a norm that is not finite is not usual
     if (!(max_norm >= 0) || p != 2 || !is_flag || args[4] != Py_None) return unusual();
-    return guarded([&]() -> PyObject* {
-        Gradients gradients;
-        Clipped clipped;
-        if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || !clip(gradients, max_norm, clipped))
-            return unusual();
-        use_up(args[0]);
-        return new_scalar(clipped.norm, gradients.is_double());
-    });
+    Gradients gradients;
+    Clipped clipped;
+    if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || !clip(gradients, max_norm, clipped))
+        return unusual();
+    use_up(args[0]);
+    return new_scalar(clipped.norm, gradients.is_double());
 }
 
 // clip_grad_value(parameters, clip_value)
@@ -57,13 +46,11 @@ PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 2, 2)) return nullptr;
     const double clip_value = read_threshold(args[1]);
     if (!(clip_value >= 0)) return unusual();
-    return guarded([&]() -> PyObject* {
-        Gradients gradients;
-        if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || gradients.is_complex()) return unusual();
-        if (!gradients.clamp(clip_value)) return nullptr;
-        use_up(args[0]);
-        return new_reference(Py_True);
-    });
+    Gradients gradients;
+    if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || gradients.is_complex()) return unusual();
+    if (!gradients.clamp(clip_value)) return nullptr;
+    use_up(args[0]);
+    return new_reference(Py_True);
 }
 
 // clip_grad_each(parameters, limit, norm_type, is_rms): of its norm, or of its root mean square
@@ -73,15 +60,13 @@ PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const auto loop = loop_of(read_threshold(args[2]));
     const bool is_rms = args[3] == Py_True;
     if (!(limit >= 0) || loop == nullptr) return unusual();
-    return guarded([&]() -> PyObject* {
-        Gradients gradients;
-        if (!is_usable() || !gradients.add(args[0]) || !gradients.take()) return unusual();
-        Numbers before, clip_coefs;
-        if (!gradients.clip_each(loop, limit, is_rms, before, clip_coefs)) return nullptr;
-        use_up(args[0]);
-        const auto make = gradients.is_double() ? new_tensor<double> : new_tensor<float>;
-        return make(kFloat, before.begin(), int64_t(before.size()), 1);
-    });
+    Gradients gradients;
+    if (!is_usable() || !gradients.add(args[0]) || !gradients.take()) return unusual();
+    Numbers before, clip_coefs;
+    if (!gradients.clip_each(loop, limit, is_rms, before, clip_coefs)) return nullptr;
+    use_up(args[0]);
+    const auto make = gradients.is_double() ? new_tensor<double> : new_tensor<float>;
+    return make(kFloat, before.begin(), int64_t(before.size()), 1);
 }
 
 }  // namespace

@@ -162,6 +162,7 @@ class Gradients {
 
     // The norm of order 2 of all of them as one vector.
     bool measure(double& norm) {
+        if (!is_fresh()) return false;
         norm = memory_.norm(&Loops::sum_squares, false);
         is_stale_ = memory_.releases_gil();
         return norm >= 0 && std::isfinite(norm);
@@ -170,7 +171,8 @@ class Gradients {
     // Scales each to its own limit: of its norm, or of its root mean square.  `before` gets these as they were, and
     // `clip_coefs` what each was multiplied by.
     bool clip_each(Read Loops::* loop, double limit, bool is_rms, Numbers& before, Numbers& clip_coefs) {
-        if (is_stale_ && !read_again()) return false;
+        if (!is_fresh()) return false;
+        is_stale_ = true;
         const auto root_of_count = [&](size_t i) {
             return is_rms ? std::sqrt(double(std::max(size_t(1), elements(i)))) : 1.0;
         };
@@ -198,8 +200,13 @@ class Gradients {
     bool clamp(double limit) { return change(&Loops::clamp, limit); }
 
   private:
+    // Whether no Python code has run since memory was read, be it another thread's; else it is read again.  False, with
+    // an error set, for an error.
+    bool is_fresh() { return !is_stale_ || read_again(); }
+
     bool change(Write Loops::* loop, double number) {
-        if (is_stale_ && !read_again()) return false;
+        if (!is_fresh()) return false;
+        is_stale_ = true;
         return !memory_.write(loop, &number, false) || tensors_.bump_versions(kEach);
     }
 };

@@ -10,20 +10,34 @@ namespace {
 // Sums run in this many lanes whatever the instruction set, so that all give the same bits.
 constexpr size_t kLanes = 32;
 
-// Calls visit(i, lane) for every element i of x, and has the memory fetched that is needed soon, into the second cache.
 // Left alone, processors look ahead as far as their queue of instructions reaches, which is not far where every element
-// takes several of them.  A short x is used up before anything fetched could arrive.
-constexpr size_t kPrefetchDistance = 6 * 1024, kCacheLine = 64;  // bytes
-template <class T, class Visit> INLINE void for_each(const T* x, size_t n, Visit visit) {
+// takes several of them; so memory that is needed soon is fetched into the second cache.  Some need to be told of each
+// line; others follow a page by themselves, once its first lines were asked for.  Set by dispatch.h.
+bool follows_pages = false;
+constexpr size_t kCacheLine = 64, kPage = 4096;  // bytes
+
+// Calls visit(i, lane) for elements of x, and every `kEvery` of them has so many lines fetched that lie `kDistance`
+// bytes ahead.  Returns how many elements were visited: none of a short x, which is used up before anything fetched
+// could arrive.
+template <size_t kEvery, size_t kLines, size_t kDistance, class T, class Visit>
+INLINE size_t visit_ahead(const T* x, size_t n, Visit visit) {
     size_t i = 0;
 #ifdef __GNUC__
-    for (; n * sizeof(T) > kPrefetchDistance && i + kLanes <= n; i += kLanes) {
-        const uintptr_t ahead = reinterpret_cast<uintptr_t>(x + i) + kPrefetchDistance;
-        for (size_t byte = 0; byte < kLanes * sizeof(T); byte += kCacheLine)
-            __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, 2);
-        for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
+    for (; n * sizeof(T) > kDistance && i + kEvery <= n;) {
+        const uintptr_t ahead = reinterpret_cast<uintptr_t>(x + i) + kDistance;
+        for (size_t line = 0; line < kLines; ++line)
+            __builtin_prefetch(reinterpret_cast<const void*>(ahead + line * kCacheLine), 0, 2);
+        for (const size_t end = i + kEvery; i < end; i += kLanes)
+            for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
     }
 #endif
+    return i;
+}
+
+// Calls visit(i, lane) for every element i of x.
+template <class T, class Visit> INLINE void for_each(const T* x, size_t n, bool by_page, Visit visit) {
+    size_t i = by_page ? visit_ahead<kPage / sizeof(T), 2, 2 * kPage>(x, n, visit)
+                       : visit_ahead<kLanes, kLanes * sizeof(T) / kCacheLine, 6 * 1024>(x, n, visit);
     for (; i + kLanes <= n; i += kLanes)
         for (size_t j = 0; j < kLanes; ++j) visit(i + j, j);
     for (size_t j = 0; i < n; ++i, ++j) visit(i, j);
@@ -43,7 +57,7 @@ template <class T, class Add> INLINE double sum_lanes(const T* x, size_t n, Add 
     // Half by half: for all at once compilers take an instruction that needs longer to start than a short sum.
     for (size_t j = 0; j < kLanes / 2; ++j) lanes[j] = 0;
     for (size_t j = kLanes / 2; j < kLanes; ++j) lanes[j] = 0;
-    for_each(x, n, [&](size_t i, size_t lane) { lanes[lane] = add(lanes[lane], widen(x[i])); });
+    for_each(x, n, follows_pages, [&](size_t i, size_t lane) { lanes[lane] = add(lanes[lane], widen(x[i])); });
     return fold_lanes<kLanes>(lanes);
 }
 
@@ -66,20 +80,21 @@ template <class T> INLINE double sum_magnitudes(const T* x, size_t n) {
 template <class T> INLINE double largest(const T* x, size_t n) {
     using Int = typename Bits<T>::type;
     Int lanes[kLanes] = {};
-    for_each(x, n, [&](size_t i, size_t lane) { lanes[lane] = std::max(lanes[lane], magnitude(x[i])); });
+    for_each(x, n, follows_pages, [&](size_t i, size_t lane) { lanes[lane] = std::max(lanes[lane], magnitude(x[i])); });
     for (size_t half = kLanes / 2; half > 0; half /= 2)
         for (size_t j = 0; j < half; ++j) lanes[j] = std::max(lanes[j], lanes[j + half]);
     return widen(bit_cast<T>(lanes[0]));
 }
 
+// Where memory is written, too, to fetch each line is faster everywhere.
 template <class T> INLINE void scale(T* x, size_t n, double clip_coef) {
     const float single = float(clip_coef);
     if constexpr (sizeof(T) < sizeof clip_coef) {
         // In float, as torch multiplies all but double, unless the coefficient is too small for one.
         if (std::isnormal(single))
-            return for_each(x, n, [=](size_t i, size_t) { x[i] = nearest<T>(to_float(x[i]) * single); });
+            return for_each(x, n, false, [=](size_t i, size_t) { x[i] = nearest<T>(to_float(x[i]) * single); });
     }
-    for_each(x, n, [=](size_t i, size_t) { x[i] = narrow<T>(widen(x[i]) * clip_coef); });
+    for_each(x, n, false, [=](size_t i, size_t) { x[i] = narrow<T>(widen(x[i]) * clip_coef); });
 }
 
 // Rows of n numbers, `step` bytes from one to the next: a call for each would cost as much again, where they are short.

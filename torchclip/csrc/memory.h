@@ -17,6 +17,7 @@ constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kShared = 16;
 constexpr size_t kSmallElements = size_t(1) << 19;  // of Facts.SMALL
 constexpr double kAbsent = -1.0;                    // the norm of no elements at all
 constexpr size_t kChunk = 16 * 1024;                // elements; sums are added chunk by chunk, in order
+constexpr size_t kBuffer = 2048;                    // bytes on the stack, for elements with gaps between them
 constexpr size_t kChunkCost = 256;                  // what starting a chunk costs, in elements
 
 // Joins what two chunks gave; kAbsent changes nothing.
@@ -223,7 +224,7 @@ class Memory {
 
     template <bool write, class Inner> void buffered(const Layout& layout, size_t start, size_t n, Inner inner) const {
         const DtypeFacts& dtype = kDtypes[layout.dtype];
-        alignas(64) char buffer[4096];
+        alignas(64) char buffer[kBuffer];
         const size_t room = sizeof buffer / dtype.item, end = start + n;
         for (; start < end; start += room) {
             const size_t length = std::min(room, end - start);

@@ -72,10 +72,13 @@ bool replaces_attributes(PyTypeObject* type) {
 // again gives its parameters again.
 template <class Take> class ModuleWalk {
     // Torch's code ends a circle of modules; and where modules are shared on many levels, it meets each but once.
-    static constexpr int kDeepest = 64, kMostModules = 1 << 16, kMostTypes = 16;
+    static constexpr size_t kDeepest = 64, kMostModules = 1 << 16, kMostTypes = 16;
     Take take_;
     PyTypeObject* types_[kMostTypes];  // looked at in this walk
-    int type_count_ = 0, module_count_ = 0;
+    size_t type_count_ = 0, module_count_ = 0;
+    // On each level, a dictionary of modules, and the place in it.  Recursion would need more of the stack.
+    References children_;
+    Room<Py_ssize_t, kDeepest> places_;
 
     bool has_looked_at(PyTypeObject* type) const {
         return std::find(types_, types_ + type_count_, type) != types_ + type_count_;
@@ -91,15 +94,17 @@ template <class Take> class ModuleWalk {
         return true;
     }
 
-    bool visit(PyObject* module, int depth) {
-        if (depth == kDeepest || ++module_count_ > kMostModules) return false;
+    // Takes the parameters of a module itself, and takes note of the modules below it.
+    bool enter(PyObject* module) {
+        const bool is_first = ++module_count_ == 1;
+        if (places_.size() == kDeepest || module_count_ > kMostModules) return false;
         if (!has_looked_at(Py_TYPE(module)) && !(is_module(module) && look_at(Py_TYPE(module)))) return false;
         const Ref attributes = attributes_of(module);
         if (attributes == nullptr || !lacks(attributes, modules.names.named_modules)) return false;
-        if (depth == 0 && !has_torchs_members(module, attributes)) return false;
+        if (is_first && !has_torchs_members(module, attributes)) return false;
         const Ref parameters = own_attribute(attributes, modules.names.own_parameters);
         if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
-        const Ref children = own_attribute(attributes, modules.names.own_modules);
+        Ref children = own_attribute(attributes, modules.names.own_modules);
         if (children == nullptr || !PyDict_CheckExact(children)) return false;
         Py_ssize_t place = 0;
         PyObject* value;
@@ -107,12 +112,8 @@ template <class Take> class ModuleWalk {
             if (value != Py_None && !take_(Ref::to(value))) return false;
         }
         if (PyDict_Size(children) == 0) return true;
-        place = 0;
-        while (PyDict_Next(children, &place, nullptr, &value)) {
-            if (value == Py_None) continue;
-            const Ref child = Ref::to(value);
-            if (!visit(child, depth + 1)) return false;
-        }
+        children_.take(std::move(children));
+        places_.push_back(0);
         return true;
     }
 
@@ -127,7 +128,20 @@ template <class Take> class ModuleWalk {
   public:
     explicit ModuleWalk(Take take) : take_(take) {}
 
-    bool collect(PyObject* module) { return visit(module, 0); }
+    bool collect(PyObject* module) {
+        if (!enter(module)) return false;
+        while (places_.size() > 0) {
+            const size_t level = places_.size() - 1;
+            PyObject* child;
+            if (!PyDict_Next(children_[level], &places_[level], nullptr, &child)) {
+                places_.pop_back();
+                children_.drop_last();
+            } else if (child != Py_None && !enter(Ref::to(child))) {
+                return false;
+            }
+        }
+        return true;
+    }
 };
 
 // Whether an object is a module whose `parameters()` is torch's own.  Lists of parameters are taken as lists.

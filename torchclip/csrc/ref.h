@@ -63,6 +63,8 @@ class References {
         object.release();
     }
 
+    void drop_last() { Py_DECREF(objects_.pop_back()); }
+
     // Gives all references back, which can run user code.
     void clear() {
         while (objects_.size() > 0) Py_DECREF(objects_.pop_back());

@@ -77,7 +77,7 @@ struct Rows {
     template <bool write, class Inner> void visit(size_t index, Inner inner) const {
         const DtypeFacts& dtype = kDtypes[row.dtype];
         const Layout layout = at(index);
-        alignas(64) char buffer[4096];
+        alignas(64) char buffer[kBuffer];
         const size_t most = row.axes == 0 ? kChunk : sizeof buffer / dtype.item;
         for (size_t start = 0; start < row.count; start += most) {
             const size_t n = std::min(most, row.count - start);
@@ -239,13 +239,11 @@ PyObject* clip_grad_adaptive(PyObject*, PyObject* const* args, Py_ssize_t count)
     const double grad_scale = read_threshold(args[4]);
     const auto loop = loop_of(read_threshold(args[3]));
     if (!(clip_factor >= 0) || !(eps >= 0) || !(grad_scale >= 0) || loop == nullptr) return unusual();
-    return guarded([&]() -> PyObject* {
-        Units units;
-        if (!is_usable() || !units.add(args[0], false) || !units.take(loop)) return unusual();
-        if (!units.clip(loop, clip_factor, eps, grad_scale)) return nullptr;
-        use_up(args[0]);
-        return new_reference(Py_True);
-    });
+    Units units;
+    if (!is_usable() || !units.add(args[0], false) || !units.take(loop)) return unusual();
+    if (!units.clip(loop, clip_factor, eps, grad_scale)) return nullptr;
+    use_up(args[0]);
+    return new_reference(Py_True);
 }
 
 }  // namespace

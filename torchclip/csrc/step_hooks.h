@@ -175,11 +175,9 @@ bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
 PyObject* before_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 3, 3)) return nullptr;
     auto* const hooks = reinterpret_cast<Hooks*>(self);
-    return guarded([&]() -> PyObject* {
-        if (hooks->before == nullptr || begin_usual_step(hooks, args[1], args[2])) return new_reference(Py_None);
-        if (PyErr_Occurred() != nullptr) return nullptr;
-        return PyObject_CallFunctionObjArgs(hooks->before, args[0], args[1], args[2], nullptr);
-    });
+    if (hooks->before == nullptr || begin_usual_step(hooks, args[1], args[2])) return new_reference(Py_None);
+    if (PyErr_Occurred() != nullptr) return nullptr;
+    return PyObject_CallFunctionObjArgs(hooks->before, args[0], args[1], args[2], nullptr);
 }
 
 // after_step(optimizer, args, kwargs)
@@ -201,11 +199,12 @@ PyObject* after_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 // Types
 
 PyObject* new_member(PyObject* optimizer) {
-    PyObject* const made = PyType_GenericAlloc(member_type, 0);
+    Ref made(PyType_GenericAlloc(member_type, 0));
     if (made == nullptr) return nullptr;
-    reinterpret_cast<Member*>(made)->optimizer = new_reference(optimizer);
-    reinterpret_cast<Member*>(made)->marks = new Marks;
-    return made;
+    auto* const member = reinterpret_cast<Member*>(static_cast<PyObject*>(made));
+    member->optimizer = new_reference(optimizer);
+    member->marks = new Marks;
+    return made.release();
 }
 
 void free_member(PyObject* self) {
@@ -233,18 +232,18 @@ PyObject* member_changed(PyObject* self, PyObject*) {
 PyObject* new_round(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject *clip_to, *optimizers;
     if (!PyArg_ParseTuple(args, "OO!", &clip_to, &PyTuple_Type, &optimizers)) return nullptr;
-    PyObject* const members = PyTuple_New(PyTuple_Size(optimizers));
+    Ref members(PyTuple_New(PyTuple_Size(optimizers)));
     for (Py_ssize_t i = 0; members != nullptr && i < PyTuple_Size(optimizers); ++i) {
         PyObject* const made = new_member(PyTuple_GetItem(optimizers, i));
-        if (made == nullptr) return Py_DECREF(members), nullptr;
+        if (made == nullptr) return nullptr;
         PyTuple_SetItem(members, i, made);
     }
     PyObject* const made = members == nullptr ? nullptr : PyType_GenericAlloc(type, 0);
-    if (made == nullptr) return Py_XDECREF(members), nullptr;
+    if (made == nullptr) return nullptr;
     auto* const state = reinterpret_cast<RoundState*>(made);
     state->clip_to = new_reference(clip_to);
     state->way = way_of(clip_to);
-    state->members = members;
+    state->members = members.release();
     state->loss = new_reference(Py_None);
     return made;
 }
@@ -267,16 +266,16 @@ PyObject* round_keep_records(PyObject* self, PyObject* const* args, Py_ssize_t c
     if (!count_is(count, 2, 2)) return nullptr;
     if (!PyList_CheckExact(args[0])) return PyErr_Format(PyExc_TypeError, "rows must be a list");
     auto* const state = reinterpret_cast<RoundState*>(self);
-    for (PyObject* each : {state->pending, state->full}) Py_XDECREF(each);
-    state->pending = new_reference(args[0]);
-    state->full = new_reference(args[1]);
+    // Giving a reference back can run user code, which must find the new ones.
+    const Ref before[] = {Ref(std::exchange(state->pending, new_reference(args[0]))),
+                          Ref(std::exchange(state->full, new_reference(args[1])))};
     return new_reference(Py_None);
 }
 
 // hooks(index, before, after): the two functions to call around each step of an optimizer
 PyObject* round_hooks(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    static PyMethodDef before = {"before_step", function(before_step), METH_FASTCALL, nullptr};
-    static PyMethodDef after = {"after_step", function(after_step), METH_FASTCALL, nullptr};
+    static PyMethodDef before = {"before_step", function<before_step>(), METH_FASTCALL, nullptr};
+    static PyMethodDef after = {"after_step", function<after_step>(), METH_FASTCALL, nullptr};
     if (!count_is(count, 3, 3)) return nullptr;
     const Py_ssize_t index = PyLong_AsSsize_t(args[0]);
     auto* const state = reinterpret_cast<RoundState*>(self);
@@ -327,8 +326,8 @@ PyMemberDef member_members[] = {
     {nullptr, 0, 0, 0, nullptr},
 };
 PyMethodDef member_methods[] = {
-    {"mark", function(member_mark), METH_FASTCALL, "mark(sample): take note of the gradients as they are"},
-    {"changed", member_changed, METH_NOARGS, "changed(): the gradients that are not the same any more"},
+    {"mark", function<member_mark>(), METH_FASTCALL, "mark(sample): take note of the gradients as they are"},
+    {"changed", function<member_changed>(), METH_NOARGS, "changed(): the gradients that are not the same any more"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyType_Slot member_slots[] = {
@@ -350,16 +349,17 @@ PyMemberDef round_members[] = {
     {nullptr, 0, 0, 0, nullptr},
 };
 PyMethodDef round_methods[] = {
-    {"hooks", function(round_hooks), METH_FASTCALL,
+    {"hooks", function<round_hooks>(), METH_FASTCALL,
      "hooks(index, before, after): the two functions to call around each step of an optimizer"},
-    {"record", round_does<record>, METH_NOARGS, "record(): record the round that was clipped here, and end it"},
-    {"keep_records", function(round_keep_records), METH_FASTCALL,
+    {"record", function<round_does<record>>(), METH_NOARGS,
+     "record(): record the round that was clipped here, and end it"},
+    {"keep_records", function<round_keep_records>(), METH_FASTCALL,
      "keep_records(rows, full): where to put records, and what to call when there are many"},
-    {"flush", round_does<flush>, METH_NOARGS, "flush(): put the records there now"},
+    {"flush", function<round_does<flush>>(), METH_NOARGS, "flush(): put the records there now"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyType_Slot round_slots[] = {
-    {Py_tp_new, reinterpret_cast<void*>(new_round)},
+    {Py_tp_new, reinterpret_cast<void*>(Guarded<new_round>::call)},
     {Py_tp_members, round_members},
     {Py_tp_methods, round_methods},
     {Py_tp_dealloc, reinterpret_cast<void*>(free_round)},

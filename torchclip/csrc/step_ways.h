@@ -60,7 +60,7 @@ bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
 // What a norm was multiplied by, as torchclip.clipper.rules.ratio has it.  To tell autograd of the change may have run
 // Python code, so memory is read again.  The norm may be NaN now, as weights may be: the step was clipped all the same.
 bool measure_again(Gradients& gradients, Clipped& clipped) {
-    double after;
+    double after = 0;
     if (!gradients.read_again()) return false;
     gradients.measure(after);
     clipped.coef = after == clipped.norm || clipped.norm == 0 ? 1.0 : std::min(1.0, after / clipped.norm);
