@@ -311,8 +311,10 @@ def _read_verdicts(state: _State, wait: bool) -> None:
 def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: float) -> Array:
     """The joint norms, once the heads are known."""
     if not _are_many(group):
-        rows = heads.norms if count <= SLOTS else _gather(group, sent)
-        return integer_sums.join(rows[:, :count], p)
+        rows = heads.norms[:, :count] if count <= SLOTS else _gather(group, sent)
+        if isinstance(rows, Tensor) or count > SLOTS:
+            return integer_sums.join(rows, p)
+        return np.array([integer_sums.join_few(column, p) for column in rows.T.tolist()])
     leading = heads.norms
     if count > SLOTS:
         leading = integer_sums.leading(_reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX), p)

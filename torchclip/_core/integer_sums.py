@@ -16,6 +16,7 @@ All functions take NumPy arrays, which are faster for few numbers, or tensors, f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from torchclip._core.scalars import ABSENT
 
-__all__ = ["join", "keys", "largest", "leading", "root", "terms"]
+__all__ = ["join", "join_few", "keys", "largest", "leading", "root", "terms"]
 
 Array = Any
 """A NumPy array or a tensor, of float64 or int64."""
@@ -97,6 +98,28 @@ def join(norms: Array, p: float) -> Array:
         return leads
     high, low = _limbs(norms, leads, p)
     return root(leads, high.sum(0), low.sum(0), p)
+
+
+def join_few(norms: Sequence[float], p: float) -> float:
+    """``join`` of a few numbers, with the same bits in a tenth of the time for the orders 1 and 2."""
+    if p not in (1, 2):
+        with np.errstate(all="ignore"):
+            # Along an axis: NumPy does not round the powers of single numbers like those of arrays.
+            return float(join(np.array(norms).reshape(-1, 1), p)[0])
+    leads = max(norms)
+    if sum(norms) != sum(norms):  # only if one of them is NaN
+        return math.nan
+    if not 0 < leads < math.inf:
+        return leads
+    high = low = 0
+    for norm in norms:
+        if norm > 0:
+            power = _power(norm / leads, p) * _LIMB
+            whole = math.floor(power)
+            high += whole
+            low += math.floor((power - whole) * _LIMB)
+    total = (high + low / _LIMB) / _LIMB
+    return leads * (total if p == 1 else math.sqrt(total))
 
 
 def largest(array: Array) -> Array:

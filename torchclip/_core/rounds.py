@@ -349,5 +349,4 @@ def joined(norms: Sequence[Norm], p: float) -> Norm:
     device = device_of(present)
     if device is not None:
         return cast("Tensor", integer_sums.join(on_device(present, device), p))
-    with np.errstate(all="ignore"):
-        return float(integer_sums.join(np.array(present), p))
+    return integer_sums.join_few(cast("list[float]", present), p)
