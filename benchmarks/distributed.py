@@ -9,7 +9,8 @@ functions take turns, on gradients of ones.  It prints medians of the slowest ra
 profiler counts the collectives.
 
 ``exchange`` joins one norm from each rank, and 1,000 from each, in both ways: with a gather, and with two
-reductions.  For comparison it also measures a gather into a list with a tensor for each rank.
+reductions.  For comparison it also measures what torch does, one reduction of float32 sums, and what torchclip
+0.1.0 did, a gather into a list with a tensor for each rank.
 
 ``fake`` is one rank of many, on a process group from torch's testing modules that sends nothing.  It measures
 the CPU time of a whole call.  The page docs/distributed.md adds the network's time.
@@ -154,6 +155,13 @@ def by_list(norms: list[float]) -> None:
         torch.linalg.vector_norm(rows[:, :-1], dim=0)
 
 
+def by_torch(norms: list[float]) -> None:
+    """As DTensor's ``full_tensor()`` does it: without anything that shows whether ranks are in step."""
+    powers = torch.tensor(norms) ** 2
+    dist.all_reduce(powers)
+    powers.sqrt_().tolist()
+
+
 def by_exchange(norms: list[float]) -> None:
     """The way of torchclip."""
     call = collectives.Call(collectives.Kind.MEASURE, 2.0)
@@ -162,8 +170,19 @@ def by_exchange(norms: list[float]) -> None:
     call.finish()
 
 
-# From how many ranks on there are two reductions.
-WAYS = {"list": None, "gather": 1 << 30, "reductions": 2}
+def by_gather(norms: list[float]) -> None:
+    """As among few ranks."""
+    collectives.MANY = 1 << 30
+    by_exchange(norms)
+
+
+def by_reductions(norms: list[float]) -> None:
+    """As among many."""
+    collectives.MANY = 2
+    by_exchange(norms)
+
+
+WAYS = {"torch": by_torch, "list": by_list, "gather": by_gather, "reductions": by_reductions}
 
 
 def exchange(rank: int, ranks: int, store: str, counts: list[int], result: str) -> None:
@@ -173,11 +192,10 @@ def exchange(rank: int, ranks: int, store: str, counts: list[int], result: str) 
         for count in counts:
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(ROUNDS):
-                for way, many in WAYS.items():
-                    collectives.MANY = many or collectives.MANY
+                for way, join in WAYS.items():
                     dist.barrier()
                     start = time.perf_counter()
-                    (by_list if many is None else by_exchange)([1.0 + rank] * count)
+                    join([1.0 + rank] * count)
                     times[way].append(slowest(time.perf_counter() - start))
             milliseconds = {way: 1e3 * statistics.median(values) for way, values in times.items()}
             rows.append({"ranks": ranks, "norms": count, "milliseconds": milliseconds})
@@ -240,8 +258,8 @@ def table_of_fsdp2(rows: list[dict[str, Any]]) -> str:
 def table_of_exchanges(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| ranks | norms of each | list, ms | gather, ms | reductions, ms |",
-        "| ---: | ---: | ---: | ---: | ---: |",
+        "| ranks | norms of each | torch, ms | list, ms | gather, ms | reductions, ms |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         ms = " | ".join(f"{row['milliseconds'][way]:.2f}" for way in WAYS)
