@@ -195,19 +195,23 @@ class Gradients {
         return tensors_.read_again(memory_, kEach);
     }
 
-    // Changes all of them.  False, with an error set, for an error.
-    bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef); }
-    bool clamp(double limit) { return change(&Loops::clamp, limit); }
+    // Changes all of them.  False, with an error set, for an error.  `after` gets their norm, if anything has changed.
+    bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef, nullptr); }
+    bool clamp(double limit, double* after = nullptr) { return change(&Loops::clamp, limit, after); }
 
   private:
     // Whether no Python code has run since memory was read, be it another thread's; else it is read again.  False, with
     // an error set, for an error.
     bool is_fresh() { return !is_stale_ || read_again(); }
 
-    bool change(Write Loops::* loop, double number) {
+    bool change(Write Loops::* loop, double number, double* after) {
         if (!is_fresh()) return false;
         is_stale_ = true;
-        return !memory_.write(loop, &number, false) || tensors_.bump_versions(kEach);
+        if (!memory_.write(loop, &number, false)) return true;
+        if (after != nullptr) *after = memory_.norm(&Loops::sum_squares, false);
+        Room<bool, kUsual> written;
+        memory_.find_written(written);
+        return tensors_.bump_versions([&](size_t i) { return written[i]; });
     }
 };
 

@@ -1,6 +1,7 @@
 // The memory of some tensors as it lies now: norms of it, changes to it, and who works on which piece of it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <vector>
@@ -54,6 +55,7 @@ class Memory {
     Room<Layout, kUsual> parts_;
     Axes axes_;
     Room<double, kUsual> results_;  // by chunk
+    Room<bool, kUsual> written_;    // likewise
     size_t elements_ = 0, chunks_ = 0;
     int facts_ = 0, threads_ = 1;
     const Loops* loops_ = nullptr;
@@ -115,19 +117,33 @@ class Memory {
     bool write(Write Loops::* loop, const double* numbers, bool each) {
         prepare();
         if (threads_ > 1 && overlaps()) threads_ = 1;
-        std::atomic<bool> written{false};
+        written_.resize(chunks_);
         const WithoutGil unlocked(elements_);
         run(first(), last(), [&](Place place, size_t n) {
             const Layout& layout = parts_[place.part];
             const Write inner = loops_[layout.dtype].*loop;
             const double number = numbers[each ? place.part : 0];
-            visit<true>(layout, place.start, n, [&](char* x, size_t length) {
-                const bool changed = inner(x, length, number);
-                if (changed) written.store(true, std::memory_order_relaxed);
-                return changed;
-            });
+            bool any = false;
+            if (number != 1.0 || loop != &Loops::scale)
+                visit<true>(layout, place.start, n, [&](char* x, size_t length) {
+                    const bool changed = inner(x, length, number);
+                    any = any || changed;
+                    return changed;
+                });
+            written_[place.chunk] = any;
         });
-        return written;
+        return std::find(written_.begin(), written_.end(), true) != written_.end();
+    }
+
+    // Which tensors the last `write` has changed.
+    void find_written(Room<bool, kUsual>& written) const {
+        written.resize(parts_.size());
+        const bool* chunk = written_.begin();
+        for (size_t i = 0; i < parts_.size(); ++i) {
+            const bool* const end = chunk + chunks_of(parts_[i]);
+            written[i] = std::find(chunk, end, true) != end;
+            chunk = end;
+        }
     }
 
     // Takes the norm of each tensor and scales it to its own limit; with one thread while it is in the cache.

@@ -57,15 +57,20 @@ bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
     return clipped.coef == 1.0 || (gradients.read_again() && gradients.scale(clipped.coef));
 }
 
-// What a norm was multiplied by, as torchclip.clipper.rules.ratio has it.  To tell autograd of the change may have run
-// Python code, so memory is read again.  The norm may be NaN now, as weights may be: the step was clipped all the same.
+// What a norm was multiplied by, as torchclip.clipper.rules.ratio has it.  The norm may be NaN now, as weights may be:
+// the step was clipped all the same.
+bool set_ratio(Clipped& clipped, double after) {
+    clipped.coef = after == clipped.norm || clipped.norm == 0 ? 1.0 : std::min(1.0, after / clipped.norm);
+    clipped.max_norm = std::numeric_limits<double>::infinity();
+    return true;
+}
+
+// Likewise once autograd was told of the change: that may have run Python code, so memory is read again.
 bool measure_again(Gradients& gradients, Clipped& clipped) {
     double after = 0;
     if (!gradients.read_again()) return false;
     gradients.measure(after);
-    clipped.coef = after == clipped.norm || clipped.norm == 0 ? 1.0 : std::min(1.0, after / clipped.norm);
-    clipped.max_norm = std::numeric_limits<double>::infinity();
-    return true;
+    return set_ratio(clipped, after);
 }
 
 // Each by its own norm, or by its root mean square.
@@ -81,8 +86,9 @@ bool clip_each(Gradients& gradients, Way way, double limit, Clipped& clipped) {
 
 // Each element by its value.
 bool clip_value(Gradients& gradients, double limit, Clipped& clipped) {
-    return !gradients.is_complex() && gradients.measure(clipped.norm) && gradients.clamp(limit) &&
-           measure_again(gradients, clipped);
+    if (gradients.is_complex() || !gradients.measure(clipped.norm)) return false;
+    double after = clipped.norm;
+    return gradients.clamp(limit, &after) && set_ratio(clipped, after);
 }
 
 // Each unit relative to its weights.
