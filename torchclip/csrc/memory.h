@@ -135,13 +135,13 @@ class Memory {
         return std::find(written_.begin(), written_.end(), true) != written_.end();
     }
 
-    // Which tensors the last `write` has changed.
+    // Which tensors the last `write` has changed, or had nothing to change in.
     void find_written(Room<bool, kUsual>& written) const {
         written.resize(parts_.size());
         const bool* chunk = written_.begin();
         for (size_t i = 0; i < parts_.size(); ++i) {
             const bool* const end = chunk + chunks_of(parts_[i]);
-            written[i] = std::find(chunk, end, true) != end;
+            written[i] = chunk == end || std::find(chunk, end, true) != end;
             chunk = end;
         }
     }
