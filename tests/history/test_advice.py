@@ -166,6 +166,41 @@ def test_norms_that_hardly_vary_need_no_clipping(spread: float) -> None:
     assert "safeguard" in str(advice)
 
 
+@pytest.mark.parametrize("steps", [60, 200, 1000, 5000])
+@pytest.mark.parametrize("rate", [0.8, 0.95])
+def test_norms_that_fall_to_0_have_no_spikes_and_their_first_steps_count(steps: int, rate: float) -> None:
+    advice = advice_on(20 * rate ** np.arange(steps))
+    assert advice.drifts
+    assert (advice.spikes, advice.explodes) == (0, None)
+    assert 1 < usable(advice) < 20
+
+
+def test_spikes_at_the_end_may_be_an_explosion() -> None:
+    norms = calm()
+    norms[-3:] *= 1e6
+    assert "perhaps the run has just exploded" in str(advice_on(norms)).replace("\n", " ")
+    norms[-1] /= 1e6
+    assert "exploded" not in str(advice_on(norms))
+
+
+def test_spikes_above_norms_that_hardly_vary_are_clipped_alone() -> None:
+    norms = calm(200, spread=0.02)
+    norms[[100, 150]] *= 30
+    advice = advice_on(norms)
+    assert 1.2 < usable(advice) < 25
+    assert "clipped the 2 spikes and 0 other steps" in str(advice)
+
+
+@pytest.mark.parametrize("levels", [[3.0], [1.0, 2.0], [1.0, 20.0]])
+def test_rows_that_are_shown_are_distinct_and_true(levels: list[float]) -> None:
+    norms = np.random.default_rng(0).choice(levels, 300)
+    advice = advice_on(norms)
+    assert list(advice.table) == SHARES
+    for share, max_norm in advice.rows.items():
+        assert np.mean(norms[30:] > max_norm) == pytest.approx(share, abs=0.3 * share)
+    assert len({f"{max_norm:.3g}" for max_norm in advice.rows.values()}) == len(advice.rows)
+
+
 def test_the_start_of_a_run_does_not_count() -> None:
     norms = calm()
     norms[:80] *= np.geomspace(1000, 1, 80)

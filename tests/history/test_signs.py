@@ -110,6 +110,23 @@ def test_the_loss_shows_where_an_explosion_begins_after_one_step() -> None:
     assert advice_on(norms).explodes is None
 
 
+@pytest.mark.parametrize("ends_with", ["norm", "loss"])
+def test_a_run_that_ends_after_a_few_steps_because_it_explodes(ends_with: str) -> None:
+    """As of a Transformer with SGD at a learning rate of 5."""
+    norms = [1.4, 4.1, 16.4, 60.9, 808.0, 13867.0, 2.3e15]
+    losses = [4.97, 4.91, 37.1, 44.0, 1944.6, 207788.0, 1.4e8]
+    if ends_with == "norm":
+        norms[-1] = math.nan
+    else:
+        losses[-1] = math.nan
+    advice = advice_on(norms, losses)
+    assert advice.explodes == 2
+    assert advice.max_norm is not None
+    assert 0.5 < advice.max_norm < 2
+    assert "No threshold helps" not in str(advice)
+    assert advice_on(norms[:-1], losses[:-1]).max_norm is None  # it may still come down
+
+
 def test_a_jump_that_may_be_meant_is_said_as_it_was_seen() -> None:
     norms = calm(0, 400)
     norms[200:] *= 40

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,14 @@ SHARES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)
 """The shares of clipped steps that the table gives a threshold for."""
 
 _LEAST_STEPS = 50
+# With fewer steps, norms have neither drift nor spikes.
+_LEAST_USABLE = 8
 # With fewer steps before an explosion, the threshold is this part of their median norm.
 _PART_OF_FEW = 1 / 3
 # Norms hardly vary if all but a hundredth are below this many times the median.
 _HARDLY_VARY = 1.3
+# A run converges if its last norms are so many times smaller than the first ones; it begins with such steps.
+_CONVERGES, _BEGINNING = 100, 25
 # Notes that come before the recommendation if they concern this share of the steps.
 _MUCH = 0.05
 
@@ -69,6 +74,8 @@ class Advice:
     """The share of steps whose clipped gradients are below the optimizer's ``eps``, and so move little."""
     rises: dict[float, tuple[float, float]] = field(default_factory=dict)
     """Share of steps clipped → how often the loss rose after these steps, and after the others, if known."""
+    rows: dict[float, float] = field(default_factory=dict)
+    """The rows of the table that ``str()`` shows: distinct, at least one step each, and true of this run."""
     first: int = 0
     """How many of the notes to read before the reason."""
 
@@ -76,11 +83,6 @@ class Advice:
     def words(self) -> list[str]:
         """The reason and the notes, what matters most first."""
         return [*self.notes[: self.first], self.reason, *self.notes[self.first :]]
-
-    @property
-    def rows(self) -> dict[float, float]:
-        """The rows of the table that are at least one step."""
-        return {share: norm for share, norm in self.table.items() if share * self.steps >= 1}
 
     @property
     def lines(self) -> list[str]:
@@ -131,7 +133,9 @@ class _Run:
         self.stall = stall
         self.warmup = max(math.ceil((len(self.norms) + earlier) / 10) - earlier, 0)
         end = len(self.norms)
-        if self.departure is not None and self.departure.loss_rose is not False:
+        # What came after does not count then.
+        self.has_left = self.departure is not None and self.departure.loss_rose is not False
+        if self.departure is not None and self.has_left:
             end = self.departure.index
             self.warmup = min(self.warmup, max(math.ceil((end + earlier) / 10) - earlier, 0))
             if end < _LEAST_STEPS:
@@ -144,156 +148,193 @@ class _Run:
     def advice(self) -> Advice:
         """All of it."""
         notes = [*self._about_nonfinite(), *self._about_departure()]
-        first = len(notes) if self.departure or self.nonfinite >= _MUCH * len(self.norms) else 0
-        found = self.norms[self.counted]
+        if self.zeros >= _MUCH * len(self.norms):
+            notes += self._about_zeros()
+        is_urgent = self.departure or max(self.nonfinite, self.zeros) >= _MUCH * len(self.norms)
+        first = len(notes) if is_urgent else 0
         refusal = self._refusal()
-        quarters, drifts = ([], False) if len(found) < 8 else drift(found)
         if refusal:
-            return self._advice(None, refusal, notes, first, False, 0, {}, {})
-        is_spike = spikes(found) if len(found) >= 8 else np.zeros(len(found), dtype=bool)
+            return self._advice(None, refusal, notes, first)
+        found = self.norms[self.counted]
+        is_spike = spikes(found) if len(found) >= _LEAST_USABLE else np.zeros(len(found), dtype=bool)
+        quarters, drifts = self._drift(found, is_spike)
+        if drifts:
+            notes.append(self._about_drift(quarters))
+            first = len(notes)
+        notes += self._about_stalls()
+        if self.zeros < _MUCH * len(self.norms):
+            notes += self._about_zeros()
+        if is_spike.any():
+            notes.append(self._about_spikes(found / usual_level(found), is_spike))
+        max_norm, reason = self._recommended(found, is_spike, drifts)
+        return self._advice(
+            max_norm,
+            reason,
+            notes,
+            first,
+            drifts=drifts,
+            spikes=int(is_spike.sum()),
+            **self._table(found, max_norm),
+        )
+
+    def _advice(
+        self, max_norm: float | None, reason: str, notes: Sequence[str], first: int, **found: Any
+    ) -> Advice:
+        fields = {"table": {}, "spikes": 0, "drifts": False, **found}
+        return Advice(
+            max_norm=max_norm,
+            steps=len(self.counted),
+            warmup=self.warmup,
+            nonfinite=self.nonfinite,
+            reason=reason,
+            notes=tuple(notes),
+            explodes=None if self.departure is None else int(self.numbers[self.departure.index]),
+            stalls=self.stall.share,
+            first=first,
+            **fields,
+        )
+
+    def _drift(self, found: Array, is_spike: Array) -> tuple[list[float], bool]:
+        """The medians of the quarters, and whether they drift, with and without the spikes."""
+        if len(found) < (_LEAST_STEPS if self.has_left else _LEAST_USABLE):
+            return [], False
+        quarters, drifts = drift(found)
         if is_spike.any():
             quarters, drifts_without = drift(found[~is_spike])
             drifts = drifts and drifts_without
-        if self.departure is not None and self.departure.loss_rose is not False:
-            drifts = drifts and len(found) >= _LEAST_STEPS
-        if drifts:
-            about = self._about_drift(quarters)
-            notes.append(about)
-            first = len(notes)
-        notes += [*self._about_stalls(), *self._about_zeros()]
-        if is_spike.any():
-            notes.append(self._about_spikes(found / usual_level(found), is_spike))
-        max_norm, reason = self._recommended(found[~is_spike], int(is_spike.sum()), drifts)
-        table, rose = self._table(found)
-        return self._advice(max_norm, reason, notes, first, drifts, int(is_spike.sum()), table, rose)
+        return quarters, drifts
 
-    def _advice(
-        self,
-        max_norm: float | None,
-        reason: str,
-        notes: Sequence[str],
-        first: int,
-        drifts: bool,
-        spike_count: int,
-        table: dict[float, float],
-        rose: dict[float, tuple[float, float]],
-    ) -> Advice:
-        explodes = None if self.departure is None else int(self.numbers[self.departure.index])
-        return Advice(
-            max_norm,
-            table,
-            spike_count,
-            drifts,
-            len(self.counted),
-            self.warmup,
-            self.nonfinite,
-            reason,
-            tuple(notes),
-            explodes,
-            self.stall.share,
-            rose,
-            first,
-        )
-
-    def _table(self, found: Array) -> tuple[dict[float, float], dict[float, tuple[float, float]]]:
+    def _table(self, found: Array, max_norm: float) -> dict[str, dict[float, Any]]:
+        """The fields of the advice that a table shows."""
         thresholds = np.quantile(found, [1 - share for share in SHARES]).tolist()
         table = dict(zip(SHARES, thresholds, strict=True))
-        rose = {share: rises(found, self.losses[self.counted], norm) for share, norm in table.items()}
-        return table, {share: pair for share, pair in rose.items() if pair is not None}
+        pairs = {share: rises(found, self.losses[self.counted], norm) for share, norm in table.items()}
+        rows: dict[str, tuple[float, float]] = {}
+        for share, norm in table.items():
+            # Where many norms are the same, no threshold clips such a share.
+            clipped = float((found > norm).mean())
+            is_true = abs(clipped - share) <= max(1 / len(found), share / 4)
+            is_worth_it = share * len(found) >= 1 and norm > max_norm / _CONVERGES
+            if is_true and is_worth_it and len(found) >= _LEAST_USABLE:
+                rows.setdefault(f"{norm:.3g}", (share, norm))
+        rose = {share: pair for share, pair in pairs.items() if pair is not None}
+        return {"table": table, "rows": dict(rows.values()), "rises": rose}
 
     def _refusal(self) -> str:
         """Why there is no advice, if there is none."""
-        finite = int(self.finite.sum())
-        if finite == 0:
+        if not self.finite.any():
             return "No advice: no step had a finite norm. Lower the learning rate to a tenth, and ask again."
-        if self.departure is not None and self.departure.loss_rose is not False:
+        if self.has_left:
             return ""
-        if finite < _LEAST_STEPS:
-            return f"Too early for advice: {finite} steps had a finite norm, and it takes {_LEAST_STEPS}."
-        if len(self.counted) <= _MUCH * len(self.norms):
+        usable = int((self.finite & (self.norms > 0)).sum())
+        if len(self.norms) >= _LEAST_STEPS and usable <= _MUCH * len(self.norms):
             return "No advice: nearly all norms are 0."
-        if len(self.counted) < 8:
+        if usable < _LEAST_STEPS:
+            what = "a norm above 0" if self.zeros else "a finite norm"
+            return f"Too early for advice: {usable} steps had {what}, and it takes {_LEAST_STEPS}."
+        if len(self.counted) < _LEAST_USABLE:
             return f"No advice: only {len(self.counted)} steps after the first tenth had a norm above 0."
         return ""
 
-    def _recommended(self, usual: Array, spike_count: int, drifts: bool) -> tuple[float, str]:
+    def _recommended(self, found: Array, is_spike: Array, drifts: bool) -> tuple[float, str]:
         """The threshold to take, with two digits, and why."""
-        found = self.norms[self.counted]
-        if self.departure is not None and self.departure.loss_rose is not False:
+        usual, bad = found[~is_spike], found[is_spike]
+        if self.has_left:
             return self._before_departure(usual)
-        if not spike_count and not drifts and np.quantile(usual, 0.99) < _HARDLY_VARY * np.median(usual):
-            safe = _two_digits(2 * usual.max())
-            return safe, (
+        low, high = np.quantile(usual, [0.01, 0.99])
+        hardly_varies = high < _HARDLY_VARY * np.median(usual) < _HARDLY_VARY**2 * low
+        if len(bad):
+            above = min(2 * usual.max(), math.sqrt(usual.max() * bad.min())) if hardly_varies else high
+            max_norm = _two_digits(self._for_drift(usual, 0.99, above) if drifts else above)
+            spike = "the spike" if len(bad) == 1 else f"the {len(bad):,} spikes"
+            others = _counted(int((usual > max_norm).sum()), "other step")
+            return max_norm, (
+                f"Use max_norm={max_norm:g}. It would have clipped {spike} and {others} of {len(found):,}."
+            )
+        if drifts:
+            max_norm = _two_digits(self._for_drift(usual, 0.9, float(np.quantile(usual, 0.9))))
+            clipped = np.mean(self.norms[self.finite] > max_norm)
+            return max_norm, (
+                f"Use max_norm={max_norm:g}. It would have clipped {clipped:.1%} of the steps of the whole "
+                "run."
+            )
+        if hardly_varies:
+            max_norm = _two_digits(2 * usual.max())
+            return max_norm, (
                 "Clipping is not needed: the norms hardly vary "
                 f"({usual.min():.3g} to {usual.max():.3g}), and a lower threshold would only shorten steps. "
-                f"As a safeguard use max_norm={safe:g}, twice the largest."
+                f"As a safeguard use max_norm={max_norm:g}, twice the largest."
             )
-        quantile = 0.99 if spike_count else 0.9
-        threshold = float(np.quantile(usual, quantile))
-        if drifts:
-            quarters = np.array_split(usual, 4)
-            threshold = max(threshold, float(np.quantile(quarters[-1], quantile)))
-            if np.median(quarters[-1]) < np.median(quarters[0]):  # early steps need theirs
-                early = self.norms[: max(len(self.norms) // 10, 1)]
-                early = early[np.isfinite(early) & (early > 0)]
-                threshold = max(threshold, float(np.median(early)) if len(early) else 0.0)
-        max_norm = _two_digits(threshold)
-        clipped = np.mean((self.norms[np.isfinite(self.norms)] if drifts else found) > max_norm)
-        if spike_count:
-            others = int((usual > max_norm).sum())
-            spike = "the spike" if spike_count == 1 else f"the {spike_count:,} spikes"
-            return max_norm, (
-                f"Use max_norm={max_norm:g}. It would have clipped {spike} and "
-                f"{_counted(others, 'other step')} of {len(found):,}."
-            )
-        if drifts:
-            return max_norm, f"Use max_norm={max_norm:g}. It would have clipped {clipped:.1%} of the steps."
+        max_norm = _two_digits(float(np.quantile(usual, 0.9)))
+        lower, upper = np.quantile(usual, [0.25, 0.75])
+        nearby = " Any number from half to twice that should work as well." if upper < 4 * lower else ""
         return max_norm, (
-            f"Use max_norm={max_norm:g}. It would have clipped {clipped:.0%} of the steps and protects "
-            "against a bad batch. From half to twice that number should do as well."
+            f"Use max_norm={max_norm:g}. It would have clipped {np.mean(usual > max_norm):.0%} of the steps "
+            f"and protects against a bad batch.{nearby}"
         )
+
+    def _for_drift(self, usual: Array, quantile: float, threshold: float) -> float:
+        """A threshold at which neither the first steps nor the last ones are too short."""
+        quarters = np.array_split(usual, 4)
+        threshold = max(threshold, float(np.quantile(quarters[-1], quantile)))
+        first, last = np.median(quarters[0]), np.median(quarters[-1])
+        if last < first:
+            # Of a run that converges, most of the first tenth may be too late.
+            most = _BEGINNING if last < first / _CONVERGES else len(self.norms)
+            early = self.norms[: max(min(len(self.norms) // 10, most), 1)]
+            early = early[np.isfinite(early) & (early > 0)]
+            threshold = max(threshold, float(np.median(early)) if len(early) else 0.0)
+        return threshold
 
     def _before_departure(self, usual: Array) -> tuple[float, str]:
         """The threshold for a run whose norms have left their usual range, from before that."""
         middle = float(np.median(usual))
         few = len(usual) < _LEAST_STEPS
         max_norm = _two_digits(middle * _PART_OF_FEW if few else middle)
-        what = "a third of the median norm" if few else "the median norm"
+        part = "a third of " if few else ""
+        of = "norm of the step" if len(usual) == 1 else f"median norm of the {len(usual):,} steps"
         return max_norm, (
-            f"Use max_norm={max_norm:g}, {what} of the {_counted(len(usual), 'step')} before. If the norms "
-            "leave that range again, lower the learning rate."
+            f"Use max_norm={max_norm:g}, {part}the {of} before. If the norms leave that range again, lower "
+            "the learning rate."
         )
 
     # Notes
 
     def _about_nonfinite(self) -> Iterator[str]:
-        if self.nonfinite:
-            yield (
-                f"Not finite: the norm of {_counted(self.nonfinite, 'step')} of {len(self.norms):,}. No "
-                "threshold helps there; Clipper(..., nonfinite='skip') skips such steps."
-            )
+        if not self.nonfinite:
+            return
+        text = f"Not finite: the norm of {_counted(self.nonfinite, 'step')} of {len(self.norms):,}"
+        if self.departure is not None and self.finite[: self.departure.index].all():
+            yield f"{text}, after the norms had left their usual range."
+        else:
+            yield (f"{text}. No threshold helps there; Clipper(..., nonfinite='skip') skips such steps.")
 
     def _about_departure(self) -> Iterator[str]:
         found = self.departure
         if found is None:
             return
         step = int(self.numbers[found.index])
-        times = (
-            "not finite" if math.isinf(found.after) else f"{found.after / found.before:.3g} times as large"
+        after = (
+            "most are not finite since then"
+            if math.isinf(found.after)
+            else f"is {found.after:.3g} since then, {found.after / found.before:.3g} times as large"
         )
-        text = (
-            f"At step {step:,} the norms left their usual range for good: the median norm since then is "
-            f"{found.after:.3g}, {times}; before it was {found.before:.3g}."
+        yield (
+            f"At step {step:,} the norms left their usual range for good: their median was "
+            f"{found.before:.3g} before, and {after}.{_loss_words(found)}"
         )
-        yield text + _loss_words(found)
 
     def _about_drift(self, quarters: Sequence[float]) -> str:
         medians = ", ".join(f"{median:.3g}" for median in quarters)
         text = f"The norms drift: the medians of the four quarters are {medians}."
-        if quarters[-1] < quarters[0] / 100:
-            return f"{text} The run converges; a threshold that follows, as Percentile does, stops it early."
+        if quarters[-1] < quarters[0] / _CONVERGES:
+            return (
+                f"{text} The run converges; a threshold that follows the norms, such as Percentile, would "
+                "stop it early."
+            )
         return (
-            f"{text} A threshold that follows, such as torchclip.Percentile(10), fits better than a number."
+            f"{text} A threshold that follows the norms, such as torchclip.Percentile(10), fits better than "
+            "a number."
         )
 
     def _about_stalls(self) -> Iterator[str]:
@@ -312,6 +353,8 @@ class _Run:
             f"The spikes: {_counted(len(at), 'step')}, up to {ratios[largest]:.3g} times the norm around "
             f"them (step {self.numbers[self.counted[largest]]:,})."
         )
+        if self.counted[at[-1]] == len(self.norms) - 1:
+            text += " The last step is one of them: perhaps the run has just exploded."
         bad = harmful(at, self.losses[self.counted])
         if bad is not None:
             none = "it" if len(at) == 1 else "any of them"

@@ -38,7 +38,7 @@ _USUAL = 0.95  # this share of the norms before is in the range
 _SHARE_OUTSIDE, _LEAST_AFTER = 0.8, 5
 # Where the loss is so many times as high in the next steps, and higher than before for good, norms that are
 # so many times as large in these steps, and so many standard deviations above, are enough.
-_SOON, _LOSS_RATIO, _RATIO_WITH_LOSS = 10, 1.3, 3.0
+_SOON, _LOSS_RATIO, _RATIO_WITH_LOSS, _HARDLY_ANY = 10, 1.3, 3.0, 0.02
 # The standard deviation of a normal distribution, in terms of its median absolute deviation.
 _DEVIATION_OF_MAD = 1.4826
 
@@ -52,6 +52,8 @@ def usual_level(norms: Array) -> Array:
     medians = np.median(np.lib.stride_tricks.sliding_window_view(norms, width), axis=1)
     at = np.arange(len(norms))
     before, after = (medians[np.clip(first, 0, len(medians) - 1)] for first in (at - width, at + 1))
+    # The first steps have fewer before them: norms that fall from the start are no spikes.
+    before[:width] = [norms[0], *(np.median(norms[:i]) for i in range(1, width))]
     level: Array = np.maximum(before, after)
     return level
 
@@ -118,7 +120,9 @@ def departure(norms: Array, losses: Array) -> Departure | None:
         losses: of each step, ``nan`` where unknown.
     """
     finite = np.isfinite(norms)
-    if len(norms) < 2 * _LEAST_AFTER or not (norms[finite] > 0).any():
+    # A run that ends with its explosion may have few steps.
+    has_ended = len(norms) > _LEAST_AFTER and not (finite[-1] and losses[-1] != math.inf)
+    if (len(norms) < 2 * _LEAST_AFTER and not has_ended) or not (norms[finite] > 0).any():
         return None
     highest = math.log(norms[finite].max()) + 2 * math.log(_LEAVES_RATIOS[-1][1])
     logs = np.full(len(norms), highest)
@@ -184,7 +188,9 @@ def _by_losses(logs: Array, losses: Array) -> int | None:
         growth = max(np.median(logs[soon]), np.median(logs[index:])) - np.median(logs[beside])
         stays = np.median(filled[index:]) > highest and growth > least
         # Where hardly any later loss is as low as those before, less growth is enough.
-        certainly = np.quantile(filled[index:], 1 - _USUAL) > highest and growth > max(least / 2, math.log(2))
+        certainly = np.quantile(filled[index:], _HARDLY_ANY) > highest and growth > max(
+            least / 2, math.log(2)
+        )
         if rose and (stays or certainly):
             return index
     return None
