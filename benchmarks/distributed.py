@@ -9,7 +9,7 @@ functions take turns, on gradients of ones.  It prints medians of the slowest ra
 profiler counts the collectives.
 
 ``exchange`` joins one norm from each rank, and 1,000 from each, in both ways: with a gather, and with two
-reductions.  For comparison it also measures what torch does, one reduction of float32 sums, and what torchclip
+reductions.  For comparison it also measures torch's way, one reduction of float32 sums, and what torchclip
 0.1.0 did, a gather into a list with a tensor for each rank.
 
 ``fake`` is one rank of many, on a process group from torch's testing modules that sends nothing.  It measures

@@ -142,7 +142,7 @@ class _Heads(NamedTuple):
 def exchange(
     group: dist.ProcessGroup, norms: Norms, marks: Sequence[int], call: Call, device: str
 ) -> tuple[Norms, list[int]]:
-    """Join each of some norms with those that the other ranks of a group have in its place.
+    """Join each norm with the norms that the other ranks of a group have in its place.
 
     Args:
         group: the process group.
@@ -353,7 +353,7 @@ def _are_many(group: dist.ProcessGroup) -> bool:
 
 
 def _array(norms: Norms, device: str) -> Array:
-    """Norms as they are worked on: an array if they can be read, else a tensor on the group's device."""
+    """Norms to compute with: an array if they can be read, else a tensor on the group's device."""
     if device == "cpu" and torch._C._functorch.maybe_current_level() is None:
         if isinstance(norms, Tensor):
             return norms.detach().to("cpu", torch.float64).numpy()

@@ -137,8 +137,8 @@ def warn_if_used_up(parameters: Any) -> None:
 
 
 def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
-    """The items of an argument without those that came before; anything but a tensor is refused."""
-    # Asked of all at once where it is not traced, as torch.compile of torch 2.6 cannot do that.
+    """The distinct items of an argument; raises for anything but a tensor."""
+    # All at once unless it is traced, which torch.compile of torch 2.6 cannot do.
     if is_dynamo_compiling() or not all(issubclass(kind, Tensor) for kind in set(map(type, items))):
         for i, item in enumerate(items):
             if not isinstance(item, Tensor):

@@ -62,7 +62,7 @@ def terms(norms: Array, leading: Array, p: float) -> tuple[Array, Array]:
 def _limbs(norms: Array, leading: Array, p: float) -> tuple[Array, Array]:
     """``terms`` as whole numbers of float64, whose sum is exact for thousands of them, too."""
     xp = _library(norms)
-    # Of order 0 it is the number of elements itself.
+    # For order 0 it is the number of elements itself.
     ratio = norms / (leading if p != 0 else _LIMB)
     # It is negative for ABSENT, and NaN beside 0 or infinity, which are the joint norm themselves.
     powers = xp.where(ratio >= 0, _power(ratio, p), 0.0) * _LIMB
@@ -91,7 +91,7 @@ def root(leading: Array, high: Array, low: Array, p: float) -> Array:
 
 
 def join(norms: Array, p: float) -> Array:
-    """The joint norms along the first axis: ``ABSENT`` where there are no others."""
+    """The joint norms along the first axis; ``ABSENT`` where all norms are."""
     # For an order of at least 0 the leading norm is the largest, or NaN.
     leads = largest(norms) if p >= 0 else leading(largest(keys(norms, p)), p)
     if math.isinf(p):

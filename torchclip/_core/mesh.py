@@ -68,7 +68,7 @@ _kept: list[Any] = []
 _MOST_KEPT = 1 << 16
 # What reads a DTensor's part and its spec, once one was there to ask for them.
 _readers: list[tuple[Callable[[Any], Tensor], Callable[[Any], Any]]] = []
-# Of meshes that are equal, ranks are the same.
+# Equal meshes have the same ranks.
 _ranks_of_mesh: WeakKeyDictionary[DeviceMesh, frozenset[int]] = WeakKeyDictionary()
 _ranks_of_group: WeakKeyDictionary[dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
 # By the first of several groups: the other groups, and the ranks that all of them connect.
@@ -78,7 +78,7 @@ _connected: WeakKeyDictionary[dist.ProcessGroup, list[tuple[list[Any], Ranks]]] 
 
 
 def dtensor_types() -> tuple[type, ...]:
-    """DTensor, or nothing while there can be none: its module, slow to import, has not been imported."""
+    """The class DTensor; nothing if there can be none, as its module, slow to import, was not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return () if module is None else (module.DTensor,)
 
@@ -105,7 +105,7 @@ def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None
 def layouts_of(tensors: Sequence[Tensor]) -> list[Layout | None]:
     """``layout_of`` each tensor; the same object for those that lie alike.
 
-    Few operations for each: to compare placements takes as long as all else that is done for a DTensor.
+    It must be quick: comparing placements takes as long as all other work for a DTensor.
     """
     if not any_dtensor(tensors):
         return [None] * len(tensors)
@@ -151,7 +151,7 @@ def _readers_for(tensors: Iterable[Tensor]) -> tuple[Callable[[Any], Tensor], Ca
 
 def _layout(mesh: DeviceMesh, placements: Sequence[Any], except_dim: int | None = None) -> Layout:
     here = mesh.get_coordinate()
-    if here is None:  # a rank outside of the mesh holds nothing, and takes no part
+    if here is None:  # a rank outside the mesh holds nothing, and takes no part
         return Layout(mesh, ())
     wide = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
     splits = [None if _is_whole(placement) else placement.dim for placement in placements]
@@ -194,9 +194,9 @@ def is_partial(tensor: Tensor) -> bool:
 
 
 def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with those that are pending a reduction reduced, into copies.
+    """The tensors, with reduced copies of those that are pending a reduction.
 
-    All that are pending on the same dimension of a mesh are reduced in one collective.
+    Tensors that are pending on the same dimension of a mesh are reduced in one collective.
     """
     pending: dict[tuple[Any, ...], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -237,7 +237,7 @@ def _reduced(tensors: list[DTensor], mesh: DeviceMesh, dim: int, placement: Any)
 
 
 def _all_reduce(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
-    """Reduce a tensor in place as a placement says; not every backend has the mean."""
+    """Reduce a tensor in place as its placement says; not every backend can compute a mean."""
     is_mean = operation == "avg"
     dist.all_reduce(tensor, getattr(dist.ReduceOp, "SUM" if is_mean else operation.upper()), group)
     if is_mean:

@@ -55,9 +55,9 @@ class Part(NamedTuple):
     """This rank's part of tensors that have one joint norm.
 
     Attributes:
-        places: how they lie.
-        norm: the norm of those with a layout.
-        norms: the norm of each place with a layout, ``ABSENT`` where there is none.
+        places: their layouts.
+        norm: the norm of the tensors with a given layout.
+        norms: the norm of each tensor with a given layout, ``ABSENT`` for those that are not on this rank.
     """
 
     places: Places
@@ -91,7 +91,7 @@ class _Item:
         self.held: list[_Held] = []
 
     def mark(self) -> int:
-        """A number that says for which parameters with copies there are gradients; 0 for all of them."""
+        """A number that shows which parameters with copies have gradients; 0 if all have."""
         places = [held.part.places[held.layout] for held in self.held if held.layout.copies]
         if not any(None in some for some in places):
             return 0
@@ -139,7 +139,7 @@ def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Cal
 
 @_not_compiled
 def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
-    """The norm of each tensor with a layout, with what all ranks of its mesh hold, in the order of places."""
+    """The norm of each tensor with a given layout over all ranks of its mesh, in the order of places."""
     items, _ = _items(parts, every=False)
     sent = {item: concatenate([held.norms() for held in item.held]) for item in items}
     joint, differing = _run(sent, call)
@@ -224,9 +224,9 @@ def _with(
 
 
 def _joins(item: _Item, connected: _Item) -> bool:
-    """Whether what lies on an item's meshes can go along with the exchange of a group.
+    """Whether the tensors on an item's meshes can be exchanged together with a group's.
 
-    Copies can only if all of the group's ranks compare their marks.
+    Copies can, but only if all of the group's ranks compare their marks.
     """
     if item.ranks == connected.ranks:
         return True
@@ -271,7 +271,7 @@ def _warn_of_copies(call: Call) -> None:
 
 
 def _run(sent: Mapping[_Item, Norms], call: Call) -> tuple[dict[_Item, Norms], list[_Item]]:
-    """The joint norms of items, and those of them whose ranks lack different gradients."""
+    """The joint norms of items, and the items whose ranks lack different gradients."""
     joint = dict(sent)
     marks = {item: item.mark() for item in sent}
     for group, together in _rounds(list(sent)):
@@ -287,7 +287,7 @@ def _run(sent: Mapping[_Item, Norms], call: Call) -> tuple[dict[_Item, Norms], l
 
 
 def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, list[_Item]]]:
-    """The exchanges, in the same order on all ranks that take part in two of them.
+    """The exchanges, in the same order on all ranks that take part in any two of them.
 
     What takes one exchange goes along with that of another item among the same ranks.
     """
@@ -322,7 +322,7 @@ def _compared(item: _Item, call: Call) -> list[list[float]]:
         for held, norms in zip(item.held, own, strict=True):
             layout, stop = held.layout, start + len(norms)
             of_mesh = np.array([of_rank[rank][start:stop] for rank in layout.mesh.mesh.flatten().tolist()])
-            # Of copies that differ the largest counts.
+            # If copies differ, the largest counts.
             by_rank = integer_sums.keys(of_mesh.reshape(*layout.mesh.shape, len(norms)), 1.0)
             whole = integer_sums.leading(by_rank.max(axis=layout.copies), 1.0).reshape(-1, len(norms))
             found.append(integer_sums.join(whole, call.order).tolist())

@@ -30,8 +30,8 @@ class Placed:
     Attributes:
         all: the distinct tensors on this rank.
         dtensors: those of them that are DTensors.
-        places: how they lie, in the order of the items on every rank, and which of ``all`` do: None stands
-            for one that is not here, but may be on other ranks.
+        places: the layouts, in the same order on every rank, with the positions in ``all`` of the tensors
+            that have them: None for a tensor that is not on this rank but may be on others.
         is_pending: whether any is pending a reduction.
         is_shared: whether any is the gradient of several parameters.
     """
@@ -52,7 +52,7 @@ class Placed:
         different = dict(zip(map(id, layouts), layouts, strict=True))
         self.places: dict[Layout | None, list[int | None]] = {}
         places_of = {key: self.places.setdefault(layout, []) for key, layout in different.items()}
-        if len(different) == 1:  # as where FSDP2 shards all of a model
+        if len(different) == 1:  # such as a model that FSDP2 shards as a whole
             places_of[id(layouts[0])].extend(at)
         else:
             for layout, place in zip(layouts, at, strict=True):
@@ -117,7 +117,7 @@ class ShardedBatch:
         return norms
 
     def part(self, p: float, finite: bool) -> rounds.Part:
-        """What this rank holds, to be measured; gradients that are pending a reduction are reduced."""
+        """This rank's tensors to measure; gradients that are pending a reduction are reduced first."""
         placed, held = self._placed, self._locals
         if finite:
             self._refuse_partial("zeroing non-finite elements")
@@ -139,7 +139,7 @@ class ShardedBatch:
         return rounds.Part(placed.places, norm, norms)
 
     def with_joint(self, joint: dict[Layout, Norms], part: rounds.Part) -> Norms:
-        """The norm of each tensor, given those that took other ranks."""
+        """The norm of each tensor, given the norms that involved other ranks."""
         norms: list[Norm] = [ABSENT] * len(self.all)
         for layout, places in self._placed.places.items():
             values = joint[layout] if layout in joint else part.norms(layout)
@@ -176,7 +176,7 @@ class ShardedBatch:
         return self._local
 
     def _refuse_partial(self, what: str) -> None:
-        """Raise an error for tensors pending a reduction, whose elements are not known before it."""
+        """Raise an error for tensors that are pending a reduction, as their elements are not known yet."""
         for i, tensor in enumerate(self.all if self._placed.is_pending else []):
             if mesh.is_dtensor(tensor) and mesh.is_partial(tensor):
                 raise TypeError(
@@ -228,7 +228,7 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
         if groups or mesh.any_dtensor(items):
             placed = Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
             if placed.is_pending:
-                mesh.without_partial(placed.all)  # which takes all ranks, too
+                mesh.without_partial(placed.all)  # which involves all ranks, too
             parts.append(rounds.absent(placed.places))
     if parts:
         call = Call(kind, 0.0)

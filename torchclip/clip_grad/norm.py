@@ -125,8 +125,8 @@ def get_total_norm(
         float32.  ``tensor(0.)`` for no tensors.
 
     Raises:
-        TypeError: for anything but tensors, a ``norm_type`` that is not a number, or a ``group`` that is no
-            process group.
+        TypeError: for anything but tensors, a ``norm_type`` that is not a number, or a ``group`` that is not
+            a process group.
         ValueError: if ``norm_type`` is NaN.
         RuntimeError: if ``error_if_nonfinite`` and the norm is not finite.
 

@@ -25,12 +25,12 @@ class Passes:
     """The backward passes of a round: one, and those of checkpoints within it."""
 
     def __init__(self) -> None:
-        # What torch calls at the end of each, and keeps until then, by the number of the pass; None if that
-        # was called.
+        # By the number of the pass, the function that torch calls at its end and keeps until then; None once
+        # it was called.
         self._ends: dict[int, ref[Callable[[], object]] | None] = {}
 
     def follow(self, close: Callable[[], object]) -> None:
-        """Have a function called when the pass that is running is over, and all around it."""
+        """Call a function when the running pass, and every pass around it, is over."""
         number = torch._C._current_graph_task_id()
         if number not in self._ends:
             end = partial(self._end_of, number, close)
@@ -38,9 +38,9 @@ class Passes:
             ImperativeEngine().queue_callback(end)
 
     def are_over(self) -> bool:
-        """Whether the pass that is running is another one, as those followed have ended in an exception.
+        """Whether the running pass is another one, because those followed have ended in an exception.
 
-        The later a pass begins, the higher is its number.
+        A pass that begins later has a higher number.
         """
         number = torch._C._current_graph_task_id()
         if number in self._ends or number < max(self._ends):
@@ -49,7 +49,7 @@ class Passes:
         return have_failed or not _is_within_another()
 
     def end(self) -> None:
-        """Follow none of them any more."""
+        """Stop following them."""
         self._ends = {}
 
     def _end_of(self, number: int, close: Callable[[], object]) -> None:
@@ -61,6 +61,6 @@ class Passes:
 
 
 def _is_within_another() -> bool:
-    """Whether the pass that is running is one of a checkpoint, within another."""
+    """Whether the running pass is that of a checkpoint, within another pass."""
     passes = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code in _BACKWARD)
     return len(list(islice(passes, 2))) > 1

@@ -1,4 +1,4 @@
-"""What a Clipper is made of, checked: optimizers, options, and what these ask of a step."""
+"""Checks of a Clipper's arguments, and what they require of a step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
 
     Args:
         given: an optimizer, or a list or tuple of them.
-        taken: those that have a Clipper.
+        taken: the optimizers that already have a Clipper.
     """
     optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
     if not optimizers:
@@ -65,7 +65,7 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
 
 
 def takes_hooks(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has what torch's constructor makes for hooks, as most wrappers of one have not."""
+    """Whether an optimizer can have hooks, which most wrappers of optimizers cannot."""
     try:
         optimizer.register_step_pre_hook(lambda *_: None).remove()
     except (AttributeError, TypeError):
@@ -74,7 +74,7 @@ def takes_hooks(optimizer: Optimizer) -> bool:
 
 
 def refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_above: MaxNorm | None) -> None:
-    """Raise an error for LBFGS beside what its steps cannot do."""
+    """Raise an error for LBFGS together with what its steps cannot do."""
     if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         return
     if len(optimizers) > 1:
@@ -93,7 +93,7 @@ def refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_abo
 
 
 def alive(optimizers: Sequence[ref[Optimizer]], classes: Sequence[str]) -> tuple[Optimizer, ...]:
-    """The optimizers, or an error if one is gone; ``classes`` are their names."""
+    """The optimizers, or an error if one is gone; ``classes`` are the names of their classes."""
     found = [optimizer() for optimizer in optimizers]
     if None in found:
         raise RuntimeError(
@@ -104,7 +104,7 @@ def alive(optimizers: Sequence[ref[Optimizer]], classes: Sequence[str]) -> tuple
 
 
 def refuse_options(on_clip: Any, skip_above: MaxNorm | None, max_skips: int | None) -> None:
-    """Raise an error for options that make no sense."""
+    """Raise an error for options that make no sense together."""
     if max_skips is not None and skip_above is None:
         raise ValueError("`max_skips` says how often `skip_above` may skip; pass that, too")
     if on_clip is not None and not callable(on_clip):
@@ -112,7 +112,7 @@ def refuse_options(on_clip: Any, skip_above: MaxNorm | None, max_skips: int | No
 
 
 def order_of(norm_type: float | str, nonfinite: Nonfinite) -> float:
-    """The order of the norms, by which a policy must be able to tell what is not finite."""
+    """The order of the norms, which must show non-finite gradients if a policy needs that."""
     order = arguments.norm_order(norm_type)
     if order <= 0 and nonfinite != "propagate":
         raise ValueError(
@@ -134,7 +134,7 @@ def process_groups_of(group: Any, scope: str) -> list[ProcessGroup] | None:
 
 
 def refuse_history(history: Any) -> None:
-    """Raise an error for what is no history, or that of another Clipper."""
+    """Raise an error for anything but a history, and for one of another Clipper."""
     if not isinstance(history, History):
         raise TypeError(
             "`history` must be a torchclip.history.History, such as History(maxlen=1000), got "
@@ -154,7 +154,7 @@ def needs_all(
     joins_norms: bool,
     optimizers: Sequence[Optimizer],
 ) -> str | None:
-    """What needs the gradients of all optimizers before any can step; None if nothing does."""
+    """The option that needs the gradients of all optimizers before any can step; None if there is none."""
     if skips:
         return "`skip_above`"
     if has_group:
@@ -168,7 +168,7 @@ def needs_all(
 
 
 def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
-    """How the kernel clips in one go, as its ``RoundState`` takes it; None if it does not."""
+    """How the kernel clips in one call, for its ``RoundState``; None if it cannot."""
     if way is not None:
         usual = getattr(way, "usual", None) if type(way).__module__.startswith("torchclip.") else None
         return (usual[0], way, *usual[1:]) if usual is not None and scope == "global" else None

@@ -1,4 +1,4 @@
-"""Clipping that belongs to the optimizer: created once, done before every step."""
+"""Clipping that belongs to the optimizer: set up once, done before every step."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ class Clipper:
 
     Optimizers that step together on the gradients of one backward pass, such as Muon and AdamW, are passed as
     a list: ``Clipper([muon, adamw], max_norm=1.0)``.  The first of them to step clips the gradients of all;
-    the others step with what was clipped.  There is one record for each such round.  It ends when every
-    optimizer has stepped, when one steps again, or when one that has stepped has a new gradient.  Optimizers
-    that step during a backward pass are clipped each by itself, and recorded together at its end.
+    the others step with the clipped gradients.  There is one record for each such round.  It ends when every
+    optimizer has stepped, when one steps again, or when one that has stepped has a new gradient.  Gradients
+    of optimizers that step during a backward pass are clipped separately for each, and recorded together at
+    its end.
 
     A parameter group may have its own ``max_norm``.  The group is then clipped by itself, to that threshold.
     ``None`` measures the group and does not clip it.  Like a learning rate, it may change during training:
@@ -73,12 +74,12 @@ class Clipper:
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
 
     Copies and pickles of the optimizer do not clip.  Attach a new clipper to them and load the old one's
-    ``state_dict``.  A Clipper can be neither copied nor pickled, and keeps no optimizer alive.
+    ``state_dict``.  A Clipper can be neither copied nor pickled, and does not keep its optimizers alive.
 
-    If a GradScaler skips a step, an unfused optimizer has no record of it, and a fused one has one that says
-    so.  A step that ends in an exception is not recorded, and the next one gets its number.  A gradient that
-    parameters of several groups share is clipped once, to the lowest of their thresholds.  A threshold object
-    learns nothing from a step without finite gradients.
+    If a GradScaler skips the step of an unfused optimizer, there is no record of it; for a fused one, the
+    record says so.  A step that ends in an exception is not recorded, and the next one gets its number.  A
+    gradient that parameters of several groups share is clipped once, to the lowest of their thresholds.  A
+    threshold object learns nothing from a step without finite gradients.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or a list of optimizers that step together.
@@ -87,12 +88,12 @@ class Clipper:
             change; the copies that learn are in ``thresholds``.  A norm up to the threshold of such an object
             is not clipped; at a number, the 1e-6 of ``clip_grad_norm_`` applies.  Or another rule: ``Value``,
             ``Adaptive``, ``BlockRMS``.  The ``clip_coef`` of a record is then the norm after clipping divided
-            by the norm before, and its ``max_norm`` is that of the groups with their own.
+            by the norm before, and its ``max_norm`` is that of groups with their own.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: which gradients are clipped together: ``"global"``, all; ``"group"``, those of each parameter
             group; ``"parameter"``, each by itself.  Each of these sets gets its own copy of a threshold
             object.  ``AdaGC`` always works on single parameters.
-        nonfinite: what to do if the norm is ``inf`` or ``nan``.  ``"propagate"``: nothing, as torch.
+        nonfinite: what to do if the norm is ``inf`` or ``nan``.  ``"propagate"``: nothing, as in torch.
             ``"error"``: raise an error that names the parameters, before anything changes (except what LBFGS
             did earlier in the same step).  ``"skip"``: the step changes neither parameters nor optimizer
             state; the gradients are hidden from it, and restored afterwards.  On an accelerator this waits
@@ -102,8 +103,8 @@ class Clipper:
             ``clip_grad_norm_``.  All ranks must have the same number of parameter groups.  DTensors need
             none.
         on_clip: called with the ``Record`` of every step, just before anything changes and before the record
-            is in the history.  If it raises an exception, the step does not happen; only what a threshold
-            object has learned remains.  If it changes gradients, these are measured again and clipped to the
+            is in the history.  If it raises an exception, the step does not happen; only a threshold object
+            keeps what it has learned.  If it changes gradients, these are measured again and clipped to the
             same threshold, and the history has the result.  It must not change sharded gradients, as other
             ranks know their norm already.  On an accelerator this waits for the norm.
         model: the module whose parameters the optimizer has, or a list of several.  Errors, ``norms`` and
@@ -111,13 +112,13 @@ class Clipper:
             parallelism.  Without it they use the names of ``model.named_parameters()`` if the optimizer was
             made from these, and otherwise a parameter's position in the optimizer.
         skip_above: skip steps whose norm is above this threshold.  They change neither parameters nor
-            optimizer state, as with ``nonfinite="skip"``.  It may be whatever ``max_norm`` may be, such as a
-            number or ``RollingSigma()``, and applies to the norm of all gradients.  None for no limit.
+            optimizer state, as with ``nonfinite="skip"``.  It may be anything that ``max_norm`` may be, such
+            as a number or ``RollingSigma()``, and applies to the norm of all gradients.  None for no limit.
         max_skips: after this many steps in a row that ``skip_above`` has skipped, take the next one, clipped
             to that limit, and warn once, so that a run whose norms stay high continues.  None for no limit.
             It does not apply to steps that are not finite.
-        layers_every: record the norm of each single parameter at every this many steps, in
-            ``history.layers``; 0 for never.  With sharded gradients it must be the same on all ranks.
+        layers_every: how often, in steps, to record the norm of each single parameter in ``history.layers``;
+            0 for never.  With sharded gradients it must be the same on all ranks.
 
     Attributes:
         history (History): what clipping did, step by step.  Reading it waits for an accelerator.  With
@@ -125,7 +126,7 @@ class Clipper:
             another number of records, assign ``torchclip.history.History(maxlen=...)`` before the first step.
 
     Raises:
-        TypeError: if ``optimizer`` is no optimizer, or ``max_norm`` is none of the above.
+        TypeError: if ``optimizer`` is not an optimizer, or ``max_norm`` is none of the above.
         ValueError: if ``max_norm`` is negative or NaN; if ``scope`` or ``nonfinite`` is unknown; if the
             optimizer already has a clipper, or is there twice; if ``model`` has none of its parameters; if
             LBFGS is one of several optimizers; if steps of LBFGS are to be skipped, which cannot be skipped
@@ -166,7 +167,7 @@ class Clipper:
         arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
         refuse_lbfgs(optimizers, nonfinite, skip_above)
         refuse_options(on_clip, skip_above, max_skips)
-        # A tensor has a method of that name, too.
+        # A tensor has a method with this name, too.
         is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self._way = cast("Rule", max_norm) if is_way else None
         self._rule = ThresholdBank(
@@ -184,12 +185,12 @@ class Clipper:
         self._nonfinite: Nonfinite = nonfinite
         self._spikes = spikes
         self._has_group, self._keeps_layers = groups is not None, layers_every > 0
-        # AdaGC does in its warm-up.
+        # AdaGC does so in its warm-up.
         joins_norms = self._rule.per_parameter and getattr(max_norm, "max_norm", 0.0) < math.inf
         self._names = Names(optimizers, model)
         self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
-        # What the kernel clips in one go, with what is found to be usual in each step.
+        # The kernel's state: it clips usual steps in one call.
         is_usual = self._order == 2 and not groups and on_clip is None and spikes is None and not layers_every
         usual = usual_way(self._rule, self._way, scope) if is_usual else None
         with_kernel = native.step_state(usual, self._optimizers)
@@ -245,13 +246,13 @@ class Clipper:
         self._know_sets()
 
     def _follow(self, history: History) -> None:
-        """Have the records that the kernel keeps handed to a history, also when it is full of them."""
+        """Let the kernel pass its records to a history, also whenever its buffer is full."""
         self._flush: Callable[[], object] = self._state.flush
         self._state.keep_records(history.follow(self._flush), partial(_read, ref(history)))
 
     @property
     def loss(self) -> float | Tensor | None:
-        """The loss that the next step's record gets; None if none was assigned.
+        """The loss for the next step's record; None if none was assigned.
 
         Assign a number, or a tensor with one element, which is read only when the history is:
         ``clipper.loss = loss``, after ``zero_grad()``; once or, where gradients are accumulated, at each
@@ -271,7 +272,7 @@ class Clipper:
 
     @property
     def thresholds(self) -> Mapping[str, Threshold]:
-        """The threshold objects with what they have learned, by the name of what each of them is for.
+        """The threshold objects with what they have learned, by the name of the set that each is for.
 
         ``"all"``, ``"group 0"`` or ``"group 0, parameter 0"`` and so on, according to ``scope``; with several
         optimizers ``"optimizer 1, group 0"``, and the names of single parameters if there is a ``model``.
@@ -289,11 +290,11 @@ class Clipper:
         for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
         sets.
         """
-        self._round.is_running()  # gives back what a step that ended in an exception has left
+        self._round.is_running()  # undoes what a failed step has left
         return self._names.largest_norms(self.optimizers, self._order)
 
     def detach(self) -> None:
-        """Take the clipper off its optimizer, which no longer clips.  The history stays readable.
+        """Remove the clipper from its optimizers, which no longer clip.  Its history can still be read.
 
         Raises:
             RuntimeError: if called during a step, from ``on_clip`` or a closure.
@@ -316,9 +317,10 @@ class Clipper:
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on exactly as an uninterrupted one, as plain data.
+        """Everything that a resumed run needs to continue exactly like an uninterrupted one, as plain data.
 
-        The history is part of it, with all records.  A round in which optimizers have yet to step is not.
+        It includes the history with all records.  It does not include a round in which optimizers have yet to
+        step.
         """
         self._know_sets()
         in_round = self._round.is_open()
@@ -335,17 +337,17 @@ class Clipper:
         return saved.collected(self._kind, own, self._owner, joint=self._has_group)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the arguments stay those of this clipper.  States of 0.1.0 load, too.
+        """Continue from a ``state_dict``; this clipper keeps its own arguments.  States of 0.1.0 load, too.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.
-            ValueError: if ``state`` is not a clipper's or that of another number of optimizers, or its
+            ValueError: if ``state`` is not a clipper's, or is for another number of optimizers, or its
                 thresholds are of another kind, for other parameters, or have learned from norms of another
-                ``scope`` or ``norm_type``.  Nothing has changed then.
+                ``scope`` or ``norm_type``.  Then nothing has changed.
         """
         self._know_sets()
         loaded = saved.checked(state, self._kind, self._owner, self._sets, self._rule, self._spikes)
-        self.history.load_state_dict(loaded.history)  # refuses a wrong one before anything has changed
+        self.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
         self._round.forget()
         self._rule.load_state_dict(loaded.thresholds)
         if self._spikes is not None:
@@ -354,13 +356,13 @@ class Clipper:
         self._know_sets()
 
     def _know_sets(self) -> None:
-        """Find what may be clipped together, as parameter groups may have been added; a state has it all."""
+        """Find all sets, as parameter groups may have been added; a state includes all of them."""
         optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
         if len(optimizers) == len(self._optimizers):
             groups = groups_of(optimizers)
             names = self._names.of_sets(groups) if self._scope == "parameter" else {}
             self._sets = set_names(groups, self._scope, names)
-            self._rule.add(self._sets)  # also of groups with a threshold of their own, which may go
+            self._rule.add(self._sets)  # also of groups with their own threshold, which may be removed
             learning = [group for group in groups if "max_norm" not in group.values]
             self._learning = set_names(learning, self._scope, names)
             self._owner = saved.owner(optimizers, self._names)
@@ -383,9 +385,10 @@ class Clipper:
 
     # The optimizers' hooks
 
-    # With the kernel others are called, written in C, which take the usual step in one go and leave any other
-    # to these: in a training step every frame, line and object costs several times what it costs alone.  The
-    # optimizers hold the Clipper by them, and it holds the optimizers weakly.
+    # With the kernel, hooks in C++ replace them.  These handle the usual step in one call and leave any other
+    # to the hooks here: in a training step every frame, line and object costs several times as much as in a
+    # tight loop.  Through its hooks an optimizer keeps the Clipper alive; the Clipper refers to optimizers
+    # weakly.
 
     def _before_step(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._round.before_step(index, args, kwargs)
@@ -395,5 +398,5 @@ class Clipper:
 
 
 def _read(history: ref[History]) -> None:
-    """Read the records that a history has been handed, if it is still there."""
+    """Read the records that were passed to a history, if it still exists."""
     len(history() or ())

@@ -1,4 +1,4 @@
-"""One clipping: the gradients are measured, judged, reported, looked at again if need be, and changed."""
+"""One clipping: gradients are measured, judged, reported, measured again if needed, and changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Loss: TypeAlias = float | Tensor | None
 
 
 class Row(NamedTuple):
-    """What ``History.append`` takes."""
+    """The arguments of ``History.append``."""
 
     step: int
     total_norm: Norm
@@ -46,17 +46,17 @@ class Clipping:
 
     Args:
         steps: the steps of the optimizers that the gradients are for.
-        rule: what the thresholds are.
-        scoping: what is clipped together.
+        rule: the thresholds.
+        scoping: which gradients are clipped together.
         policy: what to do about a norm that is not finite.
-        spikes: which steps are skipped as their norm is too large; None for none.
-        way: how gradients are clipped that are not clipped to a norm; None if all are.
-        on_clip: whom to tell before anything changes.
-        names: what to call the parameters.
+        spikes: which steps are skipped because their norm is too large; None for none.
+        way: the rule for gradients that are not clipped to a norm; None if all are.
+        on_clip: the function to call before anything changes.
+        names: the names of the parameters.
 
     Attributes:
         hooks: the handles of the pre hooks that clip.
-        not_fused: why the latest clip coefficient below 1 did not go along with a fused step.
+        not_fused: why the latest clip coefficient below 1 was not passed to a fused step.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Clipping:
         self.hooks: list[RemovableHandle] = []
         self.not_fused: str | None = None
         self._overrides: dict[int, fused.GradScaleOverride] = {}
-        # Of the round that is open: whether it is skipped, and what fused steps have yet to do.
+        # For the open round: whether it is skipped, and what fused steps have yet to do.
         self._skipped: bool | Tensor = False
         self._deferred: dict[int, Deferred] = {}
 
     def begin(self, index: int) -> None:
-        """Take note of what a GradScaler has set for the step that begins, as it may end in an exception."""
+        """Record what a GradScaler has set for the step that begins, as it may end in an exception."""
         if "found_inf" in vars(self._steps[index].optimizer):
             self._override(index)
 
@@ -92,7 +92,7 @@ class Clipping:
             self.spikes.rule.begin_round()
 
     def snapshot(self, own: OwnMaxNorms = MappingProxyType({}), only: int | None = None) -> Snapshot:
-        """The gradients as they are now, not measured yet: of all optimizers, or only of one."""
+        """The current gradients, not measured yet: of all optimizers, or only of one."""
         optimizers = [step.optimizer for step in self._steps]
         groups = groups_of(optimizers)
         if only is not None:
@@ -108,13 +108,13 @@ class Clipping:
         return Snapshot(groups, self._scoping, own, grad_scale, names)
 
     def clip(self, number: int, snapshot: Snapshot, loss: Loss, index: int, tell: bool) -> Row:
-        """Clip gradients that were measured just now.
+        """Clip gradients that were just measured.
 
         Args:
             number: the number of the step.
             snapshot: the gradients.
-            loss: what to record as the loss.
-            index: which optimizer is about to step with them.
+            loss: the loss to record.
+            index: the optimizer that is about to step with them.
             tell: whether to call ``on_clip``.
 
         Returns:
@@ -155,12 +155,12 @@ class Clipping:
         index: int,
         on_clip: Callable[[Record], object] | None,
     ) -> Row:
-        """Clip by something else than a norm; what the norm is multiplied by is known only afterwards."""
+        """Clip by another rule than a norm; the factor for the norm is known only afterwards."""
         only = self._only(snapshot, index)
         if on_clip is None:
             self._apply(snapshot, row, to_zero, index)
             return row._replace(clip_coef=self._apply_way(way, snapshot, only))
-        # Who is told before anything changes is told what comes out of copies.
+        # ``on_clip`` gets the result of clipping copies.
         parameters = [p for clip_set in snapshot.sets for p in clip_set.parameters]
         with copied_gradients(parameters) as copies:
             trial = self.snapshot(snapshot.own, only)
@@ -176,7 +176,7 @@ class Clipping:
             row = _row(row.step, snapshot, skipped, row.loss)
             self._apply(snapshot, row, to_zero, index)
             return row if skipped is True else row._replace(clip_coef=self._apply_way(way, snapshot, only))
-        # Other ranks do not listen to this one's user: all that takes them was done on the copies.
+        # Other ranks do not run this one's user code: everything that involves them was done with the copies.
         before = [grad for clip_set in snapshot.sets for grad in clip_set.batch.all]
         now, _ = self._same_gradients(snapshot, held, to_zero)
         self._tell(row.skipped, index)
@@ -187,7 +187,7 @@ class Clipping:
         return row
 
     def _apply_way(self, way: Rule, snapshot: Snapshot, only: int | None) -> Norm:
-        """Clip by something else than a norm; returns what the norm was multiplied by."""
+        """Clip by another rule than a norm; returns the factor for the norm."""
         before = snapshot.total_norm
         parameters = [p for clip_set in snapshot.sets if clip_set.own is None for p in clip_set.parameters]
         way.clip_(parameters, snapshot.grad_scale)
@@ -196,7 +196,7 @@ class Clipping:
         return ratio(clipped.total_norm, before)
 
     def _only(self, snapshot: Snapshot, index: int) -> int | None:
-        """The optimizer whose gradients alone these are; None if they are those of all."""
+        """The only optimizer whose gradients these are; None if they are those of all."""
         return None if len(snapshot.others(index)) == len(self._steps) - 1 else index
 
     def _judge(self, snapshot: Snapshot, index: int) -> tuple[bool | Tensor, Sequence[ClipSet]]:
@@ -227,9 +227,9 @@ class Clipping:
     def _measure_again(
         self, first: Snapshot, index: int
     ) -> tuple[Snapshot, bool | Tensor, Sequence[ClipSet]]:
-        """What the gradients are after user code ran, with the thresholds that were decided upon before.
+        """The gradients after user code ran, with the thresholds that were decided before.
 
-        The user may have replaced a gradient, changed it in place, or given one to a parameter that had none.
+        User code may have replaced a gradient, changed it in place, or set one for a parameter that had none.
         """
         only = self._only(first, index)
         while True:
@@ -245,9 +245,9 @@ class Clipping:
     def _same_gradients(
         self, first: Snapshot, held: Sequence[Sequence[float]], to_zero: Sequence[ClipSet]
     ) -> tuple[Snapshot, Sequence[ClipSet]]:
-        """What the gradients are after user code ran, which must not have changed sharded ones.
+        """The gradients after user code ran, which must not have changed sharded ones.
 
-        Another rank may not run any user code, so that to measure again would be to wait for it forever.
+        Another rank may not run any user code, so measuring again could wait for it forever.
         """
         snapshot = self.snapshot(first.own)
         same_names = [p.names() for p in first.sets] == [p.names() for p in snapshot.sets]
@@ -267,7 +267,7 @@ class Clipping:
     # Changing
 
     def join(self, index: int) -> None:
-        """Have a further optimizer step with the gradients that were clipped for all."""
+        """Let another optimizer step with the gradients that were clipped for all."""
         if self._skipped is True:
             self._steps[index].undo_at_end(nonfinite.hide_gradients(self._steps[index].optimizer))
             return
@@ -277,17 +277,17 @@ class Clipping:
             self._steps[index].undo_at_end(partial(self._divided, index))
 
     def _divided(self, index: int, outcome: Outcome) -> None:
-        if outcome == "finished":  # a step that failed may be taken again in this round
+        if outcome == "finished":  # a failed step may be taken again in this round
             self._deferred.pop(index).forget()
 
     def end(self) -> None:
-        """Multiply what an optimizer did not step with in this round."""
+        """Multiply the gradients with which an optimizer did not step in this round."""
         for deferred in self._deferred.values():
             deferred.apply()
         self.forget()
 
     def forget(self) -> None:
-        """Multiply nothing more in the round that was open."""
+        """Multiply nothing more in the open round."""
         for deferred in self._deferred.values():
             deferred.forget()
         self._skipped, self._deferred = False, {}
@@ -324,16 +324,16 @@ class Clipping:
         return self._policy == "skip" or self.spikes is not None or len(self._steps) > 1
 
     def _tell(self, skipped: bool | Tensor, index: int) -> None:
-        """Make a fused step skip itself: hiding the gradients would wait for the device."""
+        """Make a fused step skip itself, as hiding the gradients would wait for the device."""
         if isinstance(skipped, Tensor) and self._skips:
             override = self._override(index)
-            # A GradScaler may have its own reason for this optimizer.
+            # A GradScaler may have its own reason to skip this optimizer's step.
             found_inf = getattr(self._steps[index].optimizer, "found_inf", None)
             own = found_inf > 0 if isinstance(found_inf, Tensor) else False
             override.skip_where(skipped | own)
 
     def _scale(self, snapshot: Snapshot, skipped: bool | Tensor, index: int) -> None:
-        """Multiply the gradients: now, or within the fused steps, as their ``grad_scale``."""
+        """Multiply the gradients: now, or during the fused steps, as their ``grad_scale``."""
         if self.way is not None:
             self.not_fused = "the gradients are clipped in another way too, in place"
             snapshot.scale_()
@@ -378,5 +378,5 @@ def _row(number: int, snapshot: Snapshot, skipped: bool | Tensor, loss: Loss) ->
 
 
 def _equal(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> bool:
-    """Whether all numbers are the same, where NaN is the same as NaN."""
+    """Whether all numbers are equal, where NaN equals NaN."""
     return repr(a) == repr(b)

@@ -1,4 +1,4 @@
-"""The clip coefficient of a fused optimizer that steps later in a round than another one."""
+"""The clip coefficient of a fused optimizer that steps later in a round than another."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ __all__ = ["Deferred", "can_be_deferred"]
 
 
 def can_be_deferred(optimizer: Optimizer) -> bool:
-    """Whether autograd itself adds to the gradients; FSDP2 does it for DTensors."""
+    """Whether autograd itself accumulates the gradients; for DTensors FSDP2 does so."""
     return not mesh.any_dtensor(_parameters(optimizer))
 
 
 class Deferred:
-    """A clip coefficient that the step of a fused optimizer takes along, later in the round.
+    """A clip coefficient for the step of a fused optimizer later in the round.
 
-    The optimizer may not step in this round.  So before a backward pass adds to the gradients, or when the
-    round ends, they are multiplied in place.
+    The optimizer may not step in this round at all.  So the gradients are multiplied in place before a
+    backward pass adds to them, or when the round ends.
 
     Args:
         optimizer: the optimizer.
-        member: what its hooks know.
-        clip_coef: what to multiply the gradients by.
+        member: the state of its hooks.
+        clip_coef: the number to multiply the gradients by.
         divisor: the same as the ``grad_scale`` of its step.
     """
 
     def __init__(self, optimizer: Optimizer, member: Member, clip_coef: Norm, divisor: Tensor) -> None:
         self.divisor = divisor
-        self._optimizer, self._member = ref(optimizer), member  # as the hooks are on its parameters
+        self._optimizer, self._member = ref(optimizer), member  # because the hooks are on its parameters
         self._clip_coef: Norm | None = clip_coef
         self._hooks: list[Any] = [
             p.register_hook(lambda _: self.apply())  # type: ignore[no-untyped-call]
@@ -51,7 +51,7 @@ class Deferred:
         self.forget()
 
     def forget(self) -> None:
-        """Multiply nothing any more."""
+        """Drop the coefficient."""
         self._clip_coef = None
         for hook in self._hooks:
             hook.remove()

@@ -1,7 +1,7 @@
 """The clip coefficient as the ``grad_scale`` of a fused step, which saves a pass over the gradients.
 
-Fused optimizers divide the gradients by a ``grad_scale`` while they step, and leave them so divided.  This is
-made for GradScaler, which sets it for a step along with ``found_inf``, and deletes both afterwards.
+Fused optimizers divide the gradients by a ``grad_scale`` during their step, and leave them divided.  This
+exists for GradScaler, which sets it for a step together with ``found_inf``, and deletes both afterwards.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["GradScaleOverride", "divisor", "why_not"]
 
 _CPU = torch.device("cpu")
 _TOO_SMALL = Facts.SMALL
-# A GradScaler may multiply it by its own scale, as after a step that failed.
+# A GradScaler may multiply it by its own scale, such as after a failed step.
 _MOST = 2.0**100
 
 
 def why_not(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot) -> str | None:
-    """Why the clip coefficient cannot, or should not, go along with the step; None if it does.
+    """Why the clip coefficient cannot, or should not, be passed to the step; None if it can.
 
-    What is said of the gradients goes by facts that all ranks know, so that all of them decide alike.
+    Decisions about the gradients use facts that all ranks know, so that all of them decide alike.
 
     Args:
         optimizer: the optimizer, which is about to step.
@@ -56,7 +56,7 @@ def why_not(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot) -> 
 
 
 def divisor(clip_coef: Norm, grad_scale: Tensor | None) -> Tensor | None:
-    """What a fused step must divide the gradients by; None if that is no number of float32's range."""
+    """The number by which a fused step must divide the gradients; None if it is outside float32's range."""
     scale = 1.0 if grad_scale is None else grad_scale
     if isinstance(clip_coef, Tensor):
         return (scale / clip_coef).to(torch.float32)
@@ -65,14 +65,14 @@ def divisor(clip_coef: Norm, grad_scale: Tensor | None) -> Tensor | None:
 
 
 class GradScaleOverride:
-    """What an optimizer's ``grad_scale`` is during a step, and what it has to be afterwards.
+    """An optimizer's ``grad_scale`` during a step, and afterwards.
 
-    A step that ended in an exception leaves ``grad_scale`` there, and GradScaler, at its next step, takes it
-    for one that the user has set, by which it multiplies its own.
+    A step that ends in an exception does not remove ``grad_scale``.  In its next step, a GradScaler would
+    take it for one that the user has set, and multiply its own by it.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = ref(optimizer)  # as a step that failed leaves this until the next one
+        self._optimizer = ref(optimizer)  # a failed step leaves it until the next one
         self._found_inf = self._attributes.get("found_inf")
         self._had = "grad_scale" in self._attributes
         self._tells = False
@@ -89,17 +89,17 @@ class GradScaleOverride:
         return self._found_inf is not None and not self._tells
 
     def set(self, value: Tensor) -> None:
-        """Have the step divide by a number."""
+        """Make the step divide by a number."""
         self._attributes["grad_scale"] = self._left = value
 
     def skip_where(self, skip: Tensor) -> None:
-        """Make the step skip itself if a truth value on the device says so."""
+        """Make the step skip itself if a bool on the device is true."""
         self._tells = not self.of_scaler
         dtype = self._found_inf.dtype if isinstance(self._found_inf, Tensor) else torch.float32
         self._attributes["found_inf"] = self._found_inf = skip.to(dtype)
 
     def restore(self, outcome: Outcome) -> None:
-        """Put back what was there, or what the next step of a GradScaler needs."""
+        """Restore the previous value, or the one that the next step of a GradScaler needs."""
         if self._tells and self._attributes.get("found_inf") is self._found_inf:
             self._attributes.pop("found_inf")
             self._found_inf = None
@@ -107,7 +107,7 @@ class GradScaleOverride:
             self._set(self._before if self._had else None, self._had)
             return
         found_inf, now = self._attributes.get("found_inf"), self._attributes.get("grad_scale")
-        # A GradScaler deletes both after its step, also what the user had set.
+        # A GradScaler deletes both after its step, including what the user had set.
         had = self._had and not self.of_scaler
         kept = self._before if had else None
         if found_inf is self._found_inf and now is self._left:

@@ -1,4 +1,4 @@
-"""The loss that the record of the next step gets."""
+"""The loss for the record of the next step."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ __all__ = ["PendingLoss"]
 
 
 class PendingLoss:
-    """The loss of the step that comes next, until its record is made.
+    """The loss of the next step, until its record is made.
 
-    The losses of several backward passes of one step are added.  A step that a GradScaler skips has no
-    record, and no hook of its optimizer runs.  Then the gradients have been set to None, or are other ones,
-    by the time that the next step's loss is assigned, so the loss of the skipped step is dropped.
+    The losses of several backward passes of one step are added.  If a GradScaler skips a step, no hook of its
+    optimizer runs, and there is no record.  When the next step's loss is assigned, the gradients have then
+    been set to None, or are other objects, so the loss of the skipped step is dropped.
 
     Args:
-        state: where the hooks take it from.
-        optimizers: those that have the gradients.
+        state: from which the hooks take it.
+        optimizers: the optimizers with the gradients.
     """
 
     def __init__(self, state: State, optimizers: Sequence[ref[Optimizer]]) -> None:
         self._state, self._optimizers = state, optimizers
-        # A parameter and its gradient when a loss was assigned last; None if there was no gradient.
+        # A parameter and its gradient when a loss was last assigned; None if there was no gradient.
         self._seen: tuple[ref[Tensor], ref[Tensor]] | None = None
 
     def assign(self, loss: float | Tensor | None) -> None:
-        """Set the loss, or add it to what is there of the same step."""
+        """Set the loss, or add it to the loss of the same step."""
         before = self._state.loss
         added = None if loss is None else _own(loss)
         adds = added is not None and before is not None and not self._was_skipped()
@@ -40,14 +40,14 @@ class PendingLoss:
         self._seen = next(((ref(p), ref(p.grad)) for p in self._parameters() if p.grad is not None), None)
 
     def _was_skipped(self) -> bool:
-        """Whether the gradients that the loss came with are gone, and no step has taken it."""
+        """Whether the gradients from when the loss was assigned are gone, though no step has used it."""
         if self._seen is None:
             parameters = [*self._parameters()]
-            # FSDP2 may keep the gradients elsewhere until the last backward pass of a step.
+            # FSDP2 may store the gradients elsewhere until the last backward pass of a step.
             return all(p.grad is None for p in parameters) and not mesh.any_dtensor(parameters)
         parameter, grad = (each() for each in self._seen)
         now = None if parameter is None else parameter.grad
-        # A backward pass with `create_graph=True` adds to a gradient by making another one.
+        # A backward pass with `create_graph=True` replaces a gradient to add to it.
         return now is None or (now is not grad and not now.requires_grad)
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -58,7 +58,7 @@ class PendingLoss:
 
 
 def _own(loss: float | Tensor) -> float | Tensor:
-    """A loss as a number, or as a tensor of its own that nobody waits for."""
+    """A loss as a number, or as a copied tensor, without waiting."""
     if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cpu and not loss.is_complex():
-        return arguments.full(loss.detach()).reshape(()).clone()  # as the user may add to it in place
+        return arguments.full(loss.detach()).reshape(()).clone()  # the user may add to the original in place
     return arguments.number("loss", loss)

@@ -1,4 +1,4 @@
-"""What to call the parameters that optimizers hold, and the norm of each by its name."""
+"""The names of optimizers' parameters, and the norm of each by its name."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torchclip.clipper.scope import Group, groups_of, unscaled
 
 __all__ = ["Names"]
 
-# What torch's wrappers put into names; no module of a user's is called so.
+# Parts that torch's wrappers add to names; users' modules do not have such names.
 _WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 class Names:
-    """Names of the parameters of some optimizers, found anew each time, as parameters may be added later.
+    """Names of the parameters of some optimizers, found again each time, as parameters may be added later.
 
-    Neither optimizers nor models are kept alive.
+    It keeps neither optimizers nor models alive.
 
     Args:
-        optimizers: the optimizers, which know names themselves if made from ``named_parameters()``.
-        model: a module, or several, whose names come first; None for none.
+        optimizers: the optimizers, which know names themselves if they were made from ``named_parameters()``.
+        model: a module, or several, whose names take precedence; None for none.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Names:
     ) -> None:
         models = _modules(model)
         self._models = [ref(each) for each in models]
-        # For parameters of models that live no longer, such as a list of modules made for this call.
+        # For parameters of models that no longer exist, such as a list of modules made for this call.
         self._known = {id(p): (ref(p), name) for p, name in _names_in(models)}
         self.has_model = bool(models)
         self.is_replicated = any(
@@ -60,13 +60,13 @@ class Names:
         return names
 
     def named_parameters(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-        """All parameters of the optimizers, by the name that a model or they know, or else their place."""
+        """All parameters of the optimizers, by their name in a model or optimizer, else by position."""
         of_models = self.in_model()
         used: set[str] = set()
         for group in groups_of(optimizers):
             of_group = group.values.get("param_names", ())
             for j, parameter in enumerate(group.parameters):
-                # A parameter may have been added to the list without a name, and two models share names.
+                # A parameter may have been added to the list without a name, and two models may share names.
                 name = of_models.get(id(parameter)) or (of_group[j] if j < len(of_group) else None)
                 if name is None or name in used:
                     name = f"{group.place('params')}[{j}]"
@@ -74,18 +74,18 @@ class Names:
                 yield name, parameter
 
     def of_gradients(self, optimizers: Sequence[Optimizer]) -> dict[int, str]:
-        """What to call each gradient in an error, by its id."""
+        """The name of each gradient in an error, by its id."""
         return {id(p.grad): name for name, p in self.named_parameters(optimizers) if p.grad is not None}
 
     def norms(
         self, optimizers: Sequence[Optimizer], order: float, only: int | None = None
     ) -> tuple[list[str], list[bool], Norms]:
-        """The norm of each parameter's gradient as it is now, without a GradScaler's scale.
+        """The current norm of each parameter's gradient, without a GradScaler's scale.
 
-        All ranks must ask for it if one does.  With ``only``, of one of the optimizers.
+        If one rank calls this, all ranks must.  ``only`` selects one of the optimizers.
 
         Returns:
-            The names of all parameters, which of them have a gradient, and the norms: below 0 without one.
+            The names of all parameters, which of them have a gradient, and the norms: negative without one.
         """
         named = dict(self.named_parameters(optimizers))
         if only is not None:
@@ -106,20 +106,20 @@ class Names:
         return list(named), present, norms
 
     def largest_norms(self, optimizers: Sequence[Optimizer], order: float) -> dict[str, float]:
-        """The norm of each gradient by its parameter's name, what is not finite first, then the largest."""
+        """The norm of each gradient by its parameter's name: non-finite ones first, then the largest."""
         names, present, norms = self.norms(optimizers, order)
         named = zip(names, present, scalars.numbers(norms), strict=True)
         found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
 
     def of_sets(self, groups: Sequence[Group]) -> dict[int, list[str]]:
-        """What to call the norms of single parameters, by the ids of their lists; empty for their places.
+        """The names of the norms of single parameters, by the ids of their lists; empty to use positions.
 
-        The names of one optimizer's sets are places, as they have always been.
+        The sets of a single optimizer are named by position, as in 0.1.0.
         """
         if not self.has_model or not any(group.several for group in groups):
             return {}
-        # A parameter that two optimizers hold has its name in the first of them.
+        # A parameter of two optimizers has its name from the first of them.
         names = self.in_model()
         return {
             id(group.parameters): [
@@ -143,7 +143,7 @@ def _modules(model: Any) -> list[nn.Module]:
 
 
 def _names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:
-    """Some models' parameters and their names; ``model[1].weight`` if two have such a name."""
+    """The parameters of some models with their names; ``model[1].weight`` if two have the same name."""
     of_each = [[(p, name) for name, p in _named_parameters(model)] for model in models]
     found: dict[int, tuple[Tensor, str]] = {}
     for i, of_model in enumerate(of_each):
@@ -154,14 +154,14 @@ def _names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters by the names that they have without torch's wrappers."""
+    """A model's parameters by their names without torch's wrappers."""
     wrappers = [
         f"{path}." if path else ""
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (DataParallel, DistributedDataParallel))
     ]
     for name, parameter in model.named_parameters():
-        for path in reversed(wrappers):  # the inner ones first, as long as their paths hold
+        for path in reversed(wrappers):  # inner ones first, while their paths are valid
             if name.startswith(f"{path}module."):
                 name = path + name[len(path) + len("module.") :]
         for wrapped in _WRAPPED:

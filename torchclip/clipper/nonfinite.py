@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: skipped, or taken with 0 in place of the non-finite elements."""
+"""Steps whose gradients are not finite: skipped, or taken with non-finite elements set to 0."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
         policy: what to do about a norm that is not finite.
         total_norm: the norm.
         optimizers: the optimizer that is about to step, whose ``found_inf`` a GradScaler sets if it is fused,
-            and then leaves the step out itself; and those that will step with the same gradients.
+            so that it skips the step itself; and those that will step with the same gradients.
 
     Returns:
-        A tensor if the host does not wait for it: then it is passed to the fused steps.
+        A tensor if the host does not wait for it, to be passed to the fused steps.
     """
     found_inf = getattr(optimizers[0], "found_inf", None)
     skip: bool | Tensor = False
-    # Of several, the GradScaler decides for each in its own step; a policy decides for all.
+    # A GradScaler decides for each of several optimizers in its own step; a policy decides for all.
     decides = len(optimizers) == 1 or policy == "error"
-    if decides and isinstance(found_inf, Tensor):  # without any gradient GradScaler makes it the number 0
-        # To raise an error, or not, is to wait for an accelerator.
+    if decides and isinstance(found_inf, Tensor):  # without gradients, GradScaler sets it to the number 0
+        # Deciding whether to raise waits for an accelerator.
         if policy != "error" and not memory.on_host([found_inf]):
             skip = found_inf > 0
         elif found_inf > 0:
@@ -55,9 +55,9 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
 
 
 def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
-    """The norm that a step may be skipped for: a number, unless the steps are fused and can be told.
+    """The norm that decides whether a step is skipped: a number, unless all steps are fused.
 
-    For others this waits for an accelerator: they cannot skip a step themselves.
+    For others this waits for an accelerator, as only fused steps can skip themselves.
     """
     return norm if all(why_not_fused(each) is None for each in optimizers) else float(norm)
 
@@ -70,9 +70,9 @@ def refuse(snapshot: Snapshot, order: float, names: Mapping[int, str]) -> None:
 
 
 def without_nonfinite(snapshot: Snapshot) -> Sequence[ClipSet]:
-    """The sets with elements to be set to 0, measured as if they were.
+    """The sets with elements that must be set to 0, measured as if they were 0.
 
-    On an accelerator this does not wait to know which these are.
+    On an accelerator this does not wait to find out which these are.
     """
     sets = [
         clip_set
@@ -84,14 +84,14 @@ def without_nonfinite(snapshot: Snapshot) -> Sequence[ClipSet]:
 
 
 def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
-    """Let a step see no gradients, so that it changes neither parameters nor state.
+    """Hide the gradients from a step, so that it changes neither parameters nor state.
 
     Returns:
-        What gives them back.
+        A function that restores them.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     hidden = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-    # The optimizer may be left so by a step that failed, and is not to keep itself alive then.
+    # A failed step may leave the optimizer in this state, which must not keep it alive.
     held, own_zero_grad = ref(optimizer), vars(optimizer).get("zero_grad")
 
     def zero_hidden_too(set_to_none: bool = True) -> None:
@@ -111,7 +111,7 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
             attributes.pop("zero_grad", None)
         else:
             attributes["zero_grad"] = own_zero_grad
-        # New ones after a step that ended in an exception: then the old ones, all of them, are history.
+        # If there are new gradients after a failed step, all old ones are obsolete.
         if outcome == "finished" or all(parameter.grad is None for parameter, _ in hidden):
             for parameter, grad in hidden:
                 if parameter.grad is None:
@@ -119,6 +119,6 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
 
     for parameter, _ in hidden:
         parameter.grad = None
-    # A hook, or the step() of a subclass, may zero the gradients before the step is over.
+    # A hook, or a subclass's step(), may zero the gradients before the step ends.
     vars(optimizer)["zero_grad"] = zero_hidden_too
     return restore

@@ -1,4 +1,4 @@
-"""Which Clipper each optimizer has, and a say in the Clippers that a program makes."""
+"""Which Clipper each optimizer has, and a hook that adjusts new Clippers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 __all__ = ["adjusted", "clipper_of", "clippers", "set_adjustment"]
 
 Adjustment: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]
-"""Takes what a new Clipper gets as optimizers, ``max_norm`` and ``nonfinite``; returns the last two anew."""
+"""Takes a new Clipper's optimizers, ``max_norm`` and ``nonfinite``; returns what replaces the last two."""
 
 clippers: WeakKeyDictionary[Optimizer, ref[Any]] = WeakKeyDictionary()
-"""The optimizers that have a Clipper, which is not kept alive."""
+"""The optimizers that have a Clipper; it does not keep Clippers alive."""
 
 _adjustment: list[Adjustment] = []
 
@@ -26,15 +26,15 @@ def clipper_of(optimizer: Optimizer) -> Any:
 
 
 def set_adjustment(adjustment: Adjustment) -> Callable[[], None]:
-    """Have every new Clipper adjusted, as ``torchclip run`` does to try other thresholds.
+    """Adjust every new Clipper, as ``torchclip run`` does to try other thresholds.
 
     Returns:
-        What ends this.
+        A function that ends this.
     """
     _adjustment[:] = [adjustment]
     return _adjustment.clear
 
 
 def adjusted(optimizer: Any, max_norm: Any, nonfinite: Any) -> tuple[Any, Any]:
-    """What a new Clipper takes as ``max_norm`` and ``nonfinite``; its arguments are not checked yet."""
+    """The ``max_norm`` and ``nonfinite`` of a new Clipper, whose arguments are not checked yet."""
     return _adjustment[0](optimizer, max_norm, nonfinite) if _adjustment else (max_norm, nonfinite)

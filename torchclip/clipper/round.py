@@ -1,4 +1,4 @@
-"""What optimizers do together: the steps that follow one backward pass, clipped once, recorded once."""
+"""Rounds: the optimizers' steps after one backward pass, clipped once and recorded once."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ Around: TypeAlias = Callable[[int, Callable[..., Any]], Callable[..., Any]]
 
 
 class Round:
-    """The steps of some optimizers, as their hooks see them.
+    """The steps of some optimizers, from their hooks' point of view.
 
-    The first of them to step in a round has the gradients of all of them clipped; the others step with what
-    was clipped.  The round ends when every one has stepped, when one steps again, or when one that has
-    stepped has a new gradient.
+    The first optimizer to step in a round clips the gradients of all of them; the others step with the
+    clipped gradients.  The round ends when every optimizer has stepped, when one steps again, or when one
+    that has stepped has a new gradient.
 
-    Steps that are taken while a backward pass runs are clipped each on its own, and recorded together when
-    the pass is over.
+    Steps during a backward pass are clipped one by one, and recorded together when the pass is over.
 
     Args:
-        state: what the hooks know, which the kernel's share.
+        state: the state of the hooks, including the kernel's.
         steps: the steps of the optimizers.
         clipping: how gradients are clipped.
-        names: what to call the parameters.
-        layers: at every how many rounds the norms of single parameters are kept; 0 for never.
+        names: the names of the parameters.
+        layers: how often, in rounds, the norms of single parameters are recorded; 0 for never.
         order: the order of the norms.
-        needs_all: says what needs the gradients of all optimizers at once, None if nothing does.
-        on_clip: whom to tell of a round that was clipped during a backward pass.
+        needs_all: the option that needs the gradients of all optimizers at once; None if there is none.
+        on_clip: the function to call for a round that was clipped during a backward pass.
     """
 
     def __init__(
@@ -62,16 +61,16 @@ class Round:
         self._state, self._steps, self._clipping, self._names = state, steps, clipping, names
         self._layers_every, self._order = layers, order
         self._needs_all, self._on_clip = needs_all, on_clip
-        # What is to be recorded of the round that is open, unless the kernel has it.
+        # The record of the open round, unless the kernel has it.
         self._rows: list[Row] = []
         self._layers: list[tuple[list[str], Norms]] = []
-        # Of several optimizers: whether a GradScaler skips the step of each.
+        # With several optimizers: whether a GradScaler skips the step of each.
         self._skips: list[bool | Tensor] = []
         self._in_backward = False
         self._passes = Passes()
 
     def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a step is to be called with instead, or None; clips the gradients now or after a closure."""
+        """Clip the gradients now or after a closure; returns other arguments for the step, or None."""
         step = self._steps[index]
         if not step.begin():
             return None
@@ -85,7 +84,7 @@ class Round:
             raise
 
     def after_step(self, index: int) -> None:
-        """End a step; only a round in which one was taken is in the history, and has used up its number."""
+        """End a step; a round is in the history, and uses its number, only if a step was taken in it."""
         step = self._steps[index]
         if not step.end() or not step.counts or not self._state.open:
             return
@@ -99,18 +98,18 @@ class Round:
             step.member.mark(False)
 
     def _measure_clipped(self, number: int) -> None:
-        """Measure the gradients of a round that has just ended, for what the history says of stalls."""
+        """Measure the gradients of a round that has just ended, for the history's note on stalls."""
         sizes = self.history.clipped_sizes
         sizes.measure(number, [step.optimizer for step in self._steps])
         self._state.next_sample = sizes.next_step
 
     def is_running(self) -> bool:
         """Whether the caller is called from within a step."""
-        running = [step.is_running() for step in self._steps]  # each, as it gives back what has failed
+        running = [step.is_running() for step in self._steps]  # each, as it ends failed steps
         return any(running)
 
     def is_open(self) -> bool:
-        """Whether some of several optimizers have yet to step in a round; one that has failed is none."""
+        """Whether some of several optimizers have yet to step in a round that has not failed."""
         running = self.is_running()
         begun = running or any(member.stepped for member in self._state.members)
         return len(self._steps) > 1 and self._state.open and begun
@@ -120,7 +119,7 @@ class Round:
         state = self._state
         if not state.open:
             return
-        # If none has stepped, the one that began has failed.
+        # If no optimizer has stepped, the first one has failed.
         taken = any(member.stepped for member in state.members)
         in_backward, self._in_backward, state.open = self._in_backward, False, False
         self._passes.end()
@@ -140,12 +139,12 @@ class Round:
             member.stepped = False
 
     def close_after_backward(self) -> None:
-        """Close a round whose backward pass is over, if all its steps were taken within checkpoints."""
+        """Close a round after its backward pass, if all its steps were taken within checkpoints."""
         if self._in_backward and not is_running():
             self.close()
 
     def forget(self) -> None:
-        """Leave the round that is open, and what was kept for it, as a state was loaded."""
+        """Discard the open round and its data, as a state was loaded."""
         self._state.open = self._in_backward = False
         for member in self._state.members:
             member.stepped = False
@@ -153,7 +152,7 @@ class Round:
         self._clipping.forget()
 
     def take_loss(self) -> float | Tensor | None:
-        """The loss of the round that begins."""
+        """The loss of the new round."""
         loss, self._state.loss = self._state.loss, None
         return loss
 
@@ -175,7 +174,7 @@ class Round:
     # Before a step
 
     def _find_failed(self, index: int) -> None:
-        """End the steps that have failed, and the round if the one that has opened it is among them."""
+        """End the steps that have failed, and the round if the step that opened it is among them."""
         state = self._state
         for step in self._steps:
             if step is not self._steps[index]:
@@ -219,7 +218,7 @@ class Round:
     def _with_closure(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Around
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments of a step with something put around its closure; None if it has none."""
+        """The arguments of a step with its closure wrapped; None if it has none."""
         if len(args) == 1 and not kwargs:
             return None
         step = type(self._steps[index].optimizer).step
@@ -240,7 +239,7 @@ class Round:
         return closure_then_clip
 
     def _unchanged_by(self, index: int, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """A closure that must leave the gradients alone, as those that frameworks pass along do."""
+        """A closure that must not change the gradients, such as those that frameworks pass on."""
 
         def closure_then_look(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
@@ -255,7 +254,7 @@ class Round:
         return closure_then_look
 
     def _clip(self, index: int) -> None:
-        """Clip the gradients that are there now; in a backward pass those of one optimizer."""
+        """Clip the current gradients; in a backward pass those of one optimizer."""
         only = index if self._in_backward else None
         snapshot = self._clipping.snapshot(only=only)
         self._refuse_scaled(index)
@@ -273,7 +272,7 @@ class Round:
                     step.member.mark(True)
 
     def _refuse_scaled(self, index: int) -> None:
-        """Refuse gradients that a GradScaler has multiplied, where several optimizers have them."""
+        """Refuse gradients that are still multiplied by a GradScaler's scale, with several optimizers."""
         if len(self._steps) > 1 and getattr(self._steps[index].optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 f"{self._called(index)} steps with gradients that are still multiplied by a GradScaler's "
@@ -281,10 +280,10 @@ class Round:
                 "one steps"
             )
 
-    # A round that is open
+    # The open round
 
     def _goes_on(self, index: int) -> bool:
-        """Whether an optimizer steps with what was clipped in this round.
+        """Whether an optimizer steps with gradients that were clipped in this round.
 
         Raises:
             RuntimeError: if its gradients have changed since then.
@@ -305,13 +304,13 @@ class Round:
         return True
 
     def _called(self, index: int) -> str:
-        """What to call an optimizer in an error."""
+        """The name of an optimizer in an error."""
         return f"optimizer {index} ({type(self._steps[index].optimizer).__name__})"
 
     # During a backward pass
 
     def _refuse_in_backward(self) -> None:
-        """Raise an error for what cannot be done while other gradients are not there yet."""
+        """Raise an error for what is impossible while other gradients do not exist yet."""
         parameters = [
             p for step in self._steps for group in step.optimizer.param_groups for p in group["params"]
         ]
@@ -329,7 +328,7 @@ class Round:
             )
 
     def _joined(self, rows: Sequence[Row]) -> Row:
-        """One row for the optimizers that have stepped during a backward pass."""
+        """One record for the optimizers that have stepped during a backward pass."""
         norms = [row.total_norm for row in rows]
         losses = [row.loss for row in rows if row.loss is not None]
         total_norm = scalars.join(norms, self._order)
@@ -348,7 +347,7 @@ class Round:
 
 
 def _is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:
-    """Whether a GradScaler has told a fused step to change nothing; a tensor if it is on a device."""
+    """Whether a GradScaler makes a fused step change nothing; a tensor if it is on a device."""
     found_inf = getattr(optimizer, "found_inf", None)
     if not isinstance(found_inf, Tensor):
         return False
@@ -356,7 +355,7 @@ def _is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:
 
 
 def _skipped_too(row: Row, skipped: bool | Tensor) -> Row:
-    """The row of a round, given whether a GradScaler has skipped all its steps."""
+    """The record of a round, given whether a GradScaler has skipped all its steps."""
     if isinstance(skipped, Tensor):
         return row._replace(skipped=torch.as_tensor(row.skipped, device=skipped.device) | skipped)
     return row._replace(max_norm=math.inf, clip_coef=1.0, skipped=True) if skipped else row
@@ -369,7 +368,7 @@ def _all(flags: Sequence[bool | Tensor]) -> bool | Tensor:
 
 
 def _nonzero(grads: Sequence[Tensor]) -> bool:
-    """Whether gradients are anything but zeros, which optimizers' ``zero_grad`` may leave."""
+    """Whether any gradient is not 0, which optimizers' ``zero_grad`` may leave."""
     return bool(grads) and not float(gather.tensors(grads).norm(float("inf"))) <= 0
 
 

@@ -1,4 +1,4 @@
-"""Ways of clipping that are no threshold for a norm: by value, adaptively, by root mean square."""
+"""Rules other than a threshold for a norm: by value, adaptive, by root mean square."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["Rule", "copied_gradients", "ratio", "write_back"]
 
 @runtime_checkable
 class Rule(Protocol):
-    """What a ``Clipper`` asks of such a way; ``torchclip.Value`` is one."""
+    """What a ``Clipper`` needs of such a rule; ``torchclip.Value`` is one."""
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of some parameters in place.
 
         Args:
-            parameters: the parameters of those groups that bring no ``max_norm`` along.
-            grad_scale: what a GradScaler has multiplied the gradients by, if it has not taken it out yet.
+            parameters: the parameters of the groups without a ``max_norm`` of their own.
+            grad_scale: a GradScaler's scale, if the gradients are still multiplied by it.
         """
         ...
 
 
 @contextmanager
 def copied_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
-    """Let parameters have copies of their gradients, to try something.
+    """Replace gradients by copies within the context, to try something.
 
     Yields:
         The copies by the ids of the gradients; parameters that share a gradient share its copy.
@@ -51,7 +51,7 @@ def copied_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[int, Tensor]
 
 
 def write_back(gradients: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Give gradients the values of others, which lie on the ranks as they do."""
+    """Copy values into gradients from others with the same layout on the ranks."""
     with torch.no_grad():
         for held, of_held in zip(mesh.locals_of(gradients), mesh.locals_of(values), strict=True):
             held.copy_(of_held)
@@ -59,7 +59,7 @@ def write_back(gradients: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def ratio(after: Norm, before: Norm) -> Norm:
-    """What a norm was multiplied by, at most 1; 1 for what stayed as it was, also if it is 0 or infinite."""
+    """The factor by which a norm changed, at most 1; 1 for no change, also of 0 or infinity."""
     if isinstance(after, Tensor) or isinstance(before, Tensor):
         quotient = torch.as_tensor(after / before).clamp(max=1.0)
         return torch.where(torch.as_tensor(after == before), 1.0, quotient)

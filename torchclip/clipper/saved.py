@@ -1,8 +1,8 @@
-"""The state of a Clipper as plain data, in the form that every way of saving it keeps.
+"""The state of a Clipper as plain data, in a form that every way of saving preserves.
 
-``torch.distributed.checkpoint`` loads the keys that the fresh state has, and stores what ranks have under the
-same key once.  So all keys are there from the start, what varies in length is one value under its key, and
-what ranks have each for themselves stands under a key of their own.
+``torch.distributed.checkpoint`` loads only the keys that the new state has, and stores what several ranks
+have under the same key only once.  So all keys exist from the start, data of variable length is one value,
+and data that differs between ranks has a key of its own on each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
 
 
 class Kind(NamedTuple):
-    """What a Clipper and the state that it goes on from must have in common; the same on all ranks."""
+    """What a Clipper and the state that it loads must have in common; the same on all ranks."""
 
     norm_type: float
     scope: Scope
@@ -48,8 +48,8 @@ def collected(kind: Kind, own: dict[str, Any], key: str | None, joint: bool) -> 
 
     Args:
         kind: what is the same on all ranks.
-        own: what may differ.
-        key: where that is put; None if it does not differ.
+        own: what may differ between ranks.
+        key: the key for that; None if it does not differ.
         joint: whether only the norms of single parameters differ.
     """
     if key is None:
@@ -68,13 +68,13 @@ def checked(
     rule: ThresholdBank,
     spikes: Spikes | None,
 ) -> Loaded:
-    """The parts of a state, or an error that says why a Clipper cannot go on from it; nothing changes.
+    """The parts of a state, or an error that says why a Clipper cannot load it; nothing changes.
 
     Args:
-        state: what was saved.
+        state: the saved state.
         kind: that of the Clipper.
-        key: where the Clipper puts what may differ between ranks.
-        sets: the names of all that it may clip together.
+        key: the Clipper's key for what may differ between ranks.
+        sets: the names of all its sets.
         rule: its thresholds.
         spikes: its limit.
     """
@@ -91,7 +91,7 @@ def checked(
         raise _of_other_norms(saved_kind, kind)
     rule.check(thresholds if rule.learns else of_sets)
     refuse_foreign("state['thresholds']", of_sets, sets)
-    of_spikes = own.get("spikes")  # not in what the first versions saved
+    of_spikes = own.get("spikes")  # the first versions did not save it
     if spikes is None or of_spikes is None:
         of_spikes = {"skips": 0, "thresholds": {}}
     else:
@@ -107,7 +107,7 @@ def checked(
 
 
 def _checked_kind(state: Mapping[str, Any], kind: Kind) -> Kind:
-    """The kind of a state, which must be of as many optimizers as another one."""
+    """The kind of a state, which must have as many optimizers as another one."""
     order = arguments.number("state['norm_type']", state["norm_type"])
     scope = arguments.option("state['scope']", state["scope"], get_args(Scope))
     optimizers = arguments.count("state['optimizers']", state.get("optimizers", 1), least=1)
@@ -128,13 +128,13 @@ def _of_other_norms(saved_kind: Kind, kind: Kind) -> ValueError:
 
 
 def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
-    """The key for what this rank has for itself; None where all ranks have the same.
+    """The key for this rank's own data; None if all ranks have the same.
 
-    Of a Clipper with a `group` these are the norms of single parameters, as it knows all others together.
+    For a Clipper with a `group` this is the norms of single parameters, as it knows all other norms jointly.
 
-    They have where the model is replicated by torch, or every parameter is sharded over all ranks.  Else they
-    may be stages of a pipeline, which differ by the names of parameters if the Clipper knows them, else by
-    the rank.
+    All ranks have the same if torch replicates the model, or shards every parameter over all ranks.
+    Otherwise they may be stages of a pipeline, which differ by the names of parameters if the Clipper knows
+    these, else by rank.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
@@ -158,10 +158,10 @@ def _on_all_ranks(parameter: Tensor) -> bool:
 
 
 def own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
-    """What of a state this rank goes on from.
+    """The part of a state that this rank loads.
 
     Raises:
-        ValueError: if the state was taken from other parameters, or has several parts and not this one.
+        ValueError: if the state belongs to other parameters, or has several parts but not this one.
     """
     parts = [other for other in state if str(other).startswith((_OF_PARAMETERS, _OF_RANK))]
     if not parts or "steps" in state:
@@ -183,13 +183,13 @@ def own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
 
 
 def of_rules(rule: ThresholdBank) -> dict[str, Any]:
-    """What thresholds have learned, by the names of the sets; that of a user's own object as one value."""
+    """What thresholds have learned, by the names of the sets; a user's own object is stored as one value."""
     states = rule.state_dict()
     return {name: (state,) for name, state in states.items()} if rule.runs_user_code else states
 
 
 def learned(name: str, saved: Any) -> dict[str, Any]:
-    """What ``of_rules`` gave, as a rule's ``load_state_dict`` takes it; ``name`` is for errors."""
+    """The result of ``of_rules``, for a rule's ``load_state_dict``; ``name`` is for errors."""
     arguments.saved(name, saved, (), "Clipper")
     return {
         key: state[0] if isinstance(state, (tuple, list)) and len(state) == 1 else state
@@ -198,7 +198,7 @@ def learned(name: str, saved: Any) -> dict[str, Any]:
 
 
 def refuse_foreign(argument: str, names: Iterable[str], own: Sequence[str]) -> None:
-    """Raise an error for what was learned of sets that this Clipper does not have."""
+    """Raise an error for what was learned for sets that this Clipper does not have."""
     foreign = [name for name in names if name not in set(own)]
     if foreign:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What is clipped together: the sets of some optimizers' gradients that have a norm and a threshold each."""
+"""Which gradients are clipped together: sets of optimizers' gradients, each with a norm and a threshold."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ OwnMaxNorms: TypeAlias = Mapping[int, float | None]
 
 
 class Scoping(NamedTuple):
-    """What is measured and clipped together."""
+    """Which gradients are measured and clipped together."""
 
     scope: Scope
     order: float
     groups: Groups
-    """Process groups whose other ranks hold further gradients."""
+    """Process groups whose other ranks have further gradients."""
 
 
 class Group(NamedTuple):
-    """A parameter group of one of some optimizers."""
+    """A parameter group of one of several optimizers."""
 
     optimizer: int
     number: int
@@ -56,27 +56,27 @@ class Group(NamedTuple):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The list that the optimizer has."""
+        """The optimizer's list of parameters."""
         parameters: list[Tensor] = self.values["params"]
         return parameters
 
     @property
     def name(self) -> str:
-        """What to call the norm of its gradients."""
+        """The name of the norm of its gradients."""
         return f"optimizer {self.optimizer}, group {self.number}" if self.several else f"group {self.number}"
 
     def place(self, key: str) -> str:
-        """Where something is in the group, as a user would write it."""
+        """A position in the group, as a user would write it."""
         optimizer = f"optimizers[{self.optimizer}]." if self.several else ""
         return f"{optimizer}param_groups[{self.number}][{key!r}]"
 
     def names_of_each(self) -> list[str]:
-        """What to call the norms of its gradients one by one; not to be changed."""
+        """The names of the norms of its single gradients; do not change the list."""
         return _names(self.name, len(self.parameters))
 
 
 def groups_of(optimizers: Sequence[Optimizer]) -> list[Group]:
-    """The parameter groups of some optimizers, one after the other."""
+    """The parameter groups of some optimizers, in order."""
     several = len(optimizers) > 1
     return [
         Group(i, j, several, values)
@@ -93,21 +93,21 @@ class SetMembers(NamedTuple):
     max_norm: float | None
     """Their own threshold."""
     names: list[str]
-    """What to call the norm of each, where each has one; not to be changed."""
+    """The name of the norm of each, if each has one; do not change the list."""
 
 
 class ClipSet:
-    """Gradients that are clipped together, by one norm, or each by its own.
+    """Gradients that are clipped together by one norm, or each by its own.
 
     Attributes:
-        name: what to call their norm.
-        parameters: whose gradients they are.
-        own: the own threshold of their parameter group, or None.
+        name: the name of their norm.
+        parameters: their parameters.
+        own: the threshold of their own parameter group, or None.
         each: whether each of them has a norm and a threshold.
         batch: the gradients.
         norms: their norms, or the one norm, without a GradScaler's scale.
         max_norms: a threshold for each norm, or one for all of them.
-        clip_coefs: what to multiply by, for each norm.
+        clip_coefs: the clip coefficient for each norm.
     """
 
     def __init__(self, members: SetMembers, order: float, each: bool, batch: Batch) -> None:
@@ -120,7 +120,7 @@ class ClipSet:
         self.clip_coefs: Norms = []
 
     def names(self) -> list[str]:
-        """What to call the norms; to be asked for before any user code runs, and remembered from then on."""
+        """The names of the norms; they must be read before any user code runs, and are cached."""
         if self._names is None:
             self._names = self._names_of_each() if self.each else [self.name]
         return self._names
@@ -129,14 +129,14 @@ class ClipSet:
         names = self._names_of_all
         if len(self.batch.all) == len(names):
             return names
-        # Some have no gradient, or share one, which is clipped once.
+        # Some parameters have no gradient, or share one, which is clipped once.
         of_grad = {
             id(p.grad): name for p, name in zip(self.parameters, names, strict=True) if p.grad is not None
         }
         return [of_grad[id(grad)] for grad in self.batch.all]
 
     def held_norms(self) -> list[float]:
-        """The norms of what this rank holds of gradients whose norm takes other ranks."""
+        """The norms of this rank's parts of gradients whose norm involves other ranks."""
         if not self.batch.facts & Facts.SHARDED:
             return []
         self.names()
@@ -145,12 +145,12 @@ class ClipSet:
         return scalars.numbers(norms)
 
     def limit(self, max_norms: float | Norms, eps: float) -> None:
-        """Set the threshold of each norm, and with it what to multiply by."""
+        """Set the threshold of each norm, and with it the clip coefficient."""
         self.max_norms = max_norms
         self.clip_coefs = scalars.clip_coefs(max_norms, self.norms, eps)
 
     def is_absent(self) -> bool:
-        """Whether there is certainly nothing here to measure, on no rank."""
+        """Whether there is certainly nothing to measure, on any rank."""
         return isinstance(self.norms, list) and all(norm < 0 for norm in self.norms)
 
     def scale_(self) -> None:
@@ -162,15 +162,15 @@ class ClipSet:
 
 
 class Snapshot:
-    """The gradients of some optimizers as they are at one moment, in sets, measured.
+    """The gradients of some optimizers at one moment, in sets, with their norms.
 
     Attributes:
-        sets: what is clipped together.
-        own: the own thresholds of the parameter groups, or None.
-        grad_scale: what a GradScaler has multiplied them by.
+        sets: the sets that are clipped together.
+        own: the thresholds of the parameter groups themselves, or None.
+        grad_scale: the GradScaler's scale by which they are multiplied.
         total_norm: the norm of all gradients, ``scalars.ABSENT`` if there are none.
         repeats: whether two optimizers hold the same parameter.
-        facts: ``Facts`` of the gradients, of those of all ranks if they are sharded.
+        facts: ``Facts`` about the gradients, those of all ranks if they are sharded.
     """
 
     def __init__(
@@ -200,22 +200,22 @@ class Snapshot:
         self.facts = 0
 
     def measure(self) -> None:
-        """Take the norms of the sets, and that of all gradients."""
+        """Measure the norms of the sets, and that of all gradients."""
         self.measure_sets(self.sets)
         for clip_set in self.sets:
             self.facts |= clip_set.batch.facts
         if self._overlap and self._groups is None:
-            # What several sets share counts once.  With `group` only some ranks may share a gradient, and
-            # all of them would have to exchange another norm: there it counts in each set.
+            # A gradient that several sets share counts once.  With `group`, only some ranks may share a
+            # gradient, and all of them would have to exchange another norm: there it counts in each set.
             norms = scalars.in_one([self._all().norm(self._order)])
             self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
         else:
             self.total_norm = self.joint_norm()
 
     def measure_sets(self, sets: Sequence[ClipSet], finite: bool = False) -> None:
-        """Take the norms of some sets, or of their finite elements, divided by a GradScaler's scale.
+        """Measure the norms of some sets, or of their finite elements, divided by a GradScaler's scale.
 
-        Ranks take those of all sets in one exchange.
+        Ranks exchange the norms of all sets at once.
         """
         norms = gather.norms_of([clip_set.batch for clip_set in sets], self._each, self._order, finite)
         for clip_set, of_set in zip(sets, norms, strict=True):
@@ -223,11 +223,11 @@ class Snapshot:
             clip_set.norms = unscaled(cast("Norms", of_each), self.grad_scale, self._order)
 
     def others(self, optimizer: int) -> list[int]:
-        """The optimizers whose gradients these are, without one of them."""
+        """The optimizers whose gradients these are, except one."""
         return [i for i in dict.fromkeys(group.optimizer for group in self._held) if i != optimizer]
 
     def joint_norm(self) -> Norm:
-        """The joint norm of the sets as they were measured last."""
+        """The joint norm of the sets when they were last measured."""
         return scalars.join(scalars.concatenate([clip_set.norms for clip_set in self.sets]), self._order)
 
     def set_thresholds(self, bank: ThresholdBank, skipped: bool | Tensor) -> None:
@@ -263,7 +263,7 @@ class Snapshot:
         return names, scalars.replaced(norms, skipped, math.nan)
 
     def take_decisions_of(self, other: Snapshot) -> None:
-        """Take over what was measured and decided of the same gradients."""
+        """Take the norms and decisions from another snapshot of the same gradients."""
         self.total_norm, self.facts = other.total_norm, other.facts
         for clip_set, same in zip(self.sets, other.sets, strict=True):
             clip_set.norms, clip_set.max_norms, clip_set.clip_coefs = (
@@ -273,38 +273,38 @@ class Snapshot:
             )
 
     def limit_all(self, clip_coef: Norm, max_norm: Norm | None) -> None:
-        """Have no gradient multiplied by more than a number, which a threshold for all of them gave."""
+        """Limit all clip coefficients to a number, which a threshold for all gradients gave."""
         if scalars.may_change(clip_coef):
             self._max_norm = max_norm
             for clip_set in self.sets:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, clip_coef)
 
     def keep_where(self, skipped: Tensor) -> None:
-        """Change no gradient if a truth value on the device says so."""
+        """Change no gradient if a bool on the device is true."""
         for clip_set in self.sets:
             clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, skipped, 1.0)
 
     def held_norms(self) -> list[list[float]]:
-        """The norms of what this rank holds of each part whose norms take other ranks."""
+        """The norms of this rank's part of each set whose norms involve other ranks."""
         return [clip_set.held_norms() for clip_set in self.sets]
 
     def max_norm(self) -> Norm:
-        """The smallest threshold, of the sets where there is something to clip."""
+        """The smallest threshold of the sets that have gradients."""
         present = [clip_set for clip_set in self.sets if not clip_set.is_absent()] or self.sets
         max_norms = [clip_set.max_norms for clip_set in present if len(clip_set.norms)]
         return scalars.smallest([*max_norms, *([] if self._max_norm is None else [self._max_norm])], math.inf)
 
     def clip_coef(self) -> Norm:
-        """The smallest number that gradients are multiplied by."""
+        """The smallest clip coefficient."""
         return scalars.smallest([clip_set.clip_coefs for clip_set in self.sets], 1.0)
 
     def scale_but_(self, optimizers: Collection[int]) -> None:
-        """Multiply in place the gradients of all but some optimizers, where there is one number for all."""
+        """Multiply in place the gradients of all but some optimizers, by one number for all."""
         rest = [p for group in self._held if group.optimizer not in optimizers for p in group.parameters]
         gather.gradients(rest).scale_(self.sets[0].clip_coefs[0])
 
     def scale_(self) -> None:
-        """Multiply the gradients in place; one that several sets share, by the smallest of their numbers."""
+        """Multiply the gradients in place; those that several sets share, by the smallest number."""
         if not self._overlap:
             for clip_set in self.sets:
                 clip_set.scale_()
@@ -329,11 +329,11 @@ def _repeated(sets: Iterable[ClipSet]) -> list[bool]:
 
 
 def own_max_norms(groups: Iterable[Group], known: OwnMaxNorms) -> dict[int, float | None]:
-    """The own threshold of each parameter group, or None, by the id of the group.
+    """Each parameter group's own threshold, or None, by the id of the group.
 
     Args:
         groups: the groups.
-        known: those of some of them, which are not read again.
+        known: the thresholds of some groups, which are not read again.
     """
     return {
         id(group.values): known[id(group.values)] if id(group.values) in known else _own(group)
@@ -349,7 +349,7 @@ def _own(group: Group) -> float | None:
 
 
 def set_names(groups: Sequence[Group], scope: Scope, names: Mapping[int, list[str]]) -> list[str]:
-    """What the norms are called of all that may be clipped together, whether or not it has a gradient."""
+    """The names of the norms of all possible sets, with or without gradients."""
     if scope == "global":
         return ["all"] if groups else []
     if scope == "group":
@@ -370,14 +370,14 @@ def _members_of_sets(
         else:
             of_each = (names.get(id(parameters)) or group.names_of_each()) if each else []
             members.append(SetMembers(group.name, parameters, max_norm, of_each))
-    # With none of them here, another rank of the group may still wait for this one.
+    # Even without gradients here, another rank of the group may wait for this one.
     if together or (together is not None and scoping.groups):
         members.append(SetMembers("all", together, None, []))
     return members
 
 
 def _overlap(sets: Iterable[ClipSet]) -> bool:
-    """Whether a gradient is in several sets, as the one that parameters of two groups share."""
+    """Whether a gradient is in several sets, such as one that parameters of two groups share."""
     found: set[int] = set()
     for clip_set in sets:
         count = len(found) + len(clip_set.batch.all)
@@ -389,10 +389,10 @@ def _overlap(sets: Iterable[ClipSet]) -> bool:
 
 @cache
 def _names(of_all: str, count: int) -> list[str]:
-    """What to call the parameters of a group; the same list each time, not to be changed."""
+    """The names of a group's parameters; always the same list, which must not be changed."""
     return [f"{of_all}, parameter {i}" for i in range(count)]
 
 
 def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
-    """The norms of gradients once a GradScaler's scale is taken out of them; order 0 only counts them."""
+    """The norms of gradients without a GradScaler's scale; order 0 only counts elements."""
     return norms if grad_scale is None or order == 0 else scalars.divided(norms, grad_scale)

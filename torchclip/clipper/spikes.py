@@ -21,19 +21,19 @@ _NAME = "all"
 
 
 class Spikes:
-    """Decides which steps are spikes, and how many of them in a row are skipped.
+    """Decides which steps are spikes, and how many of them are skipped in a row.
 
     Args:
-        skip_above: the limit: whatever ``max_norm`` may be.
+        skip_above: the limit: anything that ``max_norm`` may be.
         max_skips: how many steps in a row are skipped at most; None for any number.
         order: the order of the norms.
         in_rounds: whether several optimizers step together.
 
     Attributes:
-        rule: what the limit is.
-        limit: that of the step, once it was asked for.
-        clip_coef: what the gradients of the step are to be multiplied by at most: below 1 for a spike that is
-            taken all the same, as too many in a row were skipped.
+        rule: the limit.
+        limit: the limit of the step, once it is known.
+        clip_coef: the largest allowed clip coefficient of the step: below 1 for a spike that is taken because
+            too many in a row were skipped.
     """
 
     def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float, in_rounds: bool) -> None:
@@ -42,7 +42,7 @@ class Spikes:
         self._order = order
         self._step = 0
         self.limit: Norm | None = None
-        # Skipped steps in a row up to the last step, and with the one that is being taken.
+        # The number of skipped steps in a row, up to the last step and including the current one.
         self._skips: int | Tensor = 0
         self._skips_then: int | Tensor = 0
         self._warned = False
@@ -62,11 +62,11 @@ class Spikes:
         if scalars.device_of([norm, limit]) is not None:
             return self._should_skip_on_device(norm, limit)
         self._skips_then, self.clip_coef = 0, 1.0
-        if norm != norm:  # which says nothing about the norms in a row, and which no limit leaves out
+        if norm != norm:  # such a step does not count in the row, and no limit skips it
             self._skips_then = self._skips
         if not norm > limit:
             return False
-        # A norm that is not finite cannot be clipped to anything: such a step is never taken instead.
+        # A norm that is not finite cannot be clipped, so such a step is never taken.
         if self._max_skips is None or self._skips < self._max_skips or not math.isfinite(norm):
             self._skips_then = self._skips + math.isfinite(norm)
             return True
@@ -82,7 +82,7 @@ class Spikes:
         return False
 
     def _should_skip_on_device(self, norm: Norm, limit: Norm) -> Tensor:
-        """The same without a look at any value, hence also without the warning."""
+        """The same without reading any value, and so without the warning."""
         norm = norm if isinstance(norm, Tensor) else torch.full_like(limit, norm)  # type: ignore[arg-type]
         skip = norm > limit
         if self._max_skips is None:
@@ -99,7 +99,7 @@ class Spikes:
         self._skips = self._skips_then
 
     def state_dict(self, in_round: bool) -> dict[str, Any]:
-        """What the limit has learned, and how many steps in a row were skipped; waits for an accelerator.
+        """What the limit has learned, and the number of skipped steps in a row; waits for an accelerator.
 
         Args:
             in_round: whether a round of several optimizers is open, which does not count yet.
@@ -108,12 +108,12 @@ class Spikes:
         return {"skips": int(self._skips), "thresholds": rule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``."""
+        """Continue from a ``state_dict``."""
         skips = self.check(state)
         self.rule.load_state_dict(state["thresholds"])
         self._skips = self._skips_then = skips
 
     def check(self, state: Any) -> int:
-        """The number of skips in a state, which is refused if it is none."""
+        """The number of skips in a state; raises for anything else."""
         arguments.saved("state['spikes']", state, ("skips", "thresholds"), "Clipper")
         return arguments.count("state['spikes']['skips']", state["skips"], least=0)

@@ -1,4 +1,4 @@
-"""One step of an optimizer, seen from its hooks: nesting, closures, exceptions, what is undone afterwards."""
+"""One step of an optimizer, from its hooks' point of view: nesting, closures, exceptions, and undoing."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from torchclip._core.batch import Norm
 __all__ = ["Member", "Outcome", "State", "Step", "creates_state", "why_not_fused", "with_closure"]
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
-"""Why something is undone: the step is over, it ended in an exception, or its closure is called again."""
+"""Why changes are undone: the step is over, it ended in an exception, or its closure is called again."""
 
-# The code of what torch puts around every optimizer's step(), which calls the hooks.
+# The code of torch's wrapper around every optimizer's step(), which calls the hooks.
 _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
 
 
 class Member:
-    """What is to be known of one of the optimizers that step together; the kernel has a ``Member`` as well.
+    """The state of one of the optimizers that step together; the kernel has a ``Member`` as well.
 
     Args:
-        optimizer: the optimizer, which is not kept alive.
+        optimizer: the optimizer; a weak reference.
 
     Attributes:
-        running: whether a step has begun and not ended, or not been found to have failed.
+        running: whether a step has begun and has neither ended nor been found to have failed.
         nested: whether another one has begun within it.
-        short: whether the step that is running was begun by the kernel.
-        stepped: whether a step has ended in the round that is open.
+        short: whether the kernel began the running step.
+        stepped: whether a step has ended in the open round.
     """
 
     def __init__(self, optimizer: ref[Optimizer]) -> None:
@@ -48,17 +48,18 @@ class Member:
         self._sample: tuple[ref[Tensor], float] | None = None
 
     def mark(self, sample: bool) -> None:
-        """Take note of the gradients as they are, to tell later whether they are still the same.
+        """Record the current gradients, to see later whether they are still the same.
 
         Args:
-            sample: whether to note a value as well, in host memory: not every change counts as a version.
+            sample: whether to record a value as well, in host memory, as not every change increments a
+                version.
         """
         gradients = [p.grad for p in self._parameters()]
         self._marks = [(None, 0) if grad is None else (ref(grad), _version(grad)) for grad in gradients]
         self._sample = _sample_of(gradients) if sample else None
 
     def changed(self) -> list[Tensor]:
-        """The gradients that are not the same as when ``mark`` was called, without those that are gone."""
+        """The gradients that have changed since ``mark`` was called, without those that are gone."""
         found = []
         marks = itertools.chain(self._marks, itertools.repeat((None, 0)))
         for parameter, (marked, version) in zip(self._parameters(), marks, strict=False):
@@ -96,16 +97,16 @@ def _sample_of(gradients: Sequence[Tensor | None]) -> tuple[ref[Tensor], float] 
 
 
 class State:
-    """What the hooks of all the optimizers know; the kernel's ``StepState`` stands in for it.
+    """The state of the hooks of all optimizers; with the kernel, its ``RoundState`` is used instead.
 
     Attributes:
         members: the optimizers.
-        number: of the round that is open, or comes next.
-        open: whether gradients were clipped, and not all have stepped with them.
-        opener: which optimizer has opened the round.
-        went_short: whether the kernel has clipped them, and has the record.
-        loss: what the record of the next round gets.
-        next_sample: the number of the round at whose end ``Round.after_step`` is to be called in any case.
+        number: of the open or next round.
+        open: whether gradients were clipped, and not all optimizers have stepped with them.
+        opener: the optimizer that opened the round.
+        went_short: whether the kernel has clipped the round, and has its record.
+        loss: the loss for the record of the next round.
+        next_sample: the number of the round at whose end ``Round.after_step`` must be called in any case.
     """
 
     def __init__(self, optimizers: Sequence[ref[Optimizer]]) -> None:
@@ -115,29 +116,30 @@ class State:
         self.loss: float | Tensor | None = None
 
     def record(self) -> None:
-        """Record the round that the kernel has clipped; without it there is none."""
+        """Record the round that the kernel has clipped; without the kernel there is none."""
 
     def keep_records(self, rows: list[tuple[Any, ...]], full: Callable[[], object]) -> None:
-        """Where the kernel puts its records, and what it calls when there are many."""
+        """The list for the kernel's records, and a function that it calls when there are many."""
 
     def flush(self) -> None:
-        """Put them there now."""
+        """Put the records there now."""
 
 
 class Step:
     """The step that an optimizer is taking.
 
-    The ``step()`` of a subclass may call its parent's, which has the same hooks: they are one step.  A step
-    that ended in an exception has never reached its second hook; this is found out when the next one begins.
+    The ``step()`` of a subclass may call its parent's, which has the same hooks; together they are one step.
+    A step that ends in an exception never reaches its second hook; this is found out when the next step
+    begins.
 
     It does not keep the optimizer alive.
 
     Args:
-        optimizer: whose steps these are.
-        member: what the hooks know.
+        optimizer: the optimizer.
+        member: the state of its hooks.
 
     Attributes:
-        counts: whether the step that is running is one of training's.
+        counts: whether the running step is a training step.
     """
 
     def __init__(self, optimizer: ref[Optimizer], member: Member) -> None:
@@ -148,13 +150,13 @@ class Step:
 
     @property
     def optimizer(self) -> Optimizer:
-        """Whose steps these are."""
+        """The optimizer."""
         optimizer = self._optimizer()
         assert optimizer is not None, "the optimizer is gone"
         return optimizer
 
     def begin(self) -> bool:
-        """Begin a step; False if it is a part of the one that has begun already."""
+        """Begin a step; False if it is part of one that has begun already."""
         if self.member.running:
             if self._is_around(sys._getframe(1), 1):
                 self.member.nested = True
@@ -165,7 +167,7 @@ class Step:
         return True
 
     def end(self) -> bool:
-        """End a step; False if it is only a part of one."""
+        """End a step; False if it is only part of one."""
         member = self.member
         if not member.running or (member.nested and self._is_around(sys._getframe(1), 1)):
             return False
@@ -174,27 +176,27 @@ class Step:
         return True
 
     def fail(self) -> None:
-        """End a step with an exception that is on its way."""
+        """End a step because of an exception."""
         self.member.running = False
         self.undo("failed")
 
     def is_running(self) -> bool:
-        """Whether the caller is called from within a step; one that has failed is ended."""
+        """Whether the caller is called from within a step; ends a failed step."""
         if self.member.running and not self._is_around(sys._getframe(1), 0):
             self.fail()
         return self.member.running
 
     def undo_at_end(self, undo: Callable[[Outcome], None]) -> None:
-        """Have something undone as soon as this step is over, or its closure is called again."""
+        """Register a function to call as soon as this step is over, or its closure is called again."""
         self._undo.append(undo)
 
     def undo(self, outcome: Outcome) -> None:
-        """Undo what was arranged for this step."""
+        """Call the functions that were registered for this step."""
         while self._undo:
             self._undo.pop()(outcome)
 
     def _is_around(self, frame: FrameType | None, inner: int) -> bool:
-        """Whether more than so many ``step()`` of the optimizer are on the stack."""
+        """Whether more than a given number of ``step()`` calls of the optimizer are on the stack."""
         optimizer = self._optimizer()
         while frame is not None:
             if frame.f_code is _AROUND_STEP and frame.f_locals[_ARGS][0] is optimizer:
@@ -206,15 +208,15 @@ class Step:
 
 
 def why_not_fused(optimizer: Optimizer) -> str | None:
-    """Why a step does not heed a ``grad_scale`` and a ``found_inf``; None if it does, as torch's fused ones.
+    """Why a step ignores ``grad_scale`` and ``found_inf``; None if it uses them, as torch's fused steps do.
 
-    The steps that torch itself wrote do so if the optimizer was made with ``fused`` and all groups have it.
+    Torch's own steps use them if the optimizer was made with ``fused`` and all groups have it.
     """
     if not optimizer.defaults.get("fused"):
         return "the optimizer does not divide by a grad_scale"
     if not all(group.get("fused") for group in optimizer.param_groups):
         return "a parameter group is not fused"
-    # Whoever sees the gradients before the optimizer does must find them clipped.
+    # Code that reads the gradients before the optimizer does must find them clipped.
     if not type(optimizer).step.__module__.startswith("torch.optim."):
         return "a step() of another class may look at the gradients"
     return None
@@ -223,11 +225,11 @@ def why_not_fused(optimizer: Optimizer) -> str | None:
 def creates_state(
     optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any], total_norm: Callable[[], Norm]
 ) -> bool:
-    """Whether a step is none of training's, but has the optimizer create its state.
+    """Whether a step is no training step, but makes the optimizer create its state.
 
-    So do ``torch.distributed.checkpoint.state_dict`` and others with an optimizer that has no state yet: all
-    gradients are 0, and so is the learning rate, where there is one.  Such a step can move nothing.  What is
-    cheap is asked first, and nearly always enough: to look at the norm may be to wait for it.
+    ``torch.distributed.checkpoint.state_dict`` and others take such a step if an optimizer has no state yet:
+    all gradients are 0, and so is the learning rate, if there is one.  Such a step changes nothing.  Cheap
+    checks come first, and are nearly always enough, as reading the norm may wait for it.
     """
     says_no_closure = "closure" in kwargs or len(args) > 1
     return (
@@ -244,13 +246,13 @@ def with_closure(
     kwargs: dict[str, Any],
     around: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of an optimizer's step with something put around the closure; None if there is none.
+    """The arguments of an optimizer's step with its closure wrapped; None if there is none.
 
     Args:
         step: the function, whose signature says which argument is the closure.
         args: its arguments, the optimizer first.
         kwargs: its keyword arguments.
-        around: makes the new closure out of the one that was passed.
+        around: makes the new closure from the one that was passed.
     """
     where = _closure_argument(step, args, kwargs)
     if isinstance(where, str):
@@ -263,10 +265,10 @@ def with_closure(
 def _closure_argument(
     step: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> int | str | None:
-    """Where among the arguments the closure is: its place, its name, or None if there is none.
+    """The position or the name of the closure among the arguments; None if there is none.
 
-    The signature says it by a name such as ``closure``.  In a signature without such a name it can only be
-    the first argument, if that can be called with nothing; a Module, which is callable too, is none.
+    The signature shows it by a name such as ``closure``.  Without such a name it can only be the first
+    argument, if that can be called without arguments; a Module, which is callable too, is not a closure.
     """
     names = [*inspect.signature(step).parameters]
     name = next((name for name in names if name.endswith("closure")), "closure")

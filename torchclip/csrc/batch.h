@@ -1,7 +1,7 @@
-// The type `Batch`: the distinct tensors of one call, and what can be done with them.
+// The type `Batch`: the distinct tensors of one call, and operations on them.
 //
-// A batch keeps references to its tensors and nothing that depends on their memory.  Each method does first whatever
-// can run Python code (numbers), then reads where the memory lies and works on that.
+// A batch keeps references to its tensors and nothing that depends on their memory.  Each method first does
+// everything that can run Python code (converting numbers), then reads where the memory is and works on it.
 #pragma once
 
 #include <cmath>
@@ -13,12 +13,12 @@ namespace {
 
 struct Batch {
     Tensors tensors;
-    Ref all, rest;              // lists, once they were asked for
-    Py_ssize_t count = 0;       // items seen, counting those without a gradient and those that came before
+    Ref all, rest;              // lists, made on first use
+    Py_ssize_t count = 0;       // the number of items, including those without a gradient and repeated ones
     int facts = 0;              // when the tensors were gathered
     bool has_subclass = false;  // among the items
 
-    // False, with an error set, for something that is no tensor.
+    // False, with an error set, for anything but a tensor.
     bool check(PyObject* item, const char* argument) {
         const Py_ssize_t index = count++;
         if (is_plain(item)) return true;
@@ -98,7 +98,7 @@ bool read_number(PyObject* object, double& number) {
     return number != -1.0 || PyErr_Occurred() == nullptr;
 }
 
-// An iterable of as many numbers as are wanted.
+// An iterable with the expected number of numbers.
 bool read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
     const bool read = collect_any(iterable, [&](const Ref& item) {
         double number;
@@ -111,7 +111,7 @@ bool read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
     return read && numbers.size() == wanted;
 }
 
-// What `norm` and `norms` take: an order, and whether only finite elements count.
+// The arguments of `norm` and `norms`: an order, and whether only finite elements count.
 struct Measure {
     double p;
     bool finite = false;
@@ -125,7 +125,7 @@ struct Measure {
 
     Read Loops::* loop() const { return loop_of(p); }
 
-    // The norm of a list of tensors, or a list of the norm of each, if there is no loop.
+    // The norm of a list of tensors, or the norm of each, for orders without a loop.
     Ref ask(const Ref& tensors, bool each) const {
         if (tensors == nullptr) return Ref();
         return Ref(PyObject_CallFunction(torch.other_norms, "OdOO", static_cast<PyObject*>(tensors), p,
@@ -159,7 +159,7 @@ bool measure_each(const Batch& batch, const Measure& measure, Memory& memory, Nu
     return true;
 }
 
-// The norms of all members, given those of the taken ones.
+// The norms of all members, given the norms of the taken ones.
 PyObject* new_list(const Tensors& tensors, const Numbers& of_taken) {
     Ref norms(PyList_New(Py_ssize_t(tensors.all().size())));
     size_t next = 0;
@@ -218,7 +218,7 @@ PyObject* batch_clip_each(PyObject* self, PyObject* const* args, Py_ssize_t coun
     double eps;
     Measure measure;
     if (!count_is(count, 3, 3) || !measure.read(args + 1, 1) || !read_number(args[2], eps)) return nullptr;
-    Numbers given, coefs, norms;  // the last two of those that are taken; the first of these is the limits at first
+    Numbers given, coefs, norms;  // the last two for the taken members; the first of them starts as the limits
     const bool one = PyFloat_Check(args[0]);
     if (!one && !read_numbers(args[0], tensors.all().size(), given)) return nullptr;
     for (size_t i = 0; i < tensors.all().size(); ++i)
@@ -252,7 +252,7 @@ PyObject* batch_clamp(PyObject* self, PyObject* argument) {
 
 PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) { return change_all(self, &Loops::zero_nonfinite, 0); }
 
-// A new reference to a list of members, which is made once.
+// A new reference to a list of members, which is made only once.
 template <class Wanted> PyObject* listed(const Batch& batch, Ref& list, Wanted wanted) {
     if (list == nullptr) list.reset(batch.list(wanted));
     return list != nullptr ? new_reference(list) : nullptr;

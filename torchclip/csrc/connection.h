@@ -1,4 +1,4 @@
-// What the kernel needs of torch, as `connect` was given it, and what it reads from a tensor through it.
+// What the kernel needs from torch, passed to `connect`, and what it reads from a tensor with it.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace {
 
-// A function of no or one argument.  One written in C is called as such: Python's way there costs as much again as what
-// torch's do, where it has been thrown out of the caches.
+// A function with no or one argument.  A function written in C is called directly: with cold caches, a call through
+// Python costs as much again as the work of torch's functions.
 class Function {
     PyObject* object_ = nullptr;
     PyCFunction direct_ = nullptr;
@@ -33,7 +33,7 @@ class Function {
     }
 };
 
-// An attribute of every object of a type, and what reads it from one, without looking the name up each time.
+// An attribute of every object of a type, with its getter, so that the name is not looked up each time.
 class Getter {
     PyObject* descriptor_ = nullptr;
     descrgetfunc get_ = nullptr;
@@ -42,7 +42,7 @@ class Getter {
     // False, with an error set, if there is no such attribute.
     bool connect(PyObject* type, const char* name) { return use(PyObject_GetAttrString(type, name), name); }
 
-    // Likewise of classes themselves.
+    // The same for attributes of classes.
     bool connect_of_types(const char* name) {
         const Ref attributes(PyObject_GetAttrString(reinterpret_cast<PyObject*>(&PyType_Type), "__dict__"));
         return attributes != nullptr && use(PyMapping_GetItemString(attributes, name), name);
@@ -64,11 +64,11 @@ class Getter {
 
 struct {
     PyTypeObject *tensor, *parameter;
-    Function increment_version;  // of each of an iterable of tensors
+    Function increment_version;  // for each of an iterable of tensors
     PyObject* refuse;
     Function get_num_threads;
     PyObject* other_norms;
-    std::vector<Function> watchers;  // each is true if somebody may see operations
+    std::vector<Function> watchers;  // each is true if operations may be observed
     PyObject *forward_ad, *current_level;
     Function is_inference_mode_enabled;
     Getter grad, layout, is_cpu;
@@ -93,19 +93,19 @@ bool bump_versions(const Ref& tensors) {
 
 bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
 
-// Whether torch has refused to describe a tensor in this process.  It takes half a millisecond to refuse one, so from
-// then on every tensor is first asked whether it is dense and in host memory.
+// Whether torch has refused to describe a tensor in this process.  A refusal takes half a millisecond, so afterwards
+// every tensor is first checked for being dense and in host memory.
 bool has_refused = false;
 
-// Asking can run Python code (a mode for functions).
+// The check can run Python code (a function mode).
 bool is_dense_on_host(PyObject* tensor) {
     const Ref is_cpu(torch.is_cpu(tensor)), layout(is_cpu == Py_True ? torch.layout(tensor) : nullptr);
-    PyErr_Clear();  // torch's operations will run into it, too
+    PyErr_Clear();  // torch's operations will fail in the same way
     return layout == torch.strided;
 }
 
-// False for a view of a storage that was resized to nothing: then torch gives its offset for an address.  Few addresses
-// are so low; only of those torch is asked.
+// False for a view of a storage that was resized to nothing: torch then gives its offset as the address.  Only for such
+// low addresses is torch asked.
 bool has_memory(PyObject* tensor, const DLTensor& t) {
     const uint64_t address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
     if (address == 0 || address >= uint64_t(1) << 40) return true;
@@ -115,8 +115,8 @@ bool has_memory(PyObject* tensor, const DLTensor& t) {
     return uint64_t(offset) * t.dtype.bits / 8 != address;
 }
 
-// Describes a plain tensor's memory; false if it has none of its own (sparse, meta, inside vmap).
-// No Python code runs where it is true.
+// Describes a plain tensor's memory; false if it has none of its own (sparse, meta, inside vmap).  No Python code runs
+// if it returns true.
 bool describe(PyObject* tensor, DLTensor& t) {
     if (!is_plain(tensor)) return false;
     if (torch.read(tensor, &t) == 0) return has_memory(tensor, t);
@@ -130,10 +130,10 @@ Ref get_grad(PyObject* parameter) {
     return Ref(is_plain(parameter) ? torch.grad(parameter) : PyObject_GetAttrString(parameter, "grad"));
 }
 
-// How many `torchclip.kernel.disabled()` are open, in all threads.
+// The number of open `torchclip.kernel.disabled()` blocks in all threads.
 long disabled_count = 0;
 
-// Whether operations may be recorded or transformed, so that all have to be torch's; torchclip._core.memory decides.
+// Whether operations may be recorded or transformed, so that all must be torch's; torchclip._core.memory decides.
 bool is_intercepted() {
     PyObject* const level = PyDict_GetItemWithError(torch.forward_ad, torch.current_level);
     bool intercepted = level == nullptr || PyLong_AsLong(level) >= 0;

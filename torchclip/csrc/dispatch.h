@@ -1,4 +1,4 @@
-// Which instruction set the loops run in: the best that this machine has, or another one to compare.
+// The instruction set of the loops: the best that this machine has, or another one for comparison.
 #pragma once
 
 #include <cstring>
@@ -13,8 +13,8 @@
 namespace {
 
 #ifdef HAVE_X86_TARGETS
-// What the processor can do, and the operating system saves of its registers.  Asked directly, as some toolchains
-// answer no to every __builtin_cpu_supports.
+// The instruction sets of the processor whose registers the operating system saves.  CPUID is read directly, as in some
+// toolchains __builtin_cpu_supports is always false.
 struct Processor {
     bool has_avx2 = false, has_avx512 = false, is_amd = false;
 
@@ -35,7 +35,7 @@ struct Processor {
 };
 #endif
 
-// By row of the table of dtypes: for many elements, and for few.
+// By row of the table of dtypes, for many elements and for few.
 Loops loops_of[kDtypeCount], loops_of_few[kDtypeCount];
 constexpr size_t kFewElements = 64 * 1024;
 const char* instruction_set = nullptr;
@@ -46,8 +46,8 @@ template <template <class, size_t> class Set, class... Rows> void use_loops(Dtyp
     std::copy(std::begin(loops), std::end(loops), loops_of_few);
 }
 
-// Processors slow down for a while after arithmetic on 512 bits of floating-point numbers.  In a training step, a few
-// gradients cost more that way, in what comes after them, than they gain.  Integers do no harm.
+// Processors slow down for a while after floating-point arithmetic on 512 bits.  With few gradients, a training step
+// loses more afterwards than the loops gain.  Integer arithmetic does no harm.
 template <template <class, size_t> class Set, class... Rows> void spare_few(DtypeTable<Rows...>) {
     const Loops loops[] = {Set<typename Rows::Number, Rows::parts>::table()...};
     for (size_t i = 0; i < kDtypeCount; ++i) {
@@ -60,8 +60,7 @@ template <template <class, size_t> class Set, class... Rows> void spare_few(Dtyp
     }
 }
 
-// Takes the named instruction set everywhere, or what is best for each where there is no name; false if this machine
-// has not got it.
+// Uses the named instruction set everywhere, or the best for each without a name; false if this machine lacks it.
 bool use_instruction_set(const char* name) {
     const auto wanted = [name](const char* set) { return name == nullptr || std::strcmp(name, set) == 0; };
 #ifdef HAVE_X86_TARGETS
@@ -86,7 +85,7 @@ bool use_instruction_set(const char* name) {
     return true;
 }
 
-// The loops over so many elements in all, by row of the table of dtypes.
+// The loops for a total number of elements, by row of the table of dtypes.
 const Loops* loops_for(size_t elements) { return elements <= kFewElements ? loops_of_few : loops_of; }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The parts of DLPack, version 1, that are read here (https://dmlc.github.io/dlpack/latest/c_api.html).
+// The parts of DLPack, version 1, that the kernel reads (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 
 #include <cstdint>

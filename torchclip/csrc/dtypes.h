@@ -1,4 +1,4 @@
-// The dtypes: one row each in `Dtypes`, and how their numbers are widened and rounded.
+// The dtypes: one row each in `Dtypes`, and how their numbers are converted and rounded.
 //
 // A new dtype is a new row.  A number type that no row has yet also needs `to_float`, `nearest` and `Bits`.
 #pragma once
@@ -29,7 +29,7 @@ struct BFloat {
 template <class Number_, uint8_t code_, size_t parts_> struct Dtype {
     using Number = Number_;
     static constexpr uint8_t code = code_;   // DLPack's
-    static constexpr size_t parts = parts_;  // real numbers an element
+    static constexpr size_t parts = parts_;  // real numbers per element
     static constexpr size_t item = sizeof(Number) * parts;
 };
 template <class... Rows> struct DtypeTable {};
@@ -45,7 +45,7 @@ using Dtypes = DtypeTable<      //
 // The same rows for use at run time.
 struct DtypeFacts {
     uint8_t code;
-    size_t parts, item, alignment;  // real numbers an element; bytes an element; bytes a real number
+    size_t parts, item, alignment;  // real numbers per element; bytes per element; bytes per real number
     constexpr bool is_complex() const { return parts == 2; }
     constexpr bool is_double() const { return alignment == sizeof(double); }
 };
@@ -61,7 +61,7 @@ constexpr const DtypeFacts* kDtypes = FactsOf<Dtypes>::rows;
 constexpr size_t kDoubles = 3;
 static_assert(kDtypes[kDoubles].is_double() && !kDtypes[kDoubles].is_complex(), "the row of double");
 
-// The row of what DLPack describes; kDtypeCount if there is none.
+// The row for a dtype in DLPack's terms; kDtypeCount if there is none.
 inline size_t find_dtype(const DLTensor& t) {
     size_t row = 0;
     while (row < kDtypeCount && (kDtypes[row].code != t.dtype.code || kDtypes[row].item * 8 != t.dtype.bits)) ++row;
@@ -79,7 +79,7 @@ template <class To, class From> INLINE To bit_cast(From from) {
     return to;
 }
 
-// Without a branch, so that loops around it become vector instructions.
+// It has no branch, so that loops around it become vector instructions.
 INLINE uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
     const uint32_t mask = 0u - uint32_t(condition);
     return (yes & mask) | (no & ~mask);
@@ -90,14 +90,14 @@ INLINE float to_float(BFloat x) { return bit_cast<float>(uint32_t(x.bits) << 16)
 INLINE float to_float(Half x) {
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, exponent = magnitude & (31u << 23);
     const uint32_t normal = magnitude + (112u << 23);
-    // A subnormal gets the exponent of its last bit and a leading one, which the subtraction takes away again.
+    // A subnormal gets the exponent of its last bit and a leading one, which the subtraction removes.
     const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude + (113u << 23)) - 0x1p-14f);
     const uint32_t special = magnitude | 0x7f800000;
     const uint32_t absolute = choose(exponent == 0, subnormal, choose(exponent == (31u << 23), special, normal));
     return bit_cast<float>(absolute | uint32_t(x.bits & 0x8000) << 16);
 }
 
-// A nan must be one that was widened from T, or the quiet one: only those are sure to stay nan when they are rounded.
+// A nan must have been converted from T, or be the quiet one: only those are sure to stay nan when rounded.
 template <class T> INLINE T nearest(float x);
 template <> INLINE float nearest<float>(float x) { return x; }
 template <> INLINE BFloat nearest<BFloat>(float x) {
@@ -120,8 +120,8 @@ INLINE double widen(float x) { return x; }
 template <class T> INLINE double widen(T x) { return to_float(x); }
 
 template <class T> INLINE T narrow(double x) {
-    // Cut to a float that still tells on which side of every 16-bit number and every tie x lies: whatever was cut
-    // off leaves a one in the last bit kept.  Rounding it then gives what rounding x would give.
+    // Truncated to a float that still shows on which side of every 16-bit number and every tie x lies: if any bit was
+    // cut off, the last kept bit is one.  Rounding it then gives the same as rounding x.
     constexpr uint64_t cut = (uint64_t(1) << 40) - 1;
     const uint64_t bits = bit_cast<uint64_t>(x);
     const uint32_t single = bit_cast<uint32_t>(float(bit_cast<double>((bits | ((bits & cut) + cut)) & ~cut)));
@@ -131,8 +131,8 @@ template <class T> INLINE T narrow(double x) {
 template <> INLINE double narrow<double>(double x) { return x; }
 template <> INLINE float narrow<float>(double x) { return float(x); }
 
-// Without their sign, floating-point numbers are ordered as the integers of the same bits, inf above every number
-// and nan above inf.
+// Without their sign, floating-point numbers are ordered like the integers with the same bits, with inf above every
+// number and nan above inf.
 template <class T> struct Bits;
 template <> struct Bits<double> {
     using type = int64_t;

@@ -6,20 +6,20 @@
 
 namespace {
 
-constexpr size_t kSummed = 2048;  // elements of a row that are summed up together, over all examples
+constexpr size_t kSummed = 2048;  // elements of a row that are summed together, over all examples
 
-// The tensors of a call, all of which the kernel can work on.
+// The tensors of a call, if the kernel can work on all of them.
 class Examples {
     std::vector<Rows> grads_;
     std::vector<size_t> lengths_;  // elements of each sum
     Axes axes_;
-    Results sums_;  // as the rows lie, but without gaps
+    Results sums_;  // like those of the rows, but without gaps
     size_t count_ = 0, elements_ = 0;
 
   public:
     size_t elements() const { return elements_; }
 
-    // False for what the kernel does not take.
+    // False for a tensor that the kernel does not handle.
     bool read(const References& tensors) {
         if (tensors.size() == 0 || !are_dense_on_host(tensors) || !stand_for_their_memory(tensors)) return false;
         grads_.resize(tensors.size());
@@ -64,13 +64,13 @@ class Examples {
     }
 
     void add_up(const std::vector<double>& clip_coefs, int threads) const {
-        // On the heap, as the stack of a thread may be small; what gathers rows only where they have gaps.
+        // On the heap, as the stack of a thread may be small; used only for rows with gaps.
         bool has_gaps = false;
         for (const Rows& grad : grads_) has_gaps = has_gaps || grad.row.axes > 0;
         std::vector<double> scratch(size_t(threads) * kSumRoom);
         std::vector<char> rows(has_gaps ? size_t(threads) * kRowRoom : 0);
         std::vector<Pieces> pieces;
-        // What was measured last comes first, as it may still be in the cache.
+        // Backwards, as the last measured ones may still be in the cache.
         for (size_t i = grads_.size(); i-- > 0;)
             pieces.push_back({(lengths_[i] + kSummed - 1) / kSummed, kSummed * (count_ + 1)});
         share(pieces, threads, [&](size_t i, size_t block) {
@@ -80,7 +80,7 @@ class Examples {
         });
     }
 
-    // The sums in a list; null, with an error set, for an error.
+    // The sums in a list; null, with an error set, after an error.
     Ref sums() {
         Ref list(PyList_New(Py_ssize_t(grads_.size())));
         for (size_t i = 0; i < grads_.size() && list != nullptr; ++i) {
@@ -94,7 +94,7 @@ class Examples {
   private:
     static constexpr size_t kSumRoom = 2 * kSummed, kOneRow = 16 * kSummed, kRowRoom = kRowsAtOnce * kOneRow;
 
-    // Not so are views that torch conjugates or negates whenever it reads them.
+    // Not for views that torch conjugates or negates lazily.
     static bool stand_for_their_memory(const References& tensors) {
         for (PyObject* tensor : tensors)
             for (PyObject* name : {torch.is_neg, torch.is_conj}) {

@@ -1,4 +1,4 @@
-// The functions of torch's names: in one go, where nothing is unusual.
+// The functions with torch's names, in one call, if nothing is unusual.
 #pragma once
 
 #include "gradients.h"
@@ -7,10 +7,10 @@
 
 namespace {
 
-// None, for a `Batch` to be made, if no error is set.
+// Without an error it returns None, so that a `Batch` is made.
 PyObject* unusual() { return PyErr_Occurred() == nullptr ? new_reference(Py_None) : nullptr; }
 
-// A threshold that is a float or an int; anything else gives -1, which is none.
+// A threshold that is a float or an int; -1 for anything else.
 double read_threshold(PyObject* object) {
     if (PyFloat_CheckExact(object)) return PyFloat_AsDouble(object);
     if (!PyLong_CheckExact(object)) return -1;
@@ -19,7 +19,7 @@ double read_threshold(PyObject* object) {
     return value;
 }
 
-// The loop that reduces elements to a norm of an order; null if there is none.
+// The loop for a norm of some order; null if there is none.
 Read Loops::* loop_of(double p) {
     return p == 2                                         ? &Loops::sum_squares
            : p == 1                                       ? &Loops::sum_magnitudes
@@ -31,7 +31,7 @@ Read Loops::* loop_of(double p) {
 PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 5, 5)) return nullptr;
     const double max_norm = read_threshold(args[1]), p = read_threshold(args[2]);
-    const bool is_flag = args[3] == Py_False || args[3] == Py_True;  // a norm that is not finite is not usual
+    const bool is_flag = args[3] == Py_False || args[3] == Py_True;  // a norm that is not finite is unusual
     if (!(max_norm >= 0) || p != 2 || !is_flag || args[4] != Py_None) return unusual();
     Gradients gradients;
     Clipped clipped;
@@ -53,7 +53,7 @@ PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return new_reference(Py_True);
 }
 
-// clip_grad_each(parameters, limit, norm_type, is_rms): of its norm, or of its root mean square
+// clip_grad_each(parameters, limit, norm_type, is_rms): limits each norm, or each root mean square
 PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 4, 4)) return nullptr;
     const double limit = read_threshold(args[1]);

@@ -1,8 +1,9 @@
-// The distinct gradients of one call: collected, measured and changed in one way, whoever calls.
+// The distinct gradients of one call: every caller collects, measures and changes them in the same way.
 //
-// User code can run where a gradient is read from its parameter, where a reference to a parameter is given back, and
-// wherever Python allocates (finalizers).  So first references to all gradients are taken, and those to the parameters
-// given back; then, without any of Python, the memory is read, measured and changed; autograd is told last.
+// User code can run when a gradient is read from its parameter, when a reference to a parameter is released,
+// and whenever Python allocates (finalizers).  So references to all gradients are collected first, and those
+// to the parameters released; then the memory is read, measured and changed without Python; autograd is told
+// last.
 #pragma once
 
 #include "memory.h"
@@ -10,7 +11,7 @@
 
 namespace {
 
-// A tuple of those for which wanted(i) holds; null, with an error set, for an error.
+// A tuple of those for which wanted(i) holds; null, with an error set, after an error.
 template <class Wanted> Ref tuple_of(const References& all, Wanted wanted) {
     size_t count = 0;
     for (size_t i = 0; i < all.size(); ++i) count += wanted(i);
@@ -32,15 +33,15 @@ class Tensors {
     size_t taken_count() const { return taken_count_; }
     bool are_all_taken() const { return taken_count_ == all_.size(); }
 
-    // Whether one is there several times, be it of several parameters or of one that came several times.
+    // Whether one occurs several times, from several parameters or from one that is repeated.
     bool has_repeated() const { return found_ > all_.size(); }
 
-    // To come from a list of so many items, if it is one.
+    // The number of items of the list that they come from, if it is one.
     void expect(PyObject* given) {
         if (PyList_CheckExact(given)) all_.reserve(size_t(PyList_Size(given)));
     }
 
-    // Takes a tensor; or a parameter's gradient if it is there.  False, with an error set, if that cannot be read.
+    // Adds a tensor, or a parameter's gradient if it has one.  False, with an error set, if that cannot be read.
     void take(Ref tensor) { all_.take(std::move(tensor)); }
     bool take_gradient(PyObject* parameter) {
         Ref grad = get_grad(parameter);
@@ -54,7 +55,7 @@ class Tensors {
         all_.drop_repeated();
     }
 
-    // Takes those that are taken of others.
+    // Adds the taken ones of others.
     void take_taken(const Tensors& others) {
         for (size_t i = 0; i < others.all_.size(); ++i)
             if (others.taken_[i]) all_.take(Ref::to(others.all_[i]));
@@ -63,7 +64,7 @@ class Tensors {
         std::memset(taken_.begin(), true, taken_count_);
     }
 
-    // Finds out which of them the kernel works on, and reads their memory.  No Python code has run afterwards.
+    // Decides which of them the kernel handles, and reads their memory.  No Python code runs after that.
     void read(Memory& memory) {
         taken_.resize(all_.size());
         std::memset(taken_.begin(), true, all_.size());
@@ -77,8 +78,8 @@ class Tensors {
         }
     }
 
-    // Reads the memory of those taken for which wanted(i) holds.  False, with an error set, if one of them cannot be
-    // worked on any more.
+    // Reads the memory of the taken ones for which wanted(i) holds.  False, with an error set, if the kernel can no
+    // longer handle one of them.
     template <class Wanted> bool read_again(Memory& memory, Wanted wanted) const {
         memory.clear();
         memory.reserve(taken_count_);
@@ -94,7 +95,8 @@ class Tensors {
         return true;
     }
 
-    // Tells autograd that those taken were written for which wanted(i) holds.  False, with an error set, for an error.
+    // Tells autograd that the taken ones for which wanted(i) holds were written.  False, with an error set, after an
+    // error.
     template <class Wanted> bool bump_versions(Wanted wanted) const {
         const Ref written = tuple_of(all_, [&](size_t i) { return taken_[i] && wanted(i); });
         return written != nullptr && PyTuple_Size(written) == 0 ? true : ::bump_versions(written);
@@ -105,14 +107,14 @@ using Numbers = Room<double, kUsual>;
 
 constexpr auto kEach = [](size_t) { return true; };
 
-// Whether torch can describe all of them without being asked for long.
+// Whether torch can describe all of them quickly.
 bool are_dense_on_host(const References& all) {
     return std::all_of(all.begin(), all.end(),
                        [](PyObject* tensor) { return is_plain(tensor) && (!has_refused || is_dense_on_host(tensor)); });
 }
 
-// Hands each parameter that a call was given, or of an optimizer, to take(parameter), if all are plain.  False if they
-// are not; or with an error set if take(parameter) is false, as where code of the user's raised it.
+// Passes each parameter of a call or an optimizer to take(parameter), if all are plain.  False if they are not; with an
+// error set if take(parameter) is false, for example because user code raised it.
 template <class Take> bool take_plain(PyObject* given, bool is_optimizer, Take take) {
     bool has_raised = false;
     const auto take_one = [&](const Ref& item) {
@@ -121,21 +123,21 @@ template <class Take> bool take_plain(PyObject* given, bool is_optimizer, Take t
         return !has_raised;
     };
     const bool done = is_optimizer ? collect_of_optimizer(given, take_one) : collect(given, take_one);
-    // What is wrong with a walk is found out where the code runs that was walked.
+    // An error of a walk is raised again where torch's own code does the walk.
     if (!done && !has_raised) PyErr_Clear();
     return done;
 }
 
-// A call that the kernel carries out alone, from collecting the gradients to the last change.  Where something is
-// unusual, its functions return false with no error set, and nothing was changed: then a `Batch` is made in Python.
+// A call that the kernel carries out alone, from collecting the gradients to the last change.  If something is unusual,
+// its functions return false with no error set, and nothing has changed: then Python makes a `Batch`.
 class Gradients {
     Tensors tensors_;
     Memory memory_;
     bool is_stale_ = false;
 
   public:
-    // Adds the gradients of what a call was given; or those of an optimizer, and of others that step with it.  With an
-    // error set if code of the user's raised it, where a gradient was read.
+    // Adds the gradients of a call's argument; or those of an optimizer, and of others that step with it.  An error is
+    // set if user code raised it when a gradient was read.
     bool add(PyObject* parameters) {
         tensors_.expect(parameters);
         return take_plain(parameters, false, [this](PyObject* item) { return tensors_.take_gradient(item); });
@@ -144,7 +146,7 @@ class Gradients {
         return take_plain(optimizer, true, [this](PyObject* item) { return tensors_.take_gradient(item); });
     }
 
-    // Takes what was added: then no Python code has run since their memory was read.
+    // Reads the memory of what was added; no Python code runs after that.
     bool take() {
         tensors_.drop_repeated();
         if (tensors_.all().size() == 0) return false;
@@ -157,7 +159,7 @@ class Gradients {
 
     bool is_double() const { return (memory_.facts() & kDouble) != 0; }
     bool is_complex() const { return (memory_.facts() & kAnyComplex) != 0; }
-    // Then no other thread of Python runs during a call.
+    // If so, no other Python thread runs during a call.
     bool is_small() const { return memory_.elements() <= kSmallElements && !memory_.releases_gil(); }
 
     // The norm of order 2 of all of them as one vector.
@@ -168,8 +170,8 @@ class Gradients {
         return norm >= 0 && std::isfinite(norm);
     }
 
-    // Scales each to its own limit: of its norm, or of its root mean square.  `before` gets these as they were, and
-    // `clip_coefs` what each was multiplied by.
+    // Scales each to its own limit for its norm, or for its root mean square.  `before` receives these, and
+    // `clip_coefs` the clip coefficients.
     bool clip_each(Read Loops::* loop, double limit, bool is_rms, Numbers& before, Numbers& clip_coefs) {
         if (!is_fresh()) return false;
         is_stale_ = true;
@@ -179,7 +181,7 @@ class Gradients {
         before.resize(size());
         clip_coefs.resize(size());
         for (size_t i = 0; i < size(); ++i) clip_coefs[i] = limit * root_of_count(i);
-        // A limit that torch does not have needs none of what torch adds to the norm.
+        // For a rule that torch does not have, nothing is added to the norm.
         memory_.clip_each(loop, clip_coefs.begin(), is_rms ? 0.0 : 1e-6, before.begin());
         for (size_t i = 0; i < size(); ++i) before[i] = before[i] < 0 ? 0 : before[i] / root_of_count(i);
         return tensors_.bump_versions([&](size_t i) { return clip_coefs[i] != 1.0; });
@@ -188,14 +190,15 @@ class Gradients {
     size_t size() const { return memory_.size(); }
     size_t elements(size_t i) const { return memory_.elements(i); }
 
-    // To be called between two others where Python code may have run meanwhile.  False, with an error set, if the
-    // kernel cannot work on one of them any more.
+    // Call it between two others if Python code may have run in between.  False, with an error set, if the kernel can
+    // no longer handle one of them.
     bool read_again() {
         is_stale_ = false;
         return tensors_.read_again(memory_, kEach);
     }
 
-    // Changes all of them.  False, with an error set, for an error.  `after` gets their norm, if anything has changed.
+    // Changes all of them.  False, with an error set, after an error.  `after` gets their norm, if anything has
+    // changed.
     bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef, nullptr); }
     bool clamp(double limit, double* after = nullptr) { return change(&Loops::clamp, limit, after); }
 
@@ -215,15 +218,15 @@ class Gradients {
     }
 };
 
-// Likewise with what torch adds to the norm.
+// The same, with the number that torch adds to the norm.
 double clip_coef_of(double max_norm, double norm) { return clip_coef_of(max_norm, norm, 1e-6); }
 
-// What clipping by the norm found and did.
+// The result of clipping by the norm.
 struct Clipped {
     double norm, max_norm, coef;
 };
 
-// Scales gradients that were taken by their norm.  False if it is unusual, or with an error set.
+// Scales taken gradients by their norm.  False if the norm is unusual, or with an error set.
 bool clip(Gradients& gradients, double max_norm, Clipped& clipped) {
     if (!gradients.measure(clipped.norm)) return false;
     clipped.max_norm = max_norm;

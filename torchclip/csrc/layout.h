@@ -24,8 +24,8 @@ struct Layout {
 
 using Axes = Room<Axis, 16>;  // of several grids, one after the other
 
-// The axes of a tensor with gaps between its elements, or in another order than they lie, from the narrowest stride to
-// the widest; none if it is a flat run after all.  False if elements may overlap.
+// The axes of a tensor with gaps between its elements, or with axes in another order, from the narrowest stride to the
+// widest; none if it is a flat run after all.  False if elements may overlap.
 bool read_grid(const DLTensor& t, Layout& layout, Axes& all) {
     Axis axes[kMaxAxes];
     size_t count = 0;
@@ -51,8 +51,8 @@ bool read_grid(const DLTensor& t, Layout& layout, Axes& all) {
     return true;
 }
 
-// Works out `layout` for a tensor that the kernel can work on, and adds the axes of a grid.  False for any other: of
-// another device or dtype, not aligned, or with elements that may overlap.
+// Computes `layout` for a tensor that the kernel can handle, and adds the axes of a grid.  False for others: on another
+// device, of another dtype, not aligned, or with elements that may overlap.
 INLINE bool read_layout(const DLTensor& t, Layout& layout, Axes& axes) {
     const size_t dtype = find_dtype(t);
     if (dtype == kDtypeCount || t.device_type != kCPU || t.ndim > kMaxAxes) return false;
@@ -78,13 +78,13 @@ size_t span(const Layout& layout, const Axis* axes) {
     return size_t(reach + 1) * item;
 }
 
-// Bytes of memory from one address to another, and whether they are to be written.
+// A range of memory, and whether it will be written.
 struct Range {
     const char *begin, *end;
     bool is_written;
 };
 
-// True if any that is written lies over another.
+// True if a range that is written overlaps another.
 bool written_overlap(std::vector<Range>& ranges) {
     std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
     const char *end = nullptr, *end_of_written = nullptr;
@@ -97,7 +97,7 @@ bool written_overlap(std::vector<Range>& ranges) {
     return false;
 }
 
-// Copies `n` elements between a gap-less buffer and memory `stride` elements apart.
+// Copies `n` elements between a buffer without gaps and memory with a stride.
 template <class Item> void copy_strided(char* grid, char* buffer, size_t n, int64_t stride, bool gather) {
     for (size_t i = 0; i < n; ++i) {
         char* const there = grid + int64_t(i) * stride * int64_t(sizeof(Item));

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Sums run in this many lanes whatever the instruction set, so that all give the same bits.
+// Sums use this many lanes with every instruction set, so that all give the same bits.
 constexpr size_t kLanes = 32;
 
 // Left alone, processors look ahead as far as their queue of instructions reaches, which is not far where every element
@@ -43,7 +43,7 @@ template <class T, class Visit> INLINE void for_each(const T* x, size_t n, bool 
     for (size_t j = 0; i < n; ++i, ++j) visit(i, j);
 }
 
-// Adds up `n` lanes, halves onto halves; spelled out for the compiler, as a loop over `n` costs more than the sums.
+// Adds up `n` lanes, halves onto halves; written out for the compiler, as a loop over `n` costs more than the sums.
 template <size_t n> INLINE double fold_lanes(double* lanes) {
     if constexpr (n > 1) {
         for (size_t j = 0; j < n / 2; ++j) lanes[j] += lanes[j + n / 2];
@@ -54,21 +54,21 @@ template <size_t n> INLINE double fold_lanes(double* lanes) {
 
 template <class T, class Add> INLINE double sum_lanes(const T* x, size_t n, Add add) {
     double lanes[kLanes];
-    // Half by half: for all at once compilers take an instruction that needs longer to start than a short sum.
+    // Half by half, as for all at once compilers choose an instruction that takes longer to start than a short sum.
     for (size_t j = 0; j < kLanes / 2; ++j) lanes[j] = 0;
     for (size_t j = kLanes / 2; j < kLanes; ++j) lanes[j] = 0;
     for_each(x, n, follows_pages, [&](size_t i, size_t lane) { lanes[lane] = add(lanes[lane], widen(x[i])); });
     return fold_lanes<kLanes>(lanes);
 }
 
-// The square of a shorter number is exact in double: fusing it with the addition changes nothing but the time.
+// The square of a shorter number is exact in double, so fusing it with the addition changes only the time.
 template <bool kFusedMultiplyAdd, class T> INLINE double sum_squares(const T* x, size_t n) {
     return sum_lanes(x, n, [](double sum, double v) {
         return kFusedMultiplyAdd && sizeof(T) < sizeof v ? std::fma(v, v, sum) : sum + v * v;
     });
 }
 
-// `unit`, a power of two, brings numbers whose squares a double cannot hold into its range.
+// `unit`, a power of two, scales numbers so that their squares fit into a double.
 template <class T> INLINE double sum_scaled_squares(const T* x, size_t n, double unit) {
     return sum_lanes(x, n, [unit](double sum, double v) { return sum + (v * unit) * (v * unit); });
 }
@@ -90,28 +90,28 @@ template <class T> INLINE double largest(const T* x, size_t n) {
 template <class T> INLINE void scale(T* x, size_t n, double clip_coef) {
     const float single = float(clip_coef);
     if constexpr (sizeof(T) < sizeof clip_coef) {
-        // In float, as torch multiplies all but double, unless the coefficient is too small for one.
+        // In float, as in torch for all dtypes but double, unless the coefficient is too small for a float.
         if (std::isnormal(single))
             return for_each(x, n, false, [=](size_t i, size_t) { x[i] = nearest<T>(to_float(x[i]) * single); });
     }
     for_each(x, n, false, [=](size_t i, size_t) { x[i] = narrow<T>(widen(x[i]) * clip_coef); });
 }
 
-// Rows of n numbers, `step` bytes from one to the next: a call for each would cost as much again, where they are short.
+// Rows of n numbers, `step` bytes apart: for short rows, a call for each would double the cost.
 template <bool kFusedMultiplyAdd, class T>
 INLINE void sum_squares_of_rows(double* sums, const char* x, size_t rows, size_t n, int64_t step) {
     for (size_t i = 0; i < rows; ++i, x += step)
         sums[i] = sum_squares<kFusedMultiplyAdd>(reinterpret_cast<const T*>(x), n);
 }
 
-// Each by its own coefficient.
+// Multiplies each row by its own coefficient.
 template <class T> INLINE void scale_rows(char* x, size_t rows, size_t n, int64_t step, const double* clip_coefs) {
     for (size_t i = 0; i < rows; ++i, x += step)
         if (clip_coefs[i] != 1.0) scale(reinterpret_cast<T*>(x), n, clip_coefs[i]);
 }
 
-// Adds rows to sums, each multiplied by its coefficient: four at a time, so that the sums are not read and written for
-// each.
+// Adds rows to sums, each multiplied by its coefficient; four at a time, so that the sums are read and written less
+// often.
 constexpr size_t kRowsAtOnce = 4;
 template <class T>
 INLINE void add_rows(double* sums, const void* const* x, const double* clip_coefs, size_t rows, size_t n) {
@@ -131,12 +131,12 @@ template <class T> INLINE void round_sums(void* result, const double* sums, size
     for (size_t j = 0; j < n; ++j) static_cast<T*>(result)[j] = narrow<T>(sums[j]);
 }
 
-// Memory that is not written costs half as much: these loops look at so many numbers before they write any, and tell
-// whether they have.
+// Memory that is only read costs half as much, so these loops check this many numbers before they write any, and return
+// whether they wrote.
 constexpr size_t kBlock = 256;
 
-// A number brought into [-top, top]; nan stays, to the bit, and so does the sign of 0.  Written like this, each of the
-// two comparisons is one instruction.
+// A number limited to [-top, top]; nan keeps its bits, and 0 its sign.  Written in this way, each of the two
+// comparisons is one instruction.
 template <class T> INLINE T limited(T x, T top) {
     const T above = -top > x ? -top : x;
     return top < above ? top : above;
@@ -149,7 +149,7 @@ template <class T> INLINE T limited_by_bits(T x, T top) {
 
 template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit) {
     using Int = typename Bits<T>::type;
-    // One beyond the largest number limits nothing, also where it would be rounded to that.
+    // A limit beyond the largest number limits nothing, even if it would be rounded to that number.
     const Int largest = Bits<T>::infinity - 1;
     const Int top = limit > widen(bit_cast<T>(largest)) ? Bits<T>::infinity : magnitude(narrow<T>(limit));
     Int beyond = 0;
@@ -157,7 +157,7 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
     for (size_t start = 0; start < n; start += kBlock) {
         T* const block = x + start;
         const size_t length = std::min(kBlock, n - start);
-        if (!beyond) {  // where one block is written, the next will be
+        if (!beyond) {  // after a block that was written, the next probably will be
             for (size_t i = 0; i < length; ++i) beyond |= Int(magnitude(block[i]) > top);
             if (!beyond) continue;
         }
@@ -174,9 +174,9 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
     return written;
 }
 
-// Norms other than 2 need the modulus of each complex number.  The C library's hypot is not used: platforms and
-// versions of it round differently.  Where the squares of doubles would leave the range of doubles, powers of two bring
-// them back.
+// Norms other than 2 need the modulus of each complex number.  The C library's hypot is not used, as it rounds
+// differently on different platforms and in different versions.  If squares of doubles would leave the range of
+// doubles, powers of two scale them.
 template <class T> INLINE double modulus(const T* z) {
     const double real = std::fabs(double(z[0])), imag = std::fabs(double(z[1])), large = std::max(real, imag);
     double unit = 1, back = 1;
@@ -190,14 +190,14 @@ template <class T> INLINE double modulus(const T* z) {
 
 INLINE double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
 
-// How many numbers, of elements of `parts` numbers, belong to an element that is finite.
+// The number of real numbers that belong to a finite element of `parts` numbers.
 template <size_t parts, class T> INLINE size_t count_finite(const T* x, size_t n) {
     size_t count = 0;
     for (size_t i = 0; i < n; i += parts) count += parts * size_t(is_finite(x[i]) && is_finite(x[i + parts - 1]));
     return count;
 }
 
-// Puts 0 in place of each such element that is not.
+// Sets each element that is not finite to 0.
 template <size_t parts, class T> INLINE bool zero_nonfinite(T* x, size_t n) {
     bool written = false;
     for (size_t i = 0; i < n; i += kBlock) {
@@ -271,8 +271,8 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         }                                                                                                           \
     };
 
-// The last two: whether there are fused multiply-adds, and whether floats are better compared as integers, as on 512
-// bits (dispatch.h says why).
+// The last two: whether there are fused multiply-adds, and whether to compare floats as integers, as on 512 bits (see
+// dispatch.h).
 DEFINE_LOOPS(Baseline, , false, false)
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86_TARGETS

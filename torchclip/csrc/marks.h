@@ -1,4 +1,4 @@
-// Notes on the gradients of an optimizer, by which to tell later whether they are still the same.
+// Marks of an optimizer's gradients, which show later whether they are still the same.
 #pragma once
 
 #include <cstring>
@@ -10,14 +10,14 @@ namespace {
 
 Getter read_version;  // Tensor._version
 
-// The number of changes that autograd knows of; -1 for a tensor that has none, as those of inference mode.
+// The number of changes that autograd knows of; -1 for a tensor without a counter, such as those of inference mode.
 long long version_of(PyObject* tensor) {
     const Ref version(read_version(tensor));
     if (version == nullptr) PyErr_Clear();
     return version == nullptr ? -1 : PyLong_AsLongLong(version);
 }
 
-// Whether a float, given by its bits, is neither 0 nor infinite nor NaN, so that any factor but 1 changes it.
+// Whether a float, given by its bits, is not 0, infinite or NaN, so that every factor but 1 changes it.
 bool is_telling(const char* number, size_t dtype) {
     const DtypeFacts& facts = kDtypes[dtype];
     const size_t size = facts.item / facts.parts;
@@ -39,11 +39,11 @@ class Marks {
     };
     std::vector<Mark> marks_;
     bool are_weak_ = true;
-    // A number in one of the gradients: not every change counts as a version.
-    size_t sampled_ = 0, place_ = 0, size_ = 0;  // of which gradient, where, and its bytes; no bytes for none
+    // A number in one of the gradients, as not every change increments a version.
+    size_t sampled_ = 0, place_ = 0, size_ = 0;  // the gradient, the position, the number's bytes; no bytes for none
     char sample_[8];
 
-    // Calls each(gradient or None) for every parameter until it returns false; false then, and for an error.
+    // Calls each(gradient or None) for every parameter until it returns false; then, or after an error, returns false.
     template <class Each> static bool visit(PyObject* optimizer, Each each) {
         static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
         static PyObject* const params = PyUnicode_InternFromString("params");
@@ -106,7 +106,7 @@ class Marks {
     // Whether a gradient is the same, given the place from which on to look for it.  Of the parameters some may have
     // had none, or have none any more.
     bool is_same(size_t& place, PyObject* gradient) const {
-        if (gradient == Py_None) return true;  // nothing to step with
+        if (gradient == Py_None) return true;  // no gradient
         size_t i = place;
         while (i < marks_.size() && marked(i) != gradient) ++i;
         if (i == marks_.size()) return false;
@@ -178,7 +178,7 @@ class Marks {
         return visit_usual(optimizer, [&](PyObject* gradient) { return is_same(place, gradient); });
     }
 
-    // A list of the gradients that are not the same; null for an error.
+    // A list of the gradients that have changed; null after an error.
     PyObject* changed(PyObject* optimizer) const {
         PyObject* const found = PyList_New(0);
         size_t place = 0;

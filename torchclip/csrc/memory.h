@@ -1,4 +1,4 @@
-// The memory of some tensors as it lies now: norms of it, changes to it, and who works on which piece of it.
+// The current memory of some tensors: its norms, changes to it, and how threads share the work.
 #pragma once
 
 #include <algorithm>
@@ -21,14 +21,14 @@ constexpr size_t kChunk = 16 * 1024;                // elements; sums are added 
 constexpr size_t kBuffer = 2048;                    // bytes on the stack, for elements with gaps between them
 constexpr size_t kChunkCost = 256;                  // what starting a chunk costs, in elements
 
-// Joins what two chunks gave; kAbsent changes nothing.
+// Joins the results of two chunks; kAbsent changes nothing.
 inline double join(double result, double part, bool take_largest) {
     if (part < 0 || result < 0) return part < 0 ? result : part;
     return take_largest ? larger(part, result) : result + part;
 }
 
-// The root of a sum of squares.  Those of float64 can leave the range of numbers, or lose digits at its lower end; then
-// they are taken again relative to the largest, with the loops that reduce(loop, unit) runs.
+// The root of a sum of squares.  Squares of float64 can leave the range of float64, or lose digits at its lower end;
+// then they are computed again relative to the largest number, with reduce(loop, unit).
 template <class Reduce> double root(double squares, Reduce reduce) {
     if (squares > 1e-280 && squares <= std::numeric_limits<double>::max()) return std::sqrt(squares);
     const double top = reduce(&Loops::largest, 1.0);
@@ -37,15 +37,15 @@ template <class Reduce> double root(double squares, Reduce reduce) {
     return std::ldexp(std::sqrt(reduce(&Loops::sum_scaled_squares, std::ldexp(1.0, -exponent))), exponent);
 }
 
-// As torchclip._core.scalars.clip_coef has it.
+// As in torchclip._core.scalars.clip_coef.
 double clip_coef_of(double max_norm, double norm, double eps) {
     if (max_norm == std::numeric_limits<double>::infinity() || norm < 0 || (eps == 0 && norm <= max_norm)) return 1.0;
     const double coef = max_norm / (norm + eps);
-    return coef >= 1.0 ? 1.0 : coef;  // nan, of a norm that is
+    return coef >= 1.0 ? 1.0 : coef;  // nan for a nan norm
 }
 
-// Holds pointers into the tensors' memory, so no Python code may run between `add` and whatever uses them; nothing here
-// runs any, but for other threads' during work on many elements.
+// It holds pointers into the tensors' memory, so no Python code may run between `add` and their use; nothing here runs
+// any, except that other threads may run during work on many elements.
 class Memory {
     struct Place {
         size_t part, start;  // tensor and first element
@@ -61,7 +61,7 @@ class Memory {
     const Loops* loops_ = nullptr;
 
   public:
-    // Forgets everything, as where Python code has run.
+    // Forgets everything, after Python code has run.
     void clear() {
         parts_.clear();
         axes_.clear();
@@ -71,7 +71,7 @@ class Memory {
 
     void reserve(size_t tensors) { parts_.reserve(tensors); }
 
-    // False if the tensor's memory cannot be worked on.
+    // False if the kernel cannot handle the tensor's memory.
     INLINE bool add(PyObject* tensor) {
         DLTensor t;
         Layout layout;
@@ -90,10 +90,10 @@ class Memory {
     size_t elements(size_t part) const { return parts_[part].count; }
     int facts() const { return facts_; }
 
-    // Whether other Python code may run while work on it is done.
+    // Whether other Python code may run during the work.
     bool releases_gil() const { return elements_ >= kWorthReleasing; }
 
-    // The norm of all tensors as one vector; of their finite elements only, if so wished.
+    // The norm of all tensors as one vector; on request, of their finite elements only.
     double norm(Read Loops::* loop, bool finite) {
         prepare();
         const WithoutGil unlocked(elements_);
@@ -113,7 +113,7 @@ class Memory {
         }
     }
 
-    // Changes all tensors by one number, or each by its own; returns whether there was anything to change.
+    // Changes all tensors by one number, or each by its own; returns whether anything changed.
     bool write(Write Loops::* loop, const double* numbers, bool each) {
         prepare();
         if (threads_ > 1 && overlaps()) threads_ = 1;
@@ -146,14 +146,13 @@ class Memory {
         }
     }
 
-    // Takes the norm of each tensor and scales it to its own limit; with one thread while it is in the cache.
+    // Measures each tensor and scales it to its own limit, with one thread while it is in the cache.
     //
-    // Args:
-    //     limits: gets what each was multiplied by.
+    // Args: limits: receives the clip coefficients.
     //     eps: as for scalars.clip_coef.
     void clip_each(Read Loops::* loop, double* limits, double eps, double* norms) {
         prepare();
-        // Where tensors overlap, or several threads share one, all are measured before any is scaled.
+        // If tensors overlap, or several threads share one, all are measured before any is scaled.
         const bool in_turn = threads_ == 1 && !overlaps();
         const WithoutGil unlocked(elements_);
         if (!in_turn) reduce(first(), last(), loop, false, 1.0);
@@ -179,7 +178,7 @@ class Memory {
         visit<true>(layout, start, n, [&](char* x, size_t length) { return inner(x, length, clip_coef); });
     }
 
-    // From the last chunk to the first: what was read last may still be in the cache.
+    // From the last chunk to the first, as the last ones may still be in the cache.
     void scale_backwards(size_t part, double clip_coef) const {
         const Layout& layout = parts_[part];
         for (size_t chunk = chunks_of(layout); chunk-- > 0;)
@@ -188,7 +187,7 @@ class Memory {
 
     static size_t chunks_of(const Layout& layout) { return (layout.count + kChunk - 1) / kChunk; }
 
-    // Decides, by the number of elements, which loops to run and how many threads.
+    // Chooses the loops and the number of threads by the number of elements.
     void prepare() {
         results_.resize(chunks_);
         threads_ = usable_threads(elements_);
@@ -208,7 +207,7 @@ class Memory {
         }
     }
 
-    // Likewise, in several threads where they pay.
+    // The same, in several threads if that is faster.
     template <class Work> void run(Place from, Place to, const Work& work) const {
         if (threads_ == 1 || to.chunk - from.chunk < chunks_) return run_here(from, to, work);
         Room<Place, 33> begins;
@@ -218,7 +217,7 @@ class Memory {
         });
     }
 
-    // Cuts all chunks into shares that cost about the same: where each of them begins, and the end of the last.
+    // Divides all chunks into shares of about the same cost: the beginning of each share, and the end of the last.
     void cut(size_t shares, Room<Place, 33>& begins) const {
         const size_t cost = elements_ + chunks_ * kChunkCost;
         size_t before = 0;
@@ -229,7 +228,7 @@ class Memory {
         begins.push_back(last());
     }
 
-    // Calls inner(x, n) for the real numbers of some elements, through a buffer where there are gaps between them.
+    // Calls inner(x, n) for the real numbers of some elements, through a buffer if there are gaps between them.
     template <bool write, class Inner> void visit(const Layout& layout, size_t start, size_t n, Inner inner) const {
         const DtypeFacts& dtype = kDtypes[layout.dtype];
         if (layout.axes == 0)
@@ -260,7 +259,7 @@ class Memory {
             copy_grid(layout, axes_.begin() + layout.first_axis, start, n, buffer, gather);
     }
 
-    // Reduces the chunks between two places, each on its own, then together in order.
+    // Reduces the chunks between two places one by one, then joins them in order.
     double reduce(Place from, Place to, Read Loops::* loop, bool finite, double unit) {
         const bool take_largest = loop == &Loops::largest;
         run(from, to, [&](Place place, size_t n) {
@@ -289,7 +288,7 @@ class Memory {
         return result;
     }
 
-    // The norm of what is between two places, given what `reduce` made of it.
+    // The norm of the elements between two places, given the result of `reduce`.
     double norm_from(double reduced, Place from, Place to, Read Loops::* loop, bool finite) {
         if (loop != &Loops::sum_squares || reduced < 0) return reduced;
         return root(reduced, [&](Read Loops::* other, double unit) { return reduce(from, to, other, finite, unit); });

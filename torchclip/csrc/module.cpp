@@ -1,8 +1,8 @@
 // The CPU kernel: norms, scaling and clamping of many tensors at once.
 //
-// Tensors are read through DLPack's C exchange table, so nothing of torch is needed to compile this, and one build
-// serves every torch that has the table.  The headers are parts of this one translation unit, each standing on those
-// before it:
+// Tensors are read through DLPack's C exchange table, so nothing of torch is needed to compile this, and one
+// build serves every torch that has the table.  The headers are parts of this one translation unit, each
+// using those before it:
 //
 //     room.h        an array that grows
 //     ref.h         references to Python objects
@@ -77,7 +77,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* gradients(PyObject*, PyObject* parameters) { return gather(parameters, true); }
 PyObject* tensors(PyObject*, PyObject* iterable) { return gather(iterable, false); }
 
-// What is there of torch's modules, so that they can be walked.
+// The parts of torch's modules that a walk needs.
 PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 4, 4)) return nullptr;
     for (Py_ssize_t i = 0; i < 3; ++i)
@@ -117,7 +117,7 @@ PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     modules.finalize = reinterpret_cast<destructor>(PyType_GetSlot(modules.generator, Py_tp_finalize));
     if (modules.traverse == nullptr || modules.finalize == nullptr)
         return PyErr_Format(PyExc_RuntimeError, "generators are not what the kernel takes them for");
-    modules.module = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));  // last: from now on all is there
+    modules.module = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));  // last: everything is connected now
     return new_reference(Py_None);
 }
 

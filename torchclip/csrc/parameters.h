@@ -1,6 +1,6 @@
-// Whose gradients are meant: a list or a tuple of parameters, one of them, a module, a generator of `Module.parameters`
-// that was not started, or an optimizer.  Modules are walked here instead of running code of theirs, in the order and
-// under the conditions of torch's code; so is a generator of their parameters.
+// The parameters of a call: a list or a tuple, a single parameter, a module, an unstarted generator of
+// `Module.parameters`, or an optimizer.  Modules are walked here without running their code, in the order and under the
+// conditions of torch's code; so is a generator of their parameters.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,13 @@
 
 namespace {
 
-// What `connect_modules` was given, and what it has looked up then.
+// The arguments of `connect_modules`, and what it has looked up.
 struct {
     PyTypeObject *module, *parameter_list, *generator;
-    PyObject *parameters, *named_parameters, *named_members, *named_modules;  // of Module, as torch wrote them
+    PyObject *parameters, *named_parameters, *named_members, *named_modules;  // torch's own methods of Module
     PyObject *parameters_code, *object;
     PyObject* get_attribute;       // object.__getattribute__
-    Getter mro, class_attributes;  // of classes: their bases, and what they themselves define
+    Getter mro, class_attributes;  // of classes: their bases, and their own attributes
     traverseproc traverse;         // of generators
     destructor finalize;           // likewise
     struct {
@@ -28,32 +28,32 @@ bool is_module(PyObject* object) {
     return modules.module != nullptr && PyType_IsSubtype(Py_TYPE(object), modules.module);
 }
 
-// Where the functions below return false or null, an error may be set: that what was looked for is not there, or one of
-// the user's.
+// If the functions below return false or null, an error may be set: that something was not found, or an error
+// of user code.
 //
-// Items are handed to take(item), with a reference to each.  User code can run meanwhile: where an item's gradient is
-// read, and where the reference is given back.  False where take(item) returns false, or where only running code of the
-// user's can tell what the items are.
+// Items are passed to take(item), with a reference to each.  User code can run when an item's gradient is
+// read, and when the reference is released.  They return false if take(item) does, or if only running user
+// code can show what the items are.
 
-// Whether a class has a method as torch wrote it.
+// Whether a class has torch's own version of a method.
 bool inherits(PyTypeObject* type, PyObject* name, PyObject* wanted) {
     return Ref(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name)) == wanted;
 }
 
-// The dictionary of an object's attributes; null if it has none, or something else in its place.
+// The dictionary of an object's attributes; null if it has none, or another object instead.
 Ref attributes_of(PyObject* object) {
     Ref attributes(PyObject_GenericGetDict(object, nullptr));
     return attributes == nullptr || PyDict_Check(attributes) ? std::move(attributes) : Ref();
 }
 
-// What an object itself has under a name, in the dictionary of its attributes; null if it is not there.
+// The object's own attribute with a name, in its dictionary; null if there is none.
 Ref own_attribute(PyObject* attributes, PyObject* name) { return Ref::to(PyDict_GetItemWithError(attributes, name)); }
 
-// Whether an object itself has no attribute of a name.
+// Whether an object has no attribute of its own with a name.
 bool lacks(PyObject* attributes, PyObject* name) { return PyDict_Contains(attributes, name) == 0; }
 
-// Whether a class or a base of it, beyond nn.Module, has something of its own in place of attributes that every
-// module has: a property, say, which comes before them and can answer otherwise each time.
+// Whether a class or a base of it, below nn.Module, overrides attributes that every module has, for example by a
+// property, which takes precedence and can return something else each time.
 bool replaces_attributes(PyTypeObject* type) {
     const Ref mro(modules.mro(reinterpret_cast<PyObject*>(type)));
     if (mro == nullptr || !PyTuple_CheckExact(mro)) return true;
@@ -68,13 +68,13 @@ bool replaces_attributes(PyTypeObject* type) {
     return false;
 }
 
-// Walks a module and those below it as `Module.parameters` does, where it is sure to give the same; one that is met
-// again gives its parameters again.
+// Walks a module and its submodules as `Module.parameters` does, if the result is sure to be the same; a module that
+// occurs again yields its parameters again.
 template <class Take> class ModuleWalk {
-    // Torch's code ends a circle of modules; and where modules are shared on many levels, it meets each but once.
+    // Torch's code ends at a cycle of modules, and visits modules that are shared on many levels only once.
     static constexpr size_t kDeepest = 64, kMostModules = 1 << 16, kMostTypes = 16;
     Take take_;
-    PyTypeObject* types_[kMostTypes];  // looked at in this walk
+    PyTypeObject* types_[kMostTypes];  // checked in this walk
     size_t type_count_ = 0, module_count_ = 0;
     // On each level, a dictionary of modules, and the place in it.  Recursion would need more of the stack.
     References children_;
@@ -84,7 +84,7 @@ template <class Take> class ModuleWalk {
         return std::find(types_, types_ + type_count_, type) != types_ + type_count_;
     }
 
-    // Whether modules of a class are told apart, asked for attributes and walked as torch wrote it.
+    // Whether modules of a class are compared, asked for attributes and walked by torch's own methods.
     bool look_at(PyTypeObject* type) {
         if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules.module, Py_tp_hash)) return false;
         if (!inherits(type, modules.names.get_attribute, modules.get_attribute)) return false;
@@ -117,7 +117,7 @@ template <class Take> class ModuleWalk {
         return true;
     }
 
-    // Of the module that the walk begins with: only its methods are called.
+    // For the module with which the walk begins, as only its methods are called.
     static bool has_torchs_members(PyObject* module, PyObject* attributes) {
         PyTypeObject* const type = Py_TYPE(module);
         return inherits(type, modules.names.named_parameters, modules.named_parameters) &&
@@ -144,7 +144,7 @@ template <class Take> class ModuleWalk {
     }
 };
 
-// Whether an object is a module whose `parameters()` is torch's own.  Lists of parameters are taken as lists.
+// Whether an object is a module with torch's own `parameters()`.  Lists of parameters count as lists.
 bool has_own_parameters(PyObject* object) {
     PyTypeObject* const type = Py_TYPE(object);
     if (!is_module(object) || PyType_IsSubtype(type, modules.parameter_list)) return false;
@@ -153,7 +153,7 @@ bool has_own_parameters(PyObject* object) {
     return attributes != nullptr && lacks(attributes, modules.names.parameters);
 }
 
-// What a generator of a function refers to, apart from its names.
+// The objects to which a function's generator refers, apart from its names.
 struct Referents {
     PyObject* module = nullptr;
     bool of_parameters = false, recurses = false, has_others = false;
@@ -174,24 +174,24 @@ struct Referents {
     }
 };
 
-// The module whose parameters an unstarted generator of `Module.parameters` would give, all of them; null if it is
-// anything else, and before Python 3.11, whose generators do not tell.  Until it is started, a generator refers to its
-// function, the code and the arguments: the module, and for `recurse` True.  As soon as it is, also to the generator
-// that it gets its items from; and to nothing when it has ended.
+// The module all of whose parameters an unstarted generator of `Module.parameters` would yield; null for anything else,
+// and before Python 3.11, whose generators do not show it.  An unstarted generator refers to its function, the code and
+// the arguments: the module, and True for `recurse`.  A started one also refers to the generator from which it gets its
+// items, and a finished one to nothing.
 Ref module_behind(PyObject* generator) {
     Referents seen;
     modules.traverse(generator, &Referents::see, &seen);
     return seen.of_parameters && seen.recurses && !seen.has_others ? Ref::to(seen.module) : Ref();
 }
 
-// Has a generator end as if all its items had been taken; anything else stays as it is.  Finalizing it closes it, by
-// code that Python runs anyway when it frees a generator.  An error goes where those of finalizers go: nothing can be
+// Ends a generator as if all its items had been taken; does nothing to other objects.  Finalizing closes it, with code
+// that Python runs anyway when it frees a generator.  An error is reported like those of finalizers, as nothing can be
 // undone.
 void use_up(PyObject* given) {
     if (Py_TYPE(given) == modules.generator) modules.finalize(given);
 }
 
-// Of a list or a tuple, which user code can change meanwhile.
+// The items of a list or a tuple, which user code can change in between.
 template <class Take> bool collect_list(PyObject* list, Take take) {
     for (Py_ssize_t i = 0; i < PyList_Size(list); ++i)
         if (!take(Ref::to(PyList_GetItem(list, i)))) return false;
@@ -203,7 +203,7 @@ template <class Take> bool collect_tuple(PyObject* tuple, Take take) {
     return true;
 }
 
-// Of a list, a tuple, a parameter, a module or a fresh generator.
+// The items of a list, a tuple, a parameter, a module or an unstarted generator.
 template <class Take> bool collect(PyObject* given, Take take) {
     if (PyList_CheckExact(given)) return collect_list(given, take);
     if (PyTuple_CheckExact(given)) return collect_tuple(given, take);
@@ -214,7 +214,7 @@ template <class Take> bool collect(PyObject* given, Take take) {
     return module != nullptr && ModuleWalk<Take>(take).collect(module);
 }
 
-// Of any iterable, by running it.  False, with an error set, if that or take(item) fails.
+// The items of any iterable.  False, with an error set, if iterating or take(item) fails.
 template <class Take> bool collect_any(PyObject* iterable, Take take) {
     if (PyList_CheckExact(iterable)) return collect_list(iterable, take);
     const Ref iterator(PyObject_GetIter(iterable));
@@ -224,14 +224,14 @@ template <class Take> bool collect_any(PyObject* iterable, Take take) {
     return PyErr_Occurred() == nullptr;
 }
 
-// Whether an optimizer, of these attributes, has nothing that a GradScaler sets.
+// Whether an optimizer with these attributes has none of those that a GradScaler sets.
 bool is_unscaled(PyObject* attributes) {
     static PyObject* const grad_scale = PyUnicode_InternFromString("grad_scale");
     static PyObject* const found_inf = PyUnicode_InternFromString("found_inf");
     return lacks(attributes, grad_scale) && lacks(attributes, found_inf);
 }
 
-// Of all groups of an optimizer, if what a GradScaler sets is not there, and no group brings its own threshold along.
+// The parameters of all groups of an optimizer, if no GradScaler has set anything, and no group has its own threshold.
 template <class Take> bool collect_of_optimizer(PyObject* optimizer, Take take) {
     static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
     static PyObject* const params = PyUnicode_InternFromString("params");

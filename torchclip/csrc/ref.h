@@ -1,4 +1,4 @@
-// References to Python objects, which end with what holds them.
+// References to Python objects, released with the object that holds them.
 #pragma once
 
 #define Py_LIMITED_API 0x030a0000
@@ -12,13 +12,13 @@
 
 namespace {
 
-// Also of None: Py_RETURN_NONE of Python 3.12.1's headers takes it for immortal, which it is not in 3.10 and 3.11.
+// Also None: Py_RETURN_NONE in Python 3.12.1's headers assumes that it is immortal, which it is not in 3.10 and 3.11.
 PyObject* new_reference(PyObject* object) {
     Py_INCREF(object);
     return object;
 }
 
-// One reference, or none: null, which most functions of Python's return with an error set.
+// One reference, or null, which most functions of Python return with an error set.
 class Ref {
     PyObject* object_;
 
@@ -29,7 +29,7 @@ class Ref {
     Ref& operator=(Ref&&) = delete;
     ~Ref() { Py_XDECREF(object_); }
 
-    // Another reference to an object that somebody else holds, or none to null.
+    // A new reference to a borrowed object; none for null.
     static Ref to(PyObject* borrowed) {
         Py_XINCREF(borrowed);
         return Ref(borrowed);
@@ -40,7 +40,7 @@ class Ref {
     void reset(Ref other) { std::swap(object_, other.object_); }
 };
 
-// Where to look for an object in a table of addresses, whose last bits are all alike.
+// The first place for an object in a table of addresses, whose last bits are all equal.
 size_t hash_pointer(const PyObject* object) {
     return size_t((reinterpret_cast<uintptr_t>(object) >> 4) * 0x9e3779b97f4a7c15ull >> 32);
 }
@@ -65,14 +65,14 @@ class References {
 
     void drop_last() { Py_DECREF(objects_.pop_back()); }
 
-    // Gives all references back, which can run user code.
+    // Releases all references, which can run user code.
     void clear() {
         while (objects_.size() > 0) Py_DECREF(objects_.pop_back());
     }
 
-    // Gives those back that came before.  They are looked for in a table of open addressing, at most half full.
+    // Releases repeated references.  They are found with a table of open addressing that is at most half full.
     void drop_repeated() {
-        Room<uint32_t, 2 * kUsual> slots;  // places among those that are kept, from 1; 0 is free
+        Room<uint32_t, 2 * kUsual> slots;  // positions among those that are kept, from 1; 0 is free
         size_t mask = 15;
         while (mask + 1 < 2 * objects_.size()) mask = 2 * mask + 1;
         slots.resize(mask + 1);
@@ -82,7 +82,7 @@ class References {
             size_t slot = hash_pointer(object) & mask;
             while (slots[slot] != 0 && objects_[slots[slot] - 1] != object) slot = (slot + 1) & mask;
             if (slots[slot] != 0) {
-                Py_DECREF(object);  // the first of them keeps its reference
+                Py_DECREF(object);  // the first one keeps its reference
                 continue;
             }
             objects_[kept++] = object;

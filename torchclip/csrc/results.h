@@ -1,4 +1,4 @@
-// Tensors that a call returns.  They lie side by side in one block of memory, which the last of them frees.
+// The tensors that a call returns.  They share one block of memory, which the last of them frees.
 #pragma once
 
 #include <algorithm>
@@ -31,14 +31,14 @@ class Results {
     };
     static constexpr size_t kLine = 64, kHugePage = size_t(1) << 21;
 
-    std::vector<DLTensor> tensors_;  // the offset of each in the block stands where its data will be
+    std::vector<DLTensor> tensors_;  // the offset of each in the block, until its data is known
     std::vector<int64_t> axes_;      // sizes and strides of all
     size_t bytes_ = 0;
     Block* block_ = nullptr;
 
     static size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-    // Memory aligned to kLine; what is to be given back goes into `block`.
+    // Memory aligned to kLine; `block` receives the pointer to free.
     static char* allocate(size_t bytes, Block& block) {
         if (bytes > size_t(-1) / 2) throw std::bad_alloc();
         const bool is_large = bytes >= kHugePage;
@@ -48,8 +48,8 @@ class Results {
         if (block.memory == nullptr) throw std::bad_alloc();
         char* const begin = reinterpret_cast<char*>(rounded_up(reinterpret_cast<uintptr_t>(block.memory), unit));
 #ifdef __linux__
-        // Large pages where the system has them: to be given memory page by page takes longer than to fill it.  What
-        // the last one has too much is wasted, so that should be less than half of it.
+        // Large pages if the system has them, as getting memory page by page takes longer than filling it.  The rest of
+        // the last page is wasted, which should be less than half of it.
         if (is_large) madvise(begin, (bytes + kHugePage / 2) / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
         return begin;
@@ -77,8 +77,7 @@ class Results {
         if (block_ != nullptr) block_->release();
     }
 
-    // Adds a tensor without gaps whose axes lie in memory in the order that these strides have; how many elements it
-    // has.
+    // Adds a tensor without gaps whose axes have the order of these strides; returns its number of elements.
     size_t add(decltype(DLTensor::dtype) dtype, int32_t axes, const int64_t* sizes, const int64_t* strides) {
         const size_t first = axes_.size();
         axes_.insert(axes_.end(), sizes, sizes + axes);
@@ -102,7 +101,7 @@ class Results {
         return size_t(count);
     }
 
-    // Once all were added.  Nothing is in them yet.
+    // Call it after all were added.  The tensors have no values yet.
     void allocate() {
         size_t header = sizeof(Block) + axes_.size() * sizeof(int64_t) + tensors_.size() * sizeof(Result);
         header = rounded_up(header, kLine);
@@ -122,7 +121,7 @@ class Results {
 
     char* data(size_t i) const { return static_cast<char*>(tensors_[i].data); }
 
-    // To be called once for each, in any order; null, with an error set, for an error.
+    // Call it once for each, in any order; null, with an error set, after an error.
     Ref take(size_t i) {
         Result* const result = new (reinterpret_cast<Result*>(block_ + 1) + i) Result{};
         result->block = block_;
@@ -140,7 +139,7 @@ class Results {
     }
 };
 
-// A tensor with these numbers, of one axis or (for none) of a single number.
+// A tensor with these numbers and one axis, or (without axes) with a single number.
 template <class T> PyObject* new_tensor(uint8_t code, const double* numbers, int64_t size, int32_t axes) {
     const int64_t stride = 1;
     Results results;

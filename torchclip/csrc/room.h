@@ -1,4 +1,5 @@
-// An array that grows.  Its first elements lie in the object itself: on the stack, for what lives during one call.
+// An array that grows.  Its first elements are in the object itself: on the stack, for objects that live during one
+// call.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +10,8 @@
 
 namespace {
 
-// Of as many gradients as most models have; more of them go to the heap.  All arrays of a call and what it calls take
-// less than 16 KiB of the stack.
+// Enough for the gradients of most models; more of them go to the heap.  All arrays of a call together take less than
+// 16 KiB of the stack.
 constexpr size_t kUsual = 128;
 
 template <class T, size_t kInline> class Room {
@@ -37,7 +38,7 @@ template <class T, size_t kInline> class Room {
     const T& operator[](size_t i) const { return data_[i]; }
     size_t size() const { return size_; }
 
-    // Throws std::bad_alloc, like everything here that makes an array longer.
+    // Throws std::bad_alloc, like everything here that extends an array.
     void reserve(size_t wanted) {
         if (wanted <= capacity_) return;
         void* const larger = wanted > size_t(-1) / sizeof(T) ? nullptr : std::malloc(wanted * sizeof(T));
@@ -48,7 +49,7 @@ template <class T, size_t kInline> class Room {
         capacity_ = wanted;
     }
 
-    // Elements that are new have no value yet.
+    // New elements have no value yet.
     void resize(size_t size) {
         reserve(size);
         size_ = size;

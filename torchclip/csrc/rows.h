@@ -1,6 +1,6 @@
-// Rows of tensors, their slices along the first axis: norms and products, and units clipped relative to weights.
+// Rows of tensors, their slices along the first axis: norms and products, and clipping relative to weights.
 //
-// A row is measured and scaled while it is in the cache, wherever its number depends on nothing else.
+// A row is measured and scaled while it is in the cache, if its number depends on nothing else.
 #pragma once
 
 #include <vector>
@@ -12,12 +12,12 @@ namespace {
 // A tensor by its rows.
 struct Rows {
     Layout row{};                // the first one
-    const Axes* axes = nullptr;  // where those of its grid are
+    const Axes* axes = nullptr;  // the axes of its grid
     size_t count = 0, bytes = 0;
     int64_t step = 0;  // bytes from one row to the next
     char* data = nullptr;
 
-    // False for a tensor that the kernel cannot work on.  One without a second axis is a single row, unless its
+    // False for a tensor that the kernel cannot handle.  A tensor without a second axis is a single row, unless its
     // elements are meant.
     bool read(const DLTensor& t, bool elements, Axes& all) {
         Layout whole;
@@ -41,7 +41,7 @@ struct Rows {
 
     const Axis* first_axis() const { return axes->begin() + row.first_axis; }
     size_t elements() const { return count * row.count; }
-    size_t numbers() const { return row.count * kDtypes[row.dtype].parts; }  // real ones, of a row
+    size_t numbers() const { return row.count * kDtypes[row.dtype].parts; }  // real numbers in a row
     Range range(bool is_written) const { return {data, data + bytes, is_written}; }
 
     Layout at(size_t index) const {
@@ -50,7 +50,7 @@ struct Rows {
         return layout;
     }
 
-    // Whether rows lie without gaps and are short enough to be summed in one go: several of them then are, too.
+    // Whether rows have no gaps and are short enough to be summed in one call, so that several of them are, too.
     bool is_simple() const { return row.axes == 0 && row.count > 0 && row.count <= kChunk; }
 
     // The norms of some rows; 0 for no elements.
@@ -63,7 +63,7 @@ struct Rows {
         }
     }
 
-    // Multiplies rows, each by its own number; by 1 not at all.
+    // Multiplies each row by its own number; not by 1.
     void scale(size_t first, size_t rows, const double* clip_coefs, const Loops* table) const {
         const Loops& loops = table[row.dtype];
         if (is_simple()) return loops.scale_rows(at(first).data, rows, numbers(), step, clip_coefs);
@@ -73,7 +73,7 @@ struct Rows {
     }
 
   private:
-    // Calls inner(x, n) for the real numbers of a row, piece by piece, through a buffer where there are gaps.
+    // Calls inner(x, n) for the real numbers of a row, piece by piece, through a buffer if there are gaps.
     template <bool write, class Inner> void visit(size_t index, Inner inner) const {
         const DtypeFacts& dtype = kDtypes[row.dtype];
         const Layout layout = at(index);
@@ -106,26 +106,26 @@ struct Rows {
     }
 };
 
-constexpr size_t kTogether = 64, kTogetherElements = 2048;  // rows worked on in one go, and elements of them
+constexpr size_t kTogether = 64, kTogetherElements = 2048;  // rows that are processed together, and their elements
 
-// How many rows are worked on in one go: those that stay in the first cache.
+// The number of rows that are processed together: those that stay in the first-level cache.
 size_t rows_together(const Rows& some, const Rows& others, Read Loops::* loop) {
     if (loop != &Loops::sum_squares || !some.is_simple() || !others.is_simple()) return 1;
     return std::max(size_t(1), std::min(kTogether, kTogetherElements / some.row.count));
 }
 
-// So many pieces of work that cost as much each.
+// A number of pieces of work with the same cost.
 struct Pieces {
     size_t count, cost;
 };
 constexpr size_t kRowCost = 64;  // what starting a row costs, in elements
 
-// The work on rows in groups of so many.
+// The work on rows in groups of a given size.
 Pieces pieces_of(const Rows& rows, size_t together) {
     return {(rows.count + together - 1) / together, together * (rows.row.count + kRowCost)};
 }
 
-// Calls work(i, j) for piece j of every work[i], shared among threads at about the same cost.
+// Calls work(i, j) for piece j of every work[i], divided among threads with about the same cost.
 template <class Work> void share(const std::vector<Pieces>& all, int threads, Work work) {
     size_t total = 0;
     for (const Pieces& pieces : all) total += pieces.count * pieces.cost;
@@ -149,12 +149,12 @@ template <class Work> void share(const std::vector<Pieces>& all, int threads, Wo
 // Units: rows of gradients, clipped relative to the same rows of the weights
 // ---------------------------------------------------------------------------------------------------------------
 
-// The distinct parameters of one call that have a gradient, and that; as `Gradients`, in one go where nothing is
+// The distinct parameters of one call that have a gradient, with it; like `Gradients`, in one call if nothing is
 // unusual.
 class Units {
     struct Unit {
         Rows weight, grad;
-        size_t together;  // rows that are worked on in one go
+        size_t together;  // rows that are processed together
     };
     References weights_, grads_;
     Axes axes_;
@@ -176,8 +176,8 @@ class Units {
         return take_plain(given, is_optimizer, [this](PyObject* item) { return take(item); });
     }
 
-    // Reads the memory of what was added.  False if the kernel cannot work on it, a gradient is that of several
-    // parameters, or one lies over anything else.
+    // Reads the memory of what was added.  False if the kernel cannot handle it, if a gradient belongs to several
+    // parameters, or if one overlaps anything else.
     bool take(Read Loops::* loop) {
         weights_.drop_repeated();
         grads_.drop_repeated();
@@ -203,7 +203,7 @@ class Units {
         return !written_overlap(ranges);
     }
 
-    // Scales each unit's gradient as torchclip.clip_grad.adaptive has it.  False, with an error set, for an error.
+    // Scales each unit's gradient as torchclip.clip_grad.adaptive does.  False, with an error set, after an error.
     bool clip(Read Loops::* loop, double clip_factor, double eps, double grad_scale) const {
         const Loops* const table = loops_for(elements_);
         std::vector<std::atomic<bool>> changed(units_.size());

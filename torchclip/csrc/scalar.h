@@ -1,4 +1,4 @@
-// 0-dim tensors, in memory of their own, which torch frees.
+// 0-dim tensors with their own memory, which torch frees.
 #pragma once
 
 #include <new>
@@ -22,7 +22,7 @@ struct Scalar {
     }
 };
 
-// Of float64 or float32; where its number is goes into `made`.
+// A float64 or float32 tensor; `made` receives the address of its number.
 PyObject* make_scalar(bool is_double, Scalar*& made) {
     made = new (std::nothrow) Scalar{};
     if (made == nullptr) return PyErr_NoMemory();
@@ -39,8 +39,8 @@ PyObject* make_scalar(bool is_double, Scalar*& made) {
     return nullptr;
 }
 
-// Tensors of one dtype that nobody has seen yet.  Made one after the other, each takes a fraction of the time that it
-// takes in the middle of a training step, where nothing of torch's code for it is in the caches.
+// A stock of new tensors of one dtype.  Made one after the other, each takes a fraction of the time that it would take
+// in the middle of a training step, where torch's code for it is not in the caches.
 class Spare {
     static constexpr int kMost = 32;
     const bool is_double_;
@@ -48,7 +48,7 @@ class Spare {
     Scalar* numbers_[kMost];
     int count_ = 0;
 
-    // False if there are none to be had: what is made in inference mode is not fit for other use.
+    // False if none can be made: tensors made in inference mode cannot be used elsewhere.
     bool refill() {
         PyObject* const inference = torch.is_inference_mode_enabled();
         const bool is_usual = inference == Py_False;
@@ -57,14 +57,14 @@ class Spare {
             Scalar* number;
             PyObject* const tensor = make_scalar(is_double_, number);
             if (tensor == nullptr) break;
-            if (count_ == kMost) {  // a finalizer that ran meanwhile has needed some, too
+            if (count_ == kMost) {  // a finalizer that ran in between has used some, too
                 Py_DECREF(tensor);
                 break;
             }
             tensors_[count_] = tensor;
             numbers_[count_++] = number;
         }
-        PyErr_Clear();  // whoever needs one makes it, or fails
+        PyErr_Clear();  // the caller makes one, or fails
         return count_ > 0;
     }
 

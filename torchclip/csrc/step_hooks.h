@@ -1,6 +1,8 @@
-// The two hooks of a Clipper on each of its optimizers: no Python frame in the usual step, and no look-up by name.
+// The two hooks of a Clipper on each of its optimizers: a usual step takes no Python frame and no look-up by
+// name.
 //
-// What they know is in a `RoundState` and a `Member` for each optimizer. An unusual step goes to two Python functions.
+// Their state is in a `RoundState`, and in a `Member` for each optimizer.  Two Python functions handle
+// unusual steps.
 #pragma once
 
 #include <structmember.h>
@@ -16,7 +18,7 @@ constexpr size_t kMostRows = 512;
 // One of the optimizers that step together.
 struct Member {
     PyObject_HEAD PyObject* optimizer;        // a weak reference
-    char running, nested, is_short, stepped;  // as torchclip.clipper.step.Member has them
+    char running, nested, is_short, stepped;  // as in torchclip.clipper.step.Member
     Marks* marks;
 };
 
@@ -26,31 +28,31 @@ struct Row {
     PyObject* loss;
 };
 
-// What all of them know.
+// The state that all of them share.
 struct RoundState {
-    PyObject_HEAD PyObject* clip_to;  // what a usual round is clipped to,
-    Way way;                          // and so how
+    PyObject_HEAD PyObject* clip_to;  // the threshold of a usual round,
+    Way way;                          // and the way of clipping
     PyObject* members;                // a tuple
     PyObject* loss;
-    PyObject* pending;       // where the history has rows put,
+    PyObject* pending;       // the history's list for rows,
     PyObject* full;          // and what to call when there are many
-    long long number;        // of the round that is open, or comes next
-    long long next_sample;   // of a round whose end is left to Python
-    int opener;              // who has opened it
-    char is_open, is_short;  // whether it is open, and clipped and to be recorded here,
+    long long number;        // of the open or next round
+    long long next_sample;   // of a round whose end Python handles
+    int opener;              // the optimizer that opened it
+    char is_open, is_short;  // whether it is open, and clipped and recorded here,
     Clipped clipped;         // with this
-    size_t count;            // rows kept until somebody reads the history, or there is no room for more
+    size_t count;            // rows, kept until the history is read or the buffer is full
     Row rows[kMostRows];
 };
 
-// What is called around the steps of one optimizer: here, and in Python.
+// The functions around the steps of one optimizer, here and in Python.
 struct Hooks {
     PyObject_HEAD RoundState* state;
     Py_ssize_t index;
-    PyObject *before, *after;  // null if garbage collection has taken them, and a finalizer still steps
+    PyObject *before, *after;  // null if garbage collection has cleared them while a finalizer still steps
 };
 
-Function graph_task_id;  // torch's, of the backward pass that is running; -1 for none
+Function graph_task_id;  // torch's id of the running backward pass; -1 for none
 
 PyTypeObject *member_type = nullptr, *round_type = nullptr, *hooks_type = nullptr;
 
@@ -60,7 +62,7 @@ Member* member(const RoundState* state, Py_ssize_t index) {
 
 PyObject* optimizer_of(const Member* member) { return PyWeakref_GetObject(member->optimizer); }  // borrowed, or None
 
-// Hands the rows kept to the history.  A finalizer that runs meanwhile may do the same, or take a step.
+// Passes the kept rows to the history.  A finalizer that runs in between may do the same, or take a step.
 bool flush(RoundState* state) {
     while (state->count > 0 && state->pending != nullptr) {
         const size_t count = state->count;
@@ -80,11 +82,11 @@ bool flush(RoundState* state) {
     return true;
 }
 
-// Records a round that was clipped here, and ends it.  False with an error set for an error.
+// Records a round that was clipped here, and ends it.  False, with an error set, after an error.
 bool record(RoundState* state) {
     state->is_open = state->is_short = 0;
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) member(state, i)->stepped = 0;
-    if (state->count == kMostRows && !flush(state)) return false;  // as reading has failed before
+    if (state->count == kMostRows && !flush(state)) return false;  // because reading has failed before
     if (state->count == kMostRows) return PyErr_NoMemory(), false;
     state->rows[state->count++] = {state->number++, state->clipped, state->loss};
     state->loss = new_reference(Py_None);
@@ -118,7 +120,7 @@ bool clip_all(RoundState* state, Py_ssize_t index) {
         if (!gradients.add_optimizer(Ref::to(optimizer_of(member(state, i))))) return false;
         ends.push_back(gradients.all().size());
     }
-    // A fused step scales many elements sooner.
+    // For many elements, a fused step scales faster.
     if (!gradients.take() || !gradients.is_small() || (count > 1 && gradients.all().size() < ends[count - 1]))
         return false;
     if (state->way == Way::kAdaptive ? !clip_units(state, gradients, limit)
@@ -130,14 +132,14 @@ bool clip_all(RoundState* state, Py_ssize_t index) {
     return true;
 }
 
-// Whether a step is taken while a backward pass runs, or nobody can tell.
+// Whether a step is taken during a backward pass, or may be.
 bool in_backward() {
     const Ref task(graph_task_id());
     if (task == nullptr) PyErr_Clear();
     return task == nullptr || PyLong_AsLong(task) != -1;
 }
 
-// Whether an optimizer may step with what was clipped before: no gradient has changed since then.
+// Whether an optimizer may step with gradients that were clipped before, because none has changed since.
 bool goes_on(const RoundState* state, Py_ssize_t index) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) {
         const Member* const each = member(state, i);
@@ -383,7 +385,7 @@ PyObject* connect_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return new_reference(Py_None);
 }
 
-// Makes the types, and puts the one that Python makes objects of into the module.
+// Makes the types, and adds the one that Python uses to the module.
 bool add_step_types(PyObject* module) {
     const std::pair<PyTypeObject**, PyType_Spec*> wanted[] = {
         {&member_type, &member_spec}, {&round_type, &round_spec}, {&hooks_type, &hooks_spec}};

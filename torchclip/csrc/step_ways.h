@@ -25,7 +25,7 @@ Way way_of(PyObject* given) {
     return is("rms") ? Way::kRms : is("value") ? Way::kValue : is("adaptive") ? Way::kAdaptive : Way::kNone;
 }
 
-// A rule's number of the name at this place; below 0 for none.
+// A rule's number, whose name is at this position; below 0 for none.
 double number_of(PyObject* given, Py_ssize_t place) {
     const Ref number(PyObject_GetAttr(PyTuple_GetItem(given, 1), PyTuple_GetItem(given, place)));
     if (number == nullptr) PyErr_Clear();
@@ -41,10 +41,10 @@ double limit_of(Way way, PyObject* given) {
     return number_of(given, 2);
 }
 
-// The functions below scale or clamp gradients that were taken.  False for something unusual, with nothing changed, or
-// with an error set.
+// The functions below scale or clamp taken gradients.  They return false for something unusual, with nothing changed,
+// or with an error set.
 
-// All together, to what somebody else makes of their norm.
+// All together, to a threshold that a callable computes from their norm.
 bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
     if (!gradients.measure(clipped.norm)) return false;
     const Ref norm(PyFloat_FromDouble(clipped.norm));
@@ -57,8 +57,8 @@ bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
     return clipped.coef == 1.0 || (gradients.read_again() && gradients.scale(clipped.coef));
 }
 
-// What a norm was multiplied by, as torchclip.clipper.rules.ratio has it.  The norm may be NaN now, as weights may be:
-// the step was clipped all the same.
+// The factor by which a norm changed, as in torchclip.clipper.rules.ratio.  The norm may be NaN now, as
+// weights may be: the step was clipped all the same.
 bool set_ratio(Clipped& clipped, double after) {
     clipped.coef = after == clipped.norm || clipped.norm == 0 ? 1.0 : std::min(1.0, after / clipped.norm);
     clipped.max_norm = std::numeric_limits<double>::infinity();

@@ -1,4 +1,4 @@
-// Other threads: those that work on the same gradients, and those of Python that may run meanwhile.
+// Other threads: those that share the work on gradients, and Python's, which may run at the same time.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,11 @@
 
 namespace {
 
-constexpr size_t kWorthThreads = 64 * 1024;          // elements in all below which one thread is faster
-constexpr size_t kWorthReleasing = size_t(1) << 19;  // likewise, below which Python's other threads can wait
+constexpr size_t kWorthThreads = 64 * 1024;          // the total number of elements below which one thread is faster
+constexpr size_t kWorthReleasing = size_t(1) << 19;  // the number below which the GIL is not released
 
-// The OpenMP that torch has loaded, whatever its file is called.  Linked to one, the extension could bring a second
-// one along, with threads of its own.
+// The OpenMP library that torch has loaded, whatever its file name.  If the extension were linked to one, it could load
+// a second library with its own threads.
 struct {
     void (*parallel)(void (*work)(void*), void* argument, unsigned threads, unsigned flags) = nullptr;
     int (*get_thread_num)() = nullptr;
@@ -27,7 +27,7 @@ struct {
 #ifdef HAVE_DLFCN
 const pid_t loaded_in = getpid();
 
-// Looks OpenMP up among the libraries that this one, which is loaded already, was linked to.
+// Looks up OpenMP in the libraries to which a library that is already loaded is linked.
 void connect_openmp(const char* library) {
     void* const loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
     if (loaded == nullptr) return;
@@ -38,19 +38,19 @@ void connect_openmp(const char* library) {
     if (!look_up(openmp.get_thread_num, "omp_get_thread_num") ||
         !look_up(openmp.get_num_threads, "omp_get_num_threads") || !look_up(openmp.parallel, "GOMP_parallel"))
         openmp = {};
-    // The handle is kept, so that nothing can unload it.
+    // The handle is never closed, so that nothing can unload it.
 }
 
-// GNU's OpenMP has no threads in a forked child and waits for them for ever; so a child works alone.
+// In a forked child, GNU's OpenMP has no threads and would wait for them forever, so a child uses one thread.
 bool is_forked() { return getpid() != loaded_in; }
 #else
 void connect_openmp(const char*) {}
 bool is_forked() { return false; }
 #endif
 
-// How many threads to use for so many elements; results do not depend on it.  No Python code runs here.
-// Many small tensors are left to one thread too: two would find each other's half in the wrong cache, and to find out
-// whether tensors overlap takes longer than to scale them.
+// The number of threads for a number of elements; results do not depend on it.  No Python code runs here.  One thread
+// also handles many small tensors: with two, each would find half of them in the wrong cache, and checking tensors for
+// overlaps takes longer than scaling them.
 int usable_threads(size_t elements) {
     if (elements < kWorthThreads || openmp.parallel == nullptr || !torch.get_num_threads.is_direct() || is_forked())
         return 1;
@@ -60,7 +60,7 @@ int usable_threads(size_t elements) {
     return int(std::max(1L, std::min(threads, 1024L)));
 }
 
-// Calls work(share, shares) in several threads, with another share in each.
+// Calls work(share, shares) in several threads, each with its own share.
 template <class Work> void in_parallel(int threads, const Work& work) {
     const auto call = [](void* argument) {
         (*static_cast<const Work*>(argument))(size_t(openmp.get_thread_num()), size_t(openmp.get_num_threads()));
@@ -68,7 +68,7 @@ template <class Work> void in_parallel(int threads, const Work& work) {
     openmp.parallel(call, const_cast<Work*>(&work), unsigned(threads), 0);
 }
 
-// Python's other threads may run meanwhile, if there is much to do.
+// Releases the GIL if there is much to do.
 class WithoutGil {
     PyThreadState* const state_;
 

@@ -1,4 +1,4 @@
-"""Which threshold: what a fixed one would have done in a run, and which one to take."""
+"""Which threshold to use: what a fixed threshold would have done in a run, and the one to use."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from torchclip.history.stalls import ClippedSizes, Stall
 __all__ = ["Advice", "advise"]
 
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)
-"""The shares of clipped steps that the table gives a threshold for."""
+"""The shares of clipped steps for which the table has a threshold."""
 
 _LEAST_STEPS = 50
 # With fewer steps, norms have neither drift nor spikes.
 _LEAST_USABLE = 8
-# With fewer steps before an explosion, the threshold is this part of their median norm.
+# With few steps before an explosion, the threshold is this part of their median norm.
 _PART_OF_FEW = 1 / 3
-# Norms hardly vary if all but a hundredth are below this many times the median.
+# Norms hardly vary if 99 % of them are below this many times the median.
 _HARDLY_VARY = 1.3
 # A run converges if its last norms are so many times smaller than the first ones; it begins with such steps.
 _CONVERGES, _BEGINNING = 100, 25
@@ -43,50 +43,49 @@ _MUCH = 0.05
 
 @dataclass(frozen=True)
 class Advice:
-    """What a fixed threshold would have done in this run, and which one to take; ``str()`` says it in words.
+    """What a fixed threshold would have done in this run, and which one to use; ``str()`` says it in words.
 
-    The norms are those before clipping, of the steps that are kept and whose norm is finite; of a step with
-    several records, as of LBFGS, the first.  A run that was clipped, or clipped otherwise, may have had
-    others.
+    It uses the norms before clipping, of those kept steps whose norm is finite; of a step with several
+    records, such as those of LBFGS, the first.  With another threshold, the run may have had other norms.
     """
 
     max_norm: float | None
-    """The threshold to take, with two digits; None if there are too few steps to tell."""
+    """The threshold to use, with two digits; None if there are too few steps."""
     table: dict[float, float]
-    """Share of steps clipped → the ``max_norm`` that does it; empty if there are too few steps to tell."""
+    """Share of clipped steps → the ``max_norm`` that clips them; empty if there are too few steps."""
     spikes: int
-    """How many steps had a norm far above those of the steps around them."""
+    """The number of steps whose norm was far above those of the steps around them."""
     drifts: bool
-    """Whether the norms of a part of the run are larger than those of another, not by chance."""
+    """Whether the norms of one part of the run are larger than those of another, by more than chance."""
     steps: int
-    """How many steps all this rests on."""
+    """The number of steps on which the advice is based."""
     warmup: int
-    """How many of the steps kept do not count, as the first tenth of a run is no measure for the rest."""
+    """The number of kept steps that do not count: the first tenth of a run, which is not typical of the rest."""
     nonfinite: int
-    """How many of the steps kept had a norm that is not finite; they do not count either."""
+    """The number of kept steps whose norm is not finite; they do not count either."""
     reason: str
-    """Why this ``max_norm``, or why none."""
+    """The reason for this ``max_norm``, or for none."""
     notes: tuple[str, ...]
-    """What else to know: steps that were not finite, explosion, drift, spikes; a sentence or two each."""
+    """Other observations: steps that were not finite, explosion, drift, spikes; a sentence or two each."""
     explodes: int | None = None
-    """The number of the step at which the norms left their usual range for good, or None."""
+    """The number of the step at which the norms left their usual range and did not return, or None."""
     stalls: float = 0.0
-    """The share of steps whose clipped gradients are below the optimizer's ``eps``, and so move little."""
+    """The share of steps whose clipped gradients are below the optimizer's ``eps``: they change little."""
     rises: dict[float, tuple[float, float]] = field(default_factory=dict)
-    """Share of steps clipped → how often the loss rose after these steps, and after the others, if known."""
+    """Share of clipped steps → how often the loss rose after these steps, and after the others, if known."""
     rows: dict[float, float] = field(default_factory=dict)
     """The rows of the table that ``str()`` shows: distinct, at least one step each, and true of this run."""
     first: int = 0
-    """How many of the notes to read before the reason."""
+    """How many of the notes come before the reason."""
 
     @property
     def words(self) -> list[str]:
-        """The reason and the notes, what matters most first."""
+        """The reason and the notes, the most important first."""
         return [*self.notes[: self.first], self.reason, *self.notes[self.first :]]
 
     @property
     def lines(self) -> list[str]:
-        """All of it, one line for each thing."""
+        """Everything, one line per item."""
         lines = self.words
         if self.rows:
             after = f" after the first {self.warmup:,}" if self.warmup else ""
@@ -110,16 +109,16 @@ def advise(records: Sequence[Record], earlier: int, clipped_sizes: ClippedSizes)
     """The advice for a run.
 
     Args:
-        records: the records kept, oldest first.
-        earlier: how many steps were before them.
-        clipped_sizes: how large clipped gradients were beside the optimizer's ``eps``.
+        records: the kept records, oldest first.
+        earlier: the number of steps before them.
+        clipped_sizes: the size of clipped gradients, compared with the optimizer's ``eps``.
     """
     firsts = [record for i, record in enumerate(records) if i == 0 or record.step != records[i - 1].step]
     return _Run(firsts, earlier, clipped_sizes.stall(firsts)).advice()
 
 
 class _Run:
-    """What is known of a run, and what is said about it."""
+    """What is known about a run, and the advice for it."""
 
     def __init__(self, records: Sequence[Record], earlier: int, stall: Stall) -> None:
         self.numbers = np.array([record.step for record in records], dtype=np.int64)
@@ -146,7 +145,7 @@ class _Run:
         self.zeros = int((self.norms == 0).sum())
 
     def advice(self) -> Advice:
-        """All of it."""
+        """The whole advice."""
         notes = [*self._about_nonfinite(), *self._about_departure()]
         if self.zeros >= _MUCH * len(self.norms):
             notes += self._about_zeros()
@@ -221,7 +220,7 @@ class _Run:
         return {"table": table, "rows": dict(rows.values()), "rises": rose}
 
     def _refusal(self) -> str:
-        """Why there is no advice, if there is none."""
+        """Why there is no advice, or None."""
         if not self.finite.any():
             return "No advice: no step had a finite norm. Lower the learning rate to a tenth, and ask again."
         if self.has_left:
@@ -237,7 +236,7 @@ class _Run:
         return ""
 
     def _recommended(self, found: Array, is_spike: Array, drifts: bool) -> tuple[float, str]:
-        """The threshold to take, with two digits, and why."""
+        """The threshold to use, with two digits, and the reason."""
         usual, bad = found[~is_spike], found[is_spike]
         if self.has_left:
             return self._before_departure(usual)
@@ -287,7 +286,7 @@ class _Run:
         return threshold
 
     def _before_departure(self, usual: Array) -> tuple[float, str]:
-        """The threshold for a run whose norms have left their usual range, from before that."""
+        """The threshold for a run whose norms have left their usual range, from the steps before."""
         middle = float(np.median(usual))
         few = len(usual) < _LEAST_STEPS
         max_norm = _two_digits(middle * _PART_OF_FEW if few else middle)
@@ -367,7 +366,7 @@ class _Run:
 
 
 def _known(loss: float) -> float:
-    """A loss; one that is not finite is as large as can be."""
+    """A loss; infinite if it is not finite."""
     return loss if math.isfinite(loss) else math.inf
 
 

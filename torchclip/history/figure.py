@@ -1,7 +1,7 @@
-"""The figure of a history: data in, a matplotlib figure out, which the caller saves.
+"""The figures of a history: from data to a matplotlib figure, which the caller saves.
 
-Figures are made as objects, without ``pyplot``: no window, no global state, nothing to close.  matplotlib
-comes with the ``demo`` extra and is imported where a figure is made.
+Figures are made as objects, without ``pyplot``, so there is no window and no global state.  matplotlib comes
+with the ``demo`` extra and is imported when a figure is made.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = [
 Array = NDArray[Any]
 
 NARROW = 6.0
-"""What is less wide, in inches, is arranged for a telephone."""
+"""Below this width, in inches, a figure is arranged for a telephone."""
 
 
 def history_figure(columns: Mapping[str, Sequence[float]], width: float = 8.0) -> Figure:
     """The norm over the steps on a log scale, with the threshold; steps that were clipped are marked.
 
-    A norm that a log scale has no place for (0, inf, nan) leaves a gap.  Steps that were not finite or were
+    A norm that a log scale cannot show (0, inf, nan) leaves a gap.  Steps that were not finite or were
     skipped are marked at the upper edge.
 
     Args:
@@ -74,17 +74,17 @@ def empty_figure(text: str, width: float = 8.0) -> Figure:
 
 
 def losses_of(columns: Mapping[str, Sequence[float | None]]) -> Array:
-    """The loss of each step, ``nan`` where it is not known; empty if it is known of none."""
+    """The loss of each step, ``nan`` where it is not known; empty if no loss is known."""
     losses = np.array([np.nan if loss is None else loss for loss in columns["loss"]], dtype=np.float64)
     return losses if not np.isnan(losses).all() else losses[:0]
 
 
 def draw_loss(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
-    """Draw the loss over the steps; one that is not finite leaves a gap.
+    """Draw the loss over the steps; losses that are not finite leave gaps.
 
     Args:
         axes: where.
-        columns: what ``torchclip.history.History.as_dict`` returns, of which the loss is known.
+        columns: what ``torchclip.history.History.as_dict`` returns, with known losses.
     """
     losses = losses_of(columns)
     axes.set(xlabel="step", ylabel="loss")
@@ -118,7 +118,7 @@ def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
         axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=size, label=label)
     if np.isfinite(threshold).any():
         axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
-    edge = axes.get_xaxis_transform()  # y from 0 to 1, whatever the scale
+    edge = axes.get_xaxis_transform()  # y from 0 to 1, for any scale
     for mask, name, marker, y in [(nonfinite, "non-finite", "v", 0.98), (skipped, "skipped", "x", 0.94)]:
         if mask.any():
             label, heights = f"{name} ({mask.sum():,})", np.full(mask.sum(), y)
@@ -131,11 +131,11 @@ def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
 def histogram_figure(
     norms: Sequence[float], max_norms: Sequence[float], suggested: float | None, width: float = 8.0
 ) -> Figure:
-    """How often which norm occurred, on a log scale, with the threshold.
+    """A histogram of the norms on a log scale, with the threshold.
 
     Args:
-        norms: the norms before clipping; those that are not finite or 0 have no place in it.
-        max_norms: the threshold of each step; of several the median is drawn.
+        norms: the norms before clipping; those that are not finite or 0 are not shown.
+        max_norms: the threshold of each step, of which the median is drawn.
         suggested: another threshold to draw, or None.
         width: of the figure, in inches.
     """
@@ -147,7 +147,7 @@ def histogram_figure(
     shown = on_log_scale(norms)
     shown = shown[np.isfinite(shown)]
     if len(shown):
-        # At least a little width, where all norms are the same.
+        # At least a small width, if all norms are equal.
         low, high = shown.min() / 1.05, shown.max() * 1.05
         bins = int(np.clip(np.sqrt(len(shown)), 10, 60))
         axes.hist(shown, np.geomspace(low, high, bins + 1).tolist(), color="tab:blue")
@@ -167,7 +167,7 @@ def histogram_figure(
 
 
 def label_plainly(axis: Axis, few: bool = False) -> None:
-    """Numbers such as 0.3 on a log scale, where matplotlib writes 3·10⁻¹; on little room only few of them."""
+    """Label a log scale with numbers such as 0.3, where matplotlib writes 3·10⁻¹; in narrow figures few."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
@@ -179,6 +179,6 @@ def label_plainly(axis: Axis, few: bool = False) -> None:
 
 
 def on_log_scale(values: Sequence[float]) -> Array:
-    """Values that a log scale has no place for become NaN, which leaves a gap in a line."""
+    """Replace values that a log scale cannot show by NaN, which leaves a gap in a line."""
     numbers = np.asarray(values, dtype=np.float64)
     return np.where((numbers > 0) & np.isfinite(numbers), numbers, np.nan)

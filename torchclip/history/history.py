@@ -1,6 +1,6 @@
-"""What clipping did, step by step: a bounded record that costs the step almost nothing.
+"""What clipping did, step by step: a bounded record that adds almost nothing to a step.
 
-On an accelerator the norm of a step is a tensor whose value is not known yet when the step is recorded.
+On an accelerator, the norm of a step is a tensor whose value is not known yet when the step is recorded.
 ``History`` keeps such tensors, and fetches all values in one transfer when it is read.
 """
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 __all__ = ["History"]
 
-# How many steps may wait for their values; when so many do, they are fetched without being asked for.
+# How many steps may wait for their values; with more, the values are fetched without a read.
 _MOST_PENDING = 1024
 
 
 class History(Sequence[Record]):
     """The last ``maxlen`` records in full, and counts over all steps.
 
-    A sequence of ``Record``, oldest first: ``history[-1]`` is the latest, ``len(history)`` is how many are
-    kept.  Other threads may read while the training appends; what they read is the history at one moment.
+    A sequence of ``Record``, oldest first: ``history[-1]`` is the latest, ``len(history)`` is the number of
+    kept records.  Other threads may read while training appends; they see the history at one moment.
 
     Args:
-        maxlen: how many records to keep, at least 1; about 300 bytes each.
+        maxlen: the number of records to keep, at least 1; a record takes about 300 bytes.
 
     Examples:
         >>> import torch
@@ -58,9 +58,9 @@ class History(Sequence[Record]):
     """
 
     layers: Layers
-    """The norms of single parameters, of every ``layers_every``-th step of a ``Clipper``."""
+    """The norms of single parameters, from every ``layers_every``-th step of a ``Clipper``."""
     clipped_sizes: ClippedSizes
-    """The size of the clipped gradients beside the optimizer's ``eps``, which a Clipper measures."""
+    """The size of the clipped gradients, compared with the optimizer's ``eps``; a Clipper measures it."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
@@ -70,10 +70,10 @@ class History(Sequence[Record]):
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
         self._largest: tuple[float, int | None] = (math.nan, None)
-        # Whether a record of the latest step was clipped, non-finite, skipped.
+        # Whether any record of the latest step was clipped, non-finite, skipped.
         self._latest = (False, False, False)
-        # Held by whoever changes or reads anything but `_pending`.  A signal handler may read in the middle
-        # of a read, hence the R.
+        # Held while anything but `_pending` is changed or read.  It is an RLock, as a signal handler may read
+        # in the middle of a read.
         self._lock = RLock()
 
     def append(
@@ -87,19 +87,19 @@ class History(Sequence[Record]):
     ) -> None:
         """Record a step, without waiting for any value.
 
-        Tensors must be 0-dim, may be on any device, and must not be modified afterwards: they are kept until
-        their values are read, or until there are a thousand such steps.
+        Tensors must be 0-dim, may be on any device, and must not be modified afterwards: the history keeps
+        them until their values are read, or until there are a thousand such steps.
 
         Args:
-            step: the step's number; records in a row that have the same one are counted as one step.
-            total_norm: the norm of all gradients before clipping, also ``inf`` and ``nan``.
+            step: the step's number; consecutive records with the same number count as one step.
+            total_norm: the norm of all gradients before clipping; may be ``inf`` or ``nan``.
             max_norm: the threshold of this step.
-            clip_coef: what the gradients are multiplied by, at most 1.
+            clip_coef: the number by which the gradients are multiplied, at most 1.
             skipped: whether the step is skipped.
-            loss: the loss of the step, None if it is not known.
+            loss: the loss of the step; None if it is not known.
         """
         self._fetch()
-        # No lock: to append to a list is one step for other threads, too.
+        # No lock is needed, as appending to a list is atomic.
         self._pending.append((step, total_norm, max_norm, clip_coef, skipped, loss))
         if len(self._pending) >= _MOST_PENDING:
             with self._lock:
@@ -107,14 +107,15 @@ class History(Sequence[Record]):
 
     @property
     def is_followed(self) -> bool:
-        """Whether somebody keeps steps for it, as a Clipper does for its own."""
+        """Whether a Clipper buffers steps for this history."""
         return bool(self._flushes)
 
     def follow(self, flush: Callable[[], object]) -> list[tuple[Any, ...]]:
-        """Have this called before anything is read or recorded: it records the steps that it has kept.
+        """Register a function to call before anything is read or recorded: it records the steps that it has
+        buffered.
 
         Returns:
-            The list to put rows into, which ``append`` would make.
+            The list for rows in the form that ``append`` makes.
         """
         with self._lock:
             self._resolve()
@@ -122,7 +123,7 @@ class History(Sequence[Record]):
         return self._pending
 
     def unfollow(self, flush: Callable[[], object]) -> None:
-        """Call this a last time."""
+        """Call that function a last time."""
         with self._lock:
             self._resolve()
             self._flushes.remove(flush)
@@ -132,16 +133,16 @@ class History(Sequence[Record]):
             flush()
 
     def _resolve(self) -> None:
-        """Turn what is pending into records.  The caller holds the lock."""
+        """Turn pending rows into records.  The caller holds the lock."""
         self._fetch()
-        rows = self._pending[:]  # another thread may append more meanwhile
+        rows = self._pending[:]  # another thread may append more at the same time
         if not rows:
             return
         records = as_records(rows)
         steps, clipped, nonfinite, skipped = self._counts.values()
         largest = self._largest
         last = self._kept[-1].step if self._kept else None
-        was_clipped, was_nonfinite, was_skipped = self._latest  # by a record of the step of the last one
+        was_clipped, was_nonfinite, was_skipped = self._latest  # by a record with the number of the last one
         for step, norm, _, _, is_clipped, is_nonfinite, is_skipped, _ in records:
             if step != last:
                 steps, last = steps + 1, step
@@ -154,7 +155,7 @@ class History(Sequence[Record]):
                 nonfinite, was_nonfinite = nonfinite + (not was_nonfinite), True
             elif not norm <= largest[0]:
                 largest = (norm, step)
-        # A signal handler that has read meanwhile has done all this already.
+        # A signal handler that has read in between has already done all this.
         if self._pending and self._pending[0] is rows[0]:
             self._kept.extend(records)
             self._counts = {"steps": steps, "clipped": clipped, "nonfinite": nonfinite, "skipped": skipped}
@@ -162,7 +163,7 @@ class History(Sequence[Record]):
             del self._pending[: len(rows)]
 
     def _snapshot(self) -> list[Record]:
-        """The records kept at this moment."""
+        """The records at this moment."""
         with self._lock:
             self._resolve()
             return list(self._kept)
@@ -199,7 +200,7 @@ class History(Sequence[Record]):
         return f"<History of {len(self):,} steps, at most {self._kept.maxlen:,}>"
 
     def summary(self) -> Summary:
-        """Counts over all steps, and the quantiles of the norm over the steps kept."""
+        """Counts over all steps, and quantiles of the norm over the kept steps."""
         with self._lock:
             records = self._snapshot()
             counts, (largest_norm, largest_step) = dict(self._counts), self._largest
@@ -218,8 +219,8 @@ class History(Sequence[Record]):
         """Which threshold to use, judging by the norms of this run before clipping.
 
         Returns:
-            What fixed thresholds would have done, one to take, and whether the norms have spikes or drift;
-            ``str()`` puts it in words.
+            What fixed thresholds would have done, which one to use, and whether the norms have spikes or
+            drift; ``str()`` says it in words.
 
         Examples:
             >>> history = History()
@@ -235,12 +236,12 @@ class History(Sequence[Record]):
         return advise(records, earlier, self.clipped_sizes)
 
     def as_dict(self) -> dict[str, list[Any]]:
-        """The records kept as columns: field of ``Record`` → its values, oldest first."""
+        """The kept records as columns: field of ``Record`` → its values, oldest first."""
         records = self._snapshot()
         return {name: [record[i] for record in records] for i, name in enumerate(Record._fields)}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the records kept to a file, one line each, numbers in full precision."""
+        """Write the kept records to a file, one per line, with numbers in full precision."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Record._fields)
@@ -266,7 +267,8 @@ class History(Sequence[Record]):
         return _saved(history_figure(self.as_dict()), path)
 
     def plot_layers(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Draw the norm of each parameter over the steps as a heat map: which layer explodes, or vanishes.
+        """Draw the norm of each parameter over the steps as a heat map, which shows which layer explodes or
+        vanishes.
 
         Needs matplotlib, ``pip install 'torchclip[demo]'``, and a clipper with ``layers_every``.
 
@@ -287,11 +289,11 @@ class History(Sequence[Record]):
     def to_html(self, path: str | os.PathLike[str], title: str | None = None) -> None:
         """Write a page for a browser: summary, advice, the norm over the steps, its histogram, the layers.
 
-        It is one file, and nothing is fetched when it is opened.  Needs jinja2 and matplotlib:
-        ``pip install 'torchclip[demo]'``.
+        The page is one file, and loads nothing from the network.  Needs jinja2 and matplotlib: ``pip install
+        'torchclip[demo]'``.
 
         Args:
-            path: where to write it.
+            path: the file for the page.
             title: the heading, by default "Gradient norms".
 
         Raises:
@@ -315,14 +317,14 @@ class History(Sequence[Record]):
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace everything by what ``state_dict`` returned; only the last ``maxlen`` records stay.
+        """Replace the contents by those of a ``state_dict``; only the last ``maxlen`` records are kept.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is not a history's.
         """
         arguments.saved("state", state, ("records", "counts", "largest"), "History")
-        fields = [field for field in Record._fields if field != "loss"]  # which earlier versions did not save
+        fields = [field for field in Record._fields if field != "loss"]  # earlier versions did not save it
         arguments.saved("state['records']", state["records"], fields, "History")
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
         columns = saved_columns(state["records"])
@@ -338,7 +340,7 @@ class History(Sequence[Record]):
         kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         latest = [record for record in kept if record.step == kept[-1].step]
         layers = Layers()
-        if "layers" in state:  # not in what earlier versions saved
+        if "layers" in state:  # earlier versions did not save it
             layers.load_state_dict(state["layers"])
         with self._lock:
             self._fetch()
@@ -352,14 +354,14 @@ class History(Sequence[Record]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickle with tensors of an accelerator could not be read on a machine without one.
+        # A pickle with an accelerator's tensors could not be read on a machine without one.
         with self._lock:
             self._resolve()
             layers = Layers()
             layers.load_state_dict(self.layers.state_dict())
             self.clipped_sizes.fetch()
             state = self.__dict__ | {"_kept": self._kept.copy(), "layers": layers}
-        # Copies have a lock and pending steps of their own, and follow no one.
+        # Copies have their own lock and pending steps, and no Clipper.
         return state | {"_pending": [], "_flushes": [], "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The norm of every single parameter, at some of the steps: which layer explodes, and when."""
+"""The norm of every parameter in some of the steps: which layer explodes, and when."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class _Row(NamedTuple):
 
 
 class Layers:
-    """The norm of every parameter's gradient before clipping, at some of the steps.
+    """The norm of every parameter's gradient before clipping, in some of the steps.
 
     At most ``maxlen`` steps are kept.  When there are more, every other one is dropped, and from then on only
-    every other one is taken: what is kept is always of the whole run, ever more coarsely.
+    every other one is recorded.  So the kept steps always cover the whole run, more and more coarsely.
 
     Args:
-        maxlen: how many steps to keep at most, at least 2.
+        maxlen: the largest number of steps to keep, at least 2.
 
     Examples:
         >>> layers = Layers()
@@ -53,18 +53,18 @@ class Layers:
 
     def __init__(self, maxlen: int = 500) -> None:
         self._maxlen = arguments.count("maxlen", maxlen, least=2)
-        # Other threads may read: rows are never changed but replaced, and the list is only appended to.
+        # Other threads may read: rows are replaced, never changed, and the list only grows.
         self._rows: list[_Row] = []
         self._every, self._offered = 1, 0
 
     def append(self, step: int, names: Sequence[str], norms: Sequence[float] | Tensor) -> None:
-        """Keep the norms of a step, without waiting for any value.
+        """Record the norms of a step, without waiting for any value.
 
         Args:
             step: the step's number.
-            names: what the parameters are called, in the order of the model.
-            norms: their norms before clipping, of which a tensor must not be modified afterwards. Below 0
-                where a parameter has no gradient.
+            names: the names of the parameters, in the order of the model.
+            norms: their norms before clipping; a tensor must not be modified afterwards. Negative for
+                parameters without a gradient.
         """
         number = self._offered
         self._offered += 1
@@ -79,7 +79,7 @@ class Layers:
             self._every *= 2
 
     def _fetched(self) -> list[_Row]:
-        """The rows at this moment with numbers in place of tensors: one transfer for each device and size."""
+        """The rows at this moment, with numbers for tensors: one transfer for each device and size."""
         rows = self._rows
         found = rows[:]
         places: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
@@ -98,12 +98,12 @@ class Layers:
 
     @property
     def names(self) -> list[str]:
-        """What the parameters are called, in the order of the model."""
+        """The names of the parameters, in the order of the model."""
         return _names(self._rows[:])
 
     @property
     def steps(self) -> list[int]:
-        """The numbers of the steps kept."""
+        """The numbers of the kept steps."""
         return [row.step for row in self._rows[:]]
 
     @property
@@ -119,11 +119,11 @@ class Layers:
         norms = np.zeros((len(rows), len(names)))
         for row, values in zip(rows, norms, strict=True):
             values[[columns[name] for name in row.names]] = row.norms
-        # No gradient is no length; a NaN stays one.
+        # Without a gradient the norm is 0; NaN stays NaN.
         return names, [row.step for row in rows], np.where(norms < 0, 0.0, norms)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is kept, as plain data."""
+        """All contents, as plain data."""
         names, steps, norms = self.read()
         return {
             "names": names,
@@ -134,7 +134,7 @@ class Layers:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace everything by what ``state_dict`` returned.
+        """Replace the contents by those of a ``state_dict``.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.
@@ -174,7 +174,7 @@ def _numbers(name: str, value: Any) -> list[float]:
 
 # The figure
 
-# So many labels can be read beside each other.
+# The number of labels that can be read next to each other.
 _MOST_LABELS = 45
 
 
@@ -182,10 +182,10 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, widt
     """A heat map: parameters from top to bottom in the order of the model, steps from left to right.
 
     Args:
-        names: what the parameters are called.
+        names: the names of the parameters.
         steps: the numbers of the steps.
-        norms: the norms, of shape ``(steps, parameters)``. What a logarithmic scale has no place for is grey
-            (0) or red (not finite).
+        norms: the norms, of shape ``(steps, parameters)``. Values that a log scale cannot show are gray (0)
+            or red (not finite).
         width: of the figure, in inches.
     """
     from matplotlib import colormaps
@@ -211,7 +211,7 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, widt
     scale = LogNorm(low, high if high > low else 1.1 * low)
     axes.set_facecolor("#d9d9d9")  # where there is nothing to draw
     cells = np.ma.masked_where(~(norms > 0) | np.isinf(norms), norms).T
-    # As many colours as an eye can distinguish: as pixels they take less than all 256.
+    # As many colors as an eye can distinguish: stored as pixels they take less space than 256.
     mesh = axes.pcolormesh(edges, rows, cells, norm=scale, cmap=colormaps["viridis"].resampled(64))
     side = "bottom" if width < NARROW else "right"
     bar = figure.colorbar(mesh, ax=axes, label="norm", location=side, pad=0.02, fraction=0.05, aspect=30)
@@ -247,7 +247,7 @@ def _mark_nonfinite(axes: Axes, steps: Sequence[int], norms: Array, edges: Array
 
 
 def _label(axes: Axes, labels: Sequence[str], blocks: Sequence[str], by_block: bool) -> None:
-    """Names beside the rows, or the names of blocks beside their middles; lines between blocks."""
+    """Label the rows, or blocks of rows at their middles, and draw lines between blocks."""
     starts = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1]]
     for start in starts[1:]:
         axes.axhline(start - 0.5, color="white", linewidth=1.0 if not by_block else 0.6)
@@ -264,7 +264,7 @@ def _label(axes: Axes, labels: Sequence[str], blocks: Sequence[str], by_block: b
 
 
 def _shortened(name: str, room: int) -> str:
-    """The name without its middle, if it is long: what tells names apart stands at their ends."""
+    """A long name without its middle, as names differ at their ends."""
     start = room // 3
     return name if len(name) <= room else f"{name[:start].rstrip('.')}…{name[start + 1 - room :].lstrip('.')}"
 
@@ -281,7 +281,7 @@ def _block(name: str) -> str:
 
 
 def _edges(steps: Sequence[int]) -> Array:
-    """Where the column of one step ends and that of the next begins."""
+    """The boundaries between the columns of steps."""
     at = np.asarray(steps, dtype=np.float64)
     if len(at) == 1:
         return np.array([at[0] - 0.5, at[0] + 0.5])

@@ -1,4 +1,4 @@
-"""A history as one page for a browser: a single file that fetches nothing."""
+"""A history as a page for a browser: a single file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Overview", "page"]
 
-# A picture with more points than this is drawn as pixels, where a marker for each would be large.
+# A picture with more points than this is drawn as pixels, as a marker for each would take much space.
 _MANY_POINTS = 1000
-# Each picture is drawn for two widths of the window, in inches; at both its letters have the page's size.
+# Each picture is drawn for two widths of the window, in inches, so that its text always has the page's size.
 _WIDTHS = {"wide": 9.5, "narrow": 4.6}
 
 
@@ -36,7 +36,7 @@ class _Drawing(NamedTuple):
     """A key of ``_WIDTHS``."""
     svg: Markup
     left: float
-    """Where the axes begin and end, as shares of the width; then the values there."""
+    """The beginning and the end of the axes, as shares of the width, and the values there."""
     right: float
     first: float
     last: float
@@ -47,16 +47,16 @@ class _Picture(NamedTuple):
     drawings: list[_Drawing]
     caption: str
     points: Markup | None = None
-    """What the page says about each step, as JSON."""
+    """The page's data about each step, as JSON."""
 
 
 class Overview(NamedTuple):
-    """What stands above the runs: a table, whose first row is its heading, and a picture."""
+    """The top of a page about several runs: a table, whose first row is its heading, and a picture."""
 
     rows: Sequence[Sequence[str]]
     title: str
     draw: Callable[[float], Figure]
-    """Draws it for a width in inches."""
+    """Draws the picture for a width in inches."""
 
 
 class _Run(NamedTuple):
@@ -77,9 +77,9 @@ def page(
 
     Args:
         title: the heading.
-        histories: the runs by what to call them; for a single one the name is not shown.
-        about: what else to say, by the names of the runs, and of all of them under the empty name.
-        overview: what to show above the runs.
+        histories: the runs, by name; the name of a single run is not shown.
+        about: further lines, by the name of the run; under the empty name, about all of them.
+        overview: shown above the runs.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -108,7 +108,7 @@ def _run(name: str, history: History, about: Sequence[str]) -> _Run:
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str]]:
-    """The summary as numbers and what they count."""
+    """The summary as numbers with their labels."""
     numbers = [
         (f"{summary.steps:,}", "steps"),
         (f"{summary.clipped_share:.1%}", f"clipped ({summary.clipped:,})"),
@@ -136,7 +136,7 @@ def _norms(name: str, columns: Mapping[str, Sequence[Any]]) -> _Picture:
         ),
     }
     caption = "Norms before clipping. Point at a step to read it."
-    # Numbers and letters only, so that no character needs to be escaped.
+    # Only numbers and letters, so that nothing needs to be escaped.
     data = Markup(json.dumps(points, separators=(",", ":")))
     has_loss = any(loss is not None for loss in columns["loss"])
     return _Picture("Norm and loss over steps" if has_loss else "Norm over steps", drawings, caption, data)
@@ -154,7 +154,7 @@ def _norms_figure(columns: Mapping[str, Sequence[Any]], width: float) -> Figure:
 
 
 def _short(values: Sequence[float]) -> list[float | str]:
-    """Values to four digits, for which JSON has numbers or must take strings; one if all are the same."""
+    """Values to four digits, as JSON numbers or strings; a single one if all are equal."""
     shown = [float(f"{value:.4g}") if math.isfinite(value) else f"{value}" for value in values]
     return shown[:1] if len(set(shown)) == 1 else shown
 
@@ -168,7 +168,7 @@ def _histogram(name: str, columns: Mapping[str, Sequence[Any]], advice: Advice) 
 
 
 def _drawings(name: str, draw: Callable[[float], Figure]) -> list[_Drawing]:
-    """A figure, drawn for each width of the window; ``name`` tells it from others on the page."""
+    """A figure, drawn for each width of the window; ``name`` is unique on the page."""
     drawings = []
     for window, width in _WIDTHS.items():
         figure = draw(width)
@@ -182,9 +182,9 @@ def _drawings(name: str, draw: Callable[[float], Figure]) -> list[_Drawing]:
 
 
 def _svg(figure: Figure, salt: str) -> Markup:
-    """A figure as SVG that takes the width and the colours of the page.
+    """A figure as SVG with the width and the colors of the page.
 
-    ``salt`` goes into the names within it, which others on the page must not have.
+    ``salt`` makes the names inside it unique on the page.
     """
     import matplotlib
     from markupsafe import Markup
@@ -197,15 +197,15 @@ def _svg(figure: Figure, salt: str) -> Markup:
         if axes.get_facecolor() == to_rgba("white"):
             axes.set_facecolor("none")
         for place in ("left", "center"):
-            axes.set_title("", loc=place)  # the page has one above
+            axes.set_title("", loc=place)  # the page has its own title
         for mesh in axes.collections:
             mesh.set_rasterized(True)
     file = io.StringIO()
-    # Text stays text; the same history gives the same page.
+    # Text stays text, and the same history gives the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(file, format="svg", dpi=72, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
-    # Groups are numbered in every figure alike, and nothing refers to them.
+    # Groups have the same numbers in every figure, and nothing refers to them.
     svg = re.sub(r'<g id="[A-Za-z0-9.]+_[0-9]+"', "<g", svg)
     return Markup(re.sub(r' (?:width|height)="[^"]*"', "", svg[: (end := svg.index(">"))]) + svg[end:])

@@ -1,4 +1,4 @@
-"""One step of a run, and how the values of many are read from their devices at once."""
+"""One step of a run, and reading the values of many steps from their devices at once."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Record", "as_records", "integer", "saved_columns"]
 
 
 class Record(NamedTuple):
-    """One step: what the gradients' norm was and what was done about it.
+    """One step: the norm of the gradients, and what clipping did.
 
-    A step whose closure is called several times, as by LBFGS, has a record for each call.
+    A step whose closure is called several times, such as one of LBFGS, has a record for each call.
     """
 
     step: int
-    """The step's number, as the caller counts."""
+    """The step's number."""
     total_norm: float
     """The norm of all gradients before clipping."""
     max_norm: float
-    """The threshold of this step, the smallest of several; ``inf`` if the step was only measured."""
+    """The threshold of this step, or the smallest of several; ``inf`` if the step was only measured."""
     clip_coef: float
-    """What the gradients were multiplied by, at most 1; with several thresholds the smallest factor."""
+    """The number by which the gradients were multiplied, at most 1; with several thresholds the smallest."""
     clipped: bool
     """Whether ``clip_coef`` is below 1 and the step was taken."""
     nonfinite: bool
@@ -48,7 +48,7 @@ def _optional_number(name: str, value: Any) -> float | None:
     return None if value is None else arguments.number(name, value)
 
 
-# What the fields of a record must be in a saved state, in order.
+# The types of a record's fields in a saved state, in order.
 FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "step": integer,
     "total_norm": arguments.number,
@@ -59,7 +59,7 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "skipped": arguments.flag,
     "loss": _optional_number,
 }
-# Columns of these types alone need no check of each value, which would take seconds for a million records.
+# Columns of only these types need no check of each value, which would take seconds for a million records.
 _PLAIN_TYPES: dict[str, set[type]] = {
     "step": {int},
     "total_norm": {float},
@@ -75,7 +75,7 @@ _PLAIN_TYPES: dict[str, set[type]] = {
 def saved_columns(columns: Mapping[str, Any]) -> list[Sequence[Any]]:
     """The columns of a saved state in the order of a record's fields, or an error that names the wrong one.
 
-    States that were saved before records had a loss have no such column.
+    States from before records had a loss lack that column.
     """
     found: list[Sequence[Any]] = []
     for field, check in FIELD_CHECKS.items():
@@ -89,9 +89,9 @@ def saved_columns(columns: Mapping[str, Any]) -> list[Sequence[Any]]:
 
 
 def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-    """What ``History.append`` was given, as records: one transfer for each device and dtype.
+    """The arguments of ``History.append`` as records, with one transfer for each device and dtype.
 
-    The rows of a Clipper's kernel may lack the loss.
+    Rows from the kernel may lack the loss.
     """
     fetched = [[*row, None] if len(row) == 5 else list(row) for row in rows]
     places: dict[tuple[torch.device, torch.dtype], list[tuple[int, int]]] = {}
@@ -104,10 +104,10 @@ def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
         for (i, j), value in zip(where, values, strict=True):
             fetched[i][j] = value
     if places:
-        raise_pending()  # as a norm is NaN that came out of ranks that are out of step
+        raise_pending()  # because the norm is NaN if ranks are out of step
     records = []
     for (step, norm, max_norm, coef, skipped, loss), row in zip(fetched, rows, strict=True):
-        if skipped and isinstance(row[4], Tensor):  # when the step was recorded its value was not known yet
+        if skipped and isinstance(row[4], Tensor):  # its value was not known yet when the step was recorded
             max_norm, coef = math.inf, 1.0
         clipped, nonfinite = coef < 1 and not skipped, not math.isfinite(norm)
         loss = None if loss is None else float(loss)

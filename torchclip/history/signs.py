@@ -1,4 +1,4 @@
-"""What the norms and losses of a run show: spikes, drift, and norms that left their usual range for good."""
+"""What the norms and losses of a run show: spikes, drift, and norms that left their usual range."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ __all__ = [
 
 Array = NDArray[Any]
 
-# A norm is judged by the medians of so many steps before and after it.
+# The number of steps before and after a norm whose medians judge it.
 _BESIDE = 25
-# A spike is so many standard deviations above it, on a log scale, and at least so many times as large.
+# A spike is this many standard deviations above the median, on a log scale, and this many times as large.
 _SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
-# The norms drift if the means of a run's quarters differ by so many standard errors, and by this ratio.
+# Norms drift if the means of a run's quarters differ by this many standard errors, and by this ratio.
 _DRIFT_ERRORS, _DRIFT_RATIO = 6.0, 1.5
-# Norms leave their usual range if they are so many standard deviations above it, and so many times as large:
-# the fewer steps before, the more.
+# Norms leave their usual range if they are this many standard deviations above it, and this many times as
+# large: more if there are few steps before.
 _LEAVES_DEVIATIONS, _LEAVES_RATIOS = 5.0, ((10, 10.0), (3, 100.0), (1, 1000.0))
-_USUAL = 0.95  # this share of the norms before is in the range
-# They leave it for good if this share of the norms from then on is outside, and there are so many of them.
+_USUAL = 0.95  # the share of earlier norms in the range
+# They do not return if this share of the following norms is outside, and there are this many of them.
 _SHARE_OUTSIDE, _LEAST_AFTER = 0.8, 5
-# Where the loss is so many times as high in the next steps, and higher than before for good, norms that are
-# so many times as large in these steps, and so many standard deviations above, are enough.
+# If the loss is this many times as high in the next steps, and stays higher, it is enough that norms are this
+# many times as large in these steps, and this many standard deviations above.
 _SOON, _LOSS_RATIO, _RATIO_WITH_LOSS, _HARDLY_ANY = 10, 1.3, 3.0, 0.02
-# The standard deviation of a normal distribution, in terms of its median absolute deviation.
+# The standard deviation of a normal distribution, divided by its median absolute deviation.
 _DEVIATION_OF_MAD = 1.4826
 
 
 def usual_level(norms: Array) -> Array:
-    """The usual norm at each step: the larger one of the medians of the steps before and of those after it.
+    """The usual norm at each step: the larger of the medians of the steps before and after it.
 
-    A few spikes do not move a median, and where the norms change for good, one side has seen it already.
+    A few spikes do not change a median, and if the norms change permanently, one side shows it already.
     """
     width = min(_BESIDE, len(norms))
     medians = np.median(np.lib.stride_tricks.sliding_window_view(norms, width), axis=1)
@@ -59,7 +59,7 @@ def usual_level(norms: Array) -> Array:
 
 
 def spikes(norms: Array) -> Array:
-    """Which steps are spikes: far above the usual level there, and above nine tenths of the norms around."""
+    """Which steps are spikes: far above the usual norm, and above nine tenths of the norms around them."""
     logs = np.log(norms / usual_level(norms))
     width = min(4 * _BESIDE + 1, len(norms))
     upper = np.quantile(np.lib.stride_tricks.sliding_window_view(norms, width), 0.9, axis=1)
@@ -70,9 +70,9 @@ def spikes(norms: Array) -> Array:
 
 
 def drift(norms: Array) -> tuple[list[float], bool]:
-    """The median norm of each quarter of the run, and whether they differ by more than chance has it.
+    """The median norm of each quarter of the run, and whether they differ by more than chance.
 
-    What chance does is seen from blocks within the quarters: levels that alternate differ there, too.
+    The variation between blocks within the quarters shows what chance does.
     """
     quarters = np.array_split(norms, 4)
     means = [float(np.log(quarter).mean()) for quarter in quarters]
@@ -88,13 +88,13 @@ def drift(norms: Array) -> tuple[list[float], bool]:
 
 @dataclass(frozen=True)
 class Departure:
-    """Norms that left their usual range for good.
+    """Norms that left their usual range and did not return.
 
     Attributes:
-        index: the first step outside, counted from the beginning of what was looked at.
+        index: the first step outside, counted from the beginning of the data.
         before: the median norm before.
         after: the median norm since then; ``inf`` if most were not finite.
-        loss_before: the median loss of the steps just before, if it is known.
+        loss_before: the median loss just before, if known.
         loss_after: the median loss since then.
     """
 
@@ -106,17 +106,17 @@ class Departure:
 
     @property
     def loss_rose(self) -> bool | None:
-        """Whether the loss rose for good; None if it is not known."""
+        """Whether the loss rose and stayed high; None if it is not known."""
         if self.loss_before is None or self.loss_after is None:
             return None
         return not self.loss_after <= self.loss_before
 
 
 def departure(norms: Array, losses: Array) -> Departure | None:
-    """Where the norms left their usual range for good, judging by norms and losses, or None.
+    """Where the norms left their usual range and did not return, from norms and losses, or None.
 
     Args:
-        norms: of each step; ``inf`` and ``nan`` are outside of every range.
+        norms: of each step; ``inf`` and ``nan`` are outside every range.
         losses: of each step, ``nan`` where unknown.
     """
     finite = np.isfinite(norms)
@@ -144,10 +144,10 @@ def departure(norms: Array, losses: Array) -> Departure | None:
 
 
 def _by_norms(logs: Array) -> int | None:
-    """The first step outside, judging by the norms alone."""
+    """The first step outside, from the norms alone."""
     steps = len(logs)
     at = np.arange(1, steps - _LEAST_AFTER + 1)
-    # Where a run splits best into two parts of different means, and places that are dense at the start:
+    # The best split into two parts with different means, and splits that are dense at the start, because
     # norms that grow step by step have no such split.
     sums = np.cumsum(logs - logs.mean())[at - 1]
     best = at[np.argmin(sums / np.sqrt(at * (steps - at)))]
@@ -157,12 +157,12 @@ def _by_norms(logs: Array) -> int | None:
 
 
 def _leaves_for_good(logs: Array, split: int) -> int | None:
-    """The first step outside of the range of the steps before a split, if most from then on are outside."""
+    """The first step outside the range of the steps before a split, if most of the following are outside."""
     before = logs[:split]
     deviation = _LEAVES_DEVIATIONS * _deviation(before)
     ratio = next(ratio for least, ratio in _LEAVES_RATIOS if split >= least)
     upper = max(np.median(before) + max(deviation, math.log(ratio)), np.quantile(before, _USUAL))
-    # The best end of the run, where a step inside costs as much as four outside give.
+    # The best end, where a step inside costs as much as four steps outside gain.
     inside_costs = _SHARE_OUTSIDE / (1 - _SHARE_OUTSIDE)
     gains = np.cumsum(np.where(logs > upper, 1.0, -inside_costs)[::-1])[::-1]
     index = int(np.argmax(gains))
@@ -173,7 +173,7 @@ def _leaves_for_good(logs: Array, split: int) -> int | None:
 
 
 def _by_losses(logs: Array, losses: Array) -> int | None:
-    """The step from which on the loss is higher for good, and the norms larger."""
+    """The step from which the loss stays higher and the norms larger."""
     if not np.isfinite(losses).any():
         return None
     filled = _filled(losses)
@@ -187,7 +187,7 @@ def _by_losses(logs: Array, losses: Array) -> int | None:
         rose = np.median(filled[soon]) > highest + (_LOSS_RATIO - 1) * abs(highest)
         growth = max(np.median(logs[soon]), np.median(logs[index:])) - np.median(logs[beside])
         stays = np.median(filled[index:]) > highest and growth > least
-        # Where hardly any later loss is as low as those before, less growth is enough.
+        # If hardly any later loss is as low as those before, less growth is enough.
         certainly = np.quantile(filled[index:], _HARDLY_ANY) > highest and growth > max(
             least / 2, math.log(2)
         )
@@ -197,7 +197,7 @@ def _by_losses(logs: Array, losses: Array) -> int | None:
 
 
 def _filled(losses: Array) -> Array:
-    """The losses, where one is unknown the last one before it."""
+    """The losses; an unknown one is replaced by the last known one."""
     known = np.flatnonzero(~np.isnan(losses))
     last = np.searchsorted(known, np.arange(len(losses)), side="right") - 1
     filled: Array = losses[known[np.maximum(last, 0)]]
@@ -205,9 +205,9 @@ def _filled(losses: Array) -> Array:
 
 
 def rises(norms: Array, losses: Array, max_norm: float) -> tuple[float, float] | None:
-    """How often the loss rose from a step to the next: after norms above a threshold, and after the others.
+    """How often the loss rose from one step to the next: after norms above a threshold, and after the others.
 
-    None if there are fewer than five of either.
+    None if there are fewer than five of either kind.
     """
     known = np.isfinite(losses[:-1]) & np.isfinite(losses[1:])
     rose, above = (losses[1:] > losses[:-1])[known], (norms[:-1] > max_norm)[known]
@@ -217,7 +217,7 @@ def rises(norms: Array, losses: Array, max_norm: float) -> tuple[float, float] |
 
 
 def harmful(at: Array, losses: Array) -> int | None:
-    """After how many of the steps at these places the loss was higher; None if it is not known.
+    """After how many of these steps the loss was higher; None if it is not known.
 
     It is higher if the median of the five steps after is above all of the ten before.
     """
@@ -237,5 +237,5 @@ def final_loss(losses: Sequence[float]) -> float:
 
 
 def _deviation(logs: Array) -> float:
-    """The standard deviation, from the median so that a few values far out do not count."""
+    """The standard deviation, from the median, so that a few outliers do not matter."""
     return _DEVIATION_OF_MAD * float(np.median(np.abs(logs - np.median(logs))))

@@ -1,4 +1,4 @@
-"""Gradients that clipping has made so small that an optimizer's ``eps`` stands in the way of its steps."""
+"""Gradients that clipping has made so small that an optimizer's ``eps`` makes its steps small."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torchclip.history.records import Record
 
 __all__ = ["NEVER", "ClippedSizes", "Stall"]
 
-_MOST_APART = 512  # steps from one sample to the next; the first ones are closer
+_MOST_APART = 512  # steps between samples; the first ones are closer
 NEVER = 2**62
-"""The number of a step that no training reaches."""
+"""A step number that no training reaches."""
 _JOINT = "all"
 _WORTH_A_WORD = 0.05
 
@@ -36,7 +36,7 @@ class _EpsSet(NamedTuple):
 
 
 def _eps_sets(optimizers: Iterable[Any]) -> Iterator[_EpsSet]:
-    """All of some optimizers; groups without an ``eps`` have none."""
+    """All such parameters of some optimizers, without groups that have no ``eps``."""
     optimizers = list(optimizers)
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
     for i, optimizer in enumerate(optimizers):
@@ -55,7 +55,8 @@ def _eps_sets(optimizers: Iterable[Any]) -> Iterator[_EpsSet]:
 
 
 class ClippedSizes:
-    """The size of the clipped gradients beside each ``eps`` of some optimizers, in a few of the steps.
+    """The size of the clipped gradients, compared with each ``eps`` of some optimizers, in a few of the
+    steps.
 
     Attributes:
         next_step: the number of the step to measure next.
@@ -72,7 +73,7 @@ class ClippedSizes:
 
         Args:
             step: the step's number.
-            optimizers: whose gradients these are.
+            optimizers: the optimizers with the gradients.
         """
         optimizers = list(optimizers)
         sets = list(_eps_sets(optimizers))
@@ -94,11 +95,11 @@ class ClippedSizes:
         self._samples.append(step, [_JOINT, *self._eps], scalars.in_one(sizes))
 
     def fetch(self) -> None:
-        """Turn tensors into numbers; this waits for an accelerator."""
+        """Turn tensors into numbers; waits for an accelerator."""
         self._samples.read()
 
     def stall(self, records: Sequence[Record]) -> Stall:
-        """How many steps stall, judging by the sample nearest to each."""
+        """How many steps stall, by the nearest sample to each."""
         names, steps, sizes = self._samples.read()
         usable = np.isfinite(sizes).all(axis=1) & (sizes[:, 0] > 0) if steps else np.zeros(0, dtype=bool)
         if not records or not usable.any():
@@ -108,8 +109,8 @@ class ClippedSizes:
         norm_of = {record.step: norm for record, norm in zip(records, norms, strict=True)}
         nearest = np.searchsorted((at[1:] + at[:-1]) / 2, [record.step for record in records])
         found = sizes[nearest, 1:]
-        # Where each step has one coefficient for all gradients, sizes change with the norm after clipping.
-        # With several thresholds, or ranks that hold other parts, the sample itself is all that is known.
+        # If each step has one coefficient for all gradients, sizes change with the norm after clipping.  With
+        # several thresholds, or other ranks with other parts, only the sample itself is known.
         if all(
             math.isclose(norm_of.get(step, joint), joint, rel_tol=0.01)
             for step, joint in zip(at, sizes[:, 0], strict=True)
@@ -146,9 +147,9 @@ class Stall:
         share: the share of steps in which clipped gradients are below ``eps``.
         size: their median root mean square; for Muon the median norm of a matrix.
         eps: the ``eps``.
-        name: whose gradients these are, if not all.
-        also: how many other parameter groups or matrices stall.
-        is_matrix: whether they are those of a matrix of Muon's.
+        name: whose gradients these are, if not everyone's.
+        also: the number of other parameter groups or matrices that stall.
+        is_matrix: whether they are those of a matrix that Muon trains.
     """
 
     share: float = 0.0
@@ -160,7 +161,7 @@ class Stall:
 
     @property
     def matters(self) -> bool:
-        """Whether it is worth a word."""
+        """Whether it is worth mentioning."""
         return self.share >= _WORTH_A_WORD
 
     def __str__(self) -> str:

@@ -14,10 +14,10 @@ QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few numbers; ``str()`` puts them in two lines.
+    """A run in a few numbers; ``str()`` prints them in two lines.
 
-    Counts and the largest norm are those of all steps, the quantiles those of the ``kept`` last ones.  A step
-    with several records counts once: as clipped, non-finite or skipped if one of them is.
+    Counts and the largest norm are over all steps, quantiles over the last ``kept`` steps.  A step with
+    several records counts once: as clipped, non-finite or skipped if any of them is.
     """
 
     steps: int
@@ -25,18 +25,18 @@ class Summary:
     nonfinite: int
     skipped: int
     largest_norm: float
-    """The largest finite norm; ``nan`` if there was none."""
+    """The largest finite norm; ``nan`` if there is none."""
     largest_step: int | None
-    """The step of the largest norm, the first one if it occurred again."""
+    """The step with the largest norm; the first one if there are several."""
     kept: int
     quantiles: dict[float, float]
-    """Quantiles of the finite norms among the kept steps, by probability; empty if there was none."""
+    """Quantiles of the finite norms of the kept steps, by probability; empty if there are none."""
     stall: Stall = field(default=Stall())
-    """Steps among those kept whose clipped gradients are below the optimizer's ``eps``."""
+    """The number of kept steps whose clipped gradients are below the optimizer's ``eps``."""
 
     @property
     def clipped_share(self) -> float:
-        """Clipped steps per step; 0 for no steps."""
+        """The share of clipped steps; 0 without steps."""
         return self.clipped / self.steps if self.steps else 0.0
 
     def __str__(self) -> str:

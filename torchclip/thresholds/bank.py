@@ -1,4 +1,4 @@
-"""The thresholds of all sets of gradients that are clipped together, asked in one way."""
+"""The thresholds of all sets of gradients that are clipped together, with one interface."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from torchclip.thresholds.quantile_tracker import QuantileTracker
 
 __all__ = ["ThresholdBank"]
 
-# From so many sets in host memory on, a formula for all of them is faster than a call for each.
+# From this many sets in host memory on, one formula for all of them is faster than a call for each.
 _MANY = 16
 _ALL = "all"
 
 
 class ThresholdBank:
-    """What a user passes as ``max_norm``, a number, a callable or a threshold object, asked in one way.
+    """One interface to what a user passes as ``max_norm``: a number, a callable or a threshold object.
 
     A threshold object learns from one sequence of norms, so every set of gradients that is clipped together
-    gets its own copy.  Few sets in host memory have objects.  Many, or those whose norms are on a device, are
-    rows of columns, if the threshold can learn so (``Rows``).
+    gets its own copy.  A few sets in host memory have objects.  Many sets, or sets whose norms are on a
+    device, share ``Rows``, if the threshold supports them.
 
     A clipper uses it so, for each step that is one of training's:
 
@@ -42,13 +42,13 @@ class ThresholdBank:
     Within a step each set's threshold is asked for once.  User code may run then, and change gradients; to be
     asked again is to be answered the same, but for sets that had no gradient before.
 
-    All sets come in one call, as thresholds need it that join their norms.  Norms that are tensors on one
-    device are handed over as one tensor, and nothing waits for it if the bank ``answers_tensors``; otherwise
-    the values are read.
+    All sets are passed in one call, because some thresholds join their norms.  Norms that are tensors on one
+    device are passed as one tensor, and nothing waits for it if the bank ``answers_tensors``; otherwise the
+    values are read.
 
     Args:
         max_norm: the threshold.
-        argument: what it is called in errors.
+        argument: its name in errors.
         in_rounds: whether several optimizers step together.
 
     Attributes:
@@ -56,10 +56,10 @@ class ThresholdBank:
         learns: whether it is a threshold object, which must be asked in every step.
         eps: what is added to the norm in the clip coefficient: 1e-6 as in torch, but nothing for a threshold
             object, whose answer may be the norm itself.
-        runs_user_code: whether asking it runs code that is not torchclip's.
-        per_parameter: whether it is a threshold for single parameters (AdaGC): the clipper then takes
-            a norm for each of them, whatever else its scope would be.
-        answers_tensors: whether a tensor of norms gets a tensor of thresholds, without waiting.
+        runs_user_code: whether asking it runs user code.
+        per_parameter: whether it is a threshold for single parameters (AdaGC): the clipper then measures the
+            norm of each of them, whatever its scope.
+        answers_tensors: whether it returns a tensor of thresholds for a tensor of norms, without waiting.
         asked: how often the threshold itself was asked in this step.
     """
 
@@ -73,7 +73,7 @@ class ThresholdBank:
                 f"`{argument}` is a QuantileTracker, which learns from shares of examples, not from norms; "
                 "use it with clip_per_example"
             )
-        # Asked once: to ask a protocol takes longer than all the rest of a small step.
+        # Checked once: checking a protocol takes longer than the rest of a small step.
         self.learns = isinstance(max_norm, Threshold)
         is_object = self.learns or callable(max_norm)
         self._max_norm: Any = max_norm if is_object else arguments.threshold(argument, max_norm)
@@ -83,11 +83,12 @@ class ThresholdBank:
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
         self.answers_tensors = _takes_rows(max_norm, torch.device("meta"))
         self._takes_rows_on_host = _takes_rows(max_norm, None)
-        # What has learned: an object by the name of each set, or rows, whose numbers are here by that name.
+        # What was learned: an object by the name of each set; or rows, with their numbers by that name.
         self._objects: dict[str, Any] = {}
         self._rows: Rows | None = None
         self._row_of: dict[str, int] = {}
-        # The names of the last call; what learns from their norms, or their rows unless all are in order.
+        # The names of the last call, and the objects that learn from their norms, or their rows unless all
+        # are in order.
         self._names: tuple[str, ...] | None = None
         self._updates: list[Callable[[float], float]] = []
         self._index: Any = None
@@ -106,13 +107,13 @@ class ThresholdBank:
         self._closed = True
 
     def begin_round(self) -> None:
-        """Note what was learned before a round of several optimizers, for a state that is taken in it."""
+        """Record what was learned before a round of several optimizers, for a state saved during it."""
         if self.learns and self._in_rounds:
             self._before_round = None
             self._before_round = self._copied()
 
     def before_round(self) -> ThresholdBank:
-        """A bank that has learned what this one had when ``begin_round`` was called last."""
+        """A bank with what this one had learned when ``begin_round`` was last called."""
         return self if self._before_round is None else self._before_round
 
     def _copied(self) -> ThresholdBank:
@@ -123,7 +124,7 @@ class ThresholdBank:
         return copied
 
     def add(self, names: Iterable[str]) -> None:
-        """Make room for sets of these names, unless it is there: what they learn starts from ``max_norm``."""
+        """Add sets with these names that do not exist yet; they start from ``max_norm``."""
         new = [name for name in names if name not in self._row_of and name not in self._objects]
         if not self.learns or not new:
             return
@@ -137,7 +138,7 @@ class ThresholdBank:
 
     @property
     def thresholds(self) -> Mapping[str, Threshold]:
-        """The thresholds with what they have learned, by the name of the set.  Waits for an accelerator."""
+        """The threshold objects with what they have learned, by set name.  Waits for an accelerator."""
         if self._rows is None:
             return MappingProxyType(self._objects)
         return MappingProxyType(dict(zip(self._row_of, self._rows.thresholds(), strict=True)))
@@ -146,9 +147,9 @@ class ThresholdBank:
         """This step's threshold for each of the sets with these names and norms.
 
         Args:
-            names: what the sets are called. The same list object in every step is fastest. Of a number or a
+            names: the names of the sets. The same list object in every step is fastest. Of a number or a
                 callable they do not matter.
-            norms: their norms; ``ABSENT`` where there is no gradient, of which nothing is learned.
+            norms: their norms; ``ABSENT`` without a gradient, from which nothing is learned.
             norm_type: the order of the norms.
 
         Returns:
@@ -207,9 +208,9 @@ class ThresholdBank:
         return self._learned_by_objects(names, norms)
 
     def max_norm_of_all(self, norm: float) -> float:
-        """``max_norms`` of the one set ``"all"``, whose norm is a finite number in host memory.
+        """``max_norms`` for the single set ``"all"``, whose norm is a finite number in host memory.
 
-        For a step that goes the short way; only of a bank that learns, without code of the user.
+        For the kernel's hook; only for a bank that learns, without user code.
         """
         self.begin_round()
         if self._rows is None and _ALL in self._objects:
@@ -227,7 +228,7 @@ class ThresholdBank:
             self._objects, self._rows, self._row_of, self._names = dict(self.thresholds), None, {}, None
         if self._names is None:
             self._updates, self._names = [self._objects[name].update for name in names], tuple(names)
-        # A norm of -inf is not finite rather than absent.
+        # A norm of -inf is not finite, but not absent.
         answers = [
             math.inf if -math.inf < norm < 0 else update(norm)
             for update, norm in zip(self._updates, norms, strict=True)
@@ -258,14 +259,14 @@ class ThresholdBank:
         return [found[row] for row in index]
 
     def _places(self, names: Sequence[str], device: torch.device | None) -> Any:
-        """The rows of sets with these names, or None if they are all rows in order."""
+        """The rows of the sets with these names, or None if they are all rows in order."""
         rows = [self._row_of[name] for name in names]
         if rows == list(range(len(self._row_of))):
             return None
         return rows if device is None else torch.from_numpy(np.array(rows)).to(device, non_blocking=True)
 
     def _rows_on(self, device: torch.device | None) -> Rows:
-        """The rows for norms on a device, made of what has learned elsewhere if need be."""
+        """The rows for norms on a device, made from what was learned elsewhere if needed."""
         if self._rows is None or self._rows.device != device:
             thresholds: Mapping[str, Any] = self.thresholds
             self._rows = Rows([*thresholds.values()], device)
@@ -278,10 +279,10 @@ class ThresholdBank:
         return {name: threshold.state_dict() for name, threshold in self.thresholds.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; sets that are not in it start anew.
+        """Continue from a ``state_dict``; sets that are not in it start from the beginning.
 
         Raises:
-            ValueError: if ``state`` holds what another kind of threshold learned; nothing was changed.
+            ValueError: if another kind of threshold has learned ``state``; then nothing has changed.
         """
         loaded = self.check(state)
         names = [*self._row_of, *self._objects]
@@ -289,7 +290,7 @@ class ThresholdBank:
         self.add(names)
 
     def check(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The thresholds of a ``state_dict``, which is refused if it is none."""
+        """The thresholds of a ``state_dict``; raises for anything else."""
         if state and not self.learns:
             raise ValueError(
                 f"`state` holds what a threshold object learned, but `{self._argument}` is "
@@ -309,7 +310,7 @@ def _copied_object(threshold: Any) -> Any:
 
 
 def _takes_rows(max_norm: Any, device: torch.device | None) -> bool:
-    """Whether many sets can learn together, whose norms are on a device (None for the host)."""
+    """Whether many sets can learn together whose norms are on a device (None for the host)."""
     return (
         isinstance(max_norm, Learned) and not has_own_update(type(max_norm)) and max_norm._takes_rows(device)
     )

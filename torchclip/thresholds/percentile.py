@@ -30,8 +30,8 @@ class Percentile(Learned):
 
         max_norm_t = min(p-th percentile of H_t, max_norm)
 
-    The percentile is exact, with linear interpolation as in ``numpy.percentile``.  Norms that are not
-    finite do not enter the history; such a step gets the percentile of the norms before it.
+    The percentile is exact, with linear interpolation as in ``numpy.percentile``.  Norms that are not finite
+    do not enter the history; the threshold of such a step is the percentile of the norms before it.
 
     The history is kept sorted, so a step inserts one value and moves the larger ones: with a history of
     10,000 norms a step takes about 1 µs, with 100,000 norms 4 µs, with a million 40 µs.  It needs 8 bytes of
@@ -85,15 +85,15 @@ class Percentile(Learned):
         history.add(norms, learn, self._seen)
         self._seen = seen = where(learn, self._seen + 1, self._seen)
         count = seen if self.window is None else where(seen < self.window, seen, self.window)
-        # Rounded as NumPy rounds it.
+        # Rounded as in NumPy.
         last = where(count > 0, count - 1, 0)
         low, high, t = history.around(last, self.percentile / 100)
         max_norms = where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))
-        # Of no norms it is NaN.
+        # Without norms it is NaN.
         return where(has_learned & (max_norms < self.max_norm), max_norms, self.max_norm)
 
     def copied(self) -> Percentile:
-        """One that has learned the same, for as long as the next copy is not made; it copies no history."""
+        """A view of what was learned, valid until the next copy is made; the history is not copied."""
         copied = copy.copy(self)
         history = self._history
         if isinstance(history, np.ndarray):
@@ -114,7 +114,7 @@ class Percentile(Learned):
         setattr(self, name, _Sorted(self.window, in_order(value, self._seen)) if is_row else value)
 
     def _takes_rows(self, device: torch.device | None) -> bool:
-        # On a device the windows are sorted in each step; all norms would be too many.
+        # On a device, windows are sorted in each step; all norms would be too many.
         return device is None or self.window is not None
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,18 +140,18 @@ class Percentile(Learned):
 
 
 class _Sorted:
-    """The norms of one set, kept sorted, so that a step inserts one value instead of sorting again.
+    """The norms of one set, kept sorted, so that a step only inserts one value.
 
     Args:
         window: how many of the latest norms count; None for all.
-        norms: those that are there already, oldest first if there is a window.
+        norms: the norms so far, oldest first if there is a window.
     """
 
     def __init__(self, window: int | None, norms: Sequence[float] = ()) -> None:
         self.window = window
         self.ordered = array("d", sorted(norms))
         self._arrivals: deque[float] = deque(() if window is None else norms)
-        # The norms since `before` was called last, each with the one that it has pushed out of the window.
+        # The norms since `before` was last called, each with the one that it has pushed out of the window.
         self._changes: list[tuple[float, float | None]] | None = None
 
     def __deepcopy__(self, _: object) -> _Sorted:
@@ -181,7 +181,7 @@ class _Sorted:
         return self.ordered[below], self.ordered[min(below + 1, last)], position - below
 
     def before(self) -> _Before:
-        """What is here now, until this is called again."""
+        """The current norms, valid until this is called again."""
         self._changes = []
         return _Before(self, self._changes)
 
@@ -190,11 +190,11 @@ class _Sorted:
 
 
 class _Before:
-    """The norms that a history had, for as long as it notes what changes: nothing is copied.
+    """The norms that a history had, while it records its changes; nothing is copied.
 
     Args:
-        history: of what.
-        changes: what it notes.
+        history: the history.
+        changes: the changes that it records.
     """
 
     def __init__(self, history: _Sorted, changes: Sequence[tuple[float, float | None]]) -> None:
@@ -210,9 +210,9 @@ class _Before:
 
 
 class _SortedRows:
-    """Those of many sets in host memory, an object for each.
+    """The norms of many sets in host memory, with an object for each.
 
-    To keep them sorted in one array would be to move all their norms in each step.
+    Sorting them in one array would move all norms in each step.
     """
 
     def __init__(self, histories: Any) -> None:
@@ -234,7 +234,7 @@ class _SortedRows:
 
 
 class _Slots:
-    """The windows of many sets on a device, a row for each, in which NaN stands for no norm yet."""
+    """The windows of many sets on a device, one row each, in which NaN marks empty slots."""
 
     def __init__(self, slots: Tensor) -> None:
         self._slots = slots
@@ -251,5 +251,5 @@ class _Slots:
         return low, high, position - below
 
 
-# What each form of the formula finds its norms in.
+# The container of norms for each form of the formula.
 _STORES: dict[type, Callable[[Any], Any]] = {Arrays: _SortedRows, Tensors: _Slots}

@@ -1,4 +1,4 @@
-"""Calls of torch's clipping functions, kept until the optimizer steps whose gradients they have clipped."""
+"""Calls of torch's clipping functions, kept until the optimizer whose gradients they clipped steps."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Call(NamedTuple):
     """What clipping did to gradients.
 
     Attributes:
-        function: by which function.
-        total_norm: their norm before.
+        function: the function's name.
+        total_norm: the norm before clipping.
         max_norm: the threshold.
-        clip_coef: what they were multiplied by.
+        clip_coef: the number by which they were multiplied.
         nonfinite: the ``id`` of each parameter whose gradient was not finite.
-        not_taken: calls on the same parameters that no step has followed.
+        not_taken: calls on the same parameters that were not followed by a step.
     """
 
     function: str
@@ -44,12 +44,12 @@ class Call(NamedTuple):
 class Calls:
     """Assigns calls to optimizers by their parameters.
 
-    A call may clip the parameters of several optimizers together, and those of an optimizer may be clipped by
-    several calls, each with a threshold of its own.
+    A call may clip the parameters of several optimizers together, and several calls may clip those of one
+    optimizer, each with its own threshold.
 
     Attributes:
         are_waiting: whether an optimizer may have calls for its next step.
-        stray: calls on parameters of no optimizer that has ever stepped.
+        stray: calls on parameters of which no optimizer has ever stepped.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Calls:
         self._strays = 0
 
     def register(self, optimizer: Optimizer, parameters: Iterable[int]) -> None:
-        """Note whose parameters these are, by their ``id``, and assign calls on them that came before."""
+        """Record whose parameters these are, by their ``id``, and assign earlier calls on them."""
         for key in parameters:
             self._owners[key] = optimizer
         if self._shared is not None and not self._unclaimed:
@@ -84,7 +84,7 @@ class Calls:
                 self._add_stray(self._unclaimed.pop(0)[1])
         for owner in owners:
             self._give(owner, keys, call)
-        # The others may belong to an optimizer whose first step is still to come.
+        # The others may belong to an optimizer that has not stepped yet.
         self._shared = (
             (keys, call) if owners and len(keys) > sum(map(self._owners.__contains__, keys)) else None
         )
@@ -98,7 +98,7 @@ class Calls:
             self.are_waiting = True
 
     def finish(self) -> None:
-        """Count the calls that wait for an optimizer as strays: none is going to step any more."""
+        """Count the calls that wait for an optimizer as strays, as no optimizer will step any more."""
         for _, call in self._unclaimed:
             self._add_stray(call)
         self._unclaimed.clear()
@@ -108,7 +108,7 @@ class Calls:
         self._strays += 1
 
     def of(self, optimizer: Optimizer) -> Call | None:
-        """What the calls on an optimizer's gradients did together since its last step; None without any."""
+        """The joint effect of the calls on an optimizer's gradients since its last step; None without any."""
         waiting = self._waiting.pop(optimizer, None)
         self.are_waiting = len(self._waiting) > 0
         if not waiting:
@@ -129,10 +129,10 @@ class Calls:
 
 
 def _in_one_step(calls: list[Call], not_taken: list[Call]) -> Call:
-    """Several calls on the same parameters: the last one, or what they did one after another.
+    """Several calls on the same parameters: the last one, or their joint effect.
 
-    A GradScaler skips a step whose gradients are not finite: such calls go to ``not_taken``, but for the
-    last one.
+    A GradScaler skips steps whose gradients are not finite: such calls, except the last one, go to
+    ``not_taken``.
     """
     *earlier, last = calls
     for call in earlier:

@@ -1,7 +1,7 @@
-"""The command ``torchclip run``: any training script as it is, and a report of what clipping did.
+"""The command ``torchclip run``: runs any training script unchanged, and reports what clipping did.
 
-It sees every step of every optimizer of torch's, whether the script clips by torch's functions, by a Clipper,
-by a framework, or not at all.  Options put another clipping in place of the script's own for this run.
+It sees every step of every torch optimizer, whether the script clips with torch's functions, with a Clipper,
+through a framework, or not at all.  Options replace the script's own clipping for this run.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--html", type=file_to_write, metavar="FILE", help="write a page with all of it, for a browser")
     add("script", metavar="SCRIPT", help="the training script, or with -m the module")
     rest = add("args", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="an argument of the script's own")
-    rest.required = False  # or, until Python 3.12, the error for a missing SCRIPT asks for it, too
+    rest.required = False  # otherwise, until Python 3.12, the error for a missing SCRIPT mentions it, too
 
 
 def _above_0(text: str) -> float:
-    """A threshold that lets a training move."""
+    """A threshold above 0, with which training can proceed."""
     value = max_norm(text)
     if value == 0:
         raise argparse.ArgumentTypeError(
@@ -98,7 +98,7 @@ def _above_0(text: str) -> float:
 
 
 def thresholds_to_try(text: str) -> list[str]:
-    """Thresholds as they were given, or ``["auto"]``."""
+    """The thresholds as given, or ``["auto"]``."""
     found = [part.strip() for part in text.split(",")]
     seen: dict[float | str, str] = {}
     for each in found:
@@ -142,7 +142,7 @@ def run(
 ) -> int:
     """Run a script, or a module, as Python would; then report.
 
-    The script becomes this process's ``__main__`` and stays it.
+    The script becomes this process's ``__main__``, and remains so.
 
     Args:
         script: the script's path, or the module's name.
@@ -152,12 +152,12 @@ def run(
         threshold: the name of a threshold that learns.
         nonfinite: what to do about steps that are not finite.
         none: whether to clip nothing.
-        tries: run the script once for each of these thresholds, in processes of their own.
-        jobs: how many of them at the same time.
-        metric: what finds the number to compare them by, in place of the loss.
-        plot: where a picture goes.
-        csv: where the steps go.
-        html: where a page goes.
+        tries: run the script once for each of these thresholds, in separate processes.
+        jobs: how many of them run at the same time.
+        metric: finds the number by which to compare them, instead of the loss.
+        plot: the file for a picture.
+        csv: the file for the steps.
+        html: the file for a page.
 
     Returns:
         The exit status.
@@ -219,7 +219,7 @@ def _refuse_with_try(max_norm: float | None, threshold: str | None, none: bool) 
 
 
 def _refuse_missing(wanted: files.Files, tries: list[str] | None) -> None:
-    """What an option needs and is not installed is said now rather than after the run."""
+    """Refuse options whose packages are not installed now rather than after the run."""
     needs = {
         "--plot": (wanted.plot, ["matplotlib"]),
         "--html": (wanted.html, ["jinja2", "matplotlib"]),
@@ -259,7 +259,7 @@ class _Session:
             self._progress.attach()
 
     def run(self, main: Callable[[], object]) -> None:
-        """Call the script, and say what went wrong as Python would."""
+        """Run the script, and report its errors as Python would."""
         self._start = time.perf_counter()
         try:
             main()
@@ -274,7 +274,7 @@ class _Session:
             self._failed(error)
 
     def _wait_for_threads(self) -> None:
-        """As Python does at a script's end; what they do is a part of the run."""
+        """Wait as Python does at a script's end: the threads are part of the run."""
         for thread in threading.enumerate():
             if not thread.daemon and thread is not threading.current_thread():
                 thread.join()
@@ -292,13 +292,13 @@ class _Session:
         self._end = "until Ctrl-C" if interrupted else f"until {type(error).__name__}"
 
     def close(self, wanted: files.Files, command: str) -> int:
-        """Report what ran, and write the files: the exit status if one of these cannot be."""
+        """Print the report and write the files; returns the exit status if a file cannot be written."""
         seconds = time.perf_counter() - self._start
         self.steps.detach()
         self.losses.detach()
         if self._progress is not None:
             self._progress.detach()
-        # A forked child that gets here has nothing to report, and of many ranks one is enough.
+        # A forked child that gets here has nothing to report, and one of many ranks is enough.
         if not self._began or os.getpid() != self._process or os.environ.get("RANK", "0") != "0":
             return 0
         if sys.stdout is not None:
@@ -324,7 +324,7 @@ def _page(histories: Mapping[str, History], said: Mapping[str, Sequence[str]]) -
 
 
 def _progress() -> Progress | None:
-    """A line that says how far the script is, if there is a terminal, and rich to draw it."""
+    """A progress line, if there is a terminal, and rich to draw it."""
     shows = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     if not shows or importlib.util.find_spec("rich") is None:
         return None

@@ -1,4 +1,4 @@
-"""What ``torchclip run --try`` shows: how far it is, a table, a picture and a page."""
+"""What ``torchclip run --try`` shows: progress, a table, a picture and a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WIDTH = 80
 
 
 def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: Files) -> int:
-    """Run with each threshold, or search for one, and show what they came to: the exit status."""
+    """Run with each threshold, or search for one, and show the results; returns the exit status."""
     what = "loss" if command.metric is None else "metric"
     is_search = list(thresholds) == ["auto"]
     with Progress(None if is_search else len(thresholds)) as progress:
@@ -52,7 +52,7 @@ def _page(tries: Sequence[Try], what: str, command: Command) -> str:
 
 
 class Progress:
-    """Says on stderr what the runs print; where that is no terminal, a line for each that has ended."""
+    """Shows on stderr what the runs print; without a terminal, a line for each run that has ended."""
 
     def __init__(self, total: int | None) -> None:
         from rich.console import Console
@@ -81,7 +81,7 @@ class Progress:
         self._bar.stop()
 
     def __call__(self, tries: Tries) -> None:
-        """Show how far they are."""
+        """Show their progress."""
         for each in tries.done[self._told :]:
             if not self._console.is_terminal:
                 result = each.problem or f"{each.score:.4g}"
@@ -97,7 +97,7 @@ class Progress:
 
 
 def rows(tries: Sequence[Try], what: str) -> list[list[str]]:
-    """The table: a heading, and a row for each threshold, which begins with it as it was given."""
+    """The table: a heading, and a row for each threshold, which starts with the threshold as given."""
     found = [["threshold", f"{what} at the end", "largest norm", "clipped", "spikes", "time"]]
     for each in tries:
         norm = "" if math.isnan(each.largest) else f"{each.largest:.4g}"
@@ -108,7 +108,7 @@ def rows(tries: Sequence[Try], what: str) -> list[list[str]]:
 
 
 def _print_table(tries: Sequence[Try], what: str) -> None:
-    """The table, and which threshold to take."""
+    """The table, and which threshold to use."""
     from rich.table import Table
 
     from torchclip.cli.terminal import console_for
@@ -138,7 +138,7 @@ def _histories(tries: Sequence[Try]) -> dict[str, History]:
 
 
 def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
-    """The loss of every run over the steps, smoothed where there are many."""
+    """The loss of every run over the steps, smoothed if there are many."""
     from matplotlib.figure import Figure
 
     from torchclip.history.figure import NARROW, empty_figure, label_plainly
@@ -161,7 +161,7 @@ def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
 
 
 def _smooth(losses: Sequence[float]) -> Array:
-    """The mean over a fiftieth of the run; what is not finite leaves a gap."""
+    """The moving mean over a fiftieth of the run; values that are not finite leave gaps."""
     values = np.where(np.isfinite(losses), losses, np.nan)
     width = max(len(values) // 50, 1)
     sums = np.cumsum(np.insert(values, 0, 0.0))

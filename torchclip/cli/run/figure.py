@@ -15,10 +15,10 @@ __all__ = ["histories_figure"]
 
 
 def histories_figure(histories: Mapping[str, History]) -> Figure:
-    """The norm over the steps, and below it the loss where it is known: panels for each optimizer.
+    """The norm over the steps, and below it the loss if it is known, in panels for each optimizer.
 
     Args:
-        histories: the steps, by what to write above them; may be empty.
+        histories: the steps, by their title; may be empty.
     """
     from matplotlib.figure import Figure
 

@@ -18,7 +18,7 @@ __all__ = ["Files", "read_csv"]
 
 
 class Files(NamedTuple):
-    """Where they go, if anywhere."""
+    """The paths of the files, or None."""
 
     plot: Path | None
     csv: Path | None
@@ -27,7 +27,7 @@ class Files(NamedTuple):
     def write(
         self, histories: Mapping[str, History], figure: Callable[[], Figure], page: Callable[[], str]
     ) -> int:
-        """Write all of them: 0, or 2 if one could not be written, which is said on stderr.
+        """Write all of them; returns 0, or 2 if one could not be written, with a message on stderr.
 
         Args:
             histories: the steps, by optimizer.
@@ -63,7 +63,7 @@ def _write_csv(path: Path, histories: Mapping[str, History]) -> None:
 
 
 def read_csv(path: Path) -> dict[str, History]:
-    """What was written for ``--csv``; in files of earlier versions there is no loss."""
+    """Read a file of ``--csv``; files of earlier versions have no loss."""
     found: dict[str, History] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""What calls of torch's clipping functions do, and how long they take, recorded while a program runs."""
+"""Records what calls of torch's clipping functions do, and how long they take, while a program runs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _MOST_TIMES = 10_000
 
 
 class FunctionRecorder:
-    """Stands between a program and the functions that ``torchclip.install`` has put in place.
+    """Wraps the functions that ``torchclip.install`` has installed.
 
-    No call waits for an accelerator; work there that goes on when a call has returned is not in the times.
-    Calls inside of a function under ``torch.compile`` are not seen.  Where a trial replaces the program's
-    clipping, the functions only measure.
+    No call waits for an accelerator; the times do not include work there that continues after a call has
+    returned.  Calls inside a function under ``torch.compile`` are not recorded.  If a trial replaces the
+    program's clipping, the functions only measure.
 
     Attributes:
-        calls (Calls): what they did, for the optimizers that step next.
+        calls (Calls): their effects, for the optimizers that step next.
         counts (Counter[str]): the calls of each function, by its name.
-        seconds (dict[str, deque[float]]): how long the latest of them took on the host.
+        seconds (dict[str, deque[float]]): how long the latest calls took on the host.
         replaced (Counter[str]): the calls that only measured, by function.
     """
 
@@ -48,7 +48,7 @@ class FunctionRecorder:
         self._ours = {function.__name__: function for _, _, function in patch.places()}
 
     def attach(self) -> None:
-        """Record from now on; ``torchclip.uninstall`` takes this out with the rest."""
+        """Record from now on; ``torchclip.uninstall`` ends it with the rest."""
         global _attached
         _attached = self
         for module, name, function in patch.places():
@@ -56,7 +56,7 @@ class FunctionRecorder:
             vars(stand_in)["__wrapped__"] = vars(function)["__wrapped__"]
             setattr(module, name, stand_in)
 
-    # What is done in the functions' place; the names of the arguments are those that a program may use
+    # The wrappers; their arguments have the names that a program may use
 
     def clip_grad_norm_(self, parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
         """Clip, and keep what that did."""
@@ -72,13 +72,13 @@ class FunctionRecorder:
         if len(args) > 1 or raises or not _can_be_read(items):
             norm = self._call("clip_grad_norm_", given, max_norm, *args, **kwargs)
         else:
-            # Which gradients are not finite can be seen as long as they have not been multiplied by NaN.
+            # After a multiplication by NaN, it is too late to see which gradients are not finite.
             strict = {**kwargs, "error_if_nonfinite": True}
             try:
                 norm = self._call("clip_grad_norm_", given, max_norm, *args, **strict)
             except RuntimeError:
                 bad = nonfinite_ids(items)
-                if self._trial.nonfinite is not None:  # its Clipper needs the gradients as they are
+                if self._trial.nonfinite is not None:  # its Clipper needs the original gradients
                     max_norm = math.inf
                 norm = ours(given, max_norm, *args, **kwargs)
         self._keep("clip_grad_norm_", items, max_norm, norm, bad)
@@ -114,11 +114,11 @@ class FunctionRecorder:
             self.calls.add(items, Call("clip_grad_value_", before, math.inf, clip_coef, bad))
 
     def get_total_norm(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take the norm."""
+        """Measure the norm."""
         return self._call("get_total_norm", tensors, *args, **kwargs)
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call torchclip's function, and take the time."""
+        """Call torchclip's function, and measure the time."""
         if torch.compiler.is_compiling():
             return self._ours[name](*args, **kwargs)
         self.counts[name] += 1
@@ -143,7 +143,7 @@ class FunctionRecorder:
 
 
 def _listed(parameters: Any) -> tuple[Any, list[Tensor]]:
-    """What to hand on, and the parameters, which a program may have in an iterator that is walked once."""
+    """The argument to pass on, and the parameters, which a program may pass as an iterator."""
     if isinstance(parameters, Tensor):
         return parameters, [parameters]
     if isinstance(parameters, nn.Module):
@@ -151,13 +151,13 @@ def _listed(parameters: Any) -> tuple[Any, list[Tensor]]:
     if not isinstance(parameters, Iterable):
         return parameters, []
     items = list(parameters)
-    # A generator without items is warned of, and what holds no tensors is refused, as ever.
+    # Empty generators give a warning, and anything but tensors an error, as usual.
     walked = isinstance(parameters, Iterator) and items
     return items if walked else parameters, [item for item in items if isinstance(item, Tensor)]
 
 
 def _can_be_read(items: Sequence[Tensor]) -> bool:
-    """Whether to look at a value costs no wait for an accelerator and no message to other ranks."""
+    """Whether a value can be read without waiting for an accelerator or other ranks."""
     return all(type(p.grad) is Tensor and p.grad.is_cpu for p in items[:1] if p.grad is not None)
 
 
@@ -167,17 +167,17 @@ def _is_bad(norm: Any) -> bool:
 
 
 _attached: FunctionRecorder | None = None
-"""The recorder; none in another process, which got one of the functions below in a pickle."""
+"""The recorder; None in another process that unpickled one of the functions below."""
 
 
 def _stand_in(ours: Callable[..., Any]) -> Callable[..., Any]:
-    """What a program gets in the place of a function: a function of this module, as pickles need."""
+    """What replaces a function in a program: a function of this module, as pickle requires."""
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         return (ours if _attached is None else getattr(_attached, ours.__name__))(*args, **kwargs)
 
     functools.update_wrapper(stand_in, ours)
-    vars(stand_in).pop("__wrapped__")  # which is torch's function, while it is replaced
+    vars(stand_in).pop("__wrapped__")  # torch's function, while it is replaced
     stand_in.__module__ = __name__
     vars(stand_in)["__signature__"] = inspect.signature(ours)
     return stand_in

@@ -1,4 +1,4 @@
-"""The norms of a program's gradients, which stay as they are."""
+"""The norms of a program's gradients, which do not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def with_gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def norm_of(parameters: Sequence[Tensor]) -> Norm | None:
-    """The norm of all gradients together, on an accelerator a tensor; None if there is none."""
+    """The norm of all gradients together, on an accelerator a tensor; None if there are none."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return gather.tensors(grads).norm(2.0) if grads else None
 
@@ -34,7 +34,7 @@ def norms_of(parameters: Sequence[Tensor]) -> Tensor:
         found = on_device(norms, device)
         if len(batch.all) == len(parameters):
             return found
-        # Parameters that share a gradient.
+        # Several parameters may share a gradient.
         rows = {id(grad): row for row, grad in enumerate(batch.all)}
         return found[[rows[id(parameter.grad)] for parameter in parameters]]
 

@@ -1,4 +1,4 @@
-"""The loss of each step: what a program calls ``backward()`` on, kept for the optimizer that steps next."""
+"""The loss of each step: the scalar on which a program calls ``backward()``, for the next optimizer step."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Loss = float | Tensor
 
 
 class LossRecorder:
-    """Sees each scalar that a program calls ``backward()`` on, without a GradScaler's scale.
+    """Records each scalar on which a program calls ``backward()``, without a GradScaler's scale.
 
-    Several within a step are added up, as gradient accumulation does.  ``autograd.grad`` and
-    ``backward(gradient=...)`` are not seen.
+    Several scalars in a step are added, as in gradient accumulation.  ``autograd.grad`` and
+    ``backward(gradient=...)`` are not recorded.
 
     Attributes:
-        backwards: how often ``backward()`` was called, on whatever.
+        backwards: how often ``backward()`` was called.
     """
 
     def __init__(self) -> None:
         self.backwards = 0
         self._pending: Loss | None = None
         self._is_closed = False
-        # A scaled loss → the loss as it was; and what has scaled last, for what is computed from its result.
+        # A scaled loss → the original loss; and the last scaler, for values computed from its result.
         self._unscaled = WeakTensorKeyDictionary()
         self._scaled_by: Callable[[Tensor], Any] | None = None
         self._detach: list[Callable[[], None]] = []
@@ -47,12 +47,12 @@ class LossRecorder:
             super(GradScaler, scaler).__init_subclass__()
             self._replace_in_scaler(scaler)
 
-        # Such as torch.distributed's scaler, which the program may import at any time.
+        # The program may import others at any time, such as torch.distributed's scaler.
         setattr(GradScaler, "__init_subclass__", classmethod(see_new_class))  # noqa: B010
         self._detach.append(lambda: delattr(GradScaler, "__init_subclass__"))
 
     def _replace_in_scaler(self, scaler: type[GradScaler]) -> None:
-        """Replace the methods of a class of GradScalers, and of those that are derived from it."""
+        """Replace methods of a class of GradScalers and of its subclasses."""
         for name, stand_in in {"scale": self._scale, "update": self._update}.items():
             if name in vars(scaler):
                 self._replace(scaler, name, stand_in)
@@ -60,17 +60,17 @@ class LossRecorder:
             self._replace_in_scaler(derived)
 
     def detach(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         while self._detach:
             self._detach.pop()()
 
     def take(self) -> Loss | None:
-        """The loss of the step that begins now, None if there was none."""
+        """The loss of the step that begins now; None if there is none."""
         pending, self._pending, self._is_closed = self._pending, None, False
         return pending
 
     def close(self) -> None:
-        """Add nothing more to this step's loss: the closure of an optimizer has been called once."""
+        """Add nothing more to this step's loss, as the optimizer's closure has been called once."""
         self._is_closed = True
 
     def _replace(self, owner: type, name: str, stand_in: Callable[..., Any]) -> None:
@@ -114,12 +114,12 @@ class LossRecorder:
         return scaled
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
-        self._pending = None  # what is left belongs to a step that the scaler has skipped
+        self._pending = None  # the rest belongs to a step that the scaler has skipped
         return original(scaler, *args, **kwargs)
 
 
 def _pairs(scaled: Any, outputs: Any) -> list[tuple[Tensor, Tensor]]:
-    """Scaled tensors in lists, and what they were before; an iterator has none left."""
+    """Scaled tensors in lists, with the originals; an iterator is used up."""
     if isinstance(outputs, Tensor):
         return [(scaled, outputs)]
     if not isinstance(outputs, (list, tuple)):
@@ -128,7 +128,7 @@ def _pairs(scaled: Any, outputs: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def _value(tensor: Tensor) -> Loss:
-    """A loss as a number, or as a tensor of its own where to read it would be to wait."""
+    """A loss as a number, or as a copied tensor if reading it would wait."""
     if mesh.is_dtensor(tensor):
         tensor = tensor.to_local()
     return float(tensor.item()) if tensor.is_cpu else tensor.detach().reshape(()).clone()

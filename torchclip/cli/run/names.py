@@ -1,4 +1,4 @@
-"""What a program calls its optimizers and its parameters: looked up once, when an optimizer first steps."""
+"""A program's names for its optimizers and parameters, looked up once, when an optimizer first steps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 __all__ = ["parameter_names", "unique_names", "variable_names"]
 
-_MOST_ITEMS = 100  # of a list or a dictionary that is searched
+_MOST_ITEMS = 100  # the largest list or dictionary that is searched
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
 def variable_names(optimizer: Optimizer) -> list[str]:
-    """Names under which the program that is running knows an optimizer, the likeliest first."""
+    """The running program's names for an optimizer, the most likely first."""
     found: dict[str, None] = {}
     scopes = list(_scopes())
     for scope in scopes:
@@ -34,11 +34,11 @@ def variable_names(optimizer: Optimizer) -> list[str]:
 
 
 def unique_names(candidates: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[str]:
-    """A name for each of several optimizers that tells it apart.
+    """A unique name for each of several optimizers.
 
     Args:
-        candidates: for each the names that it may have, the likeliest first.
-        kinds: for each its class.
+        candidates: the possible names of each, the most likely first.
+        kinds: the class of each.
     """
     if len(kinds) == 1:
         return [candidates[0][0] if candidates[0] else kinds[0]]
@@ -52,7 +52,7 @@ def unique_names(candidates: Sequence[Sequence[str]], kinds: Sequence[str]) -> l
 
 
 def parameter_names(optimizer: Optimizer) -> dict[int, str]:
-    """The names of an optimizer's parameters, by their ``id``: its own, a module's, or their place."""
+    """The names of an optimizer's parameters, by their ``id``: its own, a module's, or their position."""
     names: dict[int, str] = {}
     parameters = []
     for group in optimizer.param_groups:
@@ -69,7 +69,7 @@ def parameter_names(optimizer: Optimizer) -> dict[int, str]:
 
 
 def _names_by_modules(missing: set[int]) -> dict[int, str]:
-    """Names from as few of the program's modules as know all that is missing."""
+    """Names from as few of the program's modules as have all missing parameters."""
     known: dict[int, tuple[str, dict[int, str]]] = {}
     for scope in _scopes():
         for owner, value in scope.items():
@@ -99,7 +99,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _scopes() -> Iterator[Mapping[str, Any]]:
-    """The variables of the script itself, and of the functions that are running, from the outside in."""
+    """The variables of the script itself, and of the running functions, outermost first."""
     main = sys.modules["__main__"]
     yield _variables(vars(main))
     frames = []
@@ -129,7 +129,7 @@ def _attributes(value: object) -> dict[str, Any]:
 
 
 def _places(name: str, value: object, optimizer: Optimizer) -> Iterator[str]:
-    """Where in a list or a dictionary the optimizer is."""
+    """The position of the optimizer in a list or a dictionary."""
     if isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
         yield from (f"{name}[{i}]" for i, item in enumerate(value) if item is optimizer)
     if isinstance(value, dict) and len(value) <= _MOST_ITEMS:

@@ -1,4 +1,4 @@
-"""One optimizer of a program, and what its steps were like."""
+"""One optimizer of a program, and a record of its steps."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from torchclip.history.layers import Layers
 
 __all__ = ["OptimizerRecord"]
 
-MOST_ROUNDS = 10_000  # as many as a history keeps steps
+MOST_ROUNDS = 10_000  # as many as a history keeps
 
 
 class OptimizerRecord:
-    """One optimizer, and what its steps were like.
+    """One optimizer, and a record of its steps.
 
     Attributes:
         optimizer: a weak reference to it.
         kind: its class.
-        candidates: what the program may call it.
+        candidates: the program's possible names for it.
         names: its parameters' names, by their ``id``.
-        steps: how many steps it has taken.
+        steps: the number of its steps.
         history: its steps; those of its Clipper, if it has one.
         layers: the norms of its parameters in some of the steps.
-        rounds: after how many backward passes each of the latest steps was taken.
-        clipped_by: how many steps were clipped in which way.
+        rounds: the number of backward passes before each of the latest steps.
+        clipped_by: the number of steps by the way in which they were clipped.
         nonfinite: the names of the parameters with a gradient that is not finite, by step.
-        problem: why its norms are not known, or why it is not clipped as the options ask.
-        step: the step that it is taking.
+        problem: why its norms are not known, or why it is not clipped as the options say.
+        step: the running step.
         loss: the loss of this step, if it is known.
-        call: what torch's functions have done to the gradients of this step, where a Clipper of this run
-            looks at them afterwards.
+        call: what torch's functions did to the gradients of this step, if a Clipper of this run measures them
+            afterwards.
         is_measured: whether this step is recorded.
     """
 
@@ -60,23 +60,23 @@ class OptimizerRecord:
         self.read_parameters(optimizer)
 
     def read_parameters(self, optimizer: Optimizer) -> None:
-        """Learn the names of the parameters, of one more group perhaps than before."""
+        """Look up the names of the parameters, perhaps with a new group."""
         self.groups = len(optimizer.param_groups)
         self.names = parameter_names(optimizer)
         self.on_host = _on_host(optimizer)
 
     def note_round(self, backwards: int) -> None:
-        """Note after how many backward passes this step is taken."""
+        """Record the number of backward passes before this step."""
         if backwards:
             self.rounds[self.steps] = backwards
             if len(self.rounds) > MOST_ROUNDS:
                 del self.rounds[next(iter(self.rounds))]
 
     def label(self, name: str) -> str:
-        """What to call it in a report."""
+        """Its name in a report."""
         return name if name.startswith(self.kind) else f"{name} ({self.kind})"
 
 
 def _on_host(optimizer: Optimizer) -> bool:
-    """Whether the parameters are in host memory, where reading a value does not wait."""
+    """Whether the parameters are in host memory, so that reading a value does not wait."""
     return all(p.is_cpu for group in optimizer.param_groups for p in group["params"][:1])

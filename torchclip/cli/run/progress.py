@@ -1,4 +1,4 @@
-"""A line that says how far a program is, beneath what it writes itself."""
+"""A progress line below a program's own output."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchclip.cli.run.optimizer import OptimizerRecord
 
 __all__ = ["Progress"]
 
-_SECONDS = 0.5  # between two lines
+_SECONDS = 0.5  # seconds between updates
 
 
 class Progress:
-    """Draws the line on stderr, a terminal, and takes it away before the program writes anything.
+    """Draws the line on stderr, a terminal, and removes it before the program writes anything.
 
-    While the program's own last line has not ended, such as a bar of its own, there is none.
+    While the program's own last line is unfinished, such as a progress bar, there is no line.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Progress:
         self._proxies: list[_ClearingStream] = []
 
     def attach(self) -> None:
-        """Stand before stdout and stderr where these are terminals."""
+        """Wrap stdout and stderr if they are terminals."""
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is not None and stream.isatty():
@@ -42,22 +42,20 @@ class Progress:
                 setattr(sys, name, proxy)
 
     def detach(self) -> None:
-        """Take the line away, and put the streams back, unless the program has replaced them."""
+        """Remove the line, and restore the streams unless the program has replaced them."""
         self.clear()
         for (name, stream), proxy in zip(self._streams.items(), self._proxies, strict=True):
             if getattr(sys, name) is proxy:
                 setattr(sys, name, stream)
 
     def __call__(self, optimizer: OptimizerRecord) -> None:
-        """Draw the line anew, if it is time."""
+        """Redraw the line if it is time."""
         now = time.perf_counter()
         if now < self._next or not all(proxy.line_has_ended for proxy in self._proxies):
             return
         self._next = now + _SECONDS
         text = f"torchclip: step {optimizer.steps:,}"
-        if optimizer.on_host and len(
-            optimizer.history
-        ):  # elsewhere reading a value would wait for the device
+        if optimizer.on_host and len(optimizer.history):  # on other devices reading a value would wait
             record = optimizer.history[-1]
             clipped = f", clipped to {record.max_norm:.4g}" if record.clipped else ""
             text += f", norm {record.total_norm:.4g}{clipped}"
@@ -66,7 +64,7 @@ class Progress:
         self._shown = True
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._shown:
             self._shown = False
             self._write(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
@@ -78,7 +76,7 @@ class Progress:
 
 
 class _ClearingStream:
-    """A stream that has something done before it is written to."""
+    """A stream that calls a function before each write."""
 
     def __init__(self, stream: TextIO, before: Any) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""What ``torchclip run`` prints at the end: what clipping did, which threshold to take, and what it cost."""
+"""The report of ``torchclip run``: what clipping did, which threshold to use, and what recording cost."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _WIDTH = 80
 _MOST_OPTIMIZERS, _MOST_LAYERS, _MOST_NONFINITE, _MOST_NAMES = 8, 3, 3, 4
 STRAY = "no optimizer"
 REPORT = "torchclip: what clipping did"
-"""How a report begins."""
+"""The beginning of a report."""
 
 
 def report(functions: FunctionRecorder, steps: StepRecorder, seconds: float, end: str = "") -> str:
-    """What clipping did and cost in a run of so many seconds, in a few lines.
+    """What clipping did and cost in a run, in a few lines.
 
     Args:
         functions: the calls of torch's functions.
         steps: the steps of the optimizers.
         seconds: how long the run took.
-        end: how it ended, unless as usual.
+        end: how it ended, if not normally.
     """
     width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
     found = labels(steps)
@@ -69,7 +69,7 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def labels(steps: StepRecorder) -> dict[str, OptimizerRecord]:
-    """The optimizers, each by a label of its own; those that share a Clipper are one."""
+    """The optimizers, each with its own label; those that share a Clipper count as one."""
     names = unique_names(
         [each.candidates for each in steps.optimizers], [each.kind for each in steps.optimizers]
     )
@@ -88,7 +88,7 @@ def joint_histories(optimizers: Mapping[str, OptimizerRecord]) -> dict[str, Hist
 
 
 def histories(functions: FunctionRecorder, steps: StepRecorder) -> dict[str, History]:
-    """The steps of each optimizer, and of those that step together, with the norms of their parameters."""
+    """The steps of each optimizer, and of optimizers that step together, with their parameters' norms."""
     found = joint_histories(labels(steps))
     for label, optimizer in labels(steps).items():
         found[label] = optimizer.history
@@ -102,9 +102,9 @@ def histories(functions: FunctionRecorder, steps: StepRecorder) -> dict[str, His
 def about(
     functions: FunctionRecorder, steps: StepRecorder, seconds: float, command: str, end: str = ""
 ) -> dict[str, list[str]]:
-    """What the page says beside the numbers, by an optimizer's label: how it was clipped, the largest layers.
+    """Further lines on the page, by an optimizer's label: how it was clipped, the largest layers.
 
-    Under the empty label: which script, when, for how long, and what clipping cost.
+    Under the empty label: the script, the date, the time it took, and the cost of clipping.
     """
     date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     run = [f"{command}, {date}, {_duration(seconds)}{end and ', '}{end}"]
@@ -127,7 +127,7 @@ def _did(
 
 
 def _about(optimizer: OptimizerRecord) -> Iterator[str]:
-    """Problems, where gradients were not finite, and the largest layers."""
+    """Problems, parameters with gradients that were not finite, and the largest layers."""
     if optimizer.problem:
         yield optimizer.problem
     nonfinite = optimizer.history.summary().nonfinite
@@ -145,7 +145,7 @@ def _about(optimizer: OptimizerRecord) -> Iterator[str]:
 def _clipped_by(optimizer: OptimizerRecord, functions: FunctionRecorder, steps: StepRecorder) -> str:
     if steps.trial.replaces and (steps.trial.none or not optimizer.problem):
         to = "" if steps.trial.threshold is None else _to(optimizer.history)
-        if steps.trial.is_per_parameter:  # a record holds the smallest threshold, which says nothing
+        if steps.trial.is_per_parameter:  # a record has only the smallest threshold, which is not informative
             to = ", each parameter to a threshold of its own"
         theirs = list(functions.replaced) + ["Clipper"] * bool(steps.replaced_clippers)
         in_place = f", in place of the script's own {' and '.join(theirs)}" if theirs else ""
@@ -223,7 +223,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """A time with three digits and its unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

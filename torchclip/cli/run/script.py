@@ -1,4 +1,4 @@
-"""A script or a module, run as Python itself would run it, in this process."""
+"""Runs a script or a module in this process, as Python itself would."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["prepare", "traceback_of_script"]
 
 
 def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
-    """Set up this process as Python would for the script, and read it.
+    """Set up this process for the script as Python would, and compile it.
 
     Args:
         script: the script's path, or the module's name.
@@ -25,11 +25,11 @@ def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
         module: whether ``script`` names a module.
 
     Returns:
-        What runs the script.
+        A function that runs the script.
 
     Raises:
-        argparse.ArgumentError: if there is nothing that can be run.
-        SyntaxError: if the script is no Python.
+        argparse.ArgumentError: if there is nothing to run.
+        SyntaxError: if the script is not valid Python.
     """
     sys.argv[:] = [script, *args]
     if module:
@@ -48,16 +48,16 @@ def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
 
 
 def _import_from(directory: str) -> None:
-    """Let the script import what lies there, in place of what ``torchclip`` itself was started from.
+    """Let the script import modules from there, instead of from where ``torchclip`` was started.
 
-    In its safe mode (``python -P``, ``PYTHONSAFEPATH``) Python adds neither.
+    In safe mode (``python -P``, ``PYTHONSAFEPATH``) Python adds neither.
     """
     if not _safe_path():
         sys.path[0] = directory
 
 
 def _safe_path() -> bool:
-    return bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # until 3.10 only as a part of -I
+    return bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # in 3.10 only as part of -I
 
 
 def _module(name: str) -> Callable[[], object]:
@@ -68,7 +68,7 @@ def _module(name: str) -> Callable[[], object]:
 
 
 def _packed(path: str) -> Callable[[], object]:
-    """A directory or a zip file, from which the script then imports, or compiled code."""
+    """A directory or zip file, from which the script then also imports, or compiled code."""
     if not path.endswith(".pyc"):
         if importlib.machinery.PathFinder.find_spec("__main__", [path]) is None:
             raise refusal(f"argument SCRIPT: there is no __main__.py in {path}")
@@ -83,7 +83,7 @@ def _source(path: str, source: bytes) -> Callable[[], object]:
     main.__dict__.update(__file__=path, __builtins__=__builtins__)
 
     def execute() -> None:
-        # Pickles and processes that are spawned look here for what the script defines.
+        # Pickle and spawned processes look here for the script's definitions.
         sys.modules["__main__"] = main
         exec(code, main.__dict__)
 

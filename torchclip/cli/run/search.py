@@ -1,4 +1,4 @@
-"""The search for a threshold: from the advice up and down by factors of 3, until both sides are worse."""
+"""The search for a threshold: up and down from the advice by factors of 3, until both sides are worse."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _MOST_RUNS = 8
 
 
 class Outcome(NamedTuple):
-    """What a run with a threshold came to."""
+    """The outcome of a run with a threshold."""
 
     threshold: float
     """``inf`` for no clipping."""
     loss: float
-    """At the end; ``inf`` if the run failed."""
+    """The final loss; ``inf`` if the run failed."""
     history: History
 
 
 def search(run: Callable[[Sequence[float]], Sequence[Outcome]]) -> list[Outcome]:
-    """Run without clipping, with what that run advises, and with its neighbours until they are worse.
+    """Run without clipping, then with the advice from that run, and with neighbors until they are worse.
 
     Args:
-        run: runs with each of some thresholds; returns fewer outcomes if it was interrupted.
+        run: runs with each of the given thresholds; returns fewer outcomes if it was interrupted.
 
     Returns:
-        What was run, in this order; at most eight.
+        The outcomes, in the order of the runs; at most eight.
     """
     outcomes = list(run([math.inf]))
     thresholds = [] if not outcomes else _around(_start(outcomes[0].history))
@@ -48,7 +48,7 @@ def search(run: Callable[[Sequence[float]], Sequence[Outcome]]) -> list[Outcome]
 
 
 def _start(history: History) -> float:
-    """What the run without clipping advises; its median norm if that is nothing, and 1 without any."""
+    """The advice from the run without clipping; else its median norm; else 1."""
     advised = history.suggest().max_norm
     middle = history.summary().quantiles.get(0.5, 0.0)
     return advised or _two_digits(middle) or 1.0

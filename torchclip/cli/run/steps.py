@@ -30,23 +30,23 @@ from torchclip.clipper.step import creates_state, with_closure
 
 __all__ = ["StepRecorder"]
 
-# Parameters are measured one by one in every so many of the first steps, and of the others.
+# How often parameters are measured one by one: in the first steps, and in later ones.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
-_EVERY_TIMED, _TIMED = 16, 10  # the time is taken in such steps, in which parameters are not measured
+_EVERY_TIMED, _TIMED = 16, 10  # steps that are timed, in which parameters are not measured
 _MOST_TIMES = 10_000
-_MOST_NONFINITE = 100  # steps whose parameters are kept
+_MOST_NONFINITE = 100  # the number of steps whose non-finite parameters are kept
 
 
 class StepRecorder:
-    """Records each step of a program's optimizers, and puts the clipping of a trial in place.
+    """Records each step of a program's optimizers, and applies the clipping of a trial.
 
-    An optimizer that has a Clipper is measured by that; one whose gradients were clipped by torch's functions
-    has been measured by them; for the others the norm is taken before each step.
+    A Clipper measures its own optimizer, and torch's functions measure the gradients that they clip; for
+    other optimizers the norm is measured before each step.
 
     Attributes:
-        trial: the clipping that is tried.
-        optimizers: what is known of each, in the order of their first steps.
-        replaced_clippers: how many Clippers of the program have got the thresholds of the trial.
+        trial: the clipping to try.
+        optimizers: the record of each, in the order of their first steps.
+        replaced_clippers: how many Clippers of the program have the trial's thresholds.
     """
 
     def __init__(
@@ -69,26 +69,26 @@ class StepRecorder:
         self._detach: list[Callable[[], None]] = []
         self._own_seconds: deque[float] = deque(maxlen=_MOST_TIMES)
         self._intervals: deque[float] = deque(maxlen=_MOST_TIMES)
-        self._last_timed = (0, 0.0)  # how many steps there were when the time was last taken, and that time
+        self._last_timed = (0, 0.0)  # the number of steps when the time was last measured, and that time
 
     @property
     def steps(self) -> int:
-        """How many there were, of all optimizers."""
+        """The number of steps of all optimizers."""
         return sum(record.steps for record in self.optimizers)
 
     @property
     def seconds(self) -> float:
-        """What recording takes in a step, as a median; 0 if no step was timed."""
+        """The median time that recording takes in a step; 0 if no step was timed."""
         return median(self._own_seconds) if self._own_seconds else 0.0
 
     @property
     def between(self) -> float:
-        """The time from one step to the next, likewise."""
+        """The median time from one step to the next."""
         return median(self._intervals) if self._intervals else 0.0
 
     def attach(self) -> None:
         """Record from now on."""
-        # What runs here is not to be compiled where the program's step is.
+        # This code must not be compiled together with the program's step.
         before_step, after_step = map(torch.compiler.disable, (self._before_step, self._after_step))
         self._detach += [
             register_optimizer_step_pre_hook(before_step).remove,
@@ -97,12 +97,12 @@ class StepRecorder:
         self._detach.append(registry.set_adjustment(self._adjusted))
 
     def detach(self) -> None:
-        """Record no more; Clippers of the trial stay."""
+        """Stop recording; Clippers of the trial stay."""
         while self._detach:
             self._detach.pop()()
 
     def _adjusted(self, optimizer: Any, max_norm: Any, nonfinite: Any) -> tuple[Any, Any]:
-        """What a Clipper that the program makes gets as ``max_norm`` and ``nonfinite``."""
+        """The ``max_norm`` and ``nonfinite`` of a Clipper that the program makes."""
         if not self._is_adding_clipper:
             self._remove_trial_clippers(optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
             if self.trial.replaces:
@@ -144,7 +144,7 @@ class StepRecorder:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The first call of a step's closure counts, with its loss and its gradients."""
+        """Record the first call of a step's closure, with its loss and gradients."""
         result = closure(*args, **kwargs)
         if not record.is_measured:
             loss = self._losses.take()
@@ -158,7 +158,7 @@ class StepRecorder:
         record = self._by_id.get(id(optimizer))
         if record is None or not record.step.end():
             return
-        if len(args) > 1 or kwargs:  # later calls of its closure do not count
+        if len(args) > 1 or kwargs:  # later calls of the closure do not count
             self._losses.take()
             self._calls.of(optimizer)
         clipper = clipper_of(optimizer)
@@ -167,7 +167,7 @@ class StepRecorder:
             if clipper in self._rounds:
                 self._rounds[clipper].mark(optimizer)
         number = record.steps
-        if number >= record.history.clipped_sizes.next_step:  # a Clipper does it for its own history
+        if number >= record.history.clipped_sizes.next_step:  # a Clipper does so for its own history
             record.history.clipped_sizes.measure(number, [optimizer])
         record.steps += 1
         if self._progress is not None:
@@ -182,7 +182,7 @@ class StepRecorder:
             self._last_timed = (steps, now)
 
     def _measure(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
-        """Record the step that an optimizer takes, or have its Clipper do so."""
+        """Record an optimizer's step, or let its Clipper do so."""
         record.is_measured = True
         try:
             record.call = self._calls.of(optimizer) if self._calls.are_waiting else None
@@ -199,7 +199,7 @@ class StepRecorder:
                 self._record_norm(record, optimizer)
             if _measures_layers(record.steps) and isinstance(clip_coef, float) and clip_coef > 0:
                 self._measure_layers(record, optimizer, clip_coef)
-        except Exception as error:  # the program must go on, whatever its gradients are
+        except Exception as error:  # the program must continue, whatever its gradients
             record.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
 
     def _record_call(self, record: OptimizerRecord, call: Call, skipped: bool) -> None:
@@ -215,7 +215,7 @@ class StepRecorder:
             self._note_nonfinite(record, record.steps, call.nonfinite)
 
     def _record_norm(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
-        """Record a step whose norm nobody else takes."""
+        """Record a step whose norm is not measured otherwise."""
         parameters = _parameters(optimizer)
         norm = norm_of(parameters)
         norm = 0.0 if norm is None else _unscaled(norm, optimizer)
@@ -224,16 +224,16 @@ class StepRecorder:
             self._note_nonfinite(record, record.steps, nonfinite_ids(parameters))
 
     def _measure_layers(self, record: OptimizerRecord, optimizer: Optimizer, clip_coef: float) -> None:
-        """Keep the norm of each parameter as it was before clipping."""
+        """Record the norm of each parameter before clipping."""
         parameters = with_gradient(_parameters(optimizer))
         if parameters:
             names = [record.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
             record.layers.append(record.steps, names, norms_of(parameters) / clip_coef)
 
     def _read_clipper(self, record: OptimizerRecord, optimizer: Optimizer, clipper: Clipper) -> None:
-        """Look up what a Clipper did in the step that has just been taken."""
+        """Read what a Clipper did in the last step."""
         if optimizer in self._trial_clippers and not self.trial.replaces:
-            # It decides on steps that are not finite; the program itself may have clipped before.
+            # It handles steps that are not finite; the program itself may have clipped before.
             last = clipper.last
             if last is not None and record.call is not None:
                 self._record_call(record, record.call, last.skipped)
@@ -255,7 +255,7 @@ class StepRecorder:
     def _register(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> OptimizerRecord | None:
-        """Take an optimizer in, or read its parameters anew if it has got another group."""
+        """Add an optimizer, or read its parameters again if it has a new group."""
         if creates_state(optimizer, args, kwargs, lambda: norm_of(_parameters(optimizer)) or 0.0):
             return None
         record = self._by_id.get(id(optimizer))
@@ -275,7 +275,7 @@ class StepRecorder:
         return record
 
     def _forget(self, gone: ref[Optimizer]) -> None:
-        """Another object may get the ``id`` of an optimizer that is gone."""
+        """Forget optimizers that are gone, as another object may get the same ``id``."""
         for key, record in list(self._by_id.items()):
             if record.optimizer is gone:
                 del self._by_id[key]
@@ -295,7 +295,7 @@ class StepRecorder:
             self._is_adding_clipper = False
 
     def _split_round(self, optimizer: Optimizer) -> None:
-        """Give each optimizer a Clipper of its own if they do not step on the same backward pass."""
+        """Give each optimizer its own Clipper if they do not step on the same backward pass."""
         clipper = self._trial_clippers.get(optimizer)
         if clipper is None or clipper not in self._rounds:
             return
@@ -310,7 +310,7 @@ class StepRecorder:
                 self._is_adding_clipper = False
 
     def _remove_trial_clippers(self, optimizers: Sequence[Any]) -> None:
-        """The program makes a Clipper of its own for optimizers that have this run's."""
+        """Detach this run's Clipper from optimizers for which the program makes its own."""
         for optimizer in optimizers:
             if isinstance(optimizer, Optimizer) and optimizer in self._trial_clippers:
                 clipper = self._trial_clippers[optimizer]
@@ -325,7 +325,7 @@ def _measures_layers(step: int) -> bool:
 
 
 def _is_timed(step: int) -> bool:
-    """Whether the time is taken in a step: one in which recording does what it usually does."""
+    """Whether a step is timed: one in which recording does its usual work."""
     return step % _EVERY_TIMED == _TIMED
 
 

@@ -17,14 +17,14 @@ from torchclip.history.records import Record
 
 __all__ = ["OpenRound", "companions", "joint_history", "together"]
 
-_SHARE = 0.9  # of the rounds of the one that steps less often
+_SHARE = 0.9  # the required share of the rounds of the optimizer that steps less often
 
 
 def companions(optimizer: Optimizer, known: Container[int]) -> list[Optimizer]:
-    """Other optimizers that have gradients now, and have never stepped: they step with this one, it seems.
+    """Other optimizers that have gradients and have never stepped, and so probably step with this one.
 
     Args:
-        optimizer: the one that takes its first step.
+        optimizer: the optimizer that takes its first step.
         known: the ``id`` of each optimizer that has stepped, or has a Clipper.
     """
     own = {id(parameter) for parameter in _parameters(optimizer)}
@@ -32,7 +32,7 @@ def companions(optimizer: Optimizer, known: Container[int]) -> list[Optimizer]:
     for each in gc.get_objects():
         if issubclass(type(each), Optimizer) and takes_hooks(each):
             theirs = _parameters(each)
-            # One that wraps another has the same parameters.
+            # An optimizer that wraps another has the same parameters.
             if each is optimizer or id(each) in known or own & set(map(id, theirs)):
                 continue
             if not isinstance(each, LBFGS) and any(parameter.grad is not None for parameter in theirs):
@@ -42,7 +42,7 @@ def companions(optimizer: Optimizer, known: Container[int]) -> list[Optimizer]:
 
 
 class OpenRound:
-    """Which of the optimizers of one Clipper have stepped on the gradients that are there."""
+    """Which optimizers of one Clipper have stepped with the current gradients."""
 
     def __init__(self) -> None:
         self._backwards = 0
@@ -50,15 +50,15 @@ class OpenRound:
         self._optimizers: dict[int, ref[Optimizer]] = {}
 
     def step(self, optimizer: Optimizer, backwards: int) -> bool:
-        """Note a step; False if the optimizer's gradients are of another backward pass than the others'.
+        """Record a step; False if the optimizer's gradients come from another backward pass than the others'.
 
         Args:
-            optimizer: the one that steps.
+            optimizer: the optimizer that steps.
             backwards: how many backward passes there have been.
         """
         is_new = not self._stepped or id(optimizer) in self._stepped
         if not is_new and backwards != self._backwards:
-            # Whoever has stepped may have new gradients as well: then it steps less often than this one.
+            # If one that has stepped also has new gradients, it steps less often than this one.
             if all(_mark(each) == mark for each, mark in self._others()):
                 return False
             is_new = True
@@ -69,7 +69,7 @@ class OpenRound:
         return True
 
     def mark(self, optimizer: Optimizer) -> None:
-        """Note the gradients with which an optimizer has stepped."""
+        """Record the gradients with which an optimizer has stepped."""
         self._stepped[id(optimizer)] = _mark(optimizer)
 
     def _others(self) -> list[tuple[Optimizer, tuple[ref[Tensor] | None, int]]]:
@@ -82,7 +82,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _mark(optimizer: Optimizer) -> tuple[ref[Tensor] | None, int]:
-    """What tells a new gradient from one that is still the same."""
+    """Data that distinguishes a new gradient from an old one."""
     grad = next((p.grad for p in _parameters(optimizer) if p.grad is not None), None)
     return (None, 0) if grad is None else (ref(grad), grad._version)
 
@@ -91,7 +91,7 @@ def _mark(optimizer: Optimizer) -> tuple[ref[Tensor] | None, int]:
 
 
 def together(optimizers: Sequence[OptimizerRecord]) -> list[list[OptimizerRecord]]:
-    """Those that step after the same backward passes, each on its own Clipper or on none."""
+    """Optimizers that step after the same backward passes, each with its own Clipper or with none."""
     groups: list[list[OptimizerRecord]] = []
     for each in optimizers:
         for group in groups:
@@ -106,7 +106,7 @@ def together(optimizers: Sequence[OptimizerRecord]) -> list[list[OptimizerRecord
 
 
 def joint_history(optimizers: Sequence[OptimizerRecord]) -> History:
-    """Their steps as one: the norm of all gradients of a backward pass, as one call would have seen it."""
+    """Their joint steps: the norm of all gradients of a backward pass, as a single call would measure it."""
     rounds: dict[int, list[Record]] = {}
     for each in optimizers:
         for record in each.history:
@@ -115,7 +115,7 @@ def joint_history(optimizers: Sequence[OptimizerRecord]) -> History:
     joint = History()
     for step, parts in enumerate(rounds[number] for number in sorted(rounds)):
         norms = {(part.total_norm, part.max_norm) for part in parts}
-        # A call that clipped all of them has measured all of them.
+        # A call that clipped all of them also measured all of them.
         is_one_call = len(norms) == 1 and math.isfinite(parts[0].max_norm)
         norm = parts[0].total_norm if is_one_call else math.hypot(*(part.total_norm for part in parts))
         losses = [part.loss for part in parts if part.loss is not None]

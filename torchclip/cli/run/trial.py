@@ -1,4 +1,4 @@
-"""The clipping that a user tries for one run, in place of the program's own."""
+"""The clipping that a user tries in one run, instead of the program's own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Trial"]
 
 @dataclass(frozen=True)
 class Trial:
-    """What the options of ``torchclip run`` ask for.
+    """The clipping that the options of ``torchclip run`` describe.
 
     Attributes:
         max_norm: a threshold, or a ceiling for one that learns; None if not given.
-        threshold: the name of one that learns, or None.
-        nonfinite: what to do about steps that are not finite, or None for what is usual.
-        none: whether nothing is to be clipped.
+        threshold: the name of a learned threshold, or None.
+        nonfinite: what to do about steps that are not finite; None for the usual.
+        none: whether to clip nothing.
     """
 
     max_norm: float | None = None
@@ -33,7 +33,7 @@ class Trial:
 
     @property
     def replaces(self) -> bool:
-        """Whether the thresholds of the program's own clipping count no more."""
+        """Whether it replaces the program's own thresholds."""
         return self.none or self.max_norm is not None or self.threshold is not None
 
     @property
@@ -43,16 +43,16 @@ class Trial:
 
     @property
     def is_per_parameter(self) -> bool:
-        """Whether each parameter has a threshold of its own."""
+        """Whether each parameter has its own threshold."""
         return self.threshold == "adagc"
 
     def new_max_norm(self) -> MaxNorm:
-        """What a Clipper gets as ``max_norm``."""
+        """The ``max_norm`` of a Clipper."""
         ceiling = math.inf if self.max_norm is None else self.max_norm
         return max_norm_of(self.threshold or "fixed", ceiling)
 
     def clipper_for(self, optimizer: Optimizer | Sequence[Optimizer]) -> Clipper:
-        """A Clipper on an optimizer that has none, or on several that step together."""
+        """Make a Clipper for an optimizer without one, or for several that step together."""
         return Clipper(optimizer, self.new_max_norm(), nonfinite=self.nonfinite or "propagate")
 
     def __str__(self) -> str:

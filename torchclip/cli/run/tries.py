@@ -1,4 +1,4 @@
-"""Several thresholds tried on a script: a process for each, its log, and what it came to."""
+"""Tries several thresholds on a script: a process for each, its log, and its result."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from torchclip.history.signs import final_loss
 
 __all__ = ["Command", "Tries", "Try", "recommended"]
 
-_SECONDS_TO_END = 20  # which a run has after Ctrl-C to write down what it did
-_TAIL = 4096  # bytes at the end of a log in which the last line is
+_SECONDS_TO_END = 20  # seconds that a run has after Ctrl-C to write its results
+_TAIL = 4096  # bytes at the end of a log that contain the last line
 _KILL = getattr(signal, "SIGKILL", 9)
-_CLOSE = 1.01  # a loss this many times the lowest one is as good
+_CLOSE = 1.01  # a loss up to this many times the lowest is as good
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is run with each threshold.
+    """The command that runs with each threshold.
 
     Attributes:
         script: the arguments of ``torchclip run`` from the script on, with ``-m`` before a module.
-        nonfinite: what ``--nonfinite`` says, if it was given.
-        metric: what finds the number to compare in a run's output, in place of the loss.
+        nonfinite: the value of ``--nonfinite``, or None.
+        metric: finds the number to compare in a run's output, instead of the loss.
     """
 
     script: Sequence[str]
@@ -61,12 +61,12 @@ class Try:
     """A run with one threshold.
 
     Attributes:
-        threshold: as it was given.
-        log: where its output goes.
-        score: the loss at the end, or what ``--metric`` found; ``inf`` if it is not known.
+        threshold: the threshold as given.
+        log: the file for its output.
+        score: the final loss, or the number that ``--metric`` found; ``inf`` if it is not known.
         histories: its steps, by optimizer.
         seconds: how long it took.
-        problem: why it counts for nothing, if so.
+        problem: why it has no result, if so.
         error: the last line that it printed, if it failed.
     """
 
@@ -108,15 +108,15 @@ class Try:
         return sum(each.suggest().spikes for each in self.histories.values())
 
     def last_line(self) -> str:
-        """What it has printed last, but for torchclip's report."""
+        """The last line that it printed, except torchclip's report."""
         with self.log.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
             lines = file.read().decode(errors="replace").partition(REPORT)[0].splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def read(self, csv: Path, status: int, metric: re.Pattern[str] | None) -> None:
-        """Take in what the run has written, which ended with this exit status."""
-        was_killed = status == -_KILL  # perhaps while it wrote
+        """Read what the run has written after it ended with this exit status."""
+        was_killed = status == -_KILL  # perhaps while it was writing
         self.histories = read_csv(csv) if csv.exists() and not was_killed else {}
         if metric is None:
             self.score = final_loss(self.losses)
@@ -135,7 +135,7 @@ class Try:
             self.score = math.inf
 
     def _unknown(self, by_metric: bool) -> str:
-        """Why there is no number at the end."""
+        """Why there is no result."""
         if by_metric:
             return "no line matched --metric"
         if not any(len(each) for each in self.histories.values()):
@@ -147,8 +147,8 @@ class Tries:
     """Runs a command with several thresholds, some at the same time.
 
     Attributes:
-        done: the runs that have ended, in the order in which they were begun.
-        running: those that have not.
+        done: the runs that have ended, in the order of their start.
+        running: the runs that have not ended.
         interrupted: whether Ctrl-C, or a signal that asks this process to end, has ended them.
         directory: where the logs are.
     """
@@ -172,7 +172,7 @@ class Tries:
         return 0 if any(not each.problem for each in self.done) else 1
 
     def all_of(self, thresholds: Sequence[str]) -> list[Try]:
-        """Run with each of these thresholds; after Ctrl-C only those that were begun are returned."""
+        """Run with each of these thresholds; after Ctrl-C, returns only those that were started."""
         tries = [Try(each, self.directory / f"{each}.log") for each in thresholds]
         with ThreadPoolExecutor(self._jobs) as pool, _ended_as_by_ctrl_c() as self._received:
             futures = [pool.submit(self._run, each) for each in tries]
@@ -216,7 +216,7 @@ class Tries:
         csv = each.log.with_suffix(".csv")
         start = time.perf_counter()
         with each.log.open("wb") as log:
-            # In a session of its own: Ctrl-C reaches it through this process, once.
+            # In its own session, so that Ctrl-C reaches it once, through this process.
             process = subprocess.Popen(
                 self._command.arguments(each.threshold, csv),
                 stdin=subprocess.DEVNULL,
@@ -249,7 +249,7 @@ class Tries:
                     _kill(process)
 
     def _environment(self) -> dict[str, str]:
-        """Runs at the same time share the cores."""
+        """The number of threads of each run, as parallel runs share the cores."""
         cores = os.cpu_count() or 1
         threads = {"OMP_NUM_THREADS": str(max(cores // self._jobs, 1))} if self._jobs > 1 else {}
         return {**threads, "PYTHONUNBUFFERED": "1", **os.environ}
@@ -267,7 +267,7 @@ def _ended_as_by_ctrl_c() -> Iterator[list[int]]:
         received.append(number)
         raise KeyboardInterrupt
 
-    is_main = threading.current_thread() is threading.main_thread()  # others can set no handlers
+    is_main = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
     names = ("SIGTERM", "SIGHUP") if is_main else ()
     before = {number: signal.signal(number, end) for name in names if (number := getattr(signal, name, None))}
     try:
@@ -278,15 +278,15 @@ def _ended_as_by_ctrl_c() -> Iterator[list[int]]:
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Send a run what Ctrl-C sends; on Windows it has that from the console."""
+    """Send a run the signal of Ctrl-C; on Windows the console does so."""
     if os.name != "nt":
-        # A shell has what it runs in the background ignore Ctrl-C, and so do processes started from there.
+        # Shells let background processes, and their children, ignore Ctrl-C.
         is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         process.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a run with all processes that it has started."""
+    """End a run and all processes that it has started."""
     if os.name == "nt":
         process.kill()
     elif process.poll() is None:
@@ -294,7 +294,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def recommended(tries: Sequence[Try], what: str = "loss") -> tuple[Try | None, str]:
-    """The run to follow, if there is one, and why."""
+    """The run to recommend, if there is one, and the reason."""
     good = sorted((each for each in tries if math.isfinite(each.score)), key=lambda each: each.score)
     if not good:
         return None, f"No threshold can be recommended: no run has a finite {what} at the end."
