@@ -60,7 +60,7 @@ class Advice:
     steps: int
     """The number of steps on which the advice is based."""
     warmup: int
-    """The number of kept steps that do not count: the first tenth of a run, which is not typical of the rest."""
+    """The number of kept steps that do not count: the first tenth of a run, which is not typical."""
     nonfinite: int
     """The number of kept steps whose norm is not finite; they do not count either."""
     reason: str
