@@ -804,17 +804,40 @@ def test_threads_with_a_small_stack() -> None:
 import threading
 import torch, torchclip
 from torch import nn
+from torchclip import _kernel
+
+def deep(depth):
+    return nn.Sequential(deep(depth - 1)) if depth else nn.Linear(3, 3)
 
 models = [nn.Sequential(*(nn.Sequential(nn.Linear(3, 3)) for _ in range(n))) for n in (1, 64, 700)]
+models.append(deep(60))
 for i, model in enumerate(models):
     for p in model.parameters():
         p.grad = torch.ones(*p.shape, 2)[..., 0] if i == 1 else torch.ones_like(p)
+rules = (0.5, lambda norm: 0.5, torchclip.BlockRMS(0.5), torchclip.Value(0.5), torchclip.Adaptive(0.01))
+steps = [torch.optim.SGD(models[1].parameters(), lr=0.1, foreach=False) for _ in rules]
+clippers = [torchclip.Clipper(*pair) for pair in zip(steps, rules)]
+batches = [_kernel.gradients(list(model.parameters())) for model in models]
+for step in steps:
+    step.step()  # what a first step imports needs more
 
 def work():
     for model in models:
         for given in (model, model.parameters(), list(model.parameters()), iter(list(model.parameters()))):
             torchclip.clip_grad_norm_(given, 0.5)
             torchclip.clip_grad_value_(given, 1e-3)
+        torchclip.clip_grad_norm_per_parameter_(model, 0.5)
+        torchclip.clip_grad_rms_(model, 0.5)
+        torchclip.clip_grad_adaptive_(model, 0.01)
+    for batch in batches:
+        numbers = [0.5] * len(batch.all)
+        batch.norms(2.0, True)
+        batch.scale_each_(numbers)
+        batch.clip_each_(numbers, 2.0, 1e-6)
+        batch.zero_nonfinite_()
+    torchclip.clip_per_example([torch.ones(4, 8)], 1.0)
+    for step in steps:
+        step.step()
     done.append(True)
 
 done = []
