@@ -556,6 +556,19 @@ def test_the_loss_of_a_round() -> None:
         clipper.loss = "low"  # type: ignore[assignment]
 
 
+def test_a_loss_is_that_of_the_round_which_opens_next() -> None:
+    training = Training()
+    clipper = Clipper(training.optimizers, 0.5)
+    for step in range(4):
+        training.backward(step)
+        clipper.loss = float(step)
+        training.first.step()  # where the second does not step, this ends the round before
+        assert clipper.loss is None
+        if step == 3:
+            training.second.step()
+    assert [record.loss for record in clipper.history] == [0.0, 1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize("assigned", ["before backward", "after backward"])
 def test_the_loss_of_a_step_that_a_scaler_skips_is_dropped(assigned: str) -> None:
     weight = nn.Parameter(torch.ones(4))

@@ -33,15 +33,16 @@ struct RoundState {
     PyObject_HEAD PyObject* clip_to;  // the threshold of a usual round,
     Way way;                          // and the way of clipping
     PyObject* members;                // a tuple
-    PyObject* loss;
-    PyObject* pending;       // the history's list for rows,
-    PyObject* full;          // and what to call when there are many
-    long long number;        // of the open or next round
-    long long next_sample;   // of a round whose end Python handles
-    int opener;              // the optimizer that opened it
-    char is_open, is_short;  // whether it is open, and clipped and recorded here,
-    Clipped clipped;         // with this
-    size_t count;            // rows, kept until the history is read or the buffer is full
+    PyObject* loss;                   // for the record of the next round,
+    PyObject* round_loss;             // and for that of the open one
+    PyObject* pending;                // the history's list for rows,
+    PyObject* full;                   // and what to call when there are many
+    long long number;                 // of the open or next round
+    long long next_sample;            // of a round whose end Python handles
+    int opener;                       // the optimizer that opened it
+    char is_open, is_short;           // whether it is open, and clipped and recorded here,
+    Clipped clipped;                  // with this
+    size_t count;                     // rows, kept until the history is read or the buffer is full
     Row rows[kMostRows];
 };
 
@@ -68,7 +69,8 @@ bool flush(RoundState* state) {
         const size_t count = state->count;
         const Ref rows(PyList_New(0));
         for (size_t i = 0; i < count && rows != nullptr; ++i) {
-            const auto& [number, clipped, loss] = state->rows[i];
+            const auto [number, clipped, loss] = state->rows[i];
+            const Ref kept = Ref::to(loss);
             const Ref row(
                 Py_BuildValue("(LdddOO)", number, clipped.norm, clipped.max_norm, clipped.coef, Py_False, loss));
             if (row == nullptr || PyList_Append(rows, row) < 0) return PyErr_NoMemory(), false;
@@ -88,8 +90,8 @@ bool record(RoundState* state) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) member(state, i)->stepped = 0;
     if (state->count == kMostRows && !flush(state)) return false;  // because reading has failed before
     if (state->count == kMostRows) return PyErr_NoMemory(), false;
-    state->rows[state->count++] = {state->number++, state->clipped, state->loss};
-    state->loss = new_reference(Py_None);
+    state->rows[state->count++] = {state->number++, state->clipped, state->round_loss};
+    state->round_loss = new_reference(Py_None);
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) member(state, i)->marks->clear();
     if (state->count < kMostRows || state->full == nullptr) return true;
     if (!flush(state)) return false;
@@ -165,6 +167,8 @@ bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
     if (state->is_open && own->stepped && !record(state)) return false;
     if (!state->is_open) {
         if (!clip_all(state, hooks->index)) return false;
+        // Another loss may be assigned before the round ends.  Giving a reference back can run user code.
+        const Ref before(std::exchange(state->round_loss, std::exchange(state->loss, new_reference(Py_None))));
         state->is_open = state->is_short = 1;
         state->opener = int(hooks->index);
     }
@@ -247,6 +251,7 @@ PyObject* new_round(PyTypeObject* type, PyObject* args, PyObject*) {
     state->way = way_of(clip_to);
     state->members = members.release();
     state->loss = new_reference(Py_None);
+    state->round_loss = new_reference(Py_None);
     return made;
 }
 
@@ -254,7 +259,8 @@ void free_round(PyObject* self) {
     PyTypeObject* const type = Py_TYPE(self);
     auto* const state = reinterpret_cast<RoundState*>(self);
     for (size_t i = 0; i < state->count; ++i) Py_XDECREF(state->rows[i].loss);
-    for (PyObject* each : {state->clip_to, state->members, state->loss, state->pending, state->full}) Py_XDECREF(each);
+    for (PyObject* each : {state->clip_to, state->members, state->loss, state->round_loss, state->pending, state->full})
+        Py_XDECREF(each);
     reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
