@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 
-import torch
 from torch import Tensor
 
 from torchclip._core.batch import Batch, Facts, Norm, Norms
@@ -56,10 +55,7 @@ class MixedBatch:
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor in place by its own number."""
         for places, part in zip(self._places(), self._parts, strict=True):
-            if isinstance(clip_coefs, Tensor):
-                part.scale_each_(torch.stack([clip_coefs[place] for place in places]))
-            else:
-                part.scale_each_([clip_coefs[place] for place in places])
+            part.scale_each_(in_one([clip_coefs[place] for place in places]))
 
     def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
         """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""

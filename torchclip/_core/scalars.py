@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ __all__ = [
     "to_results",
     "vector",
     "vector_norms",
+    "where",
 ]
 
 ABSENT = -1.0
@@ -108,6 +109,14 @@ def in_one(norms: Sequence[Norm]) -> Norms:
     return cast("list[float]", list(norms)) if device is None else on_device(norms, device)
 
 
+def where(condition: bool | Tensor, a: Any, b: Any) -> Any:
+    """``a`` where a condition holds, ``b`` elsewhere.
+
+    Of a condition on a device two floats would be a float32 tensor: pass a norm there, or integers.
+    """
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
+
+
 def concatenate(several: Sequence[Norms]) -> Norms:
     """All norms in one list or tensor."""
     if len(several) == 1:
@@ -118,13 +127,12 @@ def concatenate(several: Sequence[Norms]) -> Norms:
     return torch.cat([on_device(norms, device) for norms in several])
 
 
-def divided(norms: Norms, divisor: Tensor | Sequence[float]) -> Norms:
-    """Norms divided by one number on any device, or each by its own number on the host."""
+def divided(norms: Norms, divisors: Norms) -> Norms:
+    """Norms, each divided by its own number, or all by the only one, which may be on another device."""
     if isinstance(norms, Tensor):
-        by = divisor.to(norms) if isinstance(divisor, Tensor) else on_device(divisor, norms.device)
-        return norms / by
-    divisors = [float(divisor)] * len(norms) if isinstance(divisor, Tensor) else divisor
-    return [norm / by for norm, by in zip(norms, divisors, strict=True)]
+        return norms / on_device(divisors, norms.device)
+    by = numbers(divisors)
+    return [norm / by[i if len(by) > 1 else 0] for i, norm in enumerate(norms)]
 
 
 def replaced(values: Norms, where: bool | Sequence[bool] | Tensor, value: float) -> Norms:

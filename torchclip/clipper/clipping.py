@@ -328,9 +328,7 @@ class Clipping:
         if isinstance(skipped, Tensor) and self._skips:
             override = self._override(index)
             # A GradScaler may have its own reason to skip this optimizer's step.
-            found_inf = getattr(self._steps[index].optimizer, "found_inf", None)
-            own = found_inf > 0 if isinstance(found_inf, Tensor) else False
-            override.skip_where(skipped | own)
+            override.skip_where(skipped | nonfinite.is_skipped_by_scaler(self._steps[index].optimizer))
 
     def _scale(self, snapshot: Snapshot, skipped: bool | Tensor, index: int) -> None:
         """Multiply the gradients: now, or during the fused steps, as their ``grad_scale``."""

@@ -95,8 +95,9 @@ class GradScaleOverride:
     def skip_where(self, skip: Tensor) -> None:
         """Make the step skip itself if a bool on the device is true."""
         self._tells = not self.of_scaler
-        dtype = self._found_inf.dtype if isinstance(self._found_inf, Tensor) else torch.float32
-        self._attributes["found_inf"] = self._found_inf = skip.to(dtype)
+        self._attributes["found_inf"] = self._found_inf = skip.to(
+            getattr(self._found_inf, "dtype", torch.float32)
+        )
 
     def restore(self, outcome: Outcome) -> None:
         """Restore the previous value, or the one that the next step of a GradScaler needs."""

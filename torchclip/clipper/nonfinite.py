@@ -17,7 +17,7 @@ from torchclip._core.collectives import raise_pending
 from torchclip.clipper.scope import ClipSet, Snapshot
 from torchclip.clipper.step import Outcome, why_not_fused
 
-__all__ = ["Nonfinite", "hide_gradients", "refuse", "skips", "without_nonfinite"]
+__all__ = ["Nonfinite", "hide_gradients", "is_skipped_by_scaler", "refuse", "skips", "without_nonfinite"]
 
 Nonfinite = Literal["propagate", "error", "skip", "zero"]
 
@@ -36,22 +36,28 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
     Returns:
         A tensor if the host does not wait for it, to be passed to the fused steps.
     """
-    found_inf = getattr(optimizers[0], "found_inf", None)
     skip: bool | Tensor = False
     # A GradScaler decides for each of several optimizers in its own step; a policy decides for all.
     decides = len(optimizers) == 1 or policy == "error"
-    if decides and isinstance(found_inf, Tensor):  # without gradients, GradScaler sets it to the number 0
+    if decides:
+        skip = is_skipped_by_scaler(optimizers[0])
         # Deciding whether to raise waits for an accelerator.
-        if policy != "error" and not memory.on_host([found_inf]):
-            skip = found_inf > 0
-        elif found_inf > 0:
+        if skip is True or (policy == "error" and skip):
             return True
     if policy != "skip":
         return skip
     if isinstance(skip, Tensor):
         return skip | ~torch.as_tensor(total_norm, device=skip.device).isfinite()
     norm = unless_told(total_norm, optimizers)
-    return ~norm.isfinite() if isinstance(norm, Tensor) else not math.isfinite(norm)
+    return (norm == math.inf) | (norm != norm)
+
+
+def is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:
+    """Whether a GradScaler has told a fused step to change nothing; a tensor if it is on a device."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if not isinstance(found_inf, Tensor):  # without gradients, GradScaler sets it to the number 0
+        return False
+    return bool(found_inf > 0) if memory.on_host([found_inf]) else found_inf > 0
 
 
 def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:

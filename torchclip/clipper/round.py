@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import and_
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchclip._core import gather, memory, mesh, scalars
+from torchclip._core import gather, mesh, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper.backward import Passes, is_running
 from torchclip.clipper.clipping import Clipping, Row
 from torchclip.clipper.names import Names
+from torchclip.clipper.nonfinite import is_skipped_by_scaler
 from torchclip.clipper.rules import ratio
 from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
@@ -133,7 +135,7 @@ class Round:
             if in_backward:
                 rows = [self._joined(rows)]
             elif skips:
-                rows = [*rows[:-1], _skipped_too(rows[-1], _all(skips))]
+                rows = [*rows[:-1], _skipped_too(rows[-1], reduce(and_, skips))]
             self._record(rows, layers, tell=in_backward)
         for member in state.members:
             member.stepped = False
@@ -163,9 +165,7 @@ class Round:
             self._clipping.spikes.end()
         if layers:
             names = [name for each, _ in layers for name in each]
-            norms = (
-                [norm for _, each in layers for norm in _numbers(each)] if len(layers) > 1 else layers[0][1]
-            )
+            norms = scalars.concatenate([each for _, each in layers])
             self.history.layers.append(self._state.number, names, norms)
         self._state.number += 1
         if tell and self._on_clip is not None:
@@ -197,7 +197,7 @@ class Round:
                 self._passes.follow(self.close)
                 self._clip(index)
             else:
-                self._skips.append(_is_skipped_by_scaler(step.optimizer))
+                self._skips.append(is_skipped_by_scaler(step.optimizer))
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._unchanged_by)
         self.close()
@@ -209,7 +209,7 @@ class Round:
         if self._in_backward:
             self._passes.follow(self.close)
         elif len(self._steps) > 1:
-            self._skips = [_is_skipped_by_scaler(step.optimizer)]
+            self._skips = [is_skipped_by_scaler(step.optimizer)]
         replaced = self._with_closure(index, args, kwargs, self._clipped_after)
         if replaced is None:
             self._clip(index)
@@ -341,17 +341,9 @@ class Round:
             total_norm,
             scalars.join([row.max_norm for row in rows], -torch.inf),
             clip_coef,
-            _all([row.skipped for row in rows]),
+            reduce(and_, (row.skipped for row in rows)),
             losses[0] if losses else None,
         )
-
-
-def _is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:
-    """Whether a GradScaler makes a fused step change nothing; a tensor if it is on a device."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    if not isinstance(found_inf, Tensor):
-        return False
-    return bool(found_inf > 0) if memory.on_host([found_inf]) else found_inf > 0
 
 
 def _skipped_too(row: Row, skipped: bool | Tensor) -> Row:
@@ -361,16 +353,6 @@ def _skipped_too(row: Row, skipped: bool | Tensor) -> Row:
     return row._replace(max_norm=math.inf, clip_coef=1.0, skipped=True) if skipped else row
 
 
-def _all(flags: Sequence[bool | Tensor]) -> bool | Tensor:
-    if all(isinstance(flag, bool) for flag in flags):
-        return all(flags)
-    return torch.stack([torch.as_tensor(flag) for flag in flags]).all()
-
-
 def _nonzero(grads: Sequence[Tensor]) -> bool:
     """Whether any gradient is not 0, which optimizers' ``zero_grad`` may leave."""
     return bool(grads) and not float(gather.tensors(grads).norm(float("inf"))) <= 0
-
-
-def _numbers(norms: Norms) -> list[float]:
-    return norms.tolist() if isinstance(norms, Tensor) else norms

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from torchclip._core import mesh
+from torchclip._core import mesh, scalars
 from torchclip._core.batch import Norm
 
 __all__ = ["Rule", "copied_gradients", "ratio", "write_back"]
@@ -60,7 +60,7 @@ def write_back(gradients: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def ratio(after: Norm, before: Norm) -> Norm:
     """The factor by which a norm changed, at most 1; 1 for no change, also of 0 or infinity."""
-    if isinstance(after, Tensor) or isinstance(before, Tensor):
-        quotient = torch.as_tensor(after / before).clamp(max=1.0)
-        return torch.where(torch.as_tensor(after == before), 1.0, quotient)
-    return 1.0 if after == before or before == 0 else min(1.0, after / before)
+    is_same = (after == before) | (before == 0.0)
+    quotient = after / scalars.where(is_same, 1.0, before)
+    found: Norm = scalars.where(is_same | (quotient > 1.0), 1.0, quotient)
+    return found

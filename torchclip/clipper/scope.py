@@ -395,4 +395,4 @@ def _names(of_all: str, count: int) -> list[str]:
 
 def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
     """The norms of gradients without a GradScaler's scale; order 0 only counts elements."""
-    return norms if grad_scale is None or order == 0 else scalars.divided(norms, grad_scale)
+    return norms if grad_scale is None or order == 0 else scalars.divided(norms, grad_scale.reshape(1))

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchclip._core import arguments, scalars
@@ -38,7 +37,7 @@ class Spikes:
 
     def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float, in_rounds: bool) -> None:
         self.rule = ThresholdBank(skip_above, "skip_above", in_rounds)
-        self._max_skips = None if max_skips is None else arguments.count("max_skips", max_skips, least=1)
+        self._max_skips = math.inf if max_skips is None else arguments.count("max_skips", max_skips, least=1)
         self._order = order
         self._step = 0
         self.limit: Norm | None = None
@@ -59,19 +58,16 @@ class Spikes:
             limits = self.rule.max_norms([_NAME], scalars.in_one([norm]), self._order)
             self.limit = limits if isinstance(limits, float) else limits[0]
         limit = self.limit
-        if scalars.device_of([norm, limit]) is not None:
-            return self._should_skip_on_device(norm, limit)
-        self._skips_then, self.clip_coef = 0, 1.0
-        if norm != norm:  # such a step does not count in the row, and no limit skips it
-            self._skips_then = self._skips
-        if not norm > limit:
-            return False
-        # A norm that is not finite cannot be clipped, so such a step is never taken.
-        if self._max_skips is None or self._skips < self._max_skips or not math.isfinite(norm):
-            self._skips_then = self._skips + math.isfinite(norm)
-            return True
-        self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
-        if not self._warned:
+        is_spike: bool | Tensor = norm > limit
+        # A norm that is not finite says nothing about the norms in a row.  It cannot be clipped to anything:
+        # such a step is never taken instead.
+        is_nonfinite = (norm == math.inf) | (norm != norm)
+        skip = is_spike & ((self._skips < self._max_skips) | is_nonfinite)
+        in_a_row = scalars.where(skip, self._skips + 1, 0)
+        self._skips_then = scalars.where(is_nonfinite, self._skips, in_a_row)
+        if self._max_skips < math.inf:
+            self.clip_coef = scalars.where(is_spike, scalars.clip_coef(limit, norm, 0.0), 1.0)
+        if is_spike is True and skip is False and not self._warned:
             self._warned = True
             warnings.warn(
                 f"step {self._step} was taken, clipped to {limit:.4g}, though its norm is {norm:.4g}: "
@@ -79,19 +75,6 @@ class Spikes:
                 "have risen and stay high, raise `skip_above`, or do not pass it",
                 stacklevel=2,
             )
-        return False
-
-    def _should_skip_on_device(self, norm: Norm, limit: Norm) -> Tensor:
-        """The same without reading any value, and so without the warning."""
-        norm = norm if isinstance(norm, Tensor) else torch.full_like(limit, norm)  # type: ignore[arg-type]
-        skip = norm > limit
-        if self._max_skips is None:
-            self._skips_then, self.clip_coef = 0, 1.0
-            return skip
-        finite = norm.isfinite()
-        skip = skip & ((self._skips < self._max_skips) | ~finite)
-        self._skips_then = torch.where(skip, self._skips + 1, 0).where(finite, self._skips)
-        self.clip_coef = scalars.clip_coef(limit, norm, 0.0)
         return skip
 
     def end(self) -> None:
