@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
         (["book", "--figures", "{}/file"], "--plot/--figures", "is not a directory"),
         (["book", "--figures", "{}/file/below"], "--plot/--figures", "is not a directory"),
         (["bench", "--json", "{}/missing/a.json"], "--json", "there is no directory"),
-        (["bench", "--plot", "{}/a.jpg"], "--plot", "must end in .png, .svg, .pdf"),
+        (["bench", "--plot", "{}/a.jpg"], "--plot", "must end in .png, .svg or .pdf"),
         (["train", "--plot", "{0}/a.png", "--save", "{0}/a.png"], "--save", "is the same file as --plot"),
         (
             ["train", "--text", "{0}/file", "--save", "{0}/../{1}/file"],

@@ -522,7 +522,7 @@ def test_plot_is_of_the_kind_that_its_name_says(
 
 
 def test_plot_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "must end in .png, .svg, .pdf" in refusal(capsys, "--plot", tmp_path / "plot.jpg")
+    assert "must end in .png, .svg or .pdf" in refusal(capsys, "--plot", tmp_path / "plot.jpg")
 
 
 # On several processes

@@ -229,7 +229,7 @@ def test_on_clip_is_told_and_what_it_changes_is_judged_by_the_same_limit() -> No
         ({"skip_above": Percentile}, r"`skip_above` is the class Percentile; pass an object"),
         ({"skip_above": 1.0, "max_skips": 0}, "`max_skips` must be at least 1"),
         ({"skip_above": 1.0, "max_skips": 1.5}, "`max_skips`"),
-        ({"max_skips": 1}, "`max_skips` says how often `skip_above`"),
+        ({"max_skips": 1}, "`max_skips` limits how often `skip_above`"),
     ],
 )
 def test_misuse_is_refused(options: dict[str, Any], message: str) -> None:

@@ -240,8 +240,8 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
             )
         if not hidden and _is_zero_tensor(tensor):
             raise RuntimeError(
-                f"{described(tensor)} that stands for zeros and has no memory to change; clone it first "
-                "(`p.grad = p.grad.clone()`)"
+                f"{described(tensor)} that represents zeros and has no memory to change; "
+                "clone it first (`p.grad = p.grad.clone()`)"
             )
         if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.dtype in _WRITABLE:
             continue  # the usual case

@@ -298,8 +298,8 @@ def remember_ranks(groups: Sequence[dist.ProcessGroup], found: list[int]) -> Ran
     """Record the ranks that several groups connect; each rank must be found once."""
     if len(set(found)) < len(found):
         raise ValueError(
-            "the process groups in `group` must cross each other, so that every two ranks that they connect "
-            f"are connected in one way; of these, rank {dist.get_rank()} meets some ranks several times"
+            "the process groups in `group` must cross each other, so that any two ranks are connected in "
+            f"only one way; rank {dist.get_rank()} is connected to some ranks several times"
         )
     ranks = None if len(found) == dist.get_world_size() else frozenset(found)
     _connected.setdefault(groups[0], []).append((list(groups[1:]), ranks))

@@ -33,8 +33,6 @@ __all__ = [
 
 Number = TypeVar("Number", int, float)
 
-_PICTURES = (".png", ".svg", ".pdf")
-
 
 def refusal(message: str) -> argparse.ArgumentError:
     """The error for options that a command cannot use; the message says which, and why."""
@@ -107,8 +105,8 @@ def file_to_write(text: str) -> Path:
 
 def picture_file(text: str) -> Path:
     """An option's value that is a picture to write, in the format of the file's ending."""
-    if Path(text).suffix.lower() not in _PICTURES:
-        raise argparse.ArgumentTypeError(f"must end in {', '.join(_PICTURES)}, got {text!r}")
+    if Path(text).suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
     return file_to_write(text)
 
 

@@ -51,7 +51,7 @@ def clip_grad_value_(
 def _clip(batch: Batch, clip_value: float) -> None:
     if batch.facts & Facts.COMPLEX:
         raise TypeError(
-            "`parameters` has complex gradients, and complex numbers have no order to limit them by value; "
+            "`parameters` has complex gradients, and complex numbers cannot be limited by value; "
             "clip by norm instead (clip_grad_norm_)"
         )
     batch.clamp_(clip_value)

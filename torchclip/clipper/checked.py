@@ -50,7 +50,7 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
-                f"{arguments.shown(optimizer)}; of a wrapper pass the optimizer that it wraps"
+                f"{arguments.shown(optimizer)}; for a wrapper, pass the optimizer that it wraps"
             )
         if not takes_hooks(optimizer) or not isinstance(optimizer.state, MutableMapping):
             raise TypeError(
@@ -79,7 +79,7 @@ def refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_abo
         return
     if len(optimizers) > 1:
         raise ValueError(
-            "`optimizer` has LBFGS among others, which takes new gradients several times in a step; make a "
+            "`optimizer` includes LBFGS, which computes new gradients several times in a step; make a "
             "Clipper for it alone"
         )
     if nonfinite == "skip" or skip_above is not None:
@@ -98,7 +98,7 @@ def alive(optimizers: Sequence[ref[Optimizer]], classes: Sequence[str]) -> tuple
     if None in found:
         raise RuntimeError(
             f"the optimizer ({classes[found.index(None)]}) is gone, as a Clipper does not keep it alive; "
-            "hold it by a name of your own"
+            "keep a reference to it"
         )
     return tuple(optimizer for optimizer in found if optimizer is not None)
 
@@ -106,7 +106,7 @@ def alive(optimizers: Sequence[ref[Optimizer]], classes: Sequence[str]) -> tuple
 def refuse_options(on_clip: Any, skip_above: MaxNorm | None, max_skips: int | None) -> None:
     """Raise an error for options that make no sense together."""
     if max_skips is not None and skip_above is None:
-        raise ValueError("`max_skips` says how often `skip_above` may skip; pass that, too")
+        raise ValueError("`max_skips` limits how often `skip_above` skips; pass `skip_above`, too")
     if on_clip is not None and not callable(on_clip):
         raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
 
@@ -116,7 +116,7 @@ def order_of(norm_type: float | str, nonfinite: Nonfinite) -> float:
     order = arguments.norm_order(norm_type)
     if order <= 0 and nonfinite != "propagate":
         raise ValueError(
-            f"`nonfinite={nonfinite!r}` goes by the norm, which of order {order} may be finite "
+            f"`nonfinite={nonfinite!r}` depends on the norm, and a norm of order {order} may be finite "
             "though a gradient is not; pass an order above 0 as `norm_type`, or use 'propagate'"
         )
     return order
@@ -142,7 +142,7 @@ def refuse_history(history: Any) -> None:
         )
     if history.is_followed:
         raise ValueError(
-            "`history` is that of another Clipper already, and would hold the steps of both; pass a new one"
+            "`history` already belongs to another Clipper, and would mix the steps of both; pass a new one"
         )
 
 

@@ -253,9 +253,10 @@ class Clipping:
         same_names = [p.names() for p in first.sets] == [p.names() for p in snapshot.sets]
         if not same_names or not _equal(held, snapshot.held_norms()):
             raise RuntimeError(
-                "gradients were changed by `on_clip` or by what was asked for a `max_norm`, but all ranks "
-                "know their norm by now, and this one cannot take it again alone; change sharded gradients "
-                "before optimizer.step() or in a hook registered before the Clipper. The step was called off"
+                "gradients were changed by `on_clip` or by the object that gives `max_norm`, but all ranks "
+                "know their norm by now, and this one cannot measure it again alone; change sharded "
+                "gradients before optimizer.step() or in a hook registered before the Clipper. The step was "
+                "called off"
             )
         snapshot.take_decisions_of(first)
         return snapshot, [

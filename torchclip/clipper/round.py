@@ -245,7 +245,7 @@ class Round:
             loss = closure(*args, **kwargs)
             if _nonzero(self._state.members[index].changed()):
                 raise RuntimeError(
-                    f"the closure of {self._called(index)} gave it new gradients, but those of this round "
+                    f"the closure of {self._called(index)} computed new gradients, but those of this round "
                     "were clipped when another optimizer of the Clipper stepped; only the first one to step "
                     "may take a closure"
                 )

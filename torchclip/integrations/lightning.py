@@ -97,7 +97,7 @@ class ClipperCallback(Callback):
             )
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise ValueError(
-                f"{type(trainer.strategy).__name__} shards gradients out of ClipperCallback's sight; use "
+                f"{type(trainer.strategy).__name__} hides gradients from ClipperCallback; use "
                 "ModelParallelStrategy (FSDP2), or Trainer(gradient_clip_val=...) without this callback"
             )
         optimizers = trainer.optimizers

@@ -44,7 +44,7 @@ def state_of(state: Mapping[str, Any], kind: str, keys: tuple[str, ...]) -> None
     if state["kind"] != kind:
         owner = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
         raise ValueError(
-            f"`state` was taken from a threshold of kind {state['kind']!r}; {owner} cannot go on from it"
+            f"`state` was taken from a threshold of kind {state['kind']!r}; {owner} cannot load it"
         )
     arguments.saved("state", state, keys, kind)
 

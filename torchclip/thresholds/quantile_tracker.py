@@ -93,5 +93,5 @@ class QuantileTracker:
 def _positive(name: str, value: Any, text: bool = False) -> float:
     number = checks.finite(name, value, text)
     if number == 0:
-        raise ValueError(f"`{name}` must be above 0, as multiplying it would leave it there, got {number}")
+        raise ValueError(f"`{name}` must be above 0, as multiplication never changes 0, got {number}")
     return number
