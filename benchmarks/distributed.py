@@ -1,7 +1,7 @@
 """Clipping on several ranks: torch's function and torchclip's, few ranks and very many.
 
     python benchmarks/distributed.py fsdp2 [--ranks 2] [--parameters 100 300 600 1000] [--json FILE]
-    python benchmarks/distributed.py exchange [--ranks 2 4 8 16 32] [--json FILE]
+    python benchmarks/distributed.py exchange [--ranks 2 8 16 32 64] [--json FILE]
     python benchmarks/distributed.py fake [--ranks 2 256 131072] [--parameters 20 100 600 1000] [--json FILE]
 
 ``fsdp2`` clips a model on ranks of this machine that communicate over gloo, with one thread each.  The two
@@ -42,6 +42,7 @@ from torchclip._core import collectives
 
 SIDE = 64
 ROUNDS = 30
+FEW_ROUNDS = 9
 CASES = {"clipping": 1e-3, "not clipping": 1e9}
 
 
@@ -191,7 +192,7 @@ def exchange(rank: int, ranks: int, store: str, counts: list[int], result: str) 
     with process_group(rank, ranks, store):
         for count in counts:
             times: dict[str, list[float]] = {way: [] for way in WAYS}
-            for _ in range(ROUNDS):
+            for _ in range(ROUNDS if ranks < 16 else FEW_ROUNDS):
                 for way, join in WAYS.items():
                     dist.barrier()
                     start = time.perf_counter()
@@ -286,7 +287,10 @@ def on_ranks(work: Callable[..., None], ranks: int, sizes: list[int]) -> list[di
     """What rank 0 writes, of ranks that are processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         store, result = f"{folder}/store", f"{folder}/result.json"
-        torch.multiprocessing.spawn(work, (ranks, store, sizes, result), nprocs=ranks)
+        # Forked, as many processes would take minutes to import torch.
+        torch.multiprocessing.start_processes(
+            work, (ranks, store, sizes, result), nprocs=ranks, start_method="fork"
+        )
         rows: list[dict[str, Any]] = json.loads(Path(result).read_text())
     return rows
 
@@ -306,7 +310,7 @@ def main() -> None:
         print(table_of_fsdp2(rows))
     elif options.what == "exchange":
         rows = []
-        for ranks in options.ranks or [2, 4, 8, 16, 32]:
+        for ranks in options.ranks or [2, 8, 16, 32, 64]:
             rows += on_ranks(exchange, ranks, options.parameters or [1, 1000])
         print(table_of_exchanges(rows))
     else:
