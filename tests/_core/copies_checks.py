@@ -37,7 +37,7 @@ def check_gradients_that_the_first_replica_lacks() -> None:
     for lacking in (nowhere, first_replica, in_turns):
         for many in EITHER_WAY:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(collectives, "MANY", many)
+                patch.setattr(collectives, "MANY_ON_HOST", many)
                 for order in ORDERS:
                     ps = [parameter(None if i in lacking[rank] else g, like=g) for i, g in enumerate(grads)]
                     norm = torchclip.clip_grad_norm_(ps, INF, order)

@@ -98,15 +98,17 @@ def check_gather_and_reductions_give_the_same_bits() -> None:
                 kinds = torch.randint(4, (2, count), generator=generator)
                 both = torch.where(chosen & (order != 0), odd[kinds], both)
                 results = []
-                for many in (2, 3):
+                for many, rooted in ((2, 3), (3, 3), (3, 2)):
                     with pytest.MonkeyPatch.context() as patch:
-                        patch.setattr(collectives, "MANY", many)
+                        patch.setattr(collectives, "MANY_ON_HOST", many)
+                        patch.setattr(collectives, "_ROOTED", rooted)
                         call = collectives.Call(collectives.Kind.MEASURE, order, facts=1 << 2 * rank)
                         norms, _ = collectives.exchange(group, both[rank].tolist(), (), call, "cpu")
                         call.finish()
                         assert call.facts == 0b101
                         results.append(torch.tensor(norms, dtype=torch.float64).view(torch.int64))
-                assert torch.equal(*results)
+                assert torch.equal(results[0], results[1])
+                assert torch.equal(results[0], results[2])
                 for norm, pair in zip(results[0].view(torch.float64).tolist(), both.T.tolist(), strict=True):
                     expected = exactly([n for n in pair if not n < 0], order)
                     assert norm == pytest.approx(expected, rel=1e-13, nan_ok=True)

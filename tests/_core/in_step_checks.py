@@ -248,17 +248,28 @@ def check_a_rank_that_is_a_call_ahead() -> None:
 def check_many_ranks() -> None:
     """All that few ranks promise, by the reductions that are made among many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "MANY", 2)
-        mesh = init_device_mesh("cpu", (4,))
-        fulls = [randn(8, 5, seed=i) for i in range(6)]
-        grads: list[Tensor] = [split(full, mesh, Shard(0)) for full in fulls]
-        for order in (0, 1, 2, 3, INF, -INF):
-            assert torchclip.get_total_norm(grads, order) == torchclip.get_total_norm(fulls, order)
-        each = torchclip.clip_grad_norm_per_parameter_([parameter(grad) for grad in grads], INF)
-        assert each.tolist() == [torchclip.get_total_norm(full).item() for full in fulls]
-        check_a_gradient_that_one_rank_refuses()
-        check_an_argument_that_one_rank_refuses()
-        check_ranks_that_make_different_calls()
+        patch.setattr(collectives, "MANY_ON_HOST", 2)
+        _all_promises()
+
+
+def check_ranks_whose_rows_the_first_gathers() -> None:
+    """The same, by the two messages that are sent among some ranks in host memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_ROOTED", 2)
+        _all_promises()
+
+
+def _all_promises() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    fulls = [randn(8, 5, seed=i) for i in range(6)]
+    grads: list[Tensor] = [split(full, mesh, Shard(0)) for full in fulls]
+    for order in (0, 1, 2, 3, INF, -INF):
+        assert torchclip.get_total_norm(grads, order) == torchclip.get_total_norm(fulls, order)
+    each = torchclip.clip_grad_norm_per_parameter_([parameter(grad) for grad in grads], INF)
+    assert each.tolist() == [torchclip.get_total_norm(full).item() for full in fulls]
+    check_a_gradient_that_one_rank_refuses()
+    check_an_argument_that_one_rank_refuses()
+    check_ranks_that_make_different_calls()
 
 
 def check_ranks_out_of_step_on_an_accelerator() -> None:
@@ -271,7 +282,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "_array", as_there)
         for many in (16, 2):
-            patch.setattr(collectives, "MANY", many)
+            patch.setattr(collectives, "MANY_ON_HOST", many)
             mesh = DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu")
             full = randn(8, 5)
             grad = split(full, mesh, Shard(0))

@@ -29,11 +29,14 @@ from torchclip._core.scalars import ABSENT, on_device
 __all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
 
 MANY = 32
-"""The number of ranks from which there are two reductions.
+"""The number of ranks with accelerators from which there are two reductions.
 
-They take 4 log₂ N messages in a row on an accelerator, against N - 1 of a gather.  Over gloo, too, they take
-less time from about 32 ranks on.
+They take 4 log₂ N messages in a row, against N - 1 of a gather.
 """
+MANY_ON_HOST = 1024
+"""Likewise of ranks that communicate from host memory, as over gloo, whose reductions are rings as well."""
+_ROOTED = 8
+"""The number of such ranks from which the first gathers all rows and sends them: not N - 1 messages in a row."""
 SLOTS = 4
 """How many norms, and how many marks, fit into the head."""
 DIFFERS: Final = -1
@@ -172,7 +175,7 @@ def exchange(
         if not _learn(state, high, low, call):
             return failed
         joint = _join(group, sent, count, heads, call.order).tolist()
-    call.sent = None if _are_many(group) or count > SLOTS else heads.norms[:, :count]
+    call.sent = None if _are_many(group, sent) or count > SLOTS else heads.norms[:, :count]
     words = zip(marks, high[_MARKS:], low[_MARKS:])  # noqa: B905 - of as many as there are marks
     return joint, [mark if most == least else DIFFERS for mark, most, least in words]
 
@@ -202,7 +205,7 @@ def _head(state: _State, count: int, marks: Sequence[int], call: Call) -> list[i
 
 def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, call: Call) -> _Heads:
     words = _like(riding, np.array(head))
-    if not _are_many(group):
+    if not _are_many(group, riding):
         rows = _gather(group, _beside(words, riding.view(words.dtype)))
         high = integer_sums.largest(rows[:, :_HEAD])
         low = -integer_sums.largest(-rows[:, :_REFUSED])
@@ -314,7 +317,7 @@ def _read_verdicts(state: _State, wait: bool) -> None:
 
 def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: float) -> Array:
     """The joint norms, once the heads are known."""
-    if not _are_many(group):
+    if not _are_many(group, sent):
         rows = heads.norms[:, :count] if count <= SLOTS else _gather(group, sent)
         if isinstance(rows, Tensor) or count > SLOTS:
             return integer_sums.join(rows, p)
@@ -348,8 +351,9 @@ def _state_of(group: dist.ProcessGroup, call: Call) -> _State:
     return state
 
 
-def _are_many(group: dist.ProcessGroup) -> bool:
-    return group.size() >= MANY
+def _are_many(group: dist.ProcessGroup, array: Array) -> bool:
+    on_host = not isinstance(array, Tensor) or array.is_cpu
+    return group.size() >= (MANY_ON_HOST if on_host else MANY)
 
 
 def _array(norms: Norms, device: str) -> Array:
@@ -381,9 +385,14 @@ def _gather(group: dist.ProcessGroup, sent: Array) -> Array:
     """Every rank's array, as the rows of a matrix."""
     tensor = sent if isinstance(sent, Tensor) else torch.from_numpy(sent)
     rows = tensor.new_empty(group.size() * len(tensor))
-    # Torch 2.13 renamed it.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(rows, tensor, group=group)
+    if tensor.is_cpu and group.size() >= _ROOTED:
+        parts = list(rows.view(-1, len(tensor)).unbind()) if group.rank() == 0 else None
+        dist.gather(tensor, parts, group=group, group_dst=0)
+        dist.broadcast(rows, group=group, group_src=0)
+    else:
+        # Torch 2.13 renamed it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(rows, tensor, group=group)
     rows = rows.view(-1, len(tensor))
     return rows if isinstance(sent, Tensor) else rows.numpy()
 
