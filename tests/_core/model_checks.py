@@ -244,7 +244,8 @@ def check_what_torch_asserts_of_a_mesh() -> None:
             backward(oracle, x)
             limit = 0.1 * float(torchclip.get_total_norm([p.grad for p in parameters_of(oracle)], order))
             assert any(p.grad.norm(order) > limit for p in parameters_of(oracle))
-            norm = torchclip.clip_grad_norm_(model.parameters(), limit, order)
+            foreach = (None, False, True)[step]
+            norm = torchclip.clip_grad_norm_(model.parameters(), limit, order, foreach=foreach)
             expected = torchclip.clip_grad_norm_(oracle.parameters(), limit, order)
             torch.testing.assert_close(norm, expected, rtol=1e-10, atol=0)
             for p, q in zip(parameters_of(model), parameters_of(oracle), strict=True):

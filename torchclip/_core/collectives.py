@@ -36,7 +36,9 @@ They take 4 log₂ N messages in a row, against N - 1 of a gather.
 MANY_ON_HOST = 1024
 """Likewise of ranks that communicate from host memory, as over gloo, whose reductions are rings as well."""
 _ROOTED = 8
-"""The number of such ranks from which the first gathers all rows and sends them: not N - 1 messages in a row."""
+"""The number of such ranks from which the first gathers all rows and sends them: fewer messages in a row."""
+_FEW = 64
+"""Up to so many norms are joined faster one by one than as arrays."""
 SLOTS = 4
 """How many norms, and how many marks, fit into the head."""
 DIFFERS: Final = -1
@@ -319,7 +321,7 @@ def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: f
     """The joint norms, once the heads are known."""
     if not _are_many(group, sent):
         rows = heads.norms[:, :count] if count <= SLOTS else _gather(group, sent)
-        if isinstance(rows, Tensor) or count > SLOTS:
+        if isinstance(rows, Tensor) or rows.size > _FEW:
             return integer_sums.join(rows, p)
         return np.array([integer_sums.join_few(column, p) for column in rows.T.tolist()])
     leading = heads.norms

@@ -36,10 +36,12 @@ class MixedBatch:
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements as one vector."""
+        self._refuse_some_on_meta()
         return join([part.norm(p, finite) for part in self._parts], p)
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
         """The norm of each tensor: a list if all parts return numbers, else a tensor."""
+        self._refuse_some_on_meta()
         by_part = [part.norms(p, finite) for part in self._parts]
         in_order: list[Norm] = [0.0] * len(self.all)
         for places, norms in zip(self._places(), by_part, strict=True):
@@ -70,6 +72,17 @@ class MixedBatch:
         """Set every infinite or NaN element to 0."""
         for part in self._parts:
             part.zero_nonfinite_()
+
+    def _refuse_some_on_meta(self) -> None:
+        """Raise an error for tensors without values among others: they have no norm together."""
+        on_meta = [place for place, tensor in enumerate(self.all) if tensor.is_meta]
+        if on_meta and len(on_meta) < len(self.all):
+            place = on_meta[0]
+            raise TypeError(
+                f"gradient {place} of shape {tuple(self.all[place].shape)} is on the device 'meta' and has "
+                "no values, but other gradients have; move its parameter to a device that has values "
+                "(`module.to_empty(device=...)`), or set the gradient to None (`p.grad = None`)"
+            )
 
     def _places(self) -> list[list[int]]:
         """The positions of each part's tensors among all tensors."""
