@@ -289,6 +289,19 @@ def test_several_numbers_are_none() -> None:
             torchclip.clip_grad_norm_(with_gradients([torch.ones(2)]), wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("clip", [torchclip.clip_grad_norm_, torchclip.clip_grad_norm_per_parameter_])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_meta_gradient_among_others_is_refused(clip: Callable[..., Tensor], place: int) -> None:
+    parameters = with_gradients([torch.ones(2, 3)])
+    with torch.device("meta"):
+        parameters[place:place] = with_gradients([torch.ones(4, 3)])
+    with pytest.raises(
+        TypeError, match=rf"gradient {place} of shape \(4, 3\) is on the device 'meta'.*to_empty"
+    ):
+        clip(parameters, 0.5)
+    assert torch.equal(grad_of(parameters[1 - place]), torch.ones(2, 3))
+
+
 def test_a_number_without_a_value_is_named() -> None:
     parameters, meta = with_gradients([torch.ones(2)]), torch.ones((), device="meta")
     with pytest.raises(TypeError, match="`max_norm` must be a number, got a tensor on the device 'meta'"):
