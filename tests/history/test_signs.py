@@ -122,7 +122,7 @@ def test_a_run_that_ends_after_a_few_steps_because_it_explodes(ends_with: str) -
     advice = advice_on(norms, losses)
     assert advice.explodes == 2
     assert advice.max_norm is not None
-    assert 0.5 < advice.max_norm < 2
+    assert 0.3 < advice.max_norm < 2
     assert "No threshold helps" not in str(advice)
     assert advice_on(norms[:-1], losses[:-1]).max_norm is None  # it may still come down
 

@@ -31,7 +31,7 @@ SHARES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)
 _LEAST_STEPS = 50
 # With fewer steps, norms have neither drift nor spikes.
 _LEAST_USABLE = 8
-# With few steps before an explosion, the threshold is this part of their median norm.
+# With fewer steps before an explosion, the threshold is this part of their norms' lower quartile.
 _PART_OF_FEW = 1 / 3
 # Norms hardly vary if 99 % of them are below this many times the median.
 _HARDLY_VARY = 1.3
@@ -287,14 +287,15 @@ class _Run:
 
     def _before_departure(self, usual: Array) -> tuple[float, str]:
         """The threshold for a run whose norms have left their usual range, from the steps before."""
-        middle = float(np.median(usual))
         few = len(usual) < _LEAST_STEPS
-        max_norm = _two_digits(middle * _PART_OF_FEW if few else middle)
-        part = "a third of " if few else ""
-        of = "norm of the step" if len(usual) == 1 else f"median norm of the {len(usual):,} steps"
+        # The last of few steps may be part of what follows.
+        norm = float(np.quantile(usual, 0.25, method="lower") if few else np.median(usual))
+        max_norm = _two_digits(norm * _PART_OF_FEW if few else norm)
+        which = "a third of the lower quartile" if few else "the median"
+        of = "a third of the norm of the step" if len(usual) == 1 else f"{which} of the {len(usual):,} steps"
         return max_norm, (
-            f"Use max_norm={max_norm:g}, {part}the {of} before. If the norms leave that range again, lower "
-            "the learning rate."
+            f"Use max_norm={max_norm:g}, {of} before. If the norms leave that range again, lower the "
+            "learning rate."
         )
 
     # Notes
