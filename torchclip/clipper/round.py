@@ -102,7 +102,8 @@ class Round:
     def _measure_clipped(self, number: int) -> None:
         """Measure the gradients of a round that has just ended, for the history's note on stalls."""
         sizes = self.history.clipped_sizes
-        sizes.measure(number, [step.optimizer for step in self._steps])
+        if number >= sizes.next_step:
+            sizes.measure(number, [step.optimizer for step in self._steps])
         self._state.next_sample = sizes.next_step
 
     def is_running(self) -> bool:

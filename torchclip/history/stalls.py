@@ -11,11 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from torchclip._core import gather, mesh, scalars
+from torchclip._core.batch import Norm, Norms
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record
 
 __all__ = ["NEVER", "ClippedSizes", "Stall"]
 
+_FIRST = 7  # the number of the first step that is measured
 _MOST_APART = 512  # steps between samples; the first ones are closer
 NEVER = 2**62
 """A step number that no training reaches."""
@@ -63,7 +65,7 @@ class ClippedSizes:
     """
 
     def __init__(self) -> None:
-        self.next_step = 0
+        self.next_step = _FIRST
         self._samples = Layers()
         self._eps: dict[str, float] = {}
         self._matrices: set[str] = set()
@@ -83,11 +85,11 @@ class ClippedSizes:
         if not sets or not grads:
             return
         norms = gather.local_gradients(parameters).norms(2.0)
-        norm_of = dict(zip(map(id, grads), norms, strict=True))
+        row_of = {id(grad): row for row, grad in enumerate(grads)}
         sizes = [scalars.join(norms, 2.0)]
         for each in sets:
             held = _gradients(each.parameters)
-            norm = scalars.join([norm_of[id(grad)] for grad in held], 2.0)
+            norm = _joined(norms, [row_of[id(grad)] for grad in held])
             elements = 1 if each.is_matrix else sum(grad.numel() for grad in mesh.locals_of(held))
             sizes.append(norm / math.sqrt(max(elements, 1)))
         self._eps = {each.name: each.eps for each in sets}
@@ -132,6 +134,13 @@ class ClippedSizes:
             max(also, 0),
             name in self._matrices,
         )
+
+
+def _joined(norms: Norms, rows: Sequence[int]) -> Norm:
+    """The joint norm of some of the norms, in few operations if they follow each other."""
+    if len(rows) > 1 and rows[-1] - rows[0] == len(rows) - 1:
+        return scalars.join(norms[rows[0] : rows[-1] + 1], 2.0)
+    return scalars.join([norms[row] for row in rows], 2.0)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
