@@ -825,6 +825,19 @@ def test_an_optimizer_that_steps_seldom_has_the_gradients_that_it_has_by_hand(
     torch.testing.assert_close(weights[1].grad, by_hand[1].grad, rtol=1e-5, atol=0)
 
 
+def test_gradients_that_a_later_fused_optimizer_did_not_step_with_are_clipped_beside_new_ones() -> None:
+    weights = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizers = [torch.optim.SGD(weights[:1], lr=1.0), torch.optim.SGD(weights[1:], lr=1.0, fused=True)]
+    clipper = Clipper(optimizers, 1.0)
+    (weights[0] + weights[1]).sum().backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+    (weights[0] + weights[2]).sum().backward()  # not to the second one, whose gradient is still there
+    optimizers[0].step()
+    clipper.detach()
+    assert [record.total_norm for record in clipper.history] == pytest.approx([8**0.5, 3.0], rel=1e-5)
+
+
 @pytest.mark.parametrize("elements", [4, 700_000])
 def test_a_round_is_skipped_if_a_scaler_skips_all_fused_steps(elements: int) -> None:
     weights = [nn.Parameter(torch.zeros(elements)) for _ in range(2)]

@@ -40,14 +40,16 @@ class Deferred:
         self._hooks: list[Any] = [
             p.register_hook(lambda _: self.apply())  # type: ignore[no-untyped-call]
             for p in _parameters(optimizer)
-            if p.requires_grad and p.grad is not None
+            if p.requires_grad
         ]
 
     def apply(self) -> None:
-        """Multiply the gradients now, unless they were changed."""
+        """Multiply now the gradients that nothing else has changed."""
         optimizer, clip_coef = self._optimizer(), self._clip_coef
-        if optimizer is not None and clip_coef is not None and not self._member.changed():
-            gather.gradients(_parameters(optimizer)).scale_(clip_coef)
+        if optimizer is not None and clip_coef is not None:
+            changed = {*map(id, self._member.changed())}
+            same = [p for p in _parameters(optimizer) if id(p.grad) not in changed]
+            gather.gradients(same).scale_(clip_coef)
         self.forget()
 
     def forget(self) -> None:
