@@ -244,14 +244,15 @@ def fake(ranks: int, parameters: int) -> dict[str, Any]:
 def table_of_fsdp2(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| parameters | | torch, ms | torchclip, ms | times faster | collectives: torch | torchclip |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| ranks | parameters | | torch, ms | torchclip, ms | times faster | collectives: torch | ours |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         ms, counts = row["milliseconds"], row["collectives"]
         lines.append(
-            f"| {row['parameters']:,} | {row['case']} | {ms['torch']:.2f} | {ms['torchclip']:.2f} "
-            f"| {row['times_faster']:.1f} | {counts['torch']} | {counts['torchclip']} |"
+            f"| {row['ranks']} | {row['parameters']:,} | {row['case']} "
+            f"| {ms['torch']:.2f} | {ms['torchclip']:.2f} | {row['times_faster']:.1f} "
+            f"| {counts['torch']} | {counts['torchclip']} |"
         )
     return "\n".join(lines)
 
