@@ -304,5 +304,5 @@ def test_the_lightning_callback_refuses_to_clip_twice(tmp_path: Path) -> None:
 def test_the_lightning_callback_refuses_gradients_that_it_cannot_see() -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer._accelerator_connector.strategy = FSDPStrategy()  # which no Trainer takes without a GPU
-    with pytest.raises(ValueError, match="FSDPStrategy shards"):
+    with pytest.raises(ValueError, match="FSDPStrategy hides gradients"):
         for_lightning.ClipperCallback(MAX_NORM).on_fit_start(trainer, Module())
