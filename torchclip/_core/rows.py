@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ __all__ = [
     "PRESCALE",
     "coefs_for",
     "matrix_norms",
-    "row_norms",
+    "norms_of_rows",
     "scale_rows_",
 ]
 
@@ -72,14 +73,24 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
     return torch.where(usable, scaled, leading)
 
 
-def row_norms(tensor: Tensor, p: float) -> Tensor:
-    """The norms of the slices of a tensor along its first axis: float64, of shape ``(len(tensor),)``."""
-    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
-    matrix = tensor.reshape(rows, columns)
-    if rows * columns == 0:
-        return tensor.new_zeros(rows, dtype=norm_dtype(tensor.device))
-    if p in (1, 2) and matrix.dtype in NARROW_REAL and columns <= _SERIAL and memory.on_host((matrix,)):
-        return _narrow_norms(matrix, p)
+def norms_of_rows(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
+    """The norms of the slices of each tensor along its first axis: float64, of shape ``(len(tensor),)``."""
+    readable = memory.on_host(tensors)
+    return [_row_norms(tensor, p, readable) for tensor in tensors]
+
+
+def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
+    elements = tensor.numel()
+    if elements == 0:
+        return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
+    rows, columns = tensor.shape[0], elements // tensor.shape[0]
+    matrix = tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
+    if readable and p in (1, 2) and matrix.dtype in NARROW_REAL:
+        fast = _verified_norms(matrix, p) if elements >= _MANY else None
+        if fast is not None:
+            return fast
+        if columns <= _SERIAL:
+            return _narrow_norms(matrix, p)
     blocks = torch.split(matrix, max(1, memory.PIECE // columns))
     parts = [
         torch.stack([_block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
@@ -92,9 +103,6 @@ def _narrow_norms(rows: Tensor, p: float) -> Tensor:
     """The norms of rows whose powers fit into float64, each summed by one thread."""
     if rows.numel() <= _FEW:
         return vector_norms(rows, p, torch.float64)
-    fast = _verified_norms(rows, p) if rows.numel() >= _MANY else None
-    if fast is not None:
-        return fast
     parts = [vector_norms(part.double(), p) for part in memory.by_rows(rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -105,19 +113,19 @@ def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
     Short parts of rows are summed in float32 and joined in float64.  Some rows are summed in float64 too:
     rounding errors usually cancel out, and if they do not, these rows show it.
     """
-    length = next(
-        (n for n in range(min(_PART, rows.shape[1]), _PART // 4, -1) if rows.shape[1] % n == 0), None
-    )
-    if rows.dtype is not torch.float32 or length is None:
+    count, columns = rows.shape
+    length = next((n for n in range(min(_PART, columns), _PART // 4, -1) if columns % n == 0), None)
+    if rows.dtype is not torch.float32 or length is None or columns > length * _SERIAL:
         return None
-    parts = vector_norms(rows.view(rows.shape[0], -1, length), p)
-    norms = vector_norms(parts, p, torch.float64)
-    least, most = norms.aminmax()
+    parts = rows.view(count, -1, length)
+    of_parts = vector_norms(parts, p)
+    least, most = of_parts.aminmax()
     if not (float(least) > 1e-15 and float(most) < 1e15):
         return None
-    exact = vector_norms(rows[::_EVERY], p, torch.float64)
-    error = (norms[::_EVERY] / exact - 1).mean()
-    return norms if abs(float(error)) < 2e-8 else None
+    chosen = (slice(None, None, _EVERY),) if count >= _EVERY else (slice(None), slice(None, None, _EVERY))
+    exact = vector_norms(parts[chosen], p, torch.float64)
+    error = (of_parts[chosen] / exact - 1).mean()
+    return vector_norms(of_parts, p, torch.float64) if abs(float(error)) < 2e-8 else None
 
 
 def _block_norms(rows: Tensor, p: float) -> Tensor:

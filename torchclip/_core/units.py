@@ -84,6 +84,8 @@ def tell_ranks(parameters: Any) -> None:
 def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
     chosen = [p for p in gather.distinct(some) if p.grad is not None or mesh.is_dtensor(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
+    if not memory.intercepted() and memory.common_dtype([*chosen, *grads]) is not None:
+        return [_dense(p, p.detach(), grad, grad, None) for p, grad in zip(chosen, grads, strict=True)]
     held = mesh.locals_of(grads)
     gather.refuse_unwritable(held, items, given)
     place_of = {id(item): place for place, item in enumerate(items)}
@@ -123,12 +125,17 @@ def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Ten
     if grad is not None and owner is not None and _is_row_sparse(owner):
         values = changes.own_elements(owner)
         return Units(owner, weight[owner.indices()[0]], values, values, None)
-    layout = _layout(parameter)
+    return _dense(parameter, weight, grad, measured, _layout(parameter))
+
+
+def _dense(
+    parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None, layout: Layout | None
+) -> Units:
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
         grad = None if grad is None else grad.view(1, -1)
         measured = None if measured is None else measured.reshape(1, -1)
-    return Units(owner, weight, grad, measured, layout)
+    return Units(parameter.grad, weight, grad, measured, layout)
 
 
 def _layout(parameter: Tensor) -> Layout | None:
@@ -146,9 +153,18 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     If units are split over ranks, the parts on other ranks are included.
     """
     with torch.no_grad():
-        of_units = [(_row_norms(u.weight, u, p), _row_norms(u.measured, u, p)) for u in units]
+        of_weights = rows.norms_of_rows([u.weight for u in units], p)
+        of_grads = rows.norms_of_rows([u.measured for u in units if u.measured is not None], p)
     if all(u.layout is None for u in units):
-        return of_units
+        return list(zip(of_weights, of_grads, strict=True))
+    present = iter(of_grads)
+    of_units = [
+        (
+            _or_absent(of_weight, u.weight, u),
+            _or_absent(None if u.measured is None else next(present), u.measured, u),
+        )
+        for u, of_weight in zip(units, of_weights, strict=True)
+    ]
     by_layout: dict[Layout, list[int]] = {}
     for i, each in enumerate(units):
         if each.layout is not None:
@@ -168,11 +184,11 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     return of_units
 
 
-def _row_norms(tensor: Tensor | None, units: Units, p: float) -> Tensor:
-    """The norms of this rank's parts of the units of a tensor."""
-    if tensor is None or (units.layout is not None and tensor.numel() == 0):
+def _or_absent(norms: Tensor | None, tensor: Tensor | None, units: Units) -> Tensor:
+    """The norms of this rank's parts of the units of a tensor; ``ABSENT`` if it has none."""
+    if norms is None or tensor is None or (units.layout is not None and tensor.numel() == 0):
         return units.weight.new_full((len(units.weight),), ABSENT, dtype=norm_dtype(units.weight.device))
-    return rows.row_norms(tensor, p)
+    return norms
 
 
 def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:

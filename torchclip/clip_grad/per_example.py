@@ -12,12 +12,12 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import memory, native, rows
 from torchclip._core.arguments import refuse_item, tensor_list, threshold
-from torchclip._core.scalars import clip_coef, join_rows, norm_dtype
+from torchclip._core.scalars import clip_coef, join_rows
 
 __all__ = ["clip_per_example"]
 
-# The number of elements copied at a time.
-_PIECE = 1 << 20
+# The number of elements copied at a time: in host memory so few that they stay in the cache.
+_PIECE_ON_HOST, _PIECE = 1 << 17, 1 << 24
 
 
 def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
@@ -65,9 +65,16 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
         return [], torch.tensor(0, device="cpu")
     with torch.no_grad():
         device = tensors[0].device
-        norms = torch.stack([rows.row_norms(g, 2.0).to(device) for g in tensors], dim=-1)
+        norms = torch.stack([norms.to(device) for norms in rows.norms_of_rows(tensors, 2.0)], dim=-1)
         clip_coefs = clip_coef(max_norm, join_rows(norms, 2.0))
-        return [_weighted_sum(g, clip_coefs) for g in tensors], (~(clip_coefs >= 1)).sum()
+        # On mps, which has no float64, products are in float32, and autocast must not narrow them.
+        with (
+            torch.autocast("mps", enabled=False)
+            if any(g.device.type == "mps" for g in tensors)
+            else nullcontext()
+        ):
+            sums = [_weighted_sum(g, clip_coefs) for g in tensors]
+        return sums, (~(clip_coefs >= 1)).sum()
 
 
 def _check(tensors: list[Tensor]) -> None:
@@ -87,12 +94,11 @@ def _check(tensors: list[Tensor]) -> None:
 
 
 def _weighted_sum(grad: Tensor, clip_coefs: Tensor) -> Tensor:
-    # mps has no float64; autocast must not narrow the product in float32 there.
-    wide = torch.promote_types(grad.dtype, norm_dtype(grad.device))
+    wide = torch.promote_types(grad.dtype, clip_coefs.dtype)
     clip_coefs = clip_coefs.to(grad.device, wide)
     examples = grad.reshape(len(grad), math.prod(grad.shape[1:]))
-    with torch.autocast("mps", enabled=False) if grad.device.type == "mps" else nullcontext():
-        # In pieces, so that the copies do not grow with the gradients.
-        pieces = torch.split(examples, max(1, _PIECE // max(1, len(examples))), dim=1)
-        total = torch.cat([clip_coefs @ piece.to(wide) for piece in pieces])
-    return total.to(grad.dtype).view(grad.shape[1:])
+    most = _PIECE_ON_HOST if grad.is_cpu else _PIECE
+    pieces = torch.split(examples, max(1, most // max(1, len(examples))), dim=1)
+    sums = [(clip_coefs @ piece.to(wide)).to(grad.dtype) for piece in pieces]
+    total = sums[0] if len(sums) == 1 else torch.cat(sums)
+    return total.view(grad.shape[1:])
