@@ -94,14 +94,17 @@ def test_kernel_and_torch_operations_agree(
 
 
 @needs_kernel
+@pytest.mark.parametrize("large", [[(600, 300)], [(200, 300)] * 5], ids=["one large", "several"])
 @pytest.mark.parametrize("name", RULES)
-def test_the_same_bits_for_any_threads_and_instructions(name: str, threads: None) -> None:
+def test_the_same_bits_for_any_threads_and_instructions(
+    name: str, large: list[tuple[int, ...]], threads: None
+) -> None:
     results = []
     try:
         for number, instructions in itertools.product((1, 2, 5), _instruction_sets()):
             torch.set_num_threads(number)
             native.extension.select(instructions)
-            parameters = parameters_of(torch.float32, as_it_is, [*SHAPES, (600, 300)])
+            parameters = parameters_of(torch.float32, as_it_is, [*SHAPES, *large])
             RULES[name](parameters, 2.0)
             results.append([bits(p.grad) for p in parameters])
     finally:

@@ -146,27 +146,34 @@ class Memory {
         }
     }
 
-    // Measures each tensor and scales it to its own limit, with one thread while it is in the cache.
+    // Measures each tensor and scales it to its own limit, while it is in the cache.  If several threads would share a
+    // tensor, or tensors overlap, all are measured before any is scaled.
     //
-    // Args: limits: receives the clip coefficients.
+    // Args:
+    //     limits: receives the clip coefficients.
     //     eps: as for scalars.clip_coef.
     void clip_each(Read Loops::* loop, double* limits, double eps, double* norms) {
         prepare();
-        // If tensors overlap, or several threads share one, all are measured before any is scaled.
-        const bool in_turn = threads_ == 1 && !overlaps();
-        const WithoutGil unlocked(elements_);
-        if (!in_turn) reduce(first(), last(), loop, false, 1.0);
-        Place from = first();
-        for (size_t i = 0; i < parts_.size(); ++i) {
-            const Place to = {i + 1, 0, from.chunk + chunks_of(parts_[i])};
-            if (in_turn) reduce(from, to, loop, false, 1.0);
+        const auto measure = [&](size_t i, Place from, Place to) {
             norms[i] = norm_from(fold(from, to, loop == &Loops::largest), from, to, loop, false);
             limits[i] = clip_coef_of(limits[i], norms[i], eps);
-            if (in_turn) scale_backwards(i, limits[i]);
-            from = to;
+        };
+        size_t most = 0;
+        for (const Layout& layout : parts_) most = std::max(most, layout.count);
+        const bool is_apart = !overlaps();
+        const WithoutGil unlocked(elements_);
+        if (is_apart && most <= std::max(elements_, size_t(1)) / size_t(threads_)) {
+            const auto clip = [&](size_t i, Place from, Place to) {
+                reduce(from, to, loop, false, 1.0);
+                measure(i, from, to);
+                scale_backwards(i, limits[i]);
+            };
+            const auto work = [&](size_t share, size_t shares) { for_each_tensor(share, shares, clip); };
+            return threads_ == 1 ? work(0, 1) : in_parallel(threads_, work);
         }
-        if (in_turn) return;
-        if (threads_ > 1 && overlaps()) threads_ = 1;
+        reduce(first(), last(), loop, false, 1.0);
+        for_each_tensor(0, 1, measure);
+        if (!is_apart) threads_ = 1;
         run(first(), last(),
             [&](Place place, size_t n) { scale(parts_[place.part], place.start, n, limits[place.part]); });
     }
@@ -176,6 +183,19 @@ class Memory {
         if (clip_coef == 1.0) return;
         const Write inner = loops_[layout.dtype].scale;
         visit<true>(layout, start, n, [&](char* x, size_t length) { return inner(x, length, clip_coef); });
+    }
+
+    // Calls work(i, begin, end) for each tensor whose middle lies in this one of so many equal shares of all elements.
+    template <class Work> void for_each_tensor(size_t share, size_t shares, const Work& work) const {
+        Place from = first();
+        size_t before = 0;
+        for (size_t i = 0; i < parts_.size(); ++i) {
+            const Place to = {i + 1, 0, from.chunk + chunks_of(parts_[i])};
+            const size_t middle = before + parts_[i].count / 2;
+            if (std::min(middle / (elements_ / shares + 1), shares - 1) == share) work(i, from, to);
+            before += parts_[i].count;
+            from = to;
+        }
     }
 
     // From the last chunk to the first, as the last ones may still be in the cache.
