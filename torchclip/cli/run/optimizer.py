@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from weakref import ref
 
@@ -17,7 +17,7 @@ from torchclip.history.layers import Layers
 
 __all__ = ["OptimizerRecord"]
 
-MOST_ROUNDS = 10_000  # as many as a history keeps
+_MOST_ROUNDS = 10_000  # as many as a history keeps
 
 
 class OptimizerRecord:
@@ -31,7 +31,7 @@ class OptimizerRecord:
         steps: the number of its steps.
         history: its steps; those of its Clipper, if it has one.
         layers: the norms of its parameters in some of the steps.
-        rounds: the number of backward passes before each of the latest steps.
+        rounds: the latest steps, each with the number of backward passes before it.
         clipped_by: the number of steps by the way in which they were clipped.
         nonfinite: the names of the parameters with a gradient that is not finite, by step.
         problem: why its norms are not known, or why it is not clipped as the options say.
@@ -49,7 +49,7 @@ class OptimizerRecord:
         self.steps = 0
         self.history = History()
         self.layers = Layers()
-        self.rounds: dict[int, int] = {}
+        self.rounds: deque[tuple[int, int]] = deque(maxlen=_MOST_ROUNDS)
         self.clipped_by: Counter[str] = Counter()
         self.nonfinite: dict[int, list[str]] = {}
         self.problem: str | None = None
@@ -64,13 +64,6 @@ class OptimizerRecord:
         self.groups = len(optimizer.param_groups)
         self.names = parameter_names(optimizer)
         self.on_host = _on_host(optimizer)
-
-    def note_round(self, backwards: int) -> None:
-        """Record the number of backward passes before this step."""
-        if backwards:
-            self.rounds[self.steps] = backwards
-            if len(self.rounds) > MOST_ROUNDS:
-                del self.rounds[next(iter(self.rounds))]
 
     def label(self, name: str) -> str:
         """Its name in a report."""

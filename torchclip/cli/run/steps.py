@@ -121,7 +121,7 @@ class StepRecorder:
             return None
         if self._rounds:
             self._split_round(optimizer)
-        record.note_round(self._losses.backwards)
+        record.rounds.append((record.steps, self._losses.backwards))
         record.loss, record.call, record.is_measured = self._losses.take(), None, False
         if len(args) > 1 or kwargs:
 

@@ -95,7 +95,7 @@ def together(optimizers: Sequence[OptimizerRecord]) -> list[list[OptimizerRecord
     groups: list[list[OptimizerRecord]] = []
     for each in optimizers:
         for group in groups:
-            rounds, others = set(each.rounds.values()), set(group[0].rounds.values())
+            rounds, others = _numbers(each), _numbers(group[0])
             least = max(_SHARE * min(len(rounds), len(others)), 1)
             if each.history is not group[0].history and len(rounds & others) >= least:
                 group.append(each)
@@ -105,13 +105,19 @@ def together(optimizers: Sequence[OptimizerRecord]) -> list[list[OptimizerRecord
     return [group for group in groups if len(group) > 1]
 
 
+def _numbers(optimizer: OptimizerRecord) -> set[int]:
+    """How many backward passes there were before its steps, apart from those before the first."""
+    return {backwards for _, backwards in optimizer.rounds if backwards}
+
+
 def joint_history(optimizers: Sequence[OptimizerRecord]) -> History:
     """Their joint steps: the norm of all gradients of a backward pass, as a single call would measure it."""
     rounds: dict[int, list[Record]] = {}
     for each in optimizers:
+        round_of = dict(each.rounds)
         for record in each.history:
-            if record.step in each.rounds:
-                rounds.setdefault(each.rounds[record.step], []).append(record)
+            if round_of.get(record.step):
+                rounds.setdefault(round_of[record.step], []).append(record)
     joint = History()
     for step, parts in enumerate(rounds[number] for number in sorted(rounds)):
         norms = {(part.total_norm, part.max_norm) for part in parts}
