@@ -38,7 +38,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import torchclip
-from torchclip._core import collectives
+from torchclip._core import collectives, messages
 
 SIDE = 64
 ROUNDS = 30
@@ -173,13 +173,13 @@ def by_exchange(norms: list[float]) -> None:
 
 def by_gather(norms: list[float]) -> None:
     """As among few ranks."""
-    collectives.MANY_ON_HOST = 1 << 30
+    messages.MANY_ON_HOST = 1 << 30
     by_exchange(norms)
 
 
 def by_reductions(norms: list[float]) -> None:
     """As among many."""
-    collectives.MANY_ON_HOST = 2
+    messages.MANY_ON_HOST = 2
     by_exchange(norms)
 
 

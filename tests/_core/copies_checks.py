@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchclip
-from torchclip._core import collectives
+from torchclip._core import messages
 
 INF = math.inf
 ORDERS = (0, 1, 2, 3, INF, -1)
@@ -37,7 +37,7 @@ def check_gradients_that_the_first_replica_lacks() -> None:
     for lacking in (nowhere, first_replica, in_turns):
         for many in EITHER_WAY:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(collectives, "MANY_ON_HOST", many)
+                patch.setattr(messages, "MANY_ON_HOST", many)
                 for order in ORDERS:
                     ps = [parameter(None if i in lacking[rank] else g, like=g) for i, g in enumerate(grads)]
                     norm = torchclip.clip_grad_norm_(ps, INF, order)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchclip
-from torchclip._core import collectives
+from torchclip._core import collectives, messages
 from torchclip.clipper import Scope
 
 INF = math.inf
@@ -100,8 +100,8 @@ def check_gather_and_reductions_give_the_same_bits() -> None:
                 results = []
                 for many, rooted in ((2, 3), (3, 3), (3, 2)):
                     with pytest.MonkeyPatch.context() as patch:
-                        patch.setattr(collectives, "MANY_ON_HOST", many)
-                        patch.setattr(collectives, "_ROOTED", rooted)
+                        patch.setattr(messages, "MANY_ON_HOST", many)
+                        patch.setattr(messages, "ROOTED", rooted)
                         call = collectives.Call(collectives.Kind.MEASURE, order, facts=1 << 2 * rank)
                         norms, _ = collectives.exchange(group, both[rank].tolist(), (), call, "cpu")
                         call.finish()

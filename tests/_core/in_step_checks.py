@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import torchclip
-from torchclip._core import collectives
+from torchclip._core import collectives, messages
 from torchclip._core.scalars import on_device
 from torchclip.clipper import Scope
 
@@ -234,7 +234,7 @@ def check_a_rank_that_is_a_call_ahead() -> None:
             raise ConnectionError
 
         if dist.get_rank() == 1:
-            patch.setattr(collectives, "_gather", lost)
+            patch.setattr(messages, "gather", lost)
             with pytest.raises(ConnectionError):
                 torchclip.get_total_norm(grad)
     out_of_step(
@@ -248,14 +248,14 @@ def check_a_rank_that_is_a_call_ahead() -> None:
 def check_many_ranks() -> None:
     """All that few ranks promise, by the reductions that are made among many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "MANY_ON_HOST", 2)
+        patch.setattr(messages, "MANY_ON_HOST", 2)
         _all_promises()
 
 
 def check_ranks_whose_rows_the_first_gathers() -> None:
     """The same, by the two messages that are sent among some ranks in host memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_ROOTED", 2)
+        patch.setattr(messages, "ROOTED", 2)
         _all_promises()
 
 
@@ -282,7 +282,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "_array", as_there)
         for many in (16, 2):
-            patch.setattr(collectives, "MANY_ON_HOST", many)
+            patch.setattr(messages, "MANY_ON_HOST", many)
             mesh = DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu")
             full = randn(8, 5)
             grad = split(full, mesh, Shard(0))

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 import torchclip
-from torchclip._core import collectives
+from torchclip._core import messages
 
 
 @contextmanager
@@ -35,16 +35,16 @@ def parameter(mesh: DeviceMesh, *placements: Placement) -> Any:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Of each message, the number of ranks and the bytes."""
-    messages: list[tuple[int, int]] = []
-    for name in ("_gather", "_reduced"):
-        send = getattr(collectives, name)
+    seen: list[tuple[int, int]] = []
+    for name in ("gather", "reduced"):
+        send = getattr(messages, name)
 
         def recorded(group: Any, array: Any, *op: Any, send: Any = send) -> Any:
-            messages.append((group.size(), array.nbytes))
+            seen.append((group.size(), array.nbytes))
             return send(group, array, *op)
 
-        monkeypatch.setattr(collectives, name, recorded)
-    return messages
+        monkeypatch.setattr(messages, name, recorded)
+    return seen
 
 
 def test_messages_do_not_grow_with_the_number_of_ranks(sent: list[tuple[int, int]]) -> None:

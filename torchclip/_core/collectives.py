@@ -22,21 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchclip._core import integer_sums
+from torchclip._core import integer_sums, messages
 from torchclip._core.batch import Norms
+from torchclip._core.messages import Array
 from torchclip._core.scalars import ABSENT, on_device
 
 __all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
 
-MANY = 32
-"""The number of ranks with accelerators from which there are two reductions.
-
-They take 4 log₂ N messages in a row, against N - 1 of a gather.
-"""
-MANY_ON_HOST = 1024
-"""Likewise of ranks that communicate from host memory, as over gloo, whose reductions are rings as well."""
-_ROOTED = 8
-"""The number of such ranks from which the first gathers all rows and sends them: fewer messages in a row."""
 _FEW = 64
 """Up to so many norms are joined faster one by one than as arrays."""
 SLOTS = 4
@@ -50,9 +42,6 @@ _FACTS = 6
 _NUMBER, _KIND, _ORDER, _COUNT, _MARKS = range(5)
 _REFUSED = _MARKS + SLOTS
 _HEAD = _REFUSED + 1 + _FACTS
-Array = Any
-"""A NumPy array if values can be read, a tensor if the host must not wait for them."""
-
 
 _DIFFERENT_COPIES = (
     "ranks with copies of the same parameters have gradients for different ones of them, which is found out "
@@ -177,7 +166,7 @@ def exchange(
         if not _learn(state, high, low, call):
             return failed
         joint = _join(group, sent, count, heads, call.order).tolist()
-    call.sent = None if _are_many(group, sent) or count > SLOTS else heads.norms[:, :count]
+    call.sent = None if messages.are_many(group, sent) or count > SLOTS else heads.norms[:, :count]
     words = zip(marks, high[_MARKS:], low[_MARKS:])  # noqa: B905 - of as many as there are marks
     return joint, [mark if most == least else DIFFERS for mark, most, least in words]
 
@@ -190,7 +179,7 @@ def gather_rows(group: dist.ProcessGroup, numbers: Array, call: Call, device: st
     heads = _exchange_heads(group, _head(state, len(numbers), (), call), _array(_padded([]), device), call)
     if not _learn(state, heads.high.tolist(), heads.low.tolist(), call):
         return None
-    rows = _gather(group, _like(heads.high, numbers))
+    rows = messages.gather(group, messages.like(heads.high, numbers))
     return rows.cpu().numpy() if isinstance(rows, Tensor) else rows
 
 
@@ -206,14 +195,14 @@ def _head(state: _State, count: int, marks: Sequence[int], call: Call) -> list[i
 
 
 def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, call: Call) -> _Heads:
-    words = _like(riding, np.array(head))
-    if not _are_many(group, riding):
-        rows = _gather(group, _beside(words, riding.view(words.dtype)))
+    words = messages.like(riding, np.array(head))
+    if not messages.are_many(group, riding):
+        rows = messages.gather(group, messages.beside(words, riding.view(words.dtype)))
         high = integer_sums.largest(rows[:, :_HEAD])
         low = -integer_sums.largest(-rows[:, :_REFUSED])
         return _Heads(high, low, rows[:, _HEAD:].view(riding.dtype))
-    message = _beside(words, -words[:_REFUSED], integer_sums.keys(riding, call.order))
-    reduced = _reduced(group, message, dist.ReduceOp.MAX)
+    message = messages.beside(words, -words[:_REFUSED], integer_sums.keys(riding, call.order))
+    reduced = messages.reduced(group, message, dist.ReduceOp.MAX)
     leading = integer_sums.leading(reduced[_HEAD + _REFUSED :], call.order)
     return _Heads(reduced[:_HEAD], -reduced[_HEAD : _HEAD + _REFUSED], leading)
 
@@ -314,13 +303,13 @@ def _read_verdicts(state: _State, wait: bool) -> None:
         state.refusal = state.refusal or call.error
 
 
-# Arithmetic and messages
+# Arithmetic
 
 
 def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: float) -> Array:
     """The joint norms, once the heads are known."""
-    if not _are_many(group, sent):
-        rows = heads.norms[:, :count] if count <= SLOTS else _gather(group, sent)
+    if not messages.are_many(group, sent):
+        rows = heads.norms[:, :count] if count <= SLOTS else messages.gather(group, sent)
         if isinstance(rows, Tensor) or rows.size > _FEW:
             return integer_sums.join(rows, p)
         return np.array([integer_sums.join_few(column, p) for column in rows.T.tolist()])
@@ -328,11 +317,12 @@ def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: f
     if not isinstance(sent, Tensor):  # fewer messages of gloo's; a tensor's ranks may not agree on the count
         sent, leading = sent[:count], leading[:count]
     if count > SLOTS:
-        leading = integer_sums.leading(_reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX), p)
+        largest = messages.reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX)
+        leading = integer_sums.leading(largest, p)
     # Tensors are summed in any case: a rank that refused its arguments may not know the order.
     if math.isinf(p) and not isinstance(leading, Tensor):
         return leading[:count]
-    limbs = _reduced(group, _beside(*integer_sums.terms(sent, leading, p)), dist.ReduceOp.SUM)
+    limbs = messages.reduced(group, messages.beside(*integer_sums.terms(sent, leading, p)), dist.ReduceOp.SUM)
     if math.isinf(p):
         return leading[:count]
     return integer_sums.root(leading, limbs[: len(sent)], limbs[len(sent) :], p)[:count]
@@ -353,11 +343,6 @@ def _state_of(group: dist.ProcessGroup, call: Call) -> _State:
     return state
 
 
-def _are_many(group: dist.ProcessGroup, array: Array) -> bool:
-    on_host = not isinstance(array, Tensor) or array.is_cpu
-    return group.size() >= (MANY_ON_HOST if on_host else MANY)
-
-
 def _array(norms: Norms, device: str) -> Array:
     """Norms to compute with: an array if they can be read, else a tensor on the group's device."""
     if device == "cpu" and torch._C._functorch.maybe_current_level() is None:
@@ -372,34 +357,3 @@ def _padded(norms: Norms) -> Norms:
     if isinstance(norms, Tensor):
         return torch.nn.functional.pad(norms, (0, SLOTS - len(norms)), value=ABSENT)
     return [*norms, *[ABSENT] * (SLOTS - len(norms))]
-
-
-def _like(array: Array, other: Any) -> Array:
-    """A NumPy array of the same kind as the other one, without waiting."""
-    return torch.from_numpy(other).to(array.device, non_blocking=True) if isinstance(array, Tensor) else other
-
-
-def _beside(*arrays: Array) -> Array:
-    return torch.cat(arrays) if isinstance(arrays[0], Tensor) else np.concatenate(arrays)
-
-
-def _gather(group: dist.ProcessGroup, sent: Array) -> Array:
-    """Every rank's array, as the rows of a matrix."""
-    tensor = sent if isinstance(sent, Tensor) else torch.from_numpy(sent)
-    rows = tensor.new_empty(group.size() * len(tensor))
-    if tensor.is_cpu and group.size() >= _ROOTED:
-        parts = list(rows.view(-1, len(tensor)).unbind()) if group.rank() == 0 else None
-        dist.gather(tensor, parts, group=group, group_dst=0)
-        dist.broadcast(rows, group=group, group_src=0)
-    else:
-        # Torch 2.13 renamed it.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(rows, tensor, group=group)
-    rows = rows.view(-1, len(tensor))
-    return rows if isinstance(sent, Tensor) else rows.numpy()
-
-
-def _reduced(group: dist.ProcessGroup, sent: Array, op: Any) -> Array:
-    """The sum or the maximum of all ranks' arrays, in place of this rank's."""
-    dist.all_reduce(sent if isinstance(sent, Tensor) else torch.from_numpy(sent), op, group=group)
-    return sent
