@@ -78,10 +78,26 @@ CALLS: dict[str, tuple[Callable[[list[nn.Parameter], float], object], tuple[floa
         ORDERS,
         24,
     ),
+    "clip_grad_rms_": (lambda ps, _: torchclip.clip_grad_rms_(ps, 1.0), (2.0,), 24),
+}
+
+
+# Torch has no operation on lists of tensors for norms of rows: how many a further tensor takes.
+CALLS_BY_ROWS: dict[str, tuple[Callable[[list[nn.Parameter]], object], int]] = {
+    "clip_grad_adaptive_": (torchclip.clip_grad_adaptive_, 3),
+    "clip_per_example": (lambda ps: torchclip.clip_per_example(gradients(ps), 1.0), 6),
 }
 
 
 class TestOperations:
+    @pytest.mark.parametrize("dtype", [F32, F16, BF16])
+    @pytest.mark.parametrize("name", CALLS_BY_ROWS)
+    def test_a_few_for_each_tensor_where_there_are_none_on_lists(self, name: str, dtype: torch.dtype) -> None:
+        call, most = CALLS_BY_ROWS[name]
+        few, many = (len(operations(call, on_meta(count, dtype))) for count in (40, 400))
+        assert many - few <= 360 * most
+        assert few <= 40 * most + 30
+
     @pytest.mark.parametrize("dtypes", [(F32,), (F16,), (BF16,), (F64,), (F32, BF16)])
     @pytest.mark.parametrize("name", CALLS)
     def test_their_number_is_small_and_does_not_grow(

@@ -91,6 +91,10 @@ def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
             return fast
         if columns <= _SERIAL:
             return _narrow_norms(matrix, p)
+    if not readable and (columns <= _SERIAL or not tensor.is_cpu):
+        return matrix_norms(
+            matrix, p
+        )  # on a device each operation takes its time, and no threads split a row
     blocks = torch.split(matrix, max(1, memory.PIECE // columns))
     parts = [
         torch.stack([_block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
