@@ -39,9 +39,10 @@ def gather(group: dist.ProcessGroup, sent: Array) -> Array:
     tensor = sent if isinstance(sent, Tensor) else torch.from_numpy(sent)
     rows = tensor.new_empty(group.size() * len(tensor))
     if tensor.is_cpu and group.size() >= ROOTED:
+        first = dist.get_global_rank(group, 0)
         parts = list(rows.view(-1, len(tensor)).unbind()) if group.rank() == 0 else None
-        dist.gather(tensor, parts, group=group, group_dst=0)
-        dist.broadcast(rows, group=group, group_src=0)
+        dist.gather(tensor, parts, first, group)
+        dist.broadcast(rows, first, group)
     else:
         # Torch 2.13 renamed it.
         everywhere = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
