@@ -30,7 +30,7 @@ from torchclip._core.scalars import ABSENT, on_device
 __all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
 
 _FEW = 64
-"""Up to so many norms are joined faster one by one than as arrays."""
+"""Up to this many norms are joined faster one by one than as arrays."""
 SLOTS = 4
 """How many norms, and how many marks, fit into the head."""
 DIFFERS: Final = -1

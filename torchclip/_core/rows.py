@@ -142,7 +142,7 @@ def _block_norms(rows: Tensor, p: float) -> Tensor:
 def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
     """Multiply each slice along the first axis in place by its own number, from ``coefs_for``."""
     real = tensor
-    # Where operations are intercepted a tensor may stand for its conjugate, which cannot be seen.
+    # Where operations are intercepted, a tensor may be lazily conjugated without showing it.
     if tensor.dtype.is_complex and not memory.values_hidden():
         real = torch.view_as_real(memory.without_conj(tensor))
     if clip_coefs.dtype != (torch.float64 if real.dtype in memory.DOUBLE else clip_coefs.dtype):

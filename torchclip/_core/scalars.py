@@ -112,7 +112,7 @@ def in_one(norms: Sequence[Norm]) -> Norms:
 def where(condition: bool | Tensor, a: Any, b: Any) -> Any:
     """``a`` where a condition holds, ``b`` elsewhere.
 
-    Of a condition on a device two floats would be a float32 tensor: pass a norm there, or integers.
+    With a condition on a device, two floats would become a float32 tensor: pass a norm, or integers.
     """
     return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
 
@@ -128,7 +128,7 @@ def concatenate(several: Sequence[Norms]) -> Norms:
 
 
 def divided(norms: Norms, divisors: Norms) -> Norms:
-    """Norms, each divided by its own number, or all by the only one, which may be on another device."""
+    """Norms, each divided by its own number, or all by a single one, which may be on another device."""
     if isinstance(norms, Tensor):
         return norms / on_device(divisors, norms.device)
     by = numbers(divisors)
@@ -277,7 +277,7 @@ def clip_coef(max_norm: Norm, norm: Norm, eps: float = EPS) -> Norm:
     With ``eps`` 0, for thresholds that were learned from norms, a norm up to the threshold gives exactly 1.
     ``ABSENT`` gives 1, and so does an infinite threshold, which only measures, also for a norm of NaN.
 
-    Tensors may have any shape: each element is a norm of its own.
+    Tensors may have any shape: each element is a norm.
     """
     if isinstance(norm, Tensor) or isinstance(max_norm, Tensor):
         return _clip_coef_tensor(max_norm, norm, eps)

@@ -59,8 +59,8 @@ class Spikes:
             self.limit = limits if isinstance(limits, float) else limits[0]
         limit = self.limit
         is_spike: bool | Tensor = norm > limit
-        # A norm that is not finite says nothing about the norms in a row.  It cannot be clipped to anything:
-        # such a step is never taken instead.
+        # A norm that is not finite does not count in the row, and cannot be clipped: such a step is never
+        # taken.
         is_nonfinite = (norm == math.inf) | (norm != norm)
         skip = is_spike & ((self._skips < self._max_skips) | is_nonfinite)
         in_a_row = scalars.where(skip, self._skips + 1, 0)

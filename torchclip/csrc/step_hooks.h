@@ -167,7 +167,7 @@ bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
     if (state->is_open && own->stepped && !record(state)) return false;
     if (!state->is_open) {
         if (!clip_all(state, hooks->index)) return false;
-        // Another loss may be assigned before the round ends.  Giving a reference back can run user code.
+        // Another loss may be assigned before the round ends.  Releasing a reference can run user code.
         const Ref before(std::exchange(state->round_loss, std::exchange(state->loss, new_reference(Py_None))));
         state->is_open = state->is_short = 1;
         state->opener = int(hooks->index);

@@ -31,11 +31,11 @@ SHARES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)
 _LEAST_STEPS = 50
 # With fewer steps, norms have neither drift nor spikes.
 _LEAST_USABLE = 8
-# With fewer steps before an explosion, the threshold is this part of their norms' lower quartile.
+# With few steps before an explosion, the threshold is this part of their norms' lower quartile.
 _PART_OF_FEW = 1 / 3
 # Norms hardly vary if 99 % of them are below this many times the median.
 _HARDLY_VARY = 1.3
-# A run converges if its last norms are so many times smaller than the first ones; it begins with such steps.
+# A run converges if its last norms are this many times smaller than its first ones.
 _CONVERGES, _BEGINNING = 100, 25
 # Notes that come before the recommendation if they concern this share of the steps.
 _MUCH = 0.05
@@ -288,7 +288,7 @@ class _Run:
     def _before_departure(self, usual: Array) -> tuple[float, str]:
         """The threshold for a run whose norms have left their usual range, from the steps before."""
         few = len(usual) < _LEAST_STEPS
-        # The last of few steps may be part of what follows.
+        # If there are few steps, the last one may belong to what follows.
         norm = float(np.quantile(usual, 0.25, method="lower") if few else np.median(usual))
         max_norm = _two_digits(norm * _PART_OF_FEW if few else norm)
         which = "a third of the lower quartile" if few else "the median"
