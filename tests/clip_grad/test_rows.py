@@ -226,6 +226,12 @@ def test_no_examples_and_no_elements() -> None:
 
 
 @pytest.mark.usefixtures("kernel_on_and_off")
+def test_more_examples_than_any_memory_holds_are_an_error() -> None:
+    with pytest.raises((MemoryError, RuntimeError)):
+        torchclip.clip_per_example([torch.empty(2**61, 0)], 1.0)
+
+
+@pytest.mark.usefixtures("kernel_on_and_off")
 @pytest.mark.parametrize("size", [7, 3 << 19])
 def test_sums_are_tensors_of_their_own(size: int) -> None:
     grads = [torch.full((2, size), 1.0), torch.full((2, 4, 3), 2.0), torch.ones(2)]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <exception>
 #include <vector>
 
 #include "dlpack.h"
@@ -160,7 +161,7 @@ template <class... Args, PyObject* (*work)(Args...)> struct Guarded<work> {
     static PyObject* call(Args... args) {
         try {
             return work(args...);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {  // std::bad_alloc, or std::length_error for more than any memory
             return PyErr_NoMemory();
         }
     }
