@@ -155,7 +155,7 @@ def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
     if known and min(known) > 0 and max(known) > 5 * min(known):
         axes.set_yscale("log")
         label_plainly(axes.yaxis)
-    axes.set_title("Loss of Each Run", fontsize=16)
+    axes.set_title("Loss of each run", fontsize=16)
     figure.legend(loc="outside lower center", ncols=3 if width < NARROW else 6, title="threshold")
     return figure
 
