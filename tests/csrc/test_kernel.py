@@ -41,24 +41,8 @@ REAL = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DTYPES = [*REAL, torch.complex64, torch.complex128]
 ORDERS = [1.0, 2.0, math.inf]
 INSTRUCTION_SETS = ["avx512", "avx2", "baseline"]
-SPECIAL = [
-    0.0,
-    -0.0,
-    1.0,
-    -3.0,
-    1e-3,
-    300.0,
-    1e20,
-    -1e30,
-    3e38,
-    1e-25,
-    1e-40,
-    6e-8,
-    1e200,
-    -1.7e308,
-    1e-200,
-    5e-324,
-]
+SPECIAL = [0.0, -0.0, 1.0, -3.0, 1e-3, 300.0, 1e20, -1e30, 3e38, 1e-25, 1e-40, 6e-8]
+SPECIAL += [1e200, -1.7e308, 1e-200, 5e-324]
 NONFINITE = [math.inf, -math.inf, math.nan]
 ABSENT = -1.0  # the norm of no elements
 GUARD = 7.25  # around the elements of a view; must still be there afterwards
@@ -512,15 +496,15 @@ def test_versions_of_what_is_written_and_of_nothing_else() -> None:
     assert [a._version, b._version] == [0, 1]
     batch.scale_(0.5)
     batch.clamp_(0.25)
-    assert [a._version, b._version] == [2, 3]
+    assert [a._version, b._version] == [2, 2]
     assert [a.tolist(), b.tolist()] == [[0.25, 0.25], [0.25, 0.25]]
     batch.clamp_(0.25)  # nothing is beyond
     batch.zero_nonfinite_()
-    assert [a._version, b._version] == [2, 3]
+    assert [a._version, b._version] == [2, 2]
     a[1] = math.nan
     batch.zero_nonfinite_()
     assert a.tolist() == [0.25, 0]
-    assert [a._version, b._version] == [4, 4]
+    assert [a._version, b._version] == [4, 2]
     assert sparse._version == before
 
 

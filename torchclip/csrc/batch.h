@@ -186,7 +186,7 @@ PyObject* change(const Batch& batch, Write Loops::* loop, const double* numbers,
     if (!batch.tensors.read_again(memory, wanted)) return nullptr;
     if (loop == &Loops::clamp && (memory.facts() & kAnyComplex) != 0)
         return PyErr_Format(PyExc_RuntimeError, "a gradient became complex during the call; nothing was changed");
-    const bool done = !memory.write(loop, numbers, each) || batch.tensors.bump_versions(wanted);
+    const bool done = !memory.write(loop, numbers, each) || batch.tensors.bump_written(memory, wanted);
     return done ? new_reference(Py_None) : nullptr;
 }
 

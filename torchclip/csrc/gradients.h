@@ -101,6 +101,15 @@ class Tensors {
         const Ref written = tuple_of(all_, [&](size_t i) { return taken_[i] && wanted(i); });
         return written != nullptr && PyTuple_Size(written) == 0 ? true : ::bump_versions(written);
     }
+
+    // Likewise for those in which `memory.write` found something to write; they were read where wanted(i) holds.
+    template <class Wanted> bool bump_written(const Memory& memory, Wanted wanted) const {
+        Room<bool, kUsual> of_memory, written;
+        memory.find_written(of_memory);
+        written.resize(all_.size());
+        for (size_t i = 0, next = 0; i < all_.size(); ++i) written[i] = taken_[i] && wanted(i) && of_memory[next++];
+        return bump_versions([&](size_t i) { return written[i]; });
+    }
 };
 
 using Numbers = Room<double, kUsual>;
@@ -212,9 +221,7 @@ class Gradients {
         is_stale_ = true;
         if (!memory_.write(loop, &number, false)) return true;
         if (after != nullptr) *after = memory_.norm(&Loops::sum_squares, false);
-        Room<bool, kUsual> written;
-        memory_.find_written(written);
-        return tensors_.bump_versions([&](size_t i) { return written[i]; });
+        return tensors_.bump_written(memory_, kEach);
     }
 };
 
