@@ -378,7 +378,7 @@ def test_a_history_of_another_clipper_is_refused() -> None:
     runs = [Run(), Run()]
     optimizers = [torch.optim.SGD(run.parameters, lr=0.0) for run in runs]
     first, second = (Clipper(optimizer, 0.5) for optimizer in optimizers)
-    with pytest.raises(ValueError, match="that of another Clipper already"):
+    with pytest.raises(ValueError, match="already belongs to another Clipper"):
         second.history = first.history
     with pytest.raises(TypeError, match="must be a torchclip"):
         second.history = []  # type: ignore[assignment]
