@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 import torchclip
-from torchclip._core import messages
+from torchclip._core import mesh, messages
 
 
 @contextmanager
@@ -64,6 +64,16 @@ def test_messages_do_not_grow_with_the_number_of_ranks(sent: list[tuple[int, int
     assert (len(of_norm), len(of_each)) == (2, 3)
     assert sum(of_norm) < 300
     assert sum(of_each[1:]) == 24 * 50
+
+
+def test_the_first_dtensor_of_a_process_may_be_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lacks its gradient: torch does not return the part of a parameter itself."""
+    monkeypatch.setattr(mesh, "_readers", [])
+    with fake_ranks(2):
+        line = init_device_mesh("cpu", (2,))
+        lacking = parameter(line, Shard(0))
+        lacking.grad = None
+        assert torchclip.clip_grad_norm_([lacking, parameter(line, Shard(0))], 1.0) > 0
 
 
 @pytest.mark.skipif(

@@ -135,15 +135,12 @@ def _known_layout(spec: Any) -> Layout:
 def _readers_for(tensors: Iterable[Tensor]) -> tuple[Callable[[Any], Tensor], Callable[[Any], Any]]:
     """What reads a DTensor's part and its spec: the public names take ten times as long, in each call.
 
-    They are found by what they hold: the part is what ``to_local()`` returns where no gradient is recorded,
-    and the spec has the placements.
+    They are found by what they hold: the part is a tensor, and the spec has the placements.
     """
     if not _readers:
         tensor = next(filter(is_dtensor, tensors))
-        with torch.no_grad():
-            part = tensor.to_local()
         held = {name: getattr(tensor, name) for name in dtensor_types()[0].__slots__}  # type: ignore[attr-defined]
-        of_part = next(name for name, value in held.items() if value is part)
+        of_part = next(name for name, value in held.items() if isinstance(value, Tensor))
         of_spec = next(name for name, value in held.items() if hasattr(value, "placements"))
         _readers.append((operator.attrgetter(of_part), operator.attrgetter(of_spec)))
     return _readers[0]
