@@ -106,7 +106,7 @@ struct Rows {
     }
 };
 
-constexpr size_t kTogether = 64, kTogetherElements = 2048;  // rows that are processed together, and their elements
+constexpr size_t kTogether = 64, kTogetherElements = 8192;  // rows that are processed together, and their elements
 
 // The number of rows that are processed together: those that stay in the first-level cache.
 size_t rows_together(const Rows& some, const Rows& others, Read Loops::* loop) {
