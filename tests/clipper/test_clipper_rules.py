@@ -175,6 +175,17 @@ def test_what_is_not_finite_is_treated_as_ever(name: str, value: float, fused: b
         assert bool((weight == 1).all()) == (policy == "skip")
 
 
+def test_weights_that_are_nan_give_a_coefficient_that_is() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, NAN], [1.0, 1.0]]))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    clipper = Clipper(optimizer, Adaptive(0.1))
+    weight.grad = torch.full((2, 2), 9.0)
+    optimizer.step()
+    record = last_of(clipper)
+    assert (record.total_norm, record.nonfinite) == (18.0, False)
+    assert math.isnan(record.clip_coef)
+
+
 def test_steps_without_gradients() -> None:
     optimizer = sgd([None, None])
     clipper = Clipper(optimizer, Value(1.0))

@@ -57,10 +57,10 @@ bool clip_as_asked(Gradients& gradients, PyObject* ask, Clipped& clipped) {
     return clipped.coef == 1.0 || (gradients.read_again() && gradients.scale(clipped.coef));
 }
 
-// The factor by which a norm changed, as in torchclip.clipper.rules.ratio.  The norm may be NaN now, as
-// weights may be: the step was clipped all the same.
+// The factor by which a norm changed, as in torchclip.clipper.rules.ratio: NaN if the norm is now, as weights may be.
 bool set_ratio(Clipped& clipped, double after) {
-    clipped.coef = after == clipped.norm || clipped.norm == 0 ? 1.0 : std::min(1.0, after / clipped.norm);
+    const bool is_same = after == clipped.norm || clipped.norm == 0 || after > clipped.norm;
+    clipped.coef = is_same ? 1.0 : after / clipped.norm;
     clipped.max_norm = std::numeric_limits<double>::infinity();
     return true;
 }
