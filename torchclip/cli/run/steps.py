@@ -167,8 +167,12 @@ class StepRecorder:
             if clipper in self._rounds:
                 self._rounds[clipper].mark(optimizer)
         number = record.steps
-        if number >= record.history.clipped_sizes.next_step:  # a Clipper does so for its own history
-            record.history.clipped_sizes.measure(number, [optimizer])
+        # A Clipper does this for its own history.
+        if number >= record.history.clipped_sizes.next_step and record.problem is None:
+            try:
+                record.history.clipped_sizes.measure(number, [optimizer])
+            except Exception as error:  # as in _measure
+                record.problem = _no_norms(error)
         record.steps += 1
         if self._progress is not None:
             self._progress(record)
@@ -200,7 +204,7 @@ class StepRecorder:
             if _measures_layers(record.steps) and isinstance(clip_coef, float) and clip_coef > 0:
                 self._measure_layers(record, optimizer, clip_coef)
         except Exception as error:  # the program must continue, whatever its gradients
-            record.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
+            record.problem = _no_norms(error)
 
     def _record_call(self, record: OptimizerRecord, call: Call, skipped: bool) -> None:
         """Record a step whose gradients torch's functions have clipped."""
@@ -317,6 +321,10 @@ class StepRecorder:
                 for each in clipper.optimizers:
                     self._trial_clippers.pop(each, None)
                 clipper.detach()
+
+
+def _no_norms(error: Exception) -> str:
+    return f"norms cannot be taken: {type(error).__name__}: {error}"
 
 
 def _measures_layers(step: int) -> bool:
