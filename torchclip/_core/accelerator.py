@@ -89,7 +89,7 @@ class AcceleratorBatch:
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor in place by its own number."""
-        if not isinstance(clip_coefs, Tensor):
+        if isinstance(clip_coefs, list):
             for tensor, clip_coef in zip(self.all, clip_coefs, strict=True):
                 AcceleratorBatch([tensor]).scale_(clip_coef)
             return
@@ -186,7 +186,7 @@ def _own_elements(tensor: Tensor) -> Tensor:
 
 
 def _on(clip_coefs: Norm, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if isinstance(clip_coefs, Tensor):
-        return moved(clip_coefs if clip_coefs.dtype == dtype else clip_coefs.to(dtype), device)
-    # The device writes it: a copy from the host would make the device wait.
-    return torch.full((), clip_coefs, dtype=dtype, device=device)
+    if isinstance(clip_coefs, float):
+        # The device writes it: a copy from the host would make the device wait.
+        return torch.full((), clip_coefs, dtype=dtype, device=device)
+    return moved(clip_coefs if clip_coefs.dtype == dtype else clip_coefs.to(dtype), device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
@@ -71,9 +71,9 @@ def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Ten
     # The device writes the number, as a copy from the host would wait.
     return torch.stack(
         [
-            norm.to(device, dtype)
-            if isinstance(norm, Tensor)
-            else torch.full((), norm, dtype=dtype, device=device)
+            torch.full((), norm, dtype=dtype, device=device)
+            if isinstance(norm, (int, float))
+            else norm.to(device, dtype)
             for norm in norms
         ]
     )
@@ -98,7 +98,7 @@ def device_of(values: Collection[Norm | Norms]) -> torch.device | None:
 
 def numbers(norms: Norms) -> list[float]:
     """Norms as numbers; waits if they are on a device."""
-    return norms.tolist() if isinstance(norms, Tensor) else norms
+    return norms if isinstance(norms, list) else norms.tolist()
 
 
 def in_one(norms: Sequence[Norm]) -> Norms:
@@ -129,7 +129,7 @@ def concatenate(several: Sequence[Norms]) -> Norms:
 
 def divided(norms: Norms, divisors: Norms) -> Norms:
     """Norms, each divided by its own number, or all by a single one, which may be on another device."""
-    if isinstance(norms, Tensor):
+    if not isinstance(norms, list):
         return norms / on_device(divisors, norms.device)
     by = numbers(divisors)
     return [norm / by[i if len(by) > 1 else 0] for i, norm in enumerate(norms)]
@@ -144,12 +144,13 @@ def replaced(values: Norms, where: bool | Sequence[bool] | Tensor, value: float)
             of the host.
         value: what to put there.
     """
-    if where is False or (isinstance(where, Tensor) and isinstance(values, list)):
+    if where is False:
         return values
+    of_host = isinstance(where, (bool, list))
     if isinstance(values, list):
-        places = [where] * len(values) if isinstance(where, bool) else where
+        places = where if isinstance(where, list) else [of_host] * len(values)
         return [value if is_there else old for old, is_there in zip(values, places, strict=True)]
-    mask = where if isinstance(where, Tensor) else torch.tensor(where, device=_CPU)
+    mask = torch.tensor(where, device=_CPU) if of_host else cast("Tensor", where)
     return values.masked_fill(mask.to(values.device, non_blocking=True), value)
 
 
@@ -160,25 +161,23 @@ def at_most(values: Norms, most: Norm) -> Norms:
     return on_device(values, device_of([values, most])).clamp(max=most)  # type: ignore[arg-type]
 
 
-def smallest(several: Iterable[Norm | Norms], otherwise: float) -> Norm:
+def smallest(several: Sequence[Norms], otherwise: float) -> Norm:
     """The smallest of several numbers; NaN if any of them is."""
-    found: list[Norm] = []
-    for each in several:
-        if isinstance(each, Tensor):
-            found.append(each.amin() if each.numel() > 1 else each.reshape(()))
-        else:
-            found += each if isinstance(each, list) else [each]
-    return join(found, -math.inf) if found else otherwise
+    found = concatenate(several)
+    if len(found) < 2:
+        return found[0] if len(found) else otherwise
+    return join(found, -math.inf) if isinstance(found, list) else found.amin()
 
 
 def may_change(clip_coef: Norm) -> bool:
     """Whether multiplying by a number may change something; does not wait to see whether a tensor is 1."""
-    return isinstance(clip_coef, Tensor) or clip_coef != 1.0
+    return not (isinstance(clip_coef, float) and clip_coef == 1.0)
 
 
 def present(norm: Norm) -> Norm:
     """A norm, or 0 in place of ``ABSENT``."""
-    return norm.clamp(min=0.0) if isinstance(norm, Tensor) else 0.0 if norm < 0 else norm
+    found: Norm = where(norm < 0, 0.0, norm)
+    return found
 
 
 # Joint norms: (Σ n^p)^(1/p)
@@ -191,12 +190,10 @@ def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
     """
     if len(norms) == 1:
         return norms[0]
-    if isinstance(norms, Tensor):
-        return join_rows(norms, p)
-    device = device_of(norms)
-    if device is not None:
-        return join_rows(on_device(norms, device), p)
-    return _join_numbers([norm for norm in cast("Sequence[float]", norms) if not norm < 0], p)
+    of_one_kind = in_one(norms) if isinstance(norms, (list, tuple)) else norms
+    if isinstance(of_one_kind, list):
+        return _join_numbers([norm for norm in of_one_kind if not norm < 0], p)
+    return join_rows(cast("Tensor", of_one_kind), p)
 
 
 def _join_numbers(norms: list[float], p: float) -> float:
@@ -279,7 +276,7 @@ def clip_coef(max_norm: Norm, norm: Norm, eps: float = EPS) -> Norm:
 
     Tensors may have any shape: each element is a norm.
     """
-    if isinstance(norm, Tensor) or isinstance(max_norm, Tensor):
+    if not (isinstance(norm, (int, float)) and isinstance(max_norm, (int, float))):
         return _clip_coef_tensor(max_norm, norm, eps)
     if max_norm == math.inf or norm < 0 or (eps == 0 and norm <= max_norm):
         return 1.0
@@ -288,7 +285,7 @@ def clip_coef(max_norm: Norm, norm: Norm, eps: float = EPS) -> Norm:
 
 
 def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
-    if not isinstance(norm, Tensor):
+    if isinstance(norm, (int, float)):
         norm = torch.full_like(cast("Tensor", max_norm), norm)
     if isinstance(max_norm, float) and max_norm == math.inf:
         return torch.ones_like(norm)
@@ -298,24 +295,24 @@ def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
         return coefs if max_norm > eps else coefs.masked_fill(norm < 0, 1.0)
     # 0/0 and inf/inf must not become NaN.
     as_they_are = norm <= max_norm
-    if isinstance(max_norm, Tensor):
+    if not isinstance(max_norm, float):
         as_they_are = as_they_are | (max_norm == math.inf)
     return torch.where(as_they_are, 1.0, (max_norm / (norm + eps)).clamp(max=1.0))
 
 
 def clip_coefs(max_norms: Norm | Sequence[float], norms: Norms, eps: float = EPS) -> Norms:
     """``clip_coef`` of several norms, with one threshold for all of them or one for each."""
-    if isinstance(norms, Tensor):
+    if not isinstance(norms, list):
         limits = on_device(max_norms, norms.device) if isinstance(max_norms, (list, tuple)) else max_norms
         return clip_coef(cast("Norm", limits), norms, eps)
-    if isinstance(max_norms, Tensor):
-        if max_norms.dim():
-            # A few operations on all of them are faster than a call for each.
-            return cast("list[float]", clip_coef(max_norms, vector(norms), eps).tolist())
-        max_norms = float(max_norms)
-    if not isinstance(max_norms, (list, tuple)):
-        return [clip_coef(cast("float", max_norms), norm, eps) for norm in norms]
-    return [clip_coef(limit, norm, eps) for limit, norm in zip(max_norms, norms, strict=True)]
+    if isinstance(max_norms, (list, tuple)):
+        return [clip_coef(limit, norm, eps) for limit, norm in zip(max_norms, norms, strict=True)]
+    limit = cast("Norm", max_norms)
+    if not isinstance(limit, (int, float)) and limit.dim():
+        # A few operations on all of them are faster than a call for each.
+        coefs: list[float] = clip_coef(limit, vector(norms), eps).tolist()
+        return coefs
+    return [clip_coef(float(limit), norm, eps) for norm in norms]
 
 
 def clip_each_(batch: Batch, limits: Norm | Sequence[float], p: float, eps: float) -> Norms:
@@ -336,7 +333,7 @@ def is_finite(norm: Norm) -> bool:
 def to_result(total_norm: Norm, batch: Batch) -> Tensor:
     """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
     dtype = _result_dtype(batch)
-    if isinstance(total_norm, Tensor):
+    if not isinstance(total_norm, (int, float)):
         return total_norm.clamp(min=0.0).to(_result_device(batch, total_norm.device), dtype)
     # No norm means 0; a number beyond float32 becomes infinite, where torch would raise.
     value = 0.0 if total_norm < 0 else total_norm

@@ -326,7 +326,7 @@ class Clipping:
 
     def _tell(self, skipped: bool | Tensor, index: int) -> None:
         """Make a fused step skip itself, as hiding the gradients would wait for the device."""
-        if isinstance(skipped, Tensor) and self._skips:
+        if not isinstance(skipped, bool) and self._skips:
             override = self._override(index)
             # A GradScaler may have its own reason to skip this optimizer's step.
             override.skip_where(skipped | nonfinite.is_skipped_by_scaler(self._steps[index].optimizer))
@@ -353,7 +353,7 @@ class Clipping:
             if divisor is None:
                 self.not_fused = "what the step would have to divide by is no number of float32's range"
                 fused_ones = []
-        if isinstance(skipped, Tensor) and not (fused_ones and len(reasons) == 1):
+        if not isinstance(skipped, bool) and not (fused_ones and len(reasons) == 1):
             snapshot.keep_where(skipped)
         if divisor is None or not fused_ones:
             snapshot.scale_()

@@ -58,7 +58,7 @@ def why_not(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot) -> 
 def divisor(clip_coef: Norm, grad_scale: Tensor | None) -> Tensor | None:
     """The number by which a fused step must divide the gradients; None if it is outside float32's range."""
     scale = 1.0 if grad_scale is None else grad_scale
-    if isinstance(clip_coef, Tensor):
+    if not isinstance(clip_coef, float):
         return (scale / clip_coef).to(torch.float32)
     value = float(scale) / clip_coef if clip_coef else math.inf
     return torch.full((), value, dtype=torch.float32, device=_CPU) if not value > _MOST else None

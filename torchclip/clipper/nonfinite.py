@@ -83,7 +83,7 @@ def without_nonfinite(snapshot: Snapshot) -> Sequence[ClipSet]:
     sets = [
         clip_set
         for clip_set in snapshot.sets
-        if isinstance(clip_set.norms, Tensor) or not all(map(math.isfinite, clip_set.norms))
+        if not (isinstance(clip_set.norms, list) and all(map(math.isfinite, clip_set.norms)))
     ]
     snapshot.measure_sets(sets, finite=True)
     return sets

@@ -349,9 +349,9 @@ class Round:
 
 def _skipped_too(row: Row, skipped: bool | Tensor) -> Row:
     """The record of a round, given whether a GradScaler has skipped all its steps."""
-    if isinstance(skipped, Tensor):
-        return row._replace(skipped=torch.as_tensor(row.skipped, device=skipped.device) | skipped)
-    return row._replace(max_norm=math.inf, clip_coef=1.0, skipped=True) if skipped else row
+    if isinstance(skipped, bool):
+        return row._replace(max_norm=math.inf, clip_coef=1.0, skipped=True) if skipped else row
+    return row._replace(skipped=torch.as_tensor(row.skipped, device=skipped.device) | skipped)
 
 
 def _nonzero(grads: Sequence[Tensor]) -> bool:

@@ -292,7 +292,9 @@ class Snapshot:
         """The smallest threshold of the sets that have gradients."""
         present = [clip_set for clip_set in self.sets if not clip_set.is_absent()] or self.sets
         max_norms = [clip_set.max_norms for clip_set in present if len(clip_set.norms)]
-        return scalars.smallest([*max_norms, *([] if self._max_norm is None else [self._max_norm])], math.inf)
+        of_sets: list[Norms] = [[each] if isinstance(each, float) else each for each in max_norms]
+        of_all = [] if self._max_norm is None else [scalars.in_one([self._max_norm])]
+        return scalars.smallest([*of_sets, *of_all], math.inf)
 
     def clip_coef(self) -> Norm:
         """The smallest clip coefficient."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
@@ -199,7 +198,7 @@ class ThresholdBank:
         if names is not self._names and tuple(names) != self._names:
             self.add(names)
             self._names = None
-        if isinstance(norms, Tensor):
+        if not isinstance(norms, list):
             if self.answers_tensors:
                 return self._learned_in_rows(names, norms, norm_type, norms.device)
             norms = norms.tolist()
@@ -244,26 +243,14 @@ class ThresholdBank:
         rows = self._rows_on(device)
         if self._names is None:
             self._names, self._index = tuple(names), self._places(names, device)
-        index = self._index
-        if index is None:
-            return rows.update(norms, norm_type)
-        if isinstance(norms, Tensor):
-            everywhere = norms.new_full((len(self._row_of),), scalars.ABSENT).index_copy_(0, index, norms)
-            found: Any = rows.update(everywhere, norm_type)
-            of_names: Tensor = found[index]
-            return of_names
-        of_all = [scalars.ABSENT] * len(self._row_of)
-        for row, norm in zip(index, norms, strict=True):
-            of_all[row] = norm
-        found = rows.update(of_all, norm_type)
-        return [found[row] for row in index]
+        return rows.update(norms, norm_type, self._index)
 
     def _places(self, names: Sequence[str], device: torch.device | None) -> Any:
         """The rows of the sets with these names, or None if they are all rows in order."""
-        rows = [self._row_of[name] for name in names]
-        if rows == list(range(len(self._row_of))):
+        rows = np.array([self._row_of[name] for name in names])
+        if np.array_equal(rows, np.arange(len(self._row_of))):
             return None
-        return rows if device is None else torch.from_numpy(np.array(rows)).to(device, non_blocking=True)
+        return rows if device is None else torch.from_numpy(rows).to(device, non_blocking=True)
 
     def _rows_on(self, device: torch.device | None) -> Rows:
         """The rows for norms on a device, made from what was learned elsewhere if needed."""

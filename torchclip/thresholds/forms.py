@@ -91,6 +91,11 @@ class Arrays:
         rows[chosen, slots[chosen]] = numbers[chosen]
 
     @staticmethod
+    def filled(count: int, number: float) -> Any:
+        """The same number for each row."""
+        return np.full(count, number)
+
+    @staticmethod
     def column(values: Sequence[Any]) -> Any:
         """A number for each row, or a row of numbers for each."""
         return np.array(values)
@@ -135,6 +140,10 @@ class Tensors:
         """Write a number into a slot of each row where the condition holds."""
         slots = slots[:, None]
         rows.scatter_(1, slots, torch.where(condition[:, None], numbers[:, None], rows.gather(1, slots)))
+
+    def filled(self, count: int, number: float) -> Tensor:
+        """The same number for each row."""
+        return torch.full((count,), number, dtype=scalars.norm_dtype(self.device), device=self.device)
 
     def column(self, values: Sequence[Any]) -> Tensor:
         """A number for each row, or a row of numbers for each."""

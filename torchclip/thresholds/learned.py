@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from torchclip._core.batch import Norms
+from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
 from torchclip.thresholds.forms import ARRAYS, FLOATS, Arrays, Tensors
 
@@ -117,15 +118,25 @@ class Rows:
             columns: Any = [getattr(self._all, name), getattr(more, name)]
             setattr(self._all, name, self._form.concatenate(columns))
 
-    def update(self, norms: Norms, order: float) -> Norms:
-        """Learn from a norm for each row, negative where there is no gradient, and return the thresholds.
+    def update(self, norms: Norms, order: float, rows: Any = None) -> Norms:
+        """Learn from the norms and return the thresholds.
 
-        Where there is no gradient it is infinite.
+        Args:
+            norms: a norm for each row, below 0 where there is no gradient.
+            order: their order.
+            rows: the places of their rows, if they are not all rows in order.
+
+        Returns:
+            The thresholds, infinite where there is no gradient.
         """
         form: Any = self._form
         columns: Any = norms if self.device is not None else np.array(norms)
-        with np.errstate(all="ignore"):  # from branches that are not selected
+        if rows is not None:
+            there, columns = columns, form.filled(len(getattr(self._all, self._one._columns[0])), ABSENT)
+            columns[rows] = there
+        with np.errstate(all="ignore"):  # of numbers that are not used in the end
             max_norms = form.where(columns < 0, math.inf, self._all._learn(columns, form, order))
+        max_norms = max_norms if rows is None else max_norms[rows]
         found: Norms = max_norms if self.device is not None else max_norms.tolist()
         return found
 
