@@ -176,8 +176,7 @@ def may_change(clip_coef: Norm) -> bool:
 
 def present(norm: Norm) -> Norm:
     """A norm, or 0 in place of ``ABSENT``."""
-    found: Norm = where(norm < 0, 0.0, norm)
-    return found
+    return max(norm, 0.0) if isinstance(norm, (int, float)) else norm.clamp(min=0.0)
 
 
 # Joint norms: (Σ n^p)^(1/p)
