@@ -343,7 +343,7 @@ def _gathered(
 
 def joined(norms: Sequence[Norm], p: float) -> Norm:
     """The joint norm of norms that this rank knows, with the same bits as on all ranks."""
-    present = [norm for norm in norms if isinstance(norm, Tensor) or not norm < 0]
+    present = [norm for norm in norms if not (isinstance(norm, float) and norm < 0)]
     if len(present) < 2:
         return present[0] if present else ABSENT
     device = device_of(present)

@@ -46,7 +46,7 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
             return True
     if policy != "skip":
         return skip
-    if isinstance(skip, Tensor):
+    if not isinstance(skip, bool):
         return skip | ~torch.as_tensor(total_norm, device=skip.device).isfinite()
     norm = unless_told(total_norm, optimizers)
     return (norm == math.inf) | (norm != norm)

@@ -99,7 +99,7 @@ class Percentile(Learned):
         if isinstance(history, np.ndarray):
             copied._history = np.array([each.before() for each in history])
         else:
-            copied._history = history.clone() if isinstance(history, Tensor) else history.before()
+            copied._history = history.before() if isinstance(history, _Sorted) else history.clone()
         return copied
 
     def _to_row(self, name: str, device: torch.device | None) -> Any:
