@@ -170,15 +170,12 @@ class Clipper:
         # A tensor has a method with this name, too.
         is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self._way = cast("Rule", max_norm) if is_way else None
-        self._rule = ThresholdBank(
-            math.inf if is_way else cast("MaxNorm", max_norm), in_rounds=len(optimizers) > 1
-        )
+        number_or_object, several = math.inf if is_way else cast("MaxNorm", max_norm), len(optimizers) > 1
+        self._rule = ThresholdBank(number_or_object, in_rounds=several)
         if self._rule.per_parameter:
             scope = "parameter"
         self._order = order_of(norm_type, nonfinite)
-        spikes = (
-            None if skip_above is None else Spikes(skip_above, max_skips, self._order, len(optimizers) > 1)
-        )
+        spikes = None if skip_above is None else Spikes(skip_above, max_skips, self._order, several)
         groups = process_groups_of(group, "AdaGC" if self._rule.per_parameter else scope)
         layers_every = arguments.count("layers_every", layers_every, least=0)
         self._scope: Scope = scope
