@@ -338,3 +338,47 @@ def check_rounds_of_sharded_models() -> None:
         for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
             torch.testing.assert_close(ours.full_tensor(), theirs.full_tensor())  # type: ignore[attr-defined]
         agreed(list(clipper.history))
+
+
+@since_2_7
+def check_sharded_gradients_in_the_backward_pass() -> None:
+    """What takes no norm is clipped there, and recorded with the norm of all ranks; the rest is refused."""
+    for max_norm in (torchclip.Value(0.1), INF):
+        models = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(2)]
+        for model in models:
+            for i, p in enumerate(model.parameters()):
+                p.data = randn(*p.shape, seed=i)
+            fully_shard(model)
+        model, by_hand = models
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+        def step(p: Tensor, optimizers: Any = optimizers) -> None:
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
+        its = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+        seen: list[Any] = []
+        clipper = Clipper(list(optimizers.values()), max_norm, on_clip=seen.append)
+        for number in range(3):
+            for each in models:
+                each(randn(3, 4, seed=number)).square().sum().backward()
+            grads = [p.grad for p in by_hand.parameters() if p.grad is not None]
+            norm = float(torchclip.get_total_norm(grads))
+            if max_norm != INF:
+                torchclip.clip_grad_value_(by_hand.parameters(), 0.1)
+            after = float(torchclip.get_total_norm(grads))
+            its.step()
+            its.zero_grad()
+            assert len(clipper.history) == number + 1, (max_norm, len(clipper.history), number)
+            assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-6)
+            assert last_of(clipper).clip_coef == pytest.approx(after / norm, rel=1e-6)
+        assert seen == list(clipper.history)
+        for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs.full_tensor())  # type: ignore[attr-defined]
+        clipper.detach()
+        refused = Clipper(list(optimizers.values()), 1.0, scope="parameter")
+        with pytest.raises(RuntimeError, match="are sharded"):
+            model(randn(3, 4, seed=9)).square().sum().backward()
+        assert len(refused.history) == 0

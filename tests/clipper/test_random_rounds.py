@@ -44,7 +44,8 @@ class ByHand:
 
     def missing(self) -> int:
         """The first one that has not stepped in this round."""
-        return min({*range(len(self.optimizers))} - self._stepped)
+        missing: int = min({*range(len(self.optimizers))} - self._stepped)
+        return missing
 
     def has_gradients(self, parameters: list[Tensor]) -> None:
         for i, optimizer in enumerate(self.optimizers):
@@ -90,7 +91,7 @@ class Training:
         self.parameters = [*{id(p): p for of_one in held for p in of_one}.values()]
         copies = {id(p): nn.Parameter(p.detach().clone()) for p in self.parameters}
         self.copies = [*copies.values()]
-        options = [self.rng.choice([{"fused": True}, {"momentum": 0.5}, {}]) for _ in held]
+        options: list[dict[str, Any]] = [self.rng.choice([{"fused": True}, {"momentum": 0.5}, {}]) for _ in held]
         say(f"{options}, {[len(of_one) for of_one in held]} parameters")
         self.optimizers, by_hand = (
             [torch.optim.SGD(ps, lr=0.1 * (i + 1), **options[i]) for i, ps in enumerate(of_all)]
@@ -112,7 +113,7 @@ class Training:
                 [0.1, 3.0]
             )
             for parameters in (self.parameters, self.copies):
-                (parameters[i] * factors).sum().backward()
+                torch.autograd.backward((parameters[i] * factors).sum())
         self.by_hand.has_gradients([self.copies[i] for i in used])
 
     def zero(self, i: int, set_to_none: bool) -> None:

@@ -76,6 +76,7 @@ class Value(Rule):
     """
 
     usual = ("value", "clip_value")
+    by_element = True  # it needs no norm
 
     def __init__(self, clip_value: float) -> None:
         self.clip_value = threshold("clip_value", clip_value)

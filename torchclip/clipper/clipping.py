@@ -91,6 +91,16 @@ class Clipping:
         if self.spikes is not None:
             self.spikes.rule.begin_round()
 
+    def takes_no_norm(self) -> bool:
+        """Whether gradients are clipped without a norm of them, which only the record has then."""
+        optimizers = [step.optimizer for step in self._steps]
+        limits = {*own_max_norms(groups_of(optimizers), {}).values()}
+        if self._policy != "propagate" or self.spikes is not None or limits - {None, math.inf}:
+            return False
+        if self.way is not None:
+            return getattr(self.way, "by_element", False)
+        return None not in limits or self._rule.number == math.inf
+
     def snapshot(self, own: OwnMaxNorms = MappingProxyType({}), only: int | None = None) -> Snapshot:
         """The current gradients, not measured yet: of all optimizers, or only of one."""
         optimizers = [step.optimizer for step in self._steps]

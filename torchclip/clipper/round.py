@@ -16,6 +16,7 @@ from torchclip._core import gather, mesh, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper.backward import Passes, is_running
 from torchclip.clipper.clipping import Clipping, Row
+from torchclip.clipper.held import HeldNorms
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import is_skipped_by_scaler
 from torchclip.clipper.rules import ratio
@@ -70,6 +71,8 @@ class Round:
         self._skips: list[bool | Tensor] = []
         self._in_backward = False
         self._passes = Passes()
+        self._held: HeldNorms | None = None
+        self._joint: tuple[Norm, Norm] | None = None  # of what was held, once the backward pass is over
 
     def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Clip the gradients now or after a closure; returns other arguments for the step, or None."""
@@ -91,10 +94,12 @@ class Round:
         if not step.end() or not step.counts or not self._state.open:
             return
         step.member.stepped = True
+        if self._in_backward:  # its end is the round's
+            return
         if all(member.stepped for member in self._state.members):
-            number, in_backward = self._state.number, self._in_backward
+            number = self._state.number
             self.close()
-            if number >= self._state.next_sample and not in_backward:
+            if number >= self._state.next_sample:
                 self._measure_clipped(number)
         else:
             step.member.mark(False)
@@ -126,14 +131,18 @@ class Round:
         taken = any(member.stepped for member in state.members)
         in_backward, self._in_backward, state.open = self._in_backward, False, False
         self._passes.end()
+        held, self._held = self._held, None
+        joint, self._joint = self._joint, None
         rows, self._rows = self._rows, []
         layers, self._layers = self._layers, []
         skips, self._skips = self._skips, []
         if taken and state.went_short:
             state.record()
-        elif taken and rows:
+        elif taken and rows and (held is None or joint is not None):
             self._clipping.end()
-            if in_backward:
+            if joint is not None:
+                rows = [self._joined(rows)._replace(total_norm=joint[0], clip_coef=joint[1])]
+            elif in_backward:
                 rows = [self._joined(rows)]
             elif skips:
                 rows = [*rows[:-1], _skipped_too(rows[-1], reduce(and_, skips))]
@@ -191,11 +200,10 @@ class Round:
             step.counts = False
             return None
         in_backward = is_running()
-        if in_backward:
-            self._refuse_in_backward()
+        is_sharded = in_backward and self._refuse_in_backward()
         if state.open and in_backward == self._in_backward and self._goes_on(index):
             if in_backward:
-                self._passes.follow(self.close)
+                self._passes.follow(self._end_backward)
                 self._clip(index)
             else:
                 self._skips.append(is_skipped_by_scaler(step.optimizer))
@@ -208,7 +216,8 @@ class Round:
         if len(self._steps) > 1:
             self._clipping.begin_round()
         if self._in_backward:
-            self._passes.follow(self.close)
+            self._passes.follow(self._end_backward)
+            self._held = HeldNorms(self._order) if is_sharded else None
         elif len(self._steps) > 1:
             self._skips = [is_skipped_by_scaler(step.optimizer)]
         replaced = self._with_closure(index, args, kwargs, self._clipped_after)
@@ -254,8 +263,18 @@ class Round:
 
         return closure_then_look
 
+    def _end_backward(self) -> None:
+        """Record the steps of a backward pass, now that other ranks may be asked."""
+        if self._held is not None:
+            self._joint = self._held.join()
+        self.close()
+
     def _clip(self, index: int) -> None:
         """Clip the current gradients; in a backward pass those of one optimizer."""
+        if self._held is not None:
+            self._held.clip(self._steps[index].optimizer, self._clipping.way)
+            self._rows.append(Row(self._state.number, 0.0, math.inf, 1.0, False, self.take_loss()))
+            return
         only = index if self._in_backward else None
         snapshot = self._clipping.snapshot(only=only)
         self._refuse_scaled(index)
@@ -310,15 +329,23 @@ class Round:
 
     # During a backward pass
 
-    def _refuse_in_backward(self) -> None:
-        """Raise an error for what is impossible while other gradients do not exist yet."""
+    def _refuse_in_backward(self) -> bool:
+        """Raise an error for what is impossible while other gradients do not exist yet.
+
+        Returns:
+            Whether gradients are sharded.
+        """
         parameters = [
             p for step in self._steps for group in step.optimizer.param_groups for p in group["params"]
         ]
-        if mesh.any_dtensor(parameters):
+        is_sharded = mesh.any_dtensor(parameters)
+        takes_no_norm = len(self._steps) > 1 and self._order > 0 and not self._layers_every
+        if is_sharded and not (takes_no_norm and self._clipping.takes_no_norm()):
             raise RuntimeError(
                 "the gradients of a step that is taken during the backward pass are sharded; their norm "
-                "takes other ranks, which may be elsewhere in theirs. Call optimizer.step() after backward()"
+                "takes other ranks, which may be elsewhere in theirs. Use `Value`, which takes no norm, or "
+                "`max_norm=inf`, with nonfinite='propagate', several optimizers and no `layers_every`; or "
+                "call optimizer.step() after backward()"
             )
         what = self._needs_all([step.optimizer for step in self._steps]) if len(self._steps) > 1 else None
         if what is not None:
@@ -327,6 +354,7 @@ class Round:
                 "optimizers, which are not there yet. Use `scope='group'` or 'parameter' without "
                 "`skip_above`, or call optimizer.step() after backward()"
             )
+        return is_sharded
 
     def _joined(self, rows: Sequence[Row]) -> Row:
         """One record for the optimizers that have stepped during a backward pass."""
