@@ -91,7 +91,9 @@ class Training:
         self.parameters = [*{id(p): p for of_one in held for p in of_one}.values()]
         copies = {id(p): nn.Parameter(p.detach().clone()) for p in self.parameters}
         self.copies = [*copies.values()]
-        options: list[dict[str, Any]] = [self.rng.choice([{"fused": True}, {"momentum": 0.5}, {}]) for _ in held]
+        options: list[dict[str, Any]] = [
+            self.rng.choice([{"fused": True}, {"momentum": 0.5}, {}]) for _ in held
+        ]
         say(f"{options}, {[len(of_one) for of_one in held]} parameters")
         self.optimizers, by_hand = (
             [torch.optim.SGD(ps, lr=0.1 * (i + 1), **options[i]) for i, ps in enumerate(of_all)]
