@@ -750,6 +750,20 @@ def test_nothing_is_kept_alive(several: bool, detached: bool, options: dict[str,
         assert [each() for each in held] == [None] * 4
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_open_round_keeps_no_large_gradient(fused: bool) -> None:
+    weights = [nn.Parameter(torch.zeros(100_000)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.1, fused=fused) for weight in weights]
+    _clipper = Clipper(optimizers, 1.0)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    held = [weakref.ref(weight.grad) for weight in weights if weight.grad is not None]
+    optimizers[0].step()  # the other one does not
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    assert [each() for each in held] == [None, None]
+
+
 def test_a_clipper_without_its_optimizer() -> None:
     clipper = Clipper(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), Percentile())
     with pytest.raises(RuntimeError, match="keep a reference to it"):

@@ -170,6 +170,8 @@ class Gradients {
     bool is_complex() const { return (memory_.facts() & kAnyComplex) != 0; }
     // If so, no other Python thread runs during a call.
     bool is_small() const { return memory_.elements() <= kSmallElements && !memory_.releases_gil(); }
+    // If so, they take at most 1 MiB.
+    bool is_tiny() const { return memory_.elements() <= size_t(1) << 16; }
 
     // The norm of order 2 of all of them as one vector.
     bool measure(double& norm) {

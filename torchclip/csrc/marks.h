@@ -150,11 +150,11 @@ class Marks {
         });
     }
 
-    // Keeps the gradients that were collected from an optimizer, of few elements, and notes a number in one of them:
-    // weak references would cost more.  False, with an error set, for an error.
-    bool hold(PyObject* const* begin, PyObject* const* end) {
+    // Notes the gradients that were collected from an optimizer, and a number in one of them.  They are kept alive
+    // unless the references are weak, which cost more.  False, with an error set, for an error.
+    bool hold(PyObject* const* begin, PyObject* const* end, bool are_weak) {
         clear();
-        are_weak_ = false;
+        are_weak_ = are_weak;
         for (; begin < end; ++begin) {
             if (!add(*begin)) return false;
             sample();
@@ -162,10 +162,10 @@ class Marks {
         return true;
     }
 
-    // Likewise those that an optimizer has after its step, without a number.
-    bool hold_again(PyObject* optimizer) {
+    // Likewise the gradients that an optimizer has after its step, without a number.
+    bool hold_again(PyObject* optimizer, bool are_weak) {
         clear();
-        are_weak_ = false;
+        are_weak_ = are_weak;
         const auto hold_one = [&](PyObject* gradient) { return add(gradient); };
         if (visit_usual(optimizer, hold_one)) return true;
         PyErr_Clear();  // it will be met again

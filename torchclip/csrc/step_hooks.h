@@ -40,6 +40,7 @@ struct RoundState {
     long long number;                 // of the open or next round
     long long next_sample;            // of a round whose end Python handles
     int opener;                       // the optimizer that opened it
+    bool are_weak;                    // whether the gradients are too large to keep,
     char is_open, is_short;           // whether it is open, and clipped and recorded here,
     Clipped clipped;                  // with this
     size_t count;                     // rows, kept until the history is read or the buffer is full
@@ -129,8 +130,11 @@ bool clip_all(RoundState* state, Py_ssize_t index) {
                                      : !clip_in_way(gradients, state->way, state->clip_to, limit, state->clipped))
         return false;
     PyObject* const* const all = gradients.all().begin();
+    state->are_weak = !gradients.is_tiny();
     for (Py_ssize_t i = 0; i < count; ++i)
-        if (i != index && !member(state, i)->marks->hold(all + (i > 0 ? ends[i - 1] : 0), all + ends[i])) return false;
+        if (i != index &&
+            !member(state, i)->marks->hold(all + (i > 0 ? ends[i - 1] : 0), all + ends[i], state->are_weak))
+            return false;
     return true;
 }
 
@@ -199,7 +203,7 @@ PyObject* after_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     own->stepped = 1;
     bool all = true;
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) all = all && member(state, i)->stepped;
-    return (all ? record(state) : own->marks->hold_again(args[0])) ? new_reference(Py_None) : nullptr;
+    return (all ? record(state) : own->marks->hold_again(args[0], state->are_weak)) ? new_reference(Py_None) : nullptr;
 }
 
 // Types
