@@ -30,20 +30,19 @@ struct Row {
 
 // The state that all of them share.
 struct RoundState {
-    PyObject_HEAD PyObject* clip_to;  // the threshold of a usual round,
-    Way way;                          // and the way of clipping
-    PyObject* members;                // a tuple
-    PyObject* loss;                   // for the record of the next round,
-    PyObject* round_loss;             // and for that of the open one
-    PyObject* pending;                // the history's list for rows,
-    PyObject* full;                   // and what to call when there are many
-    long long number;                 // of the open or next round
-    long long next_sample;            // of a round whose end Python handles
-    int opener;                       // the optimizer that opened it
-    bool are_weak;                    // whether the gradients are too large to keep,
-    char is_open, is_short;           // whether it is open, and clipped and recorded here,
-    Clipped clipped;                  // with this
-    size_t count;                     // rows, kept until the history is read or the buffer is full
+    PyObject_HEAD PyObject* clip_to;   // the threshold of a usual round,
+    Way way;                           // and the way of clipping
+    PyObject* members;                 // a tuple
+    PyObject* loss;                    // for the record of the next round,
+    PyObject* round_loss;              // and for that of the open one
+    PyObject* pending;                 // the history's list for rows,
+    PyObject* full;                    // and what to call when there are many
+    long long number;                  // of the open or next round
+    long long next_sample;             // of a round whose end Python handles
+    int opener;                        // the optimizer that opened it
+    char is_open, is_short, are_weak;  // whether it is open; recorded here; its gradients too large to keep
+    Clipped clipped;                   // with this
+    size_t count;                      // rows, kept until the history is read or the buffer is full
     Row rows[kMostRows];
 };
 
@@ -53,8 +52,6 @@ struct Hooks {
     Py_ssize_t index;
     PyObject *before, *after;  // null if garbage collection has cleared them while a finalizer still steps
 };
-
-Function graph_task_id;  // torch's id of the running backward pass; -1 for none
 
 PyTypeObject *member_type = nullptr, *round_type = nullptr, *hooks_type = nullptr;
 
@@ -136,13 +133,6 @@ bool clip_all(RoundState* state, Py_ssize_t index) {
             !member(state, i)->marks->hold(all + (i > 0 ? ends[i - 1] : 0), all + ends[i], state->are_weak))
             return false;
     return true;
-}
-
-// Whether a step is taken during a backward pass, or may be.
-bool in_backward() {
-    const Ref task(graph_task_id());
-    if (task == nullptr) PyErr_Clear();
-    return task == nullptr || PyLong_AsLong(task) != -1;
 }
 
 // Whether an optimizer may step with gradients that were clipped before, because none has changed since.

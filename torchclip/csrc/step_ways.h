@@ -107,4 +107,13 @@ bool clip_in_way(Gradients& gradients, Way way, PyObject* given, double limit, C
     }
 }
 
+Function graph_task_id;  // torch's id of the running backward pass; -1 for none
+
+// Whether a step is taken during a backward pass, or may be.
+bool in_backward() {
+    const Ref task(graph_task_id());
+    if (task == nullptr) PyErr_Clear();
+    return task == nullptr || PyLong_AsLong(task) != -1;
+}
+
 }  // namespace
