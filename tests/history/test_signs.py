@@ -171,6 +171,13 @@ def test_zeros_do_not_count() -> None:
     assert "The norm of 200 steps of 400 is 0" in str(advice).replace("\n", " ")
 
 
+def test_norms_that_were_0_before_have_no_usual_range() -> None:
+    norms = [0.0] + [3.0, 0.3, 3.0, 3.0, 0.3, 12.0, 9.0, 3.0, 11.0, 4.0, 16.0]
+    advice = advice_on(norms, [0.04] + [0.8] * 11)
+    assert (advice.explodes, advice.max_norm) == (None, None)
+    assert advice.reason.startswith("Too early")
+
+
 def test_steps_that_are_not_finite_are_said_first() -> None:
     norms = calm(0, 400)
     norms[np.random.default_rng(0).permutation(400)[:200]] = math.nan
@@ -303,6 +310,17 @@ def test_stalls_follow_a_threshold_that_changes_from_step_to_step() -> None:
         [torch.optim.Adam([weight(100)], eps=1e-6)], [10.0], lambda step: 1e-6 if step % 4 else 1.0
     )
     assert history.suggest().stalls == 0.75
+
+
+def test_a_group_without_a_gradient_beside_one_that_is_not_finite_is_no_stall() -> None:
+    first, second = weight(2), weight(2)
+    optimizer = torch.optim.Adam([{"params": [first]}, {"params": [second]}])
+    clipper = Clipper(optimizer, float("inf"))
+    for step in range(12):
+        first.grad = torch.full((2,), math.inf if step == 9 else 1.0)
+        second.grad = torch.zeros(2)
+        optimizer.step()
+    assert clipper.history.summary().stall.share == 0.0
 
 
 def test_without_an_eps_nothing_stalls() -> None:

@@ -130,6 +130,8 @@ def departure(norms: Array, losses: Array) -> Departure | None:
     logs[positive] = np.log(norms[positive])
     logs[norms == 0] = logs[positive].min()
     found = [index for index in (_by_norms(logs), _by_losses(logs, losses)) if index is not None]
+    # A usual range takes norms above 0.
+    found = [index for index in found if positive[:index].any()]
     if not found:
         return None
     index = min(found)

@@ -107,7 +107,8 @@ class ClippedSizes:
         if not records or not usable.any():
             return Stall()
         at, sizes = np.asarray(steps)[usable], sizes[usable]
-        norms = np.array([record.total_norm * record.clip_coef for record in records])
+        # Steps whose norm is not finite do not count.
+        norms = np.array([0.0 if r.nonfinite else r.total_norm * r.clip_coef for r in records])
         norm_of = {record.step: norm for record, norm in zip(records, norms, strict=True)}
         nearest = np.searchsorted((at[1:] + at[:-1]) / 2, [record.step for record in records])
         found = sizes[nearest, 1:]
