@@ -172,7 +172,7 @@ def test_zeros_do_not_count() -> None:
 
 
 def test_norms_that_were_0_before_have_no_usual_range() -> None:
-    norms = [0.0] + [3.0, 0.3, 3.0, 3.0, 0.3, 12.0, 9.0, 3.0, 11.0, 4.0, 16.0]
+    norms = [0.0, 3.0, 0.3, 3.0, 3.0, 0.3, 12.0, 9.0, 3.0, 11.0, 4.0, 16.0]
     advice = advice_on(norms, [0.04] + [0.8] * 11)
     assert (advice.explodes, advice.max_norm) == (None, None)
     assert advice.reason.startswith("Too early")
