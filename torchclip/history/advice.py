@@ -230,9 +230,11 @@ class _Run:
             return "No advice: nearly all norms are 0."
         if usable < _LEAST_STEPS:
             what = "a norm above 0" if self.zeros else "a finite norm"
-            return f"Too early for advice: {usable} steps had {what}, and it takes {_LEAST_STEPS}."
+            steps = _counted(usable, "step")
+            return f"Too early for advice: {steps} had {what}, and it takes {_LEAST_STEPS}."
         if len(self.counted) < _LEAST_USABLE:
-            return f"No advice: only {len(self.counted)} steps after the first tenth had a norm above 0."
+            steps = _counted(len(self.counted), "step")
+            return f"No advice: only {steps} after the first tenth had a norm above 0."
         return ""
 
     def _recommended(self, found: Array, is_spike: Array, drifts: bool) -> tuple[float, str]:
