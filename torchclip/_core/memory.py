@@ -69,7 +69,7 @@ WATCHERS: tuple[Callable[[], object], ...] = (
     _dispatch_modes,
     _has_function_mode,
     _transform,
-    torch._C._is_tracing,
+    torch.jit.is_tracing,
 )
 """Each is true if operations may be observed: the kernel asks these, and ``FORWARD_AD``."""
 FORWARD_AD = vars(forward_ad)
@@ -87,7 +87,7 @@ def intercepted() -> bool:
         or _dispatch_modes() > 0
         or (_has_function_mode() and _sees_operations())
         or _transform() is not None
-        or torch._C._is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
         or FORWARD_AD["_current_level"] >= 0
     )
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import graph
 
 from torchclip._core import arguments, memory
 from torchclip._core.batch import Norm, Norms
@@ -126,7 +125,7 @@ def _load() -> tuple[Any, str]:
             Tensor,
             nn.Parameter,
             exchange_api,
-            graph.increment_version,
+            torch._C._increment_version,
             arguments.refuse_item,
             torch.get_num_threads,
             _other_norms,
