@@ -59,6 +59,7 @@ _flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_ten
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.maybe_current_level
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # Whether there is a function mode: a number, being no tensor, shows nothing else.
 _has_function_mode: Callable[[], bool] = partial(torch.overrides.has_torch_function_unary, 0)
@@ -69,7 +70,7 @@ WATCHERS: tuple[Callable[[], object], ...] = (
     _dispatch_modes,
     _has_function_mode,
     _transform,
-    torch.jit.is_tracing,
+    _is_tracing,
 )
 """Each is true if operations may be observed: the kernel asks these, and ``FORWARD_AD``."""
 FORWARD_AD = vars(forward_ad)
@@ -87,7 +88,7 @@ def intercepted() -> bool:
         or _dispatch_modes() > 0
         or (_has_function_mode() and _sees_operations())
         or _transform() is not None
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or _is_tracing()
         or FORWARD_AD["_current_level"] >= 0
     )
 
