@@ -19,14 +19,22 @@ MODULES = (
     norm_checks,
     training_checks,
 )
+# What ranks tell each other, when and along which dimensions does not depend on who measures the gradients.
+WITHOUT_KERNEL = (copies_checks, norm_checks, training_checks)
 
 
-@pytest.mark.parametrize(
-    "with_kernel",
-    [pytest.param(True, id="kernel"), pytest.param(False, id="torch operations", marks=pytest.mark.slow)],
-)
 @pytest.mark.parametrize("check", checks_of(*MODULES))
-def test_on_ranks(ranks: Ranks, check: Check, with_kernel: bool) -> None:
+def test_on_ranks(ranks: Ranks, check: Check) -> None:
+    _run(ranks, check, with_kernel=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", checks_of(*WITHOUT_KERNEL))
+def test_on_ranks_without_the_kernel(ranks: Ranks, check: Check) -> None:
+    _run(ranks, check, with_kernel=False)
+
+
+def _run(ranks: Ranks, check: Check, with_kernel: bool) -> None:
     errors = ranks.run(check, with_kernel)
     if errors:
         pytest.fail("\n".join(errors), pytrace=False)
