@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 
 from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
-from torchclip.clipper.step import Member
+from torchclip.clipper.step import Member, parameters_of
 
 __all__ = ["Deferred", "can_be_deferred"]
 
 
 def can_be_deferred(optimizer: Optimizer) -> bool:
     """Whether autograd itself accumulates the gradients; for DTensors FSDP2 does so."""
-    return not mesh.any_dtensor(_parameters(optimizer))
+    return not mesh.any_dtensor(parameters_of(optimizer))
 
 
 class Deferred:
@@ -39,7 +39,7 @@ class Deferred:
         self._clip_coef: Norm | None = clip_coef
         self._hooks: list[Any] = [
             p.register_hook(lambda _: self.apply())  # type: ignore[no-untyped-call]
-            for p in _parameters(optimizer)
+            for p in parameters_of(optimizer)
             if p.requires_grad
         ]
 
@@ -48,7 +48,7 @@ class Deferred:
         optimizer, clip_coef = self._optimizer(), self._clip_coef
         if optimizer is not None and clip_coef is not None:
             changed = {*map(id, self._member.changed())}
-            same = [p for p in _parameters(optimizer) if id(p.grad) not in changed]
+            same = [p for p in parameters_of(optimizer) if id(p.grad) not in changed]
             gather.gradients(same).scale_(clip_coef)
         self.forget()
 
@@ -58,7 +58,3 @@ class Deferred:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]

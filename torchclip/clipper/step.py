@@ -18,7 +18,16 @@ from torch.optim import Optimizer
 from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
 
-__all__ = ["Member", "Outcome", "State", "Step", "creates_state", "why_not_fused", "with_closure"]
+__all__ = [
+    "Member",
+    "Outcome",
+    "State",
+    "Step",
+    "creates_state",
+    "parameters_of",
+    "why_not_fused",
+    "with_closure",
+]
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why changes are undone: the step is over, it ended in an exception, or its closure is called again."""
@@ -26,6 +35,11 @@ Outcome: TypeAlias = Literal["finished", "failed", "again"]
 # The code of torch's wrapper around every optimizer's step(), which calls the hooks.
 _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer, group by group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Member:
@@ -75,7 +89,7 @@ class Member:
 
     def _parameters(self) -> list[Tensor]:
         optimizer = self._optimizer()
-        return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+        return [] if optimizer is None else parameters_of(optimizer)
 
 
 def _version(tensor: Tensor) -> int:

@@ -26,7 +26,7 @@ from torchclip.cli.run.trial import Trial
 from torchclip.clipper import registry
 from torchclip.clipper.clipper import Clipper
 from torchclip.clipper.registry import clipper_of
-from torchclip.clipper.step import creates_state, with_closure
+from torchclip.clipper.step import creates_state, parameters_of, with_closure
 
 __all__ = ["StepRecorder"]
 
@@ -220,7 +220,7 @@ class StepRecorder:
 
     def _record_norm(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
         """Record a step whose norm is not measured otherwise."""
-        parameters = _parameters(optimizer)
+        parameters = parameters_of(optimizer)
         norm = norm_of(parameters)
         norm = 0.0 if norm is None else _unscaled(norm, optimizer)
         record.history.append(record.steps, norm, math.inf, 1.0, loss=record.loss)
@@ -229,7 +229,7 @@ class StepRecorder:
 
     def _measure_layers(self, record: OptimizerRecord, optimizer: Optimizer, clip_coef: float) -> None:
         """Record the norm of each parameter before clipping."""
-        parameters = with_gradient(_parameters(optimizer))
+        parameters = with_gradient(parameters_of(optimizer))
         if parameters:
             names = [record.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
             record.layers.append(record.steps, names, norms_of(parameters) / clip_coef)
@@ -248,7 +248,7 @@ class StepRecorder:
             record.history = clipper.history
             record.clipped_by["a Clipper"] += 1
         if record.on_host and clipper.last is not None and clipper.last.nonfinite:
-            self._note_nonfinite(record, clipper.last.step, nonfinite_ids(_parameters(optimizer)))
+            self._note_nonfinite(record, clipper.last.step, nonfinite_ids(parameters_of(optimizer)))
 
     def _note_nonfinite(self, record: OptimizerRecord, step: int, parameters: Sequence[int]) -> None:
         if len(record.nonfinite) < _MOST_NONFINITE and step not in record.nonfinite:
@@ -260,7 +260,7 @@ class StepRecorder:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> OptimizerRecord | None:
         """Add an optimizer, or read its parameters again if it has a new group."""
-        if creates_state(optimizer, args, kwargs, lambda: norm_of(_parameters(optimizer)) or 0.0):
+        if creates_state(optimizer, args, kwargs, lambda: norm_of(parameters_of(optimizer)) or 0.0):
             return None
         record = self._by_id.get(id(optimizer))
         if record is not None:
@@ -335,10 +335,6 @@ def _measures_layers(step: int) -> bool:
 def _is_timed(step: int) -> bool:
     """Whether a step is timed: one in which recording does its usual work."""
     return step % _EVERY_TIMED == _TIMED
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _unscaled(norm: Norm, optimizer: Optimizer) -> Norm:
