@@ -23,7 +23,8 @@ from torch import nn
 
 import torchclip
 from torchclip.cli.bench.command import machine
-from torchclip.cli.bench.loop import BATCH, MODELS, WARM_UP, without_garbage_collection
+from torchclip.cli.bench.loop import BATCH, MODELS, WARM_UP
+from torchclip.cli.bench.rounds import without_garbage_collection
 from torchclip.cli.options import count
 
 NONE, TORCH, OURS = "no clipping", "torch, model.parameters()", "Clipper([muon, adamw])"

@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from torchclip.cli.bench.loop import without_garbage_collection
+from torchclip.cli.bench.rounds import without_garbage_collection
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.steps import StepRecorder

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from torchclip.cli import main as cli
-from torchclip.cli.bench import contenders, figure, loop, rules, steps, table, timing
+from torchclip.cli.bench import contenders, figure, loop, rules, table, timing
 from torchclip.cli.bench.contenders import OPERATIONS, Gradients
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS, Workload
 
@@ -227,7 +227,7 @@ def step_row(model: str, optimizer: str, clips: bool) -> dict[str, Any]:
     added = {name: 1e-6 * (i + 1) for i, name in enumerate(names)}
     return {
         "model": model,
-        "title": steps.TITLES[model],
+        "title": loop.TITLES[model],
         "optimizer": optimizer,
         "clips": clips,
         "added": added,
@@ -332,7 +332,7 @@ def test_costs_that_grow_are_seen() -> None:
 
 def test_every_model_and_optimizer_is_measured_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "WARM_UP", 1)
-    rows = steps.measure_steps(rounds=2)
+    rows = loop.measure_steps(rounds=2)
     assert [(r["model"], r["optimizer"], r["clips"]) for r in rows] == [
         (r["model"], r["optimizer"], r["clips"]) for r in STEP_ROWS
     ]

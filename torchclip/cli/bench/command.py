@@ -13,9 +13,8 @@ import torch
 from torchclip.cli import info
 from torchclip.cli.bench.contenders import OPERATIONS, RIVALS
 from torchclip.cli.bench.figure import benchmark_figure, scaling_figure
-from torchclip.cli.bench.loop import ROUNDS
+from torchclip.cli.bench.loop import ROUNDS, measure_steps
 from torchclip.cli.bench.rules import SECONDS, measure_rules
-from torchclip.cli.bench.steps import measure_steps
 from torchclip.cli.bench.table import call_tables, in_short, notes, rule_table, show, step_tables
 from torchclip.cli.bench.timing import FULL, QUICK, measure
 from torchclip.cli.bench.workloads import SCALING, WORKLOADS
@@ -82,12 +81,9 @@ def run(
     # For --scaling, torch.compile would take hours, and optax would need memory for two more copies.
     rivals = [] if scaling else ["optax"] if quick else RIVALS
     workloads = SCALING if scaling else {n: w for n, w in WORKLOADS.items() if n in (only or WORKLOADS)}
-    steps = []
-    if device.type == "cpu" and not scaling and STEPS in (only or [STEPS]):
-        steps = measure_steps(QUICK_ROUNDS if quick else ROUNDS)
-    rules = []
-    if device.type == "cpu" and not scaling and OTHER_RULES in (only or [OTHER_RULES]):
-        rules = measure_rules(QUICK_SECONDS if quick else SECONDS)
+    others = (only or [STEPS, OTHER_RULES]) if device.type == "cpu" and not scaling else []
+    steps = measure_steps(QUICK_ROUNDS if quick else ROUNDS) if STEPS in others else []
+    rules = measure_rules(QUICK_SECONDS if quick else SECONDS) if OTHER_RULES in others else []
     rows = measure(workloads, QUICK if quick else FULL, rivals, device)
     tables = [*step_tables(steps), rule_table(rules), *call_tables(rows), in_short(steps, rows)]
     for table in tables:

@@ -105,12 +105,7 @@ def contenders(gradients: Gradients, rivals: Sequence[str]) -> dict[str, Contend
     if "torch.compile" in rivals and len(gradients.tensors) <= MOST_COMPILED:
         found["torch.compile"] = _compiled(gradients)
     on_host = gradients.device.type == "cpu"
-    if (
-        on_host
-        and "optax" in rivals
-        and importlib.util.find_spec("optax")
-        and importlib.util.find_spec("jax")
-    ):
+    if on_host and "optax" in rivals and all(map(importlib.util.find_spec, ("optax", "jax"))):
         found["optax"] = _optax(gradients)
     l2_norm = _multi_tensor_norm() if gradients.device.type == "cuda" else None
     if l2_norm is not None:

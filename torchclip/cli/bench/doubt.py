@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["BUSY", "EXPLANATION", "call_ratio", "doubt_of_steps", "step_ratio"]
+__all__ = ["BUSY", "EXPLANATION", "call_ratio", "doubt_of_steps", "step_ratio", "times"]
 
 MOST_DOUBT = 0.25
 """The largest relative error of a ratio that is shown.  On an idle machine it is at most 0.1."""
@@ -45,3 +45,8 @@ def call_ratio(result: Mapping[str, Any]) -> float | None:
     """
     first, median, third = map(float, result["speedup"])
     return median if third - first <= 2 * MOST_DOUBT * median else None
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as a text."""
+    return BUSY if ratio is None else f"{ratio:.1f}×"

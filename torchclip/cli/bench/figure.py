@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchclip.cli.bench.doubt import BUSY, call_ratio, step_ratio
-from torchclip.cli.bench.steps import label as row_label
+from torchclip.cli.bench.doubt import call_ratio, step_ratio, times
+from torchclip.cli.bench.loop import label as row_label
 from torchclip.cli.figures import BLUE, GRAY, GREEN, SKY, VERMILION, new_figure, style
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def _steps_panel(part: SubFigure, rows: Sequence[Mapping[str, Any]]) -> None:
         ratios = [step_ratio(row, name) for row in rows]
         at = np.arange(len(rows)) + (i - (len(IN_STEPS) - 1) / 2) * height
         bars = axes.barh(at, [ratio or 0 for ratio in ratios], height * 0.9, color=colour, label=label)
-        texts = [BUSY if ratio is None else f"{ratio:.1f}×" for ratio in ratios]
-        axes.bar_label(bars, texts, padding=3, fontsize=9)
+        axes.bar_label(bars, [times(ratio) for ratio in ratios], padding=3, fontsize=9)
     axes.axvline(1, color=GRAY, linewidth=1)
     axes.set_yticks(range(len(rows)), [row_label(row) for row in rows])
     axes.invert_yaxis()
@@ -105,11 +104,8 @@ def _workload_panels(
     panels[0].set_yticks(range(len(titles)), titles)
     panels[0].invert_yaxis()
     part.suptitle("Called by itself: how many times faster than torch.nn.utils", fontsize=13)
-    used = {
-        label: handle
-        for axes in panels
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    pairs = [axes.get_legend_handles_labels() for axes in panels]
+    used = {name: handle for handles, names in pairs for handle, name in zip(handles, names, strict=True)}
     part.legend(used.values(), used.keys(), loc="outside lower center", ncols=len(used))
 
 

@@ -1,41 +1,38 @@
-"""What clipping costs inside a training step: the time of clipping and ``step``, minus that of ``step``
-alone.
+"""What clipping adds to a training step: the rows ``--only steps`` of ``torchclip bench``.
 
-We time clipping inside a real training step, where caches are cold, so a call takes several times as long as
-in a tight loop.  All contenders use one model and one optimizer, and take turns in a new random order in each
-round.  Otherwise the position of a model in memory, and the previous contender, would matter more than
-clipping.
+It is the time of clipping and ``step``, minus that of ``step`` alone.  We time clipping inside a real
+training step, where caches are cold, so a call takes several times as long as in a tight loop.  All
+contenders use one model and one optimizer.  Otherwise the position of a model in memory, and the previous
+contender, would matter more than clipping.
 """
 
 from __future__ import annotations
 
-import gc
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
-from statistics import quantiles
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import pairwise, product
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 import torchclip
+from torchclip.cli.bench.rounds import one_thread, progress, quartiles, take_turns
 
 __all__ = [
     "CONTENDERS",
     "MODELS",
     "OPTIMIZERS",
     "ROUNDS",
-    "Row",
-    "added",
-    "drifts",
-    "measure",
+    "TITLES",
+    "StepRow",
+    "how",
+    "label",
+    "measure_steps",
     "speedups",
-    "without_garbage_collection",
 ]
 
 ROUNDS = 800
@@ -44,6 +41,7 @@ BATCH = 64
 
 MODELS: dict[str, list[int]] = {"mlp": [17, 64, 64, 6], "layers": [32] * 25}
 """The widths of their layers."""
+TITLES = {"mlp": "MLP 17-64-64-6", "layers": "24 layers of 32"}
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-6),
@@ -51,36 +49,29 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-6),
 }
 
+StepRow = dict[str, Any]
 
-class Row(NamedTuple):
-    """What is measured together.
 
-    Attributes:
-        model: a name in ``MODELS``.
-        optimizer: a name in ``OPTIMIZERS``.
-        clips: whether the threshold is below the norm, so that gradients are changed.
-        dtype: of the parameters.
+class Setup:
+    """A model of ``MODELS``, its optimizer, and the thresholds of the contenders.
+
+    If ``clips``, the thresholds are below the norms, so that gradients are changed.
     """
 
-    model: str
-    optimizer: str
-    clips: bool
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass
-class Setup:
-    """The model of a row, its optimizer, and the thresholds of its contenders."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    max_norm: float
-    clip_value: float
-    inputs: Tensor
-    parameters: list[nn.Parameter] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: str, optimizer: str, clips: bool) -> None:
+        torch.manual_seed(0)
+        widths = MODELS[model]
+        layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.Tanh())]
+        self.model = nn.Sequential(*layers[:-1])
         self.parameters = list(self.model.parameters())
+        self.optimizer = OPTIMIZERS[optimizer](self.parameters)
+        self.inputs = torch.randn(BATCH, widths[0])
+        # Weights hardly change, so the norms of a first backward pass are those of all steps.
+        self.backward()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        limit = 1e-3 if clips else 1e3
+        self.max_norm = limit * float(torchclip.get_total_norm(grads))
+        self.clip_value = limit * max(float(grad.abs().max()) for grad in grads)
 
     def backward(self) -> None:
         """The part of a training step before clipping."""
@@ -88,8 +79,8 @@ class Setup:
         self.model(self.inputs).square().mean().backward()
 
 
-def _nothing(setup: Setup) -> object:
-    return None
+def _nothing(*_: object) -> None:
+    pass
 
 
 _torch, _ours = torch.nn.utils, torchclip
@@ -117,109 +108,82 @@ _RIVALS = {
 _FLOOR = "no clipping"
 
 
-def measure(
-    row: Row, contenders: Sequence[str] = tuple(CONTENDERS), rounds: int = ROUNDS, seed: int = 0
-) -> dict[str, list[float]]:
-    """The seconds that clipping and ``step`` take in each round, for each contender.
+def measure_steps(rounds: int) -> list[StepRow]:
+    """What each contender adds to a step, in seconds, and how many times less than torch that is.
 
-    It uses one thread, and restores torch's number of threads.
+    It uses one thread.
+
+    Args:
+        rounds: how often each contender takes its turn.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    order = random.Random(seed)
-    try:
-        setup = _setup(row)
-        hooks = _Hooks(setup.optimizer)
-        torchclip.Clipper(setup.optimizer, setup.max_norm)
-        hooks.take_off()
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        with without_garbage_collection():
-            for i in range(WARM_UP + rounds):
-                for name in order.sample(list(contenders), len(contenders)):
-                    seconds = _turn(setup, name, hooks)
-                    if i >= WARM_UP:
-                        times[name].append(seconds)
-        return times
-    finally:
-        torch.set_num_threads(threads)
+    rows: list[StepRow] = [
+        {"model": model, "title": TITLES[model], "optimizer": optimizer, "clips": clips}
+        for model, optimizer, clips in product(MODELS, OPTIMIZERS, (False, True))
+    ]
+    with progress(len(rows)) as begin, one_thread():
+        for row in rows:
+            begin(label(row))
+            setup = Setup(row["model"], row["optimizer"], row["clips"])
+            clipper = _Hooks(setup)
+            turns = {name: partial(_turn, setup, name, clipper) for name in CONTENDERS}
+            take_turns(turns, WARM_UP)
+            times = take_turns(turns, rounds)
+            row["added"], row["drift"] = _added(times), _drifts(times)
+            row["speedup"] = speedups(row["added"])
+    return rows
 
 
-def _turn(setup: Setup, name: str, hooks: _Hooks) -> float:
+def label(row: Mapping[str, Any]) -> str:
+    """The name of a row: the model, the optimizer, and whether gradients are clipped."""
+    return f"{row['title']}, {how(row)}"
+
+
+def how(row: Mapping[str, Any]) -> str:
+    """The optimizer, and whether gradients are clipped."""
+    return f"{row['optimizer']}, {'clipping' if row['clips'] else 'not needed'}"
+
+
+def _turn(setup: Setup, name: str, clipper: _Hooks) -> float:
     clip, step = CONTENDERS[name], setup.optimizer.step
     setup.backward()
-    if name == "Clipper":
-        hooks.put_on()
-    start = perf_counter()
-    clip(setup)
-    step()
-    seconds = perf_counter() - start
-    hooks.take_off()
-    return seconds
-
-
-def _setup(row: Row) -> Setup:
-    torch.manual_seed(0)
-    widths = MODELS[row.model]
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-    model = nn.Sequential(*layers[:-1]).to(row.dtype)
-    optimizer = OPTIMIZERS[row.optimizer](list(model.parameters()))
-    # Weights hardly change, so the norms of a first backward pass are those of all steps.
-    limit = 1e-3 if row.clips else 1e3
-    setup = Setup(model, optimizer, limit, limit, torch.randn(BATCH, widths[0], dtype=row.dtype))
-    setup.backward()
-    grads = [p.grad for p in setup.parameters if p.grad is not None]
-    setup.max_norm = limit * float(torchclip.get_total_norm(grads))
-    setup.clip_value = limit * max(float(grad.abs().max()) for grad in grads)
-    return setup
+    with clipper.on() if name == "Clipper" else nullcontext():
+        start = perf_counter()
+        clip(setup)
+        step()
+        return perf_counter() - start
 
 
 class _Hooks:
-    """Adds a clipper's hooks to an optimizer, and removes them, outside the timed part."""
+    """Makes a Clipper, and adds its hooks to the optimizer for single steps."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        handles = [
-            register(lambda *_: None)
-            for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook)
-        ]
-        self._registered: list[Any] = [handle.hooks_dict_ref() for handle in handles]
-        for handle in handles:
-            handle.remove()
-        self._kept: list[dict[int, Callable[..., object]]] = []
+    def __init__(self, setup: Setup) -> None:
+        optimizer = setup.optimizer
+        registers = (optimizer.register_step_pre_hook, optimizer.register_step_post_hook)
+        self._registered: list[Any] = [register(_nothing).hooks_dict_ref() for register in registers]
+        self._take_off()
+        torchclip.Clipper(optimizer, setup.max_norm)
+        self._take_off()
 
-    def take_off(self) -> None:
-        if any(self._registered):
-            self._kept = [dict(hooks) for hooks in self._registered]
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        for hooks, kept in zip(self._registered, self._kept, strict=True):
+            hooks.update(kept)
+        yield
+        self._take_off()
+
+    def _take_off(self) -> None:
+        self._kept = [dict(hooks) for hooks in self._registered]
         for hooks in self._registered:
             hooks.clear()
 
-    def put_on(self) -> None:
-        for hooks, kept in zip(self._registered, self._kept, strict=True):
-            hooks.update(kept)
 
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Turn Python's garbage collection off, which would slow down the contender whose turn it is."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def added(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Seconds that each contender adds to a step, from what ``measure`` returned.
-
-    They are the lower quartile of its steps, minus that of the steps without clipping.
-    """
-    firsts = {name: quantiles(of_one, n=4)[0] for name, of_one in times.items()}
+def _added(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Seconds that each contender adds to a step: its lower quartile, minus that without clipping."""
+    firsts = {name: quartiles(of_one)[0] for name, of_one in times.items()}
     return {name: first - firsts[_FLOOR] for name, first in firsts.items() if name != _FLOOR}
 
 
-def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def _drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Seconds by which the two halves of the rounds differ in what each contender adds.
 
     Empty if there are too few rounds.
@@ -228,7 +192,7 @@ def drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     if middle < 2:
         return {}
     first, second = (
-        added({name: of_one[half] for name, of_one in times.items()})
+        _added({name: of_one[half] for name, of_one in times.items()})
         for half in (slice(None, middle), slice(middle, None))
     )
     return {name: abs(first[name] - second[name]) for name in first}

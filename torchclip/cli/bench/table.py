@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from torchclip.cli.bench.contenders import NAMES, OPERATIONS
-from torchclip.cli.bench.doubt import BUSY, EXPLANATION, call_ratio, doubt_of_steps, step_ratio
+from torchclip.cli.bench.doubt import BUSY, EXPLANATION, call_ratio, doubt_of_steps, step_ratio, times
+from torchclip.cli.bench.loop import StepRow, how, label
 from torchclip.cli.bench.rules import PLAIN, RuleRow
-from torchclip.cli.bench.steps import StepRow, how, label
 from torchclip.cli.bench.timing import Row
 
 __all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "rule_table", "show", "step_tables"]
@@ -57,13 +57,15 @@ def in_short(steps: Sequence[StepRow], rows: Sequence[Row]) -> Table:
         if row["clips"] and (row["model"], row["optimizer"]) in SHORT_STEPS:
             theirs, ours = (row["added"][f"{whose}, model.parameters()"] for whose in ("torch", "function"))
             ratio = step_ratio(row, "function, model.parameters()")
-            found.append([f"a training step, {label(row)}", _time(theirs), _time(ours), _times(ratio)])
+            found.append((f"a training step, {label(row)}", theirs, ours, ratio))
     for row in rows:
         if row["operation"] == "clipping" and row["workload"] in SHORT_WORKLOADS:
             theirs, ours = (row["contenders"][name]["seconds"][1] for name in ("torch", "torchclip"))
-            ratio = call_ratio(row["contenders"]["torchclip"])
-            found.append([f"one call, {row['title']}", _time(theirs), _time(ours), _times(ratio)])
-    return Table("In short: how long clipping takes", ["", "torch", "torchclip", RATIO], found)
+            found.append(
+                (f"one call, {row['title']}", theirs, ours, call_ratio(row["contenders"]["torchclip"]))
+            )
+    cells = [[title, _time(theirs), _time(ours), times(ratio)] for title, theirs, ours, ratio in found]
+    return Table("In short: how long clipping takes", ["", "torch", "torchclip", RATIO], cells)
 
 
 def step_tables(rows: Sequence[StepRow]) -> Iterator[Table]:
@@ -89,7 +91,7 @@ def _of_rule(row: RuleRow, name: str) -> str:
     if name not in row["seconds"]:
         return ""
     time = _time(row["seconds"][name][0])
-    return time if name not in row["speedup"] else f"{time} ({_times(row['speedup'][name])})"
+    return time if name not in row["speedup"] else f"{time} ({times(row['speedup'][name])})"
 
 
 def call_tables(rows: Sequence[Row]) -> Iterator[Table]:
@@ -175,17 +177,13 @@ def markdown(table: Table) -> str:
 
 def _added(row: StepRow, name: str) -> str:
     text = f"{1e6 * row['added'][name]:.1f}"
-    return f"{text} ({_times(step_ratio(row, name))})" if name in row["speedup"] else text
+    return f"{text} ({times(step_ratio(row, name))})" if name in row["speedup"] else text
 
 
 def _times_of(row: Row, names: Sequence[str]) -> list[str]:
     results = row["contenders"]
-    times = [_seconds(results.get(name)) for name in names]
-    return [*times[:-1], f"{times[-1]} ({_times(call_ratio(results['torchclip']))})"]
-
-
-def _times(ratio: float | None) -> str:
-    return BUSY if ratio is None else f"{ratio:.1f}×"
+    seconds = [_seconds(results.get(name)) for name in names]
+    return [*seconds[:-1], f"{seconds[-1]} ({times(call_ratio(results['torchclip']))})"]
 
 
 def _seconds(result: Mapping[str, Any] | None) -> str:

@@ -1,40 +1,18 @@
-"""How ``torchclip bench`` measures single calls: warm, round by round.
-
-Everything runs in one process, with Python's garbage collection off.  Each round times every contender once,
-so that a disturbance affects all of them.  Ratios are taken within a round.  Results are quartiles over the
-rounds.
-"""
+"""How ``torchclip bench`` measures single calls: warm, with ratios that are taken within a round."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from statistics import quantiles
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from torchclip.cli.bench.contenders import OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
-from torchclip.cli.bench.loop import without_garbage_collection
+from torchclip.cli.bench.rounds import progress, quartiles, take_turns
 from torchclip.cli.bench.workloads import Workload
 
-__all__ = [
-    "FULL",
-    "QUICK",
-    "Effort",
-    "Row",
-    "Timer",
-    "compare",
-    "measure",
-    "progress",
-    "quartiles",
-    "second_arguments",
-    "summary",
-]
-
+__all__ = ["FULL", "QUICK", "Effort", "Row", "Timer", "compare", "measure", "second_arguments", "summary"]
 
 SHRINK = 0.98  # the threshold shrinks from call to call, so that every call clips, even in bfloat16
 MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, which loses no digits
@@ -126,7 +104,10 @@ def compare(
         else:
             timers[name] = timer
             entries[name] = {"norm_error": None if norm is None else abs(norm / gradients.norm - 1)}
-    times = _rounds(timers, effort)
+    for timer in timers.values():
+        timer.fill(effort.sample_seconds)
+    samples = {name: timer.sample for name, timer in timers.items()}
+    times = take_turns(samples, *effort.rounds, effort.row_seconds)
     for name in timers.keys() & entries.keys():
         entries[name] |= summary(times[name], times["torch"], times["floor"])
     floor = quartiles(times["floor"])
@@ -199,22 +180,6 @@ class Timer:
             function(gradients, number)
 
 
-def _rounds(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float]]:
-    """Seconds per call of each timer, in each round."""
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    least, most = effort.rounds
-    order = list(timers)
-    with without_garbage_collection():
-        for timer in timers.values():
-            timer.fill(effort.sample_seconds)
-        end = perf_counter() + effort.row_seconds
-        while len(times["torch"]) < least or (len(times["torch"]) < most and perf_counter() < end):
-            for name in order:
-                times[name].append(timers[name].sample())
-            order.reverse()  # so that a machine that slows down favors no contender
-    return times
-
-
 def summary(times: Sequence[float], torch: Sequence[float], floor: Sequence[float]) -> dict[str, list[float]]:
     """Quartiles over the rounds, each as ``[first, median, third]``.
 
@@ -232,23 +197,3 @@ def summary(times: Sequence[float], torch: Sequence[float], floor: Sequence[floa
         "speedup": quartiles([other / own for own, other in zip(times, torch, strict=True)]),
         "floor_share": quartiles([other / own for own, other in zip(times, floor, strict=True)]),
     }
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """The first, the median, and the third, to four digits."""
-    return [float(f"{q:.4g}") for q in quantiles(values, n=4, method="inclusive")]
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr; the yielded function advances it, and it is not drawn during timings."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
-        task = progress.add_task("", total=total)
-
-        def begin(description: str) -> None:
-            progress.update(task, description=description)
-            progress.refresh()
-            progress.advance(task)
-
-        yield begin

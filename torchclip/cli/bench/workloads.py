@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["SCALING", "WORKLOADS", "Workload"]
+__all__ = ["SCALING", "WORKLOADS", "Shapes", "Workload"]
 
 Shapes = list[tuple[int, ...]]
 
