@@ -45,7 +45,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if "on_ranks" in nodeid:
                 return "on_ranks"
-            if "test_examples.py" in nodeid:  # each runs a program of its own, for seconds
+            if "test_examples.py" in nodeid:  # each runs for seconds, in a process of its own
                 return nodeid
             return nodeid.partition("::" if ".md::" in nodeid else "[")[0]
 

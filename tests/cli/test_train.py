@@ -535,9 +535,9 @@ with_fsdp2 = pytest.mark.skipif(not FSDP2, reason="torch 2.6 has FSDP2 for accel
 @pytest.mark.slow
 def test_two_processes_have_the_numbers_of_one() -> None:
     cases = [("rnn", "fixed"), ("lstm", "percentile")]
-    result = torchrun(train_on_ranks.__file__, *map(",".join, cases))
-    assert result.returncode == 0, result.stderr
-    for (cell, threshold), report in zip(cases, json.loads(result.stdout), strict=True):
+    (status, output, errors), _ = on_two_ranks(train_on_ranks.__file__, *map(",".join, cases))
+    assert status == 0, errors
+    for (cell, threshold), report in zip(cases, json.loads(output), strict=True):
         one = train_on_ranks.numbers(cell, threshold)
         assert report["ranks"] == 2
         assert report["ways"].keys() == {"fsdp", "ddp"}
@@ -578,24 +578,32 @@ def test_ctrl_c_on_one_process_ends_all_after_the_same_step() -> None:
     assert (nothing, first_errors, second_errors) == ("", "", "")
 
 
-@pytest.mark.slow
-def test_fsdp2_is_refused_where_torch_has_none_for_the_cpu() -> None:
-    old = (
-        "import torch; torch.__version__ = '2.6.0+cpu'; from torchclip.cli.main import main; main(['train'])"
-    )
-    (first, _, error), (second, *nothing) = on_two_ranks("-c", old)
-    assert (first, second, nothing) == (2, 2, ["", ""])
-    assert error.endswith("FSDP2 on the CPU needs torch 2.7, this is 2.6.0+cpu; pass --parallel ddp\n")
+REFUSED = """
+import torch
+from torchclip.cli.main import main
+
+def refused(*arguments):
+    try:
+        main(["train", *arguments])
+    except SystemExit as error:
+        assert error.code == 2
+
+refused("--batch", "5")
+torch.__version__ = "2.6.0+cpu"
+refused()
+"""
 
 
 @pytest.mark.slow
 def test_all_processes_refuse_and_one_says_why() -> None:
-    (first, output, error), (second, *nothing) = on_two_ranks("-m", "torchclip", "train", "--batch", "5")
-    assert (first, second) == (2, 2)
+    (first, output, error), (second, *nothing) = on_two_ranks("-c", REFUSED)
+    assert (first, second) == (0, 0), error
     assert (output, nothing) == ("", ["", ""])
-    assert error == (
-        "torchclip train: error: --batch 5 cannot be shared equally by 2 processes; pass a multiple of 2\n"
+    batch, fsdp2 = error.splitlines()
+    assert batch == (
+        "torchclip train: error: --batch 5 cannot be shared equally by 2 processes; pass a multiple of 2"
     )
+    assert fsdp2.endswith("FSDP2 on the CPU needs torch 2.7, this is 2.6.0+cpu; pass --parallel ddp")
 
 
 def test_a_process_that_cannot_join_others_is_refused(

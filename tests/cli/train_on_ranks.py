@@ -1,4 +1,4 @@
-"""Trains small models; started by ``torchrun``, on its processes, whose first prints the numbers as JSON."""
+"""Trains small models; run on several ranks, the first of which prints the numbers as JSON."""
 
 import json
 import sys

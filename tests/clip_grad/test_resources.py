@@ -84,7 +84,7 @@ STEPS = """
         return len(gc.get_objects()), resident()
     steps(1_100)
     objects, memory = steps(100)
-    objects_later, memory_later = steps(10_000)
+    objects_later, memory_later = steps(3_000)
     print(objects_later - objects, memory_later - memory)
 """
 
@@ -92,7 +92,7 @@ STEPS = """
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize("with_kernel", ["1", "0"])
-def test_ten_thousand_steps_leave_no_growth(with_kernel: str) -> None:
+def test_thousands_of_steps_leave_no_growth(with_kernel: str) -> None:
     output = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(STEPS)],
         check=True,
@@ -103,7 +103,7 @@ def test_ten_thousand_steps_leave_no_growth(with_kernel: str) -> None:
     ).stdout
     objects, memory = map(int, output.split())
     assert objects < 50
-    assert memory < 2 << 20, "3 KiB of gradients lost in each of 10,000 steps would be 30 MiB"
+    assert memory < 2 << 20, "3 KiB of gradients lost in each of 3,000 steps would be 9 MiB"
 
 
 # Warnings

@@ -33,6 +33,14 @@ EXPECTED = {
     "ddp.py": SAME_ON_RANKS,
     "fsdp2.py": SAME_ON_RANKS,
 }
+BETWEEN = "the next example\n"
+IN_TURN = f"""
+import runpy, sys
+for i, path in enumerate(sys.argv[1:]):
+    if i:
+        print({BETWEEN!r}, end="")
+    runpy.run_path(path, run_name="__main__")
+"""
 ON_RANKS = [name for name, expected in EXPECTED.items() if expected == SAME_ON_RANKS]
 
 
@@ -42,16 +50,26 @@ def test_all_examples_are_here_and_short() -> None:
         assert len(path.read_text().splitlines()) < 90
 
 
+def programs() -> list[tuple[str, ...]]:
+    """Those of one framework share a process, as importing it takes most of the time, and ranks need one each."""
+    together: dict[str, tuple[str, ...]] = {}
+    for name in EXPECTED:
+        key = name if name in ON_RANKS else name.partition("_")[0]
+        together[key] = (*together.get(key, ()), name)
+    return list(together.values())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPECTED)
-def test_example(name: str, tmp_path: Path) -> None:
-    if name == "fsdp2.py" and not FSDP2:
+@pytest.mark.parametrize("names", programs(), ids=" ".join)
+def test_examples(names: tuple[str, ...], tmp_path: Path) -> None:
+    if names == ("fsdp2.py",) and not FSDP2:
         pytest.skip("torch 2.6 has FSDP2 for accelerators only")
-    if name == "torchtitan_optimizers.py":
+    if names == ("torchtitan_optimizers.py",):
         pytest.importorskip("torchtitan.components.optimizer")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name in ON_RANKS else []
+    on_ranks = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launcher = on_ranks if names[0] in ON_RANKS else ["-c", IN_TURN] if len(names) > 1 else []
     done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name)],
+        [sys.executable, *launcher, *(str(EXAMPLES / name) for name in names)],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -60,9 +78,10 @@ def test_example(name: str, tmp_path: Path) -> None:
     )
     # torch 2.13 with gloo aborts every now and then while a process that used FSDP2 shuts down, also without
     # torchclip; what the example had to say has been said by then.
-    aborted = name == "fsdp2.py" and "terminate called without an active exception" in done.stderr
+    aborted = names == ("fsdp2.py",) and "terminate called without an active exception" in done.stderr
     assert done.returncode == 0 or aborted, done.stderr
-    assert re.search(EXPECTED[name], done.stdout, re.MULTILINE), done.stdout
+    for name, output in zip(names, done.stdout.split(BETWEEN), strict=True):
+        assert re.search(EXPECTED[name], output, re.MULTILINE), output
     assert not list(tmp_path.iterdir())
 
 
