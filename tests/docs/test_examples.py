@@ -51,7 +51,7 @@ def test_all_examples_are_here_and_short() -> None:
 
 
 def programs() -> list[tuple[str, ...]]:
-    """Those of one framework share a process, as importing it takes most of the time, and ranks need one each."""
+    """Those of one framework share a process, as its import takes long; ranks need processes of their own."""
     together: dict[str, tuple[str, ...]] = {}
     for name in EXPECTED:
         key = name if name in ON_RANKS else name.partition("_")[0]
