@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad
 from torchclip._core import arguments, mesh
 from torchclip.clip_grad import norm, value
 
-__all__ = ["install", "installed", "places", "uninstall"]
+__all__ = ["install", "installed", "observe", "uninstall"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -31,9 +31,7 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
     first = next(iter(inspect.signature(ours).parameters))
 
     @functools.wraps(ours)
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        if not mesh.has_ranks():
-            return ours(*args, **kwargs)
+    def with_ranks(*args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get(first)
         if isinstance(given, Iterator):
             given = list(given)
@@ -45,6 +43,11 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
         return _as_torch_returns(
             result, tensors if takes_gradients else [t for t in tensors if t.grad is not None]
         )
+
+    @functools.wraps(ours)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        function = with_ranks if mesh.has_ranks() else ours
+        return _observer[0](function, *args, **kwargs) if _observer else function(*args, **kwargs)
 
     stand_in.__module__ = __name__  # where pickle finds it
     stand_in.__signature__ = inspect.signature(ours)  # type: ignore[attr-defined]  # not that of __wrapped__
@@ -76,6 +79,7 @@ originals = types.SimpleNamespace(**{f.__name__: getattr(torch.nn.utils, f.__nam
 _own_places = {each: (each.__module__, each.__qualname__) for each in vars(originals).values()}
 _lock = threading.RLock()
 _replaced: dict[tuple[types.ModuleType, str], Any] = {}
+_observer: list[Callable[..., Any]] = []
 _stays = False
 _blocks = 0
 
@@ -148,7 +152,20 @@ def installed() -> Iterator[None]:
                 _put_back()
 
 
-def places() -> Iterator[tuple[types.ModuleType, str, Callable[..., Any]]]:
+def observe(observer: Callable[..., Any]) -> Callable[[], None]:
+    """Call a function in place of each installed one, as ``torchclip run`` does to record the calls.
+
+    Args:
+        observer: takes the installed function, which keeps its name, and the arguments.
+
+    Returns:
+        A function that ends this.
+    """
+    _observer[:] = [observer]
+    return _observer.clear
+
+
+def _places() -> Iterator[tuple[types.ModuleType, str, Callable[..., Any]]]:
     """Where torch keeps the functions: module, name there, and what ``install`` puts there."""
     for module in (torch.nn.utils, clip_grad):
         for function in _STAND_INS:
@@ -163,7 +180,7 @@ def _put() -> None:
         return
     for function in _STAND_INS:
         vars(function)["__wrapped__"] = getattr(torch.nn.utils, function.__name__)
-    for module, name, function in places():
+    for module, name, function in _places():
         _replaced[module, name] = getattr(module, name)
         setattr(module, name, function)
     for name, original in vars(originals).items():

@@ -73,6 +73,7 @@ def check_norms_of_dtensors_are_recorded_by_the_run_command() -> None:
         recorder = FunctionRecorder(Calls(), Trial())
         recorder.attach()
         torch.nn.utils.clip_grad_norm_([parameter(split(torch.ones(4), mesh, Shard(0)))], 1.0)
+        recorder.detach()
     recorder.calls.finish()
     assert [(record.total_norm, record.clipped) for record in recorder.calls.stray] == [(2.0, True)]
 

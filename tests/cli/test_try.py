@@ -5,12 +5,12 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import in_process
 import numpy as np
 import pytest
 
@@ -36,16 +36,11 @@ sys.exit(7 if len(sys.argv) > 2 and abs(weight.data[0].item()) > 4.5 else 0)
 """
 
 
-def tried(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    return subprocess.run(
-        [sys.executable, "-m", "torchclip", "run", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "TMPDIR": str(tmp_path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> in_process.Run:
+    return in_process.runner(tmp_path, monkeypatch, capfd)
 
 
 def rows_of(output: str) -> dict[str, str]:
@@ -55,20 +50,27 @@ def rows_of(output: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_each_threshold_is_a_row_and_the_best_is_recommended(tmp_path: Path) -> None:
-    done = tried(
-        tmp_path,
-        *("--try", "0.010,none,zscore", "--jobs", "2"),
-        *("--csv", "a.csv", "--plot", "a.svg", "--html", "a.html", "script.py", "0.01"),
+def test_each_threshold_is_a_row_and_the_best_is_recommended(
+    run_here: in_process.Run, tmp_path: Path
+) -> None:
+    done = run_here(
+        SCRIPT,
+        *("0.1", "fail"),
+        options=[
+            *("--try", "0.010,none", "--jobs", "2"),
+            *("--csv", "a.csv", "--plot", "a.svg", "--html", "a.html"),
+        ],
     )
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
-    assert list(rows) == ["0.010", "none", "zscore"]
-    assert re.search(r"100\.0%", rows["0.010"])
+    assert list(rows) == ["0.010", "none"]
+    assert "failed, exit status 7" in rows["0.010"]
+    assert "100.0%" in rows["0.010"]
+    assert re.search(r"\n0.010: score 1\d+", done.stdout)  # what it printed last
     assert re.search(r" 0\.0%", rows["none"])
     assert " 20 " in rows["none"]  # the largest norm
-    assert re.search(r"Use (no clipping|--threshold zscore): it has the lowest loss at the end", done.stdout)
-    assert len(re.findall(r"torchclip: \S+: \S+, \S+ s", done.stderr)) == 3
+    assert "Use no clipping: it has the lowest loss at the end" in done.stdout
+    assert len(re.findall(r"torchclip: \S+: .*, \S+ s\n", done.stderr)) == 2
     logs = Path(re.findall(r"logs: (.*)", done.stdout)[0])
     assert {path.name for path in logs.glob("*.log")} == {f"{name}.log" for name in rows}
     assert "score 200" in (logs / "none.log").read_text()
@@ -77,58 +79,58 @@ def test_each_threshold_is_a_row_and_the_best_is_recommended(tmp_path: Path) -> 
     page = (tmp_path / "a.html").read_text()
     assert all(f"<th>{name}</th>" in page for name in rows)
     assert "Loss of each run" in page
-    assert "script.py 0.01" in page
+    assert "script.py 0.1" in page
     picture = (tmp_path / "a.svg").read_text()
     assert "<svg" in picture
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_a_row_that_says_so(tmp_path: Path) -> None:
-    done = tried(tmp_path, "--try", "0.01,10", "--metric", r"score (\S+)", "script.py", "0.1", "fail")
-    assert done.returncode == 0
-    rows = rows_of(done.stdout)
-    assert "failed, exit status 7" in rows["0.01"]
-    assert "0.01: score 1" in done.stdout  # what it printed last
-    assert "Use max_norm=10: it has the lowest metric at the end" in done.stdout
-    assert "metric at the end" in done.stdout.splitlines()[0]
+def test_a_signal_ends_all_runs_and_keeps_what_is_there(run_here: in_process.Run, tmp_path: Path) -> None:
+    script = """
+        import os, time, torch
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for step in range(10):
+            weight.grad = torch.ones(2)
+            optimizer.step()
+        print('score', 3.0)
+        if os.path.exists('first'):
+            with open('begun', 'w') as file:
+                file.write(str(os.getpid()))
+            os.rename('begun', 'second')
+            time.sleep(100)
+        open('first', 'w').close()
+    """
 
+    def end() -> None:
+        while not (tmp_path / "second").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)  # as Ctrl-C does
 
-@pytest.mark.slow
-def test_a_signal_ends_all_runs_and_keeps_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "wait.py").write_text(
-        "import os, sys, time, torch\n"
-        "weight = torch.nn.Parameter(torch.ones(2))\n"
-        "optimizer = torch.optim.SGD([weight], lr=0.1)\n"
-        "for step in range(10):\n"
-        "    weight.grad = torch.ones(2)\n"
-        "    optimizer.step()\n"
-        "print('score', 3.0)\n"
-        "if os.path.exists('first'):\n"
-        "    open('second', 'w').write(str(os.getpid()))\n"
-        "    time.sleep(100)\n"
-        "open('first', 'w').close()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torchclip", "run", "--try", "2,0.5,7", "--metric", "score (.*)", "wait.py"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    while not (tmp_path / "second").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)  # as Ctrl-C does
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    done = run_here(script, options=["--try", "2,0.5,7", "--metric", "score (.*)"])
+    assert done.returncode == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "second").read_text()), 0)
-    rows = rows_of(output)
+    rows = rows_of(done.stdout)
     assert list(rows) == ["2", "0.5"]
     assert "interrupted" in rows["0.5"]
-    assert "Use max_norm=2" in output
+    assert "Use max_norm=2: it has the lowest metric at the end" in done.stdout
+    assert "metric at the end" in done.stdout.splitlines()[0]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_each_run_gets_the_options_of_its_threshold() -> None:
+    def options(threshold: str, nonfinite: str | None = None) -> list[str]:
+        arguments = Command(["-m", "script"], nonfinite).arguments(threshold, Path("a.csv"))
+        assert arguments[-4:] == ["--csv", "a.csv", "-m", "script"]
+        return arguments[arguments.index("run") + 1 : -4]
+
+    assert options("0.010") == ["--max-norm", "0.010"]
+    assert options("zscore") == ["--threshold", "zscore"]
+    assert options("none") == ["--none"]
+    assert options("none", "skip") == ["--max-norm", "inf", "--nonfinite", "skip"]
 
 
 @pytest.mark.parametrize(

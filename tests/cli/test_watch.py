@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import in_process
 import numpy as np
 import pytest
 import torch
@@ -19,40 +20,35 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import torchclip
 from torchclip.cli.main import main
-from torchclip.cli.run import functions
-from torchclip.cli.run.calls import Calls
-from torchclip.cli.run.functions import FunctionRecorder
-from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.optimizer import OptimizerRecord
+from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import histories, labels, report
-from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Session:
+@pytest.fixture
+def run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> in_process.Run:
+    return in_process.runner(tmp_path, monkeypatch, capfd)
+
+
+class Session(Recording):
     """All recorders, as in a run."""
 
     def __init__(self, **trial: Any) -> None:
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(functions, "_attached", None)  # afterwards nothing records
-        torchclip.install()
-        calls, self.losses = Calls(), LossRecorder()
-        self.functions = FunctionRecorder(calls, Trial(**trial))
-        self.steps = StepRecorder(Trial(**trial), calls, self.losses)
+        super().__init__(Trial(**trial))
 
     def __enter__(self) -> "Session":
-        for each in (self.functions, self.losses, self.steps):
-            each.attach()
+        self.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.steps.detach()
-        self.losses.detach()
+        self.detach()
         torchclip.uninstall()
-        self.patch.undo()
 
     @property
     def optimizer(self) -> OptimizerRecord:
@@ -64,8 +60,7 @@ class Session:
         return self.optimizer.history
 
     def report(self, end: str = "") -> str:
-        self.functions.calls.finish()
-        return report(self.functions, self.steps, 1.0, end)
+        return report(self, 1.0, end)
 
 
 def weight(*values: float) -> nn.Parameter:
@@ -198,7 +193,7 @@ def test_a_first_call_for_optimizers_that_have_not_stepped_yet() -> None:
     for record in session.steps.optimizers:
         assert [r.total_norm for r in record.history] == [5.0] * 3
         assert [r.clipped for r in record.history] == [True] * 3
-    assert not len(session.functions.calls.stray)
+    assert not len(session.calls.stray)
 
 
 def test_two_calls_for_parts_of_an_optimizer_make_one_norm() -> None:
@@ -510,7 +505,7 @@ def test_the_largest_layers_are_those_before_clipping() -> None:
     assert "largest layers, by their share of the squared norm: parameter 1 (1) 64%" in " ".join(
         session.report().split()
     )
-    (history,) = histories(session.functions, session.steps).values()
+    (history,) = histories(session).values()
     assert history.layers.steps == [0, 4, 8]
 
 
@@ -533,7 +528,7 @@ class Agent:
 def test_optimizers_are_told_apart_by_their_variables() -> None:
     with Session() as session:
         Agent().train()
-    assert list(labels(session.steps)) == ["actor_optimizer (Adam)", "critic_optimizer (Adam)"]
+    assert list(labels(session)) == ["actor_optimizer (Adam)", "critic_optimizer (Adam)"]
     assert list(session.steps.optimizers[0].names.values()) == ["weight", "bias"]
 
 
@@ -544,7 +539,7 @@ def test_optimizers_of_a_list_and_without_a_name() -> None:
             step(optimizer, [1.0])
         step(sgd(weight(0.0)), [1.0])
         step(sgd(weight(0.0)), [1.0])
-    first, second, *others = labels(session.steps)
+    first, second, *others = labels(session)
     assert (first, second) == ("optimizers[0] (SGD)", "optimizers[1] (Adam)")
     assert len(set(others)) == 2
 
@@ -554,7 +549,6 @@ def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
         for _ in range(3):
             step(sgd(weight(0.0)), [1.0])
         assert [record.optimizer() for record in session.steps.optimizers] == [None] * 3
-        assert len(session.functions.calls._owners) == 0
 
 
 # Optimizers that step together
@@ -584,8 +578,8 @@ def test_optimizers_that_step_together_are_reported_jointly(clips: bool) -> None
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    found = histories(session.functions, session.steps)
-    assert list(found) == ["optimizers[0] (SGD) and optimizers[1] (SGD)", *labels(session.steps)]
+    found = histories(session)
+    assert list(found) == ["optimizers[0] (SGD) and optimizers[1] (SGD)", *labels(session)]
     joint, first, second = found.values()
     assert {record.total_norm for record in joint} == {5.0}
     assert len(joint) == len(first) == len(second) == 20
@@ -601,7 +595,7 @@ def test_optimizers_that_step_in_turn_are_reported_alone() -> None:
                 optimizer.zero_grad()
                 w.sum().backward()
                 optimizer.step()
-    assert list(histories(session.functions, session.steps)) == list(labels(session.steps))
+    assert list(histories(session)) == list(labels(session))
 
 
 def test_max_norm_puts_one_clipper_on_optimizers_that_step_together() -> None:
@@ -611,7 +605,7 @@ def test_max_norm_puts_one_clipper_on_optimizers_that_step_together() -> None:
             joint_step(weights, optimizers)
     torch.testing.assert_close(weights[0].data, torch.tensor([-1.8, 0.0]))
     torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -2.4]))
-    ((label, optimizer),) = labels(session.steps).items()
+    ((label, optimizer),) = labels(session).items()
     assert label == "optimizers[0] (SGD) and optimizers[1] (SGD)"
     assert [record.total_norm for record in optimizer.history] == [5.0] * 3
 
@@ -630,7 +624,7 @@ def test_with_max_norm_optimizers_that_step_in_turn_are_clipped_each() -> None:
             optimizers[1].step()
     torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -3.0]))
     assert [record.total_norm for record in session.steps.optimizers[1].history] == [2.0] * 3
-    assert len(labels(session.steps)) == 2
+    assert len(labels(session)) == 2
 
 
 # Trials
@@ -761,7 +755,7 @@ def test_what_cannot_be_clipped_as_asked_is_said() -> None:
 # The command
 
 SCRIPT = """
-import os, signal, sys, torch
+import sys, torch
 from torch import nn
 
 torch.manual_seed(0)
@@ -777,30 +771,19 @@ print("done")
 """
 
 
-def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    return subprocess.run(
-        [sys.executable, "-m", "torchclip", "run", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
         ("sys.exit(7)", 7, "until sys.exit(7)"),
         ("sys.exit()", 0, ""),
         ("1 / 0", 1, "until ZeroDivisionError"),
-        ("signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2)", 130, "until Ctrl-C"),
+        ("raise KeyboardInterrupt", 130, "until Ctrl-C"),
     ],
 )
-def test_the_report_is_of_what_ran(tmp_path: Path, end: str, status: int, said: str) -> None:
-    done = run(tmp_path, "--csv", "steps.csv", "script.py", end)
+def test_the_report_is_of_what_ran(
+    run_here: in_process.Run, tmp_path: Path, end: str, status: int, said: str
+) -> None:
+    done = run_here(SCRIPT, end, options=["--csv", "steps.csv"])
     assert (done.returncode, done.stdout) == (status, "")
     first, *_ = done.stderr[done.stderr.index("torchclip: what clipping did") :].splitlines()
     assert first.endswith(said)
@@ -808,10 +791,9 @@ def test_the_report_is_of_what_ran(tmp_path: Path, end: str, status: int, said: 
     assert len((tmp_path / "steps.csv").read_text().splitlines()) == 11
 
 
-def test_files_are_written(tmp_path: Path) -> None:
-    done = run(
-        tmp_path, "--csv", "a.csv", "--plot", "a.svg", "--html", "a.html", "--max-norm", "1", "script.py"
-    )
+def test_files_are_written(run_here: in_process.Run, tmp_path: Path) -> None:
+    files = ["--csv", "a.csv", "--plot", "a.svg", "--html", "a.html"]
+    done = run_here(SCRIPT, options=[*files, "--max-norm", "1"])
     assert (done.returncode, done.stdout) == (0, "done\n")
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -830,9 +812,8 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=\"http|@import|url\(http", page)
 
 
-@pytest.mark.slow
-def test_advice_comes_after_what_clipping_did_and_before_time(tmp_path: Path) -> None:
-    text = run(tmp_path, "script.py").stderr
+def test_advice_comes_after_what_clipping_did_and_before_time(run_here: in_process.Run) -> None:
+    text = run_here(SCRIPT).stderr
     assert text.index("60 steps") < text.index("\nadvice\n") < text.index("\ntime\n")
     assert re.search(
         r"recording: \S+ .s a step, \d+\.\d% of the \S+ .s from step to step", " ".join(text.split())
@@ -859,13 +840,12 @@ def test_none_goes_with_no_other_trial(other: list[str], capsys: pytest.CaptureF
     assert f"--none and {other[0]} do not go together" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_file_that_cannot_be_written_at_the_end_is_said(tmp_path: Path) -> None:
-    done = run(tmp_path, "--csv", "a/a.csv", "script.py")
+def test_a_file_that_cannot_be_written_at_the_end_is_said(run_here: in_process.Run, tmp_path: Path) -> None:
+    done = run_here(SCRIPT, options=["--csv", "a/a.csv"])
     assert (done.returncode, done.stdout) == (2, "")
     assert "argument --csv: there is no directory a" in done.stderr
     (tmp_path / "a").mkdir()
-    done = run(tmp_path, "--csv", "a/a.csv", "script.py", "import shutil; shutil.rmtree('a')")
+    done = run_here(SCRIPT, "import shutil; shutil.rmtree('a')", options=["--csv", "a/a.csv"])
     assert (done.returncode, done.stdout) == (2, "done\n")
     assert "torchclip run: error: argument --csv: No such file or directory: a/a.csv" in done.stderr
 

@@ -30,7 +30,7 @@ from torchclip._core.collectives import DIFFERS, Call, Kind, exchange, gather_ro
 from torchclip._core.mesh import Layout, Ranks
 from torchclip._core.scalars import ABSENT, concatenate, device_of, in_one, on_device
 
-__all__ = ["Part", "Places", "absent", "each", "joined", "lines", "totals"]
+__all__ = ["Part", "Places", "absent", "each", "joined", "lines", "not_compiled", "totals"]
 
 Places = Mapping["Layout | None", Sequence["int | None"]]
 """The tensors of each layout (None for plain tensors); None in place of a tensor that is not on this rank."""
@@ -38,7 +38,7 @@ Places = Mapping["Layout | None", Sequence["int | None"]]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _not_compiled(function: _Function) -> _Function:
+def not_compiled(function: _Function) -> _Function:
     """``torch.compiler.disable``, but the compiler is imported in the first call only."""
     disabled: list[Callable[..., Any]] = []
 
@@ -106,7 +106,7 @@ class _Item:
         return in_one([joined(some, p) for some in norms])
 
 
-@_not_compiled
+@not_compiled
 def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
     """The norm of each part over all ranks that share its meshes, or that a group connects.
 
@@ -137,7 +137,7 @@ def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Cal
     return list(joint[connected])
 
 
-@_not_compiled
+@not_compiled
 def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
     """The norm of each tensor with a given layout over all ranks of its mesh, in the order of places."""
     items, _ = _items(parts, every=False)
@@ -154,7 +154,7 @@ def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
     return found
 
 
-@_not_compiled
+@not_compiled
 def lines(vectors: Mapping[Layout, Tensor], call: Call) -> dict[Layout, Tensor]:
     """Join norms, element by element, along the dimensions of their layouts and no others."""
     joint = dict(vectors)

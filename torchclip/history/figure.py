@@ -23,6 +23,7 @@ __all__ = [
     "draw_norms",
     "empty_figure",
     "histogram_figure",
+    "histories_figure",
     "history_figure",
     "label_plainly",
     "losses_of",
@@ -45,22 +46,29 @@ def history_figure(columns: Mapping[str, Sequence[float]], width: float = 8.0) -
         columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
         width: of the figure, in inches.
     """
-    from matplotlib.figure import Figure
-
-    losses = losses_of(columns)
     if not len(columns["step"]):
         return empty_figure("no step has been recorded", width)
+    return histories_figure({"Norm over steps": columns}, width)
+
+
+def histories_figure(histories: Mapping[str, Mapping[str, Sequence[float]]], width: float = 8.0) -> Figure:
+    """``history_figure`` of several histories, one below the other, by their titles; each has steps."""
+    from matplotlib.figure import Figure
+
     height = 2 + 3 * width / 8
-    figure = Figure(figsize=(width, height * (1.5 if len(losses) else 1)), dpi=120, layout="constrained")
-    if len(losses):
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-        draw_loss(below, columns)
-        axes.xaxis.label.set_visible(False)
-    else:
-        axes = figure.add_subplot()
-    draw_norms(axes, columns)
-    axes.set_title("Norm over steps")
-    figure.legend(loc="outside lower center", ncols=2 if width < NARROW else 5)
+    heights = [height * (1.5 if len(losses_of(columns)) else 1) for columns in histories.values()]
+    figure = Figure(figsize=(width, sum(heights)), dpi=120, layout="constrained")
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights) if len(heights) > 1 else [figure]
+    for part, (title, columns) in zip(parts, histories.items(), strict=True):
+        if len(losses_of(columns)):
+            axes, below = part.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+            draw_loss(below, columns)
+            axes.xaxis.label.set_visible(False)
+        else:
+            axes = part.add_subplot()
+        draw_norms(axes, columns)
+        axes.set_title(title)
+        part.legend(loc="outside lower center", ncols=2 if width < NARROW else 5)
     return figure
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import KeysView, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import ref
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchclip._core.batch import Norm
 from torchclip._core.scalars import join
@@ -17,8 +16,7 @@ from torchclip.history.history import History
 
 __all__ = ["Call", "Calls"]
 
-
-_MOST_UNCLAIMED = 8  # calls that wait for an optimizer's first step
+_MOST_PLACES, _MOST_CALLS = 1000, 64  # that wait: different parameters, and calls on the same ones
 
 
 class Call(NamedTuple):
@@ -40,6 +38,28 @@ class Call(NamedTuple):
     nonfinite: Sequence[int] = ()
     not_taken: Sequence[Call] = ()
 
+    @property
+    def numbers(self) -> tuple[Norm, float, Norm]:
+        """What a record has of it: total norm, threshold, clip coefficient."""
+        return self.total_norm, self.max_norm, self.clip_coef
+
+
+@dataclass
+class _Waiting:
+    """Calls on the same parameters.
+
+    Attributes:
+        calls: the calls since an optimizer has stepped with these gradients.
+        first: the first parameter; if it is gone, another one may have its ``id``.
+        left: the ``id`` of each parameter whose optimizer has not stepped yet.
+        is_taken: whether an optimizer has stepped.
+    """
+
+    calls: list[Call]
+    first: ref[Tensor]
+    left: set[int]
+    is_taken: bool = False
+
 
 class Calls:
     """Assigns calls to optimizers by their parameters.
@@ -48,82 +68,71 @@ class Calls:
     optimizer, each with its own threshold.
 
     Attributes:
-        are_waiting: whether an optimizer may have calls for its next step.
         stray: calls on parameters of which no optimizer has ever stepped.
     """
 
     def __init__(self) -> None:
-        self._owners: WeakValueDictionary[int, Optimizer] = WeakValueDictionary()
-        self._waiting: WeakKeyDictionary[Optimizer, dict[tuple[int, int], list[Call]]] = WeakKeyDictionary()
-        self._unclaimed: list[tuple[list[int], Call]] = []
-        self._shared: tuple[list[int], Call] | None = None
         self.stray = History()
-        self.are_waiting = False
+        self._waiting: dict[frozenset[int], _Waiting] = {}
         self._strays = 0
 
-    def register(self, optimizer: Optimizer, parameters: Iterable[int]) -> None:
-        """Record whose parameters these are, by their ``id``, and assign earlier calls on them."""
-        for key in parameters:
-            self._owners[key] = optimizer
-        if self._shared is not None and not self._unclaimed:
-            keys, call = self._shared
-            self._give(optimizer, keys, call)
-        unclaimed, self._unclaimed = self._unclaimed, []
-        for keys, call in unclaimed:
-            self._assign(keys, call)
-
-    def add(self, parameters: Iterable[Tensor], call: Call) -> None:
+    def add(self, parameters: Sequence[Tensor], call: Call) -> None:
         """Keep a call until its optimizers step."""
-        self._assign([id(parameter) for parameter in parameters], call)
+        if not parameters:
+            return self._add_stray(call)
+        place = frozenset(map(id, parameters))
+        waiting = self._waiting.get(place)
+        if waiting is None or waiting.is_taken or waiting.first() is None:
+            self._remove(place)
+            self._waiting[place] = _Waiting([call], ref(parameters[0]), set(place))
+            if len(self._waiting) > _MOST_PLACES:
+                self._remove(next(iter(self._waiting)))
+            return None
+        waiting.calls.append(call)
+        if len(waiting.calls) > _MOST_CALLS:
+            self._add_stray(waiting.calls.pop(0))
+        return None
 
-    def _assign(self, keys: list[int], call: Call) -> None:
-        owners = {owner for owner in map(self._owners.get, keys) if owner is not None}
-        if not owners:
-            self._unclaimed.append((keys, call))
-            if len(self._unclaimed) > _MOST_UNCLAIMED:
-                self._add_stray(self._unclaimed.pop(0)[1])
-        for owner in owners:
-            self._give(owner, keys, call)
-        # The others may belong to an optimizer that has not stepped yet.
-        self._shared = (
-            (keys, call) if owners and len(keys) > sum(map(self._owners.__contains__, keys)) else None
-        )
-
-    def _give(self, owner: Optimizer, keys: list[int], call: Call) -> None:
-        if any(self._owners.get(key) is owner for key in keys):
-            place = (keys[0], len(keys))
-            calls = self._waiting.setdefault(owner, {}).setdefault(place, [])
-            if not any(each is call for each in calls):
-                calls.append(call)
-            self.are_waiting = True
+    def _remove(self, place: frozenset[int]) -> None:
+        """Remove the calls on some parameters; they are strays if no optimizer has stepped."""
+        waiting = self._waiting.pop(place, None)
+        if waiting is not None and not waiting.is_taken:
+            for call in waiting.calls:
+                self._add_stray(call)
 
     def finish(self) -> None:
-        """Count the calls that wait for an optimizer as strays, as no optimizer will step any more."""
-        for _, call in self._unclaimed:
-            self._add_stray(call)
-        self._unclaimed.clear()
+        """Remove all calls, as no optimizer will step any more."""
+        for place in [*self._waiting]:
+            self._remove(place)
 
     def _add_stray(self, call: Call) -> None:
-        self.stray.append(self._strays, call.total_norm, call.max_norm, call.clip_coef)
+        self.stray.append(self._strays, *call.numbers)
         self._strays += 1
 
-    def of(self, optimizer: Optimizer) -> Call | None:
-        """The joint effect of the calls on an optimizer's gradients since its last step; None without any."""
-        waiting = self._waiting.pop(optimizer, None)
-        self.are_waiting = len(self._waiting) > 0
-        if not waiting:
-            return None
+    def take(self, parameters: KeysView[int]) -> Call | None:
+        """The joint effect of the calls on an optimizer's gradients since its last step; None without any.
+
+        Args:
+            parameters: the ``id`` of each of its parameters.
+        """
         not_taken: list[Call] = []
-        calls = [_in_one_step(repeated, not_taken) for repeated in waiting.values()]
-        if len(calls) == 1 and not not_taken:
-            return calls[0]
-        nonfinite = [key for call in calls for key in call.nonfinite]
+        calls = []
+        for place, waiting in [*self._waiting.items()]:
+            if waiting.first() is None or parameters.isdisjoint(waiting.left):
+                continue
+            calls.append(_in_one_step(waiting.calls, not_taken))
+            waiting.is_taken = True
+            waiting.left -= parameters
+            if not waiting.left:
+                del self._waiting[place]
+        if len(calls) < 2 and not not_taken:
+            return calls[0] if calls else None
         return Call(
             " and ".join(dict.fromkeys(call.function for call in calls)),
             join([call.total_norm for call in calls], 2.0),
             min(call.max_norm for call in calls),
-            _smallest([call.clip_coef for call in calls]),
-            nonfinite,
+            join([call.clip_coef for call in calls], -math.inf),
+            [key for call in calls for key in call.nonfinite],
             not_taken,
         )
 
@@ -140,20 +149,8 @@ def _in_one_step(calls: list[Call], not_taken: list[Call]) -> Call:
             not_taken.append(call)
         else:
             last = last._replace(
-                total_norm=_largest([call.total_norm, last.total_norm]),
+                total_norm=join([call.total_norm, last.total_norm], math.inf),
                 max_norm=min(call.max_norm, last.max_norm),
                 clip_coef=call.clip_coef * last.clip_coef,
             )
     return last
-
-
-def _smallest(values: Sequence[Norm]) -> Norm:
-    return torch.stack([torch.as_tensor(v) for v in values]).min() if _any_tensor(values) else min(values)
-
-
-def _largest(values: Sequence[Norm]) -> Norm:
-    return torch.stack([torch.as_tensor(v) for v in values]).max() if _any_tensor(values) else max(values)
-
-
-def _any_tensor(values: Sequence[Norm]) -> bool:
-    return any(isinstance(value, Tensor) for value in values)

@@ -15,19 +15,15 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from torchclip import patch
 from torchclip.cli.options import count, file_to_write, max_norm, need, picture_file, refusal
-from torchclip.cli.run import files
-from torchclip.cli.run.calls import Calls
-from torchclip.cli.run.functions import FunctionRecorder
-from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.files import Files
+from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import about, histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
-from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 from torchclip.cli.thresholds import DESCRIBED, LEARNED, refuse_ceiling
 from torchclip.clipper.clipper import Nonfinite
@@ -167,29 +163,34 @@ def run(
         SystemExit: the script's.
     """
     refuse_ceiling(threshold, max_norm)
-    trial = _trial(max_norm, threshold, nonfinite, none)
-    wanted = files.Files(plot, csv, html)
-    _refuse_missing(wanted, tries)
+    thresholds = {"--max-norm": max_norm, "--threshold": threshold}
+    if none:
+        _refuse("--none and {} do not go together", thresholds | {"--nonfinite": nonfinite})
+    if plot is not None:
+        need("argument --plot:", "matplotlib")
+    if html is not None:
+        need("argument --html:", "jinja2", "matplotlib")
+    wanted = Files(plot, csv, html)
     if tries is not None:
+        need("argument --try:", "rich")
+        with_try = "--try and {} do not go together; --try takes all thresholds, and none"
+        _refuse(with_try, thresholds | {"--none": none or None})
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise refusal("--try starts processes of its own; do not start it with torchrun")
+        if not module and not os.path.exists(script):
+            raise refusal(f"argument SCRIPT: {os.strerror(errno.ENOENT)}: {script}")
         from torchclip.cli.run.comparison import compare
         from torchclip.cli.run.tries import Command
 
-        _refuse_with_try(max_norm, threshold, none)
-        if not module and not os.path.exists(script):
-            raise refusal(f"argument SCRIPT: {os.strerror(errno.ENOENT)}: {script}")
-        return compare(
-            Command(["-m"] * module + [script, *args], nonfinite, metric), tries, jobs or 1, wanted
-        )
-    for name, value in {"--jobs": jobs, "--metric": metric}.items():
-        if value is not None:
-            raise refusal(f"{name} goes with --try only")
+        command = Command(["-m"] * module + [script, *args], nonfinite, metric)
+        return compare(command, tries, jobs or 1, wanted)
+    _refuse("{} goes with --try only", {"--jobs": jobs, "--metric": metric})
     try:
         main = prepare(script, args, module)
     except SyntaxError as error:
         sys.excepthook(type(error), error.with_traceback(None), None)
         return 1
-    session = _Session(trial)
-    session.attach()
+    session = _Session(Trial(max_norm, threshold, nonfinite, none))
     try:
         session.run(main)
     finally:
@@ -197,37 +198,11 @@ def run(
     return session.status or failed
 
 
-def _trial(max_norm: float | None, threshold: str | None, nonfinite: Nonfinite | None, none: bool) -> Trial:
-    if none:
-        options = {"--max-norm": max_norm, "--threshold": threshold, "--nonfinite": nonfinite}
-        for name, value in options.items():
-            if value is not None:
-                raise refusal(f"--none and {name} do not go together")
-    return Trial(max_norm, threshold, nonfinite, none)
-
-
-def _refuse_with_try(max_norm: float | None, threshold: str | None, none: bool) -> None:
-    for name, given in {
-        "--max-norm": max_norm is not None,
-        "--threshold": threshold is not None,
-        "--none": none,
-    }.items():
-        if given:
-            raise refusal(f"--try and {name} do not go together; --try takes all thresholds, and none")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise refusal("--try starts processes of its own; do not start it with torchrun")
-
-
-def _refuse_missing(wanted: files.Files, tries: list[str] | None) -> None:
-    """Refuse options whose packages are not installed now rather than after the run."""
-    needs = {
-        "--plot": (wanted.plot, ["matplotlib"]),
-        "--html": (wanted.html, ["jinja2", "matplotlib"]),
-        "--try": (tries, ["rich"]),
-    }
-    for option, (value, packages) in needs.items():
+def _refuse(message: str, options: Mapping[str, object]) -> None:
+    """Refuse options that are given."""
+    for name, value in options.items():
         if value is not None:
-            need(f"argument {option}:", *packages)
+            raise refusal(message.format(name))
 
 
 class _Session:
@@ -238,33 +213,27 @@ class _Session:
     """
 
     def __init__(self, trial: Trial) -> None:
-        patch.install()
-        calls = Calls()
-        self.functions = FunctionRecorder(calls, trial)
-        self.losses = LossRecorder()
         self._progress = _progress()
-        self.steps = StepRecorder(trial, calls, self.losses, self._progress)
+        self._recording = Recording(trial, self._progress)
         self.status = 0
         self._began = False
         self._end = ""
         self._process = os.getpid()
         self._start = time.perf_counter()
 
-    def attach(self) -> None:
-        """Record from now on."""
-        self.functions.attach()
-        self.losses.attach()
-        self.steps.attach()
-        if self._progress is not None:
-            self._progress.attach()
-
     def run(self, main: Callable[[], object]) -> None:
         """Run the script, and report its errors as Python would."""
+        self._recording.attach()
+        if self._progress is not None:
+            self._progress.attach()
         self._start = time.perf_counter()
         try:
             main()
             self._began = True
-            self._wait_for_threads()
+            # As Python does at a script's end: its threads are part of the run.
+            for thread in threading.enumerate():
+                if not thread.daemon and thread is not threading.current_thread():
+                    thread.join()
         except SystemExit as error:
             self._began = True
             if error.code not in (None, 0):
@@ -272,12 +241,6 @@ class _Session:
             raise
         except BaseException as error:
             self._failed(error)
-
-    def _wait_for_threads(self) -> None:
-        """Wait as Python does at a script's end: the threads are part of the run."""
-        for thread in threading.enumerate():
-            if not thread.daemon and thread is not threading.current_thread():
-                thread.join()
 
     def _failed(self, error: BaseException) -> None:
         error.__traceback__ = traceback_of_script(error.__traceback__)
@@ -291,11 +254,10 @@ class _Session:
         self.status = 130 if interrupted else 1
         self._end = "until Ctrl-C" if interrupted else f"until {type(error).__name__}"
 
-    def close(self, wanted: files.Files, command: str) -> int:
+    def close(self, wanted: Files, command: str) -> int:
         """Print the report and write the files; returns the exit status if a file cannot be written."""
         seconds = time.perf_counter() - self._start
-        self.steps.detach()
-        self.losses.detach()
+        self._recording.detach()
         if self._progress is not None:
             self._progress.detach()
         # A forked child that gets here has nothing to report, and one of many ranks is enough.
@@ -303,24 +265,23 @@ class _Session:
             return 0
         if sys.stdout is not None:
             sys.stdout.flush()
-        self.functions.calls.finish()
-        print(report(self.functions, self.steps, seconds, self._end), file=sys.stderr)
-        found = histories(self.functions, self.steps)
-        said = about(self.functions, self.steps, seconds, command, self._end)
-        return wanted.write(found, lambda: _figure(found), lambda: _page(found, said))
+        print(report(self._recording, seconds, self._end), file=sys.stderr)
+        found = histories(self._recording)
+
+        def html() -> str:
+            from torchclip.history.page import page
+
+            title = f"Gradient norms of {next(iter(found))}" if len(found) == 1 else "Gradient norms"
+            return page(title, found, about(self._recording, seconds, command, self._end))
+
+        return wanted.write(found, lambda: _figure(found), html)
 
 
 def _figure(histories: Mapping[str, History]) -> Figure:
-    from torchclip.cli.run.figure import histories_figure
+    from torchclip.history.figure import empty_figure, histories_figure
 
-    return histories_figure(histories)
-
-
-def _page(histories: Mapping[str, History], said: Mapping[str, Sequence[str]]) -> str:
-    from torchclip.history.page import page
-
-    title = f"Gradient norms of {next(iter(histories))}" if len(histories) == 1 else "Gradient norms"
-    return page(title, histories, said)
+    columns = {label: history.as_dict() for label, history in histories.items() if len(history)}
+    return histories_figure(columns) if columns else empty_figure("no optimizer took a step")
 
 
 def _progress() -> Progress | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from torchclip.cli.figures import Array
-from torchclip.cli.run.files import Files
+from torchclip.cli.run.files import Files, now
 from torchclip.cli.run.tries import Command, Tries, Try, recommended
 from torchclip.history.history import History
 
@@ -27,28 +26,26 @@ def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: File
     """Run with each threshold, or search for one, and show the results; returns the exit status."""
     what = "loss" if command.metric is None else "metric"
     is_search = list(thresholds) == ["auto"]
-    with Progress(None if is_search else len(thresholds)) as progress:
-        tries = Tries(command, jobs, progress)
+    progress = Progress(None if is_search else len(thresholds))
+    tries = Tries(command, jobs, progress)
+    with progress.bar:
         if is_search:
             tries.auto()
         else:
             tries.all_of(thresholds)
-    found = tries.done
+    found, histories = tries.done, _histories(tries.done)
     _print_table(found, what)
     print(f"logs: {tries.directory}", flush=True)
-    status = wanted.write(
-        _histories(found), lambda: _losses_figure(found), lambda: _page(found, what, command)
-    )
+
+    def html() -> str:
+        from torchclip.history.page import Overview, page
+
+        about = [f"{' '.join(command.script)}, {now()}", recommended(found, what)[1]]
+        overview = Overview(rows(found, what), "Loss of each run", lambda width: _losses_figure(found, width))
+        return page("Thresholds tried", histories, {"": about}, overview)
+
+    status = wanted.write(histories, lambda: _losses_figure(found), html)
     return tries.status if tries.interrupted else status or tries.status
-
-
-def _page(tries: Sequence[Try], what: str, command: Command) -> str:
-    from torchclip.history.page import Overview, page
-
-    date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    lines = [f"{' '.join(command.script)}, {date}", recommended(tries, what)[1]]
-    overview = Overview(rows(tries, what), "Loss of each run", lambda width: _losses_figure(tries, width))
-    return page("Thresholds tried", _histories(tries), {"": lines}, overview)
 
 
 class Progress:
@@ -61,48 +58,43 @@ class Progress:
 
         self._console = Console(stderr=True, highlight=False)
         self._told = 0
-        text = TextColumn("{task.description}", markup=False)
-        self._bar = Bar(
-            text,
+        self.bar = Bar(
+            TextColumn("{task.description}", markup=False),
             BarColumn(12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> Progress:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._task = self.bar.add_task("", total=total)
 
     def __call__(self, tries: Tries) -> None:
         """Show their progress."""
         for each in tries.done[self._told :]:
             if not self._console.is_terminal:
                 result = each.problem or f"{each.score:.4g}"
-                print(
-                    f"torchclip: {each.threshold}: {result}, {each.seconds:.3g} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                line = f"torchclip: {each.threshold}: {result}, {each.seconds:.3g} s"
+                print(line, file=sys.stderr, flush=True)
         self._told = len(tries.done)
-        running = ", ".join(f"{each.threshold}: {each.last_line() or '…'}" for each in list(tries.running))
+        running = ", ".join(f"{each.threshold}: {each.last_line() or '…'}" for each in tries.running)
         room = max(self._console.width - 40, 10)
-        self._bar.update(self._task, completed=len(tries.done), description=running[:room])
+        self.bar.update(self._task, completed=len(tries.done), description=running[:room])
 
 
 def rows(tries: Sequence[Try], what: str) -> list[list[str]]:
     """The table: a heading, and a row for each threshold, which starts with the threshold as given."""
     found = [["threshold", f"{what} at the end", "largest norm", "clipped", "spikes", "time"]]
     for each in tries:
-        norm = "" if math.isnan(each.largest) else f"{each.largest:.4g}"
+        summaries = [history.summary() for history in each.histories.values()]
+        norms = [summary.largest_norm for summary in summaries if summary.largest_step is not None]
+        counts = ["", ""]
+        if summaries:
+            clipped, steps = sum(s.clipped for s in summaries), sum(s.steps for s in summaries)
+            spikes = sum(history.suggest().spikes for history in each.histories.values())
+            counts = [f"{clipped / max(steps, 1):.1%}", f"{spikes:,}"]
         score = each.problem or f"{each.score:.4g}"
-        counts = [f"{each.clipped:.1%}", f"{each.spikes:,}"] if each.histories else ["", ""]
+        norm = f"{max(norms):.4g}" if norms else ""
         found.append([each.threshold, score, norm, *counts, f"{each.seconds:.3g} s"])
     return found
 
@@ -164,8 +156,7 @@ def _smooth(losses: Sequence[float]) -> Array:
     """The moving mean over a fiftieth of the run; values that are not finite leave gaps."""
     values = np.where(np.isfinite(losses), losses, np.nan)
     width = max(len(values) // 50, 1)
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    head = [np.mean(values[: i + 1]) for i in range(width - 1)]
     if np.isnan(values).any():
         return values
-    return np.concatenate([head, (sums[width:] - sums[:-width]) / width])
+    head = np.cumsum(values[: width - 1]) / np.arange(1, width)
+    return np.concatenate([head, np.convolve(values, np.full(width, 1 / width), "valid")])

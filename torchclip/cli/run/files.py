@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ from torchclip.history.records import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Files", "read_csv"]
+__all__ = ["Files", "now", "read_csv"]
 
 
 class Files(NamedTuple):
@@ -72,3 +73,8 @@ def read_csv(path: Path) -> dict[str, History]:
             loss = float(row["loss"]) if row.get("loss") else None
             history.append(int(row["step"]), norm, max_norm, clip_coef, row["skipped"] == "True", loss)
     return found
+
+
+def now() -> str:
+    """The date and the time, for a page."""
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")

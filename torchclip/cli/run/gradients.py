@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from torchclip._core import gather
-from torchclip._core.batch import Norm
-from torchclip._core.scalars import is_finite, on_device
+from torchclip._core.batch import Norm, Norms
+from torchclip._core.scalars import is_finite, numbers
 
-__all__ = ["nonfinite_ids", "norm_of", "norms_of", "with_gradient"]
-
-
-def with_gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters that have a gradient."""
-    return [parameter for parameter in parameters if parameter.grad is not None]
+__all__ = ["nonfinite_ids", "norm_of", "norms_of"]
 
 
 def norm_of(parameters: Sequence[Tensor]) -> Norm | None:
@@ -25,21 +19,14 @@ def norm_of(parameters: Sequence[Tensor]) -> Norm | None:
     return gather.tensors(grads).norm(2.0) if grads else None
 
 
-def norms_of(parameters: Sequence[Tensor]) -> Tensor:
-    """The norm of each gradient of parameters that have one."""
-    with torch.no_grad():
-        batch = gather.tensors([parameter.grad for parameter in parameters if parameter.grad is not None])
-        norms = batch.norms(2.0)
-        device = norms.device if isinstance(norms, Tensor) else torch.device("cpu")
-        found = on_device(norms, device)
-        if len(batch.all) == len(parameters):
-            return found
-        # Several parameters may share a gradient.
-        rows = {id(grad): row for row, grad in enumerate(batch.all)}
-        return found[[rows[id(parameter.grad)] for parameter in parameters]]
+def norms_of(parameters: Sequence[Tensor]) -> tuple[list[Tensor], Norms]:
+    """The norm of each gradient, and its parameter: the last of those that share it."""
+    of_gradient = {id(p.grad): (p, p.grad) for p in parameters if p.grad is not None}
+    grads = [grad for _, grad in of_gradient.values()]
+    return [p for p, _ in of_gradient.values()], gather.tensors(grads).norms(2.0)
 
 
 def nonfinite_ids(parameters: Sequence[Tensor]) -> list[int]:
     """The ``id`` of each parameter whose gradient is not finite.  Waits for an accelerator."""
-    found = with_gradient(parameters)
-    return [id(p) for p, norm in zip(found, norms_of(found).tolist(), strict=True) if not is_finite(norm)]
+    found, norms = norms_of(parameters)
+    return [id(p) for p, norm in zip(found, numbers(norms), strict=True) if not is_finite(norm)]

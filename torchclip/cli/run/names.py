@@ -10,45 +10,32 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["parameter_names", "unique_names", "variable_names"]
+from torchclip.clipper.names import Names
+
+__all__ = ["parameter_names", "unique_labels", "variable_names"]
 
 _MOST_ITEMS = 100  # the largest list or dictionary that is searched
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
 def variable_names(optimizer: Optimizer) -> list[str]:
     """The running program's names for an optimizer, the most likely first."""
-    found: dict[str, None] = {}
-    scopes = list(_scopes())
-    for scope in scopes:
-        found.update(dict.fromkeys(name for name, value in scope.items() if value is optimizer))
-    for scope in scopes:
-        for owner, value in scope.items():
-            for name, held in _attributes(value).items():
-                if held is optimizer:
-                    found[name if owner == "self" else f"{owner}.{name}"] = None
-                found.update(dict.fromkeys(_places(name, held, optimizer)))
-            found.update(dict.fromkeys(_places(owner, value, optimizer)))
-    found.pop("self", None)
-    return list(found)
+    return list(dict.fromkeys(name for name, value in _objects() if value is optimizer and name != "self"))
 
 
-def unique_names(candidates: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[str]:
-    """A unique name for each of several optimizers.
+def unique_labels(candidates: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[str]:
+    """A unique name with its class for each of several optimizers, or the class and a number.
 
     Args:
         candidates: the possible names of each, the most likely first.
         kinds: the class of each.
     """
-    if len(kinds) == 1:
-        return [candidates[0][0] if candidates[0] else kinds[0]]
-    names: list[str] = []
-    for i, own in enumerate(candidates):
+    labels: list[str] = []
+    for i, (own, kind) in enumerate(zip(candidates, kinds, strict=True)):
         others = {name for j, other in enumerate(candidates) if j != i for name in other}
-        same_kind = [j for j, kind in enumerate(kinds) if kind == kinds[i]]
-        number = f" {same_kind.index(i) + 1}" if len(same_kind) > 1 else ""
-        names.append(next((name for name in own if name not in others), f"{kinds[i]}{number}"))
-    return names
+        number = f" {kinds[:i].count(kind) + 1}" if kinds.count(kind) > 1 else ""
+        name = next((name for name in own if name not in others), None)
+        labels.append(f"{kind}{number}" if name is None else f"{name} ({kind})")
+    return labels
 
 
 def parameter_names(optimizer: Optimizer) -> dict[int, str]:
@@ -71,12 +58,10 @@ def parameter_names(optimizer: Optimizer) -> dict[int, str]:
 def _names_by_modules(missing: set[int]) -> dict[int, str]:
     """Names from as few of the program's modules as have all missing parameters."""
     known: dict[int, tuple[str, dict[int, str]]] = {}
-    for scope in _scopes():
-        for owner, value in scope.items():
-            for name, held in [(owner, value), *_attributes(value).items()]:
-                if isinstance(held, nn.Module) and id(held) not in known:
-                    own = {id(parameter): each for each, parameter in held.named_parameters()}
-                    known[id(held)] = name, {key: own[key] for key in own if key in missing}
+    for name, held in _objects():
+        if isinstance(held, nn.Module) and id(held) not in known:
+            own = Names((), held).in_model()
+            known[id(held)] = name.rpartition(".")[2], {key: own[key] for key in own if key in missing}
     names: dict[int, str] = {}
     used = 0
     while missing and known:
@@ -87,15 +72,22 @@ def _names_by_modules(missing: set[int]) -> dict[int, str]:
             break
         used += 1
         prefix = "" if used == 1 and covered == missing else f"{owner}."
-        names |= {each: prefix + _unwrapped(own[each]) for each in covered}
+        names |= {each: prefix + own[each] for each in covered}
         missing = missing - covered
     return names
 
 
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+def _objects() -> Iterator[tuple[str, Any]]:
+    """The values of the program's variables, of their attributes, and in lists and dictionaries, by name."""
+    scopes = [*_scopes()]
+    for scope in scopes:
+        yield from scope.items()
+    for scope in scopes:
+        for owner, value in scope.items():
+            for name, held in _attributes(value).items():
+                yield name if owner == "self" else f"{owner}.{name}", held
+                yield from _items(name, held)
+            yield from _items(owner, value)
 
 
 def _scopes() -> Iterator[Mapping[str, Any]]:
@@ -128,9 +120,8 @@ def _attributes(value: object) -> dict[str, Any]:
     return dict(attributes) if type(attributes) is dict else {}
 
 
-def _places(name: str, value: object, optimizer: Optimizer) -> Iterator[str]:
-    """The position of the optimizer in a list or a dictionary."""
-    if isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
-        yield from (f"{name}[{i}]" for i, item in enumerate(value) if item is optimizer)
-    if isinstance(value, dict) and len(value) <= _MOST_ITEMS:
-        yield from (f"{name}[{key!r}]" for key, item in list(value.items()) if item is optimizer)
+def _items(name: str, value: object) -> Iterator[tuple[str, Any]]:
+    """The items of a list or a dictionary."""
+    if isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
+        pairs = list(value.items()) if isinstance(value, dict) else enumerate(value)
+        yield from ((f"{name}[{key!r}]", item) for key, item in pairs)

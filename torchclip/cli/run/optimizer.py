@@ -31,6 +31,8 @@ class OptimizerRecord:
         steps: the number of its steps.
         history: its steps; those of its Clipper, if it has one.
         layers: the norms of its parameters in some of the steps.
+        groups: the number of its parameter groups.
+        on_host: whether the parameters are in host memory, so that reading a value does not wait.
         rounds: the latest steps, each with the number of backward passes before it.
         clipped_by: the number of steps by the way in which they were clipped.
         nonfinite: the names of the parameters with a gradient that is not finite, by step.
@@ -63,13 +65,4 @@ class OptimizerRecord:
         """Look up the names of the parameters, perhaps with a new group."""
         self.groups = len(optimizer.param_groups)
         self.names = parameter_names(optimizer)
-        self.on_host = _on_host(optimizer)
-
-    def label(self, name: str) -> str:
-        """Its name in a report."""
-        return name if name.startswith(self.kind) else f"{name} ({self.kind})"
-
-
-def _on_host(optimizer: Optimizer) -> bool:
-    """Whether the parameters are in host memory, so that reading a value does not wait."""
-    return all(p.is_cpu for group in optimizer.param_groups for p in group["params"][:1])
+        self.on_host = all(p.is_cpu for group in optimizer.param_groups for p in group["params"][:1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -25,33 +26,30 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=sys.stderr, highlight=False)
         self._next = time.perf_counter() + _SECONDS
         self._shown = False
-        self._streams: dict[str, TextIO] = {}
-        self._proxies: list[_ClearingStream] = []
+        self._proxies: dict[str, _ClearingStream] = {}
 
     def attach(self) -> None:
         """Wrap stdout and stderr if they are terminals."""
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is not None and stream.isatty():
-                self._streams[name] = stream
-                proxy = _ClearingStream(stream, self.clear)
-                self._proxies.append(proxy)
-                setattr(sys, name, proxy)
+                self._proxies[name] = _ClearingStream(stream, self.clear)
+                setattr(sys, name, self._proxies[name])
 
     def detach(self) -> None:
         """Remove the line, and restore the streams unless the program has replaced them."""
         self.clear()
-        for (name, stream), proxy in zip(self._streams.items(), self._proxies, strict=True):
+        for name, proxy in self._proxies.items():
             if getattr(sys, name) is proxy:
-                setattr(sys, name, stream)
+                setattr(sys, name, proxy.stream)
 
     def __call__(self, optimizer: OptimizerRecord) -> None:
         """Redraw the line if it is time."""
         now = time.perf_counter()
-        if now < self._next or not all(proxy.line_has_ended for proxy in self._proxies):
+        if now < self._next or not all(proxy.line_has_ended for proxy in self._proxies.values()):
             return
         self._next = now + _SECONDS
         text = f"torchclip: step {optimizer.steps:,}"
@@ -60,26 +58,21 @@ class Progress:
             clipped = f", clipped to {record.max_norm:.4g}" if record.clipped else ""
             text += f", norm {record.total_norm:.4g}{clipped}"
         self.clear()
-        self._write(Text(text[: self._console.width - 1], style="dim"))
+        self._console.print(Text(text[: self._console.width - 1], style="dim"), end="")
         self._shown = True
 
     def clear(self) -> None:
         """Remove the line."""
         if self._shown:
             self._shown = False
-            self._write(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
-
-    def _write(self, what: Text | Control) -> None:
-        self._console.file = self._streams.get("stderr", sys.stderr)
-        self._console.print(what, end="")
-        self._console.file.flush()
+            self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 
 
 class _ClearingStream:
     """A stream that calls a function before each write."""
 
-    def __init__(self, stream: TextIO, before: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, before: Callable[[], None]) -> None:
+        self.stream = stream
         self._before = before
         self.line_has_ended = True
 
@@ -88,7 +81,7 @@ class _ClearingStream:
         self._before()
         if text:
             self.line_has_ended = text.endswith("\n")
-        return self._stream.write(text)
+        return self.stream.write(text)
 
     def writelines(self, lines: Any) -> None:
         """Write at once, as the stream does."""
@@ -96,7 +89,7 @@ class _ClearingStream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
     def __iter__(self) -> Any:
-        return iter(self._stream)
+        return iter(self.stream)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
-from datetime import datetime
-from statistics import median
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from torchclip.cli.run.functions import FunctionRecorder
-from torchclip.cli.run.names import unique_names
+from torchclip.cli.run.files import now
+from torchclip.cli.run.names import unique_labels
 from torchclip.cli.run.optimizer import OptimizerRecord
-from torchclip.cli.run.steps import StepRecorder
+from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.together import joint_history, together
+from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 from torchclip.history.signs import final_loss
 
-__all__ = ["REPORT", "about", "histories", "labels", "report"]
+__all__ = ["REPORT", "about", "histories", "labels", "losses_of", "report"]
 
 _WIDTH = 80
 _MOST_OPTIMIZERS, _MOST_LAYERS, _MOST_NONFINITE, _MOST_NAMES = 8, 3, 3, 4
@@ -29,38 +28,43 @@ REPORT = "torchclip: what clipping did"
 """The beginning of a report."""
 
 
-def report(functions: FunctionRecorder, steps: StepRecorder, seconds: float, end: str = "") -> str:
+def report(run: Recording, seconds: float, end: str = "") -> str:
     """What clipping did and cost in a run, in a few lines.
 
     Args:
-        functions: the calls of torch's functions.
-        steps: the steps of the optimizers.
+        run: what was recorded.
         seconds: how long the run took.
         end: how it ended, if not normally.
     """
-    width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
-    found = labels(steps)
-    lines = [f"{REPORT} in {_duration(seconds)}{end and ', '}{end}"]
+    found = labels(run)
     shown = dict(list(found.items())[:_MOST_OPTIMIZERS])
+    lines = [f"{REPORT} in {_took(seconds, end)}"]
     for label, optimizer in shown.items():
-        lines += ["", *_did(label, optimizer, functions, steps)]
+        clipped_by, *more = _about(optimizer, run)
+        lines += ["", f"{label}: {clipped_by}", *_indented([*_numbers(optimizer.history), *more])]
     if len(found) > len(shown):
         lines += ["", f"and {_count(len(found) - len(shown), 'optimizer')} more"]
     joint = joint_histories(found)
     for label, history in joint.items():
-        lines += ["", f"{label}, which step together", *(f"  {line}" for line in _numbers(history))]
-    if len(functions.calls.stray):
-        lines += ["", *_strays(functions.calls.stray)]
+        lines += ["", f"{label}, which step together", *_indented(_numbers(history))]
+    if len(run.calls.stray):
+        lines += ["", "clipped, but by no optimizer of torch's stepped with"]
+        lines += _indented(_strays(run.calls.stray))
     if len(lines) == 1:
         lines += ["  No optimizer of torch's took a step, and no clipping function of torch's was called."]
     advised = joint | {label: optimizer.history for label, optimizer in shown.items() if optimizer.steps}
     for label, history in advised.items():
         lines += ["", f"advice for {label}" if len(advised) > 1 else "advice"]
-        lines += [f"  {line}" for line in history.suggest().lines]
-    costs = list(_costs(functions, steps, seconds))
+        lines += _indented(history.suggest().lines)
+    costs = list(_costs(run, seconds))
     if costs:
-        lines += ["", "time", *costs]
+        lines += ["", "time", *_indented(costs)]
+    width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
     return "\n".join(part for line in lines for part in _wrapped(line, width))
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _wrapped(line: str, width: int) -> list[str]:
@@ -68,14 +72,12 @@ def _wrapped(line: str, width: int) -> list[str]:
     return textwrap.wrap(line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False) or [""]
 
 
-def labels(steps: StepRecorder) -> dict[str, OptimizerRecord]:
+def labels(run: Recording) -> dict[str, OptimizerRecord]:
     """The optimizers, each with its own label; those that share a Clipper count as one."""
-    names = unique_names(
-        [each.candidates for each in steps.optimizers], [each.kind for each in steps.optimizers]
-    )
+    optimizers = run.steps.optimizers
+    of_each = unique_labels([each.candidates for each in optimizers], [each.kind for each in optimizers])
     together: dict[int, tuple[list[str], OptimizerRecord]] = {}
-    for name, optimizer in zip(names, steps.optimizers, strict=True):
-        label = optimizer.label(name)
+    for label, optimizer in zip(of_each, optimizers, strict=True):
         together.setdefault(id(optimizer.history), ([], optimizer))[0].append(label)
     return {" and ".join(found): optimizer for found, optimizer in together.values()}
 
@@ -87,70 +89,62 @@ def joint_histories(optimizers: Mapping[str, OptimizerRecord]) -> dict[str, Hist
     return {" and ".join(names[id(each)] for each in group): joint_history(group) for group in groups}
 
 
-def histories(functions: FunctionRecorder, steps: StepRecorder) -> dict[str, History]:
+def histories(run: Recording) -> dict[str, History]:
     """The steps of each optimizer, and of optimizers that step together, with their parameters' norms."""
-    found = joint_histories(labels(steps))
-    for label, optimizer in labels(steps).items():
+    optimizers = labels(run)
+    found = joint_histories(optimizers)
+    for label, optimizer in optimizers.items():
         found[label] = optimizer.history
         if not len(optimizer.history.layers):
             optimizer.history.layers = optimizer.layers
-    if len(functions.calls.stray):
-        found[STRAY] = functions.calls.stray
+    if len(run.calls.stray):
+        found[STRAY] = run.calls.stray
     return found
 
 
-def about(
-    functions: FunctionRecorder, steps: StepRecorder, seconds: float, command: str, end: str = ""
-) -> dict[str, list[str]]:
+def about(run: Recording, seconds: float, command: str, end: str = "") -> dict[str, list[str]]:
     """Further lines on the page, by an optimizer's label: how it was clipped, the largest layers.
 
     Under the empty label: the script, the date, the time it took, and the cost of clipping.
     """
-    date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    run = [f"{command}, {date}, {_duration(seconds)}{end and ', '}{end}"]
-    found = {"": [*run, *(line.strip() for line in _costs(functions, steps, seconds))]}
-    for label, optimizer in labels(steps).items():
-        clipped_by = _clipped_by(optimizer, functions, steps)
-        found[label] = [line[:1].upper() + line[1:] for line in (clipped_by, *_about(optimizer))]
+    found = {"": [f"{command}, {now()}, {_took(seconds, end)}", *_costs(run, seconds)]}
+    for label, optimizer in labels(run).items():
+        found[label] = [line[:1].upper() + line[1:] for line in _about(optimizer, run)]
     return found
+
+
+def _took(seconds: float, end: str) -> str:
+    return f"{_duration(seconds)}{end and ', '}{end}"
 
 
 # What clipping did
 
 
-def _did(
-    label: str, optimizer: OptimizerRecord, functions: FunctionRecorder, steps: StepRecorder
-) -> Iterator[str]:
-    yield f"{label}: {_clipped_by(optimizer, functions, steps)}"
-    yield from (f"  {line}" for line in _numbers(optimizer.history))
-    yield from (f"  {line}" for line in _about(optimizer))
-
-
-def _about(optimizer: OptimizerRecord) -> Iterator[str]:
-    """Problems, parameters with gradients that were not finite, and the largest layers."""
+def _about(optimizer: OptimizerRecord, run: Recording) -> Iterator[str]:
+    """What has clipped, problems, parameters with non-finite gradients, and the largest layers."""
+    yield _clipped_by(optimizer, run.trial)
     if optimizer.problem:
         yield optimizer.problem
-    nonfinite = optimizer.history.summary().nonfinite
     for step, names in list(optimizer.nonfinite.items())[:_MOST_NONFINITE]:
         where = ", ".join(names[:_MOST_NAMES]) or "unknown"
         more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
         yield f"not finite at step {step:,}: {where}{more}"
-    if nonfinite > _MOST_NONFINITE and len(optimizer.nonfinite) > _MOST_NONFINITE:
-        yield f"and at {_count(nonfinite - _MOST_NONFINITE, 'step')} more"
+    if len(optimizer.nonfinite) > _MOST_NONFINITE:
+        yield f"and at {_count(optimizer.history.summary().nonfinite - _MOST_NONFINITE, 'step')} more"
     largest = _largest(optimizer.layers)
     if largest:
         yield f"largest layers, by their share of the squared norm: {largest}"
 
 
-def _clipped_by(optimizer: OptimizerRecord, functions: FunctionRecorder, steps: StepRecorder) -> str:
-    if steps.trial.replaces and (steps.trial.none or not optimizer.problem):
-        to = "" if steps.trial.threshold is None else _to(optimizer.history)
-        if steps.trial.is_per_parameter:  # a record has only the smallest threshold, which is not informative
+def _clipped_by(optimizer: OptimizerRecord, trial: Trial) -> str:
+    if trial.replaces and (trial.none or not optimizer.problem):
+        to = "" if trial.threshold is None else _to(optimizer.history)
+        if trial.threshold == "adagc":  # a record has only the smallest threshold, which is not informative
             to = ", each parameter to a threshold of its own"
-        theirs = list(functions.replaced) + ["Clipper"] * bool(steps.replaced_clippers)
-        in_place = f", in place of the script's own {' and '.join(theirs)}" if theirs else ""
-        return f"{steps.trial}{to}{in_place}"
-    policy = "" if steps.trial.nonfinite is None else f", {steps.trial}"
+        theirs = " and ".join(trial.replaced)
+        in_place = f", in place of the script's own {theirs}" if theirs else ""
+        return f"{trial}{to}{in_place}"
+    policy = "" if trial.nonfinite is None else f", {trial}"
     if not optimizer.clipped_by:
         return f"clipped by nothing{policy}"
     return f"clipped by {' and '.join(optimizer.clipped_by)}{_to(optimizer.history)}{policy}"
@@ -169,7 +163,7 @@ def _numbers(history: History) -> Iterator[str]:
     summary = history.summary()
     yield (
         f"{_count(summary.steps, 'step')}: {summary.clipped:,} clipped ({summary.clipped_share:.1%}), "
-        f"{summary.nonfinite:,} not finite, {summary.skipped:,} skipped"
+        f"{summary.nonfinite:,} non-finite, {summary.skipped:,} skipped"
     )
     if summary.quantiles:
         quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in summary.quantiles.items())
@@ -178,20 +172,24 @@ def _numbers(history: History) -> Iterator[str]:
             f"norm before clipping: {quantiles}{where}; largest {summary.largest_norm:.4g} "
             f"at step {summary.largest_step:,}"
         )
-    losses = [record.loss for record in history if record.loss is not None]
+    losses = losses_of(history)
     if losses:
         start = "first" if summary.kept == summary.steps else "first kept"
         yield f"loss: {losses[0]:.4g} at the {start} step, {final_loss(losses):.4g} over the last tenth"
 
 
+def losses_of(history: History) -> list[float]:
+    """The loss of each kept step that has one."""
+    return [record.loss for record in history if record.loss is not None]
+
+
 def _strays(history: History) -> Iterator[str]:
-    yield "clipped, but by no optimizer of torch's stepped with"
     summary = history.summary()
-    yield f"  clipped {summary.clipped:,} of {_count(summary.steps, 'time')} ({summary.clipped_share:.1%})"
+    yield f"clipped {summary.clipped:,} of {_count(summary.steps, 'time')} ({summary.clipped_share:.1%})"
     finite = [record.total_norm for record in history if not record.nonfinite]
     if finite:
         low, middle, high = np.quantile(finite, (0, 0.5, 1))
-        yield f"  norm before clipping: min {low:.4g}, median {middle:.4g}, max {high:.4g}"
+        yield f"norm before clipping: min {low:.4g}, median {middle:.4g}, max {high:.4g}"
 
 
 def _largest(layers: Layers) -> str:
@@ -208,14 +206,15 @@ def _largest(layers: Layers) -> str:
 # Time
 
 
-def _costs(functions: FunctionRecorder, steps: StepRecorder, seconds: float) -> Iterator[str]:
-    for name, count in functions.counts.items():
-        each = median(functions.seconds[name])
-        share = f"{each * count / seconds:.1%} of the run"
-        yield f"  {name}: {_count(count, 'call')} of {_duration(each)}, {share}"
-    if steps.between:
-        share = f"{steps.seconds / steps.between:.1%} of the {_duration(steps.between)} from step to step"
-        yield f"  recording: {_duration(steps.seconds)} a step, {share}"
+def _costs(run: Recording, seconds: float) -> Iterator[str]:
+    for name, count in run.functions.counts.items():
+        total = run.functions.seconds[name]
+        share = f"{total / seconds:.1%} of the run"
+        yield f"{name}: {_count(count, 'call')} of {_duration(total / count)}, {share}"
+    between = run.steps.between
+    if between:
+        share = f"{run.steps.seconds / between:.1%} of the {_duration(between)} from step to step"
+        yield f"recording: {_duration(run.steps.seconds)} a step, {share}"
 
 
 def _count(number: int, noun: str) -> str:

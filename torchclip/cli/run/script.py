@@ -10,6 +10,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
+from functools import partial
 
 from torchclip.cli.options import refusal
 
@@ -34,7 +35,7 @@ def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
     sys.argv[:] = [script, *args]
     if module:
         _import_from(os.getcwd())
-        return _module(script)
+        return partial(runpy.run_module, script, run_name="__main__", alter_sys=True)
     path = os.path.abspath(script)
     try:
         if os.path.isdir(path) or path.endswith(".pyc") or zipfile.is_zipfile(path):
@@ -60,13 +61,6 @@ def _safe_path() -> bool:
     return bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # in 3.10 only as part of -I
 
 
-def _module(name: str) -> Callable[[], object]:
-    def execute() -> None:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-    return execute
-
-
 def _packed(path: str) -> Callable[[], object]:
     """A directory or zip file, from which the script then also imports, or compiled code."""
     if not path.endswith(".pyc"):
@@ -74,7 +68,7 @@ def _packed(path: str) -> Callable[[], object]:
             raise refusal(f"argument SCRIPT: there is no __main__.py in {path}")
         if not _safe_path():
             del sys.path[0]
-    return lambda: runpy.run_path(path, run_name="__main__")
+    return partial(runpy.run_path, path, run_name="__main__")
 
 
 def _source(path: str, source: bytes) -> Callable[[], object]:

@@ -2,92 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Container, Sequence
-from weakref import ref
-
-from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from collections.abc import Sequence
 
 from torchclip.cli.run.optimizer import OptimizerRecord
-from torchclip.clipper.checked import takes_hooks
 from torchclip.history.history import History
 from torchclip.history.records import Record
 
-__all__ = ["OpenRound", "companions", "joint_history", "together"]
+__all__ = ["joint_history", "together"]
 
 _SHARE = 0.9  # the required share of the rounds of the optimizer that steps less often
-
-
-def companions(optimizer: Optimizer, known: Container[int]) -> list[Optimizer]:
-    """Other optimizers that have gradients and have never stepped, and so probably step with this one.
-
-    Args:
-        optimizer: the optimizer that takes its first step.
-        known: the ``id`` of each optimizer that has stepped, or has a Clipper.
-    """
-    own = {id(parameter) for parameter in _parameters(optimizer)}
-    found = []
-    for each in gc.get_objects():
-        if issubclass(type(each), Optimizer) and takes_hooks(each):
-            theirs = _parameters(each)
-            # An optimizer that wraps another has the same parameters.
-            if each is optimizer or id(each) in known or own & set(map(id, theirs)):
-                continue
-            if not isinstance(each, LBFGS) and any(parameter.grad is not None for parameter in theirs):
-                found.append(each)
-                own |= set(map(id, theirs))
-    return found
-
-
-class OpenRound:
-    """Which optimizers of one Clipper have stepped with the current gradients."""
-
-    def __init__(self) -> None:
-        self._backwards = 0
-        self._stepped: dict[int, tuple[ref[Tensor] | None, int]] = {}
-        self._optimizers: dict[int, ref[Optimizer]] = {}
-
-    def step(self, optimizer: Optimizer, backwards: int) -> bool:
-        """Record a step; False if the optimizer's gradients come from another backward pass than the others'.
-
-        Args:
-            optimizer: the optimizer that steps.
-            backwards: how many backward passes there have been.
-        """
-        is_new = not self._stepped or id(optimizer) in self._stepped
-        if not is_new and backwards != self._backwards:
-            # If one that has stepped also has new gradients, it steps less often than this one.
-            if all(_mark(each) == mark for each, mark in self._others()):
-                return False
-            is_new = True
-        if is_new:
-            self._backwards, self._stepped, self._optimizers = backwards, {}, {}
-        self._optimizers[id(optimizer)] = ref(optimizer)
-        self.mark(optimizer)
-        return True
-
-    def mark(self, optimizer: Optimizer) -> None:
-        """Record the gradients with which an optimizer has stepped."""
-        self._stepped[id(optimizer)] = _mark(optimizer)
-
-    def _others(self) -> list[tuple[Optimizer, tuple[ref[Tensor] | None, int]]]:
-        alive = [(self._optimizers[key](), mark) for key, mark in self._stepped.items()]
-        return [(each, mark) for each, mark in alive if each is not None]
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
-
-
-def _mark(optimizer: Optimizer) -> tuple[ref[Tensor] | None, int]:
-    """Data that distinguishes a new gradient from an old one."""
-    grad = next((p.grad for p in _parameters(optimizer) if p.grad is not None), None)
-    return (None, 0) if grad is None else (ref(grad), grad._version)
-
-
-# The report
 
 
 def together(optimizers: Sequence[OptimizerRecord]) -> list[list[OptimizerRecord]]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from torchclip.cli.thresholds import max_norm_of
+from torchclip.clipper import registry
+from torchclip.clipper.checked import takes_hooks
 from torchclip.clipper.clipper import Clipper, Nonfinite
+from torchclip.clipper.step import Member, parameters_of
 from torchclip.thresholds.base import MaxNorm
 
-__all__ = ["Trial"]
+__all__ = ["Trial", "TrialClippers"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,14 @@ class Trial:
         threshold: the name of a learned threshold, or None.
         nonfinite: what to do about steps that are not finite; None for the usual.
         none: whether to clip nothing.
+        replaced: the program's own ways of clipping that it replaced, and how often.
     """
 
     max_norm: float | None = None
     threshold: str | None = None
     nonfinite: Nonfinite | None = None
     none: bool = False
+    replaced: Counter[str] = field(default_factory=Counter, compare=False)
 
     @property
     def replaces(self) -> bool:
@@ -41,19 +50,10 @@ class Trial:
         """Whether each optimizer gets a Clipper."""
         return not self.none and (self.replaces or self.nonfinite is not None)
 
-    @property
-    def is_per_parameter(self) -> bool:
-        """Whether each parameter has its own threshold."""
-        return self.threshold == "adagc"
-
     def new_max_norm(self) -> MaxNorm:
         """The ``max_norm`` of a Clipper."""
         ceiling = math.inf if self.max_norm is None else self.max_norm
         return max_norm_of(self.threshold or "fixed", ceiling)
-
-    def clipper_for(self, optimizer: Optimizer | Sequence[Optimizer]) -> Clipper:
-        """Make a Clipper for an optimizer without one, or for several that step together."""
-        return Clipper(optimizer, self.new_max_norm(), nonfinite=self.nonfinite or "propagate")
 
     def __str__(self) -> str:
         if self.none:
@@ -65,3 +65,124 @@ class Trial:
             if value is not None
         )
         return f"clipped by {given}"
+
+
+class TrialClippers:
+    """The Clippers of a trial: one for each optimizer without one, or for several that step together.
+
+    Clippers that the program makes itself get the trial's thresholds.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial = trial
+        self._held: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
+        self._rounds: WeakKeyDictionary[Optimizer, _Round] = WeakKeyDictionary()
+
+    def __contains__(self, optimizer: Optimizer) -> bool:
+        return optimizer in self._held
+
+    def attach(self) -> Callable[[], None]:
+        """Adjust Clippers from now on; returns a function that ends this."""
+        return registry.set_adjustment(self._adjusted)
+
+    def _adjusted(self, optimizer: Any, max_norm: Any, nonfinite: Any) -> tuple[Any, Any]:
+        """The ``max_norm`` and ``nonfinite`` of a new Clipper."""
+        self._remove(optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
+        if self._trial.replaces:
+            max_norm = math.inf if self._trial.none else self._trial.new_max_norm()
+        return max_norm, self._trial.nonfinite or nonfinite
+
+    def _remove(self, optimizers: Sequence[Any]) -> None:
+        for optimizer in optimizers:
+            if isinstance(optimizer, Optimizer) and optimizer in self._held:
+                clipper = self._held[optimizer]
+                for each in clipper.optimizers:
+                    self._held.pop(each, None)
+                    self._rounds.pop(each, None)
+                clipper.detach()
+
+    def add(self, optimizer: Optimizer, stepped: Container[int]) -> str | None:
+        """Give an optimizer a Clipper before its first step.
+
+        Args:
+            optimizer: the optimizer.
+            stepped: the ``id`` of each optimizer that has stepped.
+
+        Returns:
+            Why it gets none, if so.
+        """
+        if self._trial.replaces:
+            for group in optimizer.param_groups:
+                if group.get("max_norm") is not None:
+                    del group["max_norm"]
+        if self._trial.clips and registry.clipper_of(optimizer) is None:
+            try:
+                self._make([optimizer, *_companions(optimizer, stepped)])
+            except (TypeError, ValueError) as error:
+                return f"not clipped as asked: {error}"
+        return None
+
+    def _make(self, optimizers: Sequence[Optimizer]) -> None:
+        clipper = Clipper(optimizers, math.inf)  # which is adjusted
+        self._held.update(dict.fromkeys(optimizers, clipper))
+        if len(optimizers) > 1:
+            self._rounds.update(dict.fromkeys(optimizers, _Round()))
+
+    def begin_step(self, optimizer: Optimizer, backwards: int) -> None:
+        """Give each optimizer its own Clipper if they do not step on the same backward pass.
+
+        Args:
+            optimizer: the optimizer that steps.
+            backwards: how many backward passes there have been.
+        """
+        current = self._rounds.get(optimizer) if self._rounds else None
+        if current is not None and not current.begin_step(optimizer, backwards):
+            optimizers = self._held[optimizer].optimizers
+            self._remove(optimizers)
+            for each in optimizers:
+                self._make([each])
+
+    def end_step(self, optimizer: Optimizer) -> None:
+        """Record the gradients with which an optimizer has stepped."""
+        if self._rounds and optimizer in self._rounds:
+            self._rounds[optimizer].end_step(optimizer)
+
+
+def _companions(optimizer: Optimizer, stepped: Container[int]) -> list[Optimizer]:
+    """Other optimizers that have gradients and have never stepped, and so probably step with this one."""
+    own = set(map(id, parameters_of(optimizer)))
+    found = []
+    for each in gc.get_objects():
+        if not issubclass(type(each), Optimizer) or isinstance(each, LBFGS) or not takes_hooks(each):
+            continue
+        if each is optimizer or id(each) in stepped or each in registry.clippers:
+            continue
+        theirs = parameters_of(each)
+        # An optimizer that wraps another has the same parameters.
+        if own.isdisjoint(map(id, theirs)) and any(parameter.grad is not None for parameter in theirs):
+            found.append(each)
+            own.update(map(id, theirs))
+    return found
+
+
+class _Round:
+    """Which optimizers of one Clipper have stepped with the current gradients."""
+
+    def __init__(self) -> None:
+        self._backwards = 0
+        self._stepped: dict[int, Member] = {}
+
+    def begin_step(self, optimizer: Optimizer, backwards: int) -> bool:
+        """False if the optimizer's gradients come from another backward pass than the others'."""
+        is_late = id(optimizer) not in self._stepped and backwards != self._backwards
+        # If one that has stepped also has new gradients, it steps less often than this one.
+        if is_late and self._stepped and not any(each.changed() for each in self._stepped.values()):
+            return False
+        if is_late or id(optimizer) in self._stepped:
+            self._backwards, self._stepped = backwards, {}
+        self._stepped[id(optimizer)] = Member(ref(optimizer))
+        return True
+
+    def end_step(self, optimizer: Optimizer) -> None:
+        """Record the gradients with which an optimizer has stepped."""
+        self._stepped[id(optimizer)].mark(sample=False)

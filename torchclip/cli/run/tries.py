@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchclip.cli.run.files import read_csv
-from torchclip.cli.run.report import REPORT
+from torchclip.cli.run.report import REPORT, losses_of
 from torchclip.cli.run.search import Outcome, search
 from torchclip.cli.thresholds import LEARNED
 from torchclip.history.history import History
@@ -26,6 +24,7 @@ from torchclip.history.signs import final_loss
 
 __all__ = ["Command", "Tries", "Try", "recommended"]
 
+_SECONDS = 0.1  # seconds between two looks at the runs
 _SECONDS_TO_END = 20  # seconds that a run has after Ctrl-C to write its results
 _TAIL = 4096  # bytes at the end of a log that contain the last line
 _KILL = getattr(signal, "SIGKILL", 9)
@@ -77,35 +76,51 @@ class Try:
     seconds: float = 0.0
     problem: str = ""
     error: str = ""
+    _process: subprocess.Popen[bytes] = field(init=False, repr=False)
+    _started: float = field(init=False, repr=False)
 
     @property
     def history(self) -> History:
         """The steps of the optimizer whose loss is known, or of the first one."""
         found = [*self.histories.values()]
-        return next((each for each in found if _losses(each)), found[0] if found else History())
+        return next((each for each in found if losses_of(each)), found[0] if found else History())
 
     @property
     def losses(self) -> list[float]:
         """The loss of each step that has one."""
-        return _losses(self.history)
+        return losses_of(self.history)
+
+    def start(self, command: Command, environment: Mapping[str, str]) -> None:
+        """Start the run."""
+        self._started = time.perf_counter()
+        with self.log.open("wb") as log:
+            # In its own session, so that Ctrl-C reaches it once, through this process.
+            self._process = subprocess.Popen(
+                command.arguments(self.threshold, self._csv),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
 
     @property
-    def largest(self) -> float:
-        """The largest finite norm of all optimizers, ``nan`` if there is none."""
-        found = [each.summary().largest_norm for each in self.histories.values()]
-        return max((norm for norm in found if not math.isnan(norm)), default=math.nan)
+    def _csv(self) -> Path:
+        return self.log.with_suffix(".csv")
 
-    @property
-    def clipped(self) -> float:
-        """The share of the steps that were clipped."""
-        summaries = [each.summary() for each in self.histories.values()]
-        steps = sum(summary.steps for summary in summaries)
-        return sum(summary.clipped for summary in summaries) / steps if steps else 0.0
+    def interrupt(self) -> None:
+        """Send the run the signal of Ctrl-C; on Windows the console does so."""
+        if os.name != "nt":
+            # Shells let background processes, and their children, ignore Ctrl-C.
+            is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            self._process.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
 
-    @property
-    def spikes(self) -> int:
-        """How many steps had a norm far above those around them."""
-        return sum(each.suggest().spikes for each in self.histories.values())
+    def kill(self) -> None:
+        """End the run and all processes that it has started."""
+        if os.name == "nt":
+            self._process.kill()
+        elif self._process.poll() is None:
+            os.killpg(self._process.pid, _KILL)
 
     def last_line(self) -> str:
         """The last line that it printed, except torchclip's report."""
@@ -114,10 +129,14 @@ class Try:
             lines = file.read().decode(errors="replace").partition(REPORT)[0].splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
-    def read(self, csv: Path, status: int, metric: re.Pattern[str] | None) -> None:
-        """Read what the run has written after it ended with this exit status."""
+    def has_ended(self, metric: re.Pattern[str] | None) -> bool:
+        """Whether the run has ended; if so, reads what it has written."""
+        status = self._process.poll()
+        if status is None:
+            return False
+        self.seconds = time.perf_counter() - self._started
         was_killed = status == -_KILL  # perhaps while it was writing
-        self.histories = read_csv(csv) if csv.exists() and not was_killed else {}
+        self.histories = read_csv(self._csv) if self._csv.exists() and not was_killed else {}
         if metric is None:
             self.score = final_loss(self.losses)
         else:
@@ -133,6 +152,7 @@ class Try:
             self.problem = self._unknown(metric is not None)
         if self.problem or math.isnan(self.score):
             self.score = math.inf
+        return True
 
     def _unknown(self, by_metric: bool) -> str:
         """Why there is no result."""
@@ -149,104 +169,75 @@ class Tries:
     Attributes:
         done: the runs that have ended, in the order of their start.
         running: the runs that have not ended.
-        interrupted: whether Ctrl-C, or a signal that asks this process to end, has ended them.
         directory: where the logs are.
     """
 
     def __init__(self, command: Command, jobs: int, tell: Callable[[Tries], object]) -> None:
         self.done: list[Try] = []
         self.running: list[Try] = []
-        self.interrupted = False
         self.directory = Path(tempfile.mkdtemp(prefix="torchclip-try-"))
         self._command = command
         self._jobs = jobs
         self._tell = tell
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._received: list[int] = []
+        self._signals: list[int] = []
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C, or a signal that asks this process to end, has ended the runs."""
+        return bool(self._signals)
 
     @property
     def status(self) -> int:
         """The exit status: that of an interrupted command, or 1 if no run has ended well."""
-        if self.interrupted:
-            return 128 + (self._received or [signal.SIGINT])[0]
+        if self._signals:
+            return 128 + self._signals[0]
         return 0 if any(not each.problem for each in self.done) else 1
 
     def all_of(self, thresholds: Sequence[str]) -> list[Try]:
         """Run with each of these thresholds; after Ctrl-C, returns only those that were started."""
-        tries = [Try(each, self.directory / f"{each}.log") for each in thresholds]
-        with ThreadPoolExecutor(self._jobs) as pool, _ended_as_by_ctrl_c() as self._received:
-            futures = [pool.submit(self._run, each) for each in tries]
-            while True:
-                try:
-                    self._wait(futures)
-                    break
-                except KeyboardInterrupt:
-                    for process in list(self._processes.values()):
-                        _kill(process) if self.interrupted else _interrupt(process)
-                    self.interrupted = True
-        for future in futures:
-            future.result()
-        begun = [each for each in tries if each in self.done]
-        self.done = [each for each in self.done if each not in begun] + begun
+        waiting = [Try(each, self.directory / f"{each}.log") for each in reversed(thresholds)]
+        begun: list[Try] = []
+        try:
+            with _collected(self._signals):
+                self._run(waiting, begun)
+        finally:
+            for each in self.running:  # after an error of this process
+                each.kill()
+        self.done[len(self.done) - len(begun) :] = begun
         return begun
+
+    def _run(self, waiting: list[Try], begun: list[Try]) -> None:
+        """Move runs from one list, from its end, to the other, until all have ended."""
+        answered, deadline = 0, math.inf
+        while self.running or (waiting and not self._signals):
+            while waiting and len(self.running) < self._jobs and not self._signals:
+                begun.append(waiting.pop())
+                begun[-1].start(self._command, self._environment())
+                self.running.append(begun[-1])
+            if len(self._signals) > answered or time.monotonic() > deadline:
+                for each in self.running:
+                    each.kill() if answered else each.interrupt()
+                answered = len(self._signals)
+                deadline = min(deadline, time.monotonic() + _SECONDS_TO_END)
+            for each in [each for each in self.running if each.has_ended(self._command.metric)]:
+                self.running.remove(each)
+                self.done.append(each)
+            self._tell(self)
+            time.sleep(_SECONDS)
 
     def auto(self) -> None:
         """Search, from the advice of a run that is not clipped."""
 
         def run(thresholds: Sequence[float]) -> list[Outcome]:
             given = ["none" if math.isinf(each) else f"{each:g}" for each in thresholds]
-            by_name = {each.threshold: each for each in self.all_of(given)}
-            found = [
-                (norm, by_name[name]) for norm, name in zip(thresholds, given, strict=True) if name in by_name
-            ]
+            begun = self.all_of(given)
             if self.interrupted or all(each.problem.startswith("failed") for each in self.done):
                 return []
-            return [Outcome(norm, each.score, each.history) for norm, each in found]
+            return [
+                Outcome(norm, each.score, each.history) for norm, each in zip(thresholds, begun, strict=True)
+            ]
 
         search(run)
-
-    def _wait(self, futures: Sequence[Future[None]]) -> None:
-        while wait(futures, timeout=0.2).not_done:
-            self._tell(self)
-        self._tell(self)
-
-    def _run(self, each: Try) -> None:
-        if self.interrupted:
-            return
-        csv = each.log.with_suffix(".csv")
-        start = time.perf_counter()
-        with each.log.open("wb") as log:
-            # In its own session, so that Ctrl-C reaches it once, through this process.
-            process = subprocess.Popen(
-                self._command.arguments(each.threshold, csv),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                start_new_session=True,
-            )
-            self._processes[each.threshold] = process
-            if self.interrupted:
-                _interrupt(process)
-            self.running.append(each)
-            status = self._wait_for(process)
-        each.seconds = time.perf_counter() - start
-        each.read(csv, status, self._command.metric)
-        del self._processes[each.threshold]
-        self.running.remove(each)
-        self.done.append(each)
-
-    def _wait_for(self, process: subprocess.Popen[bytes]) -> int:
-        deadline = math.inf
-        while True:
-            try:
-                return process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                now = time.monotonic()
-                if self.interrupted:
-                    deadline = min(deadline, now + _SECONDS_TO_END)
-                if now > deadline:
-                    _kill(process)
 
     def _environment(self) -> dict[str, str]:
         """The number of threads of each run, as parallel runs share the cores."""
@@ -256,41 +247,18 @@ class Tries:
 
 
 @contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[list[int]]:
-    """Have signals that end a process end it as Ctrl-C does; gives a list of those that came.
-
-    The runs have sessions of their own, which these signals do not reach.
-    """
-    received: list[int] = []
-
-    def end(number: int, _: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    is_main = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
-    names = ("SIGTERM", "SIGHUP") if is_main else ()
-    before = {number: signal.signal(number, end) for name in names if (number := getattr(signal, name, None))}
+def _collected(received: list[int]) -> Iterator[None]:
+    """Add the signals that end a process to a list; the runs have their own sessions, and do not get them."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, lambda number, _: received.append(number))
     try:
-        yield received
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Send a run the signal of Ctrl-C; on Windows the console does so."""
-    if os.name != "nt":
-        # Shells let background processes, and their children, ignore Ctrl-C.
-        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        process.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a run and all processes that it has started."""
-    if os.name == "nt":
-        process.kill()
-    elif process.poll() is None:
-        os.killpg(process.pid, _KILL)
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 def recommended(tries: Sequence[Try], what: str = "loss") -> tuple[Try | None, str]:
@@ -311,10 +279,6 @@ def recommended(tries: Sequence[Try], what: str = "loss") -> tuple[Try | None, s
     if unclipped is not None and unclipped is not best and unclipped.threshold not in close:
         text += f" Without clipping it is {unclipped.score:.4g}." if unclipped.score < math.inf else ""
     return best, text
-
-
-def _losses(history: History) -> list[float]:
-    return [record.loss for record in history if record.loss is not None]
 
 
 def _number(text: str) -> float:

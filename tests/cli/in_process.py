@@ -1,0 +1,44 @@
+"""The command ``torchclip run`` in this process, as another one would take seconds to import torch."""
+
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+import torchclip
+from torchclip.cli.main import main
+
+Run = Callable[..., CompletedProcess[str]]
+
+
+def runner(directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """A function that writes a script into a directory and runs it there."""
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "argv", ["torchclip"])
+    monkeypatch.setattr(sys, "path", ["where torchclip is", *sys.path])
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+    def run(
+        source: str, *arguments: str, options: Sequence[str] = (), script: str = ""
+    ) -> CompletedProcess[str]:
+        (directory / "script.py").write_text(textwrap.dedent(source))
+        command = ["run", *options, script or ("script" if "-m" in options else "script.py"), *arguments]
+        capfd.readouterr()
+        status: Any
+        try:
+            status = main(command)
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        finally:
+            torchclip.uninstall()
+        return CompletedProcess(command, status, *capfd.readouterr())
+
+    return run
