@@ -922,3 +922,47 @@ def test_foreign_names_in_the_state_of_skip_above_are_refused() -> None:
     state["spikes"]["thresholds"]["other"] = state["spikes"]["thresholds"]["all"]
     with pytest.raises(ValueError, match="'other'"):
         clipper.load_state_dict(state)
+
+
+# Found by random rounds
+
+
+def test_a_first_step_that_has_failed_opens_no_round_for_steps_without_gradients() -> None:
+    weights, optimizers = two_weights()
+    clipper = Clipper(optimizers, 1.0)
+    weights[0].grad, weights[1].grad = torch.zeros(4), torch.ones(4)
+    handle = failing(optimizers[0])
+    with pytest.raises(Interrupted):
+        optimizers[0].step()
+    handle.remove()
+    assert len(clipper.norms()) == 2  # which finds out that the step has failed
+    weights[0].grad, weights[1].grad = None, torch.full((4,), 2.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert [record.total_norm for record in clipper.history] == [4.0]
+    assert float(weights[1].detach().norm()) == pytest.approx(1.0)
+
+
+def test_a_skipped_round_of_optimizers_that_share_a_parameter() -> None:
+    weight, optimizers = shared_by_two(9.0)
+    clipper = Clipper(optimizers, 1.0, skip_above=5.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert [record.skipped for record in clipper.history] == [True]
+    assert weight.tolist() == [0.0] * 4
+
+
+def test_a_step_that_fails_after_one_that_a_scaler_skips() -> None:
+    weights, optimizers = two_weights(fused=True)
+    clipper = Clipper(optimizers, 1.0)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler.scale(weights[0].sum() + weights[1].sum() * float("inf")).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizers[1])
+    handle = failing(optimizers[0])
+    with pytest.raises(Interrupted):
+        optimizers[0].step()
+    handle.remove()
+    clipper.detach()
+    assert [record.skipped for record in clipper.history] == [True]

@@ -277,10 +277,15 @@ class Clipping:
 
     # Changing
 
-    def join(self, index: int) -> None:
-        """Let another optimizer step with the gradients that were clipped for all."""
+    def hide(self, index: int) -> bool:
+        """Hide the gradients from an optimizer's step if the round is skipped; returns whether it is."""
         if self._skipped is True:
             self._steps[index].undo_at_end(nonfinite.hide_gradients(self._steps[index].optimizer))
+        return self._skipped is True
+
+    def join(self, index: int) -> None:
+        """Let another optimizer step with the gradients that were clipped for all."""
+        if self.hide(index):
             return
         self._tell(self._skipped, index)
         if index in self._deferred:
@@ -318,9 +323,7 @@ class Clipping:
 
     def _apply(self, snapshot: Snapshot, row: Row, to_zero: Sequence[ClipSet], index: int) -> None:
         if row.skipped is True:
-            if self._skips:
-                self._skipped = True
-                self._steps[index].undo_at_end(nonfinite.hide_gradients(self._steps[index].optimizer))
+            self._skipped = self._skips
             return
         self._skipped = row.skipped
         self._tell(row.skipped, index)

@@ -67,8 +67,8 @@ class Round:
         # The record of the open round, unless the kernel has it.
         self._rows: list[Row] = []
         self._layers: list[tuple[list[str], Norms]] = []
-        # With several optimizers: whether a GradScaler skips the step of each.
-        self._skips: list[bool | Tensor] = []
+        # With several optimizers: whether a GradScaler skips the step of each that has begun one.
+        self._skips: dict[int, bool | Tensor] = {}
         self._in_backward = False
         self._passes = Passes()
         self._held: HeldNorms | None = None
@@ -135,7 +135,10 @@ class Round:
         joint, self._joint = self._joint, None
         rows, self._rows = self._rows, []
         layers, self._layers = self._layers, []
-        skips, self._skips = self._skips, []
+        skips = [
+            self._skips[i] for i, member in enumerate(state.members) if member.stepped and i in self._skips
+        ]
+        self._skips = {}
         if taken and state.went_short:
             state.record()
         elif taken and rows and (held is None or joint is not None):
@@ -160,7 +163,7 @@ class Round:
         self._state.open = self._in_backward = False
         for member in self._state.members:
             member.stepped = False
-        self._rows, self._layers, self._skips = [], [], []
+        self._rows, self._layers, self._skips = [], [], {}
         self._clipping.forget()
 
     def take_loss(self) -> float | Tensor | None:
@@ -206,7 +209,7 @@ class Round:
                 self._passes.follow(self._end_backward)
                 self._clip(index)
             else:
-                self._skips.append(is_skipped_by_scaler(step.optimizer))
+                self._skips[index] = is_skipped_by_scaler(step.optimizer)
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._unchanged_by)
         self.close()
@@ -219,7 +222,7 @@ class Round:
             self._passes.follow(self._end_backward)
             self._held = HeldNorms(self._order) if is_sharded else None
         elif len(self._steps) > 1:
-            self._skips = [is_skipped_by_scaler(step.optimizer)]
+            self._skips = {index: is_skipped_by_scaler(step.optimizer)}
         replaced = self._with_closure(index, args, kwargs, self._clipped_after)
         if replaced is None:
             self._clip(index)
@@ -290,6 +293,7 @@ class Round:
             for i, step in enumerate(self._steps):
                 if i != index:
                     step.member.mark(True)
+        self._clipping.hide(index)  # now that they are marked, as another optimizer may share them
 
     def _refuse_scaled(self, index: int) -> None:
         """Refuse gradients that are still multiplied by a GradScaler's scale, with several optimizers."""

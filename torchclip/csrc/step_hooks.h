@@ -1,8 +1,7 @@
 // The two hooks of a Clipper on each of its optimizers: a usual step takes no Python frame and no look-up by
 // name.
 //
-// Their state is in a `RoundState`, and in a `Member` for each optimizer.  Two Python functions handle
-// unusual steps.
+// Their state is in a `RoundState`, and in a `Member` for each optimizer.  Two Python functions handle unusual steps.
 #pragma once
 
 #include <structmember.h>
@@ -137,6 +136,7 @@ bool clip_all(RoundState* state, Py_ssize_t index) {
 
 // Whether an optimizer may step with gradients that were clipped before, because none has changed since.
 bool goes_on(const RoundState* state, Py_ssize_t index) {
+    if (!member(state, state->opener)->stepped) return false;  // its step has failed
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) {
         const Member* const each = member(state, i);
         if ((i == index || each->stepped) && !each->marks->are_same(Ref::to(optimizer_of(each)))) {
