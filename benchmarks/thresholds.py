@@ -191,7 +191,7 @@ def final_perplexity(changes: dict[str, Any]) -> float:
     options = options_of(changes)
     (run,) = training.start_runs("clipped", vocabulary, options)
     training.advance([run], tokens, options)
-    return perplexity_of([step.loss for step in run.steps])
+    return perplexity_of(run.losses)
 
 
 def by_learning_rate(seeds: range) -> None:

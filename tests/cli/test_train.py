@@ -25,6 +25,7 @@ from torchclip.cli.main import main
 from torchclip.cli.train import display, figure, parallel, training
 from torchclip.cli.train.model import load_model, sample
 from torchclip.cli.train.options import LEARNING_RATES, MAX_NORMS, Options
+from torchclip.history import History
 
 # The sizes of the command's defaults, and small ones.
 COMMAND: dict[str, Any] = {"hidden": 128, "batch": 32, "bptt": 64}
@@ -129,7 +130,7 @@ def row(output: str, name: str) -> list[str]:
 
 def perplexity(run: training.Run) -> float:
     """Of the last 20 steps."""
-    return math.exp(np.mean([step.loss for step in run.steps[-20:]]))
+    return math.exp(np.mean(run.losses[-20:]))
 
 
 # What it learns
@@ -142,7 +143,7 @@ def test_clipping_decides_whether_the_model_learns() -> None:
     assert perplexity(clipped) < 12
     assert perplexity(unclipped) > 10 * perplexity(clipped)
     # How large depends on the text, Python's own documentation: 2,900 with 3.11's, 14 with 3.13's.
-    assert max(step.norm for step in unclipped.steps) > 10
+    assert max(record.total_norm for record in unclipped.history) > 10
 
 
 @pytest.mark.slow
@@ -161,19 +162,22 @@ def test_a_threshold_that_learns_rescues_what_a_large_fixed_one_does_not(
 
 def test_both_runs_start_from_the_same_weights_and_batches() -> None:
     unclipped, clipped = trained()
-    assert unclipped.steps[0][:2] == clipped.steps[0][:2]
-    assert unclipped.steps[-1][:2] != clipped.steps[-1][:2]
+    norms = [[record.total_norm for record in run.history] for run in (unclipped, clipped)]
+    assert norms[0][0] == norms[1][0]
+    assert unclipped.losses[0] == clipped.losses[0]
+    assert norms[0][-1] != norms[1][-1]
+    assert unclipped.losses[-1] != clipped.losses[-1]
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "transformer"])
 def test_same_seed_same_numbers(cell: str) -> None:
     first, again, other = (trained(cell=cell, seed=seed) for seed in (1, 1, 2))
-    assert [run.steps for run in first] == [run.steps for run in again]
-    assert first[0].steps != other[0].steps
+    assert [list(run.history) for run in first] == [list(run.history) for run in again]
+    assert list(first[0].history) != list(other[0].history)
 
 
 def test_a_run_alone_has_the_numbers_that_it_has_beside_the_other() -> None:
-    assert trained(only="clipped")[0].steps == trained()[1].steps
+    assert list(trained(only="clipped")[0].history) == list(trained()[1].history)
 
 
 def test_gradients_are_clipped_to_the_threshold() -> None:
@@ -184,7 +188,7 @@ def test_gradients_are_clipped_to_the_threshold() -> None:
     before = torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
     training.advance([run], tokens, options)
     after = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-    assert run.steps[0].norm > 0.01
+    assert run.history[0].total_norm > 0.01
     assert (after - before).norm() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -217,10 +221,10 @@ def test_a_threshold_that_learns_follows_the_norms(threshold: str, ceiling: floa
         "percentile": Percentile(10, max_norm=ceiling),
         "zscore": ZScore(max_norm=ceiling),
     }
-    expected = [twins[threshold].update(step.norm) for step in clipped.steps]
-    assert [step.max_norm for step in clipped.steps] == expected
+    expected = [twins[threshold].update(record.total_norm) for record in clipped.history]
+    assert [record.max_norm for record in clipped.history] == expected
     assert 0 < min(expected) < max(expected) <= ceiling
-    assert {step.max_norm for step in unclipped.steps} == {math.inf}
+    assert {record.max_norm for record in unclipped.history} == {math.inf}
 
 
 # What it shows
@@ -340,6 +344,18 @@ def test_plot_is_a_picture_with_something_in_it(
     assert drawn == {"vermilion": not only, "blue": True, "gray": True}
 
 
+def columns_of(
+    unclipped: list[float], clipped: list[float], max_norms: list[float]
+) -> dict[str, dict[str, list[Any]]]:
+    """The histories of two runs with these norms."""
+    histories = {"unclipped": History(), "clipped": History()}
+    for name, norms in (("unclipped", unclipped), ("clipped", clipped)):
+        for step, (norm, max_norm) in enumerate(zip(norms, max_norms, strict=True)):
+            limit = max_norm if name == "clipped" else math.inf
+            histories[name].append(step, norm, limit, min(1.0, limit / norm), loss=norm)
+    return {name: history.as_dict() for name, history in histories.items()}
+
+
 @pytest.mark.parametrize(
     ("max_norms", "note", "label"),
     [
@@ -359,8 +375,8 @@ def test_plot_is_a_picture_with_something_in_it(
 def test_plot_shows_the_threshold_where_there_is_one(
     max_norms: list[float], note: str, label: str | None
 ) -> None:
-    runs = {"unclipped": [3.0, 2.0, 2.0], "clipped": [3.0, 1.0, 1.0]}
-    _, axes = figure.training_figure(losses=runs, norms=runs, max_norms=max_norms, note=note).axes
+    runs = columns_of([3.0, 2.0, 2.0], [3.0, 1.0, 1.0], max_norms)
+    _, axes = figure.training_figure(runs, note).axes
     dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
     drawn = {" ".join(str(line.get_label()).split()): line.get_ydata() for line in dashed}
     assert list(drawn) == ([label] if label else [])
@@ -369,8 +385,8 @@ def test_plot_shows_the_threshold_where_there_is_one(
 
 
 def test_plot_marks_the_steps_that_were_clipped() -> None:
-    runs = {"unclipped": [3.0, 2.0, 5.0], "clipped": [3.0, 1.0, math.inf]}
-    _, axes = figure.training_figure(runs, runs, [2.0] * 3, clipped=[True, False, True]).axes
+    runs = columns_of([3.0, 2.0, 5.0], [3.0, 1.0, math.inf], max_norms=[2.0] * 3)
+    _, axes = figure.training_figure(runs).axes
     (marks,) = [line for line in axes.get_lines() if line.get_marker() == "o"]
     assert marks.get_label() == "clipped (2 of 3 steps)"
     np.testing.assert_array_equal(marks.get_xdata(), [1, 3])

@@ -39,7 +39,7 @@ def numbers(cell: str, threshold: str, way: parallel.Way | None = None) -> dict[
     runs = trained(steps=20, hidden=16, cell=cell, lr=1.0, threshold=threshold, max_norm=0.4, way=way)
     weights = [parallel.full_state_dict(run.model) for run in runs]
     return {
-        "steps": [run.steps for run in runs],
+        "steps": [list(run.history) for run in runs],
         "weights": [{name: value.tolist() for name, value in w.items()} for w in weights],
     }
 

@@ -154,7 +154,7 @@ def show(table: Table, console: Console) -> None:
             console.measure(_part(table, first, last), options=unlimited).maximum > console.width
         ):
             last -= 1
-        console.print(_part(table, first, last))
+        console.print(_part(table, first, last), "")
         first = last
 
 
@@ -165,7 +165,6 @@ def _part(table: Table, first: int, last: int) -> RichTable:
         part.add_column(column.replace(", ", ",\n"), justify="right", vertical="bottom", no_wrap=True)
     for row in table.rows:
         part.add_row(row[0], *row[first:last])
-    part.caption = ""  # a blank line
     return part
 
 

@@ -23,7 +23,7 @@ from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.figure import training_figure
 from torchclip.cli.train.options import Options
 from torchclip.cli.train.parallel import Way, world_size
-from torchclip.cli.train.training import Run, Step
+from torchclip.cli.train.training import Run
 from torchclip.history.page import page as html_page
 
 PROGRESS_WIDTH = 15
@@ -33,13 +33,6 @@ WAYS = {"fsdp": "FSDP2", "ddp": "DDP"}
 
 WIDE = 72  # the width from which each run has a row
 NUMBERS = ("loss", "perplexity", "gradient norm", "largest norm", "clipped steps")
-WHY_IT_CHANGES = {
-    "percentile": "follows the norms",
-    "zscore": "follows the norms",
-    "adagc": "the smallest of all parameters",
-    "rolling-sigma": "follows the norms",
-}
-
 console = console_for(80)
 
 
@@ -75,14 +68,14 @@ def live_table(runs: Sequence[Run], options: Options) -> Live:
     """A context in which the terminal shows the progress of the runs; it is cleared afterwards."""
 
     def now() -> Table:
-        return _table(runs, lambda run: ProgressBar(options.steps, len(run.steps), width=PROGRESS_WIDTH))
+        return _table(runs, lambda run: ProgressBar(options.steps, len(run.history), width=PROGRESS_WIDTH))
 
     return Live(get_renderable=now, console=console, refresh_per_second=8, transient=True)
 
 
 def interruption(runs: Sequence[Run], options: Options) -> None:
     """Say that the training was interrupted."""
-    steps = max(len(run.steps) for run in runs)
+    steps = max(len(run.history) for run in runs)
     console.print(
         f"Interrupted after step {steps} of {options.steps}. The tables below cover the steps so far.",
         style="bold",
@@ -95,8 +88,8 @@ def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> Non
 
     def ended(run: Run) -> Text:
         if run.diverged:
-            return Text(f"diverged at {len(run.steps)}", style="bold red")
-        return Text(f"{len(run.steps)} of {options.steps}")
+            return Text(f"diverged at {len(run.history)}", style="bold red")
+        return Text(f"{len(run.history)} of {options.steps}")
 
     console.print(_table(runs, ended))
     console.print(
@@ -111,7 +104,7 @@ def _table(runs: Sequence[Run], progress: Callable[[Run], RenderableType]) -> Ta
     """A row for each run, or in a narrow terminal a column."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     headers = ["run", "step", *NUMBERS]
-    rows = [[run.name, progress(run), *_numbers(run.steps, clips=run.name == "clipped")] for run in runs]
+    rows = [[run.name, progress(run), *_numbers(run)] for run in runs]
     if console.width >= WIDE:
         table.add_column(headers[0], vertical="bottom")
         table.add_column(headers[1], vertical="bottom", min_width=PROGRESS_WIDTH)
@@ -128,15 +121,16 @@ def _table(runs: Sequence[Run], progress: Callable[[Run], RenderableType]) -> Ta
     return table
 
 
-def _numbers(steps: Sequence[Step], clips: bool) -> list[str]:
-    if not steps:
+def _numbers(run: Run) -> list[str]:
+    records = list(run.history)
+    if not records:
         return []
-    recent = [step.loss for step in steps[-RECENT:]]
+    recent = run.losses[-RECENT:]
     loss = sum(recent) / len(recent)
-    norms = [step.norm for step in steps]
-    clipped = sum(step.clipped for step in steps) / len(steps)
+    norms = [record.total_norm for record in records]
+    clipped = sum(record.clipped for record in records) / len(records)
     numbers = (loss, perplexity(loss), norms[-1], max(norms))
-    return [*(f"{number:.3g}" for number in numbers), f"{clipped:.0%}" if clips else "–"]
+    return [*(f"{number:.3g}" for number in numbers), f"{clipped:.0%}" if run.name == "clipped" else "–"]
 
 
 def perplexity(loss: float) -> float:
@@ -162,14 +156,8 @@ def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
 
 def plot(runs: Sequence[Run], path: Path, options: Options) -> None:
     """Write the picture of the runs."""
-    clips = runs[-1].name == "clipped"
-    figure = training_figure(
-        losses={run.name: [step.loss for step in run.steps] for run in runs},
-        norms={run.name: [step.norm for step in run.steps] for run in runs},
-        max_norms=[step.max_norm for step in runs[-1].steps],
-        clipped=[step.clipped for step in runs[-1].steps] if clips else (),
-        note=WHY_IT_CHANGES.get(options.threshold, ""),
-    )
+    note = "the smallest of all parameters" if options.threshold == "adagc" else "follows the norms"
+    figure = training_figure({run.name: run.history.as_dict() for run in runs}, note)
     save(figure, path)
     tell_file(console, "Picture", path)
 

@@ -15,41 +15,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RunValues = Mapping[str, Sequence[float]]
+Columns = Mapping[str, Sequence[float]]
 
 RUNS = {"unclipped": ("without clipping", VERMILION), "clipped": ("with clipping", BLUE)}
 """The names of the runs in the legend, where "clipped" also says what happened to a step."""
 
 
 @style()
-def training_figure(
-    losses: RunValues,
-    norms: RunValues,
-    max_norms: Sequence[float],
-    clipped: Sequence[bool] = (),
-    note: str = "",
-) -> Figure:
+def training_figure(runs: Mapping[str, Columns], note: str = "") -> Figure:
     """Loss and gradient norm of training runs, side by side, on log scales.
 
+    The steps at which the run ``"clipped"`` was clipped are marked.  The threshold of the last run is dashed,
+    with a gap where it is infinite.
+
     Args:
-        losses: for the runs ``"unclipped"``, ``"clipped"`` or both, one loss per step; those that are not
-            finite leave a gap.
-        norms: the norms before clipping, in the same form.
-        max_norms: the threshold of the last run at each step, drawn dashed, with a gap where it is infinite.
-        clipped: whether the last run was clipped at each step; these steps are marked.
-        note: more about the threshold, for the legend.
+        runs: what ``torchclip.history.History.as_dict`` returns, with losses, for ``"unclipped"``,
+            ``"clipped"`` or both; losses and norms that are not finite leave a gap.
+        note: why the threshold changes, for the legend.
     """
     figure = new_figure(10, 4.6)
     loss_axes, norm_axes = figure.subplots(1, 2)
-    _draw_runs(loss_axes, "Loss", losses)
-    _draw_runs(norm_axes, "Gradient norm before clipping", norms)
-    *_, last = norms.values()
-    is_clipped = np.asarray(clipped, dtype=bool)
-    if is_clipped.any():
-        label = f"clipped ({is_clipped.sum():,} of {len(is_clipped):,} steps)"
+    _draw_runs(loss_axes, "Loss", runs, "loss")
+    _draw_runs(norm_axes, "Gradient norm before clipping", runs, "total_norm")
+    if "clipped" in runs and any(is_clipped := runs["clipped"]["clipped"]):
+        label = f"clipped ({sum(is_clipped):,} of {len(is_clipped):,} steps)"
         at = np.flatnonzero(is_clipped)
-        norm_axes.plot(at + 1, on_log_scale(last)[at], "o", color=BLUE, markersize=3, label=label)
-    threshold = on_log_scale(max_norms)
+        norms = on_log_scale(runs["clipped"]["total_norm"])
+        norm_axes.plot(at + 1, norms[at], "o", color=BLUE, markersize=3, label=label)
+    threshold = on_log_scale([*runs.values()][-1]["max_norm"])
     if np.isfinite(threshold).any():
         label = textwrap.fill(_threshold_label(threshold, note), 58)
         norm_axes.plot(steps(threshold), threshold, color=GRAY, linestyle="--", label=label)
@@ -68,12 +61,13 @@ def _threshold_label(threshold: Array, note: str) -> str:
     return f"threshold ({reasons})" if reasons else "threshold"
 
 
-def _draw_runs(axes: Axes, title: str, runs: RunValues) -> None:
+def _draw_runs(axes: Axes, title: str, runs: Mapping[str, Columns], column: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    for name, values in runs.items():
+    for name, columns in runs.items():
         label, colour = RUNS[name]
-        axes.plot(steps(values), on_log_scale(values), color=colour, linewidth=1.4, label=label)
+        values = on_log_scale(columns[column])
+        axes.plot(steps(values), values, color=colour, linewidth=1.4, label=label)
     axes.set_title(title, size=15, loc="left")
     axes.set_xlabel("training step", size=13)
     axes.set_yscale("log")

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,59 +83,51 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 LAYERS_EVERY = 10  # how often the norm of each parameter is recorded, for the page of --html
 
 
-class Step(NamedTuple):
-    """The record of one training step."""
-
-    loss: float
-    norm: float  # of all gradients together, before clipping
-    max_norm: float  # to which they were clipped
-    clipped: bool
-
-
-def train(
-    model: nn.Module, tokens: Tensor, options: Options, max_norm: MaxNorm, history: History
-) -> Iterator[Step]:
-    """Train the model in place, one step for each ``next()``.
-
-    An infinite ``max_norm`` measures the gradients without clipping them.  Training ends at a loss that is
-    not finite, after which the model cannot learn.  ``history`` gets a record for each step.
-    """
-    optimizer_class = torch.optim.AdamW if options.cell == "transformer" else torch.optim.SGD
-    optimizer = optimizer_class(model.parameters(), lr=options.lr)
-    # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
-    clipper = torchclip.Clipper(optimizer, max_norm, model=model, layers_every=LAYERS_EVERY)
-    clipper.history = history
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / options.warmup))
-    state = None
-    for inputs, targets in batches(tokens, options):
-        scores, state = model(inputs, detached(state))
-        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-
-        clipping = clipper.history[-1]
-        step = Step(parallel.mean(loss), clipping.total_norm, clipping.max_norm, clipping.clipped)
-        yield step
-        if not math.isfinite(step.loss):
-            return
-
-
 @dataclass
 class Run:
-    """A model in training, with its steps so far."""
+    """A model in training, with a record of each step so far."""
 
     name: str
     model: nn.Module
     max_norm: MaxNorm
-    steps: list[Step] = field(default_factory=list)
-    history: History = field(default_factory=History)
+    history: History
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [record.loss for record in self.history if record.loss is not None]
 
     @property
     def diverged(self) -> bool:
         """Whether the last loss is not finite."""
-        return bool(self.steps) and not math.isfinite(self.steps[-1].loss)
+        loss = self.history[-1].loss if self.history else None
+        return loss is not None and not math.isfinite(loss)
+
+
+def train(run: Run, tokens: Tensor, options: Options) -> Iterator[None]:
+    """Train the run's model in place, one step for each ``next()``, and record the steps in its history.
+
+    An infinite ``max_norm`` measures the gradients without clipping them.  Training ends at a loss that is
+    not finite, after which the model cannot learn.
+    """
+    optimizer_class = torch.optim.AdamW if options.cell == "transformer" else torch.optim.SGD
+    optimizer = optimizer_class(run.model.parameters(), lr=options.lr)
+    # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
+    clipper = torchclip.Clipper(optimizer, run.max_norm, model=run.model, layers_every=LAYERS_EVERY)
+    clipper.history = run.history
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / options.warmup))
+    state = None
+    for inputs, targets in batches(tokens, options):
+        scores, state = run.model(inputs, detached(state))
+        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        clipper.loss = parallel.mean(loss)
+        optimizer.step()
+        schedule.step()
+        yield
+        if run.diverged:
+            return
 
 
 def start_runs(
@@ -148,18 +139,15 @@ def start_runs(
     for name in [only] if only else max_norms:
         torch.manual_seed(options.seed)
         model = parallel.parallelize(new_model(options.cell, len(vocabulary), options.hidden), way)
-        runs.append(Run(name, model, max_norms[name]))
+        runs.append(Run(name, model, max_norms[name], History(max(options.steps, 1))))
     return runs
 
 
 def advance(runs: list[Run], tokens: Tensor, options: Options) -> bool:
     """Train all runs, step by step, until they end or Ctrl-C; returns whether it was Ctrl-C."""
-    trainings = [train(run.model, tokens, options, run.max_norm, run.history) for run in runs]
+    trainings = [train(run, tokens, options) for run in runs]
     with parallel.CtrlC() as ctrl_c:
-        for steps in zip_longest(*trainings):
-            for run, step in zip(runs, steps, strict=True):
-                if step is not None:
-                    run.steps.append(step)
+        for _ in zip_longest(*trainings):
             if ctrl_c.on_any_rank():
                 return True
     return False
