@@ -128,7 +128,7 @@ class Clipper:
     Raises:
         TypeError: if ``optimizer`` is not an optimizer, or ``max_norm`` is none of the above.
         ValueError: if ``max_norm`` is negative or NaN; if ``scope`` or ``nonfinite`` is unknown; if the
-            optimizer already has a clipper, or is there twice; if ``model`` has none of its parameters; if
+            optimizer already has a clipper, or is passed twice; if ``model`` has none of its parameters; if
             LBFGS is one of several optimizers; if steps of LBFGS are to be skipped, which cannot be skipped
             half-way; if ``group`` is combined with ``"parameter"``; if a policy other than ``"propagate"`` is
             combined with a ``norm_type`` of 0 or less, whose norm may be finite if a gradient is not.
@@ -283,7 +283,7 @@ class Clipper:
         """The norm of each gradient as it is now, by the name of its parameter, largest first.
 
         Call it between ``backward()`` and ``step()``, or from ``on_clip``, to see which layer explodes; after
-        the step the gradients are the clipped ones.  With a GradScaler call its ``unscale_()`` before.  Waits
+        the step the gradients are the clipped ones.  With a GradScaler call its ``unscale_()`` first.  Waits
         for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
         sets.
         """

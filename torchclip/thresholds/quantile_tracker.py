@@ -29,7 +29,7 @@ class QuantileTracker:
     Args:
         quantile: the share of examples to leave unclipped, between 0 and 1.
         lr: how fast the threshold moves, at least 0.
-        max_norm: the first threshold, above 0 and finite. Rather start too small than too large: the
+        max_norm: the first threshold, above 0 and finite. Start too small rather than too large: the
             threshold grows by up to ``exp(lr · quantile)`` per step.
 
     Attributes:
