@@ -24,7 +24,7 @@ _BOTH_WAYS = {"kernel_on_and_off", "everywhere", "each_way"}
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist then does what it does for `-n`
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Runs whole folders on all cores, and what lies in single files without waiting for workers to start.
+    """Runs folders on all cores, and single files in this process, without workers to wait for.
 
     ``-n`` on the command line decides otherwise; ``-p no:xdist`` and ``--pdb`` keep all in one process.
     """
@@ -38,7 +38,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives a test function to any free worker, and all checks on ranks to one: they share processes."""
+    """Gives a test function to any free worker, and all checks on ranks to one, as they share processes."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
@@ -59,16 +59,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what runs with and without the kernel in any case."""
+    """Marks tests that run with and without the kernel in any case."""
     for item in items:
         if _BOTH_WAYS & set(getattr(item, "fixturenames", ())):
             item.add_marker("both_ways")
 
 
 def pytest_collection_finish() -> None:
-    """Spares the garbage collector what was imported: a million objects that live as long as the session.
+    """Hides the imported objects from the garbage collector: a million, which live as long as the session.
 
-    Some tests ask it to collect, frameworks do at each training; that takes half a second then, each time.
+    Otherwise each collection, in tests and in each training of a framework, takes half a second.
     """
     gc.freeze()
 
@@ -99,7 +99,7 @@ _STEPS = ["short way", *_WAYS] if _ACTIVE else _WAYS
 
 @pytest.fixture(scope="module", params=_STEPS)
 def each_way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a module's tests as usual, and twice with all that a usual step of a few elements leaves out.
+    """Runs a module's tests as usual, and twice without the fast path of usual steps.
 
     Then fused steps multiply the gradients even where they are so small that it does not pay.
     """
@@ -109,7 +109,7 @@ def each_way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=[*_STEPS, "accelerator"])
 def each_way_everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same, and as for tensors on an accelerator, though they are in host memory."""
+    """The same, and also as for tensors on an accelerator, although they are in host memory."""
     with _way_of_steps(request.param):
         yield request.param
 
@@ -128,7 +128,7 @@ def _way_of_steps(name: str) -> Iterator[None]:
 
 @pytest.fixture
 def on_host(everywhere: str) -> None:
-    """For a test of what is promised for host memory only."""
+    """For tests of promises for host memory only."""
     if everywhere == "accelerator":
         pytest.skip("not promised on an accelerator")
 
@@ -154,7 +154,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back after a test that changes it."""
+    """Restores the number of threads after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -162,7 +162,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(threads: None) -> None:
-    """Where all is small, threads only wait for each other."""
+    """With small tensors, threads only wait for each other."""
     torch.set_num_threads(1)
 
 

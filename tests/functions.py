@@ -1,6 +1,6 @@
 """The table of the public functions: what each takes, its NumPy twin, and torch's function of the same name.
 
-A new function becomes a row here, and goes through the tests of what all of them promise.
+A new function needs a row here; the tests of what all of them promise then include it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,11 +39,11 @@ class Function:
     of_torch: bool = False
 
     def __call__(self, first: Any, **arguments: Any) -> Any:
-        """Call it with its own first argument; a number that must be given is given unless it is here."""
+        """Call it with its own first argument; required numbers that are not passed get a default."""
         return getattr(torchclip, self.name)(first, **{**self.given, **arguments})
 
     def of(self, parameters: Sequence[Any], **arguments: Any) -> Any:
-        """Call it for parameters, of which it takes what it takes."""
+        """Call it with parameters, converted to its first argument."""
         first: Any = parameters
         if self.takes != "parameters":
             first = [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""What the test modules share: gradients to clip, and exact norms."""
+"""Shared by the test modules: gradients to clip, and exact norms."""
 
 import math
 import sys
@@ -46,7 +46,7 @@ def with_gradients(gradients: Sequence[Tensor | None], values: Sequence[Tensor] 
 
 @contextmanager
 def interrupted_sgd() -> Iterator[None]:
-    """Has a step of torch's SGD end in the middle, after all that comes before it."""
+    """Makes a step of torch's SGD fail in the middle, after all hooks before it."""
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -77,7 +77,7 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 def assert_same_up_to_rounding(actual: Tensor, expected: np.ndarray) -> None:
     """Each number within two units in the last place of the tensor's dtype."""
     info = torch.finfo(actual.dtype)
-    # The twin adds up in another order, which float64 shows; on an accelerator, more of it.
+    # The twin adds in another order, which shows in float64, and more so on an accelerator.
     order = 5e-14 if gather._local is AcceleratorBatch else 1e-14
     close: dict[str, Any] = {"rtol": max(2 * info.eps, order), "atol": 2 * info.smallest_normal * info.eps}
     np.testing.assert_allclose(as_numpy(actual), expected, **close)
@@ -90,7 +90,7 @@ def grad_of(parameter: Tensor) -> Tensor:
 
 
 def last_of(clipper: torchclip.Clipper) -> Record:
-    """The record of the last step, of which there was one."""
+    """The record of the last step; there must be one."""
     assert clipper.last is not None
     return clipper.last
 

@@ -186,7 +186,7 @@ def test_compiled_functions_follow() -> None:
     def clip(weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_([weight], 1.0)
 
-    compiled = torch.compile(clip, backend="aot_eager")  # the whole graph torch 2.10 cannot make of its own
+    compiled = torch.compile(clip, backend="aot_eager")  # torch 2.10 breaks the graph of its own
     assert compiled(parameter(3e30, 4e30)).isinf()
     with torchclip.installed():
         weight = parameter(3e30, 4e30)

@@ -47,14 +47,14 @@ getattr(optimizer, "_steps")
 
 
 def _from_private(parts: list[str], own: Container[str]) -> str:
-    """A name from its first part on that is private and not one's own; empty if it has none."""
+    """The dotted name from its first private part on; empty if it has none, or is the class's own."""
     is_foreign = [part.startswith("_") and not part.startswith("__") and part not in own for part in parts]
     first = is_foreign.index(True) if any(is_foreign) else len(parts)
     return ".".join(parts[first:])
 
 
 def _defined(tree: ast.AST) -> Iterator[str]:
-    """What classes of a file call their members."""
+    """The names of the members of a file's classes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for item in node.body:

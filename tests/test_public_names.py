@@ -1,7 +1,7 @@
-"""Whoever adds a threshold or a rule of clipping learns here what else it needs.
+"""A new threshold or rule of clipping needs several entries; these tests say which are missing.
 
-What there is, is found in the folders, not in a list: a class or function that was only just written is asked
-for its twin, its entries in the documentation, its option and its property test.
+They find classes and functions in the folders, not in a list, and look for the twin, the entries in the
+documentation, the option and the property test of each.
 """
 
 import importlib

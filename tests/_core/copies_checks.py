@@ -1,4 +1,4 @@
-"""Checks that what several ranks have copies of counts once, and is treated alike on all of them."""
+"""Checks that copies on several ranks count once, and are treated alike on all of them."""
 
 import math
 from typing import Any
@@ -17,12 +17,12 @@ from torchclip._core import messages
 
 INF = math.inf
 ORDERS = (0, 1, 2, 3, INF, -1)
-# As among few ranks, and as among many.
+# The ways of few ranks and of many.
 EITHER_WAY = (16, 2)
 
 
 def check_gradients_that_the_first_replica_lacks() -> None:
-    """Those of other replicas count, also where each lacks another one."""
+    """Gradients of other replicas count, also if each replica lacks a different one."""
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     fulls = [randn(8, 5, seed=i) for i in range(6)]
@@ -53,7 +53,7 @@ def check_gradients_that_the_first_replica_lacks() -> None:
 
 
 def check_replicas_that_lack_gradients_within_a_group() -> None:
-    """Stages of a pipeline, of which each has replicas of its own."""
+    """Stages of a pipeline, each with its own replicas."""
     rank = dist.get_rank()
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     fulls = [randn(8, 5), randn(8, 5, seed=1)]
@@ -66,7 +66,7 @@ def check_replicas_that_lack_gradients_within_a_group() -> None:
 
 
 def check_replicas_that_lack_gradients_within_a_group_beside_a_mesh_of_all() -> None:
-    """What they compare takes no exchange with the ranks outside of the group."""
+    """The comparison needs no exchange with ranks outside the group."""
     rank = dist.get_rank()
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     common, copy = randn(8, 5), randn(6, seed=1)
@@ -135,7 +135,7 @@ def check_groups_that_cross_a_mesh_at_odds_with_their_grid() -> None:
 
 
 def check_a_dispatch_mode_on_one_rank() -> None:
-    """As of a FLOP counter on the rank that writes the log."""
+    """Such as a FLOP counter on the rank that writes the log."""
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (4,))
     for seed in range(20):
@@ -155,7 +155,7 @@ def check_a_dispatch_mode_on_one_rank() -> None:
 
 
 def check_copies_that_a_group_counts_several_times() -> None:
-    """As where `group` has all ranks, but parameters of one mesh are copies of those of another."""
+    """If `group` has all ranks, but parameters of one mesh are copies of those of another."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     full = randn(8, 5)
     grads = [split(full, grid["tp"], Shard(0)), split(randn(3, seed=1), grid["tp"], Replicate())]

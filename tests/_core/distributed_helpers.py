@@ -27,7 +27,7 @@ FSDP2 = TORCH >= (2, 7)
 # Gloo gives up waiting for a rank that has failed after this time.
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0
-# What is imported before the ranks are forked, and so only once.
+# Imported only once, before the ranks are forked.
 PRELOADED = [
     "clipper_rank_checks",
     "copies_checks",
@@ -43,7 +43,7 @@ Check = Callable[[], None]
 
 
 def world_of(ranks: int) -> Callable[[Check], Check]:
-    """Marks a check to be run in a world of this many ranks, without the others; unmarked, all take part."""
+    """Marks a check for a world of this many ranks; in an unmarked check all ranks take part."""
 
     def mark(check: Check) -> Check:
         vars(check)["ranks"] = ranks
@@ -53,7 +53,7 @@ def world_of(ranks: int) -> Callable[[Check], Check]:
 
 
 def since_2_7(check: Check) -> Check:
-    """Marks a check of what torch 2.6 cannot do on the CPU."""
+    """Marks a check that torch 2.6 cannot run on the CPU."""
     vars(check)["since_2_7"] = True
     return check
 
@@ -85,7 +85,7 @@ class Ranks:
         self._connections: list[Connection] = []
 
     def run(self, check: Check, with_kernel: bool) -> list[str]:
-        """Run a check; what went wrong, by rank."""
+        """Run a check, and return the errors by rank."""
         if not self._processes:
             self._start()
         order = check, with_kernel, self._folder / f"store-{next(self._number)}"
@@ -124,7 +124,7 @@ class Ranks:
             self._connections.append(ours)
 
     def _answer(self, rank: int, deadline: float) -> str | None:
-        """The error of a rank, "" if there was none; None if it does not answer."""
+        """The error of a rank, or ""; None if it does not answer."""
         connection = self._connections[rank]
         try:
             if connection.poll(max(0.0, deadline - time.monotonic())):
@@ -138,7 +138,7 @@ class Ranks:
 
 
 def _serve(rank: int, connection: Connection, output: Path) -> None:
-    """Run the checks that are ordered, until nobody orders any more."""
+    """Run the checks that the session asks for, until it ends."""
     import torch
 
     with output.open("w") as file:
@@ -150,7 +150,7 @@ def _serve(rank: int, connection: Connection, output: Path) -> None:
             check, with_kernel, store = connection.recv()
         except EOFError:
             return
-        # Where a check hangs is what the test then shows.
+        # The test then shows where a check hangs.
         faulthandler.dump_traceback_later(DEADLINE - 1, file=2)
         connection.send(_run(check, with_kernel, rank, store))
         faulthandler.cancel_dump_traceback_later()
@@ -178,13 +178,13 @@ def _run(check: Check, with_kernel: bool, rank: int, store: Path) -> str:
         else:
             with kernel.disabled():
                 check()
-        # Nobody may leave while another still needs it.
+        # No rank may leave while another one still needs it.
         dist.barrier()
     except BaseException:
         return traceback.format_exc()
     finally:
         if TORCH < (2, 7):
-            time.sleep(0.05)  # destroying the group holds the GIL, which gloo's threads may want once more
+            time.sleep(0.05)  # destroying the group holds the GIL, which gloo's threads may still need
         if dist.is_initialized():
             dist.destroy_process_group()
     return ""

@@ -30,7 +30,7 @@ __all__ = [
 
 
 def placed(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """A DTensor of this value, which all ranks have: nothing is exchanged."""
+    """A DTensor of a value that all ranks have, so nothing is exchanged."""
     if "src_data_rank" in inspect.signature(distribute_tensor).parameters:  # since torch 2.7
         return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
     held = full
@@ -50,7 +50,7 @@ def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
 
 
 def parameter(grad: Tensor | None, like: Tensor | None = None) -> Any:
-    """A parameter that lies as its gradient, or as another tensor, does; it passes for anything, as there."""
+    """A parameter with the placement of its gradient, or of another tensor; typed as Any, as there."""
     like = grad if like is None else like
     assert like is not None
     if isinstance(like, DTensor) and any(p.is_partial() for p in like.placements):
@@ -70,7 +70,7 @@ def assert_agreed(value: Tensor, group: Any = None) -> None:
 
 
 def collectives_of(call: Callable[..., Any]) -> list[str]:
-    """The collectives of a call, as torch's profiler saw them."""
+    """The collectives of a call, from torch's profiler."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -79,7 +79,7 @@ def collectives_of(call: Callable[..., Any]) -> list[str]:
 
 
 def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
-    """A DTensor that has this value once the ranks' addends are reduced."""
+    """A pending sum: a DTensor that has this value after the ranks' addends are reduced."""
     where = [Replicate() if p.is_partial() else p for p in placements]
     held = split(full, mesh, *where).to_local().clone()
     for dim, placement in enumerate(placements):
@@ -96,7 +96,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    # The product with the coefficient is rounded once, that of each addend too: the last digit may differ.
+    # The product of each addend is rounded, as is that of the sum: the last digit may differ.
     pending = isinstance(actual, DTensor) and any(p.is_partial() for p in actual.placements)
     rtol = max(torch.finfo(actual.dtype).eps, 1e-14) * (4 if pending else 1)
     torch.testing.assert_close(whole(actual), expected, rtol=rtol, atol=0, equal_nan=True)

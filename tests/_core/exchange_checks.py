@@ -58,9 +58,9 @@ def check_number_of_collectives() -> None:
     assert count(*fsdp_tp, expert, clip=per_parameter) == 2
     assert count(expert, split(full, pair, Shard(1))) == 1
     assert count(full.clone(), group=dist.group.WORLD) == 1
-    # One reduction more for all that is pending.
+    # One more reduction for all pending sums.
     assert count(*[addends(full, everyone, Partial()) for _ in range(3)], *sharded) == 2
-    # Of what is not split over several ranks, nothing is exchanged.
+    # Nothing is exchanged for tensors that are not split.
     alone = init_device_mesh("cpu", (4, 1))
     assert count(split(full, alone, Replicate(), Shard(0))) == 0
     value = lambda parameters, limit: torchclip.clip_grad_value_(parameters, limit)  # noqa: E731
@@ -68,7 +68,7 @@ def check_number_of_collectives() -> None:
 
 
 def check_parameter_groups_take_one_exchange() -> None:
-    """Two messages for 24 parameter groups, each with a norm of its own."""
+    """Two messages for 24 parameter groups, each with its own norm."""
     mesh = init_device_mesh("cpu", (4,))
     fulls = [randn(8, 5, seed=i) for i in range(24)]
     parameters = [parameter(split(full, mesh, Shard(0))) for full in fulls]
@@ -84,7 +84,7 @@ def check_parameter_groups_take_one_exchange() -> None:
 
 @world_of(2)
 def check_gather_and_reductions_give_the_same_bits() -> None:
-    """Among few ranks and among many, of all orders, also of what is infinite, NaN or not there."""
+    """Among few and many ranks, for all orders, also for infinite, NaN and missing norms."""
     rank = dist.get_rank()
     group: Any = dist.group.WORLD
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +115,7 @@ def check_gather_and_reductions_give_the_same_bits() -> None:
 
 
 def exactly(norms: list[float], order: float) -> Any:
-    """The joint norm of a few, as the book would write it."""
+    """The joint norm of a few norms, as the book would write it."""
     if not norms:
         return -1.0
     if any(map(math.isnan, norms)):

@@ -1,4 +1,4 @@
-"""Checks of what ranks do that are not at the same call, and of calls that one rank refuses."""
+"""Checks of ranks that are not at the same call, and of calls that one rank refuses."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ BY_NORM: Calls = [
 
 
 def error_of(call: Callable[[], Any]) -> str:
-    """What a call raises, or "" if it does not."""
+    """The error that a call raises, or ""."""
     try:
         call()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -37,7 +37,7 @@ def error_of(call: Callable[[], Any]) -> str:
 
 
 def errors_of(call: Callable[..., Any], *args: Any) -> list[str]:
-    """What each rank's call raises."""
+    """The error that each rank's call raises."""
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error_of(lambda: call(*args)))
     return errors
@@ -118,7 +118,7 @@ def check_an_argument_that_one_rank_refuses() -> None:
 
 
 def check_a_refusal_beside_sums_that_are_pending() -> None:
-    """The rank that refuses takes part in their reduction, for which the others wait, too."""
+    """The rank that refuses still takes part in the reduction for which the others wait."""
     mesh = init_device_mesh("cpu", (4,))
     pending = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     limit = -1.0 if dist.get_rank() == 3 else 1.0
@@ -129,7 +129,7 @@ def check_a_refusal_beside_sums_that_are_pending() -> None:
 
 
 def check_a_refusal_on_meshes_of_some_ranks() -> None:
-    """Ranks of other meshes hear of it where something connects them, and nobody waits."""
+    """Ranks of other meshes get the error if something connects them, and no rank waits."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     grad = split(randn(8, 5), grid["dp"], Shard(0))
     limit = -1.0 if dist.get_rank() == 0 else 1e6
@@ -147,7 +147,7 @@ def check_a_refusal_on_meshes_of_some_ranks() -> None:
 
 
 def check_a_refusal_in_the_first_call_with_groups_that_cross() -> None:
-    """In which ranks first find out whom the groups connect: all of them hear of it, and nobody waits."""
+    """The ranks first find out which ranks the groups connect: all get the error, and no rank waits."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     crossing = [grid.get_group("a"), grid.get_group("b")]
     own = torch.full((2,), 1.0 + dist.get_rank())
@@ -159,7 +159,7 @@ def check_a_refusal_in_the_first_call_with_groups_that_cross() -> None:
 
 
 def check_a_refusal_that_one_of_two_replicas_hears_of() -> None:
-    """It tells the other, though both have to compare what they lack."""
+    """It tells the other rank, although both have to compare what they lack."""
     rank = dist.get_rank()
     with_first, replicas = dist.new_group([0, 2]), dist.new_group([2, 3])
     gradients = []
@@ -176,7 +176,7 @@ def check_a_refusal_that_one_of_two_replicas_hears_of() -> None:
 
 
 def out_of_step(call: Callable[[], Any], again: Callable[[], Any], *say: str) -> None:
-    """All ranks raise the same error, and go on raising it."""
+    """All ranks raise the same error, also in later calls."""
     errors = errors_of(call)
     assert len(set(errors)) == 1, errors
     assert "ranks are out of step" in errors[0]
@@ -187,7 +187,7 @@ def out_of_step(call: Callable[[], Any], again: Callable[[], Any], *say: str) ->
 
 
 def check_ranks_that_make_different_calls() -> None:
-    """They would pair one with another, and take the norm of both."""
+    """They would combine two different exchanges, and take the norm of both."""
     rank = dist.get_rank()
     pairs = [[0, 1], [2, 3]]
 
@@ -224,7 +224,7 @@ def check_ranks_that_make_different_calls() -> None:
 
 
 def check_a_rank_that_is_a_call_ahead() -> None:
-    """As after an error that came to one rank only, in the middle of a call, if its loop goes on."""
+    """After an error on one rank in the middle of a call, if its loop continues."""
     mesh = init_device_mesh("cpu", (4,))
     grad = split(randn(8, 5), mesh, Shard(0))
     torchclip.get_total_norm(grad)
@@ -246,14 +246,14 @@ def check_a_rank_that_is_a_call_ahead() -> None:
 
 
 def check_many_ranks() -> None:
-    """All that few ranks promise, by the reductions that are made among many."""
+    """What few ranks promise, with the reductions of many ranks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(messages, "MANY_ON_HOST", 2)
         _all_promises()
 
 
 def check_ranks_whose_rows_the_first_gathers() -> None:
-    """The same, by the two messages that are sent among some ranks in host memory."""
+    """The same, with the two messages that 8 or more ranks exchange in host memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(messages, "ROOTED", 2)
         _all_promises()
@@ -273,7 +273,7 @@ def _all_promises() -> None:
 
 
 def check_ranks_out_of_step_on_an_accelerator() -> None:
-    """There nobody waits to see it: the norm is NaN, and the next read raises the error."""
+    """No rank waits: the norm is NaN, and the next read raises the error."""
     rank = dist.get_rank()
 
     def as_there(norms: Any, device: str) -> Tensor:
@@ -288,7 +288,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
             grad = split(full, mesh, Shard(0))
             for order in (0, 1, 2, INF):
                 assert torchclip.get_total_norm(grad, order) == torchclip.get_total_norm(full, order)
-            # One that refuses: the others' gradients become NaN, and the next call is in step.
+            # If one rank refuses, the others' gradients become NaN, and the next call is in step.
             p = parameter(split(full, mesh, Shard(0)))  # torch gives a clone an equal mesh of before
             if rank == 3:
                 with pytest.raises(ValueError, match="`max_norm`"):
@@ -299,7 +299,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
             assert all("rank 3 refused" in error for error in errors)
             norm = torchclip.get_total_norm(grad, error_if_nonfinite=True)
             assert norm == torchclip.get_total_norm(full)
-            # Different calls: NaN everywhere, and an error for good.
+            # After different calls: NaN everywhere, and an error in every later call.
             call = (
                 torchclip.get_total_norm
                 if rank == 0
@@ -312,7 +312,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
                 assert "ranks are out of step" in errors[0]
             with pytest.raises(RuntimeError, match="ranks are out of step"):
                 torchclip.get_total_norm(grad, error_if_nonfinite=True)
-            # To read a norm is enough.
+            # Reading a norm is enough.
             grad = split(full, DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu"), Shard(0))
             with pytest.raises(RuntimeError, match="ranks are out of step"):
                 torchclip.get_total_norm(grad, 1.0 + rank, error_if_nonfinite=True)

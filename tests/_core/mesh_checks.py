@@ -32,7 +32,7 @@ def check_gradients_that_some_ranks_lack() -> None:
         grads = [split(f, mesh, Shard(0)) for f in fulls[:3]] + [split(fulls[3], grid, Shard(0), Shard(1))]
         lacking = {0: [1], 1: [0, 2], 2: [0, 1, 2, 3], 3: []}
         parameters = [parameter(None if i in lacking[rank] else g, like=g) for i, g in enumerate(grads)]
-        # By rows of 2, which is what a rank has of the first three.
+        # By rows of 2: a rank has as many of the first three.
         rows = [slice(2 * r, 2 * r + 2) for r in range(4)]
         there = [fulls[i][rows[r]] for r in range(4) for i in range(3) if i not in lacking[r]]
         there += [fulls[3][4 * (r // 2) :][:4].chunk(2, 1)[r % 2] for r in range(4) if 3 not in lacking[r]]
@@ -55,7 +55,7 @@ def check_gradients_that_a_rank_has_none_of() -> None:
 
 
 def check_experts_on_meshes_that_only_some_ranks_have() -> None:
-    """One mesh for all, one for each pair of ranks with an expert of its own; ``group`` tells them apart."""
+    """One mesh for all, one for each pair of ranks with its own expert; ``group`` says that they differ."""
     rank = dist.get_rank()
     everyone = init_device_mesh("cpu", (4,))
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -132,7 +132,7 @@ def check_meshes_without_all_ranks() -> None:
 
 
 def check_pipeline() -> None:
-    """Stages over which parameters are parted, each of them sharded by itself."""
+    """Stages with different parameters, each sharded by itself."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     fulls = [randn(7, 5), randn(3, 4, seed=1), randn(4, seed=2), randn(2, seed=3)]
     stage = root.get_local_rank("pp")
@@ -193,7 +193,7 @@ def check_ranks_agree_on_the_dtype() -> None:
 
 
 def check_ranks_decide_alike_whether_a_fused_step_multiplies() -> None:
-    """What they have in common must not drift apart because of what each has for itself."""
+    """Shared parameters must stay the same, although each rank has others of its own."""
     mesh = init_device_mesh("cpu", (4,))
     # The gradient of one rank has gaps, which a fused step would write into.
     held = torch.ones(1_200_000)[::2] if dist.get_rank() == 3 else torch.ones(600_000)
@@ -209,7 +209,7 @@ def check_ranks_decide_alike_whether_a_fused_step_multiplies() -> None:
 
 
 def check_parts_made_by_hand_beside_a_mesh_of_all() -> None:
-    """What all ranks of the group have in common counts once."""
+    """Gradients that all ranks of the group share count once."""
     mesh = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     fulls = [randn(5, 2, seed=i) for i in range(4)]

@@ -59,7 +59,7 @@ def check_norms_under_install_are_what_code_for_torch_expects() -> None:
             torch.nn.utils.clip_grads_with_norm_(parameters, 0.5, norm)
             clipped = torch.nn.utils.clip_grad_norm_(parameters, 0.25)
             assert clipped.item() == pytest.approx(0.5, rel=1e-5)
-            # What has no DTensors is as ever.
+            # A model without DTensors works as before.
             assert type(torch.nn.utils.get_total_norm(fulls)) is Tensor
         assert type(torchclip.get_total_norm(grads)) is Tensor
         for p, full in zip(parameters, fulls, strict=True):
@@ -99,7 +99,7 @@ SEQUENCE_PARALLEL = {
 
 
 def parameters_of(model: nn.Module) -> list[Any]:
-    """Its parameters, which pass for anything: gradients are there, and DTensors where it is sharded."""
+    """Its parameters, typed as Any: they have gradients, and are DTensors if it is sharded."""
     return list(model.parameters())
 
 
@@ -117,7 +117,7 @@ def backward(model: nn.Module, x: Tensor, weight: float = 100.0) -> None:
 
 
 def trained_alone(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Float64, so that sums over ranks in another order make no difference that counts."""
+    """Float64, so that the order in which ranks are added makes no difference."""
     model = model_of(dtype=dtype)
     backward(model, batch_of(4, dtype))
     return model
@@ -234,7 +234,7 @@ def check_ddp() -> None:
 
 @since_2_7
 def check_what_torch_asserts_of_a_mesh() -> None:
-    """Over some steps: the norm of the model in one piece, no part above the limit, and 0 of zeros."""
+    """Over some steps: the norm of the unsharded model, no part above the limit, and 0 for zeros."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for order, options in itertools.product((1, 2, INF), ({}, {"mesh": mesh})):
         model, oracle = sharded(model_of(dtype=torch.float64), **options), model_of(dtype=torch.float64)
@@ -261,7 +261,7 @@ def check_what_torch_asserts_of_a_mesh() -> None:
 
 
 def check_what_torchtitan_asserts_of_experts_and_stages() -> None:
-    """The norm of dense parameters, of experts on a mesh of their own, and of all stages: by powers."""
+    """The norm of dense parameters, of experts on their own mesh, and of all stages, by powers."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     stage = root.get_local_rank("pp")
     dense = [randn(8, 5, dtype=torch.float64, seed=i) for i in range(2)]

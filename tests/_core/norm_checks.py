@@ -1,4 +1,4 @@
-"""Checks that DTensors have the norms of the full tensors and are changed as these, however they lie."""
+"""Checks that DTensors in any placement have the norms of the full tensors, and change like them."""
 
 import functools
 import itertools
@@ -34,14 +34,14 @@ SHAPES = [(10, 6), (3, 5), (7,), (1,), (2, 1, 3), (0, 4), (16, 4)]
 
 
 def placements_on(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, ...]]:
-    """All ways in which a tensor can lie on a mesh."""
+    """All placements of a tensor on a mesh."""
     each = [Replicate(), *(Shard(d) for d in range(len(shape)))]
     ways = list(itertools.product(each, repeat=mesh.ndim))
     return [*ways, *strided(mesh, shape)]
 
 
 def strided(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, ...]]:
-    """The way in which FSDP2 over tensor parallelism splits rows; torch 2.9 mixes up uneven ones itself."""
+    """How FSDP2 over tensor parallelism splits rows; torch 2.9 itself mixes up uneven ones."""
     if mesh.ndim != 2 or not shape or (TORCH < (2, 10) and shape[0] % mesh.size()):
         return []
     return [(_StridedShard(0, split_factor=mesh.size(1)), Shard(0))]
@@ -65,7 +65,7 @@ def check_every_placement_on_a_grid_of_ranks() -> None:
         for way in placements_on(mesh, shape):
             fulls.append(randn(*shape, seed=i))
             grads.append(split(fulls[-1], mesh, *way))
-            # One by one, as a mistake in one may be made good by another.
+            # One by one, as one mistake may hide another.
             assert_agreed(torchclip.get_total_norm(grads[-1]))
             assert torchclip.get_total_norm(grads[-1]) == torchclip.get_total_norm(fulls[-1])
         compare(fulls, grads, global_norm(1.0))
@@ -104,7 +104,7 @@ def check_dtypes() -> None:
 
 
 def check_range() -> None:
-    """Norms whose squares leave float64."""
+    """Norms whose squares leave the range of float64."""
     mesh = init_device_mesh("cpu", (4,))
     for scale in (1e200, 1e-200):
         full = randn(9, 4, dtype=torch.float64) * scale
@@ -255,7 +255,7 @@ def check_nonfinite_on_one_rank() -> None:
 
 
 def check_versions_of_gradients_that_stay() -> None:
-    """What is not changed keeps its version, as what autograd has saved of it stays valid."""
+    """Unchanged tensors keep their version, so that what autograd has saved stays valid."""
     mesh = init_device_mesh("cpu", (4,))
     grads = [split(randn(8, 3), mesh, Shard(0)), split(randn(8, 3) / 100, mesh, Shard(0))]
     before = [g._version for g in grads]
@@ -264,7 +264,7 @@ def check_versions_of_gradients_that_stay() -> None:
 
 
 def check_gradients_still_being_reduced() -> None:
-    """Local tensors that wait for a collective, as tensor parallelism leaves them."""
+    """Local tensors that wait for a collective, such as those of tensor parallelism."""
     from torch.distributed._functional_collectives import all_reduce
 
     mesh = init_device_mesh("cpu", (4,))

@@ -49,7 +49,7 @@ def operations(call: Callable[..., object], *args: Any) -> list[str]:
 
 
 def on_meta(count: int, *dtypes: torch.dtype) -> list[nn.Parameter]:
-    """Parameters with gradients of these dtypes in turn."""
+    """Parameters whose gradients have these dtypes in turn."""
     parameters = []
     for i in range(count):
         dtype = dtypes[i % len(dtypes)]
@@ -123,7 +123,7 @@ class TestOperations:
         monkeypatch.setattr(torchs, "_device_has_foreach_support", lambda device: True)
 
         def launched(call: Callable[[], object]) -> int:
-            """Operations as a profiler sees them, which counts those that change nothing too."""
+            """Counts operations as a profiler does, also those that change nothing."""
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 call()
             views = {"aten::view", "aten::unbind", "aten::split", "aten::detach"}
@@ -402,7 +402,7 @@ class TestClipper:
             alone = len(operations(optimizer.step))
             torchclip.Clipper(optimizer, threshold, scope=scope)
             optimizer.step()
-            # With few parameters past the end of the warm-up, and twice around the window.
+            # With few parameters, until after the warm-up and twice around the window.
             counted = [operations(optimizer.step) for _ in range(steps)]
             assert counted == [counted[0]] * steps
             added.append(len(counted[0]) - alone)

@@ -1,4 +1,4 @@
-"""What is refused, with which words, and that nothing has changed afterwards."""
+"""Which arguments are refused, with which message, and that nothing has changed afterwards."""
 
 import math
 from collections.abc import Iterator

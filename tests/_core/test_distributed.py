@@ -1,4 +1,4 @@
-"""Clipping on several ranks; what is checked on them is in the modules named ``…_checks``."""
+"""Clipping on several ranks; the checks are in the modules named ``…_checks``."""
 
 import copies_checks
 import exchange_checks
@@ -19,7 +19,7 @@ MODULES = (
     norm_checks,
     training_checks,
 )
-# What ranks tell each other, when and along which dimensions does not depend on who measures the gradients.
+# What ranks exchange does not depend on whether the kernel measures the gradients.
 WITHOUT_KERNEL = (copies_checks, norm_checks, training_checks)
 
 

@@ -1,4 +1,4 @@
-"""What one rank of very many sends, on a process group of torch's testing modules that sends nothing."""
+"""What one of very many ranks would send: torch's testing process group sends nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +67,7 @@ def test_messages_do_not_grow_with_the_number_of_ranks(sent: list[tuple[int, int
 
 
 def test_the_first_dtensor_of_a_process_may_be_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that lacks its gradient: torch does not return the part of a parameter itself."""
+    """A parameter without a gradient: torch does not return its local part itself."""
     monkeypatch.setattr(mesh, "_readers", [])
     with fake_ranks(2):
         line = init_device_mesh("cpu", (2,))

@@ -52,7 +52,7 @@ def arrays() -> list[Array]:
     return [np.array([3.0, 4.0])]
 
 
-# What each is given, the argument that is named, and which of the wrong values are right for it.
+# Valid arguments, the argument that is tested, and wrong values that are right for it.
 ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str, set[str]]] = {
     "clip_grad_norm_": (
         lambda v: torchclip.clip_grad_norm_(parameters(), 1.0, error_if_nonfinite=v),

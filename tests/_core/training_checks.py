@@ -43,7 +43,7 @@ def steps(
     bad_step: int | None = None,
     **options: Any,
 ) -> tuple[list[tuple[float, float, float, bool]], list[Tensor]]:
-    """Train a little; what the clipper recorded, and the parameters that came out."""
+    """Train a little; returns the clipper's records and the final parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
     clipper = make_clipper(optimizer)
     for step in range(steps):
@@ -71,7 +71,7 @@ def compare_training(
     rtol: float = 1e-7,
     **options: Any,
 ) -> None:
-    """Norms, thresholds and decisions are the same on all ranks, and those of one process."""
+    """Norms, thresholds and decisions are the same on all ranks, and as in one process."""
     x = batch_of(4, dtype)
     expected, weights = steps(model_of(dtype=dtype), x, make_clipper, **options)
     part = my_part(x, dist.get_world_size())
@@ -103,7 +103,7 @@ def check_clipper_on_fsdp2_with_offload_to_the_cpu() -> None:
         return torchclip.Clipper(optimizer, 0.1)
 
     compare_training(clipper, offloaded)
-    # A fused step gets the coefficient along with gradients in float32 only.
+    # Only with float32 gradients a fused step applies the coefficient.
     compare_training(clipper, offloaded, torch.float32, 1e-3, fused=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchclip.clipper.fused._TOO_SMALL", 0)
@@ -133,7 +133,7 @@ def check_clipper_and_nonfinite_gradients_on_fsdp2() -> None:
 
 @since_2_7
 def check_clipper_with_a_fused_optimizer() -> None:
-    """The coefficient goes along with the step, as the optimizer's ``grad_scale``, in float32 only."""
+    """The step applies the coefficient as its ``grad_scale``, in float32 only."""
     results = []
     for model, x in ((model_of(), batch_of(4)), (sharded(model_of()), my_part(batch_of(4)))):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
@@ -146,7 +146,7 @@ def check_clipper_with_a_fused_optimizer() -> None:
 
 
 def check_clipper_over_groups() -> None:
-    """Stages of a pipeline: every rank has parameters of its own."""
+    """Stages of a pipeline: every rank has its own parameters."""
     rank = dist.get_rank()
     fulls = [randn(5, 2, seed=i) for i in range(4)]
     for scope, nonfinite in itertools.product(SCOPES[:2], POLICIES):
@@ -182,7 +182,7 @@ def check_clipper_over_groups() -> None:
 
 @since_2_7
 def check_a_checkpoint_that_another_number_of_ranks_loads() -> None:
-    """Four ranks save, two go on, and then one; norms and thresholds are those of a run on one rank."""
+    """Four ranks save, two continue, and then one; norms and thresholds are as on one rank."""
     rank = dist.get_rank()
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)

@@ -54,7 +54,7 @@ def test_the_series_span_what_they_promise() -> None:
 
 def test_shapes_are_those_of_the_modules() -> None:
     lstm = torch.nn.LSTM(100, 100, bias=True)
-    of_lstm = sum(p.numel() for p in lstm.parameters()) - 400  # torch has a second bias, the book has not
+    of_lstm = sum(p.numel() for p in lstm.parameters()) - 400  # unlike the book, torch has a second bias
     embedding, affine = 1000 * 100, 100 * 1000 + 1000
     assert WORKLOADS["rnnlm"].elements == embedding + of_lstm + affine
 

@@ -64,7 +64,7 @@ def test_info_shows_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def add_required(package: str, found: set[str]) -> None:
-    """Adds a package, and what it brings along without its extras."""
+    """Adds a package, and what it requires without its extras."""
     if package in found:
         return
     found.add(package)

@@ -133,7 +133,7 @@ def test_what_cannot_be_started_is_refused_without_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*arguments: str) -> str:
-        """What is said of a script, after the command's own name."""
+        """The message about a script, after the command's name."""
         with pytest.raises(SystemExit, match="2"):
             main(["run", *arguments])
         output = capsys.readouterr()
@@ -168,7 +168,7 @@ def test_in_pythons_safe_mode_nothing_is_put_on_the_path(
     (tmp_path / "script.py").write_text(show)
     flags = [safe] if safe.startswith("-") else []
     environment = os.environ if flags else os.environ | {safe: "1"}
-    # What is installed is found without help; this checkout, and a module to run, may not be.
+    # Installed packages are found without help; this checkout, and a module to run, may not be.
     added = [str(Path(torchclip.__file__).parents[1]), str(tmp_path)]
     arguments = ["run", *options, "script" if options else "script.py"]
     begin = f"import sys; sys.path += {added}; from torchclip.cli.main import main; main({arguments})"
@@ -267,7 +267,7 @@ def test_pickled_functions_clip_in_other_processes(tmp_path: Path) -> None:
 
 
 def told(recorder: FunctionRecorder, seconds: float = 1.0) -> str:
-    """The report of calls without an optimizer."""
+    """The report on calls without an optimizer."""
     recording = Recording(Trial())
     recording.functions, recording.calls = recorder, recorder.calls
     recorder.calls.finish()

@@ -77,7 +77,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def without_gloo(output: str) -> str:
-    """What we have printed: gloo in torch 2.10 says on standard output whom it is connected to."""
+    """The output without gloo's lines: in torch 2.10 gloo prints its connections to standard output."""
     return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo]"))
 
 
@@ -193,7 +193,7 @@ def test_gradients_are_clipped_to_the_threshold() -> None:
 
 
 def test_the_learning_rate_rises_during_the_warm_up() -> None:
-    # Of a single step of SGD, the gradients being the same.
+    # After a single step of SGD with the same gradients.
     def moved(warmup: int) -> float:
         before, after = (trained(steps=n, only="unclipped", warmup=warmup)[0].model for n in (0, 1))
         pairs = zip(before.parameters(), after.parameters(), strict=True)
@@ -288,7 +288,7 @@ def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ctrl_c_interrupts() -> Iterator[None]:
-    """As a shell's background job would ignore it."""
+    """A shell's background job would ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

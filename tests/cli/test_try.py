@@ -44,7 +44,7 @@ def run_here(
 
 
 def rows_of(output: str) -> dict[str, str]:
-    """The rows of the table by how they begin."""
+    """The rows of the table, by their first cell."""
     table = output.partition("\n\n")[0].splitlines()[1:]
     return {line.split()[0]: line for line in table}
 
@@ -196,7 +196,7 @@ def test_the_search_starts_somewhere_without_advice() -> None:
 
 
 class Runs(Tries):
-    """Runs without processes: each ends with the loss, or the problem, that a function says."""
+    """Runs without processes: a function gives each run's loss or problem."""
 
     def __init__(self, loss_of: Callable[[str], float | str]) -> None:
         super().__init__(Command(["script.py"]), 1, lambda _: None)

@@ -79,7 +79,7 @@ def sgd(*parameters: Any, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr=1.0, **options)
 
 
-# Who measures
+# Which calls measure
 
 
 def test_a_script_that_does_not_clip_is_measured() -> None:
@@ -460,7 +460,7 @@ def test_of_a_step_with_several_closure_calls_the_first_loss_counts() -> None:
     assert [r.step for r in session.history] == [0, 1, 2]
 
 
-# What is not finite, and what is large
+# Non-finite and large gradients
 
 
 @pytest.mark.parametrize("clips", [False, True])
@@ -884,7 +884,7 @@ def test_the_progress_line_is_beneath_what_the_script_writes(tmp_path: Path) -> 
     output = b"".join(chunks).decode().partition("torchclip: what clipping did")[0]
     lines = re.findall(r"torchclip: step \d+, norm 1.414", output)
     assert len(lines) >= 2
-    # Erased before the script's own line, and not drawn beside its bar.
+    # The line is erased before the script prints, and not drawn beside its bar.
     before, _, after = output.partition("a line of the script\r\n")
     assert before.endswith("\r\x1b[2K")
     assert "torchclip: step" not in after.partition("a bar")[2]

@@ -62,7 +62,7 @@ def grid(name: str) -> Iterator[tuple[str, torch.dtype, float | str, float]]:
 
 @functools.cache  # as drawing them takes longer than clipping
 def numbers(kind: str, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
-    """Tensors of these shapes, of which each test takes copies."""
+    """Tensors of these shapes; each test takes copies."""
     return random_gradients(SHAPES[kind], dtype, scale)
 
 
@@ -165,7 +165,7 @@ def test_per_example_gives_what_single_examples_clipped_one_by_one_add_up_to() -
 
 
 def test_per_example_adds_up_in_float64() -> None:
-    # More than one piece, and of numbers that float32 loses most digits of.
+    # More than one piece, and numbers of which float32 would lose most digits.
     gradient = randn(700, 3000) * torch.tensor([1e4, 1.0]).repeat(350)[:, None] + 100
     (total,), _ = torchclip.clip_per_example(gradient, 50.0)
     wide = gradient.double()
@@ -302,7 +302,7 @@ def test_a_layout_makes_no_difference(name: str, layout: str) -> None:
     if results[0] is not None:
         torch.testing.assert_close(*results, rtol=1e-7, atol=0)
     assert_same_up_to_rounding(strided[0].grad.resolve_neg(), as_numpy(plain))
-    # Elements between those of the gradient belong to someone else.
+    # Elements between those of the gradient are not part of it.
     assert float(buffer.abs().double().sum() - gradient.abs().double().sum()) == pytest.approx(outside)
 
 
@@ -407,7 +407,7 @@ WHOLE_ROWS = ("hybrid", "hybrid uncoalesced", "float64", "bfloat16")
 
 
 def with_sparse_gradient(gradient: Tensor, value: Tensor | None = None) -> Any:
-    """A parameter for it; only one that is compressed itself can have a compressed gradient."""
+    """A parameter for a gradient; only a compressed parameter can have a compressed gradient."""
     value = torch.zeros(gradient.shape, dtype=gradient.dtype) if value is None else value
     compressed = gradient.layout != torch.sparse_coo
     parameter = nn.Parameter(gradient.clone() if compressed else value)

@@ -393,7 +393,7 @@ class TestItem5TheSameAnswerEveryTime:
 
 
 class TestItem6Arguments:
-    """What is refused stands in test_arguments.py."""
+    """The refusals are in test_arguments.py."""
 
     def test_the_same_tensor_under_two_parameters_counts_once(self) -> None:
         shared = torch.tensor([3.0, 4.0])
@@ -464,7 +464,7 @@ def test_item_7_compiles_without_a_break(name: str, everywhere: str) -> None:
     torch.compiler.reset()
     call = COMPILED[name]
     # Both backends find every break; the second also needs operations without side effects, and takes longer.
-    # Compiled, the kernel is left out: what it would do is what torch operations do.
+    # Compiled code does not use the kernel, so torch operations do the work.
     backend = "eager" if everywhere == "kernel" else "aot_eager"
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     mine, others = (with_gradients([randn(4, 3), randn(5)]) for _ in range(2))
@@ -512,7 +512,7 @@ def test_item_6_a_negative_norm_that_cannot_be_looked_at_gives_nan() -> None:
 
 
 class TestItem8Layouts:
-    """Each layout and function on its own stands in test_clip.py."""
+    """test_clip.py tests each layout and function by itself."""
 
     def test_all_together_are_one_vector(self) -> None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What holds for any gradients at all, checked on ones that hypothesis makes up."""
+"""Properties that hold for all gradients, checked on those that hypothesis draws."""
 
 import math
 from collections.abc import Sequence

@@ -52,7 +52,7 @@ RULES: dict[str, Callable[[Any, float], Any]] = {
 
 
 def parameters_of(dtype: torch.dtype, layout: Callable[[Tensor], Tensor], shapes: Any = SHAPES) -> list[Any]:
-    """Parameters and gradients, of which some units have to be clipped, and some hold what is not finite."""
+    """Parameters and gradients; some units have to be clipped, and some are not finite."""
     parameters = []
     for i, shape in enumerate(shapes):
         gradient = randn(*shape, dtype=dtype, seed=i)
@@ -244,7 +244,7 @@ def test_sums_are_tensors_of_their_own(size: int) -> None:
     torch.testing.assert_close(second, torch.full((4, 3), 4.0))
     view = second[1]
     del sums, first, second, clipped, grads
-    assert third == 2  # the memory of those that are gone is not used again
+    assert third == 2  # the memory of freed tensors is not used again
     others = [torch.full((size,), 9.0) for _ in range(3)]
     assert view.tolist() == [4.0] * 3
     assert len(others) == 3

@@ -1,4 +1,4 @@
-"""Clipping by root mean square, and the rules that a Clipper takes in the place of ``max_norm``."""
+"""Clipping by root mean square, and the rules that a Clipper takes in place of ``max_norm``."""
 
 import math
 from collections.abc import Callable

@@ -142,7 +142,7 @@ def test_mkldnn_gradients_are_clipped_by_value() -> None:
         torchclip.clip_grad_adaptive_([weight])
 
 
-# Who records or transforms operations
+# What records or transforms operations
 
 
 class Seen(TorchFunctionMode):
@@ -172,7 +172,7 @@ def test_a_default_device_is_nobody_who_sees_operations() -> None:
 
 
 def _called(function: Function, tensors: tuple[Tensor, ...], **arguments: Any) -> tuple[Tensor, ...]:
-    """What a function gives and what it makes of gradients, all as one tuple of tensors."""
+    """A function's result and the gradients after it, as one tuple of tensors."""
     if function.changes:
         grads = [tensor.clone() for tensor in tensors]
         result = function(with_gradients(grads, [torch.ones_like(grad) for grad in grads]), **arguments)
@@ -240,7 +240,7 @@ def test_tiny_coefficients_have_all_digits(dtype: torch.dtype, clip_coef: float)
 
 
 class Items:
-    """A sequence for Python, and for torch, though it is registered as none."""
+    """A sequence for Python and for torch, although it is not registered as one."""
 
     def __init__(self, *items: Any) -> None:
         self._items = items

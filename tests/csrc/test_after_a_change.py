@@ -50,7 +50,7 @@ optimizer.step()
 @pytest.mark.skipif(sys.platform != "linux", reason="sets an option of the C library")
 @pytest.mark.parametrize("rule", ["Value(0.5)", "BlockRMS(0.5)"])
 def test_memory_is_read_again_after_autograd_was_told_of_a_change(rule: str) -> None:
-    # So that memory that is given back is gone at once.
+    # So that freed memory is returned to the system at once.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)}
     program = FINALIZER_REPLACES_A_GRADIENT.format(rule=rule)
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)

@@ -90,7 +90,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 
 
 class Number:
-    """A number that runs some code where it is asked what it is."""
+    """A number that runs some code when its value is read."""
 
     def __init__(self, value: float, code: Callable[[], object]) -> None:
         self.value, self.code = value, code

@@ -1,4 +1,4 @@
-"""The usual call in one go gives the bits that the general path gives, and leaves to it what is not usual."""
+"""The fast path gives the same bits as the general path, and leaves unusual calls to it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def usual(dtype: torch.dtype = torch.float32) -> Call:
 
 
 def gradient(make: Callable[[], Tensor]) -> Callable[[Call], None]:
-    """Adds a parameter with a gradient of its own."""
+    """Adds a parameter with its own gradient."""
 
     def add(call: Call) -> None:
         grad = make()
@@ -171,7 +171,7 @@ ALL = {**STILL_USUAL, **UNUSUAL, **FOR_NORMS}
 
 
 def run(call: Call, function: str) -> tuple[Any, ...]:
-    """What came out: result or error, the bits of the gradients, and how often they were changed."""
+    """The outcome: result or error, the bits of the gradients, and how often they were changed."""
     before = [p.grad._version for p in call.parameters if isinstance(p, Tensor) and p.grad is not None]
     outcome: Any
     with ExitStack() as stack:
@@ -240,7 +240,7 @@ def test_both_paths_give_the_same_bits(dtype: torch.dtype, limit: float, functio
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 127, 128, 129, 255, 256, 257, 5000])
 def test_any_number_of_gradients(count: int) -> None:
-    # Around powers of 2: there a table that finds repeated ones is fullest, and room on the stack ends.
+    # Around powers of 2, where the table of repeated gradients is fullest and the stack's room ends.
     def make() -> Call:
         return Call(with_gradients([row.clone() for row in randn(count, 1)]), 1e-3)
 
@@ -291,7 +291,7 @@ def test_other_containers(container: Callable[[Any], Any], function: str) -> Non
 
 
 class Overriding(nn.Linear):
-    """Has the parameters of a layer twice as large, so to speak: gives the weight only."""
+    """Yields only the weight of a layer."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         yield "weight", cast("nn.Parameter", self.weight)
@@ -314,7 +314,7 @@ class OverridingParameters(nn.Linear):
 
 
 class Equal(nn.Linear):
-    """All of a size are the same to a set."""
+    """Objects of one size are equal in a set."""
 
     def __hash__(self) -> int:
         return 1
@@ -480,7 +480,7 @@ def test_a_module_is_the_list_of_its_parameters_walked_or_not(name: str, given: 
     model = trained(MODULES[name])
     before = all_gradients(model)
     is_walked = is_taken(Call(GIVEN[given](model), 0.1))
-    # Before Python 3.11 a generator does not tell what it will give.
+    # Before Python 3.11 a generator does not show what it will yield.
     if given == "the module":
         assert is_walked == (name in WALKED)
     else:
@@ -561,7 +561,7 @@ def test_classes_of_modules_are_not_kept_alive() -> None:
 
 def test_attributes_that_are_in_no_dictionary() -> None:
     class Odd(nn.Module, functools.partial):  # type: ignore[type-arg]
-        """Keeps its attributes in whatever it is given."""
+        """Keeps its attributes in the given object."""
 
         def __init__(self, *_: Any) -> None:
             nn.Module.__init__(self)
@@ -703,7 +703,7 @@ def test_a_finalizer_of_a_parameter_that_trades_the_memory_of_its_gradient() -> 
     def meddle() -> None:
         read.append(None)
         if len(read) == len(grads):
-            given.clear()  # from now on nothing keeps the parameters but the call
+            given.clear()  # from here on only the call keeps the parameters alive
 
     with Meddling(meddle):
         torchclip.clip_grad_norm_(given, 0.1)
@@ -714,14 +714,14 @@ def test_a_finalizer_of_a_parameter_that_trades_the_memory_of_its_gradient() -> 
 @pytest.mark.parametrize("function", ["norm", "value"])
 @pytest.mark.parametrize("limit", [0.1, 1e9])
 def test_finalizers_that_trade_the_memory_of_gradients(limit: float, function: str) -> None:
-    """Before Python 3.12 any allocation can run the garbage collector, and it code of the user's."""
+    """Before Python 3.12 any allocation can run the garbage collector, which may run user code."""
 
     class Knot:
         def __init__(self) -> None:
             self.itself = self
 
     before = gc.get_threshold()
-    gc.freeze()  # what is there already need not be looked at each time
+    gc.freeze()  # existing entries need not be checked each time
     for turn in range(60):
         call = usual()
         call.limit = limit

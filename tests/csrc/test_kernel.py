@@ -56,7 +56,7 @@ def restore(threads: None) -> Iterator[None]:
 
 
 def instruction_sets() -> list[str]:
-    """Those that this machine has."""
+    """The instruction sets of this machine."""
     found = []
     for name in INSTRUCTION_SETS:
         try:
@@ -135,7 +135,7 @@ def assert_same_norm(got: float, wanted: float) -> None:
 
 
 def twin(arrays: list[np.ndarray], order: float) -> float:
-    """The reference's norm, and what the kernel gives where there is no element."""
+    """The reference's norm, or the kernel's answer for no elements."""
     return reference.global_norm(arrays, order) if any(a.size for a in arrays) else ABSENT
 
 
@@ -567,7 +567,7 @@ def test_overlapping_tensors_are_written_one_after_the_other() -> None:
     wanted = torch.full((300_000,), 0.5)
     wanted[100_000:200_000] = 0.25
     assert torch.equal(memory, wanted)
-    for _ in range(10):  # in the same memory from end to end, where two threads would meet at every element
+    for _ in range(10):  # in the same memory in reverse, so that two threads would meet
         _kernel.tensors([memory, memory.view(300, 1000)]).scale_(0.5)
     assert torch.equal(memory, wanted * 0.25**10)
 
@@ -718,7 +718,7 @@ def test_it_is_on_again_after_two_threads_had_it_disabled() -> None:
 
 
 def test_tensors_are_asked_for_their_layout_once_before_their_memory() -> None:
-    # Torch takes half a millisecond to refuse the memory of a tensor that has none.
+    # Torch takes half a millisecond to refuse a tensor without memory.
     class Asked(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             asked.append((func.__self__.__name__, id(args[0])))
@@ -726,7 +726,7 @@ def test_tensors_are_asked_for_their_layout_once_before_their_memory() -> None:
 
     asked: list[tuple[str, int]] = []
     tensors = [torch.ones(2).to_sparse(), torch.ones(3, device="meta"), torch.ones(2)]
-    assert len(_kernel.tensors(tensors).rest) == 2  # from now on it knows that there are such
+    assert len(_kernel.tensors(tensors).rest) == 2  # from now on the kernel checks for such tensors
     with Asked():
         batch = _kernel.tensors(tensors)
         rest, taken = batch.rest, batch.taken

@@ -1,7 +1,7 @@
 """The code in README.md and on the pages of the documentation runs, by Sybil.
 
-A block that is fenced as ``python`` is a complete program.  One that is fenced as ``pycon`` is a session,
-whose answers have to come out as printed; those of a page continue each other.
+A block that is fenced as ``python`` is a complete program.  One that is fenced as
+``pycon`` is a session whose outputs must be those printed; the sessions of a page continue each other.
 """
 
 import doctest
@@ -54,7 +54,7 @@ def _names_for_conditions(namespace: dict[str, Any]) -> None:
 
 @pytest.fixture
 def as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a program leaves behind does not reach the next."""
+    """Each program starts without the names of the previous one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What only a GPU shows: ``pytest -m gpu tests/gpu`` checks it, and prints the benchmark's table."""
+"""Checks that need a GPU: ``pytest -m gpu tests/gpu`` runs them, and prints the benchmark's table."""
 
 import math
 import os
@@ -35,7 +35,7 @@ def on_gpu(gradients: list[Tensor]) -> list[nn.Parameter]:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """Makes an error of whatever waits for the GPU."""
+    """Raises an error if anything waits for the GPU."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     yield

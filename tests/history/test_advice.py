@@ -24,7 +24,7 @@ def calm(steps: int = 1000, seed: int = 0, spread: float = 0.3) -> Array:
 
 
 def usable(advice: Advice) -> float:
-    """The recommendation, of which there is one."""
+    """The recommended number; there must be one."""
     assert advice.max_norm is not None
     assert advice.max_norm > 0
     assert f"max_norm={advice.max_norm:g}" in str(advice)
@@ -81,7 +81,7 @@ def test_norms_that_drift(end: float) -> None:
     assert "Percentile" in str(advice)
     assert "spikes" not in str(advice)
     max_norm = usable(advice)
-    # What the share says is of the whole run, and what an early step needs stays.
+    # The share is that of the whole run, and an early step's need remains.
     clipped = np.mean(norms > max_norm)
     assert 0 < clipped < 0.25
     assert f"clipped {clipped:.1%} of the steps" in str(advice).replace("\n", " ")

@@ -97,7 +97,7 @@ def test_norms_that_are_not_finite_any_more(at: int, value: float) -> None:
 
 
 def test_the_loss_shows_where_an_explosion_begins_after_one_step() -> None:
-    """As of an RNN at a learning rate of 5: norms that hardly show it, and a loss that does."""
+    """As in an RNN at a learning rate of 5: the loss shows the explosion, the norms hardly do."""
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
         norms = np.concatenate([[0.91], 3 * rng.lognormal(sigma=0.6, size=249)])
@@ -112,7 +112,7 @@ def test_the_loss_shows_where_an_explosion_begins_after_one_step() -> None:
 
 @pytest.mark.parametrize("ends_with", ["norm", "loss"])
 def test_a_run_that_ends_after_a_few_steps_because_it_explodes(ends_with: str) -> None:
-    """As of a Transformer with SGD at a learning rate of 5."""
+    """As in a Transformer with SGD at a learning rate of 5."""
     norms = [1.4, 4.1, 16.4, 60.9, 808.0, 13867.0, 2.3e15]
     losses = [4.97, 4.91, 37.1, 44.0, 1944.6, 207788.0, 1.4e8]
     if ends_with == "norm":
@@ -146,7 +146,7 @@ def test_where_nothing_was_healthy_a_lower_learning_rate_is_advised() -> None:
     assert "Lower the learning rate" in str(advice).replace("\n", " ")
 
 
-# What is neither drift nor spikes nor an explosion
+# Neither drift nor spikes nor an explosion
 
 
 @pytest.mark.parametrize("kind", ["in turn", "at random", "in blocks"])

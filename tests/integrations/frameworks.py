@@ -1,4 +1,4 @@
-"""What the tests of frameworks share."""
+"""Shared by the tests of frameworks."""
 
 import contextlib
 from collections.abc import Iterator

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import torchclip
 
-# What frameworks warn about depends on their versions and on the machine.
+# The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -40,7 +40,7 @@ def test_a_clipper_from_before_accelerates_prepare() -> None:
 
 
 def test_accelerate_saves_and_loads_a_clipper(tmp_path: Path) -> None:
-    """Training goes on from Accelerate's checkpoint as if it had not been interrupted."""
+    """Training continues from Accelerate's checkpoint as if it had not been interrupted."""
 
     def prepared() -> tuple[Accelerator, nn.Module, Any, torchclip.Clipper]:
         torch.manual_seed(0)

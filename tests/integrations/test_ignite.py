@@ -11,7 +11,7 @@ from torch import nn
 
 import torchclip
 
-# What frameworks warn about depends on their versions and on the machine.
+# The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -50,7 +50,7 @@ def test_ignites_trainer_clips(accumulate: int) -> None:
 
 
 def test_ignites_checkpoints_carry_the_clipper(tmp_path: Path) -> None:
-    """Training goes on from a checkpoint as if it had not been interrupted."""
+    """Training continues from a checkpoint as if it had not been interrupted."""
     whole = Training(torchclip.Percentile(30.0, warmup=2))
     keeper = Checkpoint(whole.states, DiskSaver(str(tmp_path)), n_saved=None)
     whole.trainer.add_event_handler(Events.EPOCH_COMPLETED, keeper)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import torchclip
 from torchclip.integrations import lightning as for_lightning
 
-# What frameworks warn about depends on their versions and on the machine.
+# The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -43,7 +43,7 @@ class Module(pl.LightningModule):
 
 
 class TwoByHand(Module):
-    """Manual optimization, an optimizer a layer."""
+    """Manual optimization, with one optimizer per layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_the_lightning_callback_logs(tmp_path: Path) -> None:
 
 
 class NamesSeen(pl.Callback):
-    """What the clippers call the parameters that have a gradient."""
+    """The clippers' names for the parameters that have a gradient."""
 
     def __init__(self, clipping: for_lightning.ClipperCallback) -> None:
         self.clipping = clipping
@@ -244,7 +244,7 @@ def test_a_checkpoint_prevails_over_what_a_fit_has_left(tmp_path: Path) -> None:
     fit(module, tmp_path, callback, max_epochs=3)
     fit(module, tmp_path, callback, max_epochs=2, resume=checkpoint)
     assert [record.step for record in callback.clippers[0].history] == list(range(12))
-    # One that was saved before the first step has nothing to go on with.
+    # A checkpoint from before the first step has nothing to continue with.
     callback.load_state_dict({"clippers": []})
     fit(module, tmp_path, callback, max_epochs=1)
     assert [record.step for record in callback.clippers[0].history] == list(range(6))

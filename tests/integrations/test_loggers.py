@@ -15,7 +15,7 @@ from torchclip.history import History, Record
 from torchclip.integrations.loggers import DictLogger, Scalars
 from torchclip.integrations.tensorboard import ScalarLogger
 
-# What frameworks warn about depends on their versions and on the machine.
+# The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

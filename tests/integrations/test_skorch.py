@@ -10,7 +10,7 @@ from torch import nn
 import torchclip
 from torchclip import patch
 
-# What frameworks warn about depends on their versions and on the machine.
+# The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -33,7 +33,7 @@ def trained() -> nn.Module:
 
 
 def test_skorchs_callback_clips_with_torchclip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The callback holds the name that it has imported: ``install`` has to come before."""
+    """The callback keeps the function that it has imported, so ``install`` has to come first."""
     assert "skorch.callbacks.regularization.clip_grad_norm_" in torchclip.install()
     torchclip.uninstall()
     plain = trained()

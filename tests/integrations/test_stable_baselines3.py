@@ -7,7 +7,7 @@ import pytest
 import stable_baselines3 as sb3
 from frameworks import assert_same, counted
 
-# What frameworks warn about depends on their versions and on the machine.
+# The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -16,7 +16,7 @@ from torchclip.history import History, Record
 from torchclip.integrations import transformers as for_transformers
 from torchclip.integrations.loggers import DictLogger
 
-# What frameworks warn about depends on their versions and on the machine.
+# The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -32,7 +32,7 @@ def language_model() -> transformers.GPT2LMHeadModel:
 def trainer_of(
     tmp_path: Path, *callbacks: transformers.TrainerCallback, **options: Any
 ) -> transformers.Trainer:
-    """A tiny language model, to be trained for six steps."""
+    """A tiny language model that is trained for six steps."""
     settings: dict[str, Any] = {"max_steps": 6, "max_grad_norm": 0.0, "save_strategy": "no"} | options
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
@@ -160,7 +160,7 @@ def test_the_transformers_callback_refuses_what_does_not_go_with_it(
 
 
 class Spoiling(transformers.TrainerCallback):
-    """Looks at the gradients right before the optimizer's step, and spoils one while backward runs."""
+    """Reads the gradients right before the optimizer's step, and changes one during the backward pass."""
 
     def __init__(self) -> None:
         self.finite: list[int] = []
@@ -176,7 +176,7 @@ class Spoiling(transformers.TrainerCallback):
 
 
 def test_the_trainer_leaves_the_gradients_as_backward_left_them(tmp_path: Path) -> None:
-    """Infinite elements are set to 0 by the clipper, and nothing has spread from them before."""
+    """The clipper sets infinite elements to 0, and they have not spread before."""
     spoiling = Spoiling()
     callback = for_transformers.ClipperCallback(MAX_NORM, nonfinite="zero")
     trainer = train(tmp_path, callback, spoiling)
@@ -228,7 +228,7 @@ def test_the_logged_norm_takes_no_pass_of_its_own(
 
 
 def test_the_logged_norm_is_of_the_whole_model_whatever_the_clipper_measures(tmp_path: Path) -> None:
-    """The largest element is not what the Trainer calls the norm, nor is the norm of a part."""
+    """Neither the largest element nor the norm of a part is the norm that the Trainer logs."""
     callback = for_transformers.ClipperCallback(MAX_NORM, norm_type="inf")
     trainer = train(tmp_path, callback)
     first, *_ = grad_norms(train(tmp_path))
@@ -256,7 +256,7 @@ def test_a_trainer_measures_itself_again_without_the_callback(tmp_path: Path) ->
 
 
 def test_the_clipped_share_goes_on_when_training_is_resumed(tmp_path: Path) -> None:
-    """Clipped before the checkpoint and not after it: the share falls step by step."""
+    """It clips before the checkpoint and not after it, so the share falls step by step."""
 
     def threshold(step: int) -> float:
         return 1e-6 if step < 3 else math.inf

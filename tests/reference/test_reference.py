@@ -1,4 +1,4 @@
-"""The NumPy reference on its own: the book's function, formulas written out, and what is refused."""
+"""The NumPy reference by itself: the book's function, formulas written out, and refusals."""
 
 import math
 from collections.abc import Callable

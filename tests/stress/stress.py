@@ -1,15 +1,15 @@
 """Random models and random calls of every public function, compared with the NumPy twins.
 
-Run it as a program, for as long as it shall take::
+Run it as a program, for a number of seconds::
 
     python tests/stress/stress.py --seconds 600 --seed 1
 
-Case ``n`` of a seed is always the same, whatever was run before it.  The first wrong one ends the run with a
-line that repeats it alone.  A short run is among the tests (``test_stress.py``).
+Case ``n`` of a seed is always the same, whatever has run before it.  The first failure ends the run with a
+command that repeats this case alone.  A short run is among the tests (``test_stress.py``).
 
-What is asked of each result: norms within 1e-7, or 1e-11 where all is small, plus the rounding to the
-returned dtype; gradients within two units in the last place, plus what that difference of the norms makes;
-gradients that need no clipping, and memory between the elements of a view, unchanged to the last bit.
+Each result must have norms within 1e-7, or 1e-11 if all is small, plus the rounding to the returned dtype;
+gradients within two units in the last place, plus the effect of that difference of the norms; and unchanged
+bits in gradients that need no clipping, and in the memory between the elements of a view.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GUARD = 7.25
 
 
 class Wrong(AssertionError):
-    """A result that is not what its twin says."""
+    """A result that differs from its twin's."""
 
 
 class Subclass(Tensor):
@@ -69,7 +69,7 @@ class Still(Optimizer):
 
 @dataclass
 class Gradient:
-    """A gradient, and what is needed to judge what became of it.
+    """A gradient, and the data to check it afterwards.
 
     Attributes:
         tensor: as a user has it.
@@ -111,7 +111,7 @@ class Gradient:
         self.check(self.before, 0.0)
 
     def describe(self) -> str:
-        """What it is, for a message."""
+        """A description for a message."""
         t = self.tensor
         strides = f", strides {self.held.stride()}" if self.held.layout == torch.strided else ""
         return f"a gradient ({type(t).__name__}, {t.layout}, {t.dtype}, shape {tuple(t.shape)}{strides})"
@@ -133,7 +133,7 @@ def values_of(tensor: Tensor) -> Array:
 def compare(actual: Any, expected: Any, relative: float, absolute: Any, what: str) -> None:
     """Raise :class:`Wrong` unless the parts of all numbers are close, inf and NaN the same."""
     if np.iscomplexobj(expected):
-        # Of a complex number that is not finite, it does not matter which part is what.
+        # For a complex number that is not finite, it does not matter which part is which.
         finite = np.isfinite(actual) | np.isfinite(expected)
         for part in ("real", "imag"):
             a, e = (np.where(finite, getattr(array, part), math.nan) for array in (actual, expected))
@@ -155,7 +155,7 @@ def compare(actual: Any, expected: Any, relative: float, absolute: Any, what: st
 
 
 class Draw:
-    """Everything random about one case.
+    """Draws everything random in one case.
 
     Args:
         seed: of the run.
@@ -205,7 +205,7 @@ class Draw:
         return float(10 ** self.rng.uniform(-8, 8)) if kind < 0.9 else self.among(fixed)
 
     def numbers(self, count: int, dtype: torch.dtype, tame: bool = False) -> Tensor:
-        """Values from denormal to huge, with zeros, and sometimes inf and NaN among them."""
+        """Values from denormal to huge, with zeros, and sometimes with inf and NaN."""
         parts = count * (2 if dtype.is_complex else 1)
         largest = torch.finfo(dtype).max
         if tame or not self.extreme or self.chance(0.3):
@@ -227,7 +227,7 @@ class Draw:
     # Gradients
 
     def gradient(self, dtype: torch.dtype, kinds: Sequence[str]) -> Gradient:
-        """A gradient of one of some kinds."""
+        """A gradient of a random kind."""
         kind = self.among(kinds)
         make: Callable[[torch.dtype], Gradient] = getattr(self, f"_{kind}")
         made = make(dtype)
@@ -274,7 +274,7 @@ class Draw:
         return self._with_entries(dtype, shape, 1 + self.up_to(len(shape) - 1))
 
     def _rows(self, dtype: torch.dtype) -> Gradient:
-        """Sparse, but of whole rows, as an embedding's."""
+        """Sparse with whole rows, like an embedding's."""
         return self._with_entries(dtype, [1 + self.up_to(8), 1 + self.up_to(8)], 1)
 
     def _with_entries(self, dtype: torch.dtype, shape: list[int], sparse_dims: int) -> Gradient:
@@ -309,7 +309,7 @@ class Draw:
     # Models
 
     def count(self) -> int:
-        """How many gradients: mostly a few, at times thousands."""
+        """The number of gradients: mostly a few, sometimes thousands."""
         if self.chance(0.002):
             return 1 + self.up_to(4999)
         return 1 + self.up_to(60 if self.chance(0.1) else 6)
@@ -363,12 +363,12 @@ class Model:
 
     @cached_property
     def norm_error(self) -> float:
-        """How far a norm in float64 may be off."""
+        """The allowed relative error of a norm in float64."""
         return 1e-7 if any(g.held.numel() > 30_000 for g in self.gradients) else 1e-11
 
     @cached_property
     def smallest_norm(self) -> float:
-        """What a norm may be off by besides: the twin rounds denormal magnitudes to few digits."""
+        """An additional allowed error: the twin rounds denormal magnitudes to few digits."""
         info = torch.finfo(self.dtype)
         return info.smallest_normal * info.eps * (2 + sum(g.before.size for g in self.gradients))
 
@@ -549,7 +549,7 @@ def clipper(draw: Draw) -> None:
         if policy == "skip" and not math.isfinite(total_norm):
             model.check_untouched()
             continue
-        # What is not finite is no observation, and nothing at all is none either.
+        # Non-finite norms are no observations, and neither is a step without gradients.
         left = any(array.size if policy != "zero" else np.isfinite(array).any() for array in arrays)
         for each, of_each in zip(sets, norms, strict=True):
             if policy == "zero" and not np.isfinite(of_each).all():
@@ -574,8 +574,8 @@ def _norms(arrays: list[Array], order: float | str, scope: str) -> list[float]:
 
 
 def check_record(record: Any, total_norm: float, model: Model, order: float | str) -> None:
-    """What the clipper says the norm was."""
-    # The norms of parts joined: the sum of several powers once more.
+    """The norm that the clipper has recorded."""
+    # The norms of the parts, joined.
     error = model.norm_error + (1e-10 if order in (0.5, -1, -2.0) else 1e-11)
     compare(record.total_norm, total_norm, error, model.smallest_norm, "the recorded norm")
 
@@ -629,7 +629,7 @@ def using(backend: str) -> Iterator[None]:
 
 
 def run_case(seed: int, case: int, mesh: Any = None) -> str:
-    """Run one case, and say what it was; :class:`Wrong` or any other exception if it fails."""
+    """Run one case and return its description; raises :class:`Wrong` or another exception if it fails."""
     draw = Draw(seed, case, mesh)
     backend = draw.among(backends())
     threads = draw.among([1, 1, 1, 2, 2, 3, 4])
@@ -660,7 +660,7 @@ def mesh_of_one() -> Iterator[Any]:
 
 
 def numbers_of(first: int, cases: int | None, seconds: float | None) -> Iterator[int]:
-    """Numbers of cases until there were enough, or the time is up."""
+    """The numbers of the cases, until there are enough or the time is over."""
     end = math.inf if seconds is None else time.monotonic() + seconds
     for case in itertools.count(first) if cases is None else range(first, first + cases):
         if time.monotonic() >= end:

@@ -1,4 +1,4 @@
-"""What ``stress.py`` has found."""
+"""Cases that ``stress.py`` has found."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""A short run of ``stress.py``, and that it finds what is wrong."""
+"""A short run of ``stress.py``, and tests that it finds faults."""
 
 import math
 from collections.abc import Callable

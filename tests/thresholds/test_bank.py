@@ -1,4 +1,4 @@
-"""Thresholds of many sets at once against those of one, and the bank that chooses between them."""
+"""Thresholds of many sets at once, compared with those of one, and the bank that chooses between them."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
 
 
 def random_norms(seed: int, steps: int, count: int) -> list[list[float]]:
-    """Steps of norms with spikes, zeros, infinities, NaN, and gradients that are not there."""
+    """Norms over steps, with spikes, zeros, infinities, NaN and missing gradients."""
     rng = np.random.default_rng(seed)
     norms = rng.lognormal(sigma=0.5, size=(steps, count)) * 10.0 ** rng.integers(-6, 6, size=count)
     norms[rng.random(norms.shape) < 0.05] *= 100
@@ -56,7 +56,7 @@ def random_norms(seed: int, steps: int, count: int) -> list[list[float]]:
 
 
 def singly(thresholds: Sequence[Threshold], norms: Sequence[float]) -> list[float]:
-    """What the float form answers; NaN where there is no gradient to ask for."""
+    """The thresholds of the float form; NaN where there is no gradient."""
     total_norm = scalars.join([norm for norm in norms if 0 <= norm < INF] or [0.0], 2.0)
     joint = {"total_norm": total_norm} if isinstance(thresholds[0], AdaGC) else {}
     return [
@@ -72,7 +72,7 @@ def device(request: pytest.FixtureRequest) -> torch.device | None:
 
 
 def rows_of(thresholds: Sequence[Any], device: torch.device | None) -> Rows:
-    """Rows of them; where they cannot be in host memory, those of a device."""
+    """Rows of them, in host memory if possible, otherwise on a device."""
     return Rows(thresholds, device if thresholds[0]._takes_rows(device) else CPU)
 
 
@@ -184,7 +184,7 @@ def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> No
 
 
 def asked(bank: ThresholdBank, step: int, names: Sequence[str], norms: Norms) -> Any:
-    """What a bank answers in a step of its own."""
+    """The thresholds of a bank in one step."""
     bank.begin_step(step)
     return bank.max_norms(names, norms)
 
@@ -260,7 +260,7 @@ def test_what_is_not_there_is_no_observation(count: int) -> None:
 
 
 class Own:
-    """A user's threshold, which knows nothing of tensors."""
+    """A user's threshold that cannot handle tensors."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -278,7 +278,7 @@ class Own:
 
 
 class OwnZScore(ZScore):
-    """A user's change of a threshold, which the tensor form does not know of."""
+    """A user's subclass of a threshold, whose change the tensor form does not have."""
 
     def update(self, norm: float) -> float:
         return 2 * norm
