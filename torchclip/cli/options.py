@@ -77,58 +77,57 @@ seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 
 # Files; they are checked before the work begins
 
 
-def file_to_read(text: str) -> Path:
-    """An option's value that is a file to read."""
-    path = Path(text)
-    with _looking_at(path):
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{path} is a directory")
-        if not path.exists():
-            raise argparse.ArgumentTypeError(f"No such file: {path}")
-        if not os.access(path, os.R_OK):
-            raise argparse.ArgumentTypeError(f"{path} cannot be read")
+def _path(problem: Callable[[Path], str]) -> Callable[[str], Path]:
+    """An option's type for paths, from a function that says what is wrong with a path, or ""."""
+
+    def path(text: str) -> Path:
+        path = Path(text)
+        try:
+            message = problem(path)
+        except OSError as error:  # a path that the system cannot look up, such as one with too long a name
+            message = f"{error.strerror}: {path}"
+        if message:
+            raise argparse.ArgumentTypeError(message)
+        return path
+
     return path
 
 
-def file_to_write(text: str) -> Path:
-    """An option's value that is a file to write."""
-    path = Path(text)
-    with _looking_at(path):
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{path} is a directory")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{path} cannot be written to")
-    return path
+@_path
+def file_to_read(path: Path) -> str:
+    """A file to read."""
+    if path.is_dir():
+        return f"{path} is a directory"
+    if not path.exists():
+        return f"No such file: {path}"
+    return "" if os.access(path, os.R_OK) else f"{path} cannot be read"
+
+
+@_path
+def file_to_write(path: Path) -> str:
+    """A file to write."""
+    if path.is_dir():
+        return f"{path} is a directory"
+    if not path.parent.is_dir():
+        return f"there is no directory {path.parent}"
+    there = path if path.exists() else path.parent
+    return "" if os.access(there, os.W_OK) else f"{path} cannot be written to"
 
 
 def picture_file(text: str) -> Path:
-    """An option's value that is a picture to write, in the format of the file's ending."""
+    """A picture to write, in the format of the file's ending."""
     if Path(text).suffix.lower() not in {".png", ".svg", ".pdf"}:
         raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
     return file_to_write(text)
 
 
-def directory_to_write(text: str) -> Path:
-    """An option's value that is a directory for files, which may not exist yet."""
-    path = Path(text)
-    with _looking_at(path):
-        there = next(place for place in (path, *path.absolute().parents) if place.exists())
-        if not there.is_dir():
-            raise argparse.ArgumentTypeError(f"{there} is not a directory")
-        if not os.access(there, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{there} cannot be written to")
-    return path
-
-
-@contextmanager
-def _looking_at(path: Path) -> Iterator[None]:
-    """Refuse a path that the system cannot look up, such as one with too long a name."""
-    try:
-        yield
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{error.strerror}: {path}") from None
+@_path
+def directory_to_write(path: Path) -> str:
+    """A directory for files, which may not exist yet."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        return f"{there} is not a directory"
+    return "" if os.access(there, os.W_OK) else f"{there} cannot be written to"
 
 
 @contextmanager

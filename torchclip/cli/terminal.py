@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,7 @@ class _WithoutTrailingBlanks:
 
     def write(self, text: str) -> int:
         """Write whole lines, as rich does."""
-        lines = text.split("\n")
-        sys.stdout.write("\n".join([*(line.rstrip(" ") for line in lines[:-1]), lines[-1]]))
-        return len(text)
+        return sys.stdout.write(re.sub(" +\n", "\n", text))
 
     def flush(self) -> None:
         """Flush stdout."""

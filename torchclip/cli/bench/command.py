@@ -75,7 +75,8 @@ def run(
         console.width = WIDTH
     facts = machine()
     if device.type != "cpu":
-        facts["gradients on"] = _device_name(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        facts["gradients on"] = f"{device}, {name}"
     console.print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), highlight=False)
 
     # For --scaling, torch.compile would take hours, and optax would need memory for two more copies.
@@ -112,11 +113,6 @@ def _device(text: str) -> torch.device:
     if device.type == "meta":
         raise argparse.ArgumentTypeError("nothing is computed on the device 'meta'; choose cpu or cuda")
     return device
-
-
-def _device_name(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{device}, {name}"
 
 
 def machine() -> dict[str, str]:

@@ -206,20 +206,10 @@ def floors(gradients: Gradients) -> Contender:
     if flat.dtype == torch.bfloat16:  # converting costs time, so take the same bytes as float32
         flat = flat[: flat.numel() // 2 * 2].view(torch.float32)
 
-    def read(flat: Tensor, _: float) -> None:
-        flat.sum()
-
-    def read_then_write(flat: Tensor, _: float) -> None:
-        flat.sum()
-        flat.mul_(1.0)
-
-    def write(flat: Tensor, _: float) -> None:
-        flat.mul_(1.0)
-
-    calls = {
-        "norm": (read, flat),
-        "no clipping": (read, flat),
-        "clipping": (read_then_write, flat),
-        "value": (write, flat),
+    calls: dict[str, Callable[[Tensor, float], object]] = {
+        "norm": lambda flat, _: flat.sum(),
+        "no clipping": lambda flat, _: flat.sum(),
+        "clipping": lambda flat, _: (flat.sum(), flat.mul_(1.0)),
+        "value": lambda flat, _: flat.mul_(1.0),
     }
-    return Contender(calls, restore=lambda: None)
+    return Contender({name: (call, flat) for name, call in calls.items()}, restore=lambda: None)
