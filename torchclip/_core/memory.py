@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,20 +60,37 @@ _flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_ten
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.maybe_current_level
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
-# Whether there is a function mode: a number, being no tensor, shows nothing else.
-_has_function_mode: Callable[[], bool] = partial(torch.overrides.has_torch_function_unary, 0)
+
+def _in_c(function: Any) -> Callable[[], bool]:
+    """The function in C that a function of torch calls last, found by the names in its code; or itself.
+
+    In a training step, the frames in Python would take longer than all other checks together.
+    """
+    found: Any = torch
+    for name in function.__code__.co_names:
+        found = getattr(found, name, found)
+    chosen: Callable[[], bool] = found if isinstance(found, types.BuiltinFunctionType) else function
+    return chosen
+
+
+_is_tracing = _in_c(torch.jit.is_tracing)  # type: ignore[attr-defined]
+_has_torch_function: Callable[[object], bool] = torch.overrides.has_torch_function_unary
+_NO_TENSOR = 0
+"""Shows only whether there is a function mode."""
 with torch.device("cpu"):
     _DEVICE_MODE = type(torch.overrides._get_current_function_mode_stack()[-1])  # type: ignore[no-untyped-call]
 
-WATCHERS: tuple[Callable[[], object], ...] = (
-    _dispatch_modes,
-    _has_function_mode,
-    _transform,
-    _is_tracing,
+WATCHERS: tuple[tuple[Any, ...], ...] = (
+    (_dispatch_modes,),
+    (_has_torch_function, _NO_TENSOR),
+    (_transform,),
+    (_is_tracing,),
 )
-"""Each is true if operations may be observed: the kernel asks these, and ``FORWARD_AD``."""
+"""Functions with their arguments; each is true if operations may be observed.
+
+The kernel asks these, and ``FORWARD_AD``.
+"""
 FORWARD_AD = vars(forward_ad)
 """Its ``_current_level`` is at least 0 while operations carry tangents."""
 
@@ -86,7 +104,7 @@ def intercepted() -> bool:
     return (
         _is_compiling()
         or _dispatch_modes() > 0
-        or (_has_function_mode() and _sees_operations())
+        or (_has_torch_function(_NO_TENSOR) and _sees_operations())
         or _transform() is not None
         or _is_tracing()
         or FORWARD_AD["_current_level"] >= 0

@@ -13,24 +13,35 @@ namespace {
 // A function with no or one argument.  A function written in C is called directly: with cold caches, a call through
 // Python costs as much again as the work of torch's functions.
 class Function {
+    using Fast = PyObject* (*)(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* names);
+
     PyObject* object_ = nullptr;
-    PyCFunction direct_ = nullptr;
+    PyObject* argument_ = nullptr;  // that of each call, unless the call has its own
+    PyCFunction direct_ = nullptr;  // with one argument or null,
+    Fast fast_ = nullptr;           // or with an array of arguments, as pybind11's functions
     PyObject* self_ = nullptr;
 
   public:
-    void connect(PyObject* object) {
-        Py_INCREF(object);
-        object_ = object;
-        const bool is_builtin = Py_TYPE(object) == &PyCFunction_Type;
-        const int flags = is_builtin ? PyCFunction_GetFlags(object) : 0;
-        direct_ = flags == METH_NOARGS || flags == METH_O ? PyCFunction_GetFunction(object) : nullptr;
-        self_ = direct_ != nullptr ? PyCFunction_GetSelf(object) : nullptr;
+    void connect(PyObject* object, PyObject* argument = nullptr) {
+        object_ = new_reference(object);
+        Py_XINCREF(argument);
+        argument_ = argument;
+        if (Py_TYPE(object) != &PyCFunction_Type) return;
+        const int flags = PyCFunction_GetFlags(object);
+        const PyCFunction function = PyCFunction_GetFunction(object);
+        if (flags == METH_NOARGS || flags == METH_O) direct_ = function;
+        if (flags == (METH_FASTCALL | METH_KEYWORDS))
+            fast_ = reinterpret_cast<Fast>(reinterpret_cast<void (*)()>(function));
+        self_ = PyCFunction_GetSelf(object);
     }
 
     bool is_direct() const { return direct_ != nullptr; }
 
-    PyObject* operator()(PyObject* argument = nullptr) const {
-        return direct_ != nullptr ? direct_(self_, argument) : PyObject_CallFunctionObjArgs(object_, argument, nullptr);
+    PyObject* operator()() const { return (*this)(argument_); }
+    PyObject* operator()(PyObject* argument) const {
+        if (direct_ != nullptr) return direct_(self_, argument);
+        if (fast_ != nullptr) return fast_(self_, &argument, argument != nullptr, nullptr);
+        return PyObject_CallFunctionObjArgs(object_, argument, nullptr);
     }
 };
 

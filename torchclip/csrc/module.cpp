@@ -56,8 +56,11 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!PyTuple_Check(args[7]) || !PyDict_Check(args[10]))
         return PyErr_Format(PyExc_TypeError, "argument 7 must be a tuple, argument 10 a dictionary");
     torch.watchers.resize(size_t(PyTuple_Size(args[7])));
-    for (size_t i = 0; i < torch.watchers.size(); ++i)
-        torch.watchers[i].connect(PyTuple_GetItem(args[7], Py_ssize_t(i)));
+    for (size_t i = 0; i < torch.watchers.size(); ++i) {
+        PyObject *function, *argument = nullptr;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(args[7], Py_ssize_t(i)), "O|O", &function, &argument)) return nullptr;
+        torch.watchers[i].connect(function, argument);
+    }
     torch.forward_ad = new_reference(args[10]);
     torch.current_level = PyUnicode_InternFromString("_current_level");
     if (torch.current_level == nullptr) return nullptr;
