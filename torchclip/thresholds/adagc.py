@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torchclip._core import arguments, scalars
 from torchclip.thresholds import checks
@@ -14,6 +15,7 @@ from torchclip.thresholds.learned import Learned
 __all__ = ["AdaGC"]
 
 
+@dataclass(eq=False)
 class AdaGC(Learned):
     r"""Clip each parameter's gradient relative to a running mean of its own norm: AdaGC.
 
@@ -68,18 +70,22 @@ class AdaGC(Learned):
         [2.0, 4.0, 3.0]
     """
 
+    _kind = "AdaGC"
     _columns = ("_gamma", "_seen")
 
-    per_parameter = True
+    per_parameter: ClassVar[bool] = True
     """Tells a ``Clipper`` to measure the norm of each parameter."""
 
-    def __init__(
-        self, relative: float = 1.05, beta: float = 0.98, warmup: int = 100, max_norm: float = 1.0
-    ) -> None:
-        self.relative = checks.finite("relative", relative, text=True)
-        self.beta = checks.between("beta", beta, 1)
-        self.warmup = arguments.count("warmup", warmup, least=1)
-        self.max_norm = arguments.threshold("max_norm", max_norm)
+    relative: float = 1.05
+    beta: float = 0.98
+    warmup: int = 100
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.relative = checks.finite("relative", self.relative, text=True)
+        self.beta = checks.between("beta", self.beta, 1)
+        self.warmup = arguments.count("warmup", self.warmup, least=1)
+        self.max_norm = arguments.threshold("max_norm", self.max_norm)
         self._seen = 0
         self._gamma = math.inf  # until the first norm
 
@@ -117,25 +123,11 @@ class AdaGC(Learned):
         self._seen = where(learn & warming_up, seen + 1, seen)
         return max_norms
 
-    def state_dict(self) -> dict[str, Any]:
-        """The running mean, and the number of norms so far in the warm-up, as plain data."""
-        gamma = None if math.isinf(self._gamma) else self._gamma
-        return {"kind": "AdaGC", "gamma": gamma, "seen": self._seen}
+    def _state(self) -> dict[str, Any]:
+        return {"gamma": None if math.isinf(self._gamma) else self._gamma, "seen": self._seen}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict``; this object keeps its own arguments.
-
-        Raises:
-            TypeError: if ``state`` or a part of it is of a wrong type.
-            ValueError: if ``state`` is that of another kind of threshold.
-        """
-        checks.state_of(state, "AdaGC", ("gamma", "seen"))
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._require(state, "gamma", "seen")
         gamma = math.inf if state["gamma"] is None else checks.finite("state['gamma']", state["gamma"])
         self._seen = arguments.count("state['seen']", state["seen"], least=0)
         self._gamma = gamma
-
-    def __repr__(self) -> str:
-        return (
-            f"AdaGC(relative={self.relative}, beta={self.beta}, warmup={self.warmup}, "
-            f"max_norm={self.max_norm})"
-        )

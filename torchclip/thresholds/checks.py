@@ -8,7 +8,7 @@ from typing import Any
 
 from torchclip._core import arguments
 
-__all__ = ["between", "finite", "norm", "state_of", "window_of"]
+__all__ = ["between", "finite", "norm", "window_of"]
 
 
 def between(name: str, value: Any, most: float) -> float:
@@ -38,27 +38,16 @@ def finite(name: str, value: Any, text: bool = False) -> float:
     return norm
 
 
-def state_of(state: Mapping[str, Any], kind: str, keys: tuple[str, ...]) -> None:
-    """Raise an error for a saved state that is not of this kind of threshold, or lacks a key."""
-    arguments.saved("state", state, ["kind"], kind)
-    if state["kind"] != kind:
-        owner = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
-        raise ValueError(
-            f"`state` was taken from a threshold of kind {state['kind']!r}; {owner} cannot load it"
-        )
-    arguments.saved("state", state, keys, kind)
-
-
 def window_of(state: Mapping[str, Any], kind: str, window: int | None, owner: str) -> tuple[int, list[float]]:
     """The number of norms that a saved threshold has learned from, and the norms that it keeps, oldest first.
 
     Args:
         state: the saved state.
-        kind: the kind of threshold that it must have.
+        kind: the kind of threshold.
         window: how many norms the threshold that loads it keeps; None for all.
         owner: the name of that threshold in an error.
     """
-    state_of(state, kind, ("window", "seen", "norms"))
+    arguments.saved("state", state, ("window", "seen", "norms"), kind)
     if state["window"] != window:
         raise ValueError(
             f"`state` was taken with window={state['window']}, but this is {owner}; "

@@ -1,4 +1,4 @@
-"""What this package's thresholds have in common: a formula, and columns of numbers that they learn."""
+"""What this package's thresholds have in common: a state, a formula, and columns of what they learn."""
 
 from __future__ import annotations
 
@@ -11,17 +11,55 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
+from torchclip._core import arguments
 from torchclip._core.batch import Norms
 from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
 from torchclip.thresholds.forms import ARRAYS, FLOATS, Arrays, Tensors
 
-__all__ = ["Learned", "Rows", "has_own_update"]
+__all__ = ["Learned", "Rows", "Saved", "has_own_update"]
 
 Kind = TypeVar("Kind", bound="Learned")
 
 
-class Learned(ABC):
+class Saved(ABC):
+    """An object whose state is plain data, which names its kind."""
+
+    _kind: ClassVar[str]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, as plain data."""
+        return {"kind": self._kind, **self._state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict``; this object keeps its own arguments.
+
+        Raises:
+            TypeError: if ``state`` or a part of it is of a wrong type.
+            ValueError: if ``state`` is that of another kind of threshold, or of another ``window``.
+        """
+        self._require(state, "kind")
+        if state["kind"] != self._kind:
+            owner = f"{'an' if self._kind[0] in 'AEIOU' else 'a'} {self._kind}"
+            raise ValueError(
+                f"`state` was taken from a threshold of kind {state['kind']!r}; {owner} cannot load it"
+            )
+        self._load(state)
+
+    def _require(self, state: Mapping[str, Any], *keys: str) -> None:
+        """Raise an error for a state that lacks a key."""
+        arguments.saved("state", state, keys, self._kind)
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """The state without the kind."""
+
+    @abstractmethod
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of the right kind; nothing changes if a part of it is wrong."""
+
+
+class Learned(Saved):
     """A threshold that learns by a formula.
 
     It keeps what it has learned in attributes, the columns.  In an object that a user makes, each is a
@@ -46,14 +84,6 @@ class Learned(ABC):
             form: the functions for this kind of number.
             order: the order of the norms, for rules that join them.
         """
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """What was learned, as plain data."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict``; this object keeps its own arguments."""
 
     def copied(self: Kind) -> Kind:
         """An independent copy that has learned the same."""

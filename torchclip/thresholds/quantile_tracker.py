@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.thresholds import checks
+from torchclip.thresholds.learned import Saved
 
 __all__ = ["QuantileTracker"]
 
 
-class QuantileTracker:
+@dataclass(eq=False)
+class QuantileTracker(Saved):
     r"""A threshold for ``clip_per_example`` that leaves a given share of the examples unclipped.
 
     After each step, ``share`` is the share of the batch's examples that were not clipped:
@@ -52,10 +55,16 @@ class QuantileTracker:
         0.1051
     """
 
-    def __init__(self, quantile: float = 0.5, lr: float = 0.2, max_norm: float = 0.1) -> None:
-        self.quantile = checks.between("quantile", quantile, 1)
-        self.lr = checks.finite("lr", lr, text=True)
-        self.max_norm = _positive("max_norm", max_norm, text=True)
+    _kind = "QuantileTracker"
+
+    quantile: float = 0.5
+    lr: float = 0.2
+    max_norm: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.quantile = checks.between("quantile", self.quantile, 1)
+        self.lr = checks.finite("lr", self.lr, text=True)
+        self.max_norm = _positive("max_norm", self.max_norm, text=True)
 
     def update(self, share: float | Tensor) -> float:
         """Adapt the threshold to the last batch, and return it.
@@ -72,22 +81,12 @@ class QuantileTracker:
         self.max_norm = math.exp(min(max(exponent, -700.0), 700.0))
         return self.max_norm
 
-    def state_dict(self) -> dict[str, Any]:
-        """The threshold, as plain data."""
-        return {"kind": "QuantileTracker", "max_norm": self.max_norm}
+    def _state(self) -> dict[str, Any]:
+        return {"max_norm": self.max_norm}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict``; this object keeps its own arguments.
-
-        Raises:
-            TypeError: if ``state`` or a part of it is of a wrong type.
-            ValueError: if ``state`` is that of another kind of threshold.
-        """
-        checks.state_of(state, "QuantileTracker", ("max_norm",))
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._require(state, "max_norm")
         self.max_norm = _positive("state['max_norm']", state["max_norm"])
-
-    def __repr__(self) -> str:
-        return f"QuantileTracker(quantile={self.quantile}, lr={self.lr}, max_norm={self.max_norm})"
 
 
 def _positive(name: str, value: Any, text: bool = False) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torchclip._core import arguments
@@ -14,6 +15,7 @@ from torchclip.thresholds.window import in_order, in_slots
 __all__ = ["RollingSigma"]
 
 
+@dataclass(eq=False)
 class RollingSigma(Learned):
     r"""The mean of the last norms plus some standard deviations: norms above it are spikes.
 
@@ -53,12 +55,17 @@ class RollingSigma(Learned):
         [inf, inf, inf, 4.0, 4.0]
     """
 
+    _kind = "RollingSigma"
     _columns = ("_seen", "_slots")
 
-    def __init__(self, sigma: float = 6.0, window: int = 128, warmup: int = 64) -> None:
-        self.sigma = checks.finite("sigma", sigma, text=True)
-        self.window = arguments.count("window", window, least=2)
-        self.warmup = arguments.count("warmup", warmup, least=2)
+    sigma: float = 6.0
+    window: int = 128
+    warmup: int = 64
+
+    def __post_init__(self) -> None:
+        self.sigma = checks.finite("sigma", self.sigma, text=True)
+        self.window = arguments.count("window", self.window, least=2)
+        self.warmup = arguments.count("warmup", self.warmup, least=2)
         self._seen = 0
         # The norm that was learned as number i is in slot i % window: a resumed run adds in the same order.
         self._slots = [math.nan] * self.window
@@ -72,20 +79,9 @@ class RollingSigma(Learned):
         self._seen = where(learn, seen + 1, seen)
         return max_norms
 
-    def state_dict(self) -> dict[str, Any]:
-        """The window, as plain data."""
-        norms = in_order(self._slots, self._seen)
-        return {"kind": "RollingSigma", "window": self.window, "seen": self._seen, "norms": norms}
+    def _state(self) -> dict[str, Any]:
+        return {"window": self.window, "seen": self._seen, "norms": in_order(self._slots, self._seen)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict``; this object keeps its own arguments.
-
-        Raises:
-            TypeError: if ``state`` or a part of it is of a wrong type.
-            ValueError: if ``state`` is that of another kind of threshold or of another ``window``.
-        """
-        self._seen, norms = checks.window_of(state, "RollingSigma", self.window, repr(self))
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._seen, norms = checks.window_of(state, self._kind, self.window, repr(self))
         self._slots = in_slots(norms, self._seen, self.window)
-
-    def __repr__(self) -> str:
-        return f"RollingSigma(sigma={self.sigma}, window={self.window}, warmup={self.warmup})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torchclip._core import arguments
@@ -15,6 +16,7 @@ __all__ = ["ZScore"]
 ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
 
 
+@dataclass(eq=False)
 class ZScore(Learned):
     r"""Clip the steps whose norm is far above its running mean: ZClip.
 
@@ -68,27 +70,27 @@ class ZScore(Learned):
         [inf, inf, 2.5]
     """
 
+    _kind = "ZScore"
     _columns = ("_mean", "_std", "_seen")
 
-    def __init__(
-        self,
-        alpha: float = 0.97,
-        threshold: float = 2.5,
-        warmup: int = 25,
-        clip_option: ClipOption = "adaptive_scaling",
-        skip_update_on_spike: bool = False,
-        max_norm: float = math.inf,
-    ) -> None:
-        self.alpha = checks.between("alpha", alpha, 1)
-        self.threshold = arguments.threshold("threshold", threshold)
+    alpha: float = 0.97
+    threshold: float = 2.5
+    warmup: int = 25
+    clip_option: ClipOption = "adaptive_scaling"
+    skip_update_on_spike: bool = False
+    max_norm: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.alpha = checks.between("alpha", self.alpha, 1)
+        self.threshold = arguments.threshold("threshold", self.threshold)
         if math.isinf(self.threshold):
             raise ValueError(
                 "`threshold` is inf, so no step would be clipped; pass a finite z-score such as 2.5"
             )
-        self.warmup = arguments.count("warmup", warmup, least=1)
-        self.clip_option: ClipOption = arguments.option("clip_option", clip_option, get_args(ClipOption))
-        self.skip_update_on_spike = arguments.flag("skip_update_on_spike", skip_update_on_spike)
-        self.max_norm = arguments.threshold("max_norm", max_norm)
+        self.warmup = arguments.count("warmup", self.warmup, least=1)
+        arguments.option("clip_option", self.clip_option, get_args(ClipOption))
+        self.skip_update_on_spike = arguments.flag("skip_update_on_spike", self.skip_update_on_spike)
+        self.max_norm = arguments.threshold("max_norm", self.max_norm)
         self._mean = 0.0
         # The deviation, not the variance, as squares of large norms would overflow.
         self._std = 0.0
@@ -124,22 +126,15 @@ class ZScore(Learned):
             return mean + margin * (margin / where(spike, norms - mean, 1.0))
         return mean if self.clip_option == "mean" else mean + margin
 
-    def state_dict(self) -> dict[str, Any]:
-        """The mean and standard deviation, and the number of norms so far in the warm-up, as plain data."""
-        return {"kind": "ZScore", "mean": self._mean, "std": self._std, "seen": int(self._seen)}
+    def _state(self) -> dict[str, Any]:
+        return {"mean": self._mean, "std": self._std, "seen": int(self._seen)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict``; this object keeps its own arguments.
-
-        Raises:
-            TypeError: if ``state`` or a part of it is of a wrong type.
-            ValueError: if ``state`` is that of another kind of threshold.
-        """
-        checks.state_of(state, "ZScore", ("mean", "std"))
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._require(state, "mean", "std")
         if "warmup_norms" in state:
             self._load_state_of_0_1(state)
             return
-        checks.state_of(state, "ZScore", ("seen",))
+        self._require(state, "seen")
         mean = checks.finite("state['mean']", state["mean"])
         std = checks.finite("state['std']", state["std"])
         self._seen = float(arguments.count("state['seen']", state["seen"], least=0))
@@ -158,10 +153,3 @@ class ZScore(Learned):
         self._mean = self._std = self._seen = 0.0
         for norm in norms:
             self.update(norm)
-
-    def __repr__(self) -> str:
-        return (
-            f"ZScore(alpha={self.alpha}, threshold={self.threshold}, warmup={self.warmup}, "
-            f"clip_option={self.clip_option!r}, skip_update_on_spike={self.skip_update_on_spike}, "
-            f"max_norm={self.max_norm})"
-        )
