@@ -196,6 +196,30 @@ def test_a_first_call_for_optimizers_that_have_not_stepped_yet() -> None:
     assert not len(session.calls.stray)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_call_without_its_step_is_a_stray_if_no_optimizer_ever_stepped(steps: int) -> None:
+    w = weight(0.0)
+    optimizer = sgd(w)
+    with Session() as session:
+        for _ in range(steps):
+            step(optimizer, [2.0])
+        torch.nn.utils.clip_grad_norm_([w], 1.0)  # where the program was interrupted
+    assert len(session.calls.stray) == 1 - steps
+
+
+def test_a_call_for_each_of_many_parameters_belongs_to_their_step() -> None:
+    weights = [weight(0.0) for _ in range(100)]
+    optimizer = sgd(*weights)
+    with Session() as session:
+        for _ in range(2):
+            for w in weights:
+                w.grad = torch.ones(1)
+                torch.nn.utils.clip_grad_norm_([w], 0.5)
+            optimizer.step()
+    assert [r.total_norm for r in session.history] == [10.0] * 2
+    assert not len(session.calls.stray)
+
+
 def test_two_calls_for_parts_of_an_optimizer_make_one_norm() -> None:
     first, second = weight(0.0, 0.0), weight(0.0, 0.0)
     optimizer = sgd(first, second)

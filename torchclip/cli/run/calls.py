@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import KeysView, Sequence
+from collections.abc import Container, KeysView, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import ref
@@ -83,27 +83,31 @@ class Calls:
         place = frozenset(map(id, parameters))
         waiting = self._waiting.get(place)
         if waiting is None or waiting.is_taken or waiting.first() is None:
-            self._remove(place)
+            self._drop(place)
             self._waiting[place] = _Waiting([call], ref(parameters[0]), set(place))
             if len(self._waiting) > _MOST_PLACES:
-                self._remove(next(iter(self._waiting)))
+                self._drop(next(iter(self._waiting)))
             return None
         waiting.calls.append(call)
         if len(waiting.calls) > _MOST_CALLS:
             self._add_stray(waiting.calls.pop(0))
         return None
 
-    def _remove(self, place: frozenset[int]) -> None:
+    def _drop(self, place: frozenset[int], known: Container[int] = ()) -> None:
         """Remove the calls on some parameters; they are strays if no optimizer has stepped."""
         waiting = self._waiting.pop(place, None)
-        if waiting is not None and not waiting.is_taken:
+        if waiting is not None and not waiting.is_taken and not any(key in known for key in place):
             for call in waiting.calls:
                 self._add_stray(call)
 
-    def finish(self) -> None:
-        """Remove all calls, as no optimizer will step any more."""
+    def finish(self, known: Container[int] = ()) -> None:
+        """Remove all calls, as no optimizer will step any more.
+
+        Args:
+            known: the ``id`` of each parameter of an optimizer that has stepped, whose calls are no strays.
+        """
         for place in [*self._waiting]:
-            self._remove(place)
+            self._drop(place, known)
 
     def _add_stray(self, call: Call) -> None:
         self.stray.append(self._strays, *call.numbers)
@@ -115,6 +119,8 @@ class Calls:
         Args:
             parameters: the ``id`` of each of its parameters.
         """
+        if not self._waiting:
+            return None
         not_taken: list[Call] = []
         calls = []
         for place, waiting in [*self._waiting.items()]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.util
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, get_args
 
 from torchclip.cli.options import count, file_to_write, max_norm, need, picture_file, refusal
 from torchclip.cli.run.files import Files
+from torchclip.cli.run.progress import Progress
 from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import about, histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
@@ -31,8 +31,6 @@ from torchclip.history.history import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from torchclip.cli.run.progress import Progress
 
 __all__ = ["add_arguments", "run"]
 
@@ -213,7 +211,7 @@ class _Session:
     """
 
     def __init__(self, trial: Trial) -> None:
-        self._progress = _progress()
+        self._progress = Progress()
         self._recording = Recording(trial, self._progress)
         self.status = 0
         self._began = False
@@ -224,8 +222,7 @@ class _Session:
     def run(self, main: Callable[[], object]) -> None:
         """Run the script, and report its errors as Python would."""
         self._recording.attach()
-        if self._progress is not None:
-            self._progress.attach()
+        self._progress.attach()
         self._start = time.perf_counter()
         try:
             main()
@@ -247,8 +244,7 @@ class _Session:
         self._began = error.__traceback__ is not None
         if not self._began and isinstance(error, ImportError):
             raise refusal(f"argument SCRIPT: {error}") from None
-        if self._progress is not None:
-            self._progress.clear()
+        self._progress.clear()
         sys.excepthook(type(error), error, error.__traceback__)
         interrupted = isinstance(error, KeyboardInterrupt)
         self.status = 130 if interrupted else 1
@@ -258,8 +254,7 @@ class _Session:
         """Print the report and write the files; returns the exit status if a file cannot be written."""
         seconds = time.perf_counter() - self._start
         self._recording.detach()
-        if self._progress is not None:
-            self._progress.detach()
+        self._progress.detach()
         # A forked child that gets here has nothing to report, and one of many ranks is enough.
         if not self._began or os.getpid() != self._process or os.environ.get("RANK", "0") != "0":
             return 0
@@ -282,13 +277,3 @@ def _figure(histories: Mapping[str, History]) -> Figure:
 
     columns = {label: history.as_dict() for label, history in histories.items() if len(history)}
     return histories_figure(columns) if columns else empty_figure("no optimizer took a step")
-
-
-def _progress() -> Progress | None:
-    """A progress line, if there is a terminal, and rich to draw it."""
-    shows = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    if not shows or importlib.util.find_spec("rich") is None:
-        return None
-    from torchclip.cli.run.progress import Progress
-
-    return Progress()

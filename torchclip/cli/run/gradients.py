@@ -15,13 +15,13 @@ __all__ = ["nonfinite_ids", "norm_of", "norms_of"]
 
 def norm_of(parameters: Sequence[Tensor]) -> Norm | None:
     """The norm of all gradients together, on an accelerator a tensor; None if there are none."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [grad for parameter in parameters if (grad := parameter.grad) is not None]
     return gather.tensors(grads).norm(2.0) if grads else None
 
 
 def norms_of(parameters: Sequence[Tensor]) -> tuple[list[Tensor], Norms]:
     """The norm of each gradient, and its parameter: the last of those that share it."""
-    of_gradient = {id(p.grad): (p, p.grad) for p in parameters if p.grad is not None}
+    of_gradient = {id(grad): (p, grad) for p in parameters if (grad := p.grad) is not None}
     grads = [grad for _, grad in of_gradient.values()]
     return [p for p, _ in of_gradient.values()], gather.tensors(grads).norms(2.0)
 

@@ -33,6 +33,7 @@ class LossRecorder:
         self.backwards = 0
         self._pending: Loss | None = None
         self._is_closed = False
+        self._is_scaled = False  # whether a scaler has scaled any loss
         # A scaled loss → the original loss; and the last scaler, for values computed from its result.
         self._unscaled = WeakTensorKeyDictionary()
         self._scaled_by: Callable[[Tensor], Any] | None = None
@@ -96,7 +97,7 @@ class LossRecorder:
         scaled_by, self._scaled_by = self._scaled_by, None
         if self._is_closed:
             return
-        if len(self._unscaled) and tensor in self._unscaled:
+        if self._is_scaled and tensor in self._unscaled:
             value: Loss = self._unscaled[tensor]
         else:
             value = _value(tensor)
@@ -110,7 +111,7 @@ class LossRecorder:
             for each, before in _pairs(scaled, outputs):
                 if before.numel() == 1:
                     self._unscaled[each] = _value(before)
-            self._scaled_by = functools.partial(original, scaler)
+            self._scaled_by, self._is_scaled = functools.partial(original, scaler), True
         return scaled
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchclip.cli.run.calls import Call
 from torchclip.cli.run.losses import Loss
 from torchclip.cli.run.names import parameter_names, variable_names
+from torchclip.clipper.clipper import Clipper
 from torchclip.clipper.step import Member, Step
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
@@ -41,6 +42,7 @@ class OptimizerRecord:
         loss: the loss of this step, if it is known.
         call: what torch's functions did to the gradients of this step, if a Clipper of this run measures them
             afterwards.
+        clipper: its Clipper in this step, if it has one.
         is_measured: whether this step is recorded.
     """
 
@@ -58,6 +60,7 @@ class OptimizerRecord:
         self.step = Step(self.optimizer, Member(self.optimizer))
         self.loss: Loss | None = None
         self.call: Call | None = None
+        self.clipper: Clipper | None = None
         self.is_measured = False
         self.read_parameters(optimizer)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.control import Control
-from rich.segment import ControlType
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, TextIO
 
 from torchclip.cli.run.optimizer import OptimizerRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Progress"]
 
@@ -22,17 +22,24 @@ _SECONDS = 0.5  # seconds between updates
 class Progress:
     """Draws the line on stderr, a terminal, and removes it before the program writes anything.
 
-    While the program's own last line is unfinished, such as a progress bar, there is no line.
+    While the program's own last line is unfinished, such as a progress bar, there is no line.  There is none
+    at all without a terminal, without rich, and on other ranks than the first.
     """
 
     def __init__(self) -> None:
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console: Console | None = None
         self._next = time.perf_counter() + _SECONDS
         self._shown = False
         self._proxies: dict[str, _ClearingStream] = {}
 
     def attach(self) -> None:
         """Wrap stdout and stderr if they are terminals."""
+        shows = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        if not shows or importlib.util.find_spec("rich") is None:
+            return
+        from rich.console import Console
+
+        self._console = Console(file=sys.stderr, highlight=False)
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is not None and stream.isatty():
@@ -48,6 +55,8 @@ class Progress:
 
     def __call__(self, optimizer: OptimizerRecord) -> None:
         """Redraw the line if it is time."""
+        if self._console is None:
+            return
         now = time.perf_counter()
         if now < self._next or not all(proxy.line_has_ended for proxy in self._proxies.values()):
             return
@@ -58,12 +67,15 @@ class Progress:
             clipped = f", clipped to {record.max_norm:.4g}" if record.clipped else ""
             text += f", norm {record.total_norm:.4g}{clipped}"
         self.clear()
-        self._console.print(Text(text[: self._console.width - 1], style="dim"), end="")
+        self._console.print(text[: self._console.width - 1], style="dim", end="", markup=False)
         self._shown = True
 
     def clear(self) -> None:
         """Remove the line."""
-        if self._shown:
+        if self._shown and self._console is not None:
+            from rich.control import Control
+            from rich.segment import ControlType
+
             self._shown = False
             self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 

@@ -56,6 +56,8 @@ class StepRecorder:
         self._progress = progress
         self._by_id: dict[int, OptimizerRecord] = {}
         self._clippers = TrialClippers(trial)
+        # This code must not be compiled together with the program's step.
+        self._hooks = not_compiled(self._before_step), not_compiled(self._after_step)
         self._detach: list[Callable[[], None]] = []
         # Of the steps after the first one: their number, the time that recording took, begin and end.
         self._timed, self._seconds, self._begin, self._end = -1, 0.0, 0.0, 0.0
@@ -72,10 +74,9 @@ class StepRecorder:
 
     def attach(self) -> None:
         """Record from now on."""
-        # This code must not be compiled together with the program's step.
         self._detach += [
-            register_optimizer_step_pre_hook(not_compiled(self._before_step)).remove,
-            register_optimizer_step_post_hook(not_compiled(self._after_step)).remove,
+            register_optimizer_step_pre_hook(self._hooks[0]).remove,
+            register_optimizer_step_post_hook(self._hooks[1]).remove,
             self._clippers.attach(),
         ]
 
@@ -93,9 +94,11 @@ class StepRecorder:
         start = time.perf_counter()
         if record is None or not record.step.begin():
             return None
-        self._clippers.begin_step(optimizer, self._losses.backwards)
+        if self.trial.clips:
+            self._clippers.begin_step(optimizer, self._losses.backwards)
         record.rounds.append((record.steps, self._losses.backwards))
-        record.loss, record.call, record.is_measured = self._losses.take(), None, False
+        record.loss, record.is_measured = self._losses.take(), False
+        record.call = record.clipper = None
         replaced = None
         if len(args) > 1 or kwargs:
             measured_after = partial(partial, self._call_closure, record, optimizer)
@@ -130,10 +133,10 @@ class StepRecorder:
         if len(args) > 1 or kwargs:  # later calls of the closure do not count
             self._losses.take()
             self._calls.take(record.names.keys())
-        clipper = clipper_of(optimizer)
-        if clipper is not None:
-            self._read_clipper(record, optimizer, clipper)
+        if record.clipper is not None:
+            self._read_clipper(record, optimizer, record.clipper)
             self._clippers.end_step(optimizer)
+            record.clipper = None
         # A Clipper does this for its own history.
         if record.steps >= record.history.clipped_sizes.next_step and record.problem is None:
             try:
@@ -153,7 +156,7 @@ class StepRecorder:
         record.is_measured = True
         try:
             call = record.call = self._calls.take(record.names.keys())
-            clipper = clipper_of(optimizer)
+            clipper = record.clipper = clipper_of(optimizer)
             if clipper is not None:
                 if record.loss is not None and clipper.loss is None:
                     clipper.loss = record.loss

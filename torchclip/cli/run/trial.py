@@ -185,4 +185,6 @@ class _Round:
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Record the gradients with which an optimizer has stepped."""
-        self._stepped[id(optimizer)].mark(sample=False)
+        member = self._stepped.get(id(optimizer))
+        if member is not None:  # another step within this one may have begun a new round
+            member.mark(sample=False)
