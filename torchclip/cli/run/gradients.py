@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from torchclip._core import gather
 from torchclip._core.batch import Norm, Norms
-from torchclip._core.scalars import is_finite, numbers
+from torchclip._core.scalars import numbers
 
 __all__ = ["nonfinite_ids", "norm_of", "norms_of"]
 
@@ -29,4 +30,4 @@ def norms_of(parameters: Sequence[Tensor]) -> tuple[list[Tensor], Norms]:
 def nonfinite_ids(parameters: Sequence[Tensor]) -> list[int]:
     """The ``id`` of each parameter whose gradient is not finite.  Waits for an accelerator."""
     found, norms = norms_of(parameters)
-    return [id(p) for p, norm in zip(found, numbers(norms), strict=True) if not is_finite(norm)]
+    return [id(p) for p, norm in zip(found, numbers(norms), strict=True) if not math.isfinite(norm)]
