@@ -136,6 +136,7 @@ class ByHand:
                 finite = [grad[np.isfinite(grad)] for grad in grads.values()]
                 everything |= {k: np.where(np.isfinite(g), g, 0.0) for k, g in grads.items()}
                 if not sum(map(len, finite)):
+                    limits += [asked[name]] if name in asked else []  # from before user code ran
                     continue
                 norm = self.norm(finite)
             learned = own == "none" and self.rule in LEARNED

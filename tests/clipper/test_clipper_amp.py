@@ -69,9 +69,10 @@ def all_bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[bytes]:
     return [bits(t) for t in [*model.parameters(), *state]]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@unscaled_or_not
-@fused_or_not
+@pytest.mark.parametrize(
+    ("fused", "unscales", "dtype"),
+    [(False, False, torch.float16), (True, False, torch.bfloat16), (True, True, torch.float16)],
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_the_run_is_that_of_unscaling_clipping_and_stepping(
     name: str, fused: bool, unscales: bool, dtype: torch.dtype
@@ -119,13 +120,15 @@ def sgd(fused: bool, **options: Any) -> torch.optim.SGD:
 GRADS = [torch.tensor([3.0, 4.0]), torch.tensor([12.0])]
 
 
-@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
-@unscaled_or_not
-@fused_or_not
 @pytest.mark.parametrize(
-    "max_norm",
-    [2.0, lambda step: 2.0 + step, Percentile(0), INF],
-    ids=["number", "callable", "threshold", "inf"],
+    ("max_norm", "fused", "unscales", "scope"),
+    [
+        (lambda step: 2.0 + step, False, False, "global"),
+        (Percentile(0), False, False, "group"),
+        (Percentile(0), True, False, "global"),
+        (Percentile(0), True, True, "parameter"),
+        (INF, True, False, "parameter"),
+    ],
 )
 def test_norms_and_thresholds_are_of_the_unscaled_gradients(
     max_norm: Any, fused: bool, unscales: bool, scope: Scope
@@ -148,13 +151,12 @@ def test_norms_and_thresholds_are_of_the_unscaled_gradients(
     torch.testing.assert_close(of_scaled[3], state, rtol=1e-5, atol=0)
 
 
-@unscaled_or_not
 @fused_or_not
-@pytest.mark.parametrize("norm_type", [0, 1, 3, "inf"])
-def test_every_order(norm_type: float | str, fused: bool, unscales: bool) -> None:
+@pytest.mark.parametrize("norm_type", [0, 3])
+def test_orders_that_random_trainings_lack(norm_type: float, fused: bool) -> None:
     optimizer = sgd(fused)
     clipper = Clipper(optimizer, 1.0, norm_type=norm_type)
-    scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS, unscales)
+    scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS)
     expected = float(torchclip.get_total_norm(GRADS, norm_type))
     assert last_of(clipper).total_norm == pytest.approx(expected, rel=1e-6)
 
@@ -171,28 +173,24 @@ def test_coefficients_beyond_float32(max_norm: Any, fused: bool) -> None:
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "error", "skip", "zero"])
-@pytest.mark.parametrize("value", [INF, NAN])
-@unscaled_or_not
-@fused_or_not
-def test_overflows_are_the_scalers_to_treat(
-    fused: bool, unscales: bool, value: float, nonfinite: Nonfinite
-) -> None:
+@pytest.mark.parametrize("nonfinite", ["error", "zero"])
+@pytest.mark.parametrize(("fused", "value"), [(False, INF), (True, NAN)])
+def test_overflows_are_the_scalers_to_treat(fused: bool, value: float, nonfinite: Nonfinite) -> None:
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
     clipper = Clipper(optimizer, Percentile(50, max_norm=1.0), nonfinite=nonfinite)
     scaler = GradScaler("cpu", init_scale=SCALE)
     finite = [randn(*p.shape, seed=5) for p in model.parameters()]
-    scaled_step(optimizer, scaler, finite, unscales)
+    scaled_step(optimizer, scaler, finite)
     before, learned = all_bits(model, optimizer), clipper.state_dict()["thresholds"]
     spoiled = [g.clone() for g in finite]
     spoiled[2][0] = value
-    scaled_step(optimizer, scaler, spoiled, unscales)
+    scaled_step(optimizer, scaler, spoiled)
     assert all_bits(model, optimizer) == before
     assert clipper.state_dict()["thresholds"] == learned
     assert scaler.get_scale() == SCALE / 2
     assert [r.skipped for r in clipper.history] == ([False, True] if fused else [False])
-    scaled_step(optimizer, scaler, finite, unscales)
+    scaled_step(optimizer, scaler, finite)
     assert all_bits(model, optimizer) != before
     assert not last_of(clipper).skipped
 
@@ -252,51 +250,6 @@ def test_after_a_plain_step_that_failed_the_scalers_next_is_as_usual(unscales: b
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.data.zero_()
     scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS, unscales)
-    assert last_of(clipper).total_norm == pytest.approx(13.0)
-    assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])
-    assert not hasattr(optimizer, "grad_scale")
-
-
-def test_after_a_scalers_step_that_failed_its_next_is_as_usual() -> None:
-    optimizer = torch.optim.SGD(with_gradients([torch.zeros(2), torch.zeros(1)]), lr=1.0, fused=True)
-    clipper = Clipper(optimizer, 1.0)
-    with interrupted_sgd():
-        scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS)
-    scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE / 4), GRADS)
-    assert last_of(clipper).total_norm == pytest.approx(13.0)
-    assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])
-    assert not hasattr(optimizer, "grad_scale")
-
-
-@fused_or_not
-@unscaled_or_not
-@pytest.mark.parametrize("raises", ["on_clip", "max_norm", "update"])
-def test_after_an_exception_before_a_scalers_step_its_next_is_as_usual(
-    raises: str, unscales: bool, fused: bool
-) -> None:
-    def fail(*_: object) -> float:
-        if failing:
-            raise KeyboardInterrupt
-        return 1.0
-
-    class Failing(Percentile):
-        def update(self, norm: float) -> float:
-            return fail()
-
-    failing = True
-    optimizer = sgd(fused)
-    options: dict[str, dict[str, Any]] = {
-        "on_clip": {"max_norm": 1.0, "on_clip": fail},
-        "max_norm": {"max_norm": fail},
-        "update": {"max_norm": Failing()},
-    }
-    clipper = Clipper(optimizer, **options[raises])
-    with pytest.raises(KeyboardInterrupt):
-        scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE), GRADS, unscales)
-    assert not hasattr(optimizer, "grad_scale")
-    assert not hasattr(optimizer, "found_inf")
-    failing = False
-    scaled_step(optimizer, GradScaler("cpu", init_scale=SCALE / 4), GRADS, unscales)
     assert last_of(clipper).total_norm == pytest.approx(13.0)
     assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-3 / 13, -4 / 13])
     assert not hasattr(optimizer, "grad_scale")

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from clipper_helpers import INF, NAN, Net, backward, fused_or_not, sgd, train
+from clipper_helpers import INF, NAN, Net, backward, sgd, train
 from helpers import interrupted_sgd, with_gradients
 from torch import nn
 from torch.amp import GradScaler
@@ -13,8 +13,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from torchclip import Clipper
 from torchclip.clipper import Scope
-
-pytestmark = pytest.mark.usefixtures("each_way")
 
 NAMES = ["embedding.weight", "inner.weight", "outer.weight"]
 
@@ -122,11 +120,11 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
 # Layers over time
 
 
-@fused_or_not
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("scope", ["global", "group", "parameter"])
-def test_layers_at_every_third_step(scope: Scope, fused: bool) -> None:
+def test_layers_at_every_third_step(scope: Scope) -> None:
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=scope == "global")
     clipper = Clipper(optimizer, 0.5, scope=scope, model=model, layers_every=3)
     norms: list[list[float]] = []
     train(

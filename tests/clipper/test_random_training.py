@@ -160,7 +160,7 @@ class Training:
         self.say(f"{'freeze' if frozen else 'thaw'} group {i}")
 
     def save_and_load(self) -> None:
-        before, way = self.clipper, self.rng.choice(["json", "torch.save", "dcp"])
+        before, way = self.clipper, self.rng.choice(["json", "json", "torch.save", "dcp"])
         state = json.loads(json.dumps(before.state_dict()))
         if way == "torch.save":
             file = io.BytesIO()
@@ -218,11 +218,14 @@ class Training:
                 loss = torch.stack(terms).sum()
                 torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
         present = [p for p in self.parameters if p.grad is not None and p.shape == (3,)]
-        # Torch's fused step for a GradScaler divides such a one twice.
-        may_share = self.scope != "parameter" and (self.scaler is None or not self.fused)
-        if len(present) > 1 and may_share and self.rng.random() < 0.1:
+        if len(present) > 1 and self.may_share and self.rng.random() < 0.1:
             present[0].grad = present[1].grad
             self.say("two parameters share a gradient")
+
+    @property
+    def may_share(self) -> bool:
+        """Whether parameters may share a gradient, which torch's fused step with a scale divides twice."""
+        return self.scaler is None or not self.fused
 
     # User code within a step
 
@@ -239,13 +242,15 @@ class Training:
         for p in self.parameters:
             if self.rng.random() < 0.5:
                 continue
-            factor = self.rng.choice([0.5, 1.0, 3.0])
+            factor = self.rng.choice([0.5, 1.0, 3.0] * 5 + [math.nan])
             if p.grad is None:
                 if self.rng.random() < 0.5:
                     values = torch.randn(p.shape, generator=self.torch_rng, dtype=torch.float64)
                     p.grad = (values * (self.size * self.divisor)).to(self.dtype)
                 continue
-            way = self.rng.choice(["replace", "data", "set_", "in place", "none", "resize_"])
+            way = self.rng.choice(
+                ["replace", "data", "set_", "in place", "unseen", "none", "resize_", "share"]
+            )
             self.say(f"  {way} a gradient of shape {tuple(p.shape)}, times {factor}")
             new = p.grad * factor
             if way == "replace":
@@ -256,8 +261,13 @@ class Training:
                 p.grad.set_(new)  # type: ignore[call-overload]
             elif way == "in place":
                 p.grad.mul_(factor)
+            elif way == "unseen":  # which increments no version
+                p.grad.data.mul_(factor)
             elif way == "none":
                 p.grad = None
+            elif way == "share" and self.may_share:
+                others = [q for q in self.parameters if q.shape == p.shape]
+                p.grad = self.rng.choice(others).grad
             elif p.grad.numel() and p.grad.untyped_storage().resizable():
                 p.grad.resize_(1000).resize_(p.shape).copy_(new)
 

@@ -267,7 +267,9 @@ def test_a_state_without_spikes_forgets_them() -> None:
     fresh = str(clipper.state_dict()["spikes"])
     train(model, optimizer, range(4))
     assert str(clipper.state_dict()["spikes"]) != fresh
-    clipper.load_state_dict(run("number")[2].state_dict())
+    without = run("number")[2]
+    without.load_state_dict(clipper.state_dict())
+    clipper.load_state_dict(without.state_dict())
     assert str(clipper.state_dict()["spikes"]) == fresh
 
 
@@ -331,11 +333,16 @@ def test_a_history_is_a_clippers_own() -> None:
     first.step()
     kept = clipper.history
     for wrong, error in (([], TypeError), (None, TypeError), (other.history, ValueError)):
-        with pytest.raises(error, match="`history`"):
+        with pytest.raises(error, match=r"`history` (must be a torchclip|already belongs)"):
             clipper.history = wrong  # type: ignore[assignment]
         assert clipper.history is kept
-    first.step()
-    assert len(clipper.history) == 2
+    clipper.history = kept
+    for _ in range(1100):  # more than are kept before they are recorded
+        first.step()
     clipper.history = History(maxlen=1)
     first.step()
-    assert (len(kept), len(clipper.history)) == (2, 1)
+    assert (len(kept), len(clipper.history)) == (1101, 1)
+    clipper.detach()
+    other.history = kept  # which nobody has any more
+    second.step()
+    assert (len(kept), kept[-1].step) == (1102, 0)

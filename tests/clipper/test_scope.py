@@ -25,17 +25,6 @@ from torchclip.clipper import Scope
 pytestmark = pytest.mark.usefixtures("each_way")
 
 
-@fused_or_not
-def test_a_gradient_that_two_parameters_share_is_scaled_once(fused: bool) -> None:
-    first, second = parameters = with_gradients([torch.tensor([3.0, 4.0]), None])
-    second.grad = first.grad
-    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=fused)
-    Clipper(optimizer, 1.0)
-    optimizer.step()
-    assert first.grad.tolist() == pytest.approx([0.6, 0.8])
-    assert second.tolist() == pytest.approx([-0.6, -0.8])
-
-
 def test_shared_gradients_with_a_threshold_for_each_parameter() -> None:
     first, second, third = parameters = with_gradients([torch.tensor([3.0, 4.0]), None, torch.tensor([1.0])])
     second.grad = first.grad
@@ -45,34 +34,21 @@ def test_shared_gradients_with_a_threshold_for_each_parameter() -> None:
     assert (first.grad.tolist(), third.grad.tolist()) == (pytest.approx([1.2, 1.6]), [1.0])
 
 
-@fused_or_not
-def test_parameters_without_gradients_are_passed_over(fused: bool) -> None:
-    parameters = with_gradients([None, torch.tensor([3.0, 4.0]), None])
-    optimizer = torch.optim.Adam(parameters, fused=fused)
-    clipper = Clipper(optimizer, 1.0)
-    optimizer.step()
-    assert parameters[1].grad.tolist() == pytest.approx([0.6, 0.8])
-    assert list(clipper.norms()) == ["param_groups[0]['params'][1]"]
-    assert len(optimizer.state) == 1
-
-
-@fused_or_not
 @each_scope
-def test_a_step_without_any_gradient(scope: Scope, fused: bool) -> None:
-    optimizer = torch.optim.Adam(with_gradients([None, None]), fused=fused)
+def test_a_step_without_any_gradient(scope: Scope) -> None:
+    optimizer = torch.optim.Adam(with_gradients([None, None]))
     clipper = Clipper(optimizer, 1.0, scope=scope)
     optimizer.step()
     assert last_of(clipper)[1:] == (0.0, 1.0 if scope != "parameter" else INF, 1.0, False, False, False, None)
     assert clipper.norms() == {}
 
 
-@fused_or_not
 @pytest.mark.parametrize(
     ("scope", "expected"),
     [("global", [5 / 125**0.5, 10 / 125**0.5]), ("group", [1, 1]), ("parameter", [1, 1])],
 )
-def test_what_is_clipped_together(scope: Scope, expected: list[float], fused: bool) -> None:
-    optimizer = two_groups(fused)
+def test_what_is_clipped_together(scope: Scope, expected: list[float]) -> None:
+    optimizer = two_groups()
     clipper = Clipper(optimizer, 1.0, scope=scope)
     optimizer.step()
     assert grad_norms(optimizer) == pytest.approx(expected, rel=1e-5)
@@ -80,17 +56,9 @@ def test_what_is_clipped_together(scope: Scope, expected: list[float], fused: bo
     assert last_of(clipper).clip_coef == pytest.approx(1 / 125**0.5 if scope == "global" else 0.1, rel=1e-5)
 
 
-def test_parameters_of_a_group_apart() -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])])
-    Clipper(optimizer, 1.0, scope="parameter")
-    optimizer.step()
-    assert grad_norms(optimizer) == pytest.approx([1.0, 0.5], rel=1e-5)
-
-
-@fused_or_not
 @each_scope
-def test_a_groups_own_max_norm_can_change(scope: Scope, fused: bool) -> None:
-    optimizer = two_groups(fused, max_norm=0.5)
+def test_a_groups_own_max_norm_can_change(scope: Scope) -> None:
+    optimizer = two_groups(max_norm=0.5)
     clipper = Clipper(optimizer, 2.0, scope=scope)
     seen = []
     for own in (0.5, None, torch.tensor(4.0)):
@@ -104,9 +72,8 @@ def test_a_groups_own_max_norm_can_change(scope: Scope, fused: bool) -> None:
     assert [r.total_norm for r in clipper.history] == pytest.approx([125**0.5] * 3)
 
 
-@fused_or_not
-def test_all_groups_unclipped(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
+def test_all_groups_unclipped() -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])])
     optimizer.param_groups[0]["max_norm"] = None
     clipper = Clipper(optimizer, 1.0)
     optimizer.step()
@@ -114,12 +81,9 @@ def test_all_groups_unclipped(fused: bool) -> None:
     assert clipper.last == (0, 5.0, INF, 1.0, False, False, False, None)
 
 
-@fused_or_not
 @pytest.mark.parametrize(("own", "error"), [(-1.0, ValueError), (NAN, ValueError), ("abc", TypeError)])
-def test_a_groups_own_max_norm_is_checked_before_anything_changes(
-    own: Any, error: type[Exception], fused: bool
-) -> None:
-    optimizer = two_groups(fused, max_norm=own)
+def test_a_groups_own_max_norm_is_checked_before_anything_changes(own: Any, error: type[Exception]) -> None:
+    optimizer = two_groups(max_norm=own)
     clipper = Clipper(optimizer, 1.0, scope="group")
     before = everything(optimizer)
     with pytest.raises(error, match=r"param_groups\[1\]\['max_norm'\]"):
@@ -127,27 +91,6 @@ def test_a_groups_own_max_norm_is_checked_before_anything_changes(
     assert grad_norms(optimizer) == [5.0, 10.0]
     assert everything(optimizer) == before
     assert clipper.last is None
-
-
-@fused_or_not
-def test_a_callable_gets_the_number_of_the_step(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
-    clipper = Clipper(optimizer, lambda step: 4.0 - step)
-    for _ in range(3):
-        optimizer.step()
-    assert [r.max_norm for r in clipper.history] == [4.0, 3.0, 2.0]
-    assert grad_norms(optimizer) == pytest.approx([2.0])
-
-
-@fused_or_not
-def test_a_users_own_threshold(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
-    clipper = Clipper(optimizer, Answering(INF, 2.0))
-    optimizer.step()
-    assert grad_norms(optimizer) == [5.0]
-    optimizer.step()
-    assert grad_norms(optimizer) == pytest.approx([2.0])
-    assert clipper.thresholds["all"].state_dict() == {"asked": [5.0, 5.0]}
 
 
 @each_scope
@@ -165,7 +108,6 @@ def test_what_is_clipped_apart_learns_apart(scope: Scope) -> None:
     assert threshold.state_dict()["norms"] == []
 
 
-@fused_or_not
 @pytest.mark.parametrize(
     ("max_norm", "error", "message"),
     [
@@ -178,9 +120,9 @@ def test_what_is_clipped_apart_learns_apart(scope: Scope) -> None:
     ],
 )
 def test_impossible_thresholds_are_refused_before_anything_changes(
-    max_norm: Any, error: type[Exception], message: str, fused: bool
+    max_norm: Any, error: type[Exception], message: str
 ) -> None:
-    optimizer = two_groups(fused)
+    optimizer = two_groups()
     clipper = Clipper(optimizer, max_norm)
     before = everything(optimizer)
     with pytest.raises(error, match=message):
@@ -219,16 +161,13 @@ def of_norms(*norms: float) -> list[Tensor]:
     return [torch.tensor([0.0, norm]) for norm in norms]
 
 
-@fused_or_not
 @each_scope
 @pytest.mark.parametrize(
     "max_norm", [Percentile(100), ZScore(warmup=1, threshold=0.0)], ids=["Percentile", "ZScore"]
 )
-def test_a_part_without_gradients_teaches_a_threshold_nothing(
-    max_norm: Any, scope: Scope, fused: bool
-) -> None:
+def test_a_part_without_gradients_teaches_a_threshold_nothing(max_norm: Any, scope: Scope) -> None:
     first, second = with_gradients(of_norms(4.0, 3.0))
-    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0, fused=fused)
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
     clipper = Clipper(optimizer, max_norm, scope=scope)
     optimizer.step()
     learned = clipper.state_dict()["thresholds"]
@@ -267,8 +206,9 @@ def test_zeros_are_gradients_too(scope: Scope) -> None:
 
 
 @fused_or_not
-@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1.0, 1e8])
-@pytest.mark.parametrize("scope", ["global", "parameter"])
+@pytest.mark.parametrize(
+    ("scale", "scope"), [(1e-12, "global"), (1e-8, "parameter"), (1.0, "global"), (1e8, "parameter")]
+)
 def test_a_learned_threshold_is_met_exactly(scope: Scope, scale: float, fused: bool) -> None:
     optimizer = sgd(of_norms(10 * scale), fused=fused)
     clipper = Clipper(optimizer, Answering(scale), scope=scope)
@@ -333,17 +273,14 @@ def test_a_gradient_of_two_groups_with_thresholds_that_learn(scope: Scope) -> No
 # Groups
 
 
-@fused_or_not
 @each_scope
 @pytest.mark.parametrize("empty", [[], [None], [torch.zeros(0)]])
-def test_a_group_with_nothing_to_clip_does_not_count_as_clipped(
-    empty: Any, scope: Scope, fused: bool
-) -> None:
+def test_a_group_with_nothing_to_clip_does_not_count_as_clipped(empty: Any, scope: Scope) -> None:
     groups: list[dict[str, Any]] = [
         {"params": with_gradients(of_norms(5.0))},
         {"params": with_gradients(empty), "max_norm": 0.0},
     ]
-    optimizer = torch.optim.SGD(groups, lr=1.0, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=1.0)
     clipper = Clipper(optimizer, 10.0, scope=scope)
     optimizer.step()
     assert clipper.last == (0, 5.0, 10.0, 1.0, False, False, False, None)

@@ -37,10 +37,15 @@ def steps_with(
 
 
 @fused_or_not
-@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
 @pytest.mark.parametrize(
-    "limit",
-    [5.0, lambda step: 5.0, Answering(5.0), "5", torch.tensor(5.0)],
+    ("limit", "scope"),
+    [
+        (5.0, "global"),
+        (lambda step: 5.0, "group"),
+        (Answering(5.0), "parameter"),
+        ("5", "global"),
+        (torch.tensor(5.0), "parameter"),
+    ],
     ids=["number", "callable", "object", "text", "tensor"],
 )
 def test_steps_above_the_limit_are_left_out(limit: Any, scope: Scope, fused: bool) -> None:
@@ -184,20 +189,11 @@ def test_a_resumed_run_counts_on(fused: bool) -> None:
     assert state["spikes"]["thresholds"]["all"]["norms"] == [9.0, 9.0, 9.0]
 
 
-def test_states_with_and_without_spikes() -> None:
-    with_limit = Clipper(sgd([torch.ones(2)]), 1.0, skip_above=5.0)
-    without = Clipper(sgd([torch.ones(2)]), 1.0)
-    with_limit.load_state_dict(without.state_dict())
-    without.load_state_dict(with_limit.state_dict())
-    state = with_limit.state_dict()
-    for wrong, message in [
-        ({"skips": -1, "thresholds": {}}, r"\['skips'\]"),
-        ({"skips": 0}, "lacks 'thresholds'"),
-        ({"skips": 0, "thresholds": {"all": {}}}, "`skip_above` is 5.0"),
-    ]:
-        with pytest.raises((TypeError, ValueError), match=message):
-            with_limit.load_state_dict({**state, "steps": 7, "spikes": wrong})
-        assert with_limit.state_dict()["steps"] == 0
+@fused_or_not
+@pytest.mark.filterwarnings("ignore:step")
+def test_a_nan_says_nothing_about_how_many_steps_were_skipped_in_a_row(fused: bool) -> None:
+    _, clipper = steps_with([5.0, NAN, 5.0, 5.0], fused, skip_above=1.0, max_skips=2)
+    assert [record.skipped for record in clipper.history] == [True, False, True, False]
 
 
 def test_on_clip_is_told_and_what_it_changes_is_judged_by_the_same_limit() -> None:

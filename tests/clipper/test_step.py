@@ -19,20 +19,19 @@ from torchclip.clipper import Scope
 pytestmark = pytest.mark.usefixtures("each_way")
 
 
-@fused_or_not
 @pytest.mark.parametrize("how", ["positional", "keyword"])
-def test_closures_are_clipped_after_their_backward_pass(how: str, fused: bool) -> None:
+def test_closures_are_clipped_after_their_backward_pass(how: str) -> None:
     models = [Net(), Net()]
-    plain, clipped = (torch.optim.Adam(m.parameters(), lr=0.1, fused=fused) for m in models)
+    plain, clipped = (torch.optim.Adam(m.parameters(), lr=0.1) for m in models)
     clipper = Clipper(clipped, 0.5)
-    for step in range(10):
+    for step in range(4):
         expected = backward(models[0], plain, step)
         torchclip.clip_grad_norm_(models[0].parameters(), 0.5)
         plain.step()
         closure = functools.partial(backward, models[1], clipped, step)
         loss = clipped.step(closure) if how == "positional" else clipped.step(closure=closure)
         torch.testing.assert_close(loss, expected)
-    assert [record.step for record in clipper.history] == list(range(10))
+    assert [record.step for record in clipper.history] == list(range(4))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -109,36 +108,6 @@ def test_norms_after_a_step_that_failed(value: float, fused: bool, each_way: str
 
 
 @fused_or_not
-@pytest.mark.parametrize("value", [4.0, INF, NAN])
-def test_after_a_step_that_failed_the_next_one_is_as_usual(value: float, fused: bool) -> None:
-    parameters = with_gradients([torch.tensor([3.0, value])])
-    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=fused)
-    clipper = Clipper(optimizer, 1.0, nonfinite="skip" if value != 4.0 else "propagate")
-    with interrupted_sgd():
-        optimizer.step()
-    parameters[0].grad = torch.tensor([6.0, 8.0])
-    optimizer.step()
-    assert (last_of(clipper).step, last_of(clipper).total_norm) == (0, 10.0)
-    assert parameters[0].tolist() == pytest.approx([-0.6, -0.8])
-    assert not hasattr(optimizer, "grad_scale")
-
-
-def test_a_closure_that_fails() -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])])
-    clipper = Clipper(optimizer, 1.0)
-
-    def fail() -> None:
-        raise KeyError("data")
-
-    with pytest.raises(KeyError, match="data"):
-        optimizer.step(fail)
-    assert clipper.last is None
-    assert grad_norms(optimizer) == [5.0]
-    optimizer.step()
-    assert grad_norms(optimizer) == pytest.approx([1.0])
-
-
-@fused_or_not
 def test_an_optimizer_that_calls_its_closure_twice(fused: bool) -> None:
     class Twice(torch.optim.SGD):
         @torch.no_grad()
@@ -186,22 +155,6 @@ def test_a_step_with_several_closures_has_several_records_and_counts_once() -> N
     summary = clipper.history.summary()
     assert len(clipper.history) > 4
     assert (summary.steps, summary.clipped, summary.kept) == (4, 4, 4)
-
-
-@fused_or_not
-def test_a_step_that_was_not_taken_is_not_in_the_history(fused: bool) -> None:
-    (parameter,) = parameters = with_gradients([torch.tensor([3.0, 4.0])])
-    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=fused)
-    clipper = Clipper(optimizer, 1.0)
-    optimizer.step()
-    parameter.grad = torch.tensor([0.0, 7.0])
-    with interrupted_sgd():
-        optimizer.step()
-    assert [r.total_norm for r in clipper.history] == [5.0]
-    parameter.grad = torch.tensor([6.0, 8.0])
-    optimizer.step()
-    assert [(r.step, r.total_norm) for r in clipper.history] == [(0, 5.0), (1, 10.0)]
-    assert clipper.history.summary().steps == 2
 
 
 def test_lbfgs_that_fails_half_way_is_not_in_the_history() -> None:
@@ -366,16 +319,15 @@ def test_two_clippers_in_one_step_do_not_take_each_others_for_their_own() -> Non
 # Steps that are none of training's
 
 
-@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "scope"),
     [
-        lambda ps: torch.optim.Adam(ps),
-        lambda ps: torch.optim.Adam(ps, lr=torch.tensor(1e-3)),
-        lambda ps: torch.optim.AdamW(ps, fused=True),
-        lambda ps: torch.optim.SGD(ps, lr=0.1),
-        lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, fused=True),
-        lambda ps: torch.optim.Adagrad(ps, lr=0.1),
+        (lambda ps: torch.optim.Adam(ps), "global"),
+        (lambda ps: torch.optim.Adam(ps, lr=torch.tensor(1e-3)), "group"),
+        (lambda ps: torch.optim.AdamW(ps, fused=True), "parameter"),
+        (lambda ps: torch.optim.SGD(ps, lr=0.1), "global"),
+        (lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, fused=True), "group"),
+        (lambda ps: torch.optim.Adagrad(ps, lr=0.1), "parameter"),
     ],
 )
 def test_the_step_that_creates_an_optimizers_state_is_none_of_trainings(make: Any, scope: Scope) -> None:
