@@ -8,9 +8,9 @@ rounds.
 """
 
 import argparse
-import gc
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -22,6 +22,7 @@ from torch import Tensor
 import torchclip
 from torchclip.cli.bench.command import machine
 from torchclip.cli.bench.contenders import Gradients
+from torchclip.cli.bench.rounds import take_turns
 from torchclip.cli.bench.workloads import WORKLOADS
 
 ROUNDS = {"two-3x3": 1001, "ppo": 1001, "1000x64": 301, "gpt2": 15}
@@ -50,19 +51,16 @@ def measure(name: str) -> dict[str, Any]:
     for parameter in gradients.parameters:
         parameter.data.zero_()
     contenders = ways(gradients.parameters, gradients.norm / 2)
-    times: dict[str, list[float]] = {way: [] for way in contenders}
-    order = list(contenders)
-    gc.disable()
-    for i in range(WARM_UP + ROUNDS[name]):
-        for way in order:
-            gradients.restore()
-            start = perf_counter()
-            contenders[way]()
-            seconds = perf_counter() - start
-            if i >= WARM_UP:
-                times[way].append(seconds)
-        order.reverse()  # so that a machine that slows down favors no contender
-    gc.enable()
+
+    def turn(way: str) -> float:
+        gradients.restore()
+        start = perf_counter()
+        contenders[way]()
+        return perf_counter() - start
+
+    turns = {way: partial(turn, way) for way in contenders}
+    take_turns(turns, WARM_UP)
+    times = take_turns(turns, ROUNDS[name])
     medians = {way: median(of_way) for way, of_way in times.items()}
     added = {way: seconds - medians["step"] for way, seconds in medians.items()}
     return {

@@ -11,11 +11,9 @@ and how many times less a Clipper adds than the code by hand next to it.
 from __future__ import annotations
 
 import argparse
-import gc
-import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from statistics import quantiles
 from time import perf_counter
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 import torchclip
 from torchclip.cli.bench.command import machine
 from torchclip.cli.bench.loop import MODELS
+from torchclip.cli.bench.rounds import quartiles, take_turns
 from torchclip.cli.options import count
 
 WARM_UP = 100  # steps: longer than the warm-up of any threshold
@@ -128,16 +127,9 @@ def measure(widths: Sequence[int], rounds: int) -> dict[str, float]:
     bench = Bench(widths)
     contenders: dict[str, ByHand | None] = {NOTHING: None, **dict.fromkeys(CLIPPERS)}
     contenders |= {each.__name__: each for each, _ in CLIPPERS.values()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    gc.collect()
-    gc.disable()
-    for i in range(WARM_UP + rounds):
-        for name in random.sample(list(contenders), len(contenders)):
-            taken = bench.turn(name, contenders[name])
-            if i >= WARM_UP:
-                seconds[name].append(taken)
-    gc.enable()
-    return {name: quantiles(taken, n=4)[0] for name, taken in seconds.items()}
+    turns = {name: partial(bench.turn, name, by_hand) for name, by_hand in contenders.items()}
+    take_turns(turns, WARM_UP)
+    return {name: quartiles(taken)[0] for name, taken in take_turns(turns, rounds).items()}
 
 
 def main() -> None:
@@ -147,7 +139,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=count, default=300, metavar="N", help="steps each (default: 300)")
     arguments = parser.parse_args()
-    random.seed(0)
     torch.set_num_threads(1)
     print("\n".join(f"{name:<18} {value}" for name, value in machine().items()))
     for model, widths in MODELS.items():

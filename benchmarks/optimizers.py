@@ -13,8 +13,8 @@ hooks costs.
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import quantiles
 from time import perf_counter
@@ -26,7 +26,7 @@ from torch import nn
 import torchclip
 from torchclip.cli.bench.command import machine
 from torchclip.cli.bench.loop import BATCH, MODELS, WARM_UP
-from torchclip.cli.bench.rounds import without_garbage_collection
+from torchclip.cli.bench.rounds import take_turns
 from torchclip.cli.options import count
 
 NONE, TORCH, OURS = "no clipping", "torch, model.parameters()", "Clipper([muon, adamw])"
@@ -103,16 +103,14 @@ def measure(name: str, clips: bool, rounds: int) -> dict[str, list[float]]:
         OURS: None,
         EMPTY: None,
     }
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    order = random.Random(0)
-    with without_garbage_collection():
-        for i in range(WARM_UP + rounds):
-            for contender in order.sample(list(contenders), len(contenders)):
-                training.put_on(contender)
-                taken = training.step(contenders[contender])
-                if i >= WARM_UP:
-                    seconds[contender].append(taken)
-    return seconds
+
+    def turn(contender: str) -> float:
+        training.put_on(contender)
+        return training.step(contenders[contender])
+
+    turns = {contender: partial(turn, contender) for contender in contenders}
+    take_turns(turns, WARM_UP)
+    return take_turns(turns, rounds)
 
 
 def main() -> None:

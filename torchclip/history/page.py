@@ -164,7 +164,7 @@ def _histogram(name: str, columns: Mapping[str, Sequence[Any]], advice: Advice) 
     drawings = _drawings(
         f"histogram of {name}", lambda width: histogram_figure(norms, max_norms, suggested, width)
     )
-    return _Picture("How often which norm", drawings, "Norms that are finite and above 0.")
+    return _Picture("Distribution of the norms", drawings, "Norms that are finite and above 0.")
 
 
 def _drawings(name: str, draw: Callable[[float], Figure]) -> list[_Drawing]:
