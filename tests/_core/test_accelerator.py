@@ -148,7 +148,7 @@ class TestOperations:
         for count in (40, 400):
             batch = AcceleratorBatch(gradients(on_meta(count, dtype)))
             counts.append(len(operations(batch.norm, 2.0, True) + operations(batch.norms, 2.0, True)))
-        assert counts[0] == counts[1] <= 50
+        assert counts[0] == counts[1] <= 55
 
     def test_to_zero_the_others(self) -> None:
         few, many = (AcceleratorBatch(gradients(on_meta(count, F32, BF16))) for count in (40, 400))

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from torchclip._core import changes, memory
-from torchclip._core.batch import Norm, Norms
+from torchclip._core.batch import Batch, Norm, Norms
 from torchclip._core.groups import REAL, Group, grouped, is_plain, joint, moved
-from torchclip._core.host import facts_of
 from torchclip._core.rows import FLOAT32_TINY, PRESCALE
-from torchclip._core.scalars import ABSENT, clip_each_, join, norm_dtype
+from torchclip._core.scalars import ABSENT, join, norm_dtype
 
 __all__ = ["AcceleratorBatch"]
 
 
-class AcceleratorBatch:
-    """Distinct tensors on any devices, of any dtypes and layouts; a ``Batch``.
+class AcceleratorBatch(Batch):
+    """Distinct tensors on any devices, of any dtypes and layouts.
 
     Args:
         tensors: the tensors.
@@ -31,24 +30,18 @@ class AcceleratorBatch:
     """
 
     def __init__(self, tensors: list[Tensor], shared: bool = False) -> None:
-        self.all = tensors
-        self._shared = shared
+        super().__init__(tensors, shared)
         self._groups, self._others = _parted(tensors)
-
-    @property
-    def facts(self) -> int:
-        """``Facts`` of the tensors."""
-        return facts_of(self.all, self._shared)
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements, or of the finite ones, as one vector."""
+        if finite:
+            return join(self.norms(p, True), p)
         with torch.no_grad():
             groups = self._measured(p, finite)
             if not groups:
                 return ABSENT
             device = groups[0].device
-            if finite:
-                return join([moved(group.finite_norm(p), device) for group in groups], p)
             by_device: dict[torch.device, list[Tensor]] = {}
             for group in groups:
                 by_device.setdefault(group.device, []).extend(group.norms_of_parts(p))
@@ -97,10 +90,6 @@ class AcceleratorBatch:
             for group, clip_coefs_there in self._with(clip_coefs):
                 group.scale_each_(clip_coefs_there)
             self._tell_sparse()
-
-    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
-        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""

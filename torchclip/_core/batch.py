@@ -11,18 +11,21 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Final, Protocol, TypeAlias
+from typing import Final
 
+import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Facts", "Norm", "Norms"]
+from torchclip._core import memory
+from torchclip._core.scalars import Norm, Norms, clip_coefs, on_device, vector
 
-Norm: TypeAlias = float | Tensor
-"""A number known on the host, or a 0-dim float64 tensor for which the host should not wait."""
+__all__ = ["Batch", "Facts", "Norm", "Norms", "to_result", "to_results"]
 
-Norms: TypeAlias = "list[float] | Tensor"
-"""Several such numbers: a list, or a float64 tensor of one dimension."""
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_CPU = torch.device("cpu")
 
 
 class Facts:
@@ -46,37 +49,58 @@ class Facts:
     """Ranks take the norm together, so that one rank alone cannot take it again."""
 
 
-class Batch(Protocol):
+class Batch(ABC):
     """The distinct tensors of one call.
 
     Between two calls of its methods the tensors may change in any way: each call looks at their memory anew.
     A method that changes them tells autograd (version counters), and refuses what it cannot do before it
-    changes anything.
+    changes anything.  The kernel's batches have the same methods.
+
+    Args:
+        tensors: the tensors, in order.
+        shared: whether any of them is the gradient of several parameters.
+
+    Attributes:
+        all: the distinct tensors in order, as the user sees them.  Do not change the list.
     """
 
-    @property
-    def all(self) -> list[Tensor]:
-        """The distinct tensors in order, as the user sees them.  Do not change the list."""
+    def __init__(self, tensors: list[Tensor], shared: bool = False) -> None:
+        self.all = tensors
+        self._shared = Facts.SHARED if shared else 0
 
     @property
     def facts(self) -> int:
-        """``Facts`` of the tensors."""
+        """``Facts`` of the tensors; those that torch operations handle are never ``SMALL``."""
+        facts = self._shared
+        dtypes = {tensor.dtype for tensor in self.all}
+        if not dtypes.isdisjoint(memory.DOUBLE):
+            facts |= Facts.DOUBLE
+        if any(dtype.is_complex for dtype in dtypes):
+            facts |= Facts.COMPLEX
+        for tensor in self.all:
+            if tensor.layout is torch.strided and not memory.fills_its_memory(tensor):
+                return facts | Facts.GAPS
+        return facts
 
+    @abstractmethod
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of order ``p`` of all elements as one vector; ``scalars.ABSENT`` (-1.0) for no elements.
 
         With ``finite`` (for an order above 0) only finite elements count; ``ABSENT`` if there are none.
         """
 
+    @abstractmethod
     def norms(self, p: float, finite: bool = False, /) -> Norms:
         """The norm of each tensor of ``all``, likewise."""
 
+    @abstractmethod
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply all elements in place; the float 1.0 changes nothing, and does nothing.
 
         Each product is formed in at least float32 and rounded once.
         """
 
+    @abstractmethod
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor of ``all`` in place by its own number."""
 
@@ -91,12 +115,45 @@ class Batch(Protocol):
         Returns:
             The norms before the change.
         """
+        norms = self.norms(p)
+        self.scale_each_(clip_coefs(limits, norms, eps))
+        return norms
 
+    @abstractmethod
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``; NaN stays NaN.
 
         Only for batches without complex tensors.
         """
 
+    @abstractmethod
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0."""
+
+
+def to_result(total_norm: Norm, batch: Batch) -> Tensor:
+    """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
+    dtype = _result_dtype(batch)
+    if not isinstance(total_norm, (int, float)):
+        return total_norm.clamp(min=0.0).to(_result_device(batch, total_norm.device), dtype)
+    # No norm means 0; a number beyond float32 becomes infinite, where torch would raise.
+    value = 0.0 if total_norm < 0 else total_norm
+    if dtype is torch.float32 and value > _FLOAT32_MAX:
+        value = math.inf
+    return torch.full((), value, dtype=dtype, device=_result_device(batch, _CPU))
+
+
+def to_results(norms: Norms, batch: Batch) -> Tensor:
+    """Several norms as a one-dimensional tensor, like those of ``to_result``."""
+    device = _result_device(batch, _CPU)
+    if isinstance(norms, list) and device == _CPU:
+        return vector([0.0 if norm < 0 else norm for norm in norms]).to(_result_dtype(batch))
+    return on_device(norms, device).clamp(min=0.0).to(_result_dtype(batch))
+
+
+def _result_dtype(batch: Batch) -> torch.dtype:
+    return torch.float64 if batch.facts & Facts.DOUBLE else torch.float32
+
+
+def _result_device(batch: Batch, otherwise: torch.device) -> torch.device:
+    return batch.all[0].device if batch.all else otherwise

@@ -14,10 +14,8 @@ from torchclip._core import memory
 __all__ = [
     "change_elements_",
     "clamp_elements_",
-    "coalesce_",
     "limit_within",
     "own_elements",
-    "scale_alone_",
     "scale_in_double_",
     "writing",
     "zero_nonfinite_",
@@ -33,27 +31,13 @@ def writing() -> AbstractContextManager[None]:
     return torch.no_grad() if memory.intercepted() else torch.inference_mode()
 
 
-def coalesce_(tensor: Tensor) -> None:
-    """Add up the entries for the same place of a sparse tensor, in place."""
-    # The stored values are new, and must have been made in the same mode as the tensor.
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(tensor.coalesce())
-
-
 def own_elements(tensor: Tensor) -> Tensor:
     """The memory of the elements that a sparse tensor stores; each is stored once from now on."""
     if memory.is_uncoalesced(tensor):
-        coalesce_(tensor)
+        # The stored values are new, and must have been made in the same mode as the tensor.
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(tensor.coalesce())
     return memory.own_values(tensor)
-
-
-def scale_alone_(tensor: Tensor, clip_coef: float | Tensor) -> None:
-    """Multiply a tensor of any layout in place."""
-    if tensor.layout not in memory.SPARSE:
-        tensor.mul_(clip_coef)
-        return
-    own_elements(tensor).mul_(clip_coef)
-    torch.autograd.graph.increment_version(tensor)
 
 
 def scale_in_double_(tensors: Sequence[Tensor], clip_coef: float) -> None:

@@ -101,14 +101,9 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
 def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
     """The norm of each batch, or with ``each`` the norms of its tensors, in one exchange between ranks."""
     together = [batch for batch in batches if isinstance(batch, ShardedBatch)]
-    of_ranks = sharded.norms_of_each if each else sharded.norms_of
-    joint = iter(of_ranks(together, p, finite) if together else ())
+    joint = iter(sharded.norms_of(together, each, p, finite) if together else ())
     return [
-        next(joint)
-        if isinstance(batch, ShardedBatch)
-        else batch.norms(p, finite)
-        if each
-        else batch.norm(p, finite)
+        next(joint) if isinstance(batch, ShardedBatch) else (batch.norms if each else batch.norm)(p, finite)
         for batch in batches
     ]
 

@@ -91,17 +91,6 @@ class Group:
             found += finite._plain_norms(math.inf)
         return torch.where(torch.stack(found) > 0, torch.stack(norms), ABSENT)
 
-    def finite_norm(self, p: float) -> Tensor:
-        """The norm of all finite elements; ``ABSENT`` if there are none."""
-        norms: list[Tensor] = []
-        found: list[Tensor] = []
-        for chunk in self._chunks():
-            zeroed, finite = chunk._zeroed_copies()
-            norms += zeroed.norms_of_parts(p)
-            found += finite._plain_norms(math.inf)
-        norm = joint(norms, p, self.in_range(p))
-        return torch.where(torch.stack(found).amax() > 0, norm, ABSENT)
-
     def _plain_norms(self, p: float) -> list[Tensor]:
         dtype = norm_dtype(self.device)
         if self.foreach:

@@ -8,33 +8,18 @@ import torch
 from torch import Tensor
 
 from torchclip._core import changes, memory, norms, small
-from torchclip._core.batch import Facts, Norm, Norms
+from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL
-from torchclip._core.scalars import clip_each_, join, numbers
+from torchclip._core.scalars import join, numbers
 
-__all__ = ["HostBatch", "facts_of"]
+__all__ = ["HostBatch"]
 
 # Up to this many elements, sums in float64 are as fast as any; one thread computes them in any case.
 _FEW = 1 << 14
 
 
-def facts_of(tensors: Sequence[Tensor], shared: bool) -> int:
-    """``Facts`` about tensors that torch operations handle; they are never ``SMALL``."""
-    facts = Facts.SHARED if shared else 0
-    dtypes = {tensor.dtype for tensor in tensors}
-    if not dtypes.isdisjoint(memory.DOUBLE):
-        facts |= Facts.DOUBLE
-    if any(dtype.is_complex for dtype in dtypes):
-        facts |= Facts.COMPLEX
-    for tensor in tensors:
-        if tensor.layout is torch.strided and not memory.fills_its_memory(tensor):
-            facts |= Facts.GAPS
-            break
-    return facts
-
-
-class HostBatch:
-    """Distinct tensors in host memory, of any dtype and layout; a ``Batch``.
+class HostBatch(Batch):
+    """Distinct tensors in host memory, of any dtype and layout.
 
     Args:
         tensors: the tensors.
@@ -43,17 +28,15 @@ class HostBatch:
     """
 
     def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
-        self.all = tensors
+        super().__init__(tensors, shared)
         self.dtype = dtype
-        self._shared = shared
 
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors."""
         if self.dtype is None:
-            return facts_of(self.all, self._shared)
-        double = Facts.DOUBLE if self.dtype is torch.float64 else 0
-        return double | (Facts.SHARED if self._shared else 0)
+            return super().facts
+        return self._shared | (Facts.DOUBLE if self.dtype is torch.float64 else 0)
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements, or of the finite ones, as one vector."""
@@ -110,8 +93,7 @@ class HostBatch:
             return
         with changes.writing():
             together, alone = self._parted(tensors)
-            for tensor in alone:
-                changes.scale_alone_(tensor, clip_coef)
+            changes.change_elements_(alone, lambda values: values.mul_(clip_coef))
             for dtype, group in together.items():
                 if dtype in (torch.float32, torch.float64):
                     # Torch would convert a number to a tensor again for each tensor of the group.
@@ -121,10 +103,6 @@ class HostBatch:
                 # %.
                 for tensor in group:
                     tensor.mul_(clip_coef)
-
-    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
-        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""

@@ -9,13 +9,13 @@ from operator import or_
 from torch import Tensor
 
 from torchclip._core.batch import Batch, Facts, Norm, Norms
-from torchclip._core.scalars import clip_each_, in_one, join
+from torchclip._core.scalars import in_one, join
 
 __all__ = ["MixedBatch"]
 
 
-class MixedBatch:
-    """Several batches as one; a ``Batch``.
+class MixedBatch(Batch):
+    """Several batches as one.
 
     Args:
         tensors: the distinct tensors of all parts, in order.
@@ -24,15 +24,13 @@ class MixedBatch:
     """
 
     def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], shared: bool) -> None:
-        self.all = tensors
+        super().__init__(tensors, shared)
         self._parts = parts
-        self._shared = shared
 
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors: never small, as the kernel does not handle all of them."""
-        shared = Facts.SHARED if self._shared else 0
-        return (reduce(or_, (part.facts for part in self._parts)) | shared) & ~Facts.SMALL
+        return reduce(or_, (part.facts for part in self._parts), self._shared) & ~Facts.SMALL
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements as one vector."""
@@ -58,10 +56,6 @@ class MixedBatch:
         """Multiply each tensor in place by its own number."""
         for places, part in zip(self._places(), self._parts, strict=True):
             part.scale_each_(in_one([clip_coefs[place] for place in places]))
-
-    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
-        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""

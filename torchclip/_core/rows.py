@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchclip._core import memory
-from torchclip._core.scalars import join_rows, norm_dtype, vector_norms
+from torchclip._core.scalars import join_present, join_rows, norm_dtype, vector_norms
 
 __all__ = [
     "FLOAT32_TINY",
@@ -65,12 +65,7 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
     regular = (plain > 0) & (abs(p) * plain.log().abs() < 600)
     if memory.on_host([rows]) and bool(regular.all()):
         return plain
-    magnitudes = rows.to(wide).abs()
-    leading = magnitudes.amax(dim=-1) if p > 0 else magnitudes.amin(dim=-1)
-    usable = (leading > 0) & leading.isfinite()
-    divisor = torch.where(usable, leading, 1.0)
-    scaled = vector_norms(magnitudes / divisor.unsqueeze(-1), p) * divisor
-    return torch.where(usable, scaled, leading)
+    return join_present(rows.to(wide).abs(), p)
 
 
 def norms_of_rows(tensors: Sequence[Tensor], p: float) -> list[Tensor]:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast, overload
+from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchclip._core import memory, mesh
-from torchclip._core.batch import Batch, Facts, Norm, Norms
 
 __all__ = [
     "ABSENT",
     "EPS",
+    "Norm",
+    "Norms",
+    "at",
     "at_most",
     "clip_coef",
     "clip_coefs",
-    "clip_each_",
     "concatenate",
     "device_of",
     "divided",
     "divisor_like",
     "in_one",
-    "is_finite",
     "join",
     "join_present",
     "join_rows",
@@ -38,17 +38,18 @@ __all__ = [
     "refuse_nonfinite",
     "replaced",
     "smallest",
-    "to_result",
-    "to_results",
     "vector",
     "vector_norms",
     "where",
 ]
 
+Norm: TypeAlias = float | Tensor
+"""A number known on the host, or a 0-dim float64 tensor for which the host should not wait."""
+Norms: TypeAlias = "list[float] | Tensor"
+"""Several such numbers: a list, or a float64 tensor of one dimension."""
 ABSENT = -1.0
 """The norm of no elements; it does not change a joint norm of any order."""
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 _CPU = torch.device("cpu")
 _OF_HOST = frozenset({float, int, list})
 _SHOWN = 10
@@ -125,6 +126,17 @@ def concatenate(several: Sequence[Norms]) -> Norms:
     if device is None:
         return [norm for norms in several for norm in cast("list[float]", norms)]
     return torch.cat([on_device(norms, device) for norms in several])
+
+
+def at(norms: Norms, places: Sequence[int | None]) -> Norms:
+    """The norms at some places, ``ABSENT`` for None."""
+    if isinstance(norms, list):
+        return [ABSENT if place is None else norms[place] for place in places]
+    if list(places) == list(range(len(norms))):
+        return norms
+    padded = torch.cat([norms, norms.new_full((1,), ABSENT)])
+    index = torch.tensor([len(norms) if place is None else place for place in places])
+    return padded[index.to(norms.device, non_blocking=True)]
 
 
 def divided(norms: Norms, divisors: Norms) -> Norms:
@@ -314,49 +326,6 @@ def clip_coefs(max_norms: Norm | Sequence[float], norms: Norms, eps: float = EPS
     return [clip_coef(float(limit), norm, eps) for norm in norms]
 
 
-def clip_each_(batch: Batch, limits: Norm | Sequence[float], p: float, eps: float) -> Norms:
-    """``Batch.clip_each_`` in two steps: all tensors are measured, then all are scaled."""
-    norms = batch.norms(p)
-    batch.scale_each_(clip_coefs(limits, norms, eps))
-    return norms
-
-
-def is_finite(norm: Norm) -> bool:
-    """Whether a norm is a finite number; on an accelerator this waits for it."""
-    return math.isfinite(norm)
-
-
-# What users get
-
-
-def to_result(total_norm: Norm, batch: Batch) -> Tensor:
-    """The norm as a 0-dim tensor: float64 if any gradient is, else float32, where the first gradient is."""
-    dtype = _result_dtype(batch)
-    if not isinstance(total_norm, (int, float)):
-        return total_norm.clamp(min=0.0).to(_result_device(batch, total_norm.device), dtype)
-    # No norm means 0; a number beyond float32 becomes infinite, where torch would raise.
-    value = 0.0 if total_norm < 0 else total_norm
-    if dtype is torch.float32 and value > _FLOAT32_MAX:
-        value = math.inf
-    device = _result_device(batch, _CPU)
-    return torch.full((), value, dtype=dtype, device=device)
-
-
-def to_results(norms: Norms, batch: Batch) -> Tensor:
-    """Several norms as a one-dimensional tensor, like those of ``to_result``."""
-    if isinstance(norms, list) and _result_device(batch, _CPU) == _CPU:
-        return vector([0.0 if norm < 0 else norm for norm in norms]).to(_result_dtype(batch))
-    return on_device(norms, _result_device(batch, _CPU)).clamp(min=0.0).to(_result_dtype(batch))
-
-
-def _result_dtype(batch: Batch) -> torch.dtype:
-    return torch.float64 if batch.facts & Facts.DOUBLE else torch.float32
-
-
-def _result_device(batch: Batch, otherwise: torch.device) -> torch.device:
-    return batch.all[0].device if batch.all else otherwise
-
-
 def refuse_nonfinite(
     total_norm: Norm,
     norm_type: float,
@@ -376,7 +345,7 @@ def refuse_nonfinite(
         remedy: what the user can do.
         argument: the name of the argument with the gradients.
     """
-    if is_finite(total_norm):
+    if math.isfinite(total_norm):
         return
     found = []
     for i, (tensor, held) in enumerate(zip(tensors, mesh.locals_of(tensors), strict=True)):

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from torchclip._core import mesh, rounds
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
-from torchclip._core.scalars import ABSENT, clip_each_, in_one, may_change
+from torchclip._core.scalars import ABSENT, at, in_one, may_change
 
-__all__ = ["ShardedBatch", "norms_of", "norms_of_each", "refuse"]
+__all__ = ["ShardedBatch", "norms_of", "refuse"]
 
 
 class Placed:
@@ -62,8 +62,8 @@ class Placed:
         self.dtensors = [t for t in self.all if mesh.is_dtensor(t)] if plain else self.all
 
 
-class ShardedBatch:
-    """Plain tensors and DTensors, including the parts on other ranks; a ``Batch``.
+class ShardedBatch(Batch):
+    """Plain tensors and DTensors, including the parts on other ranks.
 
     Args:
         items: distinct parameters or tensors.
@@ -82,7 +82,7 @@ class ShardedBatch:
         measured: bool = False,
     ) -> None:
         self._placed = Placed(items, take_grad)
-        self.all = self._placed.all
+        super().__init__(self._placed.all)
         self.groups = groups
         self.is_changed = take_grad and not measured
         self._gather = gather
@@ -108,13 +108,11 @@ class ShardedBatch:
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all the tensors on all ranks."""
-        (norm,) = norms_of([self], p, finite)
-        return norm
+        return cast("Norm", norms_of([self], False, p, finite)[0])
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
         """The norm of each tensor, including its parts on other ranks."""
-        (norms,) = norms_of_each([self], p, finite)
-        return norms
+        return cast("Norms", norms_of([self], True, p, finite)[0])
 
     def part(self, p: float, finite: bool) -> rounds.Part:
         """This rank's tensors to measure; gradients that are pending a reduction are reduced first."""
@@ -134,7 +132,7 @@ class ShardedBatch:
         def norms(layout: Layout | None) -> Norms:
             if not of_each:
                 of_each.append(self._gather(held, False).norms(p, finite))
-            return _at(placed.places[layout], of_each[0])
+            return at(of_each[0], placed.places[layout])
 
         return rounds.Part(placed.places, norm, norms)
 
@@ -156,10 +154,6 @@ class ShardedBatch:
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply this rank's part of each tensor in place by its own number."""
         self._written().scale_each_(clip_coefs)
-
-    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit; returns the norms before."""
-        return clip_each_(self, limits, p, eps)
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element on this rank in place to ``[-limit, limit]``."""
@@ -186,33 +180,21 @@ class ShardedBatch:
                 )
 
 
-def norms_of(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[Norm]:
-    """The norms of several batches of the same ranks, in one exchange."""
+def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
+    """The norm of each of several batches, or with ``each`` the norms of its tensors, in one exchange."""
     parts = [batch.part(p, finite) for batch in batches]
-    call = _call(batches, Kind.CLIP, Kind.MEASURE, p)
-    norms = rounds.totals(parts, batches[0].groups, call)
-    _finish(call, batches)
-    return norms
-
-
-def norms_of_each(batches: Sequence[ShardedBatch], p: float, finite: bool) -> list[Norms]:
-    """The norms of the tensors of several batches of the same ranks, in one exchange."""
-    parts = [batch.part(p, finite) for batch in batches]
-    call = _call(batches, Kind.CLIP_EACH, Kind.MEASURE_EACH, p)
-    joint = rounds.each(parts, call)
-    _finish(call, batches)
-    return [batch.with_joint(some, part) for batch, some, part in zip(batches, joint, parts, strict=True)]
-
-
-def _call(batches: Sequence[ShardedBatch], if_changed: int, if_not: int, p: float) -> Call:
-    kind = if_changed if batches[0].is_changed else if_not
-    return Call(kind, p, reduce(operator.or_, (batch.own_facts for batch in batches)))
-
-
-def _finish(call: Call, batches: Sequence[ShardedBatch]) -> None:
+    if batches[0].is_changed:
+        kind = Kind.CLIP_EACH if each else Kind.CLIP
+    else:
+        kind = Kind.MEASURE_EACH if each else Kind.MEASURE
+    call = Call(kind, p, reduce(operator.or_, (batch.own_facts for batch in batches)))
+    joint: Any = rounds.each(parts, call) if each else rounds.totals(parts, batches[0].groups, call)
     call.finish()
     for batch in batches:
         batch.joint_facts = call.facts
+    if each:
+        joint = [batch.with_joint(*of_one) for batch, *of_one in zip(batches, joint, parts, strict=True)]
+    return cast("list[Norm] | list[Norms]", joint)
 
 
 def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int) -> None:
@@ -237,14 +219,3 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
             rounds.totals(parts, groups, call)
         else:
             rounds.each(parts, call)
-
-
-def _at(places: Sequence[int | None], norms: Norms) -> Norms:
-    """The norms at some positions, ``ABSENT`` for None."""
-    if isinstance(norms, list):
-        return [ABSENT if i is None else norms[i] for i in places]
-    if list(places) == list(range(len(norms))):
-        return norms
-    padded = torch.cat([norms, norms.new_full((1,), ABSENT)])
-    index = torch.tensor([len(norms) if i is None else i for i in places])
-    return padded[index.to(norms.device, non_blocking=True)]

@@ -10,9 +10,9 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, memory, native
 from torchclip._core.arguments import threshold
-from torchclip._core.batch import Batch, Norms
+from torchclip._core.batch import Batch, Norms, to_results
 from torchclip._core.collectives import Kind
-from torchclip._core.scalars import divided, on_device, to_results
+from torchclip._core.scalars import divided, on_device
 from torchclip.clip_grad.rule import Rule
 
 __all__ = ["BlockRMS", "clip_grad_rms_"]

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -95,15 +94,8 @@ class Names:
         grad_scale = getattr(optimizers[0], "grad_scale", None) if len(optimizers) == 1 else None
         norms = unscaled(batch.norms(order), grad_scale, order)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}
-        indices = [len(norms) if p.grad is None else index_of[id(p.grad)] for p in named.values()]
-        present = [index < len(norms) for index in indices]
-        if isinstance(norms, list):
-            norms = [*norms, scalars.ABSENT]
-            return list(named), present, [norms[index] for index in indices]
-        if indices != list(range(len(norms))):
-            padded = torch.cat([norms, norms.new_full((1,), scalars.ABSENT)])
-            norms = padded[torch.tensor(indices).to(norms.device, non_blocking=True)]
-        return list(named), present, norms
+        places = [None if p.grad is None else index_of[id(p.grad)] for p in named.values()]
+        return list(named), [place is not None for place in places], scalars.at(norms, places)
 
     def largest_norms(self, optimizers: Sequence[Optimizer], order: float) -> dict[str, float]:
         """The norm of each gradient by its parameter's name: non-finite ones first, then the largest."""
