@@ -62,10 +62,12 @@ class Batch(ABC):
 
     Attributes:
         all: the distinct tensors in order, as the user sees them.  Do not change the list.
+        rest: those of which this rank holds what it may not be possible to change in place.
     """
 
     def __init__(self, tensors: list[Tensor], shared: bool = False) -> None:
         self.all = tensors
+        self.rest: Sequence[Tensor] = tensors
         self._shared = Facts.SHARED if shared else 0
 
     @property

@@ -39,8 +39,6 @@ __all__ = [
     "warn_if_used_up",
 ]
 
-_MEASURED = (Kind.MEASURE, Kind.MEASURE_EACH)
-
 
 def gradients(
     parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None, kind: int | None = None
@@ -55,26 +53,19 @@ def gradients(
         kind: of ``collectives.Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
-    items = arguments.tensor_list("parameters", parameters)
-    if not items:
-        warn_if_used_up(parameters)
-    try:
-        return _batch(items, "parameters", group, parameters, kind in _MEASURED)
-    except (RuntimeError, TypeError, ValueError):
-        tell_ranks([items], group, kind)
-        raise
+    (batch,) = _batches("parameters", [parameters], group, kind)
+    return batch
 
 
 def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
     """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
-    try:
-        return [
-            _batch(arguments.tensor_list("parameters", some), "parameters", group, some)
-            for some in parameters
-        ]
-    except (RuntimeError, TypeError, ValueError):
-        tell_ranks(parameters, group, kind)
-        raise
+    return _batches("parameters", parameters, group, kind)
+
+
+def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
+    """The distinct tensors of an argument named ``tensors``, to be measured."""
+    (batch,) = _batches("tensors", [tensors], group, Kind.MEASURE)
+    return batch
 
 
 def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
@@ -112,16 +103,6 @@ def local_gradients(parameters: Iterable[Tensor]) -> Batch:
     """This rank's part of the parameters' gradients: its norms need no other rank."""
     found, shared = _found(arguments.tensor_list("parameters", parameters), "parameters")
     return _local(mesh.locals_of(found), shared)
-
-
-def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
-    """The distinct tensors of an argument named ``tensors``, to be measured."""
-    items = arguments.tensor_list("tensors", tensors)
-    try:
-        return _batch(items, "tensors", group, None)
-    except (RuntimeError, TypeError, ValueError):
-        tell_ranks([items], group, Kind.MEASURE)
-        raise
 
 
 def warn_if_used_up(parameters: Any) -> None:
@@ -175,64 +156,66 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
     return found, len(found) < len(present)
 
 
-def _batch(items: list[Tensor], name: str, group: Any, given: Any, measured: bool = False) -> Batch:
+def _batches(name: str, several: Sequence[Any], group: Any, kind: int | None) -> list[Batch]:
+    lists = [arguments.tensor_list(name, some) for some in several]
+    try:
+        return [_batch(items, name, group, given, kind) for items, given in zip(lists, several, strict=True)]
+    except (RuntimeError, TypeError, ValueError):
+        tell_ranks(lists, group, kind)
+        raise
+
+
+def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | None) -> Batch:
     take_grad = name == "parameters"
+    if take_grad and not items:
+        warn_if_used_up(given)
+    batch: Batch
     # A parameter without a gradient here may have one on another rank, which then waits for this one.
     if group is not None or mesh.any_dtensor(items):
-        batch = ShardedBatch(distinct(items, name), take_grad, mesh.as_groups(group), _local, measured)
-        _refuse_unusable(batch.unchecked(), items, take_grad, given)
-        return batch
-    if not memory.intercepted() and native.active():
+        groups, measured = mesh.as_groups(group), kind in (Kind.MEASURE, Kind.MEASURE_EACH)
+        batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured)
+    elif not memory.intercepted() and native.active():
         by_kernel = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
-        _refuse_unusable(by_kernel.rest, items, take_grad, given)
-        return _completed(by_kernel)
-    found, shared = _found(items, name)
-    here = _local(found, shared)
-    if not (isinstance(here, HostBatch) and here.dtype):
-        _refuse_unusable(found, items, take_grad, given)
-    return here
-
-
-def _refuse_unusable(held: Sequence[Tensor], items: Sequence[Tensor], take_grad: bool, given: Any) -> None:
-    if take_grad and held:
-        refuse_unwritable(held, items, given)
-    elif held:
+        batch = _local(by_kernel.all, False, by_kernel)
+    else:
+        batch = _local(*_found(items, name))
+    if batch.rest and take_grad:
+        refuse_unwritable(batch.rest, items, given)
+    elif batch.rest:
         memory.refuse_without_memory(mesh.locals_of(items), "tensors")
+    return batch
 
 
-def _local(tensors: list[Tensor], shared: bool) -> Batch:
-    """The batch of distinct tensors of which no other rank has a part."""
-    if memory.intercepted() or not native.active():
-        return _by_torch(tensors, shared)
-    return _completed(native.extension.tensors(tensors), shared)
+def _local(tensors: list[Tensor], shared: bool, by_kernel: Any = None) -> Batch:
+    """The batch of distinct tensors of which no other rank has a part.
+
+    Args:
+        tensors: the tensors.
+        shared: whether any is known to be the gradient of several parameters.
+        by_kernel: the kernel's batch of them, if there is one.
+    """
+    if by_kernel is None and not memory.intercepted() and native.active():
+        by_kernel = native.extension.tensors(tensors)
+    rest, parts = tensors, []
+    if by_kernel is not None:
+        known = bool(by_kernel.facts & Facts.SHARED)
+        if not by_kernel.rest and (known or not shared):
+            return cast("Batch", by_kernel)
+        rest, shared = list(by_kernel.rest), shared or known
+        parts = [by_kernel.taken] if len(rest) < len(tensors) else []
+    if rest or not parts:
+        parts += _by_torch(rest, shared)
+    return parts[0] if len(parts) == 1 and len(rest) == len(tensors) else MixedBatch(tensors, parts, shared)
 
 
-def _completed(batch: Any, shared: bool = False) -> Batch:
-    """A batch of the kernel, with others for the tensors that the kernel does not handle."""
-    known = bool(batch.facts & Facts.SHARED)
-    if not batch.rest and (known or not shared):
-        return cast("Batch", batch)
-    if len(batch.rest) == len(batch.all):
-        return _by_torch(batch.all, shared or known)
-    parts = [batch.taken, *_parts_by_torch(list(batch.rest), False)]
-    return MixedBatch(batch.all, parts, shared or known)
-
-
-def _by_torch(tensors: list[Tensor], shared: bool) -> Batch:
-    parts = _parts_by_torch(tensors, shared) or [HostBatch([], shared)]
-    return parts[0] if len(parts) == 1 else MixedBatch(tensors, parts, shared)
-
-
-def _parts_by_torch(tensors: list[Tensor], shared: bool) -> list[Batch]:
+def _by_torch(tensors: list[Tensor], shared: bool) -> list[Batch]:
     """Batches for which operations of torch and NumPy do the work."""
     if memory.intercepted():
         return [AcceleratorBatch(tensors, shared)]
     dtype = memory.common_dtype(tensors)
-    on_host = [tensor for tensor in tensors if tensor.is_cpu] if dtype is None else tensors
     on_device = [tensor for tensor in tensors if not tensor.is_cpu] if dtype is None else []
-    parts: list[Batch] = []
-    if on_host:
-        parts.append(HostBatch(on_host, shared, dtype))
-    if on_device:
-        parts.append(AcceleratorBatch(on_device, shared))
-    return parts
+    if not on_device:
+        return [HostBatch(tensors, shared, dtype)]
+    on_host = [tensor for tensor in tensors if tensor.is_cpu]
+    by_device = AcceleratorBatch(on_device, shared)
+    return [HostBatch(on_host, shared), by_device] if on_host else [by_device]

@@ -30,6 +30,8 @@ class HostBatch(Batch):
     def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
         super().__init__(tensors, shared)
         self.dtype = dtype
+        if dtype is not None:
+            self.rest = ()
 
     @property
     def facts(self) -> int:

@@ -30,10 +30,10 @@ __all__ = [
     "has_ranks",
     "is_dtensor",
     "is_partial",
-    "layout_of",
     "layouts_of",
     "locals_of",
     "split_alike",
+    "unit_layout",
     "without_partial",
 ]
 
@@ -94,16 +94,15 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
 
 
-def layout_of(tensor: Tensor, *, except_dim: int | None = None) -> Layout | None:
-    """How a tensor lies on its mesh; None for a plain one.
-
-    With ``except_dim``, only as far as it is split along other dimensions of its own than this one.
-    """
-    return _layout(tensor.device_mesh, tensor.placements, except_dim) if is_dtensor(tensor) else None
+def unit_layout(parameter: Tensor) -> Layout | None:
+    """How single units of a parameter (``units``) are split over ranks; None for a plain one."""
+    if not is_dtensor(parameter):
+        return None
+    return _layout(parameter.device_mesh, parameter.placements, 0 if parameter.dim() > 1 else None)
 
 
 def layouts_of(tensors: Sequence[Tensor]) -> list[Layout | None]:
-    """``layout_of`` each tensor; the same object for those that lie alike.
+    """How each tensor lies on its mesh, None for a plain one; the same object for those that lie alike.
 
     It must be quick: comparing placements takes as long as all other work for a DTensor.
     """

@@ -26,6 +26,7 @@ class MixedBatch(Batch):
     def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], shared: bool) -> None:
         super().__init__(tensors, shared)
         self._parts = parts
+        self.rest = [tensor for part in parts for tensor in part.rest]
 
     @property
     def facts(self) -> int:

@@ -88,13 +88,8 @@ class ShardedBatch(Batch):
         self._gather = gather
         self._locals = mesh.locals_of(self.all)
         self._local = gather(self._locals, self._placed.is_shared)
+        self.rest = self._local.rest
         self.joint_facts: int | None = None
-
-    def unchecked(self) -> Sequence[Tensor]:
-        """This rank's tensors that it may not be possible to change in place."""
-        # Tensors that the kernel handles can always be changed.
-        rest: Sequence[Tensor] = getattr(self._local, "rest", self._locals)
-        return rest
 
     @property
     def facts(self) -> int:
@@ -205,6 +200,12 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
         groups: the process groups of the call.
         kind: of ``Kind``: the kind of the call.
     """
+    call = Call(kind, 0.0)
+    call.fail("refused")
+    if kind == Kind.ADAPT:
+        layouts = [mesh.unit_layout(item) for items in several for item in items]
+        rounds.lines({layout: torch.zeros(0) for layout in layouts if layout is not None}, call)
+        return
     parts = []
     for items in several:
         if groups or mesh.any_dtensor(items):
@@ -212,10 +213,7 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
             if placed.is_pending:
                 mesh.without_partial(placed.all)  # which involves all ranks, too
             parts.append(rounds.absent(placed.places))
-    if parts:
-        call = Call(kind, 0.0)
-        call.fail("refused")
-        if kind in (Kind.CLIP, Kind.MEASURE):
-            rounds.totals(parts, groups, call)
-        else:
-            rounds.each(parts, call)
+    if parts and kind in (Kind.CLIP, Kind.MEASURE):
+        rounds.totals(parts, groups, call)
+    elif parts:
+        rounds.each(parts, call)

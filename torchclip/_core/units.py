@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchclip._core import arguments, changes, gather, memory, mesh, rounds, rows
+from torchclip._core import changes, gather, memory, mesh, rounds, rows
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
@@ -45,7 +45,7 @@ def of_parameters(some: list[Tensor], items: list[Tensor], given: Any) -> list[U
     try:
         return _of_items(some, items, given)
     except (RuntimeError, TypeError, ValueError):
-        tell_ranks(items)
+        gather.tell_ranks([items], None, Kind.ADAPT)
         raise
 
 
@@ -67,25 +67,11 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in memory.PLAIN and tensor.is_cpu and tensor.layout is torch.strided
 
 
-def tell_ranks(parameters: Any) -> None:
-    """Tell the ranks that wait for this one that it refused its gradients or an argument."""
-    if not mesh.has_ranks():
-        return
-    try:
-        items = arguments.tensor_list("parameters", parameters)
-    except TypeError:
-        return  # they do not involve other ranks
-    layouts = {_layout(item): torch.zeros(0) for item in items if mesh.is_dtensor(item)}
-    call = Call(Kind.ADAPT, 0.0)
-    call.fail("refused")
-    rounds.lines({layout: vector for layout, vector in layouts.items() if layout is not None}, call)
-
-
 def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
     chosen = [p for p in gather.distinct(some) if p.grad is not None or mesh.is_dtensor(p)]
     grads = [p.grad for p in chosen if p.grad is not None]
     if not memory.intercepted() and memory.common_dtype([*chosen, *grads]) is not None:
-        return [_dense(p, p.detach(), grad, grad, None) for p, grad in zip(chosen, grads, strict=True)]
+        return [_units(p, p.detach(), grad, grad) for p, grad in zip(chosen, grads, strict=True)]
     held = mesh.locals_of(grads)
     gather.refuse_unwritable(held, items, given)
     place_of = {id(item): place for place, item in enumerate(items)}
@@ -122,25 +108,14 @@ def _check(i: int, parameter: Tensor) -> None:
 
 def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None) -> Units:
     owner = parameter.grad
-    if grad is not None and owner is not None and _is_row_sparse(owner):
+    if owner is not None and _is_row_sparse(owner):
         values = changes.own_elements(owner)
         return Units(owner, weight[owner.indices()[0]], values, values, None)
-    return _dense(parameter, weight, grad, measured, _layout(parameter))
-
-
-def _dense(
-    parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None, layout: Layout | None
-) -> Units:
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
         grad = None if grad is None else grad.view(1, -1)
         measured = None if measured is None else measured.reshape(1, -1)
-    return Units(parameter.grad, weight, grad, measured, layout)
-
-
-def _layout(parameter: Tensor) -> Layout | None:
-    """How single units are split over ranks."""
-    return mesh.layout_of(parameter, except_dim=0 if parameter.dim() > 1 else None)
+    return Units(owner, weight, grad, measured, mesh.unit_layout(parameter))
 
 
 def _is_row_sparse(tensor: Tensor) -> bool:
@@ -154,21 +129,16 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     """
     with torch.no_grad():
         of_weights = rows.norms_of_rows([u.weight for u in units], p)
-        of_grads = rows.norms_of_rows([u.measured for u in units if u.measured is not None], p)
-    if all(u.layout is None for u in units):
-        return list(zip(of_weights, of_grads, strict=True))
-    present = iter(of_grads)
-    of_units = [
-        (
-            _or_absent(of_weight, u.weight, u),
-            _or_absent(None if u.measured is None else next(present), u.measured, u),
-        )
-        for u, of_weight in zip(units, of_weights, strict=True)
-    ]
+        of_grads = iter(rows.norms_of_rows([u.measured for u in units if u.measured is not None], p))
+    of_units = []
     by_layout: dict[Layout, list[int]] = {}
-    for i, each in enumerate(units):
-        if each.layout is not None:
-            by_layout.setdefault(each.layout, []).append(i)
+    for i, (u, of_weight) in enumerate(zip(units, of_weights, strict=True)):
+        of_grad = None if u.measured is None else next(of_grads)
+        of_units.append((_or_absent(of_weight, u.weight, u), _or_absent(of_grad, u.measured, u)))
+        if u.layout is not None:
+            by_layout.setdefault(u.layout, []).append(i)
+    if not by_layout:
+        return of_units
     vectors = {
         layout: torch.cat([part for i in at for part in of_units[i]]) for layout, at in by_layout.items()
     }
@@ -198,29 +168,24 @@ def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
     """
     of_gradient: dict[int, tuple[Units, Tensor]] = {}
     for each, of_units in zip(units, clip_coefs, strict=True):
-        if each.owner is not None:
+        if each.owner is not None and of_units.numel():
             before = of_gradient.get(id(each.owner))
             smallest = of_units if before is None else torch.minimum(before[1], of_units)
-            of_gradient[id(each.owner)] = (each, smallest)
-    some = [(each, of_units) for each, of_units in of_gradient.values() if of_units.numel()]
-    changed = _changed([of_units for _, of_units in some])
-    wanted = [pair for pair, is_wanted in zip(some, changed, strict=True) if is_wanted]
+            of_gradient[id(each.owner)] = each, smallest
+    some = list(of_gradient.values())
+    alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for (each, of_units), is_changed in zip(some, _changed([part for _, part in some]), strict=True):
+        if is_changed and each.owner is not None and each.grad is not None:
+            of_one = each.owner, each.grad, of_units
+            alike.setdefault((each.grad.dtype, of_units.device), []).append(of_one)
     with changes.writing():
-        for (dtype, _), chosen in _by_dtype(wanted).items():
-            together = rows.coefs_for(dtype, torch.cat([of_units for _, of_units in chosen]))
-            parts = torch.split(together, [of_units.numel() for _, of_units in chosen])
-            for (each, _), of_units in zip(chosen, parts, strict=True):
-                _scale(each, of_units)
-
-
-def _by_dtype(
-    some: Sequence[tuple[Units, Tensor]],
-) -> dict[tuple[torch.dtype, torch.device], list[tuple[Units, Tensor]]]:
-    groups: dict[tuple[torch.dtype, torch.device], list[tuple[Units, Tensor]]] = {}
-    for each, of_units in some:
-        dtype = (each.weight if each.grad is None else each.grad).dtype
-        groups.setdefault((dtype, of_units.device), []).append((each, of_units))
-    return groups
+        for (dtype, _), chosen in alike.items():
+            together = rows.coefs_for(dtype, torch.cat([of_units for *_, of_units in chosen]))
+            parts = torch.split(together, [of_units.numel() for *_, of_units in chosen])
+            for (owner, grad, _), of_units in zip(chosen, parts, strict=True):
+                rows.scale_rows_(grad, of_units)
+                if mesh.is_dtensor(owner) or owner.layout != torch.strided:
+                    torch.autograd.graph.increment_version(owner)
 
 
 def _changed(clip_coefs: Sequence[Tensor]) -> Sequence[bool]:
@@ -231,11 +196,3 @@ def _changed(clip_coefs: Sequence[Tensor]) -> Sequence[bool]:
     least = np.minimum.reduceat(torch.cat(list(clip_coefs)).numpy(), starts)  # NaN if any of them is
     answers: list[bool] = (least != 1).tolist()
     return answers
-
-
-def _scale(units: Units, clip_coefs: Tensor) -> None:
-    if units.grad is None or units.owner is None:
-        return
-    rows.scale_rows_(units.grad, clip_coefs)
-    if mesh.is_dtensor(units.owner) or units.owner.layout != torch.strided:
-        torch.autograd.graph.increment_version(units.owner)

@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, gather, memory, native, units
 from torchclip._core.arguments import norm_order, threshold
+from torchclip._core.collectives import Kind
 from torchclip.clip_grad.rule import Rule
 
 __all__ = ["Adaptive", "clip_grad_adaptive_"]
@@ -61,7 +62,7 @@ def clip_grad_adaptive_(
         eps = threshold("eps", eps)
         p = norm_order(norm_type)
     except (TypeError, ValueError):
-        units.tell_ranks(parameters)
+        gather.tell_ranks([parameters], None, Kind.ADAPT)
         raise
     _clip(parameters, clip_factor, eps, p)
 
