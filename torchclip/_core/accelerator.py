@@ -14,9 +14,9 @@ from torch import Tensor
 
 from torchclip._core import changes, memory
 from torchclip._core.batch import Batch, Norm, Norms
-from torchclip._core.groups import REAL, Group, grouped, is_plain, joint, moved
-from torchclip._core.rows import FLOAT32_TINY, PRESCALE
-from torchclip._core.scalars import ABSENT, join, norm_dtype
+from torchclip._core.groups import REAL, Group, grouped, joint, moved
+from torchclip._core.rows import FLOAT32_TINY, PRESCALE, wide_dtype
+from torchclip._core.scalars import ABSENT, join
 
 __all__ = ["AcceleratorBatch"]
 
@@ -142,7 +142,7 @@ def _parted(tensors: Sequence[Tensor]) -> tuple[list[Group], list[tuple[int, Ten
     real: list[tuple[int, Tensor]] = []
     others: list[tuple[int, Tensor]] = []
     for place, tensor in enumerate(tensors):
-        if tensor.dtype not in REAL or not is_plain(tensor):
+        if tensor.dtype not in REAL or not memory.is_plain(tensor):
             others.append((place, tensor))
         elif tensor.numel():
             real.append((place, tensor))
@@ -158,24 +158,20 @@ def _magnitudes(tensor: Tensor, p: float, finite: bool) -> Tensor:
         if p == 2 and not finite and not memory.values_hidden():
             values = torch.view_as_real(values.resolve_conj())
         else:
-            wide = torch.complex64 if norm_dtype(values.device) is torch.float32 else torch.complex128
-            values = values.to(wide).abs()
+            values = values.to(wide_dtype(values)).abs()
     elif values.dtype not in REAL:
-        values = values.to(norm_dtype(values.device))
+        values = values.to(wide_dtype(values))
     return values if memory.values_hidden() else values.resolve_neg()
 
 
 def _own_elements(tensor: Tensor) -> Tensor:
     """A tensor's own memory, as real numbers if possible."""
     values = changes.own_elements(tensor) if tensor.layout in memory.SPARSE else tensor
-    # Where operations are intercepted, a tensor may be lazily conjugated without showing it.
-    if values.is_complex() and not memory.values_hidden() and is_plain(values):
-        return torch.view_as_real(memory.without_conj(values))
-    return values
+    return memory.as_real(values) if memory.is_plain(values) else values
 
 
 def _on(clip_coefs: Norm, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(clip_coefs, float):
         # The device writes it: a copy from the host would make the device wait.
         return torch.full((), clip_coefs, dtype=dtype, device=device)
-    return moved(clip_coefs if clip_coefs.dtype == dtype else clip_coefs.to(dtype), device)
+    return moved(clip_coefs.to(dtype), device)

@@ -106,7 +106,9 @@ def count(name: str, value: Any, least: float) -> int:
 
 def flag(name: str, value: Any) -> bool:
     """``value`` as a truth value, or an error that names the argument."""
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, np.bool_) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     raise TypeError(f"`{name}` must be True or False, got {shown(value)}")
 

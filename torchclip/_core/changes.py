@@ -44,8 +44,7 @@ def scale_in_double_(tensors: Sequence[Tensor], clip_coef: float) -> None:
     """Multiply tensors of any layout in place by a number that has more digits than float32."""
 
     def scale_(values: Tensor) -> Tensor:
-        real = torch.view_as_real(memory.without_conj(values)) if values.is_complex() else values
-        for part in memory.by_rows(real):
+        for part in memory.by_rows(memory.as_real(values)):
             part.copy_(part.double().mul_(clip_coef))
         return values
 

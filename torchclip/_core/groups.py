@@ -16,7 +16,7 @@ from torchclip._core import memory
 from torchclip._core.rows import NARROW_REAL
 from torchclip._core.scalars import ABSENT, divisor_like, join_present, norm_dtype
 
-__all__ = ["REAL", "Group", "grouped", "is_plain", "joint", "moved"]
+__all__ = ["REAL", "Group", "grouped", "joint", "moved"]
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24
@@ -204,21 +204,13 @@ def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
     groups: dict[tuple[object, ...], Group] = {}
     transformed = memory.transformed()
     for place, tensor in tensors:
-        foreach = not transformed and not tensor.is_complex() and is_plain(tensor)
+        foreach = not transformed and not tensor.is_complex() and memory.is_plain(tensor)
         key = (tensor.device, tensor.dtype) if foreach else (place,)
         if key not in groups:
             groups[key] = Group(foreach, [], [])
         groups[key].tensors.append(tensor)
         groups[key].places.append(place)
     return list(groups.values())
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is plain strided memory, as operations on lists need it."""
-    if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided:
-        return False
-    # It may be lazily negated, which does not show where operations are intercepted.
-    return memory.values_hidden() or not tensor.is_neg()
 
 
 def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:

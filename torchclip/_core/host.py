@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -126,17 +124,14 @@ class HostBatch(Batch):
 
     def _parted(self, tensors: list[Tensor]) -> tuple[dict[torch.dtype, list[Tensor]], list[Tensor]]:
         """The tensors that can be changed together, as real numbers, by dtype; and the others."""
-        return _parted(tensors) if self.dtype is None else ({self.dtype: tensors}, [])
-
-
-def _parted(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[Tensor]], list[Tensor]]:
-    together: dict[torch.dtype, list[Tensor]] = {}
-    alone = []
-    for tensor in tensors:
-        # It may be lazily negated.
-        if type(tensor) not in memory.PLAIN or tensor.layout is not torch.strided or tensor.is_neg():
-            alone.append(tensor)
-            continue
-        real = torch.view_as_real(memory.without_conj(tensor)) if tensor.is_complex() else tensor
-        together.setdefault(real.dtype, []).append(real)
-    return together, alone
+        if self.dtype is not None:
+            return {self.dtype: tensors}, []
+        together: dict[torch.dtype, list[Tensor]] = {}
+        alone = []
+        for tensor in tensors:
+            if memory.is_plain(tensor):
+                real = memory.as_real(tensor)
+                together.setdefault(real.dtype, []).append(real)
+            else:
+                alone.append(tensor)
+        return together, alone

@@ -18,12 +18,14 @@ __all__ = [
     "PLAIN",
     "SPARSE",
     "WATCHERS",
+    "as_real",
     "by_rows",
     "common_dtype",
     "concatenate",
     "fills_its_memory",
     "flat",
     "intercepted",
+    "is_plain",
     "is_uncoalesced",
     "on_host",
     "own_values",
@@ -34,7 +36,6 @@ __all__ = [
     "stored",
     "transformed",
     "values_hidden",
-    "without_conj",
     "without_memory",
 ]
 
@@ -235,9 +236,23 @@ def flat(tensor: Tensor) -> Tensor | None:
     return ordered.view(-1) if ordered.is_contiguous() else None
 
 
-def without_conj(tensor: Tensor) -> Tensor:
-    """The same memory without the lazy conjugation, which does not matter for scaling by a real number."""
-    return tensor.conj() if tensor.is_conj() else tensor
+def as_real(tensor: Tensor) -> Tensor:
+    """A tensor's own memory as real numbers, to be multiplied by a real one, for which a lazy conjugation
+    does not matter.
+
+    Where operations are intercepted a complex tensor stays as it is, as a conjugation may not show.
+    """
+    if not tensor.is_complex() or values_hidden():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is plain strided memory, as operations on lists need it."""
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+        return False
+    # It may be lazily negated, which does not show where operations are intercepted.
+    return values_hidden() or not tensor.is_neg()
 
 
 def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], str]) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "matrix_norms",
     "norms_of_rows",
     "scale_rows_",
+    "wide_dtype",
 ]
 
 NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -41,7 +42,7 @@ _PART = 1 << 8
 _EVERY = 47
 
 
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype to accumulate in: the widest that the device has."""
     wide = norm_dtype(tensor.device)
     if not tensor.is_complex():
@@ -51,7 +52,7 @@ def _wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def matrix_norms(rows: Tensor, p: float) -> Tensor:
     """The norms along the last axis in the widest dtype, without overflow or underflow on the way."""
-    narrow, wide = rows.dtype in NARROW, _wide_dtype(rows)
+    narrow, wide = rows.dtype in NARROW, wide_dtype(rows)
     if not narrow:
         rows = rows.to(wide)  # as vector_norm does not read float8
     if rows.is_complex() and p != 2:
@@ -136,11 +137,8 @@ def _block_norms(rows: Tensor, p: float) -> Tensor:
 
 def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:
     """Multiply each slice along the first axis in place by its own number, from ``coefs_for``."""
-    real = tensor
-    # Where operations are intercepted, a tensor may be lazily conjugated without showing it.
-    if tensor.dtype.is_complex and not memory.values_hidden():
-        real = torch.view_as_real(memory.without_conj(tensor))
-    if clip_coefs.dtype != (torch.float64 if real.dtype in memory.DOUBLE else clip_coefs.dtype):
+    real = memory.as_real(tensor)
+    if real.dtype in memory.DOUBLE:
         clip_coefs = clip_coefs.to(torch.float64)
     clip_coefs = clip_coefs.view(-1, *[1] * (real.dim() - 1))
     if clip_coefs.dtype == real.dtype or real.dtype.is_complex:

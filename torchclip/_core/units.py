@@ -58,13 +58,9 @@ def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     plain: list[Tensor] = []
     rest: list[Tensor] = []
     for p in some:
-        by_kernel = _is_plain(p) and (p.grad is None or _is_plain(p.grad))
+        by_kernel = all(t.is_cpu and memory.is_plain(t) for t in (p, p.grad) if t is not None)
         (plain if by_kernel else rest).append(p)
     return (plain, rest) if rest else ([], items)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in memory.PLAIN and tensor.is_cpu and tensor.layout is torch.strided
 
 
 def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:

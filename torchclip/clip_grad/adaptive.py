@@ -148,6 +148,3 @@ class Adaptive(Rule):
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""
         _clip(parameters, self.clip_factor, self.eps, 2.0, grad_scale)
-
-    def __repr__(self) -> str:
-        return f"Adaptive(clip_factor={self.clip_factor}, eps={self.eps})"

@@ -85,9 +85,7 @@ def clip_grad_norm_(
     try:
         max_norm = threshold("max_norm", max_norm)
         p = norm_order(norm_type)
-        error_if_nonfinite = error_if_nonfinite is not False and flag(
-            "error_if_nonfinite", error_if_nonfinite
-        )
+        error_if_nonfinite = flag("error_if_nonfinite", error_if_nonfinite)
     except (TypeError, ValueError):
         gather.tell_ranks([parameters], group, Kind.CLIP)
         raise
@@ -136,9 +134,7 @@ def get_total_norm(
     """
     try:
         p = norm_order(norm_type)
-        error_if_nonfinite = error_if_nonfinite is not False and flag(
-            "error_if_nonfinite", error_if_nonfinite
-        )
+        error_if_nonfinite = flag("error_if_nonfinite", error_if_nonfinite)
     except (TypeError, ValueError):
         gather.tell_ranks([tensors], group, Kind.MEASURE)
         raise

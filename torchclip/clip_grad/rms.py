@@ -114,6 +114,3 @@ class BlockRMS(Rule):
         else:
             limits = on_device(roots, grad_scale.device) * (self.max_rms * grad_scale)
             batch.clip_each_(limits, 2.0, 0.0)
-
-    def __repr__(self) -> str:
-        return f"BlockRMS(max_rms={self.max_rms})"

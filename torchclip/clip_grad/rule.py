@@ -21,6 +21,10 @@ class Rule(ABC):
     usual: ClassVar[tuple[str, ...] | None] = None
     """The kernel's name for the rule, and the attributes with its numbers; None if there is none."""
 
+    def __repr__(self) -> str:
+        _, *names = self.usual or ("",)
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
+
     @abstractmethod
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place.

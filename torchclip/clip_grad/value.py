@@ -85,6 +85,3 @@ class Value(Rule):
         """Clip the gradients of the parameters in place."""
         scale = 1.0 if grad_scale is None else float(grad_scale)
         _clip(gather.gradients(parameters), scale * self.clip_value)
-
-    def __repr__(self) -> str:
-        return f"Value(clip_value={self.clip_value})"

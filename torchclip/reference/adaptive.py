@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchclip.reference import checks
-from torchclip.reference.arrays import Array, check_arrays, magnitudes, norm_of, scale
+from torchclip.reference.arrays import Array, check_arrays, norm_of, scale
 
 __all__ = ["clip_grad_adaptive"]
 
@@ -62,8 +62,8 @@ def clip_grad_adaptive(
     for weight, grad in distinct.values():
         units = [()] if grad.ndim < 2 else list(np.ndindex(grad.shape[0]))
         for unit in units:
-            limit = clip_factor * max(norm_of([magnitudes(weight[unit])], p), eps)
-            norm = norm_of([magnitudes(grad[unit])], p)
+            limit = clip_factor * max(norm_of([weight[unit]], p), eps)
+            norm = norm_of([grad[unit]], p)
             if not norm <= limit:
                 # A norm of 0 gets here only if the limit is NaN.
                 scale([grad[(*unit, ...)]], limit / norm if norm else limit)

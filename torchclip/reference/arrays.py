@@ -9,15 +9,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "check_arrays", "magnitudes", "norm_of", "scale"]
+__all__ = ["Array", "check_arrays", "norm_of", "scale"]
 
 
 Array: TypeAlias = NDArray[Any]
 
 
-def norm_of(magnitudes: Sequence[Array], p: float) -> float:
-    """``(Σ m^p)^(1/p)`` over float64 arrays of magnitudes, without overflow in between."""
-    m = np.concatenate([a.ravel() for a in magnitudes]) if magnitudes else np.zeros(0)
+def norm_of(arrays: Sequence[Array], p: float) -> float:
+    """``(Σ |a|^p)^(1/p)`` over the elements of arrays, in float64 and without overflow in between."""
+    m = np.concatenate([_magnitudes(a).ravel() for a in arrays]) if arrays else np.zeros(0)
     if m.size == 0:
         return 0.0
     if p == 0:
@@ -29,7 +29,7 @@ def norm_of(magnitudes: Sequence[Array], p: float) -> float:
         return float(leading * np.sum((m / leading) ** p) ** (1 / p))
 
 
-def magnitudes(grad: Array) -> Array:
+def _magnitudes(grad: Array) -> Array:
     """``|g|`` in float64."""
     return np.abs(grad.astype(np.complex128 if np.iscomplexobj(grad) else np.float64))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from torchclip.reference import checks
-from torchclip.reference.arrays import Array, check_arrays, magnitudes, norm_of, scale
+from torchclip.reference.arrays import Array, check_arrays, norm_of, scale
 
 __all__ = ["clip_coefficient", "clip_grads", "clip_grads_with_norm", "global_norm"]
 
@@ -44,7 +44,7 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
     """
     p = checks.order(norm_type)
     grads = check_arrays(grads, writeable=False)
-    return norm_of([magnitudes(g) for g in grads], p)
+    return norm_of(grads, p)
 
 
 def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str = 2.0) -> float:
@@ -85,7 +85,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
     p = checks.order(norm_type)
     max_norm = checks.threshold("max_norm", max_norm)
     grads = check_arrays(grads, writeable=True)
-    total_norm = norm_of([magnitudes(g) for g in grads], p)
+    total_norm = norm_of(grads, p)
     scale(grads, clip_coefficient(max_norm, total_norm))
     return total_norm
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchclip.reference import checks
-from torchclip.reference.arrays import Array, check_arrays, magnitudes, norm_of
+from torchclip.reference.arrays import Array, check_arrays, norm_of
 from torchclip.reference.norm import clip_coefficient
 
 __all__ = ["clip_per_example"]
@@ -47,9 +47,7 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
             f"got shapes {[g.shape for g in grads]}"
         )
     examples = range(next(iter(counts), None) or 0)
-    coefficients = [
-        clip_coefficient(max_norm, norm_of([magnitudes(g[i]) for g in grads], 2.0)) for i in examples
-    ]
+    coefficients = [clip_coefficient(max_norm, norm_of([g[i] for g in grads], 2.0)) for i in examples]
     sums = []
     for grad in grads:
         wide = np.result_type(grad.dtype, np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchclip.reference import checks
-from torchclip.reference.arrays import Array, check_arrays, magnitudes, norm_of, scale
+from torchclip.reference.arrays import Array, check_arrays, norm_of, scale
 from torchclip.reference.norm import clip_coefficient
 
 __all__ = ["clip_grad_norm_per_parameter"]
@@ -34,7 +34,7 @@ def clip_grad_norm_per_parameter(
     p = checks.order(norm_type)
     max_norm = checks.threshold("max_norm", max_norm)
     grads = check_arrays(grads, writeable=True)
-    norms = [norm_of([magnitudes(g)], p) for g in grads]
+    norms = [norm_of([g], p) for g in grads]
     for grad, norm in zip(grads, norms, strict=True):
         scale([grad], clip_coefficient(max_norm, norm))
     return norms

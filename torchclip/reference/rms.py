@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from torchclip.reference import checks
-from torchclip.reference.arrays import Array, check_arrays, magnitudes, norm_of, scale
+from torchclip.reference.arrays import Array, check_arrays, norm_of, scale
 
 __all__ = ["clip_grad_rms"]
 
@@ -34,7 +34,7 @@ def clip_grad_rms(grads: Sequence[Array], max_rms: float) -> list[float]:
     grads = check_arrays(grads, writeable=True)
     found = []
     for grad in grads:
-        rms = norm_of([magnitudes(grad)], 2.0) / math.sqrt(max(1, grad.size))
+        rms = norm_of([grad], 2.0) / math.sqrt(max(1, grad.size))
         # Unlike clipping by norm, there is no 1e-6.  An infinite threshold only measures.
         if not (rms <= max_rms or math.isinf(max_rms)):
             scale([grad], max_rms / rms)
