@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 __all__ = [
+    "PLAIN",
     "Layout",
     "any_dtensor",
     "as_groups",
@@ -60,6 +61,9 @@ class Layout(NamedTuple):
     is_pending: bool = False
 
 
+PLAIN = Layout(cast("DeviceMesh", None), (), is_first=True)
+"""That of a tensor that is no DTensor."""
+
 # Layouts by the identity of the spec of a DTensor, and by what is in it: the same object for those that lie
 # alike.  The specs are kept, so that no other object gets their id, or that of their mesh.
 _layouts: dict[int, Layout] = {}
@@ -94,28 +98,28 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
 
 
-def unit_layout(parameter: Tensor) -> Layout | None:
-    """How single units of a parameter (``units``) are split over ranks; None for a plain one."""
+def unit_layout(parameter: Tensor) -> Layout:
+    """How single units of a parameter (``units``) are split over ranks."""
     if not is_dtensor(parameter):
-        return None
+        return PLAIN
     return _layout(parameter.device_mesh, parameter.placements, 0 if parameter.dim() > 1 else None)
 
 
-def layouts_of(tensors: Sequence[Tensor]) -> list[Layout | None]:
-    """How each tensor lies on its mesh, None for a plain one; the same object for those that lie alike.
+def layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
+    """How each tensor lies on its mesh; the same object for those that lie alike.
 
     It must be quick: comparing placements takes as long as all other work for a DTensor.
     """
     if not any_dtensor(tensors):
-        return [None] * len(tensors)
+        return [PLAIN] * len(tensors)
     _, read_spec = _readers_for(tensors)
     try:
         layouts = list(map(_layouts.get, map(id, map(read_spec, tensors))))
     except AttributeError:  # some are plain
-        return [_known_layout(read_spec(t)) if is_dtensor(t) else None for t in tensors]
+        return [_known_layout(read_spec(t)) if is_dtensor(t) else PLAIN for t in tensors]
     if None in layouts:
         return [_known_layout(read_spec(tensor)) for tensor in tensors]
-    return layouts
+    return cast("list[Layout]", layouts)
 
 
 def _known_layout(spec: Any) -> Layout:

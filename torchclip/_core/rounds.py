@@ -16,6 +16,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar, cast
 from zlib import crc32
 
@@ -30,10 +31,7 @@ from torchclip._core.collectives import DIFFERS, Call, Kind, exchange, gather_ro
 from torchclip._core.mesh import Layout, Ranks
 from torchclip._core.scalars import ABSENT, concatenate, device_of, in_one, on_device
 
-__all__ = ["Part", "Places", "absent", "each", "joined", "lines", "not_compiled", "totals"]
-
-Places = Mapping["Layout | None", Sequence["int | None"]]
-"""The tensors of each layout (None for plain tensors); None in place of a tensor that is not on this rank."""
+__all__ = ["Held", "absent", "each", "joined", "lines", "not_compiled", "totals"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -51,67 +49,64 @@ def not_compiled(function: _Function) -> _Function:
     return cast("_Function", call)
 
 
-class Part(NamedTuple):
-    """This rank's part of tensors that have one joint norm.
+class Held(NamedTuple):
+    """What this rank holds of those tensors of a batch that have the same layout.
 
     Attributes:
-        places: their layouts.
-        norm: the norm of the tensors with a given layout.
-        norms: the norm of each tensor with a given layout, ``ABSENT`` for those that are not on this rank.
+        layout: the layout.
+        places: the positions in the batch; None in place of a tensor that is not on this rank.
+        norm: gives the norm of all of them.
+        norms: gives the norm of each, ``ABSENT`` for those that are not on this rank.
     """
 
-    places: Places
-    norm: Callable[[Layout | None], Norm]
-    norms: Callable[[Layout | None], Norms]
-
-
-def absent(places: Places) -> Part:
-    """A part of which this rank has nothing to tell."""
-    return Part(places, lambda _: ABSENT, lambda layout: [ABSENT] * len(places[layout]))
-
-
-class _Held(NamedTuple):
-    """The tensors of a part that have the same layout."""
-
-    place: int
-    part: Part
     layout: Layout
+    places: Sequence[int | None]
+    norm: Callable[[], Norm]
+    norms: Callable[[], Norms]
 
-    def norms(self) -> Norms:
-        """The norm of each tensor, ``ABSENT`` where it is not for this rank to count it."""
-        counted = self.part if self.layout.is_first else absent(self.part.places)
-        return counted.norms(self.layout)
+
+def absent(layout: Layout, places: Sequence[int | None]) -> Held:
+    """The same for a rank that has nothing to tell."""
+    return Held(layout, places, lambda: ABSENT, lambda: [ABSENT] * len(places))
 
 
 class _Item:
-    """What some ranks exchange: a number for each part, or for each tensor, on their meshes."""
+    """What some ranks exchange: a number for each batch, or for each tensor, on their meshes.
+
+    ``held`` are the tensors, with the number of their batch.
+    """
 
     def __init__(self, ranks: Ranks, groups: Sequence[dist.ProcessGroup], device: str) -> None:
         self.ranks, self.groups, self.device = ranks, groups, device
-        self.held: list[_Held] = []
+        self.held: list[tuple[int, Held]] = []
 
     def mark(self) -> int:
         """A number that shows which parameters with copies have gradients; 0 if all have."""
-        places = [held.part.places[held.layout] for held in self.held if held.layout.copies]
+        places = [held.places for _, held in self.held if held.layout.copies]
         if not any(None in some for some in places):
             return 0
         return 1 + crc32(bytes(place is None for some in places for place in some))
 
-    def of_parts(self, besides: Sequence[Sequence[Norm]], p: float) -> Norms:
-        """For each part, the joint norm of what this rank has to count here, and of some norms besides."""
+    def norm_of_batches(self, besides: Sequence[Sequence[Norm]], p: float) -> Norms:
+        """For each batch, the joint norm of what this rank has to count here, and of some norms besides."""
         norms = [list(some) for some in besides]
-        for place, part, layout in self.held:
-            if layout.is_first:
-                norms[place].append(part.norm(layout))
+        for i, held in self.held:
+            if held.layout.is_first:
+                norms[i].append(held.norm())
         return in_one([joined(some, p) for some in norms])
+
+    def norms(self) -> Norms:
+        """The norm of each tensor, ``ABSENT`` where it is not for this rank to count it."""
+        counted = [held if held.layout.is_first else absent(*held[:2]) for _, held in self.held]
+        return concatenate([held.norms() for held in counted])
 
 
 @not_compiled
-def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
-    """The norm of each part over all ranks that share its meshes, or that a group connects.
+def totals(batches: Sequence[Sequence[Held]], groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
+    """The norm of each batch over all ranks that share its meshes, or that a group connects.
 
     Args:
-        parts: this rank's parts.
+        batches: what this rank holds of each.
         groups: process groups whose other ranks have other plain tensors, and DTensors on other meshes.
         call: the call; it has the facts of all those ranks afterwards.
 
@@ -120,37 +115,39 @@ def totals(parts: Sequence[Part], groups: Sequence[dist.ProcessGroup], call: Cal
     """
     p = call.order
     connected = _connected(groups, call) if groups else None
-    items, own = _items(parts, every=connected is not None)
+    items, rest = _items(batches, every=connected is not None)
+    own: list[list[Norm]] = [[] for _ in batches]
+    for i, held in rest:
+        own[i].append(held.norm())
     if connected is None:
         return [joined(norms, p) for norms in _with(own, items, None, call)]
     direct = [item for item in items if _joins(item, connected)]
     own = _with(own, [item for item in items if item not in direct], connected, call)
     connected.held = [held for item in direct for held in item.held]
-    joint, differing = _run({connected: connected.of_parts(own, p)}, call)
+    joint, differing = _run({connected: connected.norm_of_batches(own, p)}, call)
     if differing:
         own = _with(own, direct, connected, call)
         connected.held = []
-        joint, _ = _run({connected: connected.of_parts(own, p)}, call)
+        joint, _ = _run({connected: connected.norm_of_batches(own, p)}, call)
     smaller = all(item.ranks != connected.ranks for item in items)
-    if items and smaller and not any(part.places.get(None) for part in parts):
+    if items and smaller and not any(held.layout is mesh.PLAIN for _, held in rest):
         _warn_of_copies(call)
     return list(joint[connected])
 
 
 @not_compiled
-def each(parts: Sequence[Part], call: Call) -> list[dict[Layout, Norms]]:
-    """The norm of each tensor with a given layout over all ranks of its mesh, in the order of places."""
-    items, _ = _items(parts, every=False)
-    sent = {item: concatenate([held.norms() for held in item.held]) for item in items}
-    joint, differing = _run(sent, call)
+def each(batches: Sequence[Sequence[Held]], call: Call) -> list[dict[Layout, Norms]]:
+    """For each batch, the norm of each tensor with a given layout over all ranks, in the order of places."""
+    items, rest = _items(batches, every=False)
+    joint, differing = _run({item: item.norms() for item in items}, call)
     joint.update({item: concatenate(_compared(item, call)) for item in differing})
-    found: list[dict[Layout, Norms]] = [{} for _ in parts]
+    found: list[dict[Layout, Norms]] = [{} for _ in batches]
+    for i, held in rest:
+        found[i][held.layout] = held.norms()
     for item in items:
-        start = 0
-        for place, part, layout in item.held:
-            stop = start + len(part.places[layout])
-            found[place][layout] = joint[item][start:stop]
-            start = stop
+        of_held = _split(joint[item], [len(held.places) for _, held in item.held])
+        for (i, held), norms in zip(item.held, of_held, strict=True):
+            found[i][held.layout] = norms
     return found
 
 
@@ -182,43 +179,38 @@ def _lines(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layo
 # What is exchanged
 
 
-def _items(parts: Sequence[Part], every: bool) -> tuple[list[_Item], list[list[Norm]]]:
-    """What is exchanged over meshes, in the order of the tensors; for each part, the norms of all else.
+def _items(batches: Sequence[Sequence[Held]], every: bool) -> tuple[list[_Item], list[tuple[int, Held]]]:
+    """What is exchanged over meshes, in the order of the tensors, and what is not.
 
     Copies are not exchanged if nothing is split over the same ranks, or is pending; with ``every`` they are.
     """
     items: dict[Ranks, _Item] = {}
-    lying = [
-        (None if layout is None else mesh.ranks_of(layout.mesh), _Held(i, part, cast("Layout", layout)))
-        for i, part in enumerate(parts)
-        for layout in part.places
-    ]
-    for ranks, (_, _, layout) in lying:
-        if layout is None or ranks in items:
-            continue
-        if layout.dims or ((every or layout.is_pending) and layout.copies):
-            groups = mesh.groups_over(layout.mesh)
-            items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
-    own: list[list[Norm]] = [[] for _ in parts]
-    for ranks, held in lying:
-        layout = held.layout
-        if layout is not None and ranks in items and (layout.dims or layout.copies):
-            items[ranks].held.append(held)
-        else:
-            own[held.place].append(held.part.norm(layout))
-    return list(items.values()), own
+    lying: list[tuple[Ranks, int, Held]] = []
+    for i, batch in enumerate(batches):
+        for held in batch:
+            layout = held.layout
+            is_alone = not (layout.dims or layout.copies)
+            ranks = frozenset[int]() if is_alone else mesh.ranks_of(layout.mesh)
+            lying.append((ranks, i, held))
+            if ranks not in items and (layout.dims or ((every or layout.is_pending) and layout.copies)):
+                groups = mesh.groups_over(layout.mesh)
+                items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
+    rest: list[tuple[int, Held]] = []
+    for ranks, i, held in lying:
+        (items[ranks].held if ranks in items else rest).append((i, held))
+    return list(items.values()), rest
 
 
 def _with(
     own: Sequence[Sequence[Norm]], items: Sequence[_Item], connected: _Item | None, call: Call
 ) -> list[list[Norm]]:
-    """For each part, some norms and the joint norm of each item that this rank has to count."""
-    joint, differing = _run({item: item.of_parts([()] * len(own), call.order) for item in items}, call)
+    """For each batch, some norms and the joint norm of each item that this rank has to count."""
+    joint, differing = _run({item: item.norm_of_batches([()] * len(own), call.order) for item in items}, call)
     for item in differing:
-        of_parts: list[list[Norm]] = [[] for _ in own]
-        for held, norms in zip(item.held, _compared(item, call), strict=True):
-            of_parts[held.place] += norms
-        joint[item] = in_one([joined(norms, call.order) for norms in of_parts])
+        of_batches: list[list[Norm]] = [[] for _ in own]
+        for (i, _), norms in zip(item.held, _compared(item, call), strict=True):
+            of_batches[i] += norms
+        joint[item] = in_one([joined(norms, call.order) for norms in of_batches])
     counted = [item for item in items if connected is None or mesh.is_first(item.ranks, connected.ranks)]
     return [[*norms, *(joint[item][i] for item in counted)] for i, norms in enumerate(own)]
 
@@ -230,7 +222,9 @@ def _joins(item: _Item, connected: _Item) -> bool:
     """
     if item.ranks == connected.ranks:
         return True
-    return mesh.is_within(item.ranks, connected.ranks) and not any(h.layout.copies for h in item.held)
+    return mesh.is_within(item.ranks, connected.ranks) and not any(
+        held.layout.copies for _, held in item.held
+    )
 
 
 def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
@@ -278,11 +272,7 @@ def _run(sent: Mapping[_Item, Norms], call: Call) -> tuple[dict[_Item, Norms], l
         here = concatenate([joint[item] for item in together])
         norms, learnt = exchange(group, here, [marks[item] for item in together], call, together[0].device)
         marks.update(zip(together, learnt, strict=True))
-        start = 0
-        for item in together:
-            stop = start + len(joint[item])
-            joint[item] = norms[start:stop]
-            start = stop
+        joint.update(zip(together, _split(norms, [len(joint[item]) for item in together]), strict=True))
     return joint, [item for item, mark in marks.items() if mark == DIFFERS]
 
 
@@ -309,25 +299,29 @@ def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, list[_Item]
 
 def _compared(item: _Item, call: Call) -> list[list[float]]:
     """The norm of each tensor of an item whose copies are not everywhere, for each of what lies alike."""
-    own = [list(map(float, held.part.norms(held.layout))) for held in item.held]
+    own = [list(map(float, held.norms())) for _, held in item.held]
     compare = Call(Kind.COMPARE, call.order, call.facts, call.refused)
     row = np.array([[float(dist.get_rank()), *(norm for norms in own for norm in norms)]])
     rows = _gathered(item.groups, row, compare, item.device)
     if compare.error is not None:
         call.fail(compare.error)
         return own
-    of_rank = {int(row[0]): row[1:] for row in rows}
-    found, start = [], 0
+    of_rank = {int(row[0]): _split(row[1:], list(map(len, own))) for row in rows}
+    found = []
     with np.errstate(all="ignore"):
-        for held, norms in zip(item.held, own, strict=True):
-            layout, stop = held.layout, start + len(norms)
-            of_mesh = np.array([of_rank[rank][start:stop] for rank in layout.mesh.mesh.flatten().tolist()])
+        for at, (_, held) in enumerate(item.held):
+            layout = held.layout
+            of_mesh = np.array([of_rank[rank][at] for rank in layout.mesh.mesh.flatten().tolist()])
             # If copies differ, the largest counts.
-            by_rank = integer_sums.keys(of_mesh.reshape(*layout.mesh.shape, len(norms)), 1.0)
-            whole = integer_sums.leading(by_rank.max(axis=layout.copies), 1.0).reshape(-1, len(norms))
+            by_rank = integer_sums.keys(of_mesh.reshape(*layout.mesh.shape, -1), 1.0)
+            whole = integer_sums.leading(by_rank.max(axis=layout.copies), 1.0).reshape(-1, of_mesh.shape[1])
             found.append(integer_sums.join(whole, call.order).tolist())
-            start = stop
     return found
+
+
+def _split(numbers: Any, lengths: Sequence[int]) -> list[Any]:
+    """Consecutive parts of a list, an array or a tensor."""
+    return [numbers[stop - length : stop] for length, stop in zip(lengths, accumulate(lengths), strict=True)]
 
 
 def _gathered(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import repeat
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torchclip._core import mesh, rounds
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
+from torchclip._core.rounds import Held
 from torchclip._core.scalars import ABSENT, at, in_one, may_change
 
 __all__ = ["ShardedBatch", "norms_of", "refuse"]
@@ -50,15 +51,15 @@ class Placed:
             lie = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
         layouts = mesh.layouts_of(lie)
         different = dict(zip(map(id, layouts), layouts, strict=True))
-        self.places: dict[Layout | None, list[int | None]] = {}
+        self.places: dict[Layout, list[int | None]] = {}
         places_of = {key: self.places.setdefault(layout, []) for key, layout in different.items()}
         if len(different) == 1:  # such as a model that FSDP2 shards as a whole
             places_of[id(layouts[0])].extend(at)
         else:
             for layout, place in zip(layouts, at, strict=True):
                 places_of[id(layout)].append(place)
-        self.is_pending = any(layout is not None and layout.is_pending for layout in self.places)
-        plain = None in self.places
+        self.is_pending = any(layout.is_pending for layout in self.places)
+        plain = mesh.PLAIN in self.places
         self.dtensors = [t for t in self.all if mesh.is_dtensor(t)] if plain else self.all
 
 
@@ -109,7 +110,7 @@ class ShardedBatch(Batch):
         """The norm of each tensor, including its parts on other ranks."""
         return cast("Norms", norms_of([self], True, p, finite)[0])
 
-    def part(self, p: float, finite: bool) -> rounds.Part:
+    def held(self, p: float, finite: bool) -> list[Held]:
         """This rank's tensors to measure; gradients that are pending a reduction are reduced first."""
         placed, held = self._placed, self._locals
         if finite:
@@ -118,25 +119,27 @@ class ShardedBatch(Batch):
             held = mesh.locals_of(mesh.without_partial(self.all))
         of_each: list[Norms] = []
 
-        def norm(layout: Layout | None) -> Norm:
+        def norm(places: Sequence[int | None]) -> Norm:
             if len(placed.places) == 1 and not placed.is_pending:
                 return self._local.norm(p, finite)
-            chosen = [held[i] for i in dict.fromkeys(placed.places[layout]) if i is not None]
+            chosen = [held[i] for i in dict.fromkeys(places) if i is not None]
             return self._gather(chosen, False).norm(p, finite)
 
-        def norms(layout: Layout | None) -> Norms:
+        def norms(places: Sequence[int | None]) -> Norms:
             if not of_each:
                 of_each.append(self._gather(held, False).norms(p, finite))
-            return at(of_each[0], placed.places[layout])
+            return at(of_each[0], places)
 
-        return rounds.Part(placed.places, norm, norms)
+        return [
+            Held(layout, places, partial(norm, places), partial(norms, places))
+            for layout, places in placed.places.items()
+        ]
 
-    def with_joint(self, joint: dict[Layout, Norms], part: rounds.Part) -> Norms:
-        """The norm of each tensor, given the norms that involved other ranks."""
+    def in_order(self, joint: dict[Layout, Norms]) -> Norms:
+        """The norms of tensors by their layouts, in the order of ``all``."""
         norms: list[Norm] = [ABSENT] * len(self.all)
         for layout, places in self._placed.places.items():
-            values = joint[layout] if layout in joint else part.norms(layout)
-            for i, value in zip(places, values, strict=True):
+            for i, value in zip(places, joint[layout], strict=True):
                 if i is not None:
                     norms[i] = value
         return in_one(norms)
@@ -177,18 +180,18 @@ class ShardedBatch(Batch):
 
 def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
     """The norm of each of several batches, or with ``each`` the norms of its tensors, in one exchange."""
-    parts = [batch.part(p, finite) for batch in batches]
+    held = [batch.held(p, finite) for batch in batches]
     if batches[0].is_changed:
         kind = Kind.CLIP_EACH if each else Kind.CLIP
     else:
         kind = Kind.MEASURE_EACH if each else Kind.MEASURE
     call = Call(kind, p, reduce(operator.or_, (batch.own_facts for batch in batches)))
-    joint: Any = rounds.each(parts, call) if each else rounds.totals(parts, batches[0].groups, call)
+    joint: Any = rounds.each(held, call) if each else rounds.totals(held, batches[0].groups, call)
     call.finish()
     for batch in batches:
         batch.joint_facts = call.facts
     if each:
-        joint = [batch.with_joint(*of_one) for batch, *of_one in zip(batches, joint, parts, strict=True)]
+        joint = [batch.in_order(of_one) for batch, of_one in zip(batches, joint, strict=True)]
     return cast("list[Norm] | list[Norms]", joint)
 
 
@@ -204,16 +207,16 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
     call.fail("refused")
     if kind == Kind.ADAPT:
         layouts = [mesh.unit_layout(item) for items in several for item in items]
-        rounds.lines({layout: torch.zeros(0) for layout in layouts if layout is not None}, call)
+        rounds.lines({layout: torch.zeros(0) for layout in layouts}, call)
         return
-    parts = []
+    held = []
     for items in several:
         if groups or mesh.any_dtensor(items):
             placed = Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
             if placed.is_pending:
                 mesh.without_partial(placed.all)  # which involves all ranks, too
-            parts.append(rounds.absent(placed.places))
-    if parts and kind in (Kind.CLIP, Kind.MEASURE):
-        rounds.totals(parts, groups, call)
-    elif parts:
-        rounds.each(parts, call)
+            held.append([rounds.absent(*some) for some in placed.places.items()])
+    if held and kind in (Kind.CLIP, Kind.MEASURE):
+        rounds.totals(held, groups, call)
+    elif held:
+        rounds.each(held, call)

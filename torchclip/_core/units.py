@@ -30,7 +30,7 @@ class Units(NamedTuple):
     grad: Tensor | None
     measured: Tensor | None
     """The gradient to measure: a reduced copy if a reduction is pending."""
-    layout: Layout | None
+    layout: Layout
     """How single units are split over ranks."""
 
 
@@ -106,7 +106,7 @@ def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Ten
     owner = parameter.grad
     if owner is not None and _is_row_sparse(owner):
         values = changes.own_elements(owner)
-        return Units(owner, weight[owner.indices()[0]], values, values, None)
+        return Units(owner, weight[owner.indices()[0]], values, values, mesh.PLAIN)
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
         grad = None if grad is None else grad.view(1, -1)
@@ -131,7 +131,7 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     for i, (u, of_weight) in enumerate(zip(units, of_weights, strict=True)):
         of_grad = None if u.measured is None else next(of_grads)
         of_units.append((_or_absent(of_weight, u.weight, u), _or_absent(of_grad, u.measured, u)))
-        if u.layout is not None:
+        if u.layout.dims:
             by_layout.setdefault(u.layout, []).append(i)
     if not by_layout:
         return of_units
@@ -152,7 +152,7 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
 
 def _or_absent(norms: Tensor | None, tensor: Tensor | None, units: Units) -> Tensor:
     """The norms of this rank's parts of the units of a tensor; ``ABSENT`` if it has none."""
-    if norms is None or tensor is None or (units.layout is not None and tensor.numel() == 0):
+    if norms is None or tensor is None or (units.layout.dims and tensor.numel() == 0):
         return units.weight.new_full((len(units.weight),), ABSENT, dtype=norm_dtype(units.weight.device))
     return norms
 
