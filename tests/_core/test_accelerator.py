@@ -285,9 +285,10 @@ class TestScaling:
         assert tensor._version == 0
         batch_of(tensor).scale_(0.5)
         assert tensor.tolist() == [0.5] * 3
-        large = torch.full((3,), 1e38)
-        batch_of(large).scale_(1e-42)  # which float32 has with three digits only
-        assert large.tolist() == pytest.approx([1e-4] * 3, rel=1e-6)
+        for tiny in (1e-42, 1e-61):  # which float32 has with three digits only, or not at all
+            large = torch.full((3,), 1e38)
+            batch_of(large).scale_(tiny)
+            assert large.tolist() == pytest.approx([tiny * 1e38] * 3, rel=1e-6, abs=0)
 
     @pytest.mark.parametrize("copied", [4, 1 << 24])
     def test_non_finite_elements_become_0(self, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:

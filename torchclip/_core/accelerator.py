@@ -74,7 +74,7 @@ class AcceleratorBatch(Batch):
                 return
             if 0 < clip_coef < FLOAT32_TINY:
                 self.scale_(PRESCALE)
-                clip_coef /= PRESCALE
+                return self.scale_(clip_coef / PRESCALE)
         with changes.writing():
             for group, clip_coef_there in self._with(clip_coef):
                 group.scale_(clip_coef_there)

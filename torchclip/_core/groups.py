@@ -5,6 +5,7 @@ Nothing here waits for a value.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -39,16 +40,7 @@ class Group:
         self.foreach = foreach
         self.tensors = tensors
         self.places = places
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all of them."""
-        return self.tensors[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of all of them."""
-        return self.tensors[0].dtype
+        self.device, self.dtype = tensors[0].device, tensors[0].dtype
 
     # Norms
 
@@ -201,16 +193,15 @@ def _copy_(to: list[Tensor], tensors: list[Tensor], foreach: bool) -> None:
 
 def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
     """Tensors and positions by device and dtype; one by one if operations on lists do not accept them."""
-    groups: dict[tuple[object, ...], Group] = {}
+    alike: dict[tuple[object, ...], tuple[bool, list[Tensor], list[int]]] = {}
     transformed = memory.transformed()
     for place, tensor in tensors:
         foreach = not transformed and not tensor.is_complex() and memory.is_plain(tensor)
         key = (tensor.device, tensor.dtype) if foreach else (place,)
-        if key not in groups:
-            groups[key] = Group(foreach, [], [])
-        groups[key].tensors.append(tensor)
-        groups[key].places.append(place)
-    return list(groups.values())
+        _, of_group, places = alike.setdefault(key, (foreach, [], []))
+        of_group.append(tensor)
+        places.append(place)
+    return list(itertools.starmap(Group, alike.values()))
 
 
 def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:

@@ -155,7 +155,7 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
             or not tensor.is_contiguous()
             or not tensor.is_cpu
             or tensor.is_neg()
-            or (tensor.data_ptr() < _LOW and _has_no_memory(tensor))
+            or (tensor.data_ptr() < _LOW and (_is_zero_tensor(tensor) or without_memory(tensor)))
         ):
             return None
     return dtype
@@ -322,10 +322,6 @@ def _is_zero_tensor(tensor: Tensor) -> bool:
     if type(tensor) not in PLAIN or tensor.is_meta or tensor.layout is not torch.strided:
         return False
     return tensor.numel() > 0 and tensor.data_ptr() == 0
-
-
-def _has_no_memory(tensor: Tensor) -> bool:
-    return _is_zero_tensor(tensor) or without_memory(tensor)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

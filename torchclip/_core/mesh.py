@@ -220,7 +220,12 @@ def _reduced(tensors: list[DTensor], mesh: DeviceMesh, dim: int, placement: Any)
     held = locals_of(tensors)
     with torch.no_grad():
         together = torch.cat([part.reshape(-1) for part in held])
-    _all_reduce(together, placement.reduce_op, mesh.get_group(dim))
+    group, is_mean = mesh.get_group(dim), placement.reduce_op == "avg"  # not every backend computes a mean
+    dist.all_reduce(
+        together, getattr(dist.ReduceOp, "SUM" if is_mean else placement.reduce_op.upper()), group
+    )
+    if is_mean:
+        together.div_(group.size())
     return [
         DTensor.from_local(
             total.view(part.shape),
@@ -234,14 +239,6 @@ def _reduced(tensors: list[DTensor], mesh: DeviceMesh, dim: int, placement: Any)
             tensors, held, torch.split(together, [part.numel() for part in held]), strict=True
         )
     ]
-
-
-def _all_reduce(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
-    """Reduce a tensor in place as its placement says; not every backend can compute a mean."""
-    is_mean = operation == "avg"
-    dist.all_reduce(tensor, getattr(dist.ReduceOp, "SUM" if is_mean else operation.upper()), group)
-    if is_mean:
-        tensor.div_(group.size())
 
 
 # Ranks

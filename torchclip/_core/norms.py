@@ -40,7 +40,7 @@ def norm(tensors: Sequence[Tensor], p: float) -> float:
     elements = 0
     for piece in _pieces_of(tensors, p):
         if not _is_narrow(piece, p):
-            parts += _piece_norms(piece, p)
+            parts += torch.cat([matrix_norms(rows, p) for rows in _rows(piece, _ROW)]).tolist()
             continue
         narrow.append(piece)
         elements += piece.numel()
@@ -82,12 +82,6 @@ def _pieces_of(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
         yield from _joined(group)
 
 
-def _piece_norms(piece: Tensor, p: float) -> list[float]:
-    """Norms of the parts of a one-dimensional tensor of at most ``PIECE`` elements."""
-    norms: list[float] = torch.cat([matrix_norms(rows, p) for rows in _rows(piece, _ROW)]).tolist()
-    return norms
-
-
 def _rows(piece: Tensor, length: int) -> list[Tensor]:
     """A one-dimensional tensor as a matrix with rows of some length, and a single row with the rest."""
     whole = piece.numel() - piece.numel() % length
@@ -127,19 +121,22 @@ def _verified_float32_norms(pieces: Sequence[Tensor], p: float) -> list[Tensor] 
     """
     matrices = [piece.unfold(0, _SHORT_ROW, _SHORT_ROW) for piece in pieces]
     of_rows = [_float32_norms(rows, p) for rows in matrices]
-    of_whole = vector_norm(_together(of_rows).double(), p)
+    of_whole = vector_norm(memory.concatenate(of_rows).double(), p)
     count = sum(norms.numel() for norms in of_rows)
     every = _EVERY[count >= _MANY_ROWS]
     exact_rows = [vector_norm(rows[::every], p, dim=1, dtype=torch.float64) for rows in matrices]
-    sampled = vector_norm(_together([norms[::every] for norms in of_rows]).double(), p)
-    exact = vector_norm(_together(exact_rows), p)
+    sampled = vector_norm(memory.concatenate([norms[::every] for norms in of_rows]).double(), p)
+    exact = vector_norm(memory.concatenate(exact_rows), p)
     whole_power, sampled_power, exact_power = (float(norm) ** p for norm in (of_whole, sampled, exact))
     if not small.is_accurate(whole_power, sampled_power, exact_power, count, every, p):
         return None
     rests = [piece[-(piece.numel() % _SHORT_ROW) :] for piece in pieces if piece.numel() % _SHORT_ROW]
     if not rests:
         return [of_whole.view(1)]
-    return [of_whole.view(1), vector_norm(_together(rests), p, dim=0, keepdim=True, dtype=torch.float64)]
+    return [
+        of_whole.view(1),
+        vector_norm(memory.concatenate(rests), p, dim=0, keepdim=True, dtype=torch.float64),
+    ]
 
 
 def _float32_norms(rows: Tensor, p: float) -> Tensor:
@@ -150,13 +147,9 @@ def _float32_norms(rows: Tensor, p: float) -> Tensor:
     parts = memory.split(rows, _WIDENED // _SHORT_ROW)
     room = torch.empty_like(parts[0], dtype=torch.float32)
     wide = [room] * (len(parts) - 1) + [room[: parts[-1].shape[0]]]
-    return _together(
+    return memory.concatenate(
         [vector_norm(copy.copy_(part), p, dim=1) for copy, part in zip(wide, parts, strict=True)]
     )
-
-
-def _together(vectors: Sequence[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else memory.concatenate(vectors)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -128,15 +128,10 @@ def _verified(vectors: Sequence[Array]) -> float | None:
     return whole + float(np.add.reduce(rest * rest))
 
 
-def _squares_by_matmul(rows: Array) -> Array:
-    """Like ``numpy.vecdot``, which NumPy has since 2.0."""
-    sums: Array = np.matmul(rows[:, None, :], rows[:, :, None]).reshape(-1)
-    return sums
-
-
-_vecdot: Callable[[Array, Array], Array] | None = getattr(np, "vecdot", None)
-
-
 def _squares(rows: Array) -> Array:
     """The sum of the squares of each row, in its dtype."""
-    return _squares_by_matmul(rows) if _vecdot is None else _vecdot(rows, rows)
+    if hasattr(np, "vecdot"):
+        sums: Array = np.vecdot(rows, rows)
+    else:  # before NumPy 2.0
+        sums = np.matmul(rows[:, None, :], rows[:, :, None]).reshape(-1)
+    return sums
