@@ -73,7 +73,13 @@ def device(request: pytest.FixtureRequest) -> torch.device | None:
 
 def rows_of(thresholds: Sequence[Any], device: torch.device | None) -> Rows:
     """Rows of them, in host memory if possible, otherwise on a device."""
-    return Rows(thresholds, device if thresholds[0]._takes_rows(device) else CPU)
+    rows = Rows(named(thresholds), device if thresholds[0]._takes_rows(device) else CPU)
+    rows.select(tuple(rows.sets))
+    return rows
+
+
+def named(thresholds: Sequence[Any], first: int = 0) -> dict[str, Any]:
+    return {f"set {i}": threshold for i, threshold in enumerate(thresholds, start=first)}
 
 
 def together(rows: Rows, norms: Sequence[float]) -> list[float]:
@@ -88,7 +94,7 @@ def together(rows: Rows, norms: Sequence[float]) -> list[float]:
 
 
 def assert_same_states(rows: Rows, thresholds: Sequence[Threshold]) -> None:
-    for row, threshold in zip(rows.thresholds(), thresholds, strict=True):
+    for row, threshold in zip(rows.thresholds.values(), thresholds, strict=True):
         actual = row.state_dict()
         expected = threshold.state_dict()
         assert actual.keys() == expected.keys()
@@ -134,7 +140,7 @@ def test_rows_resume_exactly(make: Callable[[], Any], device: torch.device | Non
     first = rows_of([make()] * 5, device)
     for stop in (2, 60, 90):
         resumed = [make() for _ in range(5)]
-        for threshold, row in zip(resumed, first.thresholds(), strict=True):
+        for threshold, row in zip(resumed, first.thresholds.values(), strict=True):
             threshold.load_state_dict(row.state_dict())
         second = rows_of(resumed, device)
         for norms in steps[stop - 2 : stop + 30]:
@@ -148,7 +154,8 @@ def test_rows_can_be_added(make: Callable[[], Any], device: torch.device | None)
     rows = rows_of([make()] * 2, device)
     for norms in steps[:20]:
         np.testing.assert_allclose(together(rows, norms[:2]), singly(thresholds[:2], norms[:2]), rtol=1e-9)
-    rows.append([make()] * 4)
+    rows.add(named([make()] * 4, first=2))
+    rows.select(tuple(rows.sets))
     for norms in steps[20:]:
         np.testing.assert_allclose(together(rows, norms), singly(thresholds, norms), rtol=1e-9)
 
@@ -169,7 +176,7 @@ class Operations(TorchDispatchMode):
 def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> None:
     meta, counts = torch.device("meta"), []
     for size in (1, 600):
-        rows = Rows([make()] * size, meta)
+        rows = rows_of([make()] * size, meta)
         norms = torch.ones(size, dtype=torch.float64, device=meta)
         for _ in range(4):
             with Operations() as operations:

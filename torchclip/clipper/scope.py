@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -85,22 +86,11 @@ def groups_of(optimizers: Sequence[Optimizer]) -> list[Group]:
     ]
 
 
-class SetMembers(NamedTuple):
-    """Parameters whose gradients are a clip set."""
-
-    name: str
-    parameters: Sequence[Tensor]
-    max_norm: float | None
-    """Their own threshold."""
-    names: list[str]
-    """The name of the norm of each, if each has one; do not change the list."""
-
-
+@dataclass(eq=False)
 class ClipSet:
     """Gradients that are clipped together by one norm, or each by its own.
 
     Attributes:
-        name: the name of their norm.
         parameters: their parameters.
         own: the threshold of their own parameter group, or None.
         each: whether each of them has a norm and a threshold.
@@ -110,39 +100,32 @@ class ClipSet:
         clip_coefs: the clip coefficient for each norm.
     """
 
-    def __init__(self, members: SetMembers, order: float, each: bool, batch: Batch) -> None:
-        self.name, self.parameters, self.own, self._names_of_all = members
-        self.each, self._order = each, order
-        self._names: list[str] | None = None
-        self.batch = batch
-        self.norms: Norms = []
-        self.max_norms: float | Norms = []
-        self.clip_coefs: Norms = []
+    parameters: list[Tensor]
+    own: float | None
+    each: bool
+    # The name of the norm, or that of each parameter; the list must not be changed.
+    _names: list[str]
+    batch: Batch = field(init=False)
+    norms: Norms = field(default_factory=list)
+    max_norms: float | Norms = field(default_factory=list)
+    clip_coefs: Norms = field(default_factory=list)
 
     def names(self) -> list[str]:
         """The names of the norms; they must be read before any user code runs, and are cached."""
-        if self._names is None:
-            self._names = self._names_of_each() if self.each else [self.name]
+        if self.each and len(self.batch.all) != len(self._names):
+            # Some parameters have no gradient, or share one, which is clipped once.
+            named = zip(self.parameters, self._names, strict=True)
+            of_grad = {id(p.grad): name for p, name in named if p.grad is not None}
+            self._names = [of_grad[id(grad)] for grad in self.batch.all]
         return self._names
 
-    def _names_of_each(self) -> list[str]:
-        names = self._names_of_all
-        if len(self.batch.all) == len(names):
-            return names
-        # Some parameters have no gradient, or share one, which is clipped once.
-        of_grad = {
-            id(p.grad): name for p, name in zip(self.parameters, names, strict=True) if p.grad is not None
-        }
-        return [of_grad[id(grad)] for grad in self.batch.all]
-
-    def held_norms(self) -> list[float]:
+    def held_norms(self, order: float) -> list[float]:
         """The norms of this rank's parts of gradients whose norm involves other ranks."""
         if not self.batch.facts & Facts.SHARDED:
             return []
         self.names()
         held = gather.local_gradients(self.parameters)
-        norms = held.norms(self._order) if self.each else scalars.in_one([held.norm(self._order)])
-        return scalars.numbers(norms)
+        return scalars.numbers(held.norms(order) if self.each else scalars.in_one([held.norm(order)]))
 
     def limit(self, max_norms: float | Norms, eps: float) -> None:
         """Set the threshold of each norm, and with it the clip coefficient."""
@@ -185,13 +168,11 @@ class Snapshot:
         self._order, self._groups = scoping.order, scoping.groups
         self.grad_scale = grad_scale
         self._each = scoping.scope == "parameter"
-        of_sets = _members_of_sets(groups, own, scoping, names)
+        self.sets = _sets(groups, own, scoping, names)
         kind = Kind.CLIP_EACH if self._each else Kind.CLIP
-        batches = gather.several([members.parameters for members in of_sets], scoping.groups, kind)
-        self.sets = [
-            ClipSet(members, scoping.order, self._each, batch)
-            for members, batch in zip(of_sets, batches, strict=True)
-        ]
+        batches = gather.several([each.parameters for each in self.sets], scoping.groups, kind)
+        for clip_set, batch in zip(self.sets, batches, strict=True):
+            clip_set.batch = batch
         self._overlap = len(self.sets) > 1 and _overlap(self.sets)
         held = [id(p) for group in groups for p in group.parameters] if groups and groups[0].several else []
         self.repeats = len(set(held)) < len(held)
@@ -286,7 +267,7 @@ class Snapshot:
 
     def held_norms(self) -> list[list[float]]:
         """The norms of this rank's part of each set whose norms involve other ranks."""
-        return [clip_set.held_norms() for clip_set in self.sets]
+        return [clip_set.held_norms(self._order) for clip_set in self.sets]
 
     def max_norm(self) -> Norm:
         """The smallest threshold of the sets that have gradients."""
@@ -354,15 +335,21 @@ def set_names(groups: Sequence[Group], scope: Scope, names: Mapping[int, list[st
     """The names of the norms of all possible sets, with or without gradients."""
     if scope == "global":
         return ["all"] if groups else []
-    if scope == "group":
-        return [group.name for group in groups]
-    return [name for group in groups for name in names.get(id(group.parameters)) or group.names_of_each()]
+    return [name for group in groups for name in _set_names(group, scope, names)]
 
 
-def _members_of_sets(
+def _set_names(group: Group, scope: Scope, names: Mapping[int, list[str]]) -> list[str]:
+    """The names of the norms of a group that is not clipped together with others."""
+    if scope != "parameter":
+        return [group.name]
+    return names.get(id(group.parameters)) or group.names_of_each()
+
+
+def _sets(
     groups: Sequence[Group], own: OwnMaxNorms, scoping: Scoping, names: Mapping[int, list[str]]
-) -> list[SetMembers]:
-    members = []
+) -> list[ClipSet]:
+    """The sets, without their gradients."""
+    sets = []
     together: list[Tensor] | None = None
     each = scoping.scope == "parameter"
     for group in groups:
@@ -370,12 +357,11 @@ def _members_of_sets(
         if max_norm is None and scoping.scope == "global":
             together = together + parameters if together else parameters
         else:
-            of_each = (names.get(id(parameters)) or group.names_of_each()) if each else []
-            members.append(SetMembers(group.name, parameters, max_norm, of_each))
+            sets.append(ClipSet(parameters, max_norm, each, _set_names(group, scoping.scope, names)))
     # Even without gradients here, another rank of the group may wait for this one.
     if together or (together is not None and scoping.groups):
-        members.append(SetMembers("all", together, None, []))
-    return members
+        sets.append(ClipSet(together, None, each, ["all"]))
+    return sets
 
 
 def _overlap(sets: Iterable[ClipSet]) -> bool:

@@ -6,6 +6,7 @@ On an accelerator, the norm of a step is a tensor whose value is not known yet w
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.util
 import math
@@ -354,13 +355,9 @@ class History(Sequence[Record]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickle with an accelerator's tensors could not be read on a machine without one.
         with self._lock:
             self._resolve()
-            layers = Layers()
-            layers.load_state_dict(self.layers.state_dict())
-            self.clipped_sizes.fetch()
-            state = self.__dict__ | {"_kept": self._kept.copy(), "layers": layers}
+            state = vars(self) | {"_kept": self._kept.copy(), "layers": copy.copy(self.layers)}
         # Copies have their own lock and pending steps, and no Clipper.
         return state | {"_pending": [], "_flushes": [], "_lock": None}
 

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip.history.figure import NARROW, label_plainly
-from torchclip.history.records import integer
+from torchclip.history.records import integer, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,19 +78,18 @@ class Layers:
             self._every *= 2
 
     def _fetched(self) -> list[_Row]:
-        """The rows at this moment, with numbers for tensors: one transfer for each device and size."""
+        """The rows at this moment, with numbers for tensors."""
         rows = self._rows
         found = rows[:]
-        places: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
-        for i, row in enumerate(found):
-            if isinstance(row.norms, Tensor):
-                key = (row.norms.device, row.norms.dtype, len(row.norms))
-                places.setdefault(key, []).append(i)
-        for where in places.values():
-            values = torch.stack([torch.as_tensor(found[i].norms) for i in where]).tolist()
-            for i, numbers in zip(where, values, strict=True):
-                rows[i] = found[i] = found[i]._replace(norms=numbers)
+        norms = numbers(row.norms for row in found)
+        rows[: len(found)] = found = [
+            row._replace(norms=of_row) for row, of_row in zip(found, norms, strict=True)
+        ]
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle with an accelerator's tensors could not be read on a machine without one.
+        return {**vars(self), "_rows": self._fetched()}
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchclip._core import arguments
 from torchclip._core.collectives import raise_pending
 
-__all__ = ["Record", "as_records", "integer", "saved_columns"]
+__all__ = ["Record", "as_records", "integer", "numbers", "saved_columns"]
 
 
 class Record(NamedTuple):
@@ -48,27 +49,13 @@ def _optional_number(name: str, value: Any) -> float | None:
     return None if value is None else arguments.number(name, value)
 
 
-# The types of a record's fields in a saved state, in order.
-FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "step": integer,
-    "total_norm": arguments.number,
-    "max_norm": arguments.number,
-    "clip_coef": arguments.number,
-    "clipped": arguments.flag,
-    "nonfinite": arguments.flag,
-    "skipped": arguments.flag,
-    "loss": _optional_number,
-}
-# Columns of only these types need no check of each value, which would take seconds for a million records.
-_PLAIN_TYPES: dict[str, set[type]] = {
-    "step": {int},
-    "total_norm": {float},
-    "max_norm": {float},
-    "clip_coef": {float},
-    "clipped": {bool},
-    "nonfinite": {bool},
-    "skipped": {bool},
-    "loss": {float, type(None)},
+# How the values of a record's fields in a saved state are checked.  Columns of only the types after the check
+# need none for each value: for a million records it would take seconds.
+_CHECKS: dict[str, tuple[Callable[[str, Any], Any], set[type]]] = {
+    "step": (integer, {int}),
+    **dict.fromkeys(("total_norm", "max_norm", "clip_coef"), (arguments.number, {float})),
+    **dict.fromkeys(("clipped", "nonfinite", "skipped"), (arguments.flag, {bool})),
+    "loss": (_optional_number, {float, type(None)}),
 }
 
 
@@ -78,35 +65,39 @@ def saved_columns(columns: Mapping[str, Any]) -> list[Sequence[Any]]:
     States from before records had a loss lack that column.
     """
     found: list[Sequence[Any]] = []
-    for field, check in FIELD_CHECKS.items():
+    for field, (check, plain) in _CHECKS.items():
         name = f"state['records']['{field}']"
         values = columns[field] if field != "loss" or "loss" in columns else [None] * len(found[0])
-        is_plain = type(values) is list and set(map(type, values)) <= _PLAIN_TYPES[field]
+        is_plain = type(values) is list and set(map(type, values)) <= plain
         found.append(values if is_plain else arguments.items(name, values, check))
     if len(set(map(len, found))) > 1:
         raise ValueError("`state['records']` must have columns of the same length")
     return found
 
 
-def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-    """The arguments of ``History.append`` as records, with one transfer for each device and dtype.
-
-    Rows from the kernel may lack the loss.
-    """
-    fetched = [[*row, None] if len(row) == 5 else list(row) for row in rows]
-    places: dict[tuple[torch.device, torch.dtype], list[tuple[int, int]]] = {}
-    for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            if isinstance(value, Tensor):
-                places.setdefault((value.device, value.dtype), []).append((i, j))
+def numbers(values: Iterable[Any]) -> list[Any]:
+    """Values with numbers in place of tensors: one transfer for each device, dtype and shape."""
+    found = list(values)
+    places: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
+    for i, value in enumerate(found):
+        if isinstance(value, Tensor):
+            places.setdefault((value.device, value.dtype, value.shape), []).append(i)
     for where in places.values():
-        values = torch.stack([rows[i][j] for i, j in where]).tolist()
-        for (i, j), value in zip(where, values, strict=True):
-            fetched[i][j] = value
+        fetched = torch.stack([found[i] for i in where]).tolist()
+        for i, value in zip(where, fetched, strict=True):
+            found[i] = value
     if places:
         raise_pending()  # because the norm is NaN if ranks are out of step
+    return found
+
+
+def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
+    """The arguments of ``History.append`` as records.  Rows from the kernel may lack the loss."""
+    rows = [row if len(row) == 6 else (*row, None) for row in rows]
+    fetched = iter(numbers(chain.from_iterable(rows)))
     records = []
-    for (step, norm, max_norm, coef, skipped, loss), row in zip(fetched, rows, strict=True):
+    for row in rows:
+        step, norm, max_norm, coef, skipped, loss = islice(fetched, 6)
         if skipped and isinstance(row[4], Tensor):  # its value was not known yet when the step was recorded
             max_norm, coef = math.inf, 1.0
         clipped, nonfinite = coef < 1 and not skipped, not math.isfinite(norm)

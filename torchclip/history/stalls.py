@@ -96,10 +96,6 @@ class ClippedSizes:
         self._matrices = {each.name for each in sets if each.is_matrix}
         self._samples.append(step, [_JOINT, *self._eps], scalars.in_one(sizes))
 
-    def fetch(self) -> None:
-        """Turn tensors into numbers; waits for an accelerator."""
-        self._samples.read()
-
     def stall(self, records: Sequence[Record]) -> Stall:
         """How many steps stall, by the nearest sample to each."""
         names, steps, sizes = self._samples.read()

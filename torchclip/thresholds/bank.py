@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 
 from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
 from torchclip.thresholds.base import MaxNorm, Threshold
 from torchclip.thresholds.forms import FLOATS
-from torchclip.thresholds.learned import Learned, Rows, has_own_update
+from torchclip.thresholds.learned import Learned, Objects, Rows, has_own_update
 from torchclip.thresholds.quantile_tracker import QuantileTracker
 
 __all__ = ["ThresholdBank"]
@@ -29,7 +28,7 @@ class ThresholdBank:
     """One interface to what a user passes as ``max_norm``: a number, a callable or a threshold object.
 
     A threshold object learns from one sequence of norms, so every set of gradients that is clipped together
-    gets its own copy.  A few sets in host memory have objects.  Many sets, or sets whose norms are on a
+    gets its own copy.  A few sets in host memory have ``Objects``.  Many sets, or sets whose norms are on a
     device, share ``Rows``, if the threshold supports them.
 
     A clipper uses it so, for each step that is one of training's:
@@ -82,15 +81,7 @@ class ThresholdBank:
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
         self.answers_tensors = _takes_rows(max_norm, torch.device("meta"))
         self._takes_rows_on_host = _takes_rows(max_norm, None)
-        # What was learned: an object by the name of each set; or rows, with their numbers by that name.
-        self._objects: dict[str, Any] = {}
-        self._rows: Rows | None = None
-        self._row_of: dict[str, int] = {}
-        # The names of the last call, and the objects that learn from their norms, or their rows unless all
-        # are in order.
-        self._names: tuple[str, ...] | None = None
-        self._updates: list[Callable[[float], float]] = []
-        self._index: Any = None
+        self._learners: Objects | Rows = Objects({})
         self._before_round: ThresholdBank | None = None
         self.begin_step(0)
 
@@ -109,38 +100,23 @@ class ThresholdBank:
         """Record what was learned before a round of several optimizers, for a state saved during it."""
         if self.learns and self._in_rounds:
             self._before_round = None
-            self._before_round = self._copied()
+            self._before_round = copy.copy(self)
+            self._before_round._learners = self._learners.copied()
 
     def before_round(self) -> ThresholdBank:
         """A bank with what this one had learned when ``begin_round`` was last called."""
         return self if self._before_round is None else self._before_round
 
-    def _copied(self) -> ThresholdBank:
-        copied = copy.copy(self)
-        copied._objects = {name: _copied_object(each) for name, each in self._objects.items()}
-        copied._rows = None if self._rows is None else self._rows.copied()
-        copied._row_of, copied._names = dict(self._row_of), None
-        return copied
-
     def add(self, names: Iterable[str]) -> None:
         """Add sets with these names that do not exist yet; they start from ``max_norm``."""
-        new = [name for name in names if name not in self._row_of and name not in self._objects]
-        if not self.learns or not new:
-            return
-        self._names = None
-        objects = {name: copy.deepcopy(self._max_norm) for name in new}
-        if self._rows is None:
-            self._objects.update(objects)
-        else:
-            self._rows.append([*objects.values()])
-            self._row_of.update({name: row for row, name in enumerate(new, start=len(self._row_of))})
+        new = [name for name in names if name not in self._learners.sets]
+        if self.learns and new:
+            self._learners.add({name: copy.deepcopy(self._max_norm) for name in new})
 
     @property
     def thresholds(self) -> Mapping[str, Threshold]:
         """The threshold objects with what they have learned, by set name.  Waits for an accelerator."""
-        if self._rows is None:
-            return MappingProxyType(self._objects)
-        return MappingProxyType(dict(zip(self._row_of, self._rows.thresholds(), strict=True)))
+        return MappingProxyType(self._learners.thresholds)
 
     def max_norms(self, names: Sequence[str], norms: Norms, norm_type: float = 2.0) -> float | Norms:
         """This step's threshold for each of the sets with these names and norms.
@@ -195,16 +171,30 @@ class ThresholdBank:
         if not names:
             return norms
         self.asked += 1
-        if names is not self._names and tuple(names) != self._names:
+        selected = tuple(names)
+        if selected != self._learners.selected:
             self.add(names)
-            self._names = None
-        if not isinstance(norms, list):
-            if self.answers_tensors:
-                return self._learned_in_rows(names, norms, norm_type, norms.device)
-            norms = norms.tolist()
-        if self._has_rows_on_host():
-            return self._learned_in_rows(names, norms, norm_type, None)
-        return self._learned_by_objects(names, norms)
+            self._learners.selected = None
+        learners = self._learners_for(norms)
+        if learners.selected is None:
+            learners.select(selected)
+        taken: Any = norms if learners.device is not None else scalars.numbers(norms)
+        max_norms = learners.update(taken, norm_type)
+        if self.runs_user_code:
+            called = f"{type(self._max_norm).__name__}.update()"
+            return [arguments.threshold(called, answer) for answer in max_norms]
+        return max_norms
+
+    def _learners_for(self, norms: Norms) -> Objects | Rows:
+        """What learns from the norms, made from what was learned elsewhere if needed."""
+        learners = self._learners
+        device = norms.device if self.answers_tensors and not isinstance(norms, list) else None
+        many = self.per_parameter or len(learners.sets) >= _MANY
+        takes_rows = device is not None or (self._takes_rows_on_host and many)
+        if isinstance(learners, Rows) != takes_rows or learners.device != device:
+            thresholds = learners.thresholds
+            learners = self._learners = Rows(thresholds, device) if takes_rows else Objects(thresholds)
+        return learners
 
     def max_norm_of_all(self, norm: float) -> float:
         """``max_norms`` for the single set ``"all"``, whose norm is a finite number in host memory.
@@ -212,54 +202,11 @@ class ThresholdBank:
         For the kernel's hook; only for a bank that learns, without user code.
         """
         self.begin_round()
-        if self._rows is None and _ALL in self._objects:
-            max_norm: float = self._objects[_ALL]._learn(norm, FLOATS)
+        if isinstance(self._learners, Objects) and _ALL in self._learners.sets:
+            max_norm: float = self._learners.thresholds[_ALL]._learn(norm, FLOATS)
             return max_norm
         (number,) = scalars.numbers(self._learned([_ALL], [norm], 2.0))
         return number
-
-    def _has_rows_on_host(self) -> bool:
-        many = self.per_parameter or len(self._row_of) + len(self._objects) >= _MANY
-        return self._takes_rows_on_host and many
-
-    def _learned_by_objects(self, names: Sequence[str], norms: Sequence[float]) -> list[float]:
-        if self._rows is not None:
-            self._objects, self._rows, self._row_of, self._names = dict(self.thresholds), None, {}, None
-        if self._names is None:
-            self._updates, self._names = [self._objects[name].update for name in names], tuple(names)
-        # A norm of -inf is not finite, but not absent.
-        answers = [
-            math.inf if -math.inf < norm < 0 else update(norm)
-            for update, norm in zip(self._updates, norms, strict=True)
-        ]
-        if self.runs_user_code:
-            called = f"{type(self._max_norm).__name__}.update()"
-            answers = [arguments.threshold(called, answer) for answer in answers]
-        return answers
-
-    def _learned_in_rows(
-        self, names: Sequence[str], norms: Norms, norm_type: float, device: torch.device | None
-    ) -> Norms:
-        rows = self._rows_on(device)
-        if self._names is None:
-            self._names, self._index = tuple(names), self._places(names, device)
-        return rows.update(norms, norm_type, self._index)
-
-    def _places(self, names: Sequence[str], device: torch.device | None) -> Any:
-        """The rows of the sets with these names, or None if they are all rows in order."""
-        rows = np.array([self._row_of[name] for name in names])
-        if np.array_equal(rows, np.arange(len(self._row_of))):
-            return None
-        return rows if device is None else torch.from_numpy(rows).to(device, non_blocking=True)
-
-    def _rows_on(self, device: torch.device | None) -> Rows:
-        """The rows for norms on a device, made from what was learned elsewhere if needed."""
-        if self._rows is None or self._rows.device != device:
-            thresholds: Mapping[str, Any] = self.thresholds
-            self._rows = Rows([*thresholds.values()], device)
-            self._row_of = {name: row for row, name in enumerate(thresholds)}
-            self._objects, self._names = {}, None
-        return self._rows
 
     def state_dict(self) -> dict[str, Any]:
         """What the threshold objects have learned, by the name of the set.  Waits for an accelerator."""
@@ -271,10 +218,8 @@ class ThresholdBank:
         Raises:
             ValueError: if another kind of threshold has learned ``state``; then nothing has changed.
         """
-        loaded = self.check(state)
-        names = [*self._row_of, *self._objects]
-        self._objects, self._rows, self._row_of, self._names = loaded, None, {}, None
-        self.add(names)
+        sets, self._learners = self._learners.sets, Objects(self.check(state))
+        self.add(sets)
 
     def check(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The thresholds of a ``state_dict``; raises for anything else."""
@@ -290,10 +235,6 @@ class ThresholdBank:
 
     def __repr__(self) -> str:
         return repr(self._max_norm)
-
-
-def _copied_object(threshold: Any) -> Any:
-    return threshold.copied() if isinstance(threshold, Learned) else copy.deepcopy(threshold)
 
 
 def _takes_rows(max_norm: Any, device: torch.device | None) -> bool:

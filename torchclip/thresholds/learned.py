@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -15,9 +15,9 @@ from torchclip._core import arguments
 from torchclip._core.batch import Norms
 from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
-from torchclip.thresholds.forms import ARRAYS, FLOATS, Arrays, Tensors
+from torchclip.thresholds.forms import ARRAYS, FLOATS, Tensors
 
-__all__ = ["Learned", "Rows", "Saved", "has_own_update"]
+__all__ = ["Learned", "Objects", "Rows", "Saved", "has_own_update"]
 
 Kind = TypeVar("Kind", bound="Learned")
 
@@ -114,19 +114,71 @@ def has_own_update(kind: type) -> bool:
     return True
 
 
+class Objects:
+    """Thresholds of a few sets, or of a user's own kind: an object for each.
+
+    Args:
+        thresholds: the objects, by the names of their sets.
+
+    Attributes:
+        thresholds: likewise.
+        sets: a dictionary by the names of the sets.
+        selected: the names of the sets whose norms ``update`` takes.
+    """
+
+    device = None
+
+    def __init__(self, thresholds: Mapping[str, Any]) -> None:
+        self.thresholds = self.sets = dict(thresholds)
+        self.selected: tuple[str, ...] | None = None
+        self._updates: list[Callable[[float], float]] = []
+
+    def copied(self) -> Objects:
+        """Independent objects that have learned the same."""
+        copies = {
+            name: each.copied() if isinstance(each, Learned) else copy.deepcopy(each)
+            for name, each in self.thresholds.items()
+        }
+        return Objects(copies)
+
+    def add(self, thresholds: Mapping[str, Any]) -> None:
+        """Add sets after those that are there."""
+        self.thresholds.update(thresholds)
+
+    def select(self, names: tuple[str, ...]) -> None:
+        """Take the norms of the sets with these names from now on."""
+        self.selected, self._updates = names, [self.thresholds[name].update for name in names]
+
+    def update(self, norms: Sequence[float], order: float) -> list[float]:
+        """Learn from the norms, negative where there is no gradient, and return the thresholds."""
+        # A norm of -inf is not finite, but not absent.
+        return [
+            math.inf if -math.inf < norm < 0 else update(norm)
+            for update, norm in zip(self._updates, norms, strict=True)
+        ]
+
+
 class Rows:
     """Thresholds of many sets, which learn together: a row for each in every column.
 
     Args:
-        thresholds: the objects to start from, of the same kind with the same arguments.
+        thresholds: the objects to start from, of the same kind with the same arguments, by the names of the
+            sets.
         device: where the norms will be; None for numbers in host memory.
+
+    Attributes:
+        sets: the number of the row by the name of each set.
+        selected: the names of the sets whose norms ``update`` takes.
     """
 
-    def __init__(self, thresholds: Sequence[Learned], device: torch.device | None) -> None:
+    def __init__(self, thresholds: Mapping[str, Learned], device: torch.device | None) -> None:
         self.device = device
-        self._form: Arrays | Tensors = ARRAYS if device is None else Tensors(device)
-        self._one = thresholds[0]
-        self._all = self._stacked(thresholds)
+        self.sets = {name: row for row, name in enumerate(thresholds)}
+        self.selected: tuple[str, ...] | None = None
+        self._rows: Any = None  # those of the selected sets, unless they are all rows in order
+        self._form: Any = ARRAYS if device is None else Tensors(device)
+        self._one = next(iter(thresholds.values()))
+        self._all = self._stacked([*thresholds.values()])
 
     def _stacked(self, thresholds: Sequence[Learned]) -> Learned:
         stacked = copy.copy(self._one)
@@ -138,31 +190,40 @@ class Rows:
     def copied(self) -> Rows:
         """Independent rows that have learned the same."""
         copied = copy.copy(self)
-        copied._all = self._all.copied()
+        copied._all, copied.sets = self._all.copied(), dict(self.sets)
         return copied
 
-    def append(self, thresholds: Sequence[Learned]) -> None:
+    def add(self, thresholds: Mapping[str, Learned]) -> None:
         """Add rows after those that are there."""
-        more = self._stacked(thresholds)
+        self.sets.update({name: row for row, name in enumerate(thresholds, start=len(self.sets))})
+        more, self.selected = self._stacked([*thresholds.values()]), None
         for name in self._one._columns:
-            columns: Any = [getattr(self._all, name), getattr(more, name)]
+            columns = [getattr(self._all, name), getattr(more, name)]
             setattr(self._all, name, self._form.concatenate(columns))
 
-    def update(self, norms: Norms, order: float, rows: Any = None) -> Norms:
+    def select(self, names: tuple[str, ...]) -> None:
+        """Take the norms of the sets with these names from now on."""
+        rows: Any = np.array([self.sets[name] for name in names])
+        if np.array_equal(rows, np.arange(len(self.sets))):
+            rows = None
+        elif self.device is not None:
+            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        self.selected, self._rows = names, rows
+
+    def update(self, norms: Norms, order: float) -> Norms:
         """Learn from the norms and return the thresholds.
 
         Args:
-            norms: a norm for each row, below 0 where there is no gradient.
+            norms: a norm for each of the sets, below 0 where there is no gradient.
             order: their order.
-            rows: the places of their rows, if they are not all rows in order.
 
         Returns:
             The thresholds, infinite where there is no gradient.
         """
-        form: Any = self._form
+        form, rows = self._form, self._rows
         columns: Any = norms if self.device is not None else np.array(norms)
         if rows is not None:
-            there, columns = columns, form.filled(len(getattr(self._all, self._one._columns[0])), ABSENT)
+            there, columns = columns, form.filled(len(self.sets), ABSENT)
             columns[rows] = there
         with np.errstate(all="ignore"):  # of numbers that are not used in the end
             max_norms = form.where(columns < 0, math.inf, self._all._learn(columns, form, order))
@@ -170,11 +231,12 @@ class Rows:
         found: Norms = max_norms if self.device is not None else max_norms.tolist()
         return found
 
-    def thresholds(self) -> list[Any]:
-        """An object for each row; waits for the device."""
+    @property
+    def thresholds(self) -> dict[str, Any]:
+        """An object for each row, by the name of its set; waits for the device."""
         columns = {name: getattr(self._all, name).tolist() for name in self._one._columns}
-        rows = [copy.deepcopy(self._one) for _ in next(iter(columns.values()))]
+        rows = [copy.deepcopy(self._one) for _ in self.sets]
         for name, values in columns.items():
             for row, value in zip(rows, values, strict=True):
                 row._from_row(name, value)
-        return rows
+        return dict(zip(self.sets, rows, strict=True))
