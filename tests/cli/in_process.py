@@ -21,6 +21,7 @@ def runner(directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     monkeypatch.chdir(directory)
     monkeypatch.setattr(sys, "argv", ["torchclip"])
     monkeypatch.setattr(sys, "path", ["where torchclip is", *sys.path])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed leaves one of its own
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("COLUMNS", "100")

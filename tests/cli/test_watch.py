@@ -4,8 +4,8 @@ import csv
 import os
 import pty
 import re
-import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import torchclip
 from torchclip.cli.main import main
+from torchclip.cli.run import progress
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import histories, labels, report
@@ -874,41 +875,40 @@ def test_a_file_that_cannot_be_written_at_the_end_is_said(run_here: in_process.R
     assert "torchclip run: error: argument --csv: No such file or directory: a/a.csv" in done.stderr
 
 
-SLOW = """
-import sys, time, torch
+LOUD = """
+import torch
 weight = torch.nn.Parameter(torch.zeros(2))
 optimizer = torch.optim.SGD([weight], lr=1.0)
 for step in range(8):
     weight.grad = torch.ones(2)
     optimizer.step()
-    time.sleep(0.2)
     if step == 5:
         print("a line of the script")
 print("a bar", end="")
 for step in range(4):
     optimizer.step()
-    time.sleep(0.2)
 """
 
 
-@pytest.mark.slow
-def test_the_progress_line_is_beneath_what_the_script_writes(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SLOW)
+def test_the_progress_line_is_beneath_what_the_script_writes(
+    run_here: in_process.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
     main_side, its_side = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torchclip", "run", "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "60"},
-        stdout=its_side,
-        stderr=its_side,
-    )
-    os.close(its_side)
-    chunks = list(_read(main_side))
-    assert process.wait() == 0
+    chunks: list[bytes] = []
+    # The command waits for threads that are no daemons.
+    reader = threading.Thread(target=lambda: chunks.extend(_read(main_side)), daemon=True)
+    reader.start()
+    with os.fdopen(its_side, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        assert run_here(LOUD).returncode == 0
+    reader.join()
+    os.close(main_side)
     output = b"".join(chunks).decode().partition("torchclip: what clipping did")[0]
-    lines = re.findall(r"torchclip: step \d+, norm 1.414", output)
-    assert len(lines) >= 2
-    # The line is erased before the script prints, and not drawn beside its bar.
+    assert re.findall(r"torchclip: step (\d), norm 1.414", output) == list("12345678")
+    # Erased before the script's own line, and not drawn beside its bar.
     before, _, after = output.partition("a line of the script\r\n")
     assert before.endswith("\r\x1b[2K")
     assert "torchclip: step" not in after.partition("a bar")[2]
