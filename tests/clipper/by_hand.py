@@ -18,11 +18,11 @@ from torchclip import Percentile, RollingSigma, ZScore, reference
 INF = math.inf
 Array = np.ndarray[Any, Any]
 Look = list[list[tuple[int, Array] | None]]
-"""The gradients of each parameter group, each with what tells it from others; None for a missing one."""
+"""The gradients of each parameter group, each with a key; None for a missing one."""
 
 
 class Raised(Exception):
-    """The user's own."""
+    """An exception of the user's."""
 
 
 class TwiceTheMean:
@@ -70,7 +70,7 @@ LEARNED: dict[str, tuple[Callable[[], Any], Callable[[list[float]], Any]]] = {
 
 
 class Result(NamedTuple):
-    """What a step must come to: a record without its number, and the gradients by what tells them apart."""
+    """The expected result of a step: a record without its number, and the gradients by key."""
 
     total_norm: float
     max_norm: float
@@ -80,7 +80,7 @@ class Result(NamedTuple):
 
 
 class ByHand:
-    """Clips by hand; knows the arguments of the Clipper, and what each set of gradients had for norms."""
+    """Clips by hand, with the Clipper's arguments and the norms that each set of gradients has had."""
 
     def __init__(
         self, rule: Any, scope: str, nonfinite: str, order: float = 2.0, skip_above: float | None = None
@@ -94,14 +94,14 @@ class ByHand:
         return float(np.linalg.norm(joint, self.order))
 
     def sets(self, look: Look, owns: list[Any]) -> dict[str, tuple[dict[int, Array], Any]]:
-        """What is clipped together, each with the threshold that its parameter group has, or "none"."""
+        """The sets that are clipped together, each with its parameter group's threshold, or "none"."""
         found: dict[str, tuple[dict[int, Array], Any]] = {}
         for i, (group, own) in enumerate(zip(look, owns, strict=True)):
             for j, grad in enumerate(group):
                 name = f"group {i}, parameter {j}" if self.scope == "parameter" else f"group {i}"
                 if self.scope == "global" and own == "none":
                     name = "all"
-                if grad is not None and grad[1].size:  # without elements there is nothing to measure
+                if grad is not None and grad[1].size:  # no elements to measure
                     found.setdefault(name, ({}, own))[0][grad[0]] = grad[1]
         return found
 
@@ -115,7 +115,7 @@ class ByHand:
         return asked[name]
 
     def judge(self, look: Look, owns: list[Any], step: int, asked: dict[str, float]) -> Result | None:
-        """What becomes of these gradients; None if they must be refused."""
+        """The gradients after clipping; None if they must be refused."""
         sets = self.sets(look, owns)
         everything = {grad[0]: grad[1] for group in look for grad in group if grad is not None}
         total = self.norm([*everything.values()])
@@ -161,7 +161,7 @@ def numpy(tensor: Tensor) -> Array:
 
 
 def assert_close(found: list[Array], expected: list[Array], **close: Any) -> None:
-    """In one comparison, which takes as long as that of one small array."""
+    """In one comparison, which takes no longer than that of one small array."""
     assert [array.shape for array in found] == [array.shape for array in expected]
     if found:
         joint = [np.concatenate([array.ravel() for array in arrays]) for arrays in (found, expected)]
@@ -170,7 +170,7 @@ def assert_close(found: list[Array], expected: list[Array], **close: Any) -> Non
 
 @contextmanager
 def broken(optimizer: torch.optim.Optimizer, what: str) -> Iterator[None]:
-    """Has a later hook raise, or what the optimizer does itself."""
+    """Makes a later hook raise, or the optimizer's own step."""
 
     def raise_(*_: Any, **__: Any) -> None:
         raise Raised

@@ -1,4 +1,4 @@
-"""What the tests of the Clipper share: models, optimizers with gradients, and a threshold object."""
+"""Shared by the tests of the Clipper: models, optimizers with gradients, and a threshold object."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.05},
     "AdamW": {"lr": 0.05},
     "Adamax": {"lr": 0.05},
-    # Without a line search it diverges on some processors, according to how they round.
+    # Without a line search it diverges on processors that round differently.
     "LBFGS": {"max_iter": 3, "line_search_fn": "strong_wolfe"},
     "NAdam": {"lr": 0.05},
     "RAdam": {"lr": 0.05},
@@ -48,7 +48,7 @@ each_scope = pytest.mark.parametrize("scope", ["global", "group", "parameter"])
 
 
 class Net(nn.Module):
-    """Only matrices, which is all that Muon takes."""
+    """Matrices only, as Muon takes nothing else."""
 
     def __init__(self, sparse: bool = False) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def state_bits(optimizer: torch.optim.Optimizer) -> list[tuple[str, Any]]:
 
 
 def everything(optimizer: torch.optim.Optimizer) -> tuple[list[bytes], list[tuple[str, Any]]]:
-    """All that a step may change, but for the gradients."""
+    """Everything that a step may change, except the gradients."""
     return [bits(p) for group in optimizer.param_groups for p in group["params"]], state_bits(optimizer)
 
 
@@ -126,7 +126,7 @@ def grad_norms(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 class Answering:
-    """A threshold object that gives these answers in turn."""
+    """A threshold object that returns these numbers in turn."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = answers

@@ -1,4 +1,4 @@
-"""Checks of the Clipper that all ranks run together: what they must decide alike."""
+"""Checks of the Clipper that all ranks run together: they must make the same decisions."""
 
 import functools
 import itertools
@@ -68,7 +68,7 @@ def check_norms_where_only_some_ranks_have_a_gradient() -> None:
 
 
 def check_user_code_on_one_rank_only() -> None:
-    """No rank may measure again alone, as the others do not."""
+    """No rank may measure again by itself."""
     full = randn(8, 3)
     for scope in SCOPES:
         grad = lying(full, Shard(0))
@@ -137,7 +137,7 @@ def check_no_gradient_means_none_on_any_rank() -> None:
 
 
 def check_ranks_scale_alike_whatever_only_one_of_them_has() -> None:
-    """Parameters that every rank has a copy of stay the same to the last bit."""
+    """Parameters that every rank has a copy of stay equal, bit for bit."""
     here_only: dict[str, list[Tensor]] = {
         "gaps": [torch.ones(4, 4)[:, ::2]],
         "float64": [torch.ones(3, dtype=torch.float64)],
@@ -194,7 +194,7 @@ def check_names_and_layers_of_distributed_models() -> None:
 
 
 def check_elements_that_one_rank_zeroes_with_user_code_on_another() -> None:
-    """What all ranks have decided together holds, though one of them looks at its gradients again."""
+    """The common decision stands, although one rank looks at its gradients again."""
     full = randn(8, 3)
     full[7, 1] = math.nan  # which the last rank holds
     for scope, listener in itertools.product(SCOPES, (0, 3)):
@@ -224,7 +224,7 @@ def check_spikes_are_left_out_on_all_ranks() -> None:
 
 
 def check_rules_go_by_the_norms_of_whole_parameters() -> None:
-    """Sharded parameters are clipped, and steps left out, as if they were in one piece."""
+    """Sharded parameters are clipped, and steps skipped, as without sharding."""
     fulls = [randn(6, 3, seed=1), randn(5, seed=2)]  # of which some ranks hold more than others
     ways: list[dict[str, Any]] = [
         {"max_norm": AdaGC(warmup=2, max_norm=1.5)},
@@ -260,7 +260,7 @@ def through_dcp(clipper: Clipper, fresh: Clipper) -> None:
 
 @since_2_7
 def check_a_checkpoint_of_what_ranks_have_together() -> None:
-    """One rank's state is that of all, on which DCP relies."""
+    """All ranks have the same state, on which DCP relies."""
 
     def make(group: Any) -> tuple[Any, Any, Clipper]:
         full = randn(8, 3)
@@ -286,7 +286,7 @@ def check_a_checkpoint_of_what_ranks_have_together() -> None:
 
 @since_2_7
 def check_a_checkpoint_of_stages_of_a_pipeline() -> None:
-    """What each rank has learned for itself comes back to it, whether its parameters have names or not."""
+    """Each rank gets back what it has learned, whether its parameters have names or not."""
     rank = dist.get_rank()
 
     def make(named: bool, scope: Scope) -> tuple[Any, Any, Clipper]:
@@ -342,7 +342,7 @@ def check_rounds_of_sharded_models() -> None:
 
 @since_2_7
 def check_sharded_gradients_in_the_backward_pass() -> None:
-    """What takes no norm is clipped there, and recorded with the norm of all ranks; the rest is refused."""
+    """Rules without a norm clip there, and record the norm of all ranks; others are refused."""
     for max_norm in (torchclip.Value(0.1), INF):
         models = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(2)]
         for model in models:

@@ -325,14 +325,14 @@ def test_a_parameter_that_was_appended_to_a_named_group_has_the_name_of_its_plac
 
 
 class _Wrapper:
-    """As wrappers of optimizers that are none themselves."""
+    """Like wrappers of optimizers that are not optimizers themselves."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
 
 
 class _WithPlainHooks(torch.optim.Optimizer):
-    """As wrappers that never call ``Optimizer.__init__``, and keep their hooks in plain dictionaries."""
+    """Like wrappers that never call ``Optimizer.__init__`` and keep hooks in plain dictionaries."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.optimizer, self.state, self.defaults = inner, {}, inner.defaults  # type: ignore[assignment]

@@ -44,7 +44,7 @@ def train(
     before_step: Callable[[], object] | None = None,
     overflows: Collection[int] = (),
 ) -> list[float]:
-    """Trains with autocast, with an overflow where told to; returns the scale of each step."""
+    """Trains with autocast, with overflows in given steps; returns the scale of each step."""
     scaler = GradScaler("cpu", init_scale=SCALE, growth_interval=3)
     scales = []
     for step in range(steps):
@@ -103,7 +103,7 @@ def scaled_step(
     grads: Sequence[Tensor | None],
     unscales: bool = False,
 ) -> None:
-    """Takes a step with the gradients that a scaled backward pass would have left."""
+    """Takes a step with the gradients that a scaled backward pass would have made."""
     scale = scaler.scale(torch.tensor(1.0))
     for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
         parameter.grad = None if grad is None else grad * scale

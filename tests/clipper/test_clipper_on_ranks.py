@@ -1,4 +1,4 @@
-"""The Clipper on several ranks; what is checked on them is in ``clipper_rank_checks.py``."""
+"""The Clipper on several ranks; the checks are in ``clipper_rank_checks.py``."""
 
 import clipper_rank_checks
 import pytest

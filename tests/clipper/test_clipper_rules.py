@@ -1,4 +1,4 @@
-"""Ways of clipping that are no threshold for a norm, and AdaGC, in a Clipper."""
+"""Rules other than a threshold for the norm, and AdaGC, in a Clipper."""
 
 import contextlib
 import math

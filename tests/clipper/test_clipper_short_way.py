@@ -1,4 +1,4 @@
-"""The short way of a usual step and the full way: the same to the bit, whatever unusual is added."""
+"""The fast path of a usual step and the full path give the same bits, with any unusual addition."""
 
 import copy
 import itertools
@@ -50,7 +50,7 @@ make_clipper: Callable[..., Clipper] = Clipper
 
 
 class Run:
-    """A step of an optimizer, to which something unusual may be done before."""
+    """A step of an optimizer, before which something unusual may happen."""
 
     def __init__(self) -> None:
         self.parameters = [
@@ -298,7 +298,7 @@ def test_a_rule_may_change_its_threshold(taken: list[bool]) -> None:
 
 def test_a_threshold_is_asked_once_and_its_error_calls_the_step_off(taken: list[bool]) -> None:
     class Failing(ZScore):
-        """In the house of the package, as its own are."""
+        """In a module of the package, like its own thresholds."""
 
     Failing.__module__ = "torchclip.thresholds.zscore"
     run, seen = Run(), []

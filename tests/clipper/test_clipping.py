@@ -1,4 +1,4 @@
-"""One clipping: nothing changes before all is decided, and user code in the middle of it is heeded."""
+"""One clipping: nothing changes before all is decided, and changes by user code are respected."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_an_exception_from_on_clip_calls_the_step_off(fused: bool) -> None:
     assert not hasattr(optimizer, "grad_scale")
 
 
-# User code in the middle of a step; random trainings have it change gradients in every way
+# User code in the middle of a step; in the random trainings it changes gradients in every way
 
 
 @fused_or_not

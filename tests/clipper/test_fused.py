@@ -1,4 +1,4 @@
-"""A fused step that takes the clip coefficient along, and what stands against it."""
+"""A fused step that applies the clip coefficient, and the cases in which it cannot."""
 
 import copy
 from typing import Any
@@ -118,7 +118,7 @@ def test_small_gradients_are_scaled_in_place_by_the_kernel(
     optimizer.step()
     in_place = size == 3 and kernel.status().startswith("active")
     assert len(scaled) == int(in_place)
-    # Torch's own norm of so many elements is off by more than this.
+    # For so many elements, torch's own norm has a larger error than this.
     assert float(torchclip.get_total_norm(gradients(optimizer))) == pytest.approx(1.0, rel=1e-4)
 
 
@@ -162,7 +162,7 @@ def test_a_subclass_finds_clipped_gradients_in_its_step(fused: bool) -> None:
 
 
 def stands_against(**changes: Any) -> str | None:
-    """What a clipper says after a step with gradients that must be clipped."""
+    """A clipper's record of a step with gradients that must be clipped."""
     options: dict[str, Any] = {
         "kind": torch.optim.SGD,
         "fused": True,

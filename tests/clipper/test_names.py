@@ -18,7 +18,7 @@ NAMES = ["embedding.weight", "inner.weight", "outer.weight"]
 
 
 class Wrapper(nn.Module):
-    """A user's own, which has a module of the name that data parallelism gives to its."""
+    """A user's model with a module of the name that data parallelism gives to its own."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What to do about gradients that are not finite."""
+"""The policies for gradients that are not finite."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ each_kind_of_step = pytest.mark.parametrize(
 
 
 def with_spoiled_step(fused: bool, **options: Any) -> tuple[Net, torch.optim.AdamW, Clipper]:
-    """An optimizer after a regular step, with gradients of which some are not finite."""
+    """An optimizer after a regular step, with some gradients that are not finite."""
     model = Net()
     named = list(model.named_parameters())
     groups = [{"params": named[:1]}, {"params": named[1:]}]
@@ -225,7 +225,7 @@ def test_of_a_step_with_nothing_finite_a_threshold_learns_nothing(scope: Scope, 
     ],
 )
 def test_norms_of_0_and_infinity_do_the_same_to_a_fused_step(max_norm: Any, policy: Nonfinite) -> None:
-    """Whose ``grad_scale`` may be infinite then."""
+    """Its ``grad_scale`` may be infinite then."""
     moved: dict[bool, list[list[float]]] = {}
     histories: dict[bool, str] = {}
     for fused in (False, True):

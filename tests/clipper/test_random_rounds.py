@@ -1,7 +1,7 @@
-"""Random rounds of several optimizers: all is as if somebody had clipped all gradients by hand in each round.
+"""Random rounds of several optimizers: the result is that of clipping all gradients by hand in each round.
 
 Backward passes reach some parameters only, and some of their gradients are not finite.  Optimizers step in
-any order, seldom or twice, with closures or a GradScaler; steps fail, and user code changes gradients in the
+any order, rarely or twice, with closures or a GradScaler; steps fail, and user code changes gradients in the
 middle of them.  Gradients are set to zero or None, states are saved and loaded within rounds, and the Clipper
 is made anew.  A run that fails prints what it did.
 """
@@ -25,16 +25,16 @@ from torch.amp import GradScaler
 from torchclip import Clipper
 
 Act = Callable[[list[nn.Parameter]], None]
-"""What user code does to the parameters, or to their copies."""
+"""A change by user code to the parameters, or to their copies."""
 
 
 class Rounds:
     """Optimizers whose gradients are clipped by hand, once in each round.
 
     Attributes:
-        records: what each round that is over came to, and its loss.
+        records: the result and the loss of each finished round.
         stepped: the optimizers that have stepped in the open round.
-        loss: that of the next round.
+        loss: the next round's.
     """
 
     def __init__(self, optimizers: list[torch.optim.SGD], hand: ByHand) -> None:
@@ -73,7 +73,7 @@ class Rounds:
         return any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in self.groups[i])
 
     def step(self, i: int, closure: Act | None, user: Act | None, breaks: str, overflows: bool) -> str:
-        """Step in turn, or say why the step must fail."""
+        """Step, or return why the step must fail."""
         fused = self.optimizers[i].defaults["fused"]
         if overflows and not fused:
             return ""  # the GradScaler does not call it
@@ -110,7 +110,7 @@ class Rounds:
         own, number = ["none"] * len(self.optimizers), len(self.records)
         before = self.look()
         result = self.hand.judge(before, own, number, asked)
-        if overflows and self.hand.nonfinite == "error":  # what a GradScaler skips is no error
+        if overflows and self.hand.nonfinite == "error":  # a step that a GradScaler skips is no error
             norm = self.hand.norm([grad[1] for group in before for grad in group if grad is not None])
             result = Result(norm, INF, 1.0, True, {})
         if result is None:
@@ -137,7 +137,7 @@ class Rounds:
         self._open, self.stepped, self._skips = None, set(), []
 
     def state(self) -> Any:
-        """What is saved in the middle of a round: all but the round."""
+        """The state in the middle of a round: everything but the round."""
         return copy.deepcopy((self.records, self._learned if self.stepped else self.hand.seen))
 
     def load(self, state: Any) -> None:
@@ -169,7 +169,7 @@ class Training:
             for of_all in (held, [[copies[id(p)] for p in of_one] for of_one in held])
         )
         usual = self.rng.random() < 0.4  # a number for all: the kernel takes the step
-        # Those that judge a norm by whether it is above the limit would tell roundings apart.
+        # Thresholds that compare a norm with a limit would react to rounding.
         learned = [name for name in LEARNED if name not in ("zscore", "rolling sigma")]
         self.rule: Any = 1.0 if usual else self.rng.choice([0.0, lambda step: 2.0 / (1 + step), *learned])
         self.options: dict[str, Any] = {
@@ -199,7 +199,7 @@ class Training:
         listener = on_clip if self.listens else None
         self.clipper, self.hand.loss = Clipper(self.optimizers, rule, on_clip=listener, **self.options), None
 
-    # What a user does to the parameters, and to their copies
+    # Changes by the user to the parameters and to their copies
 
     def backward(self) -> Act:
         share = self.rng.choice([0.3, 1.0])
@@ -309,7 +309,7 @@ class Training:
         if error is not None:
             self.clipper.loss = self.hand.loss = None
             if getattr(self.optimizers[i], "grad_scale", 1) is None:
-                delattr(self.optimizers[i], "grad_scale")  # torch left it there, and stumbles over it
+                delattr(self.optimizers[i], "grad_scale")  # torch has left it there, and fails because of it
             self.zero_all()
 
     def closure(self) -> Act:

@@ -1,9 +1,9 @@
-"""A Clipper in random trainings: after each step everything is as if somebody had clipped by hand.
+"""A Clipper in random trainings: after each step everything is as after clipping by hand.
 
 What a user does is drawn from a seed: accumulated backward passes, closures, a GradScaler, exceptions
 anywhere, groups that are frozen, thawed, added and changed, gradients that the user's own code replaces in
-the middle of a step, a run that is saved and goes on elsewhere.  ``ByHand`` clips in float64; the optimizer
-is SGD, of two lines.  A run that fails prints what it did.
+the middle of a step, a run that is saved and continues elsewhere.  ``ByHand`` clips in float64; its optimizer
+is two lines of SGD.  A run that fails prints what it did.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Training:
     """One random training.
 
     Args:
-        seed: of all that is drawn.
-        say: is told what is done.
+        seed: the seed of everything that is drawn.
+        say: is called with a description of each action.
     """
 
     def __init__(self, seed: int, say: Callable[[str], None]) -> None:
         self.rng, self.say = random.Random(seed), say
         self.torch_rng = torch.Generator().manual_seed(seed)
         self.dtype = self.rng.choice([torch.float32, torch.float32, torch.float64])
-        # Torch's fused SGD with momentum cannot do with a parameter that joins later.
+        # Torch's fused SGD with momentum cannot handle a parameter that is added later.
         self.momentum = self.rng.choice([0.0, 0.5])
         self.fused, self.named = not self.momentum, self.rng.random() < 0.5
         self.size = self.rng.choice([3.0, 3.0, 1e-7])  # of the gradients
@@ -69,7 +69,7 @@ class Training:
         self.clipper = self.new_clipper()
         say(f"{self.clipper!r} {self.dtype} fused={self.fused} scaler={self.scaler is not None} {self.size}")
 
-    # What there is
+    # The objects of a training
 
     def parameter(self) -> nn.Parameter:
         shape = self.rng.choice([(), (3,), (2, 4), (5, 1, 2), (0,)])
@@ -105,7 +105,7 @@ class Training:
         if self.hook is not None:
             self.hook.remove()
         clipper = Clipper(self.optimizer, rule, on_clip=on_clip, **options)
-        if self.rng.random() < 0.3:  # somebody who looks at the gradients later
+        if self.rng.random() < 0.3:  # later user code that reads the gradients
             self.hook = self.optimizer.register_step_pre_hook(lambda *_: self.seen.append(self.look()))
         return clipper
 
@@ -115,7 +115,7 @@ class Training:
 
     @property
     def divisor(self) -> float:
-        """What the gradients are multiplied by at the moment."""
+        """The current scale of the gradients."""
         return 1.0 if self.scaler is None or self.unscaled else self.scaler.get_scale()
 
     def look(self) -> Look:
@@ -188,7 +188,7 @@ class Training:
                 [[nn.Parameter(p.detach().clone(), p.requires_grad) for p in group] for group in groups]
             )
             saved = copy.deepcopy(old.state_dict())
-            if self.named:  # of a parameter that was appended the optimizer knows no name
+            if self.named:  # the optimizer has no name for an appended parameter
                 for group, fresh in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
                     group["param_names"] = fresh["param_names"]
             self.optimizer.load_state_dict(saved)
@@ -238,7 +238,7 @@ class Training:
         raise Raised
 
     def meddle(self) -> None:
-        """Replace some gradients in one of the ways there are."""
+        """Replace some gradients in a random way."""
         for p in self.parameters:
             if self.rng.random() < 0.5:
                 continue
@@ -274,7 +274,7 @@ class Training:
     # A step
 
     def step(self) -> None:
-        """One step, in one of the ways there are, and what it has to come to."""
+        """One step of a random kind, and its expected result."""
         ways = ["plain", "plain", "closure"] if self.scaler is None else ["scaler"]
         way, self.where_now = self.rng.choice(ways), self.rng.choice([*self.where, "nowhere"])
         raising = self.rng.random() < 0.15
@@ -358,7 +358,7 @@ class Training:
             return
         finite = all(np.isfinite(grad[1]).all() for group in before for grad in group if grad is not None)
         by_scaler = way == "scaler" and not finite
-        if by_scaler and not self.fused:  # its own skip, of which the optimizer hears nothing
+        if by_scaler and not self.fused:  # its own skip, without a call of the optimizer
             assert error is None
             self.check_values(values, momenta, {})
             self.after_step(way)
@@ -373,7 +373,7 @@ class Training:
             expected = self.hand.judge(before, self.owns(), self.steps, asked)
             if expected is not None and after and not expected.skipped:
                 expected = self.hand.judge(after[-1], self.owns(), self.steps, asked)
-            elif expected is not None and after:  # left out all the same
+            elif expected is not None and after:  # skipped all the same
                 changed = {grad[0]: grad[1] for group in after[-1] for grad in group if grad is not None}
                 expected = expected._replace(grads=changed)
         if error is not None or broke:
@@ -384,7 +384,7 @@ class Training:
             if not broke and not after:
                 self.check_grads({g[0]: g[1] for group in before for g in group if g is not None})
             if broke and getattr(self.optimizer, "grad_scale", 1) is None:
-                delattr(self.optimizer, "grad_scale")  # torch left it there, and stumbles over it
+                delattr(self.optimizer, "grad_scale")  # torch has left it there, and fails because of it
             if broke or self.rng.random() < 0.7 or not isinstance(error, Raised):
                 self.after_step(way)
                 self.zero_grad()

@@ -57,7 +57,7 @@ class Net(nn.Module):
 
 
 class Training:
-    """A model with two optimizers: matrices within, everything else."""
+    """A model with two optimizers: one for the inner matrices, one for everything else."""
 
     def __init__(self, pair: str = "plain", **groups: Any) -> None:
         self.model = Net()
@@ -163,7 +163,7 @@ def replace(parameter: Tensor) -> None:
 
 
 def change_unseen(parameter: Tensor) -> None:
-    """As ``GradScaler.unscale_`` does on the CPU, which bumps no version."""
+    """Like ``GradScaler.unscale_`` on the CPU, which increments no version."""
     assert parameter.grad is not None
     parameter.grad.data.mul_(0.5)
 
@@ -396,13 +396,13 @@ def test_losses_are_added_where_a_backward_pass_replaces_gradients() -> None:
 
 
 class InBackward(Training):
-    """An optimizer for each parameter, which steps as soon as the gradient is there."""
+    """An optimizer for each parameter, which steps as soon as the gradient exists."""
 
     def __init__(self, kind: Callable[..., Any] = torch.optim.SGD) -> None:
         super().__init__()
         self.optimizers = [kind([p], lr=0.05) for p in self.model.parameters()]
         for parameter, optimizer in zip(self.model.parameters(), self.optimizers, strict=True):
-            # A reference to the optimizer from its own parameter would be a cycle of the test's.
+            # A reference from a parameter to its optimizer would be a cycle made by the test.
             held = weakref.ref(optimizer)
             parameter.register_post_accumulate_grad_hook(lambda _, held=held: step_and_zero(held))
 

@@ -1,4 +1,4 @@
-"""The state of a Clipper, through every way of saving it, and from the version before; copies."""
+"""The state of a Clipper, saved in every way and by the previous version; copies."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ from torchclip import AdaGC, Clipper, Percentile, RollingSigma, Value, ZScore
 from torchclip.clipper import Scope
 from torchclip.history.history import History
 
-# What version 0.1.0 saved after six steps, one of each kind.
+# States that version 0.1.0 saved after six steps, one of each kind.
 OF_0_1_0: dict[str, Any] = json.loads((Path(__file__).parent / "states_0_1_0.json").read_text())
 
 
@@ -133,12 +133,12 @@ def test_a_run_goes_on_as_if_there_had_been_no_break(
 @quiet
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_of_the_first_steps_survives_a_distributed_checkpoint(kind: str, tmp_path: Path) -> None:
-    """Which loads only what a fresh state has, too."""
+    """DCP loads only keys that a fresh state has."""
     model, optimizer, clipper = run(kind, "parameter")
     for step in range(2):
         _, _, its_clipper = run(kind, "parameter")
         through_dcp(clipper, its_clipper, tmp_path / str(step))
-        assert str(its_clipper.state_dict()) == str(clipper.state_dict())  # of no step the largest is NaN
+        assert str(its_clipper.state_dict()) == str(clipper.state_dict())  # as NaN differs from NaN
         train(model, optimizer, range(step, step + 1))
 
 
@@ -343,6 +343,6 @@ def test_a_history_is_a_clippers_own() -> None:
     first.step()
     assert (len(kept), len(clipper.history)) == (1101, 1)
     clipper.detach()
-    other.history = kept  # which nobody has any more
+    other.history = kept  # which no longer exist
     second.step()
     assert (len(kept), kept[-1].step) == (1102, 0)

@@ -1,4 +1,4 @@
-"""What is clipped together, with which threshold."""
+"""Which gradients are clipped together, with which threshold."""
 
 from typing import Any
 
@@ -154,7 +154,7 @@ def test_a_norm_at_a_threshold_that_learns_is_left_alone(max_norm: Any, scope: S
     assert clipper.history.summary().clipped == 0
 
 
-# Thresholds learn from gradients, and from nothing else
+# Thresholds learn from gradients only
 
 
 def of_norms(*norms: float) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Steps that are left out because their norm is above a limit."""
+"""Steps that are skipped because their norm is above a limit."""
 
 import copy
 import warnings
@@ -97,7 +97,7 @@ def test_after_max_skips_the_next_one_is_taken_clipped_with_one_warning(fused: b
     assert clipper.history[3].clip_coef == pytest.approx(0.25)
     messages = [str(w.message) for w in caught]
     if everywhere == "accelerator" and fused:
-        assert messages == []  # to warn would be to wait
+        assert messages == []  # a warning would have to wait
     else:
         assert len(messages) == 1
         assert "step 3 was taken, clipped to 5" in messages[0]

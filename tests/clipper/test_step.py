@@ -1,4 +1,4 @@
-"""One step of an optimizer: nesting, closures, exceptions, and what is undone afterwards."""
+"""One step of an optimizer: nesting, closures, exceptions, and changes that are undone afterwards."""
 
 import functools
 import math
@@ -202,7 +202,7 @@ def test_a_closure_that_is_called_with_arguments() -> None:
 
 
 class OfModel(torch.optim.SGD):
-    """Takes something that can be called, but is no closure."""
+    """Takes a callable that is no closure."""
 
     def step(self, model: Any) -> Any:  # type: ignore[override]
         assert model is not None
@@ -210,7 +210,7 @@ class OfModel(torch.optim.SGD):
 
 
 class AfterModel(torch.optim.SGD):
-    """Takes a closure in another place than the first."""
+    """Takes a closure that is not the first argument."""
 
     def step(self, model: Any, closure: Any = None) -> Any:  # type: ignore[override]
         assert isinstance(model, nn.Module)
@@ -218,21 +218,21 @@ class AfterModel(torch.optim.SGD):
 
 
 class Anything(torch.optim.SGD):
-    """Passes on whatever it gets."""
+    """Passes on all its arguments."""
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         return super().step(*args, **kwargs)
 
 
 class OtherName(torch.optim.SGD):
-    """Takes a closure by a name of its own."""
+    """Takes a closure under another name."""
 
     def step(self, evaluate: Any = None, *, loss_closure: Any = None) -> Any:
         return super().step(evaluate or loss_closure)
 
 
 class Evaluating(torch.optim.SGD):
-    """Takes a closure by a name that does not say so."""
+    """Takes a closure under a name that does not say so."""
 
     def step(self, evaluate: Any) -> Any:  # type: ignore[override]
         return super().step(evaluate)
@@ -316,7 +316,7 @@ def test_two_clippers_in_one_step_do_not_take_each_others_for_their_own() -> Non
     assert [len(c.history) for c in clippers] == [2, 2]
 
 
-# Steps that are none of training's
+# Steps that are not training's
 
 
 @pytest.mark.parametrize(
