@@ -423,7 +423,12 @@ def test_the_loss_belongs_to_the_optimizer_that_steps_next() -> None:
 def own_scaler() -> torch.amp.GradScaler:
     class Scaler(torch.amp.GradScaler):
         def scale(self, outputs: Any) -> Any:
-            return outputs * super().scale(torch.ones(()))
+            return outputs * super().scale(torch.ones(())) * 2
+
+        def unscale_(self, optimizer: Any) -> None:
+            super().unscale_(optimizer)
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad /= 2
 
     return Scaler("cpu", init_scale=1024.0)
 

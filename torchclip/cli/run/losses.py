@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchclip._core import mesh
 
@@ -22,8 +21,8 @@ Loss = float | Tensor
 class LossRecorder:
     """Records each scalar on which a program calls ``backward()``, without a GradScaler's scale.
 
-    Several scalars in a step are added, as in gradient accumulation.  ``autograd.grad`` and
-    ``backward(gradient=...)`` are not recorded.
+    Several scalars in a step are added, as in gradient accumulation.  After a scaler has scaled a loss, those
+    until the next step have its scale.  ``autograd.grad`` and ``backward(gradient=...)`` are not recorded.
 
     Attributes:
         backwards: how often ``backward()`` was called.
@@ -32,11 +31,7 @@ class LossRecorder:
     def __init__(self) -> None:
         self.backwards = 0
         self._pending: Loss | None = None
-        self._is_closed = False
-        self._is_scaled = False  # whether a scaler has scaled any loss
-        # A scaled loss → the original loss; and the last scaler, for values computed from its result.
-        self._unscaled = WeakTensorKeyDictionary()
-        self._scaled_by: Callable[[Tensor], Any] | None = None
+        self._scale_of_step: Callable[[Tensor], Any] | None = None
         self._detach: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -67,12 +62,8 @@ class LossRecorder:
 
     def take(self) -> Loss | None:
         """The loss of the step that begins now; None if there is none."""
-        pending, self._pending, self._is_closed = self._pending, None, False
+        pending, self._pending, self._scale_of_step = self._pending, None, None
         return pending
-
-    def close(self) -> None:
-        """Add nothing more to this step's loss, as the optimizer's closure has been called once."""
-        self._is_closed = True
 
     def _replace(self, owner: type, name: str, stand_in: Callable[..., Any]) -> None:
         original = vars(owner)[name]
@@ -94,38 +85,22 @@ class LossRecorder:
         return original(tensor, *args, **kwargs)
 
     def _add(self, tensor: Tensor) -> None:
-        scaled_by, self._scaled_by = self._scaled_by, None
-        if self._is_closed:
-            return
-        if self._is_scaled and tensor in self._unscaled:
-            value: Loss = self._unscaled[tensor]
-        else:
-            value = _value(tensor)
-            if scaled_by is not None:
-                value = value / _value(scaled_by(torch.ones((), device=tensor.device)))
+        value = _value(tensor)
+        scale = self._scale_of_step
+        if scale is not None:
+            value = value / _value(scale(torch.ones((), device=tensor.device)))
+            self._scale_of_step = scale  # a scaler may have called its parent's scale()
         self._pending = value if self._pending is None else self._pending + value
 
     def _scale(self, original: Callable[..., Any], scaler: GradScaler, outputs: Any) -> Any:
         scaled = original(scaler, outputs)
         if scaler.is_enabled():
-            for each, before in _pairs(scaled, outputs):
-                if before.numel() == 1:
-                    self._unscaled[each] = _value(before)
-            self._scaled_by, self._is_scaled = functools.partial(original, scaler), True
+            self._scale_of_step = functools.partial(original, scaler)
         return scaled
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
-        self._pending = None  # the rest belongs to a step that the scaler has skipped
+        self.take()  # what is left belongs to a step that the scaler has skipped
         return original(scaler, *args, **kwargs)
-
-
-def _pairs(scaled: Any, outputs: Any) -> list[tuple[Tensor, Tensor]]:
-    """Scaled tensors in lists, with the originals; an iterator is used up."""
-    if isinstance(outputs, Tensor):
-        return [(scaled, outputs)]
-    if not isinstance(outputs, (list, tuple)):
-        return []
-    return [pair for each in zip(scaled, outputs, strict=True) for pair in _pairs(*each)]
 
 
 def _value(tensor: Tensor) -> Loss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from torchclip.cli.run.files import now
 from torchclip.cli.run.names import unique_labels
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.recording import Recording
-from torchclip.cli.run.together import joint_history, together
+from torchclip.cli.run.together import joint_histories
 from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
@@ -23,7 +23,6 @@ __all__ = ["REPORT", "about", "histories", "labels", "losses_of", "report"]
 
 _WIDTH = 80
 _MOST_OPTIMIZERS, _MOST_LAYERS, _MOST_NONFINITE, _MOST_NAMES = 8, 3, 3, 4
-STRAY = "no optimizer"
 REPORT = "torchclip: what clipping did"
 """The beginning of a report."""
 
@@ -82,13 +81,6 @@ def labels(run: Recording) -> dict[str, OptimizerRecord]:
     return {" and ".join(found): optimizer for found, optimizer in together.values()}
 
 
-def joint_histories(optimizers: Mapping[str, OptimizerRecord]) -> dict[str, History]:
-    """The joint steps of the optimizers that step together, by their labels."""
-    names = {id(optimizer): label for label, optimizer in optimizers.items()}
-    groups = together(list(optimizers.values()))
-    return {" and ".join(names[id(each)] for each in group): joint_history(group) for group in groups}
-
-
 def histories(run: Recording) -> dict[str, History]:
     """The steps of each optimizer, and of optimizers that step together, with their parameters' norms."""
     optimizers = labels(run)
@@ -98,7 +90,7 @@ def histories(run: Recording) -> dict[str, History]:
         if not len(optimizer.history.layers):
             optimizer.history.layers = optimizer.layers
     if len(run.calls.stray):
-        found[STRAY] = run.calls.stray
+        found["no optimizer"] = run.calls.stray
     return found
 
 

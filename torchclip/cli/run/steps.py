@@ -121,7 +121,6 @@ class StepRecorder:
         if not record.is_measured:
             loss = self._losses.take()
             record.loss = loss if record.loss is None else record.loss
-            self._losses.close()
             self._measure(record, optimizer)
         return result
 

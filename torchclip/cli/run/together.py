@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.history.history import History
 from torchclip.history.records import Record
 
-__all__ = ["joint_history", "together"]
+__all__ = ["joint_histories"]
 
 _SHARE = 0.9  # the required share of the rounds of the optimizer that steps less often
 
 
-def together(optimizers: Sequence[OptimizerRecord]) -> list[list[OptimizerRecord]]:
-    """Optimizers that step after the same backward passes, each with its own Clipper or with none."""
-    groups: list[list[OptimizerRecord]] = []
-    for each in optimizers:
+def joint_histories(optimizers: Mapping[str, OptimizerRecord]) -> dict[str, History]:
+    """The joint steps of optimizers that step after the same backward passes.
+
+    Args:
+        optimizers: optimizers with histories of their own, by their labels.
+
+    Returns:
+        The histories, by the labels of their optimizers.
+    """
+    groups: list[dict[str, OptimizerRecord]] = []
+    for label, each in optimizers.items():
         for group in groups:
-            rounds, others = _numbers(each), _numbers(group[0])
-            least = max(_SHARE * min(len(rounds), len(others)), 1)
-            if each.history is not group[0].history and len(rounds & others) >= least:
-                group.append(each)
+            rounds, others = _numbers(each), _numbers(next(iter(group.values())))
+            if len(rounds & others) >= max(_SHARE * min(len(rounds), len(others)), 1):
+                group[label] = each
                 break
         else:
-            groups.append([each])
-    return [group for group in groups if len(group) > 1]
+            groups.append({label: each})
+    return {" and ".join(group): _joined([*group.values()]) for group in groups if len(group) > 1}
 
 
 def _numbers(optimizer: OptimizerRecord) -> set[int]:
@@ -34,7 +40,7 @@ def _numbers(optimizer: OptimizerRecord) -> set[int]:
     return {backwards for _, backwards in optimizer.rounds if backwards}
 
 
-def joint_history(optimizers: Sequence[OptimizerRecord]) -> History:
+def _joined(optimizers: Sequence[OptimizerRecord]) -> History:
     """Their joint steps: the norm of all gradients of a backward pass, as a single call would measure it."""
     rounds: dict[int, list[Record]] = {}
     for each in optimizers:

@@ -17,7 +17,6 @@ from torchclip.clipper import registry
 from torchclip.clipper.checked import takes_hooks
 from torchclip.clipper.clipper import Clipper, Nonfinite
 from torchclip.clipper.step import Member, parameters_of
-from torchclip.thresholds.base import MaxNorm
 
 __all__ = ["Trial", "TrialClippers"]
 
@@ -49,11 +48,6 @@ class Trial:
     def clips(self) -> bool:
         """Whether each optimizer gets a Clipper."""
         return not self.none and (self.replaces or self.nonfinite is not None)
-
-    def new_max_norm(self) -> MaxNorm:
-        """The ``max_norm`` of a Clipper."""
-        ceiling = math.inf if self.max_norm is None else self.max_norm
-        return max_norm_of(self.threshold or "fixed", ceiling)
 
     def __str__(self) -> str:
         if self.none:
@@ -88,9 +82,11 @@ class TrialClippers:
     def _adjusted(self, optimizer: Any, max_norm: Any, nonfinite: Any) -> tuple[Any, Any]:
         """The ``max_norm`` and ``nonfinite`` of a new Clipper."""
         self._remove(optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
-        if self._trial.replaces:
-            max_norm = math.inf if self._trial.none else self._trial.new_max_norm()
-        return max_norm, self._trial.nonfinite or nonfinite
+        trial = self._trial
+        if trial.replaces:
+            ceiling = math.inf if trial.max_norm is None else trial.max_norm
+            max_norm = max_norm_of(trial.threshold or "fixed", ceiling)
+        return max_norm, trial.nonfinite or nonfinite
 
     def _remove(self, optimizers: Sequence[Any]) -> None:
         for optimizer in optimizers:
