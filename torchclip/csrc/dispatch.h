@@ -46,8 +46,8 @@ template <template <class, size_t> class Set, class... Rows> void use_loops(Dtyp
     std::copy(std::begin(loops), std::end(loops), loops_of_few);
 }
 
-// Processors slow down for a while after floating-point arithmetic on 512 bits.  With few gradients, a training step
-// loses more afterwards than the loops gain.  Integer arithmetic does no harm.
+// Intel's processors slow down for a while after floating-point arithmetic on 512 bits.  With few gradients, a training
+// step loses more afterwards than the loops gain.  Integer arithmetic does no harm.
 template <template <class, size_t> class Set, class... Rows> void spare_few(DtypeTable<Rows...>) {
     const Loops loops[] = {Set<typename Rows::Number, Rows::parts>::table()...};
     for (size_t i = 0; i < kDtypeCount; ++i) {
@@ -69,7 +69,7 @@ bool use_instruction_set(const char* name) {
     follows_pages = processor.is_amd;
     if (processor.has_avx512 && wanted("avx512")) {
         use_loops<Avx512>(Dtypes());
-        if (name == nullptr) spare_few<Avx2>(Dtypes());
+        if (name == nullptr && !processor.is_amd) spare_few<Avx2>(Dtypes());
         instruction_set = "avx512";
         return true;
     }

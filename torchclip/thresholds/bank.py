@@ -201,7 +201,8 @@ class ThresholdBank:
 
         For the kernel's hook; only for a bank that learns, without user code.
         """
-        self.begin_round()
+        if self._in_rounds:
+            self.begin_round()
         if isinstance(self._learners, Objects) and _ALL in self._learners.sets:
             max_norm: float = self._learners.thresholds[_ALL]._learn(norm, FLOATS)
             return max_norm

@@ -55,15 +55,17 @@ class Floats:
             row[slot] = number
 
     @staticmethod
-    def mean_and_deviation(row: list[float], count: int) -> tuple[float, float]:
-        """The mean and standard deviation of the first ``count`` of a row; of fewer than two, anything."""
-        if count < 2:
+    def mean_and_deviation(row: list[float], seen: int) -> tuple[float, float]:
+        """The mean and standard deviation of a row of up to ``seen`` numbers; if below two, anything."""
+        if seen < 2:
             return math.inf, 0.0
-        numbers = row if count == len(row) else row[:count]
+        numbers = row if seen >= len(row) else row[:seen]
+        count = len(numbers)
         mean = sum(numbers) / count
         if mean == math.inf:  # only the sum is
             mean = sum(number / count for number in numbers)
-        return mean, math.dist(numbers, [mean] * count) / math.sqrt(count - 1)
+        # Of a list, a tuple would be made first.
+        return mean, math.dist(numbers, (mean,) * count) / math.sqrt(count - 1)
 
 
 class Arrays:
@@ -101,17 +103,17 @@ class Arrays:
         return np.array(values)
 
     @staticmethod
-    def mean_and_deviation(rows: Any, count: Any) -> tuple[Any, Any]:
-        """The mean and standard deviation of the first ``count`` of each row; of fewer than two, anything."""
-        if (count < rows.shape[1]).any():
-            return _mean_and_deviation(rows, count, np)
+    def mean_and_deviation(rows: Any, seen: Any) -> tuple[Any, Any]:
+        """The mean and standard deviation of each row, likewise."""
+        if (seen < rows.shape[1]).any():
+            return _mean_and_deviation(rows, seen, np)
         mean = rows.mean(1)
         parts = rows / mean[:, None]  # as below, in fewer passes over the memory
         parts -= 1.0
         deviation = mean * np.sqrt(np.einsum("ij,ij->i", parts, parts) / (rows.shape[1] - 1))
         if np.isfinite(deviation).all():
             return mean, deviation
-        return _mean_and_deviation(rows, count, np)
+        return _mean_and_deviation(rows, seen, np)
 
 
 class Tensors:
@@ -152,13 +154,14 @@ class Tensors:
         return column.to(self.device, dtype, non_blocking=True)
 
     @staticmethod
-    def mean_and_deviation(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation of the first ``count`` of each row; of fewer than two, anything."""
-        return _mean_and_deviation(rows, count, torch)
+    def mean_and_deviation(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and standard deviation of each row, likewise."""
+        return _mean_and_deviation(rows, seen, torch)
 
 
-def _mean_and_deviation(rows: Any, count: Any, module: Any) -> tuple[Any, Any]:
+def _mean_and_deviation(rows: Any, seen: Any, module: Any) -> tuple[Any, Any]:
     is_there = rows == rows
+    count = seen.clip(None, rows.shape[1])
     mean = module.where(is_there, rows / count[:, None], 0.0).sum(1)
     # Divided by the mean, which is never far below the largest norm, no square leaves the range.
     parts = module.where(is_there, rows / mean[:, None] - 1.0, 0.0)

@@ -84,7 +84,7 @@ class Percentile(Learned):
         learn = (norms >= 0) & (norms < math.inf)
         history = self._history if form is FLOATS else _STORES[type(form)](self._history)
         history.add(norms, learn, self._seen)
-        self._seen = seen = where(learn, self._seen + 1, self._seen)
+        self._seen = seen = self._seen + learn
         count = seen if self.window is None else where(seen < self.window, seen, self.window)
         # Rounded as in NumPy.
         last = where(count > 0, count - 1, 0)

@@ -72,11 +72,11 @@ class RollingSigma(Learned):
 
     def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
         seen, where = self._seen, form.where
-        mean, deviation = form.mean_and_deviation(self._slots, where(seen < self.window, seen, self.window))
+        mean, deviation = form.mean_and_deviation(self._slots, seen)
         max_norms = where(seen < self.warmup, math.inf, mean + self.sigma * deviation)
         learn = (norms >= 0) & (norms < math.inf) & (norms <= max_norms)
         form.put(self._slots, seen % self.window, norms, learn)
-        self._seen = where(learn, seen + 1, seen)
+        self._seen = seen + learn
         return max_norms
 
     def _state(self) -> dict[str, Any]:
