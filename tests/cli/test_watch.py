@@ -289,6 +289,7 @@ def test_a_grad_scalers_scale_is_left_out(fused: bool) -> None:
         scaler.step(optimizer)
         scaler.update()
     assert [r.total_norm for r in session.history] == [5.0]
+    assert session.optimizer.layers.norms.tolist() == [[5.0]]
 
 
 def test_gradients_that_are_no_tensors_to_measure_do_not_end_the_script(

@@ -9,22 +9,31 @@ from torch import Tensor
 
 from torchclip._core import gather
 from torchclip._core.batch import Norm, Norms
-from torchclip._core.scalars import numbers
+from torchclip._core.scalars import in_one, numbers
+from torchclip.clipper.scope import unscaled
 
 __all__ = ["nonfinite_ids", "norm_of", "norms_of"]
 
 
-def norm_of(parameters: Sequence[Tensor]) -> Norm | None:
-    """The norm of all gradients together, on an accelerator a tensor; None if there are none."""
+def norm_of(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> Norm | None:
+    """The norm of all gradients together, on an accelerator a tensor; None if there are none.
+
+    Args:
+        parameters: the parameters.
+        grad_scale: the scale of a GradScaler by which the optimizer divides.
+    """
     grads = [grad for parameter in parameters if (grad := parameter.grad) is not None]
-    return gather.tensors(grads).norm(2.0) if grads else None
+    if not grads:
+        return None
+    norm = gather.tensors(grads).norm(2.0)
+    return norm if grad_scale is None else unscaled(in_one([norm]), grad_scale, 2.0)[0]
 
 
-def norms_of(parameters: Sequence[Tensor]) -> tuple[list[Tensor], Norms]:
+def norms_of(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> tuple[list[Tensor], Norms]:
     """The norm of each gradient, and its parameter: the last of those that share it."""
     of_gradient = {id(grad): (p, grad) for p in parameters if (grad := p.grad) is not None}
-    grads = [grad for _, grad in of_gradient.values()]
-    return [p for p, _ in of_gradient.values()], gather.tensors(grads).norms(2.0)
+    norms = gather.tensors([grad for _, grad in of_gradient.values()]).norms(2.0)
+    return [p for p, _ in of_gradient.values()], unscaled(norms, grad_scale, 2.0)
 
 
 def nonfinite_ids(parameters: Sequence[Tensor]) -> list[int]:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from torchclip._core.batch import Norm
 from torchclip._core.rounds import not_compiled
 from torchclip._core.scalars import divided
 from torchclip.cli.run.calls import Call, Calls
@@ -182,15 +180,15 @@ class StepRecorder:
     def _record_norm(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
         """Record a step whose norm is not measured otherwise."""
         parameters = parameters_of(optimizer)
-        norm = norm_of(parameters)
-        norm = 0.0 if norm is None else _unscaled(norm, optimizer)
+        norm = norm_of(parameters, getattr(optimizer, "grad_scale", None))
+        norm = 0.0 if norm is None else norm
         record.history.append(record.steps, norm, math.inf, 1.0, loss=record.loss)
         if record.on_host and not math.isfinite(norm):
             self._note_nonfinite(record, record.steps, nonfinite_ids(parameters))
 
     def _measure_layers(self, record: OptimizerRecord, optimizer: Optimizer, clip_coef: float) -> None:
         """Record the norm of each parameter before clipping."""
-        parameters, norms = norms_of(parameters_of(optimizer))
+        parameters, norms = norms_of(parameters_of(optimizer), getattr(optimizer, "grad_scale", None))
         if parameters:
             names = [record.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
             record.layers.append(record.steps, names, divided(norms, [clip_coef]))
@@ -228,7 +226,7 @@ class StepRecorder:
         record = self._by_id.get(key)
         if record is None:
             # Another object may get the same id.
-            record = OptimizerRecord(optimizer, lambda _: self._by_id.pop(key))
+            record = OptimizerRecord(optimizer, lambda _: self._by_id.pop(key, None))
             self.optimizers.append(record)
             self._by_id[key] = record
         else:
@@ -245,11 +243,3 @@ def _no_norms(error: Exception) -> str:
 def _measures_layers(step: int) -> bool:
     """Whether the parameters are measured one by one in a step."""
     return step % (_EVERY_FIRST if step < _FIRST_STEPS else _EVERY) == 0
-
-
-def _unscaled(norm: Norm, optimizer: Optimizer) -> Norm:
-    """A norm without a GradScaler's scale."""
-    scale = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return norm
-    return norm / scale.to(norm) if isinstance(norm, Tensor) else norm / float(scale)
