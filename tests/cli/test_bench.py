@@ -231,6 +231,7 @@ def step_row(model: str, optimizer: str, clips: bool) -> dict[str, Any]:
         "optimizer": optimizer,
         "clips": clips,
         "added": added,
+        "drift": dict.fromkeys(names, 0.0),
         "speedup": loop.speedups(added),
     }
 
@@ -284,7 +285,7 @@ def test_a_busy_machine_gives_no_ratio() -> None:
         (axes,) = figure.benchmark_figure([], OPERATIONS, [drawn]).axes
         assert expected in axes.texts[-1].get_text()
 
-    calm["drift"] = {"Clipper": 0.3 * calm["added"]["Clipper"]}
+    calm["drift"]["Clipper"] = 0.3 * calm["added"]["Clipper"]
     assert "busy" in _of_clipper(calm)
 
     calls = row("ppo", WORKLOADS["ppo"], "clipping", torch=1.0, torchclip=0.1)
@@ -332,7 +333,7 @@ def test_costs_that_grow_are_seen() -> None:
 
 def test_every_model_and_optimizer_is_measured_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "WARM_UP", 1)
-    rows = loop.measure_steps(rounds=2)
+    rows = loop.measure_steps(rounds=4)
     assert [(r["model"], r["optimizer"], r["clips"]) for r in rows] == [
         (r["model"], r["optimizer"], r["clips"]) for r in STEP_ROWS
     ]

@@ -28,7 +28,7 @@ def step_ratio(row: Mapping[str, Any], name: str) -> float | None:
         name: the contender.
     """
     ratio: float = row["speedup"][name]
-    doubt = max(doubt_of_steps(row), row.get("drift", {}).get(name, 0.0))
+    doubt = max(doubt_of_steps(row), row["drift"][name])
     return ratio if doubt <= MOST_DOUBT * row["added"][name] else None
 
 

@@ -114,7 +114,7 @@ def measure_steps(rounds: int) -> list[StepRow]:
     It uses one thread.
 
     Args:
-        rounds: how often each contender takes its turn.
+        rounds: how often each contender takes its turn, at least 4.
     """
     rows: list[StepRow] = [
         {"model": model, "title": TITLES[model], "optimizer": optimizer, "clips": clips}
@@ -184,13 +184,8 @@ def _added(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def _drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Seconds by which the two halves of the rounds differ in what each contender adds.
-
-    Empty if there are too few rounds.
-    """
+    """Seconds by which the two halves of the rounds differ in what each contender adds."""
     middle = len(times[_FLOOR]) // 2
-    if middle < 2:
-        return {}
     first, second = (
         _added({name: of_one[half] for name, of_one in times.items()})
         for half in (slice(None, middle), slice(middle, None))

@@ -61,15 +61,13 @@ def measure(
             others = contenders(gradients, rivals)
             for operation, title in OPERATIONS.items():
                 begin(f"{workload.title}: {title}")
+                of = {"workload": name, "title": workload.title, "operation": operation}
                 size = {
                     "tensors": len(workload.shapes),
                     "elements": workload.elements,
                     "bytes": workload.bytes,
                 }
-                row = compare(gradients, operation, others, effort)
-                rows.append(
-                    {"workload": name, "title": workload.title, "operation": operation, **size, **row}
-                )
+                rows.append({**of, **size, **compare(gradients, operation, others, effort)})
     return rows
 
 
