@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_helpers import since_2_7
-from dtensors import placed
+from dtensors import parameter, placed
 from helpers import bits, grad_of, last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
@@ -31,12 +31,6 @@ SCOPES: list[Scope] = ["global", "group", "parameter"]
 def lying(full: Tensor, *placements: Placement) -> DTensor:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return placed(full, mesh, placements)
-
-
-def parameter(grad: Tensor | None, like: Tensor) -> Any:
-    result = nn.Parameter(torch.zeros_like(like))
-    result.grad = grad
-    return result
 
 
 def agreed(value: Any) -> None:
@@ -156,8 +150,8 @@ def check_ranks_scale_alike_whatever_only_one_of_them_has() -> None:
 @since_2_7
 def check_the_step_that_creates_an_optimizers_state() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    for parameter in model.parameters():
-        parameter.data = randn(*parameter.shape)
+    for p in model.parameters():
+        p.data = randn(*p.shape)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     clipper = Clipper(optimizer, Percentile())
@@ -176,8 +170,8 @@ def check_the_step_that_creates_an_optimizers_state() -> None:
 def check_names_and_layers_of_distributed_models() -> None:
     for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-        for parameter in model.parameters():
-            parameter.data = randn(*parameter.shape)
+        for p in model.parameters():
+            p.data = randn(*p.shape)
         wrapped: Any = wrap(model)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
         clipper = Clipper(optimizer, 1.0, model=wrapped, layers_every=2)

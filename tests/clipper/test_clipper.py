@@ -1,7 +1,6 @@
 """Clipper: the same as the functions with every optimizer; attaching, detaching, looking at it."""
 
 import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from clipper_helpers import (
     fused_or_not,
     grad_norms,
     gradients,
-    loss_of,
     sgd,
     takes,
     train,
     two_groups,
 )
-from helpers import bits, interrupted_sgd, last_of, with_gradients
+from helpers import bits, last_of, with_gradients
 from torch import Tensor, nn
 
 import torchclip
@@ -82,26 +80,6 @@ def test_every_optimizer_ends_where_the_function_leads_it(name: str, way: str) -
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     else:
         assert equal(*models)
-
-
-def test_learning_rate_schedulers_and_groups_that_come_later() -> None:
-    models = [Net(), Net()]
-    optimizers = [torch.optim.SGD(m.outer.parameters(), lr=0.1) for m in models]
-    Clipper(optimizers[1], 0.5)
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.8) for o in optimizers]
-    for step in range(10):
-        for model, optimizer, scheduler in zip(models, optimizers, schedulers, strict=True):
-            if step == 5:
-                optimizer.add_param_group({"params": model.inner.parameters(), "lr": 0.3})
-                scheduler.base_lrs.append(0.3)
-            model.zero_grad()
-            loss_of(model, step).backward()
-            if model is models[0]:
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-                torchclip.clip_grad_norm_(params, 0.5)
-            optimizer.step()
-            scheduler.step()
-    assert equal(*models)
 
 
 def test_compiled_models() -> None:
@@ -223,52 +201,38 @@ def test_a_clipper_that_nobody_holds_goes_on_clipping() -> None:
     assert grad_norms(optimizer) == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_both_are_freed_with_the_optimizer(fails: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=True)
-    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
-    optimizer.step()
-    if fails:
-        with interrupted_sgd():
-            optimizer.step()
-    left = weakref.ref(optimizer), weakref.ref(clipper)
-    del optimizer, clipper
-    gc.collect()
-    assert [ref() for ref in left] == [None, None]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
+    ("max_norm", "options", "error", "message"),
     [
         (
-            (1.0,),
+            1.0,
             {"scope": "layer"},
             ValueError,
-            "`scope` must be one of 'global', 'group', 'parameter', got 'layer' \\(str\\)",
+            r"`scope` must be one of .* got 'layer'",
         ),
         (
-            (1.0,),
+            1.0,
             {"nonfinite": None},
             ValueError,
-            "`nonfinite` must be one of 'propagate', 'error', 'skip', 'zero'",
+            "`nonfinite` must be one of 'propagate', 'error'",
         ),
-        ((1.0,), {"norm_type": NAN}, ValueError, "norm_type"),
-        ((1.0,), {"norm_type": "two"}, TypeError, "norm_type"),
-        ((1.0,), {"on_clip": 1}, TypeError, "`on_clip` must be callable"),
-        ((-1.0,), {}, ValueError, "`max_norm` must be at least 0"),
-        ((NAN,), {}, ValueError, "`max_norm` must be at least 0"),
-        (("abc",), {}, TypeError, "max_norm"),
-        ((None,), {}, TypeError, "max_norm"),
-        ((True,), {}, TypeError, "max_norm"),
-        ((Percentile,), {}, TypeError, r"the class Percentile; pass an object of it, such as Percentile\(\)"),
+        (1.0, {"norm_type": NAN}, ValueError, "norm_type"),
+        (1.0, {"norm_type": "two"}, TypeError, "norm_type"),
+        (1.0, {"on_clip": 1}, TypeError, "`on_clip` must be callable"),
+        (-1.0, {}, ValueError, "`max_norm` must be at least 0"),
+        (NAN, {}, ValueError, "`max_norm` must be at least 0"),
+        ("abc", {}, TypeError, "max_norm"),
+        (None, {}, TypeError, "max_norm"),
+        (True, {}, TypeError, "max_norm"),
+        (Percentile, {}, TypeError, r"the class Percentile; pass an object of it, such as Percentile\(\)"),
     ],
 )
 def test_misuse_is_refused_and_leaves_the_optimizer_as_it_was(
-    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+    max_norm: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     optimizer = sgd([torch.tensor([3.0, 4.0])])
     with pytest.raises(error, match=message):
-        Clipper(optimizer, *arguments, **options)
+        Clipper(optimizer, max_norm, **options)
     optimizer.step()
     assert grad_norms(optimizer) == [5.0]
     Clipper(optimizer, 1.0)

@@ -14,7 +14,6 @@ from clipper_helpers import (
     gradients,
     sgd,
     train,
-    two_groups,
 )
 from helpers import bits, grad_of, interrupted_sgd, last_of, with_gradients
 from torch import Tensor, nn
@@ -54,62 +53,6 @@ def test_error_names_the_parameters_and_changes_nothing(scope: Scope, fused: boo
     assert "nonfinite='skip'" in str(caught.value)
     after = everything(optimizer), [bits(g) for g in gradients(optimizer)], str(clipper.state_dict())
     assert after == before
-
-
-@each_kind_of_step
-def test_skip_changes_neither_parameters_nor_state(scope: Scope, fused: bool) -> None:
-    model, optimizer, clipper = with_spoiled_step(fused, scope=scope, nonfinite="skip")
-    before, grads = everything(optimizer), [grad_of(p) for p in model.parameters()]
-    values, learned = [bits(g) for g in grads], clipper.state_dict()["thresholds"]
-    optimizer.step()
-    assert everything(optimizer) == before
-    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
-    assert [bits(g) for g in grads] == values
-    assert clipper.state_dict()["thresholds"] == learned
-    assert (last_of(clipper).step, last_of(clipper).skipped, last_of(clipper).clipped) == (1, True, False)
-    train(model, optimizer, range(2, 3))
-    assert everything(optimizer) != before
-    assert (last_of(clipper).step, last_of(clipper).skipped) == (2, False)
-    assert clipper.history.summary().skipped == 1
-
-
-@each_kind_of_step
-def test_zero_clips_the_rest(scope: Scope, fused: bool) -> None:
-    model, optimizer, clipper = with_spoiled_step(fused, scope=scope, nonfinite="zero")
-    reference, plain, its_clipper = with_spoiled_step(fused, scope=scope)
-    grad = grad_of(reference.inner.weight)
-    grad[0, 0] = grad[1, 1] = 0
-    optimizer.step()
-    plain.step()
-    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close([a, a.grad], [b, b.grad], rtol=1e-6, atol=0)
-    assert last_of(clipper).nonfinite
-    learned, its = (c.state_dict()["thresholds"] for c in (clipper, its_clipper))
-    assert {name: t["norms"] for name, t in learned.items()} == {
-        name: pytest.approx(t["norms"], rel=1e-12) for name, t in its.items()
-    }
-
-
-@each_kind_of_step
-def test_propagate_leaves_thresholds_alone(scope: Scope, fused: bool) -> None:
-    model, optimizer, clipper = with_spoiled_step(fused, scope=scope)
-    optimizer.step()
-    assert model.inner.weight.isnan().any()
-    assert last_of(clipper).nonfinite
-    assert all(len(t["norms"]) <= 2 for t in clipper.state_dict()["thresholds"].values())
-
-
-@pytest.mark.parametrize("nonfinite", ["error", "skip", "zero"])
-def test_a_group_that_is_not_clipped_is_looked_at_too(nonfinite: Nonfinite) -> None:
-    optimizer = two_groups(max_norm=None)
-    optimizer.param_groups[1]["params"][0].grad[0] = NAN
-    Clipper(optimizer, 1.0, nonfinite=nonfinite)
-    if nonfinite == "error":
-        with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[0\]"):
-            optimizer.step()
-    else:
-        optimizer.step()
-    assert all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"])
 
 
 @pytest.mark.parametrize("nonfinite", ["error", "zero"])
@@ -195,21 +138,6 @@ def test_policies_need_a_norm_that_shows_what_is_not_finite(norm_type: float | s
     Clipper(optimizer, 1.0, norm_type=norm_type)
 
 
-@each_kind_of_step
-def test_of_a_step_with_nothing_finite_a_threshold_learns_nothing(scope: Scope, fused: bool) -> None:
-    weight = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
-    clipper = Clipper(optimizer, Percentile(100), scope=scope, nonfinite="zero")
-    for grad in ([3.0, 4.0], [NAN, INF], [3.0, 4.0]):
-        weight.grad = torch.tensor(grad)
-        optimizer.step()
-    (threshold,) = clipper.thresholds.values()
-    assert threshold.state_dict()["norms"] == [5.0, 5.0]
-    assert weight.tolist() == [-6.0, -8.0]
-    assert [r.clip_coef for r in clipper.history] == [1.0, 1.0, 1.0]
-    assert [r.nonfinite for r in clipper.history] == [False, True, False]
-
-
 @pytest.mark.parametrize(
     ("max_norm", "policy"),
     [
@@ -241,11 +169,3 @@ def test_norms_of_0_and_infinity_do_the_same_to_a_fused_step(max_norm: Any, poli
         histories[fused] = str(list(clipper.history))
     assert moved[True] == [pytest.approx(step, rel=1e-6, abs=0, nan_ok=True) for step in moved[False]]
     assert histories[True] == histories[False]
-
-
-@fused_or_not
-def test_where_nothing_finite_is_left_nothing_is_clipped(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([NAN, INF])], fused=fused)
-    clipper = Clipper(optimizer, 0.0, nonfinite="zero")
-    optimizer.step()
-    assert (last_of(clipper).clip_coef, gradients(optimizer)[0].tolist()) == (1.0, [0.0, 0.0])

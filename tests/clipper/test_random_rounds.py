@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from torchclip import Clipper
+from torchclip._core import gather
+from torchclip._core.accelerator import AcceleratorBatch
 
 Act = Callable[[list[nn.Parameter]], None]
 """A change by user code to the parameters, or to their copies."""
@@ -61,6 +63,11 @@ class Rounds:
             [None if p.grad is None else (id(p.grad), numpy(p.grad)) for p in group] for group in self.groups
         ]
 
+    @property
+    def goes_on_after_a_failure(self) -> bool:
+        """Whether a later step of the open round has failed, with the gradients that were clipped in it."""
+        return self._open is not None and not self._open[0].skipped
+
     def has_gradients(self, parameters: Iterable[Tensor]) -> None:
         for new, group in zip(self._new, self.groups, strict=True):
             new.update({*map(id, group)} & {*map(id, parameters)})
@@ -79,6 +86,7 @@ class Rounds:
             return ""  # the GradScaler does not call it
         if self.stepped and i not in self.stepped and not any(map(self.has_new, self.stepped)):
             if self.has_new(i):
+                self.loss = None
                 return "have changed since they were clipped"
             if closure is not None:
                 closure(self.parameters)
@@ -108,6 +116,7 @@ class Rounds:
         """Open a round."""
         learned, asked = copy.deepcopy(self.hand.seen), dict[str, float]()
         own, number = ["none"] * len(self.optimizers), len(self.records)
+        loss, self.loss = self.loss, None
         before = self.look()
         result = self.hand.judge(before, own, number, asked)
         if overflows and self.hand.nonfinite == "error":  # a step that a GradScaler skips is no error
@@ -125,7 +134,7 @@ class Rounds:
             for grad in (p.grad for p in self.parameters if p.grad is not None):
                 grad.copy_(torch.from_numpy(result.grads[id(grad)]))
         self._new, self._learned = [set() for _ in self.optimizers], learned
-        self._open, self.loss = (result, self.loss), None
+        self._open = result, loss
         return ""
 
     def close(self) -> None:
@@ -177,6 +186,10 @@ class Training:
             "nonfinite": self.rng.choice(["propagate", "error", "skip", "zero"]),
             "skip_above": None if usual else self.rng.choice([None, None, 5.0]),
         }
+        # There a step may be skipped that the host knows nothing of, and goes on with.
+        self.on_device = gather._local is AcceleratorBatch
+        if self.on_device and self.options["nonfinite"] == "zero":
+            self.options["skip_above"] = None
         self.listens = not usual and self.rng.random() < 0.5
         self.user: Act | None = None  # what on_clip does next
         self.hand = Rounds(by_hand, ByHand(self.rule, **self.options))
@@ -283,10 +296,10 @@ class Training:
         kind = self.rng.random()
         if kind < 0.15 and self.scaler is None:
             closure = self.closure()
-        elif kind < 0.2:
+        elif kind < 0.25:
             breaks = self.rng.choice(["hook", "step"])
         if self.listens:
-            user = self.rng.choice([None, None, self.meddle(), raise_])
+            user = self.rng.choice([None, None, None if self.on_device else self.meddle(), raise_])
         if self.clipper.loss is None and self.rng.random() < 0.5:
             self.clipper.loss = self.hand.loss = self.rng.random()
         self.say(f"step of {i}{' with a closure' * (closure is not None)} {breaks} {user}")
@@ -307,10 +320,12 @@ class Training:
         else:
             assert wrong in str(error) if wrong else error is None, (wrong, error)
         if error is not None:
-            self.clipper.loss = self.hand.loss = None
             if getattr(self.optimizers[i], "grad_scale", 1) is None:
                 delattr(self.optimizers[i], "grad_scale")  # torch has left it there, and fails because of it
-            self.zero_all()
+            if not (breaks and self.hand.goes_on_after_a_failure and self.scaler is None):
+                self.zero_all()
+            elif self.rng.random() < 0.6:
+                self.step(i)  # taken again
 
     def closure(self) -> Act:
         count = range(len(self.optimizers))
@@ -354,7 +369,7 @@ class Training:
 
     def check(self) -> None:
         history, records = [*self.clipper.history], self.hand.records
-        assert self.clipper.state_dict()["steps"] == len(records)
+        assert (self.clipper.state_dict()["steps"], self.clipper.loss) == (len(records), self.hand.loss)
         assert [(r.skipped, r.loss) for r in history] == [(r.skipped, loss) for r, loss in records]
         found = np.array([(r.total_norm, r.clip_coef, r.max_norm) for r in history])
         wanted = np.array([(r.total_norm, r.clip_coef, r.max_norm) for r, _ in records])
@@ -399,7 +414,7 @@ def raise_(_: object) -> None:
     raise Raised
 
 
-@pytest.mark.usefixtures("each_way")
-@pytest.mark.parametrize("seeds", [range(i, i + 20) for i in range(0, 120, 20)], ids=str)
+@pytest.mark.usefixtures("each_way_everywhere")
+@pytest.mark.parametrize("seeds", [range(i, i + 15) for i in range(0, 90, 15)], ids=str)
 def test_random_rounds_are_as_clipped_by_hand(seeds: range) -> None:
     run_each(Training, seeds, steps=40)

@@ -17,21 +17,12 @@ from clipper_helpers import (
     two_groups,
 )
 from helpers import last_of, with_gradients
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchclip import Clipper, Percentile, ZScore
 from torchclip.clipper import Scope
 
 pytestmark = pytest.mark.usefixtures("each_way")
-
-
-def test_shared_gradients_with_a_threshold_for_each_parameter() -> None:
-    first, second, third = parameters = with_gradients([torch.tensor([3.0, 4.0]), None, torch.tensor([1.0])])
-    second.grad = first.grad
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    Clipper(optimizer, Answering(2.0), scope="parameter")
-    optimizer.step()
-    assert (first.grad.tolist(), third.grad.tolist()) == (pytest.approx([1.2, 1.6]), [1.0])
 
 
 @each_scope
@@ -154,55 +145,8 @@ def test_a_norm_at_a_threshold_that_learns_is_left_alone(max_norm: Any, scope: S
     assert clipper.history.summary().clipped == 0
 
 
-# Thresholds learn from gradients only
-
-
 def of_norms(*norms: float) -> list[Tensor]:
     return [torch.tensor([0.0, norm]) for norm in norms]
-
-
-@each_scope
-@pytest.mark.parametrize(
-    "max_norm", [Percentile(100), ZScore(warmup=1, threshold=0.0)], ids=["Percentile", "ZScore"]
-)
-def test_a_part_without_gradients_teaches_a_threshold_nothing(max_norm: Any, scope: Scope) -> None:
-    first, second = with_gradients(of_norms(4.0, 3.0))
-    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
-    clipper = Clipper(optimizer, max_norm, scope=scope)
-    optimizer.step()
-    learned = clipper.state_dict()["thresholds"]
-    for parameter in (first, second):  # nothing at all, some steps long
-        parameter.grad = None
-    for _ in range(3):
-        optimizer.step()
-    assert clipper.state_dict()["thresholds"] == learned
-    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False, None)
-    second.grad = torch.tensor([0.0, 3.0])  # the first one is frozen
-    optimizer.step()
-    assert second.grad.tolist() == [0.0, 3.0]
-    first.grad = torch.tensor([0.0, 4.0])
-    optimizer.step()
-    assert first.grad.tolist() == ([0.0, 4.0] if scope != "global" else [0.0, pytest.approx(4.0, rel=0.3)])
-    assert not any(0.0 in t.get("norms", ()) for t in clipper.state_dict()["thresholds"].values())
-
-
-@each_scope
-def test_empty_gradients_teach_a_threshold_nothing(scope: Scope) -> None:
-    optimizer = torch.optim.SGD(with_gradients([torch.zeros(0), torch.zeros(3, 0)]), lr=1.0)
-    clipper = Clipper(optimizer, Percentile(), scope=scope)
-    optimizer.step()
-    assert all(t.state_dict()["norms"] == [] for t in clipper.thresholds.values())
-    assert last_of(clipper)[1:] == (0.0, INF, 1.0, False, False, False, None)
-
-
-@each_scope
-def test_zeros_are_gradients_too(scope: Scope) -> None:
-    optimizer = sgd([torch.zeros(2)])
-    clipper = Clipper(optimizer, Percentile(), scope=scope)
-    optimizer.step()
-    (threshold,) = clipper.thresholds.values()
-    assert threshold.state_dict()["norms"] == [0.0]
-    assert last_of(clipper).clip_coef == 1.0
 
 
 @fused_or_not
@@ -215,75 +159,6 @@ def test_a_learned_threshold_is_met_exactly(scope: Scope, scale: float, fused: b
     optimizer.step()
     assert last_of(clipper).clip_coef == pytest.approx(0.1, rel=1e-6)
     assert grad_norms(optimizer) == pytest.approx([scale], rel=1e-6)
-
-
-@fused_or_not
-def test_a_number_and_a_callable_are_met_as_torch_meets_them(fused: bool) -> None:
-    for max_norm in (1e-8, lambda step: 1e-8):
-        optimizer = sgd(of_norms(1e-7), fused=fused)
-        expected = with_gradients(of_norms(1e-7))
-        nn.utils.clip_grad_norm_(expected, 1e-8)
-        Clipper(optimizer, max_norm)
-        optimizer.step()
-        assert grad_norms(optimizer) == pytest.approx([float(expected[0].grad.norm())], rel=1e-5)
-
-
-def test_a_groups_own_number_beside_learned_thresholds_is_met_as_torch_meets_it() -> None:
-    optimizer = two_groups(max_norm=1e-6)
-    optimizer.param_groups[1]["params"][0].grad = torch.tensor([0.0, 1e-6])
-    Clipper(optimizer, Percentile(), scope="group")
-    optimizer.step()
-    assert grad_norms(optimizer) == pytest.approx([5.0, 5e-7], rel=1e-5)
-
-
-# A gradient that several groups share
-
-
-@fused_or_not
-@pytest.mark.parametrize("own", [(1.0, 2.0), (2.0, 1.0), (None, 1.0), (1.0, None)])
-def test_a_gradient_of_two_groups_gets_the_tighter_threshold_once(own: Any, fused: bool) -> None:
-    first, second, third = with_gradients([torch.tensor([3.0, 4.0]), None, torch.tensor([12.0])])
-    second.grad = first.grad
-    groups = [
-        {"params": [first], "max_norm": own[0]},
-        {"params": [second], "max_norm": own[1]},
-        {"params": [third]},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=1.0, fused=fused)
-    clipper = Clipper(optimizer, 6.0)
-    optimizer.step()
-    assert first.grad is second.grad
-    assert first.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
-    assert third.grad.tolist() == pytest.approx([6.0], rel=1e-5)
-    assert [first.tolist(), second.tolist()] == [pytest.approx([-0.6, -0.8], rel=1e-5)] * 2
-    assert last_of(clipper).total_norm == pytest.approx(13.0)
-
-
-@pytest.mark.parametrize("scope", ["group", "parameter"])
-def test_a_gradient_of_two_groups_with_thresholds_that_learn(scope: Scope) -> None:
-    first, second = with_gradients([torch.tensor([3.0, 4.0]), None])
-    second.grad = first.grad
-    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
-    clipper = Clipper(optimizer, Answering(2.0), scope=scope)
-    optimizer.step()
-    assert first.grad.tolist() == pytest.approx([1.2, 1.6])
-    assert last_of(clipper).total_norm == 5.0
-
-
-# Groups
-
-
-@each_scope
-@pytest.mark.parametrize("empty", [[], [None], [torch.zeros(0)]])
-def test_a_group_with_nothing_to_clip_does_not_count_as_clipped(empty: Any, scope: Scope) -> None:
-    groups: list[dict[str, Any]] = [
-        {"params": with_gradients(of_norms(5.0))},
-        {"params": with_gradients(empty), "max_norm": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    clipper = Clipper(optimizer, 10.0, scope=scope)
-    optimizer.step()
-    assert clipper.last == (0, 5.0, 10.0, 1.0, False, False, False, None)
 
 
 @each_scope

@@ -36,6 +36,8 @@ Outcome: TypeAlias = Literal["finished", "failed", "again"]
 _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
 
+_NO_SAMPLE: tuple[Callable[[], Tensor | None], float] = (lambda: None, 0.0)
+
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters of an optimizer, group by group."""
@@ -59,7 +61,7 @@ class Member:
         self._optimizer = optimizer
         self.running = self.nested = self.short = self.stepped = False
         self._marks: list[tuple[ref[Tensor] | None, int]] = []
-        self._sample: tuple[ref[Tensor], float] | None = None
+        self._sample: tuple[Callable[[], Tensor | None], float] = _NO_SAMPLE
 
     def mark(self, sample: bool) -> None:
         """Record the current gradients, to see later whether they are still the same.
@@ -70,20 +72,19 @@ class Member:
         """
         gradients = [p.grad for p in self._parameters()]
         self._marks = [(None, 0) if grad is None else (ref(grad), _version(grad)) for grad in gradients]
-        self._sample = _sample_of(gradients) if sample else None
+        self._sample = _sample_of(gradients) if sample else _NO_SAMPLE
 
     def changed(self) -> list[Tensor]:
         """The gradients that have changed since ``mark`` was called, without those that are gone."""
         found = []
         marks = itertools.chain(self._marks, itertools.repeat((None, 0)))
+        sampled, norm = self._sample
         for parameter, (marked, version) in zip(self._parameters(), marks, strict=False):
             grad = parameter.grad
-            if grad is not None and (marked is None or marked() is not grad or _version(grad) != version):
-                found.append(grad)
-        if self._sample is not None and not found:
-            sampled, norm = self._sample
-            grad = sampled()
-            if grad is not None and _norm(grad) != norm:
+            if grad is None:
+                continue
+            is_same = marked is not None and marked() is grad and _version(grad) == version
+            if not is_same or (sampled() is grad and _norm(grad) != norm):
                 found.append(grad)
         return found
 
@@ -100,14 +101,14 @@ def _norm(tensor: Tensor) -> float:
     return float(gather.tensors([tensor]).norm(2.0))
 
 
-def _sample_of(gradients: Sequence[Tensor | None]) -> tuple[ref[Tensor], float] | None:
+def _sample_of(gradients: Sequence[Tensor | None]) -> tuple[Callable[[], Tensor | None], float]:
     """A small gradient in host memory whose norm is neither 0 nor infinite, and the norm."""
     on_host = [g for g in gradients if g is not None and g.is_cpu and not mesh.any_dtensor([g])]
     for grad in sorted(on_host, key=torch.numel):
         norm = _norm(grad)
         if 0 < norm < math.inf:
             return ref(grad), norm
-    return None
+    return _NO_SAMPLE
 
 
 class State:
