@@ -29,6 +29,7 @@ from torchclip._core.sharded import ShardedBatch
 
 __all__ = [
     "distinct",
+    "distinct_gradients",
     "gradients",
     "local_gradients",
     "norms_of",
@@ -122,6 +123,11 @@ def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
     return list({id(item): item for item in items}.values())
 
 
+def distinct_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The distinct gradients of the parameters that have one, in order."""
+    return list({id(p.grad): p.grad for p in parameters if p.grad is not None}.values())
+
+
 def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: Any) -> None:
     """Raise an error for gradients that cannot be changed in place, before any is.
 
@@ -150,10 +156,8 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
     different = distinct(items, name)
     if name != "parameters":
         return different, False
-    grads = [item.grad for item in different]
-    present = [grad for grad in grads if grad is not None]
-    found = list({id(tensor): tensor for tensor in present}.values())
-    return found, len(found) < len(present)
+    found = distinct_gradients(different)
+    return found, len(found) < sum(item.grad is not None for item in different)
 
 
 def _batches(name: str, several: Sequence[Any], group: Any, kind: int | None) -> list[Batch]:

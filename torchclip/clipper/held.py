@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchclip._core import gather, mesh, scalars
 from torchclip._core.batch import Norm
 from torchclip.clipper.rules import Rule, ratio
+from torchclip.clipper.step import parameters_of
 
 __all__ = ["HeldNorms"]
 
@@ -30,8 +31,7 @@ class HeldNorms:
     def clip(self, optimizer: Optimizer, way: Rule | None) -> None:
         """Clip the gradients of an optimizer by a rule that takes no norm; None only measures them."""
         groups = optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"]]
-        grads = [*{id(p.grad): p.grad for p in parameters if p.grad is not None}.values()]
+        grads = gather.distinct_gradients(parameters_of(optimizer))
         if any(map(mesh.is_partial, grads)):
             raise RuntimeError(
                 "the gradients of a step that is taken during the backward pass are pending a reduction over "

@@ -366,13 +366,8 @@ def _sets(
 
 def _overlap(sets: Iterable[ClipSet]) -> bool:
     """Whether a gradient is in several sets, such as one that parameters of two groups share."""
-    found: set[int] = set()
-    for clip_set in sets:
-        count = len(found) + len(clip_set.batch.all)
-        found.update(map(id, clip_set.batch.all))
-        if len(found) < count:
-            return True
-    return False
+    grads = [id(grad) for each in sets for grad in each.batch.all]
+    return len(set(grads)) < len(grads)
 
 
 @cache

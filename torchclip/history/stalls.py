@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from torchclip._core import gather, mesh, scalars
-from torchclip._core.batch import Norm, Norms
+from torchclip._core import gather, scalars
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record
 
@@ -81,16 +80,17 @@ class ClippedSizes:
         sets = list(_eps_sets(optimizers))
         self.next_step = step + min(step + 1, _MOST_APART) if sets else NEVER
         parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
-        grads = _gradients(parameters)
+        grads = gather.distinct_gradients(parameters)
         if not sets or not grads:
             return
-        norms = gather.local_gradients(parameters).norms(2.0)
-        row_of = {id(grad): row for row, grad in enumerate(grads)}
+        local = gather.local_gradients(parameters)
+        norms = local.norms(2.0)
+        place_of = {id(grad): place for place, grad in enumerate(grads)}
         sizes = [scalars.join(norms, 2.0)]
         for each in sets:
-            held = _gradients(each.parameters)
-            norm = _joined(norms, [row_of[id(grad)] for grad in held])
-            elements = 1 if each.is_matrix else sum(grad.numel() for grad in mesh.locals_of(held))
+            places = [place_of[id(grad)] for grad in gather.distinct_gradients(each.parameters)]
+            norm = scalars.join(scalars.at(norms, places), 2.0)
+            elements = 1 if each.is_matrix else sum(local.all[place].numel() for place in places)
             sizes.append(norm / math.sqrt(max(elements, 1)))
         self._eps = {each.name: each.eps for each in sets}
         self._matrices = {each.name for each in sets if each.is_matrix}
@@ -131,18 +131,6 @@ class ClippedSizes:
             max(also, 0),
             name in self._matrices,
         )
-
-
-def _joined(norms: Norms, rows: Sequence[int]) -> Norm:
-    """The joint norm of some of the norms, in few operations if they follow each other."""
-    if len(rows) > 1 and rows[-1] - rows[0] == len(rows) - 1:
-        return scalars.join(norms[rows[0] : rows[-1] + 1], 2.0)
-    return scalars.join([norms[row] for row in rows], 2.0)
-
-
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The distinct gradients."""
-    return list({id(p.grad): p.grad for p in parameters if p.grad is not None}.values())
 
 
 @dataclass(frozen=True)
