@@ -11,7 +11,7 @@ from helpers import as_numpy, grad_of, random_gradients, with_gradients
 
 import torchclip
 from torchclip import reference
-from torchclip.clip_grad.rule import Rule
+from torchclip.thresholds.base import Rule
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
 

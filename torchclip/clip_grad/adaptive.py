@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from torch.compiler import is_dynamo_compiling
 from torchclip._core import arguments, gather, memory, native, units
 from torchclip._core.arguments import norm_order, threshold
 from torchclip._core.collectives import Kind
-from torchclip.clip_grad.rule import Rule
 
 __all__ = ["Adaptive", "clip_grad_adaptive_"]
 
@@ -117,7 +117,8 @@ def _clip_coef(
     return torch.where(of_grad <= limits, 1.0, limits / of_grad)
 
 
-class Adaptive(Rule):
+@dataclass(eq=False)
+class Adaptive:
     """``clip_grad_adaptive_`` as a rule for a ``Clipper``: ``Clipper(optimizer, Adaptive())``.
 
     The paper does not clip the last linear layer: give its parameter group ``"max_norm": None``.
@@ -141,9 +142,12 @@ class Adaptive(Rule):
 
     usual = ("adaptive", "clip_factor", "eps")
 
-    def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3) -> None:
-        self.clip_factor = threshold("clip_factor", clip_factor)
-        self.eps = threshold("eps", eps)
+    clip_factor: float = 0.01
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        self.clip_factor = threshold("clip_factor", self.clip_factor)
+        self.eps = threshold("eps", self.eps)
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""

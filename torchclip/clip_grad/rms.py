@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -13,7 +14,6 @@ from torchclip._core.arguments import threshold
 from torchclip._core.batch import Batch, Norms, to_results
 from torchclip._core.collectives import Kind
 from torchclip._core.scalars import divided, on_device
-from torchclip.clip_grad.rule import Rule
 
 __all__ = ["BlockRMS", "clip_grad_rms_"]
 
@@ -81,7 +81,8 @@ def _roots(batch: Batch) -> list[float]:
     return [math.sqrt(max(1, grad.numel())) for grad in batch.all]
 
 
-class BlockRMS(Rule):
+@dataclass(eq=False)
+class BlockRMS:
     """``clip_grad_rms_`` as a rule for a ``Clipper``: ``Clipper(optimizer, BlockRMS(1.0))``.
 
     Twin: ``torchclip.reference.clip_grad_rms``.
@@ -100,8 +101,10 @@ class BlockRMS(Rule):
 
     usual = ("rms", "max_rms")
 
-    def __init__(self, max_rms: float) -> None:
-        self.max_rms = threshold("max_rms", max_rms)
+    max_rms: float
+
+    def __post_init__(self) -> None:
+        self.max_rms = threshold("max_rms", self.max_rms)
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""

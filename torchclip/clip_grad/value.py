@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -10,7 +11,6 @@ from torch.compiler import is_dynamo_compiling
 from torchclip._core import gather, native
 from torchclip._core.arguments import threshold
 from torchclip._core.batch import Batch, Facts
-from torchclip.clip_grad.rule import Rule
 
 __all__ = ["Value", "clip_grad_value_"]
 
@@ -57,7 +57,8 @@ def _clip(batch: Batch, clip_value: float) -> None:
     batch.clamp_(clip_value)
 
 
-class Value(Rule):
+@dataclass(eq=False)
+class Value:
     """``clip_grad_value_`` as a rule for a ``Clipper``: ``Clipper(optimizer, Value(0.5))``.
 
     With a GradScaler and a fused optimizer, whose gradients are still multiplied by the scale, this waits for
@@ -78,8 +79,10 @@ class Value(Rule):
     usual = ("value", "clip_value")
     by_element = True  # it needs no norm
 
-    def __init__(self, clip_value: float) -> None:
-        self.clip_value = threshold("clip_value", clip_value)
+    clip_value: float
+
+    def __post_init__(self) -> None:
+        self.clip_value = threshold("clip_value", self.clip_value)
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""

@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, mesh
 from torchclip.clipper.nonfinite import Nonfinite
-from torchclip.clipper.rules import Rule
 from torchclip.clipper.scope import Scope, groups_of
 from torchclip.history.history import History
 from torchclip.thresholds.bank import ThresholdBank
-from torchclip.thresholds.base import MaxNorm
+from torchclip.thresholds.base import MaxNorm, Rule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -170,6 +169,7 @@ def needs_all(
 def usual_way(rule: ThresholdBank, way: Rule | None, scope: Scope) -> object:
     """How the kernel clips in one call, for its ``RoundState``; None if it cannot."""
     if way is not None:
+        # The kernel's name for the rule, and the attributes with its numbers.
         usual = getattr(way, "usual", None) if type(way).__module__.startswith("torchclip.") else None
         return (usual[0], way, *usual[1:]) if usual is not None and scope == "global" else None
     if scope == "parameter":

@@ -31,14 +31,13 @@ from torchclip.clipper.loss import PendingLoss
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.round import Round
-from torchclip.clipper.rules import Rule
 from torchclip.clipper.scope import Scope, Scoping, groups_of, set_names
 from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import State, Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
 from torchclip.thresholds.bank import ThresholdBank
-from torchclip.thresholds.base import MaxNorm, Threshold
+from torchclip.thresholds.base import MaxNorm, Rule, Threshold
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -18,12 +18,13 @@ from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.deferred import Deferred, can_be_deferred
 from torchclip.clipper.names import Names
 from torchclip.clipper.nonfinite import Nonfinite
-from torchclip.clipper.rules import Rule, copied_gradients, ratio, write_back
+from torchclip.clipper.rules import copied_gradients, ratio, write_back
 from torchclip.clipper.scope import ClipSet, OwnMaxNorms, Scoping, Snapshot, groups_of, own_max_norms
 from torchclip.clipper.spikes import Spikes
 from torchclip.clipper.step import Outcome, Step
 from torchclip.history.records import Record, as_records
 from torchclip.thresholds.bank import ThresholdBank
+from torchclip.thresholds.base import Rule
 
 __all__ = ["Clipping", "Row"]
 

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from torchclip._core import gather, mesh, scalars
 from torchclip._core.batch import Norm
-from torchclip.clipper.rules import Rule, ratio
+from torchclip.clipper.rules import ratio
 from torchclip.clipper.step import parameters_of
+from torchclip.thresholds.base import Rule
 
 __all__ = ["HeldNorms"]
 

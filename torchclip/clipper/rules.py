@@ -1,10 +1,9 @@
-"""Rules other than a threshold for a norm: by value, adaptive, by root mean square."""
+"""What clipping by a rule without a norm needs: a trial on copies, and the factor for the norm."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,21 +11,7 @@ from torch import Tensor
 from torchclip._core import mesh, scalars
 from torchclip._core.batch import Norm
 
-__all__ = ["Rule", "copied_gradients", "ratio", "write_back"]
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """What a ``Clipper`` needs of such a rule; ``torchclip.Value`` is one."""
-
-    def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
-        """Clip the gradients of some parameters in place.
-
-        Args:
-            parameters: the parameters of the groups without a ``max_norm`` of their own.
-            grad_scale: a GradScaler's scale, if the gradients are still multiplied by it.
-        """
-        ...
+__all__ = ["copied_gradients", "ratio", "write_back"]
 
 
 @contextmanager

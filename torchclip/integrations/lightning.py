@@ -10,10 +10,9 @@ from torch import Tensor
 
 from torchclip._core.extras import installing
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
-from torchclip.clipper.rules import Rule
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import Scalars
-from torchclip.thresholds.base import MaxNorm
+from torchclip.thresholds.base import MaxNorm, Rule
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -14,11 +14,10 @@ from torch import Tensor
 from torchclip._core.extras import installing
 from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
-from torchclip.clipper.rules import Rule
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import DictLogger, Scalars
 from torchclip.integrations.tensorboard import ScalarLogger
-from torchclip.thresholds.base import MaxNorm
+from torchclip.thresholds.base import MaxNorm, Rule
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

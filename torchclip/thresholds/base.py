@@ -1,11 +1,13 @@
-"""The protocol of a threshold, and what a user may pass as ``max_norm``."""
+"""What a user may pass as ``max_norm``: the protocols of a threshold and of another rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["MaxNorm", "Threshold"]
+from torch import Tensor
+
+__all__ = ["MaxNorm", "Rule", "Threshold"]
 
 
 @runtime_checkable
@@ -55,6 +57,28 @@ class Threshold(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict``."""
+        ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A rule of clipping in place of a threshold for the norm; ``torchclip.Value`` is one.
+
+    A ``Clipper`` measures the norm of the gradients, lets the rule clip those of all parameter groups without
+    a ``max_norm`` of their own, and measures again.  The ratio of the two norms is the step's coefficient.
+    """
+
+    def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
+        """Clip the gradients of some parameters in place.
+
+        Args:
+            parameters: the parameters of the groups without a ``max_norm`` of their own.
+            grad_scale: a GradScaler's scale, if the gradients are still multiplied by it; the rule applies to
+                the unscaled gradients.
+
+        Raises:
+            TypeError: for gradients that cannot be clipped in this way; then none is changed.
+        """
         ...
 
 
