@@ -126,6 +126,8 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     with torch.no_grad():
         of_weights = rows.norms_of_rows([u.weight for u in units], p)
         of_grads = iter(rows.norms_of_rows([u.measured for u in units if u.measured is not None], p))
+    if all(u.layout is mesh.PLAIN for u in units):
+        return list(zip(of_weights, of_grads, strict=True))
     of_units = []
     by_layout: dict[Layout, list[int]] = {}
     for i, (u, of_weight) in enumerate(zip(units, of_weights, strict=True)):
@@ -133,8 +135,6 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
         of_units.append((_or_absent(of_weight, u.weight, u), _or_absent(of_grad, u.measured, u)))
         if u.layout.dims:
             by_layout.setdefault(u.layout, []).append(i)
-    if not by_layout:
-        return of_units
     vectors = {
         layout: torch.cat([part for i in at for part in of_units[i]]) for layout, at in by_layout.items()
     }
