@@ -188,12 +188,7 @@ def run(
     except SyntaxError as error:
         sys.excepthook(type(error), error.with_traceback(None), None)
         return 1
-    session = _Session(Trial(max_norm, threshold, nonfinite, none))
-    try:
-        session.run(main)
-    finally:
-        failed = session.close(wanted, " ".join([script, *args]))
-    return session.status or failed
+    return _recorded(main, Trial(max_norm, threshold, nonfinite, none), wanted, " ".join([script, *args]))
 
 
 def _refuse(message: str, options: Mapping[str, object]) -> None:
@@ -203,73 +198,68 @@ def _refuse(message: str, options: Mapping[str, object]) -> None:
             raise refusal(message.format(name))
 
 
-class _Session:
-    """One run of a script, recorded from its beginning to its end.
+def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: str) -> int:
+    """Run the script, report its errors as Python would, and show what was recorded.
 
-    Attributes:
-        status: the exit status so far.
+    Returns:
+        The exit status.
     """
-
-    def __init__(self, trial: Trial) -> None:
-        self._progress = Progress()
-        self._recording = Recording(trial, self._progress)
-        self.status = 0
-        self._began = False
-        self._end = ""
-        self._process = os.getpid()
-        self._start = time.perf_counter()
-
-    def run(self, main: Callable[[], object]) -> None:
-        """Run the script, and report its errors as Python would."""
-        self._recording.attach()
-        self._progress.attach()
-        self._start = time.perf_counter()
-        try:
-            main()
-            self._began = True
-            # As Python does at a script's end: its threads are part of the run.
-            for thread in threading.enumerate():
-                if not thread.daemon and thread is not threading.current_thread():
-                    thread.join()
-        except SystemExit as error:
-            self._began = True
-            if error.code not in (None, 0):
-                self._end = f"until sys.exit({error.code!r})"
-            raise
-        except BaseException as error:
-            self._failed(error)
-
-    def _failed(self, error: BaseException) -> None:
+    progress, process = Progress(), os.getpid()
+    recording = Recording(trial, progress)
+    recording.attach()
+    progress.attach()
+    start = time.perf_counter()
+    error = _error_of(main)
+    seconds = time.perf_counter() - start
+    recording.detach()
+    progress.detach()
+    status, end, began = 0, "", True
+    if isinstance(error, SystemExit):
+        end = f"until sys.exit({error.code!r})" if error.code not in (None, 0) else ""
+    elif error is not None:
         error.__traceback__ = traceback_of_script(error.__traceback__)
-        self._began = error.__traceback__ is not None
-        if not self._began and isinstance(error, ImportError):
+        began = error.__traceback__ is not None
+        if not began and isinstance(error, ImportError):
             raise refusal(f"argument SCRIPT: {error}") from None
-        self._progress.clear()
         sys.excepthook(type(error), error, error.__traceback__)
         interrupted = isinstance(error, KeyboardInterrupt)
-        self.status = 130 if interrupted else 1
-        self._end = "until Ctrl-C" if interrupted else f"until {type(error).__name__}"
+        status, end = (130, "until Ctrl-C") if interrupted else (1, f"until {type(error).__name__}")
+    # A forked child that gets here has nothing to report, and one of many ranks is enough.
+    if began and os.getpid() == process and os.environ.get("RANK", "0") == "0":
+        failed = _show(recording, seconds, end, wanted, command)
+        status = status or failed
+    if isinstance(error, SystemExit):
+        raise error
+    return status
 
-    def close(self, wanted: Files, command: str) -> int:
-        """Print the report and write the files; returns the exit status if a file cannot be written."""
-        seconds = time.perf_counter() - self._start
-        self._recording.detach()
-        self._progress.detach()
-        # A forked child that gets here has nothing to report, and one of many ranks is enough.
-        if not self._began or os.getpid() != self._process or os.environ.get("RANK", "0") != "0":
-            return 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        print(report(self._recording, seconds, self._end), file=sys.stderr)
-        found = histories(self._recording)
 
-        def html() -> str:
-            from torchclip.history.page import page
+def _error_of(main: Callable[[], object]) -> BaseException | None:
+    """Run the script; returns how it ended, if not normally."""
+    try:
+        main()
+        # As Python does at a script's end: its threads are part of the run.
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
+    except BaseException as error:
+        return error
+    return None
 
-            title = f"Gradient norms of {next(iter(found))}" if len(found) == 1 else "Gradient norms"
-            return page(title, found, about(self._recording, seconds, command, self._end))
 
-        return wanted.write(found, lambda: _figure(found), html)
+def _show(recording: Recording, seconds: float, end: str, wanted: Files, command: str) -> int:
+    """Print the report and write the files; returns the exit status if a file cannot be written."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    print(report(recording, seconds, end), file=sys.stderr)
+    found = histories(recording)
+
+    def html() -> str:
+        from torchclip.history.page import page
+
+        title = f"Gradient norms of {next(iter(found))}" if len(found) == 1 else "Gradient norms"
+        return page(title, found, about(recording, seconds, command, end))
+
+    return wanted.write(found, lambda: _figure(found), html)
 
 
 def _figure(histories: Mapping[str, History]) -> Figure:
