@@ -14,8 +14,6 @@ from torchclip._core.batch import Norm
 from torchclip._core.scalars import join
 from torchclip.history.history import History
 
-__all__ = ["Call", "Calls"]
-
 _MOST_PLACES, _MOST_CALLS = 1000, 64  # that wait: different parameters, and calls on the same ones
 
 

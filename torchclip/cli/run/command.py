@@ -32,8 +32,6 @@ from torchclip.history.history import History
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command; they come before the script."""

@@ -17,8 +17,6 @@ from torchclip.history.history import History
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["compare"]
-
 _WIDTH = 80
 
 
@@ -26,7 +24,7 @@ def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: File
     """Run with each threshold, or search for one, and show the results; returns the exit status."""
     what = "loss" if command.metric is None else "metric"
     is_search = list(thresholds) == ["auto"]
-    progress = Progress(None if is_search else len(thresholds))
+    progress = _Progress(None if is_search else len(thresholds))
     tries = Tries(command, jobs, progress)
     with progress.bar:
         if is_search:
@@ -41,14 +39,15 @@ def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: File
         from torchclip.history.page import Overview, page
 
         about = [f"{' '.join(command.script)}, {now()}", recommended(found, what)[1]]
-        overview = Overview(rows(found, what), "Loss of each run", lambda width: _losses_figure(found, width))
+        table = _rows(found, what)
+        overview = Overview(table, "Loss of each run", lambda width: _losses_figure(found, width))
         return page("Thresholds tried", histories, {"": about}, overview)
 
     status = wanted.write(histories, lambda: _losses_figure(found), html)
     return tries.status if tries.interrupted else status or tries.status
 
 
-class Progress:
+class _Progress:
     """Shows on stderr what the runs print; without a terminal, a line for each run that has ended."""
 
     def __init__(self, total: int | None) -> None:
@@ -82,7 +81,7 @@ class Progress:
         self.bar.update(self._task, completed=len(tries.done), description=running[:room])
 
 
-def rows(tries: Sequence[Try], what: str) -> list[list[str]]:
+def _rows(tries: Sequence[Try], what: str) -> list[list[str]]:
     """The table: a heading, and a row for each threshold, which starts with the threshold as given."""
     found = [["threshold", f"{what} at the end", "largest norm", "clipped", "spikes", "time"]]
     for each in tries:
@@ -106,7 +105,7 @@ def _print_table(tries: Sequence[Try], what: str) -> None:
     from torchclip.cli.terminal import console_for
 
     console = console_for(_WIDTH, highlight=False)
-    heading, *body = rows(tries, what)
+    heading, *body = _rows(tries, what)
     table = Table(box=None, pad_edge=False)
     for i, name in enumerate(heading):
         table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)

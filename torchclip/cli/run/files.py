@@ -15,8 +15,6 @@ from torchclip.history.records import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Files", "now", "read_csv"]
-
 
 class Files(NamedTuple):
     """The paths of the files, or None."""

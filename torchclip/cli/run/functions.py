@@ -18,8 +18,6 @@ from torchclip.cli.run.calls import Call, Calls
 from torchclip.cli.run.gradients import nonfinite_ids, norm_of
 from torchclip.cli.run.trial import Trial
 
-__all__ = ["FunctionRecorder"]
-
 
 class FunctionRecorder:
     """Observes the functions that ``torchclip.install`` has installed.

@@ -12,8 +12,6 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.scalars import in_one, numbers
 from torchclip.clipper.scope import unscaled
 
-__all__ = ["nonfinite_ids", "norm_of", "norms_of"]
-
 
 def norm_of(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> Norm | None:
     """The norm of all gradients together, on an accelerator a tensor; None if there are none.

@@ -12,8 +12,6 @@ from torch.amp import GradScaler
 
 from torchclip._core import mesh
 
-__all__ = ["Loss", "LossRecorder"]
-
 Loss = float | Tensor
 """A number, or on an accelerator a tensor, so that nothing waits for it."""
 

@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 
 from torchclip.clipper.names import Names
 
-__all__ = ["parameter_names", "unique_labels", "variable_names"]
-
 _MOST_ITEMS = 100  # the largest list or dictionary that is searched
 
 

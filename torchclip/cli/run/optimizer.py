@@ -16,8 +16,6 @@ from torchclip.clipper.step import Member, Step
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 
-__all__ = ["OptimizerRecord"]
-
 _MOST_ROUNDS = 10_000  # as many as a history keeps
 
 

@@ -14,8 +14,6 @@ from torchclip.cli.run.optimizer import OptimizerRecord
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress"]
-
 _SECONDS = 0.5  # seconds between updates
 
 

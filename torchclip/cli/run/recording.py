@@ -12,8 +12,6 @@ from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 
-__all__ = ["Recording"]
-
 
 class Recording:
     """Installs torchclip, and records the program's calls, losses and steps until it is detached.

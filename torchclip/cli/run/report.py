@@ -19,8 +19,6 @@ from torchclip.history.history import History
 from torchclip.history.layers import Layers
 from torchclip.history.signs import final_loss
 
-__all__ = ["REPORT", "about", "histories", "labels", "losses_of", "report"]
-
 _WIDTH = 80
 _MOST_OPTIMIZERS, _MOST_LAYERS, _MOST_NONFINITE, _MOST_NAMES = 8, 3, 3, 4
 REPORT = "torchclip: what clipping did"

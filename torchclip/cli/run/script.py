@@ -14,8 +14,6 @@ from functools import partial
 
 from torchclip.cli.options import refusal
 
-__all__ = ["prepare", "traceback_of_script"]
-
 
 def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
     """Set up this process for the script as Python would, and compile it.

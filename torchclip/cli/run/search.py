@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from torchclip.history.history import History
 
-__all__ = ["Outcome", "search"]
-
 _FACTOR = 3
 _MOST_RUNS = 8
 

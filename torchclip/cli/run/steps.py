@@ -22,8 +22,6 @@ from torchclip.clipper.clipper import Clipper
 from torchclip.clipper.registry import clipper_of
 from torchclip.clipper.step import creates_state, parameters_of, with_closure
 
-__all__ = ["StepRecorder"]
-
 # How often parameters are measured one by one: in the first steps, and in later ones.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
 _MOST_NONFINITE = 100  # the number of steps whose non-finite parameters are kept

@@ -9,8 +9,6 @@ from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.history.history import History
 from torchclip.history.records import Record
 
-__all__ = ["joint_histories"]
-
 _SHARE = 0.9  # the required share of the rounds of the optimizer that steps less often
 
 

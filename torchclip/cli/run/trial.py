@@ -18,8 +18,6 @@ from torchclip.clipper.checked import takes_hooks
 from torchclip.clipper.clipper import Clipper, Nonfinite
 from torchclip.clipper.step import Member, parameters_of
 
-__all__ = ["Trial", "TrialClippers"]
-
 
 @dataclass(frozen=True)
 class Trial:

@@ -22,8 +22,6 @@ from torchclip.cli.thresholds import LEARNED
 from torchclip.history.history import History
 from torchclip.history.signs import final_loss
 
-__all__ = ["Command", "Tries", "Try", "recommended"]
-
 _SECONDS = 0.1  # seconds between two looks at the runs
 _SECONDS_TO_END = 20  # seconds that a run has after Ctrl-C to write its results
 _TAIL = 4096  # bytes at the end of a log that contain the last line
