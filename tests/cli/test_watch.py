@@ -463,6 +463,19 @@ def test_the_loss_is_without_a_grad_scalers_scale(new_scaler: Callable[[], torch
     assert losses_of(session.history) == [2.0, 0.5, 3.0]
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+def test_losses_that_are_scaled_together_and_one_that_is_not_scaled(kind: Callable[..., Any]) -> None:
+    weights = [weight(2.0), weight(3.0), weight(5.0)]
+    optimizers = [sgd(each) for each in weights]
+    with Session() as session:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        losses = list(scaler.scale(kind([each.sum() for each in weights[:2]])))
+        for loss, optimizer in zip([*losses, weights[2].sum()], optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+    assert [losses_of(each.history) for each in session.steps.optimizers] == [[2.0], [3.0], [5.0]]
+
+
 def test_the_loss_is_without_the_scale_of_the_scaler_for_ranks() -> None:
     w = weight(2.0)
     with Session() as session:

@@ -15,12 +15,15 @@ from torchclip._core import mesh
 Loss = float | Tensor
 """A number, or on an accelerator a tensor, so that nothing waits for it."""
 
+_SCALE = "torchclip: scale"
+_MOST_NODES = 64  # of a loss's graph that are searched
+
 
 class LossRecorder:
     """Records each scalar on which a program calls ``backward()``, without a GradScaler's scale.
 
-    Several scalars in a step are added, as in gradient accumulation.  After a scaler has scaled a loss, those
-    until the next step have its scale.  ``autograd.grad`` and ``backward(gradient=...)`` are not recorded.
+    Several scalars in a step are added, as in gradient accumulation.  ``autograd.grad`` and
+    ``backward(gradient=...)`` are not recorded.
 
     Attributes:
         backwards: how often ``backward()`` was called.
@@ -29,7 +32,7 @@ class LossRecorder:
     def __init__(self) -> None:
         self.backwards = 0
         self._pending: Loss | None = None
-        self._scale_of_step: Callable[[Tensor], Any] | None = None
+        self._has_scaled = False
         self._detach: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -60,7 +63,7 @@ class LossRecorder:
 
     def take(self) -> Loss | None:
         """The loss of the step that begins now; None if there is none."""
-        pending, self._pending, self._scale_of_step = self._pending, None, None
+        pending, self._pending = self._pending, None
         return pending
 
     def _replace(self, owner: type, name: str, stand_in: Callable[..., Any]) -> None:
@@ -84,21 +87,48 @@ class LossRecorder:
 
     def _add(self, tensor: Tensor) -> None:
         value = _value(tensor)
-        scale = self._scale_of_step
+        scale = _scale_of(tensor) if self._has_scaled else None
         if scale is not None:
             value = value / _value(scale(torch.ones((), device=tensor.device)))
-            self._scale_of_step = scale  # a scaler may have called its parent's scale()
         self._pending = value if self._pending is None else self._pending + value
 
     def _scale(self, original: Callable[..., Any], scaler: GradScaler, outputs: Any) -> Any:
         scaled = original(scaler, outputs)
-        if scaler.is_enabled():
-            self._scale_of_step = functools.partial(original, scaler)
-        return scaled
+        if not scaler.is_enabled():
+            return scaled
+        self._has_scaled = True
+        return _marked(scaled, functools.partial(original, scaler))
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
         self.take()  # what is left belongs to a step that the scaler has skipped
         return original(scaler, *args, **kwargs)
+
+
+def _marked(scaled: Any, scale: Callable[[Tensor], Any]) -> Any:
+    """Scaled losses, perhaps in lists or an iterator, each with the function that scaled it in its graph."""
+    if isinstance(scaled, Tensor):
+        node: Any = scaled.grad_fn
+        if node is not None:
+            node.metadata[_SCALE] = scale
+    elif isinstance(scaled, (list, tuple)):
+        for each in scaled:
+            _marked(each, scale)
+    else:
+        return (_marked(each, scale) for each in scaled)
+    return scaled
+
+
+def _scale_of(tensor: Tensor) -> Callable[[Tensor], Any] | None:
+    """What scaled a loss, or a loss from which it was computed; None for other losses."""
+    nodes: list[Any] = [tensor.grad_fn]
+    for node in nodes:  # which grows
+        if node is not None:
+            if _SCALE in node.metadata:
+                scale: Callable[[Tensor], Any] = node.metadata[_SCALE]
+                return scale
+            if len(nodes) < _MOST_NODES:
+                nodes += [before for before, _ in node.next_functions]
+    return None
 
 
 def _value(tensor: Tensor) -> Loss:
