@@ -11,8 +11,6 @@ from weakref import ref
 import torch
 from torch.autograd.variable import ImperativeEngine  # type: ignore[attr-defined]
 
-__all__ = ["Passes", "is_running"]
-
 _BACKWARD = {torch.autograd.backward.__code__, torch.autograd.grad.__code__}
 
 

@@ -20,19 +20,6 @@ from torchclip.thresholds.base import MaxNorm, Rule
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "alive",
-    "needs_all",
-    "optimizers_of",
-    "order_of",
-    "process_groups_of",
-    "refuse_history",
-    "refuse_lbfgs",
-    "refuse_options",
-    "takes_hooks",
-    "usual_way",
-]
-
 
 def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
     """The optimizers that a user passes, or an error that says what to pass.

@@ -26,8 +26,6 @@ from torchclip.history.records import Record, as_records
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.base import Rule
 
-__all__ = ["Clipping", "Row"]
-
 Loss: TypeAlias = float | Tensor | None
 
 

@@ -12,8 +12,6 @@ from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
 from torchclip.clipper.step import Member, parameters_of
 
-__all__ = ["Deferred", "can_be_deferred"]
-
 
 def can_be_deferred(optimizer: Optimizer) -> bool:
     """Whether autograd itself accumulates the gradients; for DTensors FSDP2 does so."""

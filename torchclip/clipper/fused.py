@@ -19,8 +19,6 @@ from torchclip._core.batch import Facts, Norm
 from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.step import Outcome, why_not_fused
 
-__all__ = ["GradScaleOverride", "divisor", "why_not"]
-
 _CPU = torch.device("cpu")
 _TOO_SMALL = Facts.SMALL
 # A GradScaler may multiply it by its own scale, such as after a failed step.

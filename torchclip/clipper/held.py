@@ -14,8 +14,6 @@ from torchclip.clipper.rules import ratio
 from torchclip.clipper.step import parameters_of
 from torchclip.thresholds.base import Rule
 
-__all__ = ["HeldNorms"]
-
 
 class HeldNorms:
     """The norms of what this rank holds of gradients, before and after clipping.

@@ -11,8 +11,6 @@ from torch.optim import Optimizer
 from torchclip._core import arguments, mesh
 from torchclip.clipper.step import State
 
-__all__ = ["PendingLoss"]
-
 
 class PendingLoss:
     """The loss of the next step, until its record is made.

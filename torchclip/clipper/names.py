@@ -16,8 +16,6 @@ from torchclip._core.batch import Norms
 from torchclip._core.collectives import Kind
 from torchclip.clipper.scope import Group, groups_of, unscaled
 
-__all__ = ["Names"]
-
 # Parts that torch's wrappers add to names; users' modules do not have such names.
 _WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 

@@ -17,8 +17,6 @@ from torchclip._core.collectives import raise_pending
 from torchclip.clipper.scope import ClipSet, Snapshot
 from torchclip.clipper.step import Outcome, why_not_fused
 
-__all__ = ["Nonfinite", "hide_gradients", "is_skipped_by_scaler", "refuse", "skips", "without_nonfinite"]
-
 Nonfinite = Literal["propagate", "error", "skip", "zero"]
 
 _REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"

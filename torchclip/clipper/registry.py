@@ -8,15 +8,13 @@ from weakref import WeakKeyDictionary, ref
 
 from torch.optim import Optimizer
 
-__all__ = ["adjusted", "clipper_of", "clippers", "set_adjustment"]
-
-Adjustment: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]
+_Adjustment: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]
 """Takes a new Clipper's optimizers, ``max_norm`` and ``nonfinite``; returns what replaces the last two."""
 
 clippers: WeakKeyDictionary[Optimizer, ref[Any]] = WeakKeyDictionary()
 """The optimizers that have a Clipper; it does not keep Clippers alive."""
 
-_adjustment: list[Adjustment] = []
+_adjustment: list[_Adjustment] = []
 
 
 def clipper_of(optimizer: Optimizer) -> Any:
@@ -25,7 +23,7 @@ def clipper_of(optimizer: Optimizer) -> Any:
     return None if found is None else found()
 
 
-def set_adjustment(adjustment: Adjustment) -> Callable[[], None]:
+def set_adjustment(adjustment: _Adjustment) -> Callable[[], None]:
     """Adjust every new Clipper, as ``torchclip run`` does to try other thresholds.
 
     Returns:

@@ -24,8 +24,6 @@ from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
 from torchclip.history.records import Record, as_records
 
-__all__ = ["Round"]
-
 Around: TypeAlias = Callable[[int, Callable[..., Any]], Callable[..., Any]]
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from torchclip._core import mesh, scalars
 from torchclip._core.batch import Norm
 
-__all__ = ["copied_gradients", "ratio", "write_back"]
-
 
 @contextmanager
 def copied_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:

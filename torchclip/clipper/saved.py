@@ -21,8 +21,6 @@ from torchclip.clipper.scope import Scope, groups_of
 from torchclip.clipper.spikes import Spikes
 from torchclip.thresholds.bank import ThresholdBank
 
-__all__ = ["Kind", "checked", "collected", "of_rules", "owner"]
-
 _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
 
 
@@ -34,7 +32,7 @@ class Kind(NamedTuple):
     optimizers: int
 
 
-class Loaded(NamedTuple):
+class _Loaded(NamedTuple):
     """The parts of a state that may be loaded."""
 
     steps: int
@@ -67,7 +65,7 @@ def checked(
     sets: Sequence[str],
     rule: ThresholdBank,
     spikes: Spikes | None,
-) -> Loaded:
+) -> _Loaded:
     """The parts of a state, or an error that says why a Clipper cannot load it; nothing changes.
 
     Args:
@@ -79,18 +77,18 @@ def checked(
         spikes: its limit.
     """
     arguments.saved("state", state, (), "Clipper")
-    own = own_part(state, key)
+    own = _own_part(state, key)
     arguments.saved("state", own, ("steps",), "Clipper")
     arguments.saved("state", state, ("norm_type", "scope"), "Clipper")
     arguments.saved("state", own, ("thresholds", "history"), "Clipper")
     steps = arguments.count("state['steps']", own["steps"], least=0)
     saved_kind = _checked_kind(state, kind)
-    thresholds = learned("state['thresholds']", own["thresholds"])
+    thresholds = _learned("state['thresholds']", own["thresholds"])
     of_sets = dict.fromkeys([*own.get("sets", ()), *thresholds])
     if of_sets and saved_kind != kind:
         raise _of_other_norms(saved_kind, kind)
     rule.check(thresholds if rule.learns else of_sets)
-    refuse_foreign("state['thresholds']", of_sets, sets)
+    _refuse_foreign("state['thresholds']", of_sets, sets)
     of_spikes = own.get("spikes")  # the first versions did not save it
     if spikes is None or of_spikes is None:
         of_spikes = {"skips": 0, "thresholds": {}}
@@ -99,11 +97,11 @@ def checked(
         if of_spikes["thresholds"] and saved_kind.norm_type != kind.norm_type:
             raise _of_other_norms(saved_kind, kind)
         spikes.rule.check(of_spikes["thresholds"])
-        refuse_foreign("state['spikes']['thresholds']", of_spikes["thresholds"], ["all"])
+        _refuse_foreign("state['spikes']['thresholds']", of_spikes["thresholds"], ["all"])
     arguments.saved("state['history']", own["history"], (), "Clipper")
     layers = state.get(str(key), {}).get("layers") if own is state else None
     history = own["history"] if layers is None else {**own["history"], "layers": layers}
-    return Loaded(steps, thresholds, of_spikes, history)
+    return _Loaded(steps, thresholds, of_spikes, history)
 
 
 def _checked_kind(state: Mapping[str, Any], kind: Kind) -> Kind:
@@ -157,7 +155,7 @@ def _on_all_ranks(parameter: Tensor) -> bool:
     return mesh.is_dtensor(parameter) and bool(parameter.device_mesh.size() == dist.get_world_size())
 
 
-def own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
+def _own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     """The part of a state that this rank loads.
 
     Raises:
@@ -188,7 +186,7 @@ def of_rules(rule: ThresholdBank) -> dict[str, Any]:
     return {name: (state,) for name, state in states.items()} if rule.runs_user_code else states
 
 
-def learned(name: str, saved: Any) -> dict[str, Any]:
+def _learned(name: str, saved: Any) -> dict[str, Any]:
     """The result of ``of_rules``, for a rule's ``load_state_dict``; ``name`` is for errors."""
     arguments.saved(name, saved, (), "Clipper")
     return {
@@ -197,7 +195,7 @@ def learned(name: str, saved: Any) -> dict[str, Any]:
     }
 
 
-def refuse_foreign(argument: str, names: Iterable[str], own: Sequence[str]) -> None:
+def _refuse_foreign(argument: str, names: Iterable[str], own: Sequence[str]) -> None:
     """Raise an error for what was learned for sets that this Clipper does not have."""
     foreign = [name for name in names if name not in set(own)]
     if foreign:

@@ -19,19 +19,6 @@ from torchclip.thresholds.bank import ThresholdBank
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "ClipSet",
-    "Group",
-    "OwnMaxNorms",
-    "Scope",
-    "Scoping",
-    "Snapshot",
-    "groups_of",
-    "own_max_norms",
-    "set_names",
-    "unscaled",
-]
-
 Scope = Literal["global", "group", "parameter"]
 Groups: TypeAlias = "Sequence[ProcessGroup] | None"
 OwnMaxNorms: TypeAlias = Mapping[int, float | None]

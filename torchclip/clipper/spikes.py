@@ -14,8 +14,6 @@ from torchclip._core.batch import Norm
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.base import MaxNorm
 
-__all__ = ["Spikes"]
-
 _NAME = "all"
 
 

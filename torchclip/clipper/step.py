@@ -18,17 +18,6 @@ from torch.optim import Optimizer
 from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
 
-__all__ = [
-    "Member",
-    "Outcome",
-    "State",
-    "Step",
-    "creates_state",
-    "parameters_of",
-    "why_not_fused",
-    "with_closure",
-]
-
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why changes are undone: the step is over, it ended in an exception, or its closure is called again."""
 

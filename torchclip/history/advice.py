@@ -23,8 +23,6 @@ from torchclip.history.signs import (
 )
 from torchclip.history.stalls import ClippedSizes, Stall
 
-__all__ = ["Advice", "advise"]
-
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)
 """The shares of clipped steps for which the table has a threshold."""
 

@@ -17,19 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = [
-    "NARROW",
-    "draw_loss",
-    "draw_norms",
-    "empty_figure",
-    "histogram_figure",
-    "histories_figure",
-    "history_figure",
-    "label_plainly",
-    "losses_of",
-    "on_log_scale",
-]
-
 Array = NDArray[Any]
 
 NARROW = 6.0
@@ -62,11 +49,11 @@ def histories_figure(histories: Mapping[str, Mapping[str, Sequence[float]]], wid
     for part, (title, columns) in zip(parts, histories.items(), strict=True):
         if len(losses_of(columns)):
             axes, below = part.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-            draw_loss(below, columns)
+            _draw_loss(below, columns)
             axes.xaxis.label.set_visible(False)
         else:
             axes = part.add_subplot()
-        draw_norms(axes, columns)
+        _draw_norms(axes, columns)
         axes.set_title(title)
         part.legend(loc="outside lower center", ncols=2 if width < NARROW else 5)
     return figure
@@ -87,7 +74,7 @@ def losses_of(columns: Mapping[str, Sequence[float | None]]) -> Array:
     return losses if not np.isnan(losses).all() else losses[:0]
 
 
-def draw_loss(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
+def _draw_loss(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
     """Draw the loss over the steps; losses that are not finite leave gaps.
 
     Args:
@@ -105,7 +92,7 @@ def draw_loss(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
         label_plainly(axes.yaxis)
 
 
-def draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
+def _draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
     """Draw what ``history_figure`` shows, with labels for a legend.
 
     Args:

@@ -30,8 +30,6 @@ from torchclip.history.summary import QUANTILES, Summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History"]
-
 # How many steps may wait for their values; with more, the values are fetched without a read.
 _MOST_PENDING = 1024
 

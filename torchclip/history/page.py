@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torchclip.history.history import History
     from torchclip.history.summary import Summary
 
-__all__ = ["Overview", "page"]
-
 # A picture with more points than this is drawn as pixels, as a marker for each would take much space.
 _MANY_POINTS = 1000
 # Each picture is drawn for two widths of the window, in inches, so that its text always has the page's size.

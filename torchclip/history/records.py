@@ -13,8 +13,6 @@ from torch import Tensor
 from torchclip._core import arguments
 from torchclip._core.collectives import raise_pending
 
-__all__ = ["Record", "as_records", "integer", "numbers", "saved_columns"]
-
 
 class Record(NamedTuple):
     """One step: the norm of the gradients, and what clipping did.

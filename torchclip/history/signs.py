@@ -10,18 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Array",
-    "Departure",
-    "departure",
-    "drift",
-    "final_loss",
-    "harmful",
-    "rises",
-    "spikes",
-    "usual_level",
-]
-
 Array = NDArray[Any]
 
 # The number of steps before and after a norm whose medians judge it.

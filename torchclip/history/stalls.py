@@ -14,11 +14,9 @@ from torchclip._core import gather, scalars
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record
 
-__all__ = ["NEVER", "ClippedSizes", "Stall"]
-
 _FIRST = 7  # the number of the first step that is measured
 _MOST_APART = 512  # steps between samples; the first ones are closer
-NEVER = 2**62
+_NEVER = 2**62
 """A step number that no training reaches."""
 _JOINT = "all"
 _WORTH_A_WORD = 0.05
@@ -78,7 +76,7 @@ class ClippedSizes:
         """
         optimizers = list(optimizers)
         sets = list(_eps_sets(optimizers))
-        self.next_step = step + min(step + 1, _MOST_APART) if sets else NEVER
+        self.next_step = step + min(step + 1, _MOST_APART) if sets else _NEVER
         parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
         grads = gather.distinct_gradients(parameters)
         if not sets or not grads:

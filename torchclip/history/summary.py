@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from torchclip.history.stalls import Stall
 
-__all__ = ["QUANTILES", "Summary"]
-
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """The probabilities of the quantiles in a summary."""
 

@@ -12,8 +12,6 @@ from torchclip.thresholds import checks
 from torchclip.thresholds.forms import FLOATS
 from torchclip.thresholds.learned import Learned
 
-__all__ = ["AdaGC"]
-
 
 @dataclass(eq=False)
 class AdaGC(Learned):

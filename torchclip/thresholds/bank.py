@@ -17,8 +17,6 @@ from torchclip.thresholds.forms import FLOATS
 from torchclip.thresholds.learned import Learned, Objects, Rows, has_own_update
 from torchclip.thresholds.quantile_tracker import QuantileTracker
 
-__all__ = ["ThresholdBank"]
-
 # From this many sets in host memory on, one formula for all of them is faster than a call for each.
 _MANY = 16
 _ALL = "all"

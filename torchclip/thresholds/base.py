@@ -7,8 +7,6 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["MaxNorm", "Rule", "Threshold"]
-
 
 @runtime_checkable
 class Threshold(Protocol):

@@ -8,8 +8,6 @@ from typing import Any
 
 from torchclip._core import arguments
 
-__all__ = ["between", "finite", "norm", "window_of"]
-
 
 def between(name: str, value: Any, most: float) -> float:
     """``value`` as a number between 0 and ``most``, or an error that names the argument."""

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from torchclip._core import scalars
 
-__all__ = ["ARRAYS", "FLOATS", "Arrays", "Floats", "Form", "Tensors"]
-
 _CPU = torch.device("cpu")
 
 
@@ -170,4 +168,3 @@ def _mean_and_deviation(rows: Any, seen: Any, module: Any) -> tuple[Any, Any]:
 
 
 FLOATS, ARRAYS = Floats(), Arrays()
-Form = Floats | Arrays | Tensors

@@ -17,8 +17,6 @@ from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
 from torchclip.thresholds.forms import ARRAYS, FLOATS, Tensors
 
-__all__ = ["Learned", "Objects", "Rows", "Saved", "has_own_update"]
-
 Kind = TypeVar("Kind", bound="Learned")
 
 

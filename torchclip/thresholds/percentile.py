@@ -20,8 +20,6 @@ from torchclip.thresholds.forms import FLOATS, Arrays, Tensors
 from torchclip.thresholds.learned import Learned
 from torchclip.thresholds.window import in_order, in_slots
 
-__all__ = ["Percentile"]
-
 
 @dataclass(eq=False)
 class Percentile(Learned):

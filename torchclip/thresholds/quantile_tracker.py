@@ -13,8 +13,6 @@ from torchclip._core import arguments
 from torchclip.thresholds import checks
 from torchclip.thresholds.learned import Saved
 
-__all__ = ["QuantileTracker"]
-
 
 @dataclass(eq=False)
 class QuantileTracker(Saved):

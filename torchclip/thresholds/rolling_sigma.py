@@ -12,8 +12,6 @@ from torchclip.thresholds import checks
 from torchclip.thresholds.learned import Learned
 from torchclip.thresholds.window import in_order, in_slots
 
-__all__ = ["RollingSigma"]
-
 
 @dataclass(eq=False)
 class RollingSigma(Learned):

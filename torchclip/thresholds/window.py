@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-__all__ = ["in_order", "in_slots"]
-
 
 def in_slots(norms: Iterable[float], seen: int, window: int) -> list[float]:
     """Put the last of ``seen`` norms, oldest first, into their slots; NaN in empty slots."""

@@ -11,8 +11,6 @@ from torchclip._core import arguments
 from torchclip.thresholds import checks
 from torchclip.thresholds.learned import Learned
 
-__all__ = ["ZScore"]
-
 ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
 
 
