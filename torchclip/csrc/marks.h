@@ -44,6 +44,7 @@ class Marks {
     char sample_[8];
 
     // Calls each(gradient or None) for every parameter until it returns false; then, or after an error, returns false.
+    // User code can run in between.
     template <class Each> static bool visit(PyObject* optimizer, Each each) {
         static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
         static PyObject* const params = PyUnicode_InternFromString("params");
@@ -57,14 +58,6 @@ class Marks {
                 const Ref gradient = get_grad(parameter);
                 return gradient != nullptr && each(gradient);
             });
-        });
-    }
-
-    // Likewise where nothing of the optimizer is unusual, in less time; false also where something is.
-    template <class Each> static bool visit_usual(PyObject* optimizer, Each each) {
-        return collect_of_optimizer(optimizer, [&](const Ref& parameter) {
-            const Ref gradient = get_grad(parameter);
-            return gradient != nullptr && each(gradient);
         });
     }
 
@@ -138,11 +131,11 @@ class Marks {
         }
     }
 
-    // Takes note of all gradients, and of a number in one of them if so wished, without keeping them alive.  False,
-    // with an error set, for an error.
-    bool take(PyObject* optimizer, bool sampled) {
+    // Notes all gradients of an optimizer, and a number in one of them if so wished.  They are kept alive unless the
+    // references are weak, which cost more.  False, with an error set, for an error.
+    bool take(PyObject* optimizer, bool sampled, bool are_weak) {
         clear();
-        are_weak_ = true;
+        are_weak_ = are_weak;
         return visit(optimizer, [&](PyObject* gradient) {
             if (!add(gradient)) return false;
             if (sampled) sample();
@@ -150,9 +143,8 @@ class Marks {
         });
     }
 
-    // Notes the gradients that were collected from an optimizer, and a number in one of them.  They are kept alive
-    // unless the references are weak, which cost more.  False, with an error set, for an error.
-    bool hold(PyObject* const* begin, PyObject* const* end, bool are_weak) {
+    // Likewise gradients that were collected from an optimizer, and a number in one of them.
+    bool take(PyObject* const* begin, PyObject* const* end, bool are_weak) {
         clear();
         are_weak_ = are_weak;
         for (; begin < end; ++begin) {
@@ -162,20 +154,10 @@ class Marks {
         return true;
     }
 
-    // Likewise the gradients that an optimizer has after its step, without a number.
-    bool hold_again(PyObject* optimizer, bool are_weak) {
-        clear();
-        are_weak_ = are_weak;
-        const auto hold_one = [&](PyObject* gradient) { return add(gradient); };
-        if (visit_usual(optimizer, hold_one)) return true;
-        PyErr_Clear();  // it will be met again
-        return take(optimizer, false);
-    }
-
-    // Whether the gradients are as they were, where nothing is unusual.
+    // Whether the gradients are as they were; false also for an error.
     bool are_same(PyObject* optimizer) const {
         size_t place = 0;
-        return visit_usual(optimizer, [&](PyObject* gradient) { return is_same(place, gradient); });
+        return visit(optimizer, [&](PyObject* gradient) { return is_same(place, gradient); });
     }
 
     // A list of the gradients that have changed; null after an error.

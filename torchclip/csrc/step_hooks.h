@@ -129,7 +129,7 @@ bool clip_all(RoundState* state, Py_ssize_t index) {
     state->are_weak = !gradients.is_tiny();
     for (Py_ssize_t i = 0; i < count; ++i)
         if (i != index &&
-            !member(state, i)->marks->hold(all + (i > 0 ? ends[i - 1] : 0), all + ends[i], state->are_weak))
+            !member(state, i)->marks->take(all + (i > 0 ? ends[i - 1] : 0), all + ends[i], state->are_weak))
             return false;
     return true;
 }
@@ -137,14 +137,14 @@ bool clip_all(RoundState* state, Py_ssize_t index) {
 // Whether an optimizer may step with gradients that were clipped before, because none has changed since.
 bool goes_on(const RoundState* state, Py_ssize_t index) {
     if (!member(state, state->opener)->stepped) return false;  // its step has failed
-    for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) {
+    const Ref attributes = attributes_of(optimizer_of(member(state, index)));
+    bool are_same = attributes != nullptr && is_unscaled(attributes);
+    for (Py_ssize_t i = 0; are_same && i < PyTuple_Size(state->members); ++i) {
         const Member* const each = member(state, i);
-        if ((i == index || each->stepped) && !each->marks->are_same(Ref::to(optimizer_of(each)))) {
-            PyErr_Clear();  // it will be met again
-            return false;
-        }
+        if (i == index || each->stepped) are_same = each->marks->are_same(Ref::to(optimizer_of(each)));
     }
-    return true;
+    PyErr_Clear();  // it will be met again
+    return are_same;
 }
 
 bool begin_usual_step(const Hooks* hooks, PyObject* args, PyObject* kwargs) {
@@ -193,7 +193,7 @@ PyObject* after_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     own->stepped = 1;
     bool all = true;
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i) all = all && member(state, i)->stepped;
-    return (all ? record(state) : own->marks->hold_again(args[0], state->are_weak)) ? new_reference(Py_None) : nullptr;
+    return (all ? record(state) : own->marks->take(args[0], false, state->are_weak)) ? new_reference(Py_None) : nullptr;
 }
 
 // Types
@@ -220,7 +220,7 @@ PyObject* member_mark(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!count_is(count, 1, 1)) return nullptr;
     auto* const own = reinterpret_cast<Member*>(self);
     const Ref optimizer = Ref::to(optimizer_of(own));
-    return own->marks->take(optimizer, args[0] == Py_True) ? new_reference(Py_None) : nullptr;
+    return own->marks->take(optimizer, args[0] == Py_True, true) ? new_reference(Py_None) : nullptr;
 }
 
 PyObject* member_changed(PyObject* self, PyObject*) {
