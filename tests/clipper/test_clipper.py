@@ -43,11 +43,8 @@ def test_every_optimizer_of_torch_is_here() -> None:
     assert classes - {"Optimizer"} == set(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "way"), [(n, w) for n in OPTIMIZERS for w in WAYS if takes(n, WAYS[w])])
 def test_every_optimizer_ends_where_the_function_leads_it(name: str, way: str) -> None:
-    if not takes(name, WAYS[way]):
-        pytest.skip(f"{name} has no such implementation")
     sparse = name == "SparseAdam"
     models = [Net(sparse), Net(sparse)]
     if sparse:
@@ -84,7 +81,7 @@ def test_every_optimizer_ends_where_the_function_leads_it(name: str, way: str) -
 
 def test_compiled_models() -> None:
     models = [Net(), Net()]
-    compiled: Any = torch.compile(models[1], backend="aot_eager")
+    compiled: Any = torch.compile(models[1], backend="eager")
     plain, clipped = (torch.optim.SGD(m.named_parameters(), lr=0.1) for m in (models[0], compiled))
     clipper = Clipper(clipped, 0.5)
     train(models[0], plain, range(5), lambda: torchclip.clip_grad_norm_(models[0].parameters(), 0.5))
@@ -204,18 +201,8 @@ def test_a_clipper_that_nobody_holds_goes_on_clipping() -> None:
 @pytest.mark.parametrize(
     ("max_norm", "options", "error", "message"),
     [
-        (
-            1.0,
-            {"scope": "layer"},
-            ValueError,
-            r"`scope` must be one of .* got 'layer'",
-        ),
-        (
-            1.0,
-            {"nonfinite": None},
-            ValueError,
-            "`nonfinite` must be one of 'propagate', 'error'",
-        ),
+        (1.0, {"scope": "layer"}, ValueError, r"`scope` must be one of 'global', .* got 'layer'"),
+        (1.0, {"nonfinite": None}, ValueError, "`nonfinite` must be one of 'propagate', 'error'"),
         (1.0, {"norm_type": NAN}, ValueError, "norm_type"),
         (1.0, {"norm_type": "two"}, TypeError, "norm_type"),
         (1.0, {"on_clip": 1}, TypeError, "`on_clip` must be callable"),

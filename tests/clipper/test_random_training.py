@@ -166,7 +166,7 @@ class Training:
         self.say(f"{'freeze' if frozen else 'thaw'} group {i}")
 
     def save_and_load(self) -> None:
-        before, way = self.clipper, self.rng.choice(["json", "json", "torch.save", "dcp"])
+        before, way = self.clipper, self.rng.choice([*["json"] * 6, "torch.save", "dcp"])
         state = json.loads(json.dumps(before.state_dict()))
         if way == "torch.save":
             file = io.BytesIO()
@@ -482,6 +482,6 @@ class Training:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch")  # of DCP
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.usefixtures("each_way_everywhere")
-@pytest.mark.parametrize("seeds", [range(i, i + 15) for i in range(0, 90, 15)], ids=str)
+@pytest.mark.parametrize("seeds", [range(i, i + 15) for i in range(0, 75, 15)], ids=str)
 def test_a_random_training_is_as_clipped_by_hand(seeds: range) -> None:
     run_each(Training, seeds, steps=20)
