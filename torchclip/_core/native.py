@@ -18,18 +18,6 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
 from torchclip._core.host import HostBatch
 
-__all__ = [
-    "active",
-    "clip_grad_adaptive",
-    "clip_grad_each",
-    "clip_grad_norm",
-    "clip_grad_value",
-    "clip_per_example",
-    "extension",
-    "status",
-    "step_state",
-]
-
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
 
