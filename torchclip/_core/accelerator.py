@@ -18,8 +18,6 @@ from torchclip._core.groups import REAL, Group, grouped, joint, moved
 from torchclip._core.rows import FLOAT32_TINY, PRESCALE, wide_dtype
 from torchclip._core.scalars import ABSENT, join
 
-__all__ = ["AcceleratorBatch"]
-
 
 class AcceleratorBatch(Batch):
     """Distinct tensors on any devices, of any dtypes and layouts.

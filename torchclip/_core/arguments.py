@@ -13,23 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "count",
-    "flag",
-    "full",
-    "items",
-    "level_of_caller",
-    "names_of",
-    "norm_order",
-    "number",
-    "option",
-    "refuse_item",
-    "saved",
-    "shown",
-    "tensor_list",
-    "threshold",
-]
-
 T = TypeVar("T")
 
 

@@ -11,16 +11,6 @@ from torch import Tensor
 
 from torchclip._core import memory
 
-__all__ = [
-    "change_elements_",
-    "clamp_elements_",
-    "limit_within",
-    "own_elements",
-    "scale_in_double_",
-    "writing",
-    "zero_nonfinite_",
-]
-
 
 def writing() -> AbstractContextManager[None]:
     """The context for changes: no graph is built, and tensors that were made in inference mode may be

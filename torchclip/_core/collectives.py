@@ -27,11 +27,9 @@ from torchclip._core.batch import Norms
 from torchclip._core.messages import Array
 from torchclip._core.scalars import ABSENT, on_device
 
-__all__ = ["DIFFERS", "SLOTS", "Call", "Kind", "exchange", "gather_rows", "raise_pending"]
-
 _FEW = 64
 """Up to this many norms are joined faster one by one than as arrays."""
-SLOTS = 4
+_SLOTS = 4
 """How many norms, and how many marks, fit into the head."""
 DIFFERS: Final = -1
 """The mark for a difference between ranks."""
@@ -40,7 +38,7 @@ _VERSION = 2
 _FACTS = 6
 # The words of a head.  Those before _REFUSED must be equal on all ranks.
 _NUMBER, _KIND, _ORDER, _COUNT, _MARKS = range(5)
-_REFUSED = _MARKS + SLOTS
+_REFUSED = _MARKS + _SLOTS
 _HEAD = _REFUSED + 1 + _FACTS
 
 _DIFFERENT_COPIES = (
@@ -141,7 +139,7 @@ def exchange(
     Args:
         group: the process group.
         norms: this rank's norms, or ``ABSENT``.
-        marks: up to ``SLOTS`` numbers, at least 0 or ``DIFFERS``.
+        marks: up to ``_SLOTS`` numbers, at least 0 or ``DIFFERS``.
         call: the call; it receives what other ranks know.
         device: the type of the device that the group's collectives work on.
 
@@ -156,9 +154,9 @@ def exchange(
     if state.error is not None:
         return failed
     head = _head(state, count, marks, call)
-    sent = _array(_padded(norms) if count <= SLOTS else norms, device)
+    sent = _array(_padded(norms) if count <= _SLOTS else norms, device)
     with np.errstate(all="ignore"):
-        heads = _exchange_heads(group, head, sent if count <= SLOTS else _array(_padded([]), device), call)
+        heads = _exchange_heads(group, head, sent if count <= _SLOTS else _array(_padded([]), device), call)
         if isinstance(heads.high, Tensor):
             right = _send_verdict(state, heads)
             return torch.where(right, _join(group, sent, count, heads, call.order), math.nan), list(marks)
@@ -166,7 +164,7 @@ def exchange(
         if not _learn(state, high, low, call):
             return failed
         joint = _join(group, sent, count, heads, call.order).tolist()
-    call.sent = None if messages.are_many(group, sent) or count > SLOTS else heads.norms[:, :count]
+    call.sent = None if messages.are_many(group, sent) or count > _SLOTS else heads.norms[:, :count]
     words = zip(marks, high[_MARKS:], low[_MARKS:])  # noqa: B905 - of as many as there are marks
     return joint, [mark if most == least else DIFFERS for mark, most, least in words]
 
@@ -189,7 +187,7 @@ def gather_rows(group: dist.ProcessGroup, numbers: Array, call: Call, device: st
 def _head(state: _State, count: int, marks: Sequence[int], call: Call) -> list[int]:
     number, state.number = state.number, state.number + 1
     order = int(np.float64(call.order + 0.0).view(np.int64))
-    padding = [0] * (SLOTS - len(marks))
+    padding = [0] * (_SLOTS - len(marks))
     facts = [call.facts >> i & 1 for i in range(_FACTS)]
     return [number, 100 * _VERSION + call.kind, order, count, *marks, *padding, call.refused, *facts]
 
@@ -309,14 +307,14 @@ def _read_verdicts(state: _State, wait: bool) -> None:
 def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: float) -> Array:
     """The joint norms, once the heads are known."""
     if not messages.are_many(group, sent):
-        rows = heads.norms[:, :count] if count <= SLOTS else messages.gather(group, sent)
+        rows = heads.norms[:, :count] if count <= _SLOTS else messages.gather(group, sent)
         if isinstance(rows, Tensor) or rows.size > _FEW:
             return integer_sums.join(rows, p)
         return np.array([integer_sums.join_few(column, p) for column in rows.T.tolist()])
     leading = heads.norms
     if not isinstance(sent, Tensor):  # fewer messages of gloo's; a tensor's ranks may not agree on the count
         sent, leading = sent[:count], leading[:count]
-    if count > SLOTS:
+    if count > _SLOTS:
         largest = messages.reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX)
         leading = integer_sums.leading(largest, p)
     # Tensors are summed in any case: a rank that refused its arguments may not know the order.
@@ -355,5 +353,5 @@ def _array(norms: Norms, device: str) -> Array:
 def _padded(norms: Norms) -> Norms:
     """As many norms as fit into the head."""
     if isinstance(norms, Tensor):
-        return torch.nn.functional.pad(norms, (0, SLOTS - len(norms)), value=ABSENT)
-    return [*norms, *[ABSENT] * (SLOTS - len(norms))]
+        return torch.nn.functional.pad(norms, (0, _SLOTS - len(norms)), value=ABSENT)
+    return [*norms, *[ABSENT] * (_SLOTS - len(norms))]

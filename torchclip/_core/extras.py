@@ -1,7 +1,5 @@
 """How to install what is missing."""
 
-__all__ = ["installing"]
-
 
 def installing(extra: str) -> str:
     """The command that installs an extra: from an index, and from a checkout."""

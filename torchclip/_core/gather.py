@@ -27,19 +27,6 @@ from torchclip._core.host import HostBatch
 from torchclip._core.mixed import MixedBatch
 from torchclip._core.sharded import ShardedBatch
 
-__all__ = [
-    "distinct",
-    "distinct_gradients",
-    "gradients",
-    "local_gradients",
-    "norms_of",
-    "refuse_unwritable",
-    "several",
-    "tell_ranks",
-    "tensors",
-    "warn_if_used_up",
-]
-
 
 def gradients(
     parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None, kind: int | None = None

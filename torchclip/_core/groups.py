@@ -17,8 +17,6 @@ from torchclip._core import memory
 from torchclip._core.rows import NARROW_REAL
 from torchclip._core.scalars import ABSENT, divisor_like, join_present, norm_dtype
 
-__all__ = ["REAL", "Group", "grouped", "joint", "moved"]
-
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24
 # Devices known to multiply float16 tensors together by a float32 number, in float32.

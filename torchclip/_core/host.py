@@ -10,8 +10,6 @@ from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL
 from torchclip._core.scalars import join, numbers
 
-__all__ = ["HostBatch"]
-
 # Up to this many elements, sums in float64 are as fast as any; one thread computes them in any case.
 _FEW = 1 << 14
 

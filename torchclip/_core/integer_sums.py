@@ -25,8 +25,6 @@ from torch import Tensor
 
 from torchclip._core.scalars import ABSENT
 
-__all__ = ["join", "join_few", "keys", "largest", "leading", "root", "terms"]
-
 Array = Any
 """A NumPy array or a tensor, of float64 or int64."""
 

@@ -10,35 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "DOUBLE",
-    "FORWARD_AD",
-    "JOINED",
-    "PIECE",
-    "PLAIN",
-    "SPARSE",
-    "WATCHERS",
-    "as_real",
-    "by_rows",
-    "common_dtype",
-    "concatenate",
-    "fills_its_memory",
-    "flat",
-    "intercepted",
-    "is_plain",
-    "is_uncoalesced",
-    "on_host",
-    "own_values",
-    "pieces",
-    "refuse_unwritable",
-    "refuse_without_memory",
-    "split",
-    "stored",
-    "transformed",
-    "values_hidden",
-    "without_memory",
-]
-
 PLAIN = (Tensor, torch.nn.Parameter)  # not a set, which torch.compile of torch 2.6 does not know
 SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 DOUBLE = frozenset({torch.float64, torch.complex128})

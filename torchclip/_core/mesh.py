@@ -22,22 +22,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = [
-    "PLAIN",
-    "Layout",
-    "any_dtensor",
-    "as_groups",
-    "dtensor_types",
-    "has_ranks",
-    "is_dtensor",
-    "is_partial",
-    "layouts_of",
-    "locals_of",
-    "split_alike",
-    "unit_layout",
-    "without_partial",
-]
-
 Ranks: TypeAlias = "frozenset[int] | None"
 """A set of ranks; None for all ranks, of which there may be very many."""
 
@@ -81,7 +65,7 @@ _connected: WeakKeyDictionary[dist.ProcessGroup, list[tuple[list[Any], Ranks]]] 
 # DTensors
 
 
-def dtensor_types() -> tuple[type, ...]:
+def _dtensor_types() -> tuple[type, ...]:
     """The class DTensor; nothing if there can be none, as its module, slow to import, was not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return () if module is None else (module.DTensor,)
@@ -89,12 +73,12 @@ def dtensor_types() -> tuple[type, ...]:
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor."""
-    return isinstance(tensor, dtensor_types())
+    return isinstance(tensor, _dtensor_types())
 
 
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     """Whether any of the tensors is a DTensor."""
-    types = dtensor_types()
+    types = _dtensor_types()
     return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
 
 
@@ -142,7 +126,7 @@ def _readers_for(tensors: Iterable[Tensor]) -> tuple[Callable[[Any], Tensor], Ca
     """
     if not _readers:
         tensor = next(filter(is_dtensor, tensors))
-        held = {name: getattr(tensor, name) for name in dtensor_types()[0].__slots__}  # type: ignore[attr-defined]
+        held = {name: getattr(tensor, name) for name in _dtensor_types()[0].__slots__}  # type: ignore[attr-defined]
         of_part = next(name for name, value in held.items() if isinstance(value, Tensor))
         of_spec = next(name for name, value in held.items() if hasattr(value, "placements"))
         _readers.append((operator.attrgetter(of_part), operator.attrgetter(of_spec)))

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Array", "are_many", "beside", "gather", "like", "reduced"]
-
-MANY = 32
+_MANY = 32
 """The number of ranks with accelerators from which there are two reductions.
 
 They take 4 log₂ N messages in a row, against N - 1 of a gather.
@@ -31,7 +29,7 @@ Array = Any
 def are_many(group: dist.ProcessGroup, array: Array) -> bool:
     """Whether the ranks of a group reduce such arrays instead of gathering them."""
     on_host = not isinstance(array, Tensor) or array.is_cpu
-    return group.size() >= (MANY_ON_HOST if on_host else MANY)
+    return group.size() >= (MANY_ON_HOST if on_host else _MANY)
 
 
 def gather(group: dist.ProcessGroup, sent: Array) -> Array:

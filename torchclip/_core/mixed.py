@@ -11,8 +11,6 @@ from torch import Tensor
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.scalars import in_one, join
 
-__all__ = ["MixedBatch"]
-
 
 class MixedBatch(Batch):
     """Several batches as one.

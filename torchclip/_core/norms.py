@@ -12,8 +12,6 @@ from torchclip._core import memory, small
 from torchclip._core.rows import NARROW_REAL, matrix_norms
 from torchclip._core.scalars import ABSENT, join
 
-__all__ = ["finite_norm", "norm"]
-
 # Torch does not split reductions of this length over threads, so results do not depend on their number.
 _SERIAL = (1 << 15) - 1
 _ROW = 1 << 10

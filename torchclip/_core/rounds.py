@@ -31,8 +31,6 @@ from torchclip._core.collectives import DIFFERS, Call, Kind, exchange, gather_ro
 from torchclip._core.mesh import Layout, Ranks
 from torchclip._core.scalars import ABSENT, concatenate, device_of, in_one, on_device
 
-__all__ = ["Held", "absent", "each", "joined", "lines", "not_compiled", "totals"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

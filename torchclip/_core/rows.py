@@ -11,18 +11,6 @@ from torch import Tensor
 from torchclip._core import memory
 from torchclip._core.scalars import join_present, join_rows, norm_dtype, vector_norms
 
-__all__ = [
-    "FLOAT32_TINY",
-    "NARROW",
-    "NARROW_REAL",
-    "PRESCALE",
-    "coefs_for",
-    "matrix_norms",
-    "norms_of_rows",
-    "scale_rows_",
-    "wide_dtype",
-]
-
 NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
 """Dtypes whose squares fit into float64."""

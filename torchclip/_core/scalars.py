@@ -13,36 +13,6 @@ from torch.linalg import vector_norm
 
 from torchclip._core import memory, mesh
 
-__all__ = [
-    "ABSENT",
-    "EPS",
-    "Norm",
-    "Norms",
-    "at",
-    "at_most",
-    "clip_coef",
-    "clip_coefs",
-    "concatenate",
-    "device_of",
-    "divided",
-    "divisor_like",
-    "in_one",
-    "join",
-    "join_present",
-    "join_rows",
-    "may_change",
-    "norm_dtype",
-    "numbers",
-    "on_device",
-    "present",
-    "refuse_nonfinite",
-    "replaced",
-    "smallest",
-    "vector",
-    "vector_norms",
-    "where",
-]
-
 Norm: TypeAlias = float | Tensor
 """A number known on the host, or a 0-dim float64 tensor for which the host should not wait."""
 Norms: TypeAlias = "list[float] | Tensor"

@@ -18,10 +18,8 @@ from torchclip._core.mesh import Layout
 from torchclip._core.rounds import Held
 from torchclip._core.scalars import ABSENT, at, in_one, may_change
 
-__all__ = ["ShardedBatch", "norms_of", "refuse"]
 
-
-class Placed:
+class _Placed:
     """The layouts of the tensors of a call.
 
     Args:
@@ -82,7 +80,7 @@ class ShardedBatch(Batch):
         gather: Callable[[list[Tensor], bool], Batch],
         measured: bool = False,
     ) -> None:
-        self._placed = Placed(items, take_grad)
+        self._placed = _Placed(items, take_grad)
         super().__init__(self._placed.all)
         self.groups = groups
         self.is_changed = take_grad and not measured
@@ -212,7 +210,7 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
     held = []
     for items in several:
         if groups or mesh.any_dtensor(items):
-            placed = Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
+            placed = _Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
             if placed.is_pending:
                 mesh.without_partial(placed.all)  # which involves all ranks, too
             held.append([rounds.absent(*some) for some in placed.places.items()])

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from torchclip._core import memory
 
-__all__ = ["MOST", "is_accurate", "norm"]
-
 MOST = 1 << 19
 """The largest number of elements that this module handles."""
 # From this many elements on, a verified float32 norm is cheaper than an exact one.

@@ -18,8 +18,6 @@ from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
 
-__all__ = ["Units", "norms", "of_parameters", "parted", "scale_"]
-
 
 class Units(NamedTuple):
     """This rank's part of a parameter and of its gradient, unit by unit along the first axis."""
