@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from clipper_helpers import INF, NAN, fused_or_not
 from helpers import bits, interrupted_sgd, last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -16,9 +17,7 @@ from torchclip.clipper import Nonfinite, Scope
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
-INF, NAN = math.inf, math.nan
 SCALE = 1024.0
-fused_or_not = pytest.mark.parametrize("fused", [False, True])
 unscaled_or_not = pytest.mark.parametrize("unscales", [False, True])
 KINDS: dict[str, Callable[[Any, bool], torch.optim.Optimizer]] = {
     "Adam": lambda ps, fused: torch.optim.Adam(ps, lr=0.05, fused=fused),

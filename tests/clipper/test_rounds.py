@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from clipper_helpers import Net, loss_of
-from helpers import last_of, randn
+from helpers import interrupted_sgd, last_of, randn
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.utils.checkpoint import checkpoint
@@ -360,9 +360,9 @@ def test_losses_are_added_where_a_backward_pass_replaces_gradients() -> None:
 class InBackward(Training):
     """An optimizer for each parameter, which steps as soon as the gradient exists."""
 
-    def __init__(self, kind: Callable[..., Any] = torch.optim.SGD) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.optimizers = [kind([p], lr=0.05) for p in self.model.parameters()]
+        self.optimizers = [torch.optim.SGD([p], lr=0.05) for p in self.model.parameters()]
         for parameter, optimizer in zip(self.model.parameters(), self.optimizers, strict=True):
             # A reference from a parameter to its optimizer would be a cycle made by the test.
             held = weakref.ref(optimizer)
@@ -524,15 +524,9 @@ def test_a_clipper_without_its_optimizer() -> None:
     clipper.detach()
 
 
-def shared_by_two(grad: float) -> tuple[nn.Parameter, list[torch.optim.Optimizer]]:
-    weight = nn.Parameter(torch.zeros(4))
-    weight.grad = torch.full((4,), grad)
-    return weight, [torch.optim.SGD([weight], lr=1.0) for _ in range(2)]
-
-
-def two_weights(lr: float = 1.0, elements: int = 4, **second: Any) -> tuple[list[nn.Parameter], list[Any]]:
-    weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(elements))]
-    return weights, [torch.optim.SGD(weights[:1], lr=lr), torch.optim.SGD(weights[1:], lr=lr, **second)]
+def two_weights(**second: Any) -> tuple[list[nn.Parameter], list[Any]]:
+    weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
+    return weights, [torch.optim.SGD(weights[:1], lr=1.0), torch.optim.SGD(weights[1:], lr=1.0, **second)]
 
 
 @pytest.mark.parametrize("max_norm", [1.0, lambda number: 1.0], ids=["number", "callable"])
@@ -564,10 +558,8 @@ def test_a_first_step_that_has_failed_opens_no_round_for_steps_without_gradients
     weights, optimizers = two_weights()
     clipper = Clipper(optimizers, 1.0)
     weights[0].grad, weights[1].grad = torch.zeros(4), torch.ones(4)
-    handle = failing(optimizers[0])
-    with pytest.raises(Interrupted):
+    with interrupted_sgd():
         optimizers[0].step()
-    handle.remove()
     assert len(clipper.norms()) == 2  # which finds out that the step has failed
     weights[0].grad, weights[1].grad = None, torch.full((4,), 2.0)
     for optimizer in optimizers:
@@ -577,8 +569,10 @@ def test_a_first_step_that_has_failed_opens_no_round_for_steps_without_gradients
 
 
 def test_a_skipped_round_of_optimizers_that_share_a_parameter() -> None:
-    weight, optimizers = shared_by_two(9.0)
+    weight = nn.Parameter(torch.zeros(4))
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for _ in range(2)]
     clipper = Clipper(optimizers, 1.0, skip_above=5.0)
+    weight.grad = torch.full((4,), 9.0)
     for optimizer in optimizers:
         optimizer.step()
     assert [record.skipped for record in clipper.history] == [True]
@@ -593,10 +587,8 @@ def test_a_step_that_fails_after_one_that_a_scaler_skips() -> None:
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     scaler.step(optimizers[1])
-    handle = failing(optimizers[0])
-    with pytest.raises(Interrupted):
+    with interrupted_sgd():
         optimizers[0].step()
-    handle.remove()
     clipper.detach()
     assert [record.skipped for record in clipper.history] == [True]
 
@@ -610,4 +602,19 @@ def test_a_gradient_that_is_gone_has_not_changed() -> None:
     kept.mul_(3.0)
     weights[1].grad = None
     optimizers[1].step()
+    assert len(clipper.history) == 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_later_fused_step_that_has_failed_is_clipped_when_it_is_taken_again(times: int) -> None:
+    weights, optimizers = two_weights(fused=True)
+    clipper = Clipper(optimizers, 1.0)
+    weights[0].grad, weights[1].grad = torch.ones(4), torch.ones(4)
+    optimizers[0].step()
+    for _ in range(times):
+        with interrupted_sgd():
+            optimizers[1].step()
+        clipper.norms()  # which finds out that the step has failed
+    optimizers[1].step()
+    assert float(weights[1].detach().norm()) == pytest.approx(0.5**0.5, rel=1e-3)
     assert len(clipper.history) == 1

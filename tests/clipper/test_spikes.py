@@ -103,10 +103,10 @@ def test_the_tighter_threshold_clips_a_step_that_is_taken_all_the_same(fused: bo
 
 
 @fused_or_not
-@pytest.mark.parametrize("value", [INF, NAN])
-def test_steps_that_are_not_finite_are_never_taken_instead(value: float, fused: bool) -> None:
-    norms = [value, 9.0, value, 9.0, 1.0]
-    moved, clipper = steps_with(norms, fused, skip_above=5.0, max_skips=2, nonfinite="skip")
+@pytest.mark.parametrize(("value", "policy"), [(INF, "skip"), (NAN, "skip"), (INF, "propagate")])
+def test_steps_that_are_not_finite_are_never_taken_instead(value: float, policy: str, fused: bool) -> None:
+    norms = [9.0, 9.0, value, value, 1.0]
+    moved, clipper = steps_with(norms, fused, skip_above=5.0, max_skips=2, nonfinite=policy)
     assert moved == pytest.approx([0.0, 0.0, 0.0, 0.0, 1.0], abs=1e-4)
     assert all(r.skipped for r in list(clipper.history)[:4])
 
