@@ -40,7 +40,7 @@ def _in_c(function: Any) -> Callable[[], bool]:
     In a training step, the frames in Python would take longer than all other checks together.
     """
     found: Any = torch
-    for name in function.__code__.co_names:
+    for name in getattr(getattr(function, "__code__", None), "co_names", ()):
         found = getattr(found, name, found)
     chosen: Callable[[], bool] = found if isinstance(found, types.BuiltinFunctionType) else function
     return chosen
