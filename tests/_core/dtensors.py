@@ -83,7 +83,7 @@ def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
     where = [Replicate() if p.is_partial() else p for p in placements]
     held = split(full, mesh, *where).to_local().clone()
     for dim, placement in enumerate(placements):
-        if isinstance(placement, Partial):
+        if isinstance(placement, Partial) and mesh.get_coordinate() is not None:
             # Powers of two: exact in every dtype.
             ranks, place = mesh.size(dim), mesh.get_local_rank(dim)
             shares = [2.0**-i for i in range(1, ranks)] + [2.0 ** (1 - ranks)]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from dtensors import parameter, split
 from helpers import randn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -126,6 +126,12 @@ def check_a_refusal_beside_sums_that_are_pending() -> None:
         3, errors_of(lambda: torchclip.clip_grad_norm_([parameter(pending)], limit)), "`max_norm`"
     )
     assert torchclip.get_total_norm(pending) == torchclip.get_total_norm(torch.full((3,), 4.0))
+    weight = nn.Parameter(split(randn(3), mesh, Replicate()))
+    weight.grad = pending
+    units = parameter(split(randn(5, 8), mesh, Shard(1)))  # whose norms ranks take together
+    assert_refused_by(
+        3, errors_of(lambda: torchclip.clip_grad_adaptive_([weight, units], limit)), "`clip_factor`"
+    )
 
 
 def check_a_refusal_on_meshes_of_some_ranks() -> None:

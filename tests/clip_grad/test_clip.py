@@ -339,6 +339,14 @@ def test_a_gradient_that_overlaps_itself_is_refused_and_nothing_changes(name: st
     assert [p.grad._version for p in parameters] == [0, 0]
 
 
+def test_of_several_gradients_the_first_is_refused_on_whichever_device() -> None:
+    parameters = [nn.Parameter(torch.zeros(4, device=at)) for at in ("meta", "cpu")]
+    for p in parameters:
+        p.grad = torch.ones(1, device=p.device).expand(4)
+    with pytest.raises(RuntimeError, match=r"item 0 of `parameters`"):
+        torchclip.clip_grad_norm_(parameters, 0.1)
+
+
 @changing
 def test_axes_that_interleave_without_meeting_are_clipped(name: str) -> None:
     gradient = torch.full((12,), 5.0).as_strided((3, 2), (2, 3))

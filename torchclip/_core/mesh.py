@@ -184,8 +184,8 @@ def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     pending: dict[tuple[Any, ...], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if not is_dtensor(tensor):
-            continue
+        if not is_dtensor(tensor) or tensor.device_mesh.get_coordinate() is None:
+            continue  # of a mesh without this rank, only the ranks of that mesh take part
         for dim, placement in enumerate(tensor.placements):
             if placement.is_partial():
                 pending.setdefault((tensor.device_mesh, dim, placement, tensor.dtype), []).append(i)

@@ -24,7 +24,8 @@ class MixedBatch(Batch):
     def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], shared: bool) -> None:
         super().__init__(tensors, shared)
         self._parts = parts
-        self.rest = [tensor for part in parts for tensor in part.rest]
+        unsure = {id(tensor) for part in parts for tensor in part.rest}
+        self.rest = [tensor for tensor in tensors if id(tensor) in unsure]
 
     @property
     def facts(self) -> int:

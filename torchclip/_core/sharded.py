@@ -204,6 +204,8 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
     call = Call(kind, 0.0)
     call.fail("refused")
     if kind == Kind.ADAPT:
+        found = [item.grad for items in several for item in dict.fromkeys(items)]
+        mesh.without_partial([grad for grad in found if grad is not None])  # which involves all ranks, too
         layouts = [mesh.unit_layout(item) for items in several for item in items]
         rounds.lines({layout: torch.zeros(0) for layout in layouts}, call)
         return

@@ -11,6 +11,7 @@ namespace {
 Getter read_version;  // Tensor._version
 
 // The number of changes that autograd knows of; -1 for a tensor without a counter, such as those of inference mode.
+// For a subclass of Tensor, user code can run.
 long long version_of(PyObject* tensor) {
     const Ref version(read_version(tensor));
     if (version == nullptr) PyErr_Clear();
@@ -71,9 +72,10 @@ class Marks {
     // False, with an error set, for an error.
     bool add(PyObject* gradient) {
         if (gradient == Py_None) return true;
+        const long long version = version_of(gradient);
         Ref kept = are_weak_ ? Ref(PyWeakref_NewRef(gradient, nullptr)) : Ref::to(gradient);
         if (kept == nullptr) return false;
-        marks_.push_back({kept, version_of(gradient)});
+        marks_.push_back({kept, version});
         kept.release();
         return true;
     }
@@ -104,7 +106,8 @@ class Marks {
         while (i < marks_.size() && marked(i) != gradient) ++i;
         if (i == marks_.size()) return false;
         place = i;
-        if (version_of(gradient) != marks_[i].version) return false;
+        const long long version = marks_[i].version;
+        if (version_of(gradient) != version) return false;
         if (size_ == 0 || i != sampled_) return true;
         Layout layout;
         return read_flat(gradient, layout) && place_ + size_ <= layout.count * kDtypes[layout.dtype].item &&
