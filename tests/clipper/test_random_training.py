@@ -230,8 +230,12 @@ class Training:
 
     @property
     def may_share(self) -> bool:
-        """Whether parameters may share a gradient, which torch's fused step with a scale divides twice."""
-        return self.scaler is None or not self.fused
+        """Whether parameters may share a gradient.
+
+        Torch's fused step with a scale divides it twice; of learned thresholds for each parameter only one learns.
+        """
+        learns = self.scope == "parameter" and self.rule in LEARNED
+        return not learns and (self.scaler is None or not self.fused)
 
     # User code within a step
 

@@ -173,6 +173,13 @@ def test_a_nan_says_nothing_about_how_many_steps_were_skipped_in_a_row(fused: bo
     assert [record.skipped for record in clipper.history] == [True, False, True, False]
 
 
+@fused_or_not
+@pytest.mark.parametrize("limit", [lambda step: [9.0, 1.0, 9.0][step], Answering(9.0, 1.0, 9.0)])
+def test_each_step_has_a_limit_of_its_own(limit: Any, fused: bool) -> None:
+    _, clipper = steps_with([5.0, 5.0, 5.0], fused, skip_above=limit)
+    assert [record.skipped for record in clipper.history] == [False, True, False]
+
+
 def test_on_clip_is_told_and_what_it_changes_is_judged_by_the_same_limit() -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
