@@ -232,7 +232,7 @@ class Training:
     def may_share(self) -> bool:
         """Whether parameters may share a gradient.
 
-        Torch's fused step with a scale divides it twice; of learned thresholds for each parameter only one learns.
+        Torch's fused step with a scale divides it twice.  Of thresholds for each parameter only one learns.
         """
         learns = self.scope == "parameter" and self.rule in LEARNED
         return not learns and (self.scaler is None or not self.fused)
