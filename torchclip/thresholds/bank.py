@@ -80,6 +80,8 @@ class ThresholdBank:
         self.answers_tensors = _takes_rows(max_norm, torch.device("meta"))
         self._takes_rows_on_host = _takes_rows(max_norm, None)
         self._learners: Objects | Rows = Objects({})
+        # The object of the only set, for the kernel's hook: in a training step each look-up counts.
+        self._only: Learned | None = None
         self._before_round: ThresholdBank | None = None
         self.begin_step(0)
 
@@ -192,6 +194,7 @@ class ThresholdBank:
         if isinstance(learners, Rows) != takes_rows or learners.device != device:
             thresholds = learners.thresholds
             learners = self._learners = Rows(thresholds, device) if takes_rows else Objects(thresholds)
+            self._only = None
         return learners
 
     def max_norm_of_all(self, norm: float) -> float:
@@ -201,10 +204,12 @@ class ThresholdBank:
         """
         if self._in_rounds:
             self.begin_round()
-        if isinstance(self._learners, Objects) and _ALL in self._learners.sets:
-            max_norm: float = self._learners.thresholds[_ALL]._learn(norm, FLOATS)
+        if self._only is not None:
+            max_norm: float = self._only._learn(norm, FLOATS)
             return max_norm
         (number,) = scalars.numbers(self._learned([_ALL], [norm], 2.0))
+        if isinstance(self._learners, Objects):
+            self._only = self._learners.thresholds[_ALL]
         return number
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,7 +222,7 @@ class ThresholdBank:
         Raises:
             ValueError: if another kind of threshold has learned ``state``; then nothing has changed.
         """
-        sets, self._learners = self._learners.sets, Objects(self.check(state))
+        sets, self._learners, self._only = self._learners.sets, Objects(self.check(state)), None
         self.add(sets)
 
     def check(self, state: Mapping[str, Any]) -> dict[str, Any]:
