@@ -1,6 +1,7 @@
 """``torchclip run`` records every optimizer's steps, and puts the clipping of a trial in place."""
 
 import csv
+import math
 import os
 import pty
 import re
@@ -209,7 +210,7 @@ def test_a_call_without_its_step_is_a_stray_if_no_optimizer_ever_stepped(steps: 
 
 
 def test_a_call_for_each_of_many_parameters_belongs_to_their_step() -> None:
-    weights = [weight(0.0) for _ in range(100)]
+    weights = [weight(0.0) for _ in range(1600)]
     optimizer = sgd(*weights)
     with Session() as session:
         for _ in range(2):
@@ -217,8 +218,40 @@ def test_a_call_for_each_of_many_parameters_belongs_to_their_step() -> None:
                 w.grad = torch.ones(1)
                 torch.nn.utils.clip_grad_norm_([w], 0.5)
             optimizer.step()
-    assert [r.total_norm for r in session.history] == [10.0] * 2
+    assert [r.total_norm for r in session.history] == [40.0] * 2
     assert not len(session.calls.stray)
+
+
+def test_calls_for_two_optimizers_before_each_of_their_steps_clip_the_second_one_twice() -> None:
+    first, second = weight(0.0), weight(0.0)
+    optimizers = sgd(first), sgd(second)
+    with Session() as session:
+        for _ in range(3):
+            first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
+            for optimizer in optimizers:
+                torch.nn.utils.clip_grad_norm_([first, second], 1.0)
+                optimizer.step()
+    one, two = session.steps.optimizers
+    assert [r.total_norm for r in one.history] == [5.0] * 3
+    assert [r.clip_coef for r in one.history] == pytest.approx([0.2] * 3, rel=1e-5)
+    # Before its first step the second one is not known.
+    assert [r.total_norm for r in two.history][1:] == [5.0] * 2
+    assert [r.clip_coef for r in two.history][1:] == pytest.approx([0.2] * 2, rel=1e-5)
+
+
+def test_of_two_optimizers_with_one_call_a_grad_scaler_leaves_out_the_step_of_one() -> None:
+    first, second, frozen = weight(0.0), weight(0.0), weight(0.0)
+    optimizers = sgd(first), sgd(second)
+    with Session() as session:
+        for value in (4.0, math.inf, 4.0):
+            first.grad, second.grad = torch.tensor([3.0]), torch.tensor([value])
+            torch.nn.utils.clip_grad_norm_([first, second, frozen], 1.0)
+            optimizers[0].step()
+            if math.isfinite(value):
+                optimizers[1].step()
+    one, two = ([(r.total_norm, r.skipped) for r in each.history] for each in session.steps.optimizers)
+    assert one == [(5.0, False), (math.inf, False), (5.0, False)]
+    assert two == [(5.0, False), (math.inf, True), (5.0, False)]
 
 
 def test_two_calls_for_parts_of_an_optimizer_make_one_norm() -> None:
@@ -535,6 +568,17 @@ def test_of_a_clipper_that_skips_parameters_are_named() -> None:
     assert session.optimizer.nonfinite == {0: ["weight"]}
 
 
+def test_no_more_steps_are_counted_than_a_later_clipper_has_seen() -> None:
+    optimizer = sgd(weight(0.0))
+    with Session() as session:
+        for _ in range(4):
+            step(optimizer, [math.nan])
+        torchclip.Clipper(optimizer, 1.0)
+        step(optimizer, [0.5])
+    assert "1 step: 0 clipped" in session.report()
+    assert "more" not in session.report()
+
+
 def test_the_largest_layers_are_those_before_clipping() -> None:
     first, second = weight(0.0), weight(0.0)
     optimizer = sgd(first, second)
@@ -586,6 +630,24 @@ def test_optimizers_of_a_list_and_without_a_name() -> None:
     first, second, *others = labels(session)
     assert (first, second) == ("optimizers[0] (SGD)", "optimizers[1] (Adam)")
     assert len(set(others)) == 2
+
+
+class Unprintable:
+    """A key without a text."""
+
+    def __repr__(self) -> str:
+        raise AssertionError("only the keys of optimizers and modules are shown")
+
+
+def test_keys_of_dictionaries_are_parts_of_names() -> None:
+    nets = {"a.b": nn.Linear(1, 1), "c": nn.Linear(1, 1)}
+    others = {Unprintable(): 1, "d": nets["c"]}
+    parameters = [parameter for net in nets.values() for parameter in net.parameters()]
+    with Session() as session:
+        step(sgd(*parameters), [[1.0]], [1.0], [[1.0]], [1.0])
+    assert len(others) == 2
+    names = ["nets['a.b'].weight", "nets['a.b'].bias", "nets['c'].weight", "nets['c'].bias"]
+    assert list(session.optimizer.names.values()) == names
 
 
 def test_optimizers_do_not_live_longer_for_being_recorded() -> None:

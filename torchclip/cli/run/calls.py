@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, KeysView, Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import ref
@@ -14,7 +14,8 @@ from torchclip._core.batch import Norm
 from torchclip._core.scalars import join
 from torchclip.history.history import History
 
-_MOST_PLACES, _MOST_CALLS = 1000, 64  # that wait: different parameters, and calls on the same ones
+# That wait: parameters, each counted once for each set that was clipped; and calls on the same parameters.
+_MOST_PARAMETERS, _MOST_CALLS = 100_000, 64
 
 
 class Call(NamedTuple):
@@ -44,19 +45,30 @@ class Call(NamedTuple):
 
 @dataclass
 class _Waiting:
-    """Calls on the same parameters.
+    """A call that waits.
 
     Attributes:
-        calls: the calls since an optimizer has stepped with these gradients.
-        first: the first parameter; if it is gone, another one may have its ``id``.
-        left: the ``id`` of each parameter whose optimizer has not stepped yet.
-        is_taken: whether an optimizer has stepped.
+        call: the call.
+        left: the ``id`` of each parameter whose optimizer has not stepped since then.
+        is_taken: whether an optimizer has stepped since then.
     """
 
-    calls: list[Call]
-    first: ref[Tensor]
+    call: Call
     left: set[int]
     is_taken: bool = False
+
+
+@dataclass
+class _Place:
+    """The calls on the same parameters.
+
+    Attributes:
+        first: the first parameter; if it is gone, another one may have its ``id``.
+        waiting: the calls, oldest first.
+    """
+
+    first: ref[Tensor]
+    waiting: list[_Waiting]
 
 
 class Calls:
@@ -67,45 +79,53 @@ class Calls:
 
     Attributes:
         stray: calls on parameters of which no optimizer has ever stepped.
+        known: the ``id`` of each parameter of an optimizer that has stepped.
     """
 
     def __init__(self) -> None:
         self.stray = History()
-        self._waiting: dict[frozenset[int], _Waiting] = {}
+        self.known: set[int] = set()
+        self._places: dict[frozenset[int], _Place] = {}
+        self._parameters = 0  # of all places
         self._strays = 0
 
     def add(self, parameters: Sequence[Tensor], call: Call) -> None:
         """Keep a call until its optimizers step."""
         if not parameters:
             return self._add_stray(call)
-        place = frozenset(map(id, parameters))
-        waiting = self._waiting.get(place)
-        if waiting is None or waiting.is_taken or waiting.first() is None:
-            self._drop(place)
-            self._waiting[place] = _Waiting([call], ref(parameters[0]), set(place))
-            if len(self._waiting) > _MOST_PLACES:
-                self._drop(next(iter(self._waiting)))
-            return None
-        waiting.calls.append(call)
-        if len(waiting.calls) > _MOST_CALLS:
-            self._add_stray(waiting.calls.pop(0))
+        ids = frozenset(map(id, parameters))
+        place = self._places.get(ids)
+        if place is not None and place.first() is None:
+            self._drop(ids)
+            place = None
+        if place is None:
+            place = self._places[ids] = _Place(ref(parameters[0]), [])
+            self._parameters += len(ids)
+            while self._parameters > _MOST_PARAMETERS and len(self._places) > 1:
+                self._drop(next(iter(self._places)))
+        # After a step, a call waits for optimizers that have stepped before, not for other parameters.
+        place.waiting = [
+            each for each in place.waiting if not (each.is_taken and each.left.isdisjoint(self.known))
+        ]
+        place.waiting.append(_Waiting(call, set(ids)))
+        if len(place.waiting) > _MOST_CALLS:
+            oldest = place.waiting.pop(0)
+            if ids.isdisjoint(self.known):
+                self._add_stray(oldest.call)
         return None
 
-    def _drop(self, place: frozenset[int], known: Container[int] = ()) -> None:
-        """Remove the calls on some parameters; they are strays if no optimizer has stepped."""
-        waiting = self._waiting.pop(place, None)
-        if waiting is not None and not waiting.is_taken and not any(key in known for key in place):
-            for call in waiting.calls:
-                self._add_stray(call)
+    def _drop(self, ids: frozenset[int]) -> None:
+        """Remove the calls on some parameters; they are strays if no optimizer has ever stepped."""
+        place = self._places.pop(ids)
+        self._parameters -= len(ids)
+        if ids.isdisjoint(self.known):
+            for each in place.waiting:
+                self._add_stray(each.call)
 
-    def finish(self, known: Container[int] = ()) -> None:
-        """Remove all calls, as no optimizer will step any more.
-
-        Args:
-            known: the ``id`` of each parameter of an optimizer that has stepped, whose calls are no strays.
-        """
-        for place in [*self._waiting]:
-            self._drop(place, known)
+    def finish(self) -> None:
+        """Remove all calls, as no optimizer will step any more."""
+        for ids in [*self._places]:
+            self._drop(ids)
 
     def _add_stray(self, call: Call) -> None:
         self.stray.append(self._strays, *call.numbers)
@@ -117,18 +137,22 @@ class Calls:
         Args:
             parameters: the ``id`` of each of its parameters.
         """
-        if not self._waiting:
-            return None
         not_taken: list[Call] = []
         calls = []
-        for place, waiting in [*self._waiting.items()]:
-            if waiting.first() is None or parameters.isdisjoint(waiting.left):
+        for ids, place in [*self._places.items()]:
+            if place.first() is None:
+                self._drop(ids)
                 continue
-            calls.append(_in_one_step(waiting.calls, not_taken))
-            waiting.is_taken = True
-            waiting.left -= parameters
-            if not waiting.left:
-                del self._waiting[place]
+            own = [each for each in place.waiting if not parameters.isdisjoint(each.left)]
+            if not own:
+                continue
+            calls.append(_in_one_step([each.call for each in own], not_taken))
+            for each in own:
+                each.is_taken = True
+                each.left -= parameters
+            place.waiting = [each for each in place.waiting if each.left]
+            if not place.waiting:
+                self._drop(ids)
         if len(calls) < 2 and not not_taken:
             return calls[0] if calls else None
         return Call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ def _names_by_modules(missing: set[int]) -> dict[int, str]:
     for name, held in _objects():
         if isinstance(held, nn.Module) and id(held) not in known:
             own = Names((), held).in_model()
-            known[id(held)] = name.rpartition(".")[2], {key: own[key] for key in own if key in missing}
+            known[id(held)] = re.sub(r"^\w+\.", "", name), {key: own[key] for key in own if key in missing}
     names: dict[int, str] = {}
     used = 0
     while missing and known:
@@ -76,7 +77,7 @@ def _names_by_modules(missing: set[int]) -> dict[int, str]:
 
 
 def _objects() -> Iterator[tuple[str, Any]]:
-    """The values of the program's variables, of their attributes, and in lists and dictionaries, by name."""
+    """The values of the program's variables and of their attributes, and the items of both, by name."""
     scopes = [*_scopes()]
     for scope in scopes:
         yield from scope.items()
@@ -119,7 +120,9 @@ def _attributes(value: object) -> dict[str, Any]:
 
 
 def _items(name: str, value: object) -> Iterator[tuple[str, Any]]:
-    """The items of a list or a dictionary."""
+    """The optimizers and modules in a list or a dictionary."""
     if isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
         pairs = list(value.items()) if isinstance(value, dict) else enumerate(value)
-        yield from ((f"{name}[{key!r}]", item) for key, item in pairs)
+        for key, item in pairs:
+            if isinstance(item, (nn.Module, Optimizer)):  # the keys of others may be large, or have no repr
+                yield f"{name}[{key!r}]", item

@@ -40,4 +40,4 @@ class Recording:
         self.steps.detach()
         self.losses.detach()
         self.functions.detach()
-        self.calls.finish({key for each in self.steps.optimizers for key in each.names})
+        self.calls.finish()

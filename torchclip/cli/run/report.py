@@ -119,8 +119,9 @@ def _about(optimizer: OptimizerRecord, run: Recording) -> Iterator[str]:
         where = ", ".join(names[:_MOST_NAMES]) or "unknown"
         more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
         yield f"not finite at step {step:,}: {where}{more}"
-    if len(optimizer.nonfinite) > _MOST_NONFINITE:
-        yield f"and at {_count(optimizer.history.summary().nonfinite - _MOST_NONFINITE, 'step')} more"
+    more_steps = optimizer.history.summary().nonfinite - _MOST_NONFINITE
+    if len(optimizer.nonfinite) > _MOST_NONFINITE and more_steps > 0:  # a new Clipper's history begins anew
+        yield f"and at {_count(more_steps, 'step')} more"
     largest = _largest(optimizer.layers)
     if largest:
         yield f"largest layers, by their share of the squared norm: {largest}"

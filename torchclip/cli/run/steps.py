@@ -229,6 +229,7 @@ class StepRecorder:
             self._by_id[key] = record
         else:
             record.read_parameters(optimizer)
+        self._calls.known.update(record.names)
         problem = self._clippers.add(optimizer, self._by_id)
         record.problem = problem or record.problem
         return record
