@@ -439,9 +439,16 @@ def test_saved_model_writes_the_same_text_when_loaded(
     assert len(written[0] or "") == 50
 
 
-def test_a_transformer_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
-    _, output = run(capsys, "--cell", "transformer")
-    assert "Transformer with" in " ".join(output.split())
+@pytest.mark.parametrize(
+    ("cell", "name", "optimizer"),
+    [("rnn", "Tanh RNN", "SGD"), ("lstm", "LSTM", "SGD"), ("transformer", "Transformer", "AdamW")],
+)
+def test_the_model_and_its_optimizer_are_named(
+    cell: str, name: str, optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = " ".join(run(capsys, "--cell", cell)[1].split())
+    assert f"{name} with 8 hidden units" in words
+    assert f"6 steps of {optimizer}," in words
 
 
 def test_text_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

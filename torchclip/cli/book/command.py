@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from torchclip.cli.book import figure
@@ -48,20 +49,12 @@ def run(figures: Path | None, section: int | None = None) -> None:
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
     console = console_for(80)
-    if section is not None:
-        tell(list(SECTIONS)[section - 1], console)
-    elif console.is_terminal:
-        with console.pager():
-            _tell_all(console)
-    else:
-        _tell_all(console)
+    titles = list(SECTIONS) if section is None else [list(SECTIONS)[section - 1]]
+    with console.pager() if section is None and console.is_terminal else nullcontext():
+        for title in titles:
+            tell(title, console)
     if figures is not None:
         _draw(console, figures, section)
-
-
-def _tell_all(console: Console) -> None:
-    for section in SECTIONS:
-        tell(section, console)
 
 
 def _draw(console: Console, directory: Path, section: int | None) -> None:

@@ -23,7 +23,7 @@ from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.figure import training_figure
 from torchclip.cli.train.options import Options
 from torchclip.cli.train.parallel import Way, world_size
-from torchclip.cli.train.training import Run
+from torchclip.cli.train.training import OPTIMIZERS, Run
 from torchclip.history.page import page as html_page
 
 PROGRESS_WIDTH = 15
@@ -42,12 +42,13 @@ def introduction(
     """Say which model is trained, and on which text."""
     source = "Python's own documentation" if text is None else str(text)
     cell = {"rnn": "Tanh RNN", "lstm": "LSTM", "transformer": "Transformer"}[options.cell]
+    optimizer = OPTIMIZERS[options.cell].__name__
     warmup = f" after {options.warmup} steps of warm-up" if options.warmup > 1 else ""
     spread = "" if way is None else f", on {world_size()} processes with {WAYS[way]}"
     console.print(
         f"{cell} with {options.hidden} hidden units, learning to predict the next character of {source} "
         f"({len(tokens):,} characters, {len(vocabulary)} different). "
-        f"{options.steps} steps of SGD, learning rate {options.lr:g}{warmup}, on "
+        f"{options.steps} steps of {optimizer}, learning rate {options.lr:g}{warmup}, on "
         f"{options.batch} × {options.bptt} characters each{spread}; seed {options.seed}. "
         f"{_clipping(options)}",
         highlight=False,

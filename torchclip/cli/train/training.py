@@ -80,6 +80,7 @@ def batches(tokens: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]
 
 # Training
 
+OPTIMIZERS = {"rnn": torch.optim.SGD, "lstm": torch.optim.SGD, "transformer": torch.optim.AdamW}
 LAYERS_EVERY = 10  # how often the norm of each parameter is recorded, for the page of --html
 
 
@@ -110,8 +111,7 @@ def train(run: Run, tokens: Tensor, options: Options) -> Iterator[None]:
     An infinite ``max_norm`` measures the gradients without clipping them.  Training ends at a loss that is
     not finite, after which the model cannot learn.
     """
-    optimizer_class = torch.optim.AdamW if options.cell == "transformer" else torch.optim.SGD
-    optimizer = optimizer_class(run.model.parameters(), lr=options.lr)
+    optimizer = OPTIMIZERS[options.cell](run.model.parameters(), lr=options.lr)
     # Clipping is this line: every optimizer.step() now clips the gradients before it uses them.
     clipper = torchclip.Clipper(optimizer, run.max_norm, model=run.model, layers_every=LAYERS_EVERY)
     clipper.history = run.history
