@@ -18,7 +18,8 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
-from torchclip._core import groups, memory
+from torchclip import kernel
+from torchclip._core import gather, groups, memory
 from torchclip._core.accelerator import AcceleratorBatch
 from torchclip._core.batch import Facts
 from torchclip._core.scalars import ABSENT
@@ -353,6 +354,16 @@ def fused(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class TestClipper:
+    def test_a_default_device_elsewhere_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gather, "_local", AcceleratorBatch)
+        absent, weight = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+        weight.grad = torch.tensor([3.0, 4.0])
+        optimizer = one_group([absent, weight])
+        clipper = torchclip.Clipper(optimizer, 1.0)
+        with kernel.disabled(), torch.device("meta"):
+            norms = clipper.norms()
+        assert list(norms.values()) == [5.0]
+
     @pytest.mark.parametrize(
         ("optimizer_of", "scope", "dtypes", "most"),
         [

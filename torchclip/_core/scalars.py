@@ -105,7 +105,7 @@ def at(norms: Norms, places: Sequence[int | None]) -> Norms:
     if list(places) == list(range(len(norms))):
         return norms
     padded = torch.cat([norms, norms.new_full((1,), ABSENT)])
-    index = torch.tensor([len(norms) if place is None else place for place in places])
+    index = torch.tensor([len(norms) if place is None else place for place in places], device="cpu")
     return padded[index.to(norms.device, non_blocking=True)]
 
 
