@@ -323,6 +323,17 @@ def test_a_group_without_a_gradient_beside_one_that_is_not_finite_is_no_stall() 
     assert clipper.history.summary().stall.share == 0.0
 
 
+@pytest.mark.usefixtures("everywhere")
+def test_a_group_that_never_has_a_gradient_does_not_stall() -> None:
+    first = weight(100)
+    optimizer = torch.optim.Adam([{"params": [first]}, {"params": [weight(2)], "eps": 1e-5}], eps=1e-6)
+    clipper = Clipper(optimizer, 1e-6)
+    for _ in range(12):
+        first.grad = torch.ones(100)
+        optimizer.step()
+    assert "of group 0 of Adam have a root mean square of about 1e-07" in words(clipper.history.summary())
+
+
 def test_without_an_eps_nothing_stalls() -> None:
     assert trained([torch.optim.SGD([weight(100)], lr=0.1)], [10.0], 1e-9).suggest().stalls == 0.0
     assert History().suggest().stalls == 0.0

@@ -105,7 +105,8 @@ def at(norms: Norms, places: Sequence[int | None]) -> Norms:
     if list(places) == list(range(len(norms))):
         return norms
     padded = torch.cat([norms, norms.new_full((1,), ABSENT)])
-    index = torch.tensor([len(norms) if place is None else place for place in places], device="cpu")
+    rows = [len(norms) if place is None else place for place in places]
+    index = torch.tensor(rows, dtype=torch.int64, device=_CPU)  # also of an empty list
     return padded[index.to(norms.device, non_blocking=True)]
 
 
