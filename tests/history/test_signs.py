@@ -326,7 +326,8 @@ def test_a_group_without_a_gradient_beside_one_that_is_not_finite_is_no_stall() 
 @pytest.mark.usefixtures("everywhere")
 def test_a_group_that_never_has_a_gradient_does_not_stall() -> None:
     first = weight(100)
-    optimizer = torch.optim.Adam([{"params": [first]}, {"params": [weight(2)], "eps": 1e-5}], eps=1e-6)
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": [weight(2)], "eps": 1e-5}]
+    optimizer = torch.optim.Adam(groups, eps=1e-6)
     clipper = Clipper(optimizer, 1e-6)
     for _ in range(12):
         first.grad = torch.ones(100)
