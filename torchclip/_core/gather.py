@@ -107,12 +107,12 @@ def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
         for i, item in enumerate(items):
             if not isinstance(item, Tensor):
                 arguments.refuse_item(name, i, item)
-    return list({id(item): item for item in items}.values())
+    return _once(items)
 
 
 def distinct_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The distinct gradients of the parameters that have one, in order."""
-    return list({id(p.grad): p.grad for p in parameters if p.grad is not None}.values())
+    return _once(_present(parameters))
 
 
 def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: Any) -> None:
@@ -143,14 +143,24 @@ def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
     different = distinct(items, name)
     if name != "parameters":
         return different, False
-    found = distinct_gradients(different)
-    return found, len(found) < sum(item.grad is not None for item in different)
+    present = _present(different)
+    found = _once(present)
+    return found, len(found) < len(present)
+
+
+def _present(parameters: Iterable[Tensor]) -> list[Tensor]:
+    grads = [parameter.grad for parameter in parameters]
+    return [grad for grad in grads if grad is not None]
+
+
+def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _batches(name: str, several: Sequence[Any], group: Any, kind: int | None) -> list[Batch]:
     lists = [arguments.tensor_list(name, some) for some in several]
     try:
-        return [_batch(items, name, group, given, kind) for items, given in zip(lists, several, strict=True)]
+        return [_batch(lists[i], name, group, given, kind) for i, given in enumerate(several)]
     except (RuntimeError, TypeError, ValueError):
         tell_ranks(lists, group, kind)
         raise
