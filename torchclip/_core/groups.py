@@ -5,7 +5,6 @@ Nothing here waits for a value.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -199,7 +198,7 @@ def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
         _, of_group, places = alike.setdefault(key, (foreach, [], []))
         of_group.append(tensor)
         places.append(place)
-    return list(itertools.starmap(Group, alike.values()))
+    return [Group(*each) for each in alike.values()]
 
 
 def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:
