@@ -1,5 +1,6 @@
 """The command ``torchclip run`` in this process, as another one would take seconds to import torch."""
 
+import gc
 import sys
 import tempfile
 import textwrap
@@ -33,6 +34,7 @@ def runner(directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (directory / "script.py").write_text(textwrap.dedent(source))
         command = ["run", *options, script or ("script" if "-m" in options else "script.py"), *arguments]
         capfd.readouterr()
+        gc.collect()  # a new process has no optimizers that earlier tests have left behind
         status: Any
         try:
             status = main(command)

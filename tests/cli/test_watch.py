@@ -918,6 +918,27 @@ def test_files_are_written(run_here: in_process.Run, tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=\"http|@import|url\(http", page)
 
 
+def test_an_optimizer_that_is_dropped_before_its_first_step_ends_no_trial(run_here: in_process.Run) -> None:
+    done = run_here(
+        """
+        import gc
+        import torch
+        kept, dropped = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+        optimizer, other = torch.optim.SGD([kept], lr=0.1), torch.optim.SGD([dropped], lr=0.1)
+        for step in range(6):
+            kept.grad, dropped.grad = torch.tensor([3.0, 4.0]), torch.ones(2)
+            optimizer.step()
+            if step == 2:
+                del other
+                gc.collect()
+        print(kept.grad.norm().item())
+        """,
+        options=["--max-norm", "1"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(1.0, rel=1e-5)
+
+
 def test_advice_comes_after_what_clipping_did_and_before_time(run_here: in_process.Run) -> None:
     text = run_here(SCRIPT).stderr
     assert text.index("60 steps") < text.index("\nadvice\n") < text.index("\ntime\n")

@@ -524,6 +524,28 @@ def test_a_clipper_without_its_optimizer() -> None:
     clipper.detach()
 
 
+@pytest.mark.parametrize("between", [False, True])
+def test_an_optimizer_that_is_gone_counts_no_longer(between: bool) -> None:
+    weights, optimizers = two_weights()
+    first, second = optimizers
+    optimizers.clear()
+    clipper = Clipper([first, second], 1.0)
+    for step in range(6):
+        for weight in weights:
+            weight.grad = torch.tensor([3.0, 4.0, 0.0, 0.0])
+        first.step()
+        if step < 3:
+            second.step()
+        elif step == 3:
+            if between:
+                first.step()
+            del second
+            gc.collect()
+    assert last_of(clipper).total_norm == 5.0
+    assert weights[0].grad is not None
+    assert weights[0].grad.norm() == pytest.approx(1.0, rel=1e-5)
+
+
 def two_weights(**second: Any) -> tuple[list[nn.Parameter], list[Any]]:
     weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
     return weights, [torch.optim.SGD(weights[:1], lr=1.0), torch.optim.SGD(weights[1:], lr=1.0, **second)]

@@ -74,6 +74,7 @@ class Clipper:
 
     Copies and pickles of the optimizer do not clip.  Attach a new clipper to them and load the old one's
     ``state_dict``.  A Clipper can be neither copied nor pickled, and does not keep its optimizers alive.
+    Of several optimizers, one that is gone no longer counts.
 
     If a GradScaler skips the step of an unfused optimizer, there is no record of it; for a fused one, the
     record says so.  A step that ends in an exception is not recorded, and the next one gets its number.  A

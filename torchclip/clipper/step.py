@@ -7,8 +7,8 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
-from typing import Any, Literal, TypeAlias
+from types import FrameType, SimpleNamespace
+from typing import Any, Literal, TypeAlias, cast
 from weakref import ref
 
 import torch
@@ -24,6 +24,8 @@ Outcome: TypeAlias = Literal["finished", "failed", "again"]
 # The code of torch's wrapper around every optimizer's step(), which calls the hooks.
 _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
+
+_GONE = cast("Optimizer", SimpleNamespace(param_groups=[]))
 
 _NO_SAMPLE: tuple[Callable[[], Tensor | None], float] = (lambda: None, 0.0)
 
@@ -154,10 +156,9 @@ class Step:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer."""
+        """The optimizer; one without parameters if it is gone, which the others of its round may outlive."""
         optimizer = self._optimizer()
-        assert optimizer is not None, "the optimizer is gone"
-        return optimizer
+        return _GONE if optimizer is None else optimizer
 
     def begin(self) -> bool:
         """Begin a step; False if it is part of one that has begun already."""

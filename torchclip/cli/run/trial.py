@@ -90,10 +90,15 @@ class TrialClippers:
         for optimizer in optimizers:
             if isinstance(optimizer, Optimizer) and optimizer in self._held:
                 clipper = self._held[optimizer]
-                for each in clipper.optimizers:
-                    self._held.pop(each, None)
+                for each in self._beside(optimizer):
+                    del self._held[each]
                     self._rounds.pop(each, None)
                 clipper.detach()
+
+    def _beside(self, optimizer: Optimizer) -> list[Optimizer]:
+        """The optimizers of the same Clipper that still exist."""
+        clipper = self._held[optimizer]
+        return [each for each, its_own in self._held.items() if its_own is clipper]
 
     def add(self, optimizer: Optimizer, stepped: Container[int]) -> str | None:
         """Give an optimizer a Clipper before its first step.
@@ -131,7 +136,7 @@ class TrialClippers:
         """
         current = self._rounds.get(optimizer) if self._rounds else None
         if current is not None and not current.begin_step(optimizer, backwards):
-            optimizers = self._held[optimizer].optimizers
+            optimizers = self._beside(optimizer)
             self._remove(optimizers)
             for each in optimizers:
                 self._make([each])
