@@ -63,6 +63,8 @@ def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:
 
 def change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tensor]) -> None:
     """Change the elements of tensors of any layout in place, one by one."""
+    if not tensors:  # often, and the context alone would take as long as a small tensor
+        return
     with writing():
         for tensor in tensors:
             if tensor.is_mkldnn:

@@ -91,8 +91,7 @@ class HostBatch(Batch):
             return
         with changes.writing():
             together, alone = self._parted(tensors)
-            if alone:
-                changes.change_elements_(alone, lambda values: values.mul_(clip_coef))
+            changes.change_elements_(alone, lambda values: values.mul_(clip_coef))
             for dtype, group in together.items():
                 if dtype in (torch.float32, torch.float64):
                     # Torch would convert a number to a tensor again for each tensor of the group.
@@ -115,8 +114,7 @@ class HostBatch(Batch):
                     torch._foreach_clamp_min_(few, -within)
                 if len(few) < len(group):
                     alone += [tensor for tensor in group if tensor.numel() > memory.JOINED]
-        if alone:
-            changes.clamp_elements_(alone, limit)
+        changes.clamp_elements_(alone, limit)
 
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0."""

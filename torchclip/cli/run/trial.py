@@ -90,14 +90,13 @@ class TrialClippers:
         for optimizer in optimizers:
             if isinstance(optimizer, Optimizer) and optimizer in self._held:
                 clipper = self._held[optimizer]
-                for each in self._beside(optimizer):
+                for each in self._of(clipper):
                     del self._held[each]
                     self._rounds.pop(each, None)
                 clipper.detach()
 
-    def _beside(self, optimizer: Optimizer) -> list[Optimizer]:
-        """The optimizers of the same Clipper that still exist."""
-        clipper = self._held[optimizer]
+    def _of(self, clipper: Clipper) -> list[Optimizer]:
+        """The optimizers of a Clipper that still exist."""
         return [each for each, its_own in self._held.items() if its_own is clipper]
 
     def add(self, optimizer: Optimizer, stepped: Container[int]) -> str | None:
@@ -136,7 +135,7 @@ class TrialClippers:
         """
         current = self._rounds.get(optimizer) if self._rounds else None
         if current is not None and not current.begin_step(optimizer, backwards):
-            optimizers = self._beside(optimizer)
+            optimizers = self._of(self._held[optimizer])
             self._remove(optimizers)
             for each in optimizers:
                 self._make([each])
