@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchclip._core import scalars
+from torchclip._core import joint_norms
 from torchclip._core.batch import Norms
 from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore
 from torchclip.thresholds.bank import ThresholdBank
@@ -57,7 +57,7 @@ def random_norms(seed: int, steps: int, count: int) -> list[list[float]]:
 
 def singly(thresholds: Sequence[Threshold], norms: Sequence[float]) -> list[float]:
     """The thresholds of the float form; NaN where there is no gradient."""
-    total_norm = scalars.join([norm for norm in norms if 0 <= norm < INF] or [0.0], 2.0)
+    total_norm = joint_norms.join_numbers([norm for norm in norms if 0 <= norm < INF] or [0.0], 2.0)
     joint = {"total_norm": total_norm} if isinstance(thresholds[0], AdaGC) else {}
     return [
         NAN if norm == ABSENT else threshold.update(norm, **joint)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torchclip._core import changes, memory
 from torchclip._core.batch import Batch, Norm, Norms
 from torchclip._core.groups import REAL, Group, grouped, joint, moved
+from torchclip._core.joint_norms import join
 from torchclip._core.rows import FLOAT32_TINY, PRESCALE, wide_dtype
-from torchclip._core.scalars import ABSENT, join
+from torchclip._core.scalars import ABSENT
 
 
 class AcceleratorBatch(Batch):

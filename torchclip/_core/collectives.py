@@ -5,7 +5,7 @@ the kind of the call, the order and the number of the norms, and the facts on wh
 four norms travel with the head; the others follow.
 
 Few ranks gather each other's messages.  Among many ranks, where a gather would grow with their number, there
-are two reductions: a maximum and a sum.  Either way the joint norms are sums of integers (``integer_sums``),
+are two reductions: a maximum and a sum.  Either way the joint norms are sums of integers (``joint_norms``),
 with the same bits on every rank.
 """
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchclip._core import integer_sums, messages
+from torchclip._core import joint_norms, messages
 from torchclip._core.batch import Norms
 from torchclip._core.messages import Array
 from torchclip._core.scalars import ABSENT, on_device
@@ -196,12 +196,12 @@ def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, ca
     words = messages.like(riding, np.array(head))
     if not messages.are_many(group, riding):
         rows = messages.gather(group, messages.beside(words, riding.view(words.dtype)))
-        high = integer_sums.largest(rows[:, :_HEAD])
-        low = -integer_sums.largest(-rows[:, :_REFUSED])
+        high = joint_norms.largest(rows[:, :_HEAD])
+        low = -joint_norms.largest(-rows[:, :_REFUSED])
         return _Heads(high, low, rows[:, _HEAD:].view(riding.dtype))
-    message = messages.beside(words, -words[:_REFUSED], integer_sums.keys(riding, call.order))
+    message = messages.beside(words, -words[:_REFUSED], joint_norms.keys(riding, call.order))
     reduced = messages.reduced(group, message, dist.ReduceOp.MAX)
-    leading = integer_sums.leading(reduced[_HEAD + _REFUSED :], call.order)
+    leading = joint_norms.leading(reduced[_HEAD + _REFUSED :], call.order)
     return _Heads(reduced[:_HEAD], -reduced[_HEAD : _HEAD + _REFUSED], leading)
 
 
@@ -308,22 +308,22 @@ def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: f
     """The joint norms, once the heads are known."""
     if not messages.are_many(group, sent):
         rows = heads.norms[:, :count] if count <= _SLOTS else messages.gather(group, sent)
-        if isinstance(rows, Tensor) or rows.size > _FEW:
-            return integer_sums.join(rows, p)
-        return np.array([integer_sums.join_few(column, p) for column in rows.T.tolist()])
+        if isinstance(rows, Tensor) or rows.size > _FEW or p not in (1, 2):
+            return joint_norms.join_columns(rows, p)
+        return np.array([joint_norms.join_numbers(column, p) for column in rows.T.tolist()])
     leading = heads.norms
     if not isinstance(sent, Tensor):  # fewer messages of gloo's; a tensor's ranks may not agree on the count
         sent, leading = sent[:count], leading[:count]
     if count > _SLOTS:
-        largest = messages.reduced(group, integer_sums.keys(sent, p), dist.ReduceOp.MAX)
-        leading = integer_sums.leading(largest, p)
+        largest = messages.reduced(group, joint_norms.keys(sent, p), dist.ReduceOp.MAX)
+        leading = joint_norms.leading(largest, p)
     # Tensors are summed in any case: a rank that refused its arguments may not know the order.
     if math.isinf(p) and not isinstance(leading, Tensor):
         return leading[:count]
-    limbs = messages.reduced(group, messages.beside(*integer_sums.terms(sent, leading, p)), dist.ReduceOp.SUM)
+    limbs = messages.reduced(group, messages.beside(*joint_norms.terms(sent, leading, p)), dist.ReduceOp.SUM)
     if math.isinf(p):
         return leading[:count]
-    return integer_sums.root(leading, limbs[: len(sent)], limbs[len(sent) :], p)[:count]
+    return joint_norms.root(leading, limbs[: len(sent)], limbs[len(sent) :], p)[:count]
 
 
 def _state_of(group: dist.ProcessGroup, call: Call) -> _State:

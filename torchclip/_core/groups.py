@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchclip._core import memory
+from torchclip._core.joint_norms import divisor_like, join_present
 from torchclip._core.rows import NARROW_REAL
-from torchclip._core.scalars import ABSENT, divisor_like, join_present, norm_dtype
+from torchclip._core.scalars import ABSENT, norm_dtype
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from torchclip._core import changes, memory, norms, small
 from torchclip._core.batch import Batch, Facts, Norm, Norms
+from torchclip._core.joint_norms import join
 from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL
-from torchclip._core.scalars import join, numbers
+from torchclip._core.scalars import numbers
 
 # Up to this many elements, sums in float64 are as fast as any; one thread computes them in any case.
 _FEW = 1 << 14

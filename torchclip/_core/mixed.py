@@ -9,7 +9,8 @@ from operator import or_
 from torch import Tensor
 
 from torchclip._core.batch import Batch, Facts, Norm, Norms
-from torchclip._core.scalars import in_one, join
+from torchclip._core.joint_norms import join
+from torchclip._core.scalars import in_one
 
 
 class MixedBatch(Batch):

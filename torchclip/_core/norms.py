@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchclip._core import memory, small
+from torchclip._core.joint_norms import join
 from torchclip._core.rows import NARROW_REAL, matrix_norms
-from torchclip._core.scalars import ABSENT, join
+from torchclip._core.scalars import ABSENT
 
 # Torch does not split reductions of this length over threads, so results do not depend on their number.
 _SERIAL = (1 << 15) - 1

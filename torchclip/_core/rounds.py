@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchclip._core import arguments, integer_sums, mesh
+from torchclip._core import arguments, joint_norms, mesh
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.collectives import DIFFERS, Call, Kind, exchange, gather_rows
 from torchclip._core.mesh import Layout, Ranks
-from torchclip._core.scalars import ABSENT, concatenate, device_of, in_one, on_device
+from torchclip._core.scalars import ABSENT, concatenate, in_one, on_device
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -91,7 +91,7 @@ class _Item:
         for i, held in self.held:
             if held.layout.is_first:
                 norms[i].append(held.norm())
-        return in_one([joined(some, p) for some in norms])
+        return in_one([joint_norms.join(some, p) for some in norms])
 
     def norms(self) -> Norms:
         """The norm of each tensor, ``ABSENT`` where it is not for this rank to count it."""
@@ -118,7 +118,7 @@ def totals(batches: Sequence[Sequence[Held]], groups: Sequence[dist.ProcessGroup
     for i, held in rest:
         own[i].append(held.norm())
     if connected is None:
-        return [joined(norms, p) for norms in _with(own, items, None, call)]
+        return [joint_norms.join(norms, p) for norms in _with(own, items, None, call)]
     direct = [item for item in items if _joins(item, connected)]
     own = _with(own, [item for item in items if item not in direct], connected, call)
     connected.held = [held for item in direct for held in item.held]
@@ -208,7 +208,7 @@ def _with(
         of_batches: list[list[Norm]] = [[] for _ in own]
         for (i, _), norms in zip(item.held, _compared(item, call), strict=True):
             of_batches[i] += norms
-        joint[item] = in_one([joined(norms, call.order) for norms in of_batches])
+        joint[item] = in_one([joint_norms.join(norms, call.order) for norms in of_batches])
     counted = [item for item in items if connected is None or mesh.is_first(item.ranks, connected.ranks)]
     return [[*norms, *(joint[item][i] for item in counted)] for i, norms in enumerate(own)]
 
@@ -311,9 +311,9 @@ def _compared(item: _Item, call: Call) -> list[list[float]]:
             layout = held.layout
             of_mesh = np.array([of_rank[rank][at] for rank in layout.mesh.mesh.flatten().tolist()])
             # If copies differ, the largest counts.
-            by_rank = integer_sums.keys(of_mesh.reshape(*layout.mesh.shape, -1), 1.0)
-            whole = integer_sums.leading(by_rank.max(axis=layout.copies), 1.0).reshape(-1, of_mesh.shape[1])
-            found.append(integer_sums.join(whole, call.order).tolist())
+            by_rank = joint_norms.keys(of_mesh.reshape(*layout.mesh.shape, -1), 1.0)
+            whole = joint_norms.leading(by_rank.max(axis=layout.copies), 1.0).reshape(-1, of_mesh.shape[1])
+            found.append(joint_norms.join_columns(whole, call.order).tolist())
     return found
 
 
@@ -331,14 +331,3 @@ def _gathered(
         found = gather_rows(group, rows.ravel(), call, device or mesh.device_of(group))
         rows = rows if found is None else found.reshape(-1, row.shape[1])
     return rows
-
-
-def joined(norms: Sequence[Norm], p: float) -> Norm:
-    """The joint norm of norms that this rank knows, with the same bits as on all ranks."""
-    present = [norm for norm in norms if not (isinstance(norm, float) and norm < 0)]
-    if len(present) < 2:
-        return present[0] if present else ABSENT
-    device = device_of(present)
-    if device is not None:
-        return cast("Tensor", integer_sums.join(on_device(present, device), p))
-    return integer_sums.join_few(cast("list[float]", present), p)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchclip._core import memory
-from torchclip._core.scalars import join_present, join_rows, norm_dtype, vector_norms
+from torchclip._core.joint_norms import join_present, join_rows, vector_norms
+from torchclip._core.scalars import norm_dtype
 
 NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 NARROW = NARROW_REAL | {torch.complex64, torch.complex32}

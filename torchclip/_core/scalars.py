@@ -9,7 +9,6 @@ from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from torchclip._core import memory, mesh
 
@@ -149,7 +148,9 @@ def smallest(several: Sequence[Norms], otherwise: float) -> Norm:
     found = concatenate(several)
     if len(found) < 2:
         return found[0] if len(found) else otherwise
-    return join(found, -math.inf) if isinstance(found, list) else found.amin()
+    if isinstance(found, list):
+        return math.nan if any(number != number for number in found) else min(found)
+    return found.amin()
 
 
 def may_change(clip_coef: Norm) -> bool:
@@ -160,80 +161,6 @@ def may_change(clip_coef: Norm) -> bool:
 def present(norm: Norm) -> Norm:
     """A norm, or 0 in place of ``ABSENT``."""
     return max(norm, 0.0) if isinstance(norm, (int, float)) else norm.clamp(min=0.0)
-
-
-# Joint norms: (Σ n^p)^(1/p)
-
-
-def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
-    """The norm of order ``p`` of a vector whose parts have these norms.
-
-    ``ABSENT`` parts do not count; the result is ``ABSENT`` if there are no others.
-    """
-    if len(norms) == 1:
-        return norms[0]
-    of_one_kind = in_one(norms) if isinstance(norms, (list, tuple)) else norms
-    if isinstance(of_one_kind, list):
-        return _join_numbers([norm for norm in of_one_kind if not norm < 0], p)
-    return join_rows(cast("Tensor", of_one_kind), p)
-
-
-def _join_numbers(norms: list[float], p: float) -> float:
-    if len(norms) < 2:
-        return norms[0] if norms else ABSENT
-    total = sum(norms)
-    if total != total:  # only NaN is not equal to itself
-        return math.nan
-    if p == 0:
-        return math.fsum(norms)
-    # Divided by the leading norm, no power leaves the range, for any p.
-    leading = max(norms) if p > 0 else min(norms)
-    if math.isinf(p) or leading == 0 or math.isinf(leading):
-        return leading
-    powers = math.fsum([(n / leading) ** p for n in norms])
-    # With logarithms where the root alone would leave the range, as it does for a small p.
-    exponent = math.log(powers) / p
-    if abs(exponent) < 600:
-        return float(leading * powers ** (1 / p))
-    return math.inf if exponent + math.log(leading) > 709 else math.exp(exponent + math.log(leading))
-
-
-def join_rows(norms: Tensor, p: float) -> Tensor:
-    """``join`` along the last dimension of a tensor, without waiting for its device."""
-    if norms.shape[-1] == 0:
-        return norms.new_full(norms.shape[:-1], ABSENT)
-    absent = norms < 0
-    joint = join_present(norms.masked_fill(absent, math.inf if p < 0 else 0.0), p)
-    return joint.masked_fill(absent.all(dim=-1), ABSENT)
-
-
-def join_present(norms: Tensor, p: float) -> Tensor:
-    """``join_rows`` of norms of which none is ``ABSENT``, in few operations."""
-    if p == 0:
-        return norms.sum(dim=-1)
-    leading = norms.amax(dim=-1) if p > 0 else norms.amin(dim=-1)
-    if math.isinf(p):
-        return leading
-    divisor = divisor_like(leading)
-    return vector_norms(norms / divisor.unsqueeze(-1), p) * divisor
-
-
-def vector_norms(vectors: Tensor, p: float, dtype: torch.dtype | None = None) -> Tensor:
-    """The norms along the last dimension.
-
-    The dimension is counted from the front: torch 2.9 traces -1 to a wrong shape if its length is 1.
-    """
-    norms: Tensor = vector_norm(vectors, p, dim=vectors.dim() - 1, dtype=dtype)
-    return norms
-
-
-def divisor_like(leading: Tensor) -> Tensor:
-    """A divisor with which no power of a quotient leaves the range: the leading number.
-
-    It is never 0 or infinity, whose quotients would be NaN.
-    """
-    limits = torch.finfo(leading.dtype)
-    return leading.clamp(limits.tiny, limits.max)
 
 
 # Clip coefficients

@@ -12,7 +12,8 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import memory, native, rows
 from torchclip._core.arguments import refuse_item, tensor_list, threshold
-from torchclip._core.scalars import clip_coef, join_rows
+from torchclip._core.joint_norms import join_rows
+from torchclip._core.scalars import clip_coef
 
 __all__ = ["clip_per_example"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchclip._core import gather, mesh, scalars
+from torchclip._core import gather, joint_norms, mesh, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper.backward import Passes, is_running
 from torchclip.clipper.clipping import Clipping, Row
@@ -362,15 +362,15 @@ class Round:
         """One record for the optimizers that have stepped during a backward pass."""
         norms = [row.total_norm for row in rows]
         losses = [row.loss for row in rows if row.loss is not None]
-        total_norm = scalars.join(norms, self._order)
-        clip_coef = scalars.join([row.clip_coef for row in rows], -torch.inf)
+        total_norm = joint_norms.join(norms, self._order)
+        clip_coef = joint_norms.join([row.clip_coef for row in rows], -torch.inf)
         if self._clipping.way is not None:
             after = [row.total_norm * row.clip_coef for row in rows]
-            clip_coef = ratio(scalars.join(after, self._order), total_norm)
+            clip_coef = ratio(joint_norms.join(after, self._order), total_norm)
         return Row(
             rows[0].step,
             total_norm,
-            scalars.join([row.max_norm for row in rows], -torch.inf),
+            joint_norms.join([row.max_norm for row in rows], -torch.inf),
             clip_coef,
             reduce(and_, (row.skipped for row in rows)),
             losses[0] if losses else None,

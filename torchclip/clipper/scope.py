@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchclip._core import arguments, gather, scalars
+from torchclip._core import arguments, gather, joint_norms, scalars
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Kind
 from torchclip.thresholds.bank import ThresholdBank
@@ -196,7 +196,7 @@ class Snapshot:
 
     def joint_norm(self) -> Norm:
         """The joint norm of the sets when they were last measured."""
-        return scalars.join(scalars.concatenate([clip_set.norms for clip_set in self.sets]), self._order)
+        return joint_norms.join(scalars.concatenate([clip_set.norms for clip_set in self.sets]), self._order)
 
     def set_thresholds(self, bank: ThresholdBank, skipped: bool | Tensor) -> None:
         """Set the threshold of each set: that of its parameter group, or what the bank answers.
@@ -284,7 +284,7 @@ class Snapshot:
             for i, grad in enumerate(clip_set.batch.all):
                 of_grad.setdefault(id(grad), []).append(clip_set.clip_coefs[i if clip_set.each else 0])
         batch = self._all()
-        clip_coefs = [scalars.join(of_grad[id(grad)], -math.inf) for grad in batch.all]
+        clip_coefs = [joint_norms.join(of_grad[id(grad)], -math.inf) for grad in batch.all]
         batch.scale_each_(scalars.in_one(clip_coefs))
 
     def _all(self) -> Batch:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from torchclip._core import gather, scalars
+from torchclip._core import gather, joint_norms, scalars
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record
 
@@ -84,10 +84,10 @@ class ClippedSizes:
         local = gather.local_gradients(parameters)
         norms = local.norms(2.0)
         place_of = {id(grad): place for place, grad in enumerate(grads)}
-        sizes = [scalars.join(norms, 2.0)]
+        sizes = [joint_norms.join(norms, 2.0)]
         for each in sets:
             places = [place_of[id(grad)] for grad in gather.distinct_gradients(each.parameters)]
-            norm = scalars.join(scalars.at(norms, places), 2.0)
+            norm = joint_norms.join(scalars.at(norms, places), 2.0)
             elements = 1 if each.is_matrix else sum(local.all[place].numel() for place in places)
             sizes.append(norm / math.sqrt(max(elements, 1)))
         self._eps = {each.name: each.eps for each in sets}

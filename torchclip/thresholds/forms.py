@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchclip._core import scalars
+from torchclip._core import joint_norms, scalars
 
 _CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ class Arrays:
     @staticmethod
     def join(norms: Any, order: float) -> float:
         """The norm of given order of a vector whose parts have these norms, none of them ``ABSENT``."""
-        return scalars.join(norms.tolist(), order)  # type: ignore[return-value]
+        return joint_norms.join_numbers(norms.tolist(), order)
 
     @staticmethod
     def put(rows: Any, slots: Any, numbers: Any, condition: Any) -> None:
@@ -133,7 +133,7 @@ class Tensors:
     @staticmethod
     def join(norms: Tensor, order: float) -> Tensor:
         """The norm of given order of a vector whose parts have these norms."""
-        return scalars.join_rows(norms, order)
+        return joint_norms.join_rows(norms, order)
 
     @staticmethod
     def put(rows: Tensor, slots: Tensor, numbers: Tensor, condition: Tensor) -> None:

@@ -11,7 +11,7 @@ from weakref import ref
 from torch import Tensor
 
 from torchclip._core.batch import Norm
-from torchclip._core.scalars import join
+from torchclip._core.joint_norms import join
 from torchclip.history.history import History
 
 # That wait: parameters, each counted once for each set that was clipped; and calls on the same parameters.
