@@ -453,6 +453,23 @@ def test_a_backward_pass_that_has_failed_and_the_next_one_are_two_rounds(checkpo
     assert [record.total_norm for record in clipper.history] == [6.0, 2.0, 2.0]
 
 
+def test_after_an_exception_from_on_clip_the_next_backward_pass_is_one_round() -> None:
+    training, seen = InBackward(), list[Record]()
+
+    def on_clip(record: Record) -> None:
+        seen.append(record)
+        if len(seen) == 1:
+            raise Interrupted
+
+    clipper = Clipper(training.optimizers, 0.1, scope="group", on_clip=on_clip)
+    with pytest.raises(Interrupted):
+        loss_of(training.model, 0).backward()
+    for _ in range(2):
+        loss_of(training.model, 1).backward()
+    assert seen == list(clipper.history)
+    assert [record.step for record in seen] == [0, 1, 2]
+
+
 # Memory
 
 

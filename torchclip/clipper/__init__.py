@@ -1,7 +1,6 @@
 """Clipping that belongs to an optimizer."""
 
 from torchclip.clipper.clipper import Clipper
-from torchclip.clipper.nonfinite import Nonfinite
-from torchclip.clipper.scope import Scope
+from torchclip.clipper.settings import Nonfinite, Scope
 
 __all__ = ["Clipper", "Nonfinite", "Scope"]

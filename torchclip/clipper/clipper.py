@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import arguments, native
+from torchclip._core import native
 from torchclip.clipper import registry, saved
-from torchclip.clipper.checked import (
-    alive,
-    needs_all,
-    optimizers_of,
-    order_of,
-    process_groups_of,
-    refuse_history,
-    refuse_lbfgs,
-    refuse_options,
-    usual_way,
-)
 from torchclip.clipper.clipping import Clipping
 from torchclip.clipper.loss import PendingLoss
-from torchclip.clipper.names import Names
-from torchclip.clipper.nonfinite import Nonfinite
+from torchclip.clipper.optimizers import groups_of
 from torchclip.clipper.round import Round
-from torchclip.clipper.scope import Scope, Scoping, groups_of, set_names
-from torchclip.clipper.spikes import Spikes
+from torchclip.clipper.scope import set_names
+from torchclip.clipper.settings import Nonfinite, Scope, alive, checked, optimizers_of, refuse_history
 from torchclip.clipper.step import State, Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
-from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.base import MaxNorm, Rule, Threshold
 
 if TYPE_CHECKING:
@@ -163,46 +149,28 @@ class Clipper:
     ) -> None:
         max_norm, nonfinite = registry.adjusted(optimizer, max_norm, nonfinite)
         optimizers = optimizers_of(optimizer, registry.clippers)
-        arguments.option("scope", scope, get_args(Scope))
-        arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
-        refuse_lbfgs(optimizers, nonfinite, skip_above)
-        refuse_options(on_clip, skip_above, max_skips)
-        # A tensor has a method with this name, too.
-        is_way = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
-        self._way = cast("Rule", max_norm) if is_way else None
-        number_or_object, several = math.inf if is_way else cast("MaxNorm", max_norm), len(optimizers) > 1
-        self._rule = ThresholdBank(number_or_object, in_rounds=several)
-        if self._rule.per_parameter:
-            scope = "parameter"
-        self._order = order_of(norm_type, nonfinite)
-        spikes = None if skip_above is None else Spikes(skip_above, max_skips, self._order, several)
-        groups = process_groups_of(group, "AdaGC" if self._rule.per_parameter else scope)
-        layers_every = arguments.count("layers_every", layers_every, least=0)
-        self._scope: Scope = scope
-        self._nonfinite: Nonfinite = nonfinite
-        self._spikes = spikes
-        self._has_group, self._keeps_layers = groups is not None, layers_every > 0
-        # AdaGC does so in its warm-up.
-        joins_norms = self._rule.per_parameter and getattr(max_norm, "max_norm", 0.0) < math.inf
-        self._names = Names(optimizers, model)
+        self._settings = settings = checked(
+            optimizers,
+            max_norm,
+            norm_type=norm_type,
+            scope=scope,
+            nonfinite=nonfinite,
+            group=group,
+            on_clip=on_clip,
+            model=model,
+            skip_above=skip_above,
+            max_skips=max_skips,
+            layers_every=layers_every,
+        )
         self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
         # The kernel's state: it clips usual steps in one call.
-        is_usual = self._order == 2 and not groups and on_clip is None and spikes is None and not layers_every
-        usual = usual_way(self._rule, self._way, scope) if is_usual else None
-        with_kernel = native.step_state(usual, self._optimizers)
+        with_kernel = native.step_state(settings.usual_way(), self._optimizers)
         self._state: State = with_kernel or State(self._optimizers)
-        self._loss = PendingLoss(self._state, self._optimizers)
         steps = [*map(Step, self._optimizers, self._state.members)]
-        self._kind = saved.Kind(self._order, scope, len(optimizers))
-        scoping = Scoping(scope, self._order, groups)
-        self._clipping = Clipping(
-            steps, self._rule, scoping, nonfinite, spikes, self._way, on_clip, self._names
-        )
-        needs = partial(needs_all, scope, self._rule, spikes is not None, groups is not None, joins_norms)
-        self._round = Round(
-            self._state, steps, self._clipping, self._names, layers_every, self._order, needs, on_clip
-        )
+        self._loss = PendingLoss(self._state, steps)
+        self._clipping = Clipping(steps, settings)
+        self._round = Round(self._state, steps, self._clipping, settings)
         self._know_sets()
         self._follow(self._round.history)
         self._hooks: list[RemovableHandle] = []
@@ -276,7 +244,7 @@ class Clipper:
         None if ``max_norm`` is a number or a callable.  Read-only.
         """
         self._know_sets()
-        learned = self._rule.thresholds
+        learned = self._settings.bank.thresholds
         return MappingProxyType({name: learned[name] for name in self._learning if name in learned})
 
     def norms(self) -> dict[str, float]:
@@ -288,7 +256,7 @@ class Clipper:
         sets.
         """
         self._round.is_running()  # undoes what a failed step has left
-        return self._names.largest_norms(self.optimizers, self._order)
+        return self._settings.names.largest_norms(self.optimizers, self._settings.order)
 
     def detach(self) -> None:
         """Remove the clipper from its optimizers, which no longer clip.  Its history can still be read.
@@ -320,18 +288,16 @@ class Clipper:
         step.
         """
         self._know_sets()
-        in_round = self._round.is_open()
-        thresholds = saved.of_rules(self._rule.before_round() if in_round else self._rule)
+        in_round, bank, spikes = self._round.is_open(), self._settings.bank, self._settings.spikes
+        thresholds = saved.of_rules(bank.before_round() if in_round else bank)
         own: dict[str, Any] = {
             "steps": self._state.number,
             "sets": list(thresholds),
             "thresholds": thresholds,
-            "spikes": None if self._spikes is None else self._spikes.state_dict(in_round),
+            "spikes": None if spikes is None else spikes.state_dict(in_round),
             "history": self.history.state_dict(),
         }
-        if self._has_group and not self._keeps_layers:
-            return saved.collected(self._kind, own, None, joint=True)
-        return saved.collected(self._kind, own, self._owner, joint=self._has_group)
+        return saved.collected(self._settings, own, self._owner)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict``; this clipper keeps its own arguments.  States of 0.1.0 load, too.
@@ -343,28 +309,29 @@ class Clipper:
                 ``scope`` or ``norm_type``.  Then nothing has changed.
         """
         self._know_sets()
-        loaded = saved.checked(state, self._kind, self._owner, self._sets, self._rule, self._spikes)
+        loaded = saved.checked(state, self._settings, self._owner, self._sets)
         self.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
         self._round.forget()
-        self._rule.load_state_dict(loaded.thresholds)
-        if self._spikes is not None:
-            self._spikes.load_state_dict(loaded.spikes)
+        self._settings.bank.load_state_dict(loaded.thresholds)
+        if self._settings.spikes is not None:
+            self._settings.spikes.load_state_dict(loaded.spikes)
         self._state.number = loaded.steps
         self._know_sets()
 
     def _know_sets(self) -> None:
         """Find all sets, as parameter groups may have been added; a state includes all of them."""
+        settings = self._settings
         optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
         if len(optimizers) == len(self._optimizers):
             groups = groups_of(optimizers)
-            names = self._names.of_sets(groups) if self._scope == "parameter" else {}
-            self._sets = set_names(groups, self._scope, names)
-            self._rule.add(self._sets)  # also of groups with their own threshold, which may be removed
+            names = settings.names.of_sets(groups) if settings.each else {}
+            self._sets = set_names(groups, settings.scope, names)
+            settings.bank.add(self._sets)  # also of groups with their own threshold, which may be removed
             learning = [group for group in groups if "max_norm" not in group.values]
-            self._learning = set_names(learning, self._scope, names)
-            self._owner = saved.owner(optimizers, self._names)
-        if self._spikes is not None:
-            self._spikes.rule.add(["all"])
+            self._learning = set_names(learning, settings.scope, names)
+            self._owner = saved.owner(optimizers, settings.names)
+        if settings.spikes is not None:
+            settings.spikes.rule.add(["all"])
 
     def __getstate__(self) -> None:
         raise TypeError(
@@ -373,11 +340,11 @@ class Clipper:
         )
 
     def __repr__(self) -> str:
-        classes = ", ".join(self._classes)
+        classes, settings = ", ".join(self._classes), self._settings
         return (
             f"Clipper({classes if len(self._classes) == 1 else f'[{classes}]'}, "
-            f"max_norm={self._way or self._rule!r}, norm_type={self._order}, scope={self._scope!r}, "
-            f"nonfinite={self._nonfinite!r})"
+            f"max_norm={settings.rule or settings.bank!r}, norm_type={settings.order}, "
+            f"scope={settings.scope!r}, nonfinite={settings.nonfinite!r})"
         )
 
     # The optimizers' hooks

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import gather, scalars
+from torchclip._core import scalars
 from torchclip._core.batch import Facts, Norm
-from torchclip._core.collectives import Kind
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.deferred import Deferred, can_be_deferred
-from torchclip.clipper.names import Names
-from torchclip.clipper.nonfinite import Nonfinite
 from torchclip.clipper.rules import copied_gradients, ratio, write_back
-from torchclip.clipper.scope import ClipSet, OwnMaxNorms, Scoping, Snapshot, groups_of, own_max_norms
-from torchclip.clipper.spikes import Spikes
-from torchclip.clipper.step import Outcome, Step
-from torchclip.history.records import Record, as_records
-from torchclip.thresholds.bank import ThresholdBank
+from torchclip.clipper.scope import Snapshot
+from torchclip.clipper.settings import Settings
+from torchclip.clipper.step import Step
+from torchclip.history.records import as_records
 from torchclip.thresholds.base import Rule
 
 Loss: TypeAlias = float | Tensor | None
@@ -37,7 +32,7 @@ class Row(NamedTuple):
     max_norm: Norm
     clip_coef: Norm
     skipped: bool | Tensor
-    loss: float | Tensor | None
+    loss: Loss
 
 
 class Clipping:
@@ -45,33 +40,15 @@ class Clipping:
 
     Args:
         steps: the steps of the optimizers that the gradients are for.
-        rule: the thresholds.
-        scoping: which gradients are clipped together.
-        policy: what to do about a norm that is not finite.
-        spikes: which steps are skipped because their norm is too large; None for none.
-        way: the rule for gradients that are not clipped to a norm; None if all are.
-        on_clip: the function to call before anything changes.
-        names: the names of the parameters.
+        settings: what the user asks for.
 
     Attributes:
         hooks: the handles of the pre hooks that clip.
         not_fused: why the latest clip coefficient below 1 was not passed to a fused step.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        rule: ThresholdBank,
-        scoping: Scoping,
-        policy: Nonfinite,
-        spikes: Spikes | None,
-        way: Rule | None,
-        on_clip: Callable[[Record], object] | None,
-        names: Names,
-    ) -> None:
-        self._steps, self._rule, self._scoping, self._policy = steps, rule, scoping, policy
-        self.spikes, self.way = spikes, way
-        self._on_clip, self._names = on_clip, names
+    def __init__(self, steps: Sequence[Step], settings: Settings) -> None:
+        self._steps, self._settings = steps, settings
         self.hooks: list[RemovableHandle] = []
         self.not_fused: str | None = None
         self._overrides: dict[int, fused.GradScaleOverride] = {}
@@ -79,42 +56,15 @@ class Clipping:
         self._skipped: bool | Tensor = False
         self._deferred: dict[int, Deferred] = {}
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers, in order."""
+        return [step.optimizer for step in self._steps]
+
     def begin(self, index: int) -> None:
         """Record what a GradScaler has set for the step that begins, as it may end in an exception."""
         if "found_inf" in vars(self._steps[index].optimizer):
             self._override(index)
-
-    def begin_round(self) -> None:
-        """Have thresholds note what they have learned up to a round of several optimizers."""
-        self._rule.begin_round()
-        if self.spikes is not None:
-            self.spikes.rule.begin_round()
-
-    def takes_no_norm(self) -> bool:
-        """Whether gradients are clipped without a norm of them, which only the record has then."""
-        optimizers = [step.optimizer for step in self._steps]
-        limits = {*own_max_norms(groups_of(optimizers), {}).values()}
-        if self._policy != "propagate" or self.spikes is not None or limits - {None, math.inf}:
-            return False
-        if self.way is not None:
-            return getattr(self.way, "by_element", False)
-        return None not in limits or self._rule.number == math.inf
-
-    def snapshot(self, own: OwnMaxNorms = MappingProxyType({}), only: int | None = None) -> Snapshot:
-        """The current gradients, not measured yet: of all optimizers, or only of one."""
-        optimizers = [step.optimizer for step in self._steps]
-        groups = groups_of(optimizers)
-        if only is not None:
-            groups = [group for group in groups if group.optimizer == only]
-        grad_scale = getattr(optimizers[0], "grad_scale", None) if len(optimizers) == 1 else None
-        names = self._names.of_sets(groups) if self._scoping.scope == "parameter" else {}
-        try:
-            own = own_max_norms(groups, own)
-        except (TypeError, ValueError):
-            kind = Kind.CLIP_EACH if self._scoping.scope == "parameter" else Kind.CLIP
-            gather.tell_ranks([group.parameters for group in groups], self._scoping.groups, kind)
-            raise
-        return Snapshot(groups, self._scoping, own, grad_scale, names)
 
     def clip(self, number: int, snapshot: Snapshot, loss: Loss, index: int, tell: bool) -> Row:
         """Clip gradients that were just measured.
@@ -130,149 +80,76 @@ class Clipping:
             What to record.
         """
         self.forget()
-        self._rule.begin_step(number)
-        asks_user = self._rule.runs_user_code
-        if self.spikes is not None:
-            self.spikes.begin(number)
-            asks_user = asks_user or self.spikes.rule.runs_user_code
-        on_clip = self._on_clip if tell else None
-        user_code = on_clip is not None or asks_user
-        held = snapshot.held_norms() if user_code else ()
-        skipped, to_zero = self._judge(snapshot, index)
-        row = _row(number, snapshot, skipped, loss)
-        if self.way is not None and skipped is not True:
-            return self._clip_in_its_way(self.way, row, snapshot, to_zero, held, index, on_clip)
+        settings, rule = self._settings, self._settings.rule
+        if settings.spikes is not None:
+            settings.spikes.begin(number)
+        settings.bank.begin_step(number)
+        on_clip = settings.on_clip if tell else None
+        runs_user_code = on_clip is not None or any(bank.runs_user_code for bank in settings.banks)
+        held = snapshot.held_norms() if runs_user_code else ()
+        self._judge(snapshot, index)
+        row = _row(number, snapshot, loss)
+        tried = None
         if on_clip is not None:
-            (record,) = as_records([row])
-            on_clip(record)
-        if user_code and skipped is not True:
-            if snapshot.facts & Facts.SHARDED:
-                snapshot, to_zero = self._same_gradients(snapshot, held, to_zero)
+            if rule is not None and row.skipped is not True:
+                row, tried = _try(rule, row, snapshot)
+            on_clip(*as_records([row]))
+        if runs_user_code and row.skipped is not True:
+            if not snapshot.facts & Facts.SHARDED:
+                snapshot = self._measured_again(snapshot, index)
+                row = _row(number, snapshot, loss)
             else:
-                snapshot, skipped, to_zero = self._measure_again(snapshot, index)
-                row = _row(number, snapshot, skipped, loss)
-        self._apply(snapshot, row, to_zero, index)
-        return row
+                snapshot = _same_gradients(snapshot, held)
+        if row.skipped is True:
+            self._skipped = settings.may_skip
+            return row
+        self._skipped = row.skipped
+        self._tell(index)
+        if tried is not None and snapshot.facts & Facts.SHARDED:
+            # Other ranks do not run this one's user code: what involves them was done with the copies.
+            write_back(snapshot.grads, tried.grads)
+            return row
+        snapshot.zero_nonfinite_()
+        if scalars.may_change(row.clip_coef):
+            self._scale(snapshot, index)
+        return row if rule is None else row._replace(clip_coef=_clip_by(rule, snapshot))
 
-    def _clip_in_its_way(
-        self,
-        way: Rule,
-        row: Row,
-        snapshot: Snapshot,
-        to_zero: Sequence[ClipSet],
-        held: Sequence[Sequence[float]],
-        index: int,
-        on_clip: Callable[[Record], object] | None,
-    ) -> Row:
-        """Clip by another rule than a norm; the factor for the norm is known only afterwards."""
-        only = self._only(snapshot, index)
-        if on_clip is None:
-            self._apply(snapshot, row, to_zero, index)
-            return row._replace(clip_coef=self._apply_way(way, snapshot, only))
-        # ``on_clip`` gets the result of clipping copies.
-        parameters = [p for clip_set in snapshot.sets for p in clip_set.parameters]
-        with copied_gradients(parameters) as copies:
-            trial = self.snapshot(snapshot.own, only)
-            trial.take_decisions_of(snapshot)
-            for clip_set in to_zero:
-                trial.sets[snapshot.sets.index(clip_set)].batch.zero_nonfinite_()
-            trial.scale_()
-            row = row._replace(clip_coef=self._apply_way(way, trial, only))
-        (record,) = as_records([row])
-        on_clip(record)
-        if not snapshot.facts & Facts.SHARDED:
-            snapshot, skipped, to_zero = self._measure_again(snapshot, index)
-            row = _row(row.step, snapshot, skipped, row.loss)
-            self._apply(snapshot, row, to_zero, index)
-            return row if skipped is True else row._replace(clip_coef=self._apply_way(way, snapshot, only))
-        # Other ranks do not run this one's user code: everything that involves them was done with the copies.
-        before = [grad for clip_set in snapshot.sets for grad in clip_set.batch.all]
-        now, _ = self._same_gradients(snapshot, held, to_zero)
-        self._tell(row.skipped, index)
-        write_back(
-            [grad for clip_set in now.sets for grad in clip_set.batch.all],
-            [copies[id(grad)] for grad in before],
-        )
-        return row
-
-    def _apply_way(self, way: Rule, snapshot: Snapshot, only: int | None) -> Norm:
-        """Clip by another rule than a norm; returns the factor for the norm."""
-        before = snapshot.total_norm
-        parameters = [p for clip_set in snapshot.sets if clip_set.own is None for p in clip_set.parameters]
-        way.clip_(parameters, snapshot.grad_scale)
-        clipped = self.snapshot(snapshot.own, only)
-        clipped.measure()
-        return ratio(clipped.total_norm, before)
-
-    def _only(self, snapshot: Snapshot, index: int) -> int | None:
-        """The only optimizer whose gradients these are; None if they are those of all."""
-        return None if len(snapshot.others(index)) == len(self._steps) - 1 else index
-
-    def _judge(self, snapshot: Snapshot, index: int) -> tuple[bool | Tensor, Sequence[ClipSet]]:
-        """Decide what to do, without changing anything.
-
-        Returns:
-            Whether the step is skipped, and the sets whose non-finite elements are to be set to 0.
-        """
+    def _judge(self, snapshot: Snapshot, index: int) -> None:
+        """Decide what to do, without changing anything."""
+        settings = self._settings
         optimizers = [self._steps[i].optimizer for i in (index, *snapshot.others(index))]
-        skipped = nonfinite.skips(self._policy, snapshot.total_norm, optimizers)
+        skipped = nonfinite.skips(settings.nonfinite, snapshot.total_norm, optimizers)
+        norm = snapshot.total_norm
+        if settings.nonfinite == "error" and skipped is not True:
+            names = settings.names.of_gradients(self.optimizers)
+            nonfinite.refuse(snapshot, settings.order, names)
+        elif settings.nonfinite == "zero" and skipped is not True and nonfinite.mark_nonfinite(snapshot):
+            norm = snapshot.joint_norm()
+        if settings.spikes is not None and skipped is not True:
+            spike = settings.spikes.should_skip(nonfinite.unless_told(norm, optimizers))
+            skipped = spike if spike is True or skipped is False else skipped | spike
+        snapshot.skipped = skipped
         if skipped is True:
-            return True, ()
-        if self._policy == "error":
-            in_order = [step.optimizer for step in self._steps]
-            nonfinite.refuse(snapshot, self._scoping.order, self._names.of_gradients(in_order))
-        to_zero = nonfinite.without_nonfinite(snapshot) if self._policy == "zero" else ()
-        if self.spikes is not None:
-            norm = snapshot.joint_norm() if to_zero else snapshot.total_norm
-            spike = self.spikes.should_skip(nonfinite.unless_told(norm, optimizers))
-            if spike is True:
-                return True, ()
-            skipped = skipped if spike is False else spike if skipped is False else skipped | spike
-        snapshot.set_thresholds(self._rule, skipped)
-        if self.spikes is not None:
-            snapshot.limit_all(self.spikes.clip_coef, self.spikes.limit)
-        return skipped, to_zero
+            return
+        snapshot.set_thresholds()
+        if settings.spikes is not None:
+            snapshot.limit_all(settings.spikes.clip_coef, settings.spikes.limit)
 
-    def _measure_again(
-        self, first: Snapshot, index: int
-    ) -> tuple[Snapshot, bool | Tensor, Sequence[ClipSet]]:
+    def _measured_again(self, first: Snapshot, index: int) -> Snapshot:
         """The gradients after user code ran, with the thresholds that were decided before.
 
         User code may have replaced a gradient, changed it in place, or set one for a parameter that had none.
         """
-        only = self._only(first, index)
+        bank = self._settings.bank
         while True:
-            asked = self._rule.asked
-            snapshot = self.snapshot(first.own, only)
+            asked = bank.asked
+            snapshot = first.again()
             snapshot.measure()
-            skipped, to_zero = self._judge(snapshot, index)
-            if not (self._rule.runs_user_code and self._rule.asked > asked):
-                return snapshot, skipped, to_zero
+            self._judge(snapshot, index)
+            if not (bank.runs_user_code and bank.asked > asked):
+                return snapshot
             # The threshold of what was not there before was learned by the user's own code.
-            self._rule.close()
-
-    def _same_gradients(
-        self, first: Snapshot, held: Sequence[Sequence[float]], to_zero: Sequence[ClipSet]
-    ) -> tuple[Snapshot, Sequence[ClipSet]]:
-        """The gradients after user code ran, which must not have changed sharded ones.
-
-        Another rank may not run any user code, so measuring again could wait for it forever.
-        """
-        snapshot = self.snapshot(first.own)
-        same_names = [p.names() for p in first.sets] == [p.names() for p in snapshot.sets]
-        if not same_names or not _equal(held, snapshot.held_norms()):
-            raise RuntimeError(
-                "gradients were changed by `on_clip` or by the object that gives `max_norm`, but all ranks "
-                "know their norm by now, and this one cannot measure it again alone; change sharded "
-                "gradients before optimizer.step() or in a hook registered before the Clipper. The step was "
-                "called off"
-            )
-        snapshot.take_decisions_of(first)
-        return snapshot, [
-            clip_set
-            for clip_set, of_first in zip(snapshot.sets, first.sets, strict=True)
-            if of_first in to_zero
-        ]
+            bank.close()
 
     # Changing
 
@@ -286,14 +163,10 @@ class Clipping:
         """Let another optimizer step with the gradients that were clipped for all."""
         if self.hide(index):
             return
-        self._tell(self._skipped, index)
+        self._tell(index)
         if index in self._deferred:
             self._override(index).set(self._deferred[index].divisor)
-            self._steps[index].undo_at_end(partial(self._divided, index))
-
-    def _divided(self, index: int, outcome: Outcome) -> None:
-        if outcome == "finished":  # a failed step may be taken again in this round
-            self._deferred.pop(index).forget()
+            self._steps[index].undo_at_end(self._deferred[index].end)
 
     def end(self) -> None:
         """Multiply the gradients with which an optimizer did not step in this round."""
@@ -310,42 +183,21 @@ class Clipping:
     def _override(self, index: int) -> fused.GradScaleOverride:
         """The ``grad_scale`` of an optimizer, until its step is over."""
         override = self._overrides.get(index)
-        if override is None:
+        if override is None or override.is_over:
             override = self._overrides[index] = fused.GradScaleOverride(self._steps[index].optimizer)
-            self._steps[index].undo_at_end(partial(self._restore, index))
+            self._steps[index].undo_at_end(override.restore)
         return override
 
-    def _restore(self, index: int, outcome: Outcome) -> None:
-        override = self._overrides.pop(index, None)
-        if override is not None:
-            override.restore(outcome)
-
-    def _apply(self, snapshot: Snapshot, row: Row, to_zero: Sequence[ClipSet], index: int) -> None:
-        if row.skipped is True:
-            self._skipped = self._skips
-            return
-        self._skipped = row.skipped
-        self._tell(row.skipped, index)
-        for clip_set in to_zero:
-            clip_set.batch.zero_nonfinite_()
-        if scalars.may_change(row.clip_coef):
-            self._scale(snapshot, row.skipped, index)
-
-    @property
-    def _skips(self) -> bool:
-        """Whether steps are skipped by this clipper, and not by a GradScaler alone."""
-        return self._policy == "skip" or self.spikes is not None or len(self._steps) > 1
-
-    def _tell(self, skipped: bool | Tensor, index: int) -> None:
+    def _tell(self, index: int) -> None:
         """Make a fused step skip itself, as hiding the gradients would wait for the device."""
-        if not isinstance(skipped, bool) and self._skips:
-            override = self._override(index)
+        if not isinstance(self._skipped, bool) and self._settings.may_skip:
             # A GradScaler may have its own reason to skip this optimizer's step.
-            override.skip_where(skipped | nonfinite.is_skipped_by_scaler(self._steps[index].optimizer))
+            by_scaler = nonfinite.is_skipped_by_scaler(self._steps[index].optimizer)
+            self._override(index).skip_where(self._skipped | by_scaler)
 
-    def _scale(self, snapshot: Snapshot, skipped: bool | Tensor, index: int) -> None:
+    def _scale(self, snapshot: Snapshot, index: int) -> None:
         """Multiply the gradients: now, or during the fused steps, as their ``grad_scale``."""
-        if self.way is not None:
+        if self._settings.rule is not None:
             self.not_fused = "the gradients are clipped in another way too, in place"
             snapshot.scale_()
             return
@@ -365,8 +217,8 @@ class Clipping:
             if divisor is None:
                 self.not_fused = "what the step would have to divide by is no number of float32's range"
                 fused_ones = []
-        if not isinstance(skipped, bool) and not (fused_ones and len(reasons) == 1):
-            snapshot.keep_where(skipped)
+        if not isinstance(snapshot.skipped, bool) and not (fused_ones and len(reasons) == 1):
+            snapshot.keep_if_skipped()
         if divisor is None or not fused_ones:
             snapshot.scale_()
             return
@@ -380,14 +232,50 @@ class Clipping:
             self._deferred[i] = Deferred(step.optimizer, step.member, clip_coef, divisor)
 
 
-def _row(number: int, snapshot: Snapshot, skipped: bool | Tensor, loss: Loss) -> Row:
-    norm = snapshot.total_norm
-    norm = scalars.present(norm)
+def _row(number: int, snapshot: Snapshot, loss: Loss) -> Row:
+    norm, skipped = scalars.present(snapshot.total_norm), snapshot.skipped
     if skipped is True:
         return Row(number, norm, math.inf, 1.0, True, loss)
     return Row(number, norm, snapshot.max_norm(), snapshot.clip_coef(), skipped, loss)
 
 
-def _equal(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> bool:
-    """Whether all numbers are equal, where NaN equals NaN."""
-    return repr(a) == repr(b)
+def _clip_by(rule: Rule, snapshot: Snapshot) -> Norm:
+    """Clip by another rule than a norm; returns the factor for the norm, which is known only afterwards."""
+    parameters = [p for clip_set in snapshot.sets if clip_set.own is None for p in clip_set.parameters]
+    rule.clip_(parameters, snapshot.grad_scale)
+    clipped = snapshot.again()
+    clipped.measure()
+    return ratio(clipped.total_norm, snapshot.total_norm)
+
+
+def _try(rule: Rule, row: Row, snapshot: Snapshot) -> tuple[Row, Snapshot]:
+    """Clip copies of the gradients by another rule than a norm: ``on_clip`` gets the result."""
+    with copied_gradients([p for clip_set in snapshot.sets for p in clip_set.parameters]):
+        copies = snapshot.again()
+        copies.take_decisions_of(snapshot)
+        copies.zero_nonfinite_()
+        copies.scale_()
+        return row._replace(clip_coef=_clip_by(rule, copies)), copies
+
+
+def _same_gradients(first: Snapshot, held: Sequence[Sequence[float]]) -> Snapshot:
+    """The gradients after user code ran, which must not have changed sharded ones.
+
+    Another rank may not run any user code, so measuring again could wait for it forever.
+
+    Args:
+        first: the gradients before.
+        held: the norms of this rank's parts of them.
+    """
+    snapshot = first.again()
+    same_names = [each.names() for each in first.sets] == [each.names() for each in snapshot.sets]
+    # As texts, because NaN equals NaN.
+    if not same_names or repr(held) != repr(snapshot.held_norms()):
+        raise RuntimeError(
+            "gradients were changed by `on_clip` or by the object that gives `max_norm`, but all ranks "
+            "know their norm by now, and this one cannot measure it again alone; change sharded "
+            "gradients before optimizer.step() or in a hook registered before the Clipper. The step was "
+            "called off"
+        )
+    snapshot.take_decisions_of(first)
+    return snapshot

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
-from torchclip.clipper.step import Member, parameters_of
+from torchclip.clipper.optimizers import parameters_of
+from torchclip.clipper.step import Member, Outcome
 
 
 def can_be_deferred(optimizer: Optimizer) -> bool:
@@ -49,6 +50,11 @@ class Deferred:
             same = [p for p in parameters_of(optimizer) if id(p.grad) not in changed]
             gather.gradients(same).scale_(clip_coef)
         self.forget()
+
+    def end(self, outcome: Outcome) -> None:
+        """Drop the coefficient if the step has used it; a failed one may be taken again in this round."""
+        if outcome == "finished":
+            self.forget()
 
     def forget(self) -> None:
         """Drop the coefficient."""

@@ -67,13 +67,16 @@ class GradScaleOverride:
 
     A step that ends in an exception does not remove ``grad_scale``.  In its next step, a GradScaler would
     take it for one that the user has set, and multiply its own by it.
+
+    Attributes:
+        is_over: whether it was restored.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = ref(optimizer)  # a failed step leaves it until the next one
         self._found_inf = self._attributes.get("found_inf")
         self._had = "grad_scale" in self._attributes
-        self._tells = False
+        self._tells = self.is_over = False
         self._before = self._left = self._attributes.get("grad_scale")
 
     @property
@@ -99,6 +102,7 @@ class GradScaleOverride:
 
     def restore(self, outcome: Outcome) -> None:
         """Restore the previous value, or the one that the next step of a GradScaler needs."""
+        self.is_over = True
         if self._tells and self._attributes.get("found_inf") is self._found_inf:
             self._attributes.pop("found_inf")
             self._found_inf = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from weakref import ref
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchclip._core import arguments, mesh
-from torchclip.clipper.step import State
+from torchclip.clipper.optimizers import parameters_of
+from torchclip.clipper.step import State, Step
 
 
 class PendingLoss:
@@ -21,11 +21,11 @@ class PendingLoss:
 
     Args:
         state: from which the hooks take it.
-        optimizers: the optimizers with the gradients.
+        steps: those of the optimizers with the gradients.
     """
 
-    def __init__(self, state: State, optimizers: Sequence[ref[Optimizer]]) -> None:
-        self._state, self._optimizers = state, optimizers
+    def __init__(self, state: State, steps: Sequence[Step]) -> None:
+        self._state, self._steps = state, steps
         # A parameter and its gradient when a loss was last assigned; None if there was no gradient.
         self._seen: tuple[ref[Tensor], ref[Tensor]] | None = None
 
@@ -40,7 +40,7 @@ class PendingLoss:
     def _was_skipped(self) -> bool:
         """Whether the gradients from when the loss was assigned are gone, though no step has used it."""
         if self._seen is None:
-            parameters = [*self._parameters()]
+            parameters = self._parameters()
             # FSDP2 may store the gradients elsewhere until the last backward pass of a step.
             return all(p.grad is None for p in parameters) and not mesh.any_dtensor(parameters)
         parameter, grad = (each() for each in self._seen)
@@ -48,11 +48,8 @@ class PendingLoss:
         # A backward pass with `create_graph=True` replaces a gradient to add to it.
         return now is None or (now is not grad and not now.requires_grad)
 
-    def _parameters(self) -> Iterator[Tensor]:
-        for each in self._optimizers:
-            optimizer = each()
-            for group in () if optimizer is None else optimizer.param_groups:
-                yield from group["params"]
+    def _parameters(self) -> list[Tensor]:
+        return parameters_of(*(step.optimizer for step in self._steps))
 
 
 def _own(loss: float | Tensor) -> float | Tensor:

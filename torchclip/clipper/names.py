@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchclip._core import arguments, gather, scalars
 from torchclip._core.batch import Norms
 from torchclip._core.collectives import Kind
-from torchclip.clipper.scope import Group, groups_of, unscaled
+from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, parameters_of, unscaled
 
 # Parts that torch's wrappers add to names; users' modules do not have such names.
 _WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -41,7 +41,7 @@ class Names:
         self.is_replicated = any(
             isinstance(module, DistributedDataParallel) for each in models for module in each.modules()
         )
-        held = [p for group in groups_of(optimizers) for p in group.parameters]
+        held = parameters_of(*optimizers)
         if models and held and not any(id(p) in self._known for p in held):
             raise ValueError(
                 "`model` has none of the parameters that the optimizer holds; pass the module that the "
@@ -86,11 +86,10 @@ class Names:
         """
         named = dict(self.named_parameters(optimizers))
         if only is not None:
-            of_one = {id(p) for group in optimizers[only].param_groups for p in group["params"]}
+            of_one = {*map(id, parameters_of(optimizers[only]))}
             named = {name: p for name, p in named.items() if id(p) in of_one}
         batch = gather.gradients(list(named.values()), kind=Kind.MEASURE_EACH)
-        grad_scale = getattr(optimizers[0], "grad_scale", None) if len(optimizers) == 1 else None
-        norms = unscaled(batch.norms(order), grad_scale, order)
+        norms = unscaled(batch.norms(order), grad_scale_of(optimizers), order)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}
         places = [None if p.grad is None else index_of[id(p.grad)] for p in named.values()]
         return list(named), [place is not None for place in places], scalars.at(norms, places)

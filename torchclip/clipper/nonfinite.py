@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 from weakref import ref
 
 import torch
@@ -14,10 +13,10 @@ from torch.optim import Optimizer
 from torchclip._core import memory, scalars
 from torchclip._core.batch import Norm
 from torchclip._core.collectives import raise_pending
-from torchclip.clipper.scope import ClipSet, Snapshot
+from torchclip.clipper.optimizers import parameters_of
+from torchclip.clipper.scope import Snapshot
+from torchclip.clipper.settings import Nonfinite
 from torchclip.clipper.step import Outcome, why_not_fused
-
-Nonfinite = Literal["propagate", "error", "skip", "zero"]
 
 _REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"
 
@@ -68,23 +67,23 @@ def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
 
 def refuse(snapshot: Snapshot, order: float, names: Mapping[int, str]) -> None:
     """Raise an error that names the gradients if the norm is not finite."""
-    grads = [grad for clip_set in snapshot.sets for grad in clip_set.batch.all]
     raise_pending()
-    scalars.refuse_nonfinite(snapshot.total_norm, order, grads, names, _REMEDY)
+    scalars.refuse_nonfinite(snapshot.total_norm, order, snapshot.grads, names, _REMEDY)
 
 
-def without_nonfinite(snapshot: Snapshot) -> Sequence[ClipSet]:
-    """The sets with elements that must be set to 0, measured as if they were 0.
+def mark_nonfinite(snapshot: Snapshot) -> bool:
+    """Decide on the sets whose non-finite elements become 0, and measure them as if these were 0.
 
     On an accelerator this does not wait to find out which these are.
+
+    Returns:
+        Whether there are any.
     """
-    sets = [
-        clip_set
-        for clip_set in snapshot.sets
-        if not (isinstance(clip_set.norms, list) and all(map(math.isfinite, clip_set.norms)))
-    ]
+    for each in snapshot.sets:
+        each.is_zeroed = not (isinstance(each.norms, list) and all(map(math.isfinite, each.norms)))
+    sets = [each for each in snapshot.sets if each.is_zeroed]
     snapshot.measure_sets(sets, finite=True)
-    return sets
+    return bool(sets)
 
 
 def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
@@ -93,8 +92,7 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
     Returns:
         A function that restores them.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    hidden = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    hidden = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
     # A failed step may leave the optimizer in this state, which must not keep it alive.
     held, own_zero_grad = ref(optimizer), vars(optimizer).get("zero_grad")
 

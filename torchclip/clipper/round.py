@@ -10,19 +10,17 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from torchclip._core import gather, joint_norms, mesh, scalars
+from torchclip._core import gather, scalars
 from torchclip._core.batch import Norm, Norms
-from torchclip.clipper.backward import Passes, is_running
-from torchclip.clipper.clipping import Clipping, Row
-from torchclip.clipper.held import HeldNorms
-from torchclip.clipper.names import Names
+from torchclip.clipper import backward
+from torchclip.clipper.clipping import Clipping, Loss, Row
 from torchclip.clipper.nonfinite import is_skipped_by_scaler
-from torchclip.clipper.rules import ratio
+from torchclip.clipper.scope import Snapshot
+from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
-from torchclip.history.records import Record, as_records
+from torchclip.history.records import as_records
 
 Around: TypeAlias = Callable[[int, Callable[..., Any]], Callable[..., Any]]
 
@@ -40,37 +38,16 @@ class Round:
         state: the state of the hooks, including the kernel's.
         steps: the steps of the optimizers.
         clipping: how gradients are clipped.
-        names: the names of the parameters.
-        layers: how often, in rounds, the norms of single parameters are recorded; 0 for never.
-        order: the order of the norms.
-        needs_all: the option that needs the gradients of all optimizers at once; None if there is none.
-        on_clip: the function to call for a round that was clipped during a backward pass.
+        settings: what the user asks for.
     """
 
-    def __init__(
-        self,
-        state: State,
-        steps: Sequence[Step],
-        clipping: Clipping,
-        names: Names,
-        layers: int,
-        order: float,
-        needs_all: Callable[[Sequence[Optimizer]], str | None],
-        on_clip: Callable[[Record], object] | None,
-    ) -> None:
+    # If the steps of the open round are taken during a backward pass.
+    _backward: backward.BackwardRound | None = None
+
+    def __init__(self, state: State, steps: Sequence[Step], clipping: Clipping, settings: Settings) -> None:
         self.history = History()
-        self._state, self._steps, self._clipping, self._names = state, steps, clipping, names
-        self._layers_every, self._order = layers, order
-        self._needs_all, self._on_clip = needs_all, on_clip
-        # The record of the open round, unless the kernel has it.
-        self._rows: list[Row] = []
-        self._layers: list[tuple[list[str], Norms]] = []
-        # With several optimizers: whether a GradScaler skips the step of each that has begun one.
-        self._skips: dict[int, bool | Tensor] = {}
-        self._in_backward = False
-        self._passes = Passes()
-        self._held: HeldNorms | None = None
-        self._joint: tuple[Norm, Norm] | None = None  # of what was held, once the backward pass is over
+        self._state, self._steps, self._clipping, self._settings = state, steps, clipping, settings
+        self.forget()
 
     def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Clip the gradients now or after a closure; returns other arguments for the step, or None."""
@@ -92,7 +69,7 @@ class Round:
         if not step.end() or not step.counts or not self._state.open:
             return
         step.member.stepped = True
-        if self._in_backward:  # its end is the round's
+        if self._backward is not None:  # whose end is the round's
             return
         if all(member.stepped for member in self._state.members):
             number = self._state.number
@@ -106,7 +83,7 @@ class Round:
         """Measure the gradients of a round that has just ended, for the history's note on stalls."""
         sizes = self.history.clipped_sizes
         if number >= sizes.next_step:
-            sizes.measure(number, [step.optimizer for step in self._steps])
+            sizes.measure(number, self._clipping.optimizers)
         self._state.next_sample = sizes.next_step
 
     def is_running(self) -> bool:
@@ -118,7 +95,7 @@ class Round:
         """Whether some of several optimizers have yet to step in a round that has not failed."""
         running = self.is_running()
         begun = running or any(member.stepped for member in self._state.members)
-        return len(self._steps) > 1 and self._state.open and begun
+        return self._settings.several and self._state.open and begun
 
     def close(self) -> None:
         """Record the round that is open, if there is one."""
@@ -126,45 +103,44 @@ class Round:
         if not state.open:
             return
         # If no optimizer has stepped, the first one has failed.
-        taken = any(member.stepped for member in state.members)
-        in_backward, self._in_backward, state.open = self._in_backward, False, False
-        self._passes.end()
-        held, self._held = self._held, None
-        joint, self._joint = self._joint, None
-        rows, self._rows = self._rows, []
-        layers, self._layers = self._layers, []
-        skips = [
-            self._skips[i] for i, member in enumerate(state.members) if member.stepped and i in self._skips
-        ]
-        self._skips = {}
-        if taken and state.went_short:
+        stepped = [i for i, member in enumerate(state.members) if member.stepped]
+        skips = [self._skips[i] for i in stepped if i in self._skips]
+        in_backward, rows, layers = self._backward, self._rows, self._layers
+        self._discard()
+        if in_backward is not None:
+            rows = in_backward.joined(rows)
+        if stepped and state.went_short:
             state.record()
-        elif taken and rows and (held is None or joint is not None):
+        elif stepped and rows:
             self._clipping.end()
-            if joint is not None:
-                rows = [self._joined(rows)._replace(total_norm=joint[0], clip_coef=joint[1])]
-            elif in_backward:
-                rows = [self._joined(rows)]
-            elif skips:
+            if skips:
                 rows = [*rows[:-1], _skipped_too(rows[-1], reduce(and_, skips))]
-            self._record(rows, layers, tell=in_backward)
-        for member in state.members:
-            member.stepped = False
+            self._record(rows, layers, tell=in_backward is not None)
 
     def close_after_backward(self) -> None:
         """Close a round after its backward pass, if all its steps were taken within checkpoints."""
-        if self._in_backward and not is_running():
+        if self._backward is not None and not backward.is_running():
             self.close()
 
     def forget(self) -> None:
         """Discard the open round and its data, as a state was loaded."""
-        self._state.open = self._in_backward = False
-        for member in self._state.members:
-            member.stepped = False
-        self._rows, self._layers, self._skips = [], [], {}
+        self._discard()
         self._clipping.forget()
 
-    def take_loss(self) -> float | Tensor | None:
+    def _discard(self) -> None:
+        if self._backward is not None:
+            self._backward.stop()
+        self._state.open = False
+        for member in self._state.members:
+            member.stepped = False
+        # The record of the open round, unless the kernel has it.
+        self._rows: list[Row] = []
+        self._layers: list[tuple[list[str], Norms]] = []
+        # With several optimizers: whether a GradScaler skips the step of each that has begun one.
+        self._skips: dict[int, bool | Tensor] = {}
+        self._backward = None
+
+    def _take_loss(self) -> Loss:
         """The loss of the new round."""
         loss, self._state.loss = self._state.loss, None
         return loss
@@ -172,15 +148,15 @@ class Round:
     def _record(self, rows: Sequence[Row], layers: Sequence[tuple[list[str], Norms]], tell: bool) -> None:
         for row in rows:
             self.history.append(*row)
-        if self._clipping.spikes is not None:
-            self._clipping.spikes.end()
+        if self._settings.spikes is not None:
+            self._settings.spikes.end()
         if layers:
             names = [name for each, _ in layers for name in each]
             norms = scalars.concatenate([each for _, each in layers])
             self.history.layers.append(self._state.number, names, norms)
         self._state.number += 1
-        if tell and self._on_clip is not None:
-            self._on_clip(as_records(rows)[0])
+        if tell and self._settings.on_clip is not None:
+            self._settings.on_clip(as_records(rows)[0])
 
     # Before a step
 
@@ -192,7 +168,7 @@ class Round:
                 step.is_running()
         opener = state.members[state.opener]
         failed = state.open and not opener.stepped and (state.opener == index or not opener.running)
-        if failed and not self._in_backward:
+        if failed and self._backward is None:
             self.close()
 
     def _begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -200,27 +176,29 @@ class Round:
         if creates_state(step.optimizer, args, kwargs, lambda: self._own_norm(index)):
             step.counts = False
             return None
-        in_backward = is_running()
-        is_sharded = in_backward and self._refuse_in_backward()
-        if state.open and in_backward == self._in_backward and self._goes_on(index):
-            if in_backward:
-                self._passes.follow(self._end_backward)
+        in_backward = backward.is_running()
+        if in_backward:
+            backward.refuse(self._settings, self._clipping.optimizers)
+        if state.open and in_backward == (self._backward is not None) and self._goes_on(index):
+            if self._backward is not None:
+                self._backward.follow()
                 self._clip(index)
             else:
                 self._skips[index] = is_skipped_by_scaler(step.optimizer)
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._unchanged_by)
         self.close()
+        self._discard()  # what a step has left during whose closure others have stepped
         state.went_short, state.open, state.opener = False, True, index
-        self._in_backward = in_backward and len(self._steps) > 1
-        self._rows, self._layers = [], []
-        if len(self._steps) > 1:
-            self._clipping.begin_round()
-        if self._in_backward:
-            self._passes.follow(self._end_backward)
-            self._held = HeldNorms(self._order) if is_sharded else None
-        elif len(self._steps) > 1:
-            self._skips = {index: is_skipped_by_scaler(step.optimizer)}
+        if self._settings.several:
+            for bank in self._settings.banks:
+                bank.begin_round()
+            if in_backward:
+                optimizers = self._clipping.optimizers
+                self._backward = backward.BackwardRound(self._settings, optimizers, self.close)
+                self._backward.follow()
+            else:
+                self._skips = {index: is_skipped_by_scaler(step.optimizer)}
         replaced = self._with_closure(index, args, kwargs, self._clipped_after)
         if replaced is None:
             self._clip(index)
@@ -236,7 +214,7 @@ class Round:
         return with_closure(step, args, kwargs, partial(around, index))
 
     def _own_norm(self, index: int) -> Norm:
-        snapshot = self._clipping.snapshot(only=index)
+        snapshot = Snapshot(self._clipping.optimizers, self._settings, index)
         snapshot.measure()
         return snapshot.total_norm
 
@@ -264,30 +242,25 @@ class Round:
 
         return closure_then_look
 
-    def _end_backward(self) -> None:
-        """Record the steps of a backward pass, now that other ranks may be asked."""
-        if self._held is not None:
-            self._joint = self._held.join()
-        self.close()
-
     def _clip(self, index: int) -> None:
         """Clip the current gradients; in a backward pass those of one optimizer."""
-        if self._held is not None:
-            self._held.clip(self._steps[index].optimizer, self._clipping.way)
-            self._rows.append(Row(self._state.number, 0.0, math.inf, 1.0, False, self.take_loss()))
+        optimizers, settings, number = self._clipping.optimizers, self._settings, self._state.number
+        in_backward = self._backward
+        if in_backward is not None and in_backward.is_sharded:
+            self._rows.append(in_backward.clip_sharded(optimizers[index], number, self._take_loss()))
             return
-        only = index if self._in_backward else None
-        snapshot = self._clipping.snapshot(only=only)
+        only = None if in_backward is None else index
+        snapshot = Snapshot(optimizers, settings, only)
         self._refuse_scaled(index)
         snapshot.measure()
-        if self._layers_every and self._state.number % self._layers_every == 0:
-            names, _, norms = self._names.norms([step.optimizer for step in self._steps], self._order, only)
-            self._layers = [*self._layers, (names, norms)] if self._in_backward else [(names, norms)]
-        loss = self.take_loss()
-        self._rows.append(
-            self._clipping.clip(self._state.number, snapshot, loss, index, tell=not self._in_backward)
-        )
-        if len(self._steps) > 1 and not self._in_backward:
+        if settings.layers_every and number % settings.layers_every == 0:
+            names, _, norms = settings.names.norms(optimizers, settings.order, only)
+            if only is None:
+                self._layers = []  # a closure may be called several times
+            self._layers.append((names, norms))
+        tell = in_backward is None
+        self._rows.append(self._clipping.clip(number, snapshot, self._take_loss(), index, tell))
+        if settings.several and in_backward is None:
             for i, step in enumerate(self._steps):
                 if i != index:
                     step.member.mark(True)
@@ -295,7 +268,7 @@ class Round:
 
     def _refuse_scaled(self, index: int) -> None:
         """Refuse gradients that are still multiplied by a GradScaler's scale, with several optimizers."""
-        if len(self._steps) > 1 and getattr(self._steps[index].optimizer, "grad_scale", None) is not None:
+        if self._settings.several and getattr(self._steps[index].optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 f"{self._called(index)} steps with gradients that are still multiplied by a GradScaler's "
                 "scale; call `scaler.unscale_(optimizer)` for each optimizer of the Clipper before the first "
@@ -311,8 +284,8 @@ class Round:
             RuntimeError: if its gradients have changed since then.
         """
         member = self._state.members[index]
-        if member.stepped or self._in_backward:
-            return not member.stepped and not self._passes.are_over()
+        if member.stepped or self._backward is not None:
+            return not member.stepped and self._backward is not None and not self._backward.is_over()
         if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
             return False
         self._refuse_scaled(index)
@@ -328,53 +301,6 @@ class Round:
     def _called(self, index: int) -> str:
         """The name of an optimizer in an error."""
         return f"optimizer {index} ({type(self._steps[index].optimizer).__name__})"
-
-    # During a backward pass
-
-    def _refuse_in_backward(self) -> bool:
-        """Raise an error for what is impossible while other gradients do not exist yet.
-
-        Returns:
-            Whether gradients are sharded.
-        """
-        parameters = [
-            p for step in self._steps for group in step.optimizer.param_groups for p in group["params"]
-        ]
-        is_sharded = mesh.any_dtensor(parameters)
-        takes_no_norm = len(self._steps) > 1 and self._order > 0 and not self._layers_every
-        if is_sharded and not (takes_no_norm and self._clipping.takes_no_norm()):
-            raise RuntimeError(
-                "the gradients of a step that is taken during the backward pass are sharded; their norm "
-                "takes other ranks, which may be elsewhere in theirs. Use `Value`, which takes no norm, or "
-                "`max_norm=inf`, with nonfinite='propagate', several optimizers and no `layers_every`; or "
-                "call optimizer.step() after backward()"
-            )
-        what = self._needs_all([step.optimizer for step in self._steps]) if len(self._steps) > 1 else None
-        if what is not None:
-            raise RuntimeError(
-                f"an optimizer steps during the backward pass, but {what} needs the gradients of all "
-                "optimizers, which are not there yet. Use `scope='group'` or 'parameter' without "
-                "`skip_above`, or call optimizer.step() after backward()"
-            )
-        return is_sharded
-
-    def _joined(self, rows: Sequence[Row]) -> Row:
-        """One record for the optimizers that have stepped during a backward pass."""
-        norms = [row.total_norm for row in rows]
-        losses = [row.loss for row in rows if row.loss is not None]
-        total_norm = joint_norms.join(norms, self._order)
-        clip_coef = joint_norms.join([row.clip_coef for row in rows], -torch.inf)
-        if self._clipping.way is not None:
-            after = [row.total_norm * row.clip_coef for row in rows]
-            clip_coef = ratio(joint_norms.join(after, self._order), total_norm)
-        return Row(
-            rows[0].step,
-            total_norm,
-            joint_norms.join([row.max_norm for row in rows], -torch.inf),
-            clip_coef,
-            reduce(and_, (row.skipped for row in rows)),
-            losses[0] if losses else None,
-        )
 
 
 def _skipped_too(row: Row, skipped: bool | Tensor) -> Row:

@@ -8,26 +8,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchclip._core import mesh, scalars
+from torchclip._core import gather, mesh, scalars
 from torchclip._core.batch import Norm
 
 
 @contextmanager
-def copied_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
-    """Replace gradients by copies within the context, to try something.
-
-    Yields:
-        The copies by the ids of the gradients; parameters that share a gradient share its copy.
-    """
+def copied_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Replace gradients by copies within the context; parameters that share a gradient share its copy."""
     with_gradient = [(p, p.grad) for p in parameters if p.grad is not None]
-    copies: dict[int, Tensor] = {}
-    for _, grad in with_gradient:
-        if id(grad) not in copies:
-            copies[id(grad)] = grad.detach().clone()
+    copies = {id(grad): grad.detach().clone() for grad in gather.distinct_gradients(parameters)}
     try:
         for parameter, grad in with_gradient:
             parameter.grad = copies[id(grad)]
-        yield copies
+        yield
     finally:
         for parameter, grad in with_gradient:
             parameter.grad = grad

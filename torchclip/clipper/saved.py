@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, mesh
 from torchclip.clipper.names import Names
-from torchclip.clipper.scope import Scope, groups_of
-from torchclip.clipper.spikes import Spikes
+from torchclip.clipper.optimizers import groups_of, parameters_of
+from torchclip.clipper.settings import Scope, Settings
 from torchclip.thresholds.bank import ThresholdBank
 
 _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
 
 
-class Kind(NamedTuple):
+class _Kind(NamedTuple):
     """What a Clipper and the state that it loads must have in common; the same on all ranks."""
 
     norm_type: float
@@ -41,41 +41,34 @@ class _Loaded(NamedTuple):
     history: Mapping[str, Any]
 
 
-def collected(kind: Kind, own: dict[str, Any], key: str | None, joint: bool) -> dict[str, Any]:
+def collected(settings: Settings, own: dict[str, Any], key: str | None) -> dict[str, Any]:
     """The state.
 
     Args:
-        kind: what is the same on all ranks.
+        settings: the Clipper's, of which a part is the same on all ranks.
         own: what may differ between ranks.
         key: the key for that; None if it does not differ.
-        joint: whether only the norms of single parameters differ.
     """
-    if key is None:
-        return {**kind._asdict(), **own}
-    if not joint:
-        return {**kind._asdict(), key: own}
+    kind = _kind_of(settings)._asdict()
+    if settings.groups is None:
+        return {**kind, **own} if key is None else {**kind, key: own}
+    # The ranks of a group differ only in the norms of single parameters.
+    if key is None or not settings.layers_every:
+        return {**kind, **own}
     history = dict(own["history"])
-    return {**kind._asdict(), **own, "history": history, key: {"layers": history.pop("layers")}}
+    return {**kind, **own, "history": history, key: {"layers": history.pop("layers")}}
 
 
-def checked(
-    state: Mapping[str, Any],
-    kind: Kind,
-    key: str | None,
-    sets: Sequence[str],
-    rule: ThresholdBank,
-    spikes: Spikes | None,
-) -> _Loaded:
+def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets: Sequence[str]) -> _Loaded:
     """The parts of a state, or an error that says why a Clipper cannot load it; nothing changes.
 
     Args:
         state: the saved state.
-        kind: that of the Clipper.
+        settings: those of the Clipper.
         key: the Clipper's key for what may differ between ranks.
         sets: the names of all its sets.
-        rule: its thresholds.
-        spikes: its limit.
     """
+    kind, bank, spikes = _kind_of(settings), settings.bank, settings.spikes
     arguments.saved("state", state, (), "Clipper")
     own = _own_part(state, key)
     arguments.saved("state", own, ("steps",), "Clipper")
@@ -87,7 +80,7 @@ def checked(
     of_sets = dict.fromkeys([*own.get("sets", ()), *thresholds])
     if of_sets and saved_kind != kind:
         raise _of_other_norms(saved_kind, kind)
-    rule.check(thresholds if rule.learns else of_sets)
+    bank.check(thresholds if bank.learns else of_sets)
     _refuse_foreign("state['thresholds']", of_sets, sets)
     of_spikes = own.get("spikes")  # the first versions did not save it
     if spikes is None or of_spikes is None:
@@ -104,7 +97,11 @@ def checked(
     return _Loaded(steps, thresholds, of_spikes, history)
 
 
-def _checked_kind(state: Mapping[str, Any], kind: Kind) -> Kind:
+def _kind_of(settings: Settings) -> _Kind:
+    return _Kind(settings.order, settings.scope, settings.count)
+
+
+def _checked_kind(state: Mapping[str, Any], kind: _Kind) -> _Kind:
     """The kind of a state, which must have as many optimizers as another one."""
     order = arguments.number("state['norm_type']", state["norm_type"])
     scope = arguments.option("state['scope']", state["scope"], get_args(Scope))
@@ -114,10 +111,10 @@ def _checked_kind(state: Mapping[str, Any], kind: Kind) -> Kind:
             f"`state` is that of a Clipper of {optimizers} optimizer{'s' * (optimizers > 1)}, this one "
             f"has {kind.optimizers}; make it for as many, in the same order"
         )
-    return Kind(order, scope, optimizers)
+    return _Kind(order, scope, optimizers)
 
 
-def _of_other_norms(saved_kind: Kind, kind: Kind) -> ValueError:
+def _of_other_norms(saved_kind: _Kind, kind: _Kind) -> ValueError:
     return ValueError(
         "the thresholds in `state` have learned from norms of (scope, norm_type) = "
         f"{(saved_kind.scope, saved_kind.norm_type)}, but this clipper's are {(kind.scope, kind.norm_type)}; "
@@ -136,7 +133,7 @@ def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
-    parameters = [p for group in groups_of(optimizers) for p in group.parameters]
+    parameters = parameters_of(*optimizers)
     if names.is_replicated or (parameters and all(map(_on_all_ranks, parameters))):
         return None
     known = dict(names.named_parameters(optimizers))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from types import MappingProxyType
+from typing import TypeAlias, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,63 +14,10 @@ from torch.optim import Optimizer
 from torchclip._core import arguments, gather, joint_norms, scalars
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Kind
-from torchclip.thresholds.bank import ThresholdBank
+from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, unscaled
+from torchclip.clipper.settings import Scope, Settings
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-Scope = Literal["global", "group", "parameter"]
-Groups: TypeAlias = "Sequence[ProcessGroup] | None"
 OwnMaxNorms: TypeAlias = Mapping[int, float | None]
-
-
-class Scoping(NamedTuple):
-    """Which gradients are measured and clipped together."""
-
-    scope: Scope
-    order: float
-    groups: Groups
-    """Process groups whose other ranks have further gradients."""
-
-
-class Group(NamedTuple):
-    """A parameter group of one of several optimizers."""
-
-    optimizer: int
-    number: int
-    several: bool
-    """Whether there are several optimizers."""
-    values: dict[str, Any]
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The optimizer's list of parameters."""
-        parameters: list[Tensor] = self.values["params"]
-        return parameters
-
-    @property
-    def name(self) -> str:
-        """The name of the norm of its gradients."""
-        return f"optimizer {self.optimizer}, group {self.number}" if self.several else f"group {self.number}"
-
-    def place(self, key: str) -> str:
-        """A position in the group, as a user would write it."""
-        optimizer = f"optimizers[{self.optimizer}]." if self.several else ""
-        return f"{optimizer}param_groups[{self.number}][{key!r}]"
-
-    def names_of_each(self) -> list[str]:
-        """The names of the norms of its single gradients; do not change the list."""
-        return _names(self.name, len(self.parameters))
-
-
-def groups_of(optimizers: Sequence[Optimizer]) -> list[Group]:
-    """The parameter groups of some optimizers, in order."""
-    several = len(optimizers) > 1
-    return [
-        Group(i, j, several, values)
-        for i, optimizer in enumerate(optimizers)
-        for j, values in enumerate(optimizer.param_groups)
-    ]
 
 
 @dataclass(eq=False)
@@ -85,6 +32,7 @@ class ClipSet:
         norms: their norms, or the one norm, without a GradScaler's scale.
         max_norms: a threshold for each norm, or one for all of them.
         clip_coefs: the clip coefficient for each norm.
+        is_zeroed: whether its non-finite elements become 0.
     """
 
     parameters: list[Tensor]
@@ -96,6 +44,7 @@ class ClipSet:
     norms: Norms = field(default_factory=list)
     max_norms: float | Norms = field(default_factory=list)
     clip_coefs: Norms = field(default_factory=list)
+    is_zeroed: bool = False
 
     def names(self) -> list[str]:
         """The names of the norms; they must be read before any user code runs, and are cached."""
@@ -132,51 +81,87 @@ class ClipSet:
 
 
 class Snapshot:
-    """The gradients of some optimizers at one moment, in sets, with their norms.
+    """The gradients of some optimizers at one moment, in sets, with their norms and what is decided.
+
+    Args:
+        optimizers: the optimizers.
+        settings: what is clipped together.
+        only: the optimizer whose gradients these are; None for those of all.
+        own: the thresholds of some parameter groups, by the id of the group, which are not read again.
 
     Attributes:
         sets: the sets that are clipped together.
-        own: the thresholds of the parameter groups themselves, or None.
         grad_scale: the GradScaler's scale by which they are multiplied.
         total_norm: the norm of all gradients, ``scalars.ABSENT`` if there are none.
         repeats: whether two optimizers hold the same parameter.
         facts: ``Facts`` about the gradients, those of all ranks if they are sharded.
+        skipped: whether the step is skipped; a truth value on the device if the host does not know it.
     """
 
     def __init__(
         self,
-        groups: Sequence[Group],
-        scoping: Scoping,
-        own: OwnMaxNorms,
-        grad_scale: Tensor | None,
-        names: Mapping[int, list[str]],
+        optimizers: Sequence[Optimizer],
+        settings: Settings,
+        only: int | None = None,
+        own: OwnMaxNorms = MappingProxyType({}),
     ) -> None:
-        self._held, self.own = groups, own
-        self._order, self._groups = scoping.order, scoping.groups
-        self.grad_scale = grad_scale
-        self._each = scoping.scope == "parameter"
-        self.sets = _sets(groups, own, scoping, names)
-        kind = Kind.CLIP_EACH if self._each else Kind.CLIP
-        batches = gather.several([each.parameters for each in self.sets], scoping.groups, kind)
+        self._optimizers, self._settings, self._only = optimizers, settings, only
+        self._held = [group for group in groups_of(optimizers) if only in (None, group.optimizer)]
+        self.grad_scale = grad_scale_of(optimizers)
+        kind = Kind.CLIP_EACH if settings.each else Kind.CLIP
+        try:
+            self._own = own_max_norms(self._held, own)
+        except (TypeError, ValueError):
+            gather.tell_ranks([group.parameters for group in self._held], settings.groups, kind)
+            raise
+        self.sets = self._sets()
+        batches = gather.several([each.parameters for each in self.sets], settings.groups, kind)
         for clip_set, batch in zip(self.sets, batches, strict=True):
             clip_set.batch = batch
-        self._overlap = len(self.sets) > 1 and _overlap(self.sets)
-        held = [id(p) for group in groups for p in group.parameters] if groups and groups[0].several else []
+        # Whether a gradient is in several sets, such as one that parameters of two groups share.
+        self._overlap = len(self.sets) > 1 and len({*map(id, self.grads)}) < len(self.grads)
+        held = [id(p) for group in self._held for p in group.parameters] if settings.several else []
         self.repeats = len(set(held)) < len(held)
         self.total_norm: Norm = scalars.ABSENT
         self._max_norm: Norm | None = None
         self.facts = 0
+        self.skipped: bool | Tensor = False
+
+    def _sets(self) -> list[ClipSet]:
+        """The sets, without their gradients."""
+        sets, settings = [], self._settings
+        together: list[Tensor] | None = None
+        names = settings.names.of_sets(self._held) if settings.each else {}
+        for group in self._held:
+            parameters, own = group.parameters, self._own[id(group.values)]
+            if own is None and settings.scope == "global":
+                together = together + parameters if together else parameters
+            else:
+                sets.append(ClipSet(parameters, own, settings.each, _set_names(group, settings.scope, names)))
+        # Even without gradients here, another rank of the group may wait for this one.
+        if together or (together is not None and settings.groups):
+            sets.append(ClipSet(together, None, settings.each, ["all"]))
+        return sets
+
+    def again(self) -> Snapshot:
+        """The gradients as they are now, as user code may have changed them; groups keep their thresholds."""
+        return Snapshot(self._optimizers, self._settings, self._only, self._own)
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients, set by set."""
+        return [grad for clip_set in self.sets for grad in clip_set.batch.all]
 
     def measure(self) -> None:
         """Measure the norms of the sets, and that of all gradients."""
         self.measure_sets(self.sets)
         for clip_set in self.sets:
             self.facts |= clip_set.batch.facts
-        if self._overlap and self._groups is None:
+        if self._overlap and self._settings.groups is None:
             # A gradient that several sets share counts once.  With `group`, only some ranks may share a
             # gradient, and all of them would have to exchange another norm: there it counts in each set.
-            norms = scalars.in_one([self._all().norm(self._order)])
-            self.total_norm = unscaled(norms, self.grad_scale, self._order)[0]
+            norms = scalars.in_one([self._all().norm(self._settings.order)])
+            self.total_norm = unscaled(norms, self.grad_scale, self._settings.order)[0]
         else:
             self.total_norm = self.joint_norm()
 
@@ -185,10 +170,11 @@ class Snapshot:
 
         Ranks exchange the norms of all sets at once.
         """
-        norms = gather.norms_of([clip_set.batch for clip_set in sets], self._each, self._order, finite)
+        order, each = self._settings.order, self._settings.each
+        norms = gather.norms_of([clip_set.batch for clip_set in sets], each, order, finite)
         for clip_set, of_set in zip(sets, norms, strict=True):
-            of_each = of_set if self._each else scalars.in_one([cast("Norm", of_set)])
-            clip_set.norms = unscaled(cast("Norms", of_each), self.grad_scale, self._order)
+            of_each = of_set if each else scalars.in_one([cast("Norm", of_set)])
+            clip_set.norms = unscaled(cast("Norms", of_each), self.grad_scale, order)
 
     def others(self, optimizer: int) -> list[int]:
         """The optimizers whose gradients these are, except one."""
@@ -196,16 +182,16 @@ class Snapshot:
 
     def joint_norm(self) -> Norm:
         """The joint norm of the sets when they were last measured."""
-        return joint_norms.join(scalars.concatenate([clip_set.norms for clip_set in self.sets]), self._order)
+        return joint_norms.join(
+            scalars.concatenate([clip_set.norms for clip_set in self.sets]), self._settings.order
+        )
 
-    def set_thresholds(self, bank: ThresholdBank, skipped: bool | Tensor) -> None:
+    def set_thresholds(self) -> None:
         """Set the threshold of each set: that of its parameter group, or what the bank answers.
 
-        Args:
-            bank: the thresholds.
-            skipped: whether the step is skipped, of which nothing is learned; a truth value on the device.
+        Nothing is learned of a step that is skipped.
         """
-        asked = []
+        bank, asked = self._settings.bank, []
         for clip_set in self.sets:
             if clip_set.own is None:
                 asked.append(clip_set)
@@ -213,31 +199,32 @@ class Snapshot:
                 clip_set.limit(clip_set.own, scalars.EPS)
         if not asked:
             return
-        names, norms = self._observed(asked, skipped) if bank.learns else ([], [])
-        max_norms = bank.max_norms(names, norms, self._order)
+        names, norms = self._observed(asked) if bank.learns else ([], [])
+        max_norms = bank.max_norms(names, norms, self._settings.order)
         start = 0
         for clip_set in asked:
             end = start + len(clip_set.norms)
             clip_set.limit(max_norms if isinstance(max_norms, float) else max_norms[start:end], bank.eps)
             start = end
 
-    def _observed(self, sets: Sequence[ClipSet], skipped: bool | Tensor) -> tuple[list[str], Norms]:
+    def _observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
         """What thresholds learn from: the names of some sets, and their norms."""
         names = sets[0].names() if len(sets) == 1 else [name for each in sets for name in each.names()]
         norms = scalars.concatenate([clip_set.norms for clip_set in sets])
-        if self.repeats and self._each:
+        if self.repeats and self._settings.each:
             # Thresholds that join the norms count a gradient of several optimizers once.
             norms = scalars.replaced(norms, _repeated(sets), scalars.ABSENT)
-        return names, scalars.replaced(norms, skipped, math.nan)
+        return names, scalars.replaced(norms, self.skipped, math.nan)
 
     def take_decisions_of(self, other: Snapshot) -> None:
         """Take the norms and decisions from another snapshot of the same gradients."""
-        self.total_norm, self.facts = other.total_norm, other.facts
+        self.total_norm, self.facts, self.skipped = other.total_norm, other.facts, other.skipped
         for clip_set, same in zip(self.sets, other.sets, strict=True):
-            clip_set.norms, clip_set.max_norms, clip_set.clip_coefs = (
+            clip_set.norms, clip_set.max_norms, clip_set.clip_coefs, clip_set.is_zeroed = (
                 same.norms,
                 same.max_norms,
                 same.clip_coefs,
+                same.is_zeroed,
             )
 
     def limit_all(self, clip_coef: Norm, max_norm: Norm | None) -> None:
@@ -247,14 +234,14 @@ class Snapshot:
             for clip_set in self.sets:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, clip_coef)
 
-    def keep_where(self, skipped: Tensor) -> None:
-        """Change no gradient if a bool on the device is true."""
+    def keep_if_skipped(self) -> None:
+        """Multiply by 1 if the step is skipped and the host does not know it."""
         for clip_set in self.sets:
-            clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, skipped, 1.0)
+            clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, self.skipped, 1.0)
 
     def held_norms(self) -> list[list[float]]:
         """The norms of this rank's part of each set whose norms involve other ranks."""
-        return [clip_set.held_norms(self._order) for clip_set in self.sets]
+        return [clip_set.held_norms(self._settings.order) for clip_set in self.sets]
 
     def max_norm(self) -> Norm:
         """The smallest threshold of the sets that have gradients."""
@@ -267,6 +254,12 @@ class Snapshot:
     def clip_coef(self) -> Norm:
         """The smallest clip coefficient."""
         return scalars.smallest([clip_set.clip_coefs for clip_set in self.sets], 1.0)
+
+    def zero_nonfinite_(self) -> None:
+        """Set non-finite elements to 0 in place, where that was decided."""
+        for clip_set in self.sets:
+            if clip_set.is_zeroed:
+                clip_set.batch.zero_nonfinite_()
 
     def scale_but_(self, optimizers: Collection[int]) -> None:
         """Multiply in place the gradients of all but some optimizers, by one number for all."""
@@ -288,7 +281,7 @@ class Snapshot:
         batch.scale_each_(scalars.in_one(clip_coefs))
 
     def _all(self) -> Batch:
-        return gather.gradients([p for group in self._held for p in group.parameters], self._groups)
+        return gather.gradients([p for group in self._held for p in group.parameters], self._settings.groups)
 
 
 def _repeated(sets: Iterable[ClipSet]) -> list[bool]:
@@ -330,39 +323,3 @@ def _set_names(group: Group, scope: Scope, names: Mapping[int, list[str]]) -> li
     if scope != "parameter":
         return [group.name]
     return names.get(id(group.parameters)) or group.names_of_each()
-
-
-def _sets(
-    groups: Sequence[Group], own: OwnMaxNorms, scoping: Scoping, names: Mapping[int, list[str]]
-) -> list[ClipSet]:
-    """The sets, without their gradients."""
-    sets = []
-    together: list[Tensor] | None = None
-    each = scoping.scope == "parameter"
-    for group in groups:
-        parameters, max_norm = group.parameters, own[id(group.values)]
-        if max_norm is None and scoping.scope == "global":
-            together = together + parameters if together else parameters
-        else:
-            sets.append(ClipSet(parameters, max_norm, each, _set_names(group, scoping.scope, names)))
-    # Even without gradients here, another rank of the group may wait for this one.
-    if together or (together is not None and scoping.groups):
-        sets.append(ClipSet(together, None, each, ["all"]))
-    return sets
-
-
-def _overlap(sets: Iterable[ClipSet]) -> bool:
-    """Whether a gradient is in several sets, such as one that parameters of two groups share."""
-    grads = [id(grad) for each in sets for grad in each.batch.all]
-    return len(set(grads)) < len(grads)
-
-
-@cache
-def _names(of_all: str, count: int) -> list[str]:
-    """The names of a group's parameters; always the same list, which must not be changed."""
-    return [f"{of_all}, parameter {i}" for i in range(count)]
-
-
-def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
-    """The norms of gradients without a GradScaler's scale; order 0 only counts elements."""
-    return norms if grad_scale is None or order == 0 else scalars.divided(norms, grad_scale.reshape(1))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import gather, mesh
 from torchclip._core.batch import Norm
+from torchclip.clipper.optimizers import parameters_of
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why changes are undone: the step is over, it ended in an exception, or its closure is called again."""
@@ -28,11 +29,6 @@ _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwon
 _GONE = cast("Optimizer", SimpleNamespace(param_groups=[]))
 
 _NO_SAMPLE: tuple[Callable[[], Tensor | None], float] = (lambda: None, 0.0)
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer, group by group."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Member:

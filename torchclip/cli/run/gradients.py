@@ -10,7 +10,7 @@ from torch import Tensor
 from torchclip._core import gather
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.scalars import in_one, numbers
-from torchclip.clipper.scope import unscaled
+from torchclip.clipper.optimizers import unscaled
 
 
 def norm_of(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> Norm | None:

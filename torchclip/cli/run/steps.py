@@ -19,8 +19,9 @@ from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.trial import Trial, TrialClippers
 from torchclip.clipper.clipper import Clipper
+from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.registry import clipper_of
-from torchclip.clipper.step import creates_state, parameters_of, with_closure
+from torchclip.clipper.step import creates_state, with_closure
 
 # How often parameters are measured one by one: in the first steps, and in later ones.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32

@@ -14,9 +14,10 @@ from torch.optim import LBFGS, Optimizer
 
 from torchclip.cli.thresholds import max_norm_of
 from torchclip.clipper import registry
-from torchclip.clipper.checked import takes_hooks
 from torchclip.clipper.clipper import Clipper, Nonfinite
-from torchclip.clipper.step import Member, parameters_of
+from torchclip.clipper.optimizers import parameters_of
+from torchclip.clipper.settings import takes_hooks
+from torchclip.clipper.step import Member
 
 
 @dataclass(frozen=True)
