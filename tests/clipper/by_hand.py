@@ -1,28 +1,30 @@
-"""Clipping by hand, in float64, for the random trainings of a Clipper; and how these are run."""
+"""Clipping by hand, in float64, in rounds of one optimizer or of several, for the random trainings."""
 
 from __future__ import annotations
 
+import copy
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchclip import Percentile, RollingSigma, ZScore, reference
+from torchclip import BlockRMS, Percentile, RollingSigma, Value, ZScore, reference
 
 INF = math.inf
 Array = np.ndarray[Any, Any]
-Look = list[list[tuple[int, Array] | None]]
-"""The gradients of each parameter group, each with a key; None for a missing one."""
+Act = Callable[[list[nn.Parameter]], None]
+"""What user code does to the parameters, or to their copies."""
 
 
 class Raised(Exception):
     """An exception of the user's."""
+
+
+def raise_(_: object) -> None:
+    raise Raised
 
 
 class TwiceTheMean:
@@ -67,10 +69,22 @@ LEARNED: dict[str, tuple[Callable[[], Any], Callable[[list[float]], Any]]] = {
     ),
     "twice the mean": (TwiceTheMean, twice_the_mean),
 }
+RULES: dict[str, tuple[Callable[[], Any], Callable[[list[Array]], object]]] = {
+    "value": (lambda: Value(0.5), lambda grads: reference.clip_grad_value(grads, 0.5)),
+    "block rms": (lambda: BlockRMS(0.5), lambda grads: reference.clip_grad_rms(grads, 0.5)),
+}
+
+
+class Group(NamedTuple):
+    """The gradients of a parameter group, each with a key; None for a missing one; and its own threshold."""
+
+    name: str
+    own: Any
+    grads: list[tuple[int, Array] | None]
 
 
 class Result(NamedTuple):
-    """The expected result of a step: a record without its number, and the gradients by key."""
+    """The expected result of a clipping: a record without its number, and the gradients by key."""
 
     total_norm: float
     max_norm: float
@@ -83,113 +97,227 @@ class ByHand:
     """Clips by hand, with the Clipper's arguments and the norms that each set of gradients has had."""
 
     def __init__(
-        self, rule: Any, scope: str, nonfinite: str, order: float = 2.0, skip_above: float | None = None
+        self, rule: Any, scope: str, nonfinite: str, norm_type: float, skip_above: float | None
     ) -> None:
-        self.rule, self.scope, self.nonfinite, self.order = rule, scope, nonfinite, order
+        self.rule, self.scope, self.nonfinite, self.order = rule, scope, nonfinite, norm_type
         self.skip_above = skip_above
         self.seen: dict[str, list[float]] = {}
 
-    def norm(self, grads: list[Array]) -> float:
+    def norm(self, grads: Iterable[Array]) -> float:
         joint = np.concatenate([np.zeros(1), *(grad.ravel() for grad in grads)])
         return float(np.linalg.norm(joint, self.order))
 
-    def sets(self, look: Look, owns: list[Any]) -> dict[str, tuple[dict[int, Array], Any]]:
+    def skip(self, look: list[Group]) -> Result:
+        """The result of a step that is skipped."""
+        grads = {grad[0]: grad[1] for group in look for grad in group.grads if grad is not None}
+        return Result(self.norm(grads.values()), INF, 1.0, True, grads)
+
+    def sets(self, look: list[Group]) -> dict[str, tuple[dict[int, Array], Any]]:
         """The sets that are clipped together, each with its parameter group's threshold, or "none"."""
         found: dict[str, tuple[dict[int, Array], Any]] = {}
-        for i, (group, own) in enumerate(zip(look, owns, strict=True)):
-            for j, grad in enumerate(group):
-                name = f"group {i}, parameter {j}" if self.scope == "parameter" else f"group {i}"
-                if self.scope == "global" and own == "none":
+        for group in look:
+            for j, grad in enumerate(group.grads):
+                name = f"{group.name}, parameter {j}" if self.scope == "parameter" else group.name
+                if self.scope == "global" and group.own == "none":
                     name = "all"
                 if grad is not None and grad[1].size:  # no elements to measure
-                    found.setdefault(name, ({}, own))[0][grad[0]] = grad[1]
+                    found.setdefault(name, ({}, group.own))[0][grad[0]] = grad[1]
         return found
 
     def threshold(self, name: str, norm: float, step: int, asked: dict[str, float]) -> float:
         if self.rule not in LEARNED:
-            return float(self.rule(step) if callable(self.rule) else self.rule)
+            return INF if self.rule in RULES else float(self.rule(step) if callable(self.rule) else self.rule)
         if name not in asked:
             norms = self.seen.setdefault(name, [])
             norms.append(norm)
             asked[name] = float(LEARNED[self.rule][1](norms)[-1])
         return asked[name]
 
-    def judge(self, look: Look, owns: list[Any], step: int, asked: dict[str, float]) -> Result | None:
+    def judge(self, look: list[Group], step: int, asked: dict[str, float]) -> Result | None:
         """The gradients after clipping; None if they must be refused."""
-        sets = self.sets(look, owns)
-        everything = {grad[0]: grad[1] for group in look for grad in group if grad is not None}
-        total = self.norm([*everything.values()])
-        if not math.isfinite(total) and self.nonfinite == "error":
-            return None
-        if not math.isfinite(total) and self.nonfinite == "skip":
-            return Result(total, INF, 1.0, True, everything)
+        skipped = self.skip(look)
+        total, grads = skipped.total_norm, skipped.grads
+        if not math.isfinite(total) and self.nonfinite in ("error", "skip"):
+            return None if self.nonfinite == "error" else skipped
         if self.skip_above is not None:
-            zeroed = [np.where(np.isfinite(g), g, 0.0) for g in everything.values()]
+            zeroed = [np.where(np.isfinite(g), g, 0.0) for g in grads.values()]
             if (self.norm(zeroed) if self.nonfinite == "zero" else total) > self.skip_above:
-                return Result(total, INF, 1.0, True, everything)
+                return skipped
         coefs: dict[int, float] = {}
-        limits = []
-        smallest = 1.0
-        for name, (grads, own) in sets.items():
-            norm = self.norm([*grads.values()])
+        limits, smallest, by_rule = [], 1.0, set[int]()
+        for name, (of_set, own) in self.sets(look).items():
+            norm = self.norm(of_set.values())
             if not math.isfinite(norm) and self.nonfinite == "zero":
-                finite = [grad[np.isfinite(grad)] for grad in grads.values()]
-                everything |= {k: np.where(np.isfinite(g), g, 0.0) for k, g in grads.items()}
+                finite = [grad[np.isfinite(grad)] for grad in of_set.values()]
+                grads |= {k: np.where(np.isfinite(g), g, 0.0) for k, g in of_set.items()}
                 if not sum(map(len, finite)):
                     limits += [asked[name]] if name in asked else []  # from before user code ran
                     continue
                 norm = self.norm(finite)
             learned = own == "none" and self.rule in LEARNED
-            limit = INF if own is None else own
+            limit = INF if own is None or own == "none" else float(own)
             if own == "none":
                 limit = self.threshold(name, norm, step, asked)
+                by_rule |= of_set.keys() if self.rule in RULES else set()
             limits.append(limit)
             coef = 1.0
             if limit < INF and not (learned and norm == 0):
                 coef = float(np.minimum(1.0, limit / (norm if learned else norm + 1e-6)))
             smallest = float(np.minimum(smallest, coef))
-            for key in grads:
+            for key in of_set:
                 coefs[key] = float(np.minimum(coefs.get(key, 1.0), coef))
         with np.errstate(invalid="ignore"):
             for key, coef in coefs.items():
-                everything[key] = everything[key] if coef == 1 else everything[key] * coef
-        return Result(total, min(limits, default=math.nan), smallest, False, everything)
+                grads[key] = grads[key] if coef == 1 else np.asarray(grads[key] * coef)
+        if self.rule in RULES:
+            RULES[self.rule][1]([grads[key] for key in by_rule])
+            with np.errstate(invalid="ignore"):
+                after = np.float64(self.norm(grads.values()))
+                smallest = 1.0 if total in (0, after) else float(np.minimum(1.0, after / total))
+        return Result(total, min(limits, default=math.nan), smallest, False, grads)
 
 
 def numpy(tensor: Tensor) -> Array:
-    return tensor.detach().double().numpy().copy()
+    # A copy, as torch cannot resize what NumPy shares.
+    return tensor.detach().to(torch.float64, copy=True).numpy()
 
 
-def assert_close(found: list[Array], expected: list[Array], **close: Any) -> None:
-    """In one comparison, which takes no longer than that of one small array."""
-    assert [array.shape for array in found] == [array.shape for array in expected]
-    if found:
-        joint = [np.concatenate([array.ravel() for array in arrays]) for arrays in (found, expected)]
-        np.testing.assert_allclose(joint[0], joint[1], **close)
+class Rounds:
+    """Copies of optimizers, whose gradients are clipped by hand, once in each round.
 
+    Attributes:
+        records: the result and the loss of each finished round.
+        stepped: the optimizers that have stepped in the open round.
+        loss: the next round's.
+        told: the results that ``on_clip`` must have been called with.
+    """
 
-@contextmanager
-def broken(optimizer: torch.optim.Optimizer, what: str) -> Iterator[None]:
-    """Makes a later hook raise, or the optimizer's own step."""
+    def __init__(self, optimizers: list[torch.optim.SGD], fused: list[bool], hand: ByHand) -> None:
+        self.optimizers, self.fused, self.hand = optimizers, fused, hand
+        self.records: list[tuple[Result, float | None]] = []
+        self.told: list[Result] = []
+        self.stepped: set[int] = set()
+        self.loss: float | None = None
+        self._open: tuple[Result, float | None] | None = None
+        self._learned: Any = {}  # before the open round
+        self._skips: list[bool] = []
+        # The parameters with a gradient that is newer than the clipping, or than the optimizer's step.
+        self._new: list[set[int]] = [set() for _ in optimizers]
 
-    def raise_(*_: Any, **__: Any) -> None:
-        raise Raised
+    def parameters_of(self, i: int) -> list[nn.Parameter]:
+        return [p for group in self.optimizers[i].param_groups for p in group["params"]]
 
-    with pytest.MonkeyPatch.context() as patch:
-        if what == "step":
-            patch.setattr(sys.modules["torch.optim.sgd"], "sgd", raise_)
-        hook = optimizer.register_step_pre_hook(raise_) if what == "hook" else None
-        yield
-        if hook is not None:
-            hook.remove()
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [*{id(p): p for i in range(len(self.optimizers)) for p in self.parameters_of(i)}.values()]
 
+    def look(self) -> list[Group]:
+        return [
+            Group(
+                f"optimizer {i}, group {j}",
+                group.get("max_norm", "none"),
+                [None if p.grad is None else (id(p.grad), numpy(p.grad)) for p in group["params"]],
+            )
+            for i, optimizer in enumerate(self.optimizers)
+            for j, group in enumerate(optimizer.param_groups)
+        ]
 
-def run_each(training: Callable[[int, Callable[[str], None]], Any], seeds: Iterable[int], steps: int) -> None:
-    """Runs a random training for each seed; one that fails prints what it did."""
-    for seed in seeds:
-        said: list[str] = []
-        try:
-            training(seed, said.append).run(steps)
-        except BaseException:
-            print(f"seed {seed}", *said, sep="\n")
-            raise
+    @property
+    def goes_on_after_a_failure(self) -> bool:
+        """Whether a later step of the open round has failed, with the gradients that were clipped in it."""
+        return self._open is not None and not self._open[0].skipped
+
+    def has_gradients(self, parameters: Iterable[Tensor]) -> None:
+        for i, new in enumerate(self._new):
+            new.update({*map(id, self.parameters_of(i))} & {*map(id, parameters)})
+
+    def has_new(self, i: int) -> bool:
+        grads = [p.grad for p in self.parameters_of(i) if id(p) in self._new[i]]
+        return any(grad is not None and bool(grad.any()) for grad in grads)
+
+    def overflows(self, i: int) -> bool:
+        return any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in self.parameters_of(i))
+
+    def step(
+        self, i: int, closure: Act | None, user: Act | None, where: str, breaks: str, overflows: bool
+    ) -> str:
+        """Step, or return why the step must fail.
+
+        Args:
+            i: the optimizer.
+            closure: what its closure does.
+            user: what user code has done in the middle of the step; None if none has run.
+            where: this user code: "on_clip", "max_norm" or "update".
+            breaks: what fails after the clipping; "" for nothing.
+            overflows: whether a GradScaler skips the step.
+        """
+        if overflows and not self.fused[i]:
+            return ""  # the GradScaler does not call it
+        if self.stepped and i not in self.stepped and not any(map(self.has_new, self.stepped)):
+            if self.has_new(i):
+                self.loss = None
+                return "have changed since they were clipped"
+            if closure is not None:
+                closure(self.parameters)
+                if self.has_new(i):
+                    return "computed new gradients"
+        else:
+            self.close()
+            if closure is not None:
+                closure(self.parameters)
+            if not self._clip(user, where, overflows):
+                return "non-finite"
+        if breaks:
+            self._open = self._open if self.stepped else None
+            return "Raised"
+        assert self._open is not None
+        if not self._open[0].skipped and not overflows:
+            self.optimizers[i].step()
+        self.stepped.add(i)
+        self._skips.append(overflows)
+        self._new[i] = set()
+        if len(self.stepped) == len(self.optimizers):
+            self.close()
+        return ""
+
+    def _clip(self, user: Act | None, where: str, overflows: bool) -> bool:
+        """Open a round; returns whether its gradients may be used."""
+        learned, asked, number = copy.deepcopy(self.hand.seen), dict[str, float](), len(self.records)
+        loss, self.loss = self.loss, None
+        if user is raise_ and where != "on_clip":
+            raise Raised  # before anything was learned
+        look = self.look()
+        if overflows and (len(self.optimizers) == 1 or self.hand.nonfinite == "error"):
+            result: Result | None = self.hand.skip(look)
+        else:
+            result = self.hand.judge(look, number, asked)
+        if result is None:
+            return False
+        self.told.append(result)
+        if user is not None:
+            user(self.parameters)
+            result = result if result.skipped else self.hand.judge(self.look(), number, asked)
+            if result is None:
+                return False
+        if not result.skipped:
+            for grad in (p.grad for p in self.parameters if p.grad is not None):
+                grad.copy_(torch.from_numpy(result.grads[id(grad)]))
+        self._new, self._learned = [set() for _ in self.optimizers], learned
+        self._open = result, loss
+        return True
+
+    def close(self) -> None:
+        if self._open is not None and self.stepped:
+            result, loss = self._open
+            if all(self._skips):  # by a GradScaler
+                result = Result(result.total_norm, INF, 1.0, True, {})
+            self.records.append((result, loss))
+        self._open, self.stepped, self._skips = None, set(), []
+
+    def state(self) -> Any:
+        """The state in the middle of a round: everything but the round."""
+        return copy.deepcopy((self.records, self._learned if self.stepped else self.hand.seen))
+
+    def load(self, state: Any) -> None:
+        self._open, self.stepped, self._skips = None, set(), []
+        self.records, self.hand.seen = copy.deepcopy(state)
