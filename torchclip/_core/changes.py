@@ -1,8 +1,8 @@
-"""Changes in place with torch operations, tensor by tensor: what host and accelerator have in common."""
+"""Changes in place with torch operations: what host and accelerator have in common."""
 
 from __future__ import annotations
 
-import math
+from abc import ABC
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -10,6 +10,77 @@ import torch
 from torch import Tensor
 
 from torchclip._core import memory
+from torchclip._core.batch import Batch, Norm, Norms
+from torchclip._core.groups import REAL, Group, grouped, moved
+
+
+class TorchBatch(Batch, ABC):
+    """Distinct tensors of any dtype and layout; those of one device and dtype are changed together.
+
+    Args:
+        tensors: the tensors.
+        shared: whether any of them is the gradient of several parameters.
+        dtype: their ``memory.common_dtype``, or None.
+    """
+
+    def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
+        super().__init__(tensors, shared)
+        self.dtype = dtype
+        self._groups: list[Group] | None = None
+        self._others: list[tuple[int, Tensor]] = []
+        if dtype is not None:
+            self.rest = ()
+
+    def parted(self) -> tuple[list[Group], list[tuple[int, Tensor]]]:
+        """Plain real tensors in groups, and the other tensors with their positions."""
+        if self._groups is None and self.dtype is not None:
+            self._groups = [Group(True, self.all, range(len(self.all)))]
+        elif self._groups is None:
+            real: list[tuple[int, Tensor]] = []
+            for place, tensor in enumerate(self.all):
+                if tensor.dtype not in REAL or not memory.is_plain(tensor):
+                    self._others.append((place, tensor))
+                elif tensor.numel():
+                    real.append((place, tensor))
+            self._groups = grouped(real, are_plain=True)
+        return self._groups, self._others
+
+    def scale_(self, clip_coef: Norm, /) -> None:
+        """Multiply every element in place; does not wait to see whether a tensor is 1."""
+        if isinstance(clip_coef, float):
+            if clip_coef != 1.0:
+                self._change_(lambda group: group.scale_(clip_coef))
+            return
+        there = _on_each_device(clip_coef)
+        self._change_(lambda group: group.scale_(there(group)))
+
+    def scale_each_(self, clip_coefs: Norms, /) -> None:
+        """Multiply each tensor in place by its own number."""
+        if not isinstance(clip_coefs, list):
+            there = _on_each_device(clip_coefs)
+            self._change_(lambda group: group.scale_each_(there(group)))
+        elif self.dtype is not None:
+            self._change_(lambda group: group.scale_each_(clip_coefs))
+        else:  # one by one, as those whose number is 1 must stay as they are
+            for tensor, clip_coef in zip(self.all, clip_coefs, strict=True):
+                type(self)([tensor]).scale_(clip_coef)
+
+    def clamp_(self, limit: float, /) -> None:
+        """Limit every element in place to ``[-limit, limit]``."""
+        self._change_(lambda group: group.clamp_(limit))
+
+    def zero_nonfinite_(self) -> None:
+        """Set every infinite or NaN element to 0."""
+        self._change_(Group.zero_nonfinite_, as_real=False)
+
+    def _change_(self, change_: Callable[[Group], None], as_real: bool = True) -> None:
+        """Change the memory of all elements, group by group; of complex numbers ``as_real`` or whole."""
+        groups, others = self.parted()
+        with writing():
+            for group in groups:
+                change_(group)
+            if others:
+                _change_others_(others, change_, as_real)
 
 
 def writing() -> AbstractContextManager[None]:
@@ -30,48 +101,33 @@ def own_elements(tensor: Tensor) -> Tensor:
     return memory.own_values(tensor)
 
 
-def scale_in_double_(tensors: Sequence[Tensor], clip_coef: float) -> None:
-    """Multiply tensors of any layout in place by a number that has more digits than float32."""
-
-    def scale_(values: Tensor) -> Tensor:
-        for part in memory.by_rows(memory.as_real(values)):
-            part.copy_(part.double().mul_(clip_coef))
-        return values
-
-    change_elements_(tensors, scale_)
-
-
-def clamp_elements_(tensors: Sequence[Tensor], limit: float) -> None:
-    """Limit every element in place to ``[-limit, limit]``; NaN stays NaN."""
-
-    def clamp_(values: Tensor) -> Tensor:
-        within = limit_within(values.dtype, limit)
-        return values.clamp_(-within, within)
-
-    change_elements_(tensors, clamp_)
-
-
-def limit_within(dtype: torch.dtype, limit: float) -> float:
-    """A limit that torch accepts for a dtype: it refuses one beyond the range, which limits nothing."""
-    return limit if limit <= torch.finfo(dtype).max else math.inf
-
-
-def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:
-    """Set every element to 0 that is infinite or NaN."""
-    change_elements_(tensors, lambda values: values.masked_fill_(~values.isfinite(), 0))
-
-
-def change_elements_(tensors: Sequence[Tensor], change_: Callable[[Tensor], Tensor]) -> None:
-    """Change the elements of tensors of any layout in place, one by one."""
-    if not tensors:  # often, and the context alone would take as long as a small tensor
-        return
-    with writing():
-        for tensor in tensors:
-            if tensor.is_mkldnn:
-                tensor.copy_(change_(tensor.to_dense()).to_mkldnn())
-                continue
-            if tensor.layout not in memory.SPARSE:
-                change_(tensor)
-                continue
-            change_(own_elements(tensor))
+def _change_others_(
+    others: Sequence[tuple[int, Tensor]], change_: Callable[[Group], None], as_real: bool
+) -> None:
+    found: list[tuple[int, Tensor]] = []
+    for place, tensor in others:
+        if tensor.is_mkldnn:  # one at a time, as its elements can be changed in a copy only
+            values = tensor.to_dense()
+            change_(Group(False, [values], [place]))
+            tensor.copy_(values.to_mkldnn())
+            continue
+        values = own_elements(tensor) if tensor.layout in memory.SPARSE else tensor
+        found.append((place, memory.as_real(values) if as_real and memory.is_plain(values) else values))
+    for group in grouped(found):
+        change_(group)
+    for _, tensor in others:
+        if tensor.layout in memory.SPARSE:  # only its values know of the change
             torch.autograd.graph.increment_version(tensor)
+
+
+def _on_each_device(clip_coefs: Tensor) -> Callable[[Group], Tensor]:
+    """A function that gives a group the number or numbers on its device, in the dtype to multiply in."""
+    made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def there(group: Group) -> Tensor:
+        device, dtype = group.device, group.coef_dtype()
+        if (device, dtype) not in made:
+            made[device, dtype] = moved(clip_coefs.to(dtype), device)
+        return made[device, dtype]
+
+    return there

@@ -1,4 +1,4 @@
-"""Tensors of one device and dtype, as torch's ``_foreach_`` operations take them: norms, and multiplication.
+"""Tensors of one device and dtype, as torch's ``_foreach_`` operations take them: norms and changes in place.
 
 Nothing here waits for a value.
 """
@@ -14,13 +14,14 @@ from torch.linalg import vector_norm
 
 from torchclip._core import memory
 from torchclip._core.joint_norms import divisor_like, join_present
-from torchclip._core.rows import NARROW_REAL
-from torchclip._core.scalars import ABSENT, norm_dtype
+from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, wide_dtype
+from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24
 # Devices known to multiply float16 tensors together by a float32 number, in float32.
 _UNSCALING = frozenset({"cuda"})
+_HALF = frozenset({torch.float16, torch.bfloat16})
 REAL = NARROW_REAL | {torch.float64}
 
 
@@ -34,7 +35,7 @@ class Group:
         places: their positions in the batch.
     """
 
-    def __init__(self, foreach: bool, tensors: list[Tensor], places: list[int]) -> None:
+    def __init__(self, foreach: bool, tensors: list[Tensor], places: Sequence[int]) -> None:
         self.foreach = foreach
         self.tensors = tensors
         self.places = places
@@ -138,8 +139,18 @@ class Group:
         """The dtype to multiply in: float32 at least."""
         return torch.float64 if self.dtype in memory.DOUBLE else torch.float32
 
-    def scale_(self, clip_coef: Tensor) -> None:
-        """Multiply all tensors by a number of ``coef_dtype``; each product is rounded once."""
+    def scale_(self, clip_coef: Norm) -> None:
+        """Multiply all tensors by a number, or a tensor of ``coef_dtype``; each product is rounded once."""
+        if isinstance(clip_coef, float):
+            is_tiny = 0 < clip_coef < FLOAT32_TINY and self.dtype not in memory.DOUBLE
+            # In host memory, an operation on all of them would round the number to their own low precision.
+            if self.device.type == "cpu" and (is_tiny or not self.foreach or self.dtype in _HALF):
+                for tensor in self.tensors:
+                    _multiply_(tensor, clip_coef) if is_tiny else tensor.mul_(clip_coef)
+                return
+            dtype = norm_dtype(self.device) if is_tiny else self.coef_dtype()
+            # The device writes it: a copy from the host would make the device wait.
+            clip_coef = torch.full((), clip_coef, dtype=dtype, device=self.device)
         if self.foreach and self.dtype == clip_coef.dtype:
             torch._foreach_mul_(self.tensors, clip_coef)
         elif self.foreach and self.dtype is torch.float16 and self.device.type in _UNSCALING:
@@ -151,20 +162,40 @@ class Group:
             count = len(self.tensors)
             self._scale_each_([clip_coef] * count, [clip_coef.view(1)] * count)
 
-    def scale_each_(self, clip_coefs: Tensor) -> None:
+    def scale_each_(self, clip_coefs: Norms) -> None:
         """Multiply each tensor by the number at its place, likewise."""
+        if isinstance(clip_coefs, list):
+            for tensor, place in zip(self.tensors, self.places, strict=True):
+                if clip_coefs[place] != 1.0:
+                    _multiply_(tensor, clip_coefs[place])
+            return
         numbers, with_axis = clip_coefs.unbind(), torch.split(clip_coefs, 1)
         self._scale_each_([numbers[i] for i in self.places], [with_axis[i] for i in self.places])
+
+    def clamp_(self, limit: float) -> None:
+        """Limit every element to ``[-limit, limit]``; NaN stays NaN."""
+        # Torch refuses a limit beyond the range of the dtype, which limits nothing.
+        limit = limit if limit <= torch.finfo(self.dtype).max else math.inf
+        # In host memory two passes over a large tensor take longer than a call.
+        most = memory.JOINED if self.device.type == "cpu" else math.inf
+        together = [tensor for tensor in self.tensors if self.foreach and tensor.numel() <= most]
+        if together:
+            torch._foreach_clamp_max_(together, limit)
+            torch._foreach_clamp_min_(together, -limit)
+        if len(together) < len(self.tensors):
+            for tensor in self.tensors:
+                if not self.foreach or tensor.numel() > most:
+                    tensor.clamp_(-limit, limit)
 
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0; no operation on lists does so in place."""
         for chunk in self._chunks():
-            if len(chunk.tensors) == 1 or not chunk.foreach:
+            if len(chunk.tensors) == 1 or not chunk.foreach or self.device.type == "cpu":
                 for tensor in chunk.tensors:
-                    tensor.nan_to_num_(0.0, 0.0, 0.0)
+                    _zero_nonfinite_(tensor)
                 continue
             whole, copies = chunk._copies()
-            whole.nan_to_num_(0.0, 0.0, 0.0)
+            _zero_nonfinite_(whole)
             _copy_(chunk.tensors, copies, chunk.foreach)
 
     def _scale_each_(self, numbers: list[Tensor], with_axis: list[Tensor]) -> None:
@@ -181,6 +212,21 @@ class Group:
                 tensor.mul_(clip_coef)
 
 
+def _multiply_(tensor: Tensor, clip_coef: float) -> None:
+    if tensor.dtype in memory.DOUBLE or not 0 < clip_coef < FLOAT32_TINY:
+        tensor.mul_(clip_coef)
+        return
+    for part in memory.by_rows(tensor):
+        part.copy_(part.to(wide_dtype(part)).mul_(clip_coef))
+
+
+def _zero_nonfinite_(tensor: Tensor) -> None:
+    if tensor.is_complex():
+        tensor.masked_fill_(~tensor.isfinite(), 0)
+    else:
+        tensor.nan_to_num_(0.0, 0.0, 0.0)
+
+
 def _copy_(to: list[Tensor], tensors: list[Tensor], foreach: bool) -> None:
     if foreach:
         torch._foreach_copy_(to, tensors)
@@ -189,12 +235,17 @@ def _copy_(to: list[Tensor], tensors: list[Tensor], foreach: bool) -> None:
         place.copy_(tensor)
 
 
-def grouped(tensors: Iterable[tuple[int, Tensor]]) -> list[Group]:
-    """Tensors and positions by device and dtype; one by one if operations on lists do not accept them."""
+def grouped(tensors: Iterable[tuple[int, Tensor]], are_plain: bool = False) -> list[Group]:
+    """Tensors and positions by device and dtype; one by one if operations on lists do not accept them.
+
+    Args:
+        tensors: the positions and the tensors.
+        are_plain: whether all are known to be plain and real.
+    """
     alike: dict[tuple[object, ...], tuple[bool, list[Tensor], list[int]]] = {}
     transformed = memory.transformed()
     for place, tensor in tensors:
-        foreach = not transformed and not tensor.is_complex() and memory.is_plain(tensor)
+        foreach = not transformed and (are_plain or (not tensor.is_complex() and memory.is_plain(tensor)))
         key = (tensor.device, tensor.dtype) if foreach else (place,)
         _, of_group, places = alike.setdefault(key, (foreach, [], []))
         of_group.append(tensor)

@@ -5,30 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchclip._core import changes, memory, norms, small
-from torchclip._core.batch import Batch, Facts, Norm, Norms
+from torchclip._core import norms, small
+from torchclip._core.batch import Facts, Norm, Norms
+from torchclip._core.changes import TorchBatch
 from torchclip._core.joint_norms import join
-from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL
+from torchclip._core.rows import NARROW_REAL
 from torchclip._core.scalars import numbers
 
 # Up to this many elements, sums in float64 are as fast as any; one thread computes them in any case.
 _FEW = 1 << 14
 
 
-class HostBatch(Batch):
-    """Distinct tensors in host memory, of any dtype and layout.
-
-    Args:
-        tensors: the tensors.
-        shared: whether any of them is the gradient of several parameters.
-        dtype: their ``memory.common_dtype``, or None.
-    """
-
-    def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__(tensors, shared)
-        self.dtype = dtype
-        if dtype is not None:
-            self.rest = ()
+class HostBatch(TorchBatch):
+    """Distinct tensors in host memory: a ``TorchBatch`` whose values are read."""
 
     @property
     def facts(self) -> int:
@@ -69,68 +58,9 @@ class HostBatch(Batch):
             return norms.norm(tensors, p)
 
     def scale_(self, clip_coef: Norm, /) -> None:
-        """Multiply every element in place."""
-        clip_coef = float(clip_coef)
-        if clip_coef != 1.0:
-            self._scale_(self.all, clip_coef)
+        """Multiply every element in place; waits for a number that is on a device."""
+        super().scale_(float(clip_coef))
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
-        """Multiply each tensor in place by its own number."""
-        chosen = [(t, c) for t, c in zip(self.all, numbers(clip_coefs), strict=True) if c != 1.0]
-        if self.dtype is None or any(0 < clip_coef < FLOAT32_TINY for _, clip_coef in chosen):
-            for tensor, clip_coef in chosen:
-                self._scale_([tensor], clip_coef)
-            return
-        with changes.writing():
-            for tensor, clip_coef in chosen:
-                tensor.mul_(clip_coef)
-
-    def _scale_(self, tensors: list[Tensor], clip_coef: float) -> None:
-        """Multiply every tensor in place; each product is formed in at least float32, then rounded."""
-        if 0 < clip_coef < FLOAT32_TINY:
-            changes.scale_in_double_(tensors, clip_coef)
-            return
-        with changes.writing():
-            together, alone = self._parted(tensors)
-            changes.change_elements_(alone, lambda values: values.mul_(clip_coef))
-            for dtype, group in together.items():
-                if dtype in (torch.float32, torch.float64):
-                    # Torch would convert a number to a tensor again for each tensor of the group.
-                    torch._foreach_mul_(group, torch.scalar_tensor(clip_coef, dtype=dtype, device="cpu"))
-                    continue
-                # An operation on all of them would round the number to their own low precision, by up to 0.4
-                # %.
-                for tensor in group:
-                    tensor.mul_(clip_coef)
-
-    def clamp_(self, limit: float, /) -> None:
-        """Limit every element in place to ``[-limit, limit]``."""
-        together, alone = self._parted(self.all)
-        with changes.writing():
-            for dtype, group in together.items():
-                few = [tensor for tensor in group if tensor.numel() <= memory.JOINED]
-                if few:
-                    within = changes.limit_within(dtype, limit)
-                    torch._foreach_clamp_max_(few, within)
-                    torch._foreach_clamp_min_(few, -within)
-                if len(few) < len(group):
-                    alone += [tensor for tensor in group if tensor.numel() > memory.JOINED]
-        changes.clamp_elements_(alone, limit)
-
-    def zero_nonfinite_(self) -> None:
-        """Set every infinite or NaN element to 0."""
-        changes.zero_nonfinite_(self.all)
-
-    def _parted(self, tensors: list[Tensor]) -> tuple[dict[torch.dtype, list[Tensor]], list[Tensor]]:
-        """The tensors that can be changed together, as real numbers, by dtype; and the others."""
-        if self.dtype is not None:
-            return {self.dtype: tensors}, []
-        together: dict[torch.dtype, list[Tensor]] = {}
-        alone = []
-        for tensor in tensors:
-            if memory.is_plain(tensor):
-                real = memory.as_real(tensor)
-                together.setdefault(real.dtype, []).append(real)
-            else:
-                alone.append(tensor)
-        return together, alone
+        """Multiply each tensor in place by its own number, likewise."""
+        super().scale_each_(numbers(clip_coefs))

@@ -16,8 +16,6 @@ NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
 """Dtypes whose squares fit into float64."""
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
-PRESCALE = 2.0**-64
-"""A power of two, so that nothing is rounded: one step for numbers that are too small for float32."""
 
 _ROW = 1 << 10
 # Torch splits no reduction of this length over threads, which would make results depend on their number.
