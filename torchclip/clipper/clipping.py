@@ -13,13 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from torchclip._core import scalars
 from torchclip._core.batch import Facts, Norm
 from torchclip.clipper import fused, nonfinite
-from torchclip.clipper.deferred import Deferred, can_be_deferred
-from torchclip.clipper.rules import copied_gradients, ratio, write_back
+from torchclip.clipper.rules import clip_by, tried, write_back
 from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Step
 from torchclip.history.records import as_records
-from torchclip.thresholds.base import Rule
 
 Loss: TypeAlias = float | Tensor | None
 
@@ -54,7 +52,7 @@ class Clipping:
         self._overrides: dict[int, fused.GradScaleOverride] = {}
         # For the open round: whether it is skipped, and what fused steps have yet to do.
         self._skipped: bool | Tensor = False
-        self._deferred: dict[int, Deferred] = {}
+        self._deferred: dict[int, fused.Deferred] = {}
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -89,10 +87,11 @@ class Clipping:
         held = snapshot.held_norms() if runs_user_code else ()
         self._judge(snapshot, index)
         row = _row(number, snapshot, loss)
-        tried = None
+        trial = None
         if on_clip is not None:
             if rule is not None and row.skipped is not True:
-                row, tried = _try(rule, row, snapshot)
+                clip_coef, trial = tried(rule, snapshot)
+                row = row._replace(clip_coef=clip_coef)
             on_clip(*as_records([row]))
         if runs_user_code and row.skipped is not True:
             if not snapshot.facts & Facts.SHARDED:
@@ -105,32 +104,32 @@ class Clipping:
             return row
         self._skipped = row.skipped
         self._tell(index)
-        if tried is not None and snapshot.facts & Facts.SHARDED:
+        if trial is not None and snapshot.facts & Facts.SHARDED:
             # Other ranks do not run this one's user code: what involves them was done with the copies.
-            write_back(snapshot.grads, tried.grads)
+            write_back(snapshot, trial)
             return row
         snapshot.zero_nonfinite_()
         if scalars.may_change(row.clip_coef):
             self._scale(snapshot, index)
-        return row if rule is None else row._replace(clip_coef=_clip_by(rule, snapshot))
+        return row if rule is None else row._replace(clip_coef=clip_by(rule, snapshot))
 
     def _judge(self, snapshot: Snapshot, index: int) -> None:
         """Decide what to do, without changing anything."""
         settings = self._settings
         optimizers = [self._steps[i].optimizer for i in (index, *snapshot.others(index))]
-        skipped = nonfinite.skips(settings.nonfinite, snapshot.total_norm, optimizers)
-        norm = snapshot.total_norm
-        if settings.nonfinite == "error" and skipped is not True:
-            names = settings.names.of_gradients(self.optimizers)
-            nonfinite.refuse(snapshot, settings.order, names)
-        elif settings.nonfinite == "zero" and skipped is not True and nonfinite.mark_nonfinite(snapshot):
-            norm = snapshot.joint_norm()
-        if settings.spikes is not None and skipped is not True:
-            spike = settings.spikes.should_skip(nonfinite.unless_told(norm, optimizers))
-            skipped = spike if spike is True or skipped is False else skipped | spike
-        snapshot.skipped = skipped
-        if skipped is True:
+        snapshot.skipped = nonfinite.skips(settings.nonfinite, snapshot.total_norm, optimizers)
+        if snapshot.skipped is True:
             return
+        if settings.nonfinite == "error":
+            nonfinite.refuse(snapshot, settings.order, settings.names.of_gradients(self.optimizers))
+        zeroes = settings.nonfinite == "zero" and nonfinite.mark_nonfinite(snapshot)
+        if settings.spikes is not None:
+            norm = snapshot.joint_norm() if zeroes else snapshot.total_norm
+            spike = settings.spikes.should_skip(nonfinite.unless_told(norm, optimizers))
+            is_known = spike is True or snapshot.skipped is False
+            snapshot.skipped = spike if is_known else snapshot.skipped | spike
+            if spike is True:
+                return
         snapshot.set_thresholds()
         if settings.spikes is not None:
             snapshot.limit_all(settings.spikes.clip_coef, settings.spikes.limit)
@@ -202,24 +201,19 @@ class Clipping:
             snapshot.scale_()
             return
         reasons = {
-            i: fused.why_not(self._steps[i].optimizer, self.hooks[i], snapshot)
+            i: fused.why_not(self._steps[i].optimizer, self.hooks[i], snapshot, is_later=i != index)
             for i in (index, *snapshot.others(index))
         }
         self.not_fused = reasons[index]
-        divisor = None
-        fused_ones = [
-            i
-            for i, reason in reasons.items()
-            if reason is None and (i == index or can_be_deferred(self._steps[i].optimizer))
-        ]
-        if fused_ones:
-            divisor = fused.divisor(snapshot.sets[0].clip_coefs[0], snapshot.grad_scale)
-            if divisor is None:
-                self.not_fused = "what the step would have to divide by is no number of float32's range"
-                fused_ones = []
-        if not isinstance(snapshot.skipped, bool) and not (fused_ones and len(reasons) == 1):
+        fused_ones = [i for i, reason in reasons.items() if reason is None]
+        first = snapshot.sets[0]
+        divisor = fused.divisor(first.clip_coefs[0], snapshot.grad_scale) if fused_ones else None
+        if fused_ones and divisor is None:
+            self.not_fused = "what the step would have to divide by is no number of float32's range"
+        alone = divisor is not None and len(reasons) == 1
+        if not isinstance(snapshot.skipped, bool) and not alone:
             snapshot.keep_if_skipped()
-        if divisor is None or not fused_ones:
+        if divisor is None:
             snapshot.scale_()
             return
         if len(fused_ones) < len(reasons):
@@ -227,9 +221,9 @@ class Clipping:
         for i in fused_ones:
             if i == index:
                 self._override(i).set(divisor)
-                continue
-            step, clip_coef = self._steps[i], snapshot.sets[0].clip_coefs[0]
-            self._deferred[i] = Deferred(step.optimizer, step.member, clip_coef, divisor)
+            else:
+                step = self._steps[i]
+                self._deferred[i] = fused.Deferred(step.optimizer, step.member, first.clip_coefs[0], divisor)
 
 
 def _row(number: int, snapshot: Snapshot, loss: Loss) -> Row:
@@ -237,25 +231,6 @@ def _row(number: int, snapshot: Snapshot, loss: Loss) -> Row:
     if skipped is True:
         return Row(number, norm, math.inf, 1.0, True, loss)
     return Row(number, norm, snapshot.max_norm(), snapshot.clip_coef(), skipped, loss)
-
-
-def _clip_by(rule: Rule, snapshot: Snapshot) -> Norm:
-    """Clip by another rule than a norm; returns the factor for the norm, which is known only afterwards."""
-    parameters = [p for clip_set in snapshot.sets if clip_set.own is None for p in clip_set.parameters]
-    rule.clip_(parameters, snapshot.grad_scale)
-    clipped = snapshot.again()
-    clipped.measure()
-    return ratio(clipped.total_norm, snapshot.total_norm)
-
-
-def _try(rule: Rule, row: Row, snapshot: Snapshot) -> tuple[Row, Snapshot]:
-    """Clip copies of the gradients by another rule than a norm: ``on_clip`` gets the result."""
-    with copied_gradients([p for clip_set in snapshot.sets for p in clip_set.parameters]):
-        copies = snapshot.again()
-        copies.take_decisions_of(snapshot)
-        copies.zero_nonfinite_()
-        copies.scale_()
-        return row._replace(clip_coef=_clip_by(rule, copies)), copies
 
 
 def _same_gradients(first: Snapshot, held: Sequence[Sequence[float]]) -> Snapshot:

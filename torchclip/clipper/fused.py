@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torchclip._core import gather, mesh
 from torchclip._core.batch import Facts, Norm
+from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.scope import Snapshot
-from torchclip.clipper.step import Outcome, why_not_fused
+from torchclip.clipper.step import Member, Outcome, why_not_fused
 
 _CPU = torch.device("cpu")
 _TOO_SMALL = Facts.SMALL
@@ -25,7 +27,9 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def why_not(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot) -> str | None:
+def why_not(
+    optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot, is_later: bool = False
+) -> str | None:
     """Why the clip coefficient cannot, or should not, be passed to the step; None if it can.
 
     Decisions about the gradients use facts that all ranks know, so that all of them decide alike.
@@ -34,10 +38,13 @@ def why_not(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot) -> 
         optimizer: the optimizer, which is about to step.
         hook: the handle of the pre hook that clips.
         snapshot: the gradients.
+        is_later: whether another optimizer steps first.
     """
     reason = why_not_fused(optimizer)
     if reason is not None:
         return reason
+    if is_later and mesh.any_dtensor(parameters_of(optimizer)):
+        return "not autograd but FSDP2 may add to the gradients before the step"
     if next(reversed(hook.hooks_dict_ref() or {}), None) != hook.id:
         return "a later hook may look at the gradients"
     if len(snapshot.sets) != 1 or snapshot.sets[0].each:
@@ -127,3 +134,48 @@ class GradScaleOverride:
             self._attributes["grad_scale"] = grad_scale
         else:
             self._attributes.pop("grad_scale", None)
+
+
+class Deferred:
+    """A clip coefficient for the step of a fused optimizer later in the round.
+
+    The optimizer may not step in this round at all.  So the gradients are multiplied in place before a
+    backward pass adds to them, or when the round ends.
+
+    Args:
+        optimizer: the optimizer.
+        member: the state of its hooks.
+        clip_coef: the number to multiply the gradients by.
+        divisor: the same as the ``grad_scale`` of its step.
+    """
+
+    def __init__(self, optimizer: Optimizer, member: Member, clip_coef: Norm, divisor: Tensor) -> None:
+        self.divisor = divisor
+        self._optimizer, self._member = ref(optimizer), member  # because the hooks are on its parameters
+        self._clip_coef: Norm | None = clip_coef
+        self._hooks: list[Any] = [
+            p.register_hook(lambda _: self.apply())  # type: ignore[no-untyped-call]
+            for p in parameters_of(optimizer)
+            if p.requires_grad
+        ]
+
+    def apply(self) -> None:
+        """Multiply now the gradients that nothing else has changed."""
+        optimizer, clip_coef = self._optimizer(), self._clip_coef
+        if optimizer is not None and clip_coef is not None:
+            changed = {*map(id, self._member.changed())}
+            same = [p for p in parameters_of(optimizer) if id(p.grad) not in changed]
+            gather.gradients(same).scale_(clip_coef)
+        self.forget()
+
+    def end(self, outcome: Outcome) -> None:
+        """Drop the coefficient if the step has used it; a failed one may be taken again in this round."""
+        if outcome == "finished":
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop the coefficient."""
+        self._clip_coef = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

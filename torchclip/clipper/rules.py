@@ -1,37 +1,52 @@
-"""What clipping by a rule without a norm needs: a trial on copies, and the factor for the norm."""
+"""Clipping by another rule than a norm; the factor for the norm is known only afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor
 
 from torchclip._core import gather, mesh, scalars
 from torchclip._core.batch import Norm
+from torchclip.clipper.scope import Snapshot
+from torchclip.thresholds.base import Rule
 
 
-@contextmanager
-def copied_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Replace gradients by copies within the context; parameters that share a gradient share its copy."""
+def clip_by(rule: Rule, snapshot: Snapshot) -> Norm:
+    """Clip the gradients of all groups without a threshold of their own; returns the factor for the norm."""
+    parameters = [p for clip_set in snapshot.sets if clip_set.own is None for p in clip_set.parameters]
+    rule.clip_(parameters, snapshot.grad_scale)
+    clipped = snapshot.again()
+    clipped.measure()
+    return ratio(clipped.total_norm, snapshot.total_norm)
+
+
+def tried(rule: Rule, snapshot: Snapshot) -> tuple[Norm, Snapshot]:
+    """Clip copies of the gradients; parameters that share a gradient share its copy.
+
+    Returns:
+        The factor for the norm, and the copies.
+    """
+    parameters = [p for clip_set in snapshot.sets for p in clip_set.parameters]
     with_gradient = [(p, p.grad) for p in parameters if p.grad is not None]
     copies = {id(grad): grad.detach().clone() for grad in gather.distinct_gradients(parameters)}
     try:
         for parameter, grad in with_gradient:
             parameter.grad = copies[id(grad)]
-        yield
+        trial = snapshot.again()
+        trial.take_decisions_of(snapshot)
+        trial.zero_nonfinite_()
+        trial.scale_()
+        return clip_by(rule, trial), trial
     finally:
         for parameter, grad in with_gradient:
             parameter.grad = grad
 
 
-def write_back(gradients: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into gradients from others with the same layout on the ranks."""
+def write_back(snapshot: Snapshot, trial: Snapshot) -> None:
+    """Copy values into gradients from those that were tried, which have the same layout on the ranks."""
     with torch.no_grad():
-        for held, of_held in zip(mesh.locals_of(gradients), mesh.locals_of(values), strict=True):
+        for held, of_held in zip(mesh.locals_of(snapshot.grads), mesh.locals_of(trial.grads), strict=True):
             held.copy_(of_held)
-    torch.autograd.graph.increment_version(gradients)
+    torch.autograd.graph.increment_version(snapshot.grads)
 
 
 def ratio(after: Norm, before: Norm) -> Norm:
