@@ -24,7 +24,7 @@ from helpers import bits, last_of, with_gradients
 from torch import Tensor, nn
 
 import torchclip
-from torchclip import Clipper, Percentile
+from torchclip import AdaGC, Adaptive, Clipper, Percentile, Value
 from torchclip.clipper import Scope
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
 }
 STEPS = 8  # RAdam begins to adapt in the sixth
+NO_MODELS: list[Any] = [1, "model", [nn.Linear(1, 1), None], nn.Linear, [[nn.Linear(1, 1)]]]
 
 
 def test_every_optimizer_of_torch_is_here() -> None:
@@ -153,15 +154,6 @@ def test_norms_are_by_name_and_largest_first() -> None:
     assert list(norms.values())[1:] == [2.0, 1.0]
 
 
-def test_norms_of_two_models_with_the_same_names() -> None:
-    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-    groups = [{"params": m.named_parameters()} for m in (first, second)]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    for model, value in ((first, 1.0), (second, 2.0)):
-        model.weight.grad = torch.tensor([[value, 0], [0, 0]])
-    assert Clipper(optimizer, 1.0).norms() == {"param_groups[1]['params'][0]": 2.0, "weight": 1.0}
-
-
 def test_detach_and_with() -> None:
     optimizer = sgd([torch.tensor([3.0, 4.0])])
     with Clipper(optimizer, 1.0) as clipper:
@@ -199,38 +191,96 @@ def test_a_clipper_that_nobody_holds_goes_on_clipping() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_norm", "options", "error", "message"),
+    ("options", "message"),
     [
-        (1.0, {"scope": "layer"}, ValueError, r"`scope` must be one of 'global', .* got 'layer'"),
-        (1.0, {"nonfinite": None}, ValueError, "`nonfinite` must be one of 'propagate', 'error'"),
-        (1.0, {"norm_type": NAN}, ValueError, "norm_type"),
-        (1.0, {"norm_type": "two"}, TypeError, "norm_type"),
-        (1.0, {"on_clip": 1}, TypeError, "`on_clip` must be callable"),
-        (-1.0, {}, ValueError, "`max_norm` must be at least 0"),
-        (NAN, {}, ValueError, "`max_norm` must be at least 0"),
-        ("abc", {}, TypeError, "max_norm"),
-        (None, {}, TypeError, "max_norm"),
-        (True, {}, TypeError, "max_norm"),
-        (Percentile, {}, TypeError, r"the class Percentile; pass an object of it, such as Percentile\(\)"),
+        ({"scope": "layer"}, r"`scope` must be one of 'global', .* got 'layer'"),
+        ({"nonfinite": None}, "`nonfinite` must be one of 'propagate', 'error'"),
+        ({"norm_type": NAN}, "norm_type"),
+        ({"norm_type": "two"}, "norm_type"),
+        ({"on_clip": 1}, "`on_clip` must be callable"),
+        ({"max_norm": -1.0}, "`max_norm` must be at least 0"),
+        ({"max_norm": NAN}, "`max_norm` must be at least 0"),
+        ({"max_norm": "abc"}, "max_norm"),
+        ({"max_norm": None}, "max_norm"),
+        ({"max_norm": True}, "max_norm"),
+        (
+            {"max_norm": Percentile},
+            r"`max_norm` is the class Percentile; pass an object of it, such as Percen",
+        ),
+        ({"max_norm": Value}, "the class Value; pass an object of it"),
+        ({"skip_above": Percentile}, "`skip_above` is the class Percentile; pass an object"),
+        ({"skip_above": Adaptive(0.1)}, "`skip_above`"),
+        ({"skip_above": -1.0}, "`skip_above` must be at least 0"),
+        ({"skip_above": "abc"}, "`skip_above`"),
+        ({"skip_above": [1.0]}, "`skip_above`"),
+        ({"skip_above": 1.0, "max_skips": 0}, "`max_skips` must be at least 1"),
+        ({"skip_above": 1.0, "max_skips": 1.5}, "`max_skips`"),
+        ({"max_skips": 1}, "`max_skips` limits how often `skip_above`"),
+        ({"max_norm": AdaGC(), "group": object()}, "`group` has no meaning with AdaGC"),
+        *(({"layers_every": value}, "`layers_every`") for value in (-1, 1.5, "1", None, True)),
+        *(
+            ({"model": value}, r"`model` must be a torch\.nn\.Module or a list of them")
+            for value in NO_MODELS
+        ),
+        *(
+            (
+                {"norm_type": order, "nonfinite": policy},
+                f"`nonfinite='{policy}'`.*pass an order above 0.*'prop",
+            )
+            for order, policy in ((0, "error"), (-1, "skip"), ("-inf", "zero"))
+        ),
     ],
+    ids=str,
 )
 def test_misuse_is_refused_and_leaves_the_optimizer_as_it_was(
-    max_norm: Any, options: dict[str, Any], error: type[Exception], message: str
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torchclip._core.mesh.as_groups", lambda group: None if group is None else [group])
     optimizer = sgd([torch.tensor([3.0, 4.0])])
-    with pytest.raises(error, match=message):
-        Clipper(optimizer, max_norm, **options)
+    with pytest.raises((TypeError, ValueError), match=message):
+        Clipper(optimizer, **{"max_norm": 1.0, **options})
     optimizer.step()
     assert grad_norms(optimizer) == [5.0]
     Clipper(optimizer, 1.0)
 
 
-@pytest.mark.parametrize("optimizer", [None, nn.Linear(1, 1), [nn.Parameter(torch.ones(1))]])
-def test_only_optimizers_have_clippers(optimizer: Any) -> None:
-    with pytest.raises(
-        TypeError, match=r"`optimizer` (\(item 0 of the list\) )?must be a torch\.optim\.Optimizer"
-    ):
-        Clipper(optimizer, 1.0)
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"skip_above": 5.0}])
+def test_lbfgs_cannot_skip(options: Any) -> None:
+    with pytest.raises(ValueError, match=r"does not work with LBFGS|LBFGS"):
+        Clipper(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]), 1.0, **options)
+
+
+class _Wrapper:
+    """Like wrappers of optimizers that are not optimizers themselves."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+
+class _WithPlainHooks(torch.optim.Optimizer):
+    """Like wrappers that never call ``Optimizer.__init__`` and keep hooks in plain dictionaries."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.optimizer, self.state, self.defaults = inner, {}, inner.defaults  # type: ignore[assignment]
+        self._optimizer_step_pre_hooks: dict[int, Any] = {}
+        self._optimizer_step_post_hooks: dict[int, Any] = {}
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "message"),
+    [
+        (lambda _: None, r"`optimizer` must be a torch\.optim\.Optimizer"),
+        (lambda _: nn.Linear(1, 1), r"`optimizer` must be a torch\.optim\.Optimizer"),
+        (lambda _: [nn.Parameter(torch.ones(1))], r"`optimizer` \(item 0 of the list\) must be a torch"),
+        (_Wrapper, "pass the optimizer that it wraps"),
+        (_WithPlainHooks, "pass the optimizer that it wraps"),
+    ],
+)
+def test_only_optimizers_have_clippers(wrapped: Any, message: str) -> None:
+    optimizer = sgd([torch.ones(2)])
+    with pytest.raises(TypeError, match=message):
+        Clipper(wrapped(optimizer), 1.0)
+    Clipper(optimizer, 1.0)
 
 
 def test_repr() -> None:
@@ -259,41 +309,3 @@ def test_thousands_of_steps_leave_nothing_behind_but_the_history() -> None:
     before = tracked_after(1_100)  # more than are kept before they are recorded
     assert tracked_after(1_900) <= before + 50
     assert (len(clipper.history), clipper.history.summary().steps) == (100, 3_000)
-
-
-def test_a_parameter_that_was_appended_to_a_named_group_has_the_name_of_its_place() -> None:
-    model = nn.Linear(2, 2, bias=False)
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    clipper = Clipper(optimizer, 1.0, nonfinite="error")
-    (late,) = with_gradients([torch.tensor([3.0, 4.0])])
-    optimizer.param_groups[0]["params"].append(late)
-    model.weight.grad = torch.eye(2)
-    assert list(clipper.norms()) == ["param_groups[0]['params'][1]", "weight"]
-    optimizer.step()
-    late.grad = torch.tensor([3.0, NAN])
-    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[1\] of shape \(2,\)"):
-        optimizer.step()
-
-
-class _Wrapper:
-    """Like wrappers of optimizers that are not optimizers themselves."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner = inner
-
-
-class _WithPlainHooks(torch.optim.Optimizer):
-    """Like wrappers that never call ``Optimizer.__init__`` and keep hooks in plain dictionaries."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.optimizer, self.state, self.defaults = inner, {}, inner.defaults  # type: ignore[assignment]
-        self._optimizer_step_pre_hooks: dict[int, Any] = {}
-        self._optimizer_step_post_hooks: dict[int, Any] = {}
-
-
-@pytest.mark.parametrize("wrapper", [_Wrapper, _WithPlainHooks])
-def test_a_wrapper_that_takes_no_hooks_is_refused_with_the_optimizer_to_pass(wrapper: Any) -> None:
-    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    with pytest.raises(TypeError, match="pass the optimizer that it wraps"):
-        Clipper(wrapper(inner), 1.0)
-    Clipper(inner, 1.0)
