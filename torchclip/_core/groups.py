@@ -14,7 +14,8 @@ from torch.linalg import vector_norm
 
 from torchclip._core import memory
 from torchclip._core.joint_norms import divisor_like, join_present
-from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, wide_dtype
+from torchclip._core.narrow import NARROW_REAL
+from torchclip._core.rows import FLOAT32_TINY, wide_dtype
 from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchclip._core import norms, small
+from torchclip._core import narrow, norms
 from torchclip._core.batch import Facts, Norm, Norms
 from torchclip._core.changes import TorchBatch
 from torchclip._core.joint_norms import join
-from torchclip._core.rows import NARROW_REAL
+from torchclip._core.narrow import NARROW_REAL
 from torchclip._core.scalars import numbers
 
 # Up to this many elements, sums in float64 are as fast as any; one thread computes them in any case.
@@ -52,8 +52,8 @@ class HostBatch(TorchBatch):
     def _norm(self, tensors: list[Tensor], p: float) -> float:
         if p == 2 and self.dtype in NARROW_REAL:
             sizes = [tensor.numel() for tensor in tensors]
-            if 0 < sum(sizes) <= small.MOST:
-                return small.norm(tensors, sizes)
+            if 0 < sum(sizes) <= narrow.FEW:
+                return narrow.norm_of_few(tensors, sizes)
         with torch.no_grad():
             return norms.norm(tensors, p)
 

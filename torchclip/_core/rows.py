@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchclip._core import memory
+from torchclip._core import memory, narrow
 from torchclip._core.joint_norms import join_present, join_rows, vector_norms
 from torchclip._core.scalars import norm_dtype
 
-NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
-NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
+NARROW = narrow.NARROW_REAL | {torch.complex64, torch.complex32}
 """Dtypes whose squares fit into float64."""
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
@@ -68,7 +67,7 @@ def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
         return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
     rows, columns = tensor.shape[0], elements // tensor.shape[0]
     matrix = tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
-    if readable and p in (1, 2) and matrix.dtype in NARROW_REAL:
+    if readable and p in (1, 2) and matrix.dtype in narrow.NARROW_REAL:
         fast = _verified_norms(matrix, p) if elements >= _MANY else None
         if fast is not None:
             return fast
@@ -80,7 +79,7 @@ def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
         )  # on a device each operation takes its time, and no threads split a row
     blocks = torch.split(matrix, max(1, memory.PIECE // columns))
     parts = [
-        torch.stack([_block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
+        torch.stack([block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
         for block in blocks
     ]
     return torch.cat([join_rows(part, p) for part in parts])
@@ -106,16 +105,17 @@ def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
         return None
     parts = rows.view(count, -1, length)
     of_parts = vector_norms(parts, p)
-    least, most = of_parts.aminmax()
-    if not (float(least) > 1e-15 and float(most) < 1e15):
+    if not all(narrow.in_range(float(norm), 1) for norm in of_parts.aminmax()):
         return None
     chosen = (slice(None, None, _EVERY),) if count >= _EVERY else (slice(None), slice(None, None, _EVERY))
-    exact = vector_norms(parts[chosen], p, torch.float64)
-    error = (of_parts[chosen] / exact - 1).mean()
-    return vector_norms(of_parts, p, torch.float64) if abs(float(error)) < 2e-8 else None
+    # In proportion to the exact norms, so that each part counts alike.
+    sampled = (of_parts[chosen] / vector_norms(parts[chosen], p, torch.float64)).mean()
+    if not narrow.is_accurate(1.0, float(sampled), 1.0, _EVERY, p):
+        return None
+    return vector_norms(of_parts, p, torch.float64)
 
 
-def _block_norms(rows: Tensor, p: float) -> Tensor:
+def block_norms(rows: Tensor, p: float) -> Tensor:
     """The norms of the rows of a matrix of about ``PIECE`` elements, whatever the number of threads."""
     whole = rows.shape[1] - rows.shape[1] % _ROW
     pieces = (rows[:, :whole].reshape(len(rows), -1, _ROW), rows[:, None, whole:])
