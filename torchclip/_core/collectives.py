@@ -154,9 +154,9 @@ def exchange(
     if state.error is not None:
         return failed
     head = _head(state, count, marks, call)
-    sent = _array(_padded(norms) if count <= _SLOTS else norms, device)
+    sent = _array(_padded(norms), device)
     with np.errstate(all="ignore"):
-        heads = _exchange_heads(group, head, sent if count <= _SLOTS else _array(_padded([]), device), call)
+        heads = _exchange_heads(group, head, sent[:_SLOTS], call)
         if isinstance(heads.high, Tensor):
             right = _send_verdict(state, heads)
             return torch.where(right, _join(group, sent, count, heads, call.order), math.nan), list(marks)
@@ -351,7 +351,8 @@ def _array(norms: Norms, device: str) -> Array:
 
 
 def _padded(norms: Norms) -> Norms:
-    """As many norms as fit into the head."""
+    """At least as many norms as fit into the head."""
+    lacking = max(0, _SLOTS - len(norms))
     if isinstance(norms, Tensor):
-        return torch.nn.functional.pad(norms, (0, _SLOTS - len(norms)), value=ABSENT)
-    return [*norms, *[ABSENT] * (_SLOTS - len(norms))]
+        return torch.nn.functional.pad(norms, (0, lacking), value=ABSENT)
+    return [*norms, *[ABSENT] * lacking]

@@ -57,10 +57,7 @@ _MOST_KEPT = 1 << 16
 # What reads a DTensor's part and its spec, once one was there to ask for them.
 _readers: list[tuple[Callable[[Any], Tensor], Callable[[Any], Any]]] = []
 # Equal meshes have the same ranks.
-_ranks_of_mesh: WeakKeyDictionary[DeviceMesh, frozenset[int]] = WeakKeyDictionary()
-_ranks_of_group: WeakKeyDictionary[dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
-# By the first of several groups: the other groups, and the ranks that all of them connect.
-_connected: WeakKeyDictionary[dist.ProcessGroup, list[tuple[list[Any], Ranks]]] = WeakKeyDictionary()
+_ranks: WeakKeyDictionary[DeviceMesh | dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
 
 # DTensors
 
@@ -100,9 +97,9 @@ def layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
     try:
         layouts = list(map(_layouts.get, map(id, map(read_spec, tensors))))
     except AttributeError:  # some are plain
-        return [_known_layout(read_spec(t)) if is_dtensor(t) else PLAIN for t in tensors]
+        layouts = [None]
     if None in layouts:
-        return [_known_layout(read_spec(tensor)) for tensor in tensors]
+        return [_known_layout(read_spec(t)) if is_dtensor(t) else PLAIN for t in tensors]
     return cast("list[Layout]", layouts)
 
 
@@ -247,43 +244,17 @@ def as_groups(group: Any) -> list[dist.ProcessGroup]:
     return groups
 
 
-def ranks_of(mesh: DeviceMesh) -> Ranks:
-    """The ranks of a mesh."""
-    if mesh.size() == dist.get_world_size():
-        return None
-    ranks = _ranks_of_mesh.get(mesh)
-    if ranks is None:
-        ranks = _ranks_of_mesh[mesh] = frozenset(mesh.mesh.flatten().tolist())
-    return ranks
-
-
-def ranks_of_group(group: dist.ProcessGroup) -> Ranks:
-    """The ranks of a process group."""
+def ranks_of(group: DeviceMesh | dist.ProcessGroup) -> Ranks:
+    """The ranks of a mesh or of a process group."""
     if group.size() == dist.get_world_size():
         return None
-    ranks = _ranks_of_group.get(group)
+    ranks = _ranks.get(group)
     if ranks is None:
-        ranks = _ranks_of_group[group] = frozenset(dist.get_process_group_ranks(group))
-    return ranks
-
-
-def known_ranks(groups: Sequence[dist.ProcessGroup]) -> tuple[Ranks] | None:
-    """The ranks that several groups connect, in a tuple, if that is known."""
-    for others, ranks in _connected.get(groups[0], []):
-        if len(others) == len(groups) - 1 and all(map(operator.is_, others, groups[1:])):
-            return (ranks,)
-    return None
-
-
-def remember_ranks(groups: Sequence[dist.ProcessGroup], found: list[int]) -> Ranks:
-    """Record the ranks that several groups connect; each rank must be found once."""
-    if len(set(found)) < len(found):
-        raise ValueError(
-            "the process groups in `group` must cross each other, so that any two ranks are connected in "
-            f"only one way; rank {dist.get_rank()} is connected to some ranks several times"
+        ranks = _ranks[group] = frozenset(
+            dist.get_process_group_ranks(group)
+            if isinstance(group, dist.ProcessGroup)
+            else group.mesh.flatten().tolist()
         )
-    ranks = None if len(found) == dist.get_world_size() else frozenset(found)
-    _connected.setdefault(groups[0], []).append((list(groups[1:]), ranks))
     return ranks
 
 

@@ -17,7 +17,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import numpy as np
@@ -30,6 +31,13 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.collectives import DIFFERS, Call, Kind, exchange, gather_rows
 from torchclip._core.mesh import Layout, Ranks
 from torchclip._core.scalars import ABSENT, concatenate, in_one, on_device
+
+_OfBatch: TypeAlias = tuple[int, Norm]
+"""The number of a batch and a norm of some of its tensors."""
+# By the first of several groups: the ranks that it connects together with the others.
+_ranks_connected: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[dist.ProcessGroup, ...], Ranks]] = (
+    WeakKeyDictionary()
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -51,60 +59,56 @@ class Held(NamedTuple):
     """What this rank holds of those tensors of a batch that have the same layout.
 
     Attributes:
+        batch: the number of the batch in the call.
         layout: the layout.
         places: the positions in the batch; None in place of a tensor that is not on this rank.
         norm: gives the norm of all of them.
         norms: gives the norm of each, ``ABSENT`` for those that are not on this rank.
     """
 
+    batch: int
     layout: Layout
     places: Sequence[int | None]
     norm: Callable[[], Norm]
     norms: Callable[[], Norms]
 
 
-def absent(layout: Layout, places: Sequence[int | None]) -> Held:
+def absent(batch: int, layout: Layout, places: Sequence[int | None]) -> Held:
     """The same for a rank that has nothing to tell."""
-    return Held(layout, places, lambda: ABSENT, lambda: [ABSENT] * len(places))
+    return Held(batch, layout, places, lambda: ABSENT, lambda: [ABSENT] * len(places))
 
 
 class _Item:
-    """What some ranks exchange: a number for each batch, or for each tensor, on their meshes.
-
-    ``held`` are the tensors, with the number of their batch.
-    """
+    """What some ranks exchange: a number for each batch, or for each tensor, on their meshes."""
 
     def __init__(self, ranks: Ranks, groups: Sequence[dist.ProcessGroup], device: str) -> None:
         self.ranks, self.groups, self.device = ranks, groups, device
-        self.held: list[tuple[int, Held]] = []
+        self.held: list[Held] = []
 
     def mark(self) -> int:
         """A number that shows which parameters with copies have gradients; 0 if all have."""
-        places = [held.places for _, held in self.held if held.layout.copies]
+        places = [some.places for some in self.held if some.layout.copies]
         if not any(None in some for some in places):
             return 0
         return 1 + crc32(bytes(place is None for some in places for place in some))
 
-    def norm_of_batches(self, besides: Sequence[Sequence[Norm]], p: float) -> Norms:
-        """For each batch, the joint norm of what this rank has to count here, and of some norms besides."""
-        norms = [list(some) for some in besides]
-        for i, held in self.held:
-            if held.layout.is_first:
-                norms[i].append(held.norm())
-        return in_one([joint_norms.join(some, p) for some in norms])
+    def counted(self) -> list[_OfBatch]:
+        """The norms that this rank has to count."""
+        return [(some.batch, some.norm()) for some in self.held if some.layout.is_first]
 
     def norms(self) -> Norms:
         """The norm of each tensor, ``ABSENT`` where it is not for this rank to count it."""
-        counted = [held if held.layout.is_first else absent(*held[:2]) for _, held in self.held]
-        return concatenate([held.norms() for held in counted])
+        counted = [some if some.layout.is_first else absent(*some[:3]) for some in self.held]
+        return concatenate([some.norms() for some in counted])
 
 
 @not_compiled
-def totals(batches: Sequence[Sequence[Held]], groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
+def totals(held: Sequence[Held], count: int, groups: Sequence[dist.ProcessGroup], call: Call) -> list[Norm]:
     """The norm of each batch over all ranks that share its meshes, or that a group connects.
 
     Args:
-        batches: what this rank holds of each.
+        held: what this rank holds of the batches.
+        count: the number of batches.
         groups: process groups whose other ranks have other plain tensors, and DTensors on other meshes.
         call: the call; it has the facts of all those ranks afterwards.
 
@@ -113,104 +117,100 @@ def totals(batches: Sequence[Sequence[Held]], groups: Sequence[dist.ProcessGroup
     """
     p = call.order
     connected = _connected(groups, call) if groups else None
-    items, rest = _items(batches, every=connected is not None)
-    own: list[list[Norm]] = [[] for _ in batches]
-    for i, held in rest:
-        own[i].append(held.norm())
+    items, rest = _items(held, every=connected is not None)
+    own = [(some.batch, some.norm()) for some in rest]
     if connected is None:
-        return [joint_norms.join(norms, p) for norms in _with(own, items, None, call)]
+        return list(_by_batch(own + _joint(items, None, count, call), count, p))
     direct = [item for item in items if _joins(item, connected)]
-    own = _with(own, [item for item in items if item not in direct], connected, call)
-    connected.held = [held for item in direct for held in item.held]
-    joint, differing = _run({connected: connected.norm_of_batches(own, p)}, call)
+    own += _joint([item for item in items if item not in direct], connected, count, call)
+    connected.held = [some for item in direct for some in item.held]
+    joint, differing = _run({connected: _by_batch(own + connected.counted(), count, p)}, call)
     if differing:
-        own = _with(own, direct, connected, call)
         connected.held = []
-        joint, _ = _run({connected: connected.norm_of_batches(own, p)}, call)
+        own += _joint(direct, connected, count, call)
+        joint, _ = _run({connected: _by_batch(own, count, p)}, call)
     smaller = all(item.ranks != connected.ranks for item in items)
-    if items and smaller and not any(held.layout is mesh.PLAIN for _, held in rest):
+    if items and smaller and not any(some.layout is mesh.PLAIN for some in rest):
         _warn_of_copies(call)
     return list(joint[connected])
 
 
 @not_compiled
-def each(batches: Sequence[Sequence[Held]], call: Call) -> list[dict[Layout, Norms]]:
-    """For each batch, the norm of each tensor with a given layout over all ranks, in the order of places."""
-    items, rest = _items(batches, every=False)
+def each(held: Sequence[Held], call: Call) -> list[Norms]:
+    """The norm over all ranks of each tensor that this rank holds, in the order of its places."""
+    items, rest = _items(held, every=False)
     joint, differing = _run({item: item.norms() for item in items}, call)
     joint.update({item: concatenate(_compared(item, call)) for item in differing})
-    found: list[dict[Layout, Norms]] = [{} for _ in batches]
-    for i, held in rest:
-        found[i][held.layout] = held.norms()
+    found = {(some.batch, some.layout): some.norms() for some in rest}
     for item in items:
-        of_held = _split(joint[item], [len(held.places) for _, held in item.held])
-        for (i, held), norms in zip(item.held, of_held, strict=True):
-            found[i][held.layout] = norms
-    return found
+        of_held = _split(joint[item], [len(some.places) for some in item.held])
+        for some, norms in zip(item.held, of_held, strict=True):
+            found[some.batch, some.layout] = norms
+    return [found[some.batch, some.layout] for some in held]
 
 
 @not_compiled
 def lines(vectors: Mapping[Layout, Tensor], call: Call) -> dict[Layout, Tensor]:
     """Join norms, element by element, along the dimensions of their layouts and no others."""
-    joint = dict(vectors)
-    for group, layouts in _lines(list(vectors)):
-        sent = torch.cat([joint[layout] for layout in layouts])
-        norms, _ = exchange(group, sent, (), call, layouts[0].mesh.device_type)
-        parts = torch.split(on_device(norms, sent.device), [len(joint[layout]) for layout in layouts])
-        joint.update(zip(layouts, parts, strict=True))
-    return joint
-
-
-def _lines(layouts: Sequence[Layout]) -> list[tuple[dist.ProcessGroup, list[Layout]]]:
-    """Each set of ranks once.  The dimensions of a mesh have the same order on all of its ranks."""
-    found: dict[Ranks, tuple[dist.ProcessGroup, list[Layout]]] = {}
-    latest: dict[Ranks, int] = {}
-    for layout in layouts:
-        for dim in layout.dims:
-            group = layout.mesh.get_group(dim)
-            ranks = mesh.ranks_of_group(group)
-            found.setdefault(ranks, (group, []))[1].append(layout)
-            latest[ranks] = max(dim, latest.get(ranks, 0))
-    return [found[ranks] for ranks in sorted(found, key=latest.__getitem__)]
+    items: dict[tuple[Ranks, ...], _Item] = {}
+    along: dict[_Item, list[Layout]] = {}
+    for layout in vectors:
+        groups = [layout.mesh.get_group(dim) for dim in layout.dims]
+        ranks = tuple(map(mesh.ranks_of, groups))
+        item = items.setdefault(ranks, _Item(None, groups, layout.mesh.device_type))
+        along.setdefault(item, []).append(layout)
+    sent = {item: concatenate([vectors[layout] for layout in layouts]) for item, layouts in along.items()}
+    joint, _ = _run(sent, call)
+    found: dict[Layout, Tensor] = {}
+    for item, layouts in along.items():
+        parts = _split(joint[item], [len(vectors[layout]) for layout in layouts])
+        found.update(
+            {at: on_device(part, vectors[at].device) for at, part in zip(layouts, parts, strict=True)}
+        )
+    return found
 
 
 # What is exchanged
 
 
-def _items(batches: Sequence[Sequence[Held]], every: bool) -> tuple[list[_Item], list[tuple[int, Held]]]:
+def _items(held: Sequence[Held], every: bool) -> tuple[list[_Item], list[Held]]:
     """What is exchanged over meshes, in the order of the tensors, and what is not.
 
     Copies are not exchanged if nothing is split over the same ranks, or is pending; with ``every`` they are.
     """
     items: dict[Ranks, _Item] = {}
-    lying: list[tuple[Ranks, int, Held]] = []
-    for i, batch in enumerate(batches):
-        for held in batch:
-            layout = held.layout
-            is_alone = not (layout.dims or layout.copies)
-            ranks = frozenset[int]() if is_alone else mesh.ranks_of(layout.mesh)
-            lying.append((ranks, i, held))
-            if ranks not in items and (layout.dims or ((every or layout.is_pending) and layout.copies)):
-                groups = mesh.groups_over(layout.mesh)
-                items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
-    rest: list[tuple[int, Held]] = []
-    for ranks, i, held in lying:
-        (items[ranks].held if ranks in items else rest).append((i, held))
+    lying: list[tuple[Ranks, Held]] = []
+    for some in held:
+        layout = some.layout
+        is_alone = not (layout.dims or layout.copies)
+        ranks = frozenset[int]() if is_alone else mesh.ranks_of(layout.mesh)
+        lying.append((ranks, some))
+        if ranks not in items and (layout.dims or ((every or layout.is_pending) and layout.copies)):
+            groups = mesh.groups_over(layout.mesh)
+            items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
+    rest: list[Held] = []
+    for ranks, some in lying:
+        (items[ranks].held if ranks in items else rest).append(some)
     return list(items.values()), rest
 
 
-def _with(
-    own: Sequence[Sequence[Norm]], items: Sequence[_Item], connected: _Item | None, call: Call
-) -> list[list[Norm]]:
-    """For each batch, some norms and the joint norm of each item that this rank has to count."""
-    joint, differing = _run({item: item.norm_of_batches([()] * len(own), call.order) for item in items}, call)
+def _joint(items: Sequence[_Item], connected: _Item | None, count: int, call: Call) -> list[_OfBatch]:
+    """The joint norms of items that this rank has to count."""
+    p = call.order
+    joint, differing = _run({item: _by_batch(item.counted(), count, p) for item in items}, call)
     for item in differing:
-        of_batches: list[list[Norm]] = [[] for _ in own]
-        for (i, _), norms in zip(item.held, _compared(item, call), strict=True):
-            of_batches[i] += norms
-        joint[item] = in_one([joint_norms.join(norms, call.order) for norms in of_batches])
+        compared = zip(item.held, _compared(item, call), strict=True)
+        joint[item] = _by_batch([(some.batch, norm) for some, norms in compared for norm in norms], count, p)
     counted = [item for item in items if connected is None or mesh.is_first(item.ranks, connected.ranks)]
-    return [[*norms, *(joint[item][i] for item in counted)] for i, norms in enumerate(own)]
+    return [(i, joint[item][i]) for item in counted for i in range(count)]
+
+
+def _by_batch(norms: Sequence[_OfBatch], count: int, p: float) -> Norms:
+    """The joint norm of each batch."""
+    of_batches: list[list[Norm]] = [[] for _ in range(count)]
+    for i, norm in norms:
+        of_batches[i].append(norm)
+    return in_one([joint_norms.join(some, p) for some in of_batches])
 
 
 def _joins(item: _Item, connected: _Item) -> bool:
@@ -220,9 +220,7 @@ def _joins(item: _Item, connected: _Item) -> bool:
     """
     if item.ranks == connected.ranks:
         return True
-    return mesh.is_within(item.ranks, connected.ranks) and not any(
-        held.layout.copies for _, held in item.held
-    )
+    return mesh.is_within(item.ranks, connected.ranks) and not any(some.layout.copies for some in item.held)
 
 
 def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
@@ -231,16 +229,22 @@ def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
     groups = of_all[:1] or groups
     device = mesh.device_of(groups[0])
     if len(groups) == 1:
-        return _Item(mesh.ranks_of_group(groups[0]), groups, device)
-    known = mesh.known_ranks(groups)
-    if known is None:
+        return _Item(mesh.ranks_of(groups[0]), groups, device)
+    known, others = _ranks_connected.setdefault(groups[0], {}), tuple(groups[1:])
+    if others not in known:
         connect = Call(Kind.CONNECT, 0.0)
-        found = _gathered(groups, np.array([[float(dist.get_rank())]]), connect, None)
+        rows = _gathered(groups, np.array([[float(dist.get_rank())]]), connect, None)
         if connect.error is not None:
             call.fail(connect.error)
             return _Item(frozenset(), groups, device)
-        known = (mesh.remember_ranks(groups, found.astype(int).ravel().tolist()),)
-    return _Item(known[0], groups, device)
+        found = frozenset(rows.astype(int).ravel().tolist())
+        if len(found) < len(rows):
+            raise ValueError(
+                "the process groups in `group` must cross each other, so that any two ranks are connected in "
+                f"only one way; rank {dist.get_rank()} is connected to some ranks several times"
+            )
+        known[others] = None if len(found) == dist.get_world_size() else found
+    return _Item(known[others], groups, device)
 
 
 def _warn_of_copies(call: Call) -> None:
@@ -279,25 +283,21 @@ def _rounds(items: Sequence[_Item]) -> list[tuple[dist.ProcessGroup, list[_Item]
 
     What takes one exchange goes along with that of another item among the same ranks.
     """
-    carriers = {
-        mesh.ranks_of_group(group): item for item in items if len(item.groups) > 1 for group in item.groups
-    }
-    rounds = []
-    for item in items:
-        if len(item.groups) == 1:
-            if not carriers or item.ranks not in carriers:
-                rounds.append((item.groups[0], [item]))
-            continue
+    rounds: list[tuple[dist.ProcessGroup, list[_Item]]] = []
+    latest: dict[Ranks, list[_Item]] = {}
+    for item in sorted(items, key=lambda item: len(item.groups) == 1):
         for group in item.groups:
-            ranks = mesh.ranks_of_group(group)
-            along = [other for other in items if len(other.groups) == 1 and other.ranks == ranks]
-            rounds.append((group, [item, *(along if carriers[ranks] is item else [])]))
+            ranks = mesh.ranks_of(group)
+            if len(item.groups) > 1 or ranks not in latest:
+                latest[ranks] = []
+                rounds.append((group, latest[ranks]))
+            latest[ranks].append(item)
     return rounds
 
 
 def _compared(item: _Item, call: Call) -> list[list[float]]:
     """The norm of each tensor of an item whose copies are not everywhere, for each of what lies alike."""
-    own = [list(map(float, held.norms())) for _, held in item.held]
+    own = [list(map(float, some.norms())) for some in item.held]
     compare = Call(Kind.COMPARE, call.order, call.facts, call.refused)
     row = np.array([[float(dist.get_rank()), *(norm for norms in own for norm in norms)]])
     rows = _gathered(item.groups, row, compare, item.device)
@@ -307,8 +307,8 @@ def _compared(item: _Item, call: Call) -> list[list[float]]:
     of_rank = {int(row[0]): _split(row[1:], list(map(len, own))) for row in rows}
     found = []
     with np.errstate(all="ignore"):
-        for at, (_, held) in enumerate(item.held):
-            layout = held.layout
+        for at, some in enumerate(item.held):
+            layout = some.layout
             of_mesh = np.array([of_rank[rank][at] for rank in layout.mesh.mesh.flatten().tolist()])
             # If copies differ, the largest counts.
             by_rank = joint_norms.keys(of_mesh.reshape(*layout.mesh.shape, -1), 1.0)

@@ -19,46 +19,41 @@ from torchclip._core.rounds import Held
 from torchclip._core.scalars import ABSENT, at, in_one, may_change
 
 
-class _Placed:
-    """The layouts of the tensors of a call.
+def _placed(
+    items: Sequence[Tensor], take_grad: bool
+) -> tuple[list[Tensor], bool, dict[Layout, list[int | None]]]:
+    """How the tensors of a call lie.
 
     Args:
         items: distinct parameters or tensors.
         take_grad: whether the gradients of the items are meant.
 
-    Attributes:
-        all: the distinct tensors on this rank.
-        dtensors: those of them that are DTensors.
-        places: the layouts, in the same order on every rank, with the positions in ``all`` of the tensors
-            that have them: None for a tensor that is not on this rank but may be on others.
-        is_pending: whether any is pending a reduction.
-        is_shared: whether any is the gradient of several parameters.
+    Returns:
+        The distinct tensors on this rank; whether any is the gradient of several parameters; and the layouts,
+        in the same order on every rank, with the positions of the tensors that have them: None for a tensor
+        that is not on this rank but may be on others.
     """
-
-    def __init__(self, items: Sequence[Tensor], take_grad: bool) -> None:
-        grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
-        lacking = any(map(operator.is_, grads, repeat(None)))
-        here = [grad for grad in grads if grad is not None] if lacking else grads
-        self.all: list[Tensor] = list(dict(zip(map(id, here), here, strict=True)).values())
-        self.is_shared = len(self.all) < len(here)
-        at: Sequence[int | None] = range(len(grads))
-        lie = grads
-        if lacking or self.is_shared:
-            place_of = {id(grad): place for place, grad in enumerate(self.all)}
-            at = [place_of.get(id(grad)) for grad in grads]
-            lie = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
-        layouts = mesh.layouts_of(lie)
-        different = dict(zip(map(id, layouts), layouts, strict=True))
-        self.places: dict[Layout, list[int | None]] = {}
-        places_of = {key: self.places.setdefault(layout, []) for key, layout in different.items()}
-        if len(different) == 1:  # such as a model that FSDP2 shards as a whole
-            places_of[id(layouts[0])].extend(at)
-        else:
-            for layout, place in zip(layouts, at, strict=True):
-                places_of[id(layout)].append(place)
-        self.is_pending = any(layout.is_pending for layout in self.places)
-        plain = mesh.PLAIN in self.places
-        self.dtensors = [t for t in self.all if mesh.is_dtensor(t)] if plain else self.all
+    grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
+    lacking = any(map(operator.is_, grads, repeat(None)))
+    here = [grad for grad in grads if grad is not None] if lacking else grads
+    different: list[Tensor] = list(dict(zip(map(id, here), here, strict=True)).values())
+    is_shared = len(different) < len(here)
+    at: Sequence[int | None] = range(len(grads))
+    lie = grads
+    if lacking or is_shared:
+        place_of = {id(grad): place for place, grad in enumerate(different)}
+        at = [place_of.get(id(grad)) for grad in grads]
+        lie = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
+    layouts = mesh.layouts_of(lie)
+    of_each = dict(zip(map(id, layouts), layouts, strict=True))
+    places: dict[Layout, list[int | None]] = {}
+    places_of = {key: places.setdefault(layout, []) for key, layout in of_each.items()}
+    if len(of_each) == 1:  # such as a model that FSDP2 shards as a whole
+        places_of[id(layouts[0])].extend(at)
+    else:
+        for layout, place in zip(layouts, at, strict=True):
+            places_of[id(layout)].append(place)
+    return different, is_shared, places
 
 
 class ShardedBatch(Batch):
@@ -70,6 +65,10 @@ class ShardedBatch(Batch):
         groups: process groups whose ranks have further gradients.
         gather: makes a batch of this rank's tensors, given them and whether any is shared.
         measured: whether gradients are only measured.
+
+    Attributes:
+        local: the batch of this rank's parts.
+        joint_facts: the ``Facts`` of all ranks, once a norm was taken.
     """
 
     def __init__(
@@ -80,25 +79,21 @@ class ShardedBatch(Batch):
         gather: Callable[[list[Tensor], bool], Batch],
         measured: bool = False,
     ) -> None:
-        self._placed = _Placed(items, take_grad)
-        super().__init__(self._placed.all)
+        tensors, is_shared, self._places = _placed(items, take_grad)
+        super().__init__(tensors)
         self.groups = groups
         self.is_changed = take_grad and not measured
         self._gather = gather
-        self._locals = mesh.locals_of(self.all)
-        self._local = gather(self._locals, self._placed.is_shared)
-        self.rest = self._local.rest
+        self._locals = mesh.locals_of(tensors)
+        self.local = gather(self._locals, is_shared)
+        self.rest = self.local.rest
+        self._is_pending = any(layout.is_pending for layout in self._places)
         self.joint_facts: int | None = None
 
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors on this rank; once a norm was taken, on all ranks."""
-        return (self.own_facts if self.joint_facts is None else self.joint_facts) | Facts.SHARDED
-
-    @property
-    def own_facts(self) -> int:
-        """``Facts`` of the tensors on this rank."""
-        return self._local.facts
+        return (self.local.facts if self.joint_facts is None else self.joint_facts) | Facts.SHARDED
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all the tensors on all ranks."""
@@ -108,18 +103,24 @@ class ShardedBatch(Batch):
         """The norm of each tensor, including its parts on other ranks."""
         return cast("Norms", norms_of([self], True, p, finite)[0])
 
-    def held(self, p: float, finite: bool) -> list[Held]:
-        """This rank's tensors to measure; gradients that are pending a reduction are reduced first."""
-        placed, held = self._placed, self._locals
+    def held(self, number: int, p: float, finite: bool) -> list[Held]:
+        """This rank's tensors to measure; gradients that are pending a reduction are reduced first.
+
+        Args:
+            number: the number of this batch in the call.
+            p: the order of the norms.
+            finite: whether only finite elements count.
+        """
+        held = self._locals
         if finite:
             self._refuse_partial("zeroing non-finite elements")
-        if placed.is_pending:
+        if self._is_pending:
             held = mesh.locals_of(mesh.without_partial(self.all))
         of_each: list[Norms] = []
 
         def norm(places: Sequence[int | None]) -> Norm:
-            if len(placed.places) == 1 and not placed.is_pending:
-                return self._local.norm(p, finite)
+            if len(self._places) == 1 and not self._is_pending:
+                return self.local.norm(p, finite)
             chosen = [held[i] for i in dict.fromkeys(places) if i is not None]
             return self._gather(chosen, False).norm(p, finite)
 
@@ -129,18 +130,9 @@ class ShardedBatch(Batch):
             return at(of_each[0], places)
 
         return [
-            Held(layout, places, partial(norm, places), partial(norms, places))
-            for layout, places in placed.places.items()
+            Held(number, layout, places, partial(norm, places), partial(norms, places))
+            for layout, places in self._places.items()
         ]
-
-    def in_order(self, joint: dict[Layout, Norms]) -> Norms:
-        """The norms of tensors by their layouts, in the order of ``all``."""
-        norms: list[Norm] = [ABSENT] * len(self.all)
-        for layout, places in self._placed.places.items():
-            for i, value in zip(places, joint[layout], strict=True):
-                if i is not None:
-                    norms[i] = value
-        return in_one(norms)
 
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply this rank's part of every tensor in place."""
@@ -162,12 +154,14 @@ class ShardedBatch(Batch):
 
     def _written(self) -> Batch:
         """The local batch for a change in place; DTensors' version counters are incremented afterwards."""
-        torch.autograd.graph.increment_version(self._placed.dtensors)
-        return self._local
+        is_mixed = mesh.PLAIN in self._places
+        written = [tensor for tensor in self.all if mesh.is_dtensor(tensor)] if is_mixed else self.all
+        torch.autograd.graph.increment_version(written)
+        return self.local
 
     def _refuse_partial(self, what: str) -> None:
         """Raise an error for tensors that are pending a reduction, as their elements are not known yet."""
-        for i, tensor in enumerate(self.all if self._placed.is_pending else []):
+        for i, tensor in enumerate(self.all if self._is_pending else []):
             if mesh.is_dtensor(tensor) and mesh.is_partial(tensor):
                 raise TypeError(
                     f"{what} needs the elements of gradient {i} of shape {tuple(tensor.shape)}, but it is "
@@ -178,19 +172,26 @@ class ShardedBatch(Batch):
 
 def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
     """The norm of each of several batches, or with ``each`` the norms of its tensors, in one exchange."""
-    held = [batch.held(p, finite) for batch in batches]
+    held = [some for i, batch in enumerate(batches) for some in batch.held(i, p, finite)]
     if batches[0].is_changed:
         kind = Kind.CLIP_EACH if each else Kind.CLIP
     else:
         kind = Kind.MEASURE_EACH if each else Kind.MEASURE
-    call = Call(kind, p, reduce(operator.or_, (batch.own_facts for batch in batches)))
-    joint: Any = rounds.each(held, call) if each else rounds.totals(held, batches[0].groups, call)
+    call = Call(kind, p, reduce(operator.or_, (batch.local.facts for batch in batches)))
+    joint: Any = (
+        rounds.each(held, call) if each else rounds.totals(held, len(batches), batches[0].groups, call)
+    )
     call.finish()
     for batch in batches:
         batch.joint_facts = call.facts
-    if each:
-        joint = [batch.in_order(of_one) for batch, of_one in zip(batches, joint, strict=True)]
-    return cast("list[Norm] | list[Norms]", joint)
+    if not each:
+        return cast("list[Norm]", joint)
+    in_order: list[list[Norm]] = [[ABSENT] * len(batch.all) for batch in batches]
+    for some, norms in zip(held, joint, strict=True):
+        for i, norm in zip(some.places, norms, strict=True):
+            if i is not None:
+                in_order[some.batch][i] = norm
+    return [in_one(norms) for norms in in_order]
 
 
 def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int) -> None:
@@ -207,16 +208,15 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
         found = [item.grad for items in several for item in dict.fromkeys(items)]
         mesh.without_partial([grad for grad in found if grad is not None])  # which involves all ranks, too
         layouts = [mesh.unit_layout(item) for items in several for item in items]
-        rounds.lines({layout: torch.zeros(0) for layout in layouts}, call)
+        rounds.lines({layout: torch.zeros(0) for layout in layouts if layout.dims}, call)
         return
+    involved = [list(dict.fromkeys(items)) for items in several if groups or mesh.any_dtensor(items)]
     held = []
-    for items in several:
-        if groups or mesh.any_dtensor(items):
-            placed = _Placed(list(dict.fromkeys(items)), take_grad=kind != Kind.MEASURE)
-            if placed.is_pending:
-                mesh.without_partial(placed.all)  # which involves all ranks, too
-            held.append([rounds.absent(*some) for some in placed.places.items()])
-    if held and kind in (Kind.CLIP, Kind.MEASURE):
-        rounds.totals(held, groups, call)
-    elif held:
+    for i, items in enumerate(involved):
+        tensors, _, places = _placed(items, take_grad=kind != Kind.MEASURE)
+        mesh.without_partial(tensors)  # which involves all ranks, too
+        held += [rounds.absent(i, *some) for some in places.items()]
+    if involved and kind in (Kind.CLIP, Kind.MEASURE):
+        rounds.totals(held, len(involved), groups, call)
+    elif involved:
         rounds.each(held, call)
