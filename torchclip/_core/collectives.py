@@ -151,6 +151,9 @@ def exchange(
     state = _state_of(group, call)
     count = len(norms)
     failed = [math.nan] * count, [0] * len(marks)
+    # Other ranks may not have read this error yet, so this rank still takes part, and then raises it.
+    refusal, state.refusal = state.refusal, None
+    call.error = call.error or refusal
     if state.error is not None:
         return failed
     head = _head(state, count, marks, call)
@@ -332,12 +335,8 @@ def _state_of(group: dist.ProcessGroup, call: Call) -> _State:
     if state is None:
         state = _states[group] = _State(group.size())
     _read_verdicts(state, wait=False)
-    refusal, state.refusal = state.refusal, None
     if state.error is not None:
         call.fail(state.error)
-    elif refusal is not None:
-        # Other ranks may not have read the error yet, so this rank still takes part, and then raises it.
-        call.error = call.error or refusal
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import repeat
@@ -205,10 +206,13 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
     call = Call(kind, 0.0)
     call.fail("refused")
     if kind == Kind.ADAPT:
-        found = [item.grad for items in several for item in dict.fromkeys(items)]
-        mesh.without_partial([grad for grad in found if grad is not None])  # which involves all ranks, too
-        layouts = [mesh.unit_layout(item) for items in several for item in items]
-        rounds.lines({layout: torch.zeros(0) for layout in layouts if layout.dims}, call)
+        items = list(dict.fromkeys(item for items in several for item in items))
+        mesh.without_partial([item.grad for item in items if item.grad is not None])  # by all ranks, too
+        lengths: Counter[Layout] = Counter()
+        for item, held in zip(items, mesh.locals_of(items), strict=True):
+            lengths[mesh.unit_layout(item)] += 2 * (len(held) if held.dim() > 1 else 1)  # as in ``units``
+        nothing = {layout: torch.full((n,), ABSENT) for layout, n in lengths.items() if layout.dims}
+        rounds.lines(nothing, call)
         return
     involved = [list(dict.fromkeys(items)) for items in several if groups or mesh.any_dtensor(items)]
     held = []
