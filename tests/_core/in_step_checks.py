@@ -278,15 +278,28 @@ def _all_promises() -> None:
     check_ranks_that_make_different_calls()
 
 
+def check_refusals_on_an_accelerator() -> None:
+    """A rank that refuses sends as many norms as the others; the next call finds what groups connect."""
+    rank = dist.get_rank()
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    rows = parameter(split(randn(5, 8), grid["a"], Shard(1)))
+    own, limit = torch.full((2,), 1.0 + rank), -1.0 if rank == 3 else 1.0
+    crossing = [grid.get_group("a"), grid.get_group("b")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_array", on_device)
+        errors = errors_of(lambda: torchclip.clip_grad_adaptive_([rows], limit))
+        assert [bool(error) for error in errors] == [False, False, False, True]
+        errors = errors_of(lambda: torchclip.get_total_norm([own], group=crossing))
+        assert ["rank 3 refused" in error for error in errors] == [False, True, False, True]
+        norm = torchclip.get_total_norm([own], group=crossing)
+        assert norm == torchclip.get_total_norm([torch.full((2,), 1.0 + r) for r in range(4)])
+
+
 def check_ranks_out_of_step_on_an_accelerator() -> None:
     """No rank waits: the norm is NaN, and the next read raises the error."""
     rank = dist.get_rank()
-
-    def as_there(norms: Any, device: str) -> Tensor:
-        return on_device(norms, device)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_array", as_there)
+        patch.setattr(collectives, "_array", on_device)
         for many in (16, 2):
             patch.setattr(messages, "MANY_ON_HOST", many)
             mesh = DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu")

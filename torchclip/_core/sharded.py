@@ -209,17 +209,17 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
         items = list(dict.fromkeys(item for items in several for item in items))
         mesh.without_partial([item.grad for item in items if item.grad is not None])  # by all ranks, too
         lengths: Counter[Layout] = Counter()
-        for item, held in zip(items, mesh.locals_of(items), strict=True):
-            lengths[mesh.unit_layout(item)] += 2 * (len(held) if held.dim() > 1 else 1)  # as in ``units``
+        for item, part in zip(items, mesh.locals_of(items), strict=True):
+            lengths[mesh.unit_layout(item)] += 2 * (len(part) if part.dim() > 1 else 1)  # as in ``units``
         nothing = {layout: torch.full((n,), ABSENT) for layout, n in lengths.items() if layout.dims}
         rounds.lines(nothing, call)
         return
     involved = [list(dict.fromkeys(items)) for items in several if groups or mesh.any_dtensor(items)]
     held = []
-    for i, items in enumerate(involved):
-        tensors, _, places = _placed(items, take_grad=kind != Kind.MEASURE)
+    for i, some in enumerate(involved):
+        tensors, _, places = _placed(some, take_grad=kind != Kind.MEASURE)
         mesh.without_partial(tensors)  # which involves all ranks, too
-        held += [rounds.absent(i, *some) for some in places.items()]
+        held += [rounds.absent(i, *alike) for alike in places.items()]
     if involved and kind in (Kind.CLIP, Kind.MEASURE):
         rounds.totals(held, len(involved), groups, call)
     elif involved:
