@@ -289,7 +289,7 @@ class Clipper:
         """
         self._know_sets()
         in_round, bank, spikes = self._round.is_open(), self._settings.bank, self._settings.spikes
-        thresholds = saved.of_rules(bank.before_round() if in_round else bank)
+        thresholds = saved.of_rules(bank, in_round)
         own: dict[str, Any] = {
             "steps": self._state.number,
             "sets": list(thresholds),

@@ -177,9 +177,9 @@ def _own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     return part
 
 
-def of_rules(rule: ThresholdBank) -> dict[str, Any]:
+def of_rules(rule: ThresholdBank, in_round: bool) -> dict[str, Any]:
     """What thresholds have learned, by the names of the sets; a user's own object is stored as one value."""
-    states = rule.state_dict()
+    states = rule.state_dict(in_round)
     return {name: (state,) for name, state in states.items()} if rule.runs_user_code else states
 
 

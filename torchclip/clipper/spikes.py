@@ -85,8 +85,7 @@ class Spikes:
         Args:
             in_round: whether a round of several optimizers is open, which does not count yet.
         """
-        rule = self.rule.before_round() if in_round else self.rule
-        return {"skips": int(self._skips), "thresholds": rule.state_dict()}
+        return {"skips": int(self._skips), "thresholds": self.rule.state_dict(in_round)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict``."""

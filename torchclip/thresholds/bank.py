@@ -20,6 +20,7 @@ from torchclip.thresholds.quantile_tracker import QuantileTracker
 # From this many sets in host memory on, one formula for all of them is faster than a call for each.
 _MANY = 16
 _ALL = "all"
+_CPU = torch.device("cpu")
 
 
 class ThresholdBank:
@@ -72,17 +73,16 @@ class ThresholdBank:
         # Checked once: checking a protocol takes longer than the rest of a small step.
         self.learns = isinstance(max_norm, Threshold)
         is_object = self.learns or callable(max_norm)
-        self._max_norm: Any = max_norm if is_object else arguments.threshold(argument, max_norm)
-        self.number = self._max_norm if isinstance(self._max_norm, float) else None
+        self.number = None if is_object else arguments.threshold(argument, max_norm)
+        self._max_norm: Any = max_norm if is_object else self.number
         self.eps = 0.0 if self.learns else scalars.EPS
         self.runs_user_code = is_object and not type(max_norm).__module__.startswith("torchclip.")
         self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
-        self.answers_tensors = _takes_rows(max_norm, torch.device("meta"))
-        self._takes_rows_on_host = _takes_rows(max_norm, None)
+        ours = max_norm if isinstance(max_norm, Learned) and not has_own_update(max_norm) else None
+        self.answers_tensors = ours is not None and ours._takes_rows(on_device=True)
+        self._takes_rows_on_host = ours is not None and ours._takes_rows(on_device=False)
         self._learners: Objects | Rows = Objects({})
-        # The object of the only set, for the kernel's hook: in a training step each look-up counts.
-        self._only: Learned | None = None
-        self._before_round: ThresholdBank | None = None
+        self._before_round: Objects | Rows | None = None
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
@@ -90,7 +90,7 @@ class ThresholdBank:
         self.asked, self._step, self._closed = 0, step, False
         self._common: float | None = None
         # The names and norms of the sets that were asked for, and their thresholds.
-        self._known: tuple[Sequence[str], Norms, Norms] | None = None
+        self._answers: list[tuple[Sequence[str], Norms, Norms]] = []
 
     def close(self) -> None:
         """Refuse sets that had no gradient before, for the rest of the step."""
@@ -99,17 +99,12 @@ class ThresholdBank:
     def begin_round(self) -> None:
         """Record what was learned before a round of several optimizers, for a state saved during it."""
         if self.learns and self._in_rounds:
-            self._before_round = None
-            self._before_round = copy.copy(self)
-            self._before_round._learners = self._learners.copied()
-
-    def before_round(self) -> ThresholdBank:
-        """A bank with what this one had learned when ``begin_round`` was last called."""
-        return self if self._before_round is None else self._before_round
+            self._before_round = self._learners.copied()
 
     def add(self, names: Iterable[str]) -> None:
         """Add sets with these names that do not exist yet; they start from ``max_norm``."""
-        new = [name for name in names if name not in self._learners.sets]
+        known = self._learners.names
+        new = [name for name in names if name not in known]
         if self.learns and new:
             self._learners.add({name: copy.deepcopy(self._max_norm) for name in new})
 
@@ -138,63 +133,57 @@ class ThresholdBank:
             if self._common is None:
                 self._common = self.number if self.number is not None else self._called()
             return self._common
-        if self._known is not None:
-            return self._again(names, norms, norm_type)
-        max_norms = self._learned(names, norms, norm_type)
-        self._known = names, norms, max_norms
-        return max_norms
+        if not self._answers:
+            return self._learned(names, norms, norm_type)
+        # The thresholds that were learned, and those of sets of which there was no norm before.
+        known = {
+            name: max_norm
+            for of_names, *of_each in self._answers
+            for name, norm, max_norm in zip(of_names, *map(scalars.numbers, of_each), strict=True)
+            if not norm < 0
+        }
+        found = zip(names, scalars.numbers(norms), strict=True)
+        new = {name: norm for name, norm in found if not (norm < 0 or name in known)}
+        if new and self._closed:
+            raise RuntimeError(
+                f"a gradient appeared in the middle of a step ({', '.join(new)}), after thresholds "
+                "had been asked for twice; set gradients before optimizer.step(). The step was called off"
+            )
+        if new:
+            learned = self._learned([*new], [*new.values()], norm_type)
+            known.update(zip(new, scalars.numbers(learned), strict=True))
+        return [known.get(name, math.inf) for name in names]
 
     def _called(self) -> float:
         self.asked += 1
         return arguments.threshold(f"{self._argument}({self._step})", self._max_norm(self._step))
 
-    def _again(self, names: Sequence[str], norms: Norms, norm_type: float) -> list[float]:
-        """The thresholds that were learned, and those of sets of which there was no norm before."""
-        assert self._known is not None
-        before = zip(self._known[0], *map(scalars.numbers, self._known[1:]), strict=True)
-        known = {name: max_norm for name, norm, max_norm in before if not norm < 0}
-        present = {
-            name: norm for name, norm in zip(names, scalars.numbers(norms), strict=True) if not norm < 0
-        }
-        unknown = [name for name in present if name not in known]
-        if unknown and self._closed:
-            raise RuntimeError(
-                f"a gradient appeared in the middle of a step ({', '.join(unknown)}), after thresholds "
-                "had been asked for twice; set gradients before optimizer.step(). The step was called off"
-            )
-        answers = self._learned(unknown, [present[name] for name in unknown], norm_type)
-        known.update(zip(unknown, scalars.numbers(answers), strict=True))
-        self._known = [*known], [0.0] * len(known), [*known.values()]
-        return [known.get(name, math.inf) for name in names]
-
     def _learned(self, names: Sequence[str], norms: Norms, norm_type: float) -> Norms:
         if not names:
             return norms
         self.asked += 1
-        selected = tuple(names)
-        if selected != self._learners.selected:
-            self.add(names)
-            self._learners.selected = None
-        learners = self._learners_for(norms)
-        if learners.selected is None:
-            learners.select(selected)
-        taken: Any = norms if learners.device is not None else scalars.numbers(norms)
-        max_norms = learners.update(taken, norm_type)
+        self.add(names)
+        max_norms = self._learners_for(norms).update(names, norms, norm_type)
         if self.runs_user_code:
             called = f"{type(self._max_norm).__name__}.update()"
-            return [arguments.threshold(called, answer) for answer in max_norms]
+            max_norms = [arguments.threshold(called, answer) for answer in max_norms]
+        self._answers.append((names, norms, max_norms))
         return max_norms
 
     def _learners_for(self, norms: Norms) -> Objects | Rows:
-        """What learns from the norms, made from what was learned elsewhere if needed."""
+        """What learns from the norms.
+
+        It becomes rows when there are many sets, or when norms are first on a device.  Rows stay rows, and
+        move only if norms are on another device.
+        """
         learners = self._learners
-        device = norms.device if self.answers_tensors and not isinstance(norms, list) else None
-        many = self.per_parameter or len(learners.sets) >= _MANY
-        takes_rows = device is not None or (self._takes_rows_on_host and many)
-        if isinstance(learners, Rows) != takes_rows or learners.device != device:
-            thresholds = learners.thresholds
-            learners = self._learners = Rows(thresholds, device) if takes_rows else Objects(thresholds)
-            self._only = None
+        if isinstance(norms, list):
+            many = self.per_parameter or len(learners.names) >= _MANY
+            device = learners.device or (_CPU if many and self._takes_rows_on_host else None)
+        else:
+            device = norms.device if self.answers_tensors else None
+        if device is not None and device != learners.device:
+            learners = self._learners = Rows(learners.thresholds, device)
         return learners
 
     def max_norm_of_all(self, norm: float) -> float:
@@ -204,17 +193,23 @@ class ThresholdBank:
         """
         if self._in_rounds:
             self.begin_round()
-        if self._only is not None:
-            max_norm: float = self._only._learn(norm, FLOATS)
+        learners = self._learners
+        if isinstance(learners, Objects):
+            max_norm: float = learners.thresholds[_ALL]._learn(norm, FLOATS)
             return max_norm
-        (number,) = scalars.numbers(self._learned([_ALL], [norm], 2.0))
-        if isinstance(self._learners, Objects):
-            self._only = self._learners.thresholds[_ALL]
+        (number,) = learners.update([_ALL], [norm], 2.0)
         return number
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the threshold objects have learned, by the name of the set.  Waits for an accelerator."""
-        return {name: threshold.state_dict() for name, threshold in self.thresholds.items()}
+    def state_dict(self, in_round: bool = False) -> dict[str, Any]:
+        """What the threshold objects have learned, by the name of the set.  Waits for an accelerator.
+
+        Args:
+            in_round: whether a round is open: then it is what they had learned when ``begin_round`` was last
+                called.
+        """
+        before = self._before_round if in_round else None
+        thresholds = (self._learners if before is None else before).thresholds
+        return {name: threshold.state_dict() for name, threshold in thresholds.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict``; sets that are not in it start from the beginning.
@@ -222,8 +217,8 @@ class ThresholdBank:
         Raises:
             ValueError: if another kind of threshold has learned ``state``; then nothing has changed.
         """
-        sets, self._learners, self._only = self._learners.sets, Objects(self.check(state)), None
-        self.add(sets)
+        names, self._learners = self._learners.names, Objects(self.check(state))
+        self.add(names)
 
     def check(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The thresholds of a ``state_dict``; raises for anything else."""
@@ -239,10 +234,3 @@ class ThresholdBank:
 
     def __repr__(self) -> str:
         return repr(self._max_norm)
-
-
-def _takes_rows(max_norm: Any, device: torch.device | None) -> bool:
-    """Whether many sets can learn together whose norms are on a device (None for the host)."""
-    return (
-        isinstance(max_norm, Learned) and not has_own_update(type(max_norm)) and max_norm._takes_rows(device)
-    )

@@ -2,12 +2,12 @@
 
 A formula uses operators, comparisons and these functions, so it is written once for
 
-- one set of gradients: floats, without any array,
-- many sets in host memory: a NumPy array with an entry for each,
-- many sets on a device: a tensor likewise, for whose values the host does not wait.
+- one set of gradients: floats, without any tensor,
+- many sets: a tensor with an entry for each, in host memory or on a device, for which the host does not wait.
 
-As on a device, every branch of a formula is computed, and ``where`` selects one.  So a branch that is not
-selected must not raise an error: for example, floats must not be divided by 0.
+Every branch of a formula is computed, and ``where`` selects one.  So a branch that is not selected must not
+raise an error: for example, floats must not be divided by 0.  Its values must not both be plain numbers, as
+a tensor of them would be float32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from torchclip._core import joint_norms, scalars
-
-_CPU = torch.device("cpu")
+from torchclip._core.batch import Norms
 
 
 class Floats:
@@ -38,7 +37,7 @@ class Floats:
 
     @staticmethod
     def any(condition: bool) -> bool:
-        """Whether the condition may hold for one of the numbers."""
+        """Whether the condition may hold for a number."""
         return condition
 
     @staticmethod
@@ -47,10 +46,11 @@ class Floats:
         return norm
 
     @staticmethod
-    def put(row: list[float], slot: int, number: float, condition: bool) -> None:
-        """Write a number into a slot of its row where the condition holds."""
+    def put(row: list[float], slot: int, number: float, condition: bool) -> list[float]:
+        """The row with a number in a slot where the condition holds; the list itself changes."""
         if condition:
             row[slot] = number
+        return row
 
     @staticmethod
     def mean_and_deviation(row: list[float], seen: int) -> tuple[float, float]:
@@ -66,69 +66,29 @@ class Floats:
         return mean, math.dist(numbers, (mean,) * count) / math.sqrt(count - 1)
 
 
-class Arrays:
-    """A NumPy array, of one number for each row."""
-
-    hypot = staticmethod(np.hypot)
-    sqrt = staticmethod(np.sqrt)
-    where = staticmethod(np.where)
-    concatenate = staticmethod(np.concatenate)
-
-    @staticmethod
-    def any(condition: Any) -> bool:
-        """Whether the condition may hold for one of the numbers."""
-        return bool(condition.any())
-
-    @staticmethod
-    def join(norms: Any, order: float) -> float:
-        """The norm of given order of a vector whose parts have these norms, none of them ``ABSENT``."""
-        return joint_norms.join_numbers(norms.tolist(), order)
-
-    @staticmethod
-    def put(rows: Any, slots: Any, numbers: Any, condition: Any) -> None:
-        """Write a number into a slot of each row where the condition holds."""
-        (chosen,) = condition.nonzero()
-        rows[chosen, slots[chosen]] = numbers[chosen]
-
-    @staticmethod
-    def filled(count: int, number: float) -> Any:
-        """The same number for each row."""
-        return np.full(count, number)
-
-    @staticmethod
-    def column(values: Sequence[Any]) -> Any:
-        """A number for each row, or a row of numbers for each."""
-        return np.array(values)
-
-    @staticmethod
-    def mean_and_deviation(rows: Any, seen: Any) -> tuple[Any, Any]:
-        """The mean and standard deviation of each row, likewise."""
-        if (seen < rows.shape[1]).any():
-            return _mean_and_deviation(rows, seen, np)
-        mean = rows.mean(1)
-        parts = rows / mean[:, None]  # as below, in fewer passes over the memory
-        parts -= 1.0
-        deviation = mean * np.sqrt(np.einsum("ij,ij->i", parts, parts) / (rows.shape[1] - 1))
-        if np.isfinite(deviation).all():
-            return mean, deviation
-        return _mean_and_deviation(rows, seen, np)
-
-
 class Tensors:
-    """A tensor on a device, of one number for each row."""
+    """A tensor in host memory or on a device, of one number for each row."""
 
     hypot = staticmethod(torch.hypot)
-    sqrt = staticmethod(torch.sqrt)
     where = staticmethod(torch.where)
-    concatenate = staticmethod(torch.cat)
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def norms(self, norms: Norms) -> Tensor:
+        """Norms as such a tensor."""
+        if isinstance(norms, list):
+            norms = scalars.vector(norms)
+        return norms.to(self.device, scalars.norm_dtype(self.device), non_blocking=True)
+
+    def any(self, condition: Tensor) -> bool:
+        """Whether the condition may hold for a number; always on a device, as to know is to wait."""
+        return self.device.type != "cpu" or bool(condition.any())
+
     @staticmethod
-    def any(_: Tensor) -> bool:
-        """Whether the condition may hold for one of the numbers; always True, as to know would be to wait."""
-        return True
+    def sqrt(number: float | Tensor) -> float | Tensor:
+        """The square root, also of one number for all rows."""
+        return number.sqrt() if isinstance(number, Tensor) else math.sqrt(number)
 
     @staticmethod
     def join(norms: Tensor, order: float) -> Tensor:
@@ -136,10 +96,11 @@ class Tensors:
         return joint_norms.join_rows(norms, order)
 
     @staticmethod
-    def put(rows: Tensor, slots: Tensor, numbers: Tensor, condition: Tensor) -> None:
-        """Write a number into a slot of each row where the condition holds."""
+    def put(rows: Tensor, slots: Tensor, numbers: Tensor, condition: Tensor) -> Tensor:
+        """The rows with a number in a slot of each where the condition holds; no tensor changes in place."""
         slots = slots[:, None]
-        rows.scatter_(1, slots, torch.where(condition[:, None], numbers[:, None], rows.gather(1, slots)))
+        numbers = torch.where(condition[:, None], numbers[:, None], rows.gather(1, slots))
+        return rows.scatter(1, slots, numbers)
 
     def filled(self, count: int, number: float) -> Tensor:
         """The same number for each row."""
@@ -154,17 +115,13 @@ class Tensors:
     @staticmethod
     def mean_and_deviation(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and standard deviation of each row, likewise."""
-        return _mean_and_deviation(rows, seen, torch)
+        count = seen.clip(None, rows.shape[1])
+        mean = (rows / count[:, None]).nansum(1)
+        # Divided by the mean, which is never far below the largest norm, no square leaves the range.
+        parts = rows / mean[:, None]
+        parts -= 1.0  # new memory for each result would take longer
+        parts *= parts
+        return mean, mean * torch.sqrt(parts.nansum(1) / (count - 1))
 
 
-def _mean_and_deviation(rows: Any, seen: Any, module: Any) -> tuple[Any, Any]:
-    is_there = rows == rows
-    count = seen.clip(None, rows.shape[1])
-    mean = module.where(is_there, rows / count[:, None], 0.0).sum(1)
-    # Divided by the mean, which is never far below the largest norm, no square leaves the range.
-    parts = module.where(is_there, rows / mean[:, None] - 1.0, 0.0)
-    deviation = mean * module.sqrt((parts * parts).sum(1) / (count - 1))
-    return mean, module.where(mean > 0, deviation, 0.0)
-
-
-FLOATS, ARRAYS = Floats(), Arrays()
+FLOATS = Floats()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from torchclip._core import arguments
+from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
 from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
-from torchclip.thresholds.forms import ARRAYS, FLOATS, Tensors
+from torchclip.thresholds.forms import FLOATS, Tensors
 
 Kind = TypeVar("Kind", bound="Learned")
 
@@ -61,7 +61,7 @@ class Learned(Saved):
     """A threshold that learns by a formula.
 
     It keeps what it has learned in attributes, the columns.  In an object that a user makes, each is a
-    number.  In ``Rows``, each has an entry for each of many sets, and the same formula updates all of them.
+    number.  In ``Rows``, each is a tensor with an entry for each set, and the same formula updates them all.
     """
 
     _columns: ClassVar[tuple[str, ...]]
@@ -69,7 +69,9 @@ class Learned(Saved):
 
     def update(self, norm: float) -> float:
         """Learn from ``norm`` and return the threshold of this step."""
-        max_norm: float = self._learn(checks.norm(norm), FLOATS)
+        if type(norm) is not float or norm < 0:
+            norm = checks.norm(norm)
+        max_norm: float = self._learn(norm, FLOATS)
         return max_norm
 
     @abstractmethod
@@ -77,39 +79,35 @@ class Learned(Saved):
         """Learn from norms and return the thresholds.
 
         Args:
-            norms: a norm, or an array or tensor with one for each set; negative where there is no gradient.
-                Nothing is learned from these, nor from ``inf`` and ``nan``.
+            norms: a norm, or a tensor with one for each set; negative where there is no gradient.  Nothing is
+                learned from these, nor from ``inf`` and ``nan``.
             form: the functions for this kind of number.
             order: the order of the norms, for rules that join them.
         """
 
     def copied(self: Kind) -> Kind:
-        """An independent copy that has learned the same."""
+        """A copy that is only to be saved."""
         copied = copy.copy(self)
         for name in self._columns:
-            value = getattr(self, name)
-            setattr(copied, name, value.copy() if isinstance(value, list) else copy.deepcopy(value))
+            setattr(copied, name, copy.copy(getattr(self, name)))
         return copied
 
-    def _to_row(self, name: str, device: torch.device | None) -> Any:
-        """The row, in host memory or on a device, for what was learned."""
+    def _to_row(self, name: str) -> Any:
+        """The row for what was learned."""
         return getattr(self, name)
 
     def _from_row(self, name: str, value: Any) -> None:
         """Take what was learned from a row."""
         setattr(self, name, value)
 
-    def _takes_rows(self, device: torch.device | None) -> bool:
+    def _takes_rows(self, on_device: bool) -> bool:
         """Whether many sets can learn together: in host memory, or on a device without waiting for it."""
         return True
 
 
-def has_own_update(kind: type) -> bool:
+def has_own_update(threshold: Learned) -> bool:
     """Whether a user's subclass has its own ``update``, which must be called for each norm."""
-    for cls in kind.__mro__:
-        if "_learn" in vars(cls) or "update" in vars(cls):
-            return "_learn" not in vars(cls)
-    return True
+    return not type(threshold).update.__module__.startswith("torchclip.")
 
 
 class Objects:
@@ -120,19 +118,20 @@ class Objects:
 
     Attributes:
         thresholds: likewise.
-        sets: a dictionary by the names of the sets.
-        selected: the names of the sets whose norms ``update`` takes.
     """
 
     device = None
 
     def __init__(self, thresholds: Mapping[str, Any]) -> None:
-        self.thresholds = self.sets = dict(thresholds)
-        self.selected: tuple[str, ...] | None = None
-        self._updates: list[Callable[[float], float]] = []
+        self.thresholds = dict(thresholds)
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the sets."""
+        return self.thresholds
 
     def copied(self) -> Objects:
-        """Independent objects that have learned the same."""
+        """Copies that are only to be saved."""
         copies = {
             name: each.copied() if isinstance(each, Learned) else copy.deepcopy(each)
             for name, each in self.thresholds.items()
@@ -143,98 +142,94 @@ class Objects:
         """Add sets after those that are there."""
         self.thresholds.update(thresholds)
 
-    def select(self, names: tuple[str, ...]) -> None:
-        """Take the norms of the sets with these names from now on."""
-        self.selected, self._updates = names, [self.thresholds[name].update for name in names]
-
-    def update(self, norms: Sequence[float], order: float) -> list[float]:
-        """Learn from the norms, negative where there is no gradient, and return the thresholds."""
+    def update(self, names: Sequence[str], norms: Norms, order: float) -> list[float]:
+        """Learn from the norms of some sets, negative without a gradient, and return their thresholds."""
         # A norm of -inf is not finite, but not absent.
         return [
-            math.inf if -math.inf < norm < 0 else update(norm)
-            for update, norm in zip(self._updates, norms, strict=True)
+            math.inf if -math.inf < norm < 0 else self.thresholds[name].update(norm)
+            for name, norm in zip(names, scalars.numbers(norms), strict=True)
         ]
 
 
 class Rows:
-    """Thresholds of many sets, which learn together: a row for each in every column.
+    """Thresholds of many sets, or of sets on a device, which learn together: a row for each in every column.
 
     Args:
         thresholds: the objects to start from, of the same kind with the same arguments, by the names of the
             sets.
-        device: where the norms will be; None for numbers in host memory.
+        device: where they learn.
 
     Attributes:
-        sets: the number of the row by the name of each set.
-        selected: the names of the sets whose norms ``update`` takes.
+        names: the number of the row by the name of each set.
     """
 
-    def __init__(self, thresholds: Mapping[str, Learned], device: torch.device | None) -> None:
-        self.device = device
-        self.sets = {name: row for row, name in enumerate(thresholds)}
-        self.selected: tuple[str, ...] | None = None
-        self._rows: Any = None  # those of the selected sets, unless they are all rows in order
-        self._form: Any = ARRAYS if device is None else Tensors(device)
+    def __init__(self, thresholds: Mapping[str, Any], device: torch.device) -> None:
+        self._form = Tensors(device)
         self._one = next(iter(thresholds.values()))
         self._all = self._stacked([*thresholds.values()])
+        self.names = {name: row for row, name in enumerate(thresholds)}
+        # The sets that learned last, and their rows unless these are all in order.
+        self._latest: tuple[list[str], Tensor | None] = [*thresholds], None
 
-    def _stacked(self, thresholds: Sequence[Learned]) -> Learned:
+    @property
+    def device(self) -> torch.device:
+        """Where they learn."""
+        return self._form.device
+
+    def _stacked(self, thresholds: Sequence[Learned]) -> Any:
         stacked = copy.copy(self._one)
         for name in self._one._columns:
-            values = [each._to_row(name, self.device) for each in thresholds]
-            setattr(stacked, name, self._form.column(values))
+            setattr(stacked, name, self._form.column([each._to_row(name) for each in thresholds]))
         return stacked
 
     def copied(self) -> Rows:
-        """Independent rows that have learned the same."""
+        """A copy that is only to be saved."""
         copied = copy.copy(self)
-        copied._all, copied.sets = self._all.copied(), dict(self.sets)
+        copied._all, copied.names = copy.copy(self._all), dict(self.names)  # no tensor changes in place
         return copied
 
     def add(self, thresholds: Mapping[str, Learned]) -> None:
         """Add rows after those that are there."""
-        self.sets.update({name: row for row, name in enumerate(thresholds, start=len(self.sets))})
-        more, self.selected = self._stacked([*thresholds.values()]), None
+        self.names.update({name: row for row, name in enumerate(thresholds, start=len(self.names))})
+        more = self._stacked([*thresholds.values()])
+        self._latest = [], None
         for name in self._one._columns:
-            columns = [getattr(self._all, name), getattr(more, name)]
-            setattr(self._all, name, self._form.concatenate(columns))
+            setattr(self._all, name, torch.cat([getattr(self._all, name), getattr(more, name)]))
 
-    def select(self, names: tuple[str, ...]) -> None:
-        """Take the norms of the sets with these names from now on."""
-        rows: Any = np.array([self.sets[name] for name in names])
-        if np.array_equal(rows, np.arange(len(self.sets))):
-            rows = None
-        elif self.device is not None:
-            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
-        self.selected, self._rows = names, rows
-
-    def update(self, norms: Norms, order: float) -> Norms:
-        """Learn from the norms and return the thresholds.
+    def update(self, names: Sequence[str], norms: Norms, order: float) -> Norms:
+        """Learn from the norms of some sets and return their thresholds.
 
         Args:
-            norms: a norm for each of the sets, below 0 where there is no gradient.
+            names: the names of the sets.
+            norms: a norm for each of them, below 0 where there is no gradient.
             order: their order.
 
         Returns:
-            The thresholds, infinite where there is no gradient.
+            The thresholds, infinite where there is no gradient: a list if the norms are one.
         """
-        form, rows = self._form, self._rows
-        columns: Any = norms if self.device is not None else np.array(norms)
+        form, rows = self._form, self._rows_of(names)
+        learned = of_all = form.norms(norms)
         if rows is not None:
-            there, columns = columns, form.filled(len(self.sets), ABSENT)
-            columns[rows] = there
-        with np.errstate(all="ignore"):  # of numbers that are not used in the end
-            max_norms = form.where(columns < 0, math.inf, self._all._learn(columns, form, order))
-        max_norms = max_norms if rows is None else max_norms[rows]
-        found: Norms = max_norms if self.device is not None else max_norms.tolist()
+            of_all = form.filled(len(self.names), ABSENT).index_copy(0, rows, learned)
+        max_norms = torch.where(of_all < 0, math.inf, self._all._learn(of_all, form, order))
+        if rows is not None:
+            max_norms = max_norms[rows]
+        found: Norms = max_norms.tolist() if isinstance(norms, list) else max_norms
         return found
+
+    def _rows_of(self, names: Sequence[str]) -> Tensor | None:
+        if names != self._latest[0]:
+            rows = [self.names[name] for name in names]
+            in_order = rows == [*range(len(self.names))]
+            self._latest = [*names], None if in_order else self._form.column(rows)
+        return self._latest[1]
 
     @property
     def thresholds(self) -> dict[str, Any]:
         """An object for each row, by the name of its set; waits for the device."""
         columns = {name: getattr(self._all, name).tolist() for name in self._one._columns}
-        rows = [copy.deepcopy(self._one) for _ in self.sets]
+        rows = [copy.deepcopy(self._one) for _ in self.names]
         for name, values in columns.items():
             for row, value in zip(rows, values, strict=True):
                 row._from_row(name, value)
-        return dict(zip(self.sets, rows, strict=True))
+        return dict(zip(self.names, rows, strict=True))

@@ -73,7 +73,7 @@ class RollingSigma(Learned):
         mean, deviation = form.mean_and_deviation(self._slots, seen)
         max_norms = where(seen < self.warmup, math.inf, mean + self.sigma * deviation)
         learn = (norms >= 0) & (norms < math.inf) & (norms <= max_norms)
-        form.put(self._slots, seen % self.window, norms, learn)
+        self._slots = form.put(self._slots, seen % self.window, norms, learn)
         self._seen = seen + learn
         return max_norms
 

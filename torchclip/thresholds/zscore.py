@@ -108,12 +108,15 @@ class ZScore(Learned):
             if self.skip_update_on_spike:
                 learn = learn != spike  # these are among those
         rate = 1.0 - self.alpha
+        kept = 1.0 - rate
+        weight = rate * (kept * kept)
         if form.any(warming_up):  # in the warm-up all norms weigh the same, later the last ones more
             rate = where(warming_up, 1.0 / (seen + 1.0), rate)
+            kept = 1.0 - rate
+            weight = where(warming_up, rate * kept, weight)
             self._seen = where(learn & warming_up, seen + 1.0, seen)
             max_norms = where(warming_up, math.inf, max_norms)
-        kept = 1.0 - rate
-        offset = form.sqrt(rate * where(warming_up, kept, kept * kept)) * (learned - mean)
+        offset = form.sqrt(weight) * (learned - mean)
         self._mean = where(learn, kept * mean + rate * learned, mean)
         self._std = where(learn, form.hypot(form.sqrt(kept) * std, offset), std)
         return where(max_norms < self.max_norm, max_norms, self.max_norm)
