@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,27 +23,28 @@ class TorchBatch(Batch, ABC):
         dtype: their ``memory.common_dtype``, or None.
     """
 
+    _parted: tuple[list[Group], list[tuple[int, Tensor]]] | None = None
+
     def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
         super().__init__(tensors, shared)
         self.dtype = dtype
-        self._groups: list[Group] | None = None
-        self._others: list[tuple[int, Tensor]] = []
         if dtype is not None:
             self.rest = ()
 
     def parted(self) -> tuple[list[Group], list[tuple[int, Tensor]]]:
         """Plain real tensors in groups, and the other tensors with their positions."""
-        if self._groups is None and self.dtype is not None:
-            self._groups = [Group(True, self.all, range(len(self.all)))]
-        elif self._groups is None:
+        if self.dtype is not None:
+            return [Group(True, self.all, range(len(self.all)))], []
+        if self._parted is None:
             real: list[tuple[int, Tensor]] = []
+            others: list[tuple[int, Tensor]] = []
             for place, tensor in enumerate(self.all):
                 if tensor.dtype not in REAL or not memory.is_plain(tensor):
-                    self._others.append((place, tensor))
+                    others.append((place, tensor))
                 elif tensor.numel():
                     real.append((place, tensor))
-            self._groups = grouped(real, are_plain=True)
-        return self._groups, self._others
+            self._parted = grouped(real, are_plain=True), others
+        return self._parted
 
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply every element in place; does not wait to see whether a tensor is 1."""
@@ -56,14 +57,12 @@ class TorchBatch(Batch, ABC):
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor in place by its own number."""
-        if not isinstance(clip_coefs, list):
-            there = _on_each_device(clip_coefs)
-            self._change_(lambda group: group.scale_each_(there(group)))
-        elif self.dtype is not None:
-            self._change_(lambda group: group.scale_each_(clip_coefs))
-        else:  # one by one, as those whose number is 1 must stay as they are
-            for tensor, clip_coef in zip(self.all, clip_coefs, strict=True):
-                type(self)([tensor]).scale_(clip_coef)
+        if isinstance(clip_coefs, list):
+            unchanged = {place for place, clip_coef in enumerate(clip_coefs) if clip_coef == 1.0}
+            self._change_(lambda group: group.scale_each_(clip_coefs), unchanged=unchanged)
+            return
+        there = _on_each_device(clip_coefs)
+        self._change_(lambda group: group.scale_each_(there(group)))
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``."""
@@ -73,14 +72,22 @@ class TorchBatch(Batch, ABC):
         """Set every infinite or NaN element to 0."""
         self._change_(Group.zero_nonfinite_, as_real=False)
 
-    def _change_(self, change_: Callable[[Group], None], as_real: bool = True) -> None:
-        """Change the memory of all elements, group by group; of complex numbers ``as_real`` or whole."""
+    def _change_(
+        self, change_: Callable[[Group], None], as_real: bool = True, unchanged: Collection[int] = ()
+    ) -> None:
+        """Change the memory of all elements, group by group.
+
+        Args:
+            change_: changes a group.
+            as_real: whether complex numbers are changed as pairs of real ones.
+            unchanged: the positions of tensors that ``change_`` does not change.
+        """
         groups, others = self.parted()
         with writing():
             for group in groups:
                 change_(group)
             if others:
-                _change_others_(others, change_, as_real)
+                _change_others_([each for each in others if each[0] not in unchanged], change_, as_real)
 
 
 def writing() -> AbstractContextManager[None]:
@@ -93,7 +100,7 @@ def writing() -> AbstractContextManager[None]:
 
 
 def own_elements(tensor: Tensor) -> Tensor:
-    """The memory of the elements that a sparse tensor stores; each is stored once from now on."""
+    """The memory of a tensor's elements; a sparse one stores each of them once from now on."""
     if memory.is_uncoalesced(tensor):
         # The stored values are new, and must have been made in the same mode as the tensor.
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
@@ -111,7 +118,7 @@ def _change_others_(
             change_(Group(False, [values], [place]))
             tensor.copy_(values.to_mkldnn())
             continue
-        values = own_elements(tensor) if tensor.layout in memory.SPARSE else tensor
+        values = own_elements(tensor)
         found.append((place, memory.as_real(values) if as_real and memory.is_plain(values) else values))
     for group in grouped(found):
         change_(group)

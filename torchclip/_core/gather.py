@@ -187,7 +187,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     return batch
 
 
-def _local(tensors: list[Tensor], shared: bool, by_kernel: Any = None) -> Batch:
+def _local(tensors: list[Tensor], shared: bool = False, by_kernel: Any = None) -> Batch:
     """The batch of distinct tensors of which no other rank has a part.
 
     Args:
@@ -199,14 +199,13 @@ def _local(tensors: list[Tensor], shared: bool, by_kernel: Any = None) -> Batch:
         by_kernel = native.extension.tensors(tensors)
     rest, parts = tensors, []
     if by_kernel is not None:
-        known = bool(by_kernel.facts & Facts.SHARED)
-        if not by_kernel.rest and (known or not shared):
+        rest = list(by_kernel.rest)
+        if not rest:
             return cast("Batch", by_kernel)
-        rest, shared = list(by_kernel.rest), shared or known
+        shared = bool(by_kernel.facts & Facts.SHARED)
         parts = [by_kernel.taken] if len(rest) < len(tensors) else []
-    if rest or not parts:
-        parts += _by_torch(rest, shared)
-    return parts[0] if len(parts) == 1 and len(rest) == len(tensors) else MixedBatch(tensors, parts, shared)
+    parts += _by_torch(rest, shared)
+    return parts[0] if len(parts) == 1 else MixedBatch(tensors, parts, shared)
 
 
 def _by_torch(tensors: list[Tensor], shared: bool) -> list[Batch]:

@@ -145,7 +145,7 @@ class Group:
         if isinstance(clip_coef, float):
             is_tiny = 0 < clip_coef < FLOAT32_TINY and self.dtype not in memory.DOUBLE
             # In host memory, an operation on all of them would round the number to their own low precision.
-            if self.device.type == "cpu" and (is_tiny or not self.foreach or self.dtype in _HALF):
+            if (is_tiny or not self.foreach or self.dtype in _HALF) and self.device.type == "cpu":
                 for tensor in self.tensors:
                     _multiply_(tensor, clip_coef) if is_tiny else tensor.mul_(clip_coef)
                 return

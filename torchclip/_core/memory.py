@@ -158,8 +158,9 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
 
 
 def own_values(tensor: Tensor) -> Tensor:
-    """The values that a sparse tensor stores, not a copy of them; a COO tensor must be coalesced."""
-    return tensor.values().detach()  # values() must be detached to be viewed as real numbers
+    """The tensor; of a sparse one, the values that it stores, not a copy: a COO tensor must be coalesced."""
+    # They must be detached to be viewed as real numbers.
+    return tensor.values().detach() if tensor.layout in SPARSE else tensor
 
 
 def is_uncoalesced(tensor: Tensor) -> bool:
@@ -257,7 +258,7 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
             )
         if is_uncoalesced(tensor):
             continue  # a copy is changed, in which the entries for one place were added
-        values = own_values(tensor) if tensor.layout in SPARSE else tensor
+        values = own_values(tensor)
         if values.layout is torch.strided and not values.is_contiguous() and _overlaps_itself(values):
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a single "
@@ -282,7 +283,7 @@ def without_memory(tensor: Tensor) -> bool:
     """Whether the storage of a tensor with elements was resized to nothing."""
     if type(tensor) not in PLAIN or tensor.is_meta or is_uncoalesced(tensor):
         return False
-    values = own_values(tensor) if tensor.layout in SPARSE else tensor
+    values = own_values(tensor)
     if values.layout is not torch.strided or values.numel() == 0:
         return False
     return values.untyped_storage().nbytes() == 0

@@ -42,7 +42,7 @@ def finite_norm(tensor: Tensor, p: float) -> float:
     copy = tensor.detach().clone()  # one tensor at a time, so that there is never a second set of gradients
     if copy.layout == torch.sparse_coo:
         copy = copy.coalesce()
-    values = memory.own_values(copy) if copy.layout in memory.SPARSE else copy
+    values = memory.own_values(copy)
     finite = values.isfinite()
     if not bool(finite.any()):
         return ABSENT

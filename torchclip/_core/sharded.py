@@ -64,7 +64,7 @@ class ShardedBatch(Batch):
         items: distinct parameters or tensors.
         take_grad: whether the gradients of the items are meant.
         groups: process groups whose ranks have further gradients.
-        gather: makes a batch of this rank's tensors, given them and whether any is shared.
+        gather: makes a batch of this rank's tensors.
         measured: whether gradients are only measured.
 
     Attributes:
@@ -77,16 +77,16 @@ class ShardedBatch(Batch):
         items: Sequence[Tensor],
         take_grad: bool,
         groups: Sequence[Any],
-        gather: Callable[[list[Tensor], bool], Batch],
+        gather: Callable[[list[Tensor]], Batch],
         measured: bool = False,
     ) -> None:
         tensors, is_shared, self._places = _placed(items, take_grad)
-        super().__init__(tensors)
+        super().__init__(tensors, is_shared)
         self.groups = groups
         self.is_changed = take_grad and not measured
         self._gather = gather
         self._locals = mesh.locals_of(tensors)
-        self.local = gather(self._locals, is_shared)
+        self.local = gather(self._locals)
         self.rest = self.local.rest
         self._is_pending = any(layout.is_pending for layout in self._places)
         self.joint_facts: int | None = None
@@ -94,7 +94,12 @@ class ShardedBatch(Batch):
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors on this rank; once a norm was taken, on all ranks."""
-        return (self.local.facts if self.joint_facts is None else self.joint_facts) | Facts.SHARDED
+        return (self.own_facts if self.joint_facts is None else self.joint_facts) | Facts.SHARDED
+
+    @property
+    def own_facts(self) -> int:
+        """``Facts`` of the tensors on this rank."""
+        return self.local.facts | self._shared
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all the tensors on all ranks."""
@@ -123,11 +128,11 @@ class ShardedBatch(Batch):
             if len(self._places) == 1 and not self._is_pending:
                 return self.local.norm(p, finite)
             chosen = [held[i] for i in dict.fromkeys(places) if i is not None]
-            return self._gather(chosen, False).norm(p, finite)
+            return self._gather(chosen).norm(p, finite)
 
         def norms(places: Sequence[int | None]) -> Norms:
             if not of_each:
-                of_each.append(self._gather(held, False).norms(p, finite))
+                of_each.append(self._gather(held).norms(p, finite))
             return at(of_each[0], places)
 
         return [
@@ -178,7 +183,7 @@ def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool
         kind = Kind.CLIP_EACH if each else Kind.CLIP
     else:
         kind = Kind.MEASURE_EACH if each else Kind.MEASURE
-    call = Call(kind, p, reduce(operator.or_, (batch.local.facts for batch in batches)))
+    call = Call(kind, p, reduce(operator.or_, (batch.own_facts for batch in batches)))
     joint: Any = (
         rounds.each(held, call) if each else rounds.totals(held, len(batches), batches[0].groups, call)
     )

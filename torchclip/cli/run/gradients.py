@@ -20,7 +20,7 @@ def norm_of(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> N
         parameters: the parameters.
         grad_scale: the scale of a GradScaler by which the optimizer divides.
     """
-    grads = [grad for parameter in parameters if (grad := parameter.grad) is not None]
+    grads = gather.distinct_gradients(parameters)
     if not grads:
         return None
     norm = gather.tensors(grads).norm(2.0)
@@ -29,9 +29,9 @@ def norm_of(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> N
 
 def norms_of(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> tuple[list[Tensor], Norms]:
     """The norm of each gradient, and its parameter: the last of those that share it."""
-    of_gradient = {id(grad): (p, grad) for p in parameters if (grad := p.grad) is not None}
-    norms = gather.tensors([grad for _, grad in of_gradient.values()]).norms(2.0)
-    return [p for p, _ in of_gradient.values()], unscaled(norms, grad_scale, 2.0)
+    grads, owners = gather.distinct_gradients(parameters), {id(p.grad): p for p in parameters}
+    norms = gather.tensors(grads).norms(2.0)
+    return [owners[id(grad)] for grad in grads], unscaled(norms, grad_scale, 2.0)
 
 
 def nonfinite_ids(parameters: Sequence[Tensor]) -> list[int]:
