@@ -13,7 +13,7 @@ import torch
 from distributed_helpers import Ranks
 
 from torchclip import kernel
-from torchclip._core import gather, native
+from torchclip._core import gather, groups, native
 from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.clipper import fused
 
@@ -141,6 +141,7 @@ def _way(name: str) -> Iterator[None]:
         if name == "accelerator":
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(gather, "_local", AcceleratorBatch)
+            patch.setattr(groups, "_HOST", "another device")
         yield
 
 

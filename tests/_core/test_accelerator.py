@@ -60,6 +60,12 @@ def on_meta(count: int, *dtypes: torch.dtype) -> list[nn.Parameter]:
     return parameters
 
 
+@pytest.fixture(autouse=True)
+def not_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in host memory, whose values can be compared, are changed as those on a device are."""
+    monkeypatch.setattr(groups, "_HOST", "another device")
+
+
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 

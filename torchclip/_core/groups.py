@@ -20,6 +20,8 @@ from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24
+# The type of device whose memory is the host's: calls cost little there, passes over many elements cost more.
+_HOST = "cpu"
 # Devices known to multiply float16 tensors together by a float32 number, in float32.
 _UNSCALING = frozenset({"cuda"})
 _HALF = frozenset({torch.float16, torch.bfloat16})
@@ -145,7 +147,7 @@ class Group:
         if isinstance(clip_coef, float):
             is_tiny = 0 < clip_coef < FLOAT32_TINY and self.dtype not in memory.DOUBLE
             # In host memory, an operation on all of them would round the number to their own low precision.
-            if (is_tiny or not self.foreach or self.dtype in _HALF) and self.device.type == "cpu":
+            if (is_tiny or not self.foreach or self.dtype in _HALF) and self.device.type == _HOST:
                 for tensor in self.tensors:
                     _multiply_(tensor, clip_coef) if is_tiny else tensor.mul_(clip_coef)
                 return
@@ -178,7 +180,7 @@ class Group:
         # Torch refuses a limit beyond the range of the dtype, which limits nothing.
         limit = limit if limit <= torch.finfo(self.dtype).max else math.inf
         # In host memory two passes over a large tensor take longer than a call.
-        most = memory.JOINED if self.device.type == "cpu" else math.inf
+        most = memory.JOINED if self.device.type == _HOST else math.inf
         together = [tensor for tensor in self.tensors if self.foreach and tensor.numel() <= most]
         if together:
             torch._foreach_clamp_max_(together, limit)
@@ -191,7 +193,7 @@ class Group:
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0; no operation on lists does so in place."""
         for chunk in self._chunks():
-            if len(chunk.tensors) == 1 or not chunk.foreach or self.device.type == "cpu":
+            if len(chunk.tensors) == 1 or not chunk.foreach or self.device.type == _HOST:
                 for tensor in chunk.tensors:
                     _zero_nonfinite_(tensor)
                 continue
