@@ -28,17 +28,7 @@ FSDP2 = TORCH >= (2, 7)
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0
 # Imported only once, before the ranks are forked.
-PRELOADED = [
-    "clipper_rank_checks",
-    "copies_checks",
-    "exchange_checks",
-    "in_step_checks",
-    "mesh_checks",
-    "model_checks",
-    "norm_checks",
-    "training_checks",
-    "torch._dynamo",
-]
+PRELOADED = [*(path.stem for path in Path(__file__).parents[1].rglob("*_checks.py")), "torch._dynamo"]
 Check = Callable[[], None]
 
 

@@ -14,22 +14,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 import torchclip
 
-__all__ = [
-    "addends",
-    "assert_agreed",
-    "assert_same",
-    "collectives_of",
-    "compare",
-    "global_norm",
-    "parameter",
-    "placed",
-    "split",
-    "whole",
-    "with_norm",
-]
 
-
-def placed(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
     """A DTensor of a value that all ranks have, so nothing is exchanged."""
     if "src_data_rank" in inspect.signature(distribute_tensor).parameters:  # since torch 2.7
         return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
@@ -42,11 +28,6 @@ def placed(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> D
     return DTensor.from_local(
         held.clone(), mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
     )
-
-
-def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
-    """A DTensor that has this value."""
-    return placed(full, mesh, placements)
 
 
 def parameter(grad: Tensor | None, like: Tensor | None = None) -> Any:
@@ -114,6 +95,8 @@ def compare(fulls: Sequence[Tensor], grads: Sequence[Tensor], clip: Callable[...
         assert actual.dtype == expected.dtype
         rtol = 1e-12 if actual.dtype == torch.float64 else 0
         torch.testing.assert_close(actual, expected, rtol=rtol, atol=0, equal_nan=True)
+    if all(torch.equal(q.grad, full) for q, full in zip(oracle, fulls, strict=True)):
+        assert [grad._version for grad in grads] == versions  # what autograd has saved stays valid
     for full, before, at, grad, p, q in zip(fulls, versions, memory, grads, parameters, oracle, strict=True):
         assert p.grad is grad
         assert_same(grad, q.grad)

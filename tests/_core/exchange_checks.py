@@ -8,12 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_helpers import world_of
-from dtensors import (
-    addends,
-    collectives_of,
-    parameter,
-    split,
-)
+from dtensors import addends, collectives_of, parameter, split
 from helpers import randn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh

@@ -252,30 +252,20 @@ def check_a_rank_that_is_a_call_ahead() -> None:
 
 
 def check_many_ranks() -> None:
-    """What few ranks promise, with the reductions of many ranks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(messages, "MANY_ON_HOST", 2)
-        _all_promises()
-
-
-def check_ranks_whose_rows_the_first_gathers() -> None:
-    """The same, with the two messages that 8 or more ranks exchange in host memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(messages, "ROOTED", 2)
-        _all_promises()
-
-
-def _all_promises() -> None:
-    mesh = init_device_mesh("cpu", (4,))
-    fulls = [randn(8, 5, seed=i) for i in range(6)]
-    grads: list[Tensor] = [split(full, mesh, Shard(0)) for full in fulls]
-    for order in (0, 1, 2, 3, INF, -INF):
-        assert torchclip.get_total_norm(grads, order) == torchclip.get_total_norm(fulls, order)
-    each = torchclip.clip_grad_norm_per_parameter_([parameter(grad) for grad in grads], INF)
-    assert each.tolist() == [torchclip.get_total_norm(full).item() for full in fulls]
-    check_a_gradient_that_one_rank_refuses()
-    check_an_argument_that_one_rank_refuses()
-    check_ranks_that_make_different_calls()
+    """What few ranks promise, with the two messages of 8 or more ranks, and with the reductions of many."""
+    for more_than in ("ROOTED", "MANY_ON_HOST"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(messages, more_than, 2)
+            mesh = init_device_mesh("cpu", (4,))
+            fulls = [randn(8, 5, seed=i) for i in range(6)]
+            grads: list[Tensor] = [split(full, mesh, Shard(0)) for full in fulls]
+            for order in (0, 1, 2, 3, INF, -INF):
+                assert torchclip.get_total_norm(grads, order) == torchclip.get_total_norm(fulls, order)
+            each = torchclip.clip_grad_norm_per_parameter_([parameter(grad) for grad in grads], INF)
+            assert each.tolist() == [torchclip.get_total_norm(full).item() for full in fulls]
+            check_a_gradient_that_one_rank_refuses()
+            check_an_argument_that_one_rank_refuses()
+            check_ranks_that_make_different_calls()
 
 
 def check_refusals_on_an_accelerator() -> None:

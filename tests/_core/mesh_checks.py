@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dtensors import (
-    assert_agreed,
-    assert_same,
-    compare,
-    global_norm,
-    parameter,
-    split,
-)
+from dtensors import assert_agreed, assert_same, compare, global_norm, parameter, split
 from helpers import NORM_TYPES, last_of, randn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -84,6 +77,7 @@ def check_experts_that_some_ranks_lack() -> None:
     grads = [split(fulls[0], everyone, Shard(0))]
     if rank < 2:
         grads.append(split(fulls[1], DeviceMesh.from_group(group, "cpu"), Shard(0)))
+        assert torchclip.get_total_norm(grads[1]) == torchclip.get_total_norm(fulls[1])
     expected = [torchclip.get_total_norm(f) for f in fulls[: len(grads)]]
     assert torchclip.get_total_norm(grads) == torchclip.get_total_norm(fulls[: len(grads)])
     norm = torchclip.get_total_norm(grads, group=dist.group.WORLD)
@@ -122,49 +116,46 @@ def check_asymmetric_submeshes() -> None:
     assert norms[-1] == torchclip.get_total_norm(fulls[1])
 
 
-def check_meshes_without_all_ranks() -> None:
-    group = dist.new_group([0, 1])
-    if dist.get_rank() < 2:
-        mesh = DeviceMesh.from_group(group, "cpu")
-        full = randn(7, 3)
-        norm = torchclip.clip_grad_norm_([parameter(split(full, mesh, Shard(0)))], 1.0)
-        assert norm == torchclip.get_total_norm(full)
-
-
 def check_pipeline() -> None:
-    """Stages with different parameters, each sharded by itself."""
+    """Stages with different parameters, each sharded by itself, and experts on a mesh of their own."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
-    fulls = [randn(7, 5), randn(3, 4, seed=1), randn(4, seed=2), randn(2, seed=3)]
+    experts = DeviceMesh.from_group(root["dp"].get_group(), "cpu", mesh_dim_names=("ep",))
+    shapes = [(7, 5), (4,), (4, 6), (3, 4), (2,), (5, 3)]
+    fulls = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
     stage = root.get_local_rank("pp")
-    mine = fulls[2 * stage : 2 * stage + 2]
+    ways = [(root["dp"], Shard(0)), (root["dp"], Replicate()), (experts, Shard(0))]
+    mine = slice(3 * stage, 3 * stage + 3)
     for order, group in itertools.product(NORM_TYPES, (root.get_group("pp"), dist.group.WORLD)):
-        ways = (Shard(0), Replicate())
-        p = [parameter(split(f, root["dp"], way)) for f, way in zip(mine, ways, strict=True)]
+        p = [parameter(split(full, *way)) for full, way in zip(fulls[mine], ways, strict=True)]
         oracle = [parameter(f.clone()) for f in fulls]
         norm = torchclip.clip_grad_norm_(p, 0.5, order, group=group)
         assert_agreed(norm)
         assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
-        for each, expected in zip(p, oracle[2 * stage : 2 * stage + 2], strict=True):
+        for each, expected in zip(p, oracle[mine], strict=True):
             assert_same(each.grad, expected.grad)
 
 
 def check_parts_made_by_hand() -> None:
-    """Plain tensors over one group of ranks, over two that cross, and a rank without parameters."""
+    """Plain tensors over one group of ranks, over two that cross, and a rank without parameters.
+
+    Gradients that all ranks of the group share count once.
+    """
     rank = dist.get_rank()
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    fulls = [randn(5, 2, seed=i) for i in range(4)]
+    fulls = [*(randn(5, 2, seed=i) for i in range(4)), randn(9, 3)]
     crossing = [grid.get_group("a"), grid.get_group("b")]
     for order, group in itertools.product(NORM_TYPES, (dist.group.WORLD, crossing)):
-        p = parameter(fulls[rank].clone())
-        oracle = [parameter(f.clone()) for f in fulls]
-        norm = torchclip.clip_grad_norm_([p], 0.5, order, group=group)
-        assert_agreed(norm)
-        assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
-        assert_same(p.grad, oracle[rank].grad)
+        own, common = fulls[rank].clone(), split(fulls[4], init_device_mesh("cpu", (4,)), Shard(0))
+        for count, grads in ((4, [own.clone()]), (5, [own, common])):
+            oracle = [parameter(f.clone()) for f in fulls[:count]]
+            norm = torchclip.clip_grad_norm_([parameter(g) for g in grads], 0.5, order, group=group)
+            assert_agreed(norm)
+            assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
+            assert_same(grads[0], oracle[rank].grad)
         without_me = [] if rank == 1 else [fulls[rank]]
         norm = torchclip.get_total_norm(without_me, order, group=group)
         assert_agreed(norm)
-        assert norm == torchclip.get_total_norm([f for r, f in enumerate(fulls) if r != 1], order)
+        assert norm == torchclip.get_total_norm([f for r, f in enumerate(fulls[:4]) if r != 1], order)
 
 
 def check_ranks_agree_on_the_dtype() -> None:
@@ -206,20 +197,6 @@ def check_ranks_decide_alike_whether_a_fused_step_multiplies() -> None:
     assert last_of(clipper).clipped
     assert_agreed(common.detach().to_local())
     assert_agreed(common.grad.to_local())
-
-
-def check_parts_made_by_hand_beside_a_mesh_of_all() -> None:
-    """Gradients that all ranks of the group share count once."""
-    mesh = init_device_mesh("cpu", (4,))
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    fulls = [randn(5, 2, seed=i) for i in range(4)]
-    common = randn(9, 3)
-    crossing = [grid.get_group("a"), grid.get_group("b")]
-    for group in (dist.group.WORLD, crossing):
-        grads = [fulls[dist.get_rank()].clone(), split(common, mesh, Shard(0))]
-        norm = torchclip.clip_grad_norm_([parameter(g) for g in grads], 0.5, group=group)
-        assert_agreed(norm)
-        assert norm == torchclip.get_total_norm([common, *fulls])
 
 
 def check_groups_are_process_groups() -> None:

@@ -47,28 +47,19 @@ def strided(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, .
     return [(_StridedShard(0, split_factor=mesh.size(1)), Shard(0))]
 
 
-def check_every_placement_on_a_line_of_ranks() -> None:
-    mesh = init_device_mesh("cpu", (4,))
-    fulls, grads = [], []
-    for i, shape in enumerate(SHAPES):
-        for way in placements_on(mesh, shape):
-            fulls.append(randn(*shape, seed=i))
-            grads.append(split(fulls[-1], mesh, *way))
-    for limit in (1.0, 1e6):
-        compare(fulls, [g.clone() for g in grads], global_norm(limit))
-
-
-def check_every_placement_on_a_grid_of_ranks() -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    for i, shape in enumerate(SHAPES):
+def check_every_placement() -> None:
+    """On a line of ranks and on a grid; one by one, as one mistake may hide another, and together."""
+    for mesh in (init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))):
         fulls, grads = [], []
-        for way in placements_on(mesh, shape):
-            fulls.append(randn(*shape, seed=i))
-            grads.append(split(fulls[-1], mesh, *way))
-            # One by one, as one mistake may hide another.
-            assert_agreed(torchclip.get_total_norm(grads[-1]))
-            assert torchclip.get_total_norm(grads[-1]) == torchclip.get_total_norm(fulls[-1])
-        compare(fulls, grads, global_norm(1.0))
+        for i, shape in enumerate(SHAPES):
+            for way in placements_on(mesh, shape):
+                fulls.append(randn(*shape, seed=i))
+                grads.append(split(fulls[-1], mesh, *way))
+                norm = torchclip.get_total_norm(grads[-1])
+                assert_agreed(norm)
+                assert norm == torchclip.get_total_norm(fulls[-1])
+        for limit in (1e6, 1.0):
+            compare(fulls, [g.clone() for g in grads], global_norm(limit))
 
 
 def check_norm_types() -> None:
@@ -254,15 +245,6 @@ def check_nonfinite_on_one_rank() -> None:
                 call(grad)
         assert torch.equal(grad.to_local().nan_to_num(), before.nan_to_num())
         compare([full], [grad], global_norm(1.0))
-
-
-def check_versions_of_gradients_that_stay() -> None:
-    """Unchanged tensors keep their version, so that what autograd has saved stays valid."""
-    mesh = init_device_mesh("cpu", (4,))
-    grads = [split(randn(8, 3), mesh, Shard(0)), split(randn(8, 3) / 100, mesh, Shard(0))]
-    before = [g._version for g in grads]
-    torchclip.clip_grad_norm_([parameter(g) for g in grads], 1e6)
-    assert [g._version for g in grads] == before
 
 
 def check_gradients_still_being_reduced() -> None:

@@ -1,26 +1,14 @@
 """Clipping on several ranks; the checks are in the modules named ``…_checks``."""
 
-import copies_checks
-import exchange_checks
-import in_step_checks
-import mesh_checks
-import model_checks
-import norm_checks
+from importlib import import_module
+from pathlib import Path
+
 import pytest
-import training_checks
 from distributed_helpers import Check, Ranks, checks_of
 
-MODULES = (
-    copies_checks,
-    exchange_checks,
-    in_step_checks,
-    mesh_checks,
-    model_checks,
-    norm_checks,
-    training_checks,
-)
+MODULES = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("*_checks.py"))]
 # What ranks exchange does not depend on whether the kernel measures the gradients.
-WITHOUT_KERNEL = (copies_checks, norm_checks, training_checks)
+WITHOUT_KERNEL = [module for module in MODULES if module.__name__.startswith(("copies", "norm", "training"))]
 
 
 @pytest.mark.parametrize("check", checks_of(*MODULES))

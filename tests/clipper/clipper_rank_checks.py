@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_helpers import since_2_7
-from dtensors import parameter, placed
+from dtensors import parameter, split
 from helpers import bits, grad_of, last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
@@ -30,7 +30,7 @@ SCOPES: list[Scope] = ["global", "group", "parameter"]
 
 def lying(full: Tensor, *placements: Placement) -> DTensor:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return placed(full, mesh, placements)
+    return split(full, mesh, *placements)
 
 
 def agreed(value: Any) -> None:
@@ -224,12 +224,12 @@ def check_rules_go_by_the_norms_of_whole_parameters() -> None:
         optimizers = [torch.optim.SGD(parameters, lr=1.0) for parameters in (whole, sharded)]
         alone, together = (Clipper(optimizer, **way) for optimizer in optimizers)
         for factor in (1.0, 1.1, 0.4, 30.0, 1.0):
-            for full, in_one_piece, split in zip(fulls, whole, sharded, strict=True):
-                in_one_piece.grad, split.grad = factor * full, lying(factor * full, Shard(0))
+            for full, in_one_piece, in_parts in zip(fulls, whole, sharded, strict=True):
+                in_one_piece.grad, in_parts.grad = factor * full, lying(factor * full, Shard(0))
             for optimizer in optimizers:
                 optimizer.step()
-        for in_one_piece, split in zip(whole, sharded, strict=True):
-            torch.testing.assert_close(split.full_tensor(), in_one_piece)
+        for in_one_piece, in_parts in zip(whole, sharded, strict=True):
+            torch.testing.assert_close(in_parts.full_tensor(), in_one_piece)
         assert [r.skipped for r in together.history] == [r.skipped for r in alone.history]
         assert [r.clipped for r in together.history] == [r.clipped for r in alone.history]
         assert any(r.clipped or r.skipped for r in alone.history)
