@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import bits, exact_norm, randn, with_gradients
+from helpers import bits, randn, with_gradients
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad as torchs
@@ -189,28 +189,6 @@ def batch_of(*tensors: Tensor) -> AcceleratorBatch:
 
 
 class TestNorms:
-    @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
-    def test_exact(self, dtype: torch.dtype) -> None:
-        tensors = [randn(50, i + 1, dtype=dtype, seed=i) for i in range(4)] + [torch.tensor(3.0, dtype=dtype)]
-        batch = batch_of(*tensors)
-        expected = [exact_norm(t.double().flatten().tolist()) for t in tensors]
-        norms = batch.norms(2.0)
-        assert isinstance(norms, Tensor)
-        assert norms.tolist() == pytest.approx(expected, rel=1e-12)
-        assert float(batch.norm(2.0)) == pytest.approx(exact_norm(expected), rel=1e-12)
-
-    @pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, -1.0, -2.0, INF])
-    @pytest.mark.parametrize("scale", [1e-250, 1e-170, 1.0, 1e170, 1e250])
-    def test_nothing_leaves_the_range_of_float64(self, order: float, scale: float) -> None:
-        parts = [torch.tensor([3.0, 4.0, 5.0]).double() * scale, torch.tensor([[6.0, 7.0]]).double() * scale]
-        joined = torch.linalg.vector_norm(torch.arange(3.0, 8.0).double(), order)
-        batch = batch_of(*parts)
-        assert float(batch.norm(order)) == pytest.approx(float(joined) * scale, rel=1e-13)
-        each = [torch.linalg.vector_norm(part / scale, order) * scale for part in parts]
-        norms = batch.norms(order)
-        assert isinstance(norms, Tensor)
-        assert norms.tolist() == pytest.approx([float(n) for n in each], rel=1e-13)
-
     def test_each_tensor_has_a_range_of_its_own(self) -> None:
         norms = batch_of(*(torch.full((4,), scale, dtype=F64) for scale in (1e-200, 1e200))).norms(2.0)
         assert isinstance(norms, Tensor)

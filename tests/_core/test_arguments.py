@@ -1,7 +1,7 @@
 """Which arguments are refused, with which message, and that nothing has changed afterwards."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from functions import CHANGING, FUNCTIONS, Function
-from helpers import bits, with_gradients
+from helpers import bits, grad_of, with_gradients
 from torch import Tensor, nn
 
 import torchclip
@@ -51,6 +51,21 @@ def parameters() -> Iterator[list[Any]]:
     assert [p.grad._version for p in parameters] == [0, 0, 0]
 
 
+class AsFloat:
+    def __float__(self) -> float:
+        return 2.0
+
+
+class AsIndex:
+    def __index__(self) -> int:
+        return 2
+
+
+class Several:
+    def __float__(self) -> float:
+        raise TypeError("only arrays of one element can be converted")
+
+
 NOT_NUMBERS: list[Any] = [
     None,
     "abc",
@@ -65,6 +80,8 @@ NOT_NUMBERS: list[Any] = [
     True,
     torch.ones(2),
     torch.tensor(1j),
+    torch.ones((), device="meta"),
+    pytest.param(Several(), id="several"),
     pytest.param(object(), id="an object"),
 ]
 
@@ -113,6 +130,7 @@ def test_the_remedy_for_max_norm_none(parameters: list[Any]) -> None:
 
 KINDS = [2, np.float32(2), np.float16(2), np.int64(2), Fraction(2), torch.tensor(2), torch.tensor([2.0])]
 KINDS += [Decimal(2), np.array(2.0), np.array([2.0])]
+KINDS += [pytest.param(each, id=type(each).__name__) for each in (AsFloat(), AsIndex())]
 
 
 @limits
@@ -163,6 +181,8 @@ def test_orders_by_name_and_of_other_types(function: Function) -> None:
         (np.float32(3), 3.0),
         (torch.tensor(1), 1.0),
         ("2", 2.0),
+        (AsFloat(), 2.0),
+        (AsIndex(), 2.0),
     ):
         mine, others = (with_gradients([torch.tensor([3.0, -4.0]), torch.tensor([5.0])]) for _ in range(2))
         function.of(mine, norm_type=order)
@@ -209,17 +229,23 @@ def test_items_that_are_no_tensors(function: Function, item: Any, parameters: li
 
 
 @pytest.mark.parametrize("function", CHANGING.values(), ids=list(CHANGING))
-def test_a_module_stands_for_its_parameters(function: Function) -> None:
-    models: list[nn.Module] = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    for model in models:
+def test_a_module_and_its_generator_stand_for_its_parameters(function: Function) -> None:
+    passed: list[Callable[[nn.Module], Any]] = [
+        lambda model: list(model.parameters()),
+        lambda model: model,
+        nn.Module.parameters,
+        lambda model: iter(list(model.parameters())),
+    ]
+    found = []
+    for pass_ in passed:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
         (1000 * model(torch.ones(3))).sum().backward()
-    results = [function(models[0]), function(list(models[1].parameters()))]
-    assert repr(results[0]) == repr(results[1])
-    for mine, its in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert mine.grad is not None
-        assert its.grad is not None
-        assert torch.equal(mine.grad, its.grad)
+        given = pass_(model)
+        result = function(given)
+        found.append((repr(result), *(bits(grad_of(parameter)) for parameter in model.parameters())))
+        assert not isinstance(given, Iterator) or list(given) == []
+    assert found == [found[0]] * len(passed)
 
 
 def test_errors_name_the_parameters_of_a_module() -> None:

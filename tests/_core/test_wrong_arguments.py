@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import bits, with_gradients
+from helpers import with_gradients
 from torch import nn
 
 import torchclip
@@ -40,8 +40,12 @@ WRONG: dict[str, Any] = {
 NUMBERS = {"inf", "a fraction"}
 
 
+MADE: list[Any] = []
+
+
 def parameters() -> list[Any]:
-    return with_gradients([torch.tensor([3.0, 4.0])])
+    MADE[:] = with_gradients([torch.tensor([3.0, 4.0])])
+    return MADE
 
 
 def clipper(*arguments: Any, **options: Any) -> Clipper:
@@ -192,19 +196,7 @@ def test_every_wrong_value_is_refused_by_the_name_of_its_argument(name: str) -> 
         with pytest.raises((TypeError, ValueError)) as caught:
             call(value)
         assert f"`{argument}` " in str(caught.value), (kind, str(caught.value))
-
-
-@pytest.mark.parametrize("kind", WRONG)
-@pytest.mark.parametrize("argument", ["error_if_nonfinite", "group"])
-def test_no_gradient_changes_where_an_argument_is_wrong(argument: str, kind: str) -> None:
-    if kind in ARGUMENTS["clip_grad_norm_" if argument != "group" else "clip_grad_norm_, group"][2]:
-        pytest.skip("is right")
-    (parameter,) = parameters()
-    before = bits(parameter.grad)
-    with pytest.raises((TypeError, ValueError)):
-        torchclip.clip_grad_norm_(parameter, 1.0, **{argument: WRONG[kind]})
-    assert bits(parameter.grad) == before
-    assert parameter.grad._version == 0
+        assert all(p.grad.tolist() == [3.0, 4.0] and p.grad._version == 0 for p in MADE)
 
 
 def test_install_and_uninstall_take_nothing() -> None:

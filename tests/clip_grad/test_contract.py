@@ -159,14 +159,17 @@ class TestItem1TheNorm:
             assert total_norm == pytest.approx(expected, rel=1e-7, abs=1e-45 if dtype == torch.float32 else 0)
 
     @pytest.mark.parametrize("number", [1e200, 1e-200, 1e307, 5e-324])
-    @pytest.mark.parametrize("order", [1, 2, 3, INF])
+    @pytest.mark.parametrize("order", [0.5, 1, 2, 3, INF])
     def test_neither_overflows_nor_underflows_in_float64(self, number: float, order: float) -> None:
         expected = number * (8 ** (1 / order))
         assert float(get_total_norm([torch.full((8,), number, dtype=torch.float64)], order)) == pytest.approx(
             expected, rel=1e-12, abs=5e-324
         )
-        split = [torch.full((4,), number, dtype=torch.float64) for _ in range(2)]
+        split = [torch.full((4,), each, dtype=torch.float64) for each in (number, number, 0.0)]
         assert float(get_total_norm(split, order)) == pytest.approx(expected, rel=1e-12, abs=5e-324)
+        norms = torchclip.clip_grad_norm_per_parameter_(with_gradients(split), INF, order).tolist()
+        half = number * (4 ** (1 / order))
+        assert norms == pytest.approx([half, half, 0.0], rel=1e-12, abs=5e-324)
 
     @pytest.mark.parametrize("order", [-2, -1, 0.5, 1, 3, 20, 100])
     @pytest.mark.parametrize("number", [1e-40, 1e-25, 1.0, 1e20, 3e38])
@@ -227,10 +230,6 @@ class TestItem2WhatIsReturned:
         assert clip_grad_norm_(p, 1.0, error_if_nonfinite=True) == INF
         torch.testing.assert_close(p.grad, torch.tensor([0.5**0.5, -(0.5**0.5)]))
 
-    def test_no_gradients_give_0_of_float32(self) -> None:
-        assert get_total_norm([]).equal(torch.tensor(0.0))
-        assert clip_grad_norm_([], 1.0).equal(torch.tensor(0.0))
-
 
 class TestItem3TheCoefficient:
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -266,13 +265,6 @@ class TestItem3TheCoefficient:
         (p,) = with_gradients([torch.tensor([1.0], dtype=torch.float64)])
         clip_grad_norm_(p, 1.0)
         assert float(p.grad) == 1.0 / (1.0 + 1e-6)
-
-    def test_the_norm_after_clipping_is_at_most_max_norm(self) -> None:
-        for seed, max_norm in itertools.product(range(5), (1e-6, 0.1, 1.0, 50.0)):
-            (p,) = with_gradients([randn(1000, seed=seed)])
-            before = clip_grad_norm_(p, max_norm)
-            after = float(get_total_norm(p.grad))
-            assert after <= min(max_norm, float(before)) * (1 + 1e-7)
 
     def test_zero_gradients_stay_zero(self) -> None:
         (p,) = with_gradients([torch.zeros(3)])

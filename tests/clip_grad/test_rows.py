@@ -144,12 +144,6 @@ class TestMemoryThatIsShared:
         torchclip.clip_grad_adaptive_(weight, 0.5)
         torch.testing.assert_close(weight.detach(), torch.tensor([[1.5, 2.0], [0.15, 0.2]]))
 
-    def test_a_shared_gradient_gets_the_smallest_of_its_numbers(self) -> None:
-        gradient = torch.full((2, 2), 3.0)
-        parameters = with_gradients([gradient] * 2, [torch.ones(2, 2), torch.full((2, 2), 2.0)])
-        torchclip.clip_grad_adaptive_(parameters, 0.1)
-        torch.testing.assert_close(gradient, torch.full((2, 2), 0.1))
-
 
 @pytest.mark.usefixtures("kernel_on_and_off")
 @pytest.mark.parametrize("is_sparse", [False, True])
@@ -176,38 +170,35 @@ def test_one_sparse_parameter_beside_dense_ones() -> None:
     torchclip.clip_grad_adaptive_([dense, sparse], 0.1)
     torch.testing.assert_close(dense.grad, torch.full((2, 2), 0.1))
     torch.testing.assert_close(sparse.grad.to_dense(), torch.full((3, 2), 0.1))
-    dense.grad.fill_(3.0)
-    sparse.grad = torch.full((3, 2), 3.0).to_sparse()
-    with pytest.raises(TypeError, match="gradient 1 of shape"):
-        torchclip.clip_grad_adaptive_([dense, sparse], 0.1)
-    assert dense.grad.eq(3).all()
 
 
 EXAMPLES = 9
 
 
-@pytest.mark.usefixtures("kernel_on_and_off")
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_examples_in_any_layout(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+def test_examples_equal_the_numpy_twin(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
     shapes: Sequence[tuple[int, ...]] = [
         (EXAMPLES,),
         (EXAMPLES, 5, 3, 3),
         (EXAMPLES, 2, 3000),
         (EXAMPLES, 40),
+        (EXAMPLES, 0),
     ]
     # All positive, so that no digits cancel out.
     grads = [layout(randn(*shape, dtype=dtype, seed=i).abs().to(dtype)) for i, shape in enumerate(shapes)]
     before = [bits(grad) for grad in grads]
-    norms = torch.stack([grad.reshape(EXAMPLES, -1).abs().double().norm(dim=1) for grad in grads]).norm(dim=0)
-    limit = float(norms.sort().values[3:5].mean())
-    sums, clipped = torchclip.clip_per_example(grads, limit)
-    expected, number = reference.clip_per_example([as_numpy(grad) for grad in grads], limit)
-    assert clipped == number == 5
-    for ours, twin in zip(sums, expected, strict=True):
-        assert ours.dtype is dtype
-        assert_same_up_to_rounding(ours, twin)
-    assert [bits(grad) for grad in grads] == before
+    norms = torch.stack([grad[..., None].flatten(1).abs().double().norm(dim=1) for grad in grads]).norm(dim=0)
+    middle = float(norms.sort().values[3:5].mean())
+    for limit, above in ((middle, 5), (0.0, EXAMPLES), (math.inf, 0)):
+        sums, clipped = torchclip.clip_per_example(grads, limit)
+        expected, number = reference.clip_per_example([as_numpy(grad) for grad in grads], limit)
+        assert clipped == number == above
+        for ours, twin in zip(sums, expected, strict=True):
+            assert ours.dtype is dtype
+            assert_same_up_to_rounding(ours, twin)
+        assert [bits(grad) for grad in grads] == before
 
 
 @pytest.mark.usefixtures("kernel_on_and_off")
@@ -251,28 +242,3 @@ def test_sums_are_tensors_of_their_own(size: int) -> None:
     others = [torch.full((size,), 9.0) for _ in range(3)]
     assert view.tolist() == [4.0] * 3
     assert len(others) == 3
-
-
-@pytest.mark.usefixtures("kernel_on_and_off")
-@pytest.mark.parametrize("name", RULES)
-def test_a_module_and_a_generator_stand_for_the_parameters(name: str) -> None:
-    ways: list[Callable[[nn.Module], Any]] = [
-        lambda module: list(module.parameters()),
-        lambda module: iter(list(module.parameters())),
-        nn.Module.parameters,
-        lambda module: module,
-    ]
-    expected = None
-    for passed in ways:
-        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        with torch.no_grad():
-            for i, parameter in enumerate(model.parameters()):
-                parameter.copy_(randn(*parameter.shape, seed=i))
-                parameter.grad = randn(*parameter.shape, seed=i + 9) * 5
-        given = passed(model)
-        RULES[name](given, 2.0)
-        found = [bits(p.grad) for p in model.parameters() if p.grad is not None]
-        expected = expected or found
-        assert found == expected
-        if isinstance(given, Iterator):
-            assert list(given) == []

@@ -239,56 +239,6 @@ def test_tiny_coefficients_have_all_digits(dtype: torch.dtype, clip_coef: float)
 # What callers pass
 
 
-class Items:
-    """A sequence for Python and for torch, although it is not registered as one."""
-
-    def __init__(self, *items: Any) -> None:
-        self._items = items
-
-    def __getitem__(self, index: int) -> Any:
-        return self._items[index]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-
-class AsFloat:
-    def __float__(self) -> float:
-        return 1.0
-
-
-class AsIndex:
-    def __index__(self) -> int:
-        return 1
-
-
-@every
-def test_containers_that_have_items_and_a_length_only(function: Function) -> None:
-    gradient = randn(1, 5)
-    function(Items(*with_gradients([gradient])) if function.changes else Items(gradient))
-
-
-@every
-@pytest.mark.parametrize("number", [AsFloat(), AsIndex()])
-def test_what_can_be_made_a_number_is_one(function: Function, number: Any) -> None:
-    results = []
-    for each in (number, 1.0):
-        gradient = randn(1, 5, scale=9)
-        arguments = dict.fromkeys((*function.numbers, *(["norm_type"] * function.takes_order)), each)
-        results.append((function.of(with_gradients([gradient]), **arguments), gradient))
-    torch.testing.assert_close(*results)
-
-
-def test_several_numbers_are_none() -> None:
-    class Several:
-        def __float__(self) -> float:
-            raise TypeError("only arrays of one element can be converted")
-
-    for wrong in (Several(), torch.ones(2), [1.0], True, None, 1j):
-        with pytest.raises(TypeError, match="`max_norm` must be a number, got"):
-            torchclip.clip_grad_norm_(with_gradients([torch.ones(2)]), wrong)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("clip", [torchclip.clip_grad_norm_, torchclip.clip_grad_norm_per_parameter_])
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_meta_gradient_among_others_is_refused(clip: Callable[..., Tensor], place: int) -> None:
@@ -300,15 +250,6 @@ def test_a_meta_gradient_among_others_is_refused(clip: Callable[..., Tensor], pl
     ):
         clip(parameters, 0.5)
     assert torch.equal(grad_of(parameters[1 - place]), torch.ones(2, 3))
-
-
-def test_a_number_without_a_value_is_named() -> None:
-    parameters, meta = with_gradients([torch.ones(2)]), torch.ones((), device="meta")
-    with pytest.raises(TypeError, match="`max_norm` must be a number, got a tensor on the device 'meta'"):
-        torchclip.clip_grad_norm_(parameters, meta)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="`total_norm` must be a number, got a tensor on the device 'meta'"):
-        torchclip.clip_grads_with_norm_(parameters, 1.0, meta)
-    assert grad_of(parameters[0]).eq(1).all()
 
 
 @pytest.mark.parametrize("scope", ["global", "group", "parameter"])
