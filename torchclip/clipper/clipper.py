@@ -245,7 +245,8 @@ class Clipper:
         """
         self._know_sets()
         learned = self._settings.bank.thresholds
-        return MappingProxyType({name: learned[name] for name in self._learning if name in learned})
+        asked = [name for name, is_asked in self._sets.items() if is_asked]
+        return MappingProxyType({name: learned[name] for name in asked if name in learned})
 
     def norms(self) -> dict[str, float]:
         """The norm of each gradient as it is now, by the name of its parameter, largest first.
@@ -309,7 +310,7 @@ class Clipper:
                 ``scope`` or ``norm_type``.  Then nothing has changed.
         """
         self._know_sets()
-        loaded = saved.checked(state, self._settings, self._owner, self._sets)
+        loaded = saved.checked(state, self._settings, self._owner, [*self._sets])
         self.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
         self._round.forget()
         self._settings.bank.load_state_dict(loaded.thresholds)
@@ -323,12 +324,8 @@ class Clipper:
         settings = self._settings
         optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
         if len(optimizers) == len(self._optimizers):
-            groups = groups_of(optimizers)
-            names = settings.names.of_sets(groups) if settings.each else {}
-            self._sets = set_names(groups, settings.scope, names)
+            self._sets = set_names(groups_of(optimizers), settings)
             settings.bank.add(self._sets)  # also of groups with their own threshold, which may be removed
-            learning = [group for group in groups if "max_norm" not in group.values]
-            self._learning = set_names(learning, settings.scope, names)
             self._owner = saved.owner(optimizers, settings.names)
         if settings.spikes is not None:
             settings.spikes.rule.add(["all"])

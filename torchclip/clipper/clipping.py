@@ -79,11 +79,11 @@ class Clipping:
         """
         self.forget()
         settings, rule = self._settings, self._settings.rule
+        settings.bank.begin_step(number)
         if settings.spikes is not None:
             settings.spikes.begin(number)
-        settings.bank.begin_step(number)
         on_clip = settings.on_clip if tell else None
-        runs_user_code = on_clip is not None or any(bank.runs_user_code for bank in settings.banks)
+        runs_user_code = on_clip is not None or settings.asks_user_code
         held = snapshot.held_norms() if runs_user_code else ()
         self._judge(snapshot, index)
         row = _row(number, snapshot, loss)

@@ -101,22 +101,22 @@ class Names:
         found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
 
-    def of_sets(self, groups: Sequence[Group]) -> dict[int, list[str]]:
-        """The names of the norms of single parameters, by the ids of their lists; empty to use positions.
+    def of_sets(self, groups: Sequence[Group], each: bool) -> list[list[str]]:
+        """For each group the name of its norm, or the names of the norms of each of its parameters.
 
-        The sets of a single optimizer are named by position, as in 0.1.0.
+        Those of a single optimizer are named by position, as in 0.1.0.  Do not change the lists.
         """
+        if not each:
+            return [[group.name] for group in groups]
+        by_place = [group.names_of_each() for group in groups]
         if not self.has_model or not any(group.several for group in groups):
-            return {}
+            return by_place
         # A parameter of two optimizers has its name from the first of them.
         names = self.in_model()
-        return {
-            id(group.parameters): [
-                names.pop(id(p), place)
-                for p, place in zip(group.parameters, group.names_of_each(), strict=True)
-            ]
-            for group in groups
-        }
+        return [
+            [names.pop(id(p), place) for p, place in zip(group.parameters, places, strict=True)]
+            for group, places in zip(groups, by_place, strict=True)
+        ]
 
 
 def _modules(model: Any) -> list[nn.Module]:

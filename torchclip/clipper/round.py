@@ -188,7 +188,8 @@ class Round:
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._unchanged_by)
         self.close()
-        self._discard()  # what a step has left during whose closure others have stepped
+        if self._rows:  # of a step during whose closure others have stepped
+            self._discard()
         state.went_short, state.open, state.opener = False, True, index
         if self._settings.several:
             for bank in self._settings.banks:

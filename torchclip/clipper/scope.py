@@ -15,7 +15,7 @@ from torchclip._core import arguments, gather, joint_norms, scalars
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Kind
 from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, unscaled
-from torchclip.clipper.settings import Scope, Settings
+from torchclip.clipper.settings import Settings
 
 OwnMaxNorms: TypeAlias = Mapping[int, float | None]
 
@@ -131,13 +131,13 @@ class Snapshot:
         """The sets, without their gradients."""
         sets, settings = [], self._settings
         together: list[Tensor] | None = None
-        names = settings.names.of_sets(self._held) if settings.each else {}
-        for group in self._held:
+        names = settings.names.of_sets(self._held, settings.each)
+        for group, of_group in zip(self._held, names, strict=True):
             parameters, own = group.parameters, self._own[id(group.values)]
             if own is None and settings.scope == "global":
                 together = together + parameters if together else parameters
             else:
-                sets.append(ClipSet(parameters, own, settings.each, _set_names(group, settings.scope, names)))
+                sets.append(ClipSet(parameters, own, settings.each, of_group))
         # Even without gradients here, another rank of the group may wait for this one.
         if together or (together is not None and settings.groups):
             sets.append(ClipSet(together, None, settings.each, ["all"]))
@@ -311,15 +311,10 @@ def _own(group: Group) -> float | None:
     return math.inf if own is None else arguments.threshold(group.place("max_norm"), own)
 
 
-def set_names(groups: Sequence[Group], scope: Scope, names: Mapping[int, list[str]]) -> list[str]:
-    """The names of the norms of all possible sets, with or without gradients."""
-    if scope == "global":
-        return ["all"] if groups else []
-    return [name for group in groups for name in _set_names(group, scope, names)]
-
-
-def _set_names(group: Group, scope: Scope, names: Mapping[int, list[str]]) -> list[str]:
-    """The names of the norms of a group that is not clipped together with others."""
-    if scope != "parameter":
-        return [group.name]
-    return names.get(id(group.parameters)) or group.names_of_each()
+def set_names(groups: Sequence[Group], settings: Settings) -> dict[str, bool]:
+    """The names of the norms of all possible sets, and whether thresholds are asked for each at present."""
+    asked = ["max_norm" not in group.values for group in groups]
+    if settings.scope == "global":
+        return {"all": any(asked)} if groups else {}
+    names = settings.names.of_sets(groups, settings.each)
+    return {name: is_asked for each, is_asked in zip(names, asked, strict=True) for name in each}

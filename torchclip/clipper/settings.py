@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from weakref import ref
 
@@ -59,25 +60,30 @@ class Settings:
     layers_every: int
     joins_norms: bool
 
-    @property
+    @cached_property
     def several(self) -> bool:
         """Whether several optimizers step together."""
         return self.count > 1
 
-    @property
+    @cached_property
     def each(self) -> bool:
         """Whether each gradient is clipped by itself."""
         return self.scope == "parameter"
 
-    @property
+    @cached_property
     def may_skip(self) -> bool:
         """Whether steps are skipped by the Clipper, and not by a GradScaler alone."""
         return self.nonfinite == "skip" or self.spikes is not None or self.several
 
-    @property
+    @cached_property
     def banks(self) -> list[ThresholdBank]:
         """The thresholds for clipping and for skipping."""
         return [self.bank] if self.spikes is None else [self.bank, self.spikes.rule]
+
+    @cached_property
+    def asks_user_code(self) -> bool:
+        """Whether thresholds are the user's own code."""
+        return any(bank.runs_user_code for bank in self.banks)
 
     def usual_way(self) -> object:
         """How the kernel clips in one call, for its ``RoundState``; None if it cannot."""
