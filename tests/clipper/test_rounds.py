@@ -473,6 +473,19 @@ def test_nothing_is_kept_alive(several: bool) -> None:
         assert [each() for each in held] == [None] * 4, (options, detached, max_norm)
 
 
+@pytest.mark.usefixtures("no_collector")
+def test_a_failed_backward_pass_keeps_nothing_alive() -> None:
+    training = InBackward()
+    clipper = Clipper(training.optimizers, 0.1, scope="group")
+    handle = training.model.inner.weight.register_post_accumulate_grad_hook(stop)
+    with pytest.raises(Interrupted):
+        loss_of(training.model, 0).backward()
+    handle.remove()
+    held = [weakref.ref(each) for each in (training.model, *training.optimizers, clipper, clipper.history)]
+    del training, clipper, handle
+    assert [each() for each in held] == [None] * len(held)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_open_round_keeps_no_large_gradient(fused: bool) -> None:
     weights = [nn.Parameter(torch.zeros(100_000)) for _ in range(2)]

@@ -87,16 +87,13 @@ class BackwardRound:
     Args:
         settings: what the user asks for.
         optimizers: the optimizers.
-        close: is called when the pass is over, and every pass around it.
 
     Attributes:
         is_sharded: whether any gradients are sharded.
     """
 
-    def __init__(
-        self, settings: Settings, optimizers: Sequence[Optimizer], close: Callable[[], object]
-    ) -> None:
-        self._settings, self._close = settings, close
+    def __init__(self, settings: Settings, optimizers: Sequence[Optimizer]) -> None:
+        self._settings = settings
         self.is_sharded = mesh.any_dtensor(parameters_of(*optimizers))
         # The backward pass, and those of checkpoints within it.  By the number of the pass, the function that
         # torch calls at its end and keeps until then; None once it was called.
@@ -106,11 +103,11 @@ class BackwardRound:
         self._after: list[Tensor] = []
         self._joint: tuple[Norm, Norm] | None = None
 
-    def follow(self) -> None:
-        """Have the round end with the running pass, too."""
+    def follow(self, close: Callable[[], object]) -> None:
+        """Call a function when the running pass, and every pass around it, is over."""
         number = torch._C._current_graph_task_id()
         if number not in self._ends:
-            end = partial(self._end_of, number)
+            end = partial(self._end_of, number, close)
             self._ends[number] = ref(end)
             ImperativeEngine().queue_callback(end)
 
@@ -129,7 +126,7 @@ class BackwardRound:
         """Follow the passes no longer."""
         self._ends = {}
 
-    def _end_of(self, number: int) -> None:
+    def _end_of(self, number: int, close: Callable[[], object]) -> None:
         if number not in self._ends:
             return
         self._ends[number] = None
@@ -140,7 +137,7 @@ class BackwardRound:
                     for norms in (self._before, self._after)
                 )
                 self._joint = before, ratio(after, before)
-            self._close()
+            close()
 
     def clip_sharded(self, optimizer: Optimizer, step: int, loss: Loss) -> Row:
         """Clip the gradients of an optimizer by a rule that takes no norm, if there is one."""

@@ -181,7 +181,7 @@ class Round:
             backward.refuse(self._settings, self._clipping.optimizers)
         if state.open and in_backward == (self._backward is not None) and self._goes_on(index):
             if self._backward is not None:
-                self._backward.follow()
+                self._backward.follow(self.close)
                 self._clip(index)
             else:
                 self._skips[index] = is_skipped_by_scaler(step.optimizer)
@@ -196,8 +196,8 @@ class Round:
                 bank.begin_round()
             if in_backward:
                 optimizers = self._clipping.optimizers
-                self._backward = backward.BackwardRound(self._settings, optimizers, self.close)
-                self._backward.follow()
+                self._backward = backward.BackwardRound(self._settings, optimizers)
+                self._backward.follow(self.close)
             else:
                 self._skips = {index: is_skipped_by_scaler(step.optimizer)}
         replaced = self._with_closure(index, args, kwargs, self._clipped_after)
