@@ -39,7 +39,7 @@ def agreed(value: Any) -> None:
     assert len(set(everyones)) == 1, everyones
 
 
-def split(full: Tensor) -> tuple[Any, torch.optim.SGD]:
+def with_optimizer(full: Tensor) -> tuple[Any, torch.optim.SGD]:
     """A sharded parameter with a sharded gradient, and an optimizer."""
     p = parameter(lying(full, Shard(0)), lying(full, Shard(0)))
     return p, torch.optim.SGD([p], lr=1.0)
@@ -83,7 +83,7 @@ def check_user_code_on_one_rank_only() -> None:
     for scope, listener, (values, policy) in itertools.product(
         SCOPES, (0, 3), ((full, "propagate"), (spoilt, "zero"))
     ):
-        p, optimizer = split(values)
+        p, optimizer = with_optimizer(values)
         seen: list[float] = []
         on_clip = (lambda r, seen=seen: seen.append(r.total_norm)) if dist.get_rank() == listener else None
         clipper = Clipper(optimizer, 0.5, scope=scope, nonfinite=policy, on_clip=on_clip)  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def check_gradients_that_user_code_changes_on_one_rank_are_refused_there() -> No
 
     mine = dist.get_rank() == 1
     for change, scope in itertools.product((replaced, data_changed, taken_away), SCOPES):
-        p, optimizer = split(full)
+        p, optimizer = with_optimizer(full)
         on_clip = functools.partial(change, p)
         clipper = Clipper(optimizer, 0.5, scope=scope, on_clip=on_clip if mine else None)
         if mine:
@@ -123,7 +123,7 @@ def check_gradients_that_user_code_changes_on_one_rank_are_refused_there() -> No
 
 
 def check_gradients_that_user_code_only_copies() -> None:
-    p, optimizer = split(randn(8, 3))
+    p, optimizer = with_optimizer(randn(8, 3))
     clipper = Clipper(optimizer, 0.5, on_clip=lambda _: setattr(p, "grad", p.grad.clone()))
     optimizer.step()
     assert float(p.grad.full_tensor().norm()) == pytest.approx(0.5, rel=1e-5)
