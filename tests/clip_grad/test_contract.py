@@ -459,7 +459,9 @@ def test_item_7_compiles_without_a_break(name: str, everywhere: str) -> None:
     # Compiled code does not use the kernel, so torch operations do the work.
     backend = "eager" if everywhere == "kernel" else "aot_eager"
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    mine, others = (with_gradients([randn(4, 3), randn(5)]) for _ in range(2))
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float32)
+    gradients = [randn(4, i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    mine, others = (with_gradients([each.clone() for each in gradients]) for _ in range(2))
     result, expected = compiled(mine), call(others)
     if expected is not None:
         torch.testing.assert_close(result, expected, check_dtype=True)
