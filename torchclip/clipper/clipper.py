@@ -19,7 +19,7 @@ from torchclip.clipper.loss import PendingLoss
 from torchclip.clipper.optimizers import groups_of
 from torchclip.clipper.round import Round
 from torchclip.clipper.scope import set_names
-from torchclip.clipper.settings import Nonfinite, Scope, alive, checked, optimizers_of, refuse_history
+from torchclip.clipper.settings import Nonfinite, Scope, checked, optimizers_of, refuse_history
 from torchclip.clipper.step import State, Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
@@ -190,7 +190,13 @@ class Clipper:
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         """All of them, in the order in which they were passed."""
-        return alive(self._optimizers, self._classes)
+        found = [optimizer() for optimizer in self._optimizers]
+        if None in found:
+            raise RuntimeError(
+                f"the optimizer ({self._classes[found.index(None)]}) is gone, as a Clipper does not keep it "
+                "alive; keep a reference to it"
+            )
+        return tuple(optimizer for optimizer in found if optimizer is not None)
 
     @property
     def history(self) -> History:

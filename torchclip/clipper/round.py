@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import and_
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
 from torchclip.history.records import as_records
-
-Around: TypeAlias = Callable[[int, Callable[..., Any]], Callable[..., Any]]
 
 
 class Round:
@@ -186,7 +184,7 @@ class Round:
             else:
                 self._skips[index] = is_skipped_by_scaler(step.optimizer)
                 self._clipping.join(index)
-            return self._with_closure(index, args, kwargs, self._unchanged_by)
+            return self._with_closure(index, args, kwargs, self._call_unchanged)
         self.close()
         if self._rows:  # of a step during whose closure others have stepped
             self._discard()
@@ -200,15 +198,15 @@ class Round:
                 self._backward.follow(self.close)
             else:
                 self._skips = {index: is_skipped_by_scaler(step.optimizer)}
-        replaced = self._with_closure(index, args, kwargs, self._clipped_after)
+        replaced = self._with_closure(index, args, kwargs, self._call_and_clip)
         if replaced is None:
             self._clip(index)
         return replaced
 
     def _with_closure(
-        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Around
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], around: Callable[..., Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments of a step with its closure wrapped; None if it has none."""
+        """The arguments of a step with a function around its closure; None if it has none."""
         if len(args) == 1 and not kwargs:
             return None
         step = type(self._steps[index].optimizer).step
@@ -219,29 +217,22 @@ class Round:
         snapshot.measure()
         return snapshot.total_norm
 
-    def _clipped_after(self, index: int, closure: Callable[..., Any]) -> Callable[..., Any]:
-        def closure_then_clip(*args: Any, **kwargs: Any) -> Any:
-            self._steps[index].undo("again")
-            loss = closure(*args, **kwargs)
-            self._clip(index)
-            return loss
+    def _call_and_clip(self, index: int, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._steps[index].undo("again")
+        loss = closure(*args, **kwargs)
+        self._clip(index)
+        return loss
 
-        return closure_then_clip
-
-    def _unchanged_by(self, index: int, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """A closure that must not change the gradients, such as those that frameworks pass on."""
-
-        def closure_then_look(*args: Any, **kwargs: Any) -> Any:
-            loss = closure(*args, **kwargs)
-            if _nonzero(self._state.members[index].changed()):
-                raise RuntimeError(
-                    f"the closure of {self._called(index)} computed new gradients, but those of this round "
-                    "were clipped when another optimizer of the Clipper stepped; only the first one to step "
-                    "may take a closure"
-                )
-            return loss
-
-        return closure_then_look
+    def _call_unchanged(self, index: int, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a closure that must not change the gradients, such as those that frameworks pass on."""
+        loss = closure(*args, **kwargs)
+        if _nonzero(self._state.members[index].changed()):
+            raise RuntimeError(
+                f"the closure of {self._called(index)} computed new gradients, but those of this round "
+                "were clipped when another optimizer of the Clipper stepped; only the first one to step "
+                "may take a closure"
+            )
+        return loss
 
     def _clip(self, index: int) -> None:
         """Clip the current gradients; in a backward pass those of one optimizer."""

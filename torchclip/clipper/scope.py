@@ -55,14 +55,6 @@ class ClipSet:
             self._names = [of_grad[id(grad)] for grad in self.batch.all]
         return self._names
 
-    def held_norms(self, order: float) -> list[float]:
-        """The norms of this rank's parts of gradients whose norm involves other ranks."""
-        if not self.batch.facts & Facts.SHARDED:
-            return []
-        self.names()
-        held = gather.local_gradients(self.parameters)
-        return scalars.numbers(held.norms(order) if self.each else scalars.in_one([held.norm(order)]))
-
     def limit(self, max_norms: float | Norms, eps: float) -> None:
         """Set the threshold of each norm, and with it the clip coefficient."""
         self.max_norms = max_norms
@@ -240,8 +232,16 @@ class Snapshot:
             clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, self.skipped, 1.0)
 
     def held_norms(self) -> list[list[float]]:
-        """The norms of this rank's part of each set whose norms involve other ranks."""
-        return [clip_set.held_norms(self._settings.order) for clip_set in self.sets]
+        """The norms of this rank's part of each set, if its norms involve other ranks."""
+        found, order = [], self._settings.order
+        for clip_set in self.sets:
+            if clip_set.batch.facts & Facts.SHARDED:
+                clip_set.names()  # before any user code runs
+                held = gather.local_gradients(clip_set.parameters)
+                found.append(
+                    scalars.numbers(held.norms(order)) if clip_set.each else [float(held.norm(order))]
+                )
+        return found
 
     def max_norm(self) -> Norm:
         """The smallest threshold of the sets that have gradients."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Container, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -200,17 +199,6 @@ def _refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_ab
             f"`{argument}` does not work with LBFGS, which moves the parameters several times in a step; "
             f"{remedy}"
         )
-
-
-def alive(optimizers: Sequence[ref[Optimizer]], classes: Sequence[str]) -> tuple[Optimizer, ...]:
-    """The optimizers, or an error if one is gone; ``classes`` are the names of their classes."""
-    found = [optimizer() for optimizer in optimizers]
-    if None in found:
-        raise RuntimeError(
-            f"the optimizer ({classes[found.index(None)]}) is gone, as a Clipper does not keep it alive; "
-            "keep a reference to it"
-        )
-    return tuple(optimizer for optimizer in found if optimizer is not None)
 
 
 def _order_of(norm_type: float | str, nonfinite: Nonfinite) -> float:

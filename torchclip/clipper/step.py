@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import FrameType, SimpleNamespace
 from typing import Any, Literal, TypeAlias, cast
 from weakref import ref
@@ -240,7 +241,7 @@ def with_closure(
     step: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    around: Callable[[Callable[..., Any]], Callable[..., Any]],
+    around: Callable[..., Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments of an optimizer's step with its closure wrapped; None if there is none.
 
@@ -248,13 +249,13 @@ def with_closure(
         step: the function, whose signature says which argument is the closure.
         args: its arguments, the optimizer first.
         kwargs: its keyword arguments.
-        around: makes the new closure from the one that was passed.
+        around: is called in its place, with it as the first argument.
     """
     where = _closure_argument(step, args, kwargs)
     if isinstance(where, str):
-        return args, {**kwargs, where: around(kwargs[where])}
+        return args, {**kwargs, where: partial(around, kwargs[where])}
     if where is not None:
-        return (*args[:where], around(args[where]), *args[where + 1 :]), kwargs
+        return (*args[:where], partial(around, args[where]), *args[where + 1 :]), kwargs
     return None
 
 

@@ -98,7 +98,7 @@ class StepRecorder:
         record.call = record.clipper = None
         replaced = None
         if len(args) > 1 or kwargs:
-            measured_after = partial(partial, self._call_closure, record, optimizer)
+            measured_after = partial(self._call_closure, record, optimizer)
             replaced = with_closure(type(optimizer).step, args, kwargs, measured_after)
         if replaced is None:
             self._measure(record, optimizer)
