@@ -50,9 +50,7 @@ def since_2_7(check: Check) -> Check:
 
 def checks_of(*modules: ModuleType) -> list[Any]:
     """The checks, as parameters of a test."""
-    skip = pytest.mark.skipif(
-        TORCH < (2, 7), reason="on the CPU torch 2.6 has no FSDP2, averages and bfloat16"
-    )
+    skip = pytest.mark.skipif(not FSDP2, reason="on the CPU torch 2.6 has no FSDP2, averages and bfloat16")
     return [
         pytest.param(check, id=name, marks=[skip] if hasattr(check, "since_2_7") else [])
         for module in modules
@@ -74,8 +72,8 @@ class Ranks:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
-    def run(self, check: Check, with_kernel: bool) -> list[str]:
-        """Run a check, and return the errors by rank."""
+    def run(self, check: Check, with_kernel: bool) -> None:
+        """Run a check; fails with the errors of all ranks."""
         if not self._processes:
             self._start()
         order = check, with_kernel, self._folder / f"store-{next(self._number)}"
@@ -85,11 +83,13 @@ class Ranks:
         errors = [self._answer(rank, deadline) for rank in range(RANKS)]
         if None in errors:
             self.stop()
-        return [
+        shown = [
             f"rank {rank}:\n{self._output(rank).read_text() if error is None else error}"
             for rank, error in enumerate(errors)
             if error != ""
         ]
+        if shown:
+            pytest.fail("\n".join(shown), pytrace=False)
 
     def stop(self) -> None:
         """End the processes; the next check starts new ones."""

@@ -13,16 +13,10 @@ WITHOUT_KERNEL = [module for module in MODULES if module.__name__.startswith(("c
 
 @pytest.mark.parametrize("check", checks_of(*MODULES))
 def test_on_ranks(ranks: Ranks, check: Check) -> None:
-    _run(ranks, check, with_kernel=True)
+    ranks.run(check, with_kernel=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", checks_of(*WITHOUT_KERNEL))
 def test_on_ranks_without_the_kernel(ranks: Ranks, check: Check) -> None:
-    _run(ranks, check, with_kernel=False)
-
-
-def _run(ranks: Ranks, check: Check, with_kernel: bool) -> None:
-    errors = ranks.run(check, with_kernel)
-    if errors:
-        pytest.fail("\n".join(errors), pytrace=False)
+    ranks.run(check, with_kernel=False)

@@ -20,7 +20,7 @@ from torchclip._core import arguments
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Placement
+    from torch.distributed.tensor import DTensor
 
 Ranks: TypeAlias = "frozenset[int] | None"
 """A set of ranks; None for all ranks, of which there may be very many."""
@@ -151,11 +151,10 @@ def split_alike(a: Tensor, b: Tensor) -> bool:
     """Whether this rank holds the same elements of two tensors of one shape."""
     if not (is_dtensor(a) and is_dtensor(b)):
         return is_dtensor(a) == is_dtensor(b)
-    return a.device_mesh == b.device_mesh and _splits(a) == _splits(b)
-
-
-def _splits(tensor: DTensor) -> list[Placement | None]:
-    return [None if _is_whole(placement) else placement for placement in tensor.placements]
+    pairs = zip(a.placements, b.placements, strict=False)
+    return a.device_mesh == b.device_mesh and all(
+        mine == other or (_is_whole(mine) and _is_whole(other)) for mine, other in pairs
+    )
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -256,11 +255,6 @@ def ranks_of(group: DeviceMesh | dist.ProcessGroup) -> Ranks:
             else group.mesh.flatten().tolist()
         )
     return ranks
-
-
-def is_within(ranks: Ranks, others: Ranks) -> bool:
-    """Whether a set of ranks is part of another."""
-    return others is None or (ranks is not None and ranks <= others)
 
 
 def is_first(ranks: Ranks, among: Ranks) -> bool:

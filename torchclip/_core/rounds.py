@@ -220,7 +220,8 @@ def _joins(item: _Item, connected: _Item) -> bool:
     """
     if item.ranks == connected.ranks:
         return True
-    return mesh.is_within(item.ranks, connected.ranks) and not any(some.layout.copies for some in item.held)
+    is_within = connected.ranks is None or (item.ranks is not None and item.ranks <= connected.ranks)
+    return is_within and not any(some.layout.copies for some in item.held)
 
 
 def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
@@ -233,7 +234,7 @@ def _connected(groups: Sequence[dist.ProcessGroup], call: Call) -> _Item:
     known, others = _ranks_connected.setdefault(groups[0], {}), tuple(groups[1:])
     if others not in known:
         connect = Call(Kind.CONNECT, 0.0)
-        rows = _gathered(groups, np.array([[float(dist.get_rank())]]), connect, None)
+        rows = _gathered(groups, np.array([[float(dist.get_rank())]]), connect)
         if connect.error is not None:
             call.fail(connect.error)
             return _Item(frozenset(), groups, device)
@@ -300,7 +301,7 @@ def _compared(item: _Item, call: Call) -> list[list[float]]:
     own = [list(map(float, some.norms())) for some in item.held]
     compare = Call(Kind.COMPARE, call.order, call.facts, call.refused)
     row = np.array([[float(dist.get_rank()), *(norm for norms in own for norm in norms)]])
-    rows = _gathered(item.groups, row, compare, item.device)
+    rows = _gathered(item.groups, row, compare)
     if compare.error is not None:
         call.fail(compare.error)
         return own
@@ -322,12 +323,10 @@ def _split(numbers: Any, lengths: Sequence[int]) -> list[Any]:
     return [numbers[stop - length : stop] for length, stop in zip(lengths, accumulate(lengths), strict=True)]
 
 
-def _gathered(
-    groups: Sequence[dist.ProcessGroup], row: np.ndarray, call: Call, device: str | None
-) -> np.ndarray:
+def _gathered(groups: Sequence[dist.ProcessGroup], row: np.ndarray, call: Call) -> np.ndarray:
     """The rows of all ranks that some groups connect; of some of them if the call fails."""
     rows = row
     for group in groups:  # all of them in any case, as other ranks do
-        found = gather_rows(group, rows.ravel(), call, device or mesh.device_of(group))
+        found = gather_rows(group, rows.ravel(), call, mesh.device_of(group))
         rows = rows if found is None else found.reshape(-1, row.shape[1])
     return rows
