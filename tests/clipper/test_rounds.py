@@ -285,6 +285,18 @@ def test_losses_are_added_where_a_backward_pass_replaces_gradients() -> None:
     assert last_of(clipper).loss == 3.0
 
 
+def test_gradients_that_parameters_have_exchanged_have_changed() -> None:
+    weights = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizers = [SGD(weights[:1], lr=1.0), SGD(weights[1:], lr=1.0)]
+    _clipper = Clipper(optimizers, 1.0)
+    for weight in weights:
+        weight.grad = torch.ones(4)
+    optimizers[0].step()
+    weights[1].grad, weights[2].grad = weights[2].grad, weights[1].grad
+    with pytest.raises(RuntimeError, match="have changed since they were clipped"):
+        optimizers[1].step()
+
+
 # In the backward pass
 
 

@@ -68,6 +68,19 @@ def test_other_hooks_work_before_and_after(fused: bool) -> None:
     assert seen == pytest.approx([10.0])
 
 
+def test_a_closure_may_take_arguments_of_any_name() -> None:
+    class Numbered(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = closure(1, index=2, closure=3)
+            super().step()
+            return loss
+
+    optimizer = Numbered(with_gradients([torch.tensor([3.0, 4.0])]), lr=1.0)
+    clipper = Clipper(optimizer, 1.0)
+    assert optimizer.step(lambda *args, **kwargs: (args, kwargs)) == ((1,), {"index": 2, "closure": 3})
+    assert last_of(clipper).total_norm == 5.0
+
+
 def test_a_subclass_may_take_something_else_than_a_closure() -> None:
     class Scaled(torch.optim.SGD):
         def step(self, lr_scale: float = 1.0) -> Any:  # type: ignore[override]

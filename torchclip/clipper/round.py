@@ -186,7 +186,7 @@ class Round:
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._call_unchanged)
         self.close()
-        if self._rows:  # of a step during whose closure others have stepped
+        if self._rows or self._layers:  # of a step during whose closure others have stepped
             self._discard()
         state.went_short, state.open, state.opener = False, True, index
         if self._settings.several:
@@ -217,13 +217,13 @@ class Round:
         snapshot.measure()
         return snapshot.total_norm
 
-    def _call_and_clip(self, index: int, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call_and_clip(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._steps[index].undo("again")
         loss = closure(*args, **kwargs)
         self._clip(index)
         return loss
 
-    def _call_unchanged(self, index: int, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call_unchanged(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a closure that must not change the gradients, such as those that frameworks pass on."""
         loss = closure(*args, **kwargs)
         if _nonzero(self._state.members[index].changed()):

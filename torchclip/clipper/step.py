@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwon
 
 _GONE = cast("Optimizer", SimpleNamespace(param_groups=[]))
 
+_NO_SAMPLE: tuple[Callable[[], Tensor | None], float] = (lambda: None, 0.0)
+
 
 class Member:
     """The state of one of the optimizers that step together; the kernel has a ``Member`` as well.
@@ -45,8 +48,8 @@ class Member:
     def __init__(self, optimizer: ref[Optimizer]) -> None:
         self._optimizer = optimizer
         self.running = self.nested = self.short = self.stepped = False
-        self._marks: dict[int, tuple[ref[Tensor], int]] = {}  # the gradients by their ids, and their versions
-        self._sample: dict[int, float] = {}
+        self._marks: list[tuple[ref[Tensor] | None, int]] = []
+        self._sample: tuple[Callable[[], Tensor | None], float] = _NO_SAMPLE
 
     def mark(self, sample: bool) -> None:
         """Record the current gradients, to see later whether they are still the same.
@@ -55,25 +58,27 @@ class Member:
             sample: whether to record a value as well, in host memory, as not every change increments a
                 version.
         """
-        gradients = self._gradients()
-        self._marks = {id(grad): (ref(grad), _version(grad)) for grad in gradients}
-        self._sample = _sample_of(gradients) if sample else {}
+        gradients = [p.grad for p in self._parameters()]
+        self._marks = [(None, 0) if grad is None else (ref(grad), _version(grad)) for grad in gradients]
+        self._sample = _sample_of(gradients) if sample else _NO_SAMPLE
 
     def changed(self) -> list[Tensor]:
         """The gradients that have changed since ``mark`` was called, without those that are gone."""
         found = []
-        for grad in self._gradients():
-            marked, version = self._marks.get(id(grad), (None, 0))
-            norm = self._sample.get(id(grad))
+        marks = itertools.chain(self._marks, itertools.repeat((None, 0)))
+        sampled, norm = self._sample
+        for parameter, (marked, version) in zip(self._parameters(), marks, strict=False):
+            grad = parameter.grad
+            if grad is None:
+                continue
             is_same = marked is not None and marked() is grad and _version(grad) == version
-            if not is_same or (norm is not None and _norm(grad) != norm):
+            if not is_same or (sampled() is grad and _norm(grad) != norm):
                 found.append(grad)
         return found
 
-    def _gradients(self) -> list[Tensor]:
+    def _parameters(self) -> list[Tensor]:
         optimizer = self._optimizer()
-        grads = [] if optimizer is None else [p.grad for p in parameters_of(optimizer)]
-        return [grad for grad in grads if grad is not None]
+        return [] if optimizer is None else parameters_of(optimizer)
 
 
 def _version(tensor: Tensor) -> int:
@@ -84,14 +89,14 @@ def _norm(tensor: Tensor) -> float:
     return float(gather.tensors([tensor]).norm(2.0))
 
 
-def _sample_of(gradients: Sequence[Tensor]) -> dict[int, float]:
-    """The id of a small gradient in host memory whose norm is neither 0 nor infinite, and the norm."""
-    on_host = [grad for grad in gradients if grad.is_cpu and not mesh.any_dtensor([grad])]
+def _sample_of(gradients: Sequence[Tensor | None]) -> tuple[Callable[[], Tensor | None], float]:
+    """A small gradient in host memory whose norm is neither 0 nor infinite, and the norm."""
+    on_host = [g for g in gradients if g is not None and g.is_cpu and not mesh.any_dtensor([g])]
     for grad in sorted(on_host, key=torch.numel):
         norm = _norm(grad)
         if 0 < norm < math.inf:
-            return {id(grad): norm}
-    return {}
+            return ref(grad), norm
+    return _NO_SAMPLE
 
 
 class State:

@@ -110,6 +110,7 @@ class StepRecorder:
         record: OptimizerRecord,
         optimizer: Optimizer,
         closure: Callable[..., Any],
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
