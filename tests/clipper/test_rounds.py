@@ -212,6 +212,7 @@ def stop(*_: Any) -> None:
         (Percentile(30, window=2), "group", None),
         (ZScore(warmup=2), "parameter", None),
         (RollingSigma(1.0, 3, 2), "global", ZScore(warmup=2)),
+        (RollingSigma(1.0, 3, 2), "global", None),
         (AdaGC(warmup=2), "parameter", None),
     ],
     ids=repr,
