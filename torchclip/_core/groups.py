@@ -272,5 +272,5 @@ def _leading_order(p: float) -> float:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, made without waiting for it."""
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+    """A tensor on a device, made without waiting for it; only a copy in host memory waits for its numbers."""
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
