@@ -425,13 +425,17 @@ def test_a_backward_pass_that_has_failed_and_the_next_one_are_two_rounds(checkpo
 @pytest.mark.parametrize("max_norm", [1.0, lambda number: 1.0], ids=["number", "callable"])
 def test_in_a_backward_pass_user_code_sees_the_optimizer_that_steps_alone(max_norm: Any) -> None:
     weights, optimizers = two_weights()
-    for weight, optimizer in zip(weights, optimizers, strict=True):
+    handles = [
         weight.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+        for weight, optimizer in zip(weights, optimizers, strict=True)
+    ]
     clipper = Clipper(optimizers, max_norm, scope="group")
     for _ in range(2):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=False)
         (weights[0].sum() * 2 + weights[1].sum() * 2).backward()
+    for handle in handles:  # else they keep the optimizers alive
+        handle.remove()
     assert last_of(clipper).total_norm == pytest.approx(32**0.5, rel=1e-6)
 
 
