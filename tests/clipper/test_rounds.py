@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from clipper_helpers import Net, loss_of
-from helpers import interrupted_sgd, last_of, randn
+from helpers import grad_of, interrupted_sgd, last_of, randn
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
@@ -420,6 +420,20 @@ def test_a_backward_pass_that_has_failed_and_the_next_one_are_two_rounds(checkpo
         loss.backward()
     assert [record.step for record in clipper.history] == [0, 1, 2]
     assert [record.total_norm for record in clipper.history] == [6.0, 2.0, 2.0]
+
+
+def test_after_user_code_the_optimizers_that_remain_are_measured_together() -> None:
+    weights = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizers = [SGD([weight], lr=1.0) for weight in weights]
+    clipper = Clipper(optimizers, 1.0, on_clip=lambda _: grad_of(weights[1]).mul_(3.0))
+    for weight in weights[:2]:
+        weight.grad = torch.ones(4)
+    del optimizers[2]
+    optimizers[0].step()
+    assert grad_of(weights[1]).norm() == pytest.approx(6 / 40**0.5, rel=1e-5)
+    optimizers[1].step()
+    optimizers[0].step()  # in the next round
+    assert clipper.history[0].total_norm == pytest.approx(40**0.5)
 
 
 @pytest.mark.parametrize("max_norm", [1.0, lambda number: 1.0], ids=["number", "callable"])
