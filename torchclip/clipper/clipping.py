@@ -42,13 +42,11 @@ class Clipping:
 
     Attributes:
         hooks: the handles of the pre hooks that clip.
-        not_fused: why the latest clip coefficient below 1 was not passed to a fused step.
     """
 
     def __init__(self, steps: Sequence[Step], settings: Settings) -> None:
         self._steps, self._settings = steps, settings
         self.hooks: list[RemovableHandle] = []
-        self.not_fused: str | None = None
         self._overrides: dict[int, fused.GradScaleOverride] = {}
         # For the open round: whether it is skipped, and what fused steps have yet to do.
         self._skipped: bool | Tensor = False
@@ -196,27 +194,24 @@ class Clipping:
 
     def _scale(self, snapshot: Snapshot, index: int) -> None:
         """Multiply the gradients: now, or during the fused steps, as their ``grad_scale``."""
-        if self._settings.rule is not None:
-            self.not_fused = "the gradients are clipped in another way too, in place"
+        if self._settings.rule is not None:  # which clips them in place, too
             snapshot.scale_()
             return
-        reasons = {
-            i: fused.why_not(self._steps[i].optimizer, self.hooks[i], snapshot, is_later=i != index)
-            for i in (index, *snapshot.others(index))
-        }
-        self.not_fused = reasons[index]
-        fused_ones = [i for i, reason in reasons.items() if reason is None]
+        optimizers = [index, *snapshot.others(index)]
+        fused_ones = [
+            i
+            for i in optimizers
+            if fused.can_scale(self._steps[i].optimizer, self.hooks[i], snapshot, is_later=i != index)
+        ]
         first = snapshot.sets[0]
         divisor = fused.divisor(first.clip_coefs[0], snapshot.grad_scale) if fused_ones else None
-        if fused_ones and divisor is None:
-            self.not_fused = "what the step would have to divide by is no number of float32's range"
-        alone = divisor is not None and len(reasons) == 1
+        alone = divisor is not None and len(optimizers) == 1
         if not isinstance(snapshot.skipped, bool) and not alone:
             snapshot.keep_if_skipped()
         if divisor is None:
             snapshot.scale_()
             return
-        if len(fused_ones) < len(reasons):
+        if len(fused_ones) < len(optimizers):
             snapshot.scale_but_(fused_ones)
         for i in fused_ones:
             if i == index:

@@ -19,7 +19,7 @@ from torchclip._core import gather, mesh
 from torchclip._core.batch import Facts, Norm
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.scope import Snapshot
-from torchclip.clipper.step import Member, Outcome, why_not_fused
+from torchclip.clipper.step import Member, Outcome, is_fused
 
 _CPU = torch.device("cpu")
 _TOO_SMALL = Facts.SMALL
@@ -27,10 +27,10 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def why_not(
+def can_scale(
     optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot, is_later: bool = False
-) -> str | None:
-    """Why the clip coefficient cannot, or should not, be passed to the step; None if it can.
+) -> bool:
+    """Whether the clip coefficient can, and should, be passed to the step.
 
     Decisions about the gradients use facts that all ranks know, so that all of them decide alike.
 
@@ -40,24 +40,20 @@ def why_not(
         snapshot: the gradients.
         is_later: whether another optimizer steps first.
     """
-    reason = why_not_fused(optimizer)
-    if reason is not None:
-        return reason
-    if is_later and mesh.any_dtensor(parameters_of(optimizer)):
-        return "not autograd but FSDP2 may add to the gradients before the step"
+    # Before a later step, not autograd but FSDP2 may add to the gradients.
+    if not is_fused(optimizer) or (is_later and mesh.any_dtensor(parameters_of(optimizer))):
+        return False
+    # A later hook may look at the gradients.
     if next(reversed(hook.hooks_dict_ref() or {}), None) != hook.id:
-        return "a later hook may look at the gradients"
+        return False
+    # There may be several coefficients, but there is one grad_scale.
     if len(snapshot.sets) != 1 or snapshot.sets[0].each:
-        return "there are several coefficients, but one grad_scale"
-    if snapshot.facts & Facts.DOUBLE:
-        return "grad_scale is a float32 number, too coarse for float64 gradients"
-    if snapshot.facts & Facts.SHARED or snapshot.repeats:
-        return "a gradient of several parameters would be divided several times"
-    if snapshot.facts & Facts.GAPS:
-        return "torch's fused steps write between the elements of gradients with gaps"
-    if snapshot.facts & _TOO_SMALL:
-        return "so few elements are multiplied sooner by the clipper"
-    return None
+        return False
+    # A gradient of several parameters would be divided several times.  A grad_scale is a float32 number, too
+    # coarse for float64 gradients.  Torch's fused steps write between the elements of gradients with gaps.
+    # The Clipper multiplies few elements sooner.
+    unfit = Facts.SHARED | Facts.DOUBLE | Facts.GAPS | _TOO_SMALL
+    return not (snapshot.repeats or snapshot.facts & unfit)
 
 
 def divisor(clip_coef: Norm, grad_scale: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from torchclip._core.collectives import raise_pending
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.settings import Nonfinite
-from torchclip.clipper.step import Outcome, why_not_fused
+from torchclip.clipper.step import Outcome, is_fused
 
 _REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"
 
@@ -62,7 +62,7 @@ def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
 
     For others this waits for an accelerator, as only fused steps can skip themselves.
     """
-    return norm if all(why_not_fused(each) is None for each in optimizers) else float(norm)
+    return norm if all(map(is_fused, optimizers)) else float(norm)
 
 
 def refuse(snapshot: Snapshot, order: float, names: Mapping[int, str]) -> None:

@@ -209,19 +209,17 @@ class Step:
         return False
 
 
-def why_not_fused(optimizer: Optimizer) -> str | None:
-    """Why a step ignores ``grad_scale`` and ``found_inf``; None if it uses them, as torch's fused steps do.
+def is_fused(optimizer: Optimizer) -> bool:
+    """Whether a step uses ``grad_scale`` and ``found_inf``, as torch's fused steps do.
 
     Torch's own steps use them if the optimizer was made with ``fused`` and all groups have it.
     """
-    if not optimizer.defaults.get("fused"):
-        return "the optimizer does not divide by a grad_scale"
-    if not all(group.get("fused") for group in optimizer.param_groups):
-        return "a parameter group is not fused"
-    # Code that reads the gradients before the optimizer does must find them clipped.
-    if not type(optimizer).step.__module__.startswith("torch.optim."):
-        return "a step() of another class may look at the gradients"
-    return None
+    return (
+        bool(optimizer.defaults.get("fused"))
+        and all(group.get("fused") for group in optimizer.param_groups)
+        # Code of other classes that reads the gradients before the optimizer does must find them clipped.
+        and type(optimizer).step.__module__.startswith("torch.optim.")
+    )
 
 
 def creates_state(
