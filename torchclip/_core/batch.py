@@ -106,7 +106,7 @@ class Batch(ABC):
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor of ``all`` in place by its own number."""
 
-    def clip_each_(self, limits: Norm | Sequence[float], p: float, eps: float, /) -> Norms:
+    def clip_each_(self, limits: float | Norms, p: float, eps: float, /) -> Norms:
         """Multiply each tensor in place so that its norm is at most its limit.
 
         Args:

@@ -27,6 +27,8 @@ from torchclip._core import memory
 NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 FEW = 1 << 19
 """The largest number of elements that NumPy sums."""
+SERIAL = (1 << 15) - 1
+"""Torch splits no reduction of this length over threads, so that results do not depend on their number."""
 
 # From this many elements on, a verified float32 norm is cheaper than an exact one.
 _LARGE = 1 << 16
@@ -34,7 +36,7 @@ _LARGE = 1 << 16
 _WIDENED, _WIDENED_BY_TORCH = 1 << 14, 1 << 17
 # One row in this many is summed again, of few rows and of many: primes, unlike any usual width.
 _EVERY = (47, 263)
-_MANY_ROWS = 1 << 14
+_MANY_ROWS = 1 << 13
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 
@@ -100,9 +102,9 @@ def _verified(vectors: Sequence[Any], p: float, library: _Library) -> float | No
         chosen.append(rows[-before % every :: every])
         rests.append(vector[here * length :])
         before += here
-    of_rows = np.concatenate(sums, dtype=np.float64)
-    total = float(np.add.reduce(of_rows))
-    whole, sampled = _root(total, p), _root(float(np.add.reduce(of_rows[::every])), p)
+    of_rows = sums[0] if len(sums) == 1 else np.concatenate(sums)
+    total, of_sampled = (float(np.add.reduce(some, dtype=np.float64)) for some in (of_rows, of_rows[::every]))
+    whole, sampled = _root(total, p), _root(of_sampled, p)
     exact = _root(library.exact(library.concatenate(chosen), p), p)
     if in_range(whole, count) and is_accurate(whole, sampled, exact, every, p):
         return _root(total + library.exact(library.concatenate(rests), p), p)
@@ -186,7 +188,7 @@ def _powers(rows: Tensor, p: float) -> Array:
 
 
 def _exact_powers(vector: Tensor, p: float) -> float:
-    if len(vector) <= memory.JOINED:
+    if len(vector) <= SERIAL:
         return float(vector_norm(vector, p, dtype=torch.float64) ** p)
     whole = len(vector) - len(vector) % _TORCH.row
     parts = [
@@ -199,7 +201,8 @@ def _exact_powers(vector: Tensor, p: float) -> float:
 
 def _of_norms(norms: Sequence[Tensor], p: float) -> Array:
     """The powers of norms."""
-    powers: Array = memory.concatenate(norms).double().numpy() ** p
+    powers: Array = memory.concatenate(norms).double().numpy()
+    powers **= p
     return powers
 
 

@@ -17,11 +17,8 @@ NARROW = narrow.NARROW_REAL | {torch.complex64, torch.complex32}
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 _ROW = 1 << 10
-# Torch splits no reduction of this length over threads, which would make results depend on their number.
-_SERIAL = (1 << 15) - 1
-# Up to this many elements, a copy in float64 takes longer than converting them one by one; from this many on,
-# verified float32 norms are cheaper than exact ones.
-_FEW, _MANY = 1 << 14, 1 << 17
+# From this many elements on, verified float32 norms are cheaper than exact ones.
+_MANY = 1 << 17
 # The largest number of elements that are summed in float32.
 _PART = 1 << 8
 # One row in this many is summed again.
@@ -67,30 +64,21 @@ def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
         return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
     rows, columns = tensor.shape[0], elements // tensor.shape[0]
     matrix = tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
-    if readable and p in (1, 2) and matrix.dtype in narrow.NARROW_REAL:
-        fast = _verified_norms(matrix, p) if elements >= _MANY else None
+    if readable and elements >= _MANY and p in (1, 2):
+        fast = _verified_norms(matrix, p)
         if fast is not None:
             return fast
-        if columns <= _SERIAL:
-            return _narrow_norms(matrix, p)
-    if not readable and (columns <= _SERIAL or not tensor.is_cpu):
-        return matrix_norms(
-            matrix, p
-        )  # on a device each operation takes its time, and no threads split a row
+    if columns <= narrow.SERIAL or not tensor.is_cpu:
+        # On a device each operation takes its time, and no threads split a row.
+        parts = memory.by_rows(matrix) if readable else (matrix,)
+        norms = [matrix_norms(part, p) for part in parts]
+        return norms[0] if len(norms) == 1 else torch.cat(norms)
     blocks = torch.split(matrix, max(1, memory.PIECE // columns))
     parts = [
         torch.stack([block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
         for block in blocks
     ]
     return torch.cat([join_rows(part, p) for part in parts])
-
-
-def _narrow_norms(rows: Tensor, p: float) -> Tensor:
-    """The norms of rows whose powers fit into float64, each summed by one thread."""
-    if rows.numel() <= _FEW:
-        return vector_norms(rows, p, torch.float64)
-    parts = [vector_norms(part.double(), p) for part in memory.by_rows(rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
@@ -101,7 +89,7 @@ def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
     """
     count, columns = rows.shape
     length = next((n for n in range(min(_PART, columns), _PART // 4, -1) if columns % n == 0), None)
-    if rows.dtype is not torch.float32 or length is None or columns > length * _SERIAL:
+    if rows.dtype is not torch.float32 or length is None or columns > length * narrow.SERIAL:
         return None
     parts = rows.view(count, -1, length)
     of_parts = vector_norms(parts, p)

@@ -209,19 +209,14 @@ def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
     return torch.where(as_they_are, 1.0, (max_norm / (norm + eps)).clamp(max=1.0))
 
 
-def clip_coefs(max_norms: Norm | Sequence[float], norms: Norms, eps: float = EPS) -> Norms:
+def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norms:
     """``clip_coef`` of several norms, with one threshold for all of them or one for each."""
     if not isinstance(norms, list):
-        limits = on_device(max_norms, norms.device) if isinstance(max_norms, (list, tuple)) else max_norms
-        return clip_coef(cast("Norm", limits), norms, eps)
-    if isinstance(max_norms, (list, tuple)):
-        return [clip_coef(limit, norm, eps) for limit, norm in zip(max_norms, norms, strict=True)]
-    limit = cast("Norm", max_norms)
-    if not isinstance(limit, (int, float)) and limit.dim():
-        # A few operations on all of them are faster than a call for each.
-        coefs: list[float] = clip_coef(limit, vector(norms), eps).tolist()
-        return coefs
-    return [clip_coef(float(limit), norm, eps) for norm in norms]
+        return clip_coef(
+            on_device(max_norms, norms.device) if isinstance(max_norms, list) else max_norms, norms, eps
+        )
+    limits = [max_norms] * len(norms) if isinstance(max_norms, (int, float)) else numbers(max_norms)
+    return [clip_coef(limit, norm, eps) for limit, norm in zip(limits, norms, strict=True)]
 
 
 def refuse_nonfinite(
