@@ -436,6 +436,23 @@ def test_after_user_code_the_optimizers_that_remain_are_measured_together() -> N
     assert clipper.history[0].total_norm == pytest.approx(40**0.5)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_gradients_of_a_fused_step_that_a_scaler_skips_are_clipped(order: tuple[int, int]) -> None:
+    weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizers = [SGD([weight], lr=1.0, fused=True) for weight in weights]
+    scaler = GradScaler("cpu", init_scale=2.0)
+    _clipper = Clipper(optimizers, 1.0, nonfinite="zero")
+    factors = torch.tensor([[3.0, 4.0], [float("inf"), 12.0]])
+    scaler.scale((torch.stack(list(weights)) * factors).sum()).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    for i in order:
+        scaler.step(optimizers[i])
+    torch.testing.assert_close(grad_of(weights[0]), torch.tensor([3.0, 4.0]) / 13)
+    torch.testing.assert_close(grad_of(weights[1]), torch.tensor([0.0, 12.0]) / 13)
+    assert torch.equal(weights[1], torch.zeros(2))
+
+
 @pytest.mark.parametrize("max_norm", [1.0, lambda number: 1.0], ids=["number", "callable"])
 def test_in_a_backward_pass_user_code_sees_the_optimizer_that_steps_alone(max_norm: Any) -> None:
     weights, optimizers = two_weights()

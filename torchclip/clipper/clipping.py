@@ -160,10 +160,14 @@ class Clipping:
         """Let another optimizer step with the gradients that were clipped for all."""
         if self.hide(index):
             return
+        by_scaler = nonfinite.is_skipped_by_scaler(self._steps[index].optimizer)
         self._tell(index)
-        if index in self._deferred:
-            self._override(index).set(self._deferred[index].divisor)
-            self._steps[index].undo_at_end(self._deferred[index].end)
+        deferred = self._deferred.get(index)
+        if deferred is not None and by_scaler is True:
+            deferred.apply()  # as the step does not
+        elif deferred is not None:
+            self._override(index).set(deferred.divisor)
+            self._steps[index].undo_at_end(deferred.end)
 
     def end(self) -> None:
         """Multiply the gradients with which an optimizer did not step in this round."""
@@ -202,6 +206,7 @@ class Clipping:
             i
             for i in optimizers
             if fused.can_scale(self._steps[i].optimizer, self.hooks[i], snapshot, is_later=i != index)
+            and nonfinite.is_skipped_by_scaler(self._steps[i].optimizer) is not True
         ]
         first = snapshot.sets[0]
         divisor = fused.divisor(first.clip_coefs[0], snapshot.grad_scale) if fused_ones else None
