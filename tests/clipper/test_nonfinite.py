@@ -93,6 +93,19 @@ def test_what_a_hook_does_to_gradients_within_a_skipped_step(hook: Any, grads: A
     assert weights[0].tolist() == [0.0, 0.0]
 
 
+def test_an_optimizers_own_zero_grad_is_called_and_stays() -> None:
+    (weight,) = with_gradients([torch.tensor([3.0, INF])])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    called: list[bool] = []
+    optimizer.zero_grad = own = called.append  # type: ignore[method-assign]
+    Clipper(optimizer, 1.0, nonfinite="skip")
+    optimizer.register_step_post_hook(lambda o, *_: o.zero_grad(False))
+    optimizer.step()
+    assert called == [False]
+    assert weight.grad is not None
+    assert optimizer.zero_grad is own
+
+
 def test_after_a_skipped_step_that_failed_old_gradients_do_not_come_back_beside_new_ones() -> None:
     first, second = with_gradients([torch.tensor([3.0, INF]), torch.tensor([1.0])])
     optimizer = torch.optim.SGD([first, second], lr=1.0)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from clipper_helpers import Net, loss_of
@@ -331,8 +332,8 @@ def test_steps_in_the_backward_pass_are_clipped_each_on_its_own(scope: Any, make
     training, after = InBackward(), Training()
     seen: list[Record] = []
     after.optimizers = [SGD([p], lr=0.05) for p in after.model.parameters()]
-    clipper = Clipper(training.optimizers, make(), scope=scope, on_clip=seen.append)
-    its_clipper = Clipper(after.optimizers, make(), scope=scope)
+    clipper = Clipper(training.optimizers, make(), scope=scope, on_clip=seen.append, layers_every=2)
+    its_clipper = Clipper(after.optimizers, make(), scope=scope, layers_every=2)
     for step in range(3):
         (loss_of(training.model, step) * 3).backward()
         after.backward(step)
@@ -343,6 +344,11 @@ def test_steps_in_the_backward_pass_are_clipped_each_on_its_own(scope: Any, make
     for ours, theirs in zip(clipper.history, its_clipper.history, strict=True):
         assert ours.total_norm == pytest.approx(theirs.total_norm, rel=1e-6)
         assert ours.clip_coef == pytest.approx(theirs.clip_coef, rel=1e-5)
+    names, steps, norms = clipper.history.layers.read()
+    its_names, its_steps, its_norms = its_clipper.history.layers.read()
+    assert (sorted(names), steps) == (its_names, its_steps)
+    in_order = np.argsort(names)  # gradients exist from the last layer to the first
+    np.testing.assert_allclose(norms[:, in_order], its_norms, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -420,6 +426,23 @@ def test_a_backward_pass_that_has_failed_and_the_next_one_are_two_rounds(checkpo
         loss.backward()
     assert [record.step for record in clipper.history] == [0, 1, 2]
     assert [record.total_norm for record in clipper.history] == [6.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_state_that_is_loaded_in_a_closure_has_no_part_of_its_round(several: bool) -> None:
+    weights, optimizers = two_weights()
+    clipper = Clipper(optimizers if several else optimizers[0], 1.0, layers_every=2)
+    state = clipper.state_dict()
+
+    optimizers[0].step(lambda: clipper.load_state_dict(state))
+    assert clipper.state_dict() == state
+    for number in range(2):
+        for weight in weights:
+            weight.grad = torch.ones(4)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert len(clipper.history) == number + 1
+    assert clipper.history.layers.steps == [0]
 
 
 def test_after_user_code_the_optimizers_that_remain_are_measured_together() -> None:

@@ -42,6 +42,16 @@ def test_a_group_without_parameters_does_not_count() -> None:
     assert clipper.thresholds["all"].state_dict()["norms"] == []
 
 
+def test_the_first_group_may_come_after_the_clipper() -> None:
+    (weight,) = with_gradients([torch.tensor([3.0, 4.0])])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer.param_groups.clear()
+    clipper = Clipper(optimizer, Percentile())
+    optimizer.add_param_group({"params": [weight]})
+    optimizer.step()
+    assert clipper.thresholds["all"].state_dict()["norms"] == [5.0]
+
+
 @each_scope
 @pytest.mark.parametrize("max_norm", [Percentile(100), ZScore(warmup=1)])
 def test_a_norm_at_a_threshold_that_learns_is_left_alone(max_norm: Any, scope: Scope) -> None:

@@ -315,6 +315,6 @@ def set_names(groups: Sequence[Group], settings: Settings) -> dict[str, bool]:
     """The names of the norms of all possible sets, and whether thresholds are asked for each at present."""
     asked = ["max_norm" not in group.values for group in groups]
     if settings.scope == "global":
-        return {"all": any(asked)} if groups else {}
+        return {"all": any(asked)}
     names = settings.names.of_sets(groups, settings.each)
     return {name: is_asked for each, is_asked in zip(names, asked, strict=True) for name in each}
