@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -216,11 +215,10 @@ def _trainable(parameters: Iterable[Tensor]) -> set[int]:
 
 
 def _calling_trainer() -> Trainer | None:
-    """The Trainer that is calling a callback: it passes everything but itself."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back
-    return None
+    """The Trainer that is calling a callback.
+
+    No public way leads to it: it passes its callbacks everything but itself (huggingface/transformers#38181),
+    and neither the model nor the optimizer knows its Accelerator.
+    """
+    callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
+    return next((caller for caller in callers if isinstance(caller, Trainer)), None)
