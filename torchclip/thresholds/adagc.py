@@ -94,26 +94,18 @@ class AdaGC(Learned):
             norm: the norm of the parameter's gradient.
             total_norm: the joint norm of all gradients, which counts in the warm-up; by default ``norm``.
         """
-        norm = checks.norm(norm)
-        joint = norm if total_norm is None else total_norm
-        max_norm: float = self._learn_beside(norm, joint, FLOATS)
+        max_norm: float = self._learn(checks.norm(norm), FLOATS, total_norm=total_norm)
         return max_norm
 
-    def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
-        joint: Any = 0.0
-        if form.any(self._seen < self.warmup):
-            finite = (norms >= 0) & (norms < math.inf)
-            joint = form.join(form.where(finite, norms, scalars.ABSENT), order)
-        return self._learn_beside(norms, joint, form)
-
-    def _learn_beside(self, norms: Any, total_norm: Any, form: Any) -> Any:
+    def _learn(self, norms: Any, form: Any, order: float = 2.0, total_norm: float | None = None) -> Any:
         gamma, seen, where = self._gamma, self._seen, form.where
-        warming_up = seen < self.warmup
-        jointly = where(
-            norms < math.inf, scalars.clip_coef(self.max_norm, total_norm, 0.0) * norms, self.max_norm
-        )
+        warming_up, finite = seen < self.warmup, (norms >= 0) & (norms < math.inf)
+        joint: Any = 0.0 if total_norm is None else total_norm
+        if total_norm is None and form.any(warming_up):
+            joint = form.join(where(finite, norms, scalars.ABSENT), order)
+        jointly = where(finite, scalars.clip_coef(self.max_norm, joint, 0.0) * norms, self.max_norm)
         max_norms = where(warming_up, jointly, self.relative * gamma)
-        learn = (norms > 0) & (norms < math.inf)
+        learn = finite & (norms > 0)
         clipped = where(norms < max_norms, norms, max_norms)
         smallest = where(clipped < gamma, clipped, gamma)
         mean = self.beta * gamma + (1 - self.beta) * clipped
