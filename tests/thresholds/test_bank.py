@@ -16,15 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchclip._core import joint_norms
-from torchclip._core.batch import Norms
 from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.forms import Tensors
-from torchclip.thresholds.learned import Rows
 
 INF, NAN, ABSENT = math.inf, math.nan, -1.0
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=5)
-CPU = torch.device("cpu")
 
 CASES: dict[str, Callable[[], Any]] = {
     "ZScore": lambda: ZScore(warmup=5),
@@ -66,28 +63,30 @@ def singly(thresholds: Sequence[Threshold], norms: Sequence[float]) -> list[floa
     ]
 
 
-def rows_of(thresholds: Sequence[Any]) -> Rows:
-    return Rows(named(thresholds), CPU)
+def names_of(count: int) -> list[str]:
+    return [f"group 0, parameter {i}" for i in range(count)]
 
 
-def named(thresholds: Sequence[Any], first: int = 0) -> dict[str, Any]:
-    return {f"set {i}": threshold for i, threshold in enumerate(thresholds, start=first)}
-
-
-def together(rows: Rows, norms: Sequence[float]) -> list[float]:
-    names = list(rows.names)[: len(norms)]
-    answers = rows.update(names, torch.tensor(norms, dtype=torch.float64), 2.0)
-    assert isinstance(answers, Tensor)
-    assert answers.dtype == torch.float64
-    found = [NAN if norm == ABSENT else answer for norm, answer in zip(norms, answers.tolist(), strict=True)]
+def asked(
+    bank: ThresholdBank, step: int, names: Sequence[str], norms: Sequence[float], on_device: bool = False
+) -> list[float]:
+    """The thresholds of a bank in one step, for norms in host memory or as on a device."""
+    bank.begin_step(step)
+    answers: Any = bank.max_norms(names, torch.tensor(norms, dtype=torch.float64) if on_device else [*norms])
+    if isinstance(answers, Tensor):
+        assert answers.dtype == torch.float64
+        answers = answers.tolist()
+    found = [NAN if norm == ABSENT else answer for norm, answer in zip(norms, answers, strict=True)]
     assert all(answer >= 0 or answer != answer for answer in found), "a threshold is at least 0"
     return found
 
 
-def assert_same_states(rows: Rows, thresholds: Sequence[Threshold]) -> None:
-    for row, threshold in zip(rows.thresholds.values(), thresholds, strict=True):
-        actual = row.state_dict()
-        expected = threshold.state_dict()
+def assert_learned(bank: ThresholdBank, names: Sequence[str], thresholds: Sequence[Threshold]) -> None:
+    """Assert that the sets of a bank have learned what single thresholds have."""
+    assert list(bank.thresholds) == list(bank.state_dict()) == names
+    for row, threshold in zip(bank.thresholds.values(), thresholds, strict=True):
+        assert repr(row) == repr(threshold)
+        actual, expected = row.state_dict(), threshold.state_dict()
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
             if isinstance(value, (float, list)):
@@ -95,60 +94,66 @@ def assert_same_states(rows: Rows, thresholds: Sequence[Threshold]) -> None:
             else:
                 assert actual[key] == value
                 assert type(actual[key]) is type(value)
-        threshold.load_state_dict(json.loads(json.dumps(actual, allow_nan=False)))
 
 
 @every_case
-@given(seed=st.integers(0, 2**32))
-@REPEATABLE
-def test_rows_answer_as_single_thresholds_do(make: Callable[[], Any], seed: int) -> None:
-    for any_may_be in (Tensors.any, lambda *_: True):  # in host memory, and on a device
-        thresholds = [make() for _ in range(7)]
-        rows = rows_of(thresholds)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensors, "any", any_may_be)
-            for norms in random_norms(seed, 60, 7):
-                np.testing.assert_allclose(together(rows, norms), singly(thresholds, norms), rtol=1e-9)
-        assert_same_states(rows, thresholds)
-
-
-@every_case
+@pytest.mark.parametrize("count", [5, 20], ids=["few", "many"])
 @given(seed=st.integers(0, 2**32), stop=st.integers(0, 40))
 @REPEATABLE
-def test_rows_go_on_from_what_floats_learned(make: Callable[[], Any], seed: int, stop: int) -> None:
-    steps = random_norms(seed, 60, 5)
-    thresholds = [make() for _ in range(5)]
-    for norms in steps[:stop]:
-        singly(thresholds, norms)
-    rows = rows_of(thresholds)
-    assert_same_states(rows, thresholds)
-    for norms in steps[stop:]:
-        np.testing.assert_allclose(together(rows, norms), singly(thresholds, norms), rtol=1e-9)
+def test_sets_learn_as_single_thresholds_do_wherever_norms_are(
+    make: Callable[[], Any], count: int, seed: int, stop: int
+) -> None:
+    steps, names = random_norms(seed, 60, count), names_of(count)
+    for any_may_be in (Tensors.any, lambda *_: True):  # in host memory, and on a device
+        bank, thresholds = ThresholdBank(make()), [make() for _ in names]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensors, "any", any_may_be)
+            for step, norms in enumerate(steps):
+                found = asked(bank, step, names, norms, on_device=stop <= step < 50)
+                np.testing.assert_allclose(found, singly(thresholds, norms), rtol=1e-9)
+                if step in (stop, 59):
+                    assert_learned(bank, names, thresholds)
+
+
+everywhere = pytest.mark.parametrize(
+    ("count", "on_device"), [(5, False), (20, False), (5, True)], ids=["few", "many", "on a device"]
+)
 
 
 @every_case
-def test_rows_resume_exactly(make: Callable[[], Any]) -> None:
-    steps = random_norms(1, 120, 5)
-    first = rows_of([make()] * 5)
+@everywhere
+def test_a_saved_bank_goes_on_exactly(make: Callable[[], Any], count: int, on_device: bool) -> None:
+    steps, names, first = random_norms(1, 120, count), names_of(count), ThresholdBank(make())
     for stop in (2, 60, 90):
-        resumed = [make() for _ in range(5)]
-        for threshold, row in zip(resumed, first.thresholds.values(), strict=True):
-            threshold.load_state_dict(row.state_dict())
-        second = rows_of(resumed)
-        for norms in steps[stop - 2 : stop + 30]:
-            assert together(first, norms) == pytest.approx(together(second, norms), rel=0, abs=0, nan_ok=True)
+        second = ThresholdBank(make())
+        second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+        for step in range(stop - 2, stop + 30):
+            found = [asked(bank, step, names, steps[step], on_device) for bank in (first, second)]
+            np.testing.assert_array_equal(*found)
 
 
 @every_case
-def test_rows_can_be_added(make: Callable[[], Any]) -> None:
-    steps = random_norms(2, 60, 6)
-    thresholds = [make() for _ in range(6)]
-    rows = rows_of([make()] * 2)
-    for norms in steps[:20]:
-        np.testing.assert_allclose(together(rows, norms[:2]), singly(thresholds[:2], norms[:2]), rtol=1e-9)
-    rows.add(named([make()] * 4, first=2))
-    for norms in steps[20:]:
-        np.testing.assert_allclose(together(rows, norms), singly(thresholds, norms), rtol=1e-9)
+@everywhere
+def test_sets_come_and_go(make: Callable[[], Any], count: int, on_device: bool) -> None:
+    bank, names, rng = ThresholdBank(make()), names_of(count + 10), np.random.default_rng(4)
+    thresholds = {name: make() for name in names}
+    for step in range(40):
+        known = count if step < 15 else count + 10
+        chosen = sorted(rng.choice(known, size=count - 2, replace=False).tolist())
+        norms = rng.lognormal(size=count - 2).tolist()
+        found = asked(bank, step, [names[i] for i in chosen], norms, on_device)
+        np.testing.assert_allclose(found, singly([thresholds[names[i]] for i in chosen], norms), rtol=1e-9)
+
+
+@every_case
+def test_a_default_device_elsewhere_does_not_matter(make: Callable[[], Any]) -> None:
+    steps, names = random_norms(8, 8, 20), names_of(20)
+    bank, other = ThresholdBank(make()), ThresholdBank(make())
+    for step, norms in enumerate(steps):
+        chosen = slice(0, 18 if step % 2 else 20)
+        with torch.device("meta"):
+            found = asked(bank, step, names[chosen], norms[chosen])
+        np.testing.assert_array_equal(found, asked(other, step, names[chosen], norms[chosen]))
 
 
 class Operations(TorchDispatchMode):
@@ -167,84 +172,17 @@ class Operations(TorchDispatchMode):
 def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> None:
     meta, counts = torch.device("meta"), []
     for size in (1, 600):
-        rows = Rows(named([make()] * size), meta)
+        bank, names = ThresholdBank(make()), names_of(size)
         norms = torch.ones(size, dtype=torch.float64, device=meta)
-        for _ in range(4):
+        bank.max_norms(names, norms)
+        for step in range(4):
+            bank.begin_step(step)
             with Operations() as operations:
-                answers = rows.update([*rows.names], norms, 2.0)
+                answers = bank.max_norms(names, norms)
             assert isinstance(answers, Tensor)
             assert answers.device == meta
             counts.append(operations.count)
     assert len(set(counts)) == 1
-
-
-# --- the bank --------------------------------------------------------------------------------------------
-
-
-def asked(bank: ThresholdBank, step: int, names: Sequence[str], norms: Norms) -> Any:
-    """The thresholds of a bank in one step."""
-    bank.begin_step(step)
-    return bank.max_norms(names, norms)
-
-
-def names_of(count: int) -> list[str]:
-    return [f"group 0, parameter {i}" for i in range(count)]
-
-
-@every_case
-def test_the_bank_looks_the_same_in_all_forms(make: Callable[[], Any]) -> None:
-    steps, names = random_norms(3, 40, 20), names_of(20)
-    rule, thresholds = ThresholdBank(make()), [make() for _ in range(20)]
-    for i, norms in enumerate(steps):
-        answers = asked(rule, i, names, norms)
-        found = [NAN if norm == ABSENT else float(a) for a, norm in zip(answers, norms, strict=True)]
-        np.testing.assert_allclose(found, singly(thresholds, norms), rtol=1e-9)
-    assert list(rule.thresholds) == list(rule.state_dict()) == names
-    for threshold, mine in zip(thresholds, rule.thresholds.values(), strict=True):
-        assert repr(mine) == repr(threshold)
-        assert mine.update(1.0) == pytest.approx(threshold.update(1.0))
-
-
-@every_case
-def test_a_default_device_elsewhere_does_not_matter(make: Callable[[], Any]) -> None:
-    steps, names = random_norms(8, 8, 20), names_of(20)
-    rule, other = ThresholdBank(make()), ThresholdBank(make())
-    for i, norms in enumerate(steps):
-        chosen = slice(0, 18 if i % 2 else 20)
-        with torch.device("meta"):
-            answers = asked(rule, i, names[chosen], norms[chosen])
-        expected = asked(other, i, names[chosen], norms[chosen])
-        np.testing.assert_array_equal(np.asarray(answers), np.asarray(expected))
-
-
-@every_case
-def test_sets_come_and_go(make: Callable[[], Any]) -> None:
-    rule, names = ThresholdBank(make()), names_of(30)
-    thresholds = {name: make() for name in names}
-    rng = np.random.default_rng(4)
-    for step in range(40):
-        chosen = sorted(rng.choice(20 if step < 15 else 30, size=18, replace=False).tolist())
-        norms = rng.lognormal(size=18).tolist()
-        answers = asked(rule, step, [names[i] for i in chosen], norms)
-        expected = singly([thresholds[names[i]] for i in chosen], norms)
-        np.testing.assert_allclose(np.asarray(answers), expected, rtol=1e-9)
-
-
-@every_case
-@pytest.mark.parametrize("size", [1, 20])
-def test_a_saved_rule_goes_on_in_either_form(make: Callable[[], Any], size: int) -> None:
-    names, steps = names_of(20), random_norms(5, 60, 20)
-    rule, other = ThresholdBank(make()), ThresholdBank(make())
-    for i, norms in enumerate(steps[:30]):
-        for j in range(0, 20, size):
-            asked(rule, i, names[j : j + size], norms[j : j + size])
-    other.load_state_dict(json.loads(json.dumps(rule.state_dict(), allow_nan=False)))
-    for i, norms in enumerate(steps[30:]):
-        np.testing.assert_allclose(
-            np.asarray(asked(other, i, names, norms)),
-            np.asarray(asked(rule, i, names, norms)),
-            rtol=1e-9,
-        )
 
 
 @pytest.mark.parametrize("count", [1, 20])
@@ -290,7 +228,7 @@ def test_a_users_own_object_is_asked_with_floats(threshold: Threshold) -> None:
     assert not rule.answers_tensors
     norms = [float(i) for i in range(20)]
     assert asked(rule, 0, names, norms) == [2 * norm for norm in norms]
-    assert asked(rule, 1, names, torch.tensor(norms).double()) == [2 * norm for norm in norms]
+    assert asked(rule, 1, names, norms, on_device=True) == [2 * norm for norm in norms]
 
 
 def test_what_the_rule_says_of_itself() -> None:
