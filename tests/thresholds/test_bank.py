@@ -138,9 +138,13 @@ def test_sets_come_and_go(make: Callable[[], Any], count: int, on_device: bool) 
     bank, names, rng = ThresholdBank(make()), names_of(count + 10), np.random.default_rng(4)
     thresholds = {name: make() for name in names}
     for step in range(40):
+        if step == 5:
+            bank.add(names[: count + 5])
         known = count if step < 15 else count + 10
-        chosen = sorted(rng.choice(known, size=count - 2, replace=False).tolist())
-        norms = rng.lognormal(size=count - 2).tolist()
+        chosen = (
+            [*range(count)] if step < 10 else sorted(rng.choice(known, count - 2, replace=False).tolist())
+        )
+        norms = rng.lognormal(size=len(chosen)).tolist()
         found = asked(bank, step, [names[i] for i in chosen], norms, on_device)
         np.testing.assert_allclose(found, singly([thresholds[names[i]] for i in chosen], norms), rtol=1e-9)
 

@@ -119,17 +119,6 @@ def test_adagc_has_no_parameter_stand_still_whose_first_norms_are_0() -> None:
     assert threshold.update(0.0) > 0.4
 
 
-def test_rolling_sigma_leaves_spikes_out_of_its_window() -> None:
-    threshold = RollingSigma(sigma=3.0, window=10, warmup=10)
-    calm = [1.0, 1.1, 0.9] * 10
-    stream(threshold, calm)
-    before = threshold.state_dict()
-    limits = stream(threshold, [100.0, INF, math.nan, 50.0])
-    assert len(set(limits)) == 1
-    assert limits[0] == pytest.approx(np.mean(calm[-10:]) + 3 * np.std(calm[-10:], ddof=1))
-    assert threshold.state_dict() == before
-
-
 @pytest.mark.parametrize("norm", [0.0, 1e-30, 0.1, 1 / 3, 1e30])
 def test_rolling_sigma_does_not_clip_constant_norms(norm: float) -> None:
     for answer in stream(RollingSigma(window=50, warmup=10), [norm] * 100):
@@ -146,26 +135,7 @@ def test_percentile_defaults_are_the_papers() -> None:
 # --- resuming --------------------------------------------------------------------------------------
 
 
-@given(norms, percentile_options, st.integers(0, 60))
-@REPEATABLE
-def test_percentile_resumes_exactly(norms: list[float], options: dict[str, Any], stop: int) -> None:
-    first, second = Percentile(**options), Percentile(**options)
-    stream(first, norms[:stop])
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
-    assert stream(second, norms[stop:]) == stream(first, norms[stop:])
-
-
-@given(st.integers(0, 2**32), zscore_options, st.integers(0, 120))
-@REPEATABLE
-def test_zscore_resumes_exactly(seed: int, options: dict[str, Any], stop: int) -> None:
-    norms = noisy_norms(seed)
-    first, second = ZScore(**options), ZScore(**options)
-    stream(first, norms[:stop])
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
-    assert stream(second, norms[stop:]) == stream(first, norms[stop:])
-
-
-@pytest.mark.parametrize(
+every_kind = pytest.mark.parametrize(
     "threshold",
     [
         Percentile(window=5),
@@ -177,25 +147,27 @@ def test_zscore_resumes_exactly(seed: int, options: dict[str, Any], stop: int) -
         RollingSigma(window=9, warmup=5),
         RollingSigma(),
     ],
+    ids=repr,
 )
-def test_a_state_is_a_snapshot_and_loading_replaces(threshold: Threshold) -> None:
-    norms = noisy_norms(1)
-    stream(threshold, norms[:20])
-    state = threshold.state_dict()
-    expected = stream(threshold, norms[20:40])
-    threshold.load_state_dict(state)
-    assert stream(threshold, norms[20:40]) == expected
-    threshold.load_state_dict(state)
-    assert stream(threshold, norms[20:40]) == expected
 
 
+@every_kind
+def test_a_state_is_a_snapshot_that_goes_on_exactly(threshold: Threshold) -> None:
+    norms, threshold = noisy_norms(1), copy.deepcopy(threshold)
+    for stop in range(0, 120, 13):
+        state = threshold.state_dict()
+        loaded, saved = copy.deepcopy(threshold), json.loads(json.dumps(state, allow_nan=False))
+        expected = stream(threshold, norms[stop : stop + 13])
+        for _ in range(2):  # it replaces what was learned
+            loaded.load_state_dict(saved)
+            assert stream(loaded, norms[stop : stop + 13]) == expected
+        assert state == saved
+
+
+@every_kind
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
-@pytest.mark.parametrize(
-    "threshold",
-    [Percentile(window=5), Percentile(), ZScore(warmup=5), AdaGC(warmup=5), RollingSigma(window=9, warmup=5)],
-)
 def test_copies_and_pickles_go_on_alone(threshold: Threshold, duplicate: Callable[[Any], Any]) -> None:
-    norms = noisy_norms(2)
+    norms, threshold = noisy_norms(2), copy.deepcopy(threshold)
     stream(threshold, norms[:20])
     other = duplicate(threshold)
     assert repr(other) == repr(threshold)
@@ -274,22 +246,6 @@ def test_the_wrong_state_is_refused_and_changes_nothing(
 # --- warm-up, ceiling, non-finite norms ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [Percentile, ZScore])
-def test_the_warm_up_counts_finite_norms_and_ends(make: Callable[..., Threshold]) -> None:
-    norms = [1.0, INF, 2.0, math.nan, 3.0, 4.0]
-    answers = stream(make(warmup=3, max_norm=7.0), norms)
-    assert answers[:5] == [7.0] * 5
-    assert 0 < answers[5] < 7.0
-
-
-@pytest.mark.parametrize("make", [Percentile, ZScore])
-def test_the_ceiling_limits_the_answer_and_not_what_is_learned(make: Callable[..., Threshold]) -> None:
-    norms = noisy_norms(3)
-    free, limited = make(), make(max_norm=1e-3)
-    np.testing.assert_array_equal(stream(limited, norms), np.minimum(stream(free, norms), 1e-3))
-    assert limited.state_dict() == free.state_dict()
-
-
 @pytest.mark.parametrize(
     "threshold",
     [Percentile(), Percentile(window=3), ZScore(warmup=2), AdaGC(warmup=2), RollingSigma(warmup=2)],
@@ -301,11 +257,6 @@ def test_a_norm_that_is_not_finite_leaves_no_trace(threshold: Threshold, norm: f
     before = threshold.state_dict()
     assert math.isfinite(threshold.update(norm))
     assert threshold.state_dict() == before
-
-
-@pytest.mark.parametrize("threshold", [Percentile(), Percentile(window=3), ZScore()])
-def test_nothing_but_non_finite_norms_means_no_clipping(threshold: Threshold) -> None:
-    assert stream(copy.deepcopy(threshold), [INF, math.nan]) == [INF, INF]
 
 
 def test_huge_norms_do_not_overflow_the_statistics() -> None:
@@ -320,26 +271,6 @@ def test_huge_norms_do_not_overflow_the_statistics() -> None:
 # --- what the methods promise ----------------------------------------------------------------------
 
 
-def test_percentile_never_raises_a_norm_and_100_never_clips() -> None:
-    norms = [n for n in noisy_norms(4) if math.isfinite(n)]
-    running_max = np.maximum.accumulate(norms)
-    assert stream(Percentile(100.0), norms) == running_max.tolist()
-
-
-def test_a_window_forgets() -> None:
-    threshold = Percentile(50.0, window=10)
-    stream(threshold, [1000.0] * 50)
-    assert stream(threshold, [1.0] * 10)[-1] == 1.0
-
-
-def test_steps_that_are_no_spikes_are_not_clipped_and_spikes_are() -> None:
-    quiet = np.random.default_rng(5).normal(10, 1, size=100)
-    threshold = ZScore(threshold=6.0)
-    answers = stream(threshold, quiet.tolist())
-    assert all(answer > norm for answer, norm in zip(answers, quiet, strict=True))
-    assert threshold.update(1000.0) < 12
-
-
 @pytest.mark.parametrize("clip_option", ["adaptive_scaling", "mean", "percentile"])
 def test_what_a_spike_is_pulled_back_to(clip_option: Any) -> None:
     threshold = ZScore(threshold=2.0, warmup=2, clip_option=clip_option)
@@ -348,32 +279,12 @@ def test_what_a_spike_is_pulled_back_to(clip_option: Any) -> None:
     assert threshold.update(10.0) == expected[clip_option]
 
 
-def test_larger_spikes_are_pulled_back_further() -> None:
-    def answer(spike: float) -> float:
-        threshold = ZScore(threshold=2.0, warmup=2)
-        return stream(threshold, [1.0, 3.0, spike])[-1]
-
-    answers = [answer(spike) for spike in [5.0, 10.0, 100.0, 1e6]]
-    assert answers == sorted(answers, reverse=True)
-    assert answers[-1] == pytest.approx(2.0, rel=1e-5)
-
-
 def test_a_spike_counts_with_what_it_is_pulled_back_to() -> None:
     threshold = ZScore(alpha=0.5, threshold=2.0, warmup=2, clip_option="percentile")
     stream(threshold, [1.0, 3.0, 1e9])  # counts as 4
     state = threshold.state_dict()
     assert state["mean"] == 3.0
     assert state["std"] == pytest.approx(1.0)  # sqrt(0.5 · 1² + 0.5 · (4 - 3)²)
-
-
-def test_skip_update_on_spike_learns_nothing_from_it() -> None:
-    threshold = ZScore(threshold=2.0, warmup=2, skip_update_on_spike=True)
-    stream(threshold, [1.0, 3.0])
-    before = threshold.state_dict()
-    threshold.update(1000.0)
-    assert threshold.state_dict() == before
-    threshold.update(2.5)
-    assert threshold.state_dict() != before
 
 
 @pytest.mark.parametrize("norm", [0.0, 1e-30, 1.0, 1e30])
@@ -471,10 +382,3 @@ def test_norms_are_numbers() -> None:
             threshold.update(text)
         with pytest.raises(ValueError, match="`norm` must be at least 0"):
             threshold.update(-1.0)
-
-
-def test_all_follow_the_protocol_and_a_number_does_not() -> None:
-    for threshold in (Percentile(), ZScore(), AdaGC(), RollingSigma()):
-        assert isinstance(threshold, Threshold)
-    assert not isinstance(1.0, Threshold)
-    assert not isinstance(lambda step: 1.0, Threshold)
