@@ -104,10 +104,10 @@ def test_sets_learn_as_single_thresholds_do_wherever_norms_are(
     make: Callable[[], Any], count: int, seed: int, stop: int
 ) -> None:
     steps, names = random_norms(seed, 60, count), names_of(count)
-    for any_may_be in (Tensors.any, lambda *_: True):  # in host memory, and on a device
+    for any_may_be in (Tensors.any, lambda _: True):  # in host memory, and on a device
         bank, thresholds = ThresholdBank(make()), [make() for _ in names]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensors, "any", any_may_be)
+            patch.setattr(Tensors, "any", staticmethod(any_may_be))
             for step, norms in enumerate(steps):
                 found = asked(bank, step, names, norms, on_device=stop <= step < 50)
                 np.testing.assert_allclose(found, singly(thresholds, norms), rtol=1e-9)
@@ -128,8 +128,8 @@ def test_a_saved_bank_goes_on_exactly(make: Callable[[], Any], count: int, on_de
         second = ThresholdBank(make())
         second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
         for step in range(stop - 2, stop + 30):
-            found = [asked(bank, step, names, steps[step], on_device) for bank in (first, second)]
-            np.testing.assert_array_equal(*found)
+            found = asked(first, step, names, steps[step], on_device)
+            np.testing.assert_array_equal(found, asked(second, step, names, steps[step], on_device))
 
 
 @every_case
@@ -158,6 +158,14 @@ def test_a_default_device_elsewhere_does_not_matter(make: Callable[[], Any]) -> 
         with torch.device("meta"):
             found = asked(bank, step, names[chosen], norms[chosen])
         np.testing.assert_array_equal(found, asked(other, step, names[chosen], norms[chosen]))
+
+
+@everywhere
+def test_a_mean_that_rounds_to_0_is_a_number(count: int, on_device: bool) -> None:
+    bank = ThresholdBank(RollingSigma(window=2, warmup=2))
+    for step, norm in enumerate([5e-324, 0.0, 0.0]):
+        found = asked(bank, step, names_of(count), [norm] * count, on_device)
+    assert all(0 <= max_norm < 1e-300 for max_norm in found)
 
 
 class Operations(TorchDispatchMode):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchclip._core import joint_norms, scalars
+from torchclip._core import joint_norms, memory, scalars
 from torchclip._core.batch import Norms
 
 
@@ -81,9 +81,10 @@ class Tensors:
             norms = scalars.vector(norms)
         return norms.to(self.device, scalars.norm_dtype(self.device), non_blocking=True)
 
-    def any(self, condition: Tensor) -> bool:
+    @staticmethod
+    def any(condition: Tensor) -> bool:
         """Whether the condition may hold for a number; always on a device, as to know is to wait."""
-        return self.device.type != "cpu" or bool(condition.any())
+        return not memory.on_host([condition]) or bool(condition.any())
 
     @staticmethod
     def sqrt(number: float | Tensor) -> float | Tensor:
@@ -121,7 +122,8 @@ class Tensors:
         parts = rows / mean[:, None]
         parts -= 1.0  # new memory for each result would take longer
         parts *= parts
-        return mean, mean * torch.sqrt(parts.nansum(1) / (count - 1))
+        deviation = mean * torch.sqrt(parts.nansum(1) / (count - 1))
+        return mean, torch.where(mean > 0, deviation, 0.0)  # the mean of the smallest numbers may round to 0
 
 
 FLOATS = Floats()
