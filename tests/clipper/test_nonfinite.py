@@ -97,7 +97,7 @@ def test_an_optimizers_own_zero_grad_is_called_and_stays() -> None:
     (weight,) = with_gradients([torch.tensor([3.0, INF])])
     optimizer = torch.optim.SGD([weight], lr=1.0)
     called: list[bool] = []
-    optimizer.zero_grad = own = called.append  # type: ignore[method-assign]
+    optimizer.zero_grad = own = called.append  # type: ignore[method-assign, assignment]
     Clipper(optimizer, 1.0, nonfinite="skip")
     optimizer.register_step_post_hook(lambda o, *_: o.zero_grad(False))
     optimizer.step()
