@@ -22,6 +22,8 @@ import pytest
 import torch
 
 RANKS = 4
+# The largest world of any check.
+PROCESSES = 5
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 FSDP2 = TORCH >= (2, 7)
 # Gloo gives up waiting for a rank that has failed after this time.
@@ -80,7 +82,7 @@ class Ranks:
         for connection in self._connections:
             connection.send(order)
         deadline = time.monotonic() + DEADLINE
-        errors = [self._answer(rank, deadline) for rank in range(RANKS)]
+        errors = [self._answer(rank, deadline) for rank in range(PROCESSES)]
         if None in errors:
             self.stop()
         shown = [
@@ -105,7 +107,7 @@ class Ranks:
         context: Any = get_context("forkserver" if forks else "spawn")
         if forks:
             context.set_forkserver_preload(PRELOADED)
-        for rank in range(RANKS):
+        for rank in range(PROCESSES):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs, self._output(rank)), daemon=True)
             process.start()

@@ -187,6 +187,23 @@ def check_adaptive_with_pending_sums() -> None:
             assert_same(p.grad, oracle.grad)
 
 
+@world_of(5)
+def check_adaptive_on_meshes_that_share_some_lines() -> None:
+    """The lines through the first rank are the same in both meshes, those through the others are not."""
+    full, weight = randn(3, 4, 4), randn(3, 4, 4, seed=7, scale=0.1)
+    parameters = []
+    for mesh in (DeviceMesh("cpu", [[0, 1], [2, 3]]), DeviceMesh("cpu", [[0, 1], [2, 4]])):
+        if mesh.get_coordinate() is not None:
+            parameters.append(nn.Parameter(split(weight, mesh, Shard(1), Shard(2))))
+            parameters[-1].grad = split(full, mesh, Shard(1), Shard(2))
+    oracle = nn.Parameter(weight.clone())
+    oracle.grad = full.clone()
+    for each in ([oracle], parameters):
+        torchclip.clip_grad_adaptive_(each, 0.1)
+    for p in parameters:
+        assert_same(grad_of(p), grad_of(oracle))
+
+
 def check_adaptive_needs_gradients_split_as_weights() -> None:
     mesh = init_device_mesh("cpu", (4,))
     p = nn.Parameter(split(randn(8, 8), mesh, Shard(0)))

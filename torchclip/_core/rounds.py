@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
@@ -31,6 +31,9 @@ from torchclip._core.batch import Norm, Norms
 from torchclip._core.collectives import DIFFERS, Call, Kind, exchange, gather_rows
 from torchclip._core.mesh import Layout, Ranks
 from torchclip._core.scalars import ABSENT, concatenate, in_one, on_device
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _OfBatch: TypeAlias = tuple[int, Norm]
 """The number of a batch and a norm of some of its tensors."""
@@ -152,12 +155,12 @@ def each(held: Sequence[Held], call: Call) -> list[Norms]:
 @not_compiled
 def lines(vectors: Mapping[Layout, Tensor], call: Call) -> dict[Layout, Tensor]:
     """Join norms, element by element, along the dimensions of their layouts and no others."""
-    items: dict[tuple[Ranks, ...], _Item] = {}
+    items: dict[tuple[DeviceMesh, tuple[int, ...]], _Item] = {}
     along: dict[_Item, list[Layout]] = {}
     for layout in vectors:
         groups = [layout.mesh.get_group(dim) for dim in layout.dims]
-        ranks = tuple(map(mesh.ranks_of, groups))
-        item = items.setdefault(ranks, _Item(None, groups, layout.mesh.device_type))
+        # All ranks of a mesh agree on these, but not on whether two meshes have the same lines.
+        item = items.setdefault((layout.mesh, layout.dims), _Item(None, groups, layout.mesh.device_type))
         along.setdefault(item, []).append(layout)
     sent = {item: concatenate([vectors[layout] for layout in layouts]) for item, layouts in along.items()}
     joint, _ = _run(sent, call)
