@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchclip._core import joint_norms
@@ -195,6 +196,15 @@ def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> No
             assert answers.device == meta
             counts.append(operations.count)
     assert len(set(counts)) == 1
+
+
+@every_case
+def test_nothing_is_read_where_operations_are_intercepted(make: Callable[[], Any]) -> None:
+    bank = ThresholdBank(make())
+    with FakeTensorMode():
+        for step in range(3):
+            bank.begin_step(step)
+            assert isinstance(bank.max_norms(names_of(3), torch.ones(3, dtype=torch.float64)), Tensor)
 
 
 @pytest.mark.parametrize("count", [1, 20])
