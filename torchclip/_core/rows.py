@@ -35,15 +35,15 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def matrix_norms(rows: Tensor, p: float) -> Tensor:
     """The norms along the last axis in the widest dtype, without overflow or underflow on the way."""
-    narrow, wide = rows.dtype in NARROW, wide_dtype(rows)
-    if not narrow:
+    is_narrow, wide = rows.dtype in NARROW, wide_dtype(rows)
+    if not is_narrow:
         rows = rows.to(wide)  # as vector_norm does not read float8
-    if rows.is_complex() and p != 2:
+    if p != 2 and rows.is_complex():
         # For order 0, vector_norm reads only the real part of a single complex number.
         rows = rows.to(wide).abs()
         wide = rows.dtype
     plain = vector_norms(rows, p, wide)
-    if p in (0, math.inf, -math.inf) or (p in (1, 2) and narrow and wide in memory.DOUBLE):
+    if (is_narrow and p in (1, 2) and wide in memory.DOUBLE) or p in (0, math.inf, -math.inf):
         return plain
     # If the powers of the results are in range, so are all others.
     regular = (plain > 0) & (abs(p) * plain.log().abs() < 600)
@@ -70,9 +70,9 @@ def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
             return fast
     if columns <= narrow.SERIAL or not tensor.is_cpu:
         # On a device each operation takes its time, and no threads split a row.
-        parts = memory.by_rows(matrix) if readable else (matrix,)
-        norms = [matrix_norms(part, p) for part in parts]
-        return norms[0] if len(norms) == 1 else torch.cat(norms)
+        if elements <= memory.PIECE or not readable:
+            return matrix_norms(matrix, p)
+        return torch.cat([matrix_norms(part, p) for part in memory.by_rows(matrix)])
     blocks = torch.split(matrix, max(1, memory.PIECE // columns))
     parts = [
         torch.stack([block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
