@@ -34,6 +34,8 @@ SERIAL = (1 << 15) - 1
 _LARGE = 1 << 16
 # How many elements NumPy and torch convert at a time, so that they are still in the cache when they are read.
 _WIDENED, _WIDENED_BY_TORCH = 1 << 14, 1 << 17
+# NumPy's rows: so short that no BLAS splits them over threads.
+_ROW = 1 << 9
 # One row in this many is summed again, of few rows and of many: primes, unlike any usual width.
 _EVERY = (47, 263)
 _MANY_ROWS = 1 << 13
@@ -48,8 +50,8 @@ class _Library(NamedTuple):
     """The number of elements in a row."""
     concatenate: Callable[[Sequence[Any]], Any]
     """Copies the elements of vectors or matrices into one vector."""
-    in_float32: Callable[[Any, float], Array]
-    """Sums the powers of each row, in float32 within the row."""
+    in_float32: Callable[[Sequence[Any], float], Array]
+    """Sums the powers of each row of some matrices, in float32 within the row."""
     exact: Callable[[Any, float], float]
     """Sums the powers of a vector in float64."""
 
@@ -94,17 +96,17 @@ def _verified(vectors: Sequence[Any], p: float, library: _Library) -> float | No
     length = library.row
     count = sum(len(vector) // length for vector in vectors)
     every = _EVERY[count >= _MANY_ROWS]
-    sums, chosen, rests, before = [], [], [], 0
+    matrices, chosen, rests, before = [], [], [], 0
     for vector in vectors:
         here = len(vector) // length
         rows = vector[: here * length].reshape(here, length)
-        sums.append(library.in_float32(rows, p))
+        matrices.append(rows)
         chosen.append(rows[-before % every :: every])
         rests.append(vector[here * length :])
         before += here
-    of_rows = sums[0] if len(sums) == 1 else np.concatenate(sums)
-    total, of_sampled = (float(np.add.reduce(some, dtype=np.float64)) for some in (of_rows, of_rows[::every]))
-    whole, sampled = _root(total, p), _root(of_sampled, p)
+    of_rows = library.in_float32(matrices, p)
+    total = float(np.add.reduce(of_rows, dtype=np.float64))
+    whole, sampled = _root(total, p), _root(sum(of_rows[::every].tolist()), p)
     exact = _root(library.exact(library.concatenate(chosen), p), p)
     if in_range(whole, count) and is_accurate(whole, sampled, exact, every, p):
         return _root(total + library.exact(library.concatenate(rests), p), p)
@@ -151,7 +153,7 @@ def _floats(count: int) -> Any:
     return ctypes.c_float * count
 
 
-def _squares(rows: Array, p: float) -> Array:
+def _squares(rows: Array) -> Array:
     """The sum of the squares of each row, in its dtype."""
     if hasattr(np, "vecdot"):
         sums: Array = np.vecdot(rows, rows)
@@ -164,27 +166,35 @@ def _exact_squares(vector: Array, p: float) -> float:
     total = 0.0
     for start in range(0, len(vector), _WIDENED):
         wide = vector[start : start + _WIDENED].astype(np.float64)
-        whole = len(wide) - len(wide) % _NUMPY.row
-        if whole:
-            total += float(np.add.reduce(_squares(wide[:whole].reshape(-1, _NUMPY.row), p)))
-        rest = wide[whole:]
-        total += float(rest.dot(rest))
+        rest = len(wide) % _ROW
+        if rest:
+            total += float(wide[-rest:].dot(wide[-rest:]))
+        if len(wide) > rest:
+            total += float(np.add.reduce(_squares(wide[: len(wide) - rest].reshape(-1, _ROW))))
     return total
 
 
-_NUMPY = _Library(1 << 9, partial(np.concatenate, axis=None), _squares, _exact_squares)
+def _all_squares(matrices: Sequence[Array], p: float) -> Array:
+    return np.concatenate([_squares(rows) for rows in matrices])
+
+
+_NUMPY = _Library(_ROW, partial(np.concatenate, axis=None), _all_squares, _exact_squares)
 
 
 # With torch
 
 
-def _powers(rows: Tensor, p: float) -> Array:
+def _powers(matrices: Sequence[Tensor], p: float) -> Array:
+    return _of_norms([norms for rows in matrices for norms in _float32_norms(rows, p)], p)
+
+
+def _float32_norms(rows: Tensor, p: float) -> list[Tensor]:
     if rows.dtype is torch.float32:
-        return _of_norms([vector_norm(rows, p, dim=1)], p)
+        return [vector_norm(rows, p, dim=1)]
     parts = memory.split(rows, _WIDENED_BY_TORCH // _TORCH.row)
     room = torch.empty_like(parts[0], dtype=torch.float32)
     wide = [room] * (len(parts) - 1) + [room[: parts[-1].shape[0]]]
-    return _of_norms([vector_norm(w.copy_(part), p, dim=1) for w, part in zip(wide, parts, strict=True)], p)
+    return [vector_norm(w.copy_(part), p, dim=1) for w, part in zip(wide, parts, strict=True)]
 
 
 def _exact_powers(vector: Tensor, p: float) -> float:
