@@ -69,6 +69,20 @@ class Training:
         return [p.detach().clone() for p in self.model.parameters()]
 
 
+def test_a_list_of_one_is_that_one() -> None:
+    states = []
+    for several in (False, True):
+        training = Training()
+        given = [training.second] if several else training.second
+        clipper = Clipper(given, Percentile(50), scope="group", skip_above=1e9)
+        for step in range(3):
+            training.backward(step)
+            training.step()
+        assert clipper.optimizers == (training.second,)
+        states.append(clipper.state_dict())
+    assert states[0] == states[1]
+
+
 @pytest.mark.parametrize("pair", OPTIMIZERS)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "turned around"])
 def test_what_a_round_does_is_what_clip_grad_norm_does(pair: str, order: tuple[int, int]) -> None:

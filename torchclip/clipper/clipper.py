@@ -296,7 +296,7 @@ class Clipper:
         """
         self._know_sets()
         in_round, bank, spikes = self._round.is_open(), self._settings.bank, self._settings.spikes
-        thresholds = saved.of_rules(bank, in_round)
+        thresholds = saved.of_bank(bank, in_round)
         own: dict[str, Any] = {
             "steps": self._state.number,
             "sets": list(thresholds),
@@ -334,7 +334,7 @@ class Clipper:
             settings.bank.add(self._sets)  # also of groups with their own threshold, which may be removed
             self._owner = saved.owner(optimizers, settings.names)
         if settings.spikes is not None:
-            settings.spikes.rule.add(["all"])
+            settings.spikes.bank.add(["all"])
 
     def __getstate__(self) -> None:
         raise TypeError(

@@ -85,7 +85,7 @@ class Clipping:
         held = snapshot.held_norms() if runs_user_code else ()
         self._judge(snapshot, index)
         row = _row(number, snapshot, loss)
-        trial = None
+        trial: Snapshot | None = None
         if on_clip is not None:
             if rule is not None and row.skipped is not True:
                 clip_coef, trial = tried(rule, snapshot)
@@ -100,6 +100,11 @@ class Clipping:
         if row.skipped is True:
             self._skipped = settings.may_skip
             return row
+        return self._apply(snapshot, row, trial, index)
+
+    def _apply(self, snapshot: Snapshot, row: Row, trial: Snapshot | None, index: int) -> Row:
+        """Change the gradients as was decided; returns what to record."""
+        rule = self._settings.rule
         self._skipped = row.skipped
         self._tell(index)
         if trial is not None and snapshot.facts & Facts.SHARDED:

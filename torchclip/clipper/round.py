@@ -276,8 +276,10 @@ class Round:
             RuntimeError: if its gradients have changed since then.
         """
         member = self._state.members[index]
-        if member.stepped or self._backward is not None:
-            return not member.stepped and self._backward is not None and not self._backward.is_over()
+        if self._backward is not None:
+            return not member.stepped and not self._backward.is_over()
+        if member.stepped:
+            return False
         if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
             return False
         self._refuse_scaled(index)

@@ -89,7 +89,7 @@ def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets:
         spikes.check(of_spikes)
         if of_spikes["thresholds"] and saved_kind.norm_type != kind.norm_type:
             raise _of_other_norms(saved_kind, kind)
-        spikes.rule.check(of_spikes["thresholds"])
+        spikes.bank.check(of_spikes["thresholds"])
         _refuse_foreign("state['spikes']['thresholds']", of_spikes["thresholds"], ["all"])
     arguments.saved("state['history']", own["history"], (), "Clipper")
     layers = state.get(str(key), {}).get("layers") if own is state else None
@@ -177,14 +177,14 @@ def _own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     return part
 
 
-def of_rules(rule: ThresholdBank, in_round: bool) -> dict[str, Any]:
+def of_bank(bank: ThresholdBank, in_round: bool) -> dict[str, Any]:
     """What thresholds have learned, by the names of the sets; a user's own object is stored as one value."""
-    states = rule.state_dict(in_round)
-    return {name: (state,) for name, state in states.items()} if rule.runs_user_code else states
+    states = bank.state_dict(in_round)
+    return {name: (state,) for name, state in states.items()} if bank.runs_user_code else states
 
 
 def _learned(name: str, saved: Any) -> dict[str, Any]:
-    """The result of ``of_rules``, for a rule's ``load_state_dict``; ``name`` is for errors."""
+    """The result of ``of_bank``, for the ``load_state_dict`` of a bank; ``name`` is for errors."""
     arguments.saved(name, saved, (), "Clipper")
     return {
         key: state[0] if isinstance(state, (tuple, list)) and len(state) == 1 else state

@@ -77,7 +77,7 @@ class Settings:
     @cached_property
     def banks(self) -> list[ThresholdBank]:
         """The thresholds for clipping and for skipping."""
-        return [self.bank] if self.spikes is None else [self.bank, self.spikes.rule]
+        return [self.bank] if self.spikes is None else [self.bank, self.spikes.bank]
 
     @cached_property
     def asks_user_code(self) -> bool:

@@ -27,14 +27,14 @@ class Spikes:
         in_rounds: whether several optimizers step together.
 
     Attributes:
-        rule: the limit.
+        bank: the limit.
         limit: the limit of the step, once it is known.
         clip_coef: the largest allowed clip coefficient of the step: below 1 for a spike that is taken because
             too many in a row were skipped.
     """
 
     def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float, in_rounds: bool) -> None:
-        self.rule = ThresholdBank(skip_above, "skip_above", in_rounds)
+        self.bank = ThresholdBank(skip_above, "skip_above", in_rounds)
         self._max_skips = math.inf if max_skips is None else arguments.count("max_skips", max_skips, least=1)
         self._order = order
         self._step = 0
@@ -48,12 +48,12 @@ class Spikes:
     def begin(self, step: int) -> None:
         """Begin the step of a number, whose limit is asked for once."""
         self._step, self.limit, self.clip_coef = step, None, 1.0
-        self.rule.begin_step(step)
+        self.bank.begin_step(step)
 
     def should_skip(self, norm: Norm) -> bool | Tensor:
         """Whether the step with this norm is skipped; asked again, by the same limit."""
         if self.limit is None:
-            limits = self.rule.max_norms([_NAME], scalars.in_one([norm]), self._order)
+            limits = self.bank.max_norms([_NAME], scalars.in_one([norm]), self._order)
             self.limit = limits if isinstance(limits, float) else limits[0]
         limit = self.limit
         is_spike: bool | Tensor = norm > limit
@@ -85,12 +85,12 @@ class Spikes:
         Args:
             in_round: whether a round of several optimizers is open, which does not count yet.
         """
-        return {"skips": int(self._skips), "thresholds": self.rule.state_dict(in_round)}
+        return {"skips": int(self._skips), "thresholds": self.bank.state_dict(in_round)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict``."""
         skips = self.check(state)
-        self.rule.load_state_dict(state["thresholds"])
+        self.bank.load_state_dict(state["thresholds"])
         self._skips = self._skips_then = skips
 
     def check(self, state: Any) -> int:
