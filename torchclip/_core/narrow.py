@@ -211,7 +211,8 @@ def _exact_powers(vector: Tensor, p: float) -> float:
 
 def _of_norms(norms: Sequence[Tensor], p: float) -> Array:
     """The powers of norms."""
-    powers: Array = memory.concatenate(norms).double().numpy()
+    together = norms[0] if len(norms) == 1 else memory.concatenate(norms)
+    powers: Array = together.double().numpy()
     powers **= p
     return powers
 
