@@ -198,11 +198,11 @@ def _head(state: _State, count: int, marks: Sequence[int], call: Call) -> list[i
 def _exchange_heads(group: dist.ProcessGroup, head: list[int], riding: Array, call: Call) -> _Heads:
     words = messages.like(riding, np.array(head))
     if not messages.are_many(group, riding):
-        rows = messages.gather(group, messages.beside(words, riding.view(words.dtype)))
+        rows = messages.gather(group, messages.concatenate(words, riding.view(words.dtype)))
         high = joint_norms.largest(rows[:, :_HEAD])
         low = -joint_norms.largest(-rows[:, :_REFUSED])
         return _Heads(high, low, rows[:, _HEAD:].view(riding.dtype))
-    message = messages.beside(words, -words[:_REFUSED], joint_norms.keys(riding, call.order))
+    message = messages.concatenate(words, -words[:_REFUSED], joint_norms.keys(riding, call.order))
     reduced = messages.reduced(group, message, dist.ReduceOp.MAX)
     leading = joint_norms.leading(reduced[_HEAD + _REFUSED :], call.order)
     return _Heads(reduced[:_HEAD], -reduced[_HEAD : _HEAD + _REFUSED], leading)
@@ -323,7 +323,9 @@ def _join(group: dist.ProcessGroup, sent: Array, count: int, heads: _Heads, p: f
     # Tensors are summed in any case: a rank that refused its arguments may not know the order.
     if math.isinf(p) and not isinstance(leading, Tensor):
         return leading[:count]
-    limbs = messages.reduced(group, messages.beside(*joint_norms.terms(sent, leading, p)), dist.ReduceOp.SUM)
+    limbs = messages.reduced(
+        group, messages.concatenate(*joint_norms.terms(sent, leading, p)), dist.ReduceOp.SUM
+    )
     if math.isinf(p):
         return leading[:count]
     return joint_norms.root(leading, limbs[: len(sent)], limbs[len(sent) :], p)[:count]

@@ -187,7 +187,7 @@ def root(leading: Array, high: Array, low: Array, p: float) -> Array:
 
 def largest(array: Array) -> Array:
     """The largest numbers along the first axis."""
-    return array.amax(0) if isinstance(array, Tensor) else array.max(0)
+    return _library(array).amax(array, 0)
 
 
 def _library(array: Array) -> Any:

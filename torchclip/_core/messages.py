@@ -28,13 +28,12 @@ Array = Any
 
 def are_many(group: dist.ProcessGroup, array: Array) -> bool:
     """Whether the ranks of a group reduce such arrays instead of gathering them."""
-    on_host = not isinstance(array, Tensor) or array.is_cpu
-    return group.size() >= (MANY_ON_HOST if on_host else _MANY)
+    return group.size() >= (MANY_ON_HOST if _tensor(array).is_cpu else _MANY)
 
 
 def gather(group: dist.ProcessGroup, sent: Array) -> Array:
     """Every rank's array, as the rows of a matrix."""
-    tensor = sent if isinstance(sent, Tensor) else torch.from_numpy(sent)
+    tensor = _tensor(sent)
     rows = tensor.new_empty(group.size() * len(tensor))
     if tensor.is_cpu and group.size() >= ROOTED:
         first = dist.get_global_rank(group, 0)
@@ -51,7 +50,7 @@ def gather(group: dist.ProcessGroup, sent: Array) -> Array:
 
 def reduced(group: dist.ProcessGroup, sent: Array, op: Any) -> Array:
     """The sum or the maximum of all ranks' arrays, in place of this rank's."""
-    dist.all_reduce(sent if isinstance(sent, Tensor) else torch.from_numpy(sent), op, group=group)
+    dist.all_reduce(_tensor(sent), op, group=group)
     return sent
 
 
@@ -60,6 +59,11 @@ def like(array: Array, other: Any) -> Array:
     return torch.from_numpy(other).to(array.device, non_blocking=True) if isinstance(array, Tensor) else other
 
 
-def beside(*arrays: Array) -> Array:
+def concatenate(*arrays: Array) -> Array:
     """Arrays of one kind, one after the other."""
     return torch.cat(arrays) if isinstance(arrays[0], Tensor) else np.concatenate(arrays)
+
+
+def _tensor(array: Array) -> Tensor:
+    """The array's memory as a tensor."""
+    return array if isinstance(array, Tensor) else torch.from_numpy(array)
