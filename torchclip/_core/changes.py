@@ -59,7 +59,8 @@ class TorchBatch(Batch, ABC):
         """Multiply each tensor in place by its own number."""
         if isinstance(clip_coefs, list):
             unchanged = {place for place, clip_coef in enumerate(clip_coefs) if clip_coef == 1.0}
-            self._change_(lambda group: group.scale_each_(clip_coefs), unchanged=unchanged)
+            if len(unchanged) < len(clip_coefs):
+                self._change_(lambda group: group.scale_each_(clip_coefs), unchanged=unchanged)
             return
         there = _on_each_device(clip_coefs)
         self._change_(lambda group: group.scale_each_(there(group)))

@@ -49,7 +49,7 @@ class _Library(NamedTuple):
     row: int
     """The number of elements in a row."""
     concatenate: Callable[[Sequence[Any]], Any]
-    """Copies the elements of vectors or matrices into one vector."""
+    """Copies the elements of vectors or matrices into one vector, for ``exact``."""
     in_float32: Callable[[Sequence[Any], float], Array]
     """Sums the powers of each row of some matrices, in float32 within the row."""
     exact: Callable[[Any, float], float]
@@ -165,7 +165,7 @@ def _squares(rows: Array) -> Array:
 def _exact_squares(vector: Array, p: float) -> float:
     total = 0.0
     for start in range(0, len(vector), _WIDENED):
-        wide = vector[start : start + _WIDENED].astype(np.float64)
+        wide = vector[start : start + _WIDENED].astype(np.float64, copy=False)
         rest = len(wide) % _ROW
         if rest:
             total += float(wide[-rest:].dot(wide[-rest:]))
@@ -178,7 +178,7 @@ def _all_squares(matrices: Sequence[Array], p: float) -> Array:
     return np.concatenate([_squares(rows) for rows in matrices])
 
 
-_NUMPY = _Library(_ROW, partial(np.concatenate, axis=None), _all_squares, _exact_squares)
+_NUMPY = _Library(_ROW, partial(np.concatenate, axis=None, dtype=np.float64), _all_squares, _exact_squares)
 
 
 # With torch
