@@ -202,7 +202,7 @@ def _local(tensors: list[Tensor], shared: bool = False, by_kernel: Any = None) -
         rest = list(by_kernel.rest)
         if not rest:
             return cast("Batch", by_kernel)
-        shared = bool(by_kernel.facts & Facts.SHARED)
+        shared = shared or bool(by_kernel.facts & Facts.SHARED)
         parts = [by_kernel.taken] if len(rest) < len(tensors) else []
     parts += _by_torch(rest, shared)
     return parts[0] if len(parts) == 1 else MixedBatch(tensors, parts, shared)

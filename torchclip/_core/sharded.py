@@ -216,7 +216,11 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
         lengths: Counter[Layout] = Counter()
         for item, part in zip(items, mesh.locals_of(items), strict=True):
             lengths[mesh.unit_layout(item)] += 2 * (len(part) if part.dim() > 1 else 1)  # as in ``units``
-        nothing = {layout: torch.full((n,), ABSENT) for layout, n in lengths.items() if layout.dims}
+        nothing = {
+            layout: torch.full((n,), ABSENT, dtype=torch.float64, device="cpu")
+            for layout, n in lengths.items()
+            if layout.dims
+        }
         rounds.lines(nothing, call)
         return
     involved = [list(dict.fromkeys(items)) for items in several if groups or mesh.any_dtensor(items)]
