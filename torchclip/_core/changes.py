@@ -19,14 +19,14 @@ class TorchBatch(Batch, ABC):
 
     Args:
         tensors: the tensors.
-        shared: whether any of them is the gradient of several parameters.
+        tied: whether any of them is the gradient of several parameters.
         dtype: their ``memory.common_dtype``, or None.
     """
 
     _parted: tuple[list[Group], list[tuple[int, Tensor]]] | None = None
 
-    def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__(tensors, shared)
+    def __init__(self, tensors: list[Tensor], tied: bool = False, dtype: torch.dtype | None = None) -> None:
+        super().__init__(tensors, tied)
         self.dtype = dtype
         if dtype is not None:
             self.rest = ()

@@ -89,8 +89,8 @@ def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = Fals
 
 def local_gradients(parameters: Iterable[Tensor]) -> Batch:
     """This rank's part of the parameters' gradients: its norms need no other rank."""
-    found, shared = _found(arguments.tensor_list("parameters", parameters), "parameters")
-    return _local(mesh.locals_of(found), shared)
+    found, tied = _found(arguments.tensor_list("parameters", parameters), "parameters")
+    return _local(mesh.locals_of(found), tied)
 
 
 def warn_if_used_up(parameters: Any) -> None:
@@ -187,12 +187,12 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     return batch
 
 
-def _local(tensors: list[Tensor], shared: bool = False, by_kernel: Any = None) -> Batch:
+def _local(tensors: list[Tensor], tied: bool = False, by_kernel: Any = None) -> Batch:
     """The batch of distinct tensors of which no other rank has a part.
 
     Args:
         tensors: the tensors.
-        shared: whether any is known to be the gradient of several parameters.
+        tied: whether any is known to be the gradient of several parameters.
         by_kernel: the kernel's batch of them, if there is one.
     """
     if by_kernel is None and not memory.intercepted() and native.active():
@@ -202,20 +202,20 @@ def _local(tensors: list[Tensor], shared: bool = False, by_kernel: Any = None) -
         rest = list(by_kernel.rest)
         if not rest:
             return cast("Batch", by_kernel)
-        shared = shared or bool(by_kernel.facts & Facts.SHARED)
+        tied = tied or bool(by_kernel.facts & Facts.TIED)
         parts = [by_kernel.taken] if len(rest) < len(tensors) else []
-    parts += _by_torch(rest, shared)
-    return parts[0] if len(parts) == 1 else MixedBatch(tensors, parts, shared)
+    parts += _by_torch(rest, tied)
+    return parts[0] if len(parts) == 1 else MixedBatch(tensors, parts, tied)
 
 
-def _by_torch(tensors: list[Tensor], shared: bool) -> list[Batch]:
+def _by_torch(tensors: list[Tensor], tied: bool) -> list[Batch]:
     """Batches for which operations of torch and NumPy do the work."""
     if memory.intercepted():
-        return [AcceleratorBatch(tensors, shared)]
+        return [AcceleratorBatch(tensors, tied)]
     dtype = memory.common_dtype(tensors)
     on_device = [tensor for tensor in tensors if not tensor.is_cpu] if dtype is None else []
     if not on_device:
-        return [HostBatch(tensors, shared, dtype)]
+        return [HostBatch(tensors, tied, dtype)]
     on_host = [tensor for tensor in tensors if tensor.is_cpu]
-    by_device = AcceleratorBatch(on_device, shared)
-    return [HostBatch(on_host, shared), by_device] if on_host else [by_device]
+    by_device = AcceleratorBatch(on_device, tied)
+    return [HostBatch(on_host, tied), by_device] if on_host else [by_device]

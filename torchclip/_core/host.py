@@ -24,7 +24,7 @@ class HostBatch(TorchBatch):
         """``Facts`` of the tensors."""
         if self.dtype is None:
             return super().facts
-        return self._shared | (Facts.DOUBLE if self.dtype is torch.float64 else 0)
+        return self._tied | (Facts.DOUBLE if self.dtype is torch.float64 else 0)
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements, or of the finite ones, as one vector."""

@@ -19,11 +19,11 @@ class MixedBatch(Batch):
     Args:
         tensors: the distinct tensors of all parts, in order.
         parts: the batches.
-        shared: whether any tensor is the gradient of several parameters.
+        tied: whether any tensor is the gradient of several parameters.
     """
 
-    def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], shared: bool) -> None:
-        super().__init__(tensors, shared)
+    def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], tied: bool) -> None:
+        super().__init__(tensors, tied)
         self._parts = parts
         unsure = {id(tensor) for part in parts for tensor in part.rest}
         self.rest = [tensor for tensor in tensors if id(tensor) in unsure]
@@ -31,7 +31,7 @@ class MixedBatch(Batch):
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors: never small, as the kernel does not handle all of them."""
-        return reduce(or_, (part.facts for part in self._parts), self._shared) & ~Facts.SMALL
+        return reduce(or_, (part.facts for part in self._parts), self._tied) & ~Facts.SMALL
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all elements as one vector."""

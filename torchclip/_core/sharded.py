@@ -38,10 +38,10 @@ def _placed(
     lacking = any(map(operator.is_, grads, repeat(None)))
     here = [grad for grad in grads if grad is not None] if lacking else grads
     different: list[Tensor] = list(dict(zip(map(id, here), here, strict=True)).values())
-    is_shared = len(different) < len(here)
+    is_tied = len(different) < len(here)
     at: Sequence[int | None] = range(len(grads))
     lie = grads
-    if lacking or is_shared:
+    if lacking or is_tied:
         place_of = {id(grad): place for place, grad in enumerate(different)}
         at = [place_of.get(id(grad)) for grad in grads]
         lie = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
@@ -54,7 +54,7 @@ def _placed(
     else:
         for layout, place in zip(layouts, at, strict=True):
             places_of[id(layout)].append(place)
-    return different, is_shared, places
+    return different, is_tied, places
 
 
 class ShardedBatch(Batch):
@@ -80,8 +80,8 @@ class ShardedBatch(Batch):
         gather: Callable[[list[Tensor]], Batch],
         measured: bool = False,
     ) -> None:
-        tensors, is_shared, self._places = _placed(items, take_grad)
-        super().__init__(tensors, is_shared)
+        tensors, is_tied, self._places = _placed(items, take_grad)
+        super().__init__(tensors, is_tied)
         self.groups = groups
         self.is_changed = take_grad and not measured
         self._gather = gather
@@ -99,7 +99,7 @@ class ShardedBatch(Batch):
     @property
     def own_facts(self) -> int:
         """``Facts`` of the tensors on this rank."""
-        return self.local.facts | self._shared
+        return self.local.facts | self._tied
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all the tensors on all ranks."""

@@ -62,7 +62,7 @@ class Clipping:
         if "found_inf" in vars(self._steps[index].optimizer):
             self._override(index)
 
-    def clip(self, number: int, snapshot: Snapshot, loss: Loss, index: int, tell: bool) -> Row:
+    def clip(self, number: int, snapshot: Snapshot, loss: Loss, index: int, reports: bool) -> Row:
         """Clip gradients that were just measured.
 
         Args:
@@ -70,7 +70,7 @@ class Clipping:
             snapshot: the gradients.
             loss: the loss to record.
             index: the optimizer that is about to step with them.
-            tell: whether to call ``on_clip``.
+            reports: whether to call ``on_clip``.
 
         Returns:
             What to record.
@@ -80,7 +80,7 @@ class Clipping:
         settings.bank.begin_step(number)
         if settings.spikes is not None:
             settings.spikes.begin(number)
-        on_clip = settings.on_clip if tell else None
+        on_clip = settings.on_clip if reports else None
         runs_user_code = on_clip is not None or settings.asks_user_code
         held = snapshot.held_norms() if runs_user_code else ()
         self._judge(snapshot, index)
@@ -106,7 +106,7 @@ class Clipping:
         """Change the gradients as was decided; returns what to record."""
         rule = self._settings.rule
         self._skipped = row.skipped
-        self._tell(index)
+        self._set_found_inf(index)
         if trial is not None and snapshot.facts & Facts.SHARDED:
             # Other ranks do not run this one's user code: what involves them was done with the copies.
             write_back(snapshot, trial)
@@ -128,7 +128,7 @@ class Clipping:
         zeroes = settings.nonfinite == "zero" and nonfinite.mark_nonfinite(snapshot)
         if settings.spikes is not None:
             norm = snapshot.joint_norm() if zeroes else snapshot.total_norm
-            spike = settings.spikes.should_skip(nonfinite.unless_told(norm, optimizers))
+            spike = settings.spikes.should_skip(nonfinite.deciding_norm(norm, optimizers))
             is_known = spike is True or snapshot.skipped is False
             snapshot.skipped = spike if is_known else snapshot.skipped | spike
             if spike is True:
@@ -166,7 +166,7 @@ class Clipping:
         if self.hide(index):
             return
         by_scaler = nonfinite.is_skipped_by_scaler(self._steps[index].optimizer)
-        self._tell(index)
+        self._set_found_inf(index)
         deferred = self._deferred.get(index)
         if deferred is not None and by_scaler is True:
             deferred.apply()  # as the step does not
@@ -194,7 +194,7 @@ class Clipping:
             self._steps[index].undo_at_end(override.restore)
         return override
 
-    def _tell(self, index: int) -> None:
+    def _set_found_inf(self, index: int) -> None:
         """Make a fused step skip itself, as hiding the gradients would wait for the device."""
         if not isinstance(self._skipped, bool) and self._settings.may_skip:
             # A GradScaler may have its own reason to skip this optimizer's step.

@@ -52,7 +52,7 @@ def can_scale(
     # A gradient of several parameters would be divided several times.  A grad_scale is a float32 number, too
     # coarse for float64 gradients.  Torch's fused steps write between the elements of gradients with gaps.
     # The Clipper multiplies few elements sooner.
-    unfit = Facts.SHARED | Facts.DOUBLE | Facts.GAPS | _TOO_SMALL
+    unfit = Facts.TIED | Facts.DOUBLE | Facts.GAPS | _TOO_SMALL
     return not (snapshot.repeats or snapshot.facts & unfit)
 
 
@@ -79,7 +79,7 @@ class GradScaleOverride:
         self._optimizer = ref(optimizer)  # a failed step leaves it until the next one
         self._found_inf = self._attributes.get("found_inf")
         self._had = "grad_scale" in self._attributes
-        self._tells = self.is_over = False
+        self._sets_found_inf = self.is_over = False
         self._before = self._left = self._attributes.get("grad_scale")
 
     @property
@@ -90,7 +90,7 @@ class GradScaleOverride:
     @property
     def of_scaler(self) -> bool:
         """Whether a GradScaler takes this step."""
-        return self._found_inf is not None and not self._tells
+        return self._found_inf is not None and not self._sets_found_inf
 
     def set(self, value: Tensor) -> None:
         """Make the step divide by a number."""
@@ -98,7 +98,7 @@ class GradScaleOverride:
 
     def skip_where(self, skip: Tensor) -> None:
         """Make the step skip itself if a bool on the device is true."""
-        self._tells = not self.of_scaler
+        self._sets_found_inf = not self.of_scaler
         self._attributes["found_inf"] = self._found_inf = skip.to(
             getattr(self._found_inf, "dtype", torch.float32)
         )
@@ -106,7 +106,7 @@ class GradScaleOverride:
     def restore(self, outcome: Outcome) -> None:
         """Restore the previous value, or the one that the next step of a GradScaler needs."""
         self.is_over = True
-        if self._tells and self._attributes.get("found_inf") is self._found_inf:
+        if self._sets_found_inf and self._attributes.get("found_inf") is self._found_inf:
             self._attributes.pop("found_inf")
             self._found_inf = None
         if outcome != "failed":

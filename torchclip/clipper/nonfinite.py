@@ -45,7 +45,7 @@ def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) 
         return skip
     if not isinstance(skip, bool):
         return skip | ~torch.as_tensor(total_norm, device=skip.device).isfinite()
-    norm = unless_told(total_norm, optimizers)
+    norm = deciding_norm(total_norm, optimizers)
     return (norm == math.inf) | (norm != norm)
 
 
@@ -57,7 +57,7 @@ def is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:
     return bool(found_inf > 0) if memory.on_host([found_inf]) else found_inf > 0
 
 
-def unless_told(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
+def deciding_norm(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
     """The norm that decides whether a step is skipped: a number, unless all steps are fused.
 
     For others this waits for an accelerator, as only fused steps can skip themselves.

@@ -113,7 +113,7 @@ class Round:
             self._clipping.end()
             if skips:
                 rows = [*rows[:-1], _skipped_too(rows[-1], reduce(and_, skips))]
-            self._record(rows, layers, tell=in_backward is not None)
+            self._record(rows, layers, reports=in_backward is not None)
 
     def close_after_backward(self) -> None:
         """Close a round after its backward pass, if all its steps were taken within checkpoints."""
@@ -143,7 +143,7 @@ class Round:
         loss, self._state.loss = self._state.loss, None
         return loss
 
-    def _record(self, rows: Sequence[Row], layers: Sequence[tuple[list[str], Norms]], tell: bool) -> None:
+    def _record(self, rows: Sequence[Row], layers: Sequence[tuple[list[str], Norms]], reports: bool) -> None:
         for row in rows:
             self.history.append(*row)
         if self._settings.spikes is not None:
@@ -153,7 +153,7 @@ class Round:
             norms = scalars.concatenate([each for _, each in layers])
             self.history.layers.append(self._state.number, names, norms)
         self._state.number += 1
-        if tell and self._settings.on_clip is not None:
+        if reports and self._settings.on_clip is not None:
             self._settings.on_clip(as_records(rows)[0])
 
     # Before a step
@@ -250,8 +250,8 @@ class Round:
             if only is None:
                 self._layers = []  # a closure may be called several times
             self._layers.append((names, norms))
-        tell = in_backward is None
-        self._rows.append(self._clipping.clip(number, snapshot, self._take_loss(), index, tell))
+        reports = in_backward is None
+        self._rows.append(self._clipping.clip(number, snapshot, self._take_loss(), index, reports))
         if settings.several and in_backward is None:
             for i, step in enumerate(self._steps):
                 if i != index:

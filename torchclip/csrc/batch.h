@@ -43,8 +43,8 @@ struct Batch {
         Memory memory;
         tensors.read(memory);
         const bool is_small = tensors.are_all_taken() && memory.elements() <= kSmallElements;
-        const bool is_shared = take_grad && tensors.has_repeated();
-        facts = memory.facts() | (is_small ? kSmall : 0) | (is_shared ? kShared : 0);
+        const bool is_tied = take_grad && tensors.has_repeated();
+        facts = memory.facts() | (is_small ? kSmall : 0) | (is_tied ? kTied : 0);
         return true;
     }
 

@@ -13,7 +13,7 @@
 namespace {
 
 // The bits of torchclip._core.batch.Facts.
-constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kShared = 16;
+constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kTied = 16;
 
 constexpr size_t kSmallElements = size_t(1) << 19;  // of Facts.SMALL
 constexpr double kAbsent = -1.0;                    // the norm of no elements at all
