@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchclip._core import joint_norms
-from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore
+from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore, forms
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.forms import Tensors
 
@@ -251,6 +251,16 @@ def test_a_users_own_object_is_asked_with_floats(threshold: Threshold) -> None:
     norms = [float(i) for i in range(20)]
     assert asked(rule, 0, names, norms) == [2 * norm for norm in norms]
     assert asked(rule, 1, names, norms, on_device=True) == [2 * norm for norm in norms]
+
+
+def test_quantiles_of_more_numbers_than_torch_takes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms, names = random_norms(0, 12, 5), names_of(5)
+    at_once, in_parts = ThresholdBank(Percentile(30.0, window=9)), ThresholdBank(Percentile(30.0, window=9))
+    for step, of_step in enumerate(norms):
+        expected = asked(at_once, step, names, of_step, on_device=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(forms, "_MOST", 2 * 9)
+            assert asked(in_parts, step, names, of_step, on_device=True) == expected
 
 
 def test_what_the_rule_says_of_itself() -> None:

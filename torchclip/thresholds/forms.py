@@ -23,6 +23,9 @@ from torch import Tensor
 from torchclip._core import joint_norms, memory, scalars
 from torchclip._core.batch import Norms
 
+# Some versions of torch take quantiles of at most so many numbers at a time.
+_MOST = 1 << 24
+
 
 class Floats:
     """One number; a row of several numbers is a list, in which NaN marks empty slots."""
@@ -102,6 +105,13 @@ class Tensors:
         slots = slots[:, None]
         numbers = torch.where(condition[:, None], numbers[:, None], rows.gather(1, slots))
         return rows.scatter(1, slots, numbers)
+
+    @staticmethod
+    def quantile(rows: Tensor, fraction: float) -> Tensor:
+        """A quantile of the numbers in each row, those in empty slots apart."""
+        parts = torch.split(rows, max(1, _MOST // rows.shape[1]))
+        found = [part.nanquantile(fraction, dim=1) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def filled(self, count: int, number: float) -> Tensor:
         """The same number for each row."""

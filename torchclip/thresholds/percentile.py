@@ -82,7 +82,7 @@ class Percentile(Learned):
             max_norms = history.percentile(self.percentile)
         else:
             self._history = form.put(history, seen % history.shape[1], norms, learn)
-            max_norms = self._history.nanquantile(self.percentile / 100, dim=1)
+            max_norms = form.quantile(self._history, self.percentile / 100)
         self._seen = seen + learn
         # Without norms it is NaN.
         return form.where((seen >= self.warmup) & (max_norms < self.max_norm), max_norms, self.max_norm)
