@@ -31,12 +31,15 @@ def is_running() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def refuse(settings: Settings, optimizers: Sequence[Optimizer]) -> None:
-    """Raise an error for what is impossible while other gradients do not exist yet."""
+def refuse(settings: Settings, optimizers: Sequence[Optimizer]) -> bool:
+    """Raise an error for what is impossible while other gradients do not exist yet.
+
+    Returns:
+        Whether gradients are sharded.
+    """
     several = settings.several
-    if mesh.any_dtensor(parameters_of(*optimizers)) and not (
-        several and _takes_no_norm(settings, optimizers)
-    ):
+    is_sharded = mesh.any_dtensor(parameters_of(*optimizers))
+    if is_sharded and not (several and _takes_no_norm(settings, optimizers)):
         raise RuntimeError(
             "the gradients of a step that is taken during the backward pass are sharded; their norm "
             "takes other ranks, which may be elsewhere in theirs. Use `Value`, which takes no norm, or "
@@ -50,6 +53,7 @@ def refuse(settings: Settings, optimizers: Sequence[Optimizer]) -> None:
             "optimizers, which are not there yet. Use `scope='group'` or 'parameter' without "
             "`skip_above`, or call optimizer.step() after backward()"
         )
+    return is_sharded
 
 
 def _takes_no_norm(settings: Settings, optimizers: Sequence[Optimizer]) -> bool:
@@ -86,15 +90,11 @@ class BackwardRound:
 
     Args:
         settings: what the user asks for.
-        optimizers: the optimizers.
-
-    Attributes:
         is_sharded: whether any gradients are sharded.
     """
 
-    def __init__(self, settings: Settings, optimizers: Sequence[Optimizer]) -> None:
-        self._settings = settings
-        self.is_sharded = mesh.any_dtensor(parameters_of(*optimizers))
+    def __init__(self, settings: Settings, is_sharded: bool) -> None:
+        self._settings, self.is_sharded = settings, is_sharded
         # The backward pass, and those of checkpoints within it.  By the number of the pass, the function that
         # torch calls at its end and keeps until then; None once it was called.
         self._ends: dict[int, ref[Callable[[], object]] | None] = {}

@@ -175,8 +175,7 @@ class Round:
             step.counts = False
             return None
         in_backward = backward.is_running()
-        if in_backward:
-            backward.refuse(self._settings, self._clipping.optimizers)
+        is_sharded = in_backward and backward.refuse(self._settings, self._clipping.optimizers)
         if state.open and in_backward == (self._backward is not None) and self._goes_on(index):
             if self._backward is not None:
                 self._backward.follow(self.close)
@@ -193,8 +192,7 @@ class Round:
             for bank in self._settings.banks:
                 bank.begin_round()
             if in_backward:
-                optimizers = self._clipping.optimizers
-                self._backward = backward.BackwardRound(self._settings, optimizers)
+                self._backward = backward.BackwardRound(self._settings, is_sharded)
                 self._backward.follow(self.close)
             else:
                 self._skips = {index: is_skipped_by_scaler(step.optimizer)}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchclip._core.extras import installing
 from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
+from torchclip.clipper.optimizers import parameters_of
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import DictLogger, Scalars
 from torchclip.integrations.tensorboard import ScalarLogger
@@ -195,7 +196,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
 
     def _measures(self, clipper: Clipper, parameters: Sequence[Tensor], norm_type: float) -> bool:
         """Whether the clipper measures this norm of these parameters' gradients; all ranks agree."""
-        held = [p for group in clipper.optimizer.param_groups for p in group["params"]]
+        held = parameters_of(*clipper.optimizers)
         return float(self._options["norm_type"]) == norm_type and _trainable(held) == _trainable(parameters)
 
     def _note(self, record: Record) -> None:
