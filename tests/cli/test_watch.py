@@ -716,6 +716,59 @@ def test_max_norm_puts_one_clipper_on_optimizers_that_step_together() -> None:
     assert [record.total_norm for record in optimizer.history] == [5.0] * 3
 
 
+def test_an_optimizer_with_gradients_from_before_the_run_is_not_clipped_with_others() -> None:
+    other = weight(0.0)
+    unused = sgd(other)
+    other.grad = torch.tensor([12.0])
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        joint_step(weights, optimizers)
+    assert [record.total_norm for record in session.steps.optimizers[0].history] == [5.0]
+    assert unused.param_groups[0]["params"][0].grad == 12.0
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_an_optimizer_that_does_not_step_with_the_others_is_clipped_apart_from_the_second_round_on(
+    is_dropped: bool,
+) -> None:
+    other = weight(0.0)
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        unused = [sgd(other)]
+        (other * 12.0).backward()
+        joint_step(weights, optimizers)
+        if is_dropped:
+            unused.clear()
+        for _ in range(3):
+            joint_step(weights, optimizers)
+        if unused:
+            step(unused[0], [2.0])
+    (joint, *alone) = labels(session).values()
+    assert [(record.step, record.total_norm) for record in joint.history] == [
+        (0, 13.0),
+        (1, 5.0),
+        (2, 5.0),
+        (3, 5.0),
+    ]
+    assert [[record.total_norm for record in each.history] for each in alone] == [[2.0]] * len(unused)
+    torch.testing.assert_close(weights[0].data, torch.tensor([-3.0 / 13.0 - 1.8, 0.0]))
+
+
+def test_an_optimizer_that_steps_less_often_stays_with_the_others() -> None:
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        for _ in range(3):
+            for _ in range(2):
+                weights[0].grad = None
+                (
+                    weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])
+                ).sum().backward()
+                optimizers[0].step()
+            optimizers[1].step()
+            weights[1].grad = None
+    assert len(labels(session)) == 1
+
+
 def test_with_max_norm_optimizers_that_step_in_turn_are_clipped_each() -> None:
     """As a GAN's, where the first backward pass reaches the parameters of both."""
     weights, optimizers = two()
@@ -729,7 +782,9 @@ def test_with_max_norm_optimizers_that_step_in_turn_are_clipped_each() -> None:
             (weights[1] * torch.tensor([0.0, 2.0])).sum().backward()
             optimizers[1].step()
     torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -3.0]))
-    assert [record.total_norm for record in session.steps.optimizers[1].history] == [2.0] * 3
+    first, second = (optimizer.history for optimizer in session.steps.optimizers)
+    assert [(record.step, record.total_norm) for record in first] == [(0, 5.0), (1, 3.0), (2, 3.0)]
+    assert [record.total_norm for record in second] == [2.0] * 3
     assert len(labels(session)) == 2
 
 

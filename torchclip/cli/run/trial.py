@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch.optim import LBFGS, Optimizer
 
@@ -70,12 +70,16 @@ class TrialClippers:
         self._trial = trial
         self._held: WeakKeyDictionary[Optimizer, Clipper] = WeakKeyDictionary()
         self._rounds: WeakKeyDictionary[Optimizer, _Round] = WeakKeyDictionary()
+        # Their gradients come from no backward pass that was recorded.
+        self._earlier: WeakSet[Optimizer] = WeakSet()
 
     def __contains__(self, optimizer: Optimizer) -> bool:
         return optimizer in self._held
 
     def attach(self) -> Callable[[], None]:
         """Adjust Clippers from now on; returns a function that ends this."""
+        if self._trial.clips:
+            self._earlier.update(_with_gradients())
         return registry.set_adjustment(self._adjusted)
 
     def _adjusted(self, optimizer: Any, max_norm: Any, nonfinite: Any) -> tuple[Any, Any]:
@@ -116,30 +120,57 @@ class TrialClippers:
                     del group["max_norm"]
         if self._trial.clips and registry.clipper_of(optimizer) is None:
             try:
-                self._make([optimizer, *_companions(optimizer, stepped)])
+                self._make([optimizer, *self._companions(optimizer, stepped)])
             except (TypeError, ValueError) as error:
                 return f"not clipped as asked: {error}"
         return None
 
-    def _make(self, optimizers: Sequence[Optimizer]) -> None:
+    def _companions(self, optimizer: Optimizer, stepped: Container[int]) -> list[Optimizer]:
+        """Others that have gradients and have never stepped, and so probably step with this one."""
+        own = set(map(id, parameters_of(optimizer)))
+        found = []
+        for each in _with_gradients():
+            if each is optimizer or id(each) in stepped or each in registry.clippers or each in self._earlier:
+                continue
+            theirs = set(map(id, parameters_of(each)))
+            if own.isdisjoint(theirs):  # an optimizer that wraps another has the same parameters
+                found.append(each)
+                own |= theirs
+        return found
+
+    def _make(self, optimizers: Sequence[Optimizer]) -> Clipper:
         clipper = Clipper(optimizers, math.inf)  # which is adjusted
         self._held.update(dict.fromkeys(optimizers, clipper))
         if len(optimizers) > 1:
-            self._rounds.update(dict.fromkeys(optimizers, _Round()))
+            self._rounds.update(dict.fromkeys(optimizers, _Round(optimizers)))
+        return clipper
 
     def begin_step(self, optimizer: Optimizer, backwards: int) -> None:
-        """Give each optimizer its own Clipper if they do not step on the same backward pass.
+        """Begin a step; optimizers that prove not to step together get Clippers of their own.
 
         Args:
             optimizer: the optimizer that steps.
             backwards: how many backward passes there have been.
         """
         current = self._rounds.get(optimizer) if self._rounds else None
-        if current is not None and not current.begin_step(optimizer, backwards):
-            optimizers = self._of(self._held[optimizer])
-            self._remove(optimizers)
-            for each in optimizers:
-                self._make([each])
+        if current is None:
+            return
+        apart = current.begin_step(optimizer, backwards)
+        if apart:
+            self._separate(self._held[optimizer], apart, current)
+            self.begin_step(optimizer, backwards)
+
+    def _separate(self, clipper: Clipper, apart: Container[int], current: _Round) -> None:
+        """Give some optimizers of a Clipper one each; those that have stepped keep its records."""
+        optimizers = self._of(clipper)
+        self._remove(optimizers)
+        last = clipper.last
+        together = [each for each in optimizers if id(each) not in apart]
+        for each in filter(None, [together, *([other] for other in optimizers if id(other) in apart)]):
+            made = self._make(each)
+            if last is not None and any(map(current.has_stepped, each)):
+                records = {"steps": last.step + 1, "history": clipper.history.state_dict()}
+                made.load_state_dict({**made.state_dict(), "sets": [], "thresholds": {}, **records})
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Record the gradients with which an optimizer has stepped."""
@@ -147,43 +178,58 @@ class TrialClippers:
             self._rounds[optimizer].end_step(optimizer)
 
 
-def _companions(optimizer: Optimizer, stepped: Container[int]) -> list[Optimizer]:
-    """Other optimizers that have gradients and have never stepped, and so probably step with this one."""
-    own = set(map(id, parameters_of(optimizer)))
-    found = []
+def _with_gradients() -> Iterator[Optimizer]:
+    """The optimizers that have gradients and can have a Clipper together with others."""
     for each in gc.get_objects():
         if not issubclass(type(each), Optimizer) or isinstance(each, LBFGS) or not takes_hooks(each):
             continue
-        if each is optimizer or id(each) in stepped or each in registry.clippers:
-            continue
-        theirs = parameters_of(each)
-        # An optimizer that wraps another has the same parameters.
-        if own.isdisjoint(map(id, theirs)) and any(parameter.grad is not None for parameter in theirs):
-            found.append(each)
-            own.update(map(id, theirs))
-    return found
+        if any(parameter.grad is not None for parameter in parameters_of(each)):
+            yield each
 
 
 class _Round:
-    """Which optimizers of one Clipper have stepped with the current gradients."""
+    """Which optimizers of one Clipper have stepped with the current gradients.
 
-    def __init__(self) -> None:
+    Args:
+        optimizers: those of the Clipper.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._members = {id(each): Member(ref(each)) for each in optimizers}
+        self._waiting = set(self._members)  # for their first step
+        self._stepped: set[int] = set()
         self._backwards = 0
-        self._stepped: dict[int, Member] = {}
 
-    def begin_step(self, optimizer: Optimizer, backwards: int) -> bool:
-        """False if the optimizer's gradients come from another backward pass than the others'."""
-        is_late = id(optimizer) not in self._stepped and backwards != self._backwards
-        # If one that has stepped also has new gradients, it steps less often than this one.
-        if is_late and self._stepped and not any(each.changed() for each in self._stepped.values()):
-            return False
-        if is_late or id(optimizer) in self._stepped:
-            self._backwards, self._stepped = backwards, {}
-        self._stepped[id(optimizer)] = Member(ref(optimizer))
-        return True
+    def begin_step(self, optimizer: Optimizer, backwards: int) -> Container[int]:
+        """Begin a step.
+
+        Returns:
+            The ``id`` of each optimizer that does not step with the others: of all if this one's gradients
+            come from another backward pass; or of those that have never stepped if only the others have new
+            gradients.
+        """
+        key = id(optimizer)
+        is_late = key not in self._stepped and backwards != self._backwards
+        if self._stepped and (is_late or self._waiting):
+            is_new = any(self._members[each].changed() for each in self._stepped)
+            # If one that has stepped also has new gradients, it steps less often than this one.
+            if is_late and not is_new:
+                return self._members
+            unchanged = {each for each in self._waiting - {key} if not self._members[each].changed()}
+            if is_new and unchanged:
+                return unchanged
+        if is_late or key in self._stepped:
+            self._backwards, self._stepped = backwards, set()
+        self._stepped.add(key)
+        self._waiting.discard(key)
+        return ()
+
+    def has_stepped(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has stepped with the current gradients."""
+        return id(optimizer) in self._stepped
 
     def end_step(self, optimizer: Optimizer) -> None:
-        """Record the gradients with which an optimizer has stepped."""
-        member = self._stepped.get(id(optimizer))
-        if member is not None:  # another step within this one may have begun a new round
-            member.mark(sample=False)
+        """Record the gradients with which an optimizer has stepped, and those that wait for a first step."""
+        if id(optimizer) in self._stepped:  # another step within this one may have begun a new round
+            for key in (id(optimizer), *self._waiting):
+                self._members[key].mark(sample=False)
