@@ -442,6 +442,20 @@ def test_a_backward_pass_that_has_failed_and_the_next_one_are_two_rounds(checkpo
     assert [record.total_norm for record in clipper.history] == [6.0, 2.0, 2.0]
 
 
+def test_the_state_after_a_backward_pass_of_checkpoints_alone_has_its_round() -> None:
+    weights, optimizers = two_weights()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    step_in_backward(optimizers)
+    clipper = Clipper(optimizers, Percentile(50), scope="group")
+    product: Any = lambda x: (x * weights[0] * weights[1]).sum()  # noqa: E731
+    checkpoint(product, torch.ones(4, requires_grad=True), use_reentrant=True).backward()
+    state = clipper.state_dict()
+    assert (state["steps"], len(clipper.history)) == (1, 1)
+    assert all(len(threshold["norms"]) == 1 for threshold in state["thresholds"].values())
+    assert repr(clipper.state_dict()) == repr(state)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_state_that_is_loaded_in_a_closure_has_no_part_of_its_round(several: bool) -> None:
     weights, optimizers = two_weights()
@@ -612,8 +626,22 @@ def test_an_optimizer_that_is_gone_counts_no_longer(between: bool) -> None:
                 first.step()
             del second
             gc.collect()
+    assert len(clipper.history) == 6 + between
     assert last_of(clipper).total_norm == 5.0
     assert weights[0].grad.norm() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_round_ends_without_an_optimizer_that_has_gone_in_it() -> None:
+    weights = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizers = [SGD([weight], lr=1.0) for weight in weights]
+    clipper = Clipper(optimizers, 1.0)
+    for weight in weights:
+        weight.grad = torch.ones(4)
+    optimizers[0].step()
+    del optimizers[2]
+    gc.collect()
+    optimizers[1].step()
+    assert len(clipper.history) == 1
 
 
 # Found by random trainings

@@ -101,13 +101,13 @@ def test_after_max_skips_the_next_one_is_taken_clipped_with_one_warning(fused: b
     assert moved == pytest.approx([1.0, 0.0, 0.0, 5.0, 0.0, 0.0, 5.0, 1.0, 0.0], abs=1e-3)
     assert [r.skipped for r in clipper.history] == [distance == 0 for distance in moved]
     assert clipper.history[3].clip_coef == pytest.approx(0.25)
+    assert [r.max_norm for r in clipper.history] == [7.0, INF, INF, 5.0, INF, INF, 5.0, 7.0, INF]
     messages = [str(w.message) for w in caught]
     if everywhere == "accelerator" and fused:
         assert messages == []  # a warning would have to wait
     else:
         assert len(messages) == 1
         assert "step 3 was taken, clipped to 5" in messages[0]
-        assert clipper.history[3].max_norm == 5.0
 
 
 @fused_or_not
@@ -122,13 +122,18 @@ def test_with_zero_the_norm_is_that_of_what_is_finite(fused: bool) -> None:
     assert [r.skipped for r in clipper.history] == [False, True]
 
 
-def test_a_step_that_failed_does_not_count_as_skipped() -> None:
+@pytest.mark.parametrize("between", [False, True])
+def test_a_step_that_failed_does_not_count_as_skipped(between: bool) -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
-    clipper = Clipper(optimizer, INF, skip_above=5.0, max_skips=1)
+    clipper = Clipper(optimizer, INF, nonfinite="skip", skip_above=5.0, max_skips=1)
     weight.grad = torch.tensor([0.0, 9.0])
     with interrupted_sgd():
         optimizer.step()
+    if between:  # a step that is skipped, too, but not because of the limit
+        weight.grad = torch.tensor([0.0, INF])
+        optimizer.step()
+        weight.grad = torch.tensor([0.0, 9.0])
     optimizer.step()
     assert last_of(clipper).skipped
     assert not hasattr(optimizer, "found_inf")

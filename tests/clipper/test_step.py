@@ -26,6 +26,21 @@ def test_a_closure_of_none_is_none() -> None:
     assert [record.total_norm for record in clipper.history] == pytest.approx([5.0, 1.0])
 
 
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+def test_a_closure_is_clipped_in_a_first_step_without_a_learning_rate(how: str) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([weight], lr=0.0, betas=(0.0, 0.0))  # as a warm-up begins
+    clipper = Clipper(optimizer, 1.0)
+
+    def closure() -> float:
+        weight.grad = torch.tensor([3.0, 4.0])
+        return 0.0
+
+    _ = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
+    assert last_of(clipper).total_norm == 5.0
+    assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([0.6, 0.8])
+
+
 @fused_or_not
 @pytest.mark.parametrize("how", ["no closure", "positional", "keyword"])
 def test_a_subclass_that_calls_its_parents_step_is_clipped_once(how: str, fused: bool) -> None:

@@ -135,7 +135,7 @@ class Clipping:
                 return
         snapshot.set_thresholds()
         if settings.spikes is not None:
-            snapshot.limit_all(settings.spikes.clip_coef, settings.spikes.limit)
+            snapshot.limit_all(settings.spikes.clip_coef, settings.spikes.max_norm)
 
     def _measured_again(self, first: Snapshot, index: int) -> Snapshot:
         """The gradients after user code ran, with the thresholds that were decided before.

@@ -69,7 +69,7 @@ class Round:
         step.member.stepped = True
         if self._backward is not None:  # whose end is the round's
             return
-        if all(member.stepped for member in self._state.members):
+        if all(each.member.stepped or each.is_gone() for each in self._steps):
             number = self._state.number
             self.close()
             if number >= self._state.next_sample:
@@ -91,6 +91,7 @@ class Round:
 
     def is_open(self) -> bool:
         """Whether some of several optimizers have yet to step in a round that has not failed."""
+        self.close_after_backward()
         running = self.is_running()
         begun = running or any(member.stepped for member in self._state.members)
         return self._settings.several and self._state.open and begun

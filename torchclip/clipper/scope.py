@@ -219,7 +219,7 @@ class Snapshot:
                 same.is_zeroed,
             )
 
-    def limit_all(self, clip_coef: Norm, max_norm: Norm | None) -> None:
+    def limit_all(self, clip_coef: Norm, max_norm: Norm) -> None:
         """Limit all clip coefficients to a number, which a threshold for all gradients gave."""
         if scalars.may_change(clip_coef):
             self._max_norm = max_norm

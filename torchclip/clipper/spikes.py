@@ -28,9 +28,9 @@ class Spikes:
 
     Attributes:
         bank: the limit.
-        limit: the limit of the step, once it is known.
-        clip_coef: the largest allowed clip coefficient of the step: below 1 for a spike that is taken because
-            too many in a row were skipped.
+        max_norm: the limit for a spike that is taken because too many in a row were skipped, and is clipped
+            to it; infinite for any other step.
+        clip_coef: the largest allowed clip coefficient of the step: below 1 for such a spike.
     """
 
     def __init__(self, skip_above: MaxNorm, max_skips: int | None, order: float, in_rounds: bool) -> None:
@@ -38,24 +38,26 @@ class Spikes:
         self._max_skips = math.inf if max_skips is None else arguments.count("max_skips", max_skips, least=1)
         self._order = order
         self._step = 0
-        self.limit: Norm | None = None
+        self._limit: Norm | None = None  # of the step, once it is known
         # The number of skipped steps in a row, up to the last step and including the current one.
         self._skips: int | Tensor = 0
         self._skips_then: int | Tensor = 0
         self._warned = False
+        self.max_norm: Norm = math.inf
         self.clip_coef: Norm = 1.0
 
     def begin(self, step: int) -> None:
         """Begin the step of a number, whose limit is asked for once."""
-        self._step, self.limit, self.clip_coef = step, None, 1.0
+        self._step, self._limit, self.max_norm, self.clip_coef = step, None, math.inf, 1.0
+        self._skips_then = self._skips
         self.bank.begin_step(step)
 
     def should_skip(self, norm: Norm) -> bool | Tensor:
         """Whether the step with this norm is skipped; asked again, by the same limit."""
-        if self.limit is None:
+        if self._limit is None:
             limits = self.bank.max_norms([_NAME], scalars.in_one([norm]), self._order)
-            self.limit = limits if isinstance(limits, float) else limits[0]
-        limit = self.limit
+            self._limit = limits if isinstance(limits, float) else limits[0]
+        limit = self._limit
         is_spike: bool | Tensor = norm > limit
         # A norm that is not finite does not count in the row, and cannot be clipped: such a step is never
         # taken.
@@ -64,6 +66,7 @@ class Spikes:
         in_a_row = scalars.where(skip, self._skips + 1, 0)
         self._skips_then = scalars.where(is_nonfinite, self._skips, in_a_row)
         if self._max_skips < math.inf:
+            self.max_norm = scalars.where(is_spike, scalars.in_one([limit, norm])[0], math.inf)
             self.clip_coef = scalars.where(is_spike, scalars.clip_coef(limit, norm, 0.0), 1.0)
         if is_spike is True and skip is False and not self._warned:
             self._warned = True

@@ -157,6 +157,10 @@ class Step:
         optimizer = self._optimizer()
         return _GONE if optimizer is None else optimizer
 
+    def is_gone(self) -> bool:
+        """Whether the optimizer no longer exists."""
+        return self._optimizer() is None
+
     def begin(self) -> bool:
         """Begin a step; False if it is part of one that has begun already."""
         if self.member.running:
@@ -228,10 +232,11 @@ def creates_state(
     """Whether a step is no training step, but makes the optimizer create its state.
 
     ``torch.distributed.checkpoint.state_dict`` and others take such a step if an optimizer has no state yet:
-    all gradients are 0, and so is the learning rate, if there is one.  Such a step changes nothing.  Cheap
-    checks come first, and are nearly always enough, as reading the norm may wait for it.
+    they pass None as the closure, all gradients are 0, and so is the learning rate, if there is one.  Such a
+    step changes nothing.  Cheap checks come first, and are nearly always enough, as reading the norm may wait
+    for it.
     """
-    says_no_closure = "closure" in kwargs or len(args) > 1
+    says_no_closure = args[1] is None if len(args) > 1 else kwargs.get("closure", ...) is None
     return (
         says_no_closure
         and not any(optimizer.state.values())
