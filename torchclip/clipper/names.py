@@ -35,8 +35,8 @@ class Names:
     ) -> None:
         models = _modules(model)
         self._models = [ref(each) for each in models]
-        # For parameters of models that no longer exist, such as a list of modules made for this call.
-        self._known = {id(p): (ref(p), name) for p, name in _names_in(models)}
+        # Also for parameters of models that no longer exist, such as a list of modules made for this call.
+        self._known = _by_id(models)
         self.has_model = bool(models)
         self.is_replicated = any(
             isinstance(module, DistributedDataParallel) for each in models for module in each.modules()
@@ -50,11 +50,10 @@ class Names:
 
     def in_model(self) -> dict[int, str]:
         """The names of the models' parameters by their ids."""
-        names = {key: name for key, (parameter, name) in self._known.items() if parameter() is not None}
         models = [model() for model in self._models]
         if None not in models:
-            names.update((id(p), name) for p, name in _names_in([m for m in models if m is not None]))
-        return names
+            self._known.update(_by_id([model for model in models if model is not None]))
+        return {key: name for key, (parameter, name) in self._known.items() if parameter() is not None}
 
     def named_parameters(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
         """All parameters of the optimizers, by their name in a model or optimizer, else by position."""
@@ -111,8 +110,14 @@ class Names:
         by_place = [group.names_of_each() for group in groups]
         if not self.has_model or not any(group.several for group in groups):
             return by_place
+        names = {}
+        for p in (p for group in groups for p in group.parameters):
+            known, name = self._known.get(id(p), (None, ""))
+            if known is None or known() is not p:  # only then walk the models, which takes long
+                names = self.in_model()
+                break
+            names[id(p)] = name
         # A parameter of two optimizers has its name from the first of them.
-        names = self.in_model()
         return [
             [names.pop(id(p), place) for p, place in zip(group.parameters, places, strict=True)]
             for group, places in zip(groups, by_place, strict=True)
@@ -129,6 +134,11 @@ def _modules(model: Any) -> list[nn.Module]:
             "module whose parameters the optimizer holds, or do not pass it"
         )
     return list(models)
+
+
+def _by_id(models: Sequence[nn.Module]) -> dict[int, tuple[ref[Tensor], str]]:
+    """The parameters of some models with their names, by their ids."""
+    return {id(p): (ref(p), name) for p, name in _names_in(models)}
 
 
 def _names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:

@@ -43,12 +43,13 @@ class Group(NamedTuple):
         return _names(self.name, len(self.parameters))
 
 
-def groups_of(optimizers: Sequence[Optimizer]) -> list[Group]:
-    """The parameter groups of some optimizers, in order."""
+def groups_of(optimizers: Sequence[Optimizer], only: int | None = None) -> list[Group]:
+    """The parameter groups of some optimizers, or of a single one of them, in order."""
     several = len(optimizers) > 1
     return [
         Group(i, j, several, values)
         for i, optimizer in enumerate(optimizers)
+        if only in (None, i)
         for j, values in enumerate(optimizer.param_groups)
     ]
 

@@ -176,7 +176,6 @@ class Round:
             step.counts = False
             return None
         in_backward = backward.is_running()
-        is_sharded = in_backward and backward.refuse(self._settings, self._clipping.optimizers)
         if state.open and in_backward == (self._backward is not None) and self._goes_on(index):
             if self._backward is not None:
                 self._backward.follow(self.close)
@@ -185,6 +184,7 @@ class Round:
                 self._skips[index] = is_skipped_by_scaler(step.optimizer)
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._call_unchanged)
+        is_sharded = in_backward and backward.refuse(self._settings, self._clipping.optimizers)
         self.close()
         if self._rows or self._layers:  # of a step during whose closure others have stepped
             self._discard()

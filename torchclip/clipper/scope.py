@@ -98,7 +98,7 @@ class Snapshot:
         own: OwnMaxNorms = MappingProxyType({}),
     ) -> None:
         self._optimizers, self._settings, self._only = optimizers, settings, only
-        self._held = [group for group in groups_of(optimizers) if only in (None, group.optimizer)]
+        self._held = groups_of(optimizers, only)
         self.grad_scale = grad_scale_of(optimizers)
         kind = Kind.CLIP_EACH if settings.each else Kind.CLIP
         try:
