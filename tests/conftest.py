@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +77,28 @@ def pytest_collection_finish() -> None:
 
 def pytest_report_header() -> str:
     return f"torchclip kernel: {kernel.status()}"
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """Restores the number of threads after a test, and fails one that leaves another setting changed.
+
+    Otherwise a later test in the same process could fail, or pass, in some orders only.
+    """
+    threads, before = torch.get_num_threads(), _settings()
+    yield
+    torch.set_num_threads(threads)
+    assert _settings() == before
+
+
+def _settings() -> dict[str, object]:
+    return {
+        "torch": (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()),
+        "installed": torch.nn.utils.clip_grad_norm_,
+        "kernel": kernel.status(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "process": ([*sys.argv], os.getcwd(), *map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))),
+    }
 
 
 _WAYS = ["kernel", "torch operations"] if _ACTIVE else ["torch operations"]
@@ -151,20 +175,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.stop()
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads after a test that changes it."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread(threads: None) -> None:
-    """With small tensors, threads only wait for each other."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

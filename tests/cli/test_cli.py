@@ -148,8 +148,14 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_its_option(
-    arguments: list[str], option: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    option: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["torchclip"])
     (tmp_path / "file").write_text("text")
     with pytest.raises(SystemExit, match="2"):
         main([argument.format(tmp_path, tmp_path.name) for argument in arguments])

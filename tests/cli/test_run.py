@@ -142,12 +142,14 @@ def test_what_cannot_be_started_is_refused_without_a_report(
         """The message about a script, after the command's name."""
         with pytest.raises(SystemExit, match="2"):
             main(["run", *arguments])
+        torchclip.uninstall()
         output = capsys.readouterr()
         assert output.out == ""
         assert output.err.count("\n") == 1
         return output.err.removeprefix("torchclip run: error: ")
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["torchclip"])
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()

@@ -32,12 +32,6 @@ COMMAND: dict[str, Any] = {"hidden": 128, "batch": 32, "bptt": 64}
 TINY = ["--steps", "6", "--hidden", "8", "--batch", "4", "--bptt", "10"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    """So small a model gains nothing from more, and on a busy machine they wait for each other."""
-    torch.set_num_threads(1)
-
-
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     """The status and the output of the command, with tiny settings unless others are given."""
     status = main(["train", *TINY, *map(str, arguments)])

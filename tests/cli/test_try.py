@@ -200,6 +200,7 @@ class Runs(Tries):
 
     def __init__(self, loss_of: Callable[[str], float | str]) -> None:
         super().__init__(Command(["script.py"]), 1, lambda _: None)
+        self.directory.rmdir()  # no run writes anything
         self._loss_of = loss_of
 
     def all_of(self, thresholds: Sequence[str]) -> list[Try]:

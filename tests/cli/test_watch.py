@@ -28,8 +28,6 @@ from torchclip.cli.run.report import histories, labels, report
 from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run_here(

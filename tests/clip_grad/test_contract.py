@@ -361,9 +361,7 @@ class TestItem5TheSameAnswerEveryTime:
     @pytest.mark.usefixtures("on_host")
     @names
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_the_number_of_threads_does_not_matter(
-        self, name: str, dtype: torch.dtype, threads: None
-    ) -> None:
+    def test_the_number_of_threads_does_not_matter(self, name: str, dtype: torch.dtype) -> None:
         gradients = [randn(200_000, dtype=dtype), randn(900, 100, dtype=dtype), randn(7, dtype=dtype)]
         gradients.append(randn(300, 400, dtype=dtype).t())
         for order in (1, 2, 3) if name != "clip_grad_value_" else (2,):
@@ -375,7 +373,7 @@ class TestItem5TheSameAnswerEveryTime:
                 seen.add((None if result is None else bits(result), *(bits(p.grad) for p in parameters)))
             assert len(seen) == 1
 
-    def test_the_number_of_threads_does_not_matter_per_example(self, threads: None) -> None:
+    def test_the_number_of_threads_does_not_matter_per_example(self) -> None:
         gradients = [randn(1000, 300), randn(1000)]
         seen = set()
         for count in (1, 2, 4):

@@ -96,9 +96,7 @@ def test_kernel_and_torch_operations_agree(
 @needs_kernel
 @pytest.mark.parametrize("large", [[(600, 300)], [(200, 300)] * 5], ids=["one large", "several"])
 @pytest.mark.parametrize("name", RULES)
-def test_the_same_bits_for_any_threads_and_instructions(
-    name: str, large: list[tuple[int, ...]], threads: None
-) -> None:
+def test_the_same_bits_for_any_threads_and_instructions(name: str, large: list[tuple[int, ...]]) -> None:
     results = []
     try:
         for number, instructions in itertools.product((1, 2, 5), _instruction_sets()):

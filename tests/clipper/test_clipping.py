@@ -10,7 +10,7 @@ from helpers import last_of, with_gradients
 
 from torchclip import Clipper
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "small_ones_too")
 
 
 @fused_or_not

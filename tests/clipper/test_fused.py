@@ -16,7 +16,7 @@ import torchclip
 from torchclip import Clipper, kernel
 from torchclip._core import native
 
-pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "one_thread", "small_ones_too")
+pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "small_ones_too")
 
 FUSED_OPTIONS = [
     *(

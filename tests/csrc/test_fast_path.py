@@ -31,7 +31,6 @@ from torchclip._core import native
 _kernel = pytest.importorskip("torchclip._kernel")
 if kernel.status().startswith("off"):
     pytest.skip(f"the kernel is {kernel.status()}", allow_module_level=True)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(3, 4), (5,), (), (200, 90), (2, 3, 2)]
 

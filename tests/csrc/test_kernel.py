@@ -49,8 +49,8 @@ GUARD = 7.25  # around the elements of a view; must still be there afterwards
 
 
 @pytest.fixture(autouse=True)
-def restore(threads: None) -> Iterator[None]:
-    """The instruction set is the module's, not the test's, and so is torch's number of threads."""
+def restore() -> Iterator[None]:
+    """The instruction set is the module's, not the test's."""
     yield
     _kernel.select(None)
 

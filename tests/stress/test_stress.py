@@ -12,7 +12,7 @@ from torch import Tensor
 import torchclip
 from torchclip import clip_grad_norm_
 
-pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.filterwarnings("ignore:Sparse ")]
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse ")
 
 
 @pytest.mark.parametrize("seed", range(10))

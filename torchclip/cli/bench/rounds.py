@@ -51,12 +51,14 @@ def quartiles(values: Sequence[float]) -> list[float]:
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Turn Python's garbage collection off, which would slow down the contender whose turn it is."""
+    enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
