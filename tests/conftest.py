@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_helpers import Ranks
+from hypothesis import HealthCheck, settings
 
 from torchclip import kernel
 from torchclip._core import gather, groups, native
@@ -22,6 +23,11 @@ from torchclip.clipper import fused
 _ACTIVE = kernel.status().startswith("active")
 _MOST_WORKERS = 8
 _BOTH_WAYS = {"kernel_on_and_off", "everywhere", "each_way"}
+
+# The same examples in each run, however slow the machine is, and whatever earlier runs have found.
+_CHECKS = [HealthCheck.too_slow, HealthCheck.differing_executors]
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+settings.load_profile("repeatable")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist then does what it does for `-n`

@@ -101,7 +101,7 @@ def test_a_threshold_is_explained_on_its_page(name: str) -> None:
 
 @pytest.mark.parametrize("name", THRESHOLDS)
 @given(seed=st.integers(0, 2**32), spread=st.sampled_from([0.0, 0.1, 1.0]))
-@settings(derandomize=True, max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_threshold_computes_what_its_twin_does(name: str, seed: int, spread: float) -> None:
     """The twin has the constructor's arguments with the same defaults, and gives the same numbers."""
     threshold, twin = THRESHOLDS[name], twin_of(name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from functions import CLIPPERS
 from helpers import as_numpy, assert_same_up_to_rounding, with_gradients
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,12 +18,7 @@ import torchclip
 from torchclip import get_total_norm, reference
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off")
-repeatable = settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
-)
+fewer_examples = settings(max_examples=40)
 
 REAL = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 COMPLEX = {torch.complex64: np.complex64, torch.complex128: np.complex128}
@@ -62,7 +57,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CLIPPERS)
 @given(tensors=gradients(magnitude=1e4), limit=limits, order=orders)
-@repeatable
+@fewer_examples
 def test_a_function_is_its_numpy_twin(name: str, tensors: list[Tensor], limit: float, order: float) -> None:
     if name == "clip_grad_value_":
         tensors = [t for t in tensors if not t.is_complex()]
@@ -85,7 +80,7 @@ def test_a_function_is_its_numpy_twin(name: str, tensors: list[Tensor], limit: f
 
 
 @given(tensors=gradients(), order=orders)
-@repeatable
+@fewer_examples
 def test_the_norm_of_any_magnitudes_is_that_of_numpy(tensors: list[Tensor], order: float) -> None:
     total_norm = get_total_norm(tensors, order)
     expected = reference.global_norm([as_numpy(t) for t in tensors], order)
@@ -97,7 +92,7 @@ def test_the_norm_of_any_magnitudes_is_that_of_numpy(tensors: list[Tensor], orde
 
 
 @given(tensors=gradients(magnitude=1e4), limit=st.floats(1e-3, 1e4))
-@repeatable
+@fewer_examples
 def test_after_clipping_the_norm_is_at_most_max_norm_and_clipping_again_changes_little(
     tensors: list[Tensor], limit: float
 ) -> None:
@@ -111,7 +106,7 @@ def test_after_clipping_the_norm_is_at_most_max_norm_and_clipping_again_changes_
 
 
 @given(tensors=gradients((*REAL, torch.bfloat16)), limit=st.floats(0, 1e6))
-@repeatable
+@fewer_examples
 def test_by_value_every_element_ends_within_the_limit_and_others_stay(
     tensors: list[Tensor], limit: float
 ) -> None:
@@ -126,7 +121,7 @@ def test_by_value_every_element_ends_within_the_limit_and_others_stay(
 
 
 @given(data=st.data(), limit=limits, examples=st.integers(0, 5))
-@repeatable
+@fewer_examples
 def test_per_example_is_its_numpy_twin(data: st.DataObject, limit: float, examples: int) -> None:
     dtype = data.draw(st.sampled_from(["float32", "float64", "complex64"]))
     array = data.draw(

@@ -140,7 +140,7 @@ def twin(arrays: list[np.ndarray], order: float) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), order=st.sampled_from(ORDERS), threads=st.integers(1, 4), nonfinite=st.booleans())
 def test_norms_agree_with_the_reference(
     dtype: torch.dtype, data: st.DataObject, order: float, threads: int, nonfinite: bool
@@ -162,7 +162,7 @@ def test_norms_agree_with_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     data=st.data(),
     threads=st.integers(1, 4),
@@ -199,7 +199,7 @@ def test_every_16_bit_number_is_scaled_right(dtype: torch.dtype, factor: float) 
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     data=st.data(),
     threads=st.integers(1, 4),
@@ -221,7 +221,7 @@ def test_clamping_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), threads=st.integers(1, 4))
 def test_zeroing_puts_zero_for_what_is_not_finite_and_touches_nothing_else(
     dtype: torch.dtype, data: st.DataObject, threads: int
@@ -275,7 +275,7 @@ def test_squares_outside_the_range_of_numbers(dtype: torch.dtype, size: float) -
         assert batch.norms(2.0, finite) == [pytest.approx(wanted, rel=1e-12), 0.0]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.floats(), st.floats())
 def test_the_modulus_of_a_complex_double_is_that_of_the_c_library(real: float, imag: float) -> None:
     batch = _kernel.tensors([torch.tensor([complex(real, imag)], dtype=torch.complex128)])

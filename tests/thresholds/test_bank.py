@@ -22,7 +22,6 @@ from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.forms import Tensors
 
 INF, NAN, ABSENT = math.inf, math.nan, -1.0
-REPEATABLE = settings(deadline=None, derandomize=True, max_examples=5)
 
 CASES: dict[str, Callable[[], Any]] = {
     "ZScore": lambda: ZScore(warmup=5),
@@ -100,7 +99,7 @@ def assert_learned(bank: ThresholdBank, names: Sequence[str], thresholds: Sequen
 @every_case
 @pytest.mark.parametrize("count", [5, 20], ids=["few", "many"])
 @given(seed=st.integers(0, 2**32), stop=st.integers(0, 40))
-@REPEATABLE
+@settings(max_examples=5)
 def test_sets_learn_as_single_thresholds_do_wherever_norms_are(
     make: Callable[[], Any], count: int, seed: int, stop: int
 ) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchclip import reference
 from torchclip.thresholds import AdaGC, Percentile, RollingSigma, Threshold, ZScore
 
 INF = math.inf
-REPEATABLE = settings(deadline=None, derandomize=True)
 norms = st.lists(
     st.one_of(
         st.floats(min_value=0, max_value=1e300),
@@ -65,7 +64,6 @@ def stream(threshold: Threshold, norms: Iterable[float]) -> list[float]:
 
 
 @given(norms, percentile_options)
-@REPEATABLE
 def test_percentile_equals_numpys_percentile_at_every_step(
     norms: list[float], options: dict[str, Any]
 ) -> None:
@@ -74,7 +72,6 @@ def test_percentile_equals_numpys_percentile_at_every_step(
 
 
 @given(st.integers(0, 2**32), zscore_options)
-@REPEATABLE
 def test_zscore_equals_its_twin(seed: int, options: dict[str, Any]) -> None:
     norms = noisy_norms(seed)
     streamed = stream(ZScore(**options), norms)
@@ -82,7 +79,6 @@ def test_zscore_equals_its_twin(seed: int, options: dict[str, Any]) -> None:
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1.0, 6.0]), st.integers(2, 60), st.integers(2, 40))
-@REPEATABLE
 def test_rolling_sigma_equals_its_twin(seed: int, sigma: float, window: int, warmup: int) -> None:
     norms = noisy_norms(seed)
     streamed = stream(RollingSigma(sigma, window, warmup), norms)
@@ -92,7 +88,6 @@ def test_rolling_sigma_equals_its_twin(seed: int, sigma: float, window: int, war
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.5, 1.05, 3.0]), st.sampled_from([0.0, 0.5, 0.98, 1.0]))
-@REPEATABLE
 def test_adagc_equals_its_twin(seed: int, relative: float, beta: float) -> None:
     rng = np.random.default_rng(seed)
     options: dict[str, Any] = {"relative": relative, "beta": beta, "warmup": 8, "max_norm": 2.0}
