@@ -26,6 +26,8 @@ RANKS = 4
 PROCESSES = 5
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 FSDP2 = TORCH >= (2, 7)
+# Runs a script or a module on two processes, which find each other through a port that is free.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 # Gloo gives up waiting for a rank that has failed after this time.
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0

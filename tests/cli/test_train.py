@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import train_on_ranks
-from distributed_helpers import FSDP2
+from distributed_helpers import FSDP2, TORCHRUN
 from matplotlib.image import imread
+from torch.distributed import TCPStore
 from train_on_ranks import MODEL, trained
 
 from torchclip import Percentile, Threshold, ZScore
@@ -77,9 +77,8 @@ def without_gloo(output: str) -> str:
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The outcome of a script or module on two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
+        [sys.executable, *TORCHRUN, *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
     )
     result.stdout = without_gloo(result.stdout)
     return result
@@ -87,13 +86,15 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def on_two_ranks(*arguments: str) -> list[tuple[int, str, str]]:
     """The outcome of Python on each of two processes that find each other as torchrun's do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         **os.environ,
         **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        },
     }
     processes = [
         subprocess.Popen(

@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-from distributed_helpers import FSDP2
+from distributed_helpers import FSDP2, TORCHRUN
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -66,8 +66,7 @@ def test_examples(names: tuple[str, ...], tmp_path: Path) -> None:
         pytest.skip("torch 2.6 has FSDP2 for accelerators only")
     if names == ("torchtitan_optimizers.py",):
         pytest.importorskip("torchtitan.components.optimizer")
-    on_ranks = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launcher = on_ranks if names[0] in ON_RANKS else ["-c", IN_TURN] if len(names) > 1 else []
+    launcher = TORCHRUN if names[0] in ON_RANKS else ("-c", IN_TURN) if len(names) > 1 else ()
     done = subprocess.run(
         [sys.executable, *launcher, *(str(EXAMPLES / name) for name in names)],
         cwd=tmp_path,
