@@ -96,6 +96,19 @@ def test_norms_that_are_not_finite_any_more(at: int, value: float) -> None:
     assert str(advice).startswith("Not finite: the norm of")
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("at", [3, 100, 285])
+def test_losses_that_are_not_finite_any_more(at: int, value: float) -> None:
+    """Norms alone hardly show it.  NumPy's quantile between infinite losses is `nan`, with a warning."""
+    for seed in range(SEEDS):
+        norms, losses = calm(seed, 300, 0.1), falling(seed, 300)
+        norms[at:] *= 2.5
+        losses[at:] = value
+        explodes = advice_on(norms, losses).explodes
+        assert explodes is not None
+        assert at - 3 <= explodes <= at  # the loss of a step before may be higher than usual, too
+
+
 def test_the_loss_shows_where_an_explosion_begins_after_one_step() -> None:
     """As in an RNN at a learning rate of 5: the loss shows the explosion, the norms hardly do."""
     for seed in range(SEEDS):

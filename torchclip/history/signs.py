@@ -27,6 +27,8 @@ _SHARE_OUTSIDE, _LEAST_AFTER = 0.8, 5
 # If the loss is this many times as high in the next steps, and stays higher, it is enough that norms are this
 # many times as large in these steps, and this many standard deviations above.
 _SOON, _LOSS_RATIO, _RATIO_WITH_LOSS, _HARDLY_ANY = 10, 1.3, 3.0, 0.02
+# Infinite losses count as this, as quantiles take differences, and infinities have none.
+_HIGHEST_LOSS = 1e300
 # The standard deviation of a normal distribution, divided by its median absolute deviation.
 _DEVIATION_OF_MAD = 1.4826
 
@@ -187,11 +189,10 @@ def _by_losses(logs: Array, losses: Array) -> int | None:
 
 
 def _filled(losses: Array) -> Array:
-    """The losses; an unknown one is replaced by the last known one."""
+    """The losses as finite numbers; an unknown one is replaced by the last known one."""
     known = np.flatnonzero(~np.isnan(losses))
     last = np.searchsorted(known, np.arange(len(losses)), side="right") - 1
-    filled: Array = losses[known[np.maximum(last, 0)]]
-    return filled
+    return losses[known[np.maximum(last, 0)]].clip(-_HIGHEST_LOSS, _HIGHEST_LOSS)
 
 
 def rises(norms: Array, losses: Array, max_norm: float) -> tuple[float, float] | None:
