@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import and_
 from typing import Any
@@ -23,6 +24,23 @@ from torchclip.history.history import History
 from torchclip.history.records import as_records
 
 
+@dataclass(eq=False)
+class _OpenRound:
+    """What will be recorded of the open round, unless the kernel has clipped it.
+
+    Attributes:
+        in_backward: the backward pass during which its steps are taken; None if there is none.
+        rows: a row for each clipping: each call of a closure, and each optimizer in a backward pass.
+        layers: names and norms of single parameters: those of each optimizer in a backward pass.
+        skips: with several optimizers: whether a GradScaler skips the step of each that has begun one.
+    """
+
+    in_backward: backward.BackwardRound | None = None
+    rows: list[Row] = field(default_factory=list)
+    layers: list[tuple[list[str], Norms]] = field(default_factory=list)
+    skips: dict[int, bool | Tensor] = field(default_factory=dict)
+
+
 class Round:
     """The steps of some optimizers, from their hooks' point of view.
 
@@ -39,13 +57,10 @@ class Round:
         settings: what the user asks for.
     """
 
-    # If the steps of the open round are taken during a backward pass.
-    _backward: backward.BackwardRound | None = None
-
     def __init__(self, state: State, steps: Sequence[Step], clipping: Clipping, settings: Settings) -> None:
         self.history = History()
         self._state, self._steps, self._clipping, self._settings = state, steps, clipping, settings
-        self.forget()
+        self._open = _OpenRound()
 
     def before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Clip the gradients now or after a closure; returns other arguments for the step, or None."""
@@ -67,7 +82,7 @@ class Round:
         if not step.end() or not step.counts or not self._state.open:
             return
         step.member.stepped = True
-        if self._backward is not None:  # whose end is the round's
+        if self._open.in_backward is not None:  # whose end is the round's
             return
         if all(each.member.stepped or each.is_gone() for each in self._steps):
             number = self._state.number
@@ -103,22 +118,22 @@ class Round:
             return
         # If no optimizer has stepped, the first one has failed.
         stepped = [i for i, member in enumerate(state.members) if member.stepped]
-        skips = [self._skips[i] for i in stepped if i in self._skips]
-        in_backward, rows, layers = self._backward, self._rows, self._layers
+        ended, rows = self._open, self._open.rows
         self._discard()
-        if in_backward is not None:
-            rows = in_backward.joined(rows)
+        if ended.in_backward is not None:
+            rows = ended.in_backward.joined(rows)
         if stepped and state.went_short:
             state.record()
         elif stepped and rows:
             self._clipping.end()
+            skips = [ended.skips[i] for i in stepped if i in ended.skips]
             if skips:
                 rows = [*rows[:-1], _skipped_too(rows[-1], reduce(and_, skips))]
-            self._record(rows, layers, reports=in_backward is not None)
+            self._record(rows, ended.layers, reports=ended.in_backward is not None)
 
     def close_after_backward(self) -> None:
         """Close a round after its backward pass, if all its steps were taken within checkpoints."""
-        if self._backward is not None and not backward.is_running():
+        if self._open.in_backward is not None and not backward.is_running():
             self.close()
 
     def forget(self) -> None:
@@ -127,17 +142,12 @@ class Round:
         self._clipping.forget()
 
     def _discard(self) -> None:
-        if self._backward is not None:
-            self._backward.stop()
+        if self._open.in_backward is not None:
+            self._open.in_backward.stop()
+        self._open = _OpenRound()
         self._state.open = False
         for member in self._state.members:
             member.stepped = False
-        # The record of the open round, unless the kernel has it.
-        self._rows: list[Row] = []
-        self._layers: list[tuple[list[str], Norms]] = []
-        # With several optimizers: whether a GradScaler skips the step of each that has begun one.
-        self._skips: dict[int, bool | Tensor] = {}
-        self._backward = None
 
     def _take_loss(self) -> Loss:
         """The loss of the new round."""
@@ -167,7 +177,7 @@ class Round:
                 step.is_running()
         opener = state.members[state.opener]
         failed = state.open and not opener.stepped and (state.opener == index or not opener.running)
-        if failed and self._backward is None:
+        if failed and self._open.in_backward is None:
             self.close()
 
     def _begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,27 +186,27 @@ class Round:
             step.counts = False
             return None
         in_backward = backward.is_running()
-        if state.open and in_backward == (self._backward is not None) and self._goes_on(index):
-            if self._backward is not None:
-                self._backward.follow(self.close)
+        opened = self._open
+        if state.open and in_backward == (opened.in_backward is not None) and self._goes_on(index):
+            if opened.in_backward is not None:
+                opened.in_backward.follow(self.close)
                 self._clip(index)
             else:
-                self._skips[index] = is_skipped_by_scaler(step.optimizer)
+                opened.skips[index] = is_skipped_by_scaler(step.optimizer)
                 self._clipping.join(index)
             return self._with_closure(index, args, kwargs, self._call_unchanged)
         is_sharded = in_backward and backward.refuse(self._settings, self._clipping.optimizers)
         self.close()
-        if self._rows or self._layers:  # of a step during whose closure others have stepped
-            self._discard()
+        self._open = _OpenRound()
         state.went_short, state.open, state.opener = False, True, index
         if self._settings.several:
             for bank in self._settings.banks:
                 bank.begin_round()
             if in_backward:
-                self._backward = backward.BackwardRound(self._settings, is_sharded)
-                self._backward.follow(self.close)
+                self._open.in_backward = backward.BackwardRound(self._settings, is_sharded)
+                self._open.in_backward.follow(self.close)
             else:
-                self._skips = {index: is_skipped_by_scaler(step.optimizer)}
+                self._open.skips[index] = is_skipped_by_scaler(step.optimizer)
         replaced = self._with_closure(index, args, kwargs, self._call_and_clip)
         if replaced is None:
             self._clip(index)
@@ -236,9 +246,9 @@ class Round:
     def _clip(self, index: int) -> None:
         """Clip the current gradients; in a backward pass those of one optimizer."""
         optimizers, settings, number = self._clipping.optimizers, self._settings, self._state.number
-        in_backward = self._backward
+        in_backward = self._open.in_backward
         if in_backward is not None and in_backward.is_sharded:
-            self._rows.append(in_backward.clip_sharded(optimizers[index], number, self._take_loss()))
+            self._open.rows.append(in_backward.clip_sharded(optimizers[index], number, self._take_loss()))
             return
         only = None if in_backward is None else index
         snapshot = Snapshot(optimizers, settings, only)
@@ -247,10 +257,10 @@ class Round:
         if settings.layers_every and number % settings.layers_every == 0:
             names, _, norms = settings.names.norms(optimizers, settings.order, only)
             if only is None:
-                self._layers = []  # a closure may be called several times
-            self._layers.append((names, norms))
-        reports = in_backward is None
-        self._rows.append(self._clipping.clip(number, snapshot, self._take_loss(), index, reports))
+                self._open.layers.clear()  # a closure may be called several times
+            self._open.layers.append((names, norms))
+        row = self._clipping.clip(number, snapshot, self._take_loss(), index, reports=in_backward is None)
+        self._open.rows.append(row)
         if settings.several and in_backward is None:
             for i, step in enumerate(self._steps):
                 if i != index:
@@ -275,8 +285,8 @@ class Round:
             RuntimeError: if its gradients have changed since then.
         """
         member = self._state.members[index]
-        if self._backward is not None:
-            return not member.stepped and not self._backward.is_over()
+        if self._open.in_backward is not None:
+            return not member.stepped and not self._open.in_backward.is_over()
         if member.stepped:
             return False
         if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
