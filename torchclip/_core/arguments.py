@@ -120,6 +120,13 @@ def items(name: str, values: Any, check: Callable[[str, Any], T]) -> list[T]:
     return [check(name, value) for value in values]
 
 
+def string(name: str, value: Any) -> str:
+    """``value``, an item of a list, if it is a string, or an error that names the list."""
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must hold strings, got {shown(value)}")
+    return value
+
+
 def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     """``tensors`` as a list, a single tensor as a list of itself, or an error that says what to pass.
 

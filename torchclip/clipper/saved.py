@@ -77,7 +77,8 @@ def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets:
     steps = arguments.count("state['steps']", own["steps"], least=0)
     saved_kind = _checked_kind(state, kind)
     thresholds = _learned("state['thresholds']", own["thresholds"])
-    of_sets = dict.fromkeys([*own.get("sets", ()), *thresholds])
+    names = arguments.items("state['sets']", own.get("sets", ()), arguments.string)  # 0.1.0 has none
+    of_sets = dict.fromkeys([*names, *thresholds])
     if of_sets and saved_kind != kind:
         raise _of_other_norms(saved_kind, kind)
     bank.check(thresholds if bank.learns else of_sets)

@@ -99,4 +99,5 @@ class Spikes:
     def check(self, state: Any) -> int:
         """The number of skips in a state; raises for anything else."""
         arguments.saved("state['spikes']", state, ("skips", "thresholds"), "Clipper")
+        arguments.saved("state['spikes']['thresholds']", state["thresholds"], (), "Clipper")
         return arguments.count("state['spikes']['skips']", state["skips"], least=0)

@@ -137,7 +137,7 @@ class Layers:
             ValueError: if ``state`` is not that of a history's layers.
         """
         arguments.saved("state['layers']", state, ("names", "steps", "norms", "every", "offered"), "History")
-        names = tuple(arguments.items("state['layers']['names']", state["names"], _string))
+        names = tuple(arguments.items("state['layers']['names']", state["names"], arguments.string))
         steps = arguments.items("state['layers']['steps']", state["steps"], integer)
         every = arguments.count("state['layers']['every']", state["every"], least=1)
         offered = arguments.count("state['layers']['offered']", state["offered"], least=0)
@@ -156,12 +156,6 @@ class Layers:
 def _names(rows: Sequence[_Row]) -> list[str]:
     distinct = dict.fromkeys(row.names for row in rows)
     return list(dict.fromkeys(itertools.chain.from_iterable(distinct)))
-
-
-def _string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` must hold strings, got {arguments.shown(value)}")
-    return value
 
 
 def _numbers(name: str, value: Any) -> list[float]:
