@@ -191,7 +191,7 @@ PyObject* after_step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
         return PyObject_CallFunctionObjArgs(hooks->after, args[0], args[1], args[2], nullptr);
     own->running = own->is_short = 0;
     own->stepped = 1;
-    bool all = true;  // but those that are gone
+    bool all = true;  // those that still exist
     for (Py_ssize_t i = 0; i < PyTuple_Size(state->members); ++i)
         all = all && (member(state, i)->stepped || optimizer_of(member(state, i)) == Py_None);
     return (all ? record(state) : own->marks->take(args[0], false, state->are_weak)) ? new_reference(Py_None) : nullptr;
