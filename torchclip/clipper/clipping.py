@@ -119,7 +119,7 @@ class Clipping:
     def _judge(self, snapshot: Snapshot, index: int) -> None:
         """Decide what to do, without changing anything."""
         settings = self._settings
-        optimizers = [self._steps[i].optimizer for i in (index, *snapshot.others(index))]
+        optimizers = [self._steps[i].optimizer for i in snapshot.optimizers_from(index)]
         snapshot.skipped = nonfinite.skips(settings.nonfinite, snapshot.total_norm, optimizers)
         if snapshot.skipped is True:
             return
@@ -206,7 +206,7 @@ class Clipping:
         if self._settings.rule is not None:  # which clips them in place, too
             snapshot.scale_()
             return
-        optimizers = [index, *snapshot.others(index)]
+        optimizers = snapshot.optimizers_from(index)
         fused_ones = [
             i
             for i in optimizers

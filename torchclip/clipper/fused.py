@@ -27,9 +27,7 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def can_scale(
-    optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot, is_later: bool = False
-) -> bool:
+def can_scale(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot, is_later: bool) -> bool:
     """Whether the clip coefficient can, and should, be passed to the step.
 
     Decisions about the gradients use facts that all ranks know, so that all of them decide alike.

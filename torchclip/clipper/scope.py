@@ -168,9 +168,9 @@ class Snapshot:
             of_each = of_set if each else scalars.in_one([cast("Norm", of_set)])
             clip_set.norms = unscaled(cast("Norms", of_each), self.grad_scale, order)
 
-    def others(self, optimizer: int) -> list[int]:
-        """The optimizers whose gradients these are, except one."""
-        return [i for i in dict.fromkeys(group.optimizer for group in self._held) if i != optimizer]
+    def optimizers_from(self, first: int) -> list[int]:
+        """The numbers of the optimizers whose gradients these are, after that of the one about to step."""
+        return [*dict.fromkeys([first, *(group.optimizer for group in self._held)])]
 
     def joint_norm(self) -> Norm:
         """The joint norm of the sets when they were last measured."""
