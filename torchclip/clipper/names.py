@@ -21,7 +21,7 @@ _WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."
 
 
 class Names:
-    """Names of the parameters of some optimizers, found again each time, as parameters may be added later.
+    """Names of the parameters of some optimizers, which may get more of them later.
 
     It keeps neither optimizers nor models alive.
 
@@ -48,16 +48,25 @@ class Names:
                 "optimizer was made from"
             )
 
-    def in_model(self) -> dict[int, str]:
-        """The names of the models' parameters by their ids."""
+    def _in_models(self, parameters: Sequence[Tensor]) -> dict[int, str]:
+        """The names of some parameters in the models, by their ids.
+
+        Models are only walked again, which takes long, if a parameter is not known yet.
+        """
+        found = self._known_names(parameters)
         models = [model() for model in self._models]
-        if None not in models:
+        if len(found) < len({*map(id, parameters)}) and None not in models:
             self._known.update(_by_id([model for model in models if model is not None]))
-        return {key: name for key, (parameter, name) in self._known.items() if parameter() is not None}
+            found = self._known_names(parameters)
+        return found
+
+    def _known_names(self, parameters: Sequence[Tensor]) -> dict[int, str]:
+        held = [(p, self._known[id(p)]) for p in parameters if id(p) in self._known]
+        return {id(p): name for p, (parameter, name) in held if parameter() is p}
 
     def named_parameters(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
         """All parameters of the optimizers, by their name in a model or optimizer, else by position."""
-        of_models = self.in_model()
+        of_models = self._in_models(parameters_of(*optimizers))
         used: set[str] = set()
         for group in groups_of(optimizers):
             of_group = group.values.get("param_names", ())
@@ -110,14 +119,8 @@ class Names:
         by_place = [group.names_of_each() for group in groups]
         if not self.has_model or not any(group.several for group in groups):
             return by_place
-        names = {}
-        for p in (p for group in groups for p in group.parameters):
-            known, name = self._known.get(id(p), (None, ""))
-            if known is None or known() is not p:  # only then walk the models, which takes long
-                names = self.in_model()
-                break
-            names[id(p)] = name
         # A parameter of two optimizers has its name from the first of them.
+        names = self._in_models([p for group in groups for p in group.parameters])
         return [
             [names.pop(id(p), place) for p, place in zip(group.parameters, places, strict=True)]
             for group, places in zip(groups, by_place, strict=True)
@@ -138,10 +141,10 @@ def _modules(model: Any) -> list[nn.Module]:
 
 def _by_id(models: Sequence[nn.Module]) -> dict[int, tuple[ref[Tensor], str]]:
     """The parameters of some models with their names, by their ids."""
-    return {id(p): (ref(p), name) for p, name in _names_in(models)}
+    return {id(p): (ref(p), name) for p, name in names_in(models)}
 
 
-def _names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:
+def names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:
     """The parameters of some models with their names; ``model[1].weight`` if two have the same name."""
     of_each = [[(p, name) for name, p in _named_parameters(model)] for model in models]
     found: dict[int, tuple[Tensor, str]] = {}

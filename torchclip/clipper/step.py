@@ -27,6 +27,7 @@ Outcome: TypeAlias = Literal["finished", "failed", "again"]
 _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
 
+# In place of an optimizer that is gone: it has no parameters.
 _GONE = cast("Optimizer", SimpleNamespace(param_groups=[]))
 
 _NO_SAMPLE: tuple[Callable[[], Tensor | None], float] = (lambda: None, 0.0)

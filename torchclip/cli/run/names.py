@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from torchclip.clipper.names import Names
+from torchclip.clipper.names import names_in
 
 _MOST_ITEMS = 100  # the largest list or dictionary that is searched
 
@@ -59,8 +59,8 @@ def _names_by_modules(missing: set[int]) -> dict[int, str]:
     known: dict[int, tuple[str, dict[int, str]]] = {}
     for name, held in _objects():
         if isinstance(held, nn.Module) and id(held) not in known:
-            own = Names((), held).in_model()
-            known[id(held)] = re.sub(r"^\w+\.", "", name), {key: own[key] for key in own if key in missing}
+            own = {id(p): of_p for p, of_p in names_in([held]) if id(p) in missing}
+            known[id(held)] = re.sub(r"^\w+\.", "", name), own
     names: dict[int, str] = {}
     used = 0
     while missing and known:
