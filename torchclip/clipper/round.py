@@ -197,7 +197,7 @@ class Round:
             return self._with_closure(index, args, kwargs, self._call_unchanged)
         is_sharded = in_backward and backward.refuse(self._settings, self._clipping.optimizers)
         self.close()
-        self._open = _OpenRound()
+        self._open = _OpenRound()  # a step whose closure has ended its round leaves rows there
         state.went_short, state.open, state.opener = False, True, index
         if self._settings.several:
             for bank in self._settings.banks:
