@@ -1,6 +1,7 @@
 """Clipper: the same as the functions with every optimizer; attaching, detaching, looking at it."""
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +202,7 @@ def test_a_clipper_that_nobody_holds_goes_on_clipping() -> None:
         ({"max_norm": True}, "max_norm"),
         ({"max_norm": Percentile}, r"the class Percentile; pass an object of it, such as Percentile\(\)"),
         ({"max_norm": Value}, "the class Value; pass an object of it"),
+        ({"max_norm": SimpleNamespace(update=float)}, "a threshold object needs all three"),
         ({"skip_above": Percentile}, "`skip_above` is the class Percentile; pass an object"),
         ({"skip_above": Adaptive(0.1)}, "`skip_above`"),
         ({"skip_above": -1.0}, "`skip_above` must be at least 0"),

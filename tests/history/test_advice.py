@@ -140,7 +140,8 @@ def test_too_early(steps: int) -> None:
     advice = advice_on(calm(steps))
     assert (advice.max_norm, advice.table, advice.spikes, advice.drifts) == (None, {}, 0, False)
     counted = "1 step had" if steps == 1 else f"{steps} steps had"
-    assert (f"early for advice: {counted}" if steps else "no step") in str(advice)
+    expected = f"early for advice: {counted}" if steps else "No advice: no step has been recorded yet."
+    assert expected in str(advice)
 
 
 def test_fifty_steps_will_do() -> None:

@@ -219,6 +219,8 @@ class _Run:
 
     def _refusal(self) -> str:
         """Why there is no advice, or None."""
+        if not len(self.norms):
+            return "No advice: no step has been recorded yet."
         if not self.finite.any():
             return "No advice: no step had a finite norm. Lower the learning rate to a tenth, and ask again."
         if self.has_left:

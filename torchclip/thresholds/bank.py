@@ -73,6 +73,11 @@ class ThresholdBank:
         # Checked once: checking a protocol takes longer than the rest of a small step.
         self.learns = isinstance(max_norm, Threshold)
         is_object = self.learns or callable(max_norm)
+        if not is_object and hasattr(max_norm, "update") and not isinstance(max_norm, Mapping):
+            raise TypeError(
+                f"`{argument}` is a {type(max_norm).__name__} with update(), but without state_dict() or "
+                "load_state_dict(); a threshold object needs all three"
+            )
         self.number = None if is_object else arguments.threshold(argument, max_norm)
         self._max_norm: Any = max_norm if is_object else self.number
         self.eps = 0.0 if self.learns else scalars.EPS
