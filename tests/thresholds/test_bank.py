@@ -168,6 +168,17 @@ def test_a_mean_that_rounds_to_0_is_a_number(count: int, on_device: bool) -> Non
     assert all(0 <= max_norm < 1e-300 for max_norm in found)
 
 
+@everywhere
+@pytest.mark.parametrize(("max_norm", "expected"), [(0.0, 0.0), (1e-309, 1e-309), (1.0, 2e-309)])
+def test_the_smallest_norms_are_clipped_in_the_warm_up(
+    count: int, on_device: bool, max_norm: float, expected: float
+) -> None:
+    bank = ThresholdBank(AdaGC(max_norm=max_norm))
+    first, *others = asked(bank, 0, names_of(count), [2e-309, *[0.0] * (count - 1)], on_device)
+    assert first == pytest.approx(expected, rel=1e-9, abs=0)
+    assert others == [0.0] * (count - 1)
+
+
 class Operations(TorchDispatchMode):
     """Counts the torch operations."""
 

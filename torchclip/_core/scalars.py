@@ -196,17 +196,19 @@ def clip_coef(max_norm: Norm, norm: Norm, eps: float = EPS) -> Norm:
 def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
     if isinstance(norm, (int, float)):
         norm = torch.full_like(cast("Tensor", max_norm), norm)
-    if isinstance(max_norm, float) and max_norm == math.inf:
-        return torch.ones_like(norm)
-    if isinstance(max_norm, float) and eps > 0:
-        coefs = (max_norm / (norm.clamp(min=0.0) + eps)).clamp(max=1.0)
-        # Without elements it is 1, which the formula does not give for such a small threshold.
-        return coefs if max_norm > eps else coefs.masked_fill(norm < 0, 1.0)
+    limits = max_norm
+    if isinstance(max_norm, float):
+        if max_norm == math.inf:
+            return torch.ones_like(norm)
+        # Torch would multiply a plain number by the reciprocal of the norm, which may be infinite.
+        limits = torch.full_like(norm, max_norm)
+        if max_norm > eps > 0:  # then the formula gives 1 for ABSENT, too
+            return (limits / (norm.clamp(min=0.0) + eps)).clamp(max=1.0)
     # 0/0 and inf/inf must not become NaN.
-    as_they_are = norm <= max_norm
-    if not isinstance(max_norm, float):
+    as_they_are = norm <= limits if eps == 0 else norm < 0.0
+    if isinstance(max_norm, Tensor):
         as_they_are = as_they_are | (max_norm == math.inf)
-    return torch.where(as_they_are, 1.0, (max_norm / (norm + eps)).clamp(max=1.0))
+    return torch.where(as_they_are, 1.0, (limits / (norm + eps)).clamp(max=1.0))
 
 
 def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norms:
