@@ -99,20 +99,20 @@ class AdaGC(Learned):
 
     def _learn(self, norms: Any, form: Any, order: float = 2.0, total_norm: float | None = None) -> Any:
         gamma, seen, where = self._gamma, self._seen, form.where
-        warming_up, finite = seen < self.warmup, (norms >= 0) & (norms < math.inf)
-        learn, max_norms = finite & (norms > 0), self.relative * gamma
+        warming_up = seen < self.warmup
+        learn, max_norms = (norms > 0.0) & (norms < math.inf), self.relative * gamma
         in_warmup = form.any(warming_up)  # else what only the warm-up needs is not computed
         if in_warmup:
+            finite = (norms >= 0.0) & (norms < math.inf)
             joint: Any = total_norm
             if joint is None:
                 joint = form.join(where(finite, norms, scalars.ABSENT), order)
             jointly = where(finite, scalars.clip_coef(self.max_norm, joint, 0.0) * norms, self.max_norm)
             max_norms = where(warming_up, jointly, max_norms)
-        clipped = where(norms < max_norms, norms, max_norms)
+        clipped = form.minimum(norms, max_norms)
         learned = self.beta * gamma + (1 - self.beta) * clipped
         if in_warmup:
-            smallest = where(clipped < gamma, clipped, gamma)
-            learned = where(warming_up, smallest, learned)
+            learned = where(warming_up, form.minimum(clipped, gamma), learned)
             self._seen = where(learn & warming_up, seen + 1, seen)
         self._gamma = where(learn, learned, gamma)
         return max_norms

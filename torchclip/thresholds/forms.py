@@ -7,7 +7,8 @@ A formula uses operators, comparisons and these functions, so it is written once
 
 Every branch of a formula is computed, and ``where`` selects one.  So a branch that is not selected must not
 raise an error: for example, floats must not be divided by 0.  Its values must not both be plain numbers, as
-a tensor of them would be float32.
+a tensor of them would be float32.  Norms are compared with ``0.0``, not with ``0``: torch takes twice as long
+for an integer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Floats:
     """One number; a row of several numbers is a list, in which NaN marks empty slots."""
 
     hypot = staticmethod(math.hypot)
+    minimum = staticmethod(min)
     sqrt = staticmethod(math.sqrt)
 
     @staticmethod
@@ -73,6 +75,7 @@ class Tensors:
     """A tensor in host memory or on a device, of one number for each row."""
 
     hypot = staticmethod(torch.hypot)
+    minimum = staticmethod(torch.minimum)
     where = staticmethod(torch.where)
 
     def __init__(self, device: torch.device) -> None:
@@ -102,8 +105,8 @@ class Tensors:
     @staticmethod
     def put(rows: Tensor, slots: Tensor, numbers: Tensor, condition: Tensor) -> Tensor:
         """The rows with a number in a slot of each where the condition holds; no tensor changes in place."""
-        slots = slots[:, None]
-        numbers = torch.where(condition[:, None], numbers[:, None], rows.gather(1, slots))
+        slots = slots.unsqueeze(1)
+        numbers = torch.where(condition.unsqueeze(1), numbers.unsqueeze(1), rows.gather(1, slots))
         return rows.scatter(1, slots, numbers)
 
     @staticmethod
@@ -126,14 +129,15 @@ class Tensors:
     @staticmethod
     def mean_and_deviation(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and standard deviation of each row, likewise."""
-        count = seen.clip(None, rows.shape[1])
-        mean = (rows / count[:, None]).nansum(1)
+        count = seen.clip(None, rows.shape[1]).to(rows.dtype)
+        mean = (rows / count.unsqueeze(1)).nansum(1)
         # Divided by the mean, which is never far below the largest norm, no square leaves the range.
-        parts = rows / mean[:, None]
+        parts = rows / mean.unsqueeze(1)
         parts -= 1.0  # new memory for each result would take longer
         parts *= parts
-        deviation = mean * torch.sqrt(parts.nansum(1) / (count - 1))
-        return mean, torch.where(mean > 0, deviation, 0.0)  # the mean of the smallest numbers may round to 0
+        deviation = mean * torch.sqrt(parts.nansum(1) / (count - 1.0))
+        # The mean of the smallest numbers may round to 0.
+        return mean, deviation.masked_fill(mean == 0.0, 0.0)
 
 
 FLOATS = Floats()

@@ -211,7 +211,7 @@ class Rows:
         learned = of_all = form.norms(norms)
         if rows is not None:
             of_all = form.filled(len(self.names), ABSENT).index_copy(0, rows, learned)
-        max_norms = torch.where(of_all < 0, math.inf, self._all._learn(of_all, form, order))
+        max_norms = self._all._learn(of_all, form, order).masked_fill(of_all < 0.0, math.inf)
         if rows is not None:
             max_norms = max_norms[rows]
         found: Norms = max_norms.tolist() if isinstance(norms, list) else max_norms

@@ -75,7 +75,7 @@ class Percentile(Learned):
 
     def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
         seen, history = self._seen, self._history
-        learn = (norms >= 0) & (norms < math.inf)
+        learn = (norms >= 0.0) & (norms < math.inf)
         if form is FLOATS:
             if learn:
                 history.add(norms)

@@ -72,7 +72,7 @@ class RollingSigma(Learned):
         seen, where = self._seen, form.where
         mean, deviation = form.mean_and_deviation(self._slots, seen)
         max_norms = where(seen < self.warmup, math.inf, mean + self.sigma * deviation)
-        learn = (norms >= 0) & (norms < math.inf) & (norms <= max_norms)
+        learn = (norms >= 0.0) & (norms < math.inf) & (norms <= max_norms)
         self._slots = form.put(self._slots, seen % self.window, norms, learn)
         self._seen = seen + learn
         return max_norms

@@ -97,11 +97,14 @@ class ZScore(Learned):
     def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:
         mean, std, seen, where = self._mean, self._std, self._seen, form.where
         warming_up = seen < self.warmup
+        in_warmup = form.any(warming_up)
         margin = self.threshold * std
         max_norms = mean + margin
-        learn = (norms >= 0) & (norms < math.inf)
+        learn = (norms >= 0.0) & (norms < math.inf)
         learned = norms
-        spike = learn & (seen >= self.warmup) & (norms > max_norms)
+        spike = learn & (norms > max_norms)
+        if in_warmup:
+            spike = spike & (seen >= self.warmup)
         if form.any(spike):
             max_norms = where(spike, self._pulled_back(norms, mean, margin, spike, where), max_norms)
             learned = where(spike, max_norms, norms)
@@ -110,7 +113,7 @@ class ZScore(Learned):
         rate = 1.0 - self.alpha
         kept = 1.0 - rate
         weight = rate * (kept * kept)
-        if form.any(warming_up):  # in the warm-up all norms weigh the same, later the last ones more
+        if in_warmup:  # then all norms weigh the same, later the last ones more
             rate = where(warming_up, 1.0 / (seen + 1.0), rate)
             kept = 1.0 - rate
             weight = where(warming_up, rate * kept, weight)
@@ -119,7 +122,9 @@ class ZScore(Learned):
         offset = form.sqrt(weight) * (learned - mean)
         self._mean = where(learn, kept * mean + rate * learned, mean)
         self._std = where(learn, form.hypot(form.sqrt(kept) * std, offset), std)
-        return where(max_norms < self.max_norm, max_norms, self.max_norm)
+        if self.max_norm < math.inf:
+            max_norms = where(max_norms < self.max_norm, max_norms, self.max_norm)
+        return max_norms
 
     def _pulled_back(self, norms: Any, mean: Any, margin: Any, spike: Any, where: Any) -> Any:
         if self.clip_option == "adaptive_scaling":
