@@ -86,12 +86,6 @@ norms = pytest.mark.parametrize("gradient_norms", [book.gradient_norms, book.gra
 examples = pytest.mark.parametrize("worked_example", [book.worked_example, book.worked_example_torch])
 
 
-@pytest.fixture(autouse=True)
-def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-
 def assert_prints(values: Any, printed: str) -> None:
     """The values, in order and rounded to two decimals, are the printed ones."""
     flat = np.round(np.ravel(values), 2)
@@ -222,7 +216,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lesson, paths = done.stdout.split("Figures:")
     assert_lesson(lesson)
-    assert sorted(paths.split()) == [str(directory / name) for name in FIGURES]
+    assert sorted(map(str.strip, paths.strip().splitlines())) == [str(directory / name) for name in FIGURES]
     assert_figures(directory)
 
 

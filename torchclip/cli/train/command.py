@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torchclip.cli.options import need, refusal
+from torchclip.cli.terminal import console_for
 from torchclip.cli.train import display, parallel
 from torchclip.cli.train.model import model_of, sample, save_model
 from torchclip.cli.train.options import Options, add_arguments, with_defaults
@@ -61,25 +62,27 @@ def run(
     with parallel.process_group():
         way = _checked_way(way, options)
         shows = parallel.rank() == 0
-        display.console.quiet = not shows
-        display.introduction(options, text, tokens, vocabulary, way)
+        console = console_for(80)
+        console.quiet = not shows
+        display.introduction(console, options, text, tokens, vocabulary, way)
         runs = _started(only, vocabulary, options, way)
-        with display.live_table(runs, options):
+        with display.live_table(console, runs, options):
             interrupted = advance(runs, tokens, options)
         if interrupted:
-            display.interruption(runs, options)
+            display.interruption(console, runs, options)
         weights = [parallel.full_state_dict(run.model) for run in runs]
     if shows:
         models = [model_of(w, vocabulary, options.cell, options.hidden) for w in weights]
-        display.closing_table(runs, options, vocabulary)
-        display.samples(runs, [sample(model, vocabulary, length=400, seed=options.seed) for model in models])
+        texts = [sample(model, vocabulary, length=400, seed=options.seed) for model in models]
+        display.closing_table(console, runs, options, vocabulary)
+        display.samples(console, runs, texts)
         if save is not None:
             save_model(save, weights[-1], vocabulary, options)
-            display.saved(save)
+            display.saved(console, save)
         if plot is not None:
-            display.plot(runs, plot, options)
+            display.plot(console, runs, plot, options)
         if html is not None:
-            display.page(runs, html)
+            display.page(console, runs, html)
     status = 130 if interrupted else 0
     if parallel.launched():
         parallel.leave(status)

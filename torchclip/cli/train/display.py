@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchclip.cli.figures import save
 from torchclip.cli.options import writing
-from torchclip.cli.terminal import console_for, tell_file
+from torchclip.cli.terminal import Console, tell_file
 from torchclip.cli.thresholds import LEARNED
 from torchclip.cli.train.figure import training_figure
 from torchclip.cli.train.options import Options
@@ -33,11 +33,10 @@ WAYS = {"fsdp": "FSDP2", "ddp": "DDP"}
 
 WIDE = 72  # the width from which each run has a row
 NUMBERS = ("loss", "perplexity", "gradient norm", "largest norm", "clipped steps")
-console = console_for(80)
 
 
 def introduction(
-    options: Options, text: Path | None, tokens: Tensor, vocabulary: str, way: Way | None
+    console: Console, options: Options, text: Path | None, tokens: Tensor, vocabulary: str, way: Way | None
 ) -> None:
     """Say which model is trained, and on which text."""
     source = "Python's own documentation" if text is None else str(text)
@@ -65,16 +64,19 @@ def _clipping(options: Options) -> str:
     return f"{where}." if math.isinf(options.max_norm) else f"{where}, never above {options.max_norm:g}."
 
 
-def live_table(runs: Sequence[Run], options: Options) -> Live:
+def live_table(console: Console, runs: Sequence[Run], options: Options) -> Live:
     """A context in which the terminal shows the progress of the runs; it is cleared afterwards."""
 
+    def progress(run: Run) -> ProgressBar:
+        return ProgressBar(options.steps, len(run.history), width=PROGRESS_WIDTH)
+
     def now() -> Table:
-        return _table(runs, lambda run: ProgressBar(options.steps, len(run.history), width=PROGRESS_WIDTH))
+        return _table(console, runs, progress)
 
     return Live(get_renderable=now, console=console, refresh_per_second=8, transient=True)
 
 
-def interruption(runs: Sequence[Run], options: Options) -> None:
+def interruption(console: Console, runs: Sequence[Run], options: Options) -> None:
     """Say that the training was interrupted."""
     steps = max(len(run.history) for run in runs)
     console.print(
@@ -84,7 +86,7 @@ def interruption(runs: Sequence[Run], options: Options) -> None:
     )
 
 
-def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> None:
+def closing_table(console: Console, runs: Sequence[Run], options: Options, vocabulary: str) -> None:
     """Print the results of the runs."""
 
     def ended(run: Run) -> Text:
@@ -92,7 +94,7 @@ def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> Non
             return Text(f"diverged at {len(run.history)}", style="bold red")
         return Text(f"{len(run.history)} of {options.steps}")
 
-    console.print(_table(runs, ended))
+    console.print(_table(console, runs, ended))
     console.print(
         f"Loss and perplexity are means over the last {RECENT} steps (random guessing has a perplexity of "
         f"{len(vocabulary)}). Norms are those of all gradients together, before clipping.",
@@ -101,7 +103,7 @@ def closing_table(runs: Sequence[Run], options: Options, vocabulary: str) -> Non
     )
 
 
-def _table(runs: Sequence[Run], progress: Callable[[Run], RenderableType]) -> Table:
+def _table(console: Console, runs: Sequence[Run], progress: Callable[[Run], RenderableType]) -> Table:
     """A row for each run, or in a narrow terminal a column."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     headers = ["run", "step", *NUMBERS]
@@ -142,7 +144,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
+def samples(console: Console, runs: Sequence[Run], texts: Sequence[str | None]) -> None:
     """Print the first lines that each model writes, skipping blank ones."""
     for run, text in zip(runs, texts, strict=True):
         if text is None:
@@ -155,7 +157,7 @@ def samples(runs: Sequence[Run], texts: Sequence[str | None]) -> None:
         console.print(Panel(body, title=f"written by the {run.name} model", title_align="left"))
 
 
-def plot(runs: Sequence[Run], path: Path, options: Options) -> None:
+def plot(console: Console, runs: Sequence[Run], path: Path, options: Options) -> None:
     """Write the picture of the runs."""
     note = "the smallest of all parameters" if options.threshold == "adagc" else "follows the norms"
     figure = training_figure({run.name: run.history.as_dict() for run in runs}, note)
@@ -163,7 +165,7 @@ def plot(runs: Sequence[Run], path: Path, options: Options) -> None:
     tell_file(console, "Picture", path)
 
 
-def page(runs: Sequence[Run], path: Path) -> None:
+def page(console: Console, runs: Sequence[Run], path: Path) -> None:
     """Write a page about the norms of the runs."""
     html = html_page("torchclip train", {run.name: run.history for run in runs})
     with writing(path):
@@ -171,6 +173,6 @@ def page(runs: Sequence[Run], path: Path) -> None:
     tell_file(console, "Page", path)
 
 
-def saved(path: Path) -> None:
+def saved(console: Console, path: Path) -> None:
     """Say where the model is, and how to load it."""
     tell_file(console, "Model", path, " (torchclip.cli.train.model.load_model reads it)")
