@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TARGETS = json.loads(Path(__file__).with_name("targets.json").read_text())
+TARGETS = json.loads(Path(__file__).with_name("targets.json").read_text(encoding="utf-8"))
 
 Row = dict[str, Any]
 
@@ -83,7 +83,7 @@ def main() -> int:
     """Print the checks, with missed targets last."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    found = checks(json.loads(Path(sys.argv[1]).read_text())["rows"])
+    found = checks(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["rows"])
     for check in sorted(found, key=lambda check: not check.met):
         print(check)
     missed = sum(not check.met for check in found)

@@ -36,7 +36,7 @@ Report = dict[str, Any]
 def read(name: str) -> Report:
     """What a command wrote with ``--json``; without rows if it was not run."""
     path = HERE / name
-    found: Report = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    found: Report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
     return found
 
 
@@ -102,8 +102,8 @@ def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
 
 def rewrite(page: Path, text: str) -> None:
     """Put a text between the marks of a page."""
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def main() -> None:

@@ -91,12 +91,12 @@ def test_a_threshold_is_exported_by_its_folder(name: str) -> None:
     ("page", "entry"), [("docs/api.md", "::: torchclip.{}\n"), ("README.md", "`{}"), ("CHANGELOG.md", "`{}")]
 )
 def test_it_is_in_the_documentation(name: str, page: str, entry: str) -> None:
-    assert entry.format(name) in (ROOT / page).read_text()
+    assert entry.format(name) in (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_a_threshold_is_explained_on_its_page(name: str) -> None:
-    assert name in (ROOT / "docs" / "thresholds.md").read_text()
+    assert name in (ROOT / "docs" / "thresholds.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
@@ -136,4 +136,4 @@ def test_a_function_is_in_the_table_of_functions(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RULES if inspect.isclass(RULES[name])])
 def test_a_rule_is_tested_with_a_clipper(name: str) -> None:
-    assert f"{name}(" in (ROOT / "tests" / "clipper" / "test_clipper_rules.py").read_text()
+    assert f"{name}(" in (ROOT / "tests" / "clipper" / "test_clipper_rules.py").read_text(encoding="utf-8")

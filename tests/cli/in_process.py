@@ -31,7 +31,7 @@ def runner(directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     def run(
         source: str, *arguments: str, options: Sequence[str] = (), script: str = ""
     ) -> CompletedProcess[str]:
-        (directory / "script.py").write_text(textwrap.dedent(source))
+        (directory / "script.py").write_text(textwrap.dedent(source), encoding="utf-8")
         command = ["run", *options, script or ("script" if "-m" in options else "script.py"), *arguments]
         capfd.readouterr()
         gc.collect()  # a new process has no optimizers that earlier tests have left behind

@@ -58,7 +58,7 @@ def run(
     launcher: Sequence[str] = ("-m", "torchclip", "run"),
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "script.py").write_text(textwrap.dedent(source))
+    (tmp_path / "script.py").write_text(textwrap.dedent(source), encoding="utf-8")
     command = [sys.executable, *launcher, *options, "script" if options else "script.py", *arguments]
     return subprocess.run(
         command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=120

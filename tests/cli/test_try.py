@@ -76,11 +76,11 @@ def test_each_threshold_is_a_row_and_the_best_is_recommended(
     assert "score 200" in (logs / "none.log").read_text()
     with (tmp_path / "a.csv").open(newline="") as file:
         assert {row["optimizer"] for row in csv.DictReader(file)} == set(rows)
-    page = (tmp_path / "a.html").read_text()
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert all(f"<th>{name}</th>" in page for name in rows)
     assert "Loss of each run" in page
     assert "script.py 0.1" in page
-    picture = (tmp_path / "a.svg").read_text()
+    picture = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert "<svg" in picture
 
 

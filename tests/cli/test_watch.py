@@ -960,11 +960,11 @@ def test_files_are_written(run_here: in_process.Run, tmp_path: Path) -> None:
     assert {row["optimizer"] for row in rows} == {"optimizer (SGD)"}
     assert {row["max_norm"] for row in rows} == {"1.0"}
     assert all(float(row["loss"]) > 0 for row in rows)
-    assert "<svg" in (tmp_path / "a.svg").read_text()
-    page = (tmp_path / "a.html").read_text()
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "optimizer (SGD)" in page
     text = re.sub(r"<[^>]+>", " ", page)
-    assert re.search(r"script\.py, \d{4}-\d\d-\d\d \d\d:\d\d \w+, [\d.]+ m?s", text)
+    assert re.search(r"script\.py, \d{4}-\d\d-\d\d \d\d:\d\d \S+, [\d.]+ m?s", text)
     assert "Clipped by --max-norm 1" in text
     assert "Largest layers, by their share of the squared norm: weight" in text
     assert "Norm and loss over steps" in text
@@ -1055,7 +1055,7 @@ def test_the_progress_line_is_beneath_what_the_script_writes(
     # The command waits for threads that are no daemons.
     reader = threading.Thread(target=lambda: chunks.extend(_read(main_side)), daemon=True)
     reader.start()
-    with os.fdopen(its_side, "w") as terminal, monkeypatch.context() as patch:
+    with os.fdopen(its_side, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)
         assert run_here(LOUD).returncode == 0

@@ -3,6 +3,7 @@
 import platform
 import re
 import runpy
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_what_the_compiler_said_is_kept(as_on: pytest.MonkeyPatch, tmp_path: Pat
     compiler.write_text("#!/bin/sh\necho 'module.cpp:3:10: fatal error: no such thing' >&2\nexit 1\n")
     compiler.chmod(0o755)
     for name in ("CC", "CXX"):
-        as_on.setenv(name, str(compiler))
+        as_on.setenv(name, shlex.quote(str(compiler)))
     extension = setuptools.Extension(
         "torchclip._kernel", sources=["torchclip/csrc/module.cpp"], optional=True
     )

@@ -14,7 +14,8 @@ INCLUDE = "{.python}"  # an included file; ruff would reformat the mark of one i
 
 def test_every_block_says_what_it_is() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    languages = [re.findall(r"^```(.*)\n(?:.*\n)*?```$", page.read_text(), re.MULTILINE) for page in pages]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    languages = [re.findall(r"^```(.*)\n(?:.*\n)*?```$", text, re.MULTILINE) for text in texts]
     found = {language.strip() for of_page in languages for language in of_page}
     assert {"python", "pycon"} <= found <= {"python", "pycon", "console", "text", INCLUDE}
 

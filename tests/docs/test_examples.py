@@ -47,7 +47,7 @@ ON_RANKS = [name for name, expected in EXPECTED.items() if expected == SAME_ON_R
 def test_all_examples_are_here_and_short() -> None:
     assert EXPECTED.keys() == {path.name for path in EXAMPLES.glob("*.py")}
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 90
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 90
 
 
 def programs() -> list[tuple[str, ...]]:
