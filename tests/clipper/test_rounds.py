@@ -473,6 +473,30 @@ def test_a_state_that_is_loaded_in_a_closure_has_no_part_of_its_round(several: b
     assert clipper.history.layers.steps == [0]
 
 
+def test_a_step_from_on_clip_has_its_own_record() -> None:
+    weights, optimizers = two_weights()
+    for weight in weights:
+        weight.grad.zero_()
+    calls: list[Record] = []
+
+    def on_clip(record: Record) -> None:
+        calls.append(record)
+        if len(calls) == 1:
+            optimizers[0].step()
+
+    def once_more(*_: object) -> None:
+        handle.remove()
+        optimizers[0].step()
+
+    clipper = Clipper(optimizers, 1.0, on_clip=on_clip)
+    handle = optimizers[0].register_step_post_hook(once_more)
+    for optimizer in reversed(optimizers):
+        optimizer.step()
+    clipper.detach()
+    numbers = [record.step for record in clipper.history]
+    assert numbers == [*range(len(numbers))]
+
+
 def test_after_user_code_the_optimizers_that_remain_are_measured_together() -> None:
     weights = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
     optimizers = [SGD([weight], lr=1.0) for weight in weights]

@@ -340,6 +340,25 @@ def test_the_step_that_creates_an_optimizers_state_is_none_of_trainings(make: An
         assert all(t.state_dict()["norms"] == [] for t in clipper.thresholds.values())
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_first_step_after_one_that_creates_state_is_recorded(several: bool) -> None:
+    weights = with_gradients([torch.zeros(2)] * (1 + several))
+    optimizers = [torch.optim.SGD([weight], lr=0.1, momentum=0.9) for weight in weights]
+    clipper = Clipper(optimizers, 1.0)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step(closure=None)
+        optimizer.param_groups[0]["lr"] = 0.1
+    for number in range(2):
+        for weight in weights:
+            weight.grad = torch.tensor([3.0, 4.0])
+        for optimizer in optimizers:
+            optimizer.step()
+        assert [r.total_norm for r in clipper.history] == pytest.approx(
+            [5.0 * (1 + several) ** 0.5] * (number + 1)
+        )
+
+
 @pytest.mark.parametrize(("lr", "value"), [(0.1, 0.0), (0.0, 3.0)])
 def test_a_step_of_training_with_zeros_is_one(lr: float, value: float) -> None:
     weight = nn.Parameter(torch.ones(2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import and_
 from typing import Any
@@ -24,7 +23,6 @@ from torchclip.history.history import History
 from torchclip.history.records import as_records
 
 
-@dataclass(eq=False)
 class _OpenRound:
     """What will be recorded of the open round, unless the kernel has clipped it.
 
@@ -35,10 +33,11 @@ class _OpenRound:
         skips: with several optimizers: whether a GradScaler skips the step of each that has begun one.
     """
 
-    in_backward: backward.BackwardRound | None = None
-    rows: list[Row] = field(default_factory=list)
-    layers: list[tuple[list[str], Norms]] = field(default_factory=list)
-    skips: dict[int, bool | Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.in_backward: backward.BackwardRound | None = None
+        self.rows: list[Row] = []
+        self.layers: list[tuple[list[str], Norms]] = []
+        self.skips: dict[int, bool | Tensor] = {}
 
 
 class Round:
@@ -79,7 +78,7 @@ class Round:
     def after_step(self, index: int) -> None:
         """End a step; a round is in the history, and uses its number, only if a step was taken in it."""
         step = self._steps[index]
-        if not step.end() or not step.counts or not self._state.open:
+        if not step.end() or not self._state.open:
             return
         step.member.stepped = True
         if self._open.in_backward is not None:  # whose end is the round's
@@ -246,9 +245,10 @@ class Round:
     def _clip(self, index: int) -> None:
         """Clip the current gradients; in a backward pass those of one optimizer."""
         optimizers, settings, number = self._clipping.optimizers, self._settings, self._state.number
-        in_backward = self._open.in_backward
+        opened = self._open  # user code may step, and so open another round
+        in_backward = opened.in_backward
         if in_backward is not None and in_backward.is_sharded:
-            self._open.rows.append(in_backward.clip_sharded(optimizers[index], number, self._take_loss()))
+            opened.rows.append(in_backward.clip_sharded(optimizers[index], number, self._take_loss()))
             return
         only = None if in_backward is None else index
         snapshot = Snapshot(optimizers, settings, only)
@@ -257,10 +257,10 @@ class Round:
         if settings.layers_every and number % settings.layers_every == 0:
             names, _, norms = settings.names.norms(optimizers, settings.order, only)
             if only is None:
-                self._open.layers.clear()  # a closure may be called several times
-            self._open.layers.append((names, norms))
+                opened.layers.clear()  # a closure may be called several times
+            opened.layers.append((names, norms))
         row = self._clipping.clip(number, snapshot, self._take_loss(), index, reports=in_backward is None)
-        self._open.rows.append(row)
+        opened.rows.append(row)
         if settings.several and in_backward is None:
             for i, step in enumerate(self._steps):
                 if i != index:

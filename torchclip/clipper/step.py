@@ -174,17 +174,18 @@ class Step:
         return True
 
     def end(self) -> bool:
-        """End a step; False if it is only part of one."""
+        """End a step; False if it is only part of one, or none of training's."""
         member = self.member
         if not member.running or (member.nested and self._is_around(sys._getframe(1), 1)):
             return False
-        member.running = False
+        # The kernel may begin the next step.
+        counts, member.running, self.counts = self.counts, False, True
         self.undo("finished")
-        return True
+        return counts
 
     def fail(self) -> None:
         """End a step because of an exception."""
-        self.member.running = False
+        self.member.running, self.counts = False, True
         self.undo("failed")
 
     def is_running(self) -> bool:
