@@ -7,8 +7,9 @@ import pty
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -663,7 +664,7 @@ def two() -> tuple[list[nn.Parameter], list[torch.optim.SGD]]:
     return weights, [sgd(each) for each in weights]
 
 
-def joint_step(weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]) -> None:
+def joint_step(weights: list[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum().backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -784,6 +785,157 @@ def test_with_max_norm_optimizers_that_step_in_turn_are_clipped_each() -> None:
     assert [(record.step, record.total_norm) for record in first] == [(0, 5.0), (1, 3.0), (2, 3.0)]
     assert [record.total_norm for record in second] == [2.0] * 3
     assert len(labels(session)) == 2
+
+
+def both_losses(weights: list[nn.Parameter]) -> Tensor:
+    return (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum()
+
+
+def in_turn(
+    backward: Callable[..., Any], weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]
+) -> None:
+    for optimizer in optimizers:
+        for each in optimizers:
+            each.zero_grad(set_to_none=False)
+        backward(both_losses(weights))
+        optimizer.step()
+
+
+def clipped_between(weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]) -> None:
+    both_losses(weights).backward()
+    for w, optimizer in zip(weights, optimizers, strict=True):
+        torch.nn.utils.clip_grad_norm_(w, 3.0)
+        optimizer.step()
+        w.grad = None
+
+
+def closed(weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]) -> None:
+    """The second optimizer steps within the closure of the first one."""
+
+    def closure() -> float:
+        for w in weights:
+            w.grad = None
+        torch.autograd.backward(both_losses(weights))
+        optimizers[1].step()
+        return 0.0
+
+    both_losses(weights).backward()
+    optimizers[0].step(closure)
+
+
+TWO_IN_TURN: dict[str, Callable[..., None]] = {
+    "autograd.backward": partial(in_turn, torch.autograd.backward),
+    "backward": partial(in_turn, Tensor.backward),
+    "closure": closed,
+    "clipped between": clipped_between,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "trial"),
+    [(kind, {"max_norm": 100.0}) for kind in TWO_IN_TURN if kind != "clipped between"]
+    + [(kind, {"nonfinite": "skip"}) for kind in TWO_IN_TURN],
+)
+def test_optimizers_that_cannot_be_clipped_together_step_as_without_a_trial(
+    kind: str, trial: dict[str, Any]
+) -> None:
+    moved = []
+    for session in (nullcontext(), Session(**trial)):
+        weights, optimizers = two()
+        with session:
+            for _ in range(3):
+                TWO_IN_TURN[kind](weights, optimizers)
+        moved.append([w.data for w in weights])
+    torch.testing.assert_close(moved[1], moved[0])
+    assert isinstance(session, Session)
+    assert [(each.steps, each.problem) for each in session.steps.optimizers] == [(3, None)] * 2
+    assert len(labels(session)) == 2
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("is_unscaled_first", [False, True])
+def test_a_grad_scaler_that_unscales_in_its_step_clips_optimizers_one_by_one(
+    kind: Any, is_unscaled_first: bool
+) -> None:
+    moved = []
+    for session in (nullcontext(), Session(max_norm=1.0)):
+        weights = [weight(0.0, 0.0), weight(0.0, 0.0)]
+        optimizers = [kind([w], lr=1.0, fused=True) for w in weights]
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        with session:
+            for _ in range(3):
+                scaler.scale(both_losses(weights)).backward()
+                if is_unscaled_first or isinstance(session, nullcontext):
+                    for optimizer in optimizers:
+                        scaler.unscale_(optimizer)
+                if isinstance(session, nullcontext):
+                    for part in [weights] if is_unscaled_first else [[w] for w in weights]:
+                        torchclip.clip_grad_norm_(part, 1.0)
+                for w, optimizer in zip(weights, optimizers, strict=True):
+                    scaler.step(optimizer)
+                    w.grad = None
+                scaler.update()
+        moved.append([w.data for w in weights])
+    torch.testing.assert_close(moved[1], moved[0])
+
+
+def test_a_step_in_the_backward_pass_is_clipped_by_itself() -> None:
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        both_losses(weights).backward()  # so that both have gradients
+        for w, optimizer in zip(weights, optimizers, strict=True):
+            w.grad = torch.zeros_like(w)
+            w.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+        both_losses(weights).backward()
+    torch.testing.assert_close(
+        [w.data for w in weights], [torch.tensor([-1.0, 0.0]), torch.tensor([0.0, -1.0])]
+    )
+    assert len(labels(session)) == 2
+
+
+def test_two_optimizers_that_wrap_others_are_clipped_together() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure: Any = None) -> Any:
+            self.inner.step()
+
+    weights, optimizers = two()
+    wrappers = [Wrapper(optimizer) for optimizer in optimizers]
+    with Session(max_norm=1.0):
+        for _ in range(3):
+            joint_step(weights, wrappers)
+    torch.testing.assert_close(
+        [w.data for w in weights], [torch.tensor([-1.8, 0.0]), torch.tensor([0.0, -2.4])]
+    )
+
+
+def test_where_the_program_makes_a_clipper_of_one_the_other_is_still_clipped() -> None:
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        joint_step(weights, optimizers)
+        own = torchclip.Clipper(optimizers[0], 100.0)
+        joint_step(weights, optimizers)
+    assert len(own.history) == 1
+    torch.testing.assert_close(
+        [w.data for w in weights], [torch.tensor([-1.6, 0.0]), torch.tensor([0.0, -1.8])]
+    )
+    assert [record.total_norm for record in session.steps.optimizers[1].history] == [5.0, 4.0]
+
+
+@pytest.mark.parametrize("nonfinite", [None, "error"])
+def test_a_trial_leaves_gradients_that_cannot_be_clipped(nonfinite: Any) -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(max_norm=1.0, nonfinite=nonfinite) as session:
+        for _ in range(2):
+            w.grad = torch.ones(1).expand(2)  # whose elements share memory
+            with nullcontext() if nonfinite is None else pytest.raises(RuntimeError, match="overlaps"):
+                optimizer.step()
+    torch.testing.assert_close(w.data, torch.full((2,), -2.0 if nonfinite is None else 0.0))
+    assert ("not clipped as asked: " in session.report()) == (nonfinite is None)
 
 
 # Trials

@@ -234,7 +234,7 @@ class Round:
     def _call_unchanged(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a closure that must not change the gradients, such as those that frameworks pass on."""
         loss = closure(*args, **kwargs)
-        if _nonzero(self._state.members[index].changed()):
+        if nonzero(self._state.members[index].changed()):
             raise RuntimeError(
                 f"the closure of {self._called(index)} computed new gradients, but those of this round "
                 "were clipped when another optimizer of the Clipper stepped; only the first one to step "
@@ -289,10 +289,10 @@ class Round:
             return not member.stepped and not self._open.in_backward.is_over()
         if member.stepped:
             return False
-        if any(other.stepped and _nonzero(other.changed()) for other in self._state.members):
+        if any(other.stepped and nonzero(other.changed()) for other in self._state.members):
             return False
         self._refuse_scaled(index)
-        if _nonzero(member.changed()):
+        if nonzero(member.changed()):
             raise RuntimeError(
                 f"the gradients of {self._called(index)} have changed since they were clipped, before its "
                 "step; with a GradScaler call `scaler.unscale_(optimizer)` for each optimizer of the "
@@ -313,6 +313,6 @@ def _skipped_too(row: Row, skipped: bool | Tensor) -> Row:
     return row._replace(skipped=torch.as_tensor(row.skipped, device=skipped.device) | skipped)
 
 
-def _nonzero(grads: Sequence[Tensor]) -> bool:
+def nonzero(grads: Sequence[Tensor]) -> bool:
     """Whether any gradient is not 0, which optimizers' ``zero_grad`` may leave."""
     return bool(grads) and not float(gather.tensors(grads).norm(float("inf"))) <= 0

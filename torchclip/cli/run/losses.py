@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from torchclip._core import mesh
 
@@ -33,6 +34,7 @@ class LossRecorder:
         self.backwards = 0
         self._pending: Loss | None = None
         self._has_scaled = False
+        self._is_scaling, self._unscaled = False, set[int]()  # since the last update of a GradScaler
         self._detach: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -50,7 +52,8 @@ class LossRecorder:
 
     def _replace_in_scaler(self, scaler: type[GradScaler]) -> None:
         """Replace methods of a class of GradScalers and of its subclasses."""
-        for name, stand_in in {"scale": self._scale, "update": self._update}.items():
+        stand_ins = {"scale": self._scale, "unscale_": self._unscale, "update": self._update}
+        for name, stand_in in stand_ins.items():
             if name in vars(scaler):
                 self._replace(scaler, name, stand_in)
         for derived in scaler.__subclasses__():
@@ -65,6 +68,10 @@ class LossRecorder:
         """The loss of the step that begins now; None if there is none."""
         pending, self._pending = self._pending, None
         return pending
+
+    def is_scaled(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's gradients may be multiplied by a GradScaler's scale."""
+        return self._is_scaling and id(optimizer) not in self._unscaled
 
     def _replace(self, owner: type, name: str, stand_in: Callable[..., Any]) -> None:
         original = vars(owner)[name]
@@ -96,10 +103,16 @@ class LossRecorder:
         scaled = original(scaler, outputs)
         if not scaler.is_enabled():
             return scaled
-        self._has_scaled = True
+        self._has_scaled = self._is_scaling = True
         return _marked(scaled, functools.partial(original, scaler))
 
+    def _unscale(self, original: Callable[..., Any], scaler: GradScaler, optimizer: Optimizer) -> None:
+        original(scaler, optimizer)
+        self._unscaled.add(id(optimizer))
+
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
+        self._is_scaling = False
+        self._unscaled.clear()
         self.take()  # what is left belongs to a step that the scaler has skipped
         return original(scaler, *args, **kwargs)
 

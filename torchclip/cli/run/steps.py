@@ -52,7 +52,7 @@ class StepRecorder:
         self._losses = losses
         self._progress = progress
         self._by_id: dict[int, OptimizerRecord] = {}
-        self._clippers = TrialClippers(trial)
+        self._clippers = TrialClippers(trial, losses, self._by_id)
         # This code must not be compiled together with the program's step.
         self._hooks = not_compiled(self._before_step), not_compiled(self._after_step)
         self._detach: list[Callable[[], None]] = []
@@ -92,7 +92,8 @@ class StepRecorder:
         if record is None or not record.step.begin():
             return None
         if self.trial.clips:
-            self._clippers.begin_step(optimizer, self._losses.backwards)
+            problem = self._clippers.begin_step(optimizer, len(args) > 1 or bool(kwargs))
+            record.problem = problem or record.problem
         record.rounds.append((record.steps, self._losses.backwards))
         record.loss, record.is_measured = self._losses.take(), False
         record.call = record.clipper = None
@@ -132,7 +133,8 @@ class StepRecorder:
             self._calls.take(record.names.keys())
         if record.clipper is not None:
             self._read_clipper(record, optimizer, record.clipper)
-            self._clippers.end_step(optimizer)
+            problem = self._clippers.end_step(optimizer)
+            record.problem = problem or record.problem
             record.clipper = None
         # A Clipper does this for its own history.
         if record.steps >= record.history.clipped_sizes.next_step and record.problem is None:
@@ -232,7 +234,7 @@ class StepRecorder:
         else:
             record.read_parameters(optimizer)
         self._calls.known.update(record.names)
-        problem = self._clippers.add(optimizer, self._by_id)
+        problem = self._clippers.add(optimizer)
         record.problem = problem or record.problem
         return record
 
