@@ -912,6 +912,27 @@ def test_two_optimizers_that_wrap_others_are_clipped_together() -> None:
     )
 
 
+def test_an_optimizer_that_stands_for_one_that_has_stepped_is_not_clipped_with_another() -> None:
+    class StandIn(torch.optim.SGD):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.__dict__ = dict(vars(optimizer))
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+    weights, optimizers = two()
+    stand_ins = [StandIn(optimizer) for optimizer in optimizers]
+    with Session(max_norm=1.0) as session:
+        for _ in range(3):
+            for w, optimizer in zip(weights, stand_ins, strict=True):
+                optimizer.zero_grad()
+                (w * 4.0).sum().backward()
+                optimizer.step()
+    assert [each.history.summary().steps for each in labels(session).values()] == [3, 3]
+    torch.testing.assert_close(weights[1].data, weights[0].data)
+
+
 def test_where_the_program_makes_a_clipper_of_one_the_other_is_still_clipped() -> None:
     weights, optimizers = two()
     with Session(max_norm=1.0) as session:

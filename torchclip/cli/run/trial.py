@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 from torch.optim import LBFGS, Optimizer
 
 from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.thresholds import max_norm_of
 from torchclip.clipper import backward, registry
 from torchclip.clipper.clipper import Clipper, Nonfinite
@@ -70,10 +71,10 @@ class TrialClippers:
     Args:
         trial: the clipping to try.
         losses: knows the backward passes, and which gradients are multiplied by a GradScaler's scale.
-        stepped: the ``id`` of each optimizer that has stepped.
+        stepped: the optimizers that have stepped, by their ``id``.
     """
 
-    def __init__(self, trial: Trial, losses: LossRecorder, stepped: Container[int]) -> None:
+    def __init__(self, trial: Trial, losses: LossRecorder, stepped: Mapping[int, OptimizerRecord]) -> None:
         self._trial, self._losses, self._stepped = trial, losses, stepped
         self._held: WeakKeyDictionary[Optimizer, _TrialClipper] = WeakKeyDictionary()
         # Their gradients come from no backward pass that was recorded.
@@ -134,10 +135,13 @@ class TrialClippers:
         # An optimizer that wraps another has the same parameters.
         waiting = [each for each, clipper in self._held.items() if clipper.is_waiting(each)]
         known = set(map(id, parameters_of(optimizer, *waiting)))
+        # One that stands for another, as in Lightning, has its groups, and never steps itself.
+        records = self._stepped.values()
+        stepped = {id(group) for each in records for group in getattr(each.optimizer(), "param_groups", ())}
         found = []
         for each in _with_gradients():
-            is_first = id(each) not in self._stepped and each is not optimizer
-            if not is_first or each in registry.clippers or each in self._earlier:
+            is_known = each is optimizer or not stepped.isdisjoint(map(id, each.param_groups))
+            if is_known or each in registry.clippers or each in self._earlier:
                 continue
             theirs = set(map(id, parameters_of(each)))
             if known.isdisjoint(theirs) and not self._losses.is_scaled(each):
