@@ -182,17 +182,17 @@ def _items(held: Sequence[Held], every: bool) -> tuple[list[_Item], list[Held]]:
     Copies are not exchanged if nothing is split over the same ranks, or is pending; with ``every`` they are.
     """
     items: dict[Ranks, _Item] = {}
-    lying: list[tuple[Ranks, Held]] = []
+    with_ranks: list[tuple[Ranks, Held]] = []
     for some in held:
         layout = some.layout
         is_alone = not (layout.dims or layout.copies)
         ranks = frozenset[int]() if is_alone else mesh.ranks_of(layout.mesh)
-        lying.append((ranks, some))
+        with_ranks.append((ranks, some))
         if ranks not in items and (layout.dims or ((every or layout.is_pending) and layout.copies)):
             groups = mesh.groups_over(layout.mesh)
             items[ranks] = _Item(ranks, groups, mesh.device_of(groups[0], layout.mesh.device_type))
     rest: list[Held] = []
-    for ranks, some in lying:
+    for ranks, some in with_ranks:
         (items[ranks].held if ranks in items else rest).append(some)
     return list(items.values()), rest
 

@@ -39,21 +39,21 @@ def _placed(
     here = [grad for grad in grads if grad is not None] if lacking else grads
     different: list[Tensor] = list(dict(zip(map(id, here), here, strict=True)).values())
     is_tied = len(different) < len(here)
-    at: Sequence[int | None] = range(len(grads))
-    lie = grads
+    positions: Sequence[int | None] = range(len(grads))
+    with_layout = grads
     if lacking or is_tied:
         place_of = {id(grad): place for place, grad in enumerate(different)}
-        at = [place_of.get(id(grad)) for grad in grads]
-        lie = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
-    layouts = mesh.layouts_of(lie)
+        positions = [place_of.get(id(grad)) for grad in grads]
+        with_layout = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
+    layouts = mesh.layouts_of(with_layout)
     of_each = dict(zip(map(id, layouts), layouts, strict=True))
     places: dict[Layout, list[int | None]] = {}
     places_of = {key: places.setdefault(layout, []) for key, layout in of_each.items()}
     if len(of_each) == 1:  # such as a model that FSDP2 shards as a whole
-        places_of[id(layouts[0])].extend(at)
+        places_of[id(layouts[0])].extend(positions)
     else:
-        for layout, place in zip(layouts, at, strict=True):
-            places_of[id(layout)].append(place)
+        for layout, position in zip(layouts, positions, strict=True):
+            places_of[id(layout)].append(position)
     return different, is_tied, places
 
 
