@@ -46,4 +46,5 @@ dist.all_gather_object(norms, clipper.history[-1].total_norm)
 if rank == 0:
     print(f"norm of the last step on each rank: {norms}")
     print(clipper.history.summary(), flush=True)
+dist.barrier()  # torch may abort at exit if a gather was the last call
 dist.destroy_process_group()

@@ -75,9 +75,9 @@ def test_examples(names: tuple[str, ...], tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    # torch 2.13 with gloo aborts every now and then while a process that used FSDP2 shuts down, also without
-    # torchclip; what the example had to say has been said by then.
-    aborted = names == ("fsdp2.py",) and "terminate called without an active exception" in done.stderr
+    # torch 2.13 with gloo sometimes aborts while a process shuts down, also without torchclip: a thread that
+    # frees a tensor of the last collective waits for Python, which has ended.  The output is complete then.
+    aborted = names[0] in ON_RANKS and "terminate called without an active exception" in done.stderr
     assert done.returncode == 0 or aborted, done.stderr
     for name, output in zip(names, done.stdout.split(BETWEEN), strict=True):
         assert re.search(EXPECTED[name], output, re.MULTILINE), output
