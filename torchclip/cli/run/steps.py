@@ -132,10 +132,13 @@ class StepRecorder:
             self._losses.take()
             self._calls.take(record.names.keys())
         if record.clipper is not None:
-            self._read_clipper(record, optimizer, record.clipper)
+            clipper, record.clipper = record.clipper, None
             problem = self._clippers.end_step(optimizer)
-            record.problem = problem or record.problem
-            record.clipper = None
+            if problem is None:
+                self._read_clipper(record, optimizer, clipper)
+            else:
+                record.problem = problem
+                self._record_unclipped(record, optimizer)
         # A Clipper does this for its own history.
         if record.steps >= record.history.clipped_sizes.next_step and record.problem is None:
             try:
@@ -213,6 +216,16 @@ class StepRecorder:
         last = clipper.last if record.on_host else None
         if last is not None and last.nonfinite:
             self._note_nonfinite(record, last.step, nonfinite_ids(parameters_of(optimizer)))
+
+    def _record_unclipped(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
+        """Record a step whose gradients the trial's Clipper could not clip."""
+        try:
+            if record.call is not None:
+                self._record_call(record, record.call, skipped=False)
+            else:
+                self._record_norm(record, optimizer)
+        except Exception as error:  # as in _measure
+            record.problem = _no_norms(error)
 
     def _note_nonfinite(self, record: OptimizerRecord, step: int, parameters: Sequence[int]) -> None:
         if len(record.nonfinite) < _MOST_NONFINITE and step not in record.nonfinite:
