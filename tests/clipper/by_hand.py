@@ -76,11 +76,18 @@ RULES: dict[str, tuple[Callable[[], Any], Callable[[list[Array]], object]]] = {
 
 
 class Group(NamedTuple):
-    """The gradients of a parameter group, each with a key; None for a missing one; and its own threshold."""
+    """A parameter group: its own threshold, or "none", and each gradient with its key, or None."""
 
     name: str
     own: Any
     grads: list[tuple[int, Array] | None]
+
+
+class ClipSet(NamedTuple):
+    """Gradients that are clipped together, by key, and the own threshold of their parameter group."""
+
+    own: Any
+    grads: dict[int, Array]
 
 
 class Result(NamedTuple):
@@ -94,7 +101,11 @@ class Result(NamedTuple):
 
 
 class ByHand:
-    """Clips by hand, with the Clipper's arguments and the norms that each set of gradients has had."""
+    """Clips by hand, with the Clipper's arguments.
+
+    Attributes:
+        seen: the norms that each set of gradients has had, if a threshold learns from them.
+    """
 
     def __init__(
         self, rule: Any, scope: str, nonfinite: str, norm_type: float, skip_above: float | None
@@ -103,78 +114,102 @@ class ByHand:
         self.skip_above = skip_above
         self.seen: dict[str, list[float]] = {}
 
+    def clip(self, groups: list[Group], step: int, asked: dict[str, float]) -> Result | None:
+        """The result of a step; None if its gradients must be refused.
+
+        Args:
+            groups: the gradients of all parameter groups.
+            step: the number of the step.
+            asked: the learned thresholds of this step by the names of their sets, which are asked for once.
+        """
+        skipped = self.skip(groups)
+        total_norm, grads = skipped.total_norm, skipped.grads
+        if not math.isfinite(total_norm) and self.nonfinite == "error":
+            return None
+        if self.must_skip(total_norm, grads):
+            return skipped
+        max_norms, coefs = [], dict[int, float]()
+        smallest, of_rule = 1.0, set[int]()
+        for name, (own, of_set) in self.sets(groups).items():
+            norm = self.norm(of_set.values())
+            if not math.isfinite(norm) and self.nonfinite == "zero":
+                has_finite = any(np.isfinite(grad).any() for grad in of_set.values())
+                of_set = finite_parts(of_set)
+                grads |= of_set
+                norm = self.norm(of_set.values())
+                if not has_finite:
+                    max_norms += [asked[name]] if name in asked else []  # from before user code ran
+                    continue
+            if own != "none":
+                max_norm = INF if own is None else float(own)
+            elif self.rule in RULES:
+                max_norm = INF
+                of_rule |= of_set.keys()
+            else:
+                max_norm = self.threshold(name, norm, step, asked)
+            max_norms.append(max_norm)
+            coef = coefficient(max_norm, norm, learned=own == "none" and self.rule in LEARNED)
+            smallest = float(np.minimum(smallest, coef))
+            for key in of_set:  # parameters of several groups may share a gradient
+                coefs[key] = float(np.minimum(coefs.get(key, 1.0), coef))
+        with np.errstate(invalid="ignore"):
+            for key, coef in coefs.items():
+                grads[key] = grads[key] if coef == 1 else np.asarray(grads[key] * coef)
+            if self.rule in RULES:
+                RULES[self.rule][1]([grads[key] for key in of_rule])
+                after = np.float64(self.norm(grads.values()))
+                smallest = 1.0 if total_norm in (0, after) else float(np.minimum(1.0, after / total_norm))
+        return Result(total_norm, min(max_norms, default=math.nan), smallest, False, grads)
+
+    def skip(self, groups: list[Group]) -> Result:
+        """The result of a step that is skipped."""
+        grads = {grad[0]: grad[1] for group in groups for grad in group.grads if grad is not None}
+        return Result(self.norm(grads.values()), INF, 1.0, True, grads)
+
+    def must_skip(self, total_norm: float, grads: dict[int, Array]) -> bool:
+        if not math.isfinite(total_norm) and self.nonfinite == "skip":
+            return True
+        if self.skip_above is None:
+            return False
+        finite_norm = self.norm(finite_parts(grads).values())
+        return (finite_norm if self.nonfinite == "zero" else total_norm) > self.skip_above
+
     def norm(self, grads: Iterable[Array]) -> float:
         joint = np.concatenate([np.zeros(1), *(grad.ravel() for grad in grads)])
         return float(np.linalg.norm(joint, self.order))
 
-    def skip(self, look: list[Group]) -> Result:
-        """The result of a step that is skipped."""
-        grads = {grad[0]: grad[1] for group in look for grad in group.grads if grad is not None}
-        return Result(self.norm(grads.values()), INF, 1.0, True, grads)
-
-    def sets(self, look: list[Group]) -> dict[str, tuple[dict[int, Array], Any]]:
-        """The sets that are clipped together, each with its parameter group's threshold, or "none"."""
-        found: dict[str, tuple[dict[int, Array], Any]] = {}
-        for group in look:
+    def sets(self, groups: list[Group]) -> dict[str, ClipSet]:
+        """The sets that are clipped together, by name."""
+        found: dict[str, ClipSet] = {}
+        for group in groups:
             for j, grad in enumerate(group.grads):
                 name = f"{group.name}, parameter {j}" if self.scope == "parameter" else group.name
                 if self.scope == "global" and group.own == "none":
                     name = "all"
-                if grad is not None and grad[1].size:  # no elements to measure
-                    found.setdefault(name, ({}, group.own))[0][grad[0]] = grad[1]
+                if grad is not None and grad[1].size:  # else there is nothing to measure
+                    found.setdefault(name, ClipSet(group.own, {})).grads[grad[0]] = grad[1]
         return found
 
     def threshold(self, name: str, norm: float, step: int, asked: dict[str, float]) -> float:
+        """The threshold of a set without one of its own."""
         if self.rule not in LEARNED:
-            return INF if self.rule in RULES else float(self.rule(step) if callable(self.rule) else self.rule)
+            return float(self.rule(step) if callable(self.rule) else self.rule)
         if name not in asked:
             norms = self.seen.setdefault(name, [])
             norms.append(norm)
             asked[name] = float(LEARNED[self.rule][1](norms)[-1])
         return asked[name]
 
-    def judge(self, look: list[Group], step: int, asked: dict[str, float]) -> Result | None:
-        """The gradients after clipping; None if they must be refused."""
-        skipped = self.skip(look)
-        total, grads = skipped.total_norm, skipped.grads
-        if not math.isfinite(total) and self.nonfinite in ("error", "skip"):
-            return None if self.nonfinite == "error" else skipped
-        if self.skip_above is not None:
-            zeroed = [np.where(np.isfinite(g), g, 0.0) for g in grads.values()]
-            if (self.norm(zeroed) if self.nonfinite == "zero" else total) > self.skip_above:
-                return skipped
-        coefs: dict[int, float] = {}
-        limits, smallest, by_rule = [], 1.0, set[int]()
-        for name, (of_set, own) in self.sets(look).items():
-            norm = self.norm(of_set.values())
-            if not math.isfinite(norm) and self.nonfinite == "zero":
-                finite = [grad[np.isfinite(grad)] for grad in of_set.values()]
-                grads |= {k: np.where(np.isfinite(g), g, 0.0) for k, g in of_set.items()}
-                if not sum(map(len, finite)):
-                    limits += [asked[name]] if name in asked else []  # from before user code ran
-                    continue
-                norm = self.norm(finite)
-            learned = own == "none" and self.rule in LEARNED
-            limit = INF if own is None or own == "none" else float(own)
-            if own == "none":
-                limit = self.threshold(name, norm, step, asked)
-                by_rule |= of_set.keys() if self.rule in RULES else set()
-            limits.append(limit)
-            coef = 1.0
-            if limit < INF and not (learned and norm == 0):
-                coef = float(np.minimum(1.0, limit / (norm if learned else norm + 1e-6)))
-            smallest = float(np.minimum(smallest, coef))
-            for key in of_set:
-                coefs[key] = float(np.minimum(coefs.get(key, 1.0), coef))
-        with np.errstate(invalid="ignore"):
-            for key, coef in coefs.items():
-                grads[key] = grads[key] if coef == 1 else np.asarray(grads[key] * coef)
-        if self.rule in RULES:
-            RULES[self.rule][1]([grads[key] for key in by_rule])
-            with np.errstate(invalid="ignore"):
-                after = np.float64(self.norm(grads.values()))
-                smallest = 1.0 if total in (0, after) else float(np.minimum(1.0, after / total))
-        return Result(total, min(limits, default=math.nan), smallest, False, grads)
+
+def coefficient(max_norm: float, norm: float, learned: bool) -> float:
+    """The clip coefficient: with torch's 1e-6 beside a norm, unless the threshold is learned."""
+    if max_norm == INF or (learned and norm == 0):
+        return 1.0
+    return float(np.minimum(1.0, max_norm / (norm if learned else norm + 1e-6)))  # NaN if the norm is
+
+
+def finite_parts(grads: dict[int, Array]) -> dict[int, Array]:
+    return {key: np.where(np.isfinite(grad), grad, 0.0) for key, grad in grads.items()}
 
 
 def numpy(tensor: Tensor) -> Array:
@@ -211,7 +246,8 @@ class Rounds:
     def parameters(self) -> list[nn.Parameter]:
         return [*{id(p): p for i in range(len(self.optimizers)) for p in self.parameters_of(i)}.values()]
 
-    def look(self) -> list[Group]:
+    def groups(self) -> list[Group]:
+        """The parameter groups with their current gradients."""
         return [
             Group(
                 f"optimizer {i}, group {j}",
@@ -286,17 +322,17 @@ class Rounds:
         loss, self.loss = self.loss, None
         if user is raise_ and where != "on_clip":
             raise Raised  # before anything was learned
-        look = self.look()
+        groups = self.groups()
         if overflows and (len(self.optimizers) == 1 or self.hand.nonfinite == "error"):
-            result: Result | None = self.hand.skip(look)
+            result: Result | None = self.hand.skip(groups)
         else:
-            result = self.hand.judge(look, number, asked)
+            result = self.hand.clip(groups, number, asked)
         if result is None:
             return False
         self.told.append(result)
         if user is not None:
             user(self.parameters)
-            result = result if result.skipped else self.hand.judge(self.look(), number, asked)
+            result = result if result.skipped else self.hand.clip(self.groups(), number, asked)
             if result is None:
                 return False
         if not result.skipped:
