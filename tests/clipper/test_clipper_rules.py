@@ -64,15 +64,6 @@ def test_a_run_is_that_of_the_function_before_each_step(
     assert seen == (list(clipper.history) if listens else [])
 
 
-@each_rule
-def test_what_needs_no_clipping_is_not_clipped(name: str) -> None:
-    (weight,) = with_gradients([torch.full((2,), 1e-4)], [torch.ones(2)])
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    clipper = Clipper(optimizer, WAYS[name][0])
-    optimizer.step()
-    assert (last_of(clipper).clip_coef, last_of(clipper).clipped) == (1.0, False)
-
-
 @fused_or_not
 @each_rule
 @pytest.mark.parametrize("scale", ["none", "unscaled", "scaled"])
@@ -115,13 +106,6 @@ def test_weights_that_are_nan_give_a_coefficient_that_is() -> None:
     record = last_of(clipper)
     assert (record.total_norm, record.nonfinite) == (18.0, False)
     assert math.isnan(record.clip_coef)
-
-
-def test_steps_without_gradients() -> None:
-    optimizer = sgd([None, None])
-    clipper = Clipper(optimizer, Value(1.0))
-    optimizer.step()
-    assert clipper.last == (0, 0.0, INF, 1.0, False, False, False, None)
 
 
 def test_a_users_own_rule() -> None:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from clipper_helpers import INF, NAN, Net, backward, sgd, train
+from clipper_helpers import INF, NAN, Net, backward, train
 from helpers import interrupted_sgd, with_gradients
 from torch import nn
 from torch.amp import GradScaler
@@ -120,13 +120,6 @@ def test_layers_at_every_third_step(scope: Scope) -> None:
     layers = clipper.history.layers
     assert (layers.names, layers.steps) == (NAMES, [0, 3, 6])
     assert layers.norms == pytest.approx(torch.tensor(norms)[::3].numpy(), rel=1e-5)
-
-
-def test_without_layers_every_there_are_none() -> None:
-    optimizer = sgd([torch.ones(2)])
-    clipper = Clipper(optimizer, 1.0)
-    optimizer.step()
-    assert len(clipper.history.layers) == 0
 
 
 def test_layers_of_parameters_without_gradients_and_with_shared_ones() -> None:

@@ -17,18 +17,21 @@ from clipper_helpers import (
 )
 from helpers import last_of, with_gradients
 
-from torchclip import Clipper, Percentile, ZScore
+from torchclip import Clipper, Percentile, Value, ZScore
 from torchclip.clipper import Scope
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
 
-@each_scope
-def test_a_step_without_any_gradient(scope: Scope) -> None:
+@pytest.mark.parametrize(
+    ("max_norm", "scope", "recorded"),
+    [(1.0, "global", 1.0), (1.0, "group", 1.0), (1.0, "parameter", INF), (Value(1.0), "global", INF)],
+)
+def test_a_step_without_any_gradient(max_norm: Any, scope: Scope, recorded: float) -> None:
     optimizer = torch.optim.Adam(with_gradients([None, None]))
-    clipper = Clipper(optimizer, 1.0, scope=scope)
+    clipper = Clipper(optimizer, max_norm, scope=scope)
     optimizer.step()
-    assert last_of(clipper)[1:] == (0.0, 1.0 if scope != "parameter" else INF, 1.0, False, False, False, None)
+    assert last_of(clipper)[1:] == (0.0, recorded, 1.0, False, False, False, None)
     assert clipper.norms() == {}
 
 

@@ -96,13 +96,14 @@ def test_a_closure_may_take_arguments_of_any_name() -> None:
     assert last_of(clipper).total_norm == 5.0
 
 
-def test_a_subclass_may_take_something_else_than_a_closure() -> None:
+@fused_or_not
+def test_a_subclass_finds_clipped_gradients_and_may_take_something_else_than_a_closure(fused: bool) -> None:
     class Scaled(torch.optim.SGD):
         def step(self, lr_scale: float = 1.0) -> Any:  # type: ignore[override]
             gradients(self)[0].mul_(lr_scale)
             return super().step()
 
-    optimizer = Scaled(with_gradients([torch.tensor([3.0, 4.0])]), lr=1.0)
+    optimizer = Scaled(with_gradients([torch.tensor([3.0, 4.0])]), lr=1.0, fused=fused)
     clipper = Clipper(optimizer, 1.0)
     optimizer.step(0.5)
     assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-0.3, -0.4])
