@@ -22,7 +22,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import torchclip
-from torchclip import AdaGC, BlockRMS, Clipper, Percentile, RollingSigma, Value, ZScore
+from torchclip import AdaGC, Clipper, Percentile, RollingSigma, Value, ZScore
 from torchclip.history.records import Record
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -106,20 +106,11 @@ def test_what_a_round_does_is_what_clip_grad_norm_does(pair: str, order: tuple[i
     assert all(record.clipped for record in clipper.history)
 
 
-@pytest.mark.parametrize(
-    ("make", "scope"),
-    [
-        (lambda: ZScore(warmup=2), "parameter"),
-        (lambda: RollingSigma(warmup=2), "group"),
-        (lambda: AdaGC(warmup=2), "parameter"),
-        (lambda: BlockRMS(0.01), "group"),
-    ],
-)
-def test_two_optimizers_do_what_one_with_all_parameters_does(make: Any, scope: Any) -> None:
+def test_adagc_of_two_optimizers_does_what_it_does_for_one_with_all_parameters() -> None:
     training, alone = Training("one fused"), Training("one fused")
     groups = [optimizer.param_groups[0]["params"] for optimizer in alone.optimizers]
     single = SGD([{"params": params} for params in groups], lr=0.0)
-    clipper, of_one = Clipper(training.optimizers, make(), scope=scope), Clipper(single, make(), scope=scope)
+    clipper, of_one = (Clipper(each, AdaGC(warmup=2)) for each in (training.optimizers, single))
     for step in range(5):
         training.backward(step)
         alone.backward(step)
@@ -130,8 +121,6 @@ def test_two_optimizers_do_what_one_with_all_parameters_does(make: Any, scope: A
     for record, other in zip(clipper.history, of_one.history, strict=True):
         assert record[:4] == pytest.approx(other[:4], rel=1e-5)
         assert record[4:] == other[4:]
-    if scope == "group" and clipper.thresholds:
-        assert list(clipper.thresholds) == ["optimizer 0, group 0", "optimizer 1, group 0"]
 
 
 def test_what_is_refused_when_it_is_made() -> None:
@@ -348,11 +337,15 @@ def test_steps_in_the_backward_pass_are_clipped_each_on_its_own(scope: Any, make
     after.optimizers = [SGD([p], lr=0.05) for p in after.model.parameters()]
     clipper = Clipper(training.optimizers, make(), scope=scope, on_clip=seen.append, layers_every=2)
     its_clipper = Clipper(after.optimizers, make(), scope=scope, layers_every=2)
+    lengths: list[int] = []  # of the history, whose reading does not end the round of a pass that goes on
+    read = lambda _: lengths.append(len(clipper.history))  # noqa: E731
+    training.model.outer.weight.register_post_accumulate_grad_hook(read)
     for step in range(3):
         (loss_of(training.model, step) * 3).backward()
         after.backward(step)
         after.step()
         assert len(clipper.history) == step + 1
+    assert lengths == [0, 1, 2]
     torch.testing.assert_close(training.values(), after.values(), rtol=1e-6, atol=1e-7)
     assert seen == list(clipper.history)
     for ours, theirs in zip(clipper.history, its_clipper.history, strict=True):

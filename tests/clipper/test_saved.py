@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from clipper_helpers import Answering, Net, equal, everything, fused_or_not, sgd, train
 from helpers import with_gradients
-from torch import nn
 
 from torchclip import AdaGC, Clipper, Percentile, RollingSigma, Value, ZScore
 from torchclip.history.history import History
@@ -224,21 +223,10 @@ def test_a_state_without_spikes_forgets_them() -> None:
     fresh = str(clipper.state_dict()["spikes"])
     train(model, optimizer, range(4))
     assert str(clipper.state_dict()["spikes"]) != fresh
-    without = run("number")[2]
+    without = run("number", "group")[2]  # which may differ where nothing was learned for sets
     without.load_state_dict(clipper.state_dict())
     clipper.load_state_dict(without.state_dict())
     assert str(clipper.state_dict()["spikes"]) == fresh
-
-
-def test_a_group_that_was_added_is_in_the_state() -> None:
-    model, optimizer, clipper = run("percentile", "group")
-    train(model, optimizer, range(2))
-    for each in (optimizer, run("percentile", "group")[1]):
-        each.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    state = clipper.state_dict()
-    assert list(state["thresholds"]) == ["group 0", "group 1"]
-    with pytest.raises(ValueError, match="'group 1', which this Clipper does not clip"):
-        run("percentile", "group")[2].load_state_dict(state)
 
 
 @fused_or_not
