@@ -175,8 +175,11 @@ def test_a_scaler_that_unscales_too_late(pair: str) -> None:
     Clipper(training.optimizers, 0.5)
     scaler = GradScaler("cpu", init_scale=2.0**10)
     scaler.scale(loss_of(training.model, 0)).backward()
+    before = training.values()
     with pytest.raises(RuntimeError, match=r"scaler\.unscale_\(optimizer\)"):
         [*map(scaler.step, training.optimizers)]
+    if pair == "fused":  # else the first one to step was unscaled in its step
+        assert all(map(torch.equal, before, training.values()))
 
 
 def test_what_tells_the_optimizers_apart() -> None:
@@ -341,6 +344,7 @@ def test_steps_in_the_backward_pass_are_clipped_each_on_its_own(scope: Any, make
     read = lambda _: lengths.append(len(clipper.history))  # noqa: E731
     training.model.outer.weight.register_post_accumulate_grad_hook(read)
     for step in range(3):
+        clipper.loss = its_clipper.loss = float(step)
         (loss_of(training.model, step) * 3).backward()
         after.backward(step)
         after.step()
@@ -351,11 +355,24 @@ def test_steps_in_the_backward_pass_are_clipped_each_on_its_own(scope: Any, make
     for ours, theirs in zip(clipper.history, its_clipper.history, strict=True):
         assert ours.total_norm == pytest.approx(theirs.total_norm, rel=1e-6)
         assert ours.clip_coef == pytest.approx(theirs.clip_coef, rel=1e-5)
+        assert ours.loss == theirs.loss == ours.step
     names, steps, norms = clipper.history.layers.read()
     its_names, its_steps, its_norms = its_clipper.history.layers.read()
     assert (sorted(names), steps) == (its_names, its_steps)
     in_order = np.argsort(names)  # gradients exist from the last layer to the first
     np.testing.assert_allclose(norms[:, in_order], its_norms, rtol=1e-6)
+
+
+def test_optimizers_with_a_clipper_each_step_in_the_backward_pass_as_after_it() -> None:
+    training, after = InBackward(), Training()
+    after.optimizers = [SGD([p], lr=0.05) for p in after.model.parameters()]
+    clippers = [Clipper(each, 0.1) for each in (*training.optimizers, *after.optimizers)]
+    for step in range(3):
+        (loss_of(training.model, step) * 3).backward()
+        after.backward(step)
+        after.step()
+    torch.testing.assert_close(training.values(), after.values(), rtol=1e-6, atol=1e-7)
+    assert [len(clipper.history) for clipper in clippers] == [3] * 6
 
 
 @pytest.mark.parametrize(
@@ -447,6 +464,27 @@ def test_the_state_after_a_backward_pass_of_checkpoints_alone_has_its_round() ->
     assert (state["steps"], len(clipper.history)) == (1, 1)
     assert all(len(threshold["norms"]) == 1 for threshold in state["thresholds"].values())
     assert repr(clipper.state_dict()) == repr(state)
+
+
+def test_each_call_of_the_first_optimizers_closure_has_a_record() -> None:
+    class Twice(SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    weights, (_, second) = two_weights()
+    first, sizes = Twice(weights[:1], lr=1.0), iter([3.0, 2.0])
+    clipper = Clipper([first, second], 1.0)
+
+    def closure() -> None:
+        size = next(sizes)
+        for weight in weights:
+            weight.grad = torch.full((4,), size)
+
+    first.step(closure)
+    second.step()
+    assert [record.step for record in clipper.history] == [0, 0]
+    assert [record.total_norm for record in clipper.history] == pytest.approx([3 * 8**0.5, 2 * 8**0.5])
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -360,12 +360,15 @@ def test_the_first_step_after_one_that_creates_state_is_recorded(several: bool) 
         )
 
 
-@pytest.mark.parametrize(("lr", "value"), [(0.1, 0.0), (0.0, 3.0)])
-def test_a_step_of_training_with_zeros_is_one(lr: float, value: float) -> None:
+@pytest.mark.parametrize(
+    ("lr", "value", "arguments"),
+    [(0.1, 0.0, {"closure": None}), (0.0, 3.0, {"closure": None}), (0.0, 0.0, {})],
+)
+def test_a_step_of_training_with_zeros_is_one(lr: float, value: float, arguments: dict[str, Any]) -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=lr)
     clipper = Clipper(optimizer, lambda step: 1.0 + step)
     for _ in range(2):
         weight.grad = torch.full((2,), value)
-        optimizer.step(closure=None)
+        optimizer.step(**arguments)
     assert [(r.step, r.max_norm) for r in clipper.history] == [(0, 1.0), (1, 2.0)]
