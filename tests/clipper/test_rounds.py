@@ -581,10 +581,12 @@ def test_in_a_backward_pass_user_code_sees_the_optimizer_that_steps_alone(max_no
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     yield
-    gc.enable()
+    if enabled:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("no_collector")
