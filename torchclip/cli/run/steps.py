@@ -14,10 +14,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torchclip._core.rounds import not_compiled
 from torchclip._core.scalars import divided
 from torchclip.cli.run.calls import Call, Calls
+from torchclip.cli.run.clippers import TrialClippers
 from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of
 from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.optimizer import OptimizerRecord
-from torchclip.cli.run.trial import Trial, TrialClippers
+from torchclip.cli.run.trial import Trial
 from torchclip.clipper.clipper import Clipper
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.registry import clipper_of
