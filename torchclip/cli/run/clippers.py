@@ -49,7 +49,7 @@ class TrialClippers:
         return registry.set_adjustment(self._adjusted)
 
     def _adjusted(self, optimizer: Any, max_norm: Any, nonfinite: Any) -> tuple[Any, Any]:
-        """The ``max_norm`` and ``nonfinite`` of a Clipper of the program, which replaces the trial's own one."""
+        """The ``max_norm`` and ``nonfinite`` of the program's own Clipper, which replaces the trial's."""
         for each in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
             if isinstance(each, Optimizer) and each in self._held:
                 clipper = self._held[each]
