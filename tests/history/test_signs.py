@@ -245,6 +245,25 @@ def test_spikes_that_did_no_harm_are_named_as_such() -> None:
     assert "The loss rose after 1 of them" in str(advice_on(norms, losses)).replace("\n", " ")
 
 
+def test_a_spike_after_which_the_norms_leave_their_range_did_harm() -> None:
+    norms, losses = calm(0, 150), falling(0, 150)
+    norms[80] *= 1000
+    norms[81:] *= 10
+    losses[81:] = 40.0
+    advice = advice_on(norms, losses)
+    assert advice.explodes == 81
+    assert advice.spikes == 1
+    assert "The loss rose after 1 of them" in str(advice).replace("\n", " ")
+
+
+def test_of_a_spike_in_the_last_step_it_is_not_known_whether_it_did_harm() -> None:
+    norms, losses = calm(0, 200), falling(0, 200)
+    norms[[100, 199]] *= 40
+    text = str(advice_on(norms, losses)).replace("\n", " ")
+    assert "The last step is one of them" in text
+    assert "no harm" not in text
+
+
 def test_how_often_the_loss_rose_stands_beside_each_threshold() -> None:
     norms, losses = np.where(np.arange(400) % 4 == 0, 5.0, 1.0) * calm(0, 400, 0.2), np.empty(400)
     losses[0] = 100.0

@@ -357,7 +357,7 @@ class _Run:
         )
         if self.counted[at[-1]] == len(self.norms) - 1:
             text += " The last step is one of them: perhaps the run has just exploded."
-        bad = harmful(at, self.losses[self.counted])
+        bad = harmful(self.counted[at], self.losses)
         if bad is not None:
             none = "it" if len(at) == 1 else "any of them"
             text += (

@@ -211,6 +211,10 @@ def harmful(at: Array, losses: Array) -> int | None:
     """After how many of these steps the loss was higher; None if it is not known.
 
     It is higher if the median of the five steps after is above all of the ten before.
+
+    Args:
+        at: the steps, counted from the beginning of the losses.
+        losses: of all steps, ``nan`` where unknown.
     """
     if not np.isfinite(losses).any():
         return None
@@ -219,7 +223,8 @@ def harmful(at: Array, losses: Array) -> int | None:
         before = filled[max(place - 2 * _LEAST_AFTER, 0) : place + 1]
         after = filled[place + 1 : place + 1 + _LEAST_AFTER]
         count += bool(len(after) and not np.median(after) <= before.max())
-    return count
+    # Of the last step it is not known.
+    return None if count == 0 and at[-1] == len(losses) - 1 else count
 
 
 def final_loss(losses: Sequence[float]) -> float:
