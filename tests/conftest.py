@@ -25,7 +25,7 @@ _MOST_WORKERS = 8
 _BOTH_WAYS = {"kernel_on_and_off", "everywhere", "each_way"}
 
 # The same examples in each run, however slow the machine is, and whatever earlier runs have found.
-_CHECKS = [HealthCheck.too_slow, HealthCheck.differing_executors]
+_CHECKS = [HealthCheck.too_slow, HealthCheck.differing_executors, HealthCheck.function_scoped_fixture]
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=_CHECKS)
 settings.load_profile("repeatable")
 
@@ -110,16 +110,16 @@ def _settings() -> dict[str, object]:
 _WAYS = ["kernel", "torch operations"] if _ACTIVE else ["torch operations"]
 
 
-@pytest.fixture(scope="module", params=_WAYS)
+@pytest.fixture(params=_WAYS)
 def kernel_on_and_off(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a module's tests twice: with the compiled kernel, if there is one, and without."""
+    """Runs a test twice: with the compiled kernel, if there is one, and without."""
     with _way(request.param):
         yield request.param
 
 
-@pytest.fixture(scope="module", params=[*_WAYS, "accelerator"])
+@pytest.fixture(params=[*_WAYS, "accelerator"])
 def everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a module's tests a third time as for tensors on an accelerator, though they are in host memory."""
+    """Runs a test a third time as for tensors on an accelerator, though they are in host memory."""
     with _way(request.param):
         yield request.param
 
@@ -127,9 +127,9 @@ def everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
 _STEPS = ["short way", *_WAYS] if _ACTIVE else _WAYS
 
 
-@pytest.fixture(scope="module", params=_STEPS)
+@pytest.fixture(params=_STEPS)
 def each_way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a module's tests as usual, and twice without the fast path of usual steps.
+    """Runs a test as usual, and twice without the fast path of usual steps.
 
     Then fused steps multiply the gradients even where they are so small that it does not pay.
     """
@@ -137,7 +137,7 @@ def each_way(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(scope="module", params=[*_STEPS, "accelerator"])
+@pytest.fixture(params=[*_STEPS, "accelerator"])
 def each_way_everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same, and also as for tensors on an accelerator, although they are in host memory."""
     with _way_of_steps(request.param):
