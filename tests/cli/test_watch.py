@@ -1074,6 +1074,19 @@ def test_a_clipper_made_after_the_first_step_replaces_the_trials() -> None:
     assert session.history is clipper.history
 
 
+def test_an_optimizer_that_cannot_be_hashed_steps_unclipped() -> None:
+    class Unhashable(torch.optim.SGD):
+        __hash__ = None  # type: ignore[assignment]
+
+    w = weight(0.0, 0.0)
+    optimizer = Unhashable([w], lr=1.0)
+    with Session(max_norm=1.0) as session:
+        for _ in range(2):
+            step(optimizer, [3.0, 4.0])
+    torch.testing.assert_close(w.data, torch.tensor([-6.0, -8.0]))
+    assert "unhashable" in session.report()
+
+
 def test_what_cannot_be_clipped_as_asked_is_said() -> None:
     w = weight(1.0)
 

@@ -125,20 +125,22 @@ class TrialClippers:
         """
         try:
             clipper = self._held.get(optimizer)
-            if clipper is not None and clipper.round is not None:
-                apart = clipper.round.begin_step(optimizer, self._losses.backwards, has_closure)
-                if apart and clipper.is_running():  # within another one's step, at whose end this is done
-                    clipper.round.waiting.discard(id(optimizer))
-                elif apart:
-                    optimizers = self._remove(clipper)
-                    together = [each for each in optimizers if id(each) not in apart]
-                    self._replace(clipper, [together, *([each] for each in optimizers if id(each) in apart)])
-                    if optimizer not in self._held:
-                        self._make([optimizer, *self._companions(optimizer)])
-                    return self.begin_step(optimizer, has_closure)
+            if clipper is None or clipper.round is None:
+                return None
+            apart = clipper.round.begin_step(optimizer, self._losses.backwards, has_closure)
+            if not apart:
+                return None
+            if clipper.is_running():  # within another one's step, at whose end this is done
+                clipper.round.waiting.discard(id(optimizer))
+                return None
+            optimizers = self._remove(clipper)
+            together = [each for each in optimizers if id(each) not in apart]
+            self._replace(clipper, [together, *([each] for each in optimizers if id(each) in apart)])
+            if optimizer not in self._held:
+                self._make([optimizer, *self._companions(optimizer)])
+            return self.begin_step(optimizer, has_closure)
         except Exception as error:  # the program must continue
             return _not_clipped(error)
-        return None
 
     def _replace(self, clipper: _TrialClipper, parts: Iterable[Sequence[Optimizer]]) -> None:
         """Make Clippers of some of the optimizers each, with its records, in place of one that was removed.
