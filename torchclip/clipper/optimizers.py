@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,9 +22,9 @@ class Group(NamedTuple):
     values: dict[str, Any]
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """The optimizer's list of parameters."""
-        parameters: list[Tensor] = self.values["params"]
+    def parameters(self) -> Sequence[Tensor]:
+        """The optimizer's own list of parameters."""
+        parameters: Sequence[Tensor] = self.values["params"]
         return parameters
 
     @property
@@ -38,38 +37,32 @@ class Group(NamedTuple):
         optimizer = f"optimizers[{self.optimizer}]." if self.several else ""
         return f"{optimizer}param_groups[{self.number}][{key!r}]"
 
-    def names_of_each(self) -> list[str]:
-        """The names of the norms of its single gradients; do not change the list."""
-        return _names(self.name, len(self.parameters))
 
-
-def groups_of(optimizers: Sequence[Optimizer], only: int | None = None) -> list[Group]:
-    """The parameter groups of some optimizers, or of a single one of them, in order."""
+def groups_of(optimizers: Sequence[Optimizer]) -> list[Group]:
+    """The parameter groups of some optimizers, in order."""
     several = len(optimizers) > 1
     return [
         Group(i, j, several, values)
         for i, optimizer in enumerate(optimizers)
-        if only in (None, i)
         for j, values in enumerate(optimizer.param_groups)
     ]
 
 
-def parameters_of(*optimizers: Optimizer) -> list[Tensor]:
-    """All parameters of some optimizers, group by group."""
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+def joined(several: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The parameters of several lists, which may be tuples; a single list is not copied."""
+    return several[0] if len(several) == 1 else [p for parameters in several for p in parameters]
+
+
+def parameters_of(*optimizers: Optimizer) -> Sequence[Tensor]:
+    """All parameters of some optimizers, group by group; do not change the list."""
+    return joined([group["params"] for optimizer in optimizers for group in optimizer.param_groups])
 
 
 def grad_scale_of(optimizers: Sequence[Optimizer]) -> Tensor | None:
     """The GradScaler's scale by which the gradients are multiplied; those of several must be unscaled."""
-    return getattr(optimizers[0], "grad_scale", None) if len(optimizers) == 1 else None
+    return vars(optimizers[0]).get("grad_scale") if len(optimizers) == 1 else None
 
 
-def unscaled(norms: Norms, grad_scale: Tensor | None, order: float) -> Norms:
+def unscaled(norms: Norms, grad_scale: Tensor | None, norm_type: float) -> Norms:
     """The norms of gradients without a GradScaler's scale; order 0 only counts elements."""
-    return norms if grad_scale is None or order == 0 else scalars.divided(norms, grad_scale.reshape(1))
-
-
-@cache
-def _names(of_all: str, count: int) -> list[str]:
-    """The names of a group's parameters; always the same list, which must not be changed."""
-    return [f"{of_all}, parameter {i}" for i in range(count)]
+    return norms if grad_scale is None or norm_type == 0 else scalars.divided(norms, grad_scale.reshape(1))

@@ -1,24 +1,15 @@
-"""One step of an optimizer, from its hooks' point of view: nesting, closures, exceptions, and undoing."""
+"""One step of an optimizer, from its hooks' point of view: whether it runs, and what is undone at its end."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from types import FrameType, SimpleNamespace
+from collections.abc import Callable
+from threading import RLock, get_ident
+from types import SimpleNamespace
 from typing import Any, Literal, TypeAlias, cast
 from weakref import ref
 
-import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
-
-from torchclip._core import gather, mesh
-from torchclip._core.batch import Norm
-from torchclip.clipper.optimizers import parameters_of
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why changes are undone: the step is over, it ended in an exception, or its closure is called again."""
@@ -30,133 +21,40 @@ _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwon
 # In place of an optimizer that is gone: it has no parameters.
 _GONE = cast("Optimizer", SimpleNamespace(param_groups=[]))
 
-_NO_SAMPLE: tuple[Callable[[], Tensor | None], float] = (lambda: None, 0.0)
-
-
-class Member:
-    """The state of one of the optimizers that step together; the kernel has a ``Member`` as well.
-
-    Args:
-        optimizer: the optimizer; a weak reference.
-
-    Attributes:
-        running: whether a step has begun and has neither ended nor been found to have failed.
-        nested: whether another one has begun within it.
-        short: whether the kernel began the running step.
-        stepped: whether a step has ended in the open round.
-    """
-
-    def __init__(self, optimizer: ref[Optimizer]) -> None:
-        self._optimizer = optimizer
-        self.running = self.nested = self.short = self.stepped = False
-        self._marks: list[tuple[ref[Tensor] | None, int]] = []
-        self._sample: tuple[Callable[[], Tensor | None], float] = _NO_SAMPLE
-
-    def mark(self, sample: bool) -> None:
-        """Record the current gradients, to see later whether they are still the same.
-
-        Args:
-            sample: whether to record a value as well, in host memory, as not every change increments a
-                version.
-        """
-        gradients = [p.grad for p in self._parameters()]
-        self._marks = [(None, 0) if grad is None else (ref(grad), _version(grad)) for grad in gradients]
-        self._sample = _sample_of(gradients) if sample else _NO_SAMPLE
-
-    def changed(self) -> list[Tensor]:
-        """The gradients that have changed since ``mark`` was called, without those that are gone."""
-        found = []
-        marks = itertools.chain(self._marks, itertools.repeat((None, 0)))
-        sampled, norm = self._sample
-        for parameter, (marked, version) in zip(self._parameters(), marks, strict=False):
-            grad = parameter.grad
-            if grad is None:
-                continue
-            is_same = marked is not None and marked() is grad and _version(grad) == version
-            if not is_same or (sampled() is grad and _norm(grad) != norm):
-                found.append(grad)
-        return found
-
-    def _parameters(self) -> list[Tensor]:
-        optimizer = self._optimizer()
-        return [] if optimizer is None else parameters_of(optimizer)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(gather.tensors([tensor]).norm(2.0))
-
-
-def _sample_of(gradients: Sequence[Tensor | None]) -> tuple[Callable[[], Tensor | None], float]:
-    """A small gradient in host memory whose norm is neither 0 nor infinite, and the norm."""
-    on_host = [g for g in gradients if g is not None and g.is_cpu and not mesh.any_dtensor([g])]
-    for grad in sorted(on_host, key=torch.numel):
-        norm = _norm(grad)
-        if 0 < norm < math.inf:
-            return ref(grad), norm
-    return _NO_SAMPLE
-
-
-class State:
-    """The state of the hooks of all optimizers; with the kernel, its ``RoundState`` is used instead.
-
-    Attributes:
-        members: the optimizers.
-        number: of the open or next round.
-        open: whether gradients were clipped, and not all optimizers have stepped with them.
-        opener: the optimizer that opened the round.
-        went_short: whether the kernel has clipped the round, and has its record.
-        loss: the loss for the record of the next round.
-        next_sample: the number of the round at whose end ``Round.after_step`` must be called in any case.
-    """
-
-    def __init__(self, optimizers: Sequence[ref[Optimizer]]) -> None:
-        self.members = tuple(Member(optimizer) for optimizer in optimizers)
-        self.number = self.opener = self.next_sample = 0
-        self.open = self.went_short = False
-        self.loss: float | Tensor | None = None
-
-    def record(self) -> None:
-        """Record the round that the kernel has clipped; without the kernel there is none."""
-
-    def keep_records(self, rows: list[tuple[Any, ...]], full: Callable[[], object]) -> None:
-        """The list for the kernel's records, and a function that it calls when there are many."""
-
-    def flush(self) -> None:
-        """Put the records there now."""
-
 
 class Step:
     """The step that an optimizer is taking.
 
     The ``step()`` of a subclass may call its parent's, which has the same hooks; together they are one step.
-    A step that ends in an exception never reaches its second hook; this is found out when the next step
-    begins.
+    A step that ends in an exception never reaches its second hook.  So a step remembers its thread, and
+    whoever asks whether it runs looks for it on that thread's stack.
+
+    What is changed for the time of one step is registered before it is changed.  So an interrupt at any line
+    leaves nothing behind: it is undone when the step ends, or when somebody asks and finds it failed.
 
     It does not keep the optimizer alive.
 
     Args:
         optimizer: the optimizer.
-        member: the state of its hooks.
+        lock: held while a step ends, so that other threads see it before or after.
 
     Attributes:
         counts: whether the running step is a training step.
+        stepped: whether a step has ended in the open round.
+        fingerprint: that of the gradients when they were clipped, or when this step ended.
     """
 
-    def __init__(self, optimizer: ref[Optimizer], member: Member) -> None:
-        self._optimizer = optimizer
-        self.member = member
-        self.counts = True
+    def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:  # type: ignore[valid-type]
+        self._optimizer, self._lock = optimizer, lock
+        self._thread: int | None = None
+        self._is_nested = False
         self._undo: list[Callable[[Outcome], None]] = []
+        self.counts, self.stepped, self.fingerprint = True, False, b""
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer; one without parameters if it is gone, which the others of its round may outlive."""
-        optimizer = self._optimizer()
-        return _GONE if optimizer is None else optimizer
+        return self._optimizer() or _GONE
 
     def is_gone(self) -> bool:
         """Whether the optimizer no longer exists."""
@@ -164,48 +62,55 @@ class Step:
 
     def begin(self) -> bool:
         """Begin a step; False if it is part of one that has begun already."""
-        if self.member.running:
-            if self._is_around(sys._getframe(1), 1):
-                self.member.nested = True
-                return False
-            self.undo("failed")
-        self.member.running, self.counts = True, True
-        self.member.nested = self.member.short = False
+        if self._thread is not None:
+            with self._lock:
+                if self._is_around(int(self._thread == get_ident())):
+                    self._is_nested = True
+                    return False
+                self.undo("failed")
+        self._thread, self._is_nested, self.counts = get_ident(), False, True
         return True
 
-    def end(self) -> bool:
-        """End a step; False if it is only part of one, or none of training's."""
-        member = self.member
-        if not member.running or (member.nested and self._is_around(sys._getframe(1), 1)):
-            return False
-        # The kernel may begin the next step.
-        counts, member.running, self.counts = self.counts, False, True
+    def is_over(self) -> bool:
+        """Whether the step that has begun is over, now that its second hook, or one within it, is called."""
+        return self._thread is not None and not (self._is_nested and self._is_around(1))
+
+    def end(self) -> None:
+        """End the step.  The caller holds the lock."""
         self.undo("finished")
-        return counts
+        self._thread = None
 
     def fail(self) -> None:
-        """End a step because of an exception."""
-        self.member.running, self.counts = False, True
-        self.undo("failed")
+        """End the step because of an exception."""
+        with self._lock:
+            self.undo("failed")
+            self._thread = None
 
     def is_running(self) -> bool:
-        """Whether the caller is called from within a step; ends a failed step."""
-        if self.member.running and not self._is_around(sys._getframe(1), 0):
-            self.fail()
-        return self.member.running
+        """Whether the step runs, in any thread; undoes what a failed step has left."""
+        if self._thread is None:
+            return False
+        with self._lock:
+            if not self._is_around(0):
+                self.fail()
+            return self._thread is not None
 
     def undo_at_end(self, undo: Callable[[Outcome], None]) -> None:
-        """Register a function to call as soon as this step is over, or its closure is called again."""
+        """Register a function to call when this step is over, or when its closure is called again.
+
+        An interrupt may have it called a second time.
+        """
         self._undo.append(undo)
 
     def undo(self, outcome: Outcome) -> None:
         """Call the functions that were registered for this step."""
         while self._undo:
-            self._undo.pop()(outcome)
+            self._undo[-1](outcome)
+            self._undo.pop()
 
-    def _is_around(self, frame: FrameType | None, inner: int) -> bool:
-        """Whether more than a given number of ``step()`` calls of the optimizer are on the stack."""
-        optimizer = self._optimizer()
+    def _is_around(self, inner: int) -> bool:
+        """Whether more than a given number of ``step()`` calls of the optimizer are on the step's stack."""
+        optimizer, frame = self._optimizer(), sys._current_frames().get(cast("int", self._thread))
         while frame is not None:
             if frame.f_code is _AROUND_STEP and frame.f_locals[_ARGS][0] is optimizer:
                 if inner == 0:
@@ -228,70 +133,6 @@ def is_fused(optimizer: Optimizer) -> bool:
     )
 
 
-def creates_state(
-    optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any], total_norm: Callable[[], Norm]
-) -> bool:
-    """Whether a step is no training step, but makes the optimizer create its state.
-
-    ``torch.distributed.checkpoint.state_dict`` and others take such a step if an optimizer has no state yet:
-    they pass None as the closure, all gradients are 0, and so is the learning rate, if there is one.  Such a
-    step changes nothing.  Cheap checks come first, and are nearly always enough, as reading the norm may wait
-    for it.
-    """
-    says_no_closure = args[1] is None if len(args) > 1 else kwargs.get("closure", ...) is None
-    return (
-        says_no_closure
-        and not any(optimizer.state.values())
-        and all(float(group.get("lr", 0.0)) == 0.0 for group in optimizer.param_groups)
-        and bool(total_norm() <= 0.0)
-    )
-
-
-def with_closure(
-    step: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    around: Callable[..., Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of an optimizer's step with its closure wrapped; None if there is none.
-
-    Args:
-        step: the function, whose signature says which argument is the closure.
-        args: its arguments, the optimizer first.
-        kwargs: its keyword arguments.
-        around: is called in its place, with it as the first argument.
-    """
-    where = _closure_argument(step, args, kwargs)
-    if isinstance(where, str):
-        return args, {**kwargs, where: partial(around, kwargs[where])}
-    if where is not None:
-        return (*args[:where], partial(around, args[where]), *args[where + 1 :]), kwargs
-    return None
-
-
-def _closure_argument(
-    step: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> int | str | None:
-    """The position or the name of the closure among the arguments; None if there is none.
-
-    The signature shows it by a name such as ``closure``.  Without such a name it can only be the first
-    argument, if that can be called without arguments; a Module, which is callable too, is not a closure.
-    """
-    names = [*inspect.signature(step).parameters]
-    name = next((name for name in names if name.endswith("closure")), "closure")
-    if callable(kwargs.get(name)):
-        return name
-    if name in names:
-        place = names.index(name)
-        return place if len(args) > place and callable(args[place]) else None
-    return 1 if len(args) > 1 and _is_closure(args[1]) else None
-
-
-def _is_closure(value: object) -> bool:
-    if isinstance(value, nn.Module) or not callable(value):
-        return False
-    try:
-        inspect.signature(value).bind()
-    except (TypeError, ValueError):
-        return False
-    return True
+def called(index: int, optimizer: Any) -> str:
+    """The name of one of several optimizers in an error."""
+    return f"optimizer {index} ({type(optimizer).__name__})"

@@ -1,0 +1,242 @@
+"""Which gradients are clipped together: sets of optimizers' gradients, each with a norm and a threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchclip._core import arguments, gather, joint_norms, scalars
+from torchclip._core.batch import Batch, Norm, Norms
+from torchclip._core.collectives import Kind
+from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, joined, unscaled
+from torchclip.clipper.settings import Settings
+
+
+class ClipSet:
+    """Gradients that are clipped together by one norm, or each by its own.
+
+    Args:
+        parameters: their parameters.
+        own: the threshold of their own parameter group; None if the Clipper's applies.
+        is_exempt: whether they are only measured, as their group says, and apart from all others.
+
+    Attributes:
+        batch: the gradients.
+        norms: their norms, or the one norm, without a GradScaler's scale.
+        max_norms: a threshold for each norm, or one for all of them.
+        clip_coefs: the clip coefficient for each norm.
+        is_zeroed: whether their non-finite elements become 0.
+    """
+
+    __slots__ = ("batch", "clip_coefs", "is_exempt", "is_zeroed", "max_norms", "norms", "own", "parameters")
+
+    def __init__(self, parameters: Sequence[Tensor], own: float | None, is_exempt: bool = False) -> None:
+        self.parameters, self.own, self.is_exempt, self.is_zeroed = parameters, own, is_exempt, False
+        self.batch: Batch
+        self.norms: Norms
+        self.max_norms: float | Norms = math.inf
+        self.clip_coefs: Norms = [1.0]
+
+    def limit(self, max_norms: float | Norms, eps: float) -> None:
+        """Set the threshold of each norm, and with it the clip coefficient."""
+        self.max_norms = max_norms
+        self.clip_coefs = scalars.clip_coefs(max_norms, self.norms, eps)
+
+    def is_absent(self) -> bool:
+        """Whether there is certainly nothing to measure, on any rank."""
+        return isinstance(self.norms, list) and all(norm < 0 for norm in self.norms)
+
+    def scale_(self, each: bool) -> None:
+        """Multiply the gradients in place, each by its own number or all by one."""
+        if each:
+            self.batch.scale_each_(self.clip_coefs)
+        else:
+            self.batch.scale_(self.clip_coefs[0])
+
+
+class Gradients:
+    """The gradients of some optimizers at one moment, in sets that are clipped together.
+
+    Args:
+        optimizers: the optimizers.
+        settings: what is clipped together.
+        local: whether only this rank's part of them counts.
+
+    Attributes:
+        sets: the sets.
+        grad_scale: the GradScaler's scale by which they are multiplied.
+        total_norm: the norm of all gradients but those of exempt groups, ``scalars.ABSENT`` if there are none.
+            If all groups are exempt, that of all.
+        whole_norm: the norm of all of them, which shows whether any gradient is not finite.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], settings: Settings, local: bool = False) -> None:
+        self.optimizers, self._settings = optimizers, settings
+        self.grad_scale = grad_scale_of(optimizers)
+        self.total_norm: Norm = scalars.ABSENT
+        self.whole_norm: Norm = scalars.ABSENT
+        kind = Kind.CLIP_EACH if settings.each else Kind.CLIP
+        try:
+            self.sets = _sets_of(optimizers, settings)
+        except (TypeError, ValueError):
+            held = [group["params"] for each in optimizers for group in each.param_groups]
+            gather.tell_ranks(held, settings.groups, kind)
+            raise
+        lists = [each.parameters for each in self.sets]
+        batches = [*map(gather.local_gradients, lists)] if local else gather.several(lists, settings.groups, kind)
+        for each, batch in zip(self.sets, batches, strict=True):
+            each.batch = batch
+        self._overlaps = len(self.sets) > 1 and _overlap(self.sets)
+
+    @property
+    def all(self) -> list[Tensor]:
+        """The gradients, set by set."""
+        return [grad for each in self.sets for grad in each.batch.all]
+
+    @property
+    def facts(self) -> int:
+        """``Facts`` about the gradients, those of all ranks if they are sharded."""
+        facts = 0
+        for each in self.sets:
+            facts |= each.batch.facts
+        return facts
+
+    def measure(self) -> None:
+        """Measure the norms of the sets, and that of all gradients."""
+        self.measure_sets(self.sets)
+        counted = [each for each in self.sets if not each.is_exempt] or self.sets
+        if self._overlaps and self._settings.groups is None:
+            # A gradient that several sets share counts once.  With `group`, only some ranks may share a
+            # gradient, and all of them would have to exchange another norm: there it counts in each set.
+            batch = gather.gradients(joined([each.parameters for each in counted]))
+            norms = scalars.in_one([batch.norm(self._settings.norm_type)])
+            self.total_norm = unscaled(norms, self.grad_scale, self._settings.norm_type)[0]
+        else:
+            self.total_norm = self.joint_norm(counted)
+        self.whole_norm = self.total_norm if len(counted) == len(self.sets) else self.joint_norm(self.sets)
+
+    def measure_sets(self, sets: Sequence[ClipSet], finite: bool = False) -> None:
+        """Measure the norms of some sets, or of their finite elements, divided by a GradScaler's scale.
+
+        Ranks exchange the norms of all sets at once.
+        """
+        norm_type, each = self._settings.norm_type, self._settings.each
+        norms = gather.norms_of([clip_set.batch for clip_set in sets], each, norm_type, finite)
+        for clip_set, of_set in zip(sets, norms, strict=True):
+            of_each = of_set if each else scalars.in_one([cast("Norm", of_set)])
+            clip_set.norms = unscaled(cast("Norms", of_each), self.grad_scale, norm_type)
+
+    def joint_norm(self, sets: Sequence[ClipSet]) -> Norm:
+        """The joint norm of some sets when they were last measured."""
+        norms = scalars.concatenate([each.norms for each in sets])
+        return norms[0] if len(norms) == 1 else joint_norms.join(norms, self._settings.norm_type)
+
+    def finite_norm(self) -> Norm:
+        """The norm of what counts after the sets that are not finite were measured without such elements."""
+        return self.joint_norm([each for each in self.sets if not each.is_exempt] or self.sets)
+
+    def observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
+        """What thresholds learn from: the names of some sets, and their norms."""
+        names = [name for of_set in self._names_of(sets) for name in of_set]
+        norms = scalars.concatenate([each.norms for each in sets])
+        if self._settings.each and len(self.optimizers) > 1:
+            # Thresholds that join the norms count a gradient of several optimizers once.
+            repeats = _repeated(sets)
+            norms = scalars.replaced(norms, repeats, scalars.ABSENT) if any(repeats) else norms
+        return names, norms
+
+    def _names_of(self, sets: Sequence[ClipSet]) -> list[list[str]]:
+        """For each set the name of its norm, or of each of its norms."""
+        if self._settings.scope == "global":
+            return [["all"]]
+        groups, each = groups_of(self.optimizers), self._settings.each
+        of_groups = self._settings.names.of_sets(groups, each)
+        place_of = {id(clip_set): place for place, clip_set in enumerate(self.sets)}
+        found = [of_groups[place_of[id(clip_set)]] for clip_set in sets]
+        return [_present(one, names) for one, names in zip(sets, found, strict=True)] if each else found
+
+    # Changing
+
+    def scale_(self) -> None:
+        """Multiply the gradients in place; those that several sets share, by the smallest number."""
+        if not self._overlaps:
+            for clip_set in self.sets:
+                clip_set.scale_(self._settings.each)
+            return
+        of_grad: dict[int, list[Norm]] = {}
+        for clip_set in self.sets:
+            for i, grad in enumerate(clip_set.batch.all):
+                clip_coef = clip_set.clip_coefs[i if self._settings.each else 0]
+                of_grad.setdefault(id(grad), []).append(clip_coef)
+        batch = gather.gradients(joined([each.parameters for each in self.sets]), self._settings.groups)
+        clip_coefs = [joint_norms.join(of_grad[id(grad)], -math.inf) for grad in batch.all]
+        batch.scale_each_(scalars.in_one(clip_coefs))
+
+    def zero_nonfinite_(self) -> None:
+        """Set non-finite elements to 0 in place, where that was decided."""
+        for clip_set in self.sets:
+            if clip_set.is_zeroed:
+                clip_set.batch.zero_nonfinite_()
+
+
+def own_max_norm(group: Group) -> float | None:
+    """A parameter group's own threshold; None if it has none."""
+    if "max_norm" not in group.values:
+        return None
+    own = group.values["max_norm"]
+    return math.inf if own is None else arguments.threshold(group.place("max_norm"), own)
+
+
+def _sets_of(optimizers: Sequence[Optimizer], settings: Settings) -> list[ClipSet]:
+    """The sets without their gradients: of parameter groups in order, then of all others together."""
+    sets: list[ClipSet] = []
+    together: list[Sequence[Tensor]] = []
+    several, joint = len(optimizers) > 1, settings.scope == "global"
+    for i, optimizer in enumerate(optimizers):
+        for j, values in enumerate(optimizer.param_groups):
+            if "max_norm" in values:
+                own = own_max_norm(Group(i, j, several, values))
+                sets.append(ClipSet(values["params"], own, values["max_norm"] is None))
+            elif joint:
+                together.append(values["params"])
+            else:
+                sets.append(ClipSet(values["params"], None))
+    if together:
+        sets.append(ClipSet(joined(together), None))
+    return sets
+
+
+def _overlap(sets: Sequence[ClipSet]) -> bool:
+    """Whether a gradient is in several sets, such as one that parameters of two groups share."""
+    grads = [id(grad) for each in sets for grad in each.batch.all]
+    return len({*grads}) < len(grads)
+
+
+def _present(clip_set: ClipSet, names: list[str]) -> list[str]:
+    """The names of the parameters of a set that have a gradient; of those that share one, the last one's."""
+    if len(clip_set.batch.all) == len(names):
+        return names
+    named = zip(clip_set.parameters, names, strict=True)
+    of_grad = {id(p.grad): name for p, name in named if p.grad is not None}
+    return [of_grad[id(grad)] for grad in clip_set.batch.all]
+
+
+def _repeated(sets: Sequence[ClipSet]) -> list[bool]:
+    """Whether each gradient of some sets was there before."""
+    grads = [id(grad) for each in sets for grad in each.batch.all]
+    first: dict[int, int] = {}
+    return [first.setdefault(grad, place) < place for place, grad in enumerate(grads)]
+
+
+def set_names(optimizers: Sequence[Optimizer], settings: Settings) -> dict[str, bool]:
+    """The names of the norms of all possible sets, and whether thresholds are asked for each at present."""
+    groups: Any = groups_of(optimizers)
+    asked = ["max_norm" not in group.values for group in groups]
+    if settings.scope == "global":
+        return {"all": any(asked)}
+    names = settings.names.of_sets(groups, settings.each)
+    return {name: is_asked for each, is_asked in zip(names, asked, strict=True) for name in each}
