@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torchclip.history.history import History
-from torchclip.history.records import Record
+from torchclip.history.records import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,20 +56,22 @@ def _write_csv(path: Path, histories: Mapping[str, History]) -> None:
     """A line for each step."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*Record._fields, "optimizer"])
+        writer.writerow([*COLUMNS, "optimizer"])
         for label, history in histories.items():
-            writer.writerows([*record, label] for record in history)
+            writer.writerows([*record[: len(COLUMNS)], label] for record in history)
 
 
 def read_csv(path: Path) -> dict[str, History]:
-    """Read a file of ``--csv``; files of earlier versions have no loss."""
+    """Read a file of ``--csv``; files of earlier versions have no loss and no clipped norm."""
     found: dict[str, History] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             history = found.setdefault(row["optimizer"], History(maxlen=10**9))
             norm, max_norm, clip_coef = map(float, (row["total_norm"], row["max_norm"], row["clip_coef"]))
             loss = float(row["loss"]) if row.get("loss") else None
-            history.append(int(row["step"]), norm, max_norm, clip_coef, row["skipped"] == "True", loss)
+            skipped = row["skipped"] == "True"
+            clipped_norm = float(row["clipped_norm"]) if row.get("clipped_norm") else None
+            history.append(int(row["step"]), norm, max_norm, clip_coef, skipped, loss, clipped_norm)
     return found
 
 
