@@ -751,3 +751,39 @@ def test_the_same_coefficient_leaves_the_same_bits_without_it(dtype: torch.dtype
     with kernel.disabled():
         torchclip.clip_grads_with_norm_(others, 1.0, 3.7)
     assert [bits(p.grad) for p in mine] == [bits(p.grad) for p in others]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "values", [[3.0], [0.0, 2.0], [math.inf, 0.5], [math.nan, 0.0, -1e-3], [0.0] * 40_000 + [1.0]]
+)
+def test_a_fingerprint_is_another_one_after_every_change(dtype: torch.dtype, values: list[float]) -> None:
+    fixed = torch.ones(2)
+    changed = torch.tensor(values, dtype=dtype)
+    gaps = torch.stack([torch.zeros(len(values), dtype=dtype), changed], dim=1)[:, 1]
+    for tensor in (changed, gaps):
+        batch = _kernel.tensors([fixed, tensor])
+        before = batch.fingerprint()
+        assert before == batch.fingerprint() == _kernel.tensors([fixed, tensor]).fingerprint()
+        assert before != _kernel.tensors([tensor, fixed]).fingerprint()
+        assert before != _kernel.tensors([fixed]).fingerprint()
+        tensor.data.mul_(0.5)  # no new version
+        without_version = batch.fingerprint()
+        assert without_version != before
+        tensor.mul_(1.0)
+        assert batch.fingerprint() != without_version
+        tensor.set_(tensor.clone())
+        assert batch.fingerprint() not in (before, without_version)
+
+
+def test_a_fingerprint_of_tensors_without_versions_or_numbers() -> None:
+    with torch.inference_mode():
+        inference = torch.ones(2)
+    empty, zeros, infinite = torch.empty(0), torch.zeros(3), torch.full((3,), math.inf)
+    batch = _kernel.tensors([inference, empty, zeros, infinite])
+    before = batch.fingerprint()
+    assert before == batch.fingerprint()
+    infinite.data.neg_()  # there the first element is looked at
+    assert batch.fingerprint() != before
+    assert _kernel.tensors([]).fingerprint() != _kernel.tensors([empty]).fingerprint()
+    assert 0 <= before < 1 << 64

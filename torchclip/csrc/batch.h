@@ -252,6 +252,17 @@ PyObject* batch_clamp(PyObject* self, PyObject* argument) {
 
 PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) { return change_all(self, &Loops::zero_nonfinite, 0); }
 
+// A number that shows whether the taken members are still the same, unchanged.
+PyObject* batch_fingerprint(PyObject* self, PyObject*) {
+    const Tensors& tensors = batch_of(self).tensors;
+    Room<int64_t, kUsual> versions;
+    for (size_t i = 0; i < tensors.all().size(); ++i)
+        if (tensors.is_taken(i)) versions.push_back(version_of(tensors.all()[i]));
+    Memory memory;
+    if (!tensors.read_again(memory, kEach)) return nullptr;
+    return PyLong_FromUnsignedLongLong(memory.fingerprint(versions));
+}
+
 // A new reference to a list of members, which is made only once.
 template <class Wanted> PyObject* listed(const Batch& batch, Ref& list, Wanted wanted) {
     if (list == nullptr) list.reset(batch.list(wanted));
@@ -287,6 +298,8 @@ PyMethodDef batch_methods[] = {
     {"clamp_", function<batch_clamp>(), METH_O, "clamp_(limit): to [-limit, limit], in place"},
     {"zero_nonfinite_", function<batch_zero_nonfinite>(), METH_NOARGS,
      "zero_nonfinite_(): 0 for what is infinite or nan"},
+    {"fingerprint", function<batch_fingerprint>(), METH_NOARGS,
+     "fingerprint(): to see later whether they are the same"},
     {nullptr, nullptr, 0, nullptr},
 };
 

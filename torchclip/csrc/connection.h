@@ -83,7 +83,7 @@ struct {
     std::vector<Function> watchers;  // each is true if operations may be observed
     PyObject *forward_ad, *current_level;
     Function is_inference_mode_enabled;
-    Getter grad, layout, is_cpu;
+    Getter grad, layout, is_cpu, version;
     PyObject* strided;           // the layout of dense tensors
     PyObject *is_neg, *is_conj;  // methods of tensors
     int (*read)(void* py_object, DLTensor* out);
@@ -140,6 +140,14 @@ bool describe(PyObject* tensor, DLTensor& t) {
 // The gradient, or None.
 Ref get_grad(PyObject* parameter) {
     return Ref(is_plain(parameter) ? torch.grad(parameter) : PyObject_GetAttrString(parameter, "grad"));
+}
+
+// The number of changes that autograd knows of; -1 for a tensor without a counter, as those of inference mode.
+int64_t version_of(PyObject* tensor) {
+    const Ref version(torch.version(tensor));
+    const int64_t number = version == nullptr ? -1 : PyLong_AsLongLong(version);
+    PyErr_Clear();
+    return number;
 }
 
 // The number of open `torchclip.kernel.disabled()` blocks in all threads.

@@ -156,6 +156,17 @@ template <class T> INLINE typename Bits<T>::type magnitude(T x) {
     return Int(bit_cast<Int>(x) & std::numeric_limits<Int>::max());
 }
 
+// Whether a number, given by its bits in memory, is neither 0 nor infinite nor nan, so that every factor but 1 changes
+// it.
+inline bool is_telling(uint64_t bits, const DtypeFacts& dtype) {
+    const uint64_t infinity = dtype.alignment == 8    ? uint64_t(Bits<double>::infinity)
+                              : dtype.alignment == 4  ? uint64_t(Bits<float>::infinity)
+                              : dtype.code == kBfloat ? uint64_t(Bits<BFloat>::infinity)
+                                                      : uint64_t(Bits<Half>::infinity);
+    const uint64_t magnitude = bits & ~(uint64_t(1) << (8 * dtype.alignment - 1));
+    return magnitude != 0 && magnitude < infinity;
+}
+
 template <class T> INLINE bool is_finite(T x) { return magnitude(x) < Bits<T>::infinity; }
 
 }  // namespace

@@ -8,31 +8,6 @@
 
 namespace {
 
-Getter read_version;  // Tensor._version
-
-// The number of changes that autograd knows of; -1 for a tensor without a counter, such as those of inference mode.
-// For a subclass of Tensor, user code can run.
-long long version_of(PyObject* tensor) {
-    const Ref version(read_version(tensor));
-    if (version == nullptr) PyErr_Clear();
-    return version == nullptr ? -1 : PyLong_AsLongLong(version);
-}
-
-// Whether a float, given by its bits, is not 0, infinite or NaN, so that every factor but 1 changes it.
-bool is_telling(const char* number, size_t dtype) {
-    const DtypeFacts& facts = kDtypes[dtype];
-    const size_t size = facts.item / facts.parts;
-    uint64_t bits = 0;
-    std::memcpy(&bits, number, size);
-    const bool is_bfloat = facts.code == kBfloat;
-    const uint64_t exponent = size == 8   ? 0x7ff0000000000000ull
-                              : size == 4 ? 0x7f800000ull
-                              : is_bfloat ? 0x7f80ull
-                                          : 0x7c00ull;
-    const uint64_t sign = 1ull << (8 * size - 1);
-    return (bits & ~sign) != 0 && (bits & exponent) != exponent;
-}
-
 class Marks {
     struct Mark {
         PyObject* gradient;  // a reference, or a weak one
@@ -89,7 +64,9 @@ class Marks {
         const DtypeFacts& dtype = kDtypes[layout.dtype];
         const size_t size = dtype.item / dtype.parts, end = layout.count * dtype.item;
         for (size_t place = 0; place < end; place += size) {
-            if (!is_telling(layout.data + place, layout.dtype)) continue;
+            uint64_t bits = 0;
+            std::memcpy(&bits, layout.data + place, size);
+            if (!is_telling(bits, dtype)) continue;
             sampled_ = marks_.size() - 1;
             place_ = place;
             size_ = size;

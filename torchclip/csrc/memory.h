@@ -113,6 +113,24 @@ class Memory {
         }
     }
 
+    // A number that shows whether these are still the same tensors with the same contents: it depends on their number,
+    // and on the address, the version, the size and a sample of each.
+    uint64_t fingerprint(const Room<int64_t, kUsual>& versions) {
+        loops_ = loops_for(elements_);
+        uint64_t hash = parts_.size();
+        const auto mix = [&hash](uint64_t value) {
+            hash = (hash ^ value) * 0x9e3779b97f4a7c15;
+            hash ^= hash >> 32;
+        };
+        for (size_t i = 0; i < parts_.size(); ++i) {
+            mix(reinterpret_cast<uintptr_t>(parts_[i].data));
+            mix(uint64_t(versions[i]));
+            mix(parts_[i].count);
+            if (parts_[i].count > 0) mix(sample(parts_[i]));
+        }
+        return hash;
+    }
+
     // Changes all tensors by one number, or each by its own; returns whether anything changed.
     bool write(Write Loops::* loop, const double* numbers, bool each) {
         prepare();
@@ -183,6 +201,27 @@ class Memory {
         if (clip_coef == 1.0) return;
         const Write inner = loops_[layout.dtype].scale;
         visit<true>(layout, start, n, [&](char* x, size_t length) { return inner(x, length, clip_coef); });
+    }
+
+    static uint64_t bits_at(const char* number, size_t size) {
+        uint64_t bits = 0;
+        std::memcpy(&bits, number, size);
+        return bits;
+    }
+
+    // The bits of the first number that is neither 0 nor infinite nor nan; of the first one if there is none.
+    uint64_t sample(const Layout& layout) const {
+        const DtypeFacts& dtype = kDtypes[layout.dtype];
+        const uint64_t first = bits_at(layout.data, dtype.alignment);
+        uint64_t found = first;
+        for (size_t start = 0; start < layout.count && !is_telling(found, dtype); start += kChunk)
+            visit<false>(layout, start, std::min(kChunk, layout.count - start), [&](const char* x, size_t n) {
+                // Most numbers that are looked at here are zeros, which the loop passes over many times as fast.
+                if (is_telling(found, dtype) || loops_[layout.dtype].largest(x, n, 1.0) == 0) return;
+                for (size_t i = 0; i < n && !is_telling(found, dtype); ++i)
+                    found = bits_at(x + i * dtype.alignment, dtype.alignment);
+            });
+        return is_telling(found, dtype) ? found : first;
     }
 
     // Calls work(i, begin, end) for each tensor whose middle lies in this one of so many equal shares of all elements.

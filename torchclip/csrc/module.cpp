@@ -45,7 +45,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
         return nullptr;
     }
     if (!torch.grad.connect(args[0], "grad") || !torch.layout.connect(args[0], "layout") ||
-        !torch.is_cpu.connect(args[0], "is_cpu"))
+        !torch.is_cpu.connect(args[0], "is_cpu") || !torch.version.connect(args[0], "_version"))
         return nullptr;
     torch.tensor = reinterpret_cast<PyTypeObject*>(new_reference(args[0]));
     torch.parameter = reinterpret_cast<PyTypeObject*>(new_reference(args[1]));

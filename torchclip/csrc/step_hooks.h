@@ -381,7 +381,7 @@ PyType_Spec hooks_spec = {"torchclip._kernel.Hooks", sizeof(Hooks), 0, Py_TPFLAG
 
 // connect_steps(tensor, graph_task_id)
 PyObject* connect_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 2, 2) || !read_version.connect(args[0], "_version")) return nullptr;
+    if (!count_is(count, 2, 2)) return nullptr;
     graph_task_id.connect(args[1]);
     return new_reference(Py_None);
 }
