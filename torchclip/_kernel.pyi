@@ -92,11 +92,14 @@ def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], 
 def connect_steps(tensor: type[Tensor], graph_task_id: Callable[[], int], /) -> None:
     """What the hooks of optimizers need of torch: its type, and what tells which backward pass is running."""
 
-def gradients(parameters: Iterable[Tensor], /) -> Batch:
-    """A batch of the parameters' gradients, in order, each once; parameters without one are passed over."""
+def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
+    """A batch of the parameters' gradients, in order, each once; parameters without one are passed over.
 
-def tensors(tensors: Iterable[Tensor], /) -> Batch:
-    """A batch of the tensors themselves, in order, each once."""
+    None while the kernel is disabled, or operations are intercepted, so that all of them must be torch's.
+    """
+
+def tensors(tensors: Iterable[Tensor], /) -> Batch | None:
+    """A batch of the tensors themselves, in order, each once; None where ``gradients`` gives None."""
 
 def disable() -> None:
     """Take no tensor from now on, in any thread, until ``enable`` was called as often as this."""
@@ -196,6 +199,9 @@ class Batch:
     @property
     def count(self) -> int:
         """The number of items seen, with those that had no gradient or came a second time."""
+    @property
+    def plain(self) -> bool:
+        """Whether all tensors are taken, and no item is of a subclass of Tensor other than Parameter."""
     @property
     def subclassed(self) -> bool:
         """Whether any of the items is of a subclass of Tensor other than Parameter."""
