@@ -766,7 +766,7 @@ def test_a_fingerprint_is_another_one_after_every_change(dtype: torch.dtype, val
         assert without_version != before
         tensor.mul_(1.0)
         assert batch.fingerprint() != without_version
-        tensor.set_(tensor.clone())
+        tensor.data = tensor.clone()
         assert batch.fingerprint() not in (before, without_version)
 
 
