@@ -92,11 +92,14 @@ def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], 
 def connect_steps(tensor: type[Tensor], graph_task_id: Callable[[], int], /) -> None:
     """What the hooks of optimizers need of torch: its type, and what tells which backward pass is running."""
 
-def gradients(parameters: Iterable[Tensor], /) -> Batch:
-    """A batch of the parameters' gradients, in order, each once; parameters without one are passed over."""
+def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
+    """A batch of the parameters' gradients, in order, each once; parameters without one are passed over.
 
-def tensors(tensors: Iterable[Tensor], /) -> Batch:
-    """A batch of the tensors themselves, in order, each once."""
+    None while the kernel is disabled, or operations are intercepted, so that all of them must be torch's.
+    """
+
+def tensors(tensors: Iterable[Tensor], /) -> Batch | None:
+    """A batch of the tensors themselves, in order, each once; None where ``gradients`` gives None."""
 
 def disable() -> None:
     """Take no tensor from now on, in any thread, until ``enable`` was called as often as this."""
@@ -197,6 +200,9 @@ class Batch:
     def count(self) -> int:
         """The number of items seen, with those that had no gradient or came a second time."""
     @property
+    def plain(self) -> bool:
+        """Whether all tensors are taken, and no item is of a subclass of Tensor other than Parameter."""
+    @property
     def subclassed(self) -> bool:
         """Whether any of the items is of a subclass of Tensor other than Parameter."""
     def norm(self, p: float, finite: bool = False, /) -> float:
@@ -223,10 +229,10 @@ class Batch:
         """
     def zero_nonfinite_(self) -> None:
         """Set every element to 0 that is infinite or nan, in either part of a complex one."""
-    def fingerprint(self) -> bytes:
-        """Eight bytes for each taken tensor, in order, which show whether it is still the same, unchanged.
+    def fingerprint(self) -> int:
+        """A number of 64 bits that shows whether the taken tensors are still the same, unchanged.
 
-        They depend on the address, the version counter, the number of
+        It depends on their number and order, and of each on the address, the version counter, the number of
         elements, and the bits of one number in it, neither 0 nor infinite nor nan where there is such a one:
         new gradients often have the addresses and versions of old ones, and ``GradScaler.unscale_``
         changes no version.

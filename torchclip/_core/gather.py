@@ -175,9 +175,8 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     if group is not None or mesh.any_dtensor(items):
         groups, measured = mesh.as_groups(group), kind in (Kind.MEASURE, Kind.MEASURE_EACH)
         batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured)
-    elif not memory.intercepted() and native.active():
-        by_kernel = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
-        batch = _local(by_kernel.all, False, by_kernel)
+    elif (by_kernel := _by_kernel(items, take_grad)) is not None:
+        batch = by_kernel if by_kernel.plain else _local(by_kernel.all, False, by_kernel)
     else:
         batch = _local(*_found(items, name))
     if batch.rest and take_grad:
@@ -185,6 +184,13 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     elif batch.rest:
         memory.refuse_without_memory(mesh.locals_of(items), "tensors")
     return batch
+
+
+def _by_kernel(items: list[Tensor], take_grad: bool = False) -> Any:
+    """The kernel's batch of tensors, or of their gradients; None if torch's operations must do everything."""
+    if is_dynamo_compiling():
+        return None
+    return native.gradients(items) if take_grad else native.tensors(items)
 
 
 def _local(tensors: list[Tensor], tied: bool = False, by_kernel: Any = None) -> Batch:
@@ -195,8 +201,8 @@ def _local(tensors: list[Tensor], tied: bool = False, by_kernel: Any = None) -> 
         tied: whether any is known to be the gradient of several parameters.
         by_kernel: the kernel's batch of them, if there is one.
     """
-    if by_kernel is None and not memory.intercepted() and native.active():
-        by_kernel = native.extension.tensors(tensors)
+    if by_kernel is None:
+        by_kernel = _by_kernel(tensors)
     rest, parts = tensors, []
     if by_kernel is not None:
         rest = list(by_kernel.rest)

@@ -136,6 +136,10 @@ extension: Any
 """The module ``torchclip._kernel``, or None if it cannot be used."""
 extension, _reason = _load()
 
+# Batches of gradients and of tensors; None where torch's operations must do everything.
+gradients: Callable[[list[Tensor]], Any] = getattr(extension, "gradients", _not_taken)
+tensors: Callable[[list[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
+
 # The fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
 clip_grad_norm: Callable[..., Tensor | None]
 clip_grad_value: Callable[..., bool | None]

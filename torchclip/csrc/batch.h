@@ -77,8 +77,10 @@ template <class Fill> PyObject* make_batch(Fill fill) {
     return fill(*batch) ? self.release() : nullptr;
 }
 
+// None if all operations must be torch's.
 PyObject* gather(PyObject* iterable, bool take_grad) {
     if (!connected()) return nullptr;
+    if (!is_usable()) return unusual();
     return make_batch([&](Batch& batch) { return batch.gather(iterable, take_grad); });
 }
 
@@ -252,7 +254,7 @@ PyObject* batch_clamp(PyObject* self, PyObject* argument) {
 
 PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) { return change_all(self, &Loops::zero_nonfinite, 0); }
 
-// Eight bytes for each taken member, which show whether it is still the same, unchanged.
+// A number that shows whether the taken members are still the same, unchanged.
 PyObject* batch_fingerprint(PyObject* self, PyObject*) {
     const Tensors& tensors = batch_of(self).tensors;
     Room<int64_t, kUsual> versions;
@@ -260,10 +262,7 @@ PyObject* batch_fingerprint(PyObject* self, PyObject*) {
         if (tensors.is_taken(i)) versions.push_back(version_of(tensors.all()[i]));
     Memory memory;
     if (!tensors.read_again(memory, kEach)) return nullptr;
-    Room<uint64_t, kUsual> found;
-    memory.fingerprints(versions, found);
-    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(found.begin()),
-                                     Py_ssize_t(found.size() * sizeof(uint64_t)));
+    return PyLong_FromUnsignedLongLong(memory.fingerprint(versions));
 }
 
 // A new reference to a list of members, which is made only once.
@@ -289,6 +288,9 @@ PyObject* batch_taken(PyObject* self, void*) {
 }
 PyObject* batch_facts(PyObject* self, void*) { return PyLong_FromLong(batch_of(self).facts); }
 PyObject* batch_count(PyObject* self, void*) { return PyLong_FromSsize_t(batch_of(self).count); }
+PyObject* batch_plain(PyObject* self, void*) {
+    return PyBool_FromLong(batch_of(self).tensors.are_all_taken() && !batch_of(self).has_subclass);
+}
 PyObject* batch_subclassed(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).has_subclass); }
 
 PyMethodDef batch_methods[] = {
@@ -312,6 +314,7 @@ PyGetSetDef batch_attributes[] = {
     {"taken", Guarded<batch_taken>::call, nullptr, "those that the kernel takes, as a batch", nullptr},
     {"rest", Guarded<batch_rest>::call, nullptr, "those that the kernel does not take", nullptr},
     {"count", Guarded<batch_count>::call, nullptr, "the number of items seen", nullptr},
+    {"plain", Guarded<batch_plain>::call, nullptr, "whether all are taken, and no item is of a subclass", nullptr},
     {"subclassed", Guarded<batch_subclassed>::call, nullptr, "whether an item is neither plain Tensor nor Parameter",
      nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
