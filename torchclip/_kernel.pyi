@@ -229,11 +229,10 @@ class Batch:
         """
     def zero_nonfinite_(self) -> None:
         """Set every element to 0 that is infinite or nan, in either part of a complex one."""
-    def fingerprint(self) -> int:
-        """A number of 64 bits that shows whether the taken tensors are still the same, unchanged.
+    def fingerprint(self) -> bytes:
+        """Eight bytes for each taken tensor, in order, which show whether it is still the same, unchanged.
 
-        It depends on their number and order, and of each on the address, the version counter, the number of
-        elements, and the bits of one number in it, neither 0 nor infinite nor nan where there is such a one:
-        new gradients often have the addresses and versions of old ones, and ``GradScaler.unscale_``
-        changes no version.
+        They depend on the address, the version counter, the number of elements, and the bits of one number in
+        it, neither 0 nor infinite nor NaN where there is such a one: new gradients often have the addresses
+        and versions of old ones, and ``GradScaler.unscale_`` changes no version.
         """

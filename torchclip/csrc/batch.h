@@ -254,7 +254,7 @@ PyObject* batch_clamp(PyObject* self, PyObject* argument) {
 
 PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) { return change_all(self, &Loops::zero_nonfinite, 0); }
 
-// A number that shows whether the taken members are still the same, unchanged.
+// Eight bytes for each taken member, which show whether it is still the same, unchanged.
 PyObject* batch_fingerprint(PyObject* self, PyObject*) {
     const Tensors& tensors = batch_of(self).tensors;
     Room<int64_t, kUsual> versions;
@@ -262,7 +262,10 @@ PyObject* batch_fingerprint(PyObject* self, PyObject*) {
         if (tensors.is_taken(i)) versions.push_back(version_of(tensors.all()[i]));
     Memory memory;
     if (!tensors.read_again(memory, kEach)) return nullptr;
-    return PyLong_FromUnsignedLongLong(memory.fingerprint(versions));
+    Room<uint64_t, kUsual> found;
+    memory.fingerprints(versions, found);
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(found.begin()),
+                                     Py_ssize_t(found.size() * sizeof(uint64_t)));
 }
 
 // A new reference to a list of members, which is made only once.

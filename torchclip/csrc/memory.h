@@ -113,22 +113,22 @@ class Memory {
         }
     }
 
-    // A number that shows whether these are still the same tensors with the same contents: it depends on their number,
-    // and on the address, the version, the size and a sample of each.
-    uint64_t fingerprint(const Room<int64_t, kUsual>& versions) {
+    // A number for each tensor that shows whether it is still the same one with the same contents: it depends on the
+    // address, the version, the size and a sample.
+    void fingerprints(const Room<int64_t, kUsual>& versions, Room<uint64_t, kUsual>& found) {
         loops_ = loops_for(elements_);
-        uint64_t hash = parts_.size();
-        const auto mix = [&hash](uint64_t value) {
-            hash = (hash ^ value) * 0x9e3779b97f4a7c15;
-            hash ^= hash >> 32;
-        };
         for (size_t i = 0; i < parts_.size(); ++i) {
+            uint64_t hash = 0;
+            const auto mix = [&hash](uint64_t value) {
+                hash = (hash ^ value) * 0x9e3779b97f4a7c15;
+                hash ^= hash >> 32;
+            };
             mix(reinterpret_cast<uintptr_t>(parts_[i].data));
             mix(uint64_t(versions[i]));
             mix(parts_[i].count);
             if (parts_[i].count > 0) mix(sample(parts_[i]));
+            found.push_back(hash);
         }
-        return hash;
     }
 
     // Changes all tensors by one number, or each by its own; returns whether anything changed.
