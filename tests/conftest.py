@@ -16,7 +16,7 @@ from distributed_helpers import Ranks
 from hypothesis import HealthCheck, settings
 
 from torchclip import kernel
-from torchclip._core import gather, groups, native
+from torchclip._core import gather, groups
 from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.clipper import fused
 
@@ -124,20 +124,17 @@ def everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-_STEPS = ["short way", *_WAYS] if _ACTIVE else _WAYS
-
-
-@pytest.fixture(params=_STEPS)
+@pytest.fixture(params=_WAYS)
 def each_way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test as usual, and twice without the fast path of usual steps.
+    """Runs a test with the kernel and without.
 
-    Then fused steps multiply the gradients even where they are so small that it does not pay.
+    Fused steps multiply the gradients even where they are so small that it does not pay.
     """
     with _way_of_steps(request.param):
         yield request.param
 
 
-@pytest.fixture(params=[*_STEPS, "accelerator"])
+@pytest.fixture(params=[*_WAYS, "accelerator"])
 def each_way_everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same, and also as for tensors on an accelerator, although they are in host memory."""
     with _way_of_steps(request.param):
@@ -146,13 +143,8 @@ def each_way_everywhere(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @contextmanager
 def _way_of_steps(name: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if name != "short way":
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(fused, "_TOO_SMALL", 0)
-            if name == "kernel":
-                patch.setattr(native, "step_state", lambda *_: None)
-            stack.enter_context(_way(name))
+    with pytest.MonkeyPatch.context() as patch, _way(name):
+        patch.setattr(fused, "_TOO_SMALL", 0)
         yield
 
 
@@ -187,4 +179,3 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has fused steps multiply the gradients even where they are so small that it does not pay."""
     monkeypatch.setattr(fused, "_TOO_SMALL", 0)
-    monkeypatch.setattr(native, "step_state", lambda *_: None)

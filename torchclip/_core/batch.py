@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from torchclip._core import memory
+from torchclip._core import memory, mesh
 from torchclip._core.scalars import Norm, Norms, clip_coefs, on_device, vector
 
 __all__ = ["Batch", "Facts", "Norm", "Norms", "to_result", "to_results"]
@@ -131,6 +132,16 @@ class Batch(ABC):
     @abstractmethod
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0."""
+
+    def fingerprint(self) -> bytes:
+        """Eight bytes for each tensor of ``all``, in order, which show whether it is the same as before.
+
+        They depend on the address, the version counter, and, in host memory, on one element that is neither 0
+        nor infinite nor NaN where there is such a one: new gradients often have the addresses and versions of
+        old ones, and ``GradScaler.unscale_`` changes no version.
+        """
+        pairs = zip(self.all, mesh.locals_of(self.all), strict=True)
+        return array("q", [hash((id(each), *memory.signs_of_change(held))) for each, held in pairs]).tobytes()
 
 
 def to_result(total_norm: Norm, batch: Batch) -> Tensor:

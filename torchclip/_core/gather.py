@@ -47,6 +47,11 @@ def gradients(
 
 def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
     """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
+    if group is None:
+        by_kernel = [_by_kernel(some, take_grad=True) for some in parameters]
+        # Nearly always: then there is nothing to refuse, and no other rank.
+        if all(batch is not None and batch.plain for batch in by_kernel):
+            return by_kernel
     return _batches("parameters", parameters, group, kind)
 
 
@@ -186,7 +191,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     return batch
 
 
-def _by_kernel(items: list[Tensor], take_grad: bool = False) -> Any:
+def _by_kernel(items: Sequence[Tensor], take_grad: bool = False) -> Any:
     """The kernel's batch of tensors, or of their gradients; None if torch's operations must do everything."""
     if is_dynamo_compiling():
         return None

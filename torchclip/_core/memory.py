@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -320,3 +321,24 @@ def _has_equal_offsets(axes: Sequence[tuple[int, int]], count: int) -> bool:
         steps = torch.arange(0, size * stride, stride, device="cpu")
         offsets = (offsets.view(-1, 1) + steps).view(-1)
     return len(set(offsets.tolist())) < count
+
+
+def signs_of_change(tensor: Tensor) -> tuple[Any, ...]:
+    """Numbers that show whether a tensor is still the same, unchanged, without waiting for a device."""
+    version = -1 if tensor.is_inference() else tensor._version
+    values = tensor._values() if tensor.layout is torch.sparse_coo else tensor
+    if values.layout is not torch.strided or values.is_meta:
+        return (version,)
+    if not on_host([values]) or not values.numel():
+        return version, values.data_ptr()
+    return version, values.data_ptr(), repr(_telling_element(values))
+
+
+def _telling_element(values: Tensor) -> complex:
+    """The first element that is neither 0 nor infinite nor NaN; without such a one the first of all."""
+    flat = values.detach().reshape(-1)[:PIECE] if values.is_contiguous() else values.detach().flatten()
+    first: complex = flat[0].item()
+    if first != 0 and abs(first) < math.inf:
+        return first
+    telling = ((flat != 0) & flat.isfinite()).nonzero()
+    return first if not len(telling) else flat[telling[0, 0]].item()

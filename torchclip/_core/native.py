@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,8 @@ extension: Any
 extension, _reason = _load()
 
 # Batches of gradients and of tensors; None where torch's operations must do everything.
-gradients: Callable[[list[Tensor]], Any] = getattr(extension, "gradients", _not_taken)
-tensors: Callable[[list[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
+gradients: Callable[[Iterable[Tensor]], Any] = getattr(extension, "gradients", _not_taken)
+tensors: Callable[[Iterable[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
 
 # The fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
 clip_grad_norm: Callable[..., Tensor | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import RLock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -12,15 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import native
 from torchclip.clipper import registry, saved
-from torchclip.clipper.clipping import Clipping
-from torchclip.clipper.loss import PendingLoss
-from torchclip.clipper.optimizers import groups_of
-from torchclip.clipper.round import Round
-from torchclip.clipper.scope import set_names
-from torchclip.clipper.settings import Nonfinite, Scope, checked, optimizers_of, refuse_history
-from torchclip.clipper.step import State, Step
+from torchclip.clipper.optimizers import parameters_of
+from torchclip.clipper.rounds import Rounds
+from torchclip.clipper.sets import set_names
+from torchclip.clipper.settings import Nonfinite, Scope, check_history, checked, optimizers_of
+from torchclip.clipper.step import Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
 from torchclip.thresholds.base import MaxNorm, Rule, Threshold
@@ -149,7 +147,7 @@ class Clipper:
     ) -> None:
         max_norm, nonfinite = registry.adjusted(optimizer, max_norm, nonfinite)
         optimizers = optimizers_of(optimizer, registry.clippers)
-        self._settings = settings = checked(
+        settings = checked(
             optimizers,
             max_norm,
             norm_type=norm_type,
@@ -164,22 +162,17 @@ class Clipper:
         )
         self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
-        # The kernel's state: it clips usual steps in one call.
-        with_kernel = native.step_state(settings.usual_way(), self._optimizers)
-        self._state: State = with_kernel or State(self._optimizers)
-        steps = [*map(Step, self._optimizers, self._state.members)]
-        self._loss = PendingLoss(self._state, steps)
-        self._clipping = Clipping(steps, settings)
-        self._round = Round(self._state, steps, self._clipping, settings)
+        # Held while a round is opened, recorded or saved.  A signal handler may save in the middle of these.
+        self._lock = RLock()
+        steps = [Step(each, self._lock) for each in self._optimizers]
+        self._rounds = Rounds(steps, settings, self._lock)
+        self._rounds.history.is_followed = True
         self._know_sets()
-        self._follow(self._round.history)
         self._hooks: list[RemovableHandle] = []
         for i, each in enumerate(optimizers):
-            before, after = partial(self._before_step, i), partial(self._after_step, i)
-            if with_kernel is not None:
-                before, after = with_kernel.hooks(i, before, after)
-            self._hooks += [each.register_step_pre_hook(before), each.register_step_post_hook(after)]
-            self._clipping.hooks.append(self._hooks[-2])
+            before = each.register_step_pre_hook(partial(self._rounds.before_step, i))
+            self._rounds.hooks.append(before)
+            self._hooks += [before, each.register_step_post_hook(partial(self._after_step, i))]
             registry.clippers[each] = ref(self)
 
     @property
@@ -199,27 +192,34 @@ class Clipper:
         return tuple(optimizer for optimizer in found if optimizer is not None)
 
     @property
+    def max_norm(self) -> MaxNorm | Rule:
+        """The threshold or rule, to read and to set: anything that the argument may be.
+
+        A new one applies from the next step on, and is checked as in the constructor.  A threshold object
+        starts to learn then.
+        """
+        settings = self._rounds.settings
+        given: MaxNorm | Rule = settings.bank.given if settings.rule is None else settings.rule
+        return given
+
+    @max_norm.setter
+    def max_norm(self, max_norm: MaxNorm | Rule) -> None:
+        self._rounds.settings = self._rounds.settings.with_max_norm(max_norm)
+        self._know_sets()
+
+    @property
     def history(self) -> History:
         """What clipping did, step by step."""
-        self._round.close_after_backward()
-        return self._round.history
+        return self._rounds.history
 
     @history.setter
     def history(self, history: History) -> None:
-        before = self._round.history
+        before = self._rounds.history
         if history is before:
             return
-        refuse_history(history)
-        self._round.history = history
-        if self._hooks:
-            before.unfollow(self._flush)
-            self._follow(history)
-        self._know_sets()
-
-    def _follow(self, history: History) -> None:
-        """Let the kernel pass its records to a history, also whenever its buffer is full."""
-        self._flush: Callable[[], object] = self._state.flush
-        self._state.keep_records(history.follow(self._flush), partial(_read, ref(history)))
+        check_history(history)
+        self._rounds.history = history
+        before.is_followed, history.is_followed = False, bool(self._hooks)
 
     @property
     def loss(self) -> float | Tensor | None:
@@ -230,11 +230,12 @@ class Clipper:
         backward pass of a step: the losses are added up.  The loss of a step that a GradScaler skips is
         dropped if the gradients are then set to None, as ``zero_grad()`` does.
         """
-        return self._state.loss
+        return self._rounds.loss.value
 
     @loss.setter
     def loss(self, loss: float | Tensor | None) -> None:
-        self._loss.assign(loss)
+        optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
+        self._rounds.loss.assign(loss, parameters_of(*optimizers))
 
     @property
     def last(self) -> Record | None:
@@ -250,7 +251,7 @@ class Clipper:
         None if ``max_norm`` is a number or a callable.  Read-only.
         """
         self._know_sets()
-        learned = self._settings.bank.thresholds
+        learned = self._rounds.settings.bank.thresholds
         asked = [name for name, is_asked in self._sets.items() if is_asked]
         return MappingProxyType({name: learned[name] for name in asked if name in learned})
 
@@ -262,8 +263,9 @@ class Clipper:
         for an accelerator.  With a sharded model all ranks must call it, as they exchange the norms of their
         sets.
         """
-        self._round.is_running()  # undoes what a failed step has left
-        return self._settings.names.largest_norms(self.optimizers, self._settings.order)
+        self._rounds.is_running()  # undoes what a failed step has left
+        settings = self._rounds.settings
+        return settings.names.largest_norms(self.optimizers, settings.norm_type)
 
     def detach(self) -> None:
         """Remove the clipper from its optimizers, which no longer clip.  Its history can still be read.
@@ -271,12 +273,13 @@ class Clipper:
         Raises:
             RuntimeError: if called during a step, from ``on_clip`` or a closure.
         """
-        if self._round.is_running():
+        if self._rounds.is_running():
             raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
-        self._round.close()
-        if self._hooks:
-            self.history.unfollow(self._flush)
-            for optimizer in filter(None, (each() for each in self._optimizers)):
+        with self._lock:
+            self._rounds.close()
+        self.history.is_followed = False
+        for optimizer in filter(None, (each() for each in self._optimizers)):
+            if self._hooks:
                 registry.clippers.pop(optimizer, None)
         for hook in self._hooks:
             hook.remove()
@@ -291,23 +294,18 @@ class Clipper:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to continue exactly like an uninterrupted one, as plain data.
 
-        It includes the history with all records.  It does not include a round in which optimizers have yet to
-        step.
+        It includes the history with all records.  During a step, also from another thread, or in a round in
+        which optimizers have yet to step, it is the state of before.
         """
-        self._know_sets()
-        in_round, bank, spikes = self._round.is_open(), self._settings.bank, self._settings.spikes
-        thresholds = saved.of_bank(bank, in_round)
-        own: dict[str, Any] = {
-            "steps": self._state.number,
-            "sets": list(thresholds),
-            "thresholds": thresholds,
-            "spikes": None if spikes is None else spikes.state_dict(in_round),
-            "history": self.history.state_dict(),
-        }
-        return saved.collected(self._settings, own, self._owner)
+        with self._lock:
+            self._know_sets()
+            return saved.state_of(self._rounds.settings, self._rounds, self._owner)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict``; this clipper keeps its own arguments.  States of 0.1.0 load, too.
+        """Continue from a ``state_dict``; this clipper keeps its own arguments.
+
+        Warns if the saved clipper had another kind of ``max_norm``, another ``scope`` or ``norm_type``, and
+        nothing that was learned is lost.
 
         Raises:
             TypeError: if ``state`` or a part of it is of a wrong type.
@@ -315,26 +313,31 @@ class Clipper:
                 thresholds are of another kind, for other parameters, or have learned from norms of another
                 ``scope`` or ``norm_type``.  Then nothing has changed.
         """
-        self._know_sets()
-        loaded = saved.checked(state, self._settings, self._owner, [*self._sets])
-        self.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
-        self._round.forget()
-        self._settings.bank.load_state_dict(loaded.thresholds)
-        if self._settings.spikes is not None:
-            self._settings.spikes.load_state_dict(loaded.spikes)
-        self._state.number = loaded.steps
-        self._know_sets()
+        with self._lock:
+            self._know_sets()
+            settings, rounds = self._rounds.settings, self._rounds
+            loaded = saved.checked(state, settings, self._owner, [*self._sets])
+            rounds.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
+            rounds.is_running()  # undoes what a failed step has left
+            rounds.forget()
+            rounds.number = loaded.steps
+            settings.bank.load_state_dict(loaded.thresholds)
+            settings.nonfinite_skips.load(loaded.skips["nonfinite"])
+            if settings.skip_above is not None:
+                settings.skip_above.bank.load_state_dict(loaded.skip_above)
+                settings.skip_above.skips.load(loaded.skips["skip_above"])
+            self._know_sets()
 
     def _know_sets(self) -> None:
         """Find all sets, as parameter groups may have been added; a state includes all of them."""
-        settings = self._settings
+        settings = self._rounds.settings
         optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
         if len(optimizers) == len(self._optimizers):
-            self._sets = set_names(groups_of(optimizers), settings)
+            self._sets = set_names(optimizers, settings)
             settings.bank.add(self._sets)  # also of groups with their own threshold, which may be removed
             self._owner = saved.owner(optimizers, settings.names)
-        if settings.spikes is not None:
-            settings.spikes.bank.add(["all"])
+        if settings.skip_above is not None:
+            settings.skip_above.bank.add(["all"])
 
     def __getstate__(self) -> None:
         raise TypeError(
@@ -343,27 +346,13 @@ class Clipper:
         )
 
     def __repr__(self) -> str:
-        classes, settings = ", ".join(self._classes), self._settings
+        classes, settings = ", ".join(self._classes), self._rounds.settings
         return (
             f"Clipper({classes if len(self._classes) == 1 else f'[{classes}]'}, "
-            f"max_norm={settings.rule or settings.bank!r}, norm_type={settings.order}, "
+            f"max_norm={self.max_norm!r}, norm_type={settings.norm_type}, "
             f"scope={settings.scope!r}, nonfinite={settings.nonfinite!r})"
         )
 
-    # The optimizers' hooks
-
-    # With the kernel, hooks in C++ replace them.  These handle the usual step in one call and leave any other
-    # to the hooks here: in a training step every frame, line and object costs several times as much as in a
-    # tight loop.  Through its hooks an optimizer keeps the Clipper alive; the Clipper refers to optimizers
-    # weakly.
-
-    def _before_step(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._round.before_step(index, args, kwargs)
-
     def _after_step(self, index: int, *_: Any) -> None:
-        self._round.after_step(index)
-
-
-def _read(history: ref[History]) -> None:
-    """Read the records that were passed to a history, if it still exists."""
-    len(history() or ())
+        # Through this hook an optimizer keeps the Clipper alive; the Clipper refers to optimizers weakly.
+        self._rounds.after_step(index)

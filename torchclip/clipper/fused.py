@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import gather, mesh
 from torchclip._core.batch import Facts, Norm
-from torchclip.clipper.optimizers import parameters_of
-from torchclip.clipper.scope import Snapshot
-from torchclip.clipper.step import Member, Outcome, is_fused
+from torchclip.clipper.sets import Gradients
+from torchclip.clipper.step import Outcome, Step, is_fused
 
 _CPU = torch.device("cpu")
 _TOO_SMALL = Facts.SMALL
@@ -27,57 +25,50 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def can_scale(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot, is_later: bool) -> bool:
-    """Whether the clip coefficient can, and should, be passed to the step.
+def divisor(step: Step, hook: RemovableHandle, gradients: Gradients, clip_coef: Norm) -> Tensor | None:
+    """The number by which a fused step must divide the gradients; None if they must be scaled before it.
 
     Decisions about the gradients use facts that all ranks know, so that all of them decide alike.
 
     Args:
-        optimizer: the optimizer, which is about to step.
+        step: the step that begins.
         hook: the handle of the pre hook that clips.
-        snapshot: the gradients.
-        is_later: whether another optimizer steps first.
+        gradients: the gradients.
+        clip_coef: what they are to be multiplied by.
     """
-    # Before a later step, not autograd but FSDP2 may add to the gradients.
-    if not is_fused(optimizer) or (is_later and mesh.any_dtensor(parameters_of(optimizer))):
-        return False
-    # A later hook may look at the gradients.
-    if next(reversed(hook.hooks_dict_ref() or {}), None) != hook.id:
-        return False
-    # There may be several coefficients, but there is one grad_scale.
-    if len(snapshot.sets) != 1 or snapshot.sets[0].each:
-        return False
-    # A gradient of several parameters would be divided several times.  A grad_scale is a float32 number, too
-    # coarse for float64 gradients.  Torch's fused steps write between the elements of gradients with gaps.
-    # The Clipper multiplies few elements sooner.
+    if len(gradients.optimizers) > 1 or not is_fused(step.optimizer) or not _is_last(hook):
+        return None
+    # There may be several coefficients, but there is one grad_scale.  A gradient of several parameters would
+    # be divided several times.  A grad_scale is a float32 number, too coarse for float64 gradients.  Torch's
+    # fused steps write between the elements of gradients with gaps.  Few elements are sooner multiplied now.
     unfit = Facts.TIED | Facts.DOUBLE | Facts.GAPS | _TOO_SMALL
-    return not (snapshot.repeats or snapshot.facts & unfit)
-
-
-def divisor(clip_coef: Norm, grad_scale: Tensor | None) -> Tensor | None:
-    """The number by which a fused step must divide the gradients; None if it is outside float32's range."""
-    scale = 1.0 if grad_scale is None else grad_scale
+    if len(gradients.sets) != 1 or gradients.each or gradients.facts & unfit:
+        return None
+    scale = 1.0 if gradients.grad_scale is None else gradients.grad_scale
     if not isinstance(clip_coef, float):
         return (scale / clip_coef).to(torch.float32)
     value = float(scale) / clip_coef if clip_coef else math.inf
-    return torch.full((), value, dtype=torch.float32, device=_CPU) if not value > _MOST else None
+    # Outside float32's range, or of a NaN, the gradients are scaled as usual.
+    return torch.full((), value, dtype=torch.float32, device=_CPU) if value <= _MOST else None
+
+
+def _is_last(hook: RemovableHandle) -> bool:
+    """Whether no later hook may look at the gradients."""
+    return next(reversed(hook.hooks_dict_ref() or {}), None) == hook.id
 
 
 class GradScaleOverride:
-    """An optimizer's ``grad_scale`` during a step, and afterwards.
+    """An optimizer's ``grad_scale`` and ``found_inf`` during a step, and afterwards.
 
     A step that ends in an exception does not remove ``grad_scale``.  In its next step, a GradScaler would
     take it for one that the user has set, and multiply its own by it.
-
-    Attributes:
-        is_over: whether it was restored.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = ref(optimizer)  # a failed step leaves it until the next one
         self._found_inf = self._attributes.get("found_inf")
         self._had = "grad_scale" in self._attributes
-        self._sets_found_inf = self.is_over = False
+        self._sets_found_inf = False
         self._before = self._left = self._attributes.get("grad_scale")
 
     @property
@@ -86,36 +77,36 @@ class GradScaleOverride:
         return {} if optimizer is None else vars(optimizer)
 
     @property
-    def of_scaler(self) -> bool:
+    def _is_of_scaler(self) -> bool:
         """Whether a GradScaler takes this step."""
         return self._found_inf is not None and not self._sets_found_inf
 
     def set(self, value: Tensor) -> None:
         """Make the step divide by a number."""
-        self._attributes["grad_scale"] = self._left = value
+        self._left = value  # first, as an interrupt may follow
+        self._attributes["grad_scale"] = value
 
     def skip_where(self, skip: Tensor) -> None:
         """Make the step skip itself if a bool on the device is true."""
-        self._sets_found_inf = not self.of_scaler
-        self._attributes["found_inf"] = self._found_inf = skip.to(
-            getattr(self._found_inf, "dtype", torch.float32)
-        )
+        self._sets_found_inf = not self._is_of_scaler
+        self._found_inf = skip.to(getattr(self._found_inf, "dtype", torch.float32))
+        self._attributes["found_inf"] = self._found_inf
 
     def restore(self, outcome: Outcome) -> None:
         """Restore the previous value, or the one that the next step of a GradScaler needs."""
-        self.is_over = True
         if self._sets_found_inf and self._attributes.get("found_inf") is self._found_inf:
             self._attributes.pop("found_inf")
+        if self._sets_found_inf:
             self._found_inf = None
         if outcome != "failed":
             self._set(self._before if self._had else None, self._had)
             return
         found_inf, now = self._attributes.get("found_inf"), self._attributes.get("grad_scale")
         # A GradScaler deletes both after its step, including what the user had set.
-        had = self._had and not self.of_scaler
+        had = self._had and not self._is_of_scaler
         kept = self._before if had else None
         if found_inf is self._found_inf and now is self._left:
-            if self.of_scaler:
+            if self._is_of_scaler:
                 self._attributes.pop("found_inf", None)
             self._set(kept, had)
         elif now is self._left:  # a GradScaler's next step, of gradients that it has unscaled already
@@ -130,46 +121,15 @@ class GradScaleOverride:
             self._attributes.pop("grad_scale", None)
 
 
-class Deferred:
-    """A clip coefficient for the step of a fused optimizer later in the round.
+def override(step: Step) -> GradScaleOverride:
+    """The ``grad_scale`` of an optimizer until its step is over; made when it is first asked for."""
+    if step.override is None:
+        made = GradScaleOverride(step.optimizer)
 
-    The optimizer may not step in this round at all.  So the gradients are multiplied in place before a
-    backward pass adds to them, or when the round ends.
+        def restore(outcome: Outcome) -> None:
+            made.restore(outcome)
+            step.override = None
 
-    Args:
-        optimizer: the optimizer.
-        member: the state of its hooks.
-        clip_coef: the number to multiply the gradients by.
-        divisor: the same as the ``grad_scale`` of its step.
-    """
-
-    def __init__(self, optimizer: Optimizer, member: Member, clip_coef: Norm, divisor: Tensor) -> None:
-        self.divisor = divisor
-        self._optimizer, self._member = ref(optimizer), member  # because the hooks are on its parameters
-        self._clip_coef: Norm | None = clip_coef
-        self._hooks: list[Any] = [
-            p.register_hook(lambda _: self.apply())  # type: ignore[no-untyped-call]
-            for p in parameters_of(optimizer)
-            if p.requires_grad
-        ]
-
-    def apply(self) -> None:
-        """Multiply now the gradients that nothing else has changed."""
-        optimizer, clip_coef = self._optimizer(), self._clip_coef
-        if optimizer is not None and clip_coef is not None:
-            changed = {*map(id, self._member.changed())}
-            same = [p for p in parameters_of(optimizer) if id(p.grad) not in changed]
-            gather.gradients(same).scale_(clip_coef)
-        self.forget()
-
-    def end(self, outcome: Outcome) -> None:
-        """Drop the coefficient if the step has used it; a failed one may be taken again in this round."""
-        if outcome == "finished":
-            self.forget()
-
-    def forget(self) -> None:
-        """Drop the coefficient."""
-        self._clip_coef = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        step.undo_at_end(restore)
+        step.override = made
+    return step.override

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import ref
+from typing import NamedTuple
 
 from torch import Tensor
 
-from torchclip._core import arguments, mesh
-from torchclip.clipper.optimizers import parameters_of
-from torchclip.clipper.step import State, Step
+from torchclip._core import arguments, gather, mesh
+
+
+class _Seen(NamedTuple):
+    """The first gradient when a loss was assigned; nothing here refers to it."""
+
+    place: int
+    parameter: int
+    grad: int
+    version: int
+    fingerprint: bytes
 
 
 class PendingLoss:
@@ -17,39 +25,58 @@ class PendingLoss:
 
     The losses of several backward passes of one step are added.  If a GradScaler skips a step, no hook of its
     optimizer runs, and there is no record.  When the next step's loss is assigned, the gradients have then
-    been set to None, or are other objects, so the loss of the skipped step is dropped.
+    been set to None, or are other ones, so the loss of the skipped step is dropped.
 
-    Args:
-        state: from which the hooks take it.
-        steps: those of the optimizers with the gradients.
+    Attributes:
+        value: the loss; None if none was assigned.
     """
 
-    def __init__(self, state: State, steps: Sequence[Step]) -> None:
-        self._state, self._steps = state, steps
-        # A parameter and its gradient when a loss was last assigned; None if there was no gradient.
-        self._seen: tuple[ref[Tensor], ref[Tensor]] | None = None
+    def __init__(self) -> None:
+        self.value: float | Tensor | None = None
+        self._seen: _Seen | None = None
 
-    def assign(self, loss: float | Tensor | None) -> None:
-        """Set the loss, or add it to the loss of the same step."""
-        before = self._state.loss
+    def assign(self, loss: float | Tensor | None, parameters: Sequence[Tensor]) -> None:
+        """Set the loss, or add it to the loss of the same step.
+
+        Args:
+            loss: the loss.
+            parameters: those with the gradients.
+        """
         added = None if loss is None else _own(loss)
-        adds = added is not None and before is not None and not self._was_skipped()
-        self._state.loss = before + added if adds else added  # type: ignore[operator]
-        self._seen = next(((ref(p), ref(p.grad)) for p in self._parameters() if p.grad is not None), None)
+        adds = added is not None and self.value is not None and not self._was_skipped(parameters)
+        self.value = self.value + added if adds else added  # type: ignore[operator]
+        self._seen = next((_seen(i, p) for i, p in enumerate(parameters) if p.grad is not None), None)
 
-    def _was_skipped(self) -> bool:
+    def take(self) -> float | Tensor | None:
+        """The loss, which belongs to the step that begins."""
+        loss, self.value = self.value, None
+        return loss
+
+    def _was_skipped(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the gradients from when the loss was assigned are gone, though no step has used it."""
-        if self._seen is None:
-            parameters = self._parameters()
+        seen = self._seen
+        if seen is None:
             # FSDP2 may store the gradients elsewhere until the last backward pass of a step.
             return all(p.grad is None for p in parameters) and not mesh.any_dtensor(parameters)
-        parameter, grad = (each() for each in self._seen)
-        now = None if parameter is None else parameter.grad
+        if seen.place >= len(parameters) or id(parameters[seen.place]) != seen.parameter:
+            return True
+        parameter = parameters[seen.place]
+        if parameter.grad is None:
+            return True
         # A backward pass with `create_graph=True` replaces a gradient to add to it.
-        return now is None or (now is not grad and not now.requires_grad)
+        if parameter.grad.requires_grad:
+            return False
+        now = _seen(seen.place, parameter)
+        # A backward pass that adds to the gradient raises its version; another one begins with a low version.
+        is_same = now.grad == seen.grad and now.version > seen.version
+        return not (is_same or now.fingerprint == seen.fingerprint)
 
-    def _parameters(self) -> list[Tensor]:
-        return parameters_of(*(step.optimizer for step in self._steps))
+
+def _seen(place: int, parameter: Tensor) -> _Seen:
+    grad = parameter.grad
+    assert grad is not None
+    version = -1 if grad.is_inference() else grad._version
+    return _Seen(place, id(parameter), id(grad), version, gather.local_gradients([parameter]).fingerprint())
 
 
 def _own(loss: float | Tensor) -> float | Tensor:

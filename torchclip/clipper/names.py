@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor, nn
@@ -20,20 +21,34 @@ from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, parame
 _WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
+class _Known(NamedTuple):
+    """A parameter's name, and where a module holds it: nothing here refers to the parameter."""
+
+    name: str
+    owner: ref[nn.Module]
+    key: str
+
+
 class Names:
     """Names of the parameters of some optimizers, which may get more of them later.
 
-    It keeps neither optimizers nor models alive.
+    It keeps neither optimizers, models nor parameters alive, and refers to no parameter.
 
     Args:
         optimizers: the optimizers, which know names themselves if they were made from ``named_parameters()``.
         model: a module, or several, whose names take precedence; None for none.
+
+    Attributes:
+        count: the number of optimizers.
+        has_model: whether there is a model.
+        is_replicated: whether it is the same on all ranks.
     """
 
     def __init__(
         self, optimizers: Sequence[Optimizer], model: nn.Module | Sequence[nn.Module] | None
     ) -> None:
         models = _modules(model)
+        self.count = len(optimizers)
         self._models = [ref(each) for each in models]
         # Also for parameters of models that no longer exist, such as a list of modules made for this call.
         self._known = _by_id(models)
@@ -62,7 +77,8 @@ class Names:
 
     def _known_names(self, parameters: Sequence[Tensor]) -> dict[int, str]:
         held = [(p, self._known[id(p)]) for p in parameters if id(p) in self._known]
-        return {id(p): name for p, (parameter, name) in held if parameter() is p}
+        # Another parameter may have got the id of one that is gone.
+        return {id(p): known.name for p, known in held if getattr(known.owner(), known.key, None) is p}
 
     def named_parameters(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
         """All parameters of the optimizers, by their name in a model or optimizer, else by position."""
@@ -82,29 +98,24 @@ class Names:
         """The name of each gradient in an error, by its id."""
         return {id(p.grad): name for name, p in self.named_parameters(optimizers) if p.grad is not None}
 
-    def norms(
-        self, optimizers: Sequence[Optimizer], order: float, only: int | None = None
-    ) -> tuple[list[str], list[bool], Norms]:
+    def norms(self, optimizers: Sequence[Optimizer], norm_type: float) -> tuple[list[str], list[bool], Norms]:
         """The current norm of each parameter's gradient, without a GradScaler's scale.
 
-        If one rank calls this, all ranks must.  ``only`` selects one of the optimizers.
+        If one rank calls this, all ranks must.
 
         Returns:
             The names of all parameters, which of them have a gradient, and the norms: negative without one.
         """
         named = dict(self.named_parameters(optimizers))
-        if only is not None:
-            of_one = {*map(id, parameters_of(optimizers[only]))}
-            named = {name: p for name, p in named.items() if id(p) in of_one}
         batch = gather.gradients(list(named.values()), kind=Kind.MEASURE_EACH)
-        norms = unscaled(batch.norms(order), grad_scale_of(optimizers), order)
+        norms = unscaled(batch.norms(norm_type), grad_scale_of(optimizers), norm_type)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}
         places = [None if p.grad is None else index_of[id(p.grad)] for p in named.values()]
         return list(named), [place is not None for place in places], scalars.at(norms, places)
 
-    def largest_norms(self, optimizers: Sequence[Optimizer], order: float) -> dict[str, float]:
+    def largest_norms(self, optimizers: Sequence[Optimizer], norm_type: float) -> dict[str, float]:
         """The norm of each gradient by its parameter's name: non-finite ones first, then the largest."""
-        names, present, norms = self.norms(optimizers, order)
+        names, present, norms = self.norms(optimizers, norm_type)
         named = zip(names, present, scalars.numbers(norms), strict=True)
         found = {name: max(norm, 0.0) for name, has_gradient, norm in named if has_gradient}
         return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1])))
@@ -112,11 +123,11 @@ class Names:
     def of_sets(self, groups: Sequence[Group], each: bool) -> list[list[str]]:
         """For each group the name of its norm, or the names of the norms of each of its parameters.
 
-        Those of a single optimizer are named by position, as in 0.1.0.  Do not change the lists.
+        Those of a single optimizer are named by position.  Do not change the lists.
         """
         if not each:
             return [[group.name] for group in groups]
-        by_place = [group.names_of_each() for group in groups]
+        by_place = [_names(group.name, len(group.parameters)) for group in groups]
         if not self.has_model or not any(group.several for group in groups):
             return by_place
         # A parameter of two optimizers has its name from the first of them.
@@ -125,6 +136,12 @@ class Names:
             [names.pop(id(p), place) for p, place in zip(group.parameters, places, strict=True)]
             for group, places in zip(groups, by_place, strict=True)
         ]
+
+
+@cache
+def _names(of_all: str, count: int) -> list[str]:
+    """The names of a group's parameters; always the same list, which must not be changed."""
+    return [f"{of_all}, parameter {i}" for i in range(count)]
 
 
 def _modules(model: Any) -> list[nn.Module]:
@@ -139,9 +156,16 @@ def _modules(model: Any) -> list[nn.Module]:
     return list(models)
 
 
-def _by_id(models: Sequence[nn.Module]) -> dict[int, tuple[ref[Tensor], str]]:
+def _by_id(models: Sequence[nn.Module]) -> dict[int, _Known]:
     """The parameters of some models with their names, by their ids."""
-    return {id(p): (ref(p), name) for p, name in names_in(models)}
+    names = {id(p): name for p, name in names_in(models)}
+    return {
+        id(p): _Known(names[id(p)], ref(module), key)
+        for model in models
+        for module in model.modules()
+        for key, p in module.named_parameters(recurse=False)
+        if id(p) in names
+    }
 
 
 def names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 from weakref import ref
 
 import torch
@@ -14,44 +16,21 @@ from torchclip._core import memory, scalars
 from torchclip._core.batch import Norm
 from torchclip._core.collectives import raise_pending
 from torchclip.clipper.optimizers import parameters_of
-from torchclip.clipper.scope import Snapshot
-from torchclip.clipper.settings import Nonfinite
-from torchclip.clipper.step import Outcome, is_fused
+from torchclip.clipper.sets import Gradients
+from torchclip.clipper.settings import Settings
+from torchclip.clipper.step import Outcome, Step, is_fused
 
 _REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"
-
-
-def skips(policy: Nonfinite, total_norm: Norm, optimizers: Sequence[Optimizer]) -> bool | Tensor:
-    """Whether a step is skipped: by a GradScaler's decision, or because the norm is not finite.
-
-    Args:
-        policy: what to do about a norm that is not finite.
-        total_norm: the norm.
-        optimizers: the optimizer that is about to step, whose ``found_inf`` a GradScaler sets if it is fused,
-            so that it skips the step itself; and those that will step with the same gradients.
-
-    Returns:
-        A tensor if the host does not wait for it, to be passed to the fused steps.
-    """
-    skip: bool | Tensor = False
-    # A GradScaler decides for each of several optimizers in its own step; a policy decides for all.
-    decides = len(optimizers) == 1 or policy == "error"
-    if decides:
-        skip = is_skipped_by_scaler(optimizers[0])
-        # Deciding whether to raise waits for an accelerator.
-        if skip is True or (policy == "error" and skip):
-            return True
-    if policy != "skip":
-        return skip
-    if not isinstance(skip, bool):
-        return skip | ~torch.as_tensor(total_norm, device=skip.device).isfinite()
-    norm = deciding_norm(total_norm, optimizers)
-    return (norm == math.inf) | (norm != norm)
+_TOO_MANY = (
+    "{} steps in a row were skipped because their gradients are not finite, as many as `max_skips` allows, "
+    "and this one would be the next: training does not go on. Lower the learning rate, look for the cause in the "
+    "loss or the data, or do not pass `max_skips`"
+)
 
 
 def is_skipped_by_scaler(optimizer: Optimizer) -> bool | Tensor:
     """Whether a GradScaler has told a fused step to change nothing; a tensor if it is on a device."""
-    found_inf = getattr(optimizer, "found_inf", None)
+    found_inf = vars(optimizer).get("found_inf")
     if not isinstance(found_inf, Tensor):  # without gradients, GradScaler sets it to the number 0
         return False
     return bool(found_inf > 0) if memory.on_host([found_inf]) else found_inf > 0
@@ -62,16 +41,42 @@ def deciding_norm(norm: Norm, optimizers: Sequence[Optimizer]) -> Norm:
 
     For others this waits for an accelerator, as only fused steps can skip themselves.
     """
-    return norm if all(map(is_fused, optimizers)) else float(norm)
+    return norm if isinstance(norm, float) or all(map(is_fused, optimizers)) else float(norm)
 
 
-def refuse(snapshot: Snapshot, order: float, names: Mapping[int, str]) -> None:
+def should_skip(gradients: Gradients, settings: Settings, by_scaler: bool | Tensor) -> bool | Tensor:
+    """Whether ``nonfinite="skip"`` skips the step; a tensor if the host does not wait for it.
+
+    Args:
+        gradients: the gradients.
+        settings: the Clipper's.
+        by_scaler: whether a GradScaler skips the step, which does not count for ``max_skips``.
+    """
+    whole_norm, skip = gradients.whole_norm, False
+    if isinstance(by_scaler, Tensor):
+        skip = ~torch.as_tensor(whole_norm, device=by_scaler.device).isfinite()
+    else:
+        norm = deciding_norm(whole_norm, gradients.optimizers)
+        skip = (norm == math.inf) | (norm != norm)
+    skips = settings.nonfinite_skips
+    if skip is not False and skips.is_full() and bool(skip):
+        _raise(gradients, settings, _TOO_MANY.format(int(skips.count)))
+    skips.add(skip, by_scaler)
+    return skip
+
+
+def check_finite(gradients: Gradients, settings: Settings) -> None:
     """Raise an error that names the gradients if the norm is not finite."""
     raise_pending()
-    scalars.refuse_nonfinite(snapshot.total_norm, order, snapshot.grads, names, _REMEDY)
+    _raise(gradients, settings, _REMEDY)
 
 
-def mark_nonfinite(snapshot: Snapshot) -> bool:
+def _raise(gradients: Gradients, settings: Settings, remedy: str) -> None:
+    names = settings.names.of_gradients(gradients.optimizers)
+    scalars.refuse_nonfinite(gradients.whole_norm, settings.norm_type, gradients.all, names, remedy)
+
+
+def measure_finite(gradients: Gradients) -> bool:
     """Decide on the sets whose non-finite elements become 0, and measure them as if these were 0.
 
     On an accelerator this does not wait to find out which these are.
@@ -79,48 +84,87 @@ def mark_nonfinite(snapshot: Snapshot) -> bool:
     Returns:
         Whether there are any.
     """
-    for each in snapshot.sets:
+    for each in gradients.sets:
         each.is_zeroed = not (isinstance(each.norms, list) and all(map(math.isfinite, each.norms)))
-    sets = [each for each in snapshot.sets if each.is_zeroed]
-    snapshot.measure_sets(sets, finite=True)
+    sets = [each for each in gradients.sets if each.is_zeroed]
+    gradients.measure_sets(sets, finite=True)
     return bool(sets)
 
 
-def hide_gradients(optimizer: Optimizer) -> Callable[[Outcome], None]:
-    """Hide the gradients from a step, so that it changes neither parameters nor state.
+class _Hidden:
+    """The gradients of an optimizer that are hidden from its step, and what else the step must not change.
 
-    Returns:
-        A function that restores them.
+    Optimizers such as those of schedule_free count their steps in their parameter groups.
     """
-    hidden = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
-    # A failed step may leave the optimizer in this state, which must not keep it alive.
-    held, own_zero_grad = ref(optimizer), vars(optimizer).get("zero_grad")
 
-    def zero_hidden_too(set_to_none: bool = True) -> None:
-        zeroed = held()
-        if own_zero_grad is not None:
-            own_zero_grad(set_to_none)
-        elif zeroed is not None:
-            type(zeroed).zero_grad(zeroed, set_to_none)
+    def __init__(self, optimizer: Optimizer) -> None:
+        # A failed step may leave the optimizer in this state, which must not keep it alive.
+        self._optimizer = ref(optimizer)
+        self._grads = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
+        self._own_zero_grad = vars(optimizer).get("zero_grad")
+        self._groups = [(group, dict(group), _contents(group)) for group in optimizer.param_groups]
+
+    def hide(self) -> None:
+        for parameter, _ in self._grads:
+            parameter.grad = None
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            # A hook, or a subclass's step(), may zero the gradients before the step ends.
+            vars(optimizer)["zero_grad"] = self._zero_too
+
+    def _zero_too(self, set_to_none: bool = True) -> None:
+        optimizer = self._optimizer()
+        if self._own_zero_grad is not None:
+            self._own_zero_grad(set_to_none)
+        elif optimizer is not None:
+            type(optimizer).zero_grad(optimizer, set_to_none)
         if set_to_none:
-            hidden.clear()
-        for _, grad in hidden:
+            self._grads.clear()
+        for _, grad in self._grads:
             grad.detach().zero_()
 
-    def restore(outcome: Outcome) -> None:
-        attributes = {} if (hiding := held()) is None else vars(hiding)
-        if own_zero_grad is None:
+    def restore(self, outcome: Outcome) -> None:
+        optimizer = self._optimizer()
+        attributes = {} if optimizer is None else vars(optimizer)
+        if self._own_zero_grad is None:
             attributes.pop("zero_grad", None)
         else:
-            attributes["zero_grad"] = own_zero_grad
+            attributes["zero_grad"] = self._own_zero_grad
+        for group, values, contents in self._groups:
+            group.clear()
+            group.update(values)
+            for key, content in contents.items():
+                _put_back(values[key], content)
         # If there are new gradients after a failed step, all old ones are obsolete.
-        if outcome == "finished" or all(parameter.grad is None for parameter, _ in hidden):
-            for parameter, grad in hidden:
+        if outcome == "finished" or all(p.grad is None or p.grad is grad for p, grad in self._grads):
+            for parameter, grad in self._grads:
                 if parameter.grad is None:
                     parameter.grad = grad
 
-    for parameter, _ in hidden:
-        parameter.grad = None
-    # A hook, or a subclass's step(), may zero the gradients before the step ends.
-    vars(optimizer)["zero_grad"] = zero_hidden_too
-    return restore
+
+def hide_gradients(step: Step) -> None:
+    """Hide the gradients from a step until it is over, so that it changes neither parameters nor state."""
+    hidden = _Hidden(step.optimizer)
+    step.undo_at_end(hidden.restore)
+    hidden.hide()
+
+
+def _contents(group: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the values of a parameter group that may change in place."""
+    changeable = {key: value for key, value in group.items() if isinstance(value, (Tensor, list, dict))}
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+        for key, value in changeable.items()
+    }
+
+
+def _put_back(value: Any, content: Any) -> None:
+    """Give a value its content again."""
+    if isinstance(value, Tensor):
+        with torch.no_grad():
+            value.copy_(content)
+    elif isinstance(value, list):
+        value[:] = content
+    else:
+        value.clear()
+        value.update(content)

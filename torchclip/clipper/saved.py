@@ -8,6 +8,7 @@ and data that differs between ranks has a key of its own on each.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from torchclip._core import arguments, mesh
 from torchclip.clipper.names import Names
 from torchclip.clipper.optimizers import groups_of, parameters_of
+from torchclip.clipper.rounds import Rounds
 from torchclip.clipper.settings import Scope, Settings
 from torchclip.thresholds.bank import ThresholdBank
 
@@ -25,41 +27,56 @@ _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
 
 
 class _Kind(NamedTuple):
-    """What a Clipper and the state that it loads must have in common; the same on all ranks."""
+    """What a Clipper and the state that it loads have in common; the same on all ranks."""
 
     norm_type: float
     scope: Scope
     optimizers: int
+    max_norm: str
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """The parts of a state that may be loaded."""
 
     steps: int
     thresholds: dict[str, Any]
-    spikes: Mapping[str, Any]
+    skip_above: dict[str, Any]
+    skips: Mapping[str, int]
     history: Mapping[str, Any]
 
 
-def collected(settings: Settings, own: dict[str, Any], key: str | None) -> dict[str, Any]:
-    """The state.
+def state_of(settings: Settings, rounds: Rounds, key: str | None) -> dict[str, Any]:
+    """The state; during a step that of before it.  The caller holds the lock.
 
     Args:
         settings: the Clipper's, of which a part is the same on all ranks.
-        own: what may differ between ranks.
-        key: the key for that; None if it does not differ.
+        rounds: its rounds.
+        key: the key for what differs between ranks; None if nothing does.
     """
-    kind = _kind_of(settings)._asdict()
+    kind, above = _kind_of(settings)._asdict(), settings.skip_above
+    ended = not rounds.is_within()
+    thresholds = _of_bank(settings.bank, ended)
+    history = rounds.history.state_dict()
+    own: dict[str, Any] = {
+        "steps": rounds.steps(),
+        "sets": list(thresholds),
+        "thresholds": thresholds,
+        "skip_above": None if above is None else _of_bank(above.bank, ended),
+        "skips": {
+            "nonfinite": rounds.skips(settings.nonfinite_skips),
+            "skip_above": 0 if above is None else rounds.skips(above.skips),
+        },
+        "history": history,
+    }
     if settings.groups is None:
         return {**kind, **own} if key is None else {**kind, key: own}
     # The ranks of a group differ only in the norms of single parameters.
     if key is None or not settings.layers_every:
         return {**kind, **own}
-    history = dict(own["history"])
-    return {**kind, **own, "history": history, key: {"layers": history.pop("layers")}}
+    return {**kind, **own, key: {"layers": history.pop("layers")}}
 
 
-def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets: Sequence[str]) -> _Loaded:
+def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets: Sequence[str]) -> Loaded:
     """The parts of a state, or an error that says why a Clipper cannot load it; nothing changes.
 
     Args:
@@ -68,58 +85,78 @@ def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets:
         key: the Clipper's key for what may differ between ranks.
         sets: the names of all its sets.
     """
-    kind, bank, spikes = _kind_of(settings), settings.bank, settings.spikes
     arguments.saved("state", state, (), "Clipper")
     own = _own_part(state, key)
     arguments.saved("state", own, ("steps",), "Clipper")
-    arguments.saved("state", state, ("norm_type", "scope"), "Clipper")
-    arguments.saved("state", own, ("thresholds", "history"), "Clipper")
-    steps = arguments.count("state['steps']", own["steps"], least=0)
-    saved_kind = _checked_kind(state, kind)
+    arguments.saved("state", state, _Kind._fields, "Clipper")
+    arguments.saved("state", own, ("sets", "thresholds", "skip_above", "skips", "history"), "Clipper")
+    saved_kind = _checked_kind(state, settings)
     thresholds = _learned("state['thresholds']", own["thresholds"])
-    names = arguments.items("state['sets']", own.get("sets", ()), arguments.string)  # 0.1.0 has none
+    names = arguments.items("state['sets']", own["sets"], arguments.string)
     of_sets = dict.fromkeys([*names, *thresholds])
-    if of_sets and saved_kind != kind:
-        raise _of_other_norms(saved_kind, kind)
-    bank.check(thresholds if bank.learns else of_sets)
-    _refuse_foreign("state['thresholds']", of_sets, sets)
-    of_spikes = own.get("spikes")  # the first versions did not save it
-    if spikes is None or of_spikes is None:
-        of_spikes = {"skips": 0, "thresholds": {}}
-    else:
-        spikes.check(of_spikes)
-        if of_spikes["thresholds"] and saved_kind.norm_type != kind.norm_type:
-            raise _of_other_norms(saved_kind, kind)
-        spikes.bank.check(of_spikes["thresholds"])
-        _refuse_foreign("state['spikes']['thresholds']", of_spikes["thresholds"], ["all"])
+    settings.bank.check(thresholds if settings.bank.learns else of_sets)
+    _check_sets("state['thresholds']", of_sets, sets)
+    of_limit = _learned("state['skip_above']", own["skip_above"] or {})
+    if of_limit and settings.skip_above is None:
+        raise ValueError(
+            "`state` holds what a `skip_above` has learned, but this clipper has none; make it with the same "
+            "one"
+        )
+    if settings.skip_above is not None:
+        settings.skip_above.bank.check(of_limit)
+        _check_sets("state['skip_above']", of_limit, ["all"])
+    _compare(saved_kind, _kind_of(settings), bool(of_sets or of_limit))
+    arguments.saved("state['skips']", own["skips"], ("nonfinite", "skip_above"), "Clipper")
+    skips = {
+        name: arguments.count(f"state['skips'][{name!r}]", own["skips"][name], least=0)
+        for name in ("nonfinite", "skip_above")
+    }
     arguments.saved("state['history']", own["history"], (), "Clipper")
     layers = state.get(str(key), {}).get("layers") if own is state else None
     history = own["history"] if layers is None else {**own["history"], "layers": layers}
-    return _Loaded(steps, thresholds, of_spikes, history)
+    steps = arguments.count("state['steps']", own["steps"], least=0)
+    return Loaded(steps, thresholds, of_limit, skips, history)
 
 
 def _kind_of(settings: Settings) -> _Kind:
-    return _Kind(settings.order, settings.scope, settings.count)
+    given = settings.rule or settings.bank.given
+    max_norm = "a number" if settings.bank.number is not None and not settings.rule else type(given).__name__
+    return _Kind(settings.norm_type, settings.scope, settings.names.count, max_norm)
 
 
-def _checked_kind(state: Mapping[str, Any], kind: _Kind) -> _Kind:
-    """The kind of a state, which must have as many optimizers as another one."""
-    order = arguments.number("state['norm_type']", state["norm_type"])
+def _checked_kind(state: Mapping[str, Any], settings: Settings) -> _Kind:
+    """The kind of a state, which must have as many optimizers as the Clipper."""
+    norm_type = arguments.number("state['norm_type']", state["norm_type"])
     scope = arguments.option("state['scope']", state["scope"], get_args(Scope))
-    optimizers = arguments.count("state['optimizers']", state.get("optimizers", 1), least=1)
-    if optimizers != kind.optimizers:
+    optimizers = arguments.count("state['optimizers']", state["optimizers"], least=1)
+    max_norm = arguments.string("state['max_norm']", state["max_norm"])
+    if optimizers != settings.names.count:
         raise ValueError(
             f"`state` is that of a Clipper of {optimizers} optimizer{'s' * (optimizers > 1)}, this one "
-            f"has {kind.optimizers}; make it for as many, in the same order"
+            f"has {settings.names.count}; make it for as many, in the same order"
         )
-    return _Kind(order, scope, optimizers)
+    return _Kind(norm_type, scope, optimizers, max_norm)
 
 
-def _of_other_norms(saved_kind: _Kind, kind: _Kind) -> ValueError:
-    return ValueError(
-        "the thresholds in `state` have learned from norms of (scope, norm_type) = "
-        f"{(saved_kind.scope, saved_kind.norm_type)}, but this clipper's are {(kind.scope, kind.norm_type)}; "
-        "make it with the same ones"
+def _compare(saved: _Kind, own: _Kind, has_learned: bool) -> None:
+    """Compare how two Clippers clip: what was learned must fit; else a warning names the differences."""
+    differences = [
+        f"`{name}` was {before!r} and is {now!r}"
+        for name, before, now in zip(_Kind._fields, saved, own, strict=True)
+        if before != now
+    ]
+    if not differences:
+        return
+    norms = (saved.scope, saved.norm_type), (own.scope, own.norm_type)
+    if has_learned and norms[0] != norms[1]:
+        raise ValueError(
+            f"the thresholds in `state` have learned from norms of (scope, norm_type) = {norms[0]}, but this "
+            f"clipper's are {norms[1]}; make it with the same ones"
+        )
+    warnings.warn(
+        f"`state` is that of a Clipper which clips otherwise: {', '.join(differences)}. It was loaded; what "
+        "this Clipper learns starts anew, unless `state` has it",
+        stacklevel=arguments.level_of_caller(),
     )
 
 
@@ -178,14 +215,14 @@ def _own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     return part
 
 
-def of_bank(bank: ThresholdBank, in_round: bool) -> dict[str, Any]:
+def _of_bank(bank: ThresholdBank, ended: bool) -> dict[str, Any]:
     """What thresholds have learned, by the names of the sets; a user's own object is stored as one value."""
-    states = bank.state_dict(in_round)
-    return {name: (state,) for name, state in states.items()} if bank.runs_user_code else states
+    states = bank.state_dict(ended)
+    return states if bank.is_ours else {name: (state,) for name, state in states.items()}
 
 
 def _learned(name: str, saved: Any) -> dict[str, Any]:
-    """The result of ``of_bank``, for the ``load_state_dict`` of a bank; ``name`` is for errors."""
+    """The result of ``_of_bank``, for the ``load_state_dict`` of a bank; ``name`` is for errors."""
     arguments.saved(name, saved, (), "Clipper")
     return {
         key: state[0] if isinstance(state, (tuple, list)) and len(state) == 1 else state
@@ -193,7 +230,7 @@ def _learned(name: str, saved: Any) -> dict[str, Any]:
     }
 
 
-def _refuse_foreign(argument: str, names: Iterable[str], own: Sequence[str]) -> None:
+def _check_sets(argument: str, names: Iterable[str], own: Sequence[str]) -> None:
     """Raise an error for what was learned for sets that this Clipper does not have."""
     foreign = [name for name in names if name not in set(own)]
     if foreign:

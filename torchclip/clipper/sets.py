@@ -67,19 +67,20 @@ class Gradients:
         local: whether only this rank's part of them counts.
 
     Attributes:
+        each: whether each of them has a norm and a threshold.
         sets: the sets.
         grad_scale: the GradScaler's scale by which they are multiplied.
-        total_norm: the norm of all gradients but those of exempt groups, ``scalars.ABSENT`` if there are none.
-            If all groups are exempt, that of all.
+        total_norm: the norm of all gradients but those of exempt groups, or of all if all groups are exempt;
+            ``scalars.ABSENT`` if there are none.
         whole_norm: the norm of all of them, which shows whether any gradient is not finite.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], settings: Settings, local: bool = False) -> None:
-        self.optimizers, self._settings = optimizers, settings
+        self.optimizers, self._settings, self.each = optimizers, settings, settings.each
         self.grad_scale = grad_scale_of(optimizers)
         self.total_norm: Norm = scalars.ABSENT
         self.whole_norm: Norm = scalars.ABSENT
-        kind = Kind.CLIP_EACH if settings.each else Kind.CLIP
+        kind = Kind.CLIP_EACH if self.each else Kind.CLIP
         try:
             self.sets = _sets_of(optimizers, settings)
         except (TypeError, ValueError):
@@ -87,7 +88,9 @@ class Gradients:
             gather.tell_ranks(held, settings.groups, kind)
             raise
         lists = [each.parameters for each in self.sets]
-        batches = [*map(gather.local_gradients, lists)] if local else gather.several(lists, settings.groups, kind)
+        batches = (
+            [*map(gather.local_gradients, lists)] if local else gather.several(lists, settings.groups, kind)
+        )
         for each, batch in zip(self.sets, batches, strict=True):
             each.batch = batch
         self._overlaps = len(self.sets) > 1 and _overlap(self.sets)
@@ -124,7 +127,7 @@ class Gradients:
 
         Ranks exchange the norms of all sets at once.
         """
-        norm_type, each = self._settings.norm_type, self._settings.each
+        norm_type, each = self._settings.norm_type, self.each
         norms = gather.norms_of([clip_set.batch for clip_set in sets], each, norm_type, finite)
         for clip_set, of_set in zip(sets, norms, strict=True):
             of_each = of_set if each else scalars.in_one([cast("Norm", of_set)])
@@ -143,7 +146,7 @@ class Gradients:
         """What thresholds learn from: the names of some sets, and their norms."""
         names = [name for of_set in self._names_of(sets) for name in of_set]
         norms = scalars.concatenate([each.norms for each in sets])
-        if self._settings.each and len(self.optimizers) > 1:
+        if self.each and len(self.optimizers) > 1:
             # Thresholds that join the norms count a gradient of several optimizers once.
             repeats = _repeated(sets)
             norms = scalars.replaced(norms, repeats, scalars.ABSENT) if any(repeats) else norms
@@ -153,7 +156,7 @@ class Gradients:
         """For each set the name of its norm, or of each of its norms."""
         if self._settings.scope == "global":
             return [["all"]]
-        groups, each = groups_of(self.optimizers), self._settings.each
+        groups, each = groups_of(self.optimizers), self.each
         of_groups = self._settings.names.of_sets(groups, each)
         place_of = {id(clip_set): place for place, clip_set in enumerate(self.sets)}
         found = [of_groups[place_of[id(clip_set)]] for clip_set in sets]
@@ -165,12 +168,12 @@ class Gradients:
         """Multiply the gradients in place; those that several sets share, by the smallest number."""
         if not self._overlaps:
             for clip_set in self.sets:
-                clip_set.scale_(self._settings.each)
+                clip_set.scale_(self.each)
             return
         of_grad: dict[int, list[Norm]] = {}
         for clip_set in self.sets:
             for i, grad in enumerate(clip_set.batch.all):
-                clip_coef = clip_set.clip_coefs[i if self._settings.each else 0]
+                clip_coef = clip_set.clip_coefs[i if self.each else 0]
                 of_grad.setdefault(id(grad), []).append(clip_coef)
         batch = gather.gradients(joined([each.parameters for each in self.sets]), self._settings.groups)
         clip_coefs = [joint_norms.join(of_grad[id(grad)], -math.inf) for grad in batch.all]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, mesh
 from torchclip.clipper.names import Names
-from torchclip.clipper.spikes import Spikes
+from torchclip.clipper.skip_above import InARow, SkipAbove
 from torchclip.history.history import History
 from torchclip.history.records import Record
 from torchclip.thresholds.bank import ThresholdBank
@@ -32,37 +32,35 @@ class Settings:
     """What a user asks of a Clipper.
 
     Attributes:
-        count: the number of optimizers.
         bank: the thresholds.
         rule: the rule for gradients that are not clipped to a norm; None if all are.
-        scope: which gradients are clipped together.
-        order: the order of the norms.
+        own_scope: which gradients are clipped together, as the user says.
+        norm_type: the order of the norms.
         nonfinite: what to do about a norm that is not finite.
-        spikes: which steps are skipped because their norm is too large; None for none.
+        nonfinite_skips: how many steps in a row were skipped because of that.
+        skip_above: which steps are skipped because their norm is too large; None for none.
         groups: the process groups whose other ranks have further gradients; None for none.
-        on_clip: the function to call before anything changes.
+        on_clip: the function to tell of each step.
         names: the names of the parameters.
         layers_every: how often, in steps, the norms of single parameters are recorded; 0 for never.
-        joins_norms: whether thresholds of single parameters join their norms, as AdaGC does in its warm-up.
     """
 
-    count: int
     bank: ThresholdBank
     rule: Rule | None
-    scope: Scope
-    order: float
+    own_scope: Scope
+    norm_type: float
     nonfinite: Nonfinite
-    spikes: Spikes | None
+    nonfinite_skips: InARow
+    skip_above: SkipAbove | None
     groups: Sequence[ProcessGroup] | None
     on_clip: Callable[[Record], object] | None
     names: Names
     layers_every: int
-    joins_norms: bool
 
     @cached_property
-    def several(self) -> bool:
-        """Whether several optimizers step together."""
-        return self.count > 1
+    def scope(self) -> Scope:
+        """Which gradients are clipped together; thresholds of single parameters say it themselves."""
+        return "parameter" if self.bank.per_parameter else self.own_scope
 
     @cached_property
     def each(self) -> bool:
@@ -70,35 +68,33 @@ class Settings:
         return self.scope == "parameter"
 
     @cached_property
-    def may_skip(self) -> bool:
-        """Whether steps are skipped by the Clipper, and not by a GradScaler alone."""
-        return self.nonfinite == "skip" or self.spikes is not None or self.several
-
-    @cached_property
     def banks(self) -> list[ThresholdBank]:
-        """The thresholds for clipping and for skipping."""
-        return [self.bank] if self.spikes is None else [self.bank, self.spikes.bank]
+        """The thresholds that learn, for clipping and for skipping."""
+        banks = [self.bank] if self.skip_above is None else [self.bank, self.skip_above.bank]
+        return [bank for bank in banks if bank.learns]
 
     @cached_property
-    def asks_user_code(self) -> bool:
-        """Whether thresholds are the user's own code."""
-        return any(bank.runs_user_code for bank in self.banks)
+    def counts(self) -> list[InARow]:
+        """How many steps in a row were skipped, for each reason."""
+        return [self.nonfinite_skips, *([] if self.skip_above is None else [self.skip_above.skips])]
 
-    def usual_way(self) -> object:
-        """How the kernel clips in one call, for its ``RoundState``; None if it cannot."""
-        is_unusual = self.on_clip is not None or self.spikes is not None or self.groups is not None
-        if is_unusual or self.order != 2 or self.layers_every:
-            return None
-        if self.rule is not None:
-            # The kernel's name for the rule, and the attributes with its numbers.
-            known = type(self.rule).__module__.startswith("torchclip.") and self.scope == "global"
-            usual = getattr(self.rule, "usual", None) if known else None
-            return None if usual is None else (usual[0], self.rule, *usual[1:])
-        if self.each:
-            return None if self.bank.number is None else ("each", self.bank.number)
-        if self.scope == "group" or self.bank.runs_user_code:
-            return None
-        return self.bank.max_norm_of_all if self.bank.learns else self.bank.number
+    def begin_step(self) -> None:
+        """Begin a step: what it learns and counts can be told from what was before."""
+        for bank in self.banks:
+            bank.begin_step()
+        for count in self.counts:
+            count.begin()
+
+    def end_step(self) -> None:
+        """End a step that is recorded."""
+        for count in self.counts:
+            count.end()
+
+    def with_max_norm(self, max_norm: MaxNorm | Rule) -> Settings:
+        """The same with another threshold or rule, which is checked."""
+        bank, rule = _limit_of(max_norm)
+        scope = "AdaGC" if bank.per_parameter else self.own_scope
+        return replace(self, bank=bank, rule=rule, groups=_process_groups_of(self.groups, scope))
 
 
 def checked(
@@ -118,30 +114,39 @@ def checked(
     """The arguments of a Clipper, or an error that says what is wrong with one."""
     arguments.option("scope", scope, get_args(Scope))
     arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
-    _refuse_lbfgs(optimizers, nonfinite, skip_above)
-    if max_skips is not None and skip_above is None:
-        raise ValueError("`max_skips` limits how often `skip_above` skips; pass `skip_above`, too")
+    _check_lbfgs(optimizers, nonfinite, skip_above)
+    if max_skips is not None:
+        max_skips = arguments.count("max_skips", max_skips, least=1)
+        if skip_above is None and nonfinite != "skip":
+            raise ValueError(
+                "`max_skips` limits how many steps in a row are skipped; pass `skip_above` or "
+                "`nonfinite='skip'`, too"
+            )
     if on_clip is not None and not callable(on_clip):
         raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
-    several = len(optimizers) > 1
-    # A tensor has a method with this name, too.
-    is_rule = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
-    bank = ThresholdBank(math.inf if is_rule else cast("MaxNorm", max_norm), in_rounds=several)
-    order = _order_of(norm_type, nonfinite)
+    bank, rule = _limit_of(max_norm)
+    order = _norm_type_of(norm_type, nonfinite)
     return Settings(
-        count=len(optimizers),
         bank=bank,
-        rule=cast("Rule", max_norm) if is_rule else None,
-        scope="parameter" if bank.per_parameter else scope,
-        order=order,
+        rule=rule,
+        own_scope=scope,
+        norm_type=order,
         nonfinite=nonfinite,
-        spikes=None if skip_above is None else Spikes(skip_above, max_skips, order, several),
+        nonfinite_skips=InARow(max_skips if nonfinite == "skip" else None),
+        skip_above=None if skip_above is None else SkipAbove(skip_above, max_skips, order),
         groups=_process_groups_of(group, "AdaGC" if bank.per_parameter else scope),
         on_clip=on_clip,
         layers_every=arguments.count("layers_every", layers_every, least=0),
         names=Names(optimizers, model),
-        joins_norms=bank.per_parameter and getattr(max_norm, "max_norm", 0.0) < math.inf,
     )
+
+
+def _limit_of(max_norm: MaxNorm | Rule) -> tuple[ThresholdBank, Rule | None]:
+    """The thresholds, and the rule if another one than a norm was passed."""
+    # A tensor has a method with this name, too.
+    if isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor)):
+        return ThresholdBank(math.inf), max_norm
+    return ThresholdBank(cast("MaxNorm", max_norm)), None
 
 
 def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
@@ -182,7 +187,7 @@ def takes_hooks(optimizer: Optimizer) -> bool:
     return True
 
 
-def _refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_above: MaxNorm | None) -> None:
+def _check_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_above: MaxNorm | None) -> None:
     """Raise an error for LBFGS together with what its steps cannot do."""
     if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         return
@@ -201,7 +206,7 @@ def _refuse_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_ab
         )
 
 
-def _order_of(norm_type: float | str, nonfinite: Nonfinite) -> float:
+def _norm_type_of(norm_type: float | str, nonfinite: Nonfinite) -> float:
     """The order of the norms, which must show non-finite gradients if a policy needs that."""
     order = arguments.norm_order(norm_type)
     if order <= 0 and nonfinite != "propagate":
@@ -223,7 +228,7 @@ def _process_groups_of(group: Any, scope: str) -> list[ProcessGroup] | None:
     return groups
 
 
-def refuse_history(history: Any) -> None:
+def check_history(history: Any) -> None:
     """Raise an error for anything but a history, and for one of another Clipper."""
     if not isinstance(history, History):
         raise TypeError(

@@ -42,6 +42,7 @@ class Step:
         counts: whether the running step is a training step.
         stepped: whether a step has ended in the open round.
         fingerprint: that of the gradients when they were clipped, or when this step ended.
+        override: what replaces the optimizer's ``grad_scale`` during the step; None if nothing does.
     """
 
     def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:  # type: ignore[valid-type]
@@ -50,6 +51,7 @@ class Step:
         self._is_nested = False
         self._undo: list[Callable[[Outcome], None]] = []
         self.counts, self.stepped, self.fingerprint = True, False, b""
+        self.override: Any = None
 
     @property
     def optimizer(self) -> Optimizer:

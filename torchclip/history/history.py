@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any, overload
 
@@ -61,12 +61,14 @@ class History(Sequence[Record]):
     """The norms of single parameters, from every ``layers_every``-th step of a ``Clipper``."""
     clipped_sizes: ClippedSizes
     """The size of the clipped gradients, compared with the optimizer's ``eps``; a Clipper measures it."""
+    is_followed: bool
+    """Whether a Clipper records its steps here."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
         self.clipped_sizes = ClippedSizes()
         self._pending: list[tuple[Any, ...]] = []
-        self._flushes: list[Callable[[], object]] = []
+        self.is_followed = False
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
         self._largest: tuple[float, int | None] = (math.nan, None)
@@ -85,6 +87,7 @@ class History(Sequence[Record]):
         skipped: bool | Tensor = False,
         loss: float | Tensor | None = None,
         clipped_norm: float | Tensor | None = None,
+        nonfinite: bool | Tensor | None = None,
     ) -> None:
         """Record a step, without waiting for any value.
 
@@ -100,44 +103,27 @@ class History(Sequence[Record]):
             loss: the loss of the step; None if it is not known.
             clipped_norm: the norm of all gradients after clipping; by default ``total_norm`` times
                 ``clip_coef``, which is exact if ``clip_coef`` multiplies all gradients.
+            nonfinite: whether any gradient is not finite; by default whether ``total_norm`` is not.
         """
-        self._fetch()
-        # No lock is needed, as appending to a list is atomic.
-        self._pending.append((step, total_norm, max_norm, clip_coef, skipped, loss, clipped_norm))
+        self.extend([(step, total_norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)])
+
+    def extend(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Record a step that has several records: the arguments of ``append`` for each."""
+        # No lock is needed, as adding to a list is atomic.
+        self._pending.extend(rows)
         if len(self._pending) >= _MOST_PENDING:
             with self._lock:
                 self._resolve()
 
-    @property
-    def is_followed(self) -> bool:
-        """Whether a Clipper buffers steps for this history."""
-        return bool(self._flushes)
-
-    def follow(self, flush: Callable[[], object]) -> list[tuple[Any, ...]]:
-        """Register a function to call before anything is read or recorded: it records the steps that it has
-        buffered.
-
-        Returns:
-            The list for rows in the form that ``append`` makes.
-        """
+    def last_step(self) -> int | None:
+        """The number of the latest step, without reading its values; None before the first."""
         with self._lock:
-            self._resolve()
-            self._flushes.append(flush)
-        return self._pending
-
-    def unfollow(self, flush: Callable[[], object]) -> None:
-        """Call that function a last time."""
-        with self._lock:
-            self._resolve()
-            self._flushes.remove(flush)
-
-    def _fetch(self) -> None:
-        for flush in self._flushes:
-            flush()
+            if self._pending:
+                return int(self._pending[-1][0])
+            return self._kept[-1].step if self._kept else None
 
     def _resolve(self) -> None:
         """Turn pending rows into records.  The caller holds the lock."""
-        self._fetch()
         rows = self._pending[:]  # another thread may append more at the same time
         if not rows:
             return
@@ -346,7 +332,6 @@ class History(Sequence[Record]):
         if "layers" in state:  # earlier versions did not save it
             layers.load_state_dict(state["layers"])
         with self._lock:
-            self._fetch()
             self._pending.clear()
             self.layers = layers
             self._kept, self._counts, self._largest = kept, counts, (norm, step)
@@ -361,7 +346,7 @@ class History(Sequence[Record]):
             self._resolve()
             state = vars(self) | {"_kept": self._kept.copy(), "layers": copy.copy(self.layers)}
         # Copies have their own lock and pending steps, and no Clipper.
-        return state | {"_pending": [], "_flushes": [], "_lock": None}
+        return state | {"_pending": [], "is_followed": False, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

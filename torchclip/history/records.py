@@ -31,7 +31,11 @@ class Record(NamedTuple):
     clipped: bool
     """Whether ``clip_coef`` is below 1 and the step was taken."""
     nonfinite: bool
-    """Whether ``total_norm`` is ``inf`` or ``nan``."""
+    """Whether any gradient is ``inf`` or ``nan``.
+
+    Then ``total_norm`` is, too, unless only parameter groups with ``max_norm=None`` have them, which it leaves
+    out.
+    """
     skipped: bool
     """Whether the step was skipped: parameters and optimizer state did not change."""
     loss: float | None = None
@@ -113,22 +117,32 @@ def numbers(values: Iterable[Any]) -> list[Any]:
 
 
 def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-    """The arguments of ``History.append`` as records.  Rows from the kernel may lack the last ones."""
-    rows = [row if len(row) == 7 else (*row, None, None)[:7] for row in rows]
-    fetched = iter(numbers(chain.from_iterable(rows)))
-    records = []
-    for row in rows:
-        step, norm, max_norm, coef, skipped, loss, clipped_norm = islice(fetched, 7)
-        if skipped and isinstance(row[4], Tensor):  # its value was not known yet when the step was recorded
-            max_norm, coef = math.inf, 1.0
-        clipped, nonfinite = coef < 1 and not skipped, not math.isfinite(norm)
-        loss = None if loss is None else float(loss)
-        if clipped_norm is None or skipped:
-            clipped_norm = _clipped_norm(norm, coef, skipped)
-        records.append(
-            Record(step, norm, max_norm, coef, clipped, nonfinite, bool(skipped), loss, float(clipped_norm))
-        )
-    return records
+    """The arguments of ``History.append`` as records."""
+    if any(isinstance(value, Tensor) for row in rows for value in row):
+        fetched = iter(numbers(chain.from_iterable(rows)))
+        return [_record(row, *islice(fetched, len(row))) for row in rows]
+    return [_record(row, *row) for row in rows]
+
+
+def _record(
+    row: tuple[Any, ...],
+    step: int,
+    norm: float,
+    max_norm: float,
+    coef: float,
+    skipped: bool,
+    loss: float | None,
+    clipped_norm: float | None,
+    nonfinite: bool | None,
+) -> Record:
+    """A record from the values of a row."""
+    if skipped and isinstance(row[4], Tensor):  # its value was not known yet when the step was recorded
+        max_norm, coef = math.inf, 1.0
+    if clipped_norm is None or skipped:
+        clipped_norm = _clipped_norm(norm, coef, skipped)
+    is_nonfinite = not math.isfinite(norm) if nonfinite is None else bool(nonfinite)
+    clipped, loss = coef < 1 and not skipped, None if loss is None else float(loss)
+    return Record(step, norm, max_norm, coef, clipped, is_nonfinite, bool(skipped), loss, float(clipped_norm))
 
 
 def norms_by_name(names: Sequence[str], norms: Sequence[float] | Tensor) -> dict[str, float]:

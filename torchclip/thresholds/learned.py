@@ -87,9 +87,10 @@ class Learned(Saved):
 
     def copied(self: Kind) -> Kind:
         """A copy that is only to be saved."""
-        copied = copy.copy(self)
+        copied = object.__new__(type(self))  # copy.copy() takes several times as long
+        vars(copied).update(vars(self))
         for name in self._columns:
-            setattr(copied, name, copy.copy(getattr(self, name)))
+            vars(copied)[name] = copy.copy(vars(self)[name])
         return copied
 
     def _to_row(self, name: str) -> Any:

@@ -1,0 +1,62 @@
+"""Steps that are taken during a backward pass, when other gradients do not exist yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from torchclip._core import gather, mesh
+from torchclip.clipper.optimizers import groups_of, parameters_of
+from torchclip.clipper.sets import own_max_norm
+from torchclip.clipper.settings import Settings
+
+_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+_NONE = -1
+
+
+def check_in_backward(optimizers: Sequence[Optimizer], settings: Settings) -> bool:
+    """Raise an error for a step during a backward pass that needs what does not exist there.
+
+    Returns:
+        Whether the step can only be clipped without other ranks, which may be elsewhere in their pass.
+    """
+    if _graph_task() == _NONE:
+        return False
+    if len(optimizers) > 1:
+        raise RuntimeError(
+            "an optimizer steps during the backward pass, but its Clipper has several optimizers, whose "
+            "gradients are not there yet. Make a Clipper for each of them, such as "
+            "[torchclip.Clipper(optimizer, max_norm) for optimizer in optimizers], or call optimizer.step() "
+            "after backward()"
+        )
+    parameters = parameters_of(*optimizers)
+    if settings.groups is None and not mesh.any_dtensor(parameters):
+        return False
+    if settings.groups is not None or _takes_norm(optimizers[0], settings):
+        raise RuntimeError(
+            "the gradients of a step that is taken during the backward pass are sharded; their norm "
+            "takes other ranks, which may be elsewhere in theirs. Use `Value`, which takes no norm, or "
+            "`max_norm=inf`, with nonfinite='propagate' and no `layers_every`; or call optimizer.step() "
+            "after backward()"
+        )
+    if any(map(mesh.is_partial, gather.distinct_gradients(parameters))):
+        raise RuntimeError(
+            "the gradients of a step that is taken during the backward pass are pending a reduction over "
+            "ranks. Call optimizer.step() after backward()"
+        )
+    return True
+
+
+def _takes_norm(optimizer: Optimizer, settings: Settings) -> bool:
+    """Whether a norm is needed before the gradients are changed."""
+    limits = {*map(own_max_norm, groups_of([optimizer]))}
+    if settings.nonfinite != "propagate" or settings.skip_above is not None or limits - {None, math.inf}:
+        return True
+    if settings.norm_type <= 0 or settings.layers_every:
+        return True
+    if settings.rule is not None:
+        return not getattr(settings.rule, "by_element", False)
+    return None in limits and settings.bank.number != math.inf
