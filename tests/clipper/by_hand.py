@@ -98,6 +98,8 @@ class Result(NamedTuple):
     clip_coef: float
     skipped: bool
     grads: dict[int, Array]
+    clipped_norm: float = 0.0
+    nonfinite: bool = False
 
 
 class ByHand:
@@ -114,19 +116,19 @@ class ByHand:
         self.skip_above = skip_above
         self.seen: dict[str, list[float]] = {}
 
-    def clip(self, groups: list[Group], step: int, asked: dict[str, float]) -> Result | None:
+    def clip(self, groups: list[Group], step: int) -> Result | None:
         """The result of a step; None if its gradients must be refused.
 
         Args:
             groups: the gradients of all parameter groups.
             step: the number of the step.
-            asked: the learned thresholds of this step by the names of their sets, which are asked for once.
         """
         skipped = self.skip(groups)
         total_norm, grads = skipped.total_norm, skipped.grads
-        if not math.isfinite(total_norm) and self.nonfinite == "error":
+        if skipped.nonfinite and self.nonfinite == "error":
             return None
-        if self.must_skip(total_norm, grads):
+        counted = self.counted(groups)
+        if self.must_skip(skipped, counted):
             return skipped
         max_norms, coefs = [], dict[int, float]()
         smallest, of_rule = 1.0, set[int]()
@@ -138,7 +140,6 @@ class ByHand:
                 grads |= of_set
                 norm = self.norm(of_set.values())
                 if not has_finite:
-                    max_norms += [asked[name]] if name in asked else []  # from before user code ran
                     continue
             if own != "none":
                 max_norm = INF if own is None else float(own)
@@ -146,7 +147,7 @@ class ByHand:
                 max_norm = INF
                 of_rule |= of_set.keys()
             else:
-                max_norm = self.threshold(name, norm, step, asked)
+                max_norm = self.threshold(name, norm, step)
             max_norms.append(max_norm)
             coef = coefficient(max_norm, norm, learned=own == "none" and self.rule in LEARNED)
             smallest = float(np.minimum(smallest, coef))
@@ -157,22 +158,32 @@ class ByHand:
                 grads[key] = grads[key] if coef == 1 else np.asarray(grads[key] * coef)
             if self.rule in RULES:
                 RULES[self.rule][1]([grads[key] for key in of_rule])
-                after = np.float64(self.norm(grads.values()))
+            after = np.float64(self.norm(grads[key] for key in counted))
+            if self.rule in RULES:
                 smallest = 1.0 if total_norm in (0, after) else float(np.minimum(1.0, after / total_norm))
-        return Result(total_norm, min(max_norms, default=math.nan), smallest, False, grads)
+        max_norm = min(max_norms, default=math.nan)
+        return Result(total_norm, max_norm, smallest, False, grads, float(after), skipped.nonfinite)
 
     def skip(self, groups: list[Group]) -> Result:
         """The result of a step that is skipped."""
         grads = {grad[0]: grad[1] for group in groups for grad in group.grads if grad is not None}
-        return Result(self.norm(grads.values()), INF, 1.0, True, grads)
+        nonfinite = not math.isfinite(self.norm(grads.values()))
+        return Result(
+            self.norm(self.counted(groups).values()), INF, 1.0, True, grads, nonfinite=nonfinite
+        )
 
-    def must_skip(self, total_norm: float, grads: dict[int, Array]) -> bool:
-        if not math.isfinite(total_norm) and self.nonfinite == "skip":
+    def counted(self, groups: list[Group]) -> dict[int, Array]:
+        """The gradients that are clipped; all if none are."""
+        clipped = [group for group in groups if group.own is not None] or groups
+        return {grad[0]: grad[1] for group in clipped for grad in group.grads if grad is not None}
+
+    def must_skip(self, skipped: Result, counted: dict[int, Array]) -> bool:
+        if skipped.nonfinite and self.nonfinite == "skip":
             return True
         if self.skip_above is None:
             return False
-        finite_norm = self.norm(finite_parts(grads).values())
-        return (finite_norm if self.nonfinite == "zero" else total_norm) > self.skip_above
+        finite_norm = self.norm(finite_parts(counted).values())
+        return (finite_norm if self.nonfinite == "zero" else skipped.total_norm) > self.skip_above
 
     def norm(self, grads: Iterable[Array]) -> float:
         joint = np.concatenate([np.zeros(1), *(grad.ravel() for grad in grads)])
@@ -190,15 +201,13 @@ class ByHand:
                     found.setdefault(name, ClipSet(group.own, {})).grads[grad[0]] = grad[1]
         return found
 
-    def threshold(self, name: str, norm: float, step: int, asked: dict[str, float]) -> float:
+    def threshold(self, name: str, norm: float, step: int) -> float:
         """The threshold of a set without one of its own."""
         if self.rule not in LEARNED:
             return float(self.rule(step) if callable(self.rule) else self.rule)
-        if name not in asked:
-            norms = self.seen.setdefault(name, [])
-            norms.append(norm)
-            asked[name] = float(LEARNED[self.rule][1](norms)[-1])
-        return asked[name]
+        norms = self.seen.setdefault(name, [])
+        norms.append(norm)
+        return float(LEARNED[self.rule][1](norms)[-1])
 
 
 def coefficient(max_norm: float, norm: float, learned: bool) -> float:
@@ -283,7 +292,7 @@ class Rounds:
             i: the optimizer.
             closure: what its closure does.
             user: what user code has done in the middle of the step; None if none has run.
-            where: this user code: "on_clip", "max_norm" or "update".
+            where: this user code: "on_clip", or "max_norm" and "update", which only raise.
             breaks: what fails after the clipping; "" for nothing.
             overflows: whether a GradScaler skips the step.
         """
@@ -318,26 +327,23 @@ class Rounds:
 
     def _clip(self, user: Act | None, where: str, overflows: bool) -> bool:
         """Open a round; returns whether its gradients may be used."""
-        learned, asked, number = copy.deepcopy(self.hand.seen), dict[str, float](), len(self.records)
+        learned, number = copy.deepcopy(self.hand.seen), len(self.records)
         loss, self.loss = self.loss, None
-        if user is raise_ and where != "on_clip":
+        if user is not None and where != "on_clip":
             raise Raised  # before anything was learned
         groups = self.groups()
         if overflows and (len(self.optimizers) == 1 or self.hand.nonfinite == "error"):
             result: Result | None = self.hand.skip(groups)
         else:
-            result = self.hand.clip(groups, number, asked)
+            result = self.hand.clip(groups, number)
         if result is None:
             return False
-        self.told.append(result)
-        if user is not None:
-            user(self.parameters)
-            result = result if result.skipped else self.hand.clip(self.groups(), number, asked)
-            if result is None:
-                return False
         if not result.skipped:
             for grad in (p.grad for p in self.parameters if p.grad is not None):
                 grad.copy_(torch.from_numpy(result.grads[id(grad)]))
+        self.told.append(result)
+        if user is not None:
+            user(self.parameters)
         self._new, self._learned = [set() for _ in self.optimizers], learned
         self._open = result, loss
         return True
@@ -346,7 +352,7 @@ class Rounds:
         if self._open is not None and self.stepped:
             result, loss = self._open
             if all(self._skips):  # by a GradScaler
-                result = Result(result.total_norm, INF, 1.0, True, {})
+                result = Result(result.total_norm, INF, 1.0, True, {}, nonfinite=result.nonfinite)
             self.records.append((result, loss))
         self._open, self.stepped, self._skips = None, set(), []
 

@@ -55,6 +55,7 @@ class Training:
         self.unscaled = False
         self.told: list[Record] = []  # by on_clip
         self.ran = False  # user code in the middle of the last step
+        self.shares = False  # whether sets may share gradients, whose joint norm after clipping is not known
         self.clipper: Clipper
         self.make_optimizers()
         self.draw_options()
@@ -71,6 +72,7 @@ class Training:
         held = [[self.parameter() for _ in range(self.rng.randint(1, 3))] for _ in range(self.count)]
         if self.count > 1 and self.scaler is None and self.chance(0.3):
             held[1].append(held[0][0])
+            self.shares = True
         copies = {id(p): nn.Parameter(p.detach().clone()) for of_one in held for p in of_one}
         # Torch's fused SGD with momentum cannot handle a parameter that is added later.
         options: list[dict[str, Any]] = [{"fused": True}, {"momentum": 0.5}, {}]
@@ -105,7 +107,8 @@ class Training:
         # There a step may be skipped although the host goes on with it; rules then clip all the same.
         if accelerator and any(self.fused) and may_skip and self.rule in RULES:
             self.rule = INF
-        self.may_meddle = not (accelerator and (self.count > 1 or (any(self.fused) and may_skip)))
+        # A fused step clips what user code has left; the gradients of a skipped one may be hidden, or not.
+        self.may_meddle = not any(self.fused)
         self.during: tuple[str, Act] | None = None  # where, and what
         self.hand = Rounds(self.copies, self.fused, ByHand(self.rule, **self.options))
         for i in range(self.count):
@@ -243,6 +246,7 @@ class Training:
                 elif way == "none":
                     p.grad = None
                 elif way == "share" and may_share:
+                    self.shares = True
                     p.grad = parameters[other].grad
                 elif way == "resize_" and p.grad.numel() and p.grad.untyped_storage().resizable():
                     p.grad.resize_(1000).resize_(p.shape).copy_(new)
@@ -356,6 +360,7 @@ class Training:
         breaks = self.rng.choice(["hook", "step"]) if closure is None and self.chance(0.1) else ""
         where = self.rng.choice([*self.places, ""])
         act = self.rng.choice([None, None, self.meddle() if self.may_meddle else None, raise_])
+        act = act if act is None or where == "on_clip" else raise_
         self.during = None if act is None or not where else (where, act)
         if self.clipper.loss is None and self.chance(0.5):
             self.clipper.loss = self.hand.loss = self.rng.random()
@@ -461,11 +466,14 @@ class Training:
     def check(self, grads: bool = True) -> None:
         history, records = [*self.clipper.history], self.hand.records
         assert (self.clipper.state_dict()["steps"], self.clipper.loss) == (len(records), self.hand.loss)
-        assert [(r.skipped, r.loss) for r in history] == [(r.skipped, loss) for r, loss in records]
+        assert [(r.skipped, r.loss, r.nonfinite) for r in history] == [
+            (r.skipped, loss, r.nonfinite) for r, loss in records
+        ]
         assert [r.step for r in history] == [*range(len(records))]
         if records:
-            found = np.array([(r.total_norm, r.clip_coef, r.max_norm) for r in history])
-            wanted = np.array([(r.total_norm, r.clip_coef, r.max_norm) for r, _ in records])
+            fields = ("total_norm", "clip_coef", "max_norm", *([] if self.shares else ["clipped_norm"]))
+            found = np.array([[getattr(r, field) for field in fields] for r in history])
+            wanted = np.array([[getattr(r, field) for field in fields] for r, _ in records])
             found[np.isnan(wanted[:, 2]), 2] = math.nan  # nothing was compared with it
             np.testing.assert_allclose(found, wanted, rtol=1e-5)
         ours, theirs = self.parameters, self.hand.parameters

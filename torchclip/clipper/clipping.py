@@ -152,17 +152,17 @@ def change(
             gradients.scale_()
     if settings.rule is not None:
         after = clip_by(settings.rule, gradients, settings, local)
-        return decision._replace(clip_coef=ratio(after, gradients.total_norm)), after
+        return decision._replace(clip_coef=ratio(after, gradients.total_norm)), scalars.present(after)
     return decision, _clipped_norm(gradients, settings)
 
 
 def _clipped_norm(gradients: Gradients, settings: Settings) -> Norm | None:
     """The joint norm after clipping, if sets have different coefficients."""
     counted: Sequence[ClipSet] = [each for each in gradients.sets if not each.is_exempt] or gradients.sets
-    if len(counted) == 1 and not settings.each:
+    if len(counted) == 1 and not (settings.each or counted[0].is_zeroed):
         return None
-    norms = [_times(each.norms, each.clip_coefs) for each in counted]
-    return joint_norms.join(scalars.concatenate(norms), settings.norm_type)
+    norms = scalars.concatenate([_times(each.norms, each.clip_coefs) for each in counted])
+    return scalars.present(joint_norms.join(norms, settings.norm_type))
 
 
 def _times(norms: Norms, clip_coefs: Norms) -> Norms:

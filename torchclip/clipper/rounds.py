@@ -138,6 +138,7 @@ class Rounds:
             return
         with self._lock:
             ends = False
+            step.undo("finished")
             if step.counts and opened is not None:
                 step.stepped = True
                 ends = all(each.stepped or each.is_gone() for each in self._steps)
@@ -310,12 +311,13 @@ class Rounds:
         if settings.layers_every and number % settings.layers_every == 0:
             names, _, norms = settings.names.norms(gradients.optimizers, settings.norm_type)
             opened.layers = names, norms  # of the last call of a closure
+        loss = self.loss.take()  # now, as the step may fail
         decision, clipped_norm = decide(gradients, settings, step.optimizer, number), None
         opened.skipped = decision.skipped
         if decision.skipped is not True:
             hook = self.hooks[index]
             decision, clipped_norm = change(gradients, settings, decision, step, hook, opened.is_local)
-        row = _row(number, gradients, decision, self.loss.take(), clipped_norm)
+        row = _row(number, gradients, decision, loss, clipped_norm)
         opened.rows.append(row)
         if settings.on_clip is not None:
             self._tell(settings.on_clip, row, opened)

@@ -78,8 +78,7 @@ class Step:
         return self._thread is not None and not (self._is_nested and self._is_around(1))
 
     def end(self) -> None:
-        """End the step.  The caller holds the lock."""
-        self.undo("finished")
+        """End the step, after what was changed for it was undone."""
         self._thread = None
 
     def fail(self) -> None:
