@@ -48,10 +48,14 @@ def gradients(
 def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
     """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
     if group is None:
-        by_kernel = [_by_kernel(some, take_grad=True) for some in parameters]
-        # Nearly always: then there is nothing to refuse, and no other rank.
-        if all(batch is not None and batch.plain for batch in by_kernel):
-            return by_kernel
+        found: list[Batch] = []
+        for some in parameters:
+            batch = _by_kernel(some, take_grad=True)
+            if batch is None or not batch.plain:
+                break
+            found.append(batch)
+        else:  # nearly always: then there is nothing to refuse, and no other rank
+            return found
     return _batches("parameters", parameters, group, kind)
 
 
@@ -84,8 +88,11 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
 
 def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
     """The norm of each batch, or with ``each`` the norms of its tensors, in one exchange between ranks."""
+    # `isinstance` would take several times as long, for each batch.
+    if all([type(batch) is not ShardedBatch for batch in batches]):
+        return [(batch.norms if each else batch.norm)(p, finite) for batch in batches]
     together = [batch for batch in batches if isinstance(batch, ShardedBatch)]
-    joint = iter(sharded.norms_of(together, each, p, finite) if together else ())
+    joint = iter(sharded.norms_of(together, each, p, finite))
     return [
         next(joint) if isinstance(batch, ShardedBatch) else (batch.norms if each else batch.norm)(p, finite)
         for batch in batches

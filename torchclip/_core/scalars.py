@@ -217,8 +217,9 @@ def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norm
         return clip_coef(
             on_device(max_norms, norms.device) if isinstance(max_norms, list) else max_norms, norms, eps
         )
-    limits = [max_norms] * len(norms) if isinstance(max_norms, (int, float)) else numbers(max_norms)
-    return [clip_coef(limit, norm, eps) for limit, norm in zip(limits, norms, strict=True)]
+    if isinstance(max_norms, (int, float)):
+        return [clip_coef(max_norms, norm, eps) for norm in norms]
+    return [clip_coef(limit, norm, eps) for limit, norm in zip(numbers(max_norms), norms, strict=True)]
 
 
 def refuse_nonfinite(

@@ -13,18 +13,16 @@ from torchclip.clipper.optimizers import groups_of, parameters_of
 from torchclip.clipper.sets import own_max_norm
 from torchclip.clipper.settings import Settings
 
-_graph_task: Callable[[], int] = torch._C._current_graph_task_id
-_NONE = -1
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass from which the caller is called; -1 if there is none."""
 
 
 def check_in_backward(optimizers: Sequence[Optimizer], settings: Settings) -> bool:
-    """Raise an error for a step during a backward pass that needs what does not exist there.
+    """Raise an error for a step that is taken during a backward pass, and needs what does not exist there.
 
     Returns:
         Whether the step can only be clipped without other ranks, which may be elsewhere in their pass.
     """
-    if _graph_task() == _NONE:
-        return False
     if len(optimizers) > 1:
         raise RuntimeError(
             "an optimizer steps during the backward pass, but its Clipper has several optimizers, whose "

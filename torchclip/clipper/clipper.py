@@ -172,7 +172,9 @@ class Clipper:
         for i, each in enumerate(optimizers):
             before = each.register_step_pre_hook(partial(self._rounds.before_step, i))
             self._rounds.hooks.append(before)
-            self._hooks += [before, each.register_step_post_hook(partial(self._after_step, i))]
+            after: Any = partial(self._rounds.after_step, i)
+            after.clipper = self  # through which an optimizer keeps the Clipper alive
+            self._hooks += [before, each.register_step_post_hook(after)]
             registry.clippers[each] = ref(self)
 
     @property
@@ -352,7 +354,3 @@ class Clipper:
             f"max_norm={self.max_norm!r}, norm_type={settings.norm_type}, "
             f"scope={settings.scope!r}, nonfinite={settings.nonfinite!r})"
         )
-
-    def _after_step(self, index: int, *_: Any) -> None:
-        # Through this hook an optimizer keeps the Clipper alive; the Clipper refers to optimizers weakly.
-        self._rounds.after_step(index)

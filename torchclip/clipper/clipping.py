@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TypeAlias, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,26 +13,16 @@ from torchclip._core import joint_norms, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.rules import clip_by, ratio
-from torchclip.clipper.sets import ClipSet, Gradients
+from torchclip.clipper.sets import Gradients
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Step
 
+Decision: TypeAlias = tuple[bool | Tensor, Norm, Norm]
+"""Whether the step is skipped, the smallest threshold, and the smallest clip coefficient.
 
-class Decision(NamedTuple):
-    """What is done to the gradients.
-
-    Attributes:
-        skipped: whether the step is skipped; a truth value on the device if the host does not know it.
-        max_norm: the smallest threshold.
-        clip_coef: the smallest clip coefficient.
-    """
-
-    skipped: bool | Tensor
-    max_norm: Norm
-    clip_coef: Norm
-
-
-_SKIPPED = Decision(True, math.inf, 1.0)
+Whether it is skipped is a truth value on the device if the host does not know it.
+"""
+_SKIPPED: Decision = (True, math.inf, 1.0)
 
 
 def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, number: int) -> Decision:
@@ -49,7 +38,8 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
     skipped: bool | Tensor = False
     # A GradScaler decides for each of several optimizers in its own step; a policy decides for all.
     if len(optimizers) == 1 or policy == "error":
-        skipped = nonfinite.is_skipped_by_scaler(optimizer)
+        if "found_inf" in vars(optimizer):
+            skipped = nonfinite.is_skipped_by_scaler(optimizer)
         # Deciding whether to raise waits for an accelerator.
         if skipped is True or (policy == "error" and skipped):
             return _SKIPPED
@@ -59,7 +49,7 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
         nonfinite.check_finite(gradients, settings)
     zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
     if settings.skip_above is not None and skipped is not True:
-        norm = gradients.finite_norm() if zeroes else gradients.total_norm
+        norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
         above = settings.skip_above.should_skip(nonfinite.deciding_norm(norm, optimizers), number)
         skipped = above if above is True or skipped is False else skipped | above
     if skipped is True:
@@ -79,52 +69,42 @@ def _limit(gradients: Gradients, settings: Settings, skipped: bool | Tensor, num
             asked.append(clip_set)
         else:
             clip_set.limit(clip_set.own, scalars.EPS)
-    if not asked:
-        return
-    names, norms = gradients.observed(asked) if bank.learns else ([], [])
-    norms = scalars.replaced(norms, skipped, math.nan)
-    max_norms = bank.max_norms(names, norms, settings.norm_type, number)
-    start = 0
-    for clip_set in asked:
-        end = start + len(clip_set.norms)
-        clip_set.limit(max_norms if isinstance(max_norms, float) else max_norms[start:end], bank.eps)
-        start = end
+    if not bank.learns:
+        max_norm = bank.number if bank.number is not None or not asked else bank.called(number)
+        for clip_set in asked:
+            clip_set.limit(cast("float", max_norm), bank.eps)
+    elif asked:
+        names, norms = gradients.observed(asked)
+        max_norms = bank.max_norms(names, scalars.replaced(norms, skipped, math.nan), settings.norm_type)
+        start = 0
+        for clip_set in asked:
+            end = start + len(clip_set.norms)
+            clip_set.limit(max_norms[start:end], bank.eps)
+            start = end
 
 
 def _summary(gradients: Gradients, settings: Settings, skipped: bool | Tensor) -> Decision:
     """The smallest threshold and coefficient, and the limit of a step that is taken though it is above it."""
     sets, above = gradients.sets, settings.skip_above
-    max_norm: Norm = math.inf
+    of_sets: list[Norms] = []
     if above is not None and scalars.may_change(above.clip_coef):
-        max_norm = above.max_norm
+        of_sets.append(scalars.in_one([above.max_norm]))
         for clip_set in sets:
             if not clip_set.is_exempt:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, above.clip_coef)
     elif len(sets) == 1 and not settings.each:
-        only = sets[0]
-        return Decision(skipped, _first(only.max_norms), only.clip_coefs[0])
+        max_norms = sets[0].max_norms
+        return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], sets[0].clip_coefs[0]
     present = [each for each in sets if not each.is_absent()] or sets
-    of_sets = [_as_norms(each.max_norms) for each in present if len(each.norms)]
-    max_norm = scalars.smallest([*of_sets, scalars.in_one([max_norm])], math.inf)
-    return Decision(skipped, max_norm, scalars.smallest([each.clip_coefs for each in sets], 1.0))
-
-
-def _first(max_norms: float | Norms) -> Norm:
-    return max_norms if isinstance(max_norms, float) else max_norms[0]
-
-
-def _as_norms(max_norms: float | Norms) -> Norms:
-    return [max_norms] if isinstance(max_norms, float) else max_norms
+    limits = [each.max_norms for each in present if len(each.norms)]
+    of_sets += [[each] if isinstance(each, float) else each for each in limits]
+    clip_coefs = [each.clip_coefs for each in sets]
+    return skipped, scalars.smallest(of_sets, math.inf), scalars.smallest(clip_coefs, 1.0)
 
 
 def change(
-    gradients: Gradients,
-    settings: Settings,
-    decision: Decision,
-    step: Step,
-    hook: RemovableHandle,
-    local: bool,
-) -> tuple[Decision, Norm | None]:
+    gradients: Gradients, settings: Settings, decision: Decision, step: Step, hook: RemovableHandle
+) -> tuple[Norm, Norm | None]:
     """Change the gradients as was decided, or leave that to a fused step.
 
     Args:
@@ -133,35 +113,33 @@ def change(
         decision: what was decided.
         step: that of the optimizer which is about to step.
         hook: the handle of the pre hook that clips.
-        local: whether only this rank's part of them counts.
 
     Returns:
-        What was done, and the norm after it, or None if it is that before times the coefficient.
+        The coefficient, and the norm after clipping, or None if it is the norm before times the coefficient.
     """
-    gradients.zero_nonfinite_()
-    if scalars.may_change(decision.clip_coef):
-        divisor = None
-        if settings.rule is None:
-            divisor = fused.divisor(step, hook, gradients, decision.clip_coef)
+    skipped, _, clip_coef = decision
+    if settings.nonfinite == "zero":
+        gradients.zero_nonfinite_()
+    if scalars.may_change(clip_coef):
+        divisor = fused.divisor(step, hook, gradients, clip_coef) if settings.rule is None else None
         if divisor is not None:
             fused.override(step).set(divisor)
         else:
-            if not isinstance(decision.skipped, bool):  # and the host does not know it: then times 1
+            if not isinstance(skipped, bool):  # and the host does not know it: then times 1
                 for clip_set in gradients.sets:
-                    clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, decision.skipped, 1.0)
+                    clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, skipped, 1.0)
             gradients.scale_()
     if settings.rule is not None:
-        after = clip_by(settings.rule, gradients, settings, local)
-        return decision._replace(clip_coef=ratio(after, gradients.total_norm)), scalars.present(after)
-    return decision, _clipped_norm(gradients, settings)
+        after = clip_by(settings.rule, gradients, settings)
+        return ratio(after, gradients.total_norm), scalars.present(after)
+    if len(gradients.sets) == 1 and not settings.each and not gradients.sets[0].is_zeroed:
+        return clip_coef, None
+    return clip_coef, _clipped_norm(gradients, settings)
 
 
-def _clipped_norm(gradients: Gradients, settings: Settings) -> Norm | None:
-    """The joint norm after clipping, if sets have different coefficients."""
-    counted: Sequence[ClipSet] = [each for each in gradients.sets if not each.is_exempt] or gradients.sets
-    if len(counted) == 1 and not (settings.each or counted[0].is_zeroed):
-        return None
-    norms = scalars.concatenate([_times(each.norms, each.clip_coefs) for each in counted])
+def _clipped_norm(gradients: Gradients, settings: Settings) -> Norm:
+    """The joint norm after clipping."""
+    norms = scalars.concatenate([_times(each.norms, each.clip_coefs) for each in gradients.counted])
     return scalars.present(joint_norms.join(norms, settings.norm_type))
 
 

@@ -67,8 +67,9 @@ def should_skip(gradients: Gradients, settings: Settings, by_scaler: bool | Tens
 
 def check_finite(gradients: Gradients, settings: Settings) -> None:
     """Raise an error that names the gradients if the norm is not finite."""
-    raise_pending()
-    _raise(gradients, settings, _REMEDY)
+    if not math.isfinite(gradients.whole_norm):
+        raise_pending()
+        _raise(gradients, settings, _REMEDY)
 
 
 def _raise(gradients: Gradients, settings: Settings, remedy: str) -> None:

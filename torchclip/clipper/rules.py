@@ -10,19 +10,18 @@ from torchclip.clipper.settings import Settings
 from torchclip.thresholds.base import Rule
 
 
-def clip_by(rule: Rule, gradients: Gradients, settings: Settings, local: bool) -> Norm:
+def clip_by(rule: Rule, gradients: Gradients, settings: Settings) -> Norm:
     """Clip the gradients of all groups without a threshold of their own; returns the norm after that.
 
     Args:
         rule: the rule.
         gradients: the gradients, which were measured.
         settings: the Clipper's.
-        local: whether only this rank's part of them counts.
     """
     lists = [clip_set.parameters for clip_set in gradients.sets if clip_set.own is None]
     if lists:
         rule.clip_(joined(lists), gradients.grad_scale)
-    clipped = Gradients(gradients.optimizers, settings, local)
+    clipped = Gradients(gradients.optimizers, settings, gradients.is_local)
     clipped.measure()
     return clipped.total_norm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torchclip._core import arguments, gather, joint_norms, scalars
 from torchclip._core.batch import Batch, Norm, Norms
 from torchclip._core.collectives import Kind
-from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, joined, unscaled
+from torchclip.clipper.optimizers import Group, groups_of, joined, unscaled
 from torchclip.clipper.settings import Settings
 
 
@@ -43,8 +43,11 @@ class ClipSet:
 
     def limit(self, max_norms: float | Norms, eps: float) -> None:
         """Set the threshold of each norm, and with it the clip coefficient."""
-        self.max_norms = max_norms
-        self.clip_coefs = scalars.clip_coefs(max_norms, self.norms, eps)
+        self.max_norms, norms = max_norms, self.norms
+        if type(max_norms) is float and type(norms) is list and len(norms) == 1:
+            self.clip_coefs = [scalars.clip_coef(max_norms, norms[0], eps)]
+        else:
+            self.clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
 
     def is_absent(self) -> bool:
         """Whether there is certainly nothing to measure, on any rank."""
@@ -64,7 +67,7 @@ class Gradients:
     Args:
         optimizers: the optimizers.
         settings: what is clipped together.
-        local: whether only this rank's part of them counts.
+        is_local: whether only this rank's part of them counts.
 
     Attributes:
         each: whether each of them has a norm and a threshold.
@@ -75,11 +78,12 @@ class Gradients:
         whole_norm: the norm of all of them, which shows whether any gradient is not finite.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], settings: Settings, local: bool = False) -> None:
-        self.optimizers, self._settings, self.each = optimizers, settings, settings.each
-        self.grad_scale = grad_scale_of(optimizers)
-        self.total_norm: Norm = scalars.ABSENT
-        self.whole_norm: Norm = scalars.ABSENT
+    def __init__(self, optimizers: Sequence[Optimizer], settings: Settings, is_local: bool = False) -> None:
+        self.optimizers, self.is_local = optimizers, is_local
+        self._settings, self.each = settings, settings.each
+        self.grad_scale = vars(optimizers[0]).get("grad_scale") if len(optimizers) == 1 else None
+        self.total_norm: Norm
+        self.whole_norm: Norm
         kind = Kind.CLIP_EACH if self.each else Kind.CLIP
         try:
             self.sets = _sets_of(optimizers, settings)
@@ -89,7 +93,9 @@ class Gradients:
             raise
         lists = [each.parameters for each in self.sets]
         batches = (
-            [*map(gather.local_gradients, lists)] if local else gather.several(lists, settings.groups, kind)
+            [*map(gather.local_gradients, lists)]
+            if is_local
+            else gather.several(lists, settings.groups, kind)
         )
         for each, batch in zip(self.sets, batches, strict=True):
             each.batch = batch
@@ -99,6 +105,11 @@ class Gradients:
     def all(self) -> list[Tensor]:
         """The gradients, set by set."""
         return [grad for each in self.sets for grad in each.batch.all]
+
+    @property
+    def counted(self) -> list[ClipSet]:
+        """The sets whose norms count: those that are not exempt, or all if none is."""
+        return [each for each in self.sets if not each.is_exempt] or self.sets
 
     @property
     def facts(self) -> int:
@@ -111,7 +122,10 @@ class Gradients:
     def measure(self) -> None:
         """Measure the norms of the sets, and that of all gradients."""
         self.measure_sets(self.sets)
-        counted = [each for each in self.sets if not each.is_exempt] or self.sets
+        if len(self.sets) == 1 and not self.each:
+            self.total_norm = self.whole_norm = self.sets[0].norms[0]
+            return
+        counted = self.counted
         if self._overlaps and self._settings.groups is None:
             # A gradient that several sets share counts once.  With `group`, only some ranks may share a
             # gradient, and all of them would have to exchange another norm: there it counts in each set.
@@ -122,25 +136,30 @@ class Gradients:
             self.total_norm = self.joint_norm(counted)
         self.whole_norm = self.total_norm if len(counted) == len(self.sets) else self.joint_norm(self.sets)
 
+    def nonfinite_apart(self) -> bool | Tensor | None:
+        """Whether any gradient is not finite, if exempt groups count in this alone; else None."""
+        whole_norm = self.whole_norm
+        if whole_norm is self.total_norm:
+            return None
+        return ~whole_norm.isfinite() if isinstance(whole_norm, Tensor) else not math.isfinite(whole_norm)
+
     def measure_sets(self, sets: Sequence[ClipSet], finite: bool = False) -> None:
         """Measure the norms of some sets, or of their finite elements, divided by a GradScaler's scale.
 
         Ranks exchange the norms of all sets at once.
         """
         norm_type, each = self._settings.norm_type, self.each
-        norms = gather.norms_of([clip_set.batch for clip_set in sets], each, norm_type, finite)
-        for clip_set, of_set in zip(sets, norms, strict=True):
-            of_each = of_set if each else scalars.in_one([cast("Norm", of_set)])
-            clip_set.norms = unscaled(cast("Norms", of_each), self.grad_scale, norm_type)
+        found = gather.norms_of([clip_set.batch for clip_set in sets], each, norm_type, finite)
+        for clip_set, of_set in zip(sets, found, strict=True):
+            norms: Any = of_set
+            if not each:
+                norms = [norms] if isinstance(norms, float) else norms.reshape(1)
+            clip_set.norms = norms if self.grad_scale is None else unscaled(norms, self.grad_scale, norm_type)
 
     def joint_norm(self, sets: Sequence[ClipSet]) -> Norm:
         """The joint norm of some sets when they were last measured."""
         norms = scalars.concatenate([each.norms for each in sets])
         return norms[0] if len(norms) == 1 else joint_norms.join(norms, self._settings.norm_type)
-
-    def finite_norm(self) -> Norm:
-        """The norm of what counts after the sets that are not finite were measured without such elements."""
-        return self.joint_norm([each for each in self.sets if not each.is_exempt] or self.sets)
 
     def observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
         """What thresholds learn from: the names of some sets, and their norms."""

@@ -68,27 +68,16 @@ class Settings:
         return self.scope == "parameter"
 
     @cached_property
-    def banks(self) -> list[ThresholdBank]:
-        """The thresholds that learn, for clipping and for skipping."""
-        banks = [self.bank] if self.skip_above is None else [self.bank, self.skip_above.bank]
-        return [bank for bank in banks if bank.learns]
-
-    @cached_property
     def counts(self) -> list[InARow]:
         """How many steps in a row were skipped, for each reason."""
-        return [self.nonfinite_skips, *([] if self.skip_above is None else [self.skip_above.skips])]
+        counts = [self.nonfinite_skips] if self.nonfinite == "skip" else []
+        return counts if self.skip_above is None else [*counts, self.skip_above.skips]
 
-    def begin_step(self) -> None:
-        """Begin a step: what it learns and counts can be told from what was before."""
-        for bank in self.banks:
-            bank.begin_step()
-        for count in self.counts:
-            count.begin()
-
-    def end_step(self) -> None:
-        """End a step that is recorded."""
-        for count in self.counts:
-            count.end()
+    @cached_property
+    def memories(self) -> list[ThresholdBank | InARow]:
+        """What learns and counts from step to step."""
+        banks = [self.bank] if self.skip_above is None else [self.bank, self.skip_above.bank]
+        return [*(bank for bank in banks if bank.learns), *self.counts]
 
     def with_max_norm(self, max_norm: MaxNorm | Rule) -> Settings:
         """The same with another threshold or rule, which is checked."""

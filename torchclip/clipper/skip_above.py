@@ -34,7 +34,7 @@ class InARow:
         self.then: int | Tensor = 0
         self._on_its_way: tuple[Any, Tensor] | None = None
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         """Begin a step, which changes nothing unless it is added."""
         self.then = self.count
 

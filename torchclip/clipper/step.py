@@ -78,7 +78,9 @@ class Step:
         return self._thread is not None and not (self._is_nested and self._is_around(1))
 
     def end(self) -> None:
-        """End the step, after what was changed for it was undone."""
+        """End the step.  The caller holds the lock."""
+        if self._undo:
+            self.undo("finished")
         self._thread = None
 
     def fail(self) -> None:
@@ -132,8 +134,3 @@ def is_fused(optimizer: Optimizer) -> bool:
         # Code of other classes that reads the gradients before the optimizer does must find them clipped.
         and type(optimizer).step.__module__.startswith("torch.optim.")
     )
-
-
-def called(index: int, optimizer: Any) -> str:
-    """The name of one of several optimizers in an error."""
-    return f"optimizer {index} ({type(optimizer).__name__})"

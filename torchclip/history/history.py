@@ -115,12 +115,12 @@ class History(Sequence[Record]):
             with self._lock:
                 self._resolve()
 
-    def last_step(self) -> int | None:
-        """The number of the latest step, without reading its values; None before the first."""
-        with self._lock:
-            if self._pending:
-                return int(self._pending[-1][0])
-            return self._kept[-1].step if self._kept else None
+    def ends_with(self, step: int) -> bool:
+        """Whether a step is the latest one, without reading its values."""
+        try:
+            return bool(self._pending[-1][0] == step)
+        except IndexError:  # another thread may read them at this moment
+            return bool(self._kept) and self._kept[-1].step == step
 
     def _resolve(self) -> None:
         """Turn pending rows into records.  The caller holds the lock."""

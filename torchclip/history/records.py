@@ -50,6 +50,7 @@ class Record(NamedTuple):
     """
 
 
+_PLAIN = {int, float, bool, type(None)}
 COLUMNS = Record._fields[: Record._fields.index("layers")]
 """The fields with one value a step, which a history keeps and tables show."""
 
@@ -118,10 +119,10 @@ def numbers(values: Iterable[Any]) -> list[Any]:
 
 def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
     """The arguments of ``History.append`` as records."""
-    if any(isinstance(value, Tensor) for row in rows for value in row):
-        fetched = iter(numbers(chain.from_iterable(rows)))
-        return [_record(row, *islice(fetched, len(row))) for row in rows]
-    return [_record(row, *row) for row in rows]
+    if _PLAIN.issuperset(map(type, chain.from_iterable(rows))):  # nearly always, unless on an accelerator
+        return [_record(row, *row) for row in rows]
+    fetched = iter(numbers(chain.from_iterable(rows)))
+    return [_record(row, *islice(fetched, len(row))) for row in rows]
 
 
 def _record(

@@ -117,10 +117,7 @@ class ThresholdBank:
         if self.number is not None:
             return self.number
         if not self.learns:
-            answer = self.given(step)
-            if type(answer) is float and answer >= 0:
-                return answer
-            return arguments.threshold(f"{self._argument}({step})", answer)
+            return self.called(step)
         if not names:
             return norms
         self.add(names)
@@ -129,6 +126,13 @@ class ThresholdBank:
             return max_norms
         called = f"{type(self.given).__name__}.update()"
         return [arguments.threshold(called, answer) for answer in scalars.numbers(max_norms)]
+
+    def called(self, step: int) -> float:
+        """What a callable answers for the step of a number."""
+        answer = self.given(step)
+        if type(answer) is float and answer >= 0:
+            return answer
+        return arguments.threshold(f"{self._argument}({step})", answer)
 
     def _learners_for(self, norms: Norms) -> Objects | Rows:
         """What learns from the norms.
