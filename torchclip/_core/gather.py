@@ -45,18 +45,24 @@ def gradients(
     return batch
 
 
-def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
-    """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
+def measured(
+    parameters: Sequence[Sequence[Tensor]], group: Any, each: bool, p: float
+) -> list[tuple[Batch, Norm | Norms]]:
+    """``gradients`` of several lists of parameters, with the norm of each, or with ``each`` of its tensors.
+
+    Ranks exchange all norms at once.
+    """
+    found: list[tuple[Batch, Norm | Norms]] = []
     if group is None:
-        found: list[Batch] = []
         for some in parameters:
-            batch = _by_kernel(some, take_grad=True)
+            batch = native.gradients(some)
             if batch is None or not batch.plain:
                 break
-            found.append(batch)
+            found.append((batch, batch.norms(p) if each else batch.norm(p)))
         else:  # nearly always: then there is nothing to refuse, and no other rank
             return found
-    return _batches("parameters", parameters, group, kind)
+    batches = _batches("parameters", parameters, group, Kind.CLIP_EACH if each else Kind.CLIP)
+    return [*zip(batches, norms_of(batches, each, p), strict=True)]
 
 
 def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
@@ -88,11 +94,8 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
 
 def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
     """The norm of each batch, or with ``each`` the norms of its tensors, in one exchange between ranks."""
-    # `isinstance` would take several times as long, for each batch.
-    if all([type(batch) is not ShardedBatch for batch in batches]):
-        return [(batch.norms if each else batch.norm)(p, finite) for batch in batches]
     together = [batch for batch in batches if isinstance(batch, ShardedBatch)]
-    joint = iter(sharded.norms_of(together, each, p, finite))
+    joint = iter(sharded.norms_of(together, each, p, finite) if together else ())
     return [
         next(joint) if isinstance(batch, ShardedBatch) else (batch.norms if each else batch.norm)(p, finite)
         for batch in batches

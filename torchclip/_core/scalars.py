@@ -163,6 +163,11 @@ def present(norm: Norm) -> Norm:
     return max(norm, 0.0) if isinstance(norm, (int, float)) else norm.clamp(min=0.0)
 
 
+def is_nonfinite(norm: Norm) -> bool | Tensor:
+    """Whether a norm is infinite or NaN; does not wait."""
+    return not math.isfinite(norm) if isinstance(norm, (int, float)) else ~norm.isfinite()
+
+
 # Clip coefficients
 
 EPS = 1e-6

@@ -87,9 +87,10 @@ def measure_finite(gradients: Gradients) -> bool:
     """
     for each in gradients.sets:
         each.is_zeroed = not (isinstance(each.norms, list) and all(map(math.isfinite, each.norms)))
-    sets = [each for each in gradients.sets if each.is_zeroed]
-    gradients.measure_sets(sets, finite=True)
-    return bool(sets)
+    zeroes = any(each.is_zeroed for each in gradients.sets)
+    if zeroes:
+        gradients.measure_finite()
+    return zeroes
 
 
 class _Hidden:

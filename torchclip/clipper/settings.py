@@ -68,6 +68,11 @@ class Settings:
         return self.scope == "parameter"
 
     @cached_property
+    def always_changes(self) -> bool:
+        """Whether gradients may change though no coefficient is below 1."""
+        return self.rule is not None or self.nonfinite == "zero"
+
+    @cached_property
     def counts(self) -> list[InARow]:
         """How many steps in a row were skipped, for each reason."""
         counts = [self.nonfinite_skips] if self.nonfinite == "skip" else []
