@@ -41,8 +41,12 @@ def gradients(
         kind: of ``collectives.Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
-    (batch,) = _batches("parameters", [parameters], group, kind)
-    return batch
+    if group is None and type(parameters) is list:
+        batch: Any = native.gradients(parameters)
+        if batch is not None and batch.plain:  # nearly always: then there is nothing to refuse
+            return cast("Batch", batch)
+    (found,) = _batches("parameters", [parameters], group, kind)
+    return found
 
 
 def measured(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -53,8 +53,8 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
     zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
     if settings.skip_above is not None and skipped is not True:
         norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
-        above = settings.skip_above.should_skip(nonfinite.deciding_norm(norm, optimizers), number)
-        skipped = above if above is True or skipped is False else skipped | above
+        is_above = settings.skip_above.should_skip(nonfinite.deciding_norm(norm, optimizers), number)
+        skipped = is_above if is_above is True or skipped is False else skipped | is_above
     if skipped is True:
         return _SKIPPED
     bank, sets, asked = settings.bank, gradients.sets, []
@@ -71,13 +71,13 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
     if len(sets) > 1 or settings.each or (above is not None and scalars.may_change(above.clip_coef)):
         return skipped, *_smallest(gradients, above)
     max_norms = sets[0].max_norms
-    return skipped, max_norms if max_norms.__class__ is float else max_norms[0], sets[0].clip_coefs[0]
+    return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], sets[0].clip_coefs[0]
 
 
 def _limit(clip_set: ClipSet, max_norms: float | Norms, eps: float) -> None:
     """Set the threshold of each norm of a set, and with it the clip coefficient."""
     clip_set.max_norms, norms = max_norms, clip_set.norms
-    if max_norms.__class__ is float and norms.__class__ is list and len(norms) == 1:
+    if isinstance(max_norms, float) and isinstance(norms, list) and len(norms) == 1:
         clip_set.clip_coefs = [scalars.clip_coef(max_norms, norms[0], eps)]
     else:
         clip_set.clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
@@ -98,7 +98,8 @@ def _ask(
             _limit(clip_set, max_norm, scalars.EPS)
         return
     names, norms = gradients.observed(sets)
-    max_norms = bank.max_norms(names, scalars.replaced(norms, skipped, math.nan), settings.norm_type)
+    norms = scalars.replaced(norms, skipped, math.nan)
+    max_norms: Any = bank.max_norms(names, norms, settings.norm_type)
     start = 0
     for clip_set in sets:
         end = start + len(clip_set.norms)
@@ -107,7 +108,7 @@ def _ask(
 
 
 def _smallest(gradients: Gradients, above: SkipAbove | None) -> tuple[Norm, Norm]:
-    """The smallest threshold and coefficient, after the limit of a step that is taken though it is above it."""
+    """The smallest threshold and coefficient, after those of a step that is above its limit but taken."""
     sets, limits = gradients.sets, list[Norms]()
     if above is not None and scalars.may_change(above.clip_coef):
         limits.append(scalars.in_one([above.max_norm]))

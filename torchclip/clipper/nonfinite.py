@@ -23,8 +23,8 @@ from torchclip.clipper.step import Outcome, Step, is_fused
 _REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"
 _TOO_MANY = (
     "{} steps in a row were skipped because their gradients are not finite, as many as `max_skips` allows, "
-    "and this one would be the next: training does not go on. Lower the learning rate, look for the cause in the "
-    "loss or the data, or do not pass `max_skips`"
+    "and this one would be the next: training does not go on. Lower the learning rate, look for the cause in "
+    "the loss or the data, or do not pass `max_skips`"
 )
 
 
@@ -52,7 +52,8 @@ def should_skip(gradients: Gradients, settings: Settings, by_scaler: bool | Tens
         settings: the Clipper's.
         by_scaler: whether a GradScaler skips the step, which does not count for ``max_skips``.
     """
-    whole_norm, skip = gradients.whole_norm, False
+    whole_norm = gradients.whole_norm
+    skip: bool | Tensor
     if isinstance(by_scaler, Tensor):
         skip = ~torch.as_tensor(whole_norm, device=by_scaler.device).isfinite()
     else:

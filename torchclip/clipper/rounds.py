@@ -87,7 +87,7 @@ class Rounds:
         hooks: the handle of the pre hook of each optimizer.
     """
 
-    def __init__(self, steps: Sequence[Step], settings: Settings, lock: RLock) -> None:  # type: ignore[valid-type]
+    def __init__(self, steps: Sequence[Step], settings: Settings, lock: RLock) -> None:
         self.settings, self.history, self.loss = settings, History(), PendingLoss()
         self.number = 0
         self.hooks: list[RemovableHandle] = []
@@ -318,7 +318,7 @@ class Rounds:
         on_clip(record)
 
     def _skip(self, step: Step, opened: _Open) -> None:
-        """Keep a step from changing anything, if its round is skipped by the Clipper, not a GradScaler alone."""
+        """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""
         settings, skipped = opened.settings, opened.skipped
         may_skip = self._several or settings.nonfinite == "skip" or settings.skip_above is not None
         if skipped is False or not may_skip:

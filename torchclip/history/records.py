@@ -33,8 +33,8 @@ class Record(NamedTuple):
     nonfinite: bool
     """Whether any gradient is ``inf`` or ``nan``.
 
-    Then ``total_norm`` is, too, unless only parameter groups with ``max_norm=None`` have them, which it leaves
-    out.
+    Then ``total_norm`` is, too, unless only parameter groups with ``max_norm=None`` have such gradients, as
+    it leaves these groups out.
     """
     skipped: bool
     """Whether the step was skipped: parameters and optimizer state did not change."""
