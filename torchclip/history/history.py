@@ -31,6 +31,8 @@ from torchclip.history.summary import QUANTILES, Summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from torchclip.history.page import Shown
+
 # How many steps may wait for their values; with more, the values are fetched without a read.
 _MOST_PENDING = 1024
 
@@ -59,12 +61,11 @@ class History(Sequence[Record]):
 
     layers: Layers
     """The norms of single parameters, from every ``layers_every``-th step of a ``Clipper``."""
-    clipped_sizes: ClippedSizes
-    """The size of the clipped gradients, compared with the optimizer's ``eps``; a Clipper measures it."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
-        self.clipped_sizes = ClippedSizes()
+        # What a Clipper measures for the advice: the size of clipped gradients beside the optimizer's `eps`.
+        self._clipped_sizes = ClippedSizes()
         self._pending: list[tuple[Any, ...]] = []
         self._flushes: list[Callable[[], object]] = []
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
@@ -215,15 +216,17 @@ class History(Sequence[Record]):
             largest_step=largest_step,
             kept=len({record.step for record in records}),
             quantiles=quantiles,
-            stall=self.clipped_sizes.stall(records),
         )
 
-    def suggest(self) -> Advice:
-        """Which threshold to use, judging by the norms of this run before clipping.
+    def suggest(self, max_norm: float | None = None) -> Advice:
+        """Whether to keep the threshold of this run, and which one to use otherwise.
+
+        Args:
+            max_norm: the threshold to judge by the norms of this run; by default the one that it had.
 
         Returns:
-            What fixed thresholds would have done, which one to use, and whether the norms have spikes or
-            drift; ``str()`` says it in words.
+            The verdict on the threshold, what fixed thresholds would have done, and what is unusual about the
+            norms; ``str()`` says it in words.
 
         Examples:
             >>> history = History()
@@ -233,10 +236,12 @@ class History(Sequence[Record]):
             >>> advice.max_norm, advice.spikes, advice.drifts
             (7.0, 0, False)
         """
+        if max_norm is not None:
+            max_norm = arguments.threshold("max_norm", max_norm)
         with self._lock:
             records, steps = self._snapshot(), self._counts["steps"]
         earlier = steps - len({record.step for record in records})
-        return advise(records, earlier, self.clipped_sizes)
+        return advise(records, earlier, self._clipped_sizes, max_norm)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The kept records as columns: field of ``Record`` → its values, oldest first."""
@@ -305,9 +310,16 @@ class History(Sequence[Record]):
         _require("to_html", "jinja2", "matplotlib")
         from torchclip.history.page import page
 
-        html = page("Gradient norms" if title is None else title, {"": self})
+        html = page("Gradient norms" if title is None else title, {"": self._shown()})
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
+
+    def _shown(self, has_advice: bool = True) -> Shown:
+        """What a page shows of this run, with or without advice."""
+        from torchclip.history.page import Shown
+
+        advice = self.suggest() if has_advice else None
+        return Shown(self.as_dict(), self.summary(), advice, self.layers.read())
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""

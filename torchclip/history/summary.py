@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from torchclip.history.stalls import Stall
+from dataclasses import dataclass
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """The probabilities of the quantiles in a summary."""
@@ -29,8 +27,6 @@ class Summary:
     kept: int
     quantiles: dict[float, float]
     """Quantiles of the finite norms of the kept steps, by probability; empty if there are none."""
-    stall: Stall = field(default=Stall())
-    """The number of kept steps whose clipped gradients are below the optimizer's ``eps``."""
 
     @property
     def clipped_share(self) -> float:
@@ -45,7 +41,6 @@ class Summary:
         if not self.quantiles:
             return f"{counts}\nnorm: none finite among the steps kept"
         quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in self.quantiles.items())
-        stall = f"\n{self.stall}" if self.stall.matters else ""
         where = "" if self.kept == self.steps else f" (last {self.kept:,} steps)"
         largest = f"largest {self.largest_norm:.4g} at step {self.largest_step}"
-        return f"{counts}\nnorm: {quantiles}{where}; {largest}{stall}"
+        return f"{counts}\nnorm: {quantiles}{where}; {largest}"
