@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any, overload
 
@@ -57,6 +57,7 @@ class History(Sequence[Record]):
         >>> print(history.summary())
         2 steps: 1 clipped (50.0%), 0 non-finite, 0 skipped
         norm: 10% 0.85, 50% 2.25, 90% 3.65, 99% 3.965; largest 4 at step 1
+        after clipping: 10% 0.55, 50% 0.75, 90% 0.95, 99% 0.995
     """
 
     layers: Layers
@@ -208,14 +209,13 @@ class History(Sequence[Record]):
         with self._lock:
             records = self._snapshot()
             counts, (largest_norm, largest_step) = dict(self._counts), self._largest
-        norms = [record.total_norm for record in records if not record.nonfinite]
-        quantiles = dict(zip(QUANTILES, np.quantile(norms, QUANTILES).tolist(), strict=True)) if norms else {}
         return Summary(
             **counts,
             largest_norm=largest_norm,
             largest_step=largest_step,
             kept=len({record.step for record in records}),
-            quantiles=quantiles,
+            quantiles=_quantiles(record.total_norm for record in records),
+            clipped_quantiles=_quantiles(record.clipped_norm for record in records),
         )
 
     def suggest(self, max_norm: float | None = None) -> Advice:
@@ -378,6 +378,11 @@ class History(Sequence[Record]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = RLock()
+
+
+def _quantiles(values: Iterable[float]) -> dict[float, float]:
+    finite = [value for value in values if math.isfinite(value)]
+    return dict(zip(QUANTILES, np.quantile(finite, QUANTILES).tolist(), strict=True)) if finite else {}
 
 
 def _require(method: str, *packages: str) -> None:

@@ -126,6 +126,8 @@ def _numbers(summary: Summary) -> list[tuple[str, str]]:
     ]
     if summary.quantiles:
         numbers.append((f"{summary.quantiles[0.5]:.3g}", "median norm"))
+        if summary.clipped_quantiles:
+            numbers.append((f"{summary.clipped_quantiles[0.5]:.3g}", "median after clipping"))
         numbers.append((f"{summary.largest_norm:.3g}", f"largest norm, at step {summary.largest_step:,}"))
     return numbers
 

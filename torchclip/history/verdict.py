@@ -81,44 +81,46 @@ def judge(run: Run, threshold: Used, advised: float, reason: str, stall: Stall) 
         reason: the reason for this number.
         stall: how many steps stalled after clipping.
     """
-    name = threshold.name[:1].upper() + threshold.name[1:] if not threshold.is_number else threshold.name
-    counts = run.usable[run.warmup :]
-    share = float(threshold.clipped[run.warmup :].sum() / max(counts.sum(), 1))
+    share = float(threshold.clipped[run.warmup :].sum() / max(run.usable[run.warmup :].sum(), 1))
+    # What the threshold is compared with: one number, and the norm of all gradients.
     is_near = threshold.is_joint and advised / 2 <= threshold.low <= 2 * advised
-    if stall.matters:
-        remedy = f"Use max_norm={advised:g}, or lower" if advised > threshold.high else "Lower"
-        return "in_the_way", advised, f"{name} is in the way: {stall}. {remedy} eps below {stall.size:.0g}."
+    named = f"{threshold.name[0].upper()}{threshold.name[1:]}" if not threshold.is_number else threshold.name
+    if stall.matters and threshold.high < advised:
+        remedy = f"Use max_norm={advised:g}, or lower eps below {stall.size:.0g}."
+        return "in_the_way", advised, f"{named} is in the way: {stall}. {remedy}"
     if share >= _EVERY or (share > _MOST and not is_near and not run.has_left):
         kept = threshold.low if threshold.is_number else advised
-        return "clips_every_step", kept, _every_step(name, threshold, share, advised)
+        return "clips_every_step", kept, f"{named} {_clips_most(run, threshold, share, advised)}"
     if run.has_left:
         if advised < threshold.high:
-            return "too_high", advised, f"{name} did not keep the norms in their range. {reason}"
+            return "too_high", advised, f"{named} did not keep the norms in their range. {reason}"
         return (
             "unknown",
             advised,
             (
-                f"{name} did not keep the norms in their range, and the steps before suggest no lower one "
+                f"{named} did not keep the norms in their range, and the steps before suggest no lower one "
                 f"({advised:g}): lower the learning rate."
             ),
         )
-    if not threshold.clipped.any() and not is_near:
-        largest = (
-            f"the largest norm of {counted(len(run.norms), 'step')} is {run.norms[run.usable].max():.3g}"
-        )
-        return "never_clips", advised, f"{name} never clips: {largest}. {reason}"
+    largest = float(run.found[~run.is_spike].max())
+    if not threshold.clipped.any() and threshold.high > 2 * max(largest, advised):
+        norms = f"the largest norm of {counted(len(run.norms), 'step')} is {run.norms[run.usable].max():.3g}"
+        return "never_clips", advised, f"{named} never clips: {norms}. {reason}"
     kept = threshold.low if threshold.is_joint else advised
     return "keep", kept, f"Keep {threshold.name}: {_why_keep(threshold, share, is_near, advised)}."
 
 
-def _every_step(name: str, threshold: Used, share: float, advised: float) -> str:
+def _clips_most(run: Run, threshold: Used, share: float, advised: float) -> str:
+    """What it means that most steps are clipped, and what would change."""
     which = "every step" if share == 1 else f"{share:.0%} of the steps"
-    text = (
-        f"{name} clips {which}, in the median to {threshold.to:.2g} times the norm. So a batch with large "
-        "gradients counts no more than others, and the learning rate sets how far a step goes. If that is "
-        "meant, as in PPO, keep it."
-    )
-    return f"{text} If only unusual batches are meant, it takes about max_norm={advised:g}."
+    clips = f"clips {which}, the median one to {threshold.to:.2g} times its norm."
+    unusual = f"To clip unusual batches alone, it takes about max_norm={advised:g}."
+    if share < _EVERY:
+        return f"{clips} So it shortens most steps, not only those of unusual batches. {unusual}"
+    clips += " So all batches count alike, and the learning rate alone sets how far a step goes."
+    if run.has_left:
+        return f"{clips} The norms left their range all the same: if the run failed, lower the learning rate."
+    return f"{clips} If that is meant, as in PPO, keep it. {unusual} Large gradients then count more."
 
 
 def _why_keep(threshold: Used, share: float, is_near: bool, advised: float) -> str:

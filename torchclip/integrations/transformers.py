@@ -42,8 +42,8 @@ class ClipperCallback(TrainerCallback, ExportableState):
 
     ``trainer.state.log_history``, and the logs that later callbacks receive, such as the printed ones, have
     ``clip/total_norm``, ``clip/clipped_norm``, ``clip/max_norm`` and ``clip/clipped_share`` of the latest
-    step, and with ``layers_every`` the latest norms of single parameters.  Callbacks of ``report_to`` run before
-    those of the user: for them pass ``on_clip``, with a class of ``torchclip.integrations.loggers`` or
+    step, and with ``layers_every`` the latest norms of single parameters.  Callbacks of ``report_to`` run
+    before those of the user: for them pass ``on_clip``, with a class of ``torchclip.integrations.loggers`` or
     ``torchclip.integrations.tensorboard``.  The Trainer's own ``grad_norm`` is the norm that the clipper
     measures: the Trainer does not measure the gradients itself.
 
