@@ -120,8 +120,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.inputs(self.norms[0](x)).chunk(3, dim=-1)
-        heads = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.outputs(attended.transpose(1, 2).flatten(-2))
         found: Tensor = x + self.forward_part(self.norms[1](x))
         return found
@@ -165,7 +165,7 @@ def test_a_hundred_steps_of_a_transformer_are_not_told_to_drift(seed: int, max_n
         batch = tokens[starts + torch.arange(CONTEXT + 1)]
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         clipper.loss = loss
         optimizer.step()
     advice = clipper.history.suggest()

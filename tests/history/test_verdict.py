@@ -94,8 +94,8 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
             "clips_every_step",
             0.05,
             f"max_norm=0.05 clips every step, the median one to 0.051 times its norm. {ALIKE} If that is "
-            "meant, as in PPO, keep it. To clip unusual batches alone, it takes about max_norm=1.4. Large gradients "
-            "then count more.",
+            "meant, as in PPO, keep it. To clip unusual batches alone, it takes about max_norm=1.4. Large "
+            "gradients then count more.",
         ),
         (
             calm(),
@@ -154,7 +154,8 @@ def test_skipped_steps_do_not_hide_the_threshold() -> None:
     history = History()
     for step, norm in enumerate(calm().tolist()):
         skipped = step % 10 == 0
-        history.append(step, norm, *((math.inf, 1.0) if skipped else (1.6, min(1.0, 1.6 / norm))), skipped)
+        max_norm, coefficient = (math.inf, 1.0) if skipped else (1.6, min(1.0, 1.6 / norm))
+        history.append(step, norm, max_norm, coefficient, skipped)
     assert history.suggest().reason.startswith("Keep max_norm=1.6: it clips 4")
 
 

@@ -17,7 +17,7 @@ from torchclip.clipper.rules import clip_by, tried, write_back
 from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Step
-from torchclip.history.records import as_records, norms_by_name
+from torchclip.history.records import as_records, with_layers
 
 Loss: TypeAlias = float | Tensor | None
 Layers: TypeAlias = tuple[list[str], Norms]
@@ -101,7 +101,7 @@ class Clipping:
                 clip_coef, trial = tried(rule, snapshot)
                 row = row._replace(clip_coef=clip_coef)
             (record,) = as_records([row])
-            on_clip(record if layers is None else record._replace(layers=norms_by_name(*layers)))
+            on_clip(record if layers is None else with_layers(record, *layers))
         if runs_user_code and row.skipped is not True:
             if not snapshot.facts & Facts.SHARDED:
                 snapshot = self._measured_again(snapshot, index)

@@ -20,7 +20,7 @@ from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
-from torchclip.history.records import as_records, norms_by_name
+from torchclip.history.records import as_records, with_layers
 
 
 class _OpenRound:
@@ -158,15 +158,14 @@ class Round:
             self.history.append(*row)
         if self._settings.spikes is not None:
             self._settings.spikes.end()
-        by_name = None
         if layers:
             names = [name for each, _ in layers for name in each]
             norms = scalars.concatenate([each for _, each in layers])
             self.history.layers.append(self._state.number, names, norms)
-            by_name = norms_by_name(names, norms)
         self._state.number += 1
         if reports and self._settings.on_clip is not None:
-            self._settings.on_clip(as_records(rows)[0]._replace(layers=by_name))
+            record = as_records(rows)[0]
+            self._settings.on_clip(with_layers(record, names, norms) if layers else record)
 
     # Before a step
 

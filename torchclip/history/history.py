@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
-import itertools
 import math
 import os
 from collections import deque
@@ -24,7 +23,7 @@ from torchclip._core import arguments
 from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import ADDED, COLUMNS, Record, as_records, integer, saved_columns
+from torchclip.history.records import ADDED, Record, as_records, integer, saved_columns
 from torchclip.history.stalls import ClippedSizes
 from torchclip.history.summary import QUANTILES, Summary
 
@@ -53,7 +52,7 @@ class History(Sequence[Record]):
         >>> history.append(1, total_norm=torch.tensor(4.0), max_norm=1.0, clip_coef=torch.tensor(0.25))
         >>> history[-1]
         Record(step=1, total_norm=4.0, max_norm=1.0, clip_coef=0.25, clipped=True, nonfinite=False,
-               skipped=False, loss=None, clipped_norm=1.0, layers=None)
+               skipped=False, loss=None, clipped_norm=1.0)
         >>> print(history.summary())
         2 steps: 1 clipped (50.0%), 0 non-finite, 0 skipped
         norm: 10% 0.85, 50% 2.25, 90% 3.65, 99% 3.965; largest 4 at step 1
@@ -246,14 +245,14 @@ class History(Sequence[Record]):
     def as_dict(self) -> dict[str, list[Any]]:
         """The kept records as columns: field of ``Record`` → its values, oldest first."""
         records = self._snapshot()
-        return {name: [record[i] for record in records] for i, name in enumerate(COLUMNS)}
+        return {name: [record[i] for record in records] for i, name in enumerate(Record._fields)}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the kept records to a file, one per line, with numbers in full precision."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(record[: len(COLUMNS)] for record in self._snapshot())
+            writer.writerow(Record._fields)
+            writer.writerows(self._snapshot())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norm over the steps on a log scale, with the threshold and the steps that were clipped.
@@ -339,7 +338,7 @@ class History(Sequence[Record]):
             ValueError: if ``state`` is not a history's.
         """
         arguments.saved("state", state, ("records", "counts", "largest"), "History")
-        fields = [field for field in COLUMNS if field not in ADDED]
+        fields = [field for field in Record._fields if field not in ADDED]
         arguments.saved("state['records']", state["records"], fields, "History")
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
         columns = saved_columns(state["records"])
@@ -352,7 +351,7 @@ class History(Sequence[Record]):
             raise TypeError(f"`state['largest']` must be a pair, got {arguments.shown(largest)}")
         norm = arguments.number("state['largest']", largest[0])
         step = None if largest[1] is None else integer("state['largest']", largest[1])
-        kept = deque(itertools.starmap(Record, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
+        kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         latest = [record for record in kept if record.step == kept[-1].step]
         layers = Layers()
         if "layers" in state:  # earlier versions did not save it
