@@ -166,7 +166,7 @@ class Clipper:
         self._lock = RLock()
         steps = [Step(each, self._lock) for each in self._optimizers]
         self._rounds = Rounds(steps, settings, self._lock)
-        self._rounds.history.is_followed = True
+        self._rounds.history._is_followed = True
         self._know_sets()
         self._hooks: list[RemovableHandle] = []
         for i, each in enumerate(optimizers):
@@ -221,7 +221,7 @@ class Clipper:
             return
         check_history(history)
         self._rounds.history = history
-        before.is_followed, history.is_followed = False, bool(self._hooks)
+        before._is_followed, history._is_followed = False, bool(self._hooks)
 
     @property
     def loss(self) -> float | Tensor | None:
@@ -279,7 +279,7 @@ class Clipper:
             raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
         with self._lock:
             self._rounds.close()
-        self.history.is_followed = False
+        self.history._is_followed = False
         for optimizer in filter(None, (each() for each in self._optimizers)):
             if self._hooks:
                 registry.clippers.pop(optimizer, None)

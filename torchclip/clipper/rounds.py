@@ -29,7 +29,7 @@ from torchclip.clipper.skip_above import InARow
 from torchclip.clipper.step import Step
 from torchclip.clipper.unchanged import check_after_closure, check_unchanged, check_unscaled, has_new, mark
 from torchclip.history.history import History
-from torchclip.history.records import Record, as_records, norms_by_name
+from torchclip.history.records import Record, as_records, with_layers
 
 Row: TypeAlias = tuple[Any, ...]
 """The arguments of ``History.append``."""
@@ -141,7 +141,7 @@ class Rounds:
             if step.undos:
                 step.undo("finished")
             step.thread = None
-        sizes = self.history.clipped_sizes
+        sizes = self.history._clipped_sizes
         if ends and opened is not None and opened.number >= sizes.next_step and opened.rows:
             sizes.measure(opened.number, self._optimizers)  # for the history's note on stalls
 
@@ -164,7 +164,7 @@ class Rounds:
     def _record(self, opened: _Open) -> None:
         """Record a round, and end it."""
         if opened.rows:
-            self.history.extend(self._rows_of(opened) if opened.by_scaler else opened.rows)
+            self.history._extend(self._rows_of(opened) if opened.by_scaler else opened.rows)
             if opened.layers is not None:
                 self.history.layers.append(opened.number, *opened.layers)
             for count in opened.settings.counts:
@@ -215,7 +215,7 @@ class Rounds:
 
     def _is_recorded(self) -> bool:
         """Whether the open round is in the history already."""
-        return self._open is not None and self.history.ends_with(self._open.number)
+        return self._open is not None and self.history._ends_with(self._open.number)
 
     # Opening a round, or going on with the open one
 
@@ -314,7 +314,7 @@ class Rounds:
         """Tell the user's function of a step."""
         (record,) = as_records([row])
         if opened.layers is not None:
-            record = record._replace(layers=norms_by_name(*opened.layers))
+            record = with_layers(record, *opened.layers)
         on_clip(record)
 
     def _skip(self, step: Step, opened: _Open) -> None:

@@ -229,7 +229,7 @@ def check_history(history: Any) -> None:
             "`history` must be a torchclip.history.History, such as History(maxlen=1000), got "
             f"{arguments.shown(history)}"
         )
-    if history.is_followed:
+    if history._is_followed:
         raise ValueError(
             "`history` already belongs to another Clipper, and would mix the steps of both; pass a new one"
         )

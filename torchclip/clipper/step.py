@@ -48,7 +48,7 @@ class Step:
         override: what replaces the optimizer's ``grad_scale`` during the step; None if nothing does.
     """
 
-    def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:  # type: ignore[valid-type]
+    def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:
         self._optimizer, self._lock = optimizer, lock
         self.thread: int | None = None
         self.is_nested = False
