@@ -13,6 +13,8 @@ from torchclip.ranks_report.fingerprints import are_close
 
 UNNAMED = ("", "None", "undefined")
 """The descriptions of process groups that were made without one."""
+NEW = "a new process group"
+"""The description of one that is to be made."""
 
 Unit = frozenset[int]
 """Ranks that a call counts together: those of a DTensor's mesh, or one rank with a plain tensor."""
@@ -125,15 +127,12 @@ def _starting_alike(parameters: dict[str, Parameter]) -> list[Parameter]:
 
     Their gradients differ between the same ranks as those of the others.
     """
-    differing = {
-        (name.rpartition(".")[0], str(each.gradients()))
-        for name, each in parameters.items()
-        if "." in name and each.has_different_weights
-    }
+    places = {name: (name.rpartition(".")[0], str(each.gradients())) for name, each in parameters.items()}
+    differing = {place for name, place in places.items() if parameters[name].has_different_weights}
     return [
         each
         for name, each in parameters.items()
-        if each.has_different_gradients and (name.rpartition(".")[0], str(each.gradients())) in differing
+        if "." in name and not each.has_different_weights and places[name] in differing
     ]
 
 
@@ -197,7 +196,7 @@ def choices(of_ranks: Sequence[Facts], patterns: Iterable[Pattern]) -> list[Choi
         for (a, first), (b, second) in combinations(existing, 2)
         if _cross(first, second)
     ]
-    new = [choice([("new", group)], ranks) for group in map(_to_connect, patterns)]
+    new = [choice([(NEW, group)], ranks) for group in map(_to_connect, patterns)]
     return [choice([], ranks), *(choice([each], ranks) for each in existing), *crossing, *new]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torchclip.ranks_report.facts import Facts, Ranks
-from torchclip.ranks_report.judgment import UNNAMED, Choice, Parameter, choices
+from torchclip.ranks_report.judgment import NEW, UNNAMED, Choice, Parameter, choices
 
 NOTHING = "nothing to do"
 _AVERAGE = "# First average the gradients of report.different over replicas; count a missing one as zeros."
@@ -86,7 +86,7 @@ def _argument(option: Choice, result: Advice) -> str:
             (name for name, others in result.groups.items() if name.startswith("group") and others == sets),
             f"group{len(result.groups) or ''}",
         )
-        if description == "new" and code not in result.groups:
+        if description == NEW and code not in result.groups:
             made = f"torch.distributed.new_subgroups_by_enumeration({list(map(list, sets))})"
             result.lines.append(f"{code}, _ = {made}  # once, as no process group connects these ranks")
         result.groups[code] = sets
@@ -104,7 +104,7 @@ def _name(description: str) -> str | None:
         return f"mesh.get_group({number})" if number else f'mesh["{name}"].get_group()'
     if description == "default_pg":
         return "torch.distributed.group.WORLD"
-    is_name = description.isidentifier() and description not in (*UNNAMED, "new")
+    is_name = description.isidentifier() and description not in UNNAMED
     return description if is_name else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from torchclip.ranks_report.fingerprints import TOLERANCE
@@ -10,6 +11,7 @@ from torchclip.ranks_report.judgment import Parameter
 from torchclip.ranks_report.recommendation import NOTHING, Advice
 
 _MOST = 4
+_WIDTH = 100
 
 
 def report(
@@ -29,7 +31,7 @@ def report(
     of_sentences: dict[str, list[str]] = {}
     for name, each in parameters.items():
         of_sentences.setdefault(_about(each), []).append(name)
-    about = [f"{_some(names)}:\n    {sentences}" for sentences, names in of_sentences.items()]
+    about = [f"{_some(names)}:\n{_wrapped(said, '    ')}" for said, names in of_sentences.items()]
     return "\n".join([*_about_norms(norm, norms, has_group), "", *about, "", *_what_to_do(todo)])
 
 
@@ -44,10 +46,10 @@ def _about_norms(norm: float, norms: Sequence[float], has_group: bool) -> list[s
     if len(alike) == 1:
         first = f"{call} {norms[0]:.6g} on all {len(norms)} ranks: they agree."
     else:
-        first = f"{call} {_some(of_each)}: the ranks do not agree, and clip by different factors."
+        first = f"{call} {_some(of_each, '; ')}: the ranks do not agree, and clip by different factors."
     there = f"The norm of the gradients that are there, each counted once, is {norm:.6g}"
     is_right = all(_is_close(own, norm) for own in norms)
-    return [first, f"{there}: this is right." if is_right else f"{there}."]
+    return [_wrapped(first), f"{there}: this is right." if is_right else f"{there}."]
 
 
 def _is_close(a: float, b: float) -> bool:
@@ -105,22 +107,25 @@ def _what_to_do(todo: Advice) -> list[str]:
     lines = ["What to do:", *(f"    {line}" for line in todo.lines)]
     lines += [f"{code} connects {_sets(sets)}." for code, sets in todo.groups.items()]
     if todo.unsolved:
-        lines.append(
-            f"{_some(todo.unsolved)}: no process group counts them once on every rank.  Make them DTensors, "
-            "or join their norms by hand."
+        remedy = (
+            "no process group counts them once on each rank.  Make them DTensors, or join the norms by hand."
         )
+        lines.append(_wrapped(f"{_some(todo.unsolved)}: {remedy}"))
     return lines
 
 
-def _some(texts: Sequence[str]) -> str:
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _some(texts: Sequence[str], between: str = ", ") -> str:
     more = f" and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
-    return ", ".join(texts[:_MOST]) + more
+    return between.join(texts[:_MOST]) + more
 
 
 def _sets(sets: Iterable[Iterable[int]]) -> str:
-    """Sets of ranks, such as "ranks 0-1 and ranks 2-3"."""
-    texts = [_ranks(ranks) for ranks in sorted(map(sorted, sets))]
-    return " | ".join(texts[:_MOST]) + (f" and {len(texts) - _MOST} more" if len(texts) > _MOST else "")
+    """Sets of ranks, such as "ranks 0-1 | ranks 2-3"."""
+    return _some([_ranks(ranks) for ranks in sorted(map(sorted, sets))], " | ")
 
 
 def _ranks(ranks: Iterable[int]) -> str:
