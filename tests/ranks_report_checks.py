@@ -313,6 +313,30 @@ def check_tensor_parallelism_within_replicas() -> None:
     assert counted_twice.call == "torchclip.clip_grad_norm_(model.parameters(), 1.0)"
 
 
+def check_stages_and_experts_on_meshes_of_their_own() -> None:
+    """With a group, DTensors that its ranks have on a common mesh count once: one call is right for all."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "fsdp"))
+    of_all = init_device_mesh("cpu", (4,))
+    other = mesh.get_local_rank("other")
+
+    def sharded(seed: int, on: DeviceMesh) -> nn.Parameter:
+        p = nn.Parameter(split(randn(6, 2, seed=seed + 50), on, Shard(0)))
+        p.grad = split(randn(6, 2, seed=seed), on, Shard(0))
+        return p
+
+    stages = nn.ParameterDict({f"stage{other}": sharded(other, mesh["fsdp"])})
+    experts = nn.ParameterDict({"dense": sharded(0, of_all), "expert": sharded(1 + other, mesh["fsdp"])})
+    for model, local_names in ((stages, ["stage0", "stage1"]), (experts, ["expert"])):
+        report = report_on(model)
+        assert report.local == local_names
+        assert report.call == (
+            'torchclip.clip_grad_norm_(model.parameters(), 1.0, group=mesh["other"].get_group())'
+        )
+        assert report_on(model, group=mesh.get_group("other")).ok
+        total_norm = torchclip.clip_grad_norm_(model.parameters(), 1.0, group=mesh.get_group("other"))
+        assert total_norm == pytest.approx(report.norm, rel=1e-6)
+
+
 def check_sums_that_are_pending() -> None:
     mesh = init_device_mesh("cpu", (4,))
     full = randn(6, 4)
