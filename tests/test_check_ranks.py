@@ -103,8 +103,9 @@ def test_groups_that_cross() -> None:
     ]
 
 
-def test_two_groups_that_are_to_be_made_have_two_names() -> None:
-    weights = {"a": [1, 2, 1, 2, 1, 2, 1, 2], "b": [1, 1, 2, 2, 3, 3, 4, 4]}
-    lines = recommended(lying(weights, {}))
-    assert [line.partition(",")[0] for line in lines if "new_subgroups" in line] == ["group", "group1"]
+def test_groups_without_names_are_told_apart() -> None:
+    groups = {"undefined": [[0, 1], [2, 3], [4, 5], [6, 7], [0, 2, 4, 6], [1, 3, 5, 7]]}
+    weights = {"a": [1, 2] * 4, "b": [1, 1, 2, 2, 3, 3, 4, 4]}
+    lines = recommended(lying(weights, groups))
+    assert "norm0 = torchclip.get_total_norm(part0, group=group)" in lines
     assert "norm1 = torchclip.get_total_norm(part1, group=group1)" in lines

@@ -13,8 +13,6 @@ from torchclip.ranks_report.fingerprints import are_close
 
 UNNAMED = ("", "None", "undefined")
 """The descriptions of process groups that were made without one."""
-NEW = "a new process group"
-"""The description of one that is to be made."""
 
 Unit = frozenset[int]
 """Ranks that a call counts together: those of a DTensor's mesh, or one rank with a plain tensor."""
@@ -179,8 +177,8 @@ def passed(of_ranks: Sequence[Facts]) -> Choice:
     return choice([("", group) for group in groups], len(of_ranks))
 
 
-def choices(of_ranks: Sequence[Facts], patterns: Iterable[Pattern]) -> list[Choice]:
-    """What the call could get: nothing, a process group that exists, two that cross, or a new one."""
+def choices(of_ranks: Sequence[Facts]) -> list[Choice]:
+    """What a call could get as its `group`: nothing, a process group that exists, or two that cross."""
     ranks = len(of_ranks)
     families: dict[tuple[str, int], dict[int, Ranks]] = {}
     for rank, facts in enumerate(of_ranks):
@@ -196,17 +194,9 @@ def choices(of_ranks: Sequence[Facts], patterns: Iterable[Pattern]) -> list[Choi
         for (a, first), (b, second) in combinations(existing, 2)
         if _cross(first, second)
     ]
-    new = [choice([(NEW, group)], ranks) for group in map(_to_connect, patterns)]
-    return [choice([], ranks), *(choice([each], ranks) for each in existing), *crossing, *new]
+    return [choice([], ranks), *(choice([each], ranks) for each in existing), *crossing]
 
 
 def _cross(first: dict[int, Ranks], second: dict[int, Ranks]) -> bool:
     """Whether any two ranks are connected in only one way."""
     return all(set(group) & set(second.get(rank, ())) <= {rank} for rank, group in first.items())
-
-
-def _to_connect(pattern: Pattern) -> dict[int, Ranks]:
-    """By rank, ranks that together have each part once, for a new process group."""
-    holders = sorted(sorted(map(min, units)) for units in pattern)
-    sets = [tuple(sorted(ranks)) for ranks in zip(*holders, strict=False)]
-    return {rank: ranks for ranks in sets for rank in ranks}

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torchclip.ranks_report.facts import Facts, Ranks
-from torchclip.ranks_report.judgment import NEW, UNNAMED, Choice, Parameter, choices
+from torchclip.ranks_report.judgment import UNNAMED, Choice, Parameter, choices
 
 NOTHING = "nothing to do"
 _AVERAGE = "# First average the gradients of report.different over replicas; count a missing one as zeros."
+
+_NO_GROUP = "# No process group that exists is right; the report says why."
 
 
 class InCode(NamedTuple):
@@ -59,7 +61,7 @@ def advice(
     if all(map(used.is_right, distinct)):
         result.lines.append("# Then clip as before." if average else NOTHING)
         return result
-    options = choices(of_ranks, distinct)
+    options = choices(of_ranks)
     whole = next((option for option in options if all(map(option.is_right, distinct))), None)
     if whole is not None:
         result.lines.append(_one_call(code, _argument(whole, result)))
@@ -72,23 +74,17 @@ def advice(
             result.unsolved.append(name)
         else:
             sets.setdefault(_argument(option, result), []).append(name)
-    if not result.unsolved:
-        result.lines.extend(_joint_call(code, sets))
+    result.lines.extend([_NO_GROUP] if result.unsolved else _joint_call(code, sets))
     return result
 
 
 def _argument(option: Choice, result: Advice) -> str:
     """The argument `group` of a call with a comma before it, or nothing; notes which groups it names."""
-    codes = []
+    codes: list[str] = []
     for description, of_rank in option.groups:
         sets = sorted(set(of_rank.values()))
-        code = _name(description) or next(
-            (name for name, others in result.groups.items() if name.startswith("group") and others == sets),
-            f"group{len(result.groups) or ''}",
-        )
-        if description == NEW and code not in result.groups:
-            made = f"torch.distributed.new_subgroups_by_enumeration({list(map(list, sets))})"
-            result.lines.append(f"{code}, _ = {made}  # once, as no process group connects these ranks")
+        known = [name for name, others in result.groups.items() if name[:5] == "group" and others == sets]
+        code = _name(description) or next(iter(known), f"group{len(result.groups) or ''}")
         result.groups[code] = sets
         codes.append(code)
     if not codes:

@@ -108,7 +108,8 @@ def _what_to_do(todo: Advice) -> list[str]:
     lines += [f"{code} connects {_sets(sets)}." for code, sets in todo.groups.items()]
     if todo.unsolved:
         remedy = (
-            "no process group counts them once on each rank.  Make them DTensors, or join the norms by hand."
+            "no process group that exists has each of these once on every rank.  Make one with "
+            "torch.distributed.new_group, of the ranks across which they differ, and check again."
         )
         lines.append(_wrapped(f"{_some(todo.unsolved)}: {remedy}"))
     return lines
