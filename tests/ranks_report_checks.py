@@ -108,6 +108,9 @@ def check_a_missing_all_reduce() -> None:
         report
     )
     assert "report.different" in report.call
+    mesh = grid()
+    model.dense["weight"].grad = randn(5, 3, seed=expert_on(mesh))
+    assert f"# Or pass group={EP} for them, if they are different parameters." in report_on(model).call
 
 
 def check_experts_without_a_group() -> None:

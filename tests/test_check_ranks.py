@@ -73,7 +73,7 @@ def lying(weights: Mapping[str, Sequence[int]], groups: dict[str, list[list[int]
 
 def recommended(facts: list[Facts]) -> list[str]:
     code = InCode("model.parameters()", "model.named_parameters()")
-    return advice(parameters_of(facts), facts, code, passed(facts), average=False).lines
+    return advice(parameters_of(facts), facts, code, passed(facts)).lines
 
 
 def test_groups_that_cross() -> None:

@@ -59,11 +59,11 @@ class Parameter:
         """Whether ranks with the same weight have different gradients, or some have none."""
         return any(len(by_gradient) > 1 for by_gradient in self.clusters)
 
-    @property
-    def pattern(self) -> Pattern:
-        """How it lies."""
+    def pattern(self, by_gradient: bool = False) -> Pattern:
+        """How it lies; ``by_gradient`` if ranks with different gradients have different parameters."""
         unit_of = {rank: unit for unit in self._units for rank in unit}
-        return frozenset(frozenset(unit_of[rank] for rank in some) for some in self.replicas())
+        sets = self.gradients() if by_gradient else self.replicas()
+        return frozenset(frozenset(unit_of[rank] for rank in ranks) for ranks in sets)
 
     def replicas(self) -> list[list[int]]:
         """The ranks with the same part of the same weight, in a list for each."""

@@ -43,9 +43,7 @@ class Advice(NamedTuple):
     unsolved: list[str]
 
 
-def advice(
-    parameters: dict[str, Parameter], of_ranks: Sequence[Facts], code: InCode, used: Choice, average: bool
-) -> Advice:
+def advice(parameters: dict[str, Parameter], of_ranks: Sequence[Facts], code: InCode, used: Choice) -> Advice:
     """What to do.
 
     Args:
@@ -53,15 +51,22 @@ def advice(
         of_ranks: what all ranks have.
         code: how code names what was checked.
         used: what the call gets as its `group` now.
-        average: whether some replicas have different gradients.
     """
-    result = Advice([_AVERAGE] if average else [], {}, [])
-    patterns = {name: each.pattern for name, each in parameters.items()}
+    result = Advice([], {}, [])
+    options = choices(of_ranks)
+    different = [each for each in parameters.values() if each.has_different_gradients]
+    if different:
+        apart = {each.pattern(by_gradient=True) for each in different}
+        fitting = next((each for each in options if all(map(each.is_right, apart))), options[0])
+        argument = _argument(fitting, result).removeprefix(", ")
+        result.lines.append(_AVERAGE)
+        if argument:
+            result.lines.append(f"# Or pass {argument} for them, if they are different parameters.")
+    patterns = {name: each.pattern() for name, each in parameters.items()}
     distinct = list(dict.fromkeys(patterns.values()))
     if all(map(used.is_right, distinct)):
-        result.lines.append("# Then clip as before." if average else NOTHING)
+        result.lines.append("# Then clip as before." if different else NOTHING)
         return result
-    options = choices(of_ranks)
     whole = next((option for option in options if all(map(option.is_right, distinct))), None)
     if whole is not None:
         result.lines.append(_one_call(code, _argument(whole, result)))

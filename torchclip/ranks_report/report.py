@@ -119,11 +119,11 @@ def check_ranks(
     }
     norm = joint(norm for each in clipped.values() for norm in each.norms())
     norms = [of_connected[some] for some in used.connected]
-    local = [name for name, each in clipped.items() if not alone.is_right(each.pattern)]
+    local = [name for name, each in clipped.items() if not alone.is_right(each.pattern())]
     different = [name for name, each in clipped.items() if each.has_different_gradients]
-    todo = advice(clipped, of_ranks, code, used, average=bool(different))
+    todo = advice(clipped, of_ranks, code, used)
     return RanksReport(
-        ok=not different and all(used.is_right(each.pattern) for each in clipped.values()),
+        ok=not different and all(used.is_right(each.pattern()) for each in clipped.values()),
         norm=norm,
         norms=norms,
         local=local,
