@@ -81,8 +81,8 @@ def check_ranks(
     Args:
         model_or_optimizer_or_parameters_or_clipper: a module, an optimizer or a list of them, tensors, or a
             ``Clipper``.  Parameters of a list, and of an optimizer without names, are compared by position.
-        group: what ``clip_grad_norm_`` gets as its ``group``, so that the check is of that call.  All ranks of
-            the default process group are compared in any case.  A ``Clipper`` has its own.
+        group: what ``clip_grad_norm_`` gets as its ``group``, so that the check is of that call.  All ranks
+            of the default process group are compared in any case.  A ``Clipper`` has its own.
 
     Returns:
         The same report on all ranks.
