@@ -34,8 +34,8 @@ def check_unchanged(step: Step, name: str) -> None:
         raise RuntimeError(
             f"the gradients of {name} have changed since they were clipped, before its step; with a "
             "GradScaler call `scaler.unscale_(optimizer)` for each optimizer of the Clipper before the first "
-            "one steps; optimizers that step after backward passes of their own, as in a GAN, need a Clipper each. This "
-            "step was called off"
+            "one steps; optimizers that step after backward passes of their own, as in a GAN, need a Clipper "
+            "each. This step was called off"
         )
 
 

@@ -160,7 +160,7 @@ def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[Proces
 
 def _groups_of(clipper: Clipper) -> Sequence[ProcessGroup]:
     """The process groups that a Clipper passes to its calls."""
-    return clipper._settings.groups or []
+    return clipper._rounds.settings.groups or []
 
 
 def _of_optimizers(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], InCode]:
