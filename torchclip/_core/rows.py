@@ -1,28 +1,30 @@
-"""Norms of the rows of matrices, and multiplication of each row by its own number."""
+"""Norms of the rows of matrices, norms of tensors in host memory piece by piece, and products of rows.
+
+A piece of a tensor is a matrix with short rows.  It stays in the cache, and its copy in float64 does too.
+How tensors are cut depends on their sizes alone, and a single thread adds a row.  So the bits of a norm do
+not depend on the number of threads.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from torchclip._core import memory, narrow
-from torchclip._core.joint_norms import join_present, join_rows, vector_norms
-from torchclip._core.scalars import norm_dtype
+from torchclip._core import memory
+from torchclip._core.joint_norms import join_present, vector_norms
+from torchclip._core.scalars import ABSENT, norm_dtype, vector
 
-NARROW = narrow.NARROW_REAL | {torch.complex64, torch.complex32}
+NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
+NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
 """Dtypes whose squares fit into float64."""
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 _ROW = 1 << 10
-# From this many elements on, verified float32 norms are cheaper than exact ones.
-_MANY = 1 << 17
-# The largest number of elements that are summed in float32.
-_PART = 1 << 8
-# One row in this many is summed again.
-_EVERY = 47
+# Torch splits no sum of this length over threads.
+_SERIAL = (1 << 15) - 1
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -52,62 +54,67 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
     return join_present(rows.to(wide).abs(), p)
 
 
+# Tensors in host memory
+
+
+def norm_on_host(tensors: Iterable[Tensor], p: float) -> float:
+    """The norm of all elements of strided tensors as one vector; ``ABSENT`` if there are none."""
+    norms = _of_pieces(_pieces(tensors), p)
+    if p == 0:
+        return float(norms.sum()) if len(norms) else ABSENT  # numbers of elements, whose sum is exact
+    while len(norms) > _ROW:
+        norms = _of_pieces(memory.split(norms, memory.PIECE), p)
+    if len(norms) < 2:
+        return float(norms) if len(norms) else ABSENT
+    return float(matrix_norms(norms.view(1, -1), p))
+
+
+def _of_pieces(pieces: Iterable[Tensor], p: float) -> Tensor:
+    """Norms of parts of vectors, whose joint norm is that of all elements."""
+    norms = []
+    for piece in pieces:
+        # Long sums of numbers that are rounded in float64 lose digits.
+        most = _SERIAL if piece.dtype in NARROW and p in (1, 2) else _ROW
+        whole = len(piece) - len(piece) % _ROW if len(piece) > most else 0
+        if whole:
+            norms.append(matrix_norms(piece[:whole].view(-1, _ROW), p))
+        if whole < len(piece):
+            norms.append(matrix_norms(piece[None, whole:], p))
+    return norms[0] if len(norms) == 1 else torch.cat(norms) if norms else vector([])
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The elements of tensors in vectors of at most ``PIECE`` elements; small tensors are joined."""
+    few: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() > memory.JOINED:
+            yield from memory.pieces(tensor)
+        elif tensor.numel():
+            few.setdefault(tensor.dtype, []).append(tensor)
+    for small in few.values():
+        most = memory.PIECE // memory.JOINED
+        for start in range(0, len(small), most):
+            yield memory.concatenate(small[start : start + most])
+
+
+# Rows
+
+
 def norms_of_rows(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
     """The norms of the slices of each tensor along its first axis: float64, of shape ``(len(tensor),)``."""
-    readable = memory.on_host(tensors)
-    return [_row_norms(tensor, p, readable) for tensor in tensors]
+    on_host = memory.on_host(tensors)
+    return [_norms_of_rows(tensor, p, on_host) for tensor in tensors]
 
 
-def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
-    elements = tensor.numel()
-    if elements == 0:
+def _norms_of_rows(tensor: Tensor, p: float, on_host: bool) -> Tensor:
+    if tensor.numel() == 0:
         return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
-    rows, columns = tensor.shape[0], elements // tensor.shape[0]
-    matrix = tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
-    if readable and elements >= _MANY and p in (1, 2):
-        fast = _verified_norms(matrix, p)
-        if fast is not None:
-            return fast
-    if columns <= narrow.SERIAL or not tensor.is_cpu:
-        # On a device each operation takes its time, and no threads split a row.
-        if elements <= memory.PIECE or not readable:
-            return matrix_norms(matrix, p)
-        return torch.cat([matrix_norms(part, p) for part in memory.by_rows(matrix)])
-    blocks = torch.split(matrix, max(1, memory.PIECE // columns))
-    parts = [
-        torch.stack([block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
-        for block in blocks
-    ]
-    return torch.cat([join_rows(part, p) for part in parts])
-
-
-def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
-    """The norms of many rows at the speed of float32, or None if these are not accurate.
-
-    Short parts of rows are summed in float32 and joined in float64.  Some rows are summed in float64 too:
-    rounding errors usually cancel out, and if they do not, these rows show it.
-    """
-    count, columns = rows.shape
-    length = next((n for n in range(min(_PART, columns), _PART // 4, -1) if columns % n == 0), None)
-    if rows.dtype is not torch.float32 or length is None or columns > length * narrow.SERIAL:
-        return None
-    parts = rows.view(count, -1, length)
-    of_parts = vector_norms(parts, p)
-    if not all(narrow.in_range(float(norm), 1) for norm in of_parts.aminmax()):
-        return None
-    chosen = (slice(None, None, _EVERY),) if count >= _EVERY else (slice(None), slice(None, None, _EVERY))
-    # In proportion to the exact norms, so that each part counts alike.
-    sampled = (of_parts[chosen] / vector_norms(parts[chosen], p, torch.float64)).mean()
-    if not narrow.is_accurate(1.0, float(sampled), 1.0, _EVERY, p):
-        return None
-    return vector_norms(of_parts, p, torch.float64)
-
-
-def block_norms(rows: Tensor, p: float) -> Tensor:
-    """The norms of the rows of a matrix of about ``PIECE`` elements, whatever the number of threads."""
-    whole = rows.shape[1] - rows.shape[1] % _ROW
-    pieces = (rows[:, :whole].reshape(len(rows), -1, _ROW), rows[:, None, whole:])
-    return join_rows(torch.cat([matrix_norms(n, p) for n in pieces if n.numel()], dim=1), p)
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(len(tensor), tensor.numel() // len(tensor))
+    if not on_host or rows.numel() <= min(_SERIAL, memory.PIECE):
+        return matrix_norms(rows, p)
+    if rows.shape[1] > _SERIAL:
+        return vector([norm_on_host([row], p) for row in rows])
+    return torch.cat([matrix_norms(part, p) for part in memory.by_rows(rows)])
 
 
 def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchclip._core import changes, gather, memory, mesh, rounds, rows
+from torchclip._core import gather, memory, mesh, operations, rounds, rows
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
@@ -103,7 +103,7 @@ def _check(i: int, parameter: Tensor) -> None:
 def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None) -> Units:
     owner = parameter.grad
     if owner is not None and _is_row_sparse(owner):
-        values = changes.own_elements(owner)
+        values = operations.own_elements(owner)
         return Units(owner, weight[owner.indices()[0]], values, values, mesh.PLAIN)
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
@@ -172,7 +172,7 @@ def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
         if is_changed and each.owner is not None and each.grad is not None:
             of_one = each.owner, each.grad, of_units
             alike.setdefault((each.grad.dtype, of_units.device), []).append(of_one)
-    with changes.writing():
+    with operations.writing():
         for (dtype, _), chosen in alike.items():
             together = rows.coefs_for(dtype, torch.cat([of_units for *_, of_units in chosen]))
             parts = torch.split(together, [of_units.numel() for *_, of_units in chosen])
