@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 from torchclip._core import memory
 from torchclip._core.joint_norms import divisor_like, join_present
-from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, norm_on_host, wide_dtype
+from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, SERIAL, norm_on_host, powers_fit, wide_dtype
 from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype, vector
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
@@ -45,10 +45,7 @@ class Group:
 
     def in_range(self, p: float) -> bool:
         """Whether all powers stay in the range of the dtype in which norms are accumulated."""
-        if p in (0, 1, math.inf, -math.inf):
-            return True
-        in_double = norm_dtype(self.device) is torch.float64
-        return p == 2 and (self.dtype is torch.float16 or (in_double and self.dtype in NARROW_REAL))
+        return powers_fit(self.dtype, self.device, p)
 
     def norms(self, p: float) -> Tensor:
         """The norm of each tensor, accumulated in the widest dtype that the device has."""
@@ -67,7 +64,7 @@ class Group:
 
     def _norms_on_host(self, p: float) -> Tensor:
         """The norm of each tensor: of small ones in one call, of others piece by piece."""
-        most = memory.JOINED if self.foreach and self.in_range(p) else 0
+        most = SERIAL if self.foreach and self.in_range(p) else 0
         small = [tensor for tensor in self.tensors if 0 < tensor.numel() <= most]
         of_small = iter(torch.stack(self._like(small)._plain_norms(p)).tolist() if small else ())
         return vector(

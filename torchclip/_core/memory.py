@@ -15,8 +15,6 @@ SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.
 DOUBLE = frozenset({torch.float64, torch.complex128})
 # The number of elements processed at a time, so that temporary memory does not grow with the gradients.
 PIECE = 1 << 20
-JOINED = 1 << 14
-"""Up to this size, calls for a single tensor cost more than copying it next to others."""
 
 _WRITABLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64}

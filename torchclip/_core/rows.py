@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from torchclip._core.joint_norms import join_present, vector_norms
 from torchclip._core.scalars import ABSENT, norm_dtype, vector
 
 NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
-NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
-"""Dtypes whose squares fit into float64."""
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
+_NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
 _ROW = 1 << 10
-# Torch splits no sum of this length over threads.
-_SERIAL = (1 << 15) - 1
+SERIAL = (1 << 15) - 1
+"""Torch splits no sum of this length over threads."""
+# Up to this size, calls for a single tensor cost more than copying it next to others.
+_JOINED = 1 << 16
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -35,17 +37,32 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.complex64 if wide is torch.float32 else torch.complex128
 
 
-def matrix_norms(rows: Tensor, p: float) -> Tensor:
-    """The norms along the last axis in the widest dtype, without overflow or underflow on the way."""
-    is_narrow, wide = rows.dtype in NARROW, wide_dtype(rows)
-    if not is_narrow:
-        rows = rows.to(wide)  # as vector_norm does not read float8
+def powers_fit(dtype: torch.dtype, device: torch.device, p: float) -> bool:
+    """Whether the sum of all powers stays in the range of the dtype in which norms are accumulated."""
+    if p in (0, 1, math.inf, -math.inf):
+        return True
+    in_double = norm_dtype(device) is torch.float64
+    return p == 2 and (dtype is torch.float16 or (in_double and dtype in _NARROW))
+
+
+def matrix_norms(rows: Tensor, p: float, fit: bool = False) -> Tensor:
+    """The norms along the last axis in the widest dtype, without overflow or underflow on the way.
+
+    Args:
+        rows: a matrix.
+        p: the order.
+        fit: whether the powers are known to stay in range.
+    """
+    fit = fit or powers_fit(rows.dtype, rows.device, p)
+    wide = wide_dtype(rows)
     if p != 2 and rows.is_complex():
         # For order 0, vector_norm reads only the real part of a single complex number.
         rows = rows.to(wide).abs()
         wide = rows.dtype
+    elif rows.dtype not in _NARROW:
+        rows = rows.to(wide)  # as vector_norm does not read float8
     plain = vector_norms(rows, p, wide)
-    if (is_narrow and p in (1, 2) and wide in memory.DOUBLE) or p in (0, math.inf, -math.inf):
+    if fit:
         return plain
     # If the powers of the results are in range, so are all others.
     regular = (plain > 0) & (abs(p) * plain.log().abs() < 600)
@@ -57,44 +74,50 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
 # Tensors in host memory
 
 
-def norm_on_host(tensors: Iterable[Tensor], p: float) -> float:
-    """The norm of all elements of strided tensors as one vector; ``ABSENT`` if there are none."""
-    norms = _of_pieces(_pieces(tensors), p)
+def norm_on_host(tensors: Sequence[Tensor], p: float) -> float:
+    """The norm of all elements of strided tensors of one dtype; ``ABSENT`` if there are none."""
+    norms = [of_rows for piece in _pieces(tensors) for of_rows in _norms_of_piece(piece, p)]
+    if not norms:
+        return ABSENT
+    together = norms[0] if len(norms) == 1 else torch.cat(norms)
     if p == 0:
-        return float(norms.sum()) if len(norms) else ABSENT  # numbers of elements, whose sum is exact
-    while len(norms) > _ROW:
-        norms = _of_pieces(memory.split(norms, memory.PIECE), p)
-    if len(norms) < 2:
-        return float(norms) if len(norms) else ABSENT
-    return float(matrix_norms(norms.view(1, -1), p))
+        return float(together.sum())  # numbers of elements, whose sum is exact
+    fit = powers_fit(tensors[0].dtype, tensors[0].device, p)
+    while together.numel() > _ROW:
+        together = torch.cat(_norms_of_piece(together, p, fit))
+    return float(together if together.numel() == 1 else matrix_norms(together.view(1, -1), p, fit))
 
 
-def _of_pieces(pieces: Iterable[Tensor], p: float) -> Tensor:
-    """Norms of parts of vectors, whose joint norm is that of all elements."""
-    norms = []
-    for piece in pieces:
-        # Long sums of numbers that are rounded in float64 lose digits.
-        most = _SERIAL if piece.dtype in NARROW and p in (1, 2) else _ROW
-        whole = len(piece) - len(piece) % _ROW if len(piece) > most else 0
-        if whole:
-            norms.append(matrix_norms(piece[:whole].view(-1, _ROW), p))
-        if whole < len(piece):
-            norms.append(matrix_norms(piece[None, whole:], p))
-    return norms[0] if len(norms) == 1 else torch.cat(norms) if norms else vector([])
+def _norms_of_piece(piece: Tensor, p: float, fit: bool = False) -> list[Tensor]:
+    """Norms of parts of a vector, whose joint norm is that of the vector."""
+    size = piece.numel()
+    # Numbers of up to 32 bits lose no digits in long sums of float64.
+    if size <= (SERIAL if piece.dtype in _NARROW else _ROW):
+        return [matrix_norms(piece.view(1, size), p, fit)]
+    row = _row_length(size)
+    rest = size % row
+    norms = [matrix_norms(piece[: size - rest].view(-1, row), p, fit)]
+    return [*norms, matrix_norms(piece[None, size - rest :], p, fit)] if rest else norms
+
+
+@lru_cache(1 << 10)
+def _row_length(size: int) -> int:
+    """The longest length of rows, up to ``_ROW``, that divides the size; ``_ROW`` if only short ones do."""
+    return next((length for length in range(_ROW, _ROW // 4, -1) if size % length == 0), _ROW)
 
 
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The elements of tensors in vectors of at most ``PIECE`` elements; small tensors are joined."""
-    few: dict[torch.dtype, list[Tensor]] = {}
+    small: list[Tensor] = []
     for tensor in tensors:
-        if tensor.numel() > memory.JOINED:
+        size = tensor.numel()
+        if size > _JOINED:
             yield from memory.pieces(tensor)
-        elif tensor.numel():
-            few.setdefault(tensor.dtype, []).append(tensor)
-    for small in few.values():
-        most = memory.PIECE // memory.JOINED
-        for start in range(0, len(small), most):
-            yield memory.concatenate(small[start : start + most])
+        elif size:
+            small.append(tensor)
+    most = memory.PIECE // _JOINED
+    for start in range(0, len(small), most):
+        yield memory.concatenate(small[start : start + most])
 
 
 # Rows
@@ -110,9 +133,9 @@ def _norms_of_rows(tensor: Tensor, p: float, on_host: bool) -> Tensor:
     if tensor.numel() == 0:
         return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
     rows = tensor if tensor.dim() == 2 else tensor.reshape(len(tensor), tensor.numel() // len(tensor))
-    if not on_host or rows.numel() <= min(_SERIAL, memory.PIECE):
+    if not on_host or rows.numel() <= min(SERIAL, memory.PIECE):
         return matrix_norms(rows, p)
-    if rows.shape[1] > _SERIAL:
+    if rows.shape[1] > SERIAL:
         return vector([norm_on_host([row], p) for row in rows])
     return torch.cat([matrix_norms(part, p) for part in memory.by_rows(rows)])
 
