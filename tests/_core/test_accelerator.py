@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
 from torchclip import kernel
-from torchclip._core import groups, memory
+from torchclip._core import groups, memory, rows
 from torchclip._core.batch import Facts
 from torchclip._core.operations import TorchBatch
 from torchclip._core.scalars import ABSENT
@@ -226,7 +226,8 @@ class TestNorms:
         assert [bits(t) for t in tensors] == before
 
     def test_without_float64_it_is_float32_and_still_in_range(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(groups, "norm_dtype", lambda device: F32)  # as on mps
+        for module in (groups, rows):  # as on mps
+            monkeypatch.setattr(module, "norm_dtype", lambda device: F32)
         for scale in (1e-30, 1.0, 1e30):
             tensors = [torch.full((2, 2), scale), torch.full((5,), scale)]
             assert float(batch_of(*tensors).norm(2.0)) == pytest.approx(3 * scale, rel=1e-6)

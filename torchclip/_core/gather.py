@@ -184,7 +184,22 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
         memory.refuse_without_memory(mesh.locals_of(items), "tensors")
     if batch.rest and kind is not None:
         _check_values(batch.rest, batch.all)
+    if take_grad and not batch.all:
+        _warn_of_gradients(items)
     return batch
+
+
+def _warn_of_gradients(items: Sequence[Tensor]) -> None:
+    """Warn where gradients seem to be passed in place of their parameters, so that nothing is clipped.
+
+    A frozen model has parameters, too, which is why a single ``nn.Parameter`` shows that nothing is wrong.
+    """
+    if items and not any(item.requires_grad or isinstance(item, nn.Parameter) for item in items):
+        message = (
+            "None of the tensors in `parameters` requires a gradient or has one, so nothing is clipped. Pass "
+            "the parameters themselves, not their gradients."
+        )
+        warnings.warn(message, stacklevel=arguments.level_of_caller())
 
 
 def _check_values(held: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

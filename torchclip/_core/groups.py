@@ -160,7 +160,7 @@ class Group:
                 return
             dtype = norm_dtype(self.device) if is_tiny else self.coef_dtype()
             # The device writes it: a copy from the host would make the device wait.
-            clip_coef = torch.full((), clip_coef, dtype=dtype, device=self.device)
+            clip_coef = self.tensors[0].new_full((), clip_coef, dtype=dtype)
         # In host memory torch forms products with a float32 tensor in float32, for all dtypes.
         if self.foreach and (self.on_host or self.dtype == clip_coef.dtype):
             torch._foreach_mul_(self.tensors, clip_coef)

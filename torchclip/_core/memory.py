@@ -98,11 +98,11 @@ def transformed() -> bool:
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
-    """Whether the values of all tensors can be read without waiting for a device."""
+    """Whether the values of all tensors can be read without waiting for a device; fake tensors have none."""
     if intercepted():
         return False
-    for tensor in tensors:  # noqa: SIM110 - all() takes three times as long
-        if not tensor.is_cpu:
+    for tensor in tensors:  # all() takes three times as long
+        if not tensor.is_cpu or (type(tensor) not in PLAIN and hasattr(tensor, "fake_mode")):
             return False
     return True
 
@@ -144,8 +144,9 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
     if tensor.layout == torch.strided:
         yield tensor
         return
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
+    if is_uncoalesced(tensor):
+        with torch.inference_mode(tensor.is_inference()):  # torch adds entries only in the tensor's own mode
+            tensor = tensor.coalesce()
     if tensor.is_mkldnn:
         yield tensor.to_dense()
         return

@@ -148,6 +148,20 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     return of_units
 
 
+def exceeds_range(units: Units, norms: tuple[Tensor, Tensor]) -> bool:
+    """Whether a norm of units that only this rank has is infinite where that of scaled units may not be."""
+    tensors = [tensor for tensor in (units.weight, units.measured) if tensor is not None]
+    if memory.DOUBLE.isdisjoint(tensor.dtype for tensor in tensors) or units.layout.dims:
+        return False
+    return memory.on_host(norms) and bool(torch.maximum(*norms).isinf().any())
+
+
+def times(units: Units, factor: float) -> Units:
+    """Copies of the numbers to measure, multiplied by a factor."""
+    measured = None if units.measured is None else units.measured.detach() * factor
+    return units._replace(weight=units.weight * factor, measured=measured)
+
+
 def _or_absent(norms: Tensor | None, tensor: Tensor | None, units: Units) -> Tensor:
     """The norms of this rank's parts of the units of a tensor; ``ABSENT`` if it has none."""
     if norms is None or tensor is None or (units.layout.dims and tensor.numel() == 0):
