@@ -185,16 +185,18 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     if batch.rest and kind is not None:
         _check_values(batch.rest, batch.all)
     if take_grad and not batch.all:
-        _warn_of_gradients(items)
+        warn_of_gradients(items)
     return batch
 
 
-def _warn_of_gradients(items: Sequence[Tensor]) -> None:
+def warn_of_gradients(items: Sequence[Tensor]) -> None:
     """Warn where gradients seem to be passed in place of their parameters, so that nothing is clipped.
 
     A frozen model has parameters, too, which is why a single ``nn.Parameter`` shows that nothing is wrong.
     """
-    if items and not any(item.requires_grad or isinstance(item, nn.Parameter) for item in items):
+    if items and not any(
+        item.requires_grad or item.grad is not None or isinstance(item, nn.Parameter) for item in items
+    ):
         message = (
             "None of the tensors in `parameters` requires a gradient or has one, so nothing is clipped. Pass "
             "the parameters themselves, not their gradients."

@@ -189,13 +189,12 @@ def _values(tensor: Tensor, p: float, finite: bool, on_host: bool) -> Tensor:
     # Complex numbers need a view, and a sparse tensor's values have one only when they are detached.
     parts = [part.detach() for part in memory.stored(tensor, p)]
     values = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+    if values.is_complex() and p == 2 and not finite and not memory.values_hidden():
+        values = torch.view_as_real(values.resolve_conj())
     if on_host and not finite:
         return values
     if values.is_complex():
-        if p == 2 and not finite and not memory.values_hidden():
-            values = torch.view_as_real(values.resolve_conj())
-        else:
-            values = values.to(wide_dtype(values)).abs()
+        values = values.to(wide_dtype(values)).abs()
     elif values.dtype not in REAL:
         values = values.to(wide_dtype(values))
     return values if memory.values_hidden() else values.resolve_neg()

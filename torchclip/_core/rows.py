@@ -21,6 +21,8 @@ from torchclip._core.scalars import ABSENT, norm_dtype, vector
 NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
+# Numbers below the first are multiplied by the second, a power of two.
+_SMALL, _LARGE = 1e-200, 2.0**600
 _NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
 _ROW = 1 << 10
 SERIAL = (1 << 15) - 1
@@ -54,12 +56,12 @@ def matrix_norms(rows: Tensor, p: float, fit: bool = False) -> Tensor:
         fit: whether the powers are known to stay in range.
     """
     fit = fit or powers_fit(rows.dtype, rows.device, p)
+    # For order 0, vector_norm reads only the real part of a single complex number.
+    if rows.is_complex() and (p != 2 or not fit):
+        magnitudes, factors = _magnitudes(rows, p)
+        return matrix_norms(magnitudes, p, fit) / factors
     wide = wide_dtype(rows)
-    if p != 2 and rows.is_complex():
-        # For order 0, vector_norm reads only the real part of a single complex number.
-        rows = rows.to(wide).abs()
-        wide = rows.dtype
-    elif rows.dtype not in _NARROW:
+    if rows.dtype not in _NARROW:
         rows = rows.to(wide)  # as vector_norm does not read float8
     plain = vector_norms(rows, p, wide)
     if fit:
@@ -69,6 +71,19 @@ def matrix_norms(rows: Tensor, p: float, fit: bool = False) -> Tensor:
     if memory.on_host([rows]) and bool(regular.all()):
         return plain
     return join_present(rows.to(wide).abs(), p)
+
+
+def _magnitudes(rows: Tensor, p: float) -> tuple[Tensor, Tensor | float]:
+    """The magnitudes of complex numbers, and what those of each row were multiplied by.
+
+    A magnitude that float64 has with few digits would be rounded before it is added to others.
+    """
+    rows = rows.to(wide_dtype(rows))
+    if p == 0 or rows.dtype is not torch.complex128:
+        return rows.abs(), 1.0
+    largest = torch.maximum(rows.real.abs().amax(dim=1), rows.imag.abs().amax(dim=1))
+    factors = torch.ones_like(largest).masked_fill(largest < _SMALL, _LARGE)
+    return (rows * factors.unsqueeze(1)).abs(), factors
 
 
 # Tensors in host memory

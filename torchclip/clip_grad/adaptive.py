@@ -92,6 +92,8 @@ def _clip(
     plain, rest = units.parted(items) if has_kernel else ([], items)
     # Other ranks may refuse, which must be known before anything changes.
     others = units.of_parameters(rest, items, parameters)
+    if not plain and not others:
+        gather.warn_of_gradients(items)
     clip_coefs = _clip_coefs(others, clip_factor, eps, p, grad_scale)
     if plain and not by_kernel(plain):
         left = units.of_parameters(plain, items, parameters)
