@@ -1,4 +1,4 @@
-"""At the edges: symbolic numbers, fake tensors, both ends of float64, and gradients in place of parameters."""
+"""Symbolic numbers, fake tensors, both ends of float64, and gradients in place of parameters."""
 
 import math
 import warnings
@@ -122,11 +122,12 @@ def test_complex_numbers_of_few_digits(order: float) -> None:
 
 @pytest.mark.usefixtures("kernel_on_and_off")
 @changing
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_entries_for_one_place_that_were_made_in_inference_mode(name: str) -> None:
     def parameter(inference: bool) -> Any:
         with torch.inference_mode(inference):
             entries = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-            gradient = torch.sparse_coo_tensor([[0, 0, 1]], entries, (3, 2))
+            gradient = torch.sparse_coo_tensor(torch.tensor([[0, 0, 1]]), entries, (3, 2))
         weight = nn.Parameter(torch.ones(3, 2))
         weight.grad = gradient
         return weight
@@ -156,14 +157,8 @@ def test_a_model_that_has_no_gradients_gives_none(name: str) -> None:
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with_gradient = torch.ones(2)
     with_gradient.grad = torch.ones(2)
-    passed = [
-        frozen,
-        frozen.parameters(),
-        nn.Linear(2, 2),
-        nn.Identity(),
-        [],
-        torch.ones(2, requires_grad=True),
-    ]
+    passed: list[Any] = [frozen, frozen.parameters(), nn.Linear(2, 2), nn.Identity(), []]
+    passed.append(torch.ones(2, requires_grad=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for parameters in [*passed, [with_gradient, torch.ones(2)]]:

@@ -194,9 +194,11 @@ def warn_of_gradients(items: Sequence[Tensor]) -> None:
 
     A frozen model has parameters, too, which is why a single ``nn.Parameter`` shows that nothing is wrong.
     """
-    if items and not any(
-        item.requires_grad or item.grad is not None or isinstance(item, nn.Parameter) for item in items
-    ):
+
+    def is_meant(item: Tensor) -> bool:
+        return item.requires_grad or item.grad is not None or isinstance(item, nn.Parameter)
+
+    if items and not any(map(is_meant, items)):
         message = (
             "None of the tensors in `parameters` requires a gradient or has one, so nothing is clipped. Pass "
             "the parameters themselves, not their gradients."
