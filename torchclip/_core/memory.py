@@ -167,22 +167,17 @@ def is_uncoalesced(tensor: Tensor) -> bool:
     return tensor.layout is torch.sparse_coo and not tensor.is_coalesced()
 
 
-def pieces(tensor: Tensor, length: int = PIECE) -> Iterator[Tensor]:
-    """The elements of a strided tensor in pieces of at most ``length``, copied only if there are gaps."""
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of a strided tensor in pieces of at most ``PIECE``, copied only if there are gaps."""
     whole = flat(tensor)
     if whole is not None:
-        yield from split(whole, length)
+        yield from torch.split(whole, PIECE)
     elif tensor.numel() <= PIECE:
         yield tensor.reshape(-1)
     else:
         longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
         for half in tensor.chunk(2, dim=longest):
             yield from pieces(half)
-
-
-def split(vector: Tensor, length: int) -> Sequence[Tensor]:
-    """A vector in parts of at most ``length``."""
-    return (vector,) if len(vector) <= length else torch.split(vector, length)
 
 
 def by_rows(tensor: Tensor) -> Sequence[Tensor]:
