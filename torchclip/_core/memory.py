@@ -16,8 +16,6 @@ SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.
 DOUBLE = frozenset({torch.float64, torch.complex128})
 # The number of elements processed at a time, so that temporary memory does not grow with the gradients.
 PIECE = 1 << 20
-JOINED = 1 << 14
-"""Up to this size, calls for a single tensor cost more than copying it next to others."""
 
 _WRITABLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -101,11 +99,11 @@ def transformed() -> bool:
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
-    """Whether the values of all tensors can be read without waiting for a device."""
+    """Whether the values of all tensors can be read without waiting for a device; fake tensors have none."""
     if intercepted():
         return False
-    for tensor in tensors:  # noqa: SIM110 - all() takes three times as long
-        if not tensor.is_cpu:
+    for tensor in tensors:  # all() takes three times as long
+        if not tensor.is_cpu or (type(tensor) not in PLAIN and hasattr(tensor, "fake_mode")):
             return False
     return True
 
@@ -147,8 +145,9 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
     if tensor.layout == torch.strided:
         yield tensor
         return
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
+    if is_uncoalesced(tensor):
+        with torch.inference_mode(tensor.is_inference()):  # torch adds entries only in the tensor's own mode
+            tensor = tensor.coalesce()
     if tensor.is_mkldnn:
         yield tensor.to_dense()
         return
@@ -169,22 +168,17 @@ def is_uncoalesced(tensor: Tensor) -> bool:
     return tensor.layout is torch.sparse_coo and not tensor.is_coalesced()
 
 
-def pieces(tensor: Tensor, length: int = PIECE) -> Iterator[Tensor]:
-    """The elements of a strided tensor in pieces of at most ``length``, copied only if there are gaps."""
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of a strided tensor in pieces of at most ``PIECE``, copied only if there are gaps."""
     whole = flat(tensor)
     if whole is not None:
-        yield from split(whole, length)
+        yield from torch.split(whole, PIECE)
     elif tensor.numel() <= PIECE:
         yield tensor.reshape(-1)
     else:
         longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
         for half in tensor.chunk(2, dim=longest):
             yield from pieces(half)
-
-
-def split(vector: Tensor, length: int) -> Sequence[Tensor]:
-    """A vector in parts of at most ``length``."""
-    return (vector,) if len(vector) <= length else torch.split(vector, length)
 
 
 def by_rows(tensor: Tensor) -> Sequence[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchclip._core import arguments, memory
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
-from torchclip._core.host import HostBatch
+from torchclip._core.operations import TorchBatch
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
@@ -47,7 +47,7 @@ def status() -> str:
 
 def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> Norm | Norms:
     """Norms of orders for which the kernel has no loops."""
-    batch = HostBatch(tensors)
+    batch = TorchBatch(tensors)
     return batch.norms(p, finite) if each else batch.norm(p, finite)
 
 
