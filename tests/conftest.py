@@ -16,7 +16,7 @@ from distributed_helpers import Ranks
 from hypothesis import HealthCheck, settings
 
 from torchclip import kernel
-from torchclip._core import gather, groups, native
+from torchclip._core import gather, groups
 from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.clipper import fused
 
@@ -150,8 +150,6 @@ def _way_of_steps(name: str) -> Iterator[None]:
         if name != "short way":
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(fused, "_TOO_SMALL", 0)
-            if name == "kernel":
-                patch.setattr(native, "step_state", lambda *_: None)
             stack.enter_context(_way(name))
         yield
 
@@ -187,4 +185,3 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has fused steps multiply the gradients even where they are so small that it does not pay."""
     monkeypatch.setattr(fused, "_TOO_SMALL", 0)
-    monkeypatch.setattr(native, "step_state", lambda *_: None)

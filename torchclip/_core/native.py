@@ -30,11 +30,6 @@ def active() -> bool:
     return extension is not None and bool(extension.is_enabled())
 
 
-def step_state(*args: object) -> Any:
-    """The extension's ``RoundState`` with these arguments; None without the kernel."""
-    return extension.RoundState(*args) if active() else None
-
-
 def status() -> str:
     """One line on whether the kernel is active, and why not if it is not."""
     if extension is None:
@@ -123,7 +118,6 @@ def _load() -> tuple[Any, str]:
             memory.FORWARD_AD,
             inspect.getfile(torch.Generator),  # the library with torch's classes
         )
-        module.connect_steps(Tensor, torch._C._current_graph_task_id)
         names = _names_of_modules()
         if names is not None:
             module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType, names)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import native
 from torchclip.clipper import registry, saved
 from torchclip.clipper.clipping import Clipping
 from torchclip.clipper.loss import PendingLoss
@@ -164,9 +163,7 @@ class Clipper:
         )
         self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
-        # The kernel's state: it clips usual steps in one call.
-        with_kernel = native.step_state(settings.usual_way(), self._optimizers)
-        self._state: State = with_kernel or State(self._optimizers)
+        self._state = State(self._optimizers)
         steps = [*map(Step, self._optimizers, self._state.members)]
         self._loss = PendingLoss(self._state, steps)
         self._clipping = Clipping(steps, settings)
@@ -176,8 +173,6 @@ class Clipper:
         self._hooks: list[RemovableHandle] = []
         for i, each in enumerate(optimizers):
             before, after = partial(self._before_step, i), partial(self._after_step, i)
-            if with_kernel is not None:
-                before, after = with_kernel.hooks(i, before, after)
             self._hooks += [each.register_step_pre_hook(before), each.register_step_post_hook(after)]
             self._clipping.hooks.append(self._hooks[-2])
             registry.clippers[each] = ref(self)

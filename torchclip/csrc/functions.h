@@ -34,11 +34,11 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const bool is_flag = args[3] == Py_False || args[3] == Py_True;  // a norm that is not finite is unusual
     if (!(max_norm >= 0) || p != 2 || !is_flag || args[4] != Py_None) return unusual();
     Gradients gradients;
-    Clipped clipped;
-    if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || !clip(gradients, max_norm, clipped))
-        return unusual();
+    double norm;
+    if (!is_usable() || !gradients.add(args[0]) || !gradients.take() || !gradients.measure(norm)) return unusual();
+    if (!gradients.scale(clip_coef_of(max_norm, norm))) return nullptr;
     use_up(args[0]);
-    return new_scalar(clipped.norm, gradients.is_double());
+    return new_scalar(norm, gradients.is_double());
 }
 
 // clip_grad_value(parameters, clip_value)

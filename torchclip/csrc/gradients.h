@@ -122,16 +122,15 @@ bool are_dense_on_host(const References& all) {
                        [](PyObject* tensor) { return is_plain(tensor) && (!has_refused || is_dense_on_host(tensor)); });
 }
 
-// Passes each parameter of a call or an optimizer to take(parameter), if all are plain.  False if they are not; with an
-// error set if take(parameter) is false, for example because user code raised it.
-template <class Take> bool take_plain(PyObject* given, bool is_optimizer, Take take) {
+// Passes each parameter of a call to take(parameter), if all are plain.  False if they are not; with an error set if
+// take(parameter) is false, for example because user code raised it.
+template <class Take> bool take_plain(PyObject* given, Take take) {
     bool has_raised = false;
-    const auto take_one = [&](const Ref& item) {
+    const bool done = collect(given, [&](const Ref& item) {
         if (!is_plain(item)) return false;
         has_raised = !take(item);
         return !has_raised;
-    };
-    const bool done = is_optimizer ? collect_of_optimizer(given, take_one) : collect(given, take_one);
+    });
     // An error of a walk is raised again where torch's own code does the walk.
     if (!done && !has_raised) PyErr_Clear();
     return done;
@@ -145,14 +144,10 @@ class Gradients {
     bool is_stale_ = false;
 
   public:
-    // Adds the gradients of a call's argument; or those of an optimizer, and of others that step with it.  An error is
-    // set if user code raised it when a gradient was read.
+    // Adds the gradients of a call's argument.  An error is set if user code raised it when a gradient was read.
     bool add(PyObject* parameters) {
         tensors_.expect(parameters);
-        return take_plain(parameters, false, [this](PyObject* item) { return tensors_.take_gradient(item); });
-    }
-    bool add_optimizer(PyObject* optimizer) {
-        return take_plain(optimizer, true, [this](PyObject* item) { return tensors_.take_gradient(item); });
+        return take_plain(parameters, [this](PyObject* item) { return tensors_.take_gradient(item); });
     }
 
     // Reads the memory of what was added; no Python code runs after that.
@@ -163,15 +158,8 @@ class Gradients {
         return tensors_.are_all_taken();
     }
 
-    // The distinct gradients, once they were taken.
-    const References& all() const { return tensors_.all(); }
-
     bool is_double() const { return (memory_.facts() & kDouble) != 0; }
     bool is_complex() const { return (memory_.facts() & kAnyComplex) != 0; }
-    // If so, no other Python thread runs during a call.
-    bool is_small() const { return memory_.elements() <= kSmallElements && !memory_.releases_gil(); }
-    // If so, they take at most 1 MiB.
-    bool is_tiny() const { return memory_.elements() <= size_t(1) << 16; }
 
     // The norm of order 2 of all of them as one vector.
     bool measure(double& norm) {
@@ -208,39 +196,24 @@ class Gradients {
         return tensors_.read_again(memory_, kEach);
     }
 
-    // Changes all of them.  False, with an error set, after an error.  `after` gets their norm, if anything has
-    // changed.
-    bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef, nullptr); }
-    bool clamp(double limit, double* after = nullptr) { return change(&Loops::clamp, limit, after); }
+    // Changes all of them.  False, with an error set, after an error.
+    bool scale(double clip_coef) { return clip_coef == 1.0 || change(&Loops::scale, clip_coef); }
+    bool clamp(double limit) { return change(&Loops::clamp, limit); }
 
   private:
     // Whether no Python code has run since memory was read, be it another thread's; else it is read again.  False, with
     // an error set, for an error.
     bool is_fresh() { return !is_stale_ || read_again(); }
 
-    bool change(Write Loops::* loop, double number, double* after) {
+    bool change(Write Loops::* loop, double number) {
         if (!is_fresh()) return false;
         is_stale_ = true;
         if (!memory_.write(loop, &number, false)) return true;
-        if (after != nullptr) *after = memory_.norm(&Loops::sum_squares, false);
         return tensors_.bump_written(memory_, kEach);
     }
 };
 
 // The same, with the number that torch adds to the norm.
 double clip_coef_of(double max_norm, double norm) { return clip_coef_of(max_norm, norm, 1e-6); }
-
-// The result of clipping by the norm.
-struct Clipped {
-    double norm, max_norm, coef;
-};
-
-// Scales taken gradients by their norm.  False if the norm is unusual, or with an error set.
-bool clip(Gradients& gradients, double max_norm, Clipped& clipped) {
-    if (!gradients.measure(clipped.norm)) return false;
-    clipped.max_norm = max_norm;
-    clipped.coef = clip_coef_of(max_norm, clipped.norm);
-    return gradients.scale(clipped.coef);
-}
 
 }  // namespace

@@ -22,12 +22,8 @@
 //     batch.h       the Python type `Batch`, for all other calls
 //     rows.h        rows: norms, and units clipped relative to weights
 //     examples.h    gradients of single examples: norms, and their clipped sum
-//     marks.h       whether gradients are still what they were
-//     step_ways.h   how the gradients of a usual step are clipped
-//     step_hooks.h  hooks for the usual step of optimizers
 #include "batch.h"
 #include "examples.h"
-#include "step_hooks.h"
 
 namespace {
 
@@ -162,8 +158,6 @@ PyMethodDef module_methods[] = {
      "clip_grad_adaptive(parameters, clip_factor, eps, norm_type, grad_scale): each unit, likewise"},
     {"clip_per_example", function<clip_per_example>(), METH_FASTCALL,
      "clip_per_example(grads, max_norm): the sums of clipped examples and how many were clipped, likewise"},
-    {"connect_steps", function<connect_steps>(), METH_FASTCALL,
-     "connect_steps(tensor, graph_task_id): what the hooks of optimizers need of torch"},
     {"gradients", function<gradients>(), METH_O, "gradients(parameters): a Batch of their gradients, or None"},
     {"tensors", function<tensors>(), METH_O, "tensors(tensors): a Batch of the tensors themselves, or None"},
     {"disable", function<disable>(), METH_NOARGS, "disable(): off until the enable() that belongs to it"},
@@ -192,7 +186,7 @@ PyMODINIT_FUNC PyInit__kernel() {
     use_instruction_set(nullptr);
     batch_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&batch_spec));
     PyObject* const module = PyModule_Create(&module_definition);
-    if (batch_type == nullptr || module == nullptr || !add_step_types(module)) return nullptr;
+    if (batch_type == nullptr || module == nullptr) return nullptr;
     Py_INCREF(batch_type);
     if (PyModule_AddObject(module, "Batch", reinterpret_cast<PyObject*>(batch_type)) < 0) return nullptr;
     return module;

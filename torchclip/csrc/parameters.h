@@ -1,5 +1,5 @@
-// The parameters of a call: a list or a tuple, a single parameter, a module, an unstarted generator of
-// `Module.parameters`, or an optimizer.  Modules are walked here without running their code, in the order and under the
+// The parameters of a call: a list or a tuple, a single parameter, a module, or an unstarted generator of
+// `Module.parameters`.  Modules are walked here without running their code, in the order and under the
 // conditions of torch's code; so is a generator of their parameters.
 #pragma once
 
@@ -222,31 +222,6 @@ template <class Take> bool collect_any(PyObject* iterable, Take take) {
     while (PyObject* const item = PyIter_Next(iterator))
         if (!take(Ref(item))) return false;
     return PyErr_Occurred() == nullptr;
-}
-
-// Whether an optimizer with these attributes has none of those that a GradScaler sets.
-bool is_unscaled(PyObject* attributes) {
-    static PyObject* const grad_scale = PyUnicode_InternFromString("grad_scale");
-    static PyObject* const found_inf = PyUnicode_InternFromString("found_inf");
-    return lacks(attributes, grad_scale) && lacks(attributes, found_inf);
-}
-
-// The parameters of all groups of an optimizer, if no GradScaler has set anything, and no group has its own threshold.
-template <class Take> bool collect_of_optimizer(PyObject* optimizer, Take take) {
-    static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
-    static PyObject* const params = PyUnicode_InternFromString("params");
-    static PyObject* const max_norm = PyUnicode_InternFromString("max_norm");
-    const Ref attributes = attributes_of(optimizer);
-    if (attributes == nullptr || !is_unscaled(attributes)) return false;
-    const Ref groups = own_attribute(attributes, param_groups);
-    if (groups == nullptr || !PyList_CheckExact(groups)) return false;
-    for (Py_ssize_t i = 0; i < PyList_Size(groups); ++i) {
-        const Ref group = Ref::to(PyList_GetItem(groups, i));
-        if (!PyDict_CheckExact(group) || !lacks(group, max_norm)) return false;
-        const Ref parameters = own_attribute(group, params);
-        if (parameters == nullptr || !PyList_CheckExact(parameters) || !collect_list(parameters, take)) return false;
-    }
-    return true;
 }
 
 }  // namespace

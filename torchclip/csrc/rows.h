@@ -172,8 +172,8 @@ class Units {
     }
 
   public:
-    bool add(PyObject* given, bool is_optimizer) {
-        return take_plain(given, is_optimizer, [this](PyObject* item) { return take(item); });
+    bool add(PyObject* given) {
+        return take_plain(given, [this](PyObject* item) { return take(item); });
     }
 
     // Reads the memory of what was added.  False if the kernel cannot handle it, if a gradient belongs to several
@@ -240,7 +240,7 @@ PyObject* clip_grad_adaptive(PyObject*, PyObject* const* args, Py_ssize_t count)
     const auto loop = loop_of(read_threshold(args[3]));
     if (!(clip_factor >= 0) || !(eps >= 0) || !(grad_scale >= 0) || loop == nullptr) return unusual();
     Units units;
-    if (!is_usable() || !units.add(args[0], false) || !units.take(loop)) return unusual();
+    if (!is_usable() || !units.add(args[0]) || !units.take(loop)) return unusual();
     if (!units.clip(loop, clip_factor, eps, grad_scale)) return nullptr;
     use_up(args[0]);
     return new_reference(Py_True);
