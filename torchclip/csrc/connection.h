@@ -88,6 +88,7 @@ struct {
     PyObject *is_neg, *is_conj;  // methods of tensors
     int (*read)(void* py_object, DLTensor* out);
     int (*make)(DLManagedTensorVersioned* tensor, void** out);
+    decltype(DLPackExchangeAPI::managed_tensor_allocator) allocate;
 } torch;
 
 bool connected() {

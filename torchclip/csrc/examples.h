@@ -13,7 +13,7 @@ class Examples {
     std::vector<Rows> grads_;
     std::vector<size_t> lengths_;  // elements of each sum
     Axes axes_;
-    Results sums_;  // like those of the rows, but without gaps
+    std::vector<Result> sums_;  // like those of the rows, but without gaps
     size_t count_ = 0, elements_ = 0;
 
   public:
@@ -30,9 +30,11 @@ class Examples {
             if (i > 0 && grad.count != count_) return false;
             count_ = grad.count;
             elements_ += grad.elements();
-            lengths_.push_back(sums_.add(t.dtype, t.ndim - 1, t.shape + 1, t.strides + 1));
+            sums_.emplace_back(t.dtype, t.ndim - 1, t.shape + 1, t.strides + 1);
+            size_t length = 1;
+            for (int32_t axis = 1; axis < t.ndim; ++axis) length *= size_t(t.shape[axis]);
+            lengths_.push_back(length);
         }
-        sums_.allocate();
         return true;
     }
 
@@ -84,7 +86,7 @@ class Examples {
     Ref sums() {
         Ref list(PyList_New(Py_ssize_t(grads_.size())));
         for (size_t i = 0; i < grads_.size() && list != nullptr; ++i) {
-            Ref sum = sums_.take(i);
+            Ref sum = sums_[i].take();
             if (sum == nullptr) return sum;
             PyList_SetItem(list, Py_ssize_t(i), sum.release());
         }
@@ -122,7 +124,7 @@ class Examples {
             }
             loops.add_rows(sum, x, clip_coefs.data() + row, rows, n * dtype.parts);
         }
-        loops.round_sums(sums_.data(i) + start * dtype.item, sum, n * dtype.parts);
+        loops.round_sums(sums_[i].data() + start * dtype.item, sum, n * dtype.parts);
     }
 };
 

@@ -16,7 +16,7 @@
 //     parameters.h  whose gradients are meant: lists, modules, generators, optimizers
 //     memory.h      the memory of tensors during one call: norms and changes, in chunks
 //     gradients.h   the distinct gradients of a call, from collecting to changing them
-//     results.h     tensors that a call returns
+//     results.h     tensors that a call returns, in memory of torch
 //     scalar.h      0-dim tensors
 //     functions.h   the functions of torch's names, where nothing is unusual
 //     batch.h       the Python type `Batch`, for all other calls
@@ -70,6 +70,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     connect_openmp(PyBytes_AsString(library));
     torch.read = api->dltensor_from_py_object_no_sync;
     torch.make = api->managed_tensor_to_py_object_no_sync;
+    torch.allocate = api->managed_tensor_allocator;
     return new_reference(Py_None);
 }
 
