@@ -15,10 +15,9 @@ def connect(
     refuse: Callable[[str, int, object], object],
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
-    watchers: tuple[tuple[Any, ...], ...],
+    checks: tuple[tuple[Callable[..., object], object, object, Callable[[], bool] | None], ...],
     is_inference_mode_enabled: Callable[[], bool],
     strided: torch.layout,
-    forward_ad: dict[str, Any],
     library: str,
     /,
 ) -> None:
@@ -34,12 +33,9 @@ def connect(
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
-        watchers: functions, each with its argument if it takes one; each is true if somebody may see
-            operations, and then the kernel takes nothing.
+        checks: ``torchclip._core.memory.CHECKS``; the kernel takes nothing while one fails.
         is_inference_mode_enabled: says whether tensors that are made now can only be used in that mode.
         strided: ``torch.strided``, the layout of dense tensors.
-        forward_ad: the names of ``torch.autograd.forward_ad``; likewise while its ``_current_level`` is at
-            least 0.
         library: the path of a library that was linked to torch's OpenMP, whose threads are used.
 
     Raises:
