@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,60 +31,55 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.maybe_current_level
 
-
-def _in_c(function: Any) -> Callable[[], bool]:
-    """The function in C that a function of torch calls last, found by the names in its code; or itself.
-
-    In a training step, the frames in Python would take longer than all other checks together.
-    """
-    found: Any = torch
-    for name in getattr(getattr(function, "__code__", None), "co_names", ()):
-        found = getattr(found, name, found)
-    chosen: Callable[[], bool] = found if isinstance(found, types.BuiltinFunctionType) else function
-    return chosen
-
-
-_is_tracing = _in_c(torch.jit.is_tracing)  # type: ignore[attr-defined]
-_has_torch_function: Callable[[object], bool] = torch.overrides.has_torch_function_unary
-_NO_TENSOR = 0
-"""Shows only whether there is a function mode."""
-with torch.device("cpu"):
-    _DEVICE_MODE = type(torch.overrides._get_current_function_mode_stack()[-1])  # type: ignore[no-untyped-call]
-
-WATCHERS: tuple[tuple[Any, ...], ...] = (
-    (_dispatch_modes,),
-    (_has_torch_function, _NO_TENSOR),
-    (_transform,),
-    (_is_tracing,),
-)
-"""Functions with their arguments; each is true if operations may be observed.
-
-The kernel asks these, and ``FORWARD_AD``.
-"""
-FORWARD_AD = vars(forward_ad)
-"""Its ``_current_level`` is at least 0 while operations carry tangents."""
-
-
-def intercepted() -> bool:
-    """Whether operations are recorded or transformed, so that all of them must be torch's.
-
-    Only this function decides it.  ``torch.compile``, dispatch and function modes, ``torch.func``,
-    ``torch.jit.trace`` and forward-mode differentiation do so.  No value may be read then.
-    """
-    return (
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or (_has_torch_function(_NO_TENSOR) and _sees_operations())
-        or _transform() is not None
-        or _is_tracing()
-        or FORWARD_AD["_current_level"] >= 0
-    )
+_forward_level: Callable[[str], int] = vars(forward_ad).__getitem__
 
 
 def _sees_operations() -> bool:
     """Whether any function mode does more than choose a device for new tensors."""
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return any(type(mode) is not _DEVICE_MODE for mode in modes)
+    return any(type(mode) is not torch.utils._device.DeviceContext for mode in modes)
+
+
+class Check(NamedTuple):
+    """A question whether operations are recorded or transformed; the kernel asks it at each call.
+
+    Attributes:
+        function: a function in C, as in a training step a frame in Python would take longer than all checks.
+        argument: its argument; None if it takes none.
+        idle: its answer while nobody sees operations.
+        otherwise: called after another answer, says whether somebody really does; None if that is certain.
+    """
+
+    function: Callable[..., object]
+    argument: object
+    idle: object
+    otherwise: Callable[[], bool] | None = None
+
+
+CHECKS = (
+    Check(_dispatch_modes, None, 0),
+    Check(torch.overrides.has_torch_function_unary, 0, False, _sees_operations),  # 0: only for function modes
+    Check(_transform, None, None),
+    Check(torch._C._is_tracing, None, False),
+    Check(_forward_level, "_current_level", -1),
+)
+"""All who can see operations apart from ``torch.compile``, whose traces do not reach the kernel."""
+
+
+def intercepted() -> bool:
+    """Whether operations are recorded or transformed, so that all of them must be torch's.
+
+    ``torch.compile``, dispatch and function modes, ``torch.func``, ``torch.jit.trace`` and forward-mode
+    differentiation do so.  No value may be read then.  The kernel asks ``CHECKS`` itself.
+    """
+    return _is_compiling() or any(_fails(check) for check in CHECKS)
+
+
+def _fails(check: Check) -> bool:
+    function, argument, idle, otherwise = check
+    if (function() if argument is None else function(argument)) == idle:
+        return False
+    return otherwise is None or otherwise()
 
 
 def values_hidden() -> bool:
@@ -95,7 +89,7 @@ def values_hidden() -> bool:
 
 def transformed() -> bool:
     """Whether operations are differentiated or vectorized, where those on lists of tensors do not work."""
-    return not values_hidden() and (_transform() is not None or FORWARD_AD["_current_level"] >= 0)
+    return not values_hidden() and (_transform() is not None or _forward_level("_current_level") >= 0)
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
@@ -317,7 +311,7 @@ def _has_equal_offsets(axes: Sequence[tuple[int, int]], count: int) -> bool:
     return len(set(offsets.tolist())) < count
 
 
-def signs_of_change(tensor: Tensor) -> tuple[Any, ...]:
+def signs_of_change(tensor: Tensor) -> tuple[object, ...]:
     """Numbers that show whether a tensor is still the same, unchanged, without waiting for a device."""
     version = -1 if tensor.is_inference() else tensor._version
     values = tensor._values() if tensor.layout is torch.sparse_coo else tensor
