@@ -19,13 +19,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import arguments, memory, mesh, native, sharded
+from torchclip._core import arguments, memory, native
 from torchclip._core.accelerator import AcceleratorBatch
 from torchclip._core.batch import Batch, Facts, Norm, Norms
-from torchclip._core.collectives import Kind
 from torchclip._core.host import HostBatch
 from torchclip._core.mixed import MixedBatch
-from torchclip._core.sharded import ShardedBatch
+from torchclip._core.ranks import meshes, sharded
+from torchclip._core.ranks.exchange import Kind
+from torchclip._core.ranks.sharded import ShardedBatch
 
 
 def gradients(
@@ -38,7 +39,7 @@ def gradients(
     Args:
         parameters: the parameters.
         group: the process groups whose ranks hold further gradients, or None.
-        kind: of ``collectives.Kind``, if ranks take norms together afterwards; waiting ranks learn of a
+        kind: of ``Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
     (batch,) = _batches("parameters", [parameters], group, kind)
@@ -56,7 +57,7 @@ def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
     return batch
 
 
-def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
+def tell_ranks(several: Sequence[Any], group: Any, kind: int | None, order: float = 2.0) -> None:
     """Tell the ranks that wait for this one that it refused its gradients or an argument.
 
     Otherwise they would pair their call with the next one of this rank.
@@ -64,17 +65,25 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
     Args:
         several: the arguments with parameters or tensors: with ``group``, they show which ranks wait.
         group: the argument of that name.
-        kind: of ``collectives.Kind``; None for a call without other ranks.
+        kind: of ``Kind``; None for a call without other ranks.
+        order: the order of the norms, if it is known.
     """
-    if kind is None or not mesh.has_ranks():
+    if kind is None or not meshes.has_ranks():
         return
-    name = "tensors" if kind == Kind.MEASURE else "parameters"
     try:
-        lists = [arguments.tensor_list(name, some) for some in several]
-        groups = mesh.as_groups(group)
+        groups = meshes.as_groups(group)
     except TypeError:
-        return  # they do not involve other ranks
-    sharded.refuse([[item for item in some if isinstance(item, Tensor)] for some in lists], groups, kind)
+        return  # it does not involve other ranks
+    sharded.refuse([_tensors_in(some, kind) for some in several], groups, kind, order)
+
+
+def _tensors_in(argument: Any, kind: int) -> list[Tensor]:
+    """The tensors of an argument that may be wrong; none if it cannot be read."""
+    try:
+        items = arguments.tensor_list("tensors" if kind == Kind.MEASURE else "parameters", argument)
+    except Exception:  # of user code, and already on its way to the user
+        return []
+    return [item for item in items if isinstance(item, Tensor)]
 
 
 def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
@@ -87,10 +96,15 @@ def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = Fals
     ]
 
 
+def norms_of_split(parameters: Sequence[Tensor], p: float) -> list[tuple[Norm, Norm]]:
+    """The norms of parameters that are split over ranks, and of their gradients (``ABSENT`` for none)."""
+    return sharded.norms_of_split(parameters, p, _local)
+
+
 def local_gradients(parameters: Iterable[Tensor]) -> Batch:
     """This rank's part of the parameters' gradients: its norms need no other rank."""
     found, tied = _found(arguments.tensor_list("parameters", parameters), "parameters")
-    return _local(mesh.locals_of(found), tied)
+    return _local(meshes.locals_of(found), tied)
 
 
 def warn_if_used_up(parameters: Any) -> None:
@@ -126,7 +140,7 @@ def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: An
 
     def described(gradient: Tensor) -> str:
         grads = [item if item.grad is None else item.grad for item in items]
-        place = next((i for i, each in enumerate(mesh.locals_of(grads)) if each is gradient), None)
+        place = next((i for i, each in enumerate(meshes.locals_of(grads)) if each is gradient), None)
         name = None if place is None else arguments.names_of(given).get(id(grads[place]))
         item = name or ("an item" if place is None else f"item {place}")
         return f"{item} of `parameters` has a gradient of shape {tuple(gradient.shape)}"
@@ -158,10 +172,12 @@ def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _batches(name: str, several: Sequence[Any], group: Any, kind: int | None) -> list[Batch]:
-    lists = [arguments.tensor_list(name, some) for some in several]
+    lists: list[Any] = list(several)
     try:
+        for i, given in enumerate(several):
+            lists[i] = arguments.tensor_list(name, given)
         return [_batch(lists[i], name, group, given, kind) for i, given in enumerate(several)]
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:
         tell_ranks(lists, group, kind)
         raise
 
@@ -172,9 +188,9 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
         warn_if_used_up(given)
     batch: Batch
     # A parameter without a gradient here may have one on another rank, which then waits for this one.
-    if group is not None or mesh.any_dtensor(items):
-        groups, measured = mesh.as_groups(group), kind in (Kind.MEASURE, Kind.MEASURE_EACH)
-        batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured)
+    if group is not None or meshes.any_dtensor(items):
+        groups, measured = meshes.as_groups(group), kind in (Kind.MEASURE, Kind.MEASURE_EACH)
+        batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured, given)
     elif not memory.intercepted() and native.active():
         by_kernel = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
         batch = _local(by_kernel.all, False, by_kernel)
@@ -183,7 +199,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     if batch.rest and take_grad:
         refuse_unwritable(batch.rest, items, given)
     elif batch.rest:
-        memory.refuse_without_memory(mesh.locals_of(items), "tensors")
+        memory.refuse_without_memory(meshes.locals_of(items), "tensors")
     return batch
 
 

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, gather, memory, native, units
 from torchclip._core.arguments import norm_order, threshold
-from torchclip._core.collectives import Kind
+from torchclip._core.ranks.exchange import Kind
 
 __all__ = ["Adaptive", "clip_grad_adaptive_"]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.variable import ImperativeEngine  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from torchclip._core import gather, joint_norms, mesh, scalars
+from torchclip._core import gather, joint_norms, scalars
 from torchclip._core.batch import Norm
+from torchclip._core.ranks import meshes
 from torchclip.clipper.clipping import Loss, Row
 from torchclip.clipper.optimizers import groups_of, parameters_of
 from torchclip.clipper.rules import ratio
@@ -38,7 +39,7 @@ def refuse(settings: Settings, optimizers: Sequence[Optimizer]) -> bool:
         Whether gradients are sharded.
     """
     several = settings.several
-    is_sharded = mesh.any_dtensor(parameters_of(*optimizers))
+    is_sharded = meshes.any_dtensor(parameters_of(*optimizers))
     if is_sharded and not (several and _takes_no_norm(settings, optimizers)):
         raise RuntimeError(
             "the gradients of a step that is taken during the backward pass are sharded; their norm "
@@ -142,7 +143,7 @@ class BackwardRound:
     def clip_sharded(self, optimizer: Optimizer, step: int, loss: Loss) -> Row:
         """Clip the gradients of an optimizer by a rule that takes no norm, if there is one."""
         grads = gather.distinct_gradients(parameters_of(optimizer))
-        if any(map(mesh.is_partial, grads)):
+        if any(map(meshes.is_partial, grads)):
             raise RuntimeError(
                 "the gradients of a step that is taken during the backward pass are pending a reduction over "
                 "ranks. Call optimizer.step() after backward()"
@@ -181,10 +182,10 @@ def _is_within_another() -> bool:
 def _held_norms(grads: Sequence[Tensor], order: float) -> list[Tensor]:
     """A tensor for each gradient, which lies as it does and has one element on each rank, the norm there."""
     found = []
-    for grad, part in zip(grads, mesh.locals_of(grads), strict=True):
+    for grad, part in zip(grads, meshes.locals_of(grads), strict=True):
         norm = scalars.present(gather.tensors([part]).norm(order))
         held = torch.as_tensor(norm, dtype=torch.float64, device=part.device).reshape(1)
-        if mesh.is_dtensor(grad):
+        if meshes.is_dtensor(grad):
             from torch.distributed.tensor import DTensor, Replicate, Shard
 
             places = [Replicate() if each.is_replicate() else Shard(0) for each in grad.placements]

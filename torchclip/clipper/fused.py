@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchclip._core import gather, mesh
+from torchclip._core import gather
 from torchclip._core.batch import Facts, Norm
+from torchclip._core.ranks import meshes
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.step import Member, Outcome, is_fused
@@ -39,7 +40,7 @@ def can_scale(optimizer: Optimizer, hook: RemovableHandle, snapshot: Snapshot, i
         is_later: whether another optimizer steps first.
     """
     # Before a later step, not autograd but FSDP2 may add to the gradients.
-    if not is_fused(optimizer) or (is_later and mesh.any_dtensor(parameters_of(optimizer))):
+    if not is_fused(optimizer) or (is_later and meshes.any_dtensor(parameters_of(optimizer))):
         return False
     # A later hook may look at the gradients.
     if next(reversed(hook.hooks_dict_ref() or {}), None) != hook.id:

@@ -7,7 +7,8 @@ from weakref import ref
 
 from torch import Tensor
 
-from torchclip._core import arguments, mesh
+from torchclip._core import arguments
+from torchclip._core.ranks import meshes
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.step import State, Step
 
@@ -42,7 +43,7 @@ class PendingLoss:
         if self._seen is None:
             parameters = self._parameters()
             # FSDP2 may store the gradients elsewhere until the last backward pass of a step.
-            return all(p.grad is None for p in parameters) and not mesh.any_dtensor(parameters)
+            return all(p.grad is None for p in parameters) and not meshes.any_dtensor(parameters)
         parameter, grad = (each() for each in self._seen)
         now = None if parameter is None else parameter.grad
         # A backward pass with `create_graph=True` replaces a gradient to add to it.

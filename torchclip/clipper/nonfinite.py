@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import memory, scalars
 from torchclip._core.batch import Norm
-from torchclip._core.collectives import raise_pending
+from torchclip._core.ranks.exchange import raise_pending
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.settings import Nonfinite

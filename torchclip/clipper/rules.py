@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from torchclip._core import gather, mesh, scalars
+from torchclip._core import gather, scalars
 from torchclip._core.batch import Norm
+from torchclip._core.ranks import meshes
 from torchclip.clipper.scope import Snapshot
 from torchclip.thresholds.base import Rule
 
@@ -44,7 +45,9 @@ def tried(rule: Rule, snapshot: Snapshot) -> tuple[Norm, Snapshot]:
 def write_back(snapshot: Snapshot, trial: Snapshot) -> None:
     """Copy values into gradients from those that were tried, which have the same layout on the ranks."""
     with torch.no_grad():
-        for held, of_held in zip(mesh.locals_of(snapshot.grads), mesh.locals_of(trial.grads), strict=True):
+        for held, of_held in zip(
+            meshes.locals_of(snapshot.grads), meshes.locals_of(trial.grads), strict=True
+        ):
             held.copy_(of_held)
     torch.autograd.graph.increment_version(snapshot.grads)
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchclip._core import gather, mesh
+from torchclip._core import gather
 from torchclip._core.batch import Norm
+from torchclip._core.ranks import meshes
 from torchclip.clipper.optimizers import parameters_of
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
@@ -92,7 +93,7 @@ def _norm(tensor: Tensor) -> float:
 
 def _sample_of(gradients: Sequence[Tensor | None]) -> tuple[Callable[[], Tensor | None], float]:
     """A small gradient in host memory whose norm is neither 0 nor infinite, and the norm."""
-    on_host = [g for g in gradients if g is not None and g.is_cpu and not mesh.any_dtensor([g])]
+    on_host = [g for g in gradients if g is not None and g.is_cpu and not meshes.any_dtensor([g])]
     for grad in sorted(on_host, key=torch.numel):
         norm = _norm(grad)
         if 0 < norm < math.inf:
