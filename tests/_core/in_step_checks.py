@@ -1,21 +1,20 @@
 """Checks of ranks that are not at the same call, and of calls that one rank refuses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from dtensors import parameter, split
+from dtensors import as_on_an_accelerator, parameter, split
 from helpers import randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import torchclip
-from torchclip._core.ranks import exchange
-from torchclip._core.scalars import on_device
+from torchclip._core.ranks.sharded import ShardedBatch
 from torchclip.clipper import Scope
 
 INF = math.inf
@@ -31,7 +30,7 @@ def error_of(call: Callable[[], Any]) -> str:
     """The error that a call raises, or ""."""
     try:
         call()
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -133,6 +132,40 @@ def check_a_refusal_beside_sums_that_are_pending() -> None:
     )
 
 
+def check_a_refusal_that_is_found_while_measuring() -> None:
+    """All ranks raise, nothing has changed, and the next call is in step."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    mesh = init_device_mesh("cpu", (4,))
+    full = randn(8, 5)
+    good, own = parameter(split(full, mesh, Shard(0))), parameter(torch.ones(3))
+    elsewhere: Any = nn.Parameter(torch.zeros(3, device="meta"))
+    elsewhere.grad = torch.ones(3, device="meta")
+
+    def parameters_of_user() -> Iterator[Any]:
+        yield own
+        if rank == 1:
+            raise LookupError("of the user's code")
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    optimizer = torch.optim.SGD([good, own if rank != 1 else elsewhere], lr=1.0)
+    clip, each = torchclip.clip_grad_norm_, torchclip.clip_grad_norm_per_parameter_
+    with torchclip.Clipper(optimizer, 0.1):
+        some = optimizer.param_groups[0]["params"]
+        for call in (lambda: clip(some, 0.1), lambda: each(some, 0.1), optimizer.step):
+            assert_refused_by(1, errors_of(call), "meta")
+    assert_refused_by(1, errors_of(lambda: clip(some, 0.1, group=world)), "meta")
+    assert_refused_by(1, errors_of(lambda: clip(parameters_of_user(), 0.1, group=world)), "LookupError")
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(ShardedBatch, "measured", no_memory)
+        assert_refused_by(1, errors_of(lambda: clip([good, own], 0.1)), "no memory")
+    assert torch.equal(good.grad.full_tensor(), full)
+    assert torch.equal(own.grad, torch.ones(3))
+    assert clip([good, own], INF) == torchclip.get_total_norm([full, torch.ones(3)])
+
+
 def check_a_refusal_on_meshes_of_some_ranks() -> None:
     """Ranks of other meshes get the error if something connects them, and no rank waits."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
@@ -218,7 +251,7 @@ def check_refusals_on_an_accelerator() -> None:
     own, limit = torch.full((2,), 1.0 + rank), -1.0 if rank == 3 else 1.0
     crossing = [grid.get_group("a"), grid.get_group("b")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_array", on_device)
+        as_on_an_accelerator(patch)
         errors = errors_of(lambda: torchclip.clip_grad_adaptive_([unit], limit))
         assert [bool(error) for error in errors] == [False, False, False, True]
         errors = errors_of(lambda: torchclip.get_total_norm([own], group=crossing))
@@ -231,7 +264,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
     """No rank waits: the norm is NaN, and the next read raises the error."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_array", on_device)
+        as_on_an_accelerator(patch)
         mesh = DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu")
         full = randn(8, 5)
         grad = split(full, mesh, Shard(0))

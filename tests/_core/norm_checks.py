@@ -131,6 +131,19 @@ def check_pending_sums_are_not_clamped() -> None:
     assert torch.equal(p.grad.to_local(), before)
 
 
+def check_pending_products_are_not_scaled() -> None:
+    """Each rank would scale its factor."""
+    mesh = init_device_mesh("cpu", (4,))
+    factors = DTensor.from_local(torch.full((3,), 2.0), mesh, [Partial("product")])
+    assert torchclip.get_total_norm(factors) == torchclip.get_total_norm(torch.full((3,), 16.0))
+    p = nn.Parameter(split(torch.zeros(3), mesh, Replicate()))
+    p.grad = factors
+    for call in (torchclip.clip_grad_norm_, torchclip.clip_grads_with_norm_):
+        with pytest.raises(TypeError, match=r"gradient 0 of shape \(3,\).*pending.*product.*redistribute"):
+            call(p, 1.0, 2.0)
+    assert (factors.to_local() == 2).all()
+
+
 def check_value() -> None:
     grid = init_device_mesh("cpu", (2, 2))
     for dtype in (torch.float32, torch.bfloat16):

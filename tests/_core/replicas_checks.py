@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_helpers import world_of
-from dtensors import assert_agreed, parameter, split
+from dtensors import as_on_an_accelerator, assert_agreed, parameter, split
 from helpers import bits, last_of, randn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,8 +15,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchclip
-from torchclip._core.ranks import exchange
-from torchclip._core.scalars import on_device
 
 INF = math.inf
 
@@ -38,7 +36,7 @@ def check_replicas_that_have_gradients_of_different_parameters() -> None:
             for i in range(3):
                 assert (f"parameter {i} of shape" in str(caught.value)) == (i in lacking[rank])
             assert ("others lack" in str(caught.value)) == (not lacking[rank])
-        for i, (p, full) in enumerate(zip(ps, fulls, strict=True)):
+        for i, p in enumerate(ps):
             assert i in lacking[rank] or torch.equal(p.grad.to_local(), grads[i].to_local())
     everywhere = [parameter(None, like=grads[0]), parameter(grads[1]), parameter(grads[2])]
     everywhere[2].grad = None if rank == 3 else grads[2]
@@ -72,7 +70,7 @@ def check_replicas_that_differ_on_an_accelerator() -> None:
     grads = [split(randn(8, 5, seed=i), mesh, Replicate(), Shard(0)) for i in range(2)]
     ps = [parameter(grads[0]), parameter(None if rank == 2 else grads[1], like=grads[1])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_array", on_device)
+        as_on_an_accelerator(patch)
         assert torchclip.clip_grad_norm_(ps, INF).isnan()
         with pytest.raises(RuntimeError, match="parameter 1 of shape" if rank == 2 else "others lack"):
             torchclip.get_total_norm(grads)

@@ -30,7 +30,7 @@ from torchclip._core.ranks.sharded import ShardedBatch
 
 
 def gradients(
-    parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None, kind: int | None = None
+    parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None, kind: str | None = None
 ) -> Batch:
     """The distinct gradients of the parameters that have one, in order, to be changed in place.
 
@@ -46,7 +46,7 @@ def gradients(
     return batch
 
 
-def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
+def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: str) -> list[Batch]:
     """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
     return _batches("parameters", parameters, group, kind)
 
@@ -57,7 +57,7 @@ def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
     return batch
 
 
-def tell_ranks(several: Sequence[Any], group: Any, kind: int | None, order: float = 2.0) -> None:
+def tell_ranks(several: Sequence[Any], group: Any, kind: str | None, order: float = 2.0) -> None:
     """Tell the ranks that wait for this one that it refused its gradients or an argument.
 
     Otherwise they would pair their call with the next one of this rank.
@@ -77,7 +77,7 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None, order: floa
     sharded.refuse([_tensors_in(some, kind) for some in several], groups, kind, order)
 
 
-def _tensors_in(argument: Any, kind: int) -> list[Tensor]:
+def _tensors_in(argument: Any, kind: str) -> list[Tensor]:
     """The tensors of an argument that may be wrong; none if it cannot be read."""
     try:
         items = arguments.tensor_list("tensors" if kind == Kind.MEASURE else "parameters", argument)
@@ -94,11 +94,6 @@ def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = Fals
         next(joint) if isinstance(batch, ShardedBatch) else (batch.norms if each else batch.norm)(p, finite)
         for batch in batches
     ]
-
-
-def norms_of_split(parameters: Sequence[Tensor], p: float) -> list[tuple[Norm, Norm]]:
-    """The norms of parameters that are split over ranks, and of their gradients (``ABSENT`` for none)."""
-    return sharded.norms_of_split(parameters, p, _local)
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> Batch:
@@ -171,7 +166,7 @@ def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _batches(name: str, several: Sequence[Any], group: Any, kind: int | None) -> list[Batch]:
+def _batches(name: str, several: Sequence[Any], group: Any, kind: str | None) -> list[Batch]:
     lists: list[Any] = list(several)
     try:
         for i, given in enumerate(several):
@@ -182,7 +177,7 @@ def _batches(name: str, several: Sequence[Any], group: Any, kind: int | None) ->
         raise
 
 
-def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | None) -> Batch:
+def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: str | None) -> Batch:
     take_grad = name == "parameters"
     if take_grad and not items:
         warn_if_used_up(given)

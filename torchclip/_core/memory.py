@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ _REAL = frozenset(dtype for dtype in _WRITABLE if not dtype.is_complex)
 _LOW = 1 << 40
 """A tensor without memory has its storage offset as its address, which is below this."""
 _flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Whether operations are recorded or transformed, so that they must be torch's
 
@@ -87,6 +90,19 @@ def _sees_operations() -> bool:
     """Whether any function mode does more than choose a device for new tensors."""
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(type(mode) is not _DEVICE_MODE for mode in modes)
+
+
+def not_compiled(function: _Function) -> _Function:
+    """``torch.compiler.disable``, but the compiler is imported in the first call only."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return cast("_Function", call)
 
 
 def values_hidden() -> bool:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchclip._core import changes, gather, memory, rows
-from torchclip._core.batch import Norm
+from torchclip._core import arguments, changes, gather, memory, rows
+from torchclip._core.batch import Norm, Norms
 from torchclip._core.ranks import meshes
 from torchclip._core.ranks.exchange import Kind
-from torchclip._core.scalars import on_device
+from torchclip._core.scalars import at, on_device
 
 
 class Units(NamedTuple):
@@ -43,9 +43,24 @@ def of_parameters(some: list[Tensor], items: list[Tensor], given: Any) -> list[U
     """
     try:
         return _of_items(some, items, given)
-    except (RuntimeError, TypeError, ValueError):
-        gather.tell_ranks([items], None, Kind.ADAPT)
+    except Exception:
+        tell_ranks(items)
         raise
+
+
+def tell_ranks(given: Any) -> None:
+    """Tell the ranks that wait for this one that it refused its gradients or an argument.
+
+    Args:
+        given: what the user passed for the parameters, which may be wrong.
+    """
+    try:
+        items = gather.distinct(arguments.tensor_list("parameters", given))
+    except Exception:  # already on its way to the user
+        return
+    split = [p for p in items if _is_split_vector(p)]
+    meshes.reduced_locals_of([p.grad for p in items if p.grad is not None and p not in set(split)])
+    gather.tell_ranks([split, [p.detach() for p in split]], None, Kind.CLIP_EACH)
 
 
 def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -64,7 +79,7 @@ def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
     different = gather.distinct(some)
-    split = set(meshes.vectors_split(different)[0])
+    split = set(filter(_is_split_vector, different))
     chosen = [p for p in different if p.grad is not None or p in split]
     grads = [p.grad for p in chosen if p.grad is not None]
     if not memory.intercepted() and memory.common_dtype([*chosen, *grads]) is not None:
@@ -78,7 +93,7 @@ def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units
     memory.refuse_without_memory(weights, "parameters")
     local = iter(held)
     whole = [p.grad for p in chosen if p.grad is not None and p not in split]
-    measured = iter(meshes.locals_of(meshes.without_partial(whole)))
+    measured = iter(meshes.reduced_locals_of(whole))
     return [
         _units(
             p,
@@ -101,16 +116,16 @@ def _check(i: int, parameter: Tensor) -> None:
             f"gradient {i} of shape {tuple(grad.shape)} {why}, but adaptive clipping needs whole rows; make "
             "it dense first (`p.grad = p.grad.to_dense()`)"
         )
-    if not meshes.split_alike(grad, parameter):
+    if not _split_alike(grad, parameter):
         raise TypeError(
             f"gradient {i} of shape {tuple(grad.shape)} is not split as its parameter is; redistribute it "
             "(`p.grad = p.grad.redistribute(p.device_mesh, p.placements)`)"
         )
-    if parameter.dim() > 1 and not meshes.split_axes(parameter) <= {0}:
+    if parameter.dim() > 1 and not _split_axes(parameter) <= {0}:
         raise TypeError(
-            f"parameter {i} of shape {tuple(parameter.shape)} is split within its rows over ranks, as by tensor "
-            "parallelism, but adaptive clipping needs whole rows on each rank; shard it along the first axis, "
-            "or leave it out"
+            f"parameter {i} of shape {tuple(parameter.shape)} is split within its rows over ranks, as by "
+            "tensor parallelism, but adaptive clipping needs whole rows on each rank; shard it along the "
+            "first axis, or leave it out"
         )
 
 
@@ -142,7 +157,7 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     The norms of vectors that are split over ranks include the parts on other ranks.
     """
     vectors = [u.split for u in units if u.split is not None]
-    joint = iter(gather.norms_of_split(vectors, p) if vectors else ())
+    joint = iter(_norms_of_split(vectors, p) if vectors else ())
     whole = [u for u in units if u.split is None]
     with torch.no_grad():
         of_weights = iter(rows.norms_of_rows([u.weight for u in whole], p))
@@ -151,6 +166,38 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
         (next(of_weights), next(of_grads)) if u.split is None else _on_device(next(joint), u.weight)
         for u in units
     ]
+
+
+def _norms_of_split(vectors: Sequence[Tensor], p: float) -> list[tuple[Norm, Norm]]:
+    """The norms of vectors that are split over ranks, and of their gradients (``ABSENT`` for none)."""
+    (grads,) = gather.several([vectors], None, Kind.CLIP_EACH)
+    weights = gather.tensors([vector.detach() for vector in vectors])
+    of_grads, of_weights = cast("list[Norms]", gather.norms_of([grads, weights], True, p))
+    place_of = {id(grad): place for place, grad in enumerate(grads.all)}
+    places = [place_of.get(id(vector.grad)) for vector in vectors]
+    return list(zip(of_weights, at(of_grads, places), strict=True))
+
+
+def _split_axes(tensor: Tensor) -> set[int]:
+    """The axes of a tensor that are split over several ranks."""
+    if not meshes.is_dtensor(tensor):
+        return set()
+    places: Any = zip(tensor.placements, tensor.device_mesh.mesh.shape, strict=True)
+    return {placement.dim for placement, size in places if size > 1 and not meshes.is_whole(placement)}
+
+
+def _split_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether this rank holds the same elements of two tensors of one shape."""
+    if not (meshes.is_dtensor(a) and meshes.is_dtensor(b)):
+        return meshes.is_dtensor(a) == meshes.is_dtensor(b)
+    pairs = zip(a.placements, b.placements, strict=False)
+    return a.device_mesh == b.device_mesh and all(
+        mine == other or (meshes.is_whole(mine) and meshes.is_whole(other)) for mine, other in pairs
+    )
+
+
+def _is_split_vector(parameter: Tensor) -> bool:
+    return parameter.dim() < 2 and bool(_split_axes(parameter))
 
 
 def _on_device(norms: Sequence[Norm], weight: Tensor) -> tuple[Tensor, Tensor]:

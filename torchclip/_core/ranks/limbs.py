@@ -8,29 +8,27 @@ each limb of a sum stays in range, without carries.
 Powers of other orders may leave that range.  Ranks first agree on the leading norm (the largest, or for an
 order below 0 the smallest), whose power is 1, and then add the powers of the quotients (``shares``).
 
-On the host Python's integers do the work, for tensors some 40 operations, which do not wait for a value.
+For numbers on the host Python's integers do the work, for tensors some 40 operations, which do not wait.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from torchclip._core.batch import Norms
 from torchclip._core.scalars import ABSENT
-
-Array = Any
-"""A NumPy array if values can be read, else a tensor; of float64 or int64."""
 
 EXACT = (0.0, 1.0, 2.0)
 """The orders whose powers are added themselves."""
 LIMBS = 133
 _COUNTS = 3
 WORDS = _COUNTS + LIMBS
-"""The words of a norm: 1 if there is a norm, 1 if it is infinite, 1 if it is NaN, and the limbs of its power."""
+"""The words of a norm: 1 if there is one, 1 if it is infinite, 1 if it is NaN, and the limbs of its power."""
 
 _BITS = 32
 _LIMB = (1 << _BITS) - 1
@@ -39,53 +37,40 @@ _LEAST = -1074
 _MANTISSA = 52
 _HALF = 27
 _INF, _NAN, _ABSENT = np.array([math.inf, math.nan, ABSENT]).view(np.int64).tolist()
-_NO_KEY = -1
 
 
-def words(norms: Array, p: float) -> Array:
+def words(norms: Norms, p: float) -> Tensor:
     """Each norm as a row of words, to be added to those of other ranks; ``ABSENT`` is zeros."""
-    return _words_on_device(norms, p) if isinstance(norms, Tensor) else _words_on_host(norms, p)
-
-
-def joint(total: Array, p: float) -> Array:
-    """The joint norms, from the sums of words."""
-    return _joint_on_device(total, p) if isinstance(total, Tensor) else _joint_on_host(total, p)
-
-
-# On the host
-
-
-def _words_on_host(norms: Any, p: float) -> Any:
+    if isinstance(norms, Tensor):
+        return _words_on_device(norms, p)
     rows = np.zeros((len(norms), WORDS), np.int64)
-    for row, norm in zip(rows, norms.tolist(), strict=True):
-        if norm < 0:
-            continue
-        row[0] = 1
-        if norm != norm or norm == math.inf:
-            row[1 if norm == math.inf else 2] = 1
-            continue
-        mantissa, exponent = math.frexp(norm)
-        # A denormal number ends in zeros where the shift is negative.
-        number = _shifted(int(mantissa * 2**53), exponent - 53 - _LEAST)
-        power = number * number if p == 2 else number
-        row[_COUNTS:] = np.frombuffer(power.to_bytes(LIMBS * _BITS // 8, "little"), "<u4")
-    return rows
+    for row, norm in zip(rows, norms, strict=True):
+        row[:_COUNTS] = not norm < 0, norm == math.inf, norm != norm
+        if 0 < norm < math.inf:
+            mantissa, exponent = math.frexp(norm)
+            # A denormal number ends in zeros where the shift is negative.
+            number = _shifted(int(mantissa * 2**53), exponent - 53 - _LEAST)
+            power = number * number if p == 2 else number
+            row[_COUNTS:] = np.frombuffer(power.to_bytes(LIMBS * _BITS // 8, "little"), "<u4")
+    return torch.from_numpy(rows)
 
 
-def _joint_on_host(total: Any, p: float) -> Any:
-    present, infinite, nan = total[:, :_COUNTS].T.tolist()
-    limbs = total[:, _COUNTS:]
-    low, high = (limbs & _LIMB).astype("<u4"), (limbs >> _BITS).astype("<u4")
+def joint(total: Tensor, p: float, on_host: bool) -> Norms:
+    """The joint norms, from the sums of words: a list on the host."""
+    if not on_host:
+        return _joint_on_device(total, p)
     found = []
-    for i, is_present in enumerate(present):
-        if nan[i] or infinite[i]:
-            found.append(math.nan if nan[i] else math.inf)
-        elif not is_present:
-            found.append(ABSENT)
-        else:
-            carries = int.from_bytes(high[i].tobytes(), "little") << _BITS
-            found.append(_root_of(int.from_bytes(low[i].tobytes(), "little") + carries, p))
-    return np.array(found)
+    for row in total.numpy():
+        present, infinite, nan = row[:_COUNTS].tolist()
+        if nan or infinite or not present:
+            found.append(math.nan if nan else math.inf if infinite else ABSENT)
+            continue
+        low, high = (
+            (part & _LIMB).astype("<u4").tobytes() for part in (row[_COUNTS:], row[_COUNTS:] >> _BITS)
+        )
+        power = int.from_bytes(low, "little") + (int.from_bytes(high, "little") << _BITS)
+        found.append(_root_of(power, p))
+    return found
 
 
 def _root_of(power: int, p: float) -> float:
@@ -133,11 +118,11 @@ def _joint_on_device(total: Tensor, p: float) -> Tensor:
     present, infinite, nan = (total[:, :_COUNTS] > 0).unbind(dim=1)
     limbs = total[:, _COUNTS:]
     for _ in range(2):  # afterwards each limb is at most 2³²
-        limbs = (limbs & _LIMB) + torch.nn.functional.pad(limbs[:, :-1] >> _BITS, (1, 0))
+        limbs = (limbs & _LIMB) + pad(limbs[:, :-1] >> _BITS, (1, 0))
     # Five limbs from the highest that is not 0 have at least 128 bits.
     place = torch.arange(LIMBS, device=limbs.device)
     highest = ((limbs > 0) * place).amax(dim=1)
-    padded = torch.nn.functional.pad(limbs, (4, 0))
+    padded = pad(limbs, (4, 0))
     window = padded.gather(1, highest.unsqueeze(1) + place[:5]).to(torch.float64)
     power = window[:, 0]
     for i in range(1, 5):
@@ -154,45 +139,35 @@ def _power_of_2(exponent: Tensor) -> Tensor:
     return (exponent + 1023 << _MANTISSA).view(torch.float64)
 
 
-# Other orders, on either
+# Other orders
 
 
-def keys(norms: Array, p: float) -> Array:
+def keys(norms: Tensor, p: float) -> Tensor:
     """Integers, of which the leading norm has the largest: NaN comes first, ``ABSENT`` last."""
-    xp = _library(norms)
     # The bits of floats that are not negative are ordered as they are.
-    bits = abs(norms).view(xp.int64)
-    if p < 0:
-        bits = _INF - bits
-    return xp.where(norms != norms, _NAN, xp.where(norms < 0, _NO_KEY, bits))
+    bits = norms.abs().view(torch.int64)
+    bits = _INF - bits if p < 0 else bits
+    return torch.where(norms != norms, _NAN, torch.where(norms < 0, -1, bits))
 
 
-def leading(keys: Array, p: float) -> Array:
+def leading(keys: Tensor, p: float) -> Tensor:
     """The norms with these keys."""
-    xp = _library(keys)
-    bits = keys if p >= 0 else _INF - keys
-    return xp.where(keys > _INF, _NAN, xp.where(keys < 0, _ABSENT, bits)).view(xp.float64)
+    bits = _INF - keys if p < 0 else keys
+    return torch.where(keys > _INF, _NAN, torch.where(keys < 0, _ABSENT, bits)).view(torch.float64)
 
 
-@np.errstate(all="ignore")
-def shares(norms: Array, leading: Array, p: float) -> Array:
+def shares(norms: Tensor, leading: Tensor, p: float) -> Tensor:
     """The powers of the quotients by the leading norms, from 0 to 1."""
     quotients = norms / leading
     # It is NaN beside 0 or infinity, which are the joint norm themselves, and negative for ABSENT.
-    return _library(norms).where(quotients >= 0, quotients**p, 0.0)
+    return torch.where(quotients >= 0, quotients**p, 0.0)
 
 
-@np.errstate(all="ignore")
-def from_shares(leading: Array, total: Array, p: float) -> Array:
+def from_shares(leading: Tensor, total: Tensor, p: float) -> Tensor:
     """The joint norms, from the leading ones and the sums of shares."""
-    xp = _library(leading)
     # With logarithms where the root alone would leave the range, as for a small p.
-    exponent = xp.log(total) / p
-    by_logarithms = xp.exp(exponent + xp.log(leading))
-    found = xp.where(abs(exponent) < 600, leading * total ** (1 / p), by_logarithms)
+    exponent = total.log() / p
+    by_logarithms = torch.exp(exponent + leading.log())
+    found = torch.where(exponent.abs() < 600, leading * total ** (1 / p), by_logarithms)
     # Where 0, infinity, NaN or ABSENT leads, it is the joint norm.
-    return xp.where((leading > 0) & (leading < math.inf), found, leading)
-
-
-def _library(array: Array) -> Any:
-    return torch if isinstance(array, Tensor) else np
+    return torch.where((leading > 0) & (leading < math.inf), found, leading)

@@ -81,24 +81,6 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
 
 
-def split_axes(tensor: Tensor) -> set[int]:
-    """The axes of a tensor that are split over several ranks."""
-    if not is_dtensor(tensor):
-        return set()
-    sizes = tensor.device_mesh.mesh.shape
-    places: Any = zip(tensor.placements, sizes, strict=True)
-    return {placement.dim for placement, size in places if size > 1 and not _is_whole(placement)}
-
-
-def vectors_split(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Vectors that are split over several ranks, and the other tensors."""
-    split: list[Tensor] = []
-    rest: list[Tensor] = []
-    for tensor in tensors:
-        (split if tensor.dim() < 2 and split_axes(tensor) else rest).append(tensor)
-    return split, rest
-
-
 def layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
     """How each tensor lies on its mesh; the same object for those that lie alike.
 
@@ -148,7 +130,7 @@ def _layout(mesh: DeviceMesh, placements: Sequence[Any]) -> Layout:
     if here is None:  # a rank outside the mesh holds nothing, and takes no part
         return Layout(mesh)
     wide = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-    dims = tuple(dim for dim in wide if not _is_whole(placements[dim]))
+    dims = tuple(dim for dim in wide if not is_whole(placements[dim]))
     whole = [dim for dim in wide if dim not in dims]
     return Layout(
         mesh,
@@ -160,19 +142,9 @@ def _layout(mesh: DeviceMesh, placements: Sequence[Any]) -> Layout:
     )
 
 
-def _is_whole(placement: Any) -> bool:
-    # Not only Shard, also the other kinds of it, have a dim.
+def is_whole(placement: Any) -> bool:
+    """Whether ranks have all of a tensor along a dimension; else its axis is ``placement.dim``."""
     return bool(placement.is_replicate() or placement.is_partial())
-
-
-def split_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether this rank holds the same elements of two tensors of one shape."""
-    if not (is_dtensor(a) and is_dtensor(b)):
-        return is_dtensor(a) == is_dtensor(b)
-    pairs = zip(a.placements, b.placements, strict=False)
-    return a.device_mesh == b.device_mesh and all(
-        mine == other or (_is_whole(mine) and _is_whole(other)) for mine, other in pairs
-    )
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -197,52 +169,29 @@ def is_partial(tensor: Tensor) -> bool:
     return bool(pending(tensor))
 
 
-def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, with reduced copies of those that are pending a reduction.
+def reduced_locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor; reduced copies of those that are pending a reduction.
 
     Tensors that are pending on the same dimension of a mesh are reduced in one collective.
     """
-    pending: dict[tuple[Any, ...], list[int]] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for i, tensor in enumerate(tensors):
         if not is_dtensor(tensor) or tensor.device_mesh.get_coordinate() is None:
             continue  # of a mesh without this rank, only the ranks of that mesh take part
         for dim, placement in enumerate(tensor.placements):
             if placement.is_partial():
-                pending.setdefault((tensor.device_mesh, dim, placement, tensor.dtype), []).append(i)
-    result = list(tensors)
-    for (mesh, dim, placement, _), places in pending.items():
-        chosen = [cast("DTensor", result[i]) for i in places]
-        for i, tensor in zip(places, _reduced(chosen, mesh, dim, placement), strict=True):
-            result[i] = tensor
-    return result
-
-
-def _reduced(tensors: list[DTensor], mesh: DeviceMesh, dim: int, placement: Any) -> list[DTensor]:
-    """Copies of tensors, reduced along a dimension of their mesh."""
-    from torch.distributed.tensor import DTensor, Replicate
-
+                alike.setdefault((tensor.device_mesh, dim, placement, tensor.dtype), []).append(i)
     held = locals_of(tensors)
-    with torch.no_grad():
-        together = torch.cat([part.reshape(-1) for part in held])
-    group, is_mean = mesh.get_group(dim), placement.reduce_op == "avg"  # not every backend computes a mean
-    dist.all_reduce(
-        together, getattr(dist.ReduceOp, "SUM" if is_mean else placement.reduce_op.upper()), group
-    )
-    if is_mean:
-        together.div_(group.size())
-    return [
-        DTensor.from_local(
-            total.view(part.shape),
-            mesh,
-            [Replicate() if at == dim else each for at, each in enumerate(tensor.placements)],
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-        for tensor, part, total in zip(
-            tensors, held, torch.split(together, [part.numel() for part in held]), strict=True
-        )
-    ]
+    for (mesh, dim, placement, _), places in alike.items():
+        with torch.no_grad():
+            together = torch.cat([held[i].reshape(-1) for i in places])
+        group, is_mean = mesh.get_group(dim), placement.reduce_op == "avg"  # which not all backends compute
+        op = getattr(dist.ReduceOp, "SUM" if is_mean else placement.reduce_op.upper())
+        dist.all_reduce(together, op, group)
+        together = together / group.size() if is_mean else together
+        for i, part in zip(places, together.split([held[i].numel() for i in places]), strict=True):
+            held[i] = part.view(held[i].shape)
+    return held
 
 
 # Ranks
@@ -271,14 +220,12 @@ def ranks_of(group: DeviceMesh | dist.ProcessGroup) -> Ranks:
     """The ranks of a mesh or of a process group."""
     if group.size() == dist.get_world_size():
         return None
-    ranks = _ranks.get(group)
-    if ranks is None:
-        ranks = _ranks[group] = frozenset(
-            dist.get_process_group_ranks(group)
-            if isinstance(group, dist.ProcessGroup)
-            else group.mesh.flatten().tolist()
-        )
-    return ranks
+    if group not in _ranks:
+        held: Any = group
+        is_group = isinstance(group, dist.ProcessGroup)
+        ranks = dist.get_process_group_ranks(held) if is_group else held.mesh.flatten().tolist()
+        _ranks[group] = frozenset(ranks)
+    return _ranks[group]
 
 
 def are_within(ranks: Ranks, among: Ranks) -> bool:
@@ -288,11 +235,9 @@ def are_within(ranks: Ranks, among: Ranks) -> bool:
 
 def is_first(ranks: Ranks, among: Ranks) -> bool:
     """Whether this rank is the first of the ranks that two sets have in common."""
-    if ranks is None or among is None:
-        both = among if ranks is None else ranks
-    else:
-        both = ranks & among
-    return dist.get_rank() == (0 if both is None else min(both, default=None))
+    known = [some for some in (ranks, among) if some is not None]
+    first = min(frozenset.intersection(*known), default=-1) if known else 0
+    return dist.get_rank() == first
 
 
 def groups_over(mesh: DeviceMesh) -> list[dist.ProcessGroup]:

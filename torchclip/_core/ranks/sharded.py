@@ -1,59 +1,47 @@
-"""Tensors of which this rank may have only parts: norms on which all ranks agree."""
+"""Tensors of which this rank may have only parts: norms on which all ranks agree.
+
+Ranks that share a mesh over which a tensor is split exchange one number for everything on that mesh, and then
+those that ``group`` connects exchange theirs, which include what lies on meshes within these ranks.  Replicas
+count once: of the ranks with replicas, the first sends its norm, the others ``ABSENT``.
+
+All ranks of a mesh have the same parameters on it, so that all of them come to the same plan, and follow it
+to its end also if one of the exchanges fails.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from itertools import repeat
-from typing import Any, cast
+from itertools import chain
+from typing import Any, NamedTuple, cast
+from zlib import crc32
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchclip._core import joint_norms
 from torchclip._core.batch import Batch, Facts, Norm, Norms
-from torchclip._core.ranks import meshes, plan
-from torchclip._core.ranks.exchange import Call, Kind
-from torchclip._core.ranks.meshes import Layout
-from torchclip._core.ranks.plan import Part
-from torchclip._core.scalars import ABSENT, at, in_one, may_change
+from torchclip._core.memory import not_compiled
+from torchclip._core.ranks import meshes
+from torchclip._core.ranks.exchange import Call, Kind, connected, exchange
+from torchclip._core.ranks.meshes import Layout, Ranks
+from torchclip._core.scalars import ABSENT, at, concatenate, in_one, may_change
 
 
-def _placed(
-    items: Sequence[Tensor], take_grad: bool
-) -> tuple[list[Tensor], bool, dict[Layout, list[int | None]]]:
-    """How the tensors of a call lie.
+class Part(NamedTuple):
+    """Those tensors of a batch that have the same layout.
 
-    Args:
-        items: distinct parameters or tensors.
-        take_grad: whether the gradients of the items are meant.
-
-    Returns:
-        The distinct tensors on this rank; whether any is the gradient of several parameters; and the layouts,
-        in the same order on every rank, with the positions of the tensors that have them: None for a tensor
-        that is not on this rank but may be on others.
+    Attributes:
+        batch: the number of the batch in the call.
+        layout: the layout.
+        places: their positions in the batch; None in place of a tensor that is not on this rank.
     """
-    grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
-    lacking = any(map(operator.is_, grads, repeat(None)))
-    here = [grad for grad in grads if grad is not None] if lacking else grads
-    different: list[Tensor] = list(dict(zip(map(id, here), here, strict=True)).values())
-    is_tied = len(different) < len(here)
-    positions: Sequence[int | None] = range(len(grads))
-    with_layout = grads
-    if lacking or is_tied:
-        place_of = {id(grad): place for place, grad in enumerate(different)}
-        positions = [place_of.get(id(grad)) for grad in grads]
-        with_layout = [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
-    layouts = meshes.layouts_of(with_layout)
-    of_each = dict(zip(map(id, layouts), layouts, strict=True))
-    places: dict[Layout, list[int | None]] = {}
-    places_of = {key: places.setdefault(layout, []) for key, layout in of_each.items()}
-    if len(of_each) == 1:  # such as a model that FSDP2 shards as a whole
-        places_of[id(layouts[0])].extend(positions)
-    else:
-        for layout, position in zip(layouts, positions, strict=True):
-            places_of[id(layout)].append(position)
-    return different, is_tied, places
+
+    batch: int
+    layout: Layout
+    places: Sequence[int | None]
 
 
 class ShardedBatch(Batch):
@@ -120,21 +108,18 @@ class ShardedBatch(Batch):
         """The replicas whose gradients this rank lacks."""
         if not any(None in places for layout, places in self._places.items() if layout.replicas > 1):
             return []
-        lacking = [(i, item) for i, item in enumerate(self._items) if item.grad is None]
-        layouts = meshes.layouts_of([item for _, item in lacking])
-        names = {}
-        if isinstance(self._given, nn.Module):
-            names = {id(p): repr(name) for name, p in self._given.named_parameters()}
+        named = self._given.named_parameters() if isinstance(self._given, nn.Module) else ()
+        names = {id(p): repr(name) for name, p in named}
         return [
             f"{names.get(id(item), f'parameter {i}')} of shape {tuple(item.shape)}"
-            for (i, item), layout in zip(lacking, layouts, strict=True)
-            if layout.replicas > 1
+            for i, (item, layout) in enumerate(zip(self._items, meshes.layouts_of(self._items), strict=True))
+            if item.grad is None and layout.replicas > 1
         ]
 
     def reduce_pending(self) -> None:
         """Reduce what is pending a reduction, into copies to measure."""
         if self._is_pending:
-            self._measured = meshes.locals_of(meshes.without_partial(self.all))
+            self._measured = meshes.reduced_locals_of(self.all)
 
     def measured(self, each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
         """The norm of this rank's part of all tensors of a layout, or with ``each`` of each tensor.
@@ -192,16 +177,13 @@ class ShardedBatch(Batch):
                 )
 
 
-def norms_of(
-    batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool, kind: int | None = None
-) -> list[Norm] | list[Norms]:
+def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
     """The norm of each of several batches, or with ``each`` the norms of its tensors, in one exchange.
 
     If this rank fails to measure its parts, all ranks raise an error.
     """
-    if kind is None and batches[0].is_changed:
-        kind = Kind.CLIP_EACH if each else Kind.CLIP
-    call = Call(kind or (Kind.MEASURE_EACH if each else Kind.MEASURE), p)
+    kinds = (Kind.CLIP, Kind.CLIP_EACH) if batches[0].is_changed else (Kind.MEASURE, Kind.MEASURE_EACH)
+    call = Call(kinds[each], p)
     parts = [part for i, batch in enumerate(batches) for part in batch.parts(i)]
     for batch in batches:
         batch.reduce_pending()
@@ -213,36 +195,18 @@ def norms_of(
         _tell(parts, len(batches), batches[0].groups, call)
         raise
     joint: Any = (
-        plan.each(parts, norms, call)
+        _each(parts, norms, len(batches), call)
         if each
-        else plan.totals(parts, norms, len(batches), batches[0].groups, call)
+        else _totals(parts, norms, len(batches), batches[0].groups, call)
     )
-    call.finish()
+    if call.error is not None:
+        raise RuntimeError(call.error)
     for batch in batches:
         batch.joint_facts = call.facts
-    if not each:
-        return cast("list[Norm]", joint)
-    in_order: list[list[Norm]] = [[ABSENT] * len(batch.all) for batch in batches]
-    for part, norms in zip(parts, joint, strict=True):
-        for i, norm in zip(part.places, norms, strict=True):
-            if i is not None:
-                in_order[part.batch][i] = norm
-    return [in_one(of_batch) for of_batch in in_order]
+    return cast("list[Norm] | list[Norms]", joint)
 
 
-def norms_of_split(
-    parameters: Sequence[Tensor], p: float, gather: Callable[[list[Tensor]], Batch]
-) -> list[tuple[Norm, Norm]]:
-    """The norms of parameters that are split over ranks, and of their gradients (``ABSENT`` for none)."""
-    grads = ShardedBatch(parameters, True, (), gather)
-    weights = ShardedBatch([parameter.detach() for parameter in parameters], False, (), gather)
-    of_grads, of_weights = cast("list[Norms]", norms_of([grads, weights], True, p, False, Kind.ADAPT))
-    place_of = {id(grad): place for place, grad in enumerate(grads.all)}
-    places = [place_of.get(id(parameter.grad)) for parameter in parameters]
-    return list(zip(of_weights, at(of_grads, places), strict=True))
-
-
-def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int, order: float) -> None:
+def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: str, order: float) -> None:
     """Tell the ranks that wait for this one that it refused its arguments, so that all raise an error.
 
     Args:
@@ -252,16 +216,10 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: int
         order: the order of the norms, which ranks on accelerators need to know.
     """
     involved = [list(dict.fromkeys(items)) for items in several if groups or meshes.any_dtensor(items)]
-    with_grads = [kind != Kind.MEASURE] * len(involved)
-    if kind == Kind.ADAPT:  # as of ``norms_of_split``
-        (items,) = involved or [[]]
-        split, rest = meshes.vectors_split(items)
-        meshes.without_partial([item.grad for item in rest if item.grad is not None])
-        involved, with_grads = ([split, split], [True, False]) if split else ([], [])
     parts = []
-    for i, (items, take_grad) in enumerate(zip(involved, with_grads, strict=True)):
-        tensors, _, places = _placed(items, take_grad)
-        meshes.without_partial(tensors)  # by all ranks, too
+    for i, items in enumerate(involved):
+        tensors, _, places = _placed(items, take_grad=kind != Kind.MEASURE)
+        meshes.reduced_locals_of(tensors)  # by all ranks, too
         parts += [Part(i, *alike) for alike in places.items()]
     if involved:
         _tell(parts, len(involved), groups, Call(kind, order))
@@ -271,6 +229,148 @@ def _tell(parts: Sequence[Part], count: int, groups: Sequence[Any], call: Call) 
     """Take part in the exchanges of a call with nothing but a refusal."""
     call.fail("refused")
     if call.kind in (Kind.CLIP, Kind.MEASURE):
-        plan.totals(parts, [ABSENT] * len(parts), count, groups, call)
+        _totals(parts, [ABSENT] * len(parts), count, groups, call)
     else:
-        plan.each(parts, [[ABSENT] * len(part.places) for part in parts], call)
+        _each(parts, [[ABSENT] * len(part.places) for part in parts], count, call)
+
+
+def _placed(
+    items: Sequence[Tensor], take_grad: bool
+) -> tuple[list[Tensor], bool, dict[Layout, list[int | None]]]:
+    """How the tensors of a call lie.
+
+    Args:
+        items: distinct parameters or tensors.
+        take_grad: whether the gradients of the items are meant.
+
+    Returns:
+        The distinct tensors on this rank; whether any is the gradient of several parameters; and the layouts,
+        in the same order on every rank, with the positions of the tensors that have them: None for a tensor
+        that is not on this rank but may be on others.
+    """
+    grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
+    here = [grad for grad in grads if grad is not None]
+    different = {id(grad): grad for grad in here}
+    place_of = {key: place for place, key in enumerate(different)}
+    layouts = meshes.layouts_of([i if grad is None else grad for i, grad in zip(items, grads, strict=True)])
+    places: dict[Layout, list[int | None]] = {}
+    # By identity, as a layout's hash takes longer than all else here.
+    of_each = dict(zip(map(id, layouts), layouts, strict=True))
+    of_layout = {key: places.setdefault(layout, []) for key, layout in of_each.items()}
+    for layout, grad in zip(layouts, grads, strict=True):
+        of_layout[id(layout)].append(place_of.get(id(grad)))
+    return list(different.values()), len(different) < len(here), places
+
+
+# The plan of a call
+
+
+@not_compiled
+def _totals(
+    parts: Sequence[Part], norms: Sequence[Norm], count: int, groups: Sequence[dist.ProcessGroup], call: Call
+) -> list[Norm]:
+    """The norm of each batch over all ranks that share its meshes, or that a group connects.
+
+    Args:
+        parts: what this rank holds of the batches.
+        norms: the norm of each of them.
+        count: the number of batches.
+        groups: process groups whose other ranks have other plain tensors, and DTensors on other meshes.
+        call: the call; it has the facts of all those ranks afterwards.
+
+    Returns:
+        The norms, with the same bits on each of those ranks; ``ABSENT`` if none has any element.
+    """
+    # A group of all ranks connects what others connect, too.
+    groups = [group for group in groups if group.size() == dist.get_world_size()][:1] or groups
+    among = connected(groups, call) if groups else frozenset([dist.get_rank()])
+    by_mesh, direct, rest = _parted(parts, among)
+
+    def of_batches(some: Iterable[tuple[int, Norm]]) -> Norms:
+        of_each: list[list[Norm]] = [[] for _ in range(count)]
+        for i, norm in some:
+            of_each[i].append(norm)
+        return in_one([joint_norms.join(norms, call.order) for norms in of_each])
+
+    own = [(parts[i].batch, norms[i]) for i in direct if parts[i].layout.is_first]
+    own += [(parts[i].batch, norms[i]) for i in rest if meshes.is_first(_ranks_of(parts[i]), among)]
+    for ranks, some in by_mesh.items():
+        sent = of_batches((parts[i].batch, norms[i]) for i in some if parts[i].layout.is_first)
+        joint = _exchanged([parts[i] for i in some], sent, call)
+        if meshes.is_first(ranks, among):
+            own += enumerate(joint)
+    total = of_batches(own)
+    if groups:
+        marks = _differing([parts[i] for i in direct])
+        total = exchange(groups, total, call, meshes.device_of(groups[0]), marks)
+    return list(total)
+
+
+@not_compiled
+def _each(parts: Sequence[Part], norms: Sequence[Norms], count: int, call: Call) -> list[Norms]:
+    """The norm over all ranks of each tensor of each batch."""
+    by_mesh, *others = _parted(parts, frozenset([dist.get_rank()]))
+    found: list[dict[int, Norm]] = [{} for _ in range(count)]
+
+    def place(numbers: Iterable[int], joint: Iterable[Norm]) -> None:
+        places = ((parts[i].batch, place) for i in numbers for place in parts[i].places)
+        for (batch, place), norm in zip(places, joint, strict=True):
+            if place is not None:
+                found[batch][place] = norm
+
+    for some in by_mesh.values():
+        own = [norms[i] if parts[i].layout.is_first else [ABSENT] * len(parts[i].places) for i in some]
+        place(some, _exchanged([parts[i] for i in some], concatenate(own), call))
+    for i in chain(*others):
+        place([i], norms[i])
+    return [in_one([of_batch[place] for place in sorted(of_batch)]) for of_batch in found]
+
+
+def _parted(parts: Sequence[Part], among: Ranks) -> tuple[dict[Ranks, list[int]], list[int], list[int]]:
+    """How the norms of parts get to all ranks among some.
+
+    Returns:
+        The numbers of the parts that are exchanged over meshes first, in the order of the parts; of those on
+        a mesh within these ranks; and of the others, which are not split.  Replicas are exchanged if anything
+        is split over the same ranks, or is pending.
+    """
+    ranks_of = [_ranks_of(part) for part in parts]
+    direct = [i for i, ranks in enumerate(ranks_of) if meshes.are_within(ranks, among)]
+    others = [i for i in range(len(parts)) if i not in direct]
+    by_mesh: dict[Ranks, list[int]] = {
+        ranks_of[i]: [] for i in others if parts[i].layout.dims or parts[i].layout.is_pending
+    }
+    for i in others:
+        if ranks_of[i] in by_mesh:
+            by_mesh[ranks_of[i]].append(i)
+    return by_mesh, direct, [i for i in others if ranks_of[i] not in by_mesh]
+
+
+def _ranks_of(part: Part) -> Ranks:
+    """The ranks that hold a part, or other parts of the same tensors; none if only this one does."""
+    layout = part.layout
+    is_alone = not layout.dims and layout.replicas == 1
+    return frozenset() if is_alone else meshes.ranks_of(layout.mesh)
+
+
+def _exchanged(parts: Sequence[Part], norms: Norms, call: Call) -> Norms:
+    """The joint norms of parts on meshes of the same ranks."""
+    mesh = parts[0].layout.mesh
+    groups = meshes.groups_over(mesh)
+    device = meshes.device_of(groups[0], mesh.device_type)
+    return exchange(groups, norms, call, device, _differing(parts))
+
+
+def _differing(parts: Sequence[Part]) -> int:
+    """A number whose sum over all ranks is 0 if replicas have gradients of the same parameters.
+
+    A rank's mark of what it lacks is multiplied by -1, but by the number of the others on the first replica.
+    """
+    total = 0
+    for i, part in enumerate(parts):
+        layout = part.layout
+        if layout.replicas > 1 and None in part.places:
+            lacking = [place is None for place in part.places]
+            mark = 1 + crc32(repr((i, layout.part, lacking)).encode())
+            total += mark * (layout.replicas - 1 if layout.is_first else -1)
+    return total
