@@ -131,6 +131,12 @@ class ShardedBatch(Batch):
         """
         if finite:
             self._refuse_pending("zeroing non-finite elements")
+        for i, tensor in enumerate(self._measured if self.rest else []):
+            if tensor.is_meta:
+                raise TypeError(
+                    f"gradient {i} of shape {tuple(tensor.shape)} is on the device 'meta', so it has no values "
+                    "whose norm ranks could exchange; put it where the others are"
+                )
         whole = self._gather(self._measured) if self._is_pending else self.local
         if each:
             of_each = whole.norms(p, finite)
