@@ -37,7 +37,7 @@ def joint(norms: list[float], order: float, on_host: bool) -> float:
 def test_joint_norms_are_those_of_exact_fractions(order: float) -> None:
     generator = random.Random(0)
     for norms in norms_of_ranks(generator):
-        power = sum(Fraction(norm) ** int(order) for norm in norms)
+        power = sum((Fraction(norm) ** int(order) for norm in norms), Fraction(0))
         on_host, on_device = joint(norms, order, True), joint(norms, order, False)
         # The nearest float64 number: the exact norm lies between the middles to its neighbors.
         below = Fraction(on_host) - Fraction(math.ulp(on_host)) / 2
@@ -76,14 +76,11 @@ def test_leading_norms_and_shares_of_other_orders(order: float) -> None:
         assert isinstance(total, Tensor)
         expected = leading * (norms / leading).pow(order).sum().log().div(order).exp()
         torch.testing.assert_close(limbs.from_shares(leading, total, order), expected, rtol=1e-12, atol=0)
-    for norms, expected in (
-        ([0.0, 3.0], 3.0 if order > 0 else 0.0),
-        ([-1.0, -1.0], -1.0),
-        ([INF, -1.0], INF),
-    ):
-        sent = torch.tensor(norms, dtype=F64)
+    cases = [([0.0, 3.0], 3.0 if order > 0 else 0.0), ([-1.0, -1.0], -1.0), ([INF, -1.0], INF)]
+    for numbers, whole in cases:
+        sent = torch.tensor(numbers, dtype=F64)
         leading = limbs.leading(limbs.keys(sent, order).amax(dim=0, keepdim=True), order)
-        assert limbs.from_shares(leading, limbs.shares(sent, leading, order).sum(0, True), order) == expected
+        assert limbs.from_shares(leading, limbs.shares(sent, leading, order).sum(0, True), order) == whole
     with_nan = limbs.keys(torch.tensor([INF, math.nan], dtype=F64), order).amax(dim=0, keepdim=True)
     assert limbs.leading(with_nan, order).isnan()
 

@@ -57,7 +57,7 @@ def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
     return batch
 
 
-def tell_ranks(several: Sequence[Any], group: Any, kind: str | None, order: float = 2.0) -> None:
+def tell_ranks(several: Sequence[Any], group: Any, kind: str | None) -> None:
     """Tell the ranks that wait for this one that it refused its gradients or an argument.
 
     Otherwise they would pair their call with the next one of this rank.
@@ -66,7 +66,6 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: str | None, order: floa
         several: the arguments with parameters or tensors: with ``group``, they show which ranks wait.
         group: the argument of that name.
         kind: of ``Kind``; None for a call without other ranks.
-        order: the order of the norms, if it is known.
     """
     if kind is None or not meshes.has_ranks():
         return
@@ -74,7 +73,7 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: str | None, order: floa
         groups = meshes.as_groups(group)
     except TypeError:
         return  # it does not involve other ranks
-    sharded.refuse([_tensors_in(some, kind) for some in several], groups, kind, order)
+    sharded.refuse([_tensors_in(some, kind) for some in several], groups, kind)
 
 
 def _tensors_in(argument: Any, kind: str) -> list[Tensor]:

@@ -212,14 +212,13 @@ def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool
     return cast("list[Norm] | list[Norms]", joint)
 
 
-def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: str, order: float) -> None:
+def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: str) -> None:
     """Tell the ranks that wait for this one that it refused its arguments, so that all raise an error.
 
     Args:
         several: the parameters, or tensors, of each batch of the call.
         groups: the process groups of the call.
         kind: of ``Kind``: the kind of the call.
-        order: the order of the norms, which ranks on accelerators need to know.
     """
     involved = [list(dict.fromkeys(items)) for items in several if groups or meshes.any_dtensor(items)]
     parts = []
@@ -228,7 +227,7 @@ def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: str
         meshes.reduced_locals_of(tensors)  # by all ranks, too
         parts += [Part(i, *alike) for alike in places.items()]
     if involved:
-        _tell(parts, len(involved), groups, Call(kind, order))
+        _tell(parts, len(involved), groups, Call(kind, 2.0))
 
 
 def _tell(parts: Sequence[Part], count: int, groups: Sequence[Any], call: Call) -> None:
