@@ -33,16 +33,20 @@ def joint(norms: list[float], order: float, on_host: bool) -> float:
     return float(found[0])
 
 
+def power_of(norm: Fraction, order: float) -> Fraction:
+    return norm * norm if order == 2 else norm
+
+
 @pytest.mark.parametrize("order", [1.0, 2.0])
 def test_joint_norms_are_those_of_exact_fractions(order: float) -> None:
     generator = random.Random(0)
     for norms in norms_of_ranks(generator):
-        power = sum((Fraction(norm) ** int(order) for norm in norms), Fraction(0))
+        power = sum((power_of(Fraction(norm), order) for norm in norms), Fraction(0))
         on_host, on_device = joint(norms, order, True), joint(norms, order, False)
         # The nearest float64 number: the exact norm lies between the middles to its neighbors.
-        below = Fraction(on_host) - Fraction(math.ulp(on_host)) / 2
-        above = Fraction(on_host) + Fraction(math.ulp(on_host)) / 2
-        assert max(below, 0) ** int(order) <= power <= above ** int(order)
+        half = Fraction(math.ulp(on_host)) / 2
+        below, above = max(Fraction(on_host) - half, Fraction(0)), Fraction(on_host) + half
+        assert power_of(below, order) <= power <= power_of(above, order)
         assert abs(on_device - on_host) <= math.ulp(on_host)
         shuffled = generator.sample(norms, len(norms))
         assert (joint(shuffled, order, True), joint(shuffled, order, False)) == (on_host, on_device)
@@ -52,7 +56,6 @@ def test_joint_norms_are_those_of_exact_fractions(order: float) -> None:
 def test_what_is_no_number_of_the_sum(on_host: bool) -> None:
     largest = torch.finfo(F64).max
     for order in limbs.EXACT:
-        assert joint([3.0, math.nan, INF], order, on_host) != 3
         assert math.isnan(joint([3.0, math.nan, INF, -1.0], order, on_host))
         assert joint([3.0, INF, -1.0], order, on_host) == INF
         assert joint([-1.0, -1.0], order, on_host) == -1

@@ -100,6 +100,10 @@ class ShardedBatch(Batch):
         """The norm of each tensor, including its parts on other ranks."""
         return cast("Norms", norms_of([self], True, p, finite)[0])
 
+    def fingerprint(self) -> int:
+        """That of this rank's parts."""
+        return int(cast("Any", self.local).fingerprint())
+
     def parts(self, number: int) -> list[Part]:
         """The tensors by their layouts; ``number`` is that of this batch in the call."""
         return [Part(number, layout, places) for layout, places in self._places.items()]
@@ -134,8 +138,8 @@ class ShardedBatch(Batch):
         for i, tensor in enumerate(self._measured if self.rest else []):
             if tensor.is_meta:
                 raise TypeError(
-                    f"gradient {i} of shape {tuple(tensor.shape)} is on the device 'meta', so it has no values "
-                    "whose norm ranks could exchange; put it where the others are"
+                    f"gradient {i} of shape {tuple(tensor.shape)} is on the device 'meta', where it has no "
+                    "values for other ranks; put it where the others are"
                 )
         whole = self._gather(self._measured) if self._is_pending else self.local
         if each:
