@@ -1,10 +1,8 @@
 """The one way in which ranks agree: sums of integers over process groups.
 
-Every exchange begins with a reduction of the same size and operation, whatever a rank is about to do, as
-reductions of unequal size could hang.  It has a head and up to four norms (``limbs``).  The head says whether
-all ranks make the same call: a number stands for the call, and if all ranks have the same number, the sum of
-its squares is that of equal ones.  The head also says whether a rank refuses the call, and whether replicas
-have gradients of the same parameters.
+Every exchange begins with a reduction of the same size and operation, as unequal ones could hang.  It has a
+head and up to four norms (``limbs``).  A number in the head stands for the call: if the sums of the numbers
+and of their squares are those of equal ones, all ranks make the same call.
 
 More norms, or an order without exact powers, take further reductions.  On the host these follow if nothing is
 wrong.  On an accelerator, where reading the head would wait, they follow in any case; if anything is wrong

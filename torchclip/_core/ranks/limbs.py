@@ -1,12 +1,11 @@
 """Norms as integers, whose sum over ranks is exact: the same bits for any order of addition.
 
-The powers of norms of order 2 are their squares, and those of the orders 0 and 1 the norms themselves.  A
-power is a multiple of 2⁻²¹⁴⁸ (the square of the smallest float64 number), or of 2⁻¹⁰⁷⁴, and below 2²⁰⁴⁸.  So
-an integer of ``LIMBS`` limbs of 32 bits has room for every power and for the sum of 2³¹ of them.  In int64
-each limb of a sum stays in range, without carries.
+What ranks add are the squares of norms of order 2, and the norms of the orders 0 and 1 themselves.  These
+powers are multiples of 2⁻²¹⁴⁸ (or 2⁻¹⁰⁷⁴) below 2²⁰⁴⁸.  So an integer of ``LIMBS`` limbs of 32 bits has room
+for the sum of 2³¹ of them, and in int64 each limb of the sum stays in range, without carries.
 
 Powers of other orders may leave that range.  Ranks first agree on the leading norm (the largest, or for an
-order below 0 the smallest), whose power is 1, and then add the powers of the quotients (``shares``).
+order below 0 the smallest), and then add the powers of the quotients by it (``shares``).
 
 For numbers on the host Python's integers do the work, for tensors some 40 operations, which do not wait.
 """

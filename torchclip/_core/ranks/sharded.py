@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from itertools import chain
+from itertools import islice
 from typing import Any, NamedTuple, cast
 from zlib import crc32
 
@@ -126,13 +126,7 @@ class ShardedBatch(Batch):
             self._measured = meshes.reduced_locals_of(self.all)
 
     def measured(self, each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
-        """The norm of this rank's part of all tensors of a layout, or with ``each`` of each tensor.
-
-        Args:
-            each: whether to measure each tensor.
-            p: the order of the norms.
-            finite: whether only finite elements count.
-        """
+        """For each layout the norm of this rank's part, or with ``each`` the norms of the tensors."""
         if finite:
             self._refuse_pending("zeroing non-finite elements")
         for i, tensor in enumerate(self._measured if self.rest else []):
@@ -217,12 +211,12 @@ def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool
 
 
 def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: str) -> None:
-    """Tell the ranks that wait for this one that it refused its arguments, so that all raise an error.
+    """Tell the ranks that wait for this one that it refused the arguments of a call.
 
     Args:
         several: the parameters, or tensors, of each batch of the call.
         groups: the process groups of the call.
-        kind: of ``Kind``: the kind of the call.
+        kind: of ``Kind``.
     """
     involved = [list(dict.fromkeys(items)) for items in several if groups or meshes.any_dtensor(items)]
     parts = []
@@ -246,11 +240,7 @@ def _tell(parts: Sequence[Part], count: int, groups: Sequence[Any], call: Call) 
 def _placed(
     items: Sequence[Tensor], take_grad: bool
 ) -> tuple[list[Tensor], bool, dict[Layout, list[int | None]]]:
-    """How the tensors of a call lie.
-
-    Args:
-        items: distinct parameters or tensors.
-        take_grad: whether the gradients of the items are meant.
+    """How the distinct items of a call, or their gradients, lie.
 
     Returns:
         The distinct tensors on this rank; whether any is the gradient of several parameters; and the layouts,
@@ -280,20 +270,19 @@ def _totals(
 ) -> list[Norm]:
     """The norm of each batch over all ranks that share its meshes, or that a group connects.
 
+    They have the same bits on each of those ranks; ``ABSENT`` if none has any element.
+
     Args:
         parts: what this rank holds of the batches.
         norms: the norm of each of them.
         count: the number of batches.
         groups: process groups whose other ranks have other plain tensors, and DTensors on other meshes.
         call: the call; it has the facts of all those ranks afterwards.
-
-    Returns:
-        The norms, with the same bits on each of those ranks; ``ABSENT`` if none has any element.
     """
     # A group of all ranks connects what others connect, too.
     groups = [group for group in groups if group.size() == dist.get_world_size()][:1] or groups
     among = connected(groups, call) if groups else frozenset([dist.get_rank()])
-    by_mesh, direct, rest = _parted(parts, among)
+    by_mesh = _by_mesh(parts, among)
 
     def of_batches(some: Iterable[tuple[int, Norm]]) -> Norms:
         of_each: list[list[Norm]] = [[] for _ in range(count)]
@@ -301,58 +290,54 @@ def _totals(
             of_each[i].append(norm)
         return in_one([joint_norms.join(norms, call.order) for norms in of_each])
 
-    own = [(parts[i].batch, norms[i]) for i in direct if parts[i].layout.is_first]
-    own += [(parts[i].batch, norms[i]) for i in rest if meshes.is_first(_ranks_of(parts[i]), among)]
+    own: list[tuple[int, Norm]] = []
     for ranks, some in by_mesh.items():
         sent = of_batches((parts[i].batch, norms[i]) for i in some if parts[i].layout.is_first)
         joint = _exchanged([parts[i] for i in some], sent, call)
-        if meshes.is_first(ranks, among):
-            own += enumerate(joint)
+        own += enumerate(joint) if meshes.is_first(ranks, among) else ()
+    direct = []
+    for i in sorted(set(range(len(parts))).difference(*by_mesh.values())):
+        ranks, layout = _ranks_of(parts[i]), parts[i].layout
+        is_within = meshes.are_within(ranks, among)
+        direct += [parts[i]] if is_within else []
+        if layout.is_first if is_within else meshes.is_first(ranks, among):
+            own.append((parts[i].batch, norms[i]))
     total = of_batches(own)
     if groups:
-        marks = _differing([parts[i] for i in direct])
-        total = exchange(groups, total, call, meshes.device_of(groups[0]), marks)
+        total = exchange(groups, total, call, meshes.device_of(groups[0]), _differing(direct))
     return list(total)
 
 
 @not_compiled
 def _each(parts: Sequence[Part], norms: Sequence[Norms], count: int, call: Call) -> list[Norms]:
     """The norm over all ranks of each tensor of each batch."""
-    by_mesh, *others = _parted(parts, frozenset([dist.get_rank()]))
-    found: list[dict[int, Norm]] = [{} for _ in range(count)]
-
-    def place(numbers: Iterable[int], joint: Iterable[Norm]) -> None:
-        places = ((parts[i].batch, place) for i in numbers for place in parts[i].places)
-        for (batch, place), norm in zip(places, joint, strict=True):
-            if place is not None:
-                found[batch][place] = norm
-
-    for some in by_mesh.values():
+    found: list[Iterable[Norm]] = list(norms)
+    for some in _by_mesh(parts, frozenset([dist.get_rank()])).values():
         own = [norms[i] if parts[i].layout.is_first else [ABSENT] * len(parts[i].places) for i in some]
-        place(some, _exchanged([parts[i] for i in some], concatenate(own), call))
-    for i in chain(*others):
-        place([i], norms[i])
-    return [in_one([of_batch[place] for place in sorted(of_batch)]) for of_batch in found]
+        joint = iter(_exchanged([parts[i] for i in some], concatenate(own), call))
+        for i in some:
+            found[i] = list(islice(joint, len(parts[i].places)))
+    in_order: list[dict[int, Norm]] = [{} for _ in range(count)]
+    for part, of_part in zip(parts, found, strict=True):
+        placed = zip(part.places, of_part, strict=True)
+        in_order[part.batch].update({place: norm for place, norm in placed if place is not None})
+    return [in_one([of_batch[i] for i in range(len(of_batch))]) for of_batch in in_order]
 
 
-def _parted(parts: Sequence[Part], among: Ranks) -> tuple[dict[Ranks, list[int]], list[int], list[int]]:
-    """How the norms of parts get to all ranks among some.
+def _by_mesh(parts: Sequence[Part], among: Ranks) -> dict[Ranks, list[int]]:
+    """The numbers of the parts that are exchanged over meshes, by the ranks of these.
 
-    Returns:
-        The numbers of the parts that are exchanged over meshes first, in the order of the parts; of those on
-        a mesh within these ranks; and of the others, which are not split.  Replicas are exchanged if anything
-        is split over the same ranks, or is pending.
+    Replicas are exchanged if anything is split over the same ranks, or is pending.  What lies within the
+    ranks that exchange everything afterwards waits for that.
     """
     ranks_of = [_ranks_of(part) for part in parts]
-    direct = [i for i, ranks in enumerate(ranks_of) if meshes.are_within(ranks, among)]
-    others = [i for i in range(len(parts)) if i not in direct]
-    by_mesh: dict[Ranks, list[int]] = {
-        ranks_of[i]: [] for i in others if parts[i].layout.dims or parts[i].layout.is_pending
-    }
-    for i in others:
-        if ranks_of[i] in by_mesh:
-            by_mesh[ranks_of[i]].append(i)
-    return by_mesh, direct, [i for i in others if ranks_of[i] not in by_mesh]
+    split = [part.layout.dims or part.layout.is_pending for part in parts]
+    involved = {ranks for ranks, is_split in zip(ranks_of, split, strict=True) if is_split}
+    found: dict[Ranks, list[int]] = {}
+    for i, ranks in enumerate(ranks_of):
+        if ranks in involved and not meshes.are_within(ranks, among):
+            found.setdefault(ranks, []).append(i)
+    return found
 
 
 def _ranks_of(part: Part) -> Ranks:
