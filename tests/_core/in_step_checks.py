@@ -268,7 +268,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
         mesh = DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu")
         full = randn(8, 5)
         grad = split(full, mesh, Shard(0))
-        for order in (0, 1, 2, INF):
+        for order in (0, 1, 2, 3, INF, -1):
             assert torchclip.get_total_norm(grad, order) == torchclip.get_total_norm(full, order)
         # If one rank refuses, the others' gradients become NaN, and the next call is in step.
         p = parameter(split(full, mesh, Shard(0)))  # torch gives a clone an equal mesh of before
