@@ -182,8 +182,9 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: str | N
         warn_if_used_up(given)
     batch: Batch
     # A parameter without a gradient here may have one on another rank, which then waits for this one.
-    if group is not None or meshes.any_dtensor(items):
-        groups, measured = meshes.as_groups(group), kind in (Kind.MEASURE, Kind.MEASURE_EACH)
+    groups = meshes.as_groups(group)
+    if groups or meshes.any_dtensor(items):
+        measured = kind in (Kind.MEASURE, Kind.MEASURE_EACH)
         batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured, given)
     elif not memory.intercepted() and native.active():
         by_kernel = native.extension.gradients(items) if take_grad else native.extension.tensors(items)
