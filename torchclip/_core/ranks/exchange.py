@@ -105,13 +105,7 @@ def exchange(
         return [math.nan] * count
     sent, on_host = _readable(norms, device)
     first, more = (sent[:_SLOTS], sent[_SLOTS:]) if p in limbs.EXACT else (sent[:0], sent)
-    words = limbs.words(first, p)
-    number, who = _number(count, call), call.refused
-    facts = [call.facts >> i & 1 for i in range(_HEAD - _FACTS)]
-    head = torch.tensor([1, number, number**2, who > 0, who, who**2, replicas, *facts], device="cpu")
-    rest = words.new_zeros((_SLOTS - len(first)) * limbs.WORDS)
-    message = torch.cat([head.to(words.device, non_blocking=True), words.flatten(), rest])
-    _reduce(message, dist.ReduceOp.SUM, groups)
+    message = _reduce(_message(limbs.words(first, p), count, call, replicas), dist.ReduceOp.SUM, groups)
     right = _is_right(message[:_HEAD], groups, count, call, on_host)
     if right is False:
         return [math.nan] * count
@@ -177,6 +171,15 @@ def raise_pending() -> None:
 
 
 # Heads
+
+
+def _message(words: Tensor, count: int, call: Call, replicas: int) -> Tensor:
+    """The head and the words of the first norms, of the same size for any number of them."""
+    number, who = _number(count, call), call.refused
+    facts = [call.facts >> i & 1 for i in range(_HEAD - _FACTS)]
+    head = torch.tensor([1, number, number**2, who > 0, who, who**2, replicas, *facts], device="cpu")
+    rest = words.new_zeros((_SLOTS - len(words)) * limbs.WORDS)
+    return torch.cat([head.to(words.device, non_blocking=True), words.flatten(), rest])
 
 
 def _number(count: int, call: Call) -> int:
