@@ -73,7 +73,7 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: str | None) -> None:
         groups = meshes.as_groups(group)
     except TypeError:
         return  # it does not involve other ranks
-    sharded.refuse([_tensors_in(some, kind) for some in several], groups, kind)
+    sharded.tell_refusal([_tensors_in(some, kind) for some in several], groups, kind)
 
 
 def _tensors_in(argument: Any, kind: str) -> list[Tensor]:

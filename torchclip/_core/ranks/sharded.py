@@ -80,7 +80,7 @@ class ShardedBatch(Batch):
         self._is_pending = any(layout.is_pending for layout in self._places)
         self.joint_facts: int | None = None
         if self.is_changed:
-            self._refuse_pending("scaling", {"product"})
+            self._check_not_pending("scaling", {"product"})
 
     @property
     def facts(self) -> int:
@@ -128,7 +128,7 @@ class ShardedBatch(Batch):
     def measured(self, each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
         """For each layout the norm of this rank's part, or with ``each`` the norms of the tensors."""
         if finite:
-            self._refuse_pending("zeroing non-finite elements")
+            self._check_not_pending("zeroing non-finite elements")
         for i, tensor in enumerate(self._measured if self.rest else []):
             if tensor.is_meta:
                 raise TypeError(
@@ -155,7 +155,7 @@ class ShardedBatch(Batch):
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element on this rank in place to ``[-limit, limit]``."""
-        self._refuse_pending("clipping by value")
+        self._check_not_pending("clipping by value")
         self._written().clamp_(limit)
 
     def zero_nonfinite_(self) -> None:
@@ -169,7 +169,7 @@ class ShardedBatch(Batch):
         torch.autograd.graph.increment_version(written)
         return self.local
 
-    def _refuse_pending(self, what: str, ops: set[str] | None = None) -> None:
+    def _check_not_pending(self, what: str, ops: set[str] | None = None) -> None:
         """Raise an error for tensors that are pending a reduction, or one of some reductions."""
         for i, tensor in enumerate(self.all if self._is_pending else []):
             pending = meshes.pending(tensor)
@@ -210,7 +210,7 @@ def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool
     return cast("list[Norm] | list[Norms]", joint)
 
 
-def refuse(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: str) -> None:
+def tell_refusal(several: Sequence[Sequence[Tensor]], groups: Sequence[Any], kind: str) -> None:
     """Tell the ranks that wait for this one that it refused the arguments of a call.
 
     Args:
