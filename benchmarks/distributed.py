@@ -8,9 +8,8 @@
 functions take turns, on gradients of ones.  It prints medians of the slowest rank's time per call; torch's
 profiler counts the collectives.
 
-``exchange`` joins one norm from each rank, and 1,000 from each, in both ways: with a gather, and with two
-reductions.  For comparison it also measures torch's way, one reduction of float32 sums, and what torchclip
-0.1.0 did, a gather into a list with a tensor for each rank.
+``exchange`` joins one norm from each rank, and 1,000 from each: torch's way, one reduction of float32 sums,
+and torchclip's, one or two reductions of exact integers.
 
 ``fake`` is one rank of many, on a process group from torch's testing modules that sends nothing.  It measures
 the CPU time of a whole call.  The page docs/distributed.md adds the network's time.
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -38,7 +36,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import torchclip
-from torchclip._core import collectives, messages
+from torchclip._core.ranks import exchange
 
 SIDE = 64
 ROUNDS = 30
@@ -143,19 +141,6 @@ def process_group(rank: int, ranks: int, store: str) -> Iterator[None]:
 # One exchange
 
 
-def by_list(norms: list[float]) -> None:
-    """A gather into a list of tensors, and a sum in the order of the ranks."""
-    sent = torch.tensor([*norms, 0.0], dtype=torch.float64)
-    rows = sent.new_empty(dist.get_world_size(), len(sent))
-    dist.all_gather(list(rows.unbind()), sent)
-    if len(norms) == 1:
-        norms = rows[:, 0].tolist()
-        largest = max(norms)
-        math.sqrt(math.fsum((norm / largest) ** 2 for norm in norms))
-    else:
-        torch.linalg.vector_norm(rows[:, :-1], dim=0)
-
-
 def by_torch(norms: list[float]) -> None:
     """As DTensor's ``full_tensor()`` does it: without anything that shows whether ranks are in step."""
     powers = torch.tensor(norms) ** 2
@@ -163,30 +148,18 @@ def by_torch(norms: list[float]) -> None:
     powers.sqrt_().tolist()
 
 
-def by_exchange(norms: list[float]) -> None:
-    """The way of torchclip."""
-    call = collectives.Call(collectives.Kind.MEASURE, 2.0)
+def by_torchclip(norms: list[float]) -> None:
+    """With sums that are exact, and with what shows whether ranks are in step."""
+    call = exchange.Call(exchange.Kind.MEASURE, 2.0)
     world: Any = dist.group.WORLD
-    collectives.exchange(world, norms, (), call, "cpu")
-    call.finish()
+    exchange.exchange([world], norms, call, "cpu")
+    assert call.error is None
 
 
-def by_gather(norms: list[float]) -> None:
-    """As among few ranks."""
-    messages.MANY_ON_HOST = 1 << 30
-    by_exchange(norms)
+WAYS = {"torch": by_torch, "torchclip": by_torchclip}
 
 
-def by_reductions(norms: list[float]) -> None:
-    """As among many."""
-    messages.MANY_ON_HOST = 2
-    by_exchange(norms)
-
-
-WAYS = {"torch": by_torch, "list": by_list, "gather": by_gather, "reductions": by_reductions}
-
-
-def exchange(rank: int, ranks: int, store: str, counts: list[int], result: str) -> None:
+def exchanges(rank: int, ranks: int, store: str, counts: list[int], result: str) -> None:
     """What each process does; rank 0 writes what all have measured."""
     rows: list[dict[str, Any]] = []
     with process_group(rank, ranks, store):
@@ -260,8 +233,8 @@ def table_of_fsdp2(rows: list[dict[str, Any]]) -> str:
 def table_of_exchanges(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| ranks | norms of each | torch, ms | list, ms | gather, ms | reductions, ms |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| ranks | norms of each | torch, ms | torchclip, ms |",
+        "| ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         ms = " | ".join(f"{row['milliseconds'][way]:.2f}" for way in WAYS)
@@ -312,7 +285,7 @@ def main() -> None:
     elif options.what == "exchange":
         rows = []
         for ranks in options.ranks or [2, 8, 16, 32, 64]:
-            rows += on_ranks(exchange, ranks, options.parameters or [1, 1000])
+            rows += on_ranks(exchanges, ranks, options.parameters or [1, 1000])
         print(table_of_exchanges(rows))
     else:
         sizes = options.parameters or [20, 100, 600, 1000]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
-from torchclip._core import arguments, mesh
+from torchclip._core import arguments
+from torchclip._core.ranks import meshes
 from torchclip.clip_grad import norm, value
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         if takes_group and (_groups_of_blocks or _groups):
             kwargs = {"group": (_groups_of_blocks or [_groups])[-1], **kwargs}
-        function = with_ranks if mesh.has_ranks() else ours
+        function = with_ranks if meshes.has_ranks() else ours
         return _observer[0](function, *args, **kwargs) if _observer else function(*args, **kwargs)
 
     stand_in.__module__ = __name__  # where pickle finds it
@@ -65,7 +66,7 @@ def _as_torch_returns(total_norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
     It is replicated on every rank, so that ``item()`` is right, too.
     """
-    found = [tensor.device_mesh for tensor in tensors if mesh.is_dtensor(tensor)]
+    found = [tensor.device_mesh for tensor in tensors if meshes.is_dtensor(tensor)]
     own = next((each for each in found if each.get_coordinate() is not None), None)
     if own is None:
         return total_norm
@@ -129,7 +130,7 @@ def install(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> list[
         >>> uninstall()
     """
     global _stays
-    groups = mesh.as_groups(group)
+    groups = meshes.as_groups(group)
     with _lock:
         _stays = True
         _groups[:] = groups
@@ -163,7 +164,7 @@ def installed(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> Ite
         tensor(2.0000e+20)
     """
     global _blocks
-    groups = mesh.as_groups(group)
+    groups = meshes.as_groups(group)
     with _lock:
         _blocks += 1
         if groups:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers import bits
@@ -13,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import torchclip
+from torchclip._core.ranks import exchange
+from torchclip._core.scalars import on_device
 
 
 def split(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
@@ -70,6 +73,11 @@ def addends(full: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
             shares = [2.0**-i for i in range(1, ranks)] + [2.0 ** (1 - ranks)]
             held = held * (shares[place] * (ranks if placement.reduce_op == "avg" else 1))
     return DTensor.from_local(held, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+
+
+def as_on_an_accelerator(patch: pytest.MonkeyPatch) -> None:
+    """Ranks exchange norms without reading anything, as where the host must not wait."""
+    patch.setattr(exchange, "_readable", lambda norms, device: (on_device(norms, device), False))
 
 
 def whole(tensor: Tensor) -> Tensor:

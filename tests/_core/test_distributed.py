@@ -8,7 +8,9 @@ from distributed_helpers import Check, Ranks, checks_of
 
 MODULES = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("*_checks.py"))]
 # What ranks exchange does not depend on whether the kernel measures the gradients.
-WITHOUT_KERNEL = [module for module in MODULES if module.__name__.startswith(("copies", "norm", "training"))]
+WITHOUT_KERNEL = [
+    module for module in MODULES if module.__name__.startswith(("norm", "replicas", "training"))
+]
 
 
 @pytest.mark.parametrize("check", checks_of(*MODULES))

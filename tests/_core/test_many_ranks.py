@@ -1,6 +1,7 @@
 """What one of very many ranks would send: torch's testing process group sends nothing."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 import torchclip
-from torchclip._core import mesh, messages
+from torchclip._core.ranks import limbs, meshes
 
 
 @contextmanager
@@ -34,41 +35,50 @@ def parameter(mesh: DeviceMesh, *placements: Placement) -> Any:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Of each message, the number of ranks and the bytes."""
+    """Of each reduction, the number of ranks and the bytes."""
     seen: list[tuple[int, int]] = []
-    for name in ("gather", "reduced"):
-        send = getattr(messages, name)
+    all_reduce = dist.all_reduce
 
-        def recorded(group: Any, array: Any, *op: Any, send: Any = send) -> Any:
-            seen.append((group.size(), array.nbytes))
-            return send(group, array, *op)
+    def recorded(words: torch.Tensor, op: Any, group: Any) -> None:
+        seen.append((group.size(), words.nbytes))
+        all_reduce(words, op, group=group)
 
-        monkeypatch.setattr(messages, name, recorded)
+    monkeypatch.setattr(dist, "all_reduce", recorded)
     return seen
 
 
 def test_messages_do_not_grow_with_the_number_of_ranks(sent: list[tuple[int, int]]) -> None:
-    of_ranks = []
-    for ranks in (1024, 4096, 131_072):
+    """Every call begins with the same one; single parameters, and other orders, take further ones."""
+    for ranks in (2, 1024, 131_072):
         with fake_ranks(ranks):
             mesh = init_device_mesh("cpu", (ranks,))
             parameters = [parameter(mesh, Shard(0)) for _ in range(50)]
-            torchclip.clip_grad_norm_(parameters, 1.0)
-            of_norm = [size for _, size in sent]
-            sent.clear()
-            torchclip.clip_grad_norm_per_parameter_(parameters, 1.0)
-            of_ranks.append((of_norm, [size for _, size in sent]))
-            sent.clear()
-    assert of_ranks[0] == of_ranks[1] == of_ranks[2]
-    of_norm, of_each = of_ranks[0]
-    assert (len(of_norm), len(of_each)) == (2, 3)
-    assert sum(of_norm) < 300
-    assert sum(of_each[1:]) == 24 * 50
+            calls: list[tuple[Callable[..., Any], float, list[int]]] = [
+                (torchclip.clip_grad_norm_, 2.0, []),
+                (torchclip.clip_grad_norm_per_parameter_, 2.0, [46 * 8 * limbs.WORDS]),
+                (torchclip.clip_grad_norm_per_parameter_, math.inf, [50 * 8]),
+                (torchclip.clip_grad_norm_, 3.0, [8, 8 * limbs.WORDS]),
+            ]
+            for clip, order, further in calls:
+                sent.clear()
+                clip(parameters, 1.0, order)
+                (count, first), *others = sent
+                assert (count, first) == (ranks, 4456)
+                assert [size for _, size in others] == further
+
+
+def test_sums_over_very_many_ranks_stay_in_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 131,072 ranks has the same norm, which is among the largest."""
+    largest = 1e305
+    monkeypatch.setattr(dist, "all_reduce", lambda words, op, group: words.mul_(group.size()))
+    with fake_ranks(131_072):
+        grad = parameter(init_device_mesh("cpu", (131_072,)), Shard(0)).grad.double() * largest
+        assert torchclip.get_total_norm(grad) == pytest.approx(2 * largest * 131_072**0.5, rel=1e-15)
 
 
 def test_the_first_dtensor_of_a_process_may_be_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter without a gradient: torch does not return its local part itself."""
-    monkeypatch.setattr(mesh, "_readers", [])
+    monkeypatch.setattr(meshes, "_readers", [])
     with fake_ranks(2):
         line = init_device_mesh("cpu", (2,))
         lacking = parameter(line, Shard(0))
@@ -76,17 +86,10 @@ def test_the_first_dtensor_of_a_process_may_be_a_parameter(monkeypatch: pytest.M
         assert torchclip.clip_grad_norm_([lacking, parameter(line, Shard(0))], 1.0) > 0
 
 
-@pytest.mark.skipif(
-    not hasattr(DeviceMesh, "_get_root_mesh"), reason="this torch keeps flattened meshes elsewhere"
-)
-def test_one_exchange_over_a_mesh_that_was_flattened(sent: list[tuple[int, int]]) -> None:
-    with fake_ranks(8):
-        root = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
-        mesh = root["dp", "tp"]
-        gradients = [parameter(mesh, *way).grad for way in ((Shard(0), Shard(0)), (Shard(0), Replicate()))]
+def test_a_mesh_of_some_ranks_is_summed_over_dimension_by_dimension(sent: list[tuple[int, int]]) -> None:
+    with fake_ranks(24):
+        root = init_device_mesh("cpu", (2, 3, 4), mesh_dim_names=("pp", "dp", "tp"))
+        ways = ((Shard(0), Shard(0)), (Shard(0), Replicate()))
+        gradients = [parameter(root["dp", "tp"], *way).grad for way in ways]
         torchclip.get_total_norm(gradients)
-        assert [ranks for ranks, _ in sent] == [2, 2]
-        sent.clear()
-        mesh._flatten("dp_tp")
-        torchclip.get_total_norm(gradients)
-        assert [ranks for ranks, _ in sent] == [4]
+        assert [ranks for ranks, _ in sent] == [3, 4]

@@ -222,7 +222,8 @@ def test_a_clipper_that_nobody_holds_goes_on_clipping() -> None:
 def test_misuse_is_refused_and_leaves_the_optimizer_as_it_was(
     options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchclip._core.mesh.as_groups", lambda group: None if group is None else [group])
+    as_groups = lambda group: None if group is None else [group]  # noqa: E731
+    monkeypatch.setattr("torchclip._core.ranks.meshes.as_groups", as_groups)
     optimizer = sgd([torch.tensor([3.0, 4.0])])
     with pytest.raises((TypeError, ValueError), match=message):
         Clipper(optimizer, **{"max_norm": 1.0, **options})

@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from torchclip._core import memory, mesh
+from torchclip._core import memory
 from torchclip._core.scalars import Norm, Norms, clip_coefs, on_device, vector
 
 __all__ = ["Batch", "Facts", "Norm", "Norms", "to_result", "to_results"]
@@ -139,8 +139,7 @@ class Batch(ABC):
         nor infinite nor NaN where there is such a one: new gradients often have the addresses and versions of
         old ones, and ``GradScaler.unscale_`` changes no version.
         """
-        pairs = zip(self.all, mesh.locals_of(self.all), strict=True)
-        return array("q", [hash((id(each), *memory.signs_of_change(held))) for each, held in pairs]).tobytes()
+        return array("q", [hash((id(each), *memory.signs_of_change(each))) for each in self.all]).tobytes()
 
 
 def to_result(total_norm: Norm, batch: Batch) -> Tensor:

@@ -18,16 +18,17 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import arguments, memory, mesh, native, sharded
+from torchclip._core import arguments, memory, native
 from torchclip._core.batch import Batch, Facts, Norm, Norms
-from torchclip._core.collectives import Kind
 from torchclip._core.mixed import MixedBatch
 from torchclip._core.operations import TorchBatch
-from torchclip._core.sharded import ShardedBatch
+from torchclip._core.ranks import meshes, sharded
+from torchclip._core.ranks.exchange import Kind
+from torchclip._core.ranks.sharded import ShardedBatch
 
 
 def gradients(
-    parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None, kind: int | None = None
+    parameters: Tensor | Iterable[Tensor] | nn.Module, group: Any = None, kind: str | None = None
 ) -> Batch:
     """The distinct gradients of the parameters that have one, in order, to be changed in place.
 
@@ -36,7 +37,7 @@ def gradients(
     Args:
         parameters: the parameters.
         group: the process groups whose ranks hold further gradients, or None.
-        kind: of ``collectives.Kind``, if ranks take norms together afterwards; waiting ranks learn of a
+        kind: of ``Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
     if group is None and type(parameters) is list:
@@ -67,13 +68,18 @@ def measured(
     return [*zip(batches, norms_of(batches, each, p), strict=True)]
 
 
+def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: str) -> list[Batch]:
+    """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
+    return _batches("parameters", parameters, group, kind)
+
+
 def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
     """The distinct tensors of an argument named ``tensors``, to be measured."""
     (batch,) = _batches("tensors", [tensors], group, Kind.MEASURE)
     return batch
 
 
-def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
+def tell_ranks(several: Sequence[Any], group: Any, kind: str | None) -> None:
     """Tell the ranks that wait for this one that it refused its gradients or an argument.
 
     Otherwise they would pair their call with the next one of this rank.
@@ -81,17 +87,24 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
     Args:
         several: the arguments with parameters or tensors: with ``group``, they show which ranks wait.
         group: the argument of that name.
-        kind: of ``collectives.Kind``; None for a call without other ranks.
+        kind: of ``Kind``; None for a call without other ranks.
     """
-    if kind is None or not mesh.has_ranks():
+    if kind is None or not meshes.has_ranks():
         return
-    name = "tensors" if kind == Kind.MEASURE else "parameters"
     try:
-        lists = [arguments.tensor_list(name, some) for some in several]
-        groups = mesh.as_groups(group)
+        groups = meshes.as_groups(group)
     except TypeError:
-        return  # they do not involve other ranks
-    sharded.refuse([[item for item in some if isinstance(item, Tensor)] for some in lists], groups, kind)
+        return  # it does not involve other ranks
+    sharded.tell_refusal([_tensors_in(some, kind) for some in several], groups, kind)
+
+
+def _tensors_in(argument: Any, kind: str) -> list[Tensor]:
+    """The tensors of an argument that may be wrong; none if it cannot be read."""
+    try:
+        items = arguments.tensor_list("tensors" if kind == Kind.MEASURE else "parameters", argument)
+    except Exception:  # of user code, and already on its way to the user
+        return []
+    return [item for item in items if isinstance(item, Tensor)]
 
 
 def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
@@ -107,7 +120,7 @@ def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = Fals
 def local_gradients(parameters: Iterable[Tensor]) -> Batch:
     """This rank's part of the parameters' gradients: its norms need no other rank."""
     found, tied = _found(arguments.tensor_list("parameters", parameters), "parameters")
-    return _local(mesh.locals_of(found), tied)
+    return _local(meshes.locals_of(found), tied)
 
 
 def warn_if_used_up(parameters: Any) -> None:
@@ -143,7 +156,7 @@ def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: An
 
     def described(gradient: Tensor) -> str:
         grads = [item if item.grad is None else item.grad for item in items]
-        place = next((i for i, each in enumerate(mesh.locals_of(grads)) if each is gradient), None)
+        place = next((i for i, each in enumerate(meshes.locals_of(grads)) if each is gradient), None)
         name = None if place is None else arguments.names_of(given).get(id(grads[place]))
         item = name or ("an item" if place is None else f"item {place}")
         return f"{item} of `parameters` has a gradient of shape {tuple(gradient.shape)}"
@@ -174,24 +187,27 @@ def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _batches(name: str, several: Sequence[Any], group: Any, kind: int | None) -> list[Batch]:
-    lists = [arguments.tensor_list(name, some) for some in several]
+def _batches(name: str, several: Sequence[Any], group: Any, kind: str | None) -> list[Batch]:
+    lists: list[Any] = list(several)
     try:
+        for i, given in enumerate(several):
+            lists[i] = arguments.tensor_list(name, given)
         return [_batch(lists[i], name, group, given, kind) for i, given in enumerate(several)]
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:
         tell_ranks(lists, group, kind)
         raise
 
 
-def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | None) -> Batch:
+def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: str | None) -> Batch:
     take_grad = name == "parameters"
     if take_grad and not items:
         warn_if_used_up(given)
     batch: Batch
     # A parameter without a gradient here may have one on another rank, which then waits for this one.
-    if group is not None or mesh.any_dtensor(items):
-        groups, measured = mesh.as_groups(group), kind in (Kind.MEASURE, Kind.MEASURE_EACH)
-        batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured)
+    groups = meshes.as_groups(group)
+    if groups or meshes.any_dtensor(items):
+        measured = kind in (Kind.MEASURE, Kind.MEASURE_EACH)
+        batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured, given)
     elif (by_kernel := _by_kernel(items, take_grad)) is not None:
         batch = by_kernel if by_kernel.plain else _local(by_kernel.all, False, by_kernel)
     else:
@@ -199,7 +215,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
     if batch.rest and take_grad:
         refuse_unwritable(batch.rest, items, given)
     elif batch.rest:
-        memory.refuse_without_memory(mesh.locals_of(items), "tensors")
+        memory.refuse_without_memory(meshes.locals_of(items), "tensors")
     if batch.rest and kind is not None:
         _check_values(batch.rest, batch.all)
     if take_grad and not batch.all:

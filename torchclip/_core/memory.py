@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ _REAL = frozenset(dtype for dtype in _WRITABLE if not dtype.is_complex)
 _LOW = 1 << 40
 """A tensor without memory has its storage offset as its address, which is below this."""
 _flatten: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Whether operations are recorded or transformed, so that they must be torch's
 
@@ -80,6 +83,19 @@ def _fails(check: Check) -> bool:
     if (function() if argument is None else function(argument)) == idle:
         return False
     return otherwise is None or otherwise()
+
+
+def not_compiled(function: _Function) -> _Function:
+    """``torch.compiler.disable``, but the compiler is imported in the first call only."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return cast("_Function", call)
 
 
 def values_hidden() -> bool:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias, cast, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from torchclip._core import memory, mesh
+from torchclip._core import memory
 
 Norm: TypeAlias = float | Tensor
 """A number known on the host, or a 0-dim float64 tensor for which the host should not wait."""
@@ -255,14 +256,19 @@ def refuse_nonfinite(
     if math.isfinite(total_norm):
         return
     found = []
-    for i, (tensor, held) in enumerate(zip(tensors, mesh.locals_of(tensors), strict=True)):
+    for i, tensor in enumerate(tensors):
+        held = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         (values,) = memory.stored(held.detach(), math.inf)
         inf, nan = int(values.isinf().sum()), int(values.isnan().sum())
         if inf or nan:
             name = names.get(id(tensor)) if names else None
             found.append(f"{name or f'gradient {i}'} of shape {tuple(tensor.shape)} ({inf} inf, {nan} nan)")
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    elsewhere = "none of this rank's" if mesh.has_ranks() else "none, the norm exceeds float64"
+    elsewhere = (
+        "none of this rank's"
+        if dist.is_available() and dist.is_initialized()
+        else "none, the norm exceeds float64"
+    )
     which = ", ".join(found[:_SHOWN]) + more if found else elsewhere
     raise RuntimeError(
         f"The total norm of order {norm_type} for gradients from `{argument}` is non-finite, so it cannot be "

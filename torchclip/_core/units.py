@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchclip._core import gather, memory, mesh, operations, rounds, rows
-from torchclip._core.collectives import Call, Kind
-from torchclip._core.mesh import Layout
-from torchclip._core.scalars import ABSENT, norm_dtype
+from torchclip._core import arguments, gather, memory, operations, rows
+from torchclip._core.batch import Norm, Norms
+from torchclip._core.ranks import meshes
+from torchclip._core.ranks.exchange import Kind
+from torchclip._core.scalars import at, on_device
 
 
 class Units(NamedTuple):
@@ -28,12 +29,12 @@ class Units(NamedTuple):
     grad: Tensor | None
     measured: Tensor | None
     """The gradient to measure: a reduced copy if a reduction is pending."""
-    layout: Layout
-    """How single units are split over ranks."""
+    split: Tensor | None
+    """The parameter, if it is a vector that is split over ranks: then ranks measure it together."""
 
 
 def of_parameters(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
-    """The units of the distinct parameters that have a gradient, here or (if sharded) on other ranks.
+    """The units of the distinct parameters that have a gradient, here or (of split vectors) on other ranks.
 
     Args:
         some: the parameters.
@@ -42,9 +43,24 @@ def of_parameters(some: list[Tensor], items: list[Tensor], given: Any) -> list[U
     """
     try:
         return _of_items(some, items, given)
-    except (RuntimeError, TypeError, ValueError):
-        gather.tell_ranks([items], None, Kind.ADAPT)
+    except Exception:
+        tell_ranks(items)
         raise
+
+
+def tell_ranks(given: Any) -> None:
+    """Tell the ranks that wait for this one that it refused its gradients or an argument.
+
+    Args:
+        given: what the user passed for the parameters, which may be wrong.
+    """
+    try:
+        items = gather.distinct(arguments.tensor_list("parameters", given))
+    except Exception:  # already on its way to the user
+        return
+    split = [p for p in items if _is_split_vector(p)]
+    meshes.reduced_locals_of([p.grad for p in items if p.grad is not None and p not in set(split)])
+    gather.tell_ranks([split, [p.detach() for p in split]], None, Kind.CLIP_EACH)
 
 
 def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -62,23 +78,30 @@ def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
-    chosen = [p for p in gather.distinct(some) if p.grad is not None or mesh.is_dtensor(p)]
+    different = gather.distinct(some)
+    split = set(filter(_is_split_vector, different))
+    chosen = [p for p in different if p.grad is not None or p in split]
     grads = [p.grad for p in chosen if p.grad is not None]
     if not memory.intercepted() and memory.common_dtype([*chosen, *grads]) is not None:
         return [_units(p, p.detach(), grad, grad) for p, grad in zip(chosen, grads, strict=True)]
-    held = mesh.locals_of(grads)
+    held = meshes.locals_of(grads)
     gather.refuse_unwritable(held, items, given)
     place_of = {id(item): place for place, item in enumerate(items)}
     for parameter in chosen:
         _check(place_of[id(parameter)], parameter)
-    weights = mesh.locals_of([p.detach() for p in chosen])
+    weights = meshes.locals_of([p.detach() for p in chosen])
     memory.refuse_without_memory(weights, "parameters")
     local = iter(held)
-    measured = iter(mesh.locals_of(mesh.without_partial(grads)))
+    whole = [p.grad for p in chosen if p.grad is not None and p not in split]
+    measured = iter(meshes.reduced_locals_of(whole))
     return [
-        _units(p, weight, next(local), next(measured))
-        if p.grad is not None
-        else _units(p, weight, None, None)
+        _units(
+            p,
+            weight,
+            None if p.grad is None else next(local),
+            None if p in split else next(measured),
+            p if p in split else None,
+        )
         for p, weight in zip(chosen, weights, strict=True)
     ]
 
@@ -93,23 +116,35 @@ def _check(i: int, parameter: Tensor) -> None:
             f"gradient {i} of shape {tuple(grad.shape)} {why}, but adaptive clipping needs whole rows; make "
             "it dense first (`p.grad = p.grad.to_dense()`)"
         )
-    if not mesh.split_alike(grad, parameter):
+    if not _split_alike(grad, parameter):
         raise TypeError(
             f"gradient {i} of shape {tuple(grad.shape)} is not split as its parameter is; redistribute it "
             "(`p.grad = p.grad.redistribute(p.device_mesh, p.placements)`)"
         )
+    if parameter.dim() > 1 and not _split_axes(parameter) <= {0}:
+        raise TypeError(
+            f"parameter {i} of shape {tuple(parameter.shape)} is split within its rows over ranks, as by "
+            "tensor parallelism, but adaptive clipping needs whole rows on each rank; shard it along the "
+            "first axis, or leave it out"
+        )
 
 
-def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None) -> Units:
+def _units(
+    parameter: Tensor,
+    weight: Tensor,
+    grad: Tensor | None,
+    measured: Tensor | None,
+    split: Tensor | None = None,
+) -> Units:
     owner = parameter.grad
     if owner is not None and _is_row_sparse(owner):
         values = operations.own_elements(owner)
-        return Units(owner, weight[owner.indices()[0]], values, values, mesh.PLAIN)
+        return Units(owner, weight[owner.indices()[0]], values, values, None)
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
         grad = None if grad is None else grad.view(1, -1)
         measured = None if measured is None else measured.reshape(1, -1)
-    return Units(owner, weight, grad, measured, mesh.unit_layout(parameter))
+    return Units(owner, weight, grad, measured, split)
 
 
 def _is_row_sparse(tensor: Tensor) -> bool:
@@ -119,39 +154,24 @@ def _is_row_sparse(tensor: Tensor) -> bool:
 def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     """The norms of the weights and of the gradients of each parameter's units.
 
-    If units are split over ranks, the parts on other ranks are included.
+    The norms of vectors that are split over ranks include the parts on other ranks.
     """
+    vectors = [u.split for u in units if u.split is not None]
+    joint = iter(_norms_of_split(vectors, p) if vectors else ())
+    whole = [u for u in units if u.split is None]
     with torch.no_grad():
-        of_weights = rows.norms_of_rows([u.weight for u in units], p)
-        of_grads = iter(rows.norms_of_rows([u.measured for u in units if u.measured is not None], p))
-    if all(u.layout is mesh.PLAIN for u in units):
-        return list(zip(of_weights, of_grads, strict=True))
-    of_units = []
-    by_layout: dict[Layout, list[int]] = {}
-    for i, (u, of_weight) in enumerate(zip(units, of_weights, strict=True)):
-        of_grad = None if u.measured is None else next(of_grads)
-        of_units.append((_or_absent(of_weight, u.weight, u), _or_absent(of_grad, u.measured, u)))
-        if u.layout.dims:
-            by_layout.setdefault(u.layout, []).append(i)
-    vectors = {
-        layout: torch.cat([part for i in at for part in of_units[i]]) for layout, at in by_layout.items()
-    }
-    call = Call(Kind.ADAPT, p)
-    joint = rounds.lines(vectors, call)
-    call.finish()
-    for layout, vector in joint.items():
-        at = by_layout[layout]
-        lengths = [part.numel() for i in at for part in of_units[i]]
-        parts = iter(torch.split(vector.clamp(min=0.0), lengths))
-        for i in at:
-            of_units[i] = next(parts), next(parts)
-    return of_units
+        of_weights = iter(rows.norms_of_rows([u.weight for u in whole], p))
+        of_grads = iter(rows.norms_of_rows([u.measured for u in whole if u.measured is not None], p))
+    return [
+        (next(of_weights), next(of_grads)) if u.split is None else _on_device(next(joint), u.weight)
+        for u in units
+    ]
 
 
 def exceeds_range(units: Units, norms: tuple[Tensor, Tensor]) -> bool:
     """Whether a norm of units that only this rank has is infinite where that of scaled units may not be."""
     tensors = [tensor for tensor in (units.weight, units.measured) if tensor is not None]
-    if memory.DOUBLE.isdisjoint(tensor.dtype for tensor in tensors) or units.layout.dims:
+    if memory.DOUBLE.isdisjoint(tensor.dtype for tensor in tensors) or units.split is not None:
         return False
     return memory.on_host(norms) and bool(torch.maximum(*norms).isinf().any())
 
@@ -162,11 +182,41 @@ def times(units: Units, factor: float) -> Units:
     return units._replace(weight=units.weight * factor, measured=measured)
 
 
-def _or_absent(norms: Tensor | None, tensor: Tensor | None, units: Units) -> Tensor:
-    """The norms of this rank's parts of the units of a tensor; ``ABSENT`` if it has none."""
-    if norms is None or tensor is None or (units.layout.dims and tensor.numel() == 0):
-        return units.weight.new_full((len(units.weight),), ABSENT, dtype=norm_dtype(units.weight.device))
-    return norms
+def _norms_of_split(vectors: Sequence[Tensor], p: float) -> list[tuple[Norm, Norm]]:
+    """The norms of vectors that are split over ranks, and of their gradients (``ABSENT`` for none)."""
+    (grads,) = gather.several([vectors], None, Kind.CLIP_EACH)
+    weights = gather.tensors([vector.detach() for vector in vectors])
+    of_grads, of_weights = cast("list[Norms]", gather.norms_of([grads, weights], True, p))
+    place_of = {id(grad): place for place, grad in enumerate(grads.all)}
+    places = [place_of.get(id(vector.grad)) for vector in vectors]
+    return list(zip(of_weights, at(of_grads, places), strict=True))
+
+
+def _split_axes(tensor: Tensor) -> set[int]:
+    """The axes of a tensor that are split over several ranks."""
+    if not meshes.is_dtensor(tensor):
+        return set()
+    places: Any = zip(tensor.placements, tensor.device_mesh.mesh.shape, strict=True)
+    return {placement.dim for placement, size in places if size > 1 and not meshes.is_whole(placement)}
+
+
+def _split_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether this rank holds the same elements of two tensors of one shape."""
+    if not (meshes.is_dtensor(a) and meshes.is_dtensor(b)):
+        return meshes.is_dtensor(a) == meshes.is_dtensor(b)
+    pairs = zip(a.placements, b.placements, strict=False)
+    return a.device_mesh == b.device_mesh and all(
+        mine == other or (meshes.is_whole(mine) and meshes.is_whole(other)) for mine, other in pairs
+    )
+
+
+def _is_split_vector(parameter: Tensor) -> bool:
+    return parameter.dim() < 2 and bool(_split_axes(parameter))
+
+
+def _on_device(norms: Sequence[Norm], weight: Tensor) -> tuple[Tensor, Tensor]:
+    found = on_device(norms, weight.device).clamp(min=0.0)
+    return found[:1], found[1:]
 
 
 def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
@@ -192,7 +242,7 @@ def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
             parts = torch.split(together, [of_units.numel() for *_, of_units in chosen])
             for (owner, grad, _), of_units in zip(chosen, parts, strict=True):
                 rows.scale_rows_(grad, of_units)
-                if mesh.is_dtensor(owner) or owner.layout != torch.strided:
+                if meshes.is_dtensor(owner) or owner.layout != torch.strided:
                     torch.autograd.graph.increment_version(owner)
 
 

@@ -11,7 +11,6 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, gather, memory, native, units
 from torchclip._core.arguments import norm_order, threshold
-from torchclip._core.collectives import Kind
 
 __all__ = ["Adaptive", "clip_grad_adaptive_"]
 
@@ -65,7 +64,7 @@ def clip_grad_adaptive_(
         eps = threshold("eps", eps)
         p = norm_order(norm_type)
     except (TypeError, ValueError):
-        gather.tell_ranks([parameters], None, Kind.ADAPT)
+        units.tell_ranks(parameters)
         raise
     _clip(parameters, clip_factor, eps, p)
 

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torchclip._core import gather, memory, native
 from torchclip._core.arguments import flag, full, names_of, norm_order, number, shown, threshold
 from torchclip._core.batch import Norm, to_result
-from torchclip._core.collectives import Kind, raise_pending
+from torchclip._core.ranks.exchange import Kind, raise_pending
 from torchclip._core.scalars import clip_coef, norm_dtype, refuse_nonfinite
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from torchclip._core import gather, native
 from torchclip._core.arguments import norm_order, threshold
 from torchclip._core.batch import to_results
-from torchclip._core.collectives import Kind
+from torchclip._core.ranks.exchange import Kind
 from torchclip._core.scalars import EPS
 
 __all__ = ["clip_grad_norm_per_parameter_"]

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torchclip._core import gather, memory, native
 from torchclip._core.arguments import threshold
 from torchclip._core.batch import Batch, Facts, Norms, to_results
-from torchclip._core.collectives import Kind
+from torchclip._core.ranks.exchange import Kind
 from torchclip._core.scalars import clip_coefs, divided, numbers, on_device
 
 __all__ = ["BlockRMS", "clip_grad_rms_"]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.optim import Optimizer
 
-from torchclip._core import gather, mesh
+from torchclip._core import gather
+from torchclip._core.ranks import meshes
 from torchclip.clipper.optimizers import groups_of, parameters_of
 from torchclip.clipper.sets import own_max_norm
 from torchclip.clipper.settings import Settings
@@ -31,7 +32,7 @@ def check_in_backward(optimizers: Sequence[Optimizer], settings: Settings) -> bo
             "after backward()"
         )
     parameters = parameters_of(*optimizers)
-    if settings.groups is None and not mesh.any_dtensor(parameters):
+    if settings.groups is None and not meshes.any_dtensor(parameters):
         return False
     if settings.groups is not None or _takes_norm(optimizers[0], settings):
         raise RuntimeError(
@@ -40,7 +41,7 @@ def check_in_backward(optimizers: Sequence[Optimizer], settings: Settings) -> bo
             "`max_norm=inf`, with nonfinite='propagate' and no `layers_every`; or call optimizer.step() "
             "after backward()"
         )
-    if any(map(mesh.is_partial, gather.distinct_gradients(parameters))):
+    if any(map(meshes.is_partial, gather.distinct_gradients(parameters))):
         raise RuntimeError(
             "the gradients of a step that is taken during the backward pass are pending a reduction over "
             "ranks. Call optimizer.step() after backward()"

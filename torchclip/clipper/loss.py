@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from torchclip._core import arguments, gather, mesh
+from torchclip._core import arguments, gather
+from torchclip._core.ranks import meshes
 
 
 class _Seen(NamedTuple):
@@ -57,7 +58,7 @@ class PendingLoss:
         seen = self._seen
         if seen is None:
             # FSDP2 may store the gradients elsewhere until the last backward pass of a step.
-            return all(p.grad is None for p in parameters) and not mesh.any_dtensor(parameters)
+            return all(p.grad is None for p in parameters) and not meshes.any_dtensor(parameters)
         if seen.place >= len(parameters) or id(parameters[seen.place]) != seen.parameter:
             return True
         parameter = parameters[seen.place]

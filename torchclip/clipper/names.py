@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, gather, scalars
 from torchclip._core.batch import Norms
-from torchclip._core.collectives import Kind
+from torchclip._core.ranks.exchange import Kind
 from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, parameters_of, unscaled
 
 # Parts that torch's wrappers add to names; users' modules do not have such names.

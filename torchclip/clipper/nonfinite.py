@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import memory, scalars
 from torchclip._core.batch import Norm
-from torchclip._core.collectives import raise_pending
+from torchclip._core.ranks.exchange import raise_pending
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.sets import Gradients
 from torchclip.clipper.settings import Settings

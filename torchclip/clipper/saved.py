@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchclip._core import arguments, mesh
+from torchclip._core import arguments
+from torchclip._core.ranks import meshes
 from torchclip.clipper.names import Names
 from torchclip.clipper.optimizers import groups_of, parameters_of
 from torchclip.clipper.rounds import Rounds
@@ -187,7 +188,7 @@ def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
 
 
 def _on_all_ranks(parameter: Tensor) -> bool:
-    return mesh.is_dtensor(parameter) and bool(parameter.device_mesh.size() == dist.get_world_size())
+    return meshes.is_dtensor(parameter) and bool(parameter.device_mesh.size() == dist.get_world_size())
 
 
 def _own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments, gather, joint_norms, scalars
 from torchclip._core.batch import Batch, Norm, Norms
-from torchclip._core.collectives import Kind
+from torchclip._core.ranks.exchange import Kind
 from torchclip.clipper.optimizers import Group, groups_of, joined, unscaled
 from torchclip.clipper.settings import Settings
 

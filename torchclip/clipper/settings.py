@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchclip._core import arguments, mesh
+from torchclip._core import arguments
+from torchclip._core.ranks import meshes
 from torchclip.clipper.names import Names
 from torchclip.clipper.skip_above import InARow, SkipAbove
 from torchclip.history.history import History
@@ -213,7 +214,7 @@ def _norm_type_of(norm_type: float | str, nonfinite: Nonfinite) -> float:
 
 def _process_groups_of(group: Any, scope: str) -> list[ProcessGroup] | None:
     """The process groups of a ``group``; None if there are none."""
-    groups = mesh.as_groups(group) or None
+    groups = meshes.as_groups(group) or None
     if groups and scope in ("AdaGC", "parameter"):
         what = scope if scope == "AdaGC" else "`scope='parameter'`"
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchclip._core import arguments
-from torchclip._core.collectives import raise_pending
+from torchclip._core.ranks.exchange import raise_pending
 
 
 class Record(NamedTuple):

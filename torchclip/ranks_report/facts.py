@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from torchclip._core import mesh
+from torchclip._core.ranks import meshes
 from torchclip.ranks_report.fingerprints import Fingerprints
 
 Ranks = tuple[int, ...]
@@ -62,7 +62,7 @@ def gathered(
         held: what it has of them.
         groups: the process groups that it passes to the call.
     """
-    if not mesh.has_ranks():
+    if not meshes.has_ranks():
         return [Facts(held, [], [])]
     existing = [(str(group.group_desc), _ranks(group)) for group in _process_groups()]
     own = Facts(held, existing, [_ranks(group) for group in groups])
@@ -76,7 +76,7 @@ def gathered(
 
 def call_off() -> None:
     """Tell the other ranks that this one refuses its arguments, so that all raise an error."""
-    if mesh.has_ranks():
+    if meshes.has_ranks():
         dist.all_gather_object([None] * dist.get_world_size(), None)
 
 
@@ -108,7 +108,7 @@ def held_here(named: dict[str, Tensor]) -> dict[str, Held]:
         seen.add(id(grad))
         try:
             own = Held(part, known.setdefault(ranks, ranks), fingerprints.of_bits(_local(p)))
-            if mesh.is_dtensor(grad) and grad.placements != _placements(p, grad):
+            if meshes.is_dtensor(grad) and grad.placements != _placements(p, grad):
                 own = own._replace(is_moved=True)
             elif grad is not None:
                 norm, projections = fingerprints.of_gradient(_local(grad))
@@ -121,8 +121,8 @@ def held_here(named: dict[str, Tensor]) -> dict[str, Held]:
 
 def _on_mesh(p: Any) -> tuple[str, Ranks] | None:
     """This rank's part of a parameter, and the ranks of its mesh; None if it has nothing of it."""
-    lies = p if mesh.is_dtensor(p) or p.grad is None else p.grad
-    if not mesh.is_dtensor(lies):
+    lies = p if meshes.is_dtensor(p) or p.grad is None else p.grad
+    if not meshes.is_dtensor(lies):
         return "", ()
     here = lies.device_mesh.get_coordinate()
     if here is None:
@@ -136,7 +136,7 @@ def _placements(p: Any, grad: Any) -> tuple[Any, ...]:
     """How a DTensor gradient lies once it is moved: like its parameter, and no sum is pending."""
     from torch.distributed.tensor import Replicate
 
-    lies = p if mesh.is_dtensor(p) else grad
+    lies = p if meshes.is_dtensor(p) else grad
     return tuple(Replicate() if each.is_partial() else each for each in lies.placements)
 
 
@@ -175,5 +175,5 @@ def _ranks(group: dist.ProcessGroup) -> Ranks:
 
 
 def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if mesh.is_dtensor(tensor) else tensor
+    local: Tensor = tensor.to_local() if meshes.is_dtensor(tensor) else tensor
     return local.detach()

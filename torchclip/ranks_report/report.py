@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from torchclip._core import arguments, mesh
+from torchclip._core import arguments
+from torchclip._core.ranks import meshes
 from torchclip.clipper.clipper import Clipper
 from torchclip.ranks_report import wording
 from torchclip.ranks_report.facts import call_off, gathered, held_here
@@ -137,7 +138,7 @@ def check_ranks(
 
 def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[ProcessGroup], InCode]:
     """The parameters by name, the process groups of the call, and how code names them."""
-    groups: Sequence[ProcessGroup] = mesh.as_groups(group)
+    groups: Sequence[ProcessGroup] = meshes.as_groups(group)
     if isinstance(given, Clipper):
         if group is not None:
             raise ValueError("`group` is that of the Clipper; do not pass it together with a Clipper")

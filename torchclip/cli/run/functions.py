@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchclip import patch
-from torchclip._core import mesh
+from torchclip._core.ranks import meshes
 from torchclip._core.scalars import clip_coef
 from torchclip.cli.run.calls import Call, Calls
 from torchclip.cli.run.gradients import nonfinite_ids, norm_of
@@ -122,7 +122,7 @@ class FunctionRecorder:
     def _keep(self, name: str, items: list[Tensor], max_norm: Any, total_norm: Any, bad: list[int]) -> None:
         """Keep a call for the optimizers that step next, without waiting for an accelerator."""
         if isinstance(total_norm, Tensor):
-            if mesh.is_dtensor(total_norm) and all(p.is_replicate() for p in total_norm.placements):
+            if meshes.is_dtensor(total_norm) and all(p.is_replicate() for p in total_norm.placements):
                 total_norm = total_norm.to_local()
             if type(total_norm) is not Tensor:
                 return

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from torchclip._core import mesh
+from torchclip._core.ranks import meshes
 
 Loss = float | Tensor
 """A number, or on an accelerator a tensor, so that nothing waits for it."""
@@ -146,6 +146,6 @@ def _scale_of(tensor: Tensor) -> Callable[[Tensor], Any] | None:
 
 def _value(tensor: Tensor) -> Loss:
     """A loss as a number, or as a copied tensor if reading it would wait."""
-    if mesh.is_dtensor(tensor):
+    if meshes.is_dtensor(tensor):
         tensor = tensor.to_local()
     return float(tensor.item()) if tensor.is_cpu else tensor.detach().reshape(()).clone()

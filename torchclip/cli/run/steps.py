@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from torchclip._core.rounds import not_compiled
+from torchclip._core.memory import not_compiled
 from torchclip._core.scalars import divided
 from torchclip.cli.run.calls import Call, Calls
 from torchclip.cli.run.clippers import TrialClippers

@@ -1,11 +1,12 @@
 """How a DTensor lies on its mesh of ranks, and which part of it this rank holds.
 
-Along some dimensions of the mesh a tensor is split; along the others each rank has a copy.  Its norm is the
-joint norm of the parts along the former, with each copy counted once.
+Along some dimensions of the mesh a tensor is split; along the others ranks have replicas.  Its norm is the
+joint norm of the parts, of which each counts once.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -32,20 +33,21 @@ class Layout(NamedTuple):
     Attributes:
         mesh: its mesh.
         dims: the dimensions of the mesh along which it is split over several ranks, in order.
-        copies: those along which several ranks have copies, or addends of a pending sum; none on a rank
-            outside of the mesh.
-        is_first: whether this is the first of the ranks with copies of the same parts.
+        part: which part this rank has: its coordinates along these dimensions.
+        replicas: how many ranks have this part, or addends of a pending sum.
+        is_first: whether this is the first of them.
         is_pending: whether it is pending a reduction.
     """
 
     mesh: DeviceMesh
-    dims: tuple[int, ...]
-    copies: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
+    part: tuple[int, ...] = ()
+    replicas: int = 1
     is_first: bool = False
     is_pending: bool = False
 
 
-PLAIN = Layout(cast("DeviceMesh", None), (), is_first=True)
+PLAIN = Layout(cast("DeviceMesh", None), is_first=True)
 """That of a tensor that is no DTensor."""
 
 # Layouts by the identity of the spec of a DTensor, and by what is in it: the same object for those that lie
@@ -77,13 +79,6 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     """Whether any of the tensors is a DTensor."""
     types = _dtensor_types()
     return bool(types) and any(issubclass(kind, types) for kind in set(map(type, tensors)))
-
-
-def unit_layout(parameter: Tensor) -> Layout:
-    """How single units of a parameter (``units``) are split over ranks."""
-    if not is_dtensor(parameter):
-        return PLAIN
-    return _layout(parameter.device_mesh, parameter.placements, 0 if parameter.dim() > 1 else None)
 
 
 def layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
@@ -130,31 +125,26 @@ def _readers_for(tensors: Iterable[Tensor]) -> tuple[Callable[[Any], Tensor], Ca
     return _readers[0]
 
 
-def _layout(mesh: DeviceMesh, placements: Sequence[Any], except_dim: int | None = None) -> Layout:
+def _layout(mesh: DeviceMesh, placements: Sequence[Any]) -> Layout:
     here = mesh.get_coordinate()
     if here is None:  # a rank outside the mesh holds nothing, and takes no part
-        return Layout(mesh, ())
+        return Layout(mesh)
     wide = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-    splits = [None if _is_whole(placement) else placement.dim for placement in placements]
-    dims = tuple(dim for dim in wide if splits[dim] not in (None, except_dim))
-    copies = tuple(dim for dim in wide if dim not in dims)
-    pending = any(placement.is_partial() for placement in placements)
-    return Layout(mesh, dims, copies, all(here[dim] == 0 for dim in copies), pending)
-
-
-def _is_whole(placement: Any) -> bool:
-    # Not only Shard, also the other kinds of it, have a dim.
-    return bool(placement.is_replicate() or placement.is_partial())
-
-
-def split_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether this rank holds the same elements of two tensors of one shape."""
-    if not (is_dtensor(a) and is_dtensor(b)):
-        return is_dtensor(a) == is_dtensor(b)
-    pairs = zip(a.placements, b.placements, strict=False)
-    return a.device_mesh == b.device_mesh and all(
-        mine == other or (_is_whole(mine) and _is_whole(other)) for mine, other in pairs
+    dims = tuple(dim for dim in wide if not is_whole(placements[dim]))
+    whole = [dim for dim in wide if dim not in dims]
+    return Layout(
+        mesh,
+        dims,
+        part=tuple(here[dim] for dim in dims),
+        replicas=math.prod(mesh.size(dim) for dim in whole),
+        is_first=all(here[dim] == 0 for dim in whole),
+        is_pending=any(placement.is_partial() for placement in placements),
     )
+
+
+def is_whole(placement: Any) -> bool:
+    """Whether ranks have all of a tensor along a dimension; else its axis is ``placement.dim``."""
+    return bool(placement.is_replicate() or placement.is_partial())
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -168,57 +158,40 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [read_part(tensor) if is_dtensor(tensor) else tensor for tensor in tensors]
 
 
+def pending(tensor: Tensor) -> set[str]:
+    """The reductions that a tensor is pending, such as "sum"; none for a plain one."""
+    placements: Any = tensor.placements if is_dtensor(tensor) else ()
+    return {placement.reduce_op for placement in placements if placement.is_partial()}
+
+
 def is_partial(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor that is pending a reduction."""
-    return is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)
+    return bool(pending(tensor))
 
 
-def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, with reduced copies of those that are pending a reduction.
+def reduced_locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor; reduced copies of those that are pending a reduction.
 
     Tensors that are pending on the same dimension of a mesh are reduced in one collective.
     """
-    pending: dict[tuple[Any, ...], list[int]] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for i, tensor in enumerate(tensors):
         if not is_dtensor(tensor) or tensor.device_mesh.get_coordinate() is None:
             continue  # of a mesh without this rank, only the ranks of that mesh take part
         for dim, placement in enumerate(tensor.placements):
             if placement.is_partial():
-                pending.setdefault((tensor.device_mesh, dim, placement, tensor.dtype), []).append(i)
-    result = list(tensors)
-    for (mesh, dim, placement, _), places in pending.items():
-        chosen = [cast("DTensor", result[i]) for i in places]
-        for i, tensor in zip(places, _reduced(chosen, mesh, dim, placement), strict=True):
-            result[i] = tensor
-    return result
-
-
-def _reduced(tensors: list[DTensor], mesh: DeviceMesh, dim: int, placement: Any) -> list[DTensor]:
-    """Copies of tensors, reduced along a dimension of their mesh."""
-    from torch.distributed.tensor import DTensor, Replicate
-
+                alike.setdefault((tensor.device_mesh, dim, placement, tensor.dtype), []).append(i)
     held = locals_of(tensors)
-    with torch.no_grad():
-        together = torch.cat([part.reshape(-1) for part in held])
-    group, is_mean = mesh.get_group(dim), placement.reduce_op == "avg"  # not every backend computes a mean
-    dist.all_reduce(
-        together, getattr(dist.ReduceOp, "SUM" if is_mean else placement.reduce_op.upper()), group
-    )
-    if is_mean:
-        together.div_(group.size())
-    return [
-        DTensor.from_local(
-            total.view(part.shape),
-            mesh,
-            [Replicate() if at == dim else each for at, each in enumerate(tensor.placements)],
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-        for tensor, part, total in zip(
-            tensors, held, torch.split(together, [part.numel() for part in held]), strict=True
-        )
-    ]
+    for (mesh, dim, placement, _), places in alike.items():
+        with torch.no_grad():
+            together = torch.cat([held[i].reshape(-1) for i in places])
+        group, is_mean = mesh.get_group(dim), placement.reduce_op == "avg"  # which not all backends compute
+        op = getattr(dist.ReduceOp, "SUM" if is_mean else placement.reduce_op.upper())
+        dist.all_reduce(together, op, group)
+        together = together / group.size() if is_mean else together
+        for i, part in zip(places, together.split([held[i].numel() for i in places]), strict=True):
+            held[i] = part.view(held[i].shape)
+    return held
 
 
 # Ranks
@@ -247,47 +220,32 @@ def ranks_of(group: DeviceMesh | dist.ProcessGroup) -> Ranks:
     """The ranks of a mesh or of a process group."""
     if group.size() == dist.get_world_size():
         return None
-    ranks = _ranks.get(group)
-    if ranks is None:
-        ranks = _ranks[group] = frozenset(
-            dist.get_process_group_ranks(group)
-            if isinstance(group, dist.ProcessGroup)
-            else group.mesh.flatten().tolist()
-        )
-    return ranks
+    if group not in _ranks:
+        held: Any = group
+        is_group = isinstance(group, dist.ProcessGroup)
+        ranks = dist.get_process_group_ranks(held) if is_group else held.mesh.flatten().tolist()
+        _ranks[group] = frozenset(ranks)
+    return _ranks[group]
+
+
+def are_within(ranks: Ranks, among: Ranks) -> bool:
+    """Whether all of some ranks are among others."""
+    return among is None or (ranks is not None and ranks <= among)
 
 
 def is_first(ranks: Ranks, among: Ranks) -> bool:
     """Whether this rank is the first of the ranks that two sets have in common."""
-    here = dist.get_rank()
-    if ranks is None or among is None:
-        both = among if ranks is None else ranks
-        return here == (0 if both is None else min(both))
-    return here == min(ranks & among, default=None)
+    known = [some for some in (ranks, among) if some is not None]
+    first = min(frozenset.intersection(*known), default=-1) if known else 0
+    return dist.get_rank() == first
 
 
 def groups_over(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    """Process groups that together connect all ranks of a mesh: one if torch has one, or one a dimension."""
+    """Process groups that together connect all ranks of a mesh: that of all ranks, or one a dimension."""
     wide = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-    if len(wide) > 1:
-        if mesh.size() == dist.get_world_size():
-            return [cast("dist.ProcessGroup", dist.group.WORLD)]
-        for flat in _flattened(mesh):
-            if ranks_of(flat) == ranks_of(mesh):
-                return [flat.get_group()]
+    if len(wide) > 1 and mesh.size() == dist.get_world_size():
+        return [cast("dist.ProcessGroup", dist.group.WORLD)]
     return [mesh.get_group(dim) for dim in wide]
-
-
-def _flattened(mesh: DeviceMesh) -> list[DeviceMesh]:
-    """One-dimensional meshes into which the user has flattened dimensions of the same mesh.
-
-    Torch keeps them in a dictionary of the mesh that has all dimensions; it has public names for neither.
-    """
-    kind = type(mesh)
-    meshes = [mesh, *(held for held in vars(mesh).values() if isinstance(held, kind))]
-    kept = [held for each in meshes for held in vars(each).values() if isinstance(held, dict)]
-    found = [flat for held in kept for flat in held.values()]
-    return [flat for flat in found if isinstance(flat, kind) and flat.ndim == 1]
 
 
 def device_of(group: dist.ProcessGroup, preferred: str | None = None) -> str:
