@@ -100,9 +100,9 @@ class ShardedBatch(Batch):
         """The norm of each tensor, including its parts on other ranks."""
         return cast("Norms", norms_of([self], True, p, finite)[0])
 
-    def fingerprint(self) -> int:
+    def fingerprint(self) -> bytes:
         """That of this rank's parts."""
-        return int(cast("Any", self.local).fingerprint())
+        return self.local.fingerprint()
 
     def parts(self, number: int) -> list[Part]:
         """The tensors by their layouts; ``number`` is that of this batch in the call."""
