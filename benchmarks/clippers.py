@@ -8,9 +8,9 @@ torch has no function for, with a plain loop.  Muon and AdamW are compared with
 says whether anything is clipped.
 
 Everything runs in one process on one thread.  Each round is a backward pass and a step for every contender of
-a table, in a random order, on the same parameters.  Each contender has an optimizer of its own.  Only the
-part after the backward pass is timed.  A row shows the lower quartile minus that of a step without clipping.
-The last two rows of a table show what cannot be told from nothing.
+a table, in a random order, on the same parameters.  Each contender has optimizers of its own, which share
+their state.  Only the part after the backward pass is timed.  A row shows the lower quartile minus that of a
+step without clipping.  The last two rows of a table show what cannot be told from nothing.
 """
 
 from __future__ import annotations
@@ -213,7 +213,14 @@ def table(
 ) -> None:
     """Measure and print one table."""
     training = Training(model, walks=optimizers_of is muon_and_adamw)
-    new = partial(optimizers_of, training.parameters)
+    first = optimizers_of(training.parameters)
+
+    def new() -> Optimizers:
+        optimizers = optimizers_of(training.parameters)
+        for optimizer, of_first in zip(optimizers, first, strict=True):
+            optimizer.state = of_first.state
+        return optimizers
+
     contenders = floors(new)
     contenders |= {by_hand.__name__: Contender(new(), by_hand) for by_hand, _ in rows.values()}
     contenders |= {name: Contender(new(), make=make) for name, (_, make) in rows.items()}

@@ -10,7 +10,6 @@ contender, would matter more than clipping.  ``clippers.py`` measures a Clipper'
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,12 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from turns import machine, one_thread, options_of, print_machine, quartiles, take_turns
+from turns import one_thread, options_of, print_machine, quartiles, take_turns, write_results
 
 import torchclip
 from torchclip.cli.options import count
 
-__all__ = ["BATCH", "MODELS", "TITLES", "doubt", "how", "new_model"]
+__all__ = ["BATCH", "MODELS", "TITLES", "StepRow", "doubt", "how", "new_model"]
 
 WARM_UP = 30
 BATCH = 64
@@ -206,16 +205,7 @@ def main() -> None:
             ratio = f"  {row['speedup'][name]:5.1f} (± {doubt(row, name):.0%})" if name in _RIVALS else ""
             print(f"  {name:<30}{1e6 * seconds:8.1f}{ratio}", flush=True)
     if arguments.json:
-        found = {"machine": machine(), "steps": [_rounded(row) for row in rows]}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _rounded(row: StepRow) -> StepRow:
-    """The row with four digits, as more say nothing."""
-    digits = {
-        key: {n: float(f"{v:.4g}") for n, v in row[key].items()} for key in ("added", "drift", "speedup")
-    }
-    return row | digits
+        write_results(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import platform
 import random
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -29,6 +31,7 @@ __all__ = [
     "quartiles",
     "take_turns",
     "without_garbage_collection",
+    "write_results",
 ]
 
 
@@ -99,6 +102,21 @@ def machine() -> dict[str, str]:
 def print_machine() -> None:
     """Print these facts, one a line."""
     print("\n".join(f"{name:<18} {value}" for name, value in machine().items()))
+
+
+def write_results(path: Path, rows: Sequence[Any], versions: Mapping[str, str] | None = None) -> None:
+    """Write rows as JSON, each in a line, their numbers with four digits, as more say nothing."""
+    facts = json.dumps(machine() | dict(versions or {}), indent=1)
+    lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
+    path.write_text(f'{{"machine": {facts},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
 def _cpu_model() -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from torchclip.cli.figures import Array
 from torchclip.cli.run.files import Files, now
 from torchclip.cli.run.tries import Command, Tries, Try, recommended
 from torchclip.history.history import History
@@ -152,7 +152,7 @@ def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
     return figure
 
 
-def _smooth(losses: Sequence[float]) -> Array:
+def _smooth(losses: Sequence[float]) -> NDArray[Any]:
     """The moving mean over a fiftieth of the run; values that are not finite leave gaps."""
     values = np.where(np.isfinite(losses), losses, np.nan)
     width = max(len(values) // 50, 1)
