@@ -82,7 +82,8 @@ class TorchBatch(Batch):
     def _in_groups(self) -> tuple[list[Group], list[tuple[int, Tensor]]]:
         """Plain real tensors in groups, and the other tensors with their positions."""
         if self._dtype is not None:
-            return [Group(True, self.all, range(len(self.all)))], []
+            places = [place for place, tensor in enumerate(self.all) if tensor.numel()]
+            return [Group(True, [self.all[place] for place in places], places)] if places else [], []
         if self._parted is None:
             real: list[tuple[int, Tensor]] = []
             others: list[tuple[int, Tensor]] = []
