@@ -14,6 +14,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 import torchclip
 from torchclip import kernel, reference
+from torchclip._core import gather
+from torchclip._core.scalars import ABSENT
 
 changing = pytest.mark.parametrize("name", CHANGING)
 
@@ -115,6 +117,13 @@ def test_complex_numbers_of_few_digits(order: float) -> None:
     twin = reference.global_norm([as_numpy(values)], order)
     assert abs(norm.item() / least - exact) <= 0.5 + 1e-12 * exact
     assert abs(twin / least - exact) <= 0.5 + 1e-12 * exact
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_finite_elements_beside_an_empty_gradient(order: float) -> None:
+    with kernel.disabled():
+        batch = gather.tensors([torch.zeros(0), torch.tensor([3.0, math.nan])])
+        assert batch.norms(order, True) == [ABSENT, 3.0]
 
 
 # Sparse gradients of inference mode
