@@ -89,6 +89,14 @@ def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
     None while the kernel is disabled, or operations are intercepted, so that all of them must be torch's.
     """
 
+def measured(
+    parameters: Iterable[Tensor], norm_type: float, each: bool, /
+) -> tuple[Batch, float | list[float]] | None:
+    """The batch of ``gradients`` with its ``norm``, or with ``each`` its ``norms``; memory is looked up once.
+
+    None also if the batch is not ``plain``, or there is no loop for the order.
+    """
+
 def tensors(tensors: Iterable[Tensor], /) -> Batch | None:
     """A batch of the tensors themselves, in order, each once; None where ``gradients`` gives None."""
 

@@ -58,10 +58,10 @@ def measured(
     found: list[tuple[Batch, Norm | Norms]] = []
     if group is None:
         for some in parameters:
-            batch = native.gradients(some)
-            if batch is None or not batch.plain:
+            both = native.measured(some, p, each)
+            if both is None:
                 break
-            found.append((batch, batch.norms(p) if each else batch.norm(p)))
+            found.append(both)
         else:  # nearly always: then there is nothing to refuse, and no other rank
             return found
     batches = _batches("parameters", parameters, group, Kind.CLIP_EACH if each else Kind.CLIP)

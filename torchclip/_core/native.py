@@ -118,6 +118,7 @@ extension, _reason = _load()
 # Batches of gradients and of tensors; None where torch's operations must do everything.
 gradients: Callable[[Iterable[Tensor]], Any] = getattr(extension, "gradients", _not_taken)
 tensors: Callable[[Iterable[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
+measured: Callable[[Iterable[Tensor], float, bool], Any] = getattr(extension, "measured", _not_taken)
 
 # The fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
 clip_grad_norm: Callable[..., Tensor | None]

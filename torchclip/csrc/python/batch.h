@@ -18,7 +18,7 @@ struct Batch {
     // It fails for anything but a tensor.
     Outcome check(PyObject* item, const char* argument) {
         const Py_ssize_t index = count++;
-        if (is_plain(item)) return kDone;
+        if (::is_plain(item)) return kDone;
         has_subclass = true;
         const int is_tensor = PyObject_IsInstance(item, reinterpret_cast<PyObject*>(torch().tensor));
         if (is_tensor != 0) return is_tensor > 0 ? kDone : kFailed;
@@ -26,7 +26,15 @@ struct Batch {
         return none == nullptr ? kFailed : fail(PyExc_TypeError, "item %zd is not a Tensor", index);
     }
 
+    bool is_plain() const { return tensors.are_all_taken() && !has_subclass; }
+
     Outcome gather(PyObject* iterable, bool take_grad) {
+        Access access(tensors);
+        return gather(iterable, take_grad, access);
+    }
+
+    // The same, with access to their memory right afterwards.
+    Outcome gather(PyObject* iterable, bool take_grad, Access& access) {
         tensors.expect(iterable);
         const Outcome outcome = collect_any(iterable, [&](Ref item) {
             if (check(item, take_grad ? "parameters" : "tensors") != kDone) return kFailed;
@@ -34,11 +42,10 @@ struct Batch {
         });
         if (outcome != kDone) return outcome;
         tensors.drop_repeated();
-        Memory memory;
-        tensors.read(memory);
-        const bool is_small = tensors.are_all_taken() && memory.elements() <= kSmallElements;
+        access.read();
+        const bool is_small = tensors.are_all_taken() && access.memory().elements() <= kSmallElements;
         const bool is_shared = take_grad && tensors.has_repeated();
-        flags = memory.flags() | (is_small ? kSmall : 0) | (is_shared ? kShared : 0);
+        flags = access.memory().flags() | (is_small ? kSmall : 0) | (is_shared ? kShared : 0);
         return kDone;
     }
 
@@ -158,6 +165,32 @@ PyObject* new_list(const Tensors& tensors, const Numbers& of_taken) {
     return norms.release();
 }
 
+// measured(parameters, norm_type, each): a batch of their gradients with its norm, or the list of theirs.  Their memory
+// is looked up once for both.  None if all operations must be torch's, the batch is not plain, or there is no loop.
+PyObject* measured(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    double norm_type, norm = 0;
+    if (expect_count(count, 3, 3) != kDone || read_number(args[1], norm_type) != kDone) return nullptr;
+    const int each = PyObject_IsTrue(args[2]);
+    if (each < 0) return nullptr;
+    Read Loops::* const loop = loop_of(norm_type);
+    Ref norms;
+    const auto fill = [&](Batch& batch) {
+        Access access(batch.tensors);
+        if (batch.gather(args[0], true, access) != kDone) return kFailed;
+        if (!batch.is_plain()) return kDone;
+        Numbers of_each;
+        const Outcome outcome = each ? access.norms(loop, false, of_each) : access.norm(loop, false, norm);
+        if (outcome == kDone) norms.reset(Ref(each ? new_list(batch.tensors, of_each) : PyFloat_FromDouble(norm)));
+        return outcome == kDone && norms == nullptr ? kFailed : outcome;
+    };
+    return finish(loop == nullptr ? kUnusual : begin(), [&]() -> PyObject* {
+        const Ref batch(make_batch(fill));
+        if (batch == nullptr) return nullptr;
+        if (norms == nullptr) return new_reference(Py_None);
+        return PyTuple_Pack(2, static_cast<PyObject*>(batch), static_cast<PyObject*>(norms));
+    });
+}
+
 PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Measure measure;
     Numbers norms;
@@ -251,9 +284,7 @@ PyObject* batch_taken(PyObject* self, void*) {
 PyObject* batch_facts(PyObject* self, void*) { return PyLong_FromLong(batch_of(self).flags); }
 PyObject* batch_count(PyObject* self, void*) { return PyLong_FromSsize_t(batch_of(self).count); }
 PyObject* batch_subclassed(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).has_subclass); }
-PyObject* batch_plain(PyObject* self, void*) {
-    return PyBool_FromLong(batch_of(self).tensors.are_all_taken() && !batch_of(self).has_subclass);
-}
+PyObject* batch_plain(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).is_plain()); }
 
 PyMethodDef batch_methods[] = {
     {"norm", function<batch_norm>(), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},

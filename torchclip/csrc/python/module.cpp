@@ -112,6 +112,8 @@ PyMethodDef module_methods[] = {
     {"clip_per_example", function<clip_per_example>(), METH_FASTCALL,
      "clip_per_example(grads, max_norm): the sums of clipped examples and how many were clipped; as above"},
     {"gradients", function<gradients>(), METH_O, "gradients(parameters): a Batch of their gradients, or None"},
+    {"measured", function<measured>(), METH_FASTCALL,
+     "measured(parameters, norm_type, each): that Batch and its norm, or the norms of each, or None"},
     {"tensors", function<tensors>(), METH_O, "tensors(tensors): a Batch of the tensors themselves, or None"},
     {"disable", function<disable>(), METH_NOARGS, "disable(): off until the enable() that belongs to it"},
     {"enable", function<enable>(), METH_NOARGS, "enable(): on, once it was called as often as disable()"},
