@@ -135,8 +135,8 @@ def long_description() -> str:
 compiling, linking = flags()
 kernel = Extension(
     "torchclip._kernel",
-    sources=["torchclip/csrc/module.cpp"],
-    depends=sorted(glob("torchclip/csrc/*.h")),
+    sources=["torchclip/csrc/python/module.cpp"],
+    depends=sorted(glob("torchclip/csrc/*/*.h")),
     language="c++",
     extra_compile_args=compiling,
     extra_link_args=linking,

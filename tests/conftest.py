@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from distributed_helpers import Ranks
+from helpers import as_on_an_accelerator
 from hypothesis import HealthCheck, settings
 
 from torchclip import kernel
-from torchclip._core import gather, groups
-from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.clipper import fused
 
 _ACTIVE = kernel.status().startswith("active")
@@ -161,9 +160,7 @@ def _way(name: str) -> Iterator[None]:
         if name != "kernel":
             stack.enter_context(kernel.disabled())
         if name == "accelerator":
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(gather, "_local", AcceleratorBatch)
-            patch.setattr(groups, "_HOST", "another device")
+            as_on_an_accelerator(stack.enter_context(pytest.MonkeyPatch.context()))
         yield
 
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST = 8
+MOST = 13
 ALLOWED = ("_foreach_", "_amp_")
 OF_PYTHON = {"_asdict", "_fields", "_make", "_getframe", "_exit", "_args_from_interpreter_flags"}
 OF_OPACUS = {"_processed"}
@@ -18,13 +18,13 @@ def test_private_names_of_torch_are_listed_and_few() -> None:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "torchclip").rglob("*.py")]
     own = {name for tree in trees for name in _defined(tree)} | OF_PYTHON | OF_OPACUS
     found = {name for tree in trees for name in _used(tree, own)}
-    for path in (ROOT / "torchclip" / "csrc").iterdir():
+    for path in (ROOT / "torchclip" / "csrc").glob("*/*"):
         found |= set(re.findall(r'"(_[a-z]\w*)"', path.read_text(encoding="utf-8")))
     found = {name for name in found if not name.startswith(ALLOWED)} - {"_kernel"}
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     section = page.partition("## Private names of torch")[2].partition("\n## ")[0]
     names = re.findall(r"^\| `([^`]*)` \|", section, re.MULTILINE)
-    listed = {_from_private(name.split("."), set()) for name in names}
+    listed = {_from_private(name.split("."), own) for name in names} - {""}  # names that are also one's own
     assert found == listed
     assert len(listed) <= MOST
 

@@ -81,6 +81,17 @@ def test_it_is_in_the_namespace(name: str) -> None:
     assert getattr(torchclip, name) is {**THRESHOLDS, **RULES}[name]
 
 
+@pytest.mark.parametrize("name", torchclip.__all__)
+def test_the_page_of_the_api_has_all_public_names(name: str) -> None:
+    assert f"::: torchclip.{name}" in (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_has_functions_that_are_no_rules() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("check_ranks", "install", "installed", "uninstall"):
+        assert f"`{name}(" in page
+
+
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_a_threshold_is_exported_by_its_folder(name: str) -> None:
     assert name in torchclip.thresholds.__all__

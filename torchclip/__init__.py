@@ -9,6 +9,7 @@ from torchclip.clip_grad.rms import BlockRMS, clip_grad_rms_
 from torchclip.clip_grad.value import Value, clip_grad_value_
 from torchclip.clipper.clipper import Clipper
 from torchclip.patch import install, installed, uninstall
+from torchclip.ranks_report.report import check_ranks
 from torchclip.thresholds.adagc import AdaGC
 from torchclip.thresholds.base import Threshold
 from torchclip.thresholds.percentile import Percentile
@@ -29,6 +30,7 @@ __all__ = [
     "Threshold",
     "Value",
     "ZScore",
+    "check_ranks",
     "clip_grad_adaptive_",
     "clip_grad_norm_",
     "clip_grad_norm_per_parameter_",

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from types import GeneratorType
-from typing import Any, Final, Literal, final
-from weakref import ref
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 def connect(
     tensor: type[Tensor],
@@ -17,10 +15,9 @@ def connect(
     refuse: Callable[[str, int, object], object],
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
-    watchers: tuple[tuple[Any, ...], ...],
+    checks: tuple[tuple[Callable[..., object], object, object, Callable[[], bool] | None], ...],
     is_inference_mode_enabled: Callable[[], bool],
     strided: torch.layout,
-    forward_ad: dict[str, Any],
     library: str,
     /,
 ) -> None:
@@ -36,12 +33,9 @@ def connect(
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
-        watchers: functions, each with its argument if it takes one; each is true if somebody may see
-            operations, and then the kernel takes nothing.
+        checks: ``torchclip._core.memory.CHECKS``; the kernel takes nothing while one fails.
         is_inference_mode_enabled: says whether tensors that are made now can only be used in that mode.
         strided: ``torch.strided``, the layout of dense tensors.
-        forward_ad: the names of ``torch.autograd.forward_ad``; likewise while its ``_current_level`` is at
-            least 0.
         library: the path of a library that was linked to torch's OpenMP, whose threads are used.
 
     Raises:
@@ -89,9 +83,6 @@ def clip_grad_adaptive(
 def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], Tensor] | None:
     """The usual call of ``torchclip.clip_per_example``, likewise."""
 
-def connect_steps(tensor: type[Tensor], graph_task_id: Callable[[], int], /) -> None:
-    """What the hooks of optimizers need of torch: its type, and what tells which backward pass is running."""
-
 def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over.
 
@@ -123,50 +114,6 @@ def select(instruction_set: str | None, /) -> None:
     Raises:
         ValueError: if this machine or this build does not have it.
     """
-
-class Member:
-    """A ``torchclip.clipper.step.Member``, where attributes and methods are described."""
-
-    running: bool
-    nested: bool
-    short: bool
-    stepped: bool
-    def mark(self, sample: bool, /) -> None:
-        """Take note of the gradients as they are, and of a number in one of them if so wished."""
-    def changed(self) -> list[Tensor]:
-        """The gradients that are not the same any more."""
-
-@final
-class RoundState:
-    """A ``torchclip.clipper.step.State``, by which the hooks below take the usual step in one go.
-
-    Any other step is left to two functions of Python.
-    """
-
-    def __init__(
-        self,
-        clip_to: float | Callable[[float], float] | tuple[Any, ...] | None,
-        optimizers: tuple[ref[Optimizer], ...],
-        /,
-    ) -> None:
-        """``clip_to`` says how a usual round is clipped; ``step_ways.h`` lists what it can be."""
-    members: Final[tuple[Member, ...]]
-    loss: float | Tensor | None
-    number: int
-    opener: int
-    open: bool
-    went_short: bool
-    next_sample: int
-    def record(self) -> None:
-        """Record the round that was clipped here, and end it."""
-    def keep_records(self, rows: list[tuple[Any, ...]], full: Callable[[], object], /) -> None:
-        """Where to put records, as ``History.append`` makes them, and what to call when there are many."""
-    def flush(self) -> None:
-        """Put the records there now."""
-    def hooks(
-        self, index: int, before: Callable[..., Any], after: Callable[..., Any], /
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What to call before and after each step of an optimizer; the two functions take what is unusual."""
 
 @final
 class Batch:

@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.nn.utils import clip_grad
 
 from torchclip._core import arguments, mesh
 from torchclip.clip_grad import norm, value
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["install", "installed", "observe", "uninstall"]
 
@@ -28,7 +31,8 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
 
     It is a function of its own, so that it can have a ``__wrapped__``.
     """
-    first = next(iter(inspect.signature(ours).parameters))
+    names = inspect.signature(ours).parameters
+    first, takes_group = next(iter(names)), "group" in names
 
     @functools.wraps(ours)
     def with_ranks(*args: Any, **kwargs: Any) -> Any:
@@ -46,6 +50,8 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
 
     @functools.wraps(ours)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if takes_group and (_groups_of_blocks or _groups):
+            kwargs = {"group": (_groups_of_blocks or [_groups])[-1], **kwargs}
         function = with_ranks if mesh.has_ranks() else ours
         return _observer[0](function, *args, **kwargs) if _observer else function(*args, **kwargs)
 
@@ -82,14 +88,17 @@ _replaced: dict[tuple[types.ModuleType, str], Any] = {}
 _observer: list[Callable[..., Any]] = []
 _stays = False
 _blocks = 0
+# The process groups that calls get which pass none: those of ``install``, and those of each open block.
+_groups: list[ProcessGroup] = []
+_groups_of_blocks: list[list[ProcessGroup]] = []
 
 
-def install() -> list[str]:
+def install(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> list[str]:
     """Replace torch's clipping functions by torchclip's, in this process, until ``uninstall``.
 
     This replaces ``clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and ``get_total_norm``
     in ``torch.nn.utils`` and in ``torch.nn.utils.clip_grad``.  Each has the replaced function as its
-    ``__wrapped__``.  Installing twice changes nothing.
+    ``__wrapped__``.  Installing twice changes nothing, except that the last ``group`` counts.
 
     The norm of DTensors is a DTensor, as in torch, but a replicated one.  So code that calls its
     ``full_tensor()`` works, and code that does not call it gets the right number, too.
@@ -99,9 +108,17 @@ def install() -> list[str]:
     line.  (torch's ``clip_grad_norm_`` looks up its two halves when it is called, so even an old reference to
     it measures and scales with torchclip; the three other functions stay torch's.)
 
+    Args:
+        group: a process group, or several, that ``clip_grad_norm_`` and ``get_total_norm`` get as their
+            ``group``, for frameworks that know no such argument.  A call that passes a ``group`` keeps its
+            own, also None.  A rank outside of a group does not pass it.
+
     Returns:
         The names in loaded modules that still refer to one of torch's functions, as ``"module.name"``,
         sorted. Attributes of classes and objects are not searched.
+
+    Raises:
+        TypeError: if ``group`` is neither a process group nor a list of them.
 
     Examples:
         >>> holders = install()
@@ -112,8 +129,10 @@ def install() -> list[str]:
         >>> uninstall()
     """
     global _stays
+    groups = mesh.as_groups(group)
     with _lock:
         _stays = True
+        _groups[:] = groups
         _put()
         return _holders()
 
@@ -123,15 +142,19 @@ def uninstall() -> None:
     global _stays
     with _lock:
         _stays = False
+        _groups.clear()
         _put_back()
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def installed(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> Iterator[None]:
     """Like ``install``, but for a ``with`` block.
 
     The functions are replaced for all threads.  Blocks may be nested and may overlap: the last one to end
     restores torch's functions, unless ``install`` was called.
+
+    Args:
+        group: as for ``install``, whose ``group`` it replaces within the block.
 
     Examples:
         >>> with installed():
@@ -140,14 +163,18 @@ def installed() -> Iterator[None]:
         tensor(2.0000e+20)
     """
     global _blocks
+    groups = mesh.as_groups(group)
     with _lock:
         _blocks += 1
+        if groups:
+            _groups_of_blocks.append(groups)
         _put()
     try:
         yield
     finally:
         with _lock:
             _blocks -= 1
+            _groups_of_blocks[:] = [each for each in _groups_of_blocks if each is not groups]
             if not (_blocks or _stays):
                 _put_back()
 

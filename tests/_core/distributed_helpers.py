@@ -26,14 +26,20 @@ RANKS = 4
 PROCESSES = 5
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 FSDP2 = TORCH >= (2, 7)
-# Runs a script or a module on two processes, which find each other through a port that is free.
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 # Gloo gives up waiting for a rank that has failed after this time.
 PATIENCE = timedelta(seconds=30)
 DEADLINE = 120.0
 # Imported only once, before the ranks are forked.
 PRELOADED = [*(path.stem for path in Path(__file__).parents[1].rglob("*_checks.py")), "torch._dynamo"]
 Check = Callable[[], None]
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """Runs a script or a module on some processes, which find each other through a port that is free."""
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+
+
+TORCHRUN = torchrun(2)
 
 
 def world_of(ranks: int) -> Callable[[Check], Check]:

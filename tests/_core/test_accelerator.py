@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import bits, randn, with_gradients
+from helpers import as_on_an_accelerator, bits, randn, with_gradients
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad as torchs
@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
 from torchclip import kernel
-from torchclip._core import gather, groups, memory
-from torchclip._core.accelerator import AcceleratorBatch
+from torchclip._core import groups, memory, rows
 from torchclip._core.batch import Facts
+from torchclip._core.operations import TorchBatch
 from torchclip._core.scalars import ABSENT
 
 INF, NAN = math.inf, math.nan
@@ -63,7 +63,7 @@ def on_meta(count: int, *dtypes: torch.dtype) -> list[nn.Parameter]:
 @pytest.fixture(autouse=True)
 def not_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors in host memory, whose values can be compared, are changed as those on a device are."""
-    monkeypatch.setattr(groups, "_HOST", "another device")
+    as_on_an_accelerator(monkeypatch)
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -153,12 +153,12 @@ class TestOperations:
     def test_norms_of_the_finite_elements(self, dtype: torch.dtype) -> None:
         counts = []
         for count in (40, 400):
-            batch = AcceleratorBatch(gradients(on_meta(count, dtype)))
+            batch = TorchBatch(gradients(on_meta(count, dtype)))
             counts.append(len(operations(batch.norm, 2.0, True) + operations(batch.norms, 2.0, True)))
         assert counts[0] == counts[1] <= 55
 
     def test_to_zero_the_others(self) -> None:
-        few, many = (AcceleratorBatch(gradients(on_meta(count, F32, BF16))) for count in (40, 400))
+        few, many = (TorchBatch(gradients(on_meta(count, F32, BF16))) for count in (40, 400))
         assert len(operations(few.zero_nonfinite_)) == len(operations(many.zero_nonfinite_)) <= 8
 
 
@@ -184,8 +184,8 @@ class TestTwoDevices:
         assert (total.shape, norms.shape) == ((), (len(tensors),))
 
 
-def batch_of(*tensors: Tensor) -> AcceleratorBatch:
-    return AcceleratorBatch(list(tensors))
+def batch_of(*tensors: Tensor) -> TorchBatch:
+    return TorchBatch(list(tensors))
 
 
 class TestNorms:
@@ -226,7 +226,8 @@ class TestNorms:
         assert [bits(t) for t in tensors] == before
 
     def test_without_float64_it_is_float32_and_still_in_range(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(groups, "norm_dtype", lambda device: F32)  # as on mps
+        for module in (groups, rows):  # as on mps
+            monkeypatch.setattr(module, "norm_dtype", lambda device: F32)
         for scale in (1e-30, 1.0, 1e30):
             tensors = [torch.full((2, 2), scale), torch.full((5,), scale)]
             assert float(batch_of(*tensors).norm(2.0)) == pytest.approx(3 * scale, rel=1e-6)
@@ -300,7 +301,7 @@ def test_facts() -> None:
     assert batch_of(torch.zeros(2), torch.zeros(2, 3).t()).facts == 0
     double = torch.zeros(2, dtype=torch.complex128)
     assert batch_of(double, gaps).facts == Facts.DOUBLE | Facts.COMPLEX | Facts.GAPS
-    assert AcceleratorBatch([torch.zeros(2)], tied=True).facts == Facts.TIED
+    assert TorchBatch([torch.zeros(2)], tied=True).facts == Facts.TIED
 
 
 def fused_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +324,7 @@ def fused(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 class TestClipper:
     def test_a_default_device_elsewhere_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gather, "_local", AcceleratorBatch)
+        as_on_an_accelerator(monkeypatch)
         absent, weight = (nn.Parameter(torch.zeros(2)) for _ in range(2))
         weight.grad = torch.tensor([3.0, 4.0])
         optimizer = one_group([absent, weight])

@@ -160,4 +160,4 @@ def test_a_fused_step_without_any_gradient(norm_type: float) -> None:
     scaler = GradScaler("cpu")
     scaler.scale(torch.tensor(1.0))
     scaler.step(optimizer)
-    assert last_of(clipper)[:8] == (0, 0.0, 1.0, 1.0, False, False, False, None)
+    assert last_of(clipper)[:9] == (0, 0.0, 1.0, 1.0, False, False, False, None, 0.0)

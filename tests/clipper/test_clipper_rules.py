@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from clipper_helpers import INF, NAN, Net, each_scope, everything, fused_or_not, sgd, train
-from helpers import bits, last_of, randn, with_gradients
+from helpers import as_on_an_accelerator, bits, last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import torchclip
 from torchclip import AdaGC, Adaptive, BlockRMS, Clipper, Value, kernel
-from torchclip._core import gather
-from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.clipper import Scope
 from torchclip.history import Record
 
@@ -189,7 +187,7 @@ def test_adagc_counts_a_parameter_of_two_optimizers_once_in_its_warm_up(
     with contextlib.ExitStack() as stack:
         if not on_host:
             stack.enter_context(kernel.disabled())
-            monkeypatch.setattr(gather, "_local", AcceleratorBatch)
+            as_on_an_accelerator(monkeypatch)
         optimizers[0].step()
     assert shared.grad.tolist() == pytest.approx([1.5, 2.0])  # the joint norm is 13
     assert other.grad.tolist() == pytest.approx([6.0])

@@ -221,7 +221,6 @@ def test_other_threads_end_no_step_and_see_whole_states(policy: Any) -> None:
         assert (last is None) == (step == 0)
         assert [*thresholds] == ["all"]
     assert len(found) == len(clipper.history) == 6
-    assert weight.isfinite().all() == (policy == "skip")
     assert "zero_grad" not in vars(optimizer)
 
 
@@ -242,7 +241,7 @@ def test_a_module_can_move_where_torch_swaps_tensors(options: dict[str, Any], se
             model.zero_grad()
             loss = ((model(torch.tensor([0, 1])) - 1.0) ** 2).sum()
             loss.backward()
-            clipper.loss = float(loss)
+            clipper.loss = float(loss.detach())
             for optimizer in optimizers:
                 optimizer.step()
             clipper.norms()
@@ -331,26 +330,31 @@ def test_the_error_says_what_to_pass_in_place_of(passed: Any, message: str) -> N
     Clipper(optimizer, 1.0)
 
 
-def test_a_new_backward_pass_between_two_steps_is_always_noticed() -> None:
+@pytest.mark.parametrize("change", ["backward", "backward of all", "unscale_"])
+def test_a_change_between_the_steps_of_two_optimizers_is_always_noticed(change: str) -> None:
+    """Addresses and versions are not enough: new gradients may have those of the old ones."""
     for seed in range(200):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-        optimizers = [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
-        Clipper(optimizers, 0.1)
+        first, second = optimizers = [SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[2])]
+        clipper = Clipper(optimizers, 0.1)
         scaler = GradScaler("cpu", init_scale=2.0)
-        x = torch.randn(3, 4)
-        scaler.scale(model(x).square().sum()).backward()
-        unscales = seed % 2 == 1
-        for optimizer in optimizers[: 2 - unscales]:
+        scaler.scale(model(torch.randn(3, 4)).square().sum()).backward()
+        for optimizer in optimizers[: 1 if change == "unscale_" else 2]:
             scaler.unscale_(optimizer)
-        optimizers[0].step()
-        if unscales:
-            scaler.unscale_(optimizers[1])
+        first.step()
+        if change == "unscale_":
+            scaler.unscale_(second)
         else:
-            model.zero_grad()
+            (model if change == "backward of all" else second).zero_grad()
+            model[0].requires_grad_(change == "backward of all")
             model(torch.randn(3, 4)).square().sum().backward()
+        if change == "backward of all":  # of the next round
+            second.step()
+            assert [record.step for record in clipper.history] == [0], seed
+            continue
         with pytest.raises(RuntimeError, match="have changed since they were clipped"):
-            optimizers[1].step()
+            second.step()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -361,7 +365,7 @@ def test_a_series_of_skipped_steps_ends_with_an_error_that_names_the_parameters(
     for values in ([INF, 1.0], [1.0, 1.0], [INF, 1.0], [INF, 1.0]):
         weight.grad = torch.tensor(values)
         optimizer.step()
-    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[0\].*2 steps in a row"):
+    with pytest.raises(RuntimeError, match=r"(?s)2 steps in a row .*param_groups\[0\]\['params'\]\[0\]"):
         optimizer.step()
     assert [r.skipped for r in clipper.history] == [True, False, True, True]
     weight.grad = torch.tensor([3.0, 4.0])

@@ -25,13 +25,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from by_hand import INF, LEARNED, RULES, Act, Array, ByHand, Raised, Rounds, TwiceTheMean, numpy, raise_
+from helpers import is_as_on_an_accelerator
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD
 
 from torchclip import Clipper
-from torchclip._core import gather
-from torchclip._core.accelerator import AcceleratorBatch
 from torchclip.history import Record
 
 
@@ -96,7 +95,7 @@ class Training:
             "norm_type": 2.0 if usual else self.rng.choice([2.0, 2.0, 1.0, 3.0, INF]),
             "skip_above": None if usual else self.rng.choice([None, None, 3 * self.size]),
         }
-        accelerator = gather._local is AcceleratorBatch
+        accelerator = is_as_on_an_accelerator()
         if accelerator and self.options["nonfinite"] == "zero":
             self.options["skip_above"] = None  # elements become 0 before the host knows of the skipped step
         self.listens = not usual and self.chance(0.6)

@@ -95,7 +95,7 @@ def test_what_the_compiler_said_is_kept(as_on: pytest.MonkeyPatch, tmp_path: Pat
     for name in ("CC", "CXX"):
         as_on.setenv(name, shlex.quote(str(compiler)))
     extension = setuptools.Extension(
-        "torchclip._kernel", sources=["torchclip/csrc/module.cpp"], optional=True
+        "torchclip._kernel", sources=["torchclip/csrc/python/module.cpp"], optional=True
     )
     build = command(setuptools.Distribution({"ext_modules": [extension]}))
     build.build_lib, build.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")

@@ -13,13 +13,18 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-from distributed_helpers import FSDP2, TORCHRUN
+from distributed_helpers import FSDP2, TORCHRUN, torchrun
 from nbclient import NotebookClient
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLIPPED = r"^{} steps: [1-9]\d* clipped"
 SAME_ON_RANKS = r"^norm of the last step on each rank: \[(\S+), \1\]\n50 steps: [1-9]\d* clipped"
+WRONG_THEN_RIGHT = (
+    r"^wrong: \[(\S+), (?!\1)(\S+), \1, \2\]\n"
+    r'(?s:.*)norm1 = torchclip\.get_total_norm\(part1, group=mesh\["ep"\]\.get_group\(\)\)\n'
+    r"(?s:.*)^right: \[(\S+), \3, \3, \3\]$"
+)
 EXPECTED = {
     "plain.py": CLIPPED.format(300),
     "amp.py": CLIPPED.format(100),
@@ -32,6 +37,7 @@ EXPECTED = {
     "ignite_trainer.py": CLIPPED.format(96),
     "ddp.py": SAME_ON_RANKS,
     "fsdp2.py": SAME_ON_RANKS,
+    "check_ranks.py": WRONG_THEN_RIGHT,
 }
 BETWEEN = "the next example\n"
 IN_TURN = f"""
@@ -41,7 +47,7 @@ for i, path in enumerate(sys.argv[1:]):
         print({BETWEEN!r}, end="")
     runpy.run_path(path, run_name="__main__")
 """
-ON_RANKS = [name for name, expected in EXPECTED.items() if expected == SAME_ON_RANKS]
+ON_RANKS = {"ddp.py": TORCHRUN, "fsdp2.py": TORCHRUN, "check_ranks.py": torchrun(4)}
 
 
 def test_all_examples_are_here_and_short() -> None:
@@ -66,7 +72,7 @@ def test_examples(names: tuple[str, ...], tmp_path: Path) -> None:
         pytest.skip("torch 2.6 has FSDP2 for accelerators only")
     if names == ("torchtitan_optimizers.py",):
         pytest.importorskip("torchtitan.components.optimizer")
-    launcher = TORCHRUN if names[0] in ON_RANKS else ("-c", IN_TURN) if len(names) > 1 else ()
+    launcher = ON_RANKS.get(names[0], ("-c", IN_TURN) if len(names) > 1 else ())
     done = subprocess.run(
         [sys.executable, *launcher, *(str(EXAMPLES / name) for name in names)],
         cwd=tmp_path,

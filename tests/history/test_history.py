@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchclip.history import History, Record
+from torchclip.history.records import with_layers
 
 NAN, INF = math.nan, math.inf
 RECORDED = ("step", "total_norm", "max_norm", "clip_coef", "clipped", "nonfinite", "skipped")
@@ -56,7 +57,6 @@ def test_a_record_says_what_was_done() -> None:
     assert (history[3].clipped, history[3].nonfinite) == (False, True)
     assert history[4] == Record(11, INF, 1.0, 0.0, False, True, skipped=True, clipped_norm=0.0)
     assert [math.isnan(record.clipped_norm) for record in history] == [False, False, True, True, False]
-    assert all(record.layers is None for record in history)
 
 
 def test_the_norm_after_clipping_is_what_the_caller_says_or_that_of_a_single_threshold(
@@ -129,7 +129,7 @@ def test_tensors_of_several_dtypes_become_python_numbers() -> None:
     )
     history.append(1, 3.0, 1.0, 1.0, torch.tensor(True))
     assert history[0][:7] == (0, 1e300, torch.tensor(0.1).item(), 0.5, True, False, False)
-    types = [int, float, float, float, bool, bool, bool, type(None), float, type(None)]
+    types = [int, float, float, float, bool, bool, bool, type(None), float]
     assert [type(value) for value in history[0]] == types
     assert history[1] == Record(1, 3.0, math.inf, 1.0, False, False, True, clipped_norm=0.0)
 
@@ -173,8 +173,10 @@ def test_summary_counts_and_quantiles() -> None:
     assert summary.quantiles == {q: np.quantile(finite, q) for q in (0.1, 0.5, 0.9, 0.99)}
     assert str(summary) == (
         "6 steps: 3 clipped (50.0%), 2 non-finite, 2 skipped\n"
-        "norm: 10% 0.95, 50% 5, 90% 8, 99% 8; largest 8 at step 4"
+        "norm: 10% 0.95, 50% 5, 90% 8, 99% 8; largest 8 at step 4\n"
+        "after clipping: 10% 0, 50% 0.75, 90% 1, 99% 1"
     )
+    assert "after clipping" not in str(history_of([0.5, 0.25]).summary())
 
 
 @pytest.mark.parametrize("maxlen", [1, 100])
@@ -269,6 +271,19 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
 # --- resuming -----------------------------------------------------------------------------------------------
 
 
+def test_a_record_with_the_norms_of_single_parameters_is_like_one_without() -> None:
+    history = history_of([2.0])
+    assert history[0].layers is None
+    norms = torch.tensor([2.0, -1.0, NAN], dtype=torch.float64)
+    for sampled in (
+        with_layers(history[0], ["a", "b", "c"], norms),
+        with_layers(history[0], "abc", [2, -1, NAN]),
+    ):
+        for record in (sampled, pickle.loads(pickle.dumps(sampled))):
+            assert record.layers == {"a": 2.0, "b": 0.0, "c": pytest.approx(NAN, nan_ok=True)}
+            assert record == history[0]
+
+
 def duplicate_by_state(history: History) -> History:
     other = History(maxlen=50)
     other.append(0, 1e9, 1.0, 1.0)  # is replaced
@@ -317,8 +332,7 @@ def test_numbers_of_other_types_in_a_state_become_those_of_a_record() -> None:
     state["records"]["loss"] = [np.float64(0.5), 3]
     history = History()
     history.load_state_dict(state)
-    types = [int, float, float, float, bool, bool, bool, float, float, type(None)]
-    assert [type(value) for value in history[1]] == types
+    assert [type(value) for value in history[1]] == [int, float, float, float, bool, bool, bool, float, float]
     assert [record.loss for record in history] == [0.5, 3.0]
 
 

@@ -30,7 +30,7 @@ def norm_order(norm_type: Any) -> float:
     """The order of a norm: any number but NaN, or ``"inf"`` or ``"-inf"``."""
     if type(norm_type) is not float:
         norm_type = number("norm_type", norm_type, "a number or 'inf'", text=True)
-    if math.isnan(norm_type):
+    if norm_type != norm_type:  # NaN; math.isnan could not be traced
         raise ValueError("`norm_type` is nan; pass a number such as 2.0, or 'inf'")
     return float(norm_type)
 

@@ -3,9 +3,8 @@
 ``gather`` decides which implementation takes which tensors:
 
     native        the compiled kernel, for plain dense tensors in host memory
-    host          torch operations on other tensors in host memory: sparse ones, subclasses, other dtypes
-    accelerator   torch operations that never wait for a value: other devices, and traced operations
-    mixed         several of those in one call
+    operations    torch operations, for all others
+    mixed         some of each in one call
     sharded       any of those, with norms that ranks agree on
 """
 
@@ -94,7 +93,7 @@ class Batch(ABC):
 
     @abstractmethod
     def norms(self, p: float, finite: bool = False, /) -> Norms:
-        """The norm of each tensor of ``all``, likewise."""
+        """The norm of each tensor of ``all``, or of its finite elements; ``ABSENT`` where there are none."""
 
     @abstractmethod
     def scale_(self, clip_coef: Norm, /) -> None:

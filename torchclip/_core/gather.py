@@ -1,11 +1,10 @@
-"""From a call's argument to a batch: this file alone decides which implementation handles which tensor.
+"""From a call's argument to a batch: this file alone decides what handles which tensor.
 
 a tensor that is …                                          is handled by
 ----------------------------------------------------------  ---------------------------
 plain, dense, in host memory, of a dtype of the kernel       native (if the kernel is on)
-anything else whose values can be read without waiting       host
-on another device, or being traced or intercepted            accelerator
-several of these in one call                                 mixed
+anything else, and all that is traced or intercepted         operations
+some of each in one call                                     mixed
 a DTensor, or any in a call with ``group``                   sharded, over one of the above
 """
 
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, memory, mesh, native, sharded
-from torchclip._core.accelerator import AcceleratorBatch
 from torchclip._core.batch import Batch, Facts, Norm, Norms
 from torchclip._core.collectives import Kind
-from torchclip._core.host import HostBatch
 from torchclip._core.mixed import MixedBatch
+from torchclip._core.operations import TorchBatch
 from torchclip._core.sharded import ShardedBatch
 
 
@@ -41,22 +39,32 @@ def gradients(
         kind: of ``collectives.Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
-    (batch,) = _batches("parameters", [parameters], group, kind)
-    return batch
+    if group is None and type(parameters) is list:
+        batch: Any = native.gradients(parameters)
+        if batch is not None and batch.plain and batch.all:  # nearly always: then there is nothing to refuse
+            return cast("Batch", batch)
+    (found,) = _batches("parameters", [parameters], group, kind)
+    return found
 
 
-def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: int) -> list[Batch]:
-    """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
+def measured(
+    parameters: Sequence[Sequence[Tensor]], group: Any, each: bool, p: float
+) -> list[tuple[Batch, Norm | Norms]]:
+    """``gradients`` of several lists of parameters, with the norm of each, or with ``each`` of its tensors.
+
+    Ranks exchange all norms at once.
+    """
+    found: list[tuple[Batch, Norm | Norms]] = []
     if group is None:
-        found: list[Batch] = []
         for some in parameters:
-            batch = _by_kernel(some, take_grad=True)
+            batch = native.gradients(some)
             if batch is None or not batch.plain:
                 break
-            found.append(batch)
+            found.append((batch, batch.norms(p) if each else batch.norm(p)))
         else:  # nearly always: then there is nothing to refuse, and no other rank
             return found
-    return _batches("parameters", parameters, group, kind)
+    batches = _batches("parameters", parameters, group, Kind.CLIP_EACH if each else Kind.CLIP)
+    return [*zip(batches, norms_of(batches, each, p), strict=True)]
 
 
 def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
@@ -88,11 +96,8 @@ def tell_ranks(several: Sequence[Any], group: Any, kind: int | None) -> None:
 
 def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
     """The norm of each batch, or with ``each`` the norms of its tensors, in one exchange between ranks."""
-    # `isinstance` would take several times as long, for each batch.
-    if all([type(batch) is not ShardedBatch for batch in batches]):
-        return [(batch.norms if each else batch.norm)(p, finite) for batch in batches]
     together = [batch for batch in batches if isinstance(batch, ShardedBatch)]
-    joint = iter(sharded.norms_of(together, each, p, finite))
+    joint = iter(sharded.norms_of(together, each, p, finite) if together else ())
     return [
         next(joint) if isinstance(batch, ShardedBatch) else (batch.norms if each else batch.norm)(p, finite)
         for batch in batches
@@ -195,6 +200,10 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: int | N
         refuse_unwritable(batch.rest, items, given)
     elif batch.rest:
         memory.refuse_without_memory(mesh.locals_of(items), "tensors")
+    if batch.rest and kind is not None:
+        _check_values(batch.rest, batch.all)
+    if take_grad and not batch.all:
+        warn_of_gradients(items)
     return batch
 
 
@@ -203,6 +212,36 @@ def _by_kernel(items: Sequence[Tensor], take_grad: bool = False) -> Any:
     if is_dynamo_compiling():
         return None
     return native.gradients(items) if take_grad else native.tensors(items)
+
+
+def warn_of_gradients(items: Sequence[Tensor]) -> None:
+    """Warn where gradients seem to be passed in place of their parameters, so that nothing is clipped.
+
+    A frozen model has parameters, too, which is why a single ``nn.Parameter`` shows that nothing is wrong.
+    """
+
+    def is_meant(item: Tensor) -> bool:
+        return item.requires_grad or item.grad is not None or isinstance(item, nn.Parameter)
+
+    if items and not any(map(is_meant, items)):
+        message = (
+            "None of the tensors in `parameters` requires a gradient or has one, so nothing is clipped. Pass "
+            "the parameters themselves, not their gradients."
+        )
+        warnings.warn(message, stacklevel=arguments.level_of_caller())
+
+
+def _check_values(held: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Raise an error for tensors without values among others: they have no norm together."""
+    on_meta = [tensor for tensor in held if tensor.is_meta]
+    if not on_meta or all(tensor.is_meta for tensor in tensors):
+        return
+    place = next(place for place, tensor in enumerate(tensors) if tensor.is_meta)
+    raise TypeError(
+        f"gradient {place} of shape {tuple(tensors[place].shape)} is on the device 'meta' and has no values, "
+        "but other gradients have; move its parameter to a device that has values "
+        "(`module.to_empty(device=...)`), or set the gradient to None (`p.grad = None`)"
+    )
 
 
 def _local(tensors: list[Tensor], tied: bool = False, by_kernel: Any = None) -> Batch:
@@ -215,25 +254,18 @@ def _local(tensors: list[Tensor], tied: bool = False, by_kernel: Any = None) -> 
     """
     if by_kernel is None:
         by_kernel = _by_kernel(tensors)
-    rest, parts = tensors, []
-    if by_kernel is not None:
-        rest = list(by_kernel.rest)
-        if not rest:
-            return cast("Batch", by_kernel)
-        tied = tied or bool(by_kernel.facts & Facts.TIED)
-        parts = [by_kernel.taken] if len(rest) < len(tensors) else []
-    parts += _by_torch(rest, tied)
-    return parts[0] if len(parts) == 1 else MixedBatch(tensors, parts, tied)
+    if by_kernel is None:
+        return _by_torch(tensors, tied)
+    rest = list(by_kernel.rest)
+    if not rest:
+        return cast("Batch", by_kernel)
+    tied = tied or bool(by_kernel.facts & Facts.TIED)
+    by_torch = _by_torch(rest, tied)
+    if len(rest) == len(tensors):
+        return by_torch
+    return MixedBatch(tensors, [by_kernel.taken, by_torch], tied)
 
 
-def _by_torch(tensors: list[Tensor], tied: bool) -> list[Batch]:
-    """Batches for which operations of torch and NumPy do the work."""
-    if memory.intercepted():
-        return [AcceleratorBatch(tensors, tied)]
-    dtype = memory.common_dtype(tensors)
-    on_device = [tensor for tensor in tensors if not tensor.is_cpu] if dtype is None else []
-    if not on_device:
-        return [HostBatch(tensors, tied, dtype)]
-    on_host = [tensor for tensor in tensors if tensor.is_cpu]
-    by_device = AcceleratorBatch(on_device, tied)
-    return [HostBatch(on_host, tied), by_device] if on_host else [by_device]
+def _by_torch(tensors: list[Tensor], tied: bool) -> TorchBatch:
+    dtype = None if memory.intercepted() else memory.common_dtype(tensors)
+    return TorchBatch(tensors, tied, dtype)

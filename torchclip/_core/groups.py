@@ -1,6 +1,6 @@
 """Tensors of one device and dtype, as torch's ``_foreach_`` operations take them: norms and changes in place.
 
-Nothing here waits for a value.
+Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from torch.linalg import vector_norm
 
 from torchclip._core import memory
 from torchclip._core.joint_norms import divisor_like, join_present
-from torchclip._core.narrow import NARROW_REAL
-from torchclip._core.rows import FLOAT32_TINY, wide_dtype
-from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype
+from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, SERIAL, norm_on_host, powers_fit, wide_dtype
+from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype, vector
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24
-# The type of device whose memory is the host's: calls cost little there, passes over many elements cost more.
-_HOST = "cpu"
 # Devices known to multiply float16 tensors together by a float32 number, in float32.
 _UNSCALING = frozenset({"cuda"})
-_HALF = frozenset({torch.float16, torch.bfloat16})
 REAL = NARROW_REAL | {torch.float64}
 
 
@@ -43,20 +39,20 @@ class Group:
         self.tensors = tensors
         self.places = places
         self.device, self.dtype = tensors[0].device, tensors[0].dtype
+        self.on_host = memory.on_host(tensors[:1])
 
     # Norms
 
     def in_range(self, p: float) -> bool:
         """Whether all powers stay in the range of the dtype in which norms are accumulated."""
-        if p in (0, 1, math.inf, -math.inf):
-            return True
-        in_double = norm_dtype(self.device) is torch.float64
-        return p == 2 and (self.dtype is torch.float16 or (in_double and self.dtype in NARROW_REAL))
+        return powers_fit(self.dtype, self.device, p)
 
-    def norms(self, p: float) -> list[Tensor]:
+    def norms(self, p: float) -> Tensor:
         """The norm of each tensor, accumulated in the widest dtype that the device has."""
+        if self.on_host:
+            return self._norms_on_host(p)
         if self.in_range(p):
-            return self._plain_norms(p)
+            return torch.stack(self._plain_norms(p))
         divisors = divisor_like(torch.stack(self._plain_norms(_leading_order(p))))
         with_axis = torch.split(divisors, 1)
         quotients: list[Tensor] = []
@@ -64,7 +60,19 @@ class Group:
             # The chunks are in order.
             of_chunk = with_axis[len(quotients) : len(quotients) + len(chunk.tensors)]
             quotients += chunk._divided_each(of_chunk)._plain_norms(p)
-        return list((torch.stack(quotients) * divisors).unbind())
+        return torch.stack(quotients) * divisors
+
+    def _norms_on_host(self, p: float) -> Tensor:
+        """The norm of each tensor: of small ones in one call, of others piece by piece."""
+        most = SERIAL if self.foreach and self.in_range(p) else 0
+        small = [tensor for tensor in self.tensors if 0 < tensor.numel() <= most]
+        of_small = iter(torch.stack(self._like(small)._plain_norms(p)).tolist() if small else ())
+        return vector(
+            [
+                next(of_small) if 0 < tensor.numel() <= most else norm_on_host([tensor], p)
+                for tensor in self.tensors
+            ]
+        )
 
     def norms_of_parts(self, p: float) -> list[Tensor]:
         """Norms whose joint norm is that of all elements."""
@@ -81,9 +89,9 @@ class Group:
         found: list[Tensor] = []
         for chunk in self._chunks():
             zeroed, finite = chunk._zeroed_copies()
-            norms += zeroed.norms(p)
+            norms.append(zeroed.norms(p))
             found += finite._plain_norms(math.inf)
-        return torch.where(torch.stack(found) > 0, torch.stack(norms), ABSENT)
+        return torch.where(torch.stack(found) > 0, norms[0] if len(norms) == 1 else torch.cat(norms), ABSENT)
 
     def _plain_norms(self, p: float) -> list[Tensor]:
         dtype = norm_dtype(self.device)
@@ -146,15 +154,15 @@ class Group:
         """Multiply all tensors by a number, or a tensor of ``coef_dtype``; each product is rounded once."""
         if isinstance(clip_coef, float):
             is_tiny = 0 < clip_coef < FLOAT32_TINY and self.dtype not in memory.DOUBLE
-            # In host memory, an operation on all of them would round the number to their own low precision.
-            if (is_tiny or not self.foreach or self.dtype in _HALF) and self.device.type == _HOST:
+            if self.on_host and (is_tiny or not self.foreach):
                 for tensor in self.tensors:
-                    _multiply_(tensor, clip_coef) if is_tiny else tensor.mul_(clip_coef)
+                    _multiply_(tensor, clip_coef)
                 return
             dtype = norm_dtype(self.device) if is_tiny else self.coef_dtype()
             # The device writes it: a copy from the host would make the device wait.
-            clip_coef = torch.full((), clip_coef, dtype=dtype, device=self.device)
-        if self.foreach and self.dtype == clip_coef.dtype:
+            clip_coef = self.tensors[0].new_full((), clip_coef, dtype=dtype)
+        # In host memory torch forms products with a float32 tensor in float32, for all dtypes.
+        if self.foreach and (self.on_host or self.dtype == clip_coef.dtype):
             torch._foreach_mul_(self.tensors, clip_coef)
         elif self.foreach and self.dtype is torch.float16 and self.device.type in _UNSCALING:
             # It multiplies by its argument "inverse"; the non-finite values that it finds do not matter here.
@@ -166,7 +174,7 @@ class Group:
             self._scale_each_([clip_coef] * count, [clip_coef.view(1)] * count)
 
     def scale_each_(self, clip_coefs: Norms) -> None:
-        """Multiply each tensor by the number at its place, likewise."""
+        """Multiply each tensor by the number at its place; each product is rounded once."""
         if isinstance(clip_coefs, list):
             for tensor, place in zip(self.tensors, self.places, strict=True):
                 if clip_coefs[place] != 1.0:
@@ -179,21 +187,17 @@ class Group:
         """Limit every element to ``[-limit, limit]``; NaN stays NaN."""
         # Torch refuses a limit beyond the range of the dtype, which limits nothing.
         limit = limit if limit <= torch.finfo(self.dtype).max else math.inf
-        # In host memory two passes over a large tensor take longer than a call.
-        most = memory.JOINED if self.device.type == _HOST else math.inf
-        together = [tensor for tensor in self.tensors if self.foreach and tensor.numel() <= most]
-        if together:
-            torch._foreach_clamp_max_(together, limit)
-            torch._foreach_clamp_min_(together, -limit)
-        if len(together) < len(self.tensors):
-            for tensor in self.tensors:
-                if not self.foreach or tensor.numel() > most:
-                    tensor.clamp_(-limit, limit)
+        if self.foreach:
+            torch._foreach_clamp_max_(self.tensors, limit)
+            torch._foreach_clamp_min_(self.tensors, -limit)
+            return
+        for tensor in self.tensors:
+            tensor.clamp_(-limit, limit)
 
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0; no operation on lists does so in place."""
         for chunk in self._chunks():
-            if len(chunk.tensors) == 1 or not chunk.foreach or self.device.type == _HOST:
+            if len(chunk.tensors) == 1 or not chunk.foreach or self.on_host:
                 for tensor in chunk.tensors:
                     _zero_nonfinite_(tensor)
                 continue

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.
 DOUBLE = frozenset({torch.float64, torch.complex128})
 # The number of elements processed at a time, so that temporary memory does not grow with the gradients.
 PIECE = 1 << 20
-JOINED = 1 << 14
-"""Up to this size, calls for a single tensor cost more than copying it next to others."""
 
 _WRITABLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -34,60 +31,55 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.maybe_current_level
 
-
-def _in_c(function: Any) -> Callable[[], bool]:
-    """The function in C that a function of torch calls last, found by the names in its code; or itself.
-
-    In a training step, the frames in Python would take longer than all other checks together.
-    """
-    found: Any = torch
-    for name in getattr(getattr(function, "__code__", None), "co_names", ()):
-        found = getattr(found, name, found)
-    chosen: Callable[[], bool] = found if isinstance(found, types.BuiltinFunctionType) else function
-    return chosen
-
-
-_is_tracing = _in_c(torch.jit.is_tracing)  # type: ignore[attr-defined]
-_has_torch_function: Callable[[object], bool] = torch.overrides.has_torch_function_unary
-_NO_TENSOR = 0
-"""Shows only whether there is a function mode."""
-with torch.device("cpu"):
-    _DEVICE_MODE = type(torch.overrides._get_current_function_mode_stack()[-1])  # type: ignore[no-untyped-call]
-
-WATCHERS: tuple[tuple[Any, ...], ...] = (
-    (_dispatch_modes,),
-    (_has_torch_function, _NO_TENSOR),
-    (_transform,),
-    (_is_tracing,),
-)
-"""Functions with their arguments; each is true if operations may be observed.
-
-The kernel asks these, and ``FORWARD_AD``.
-"""
-FORWARD_AD = vars(forward_ad)
-"""Its ``_current_level`` is at least 0 while operations carry tangents."""
-
-
-def intercepted() -> bool:
-    """Whether operations are recorded or transformed, so that all of them must be torch's.
-
-    Only this function decides it.  ``torch.compile``, dispatch and function modes, ``torch.func``,
-    ``torch.jit.trace`` and forward-mode differentiation do so.  No value may be read then.
-    """
-    return (
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or (_has_torch_function(_NO_TENSOR) and _sees_operations())
-        or _transform() is not None
-        or _is_tracing()
-        or FORWARD_AD["_current_level"] >= 0
-    )
+_forward_level: Callable[[str], int] = vars(forward_ad).__getitem__
 
 
 def _sees_operations() -> bool:
     """Whether any function mode does more than choose a device for new tensors."""
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return any(type(mode) is not _DEVICE_MODE for mode in modes)
+    return any(type(mode) is not torch.utils._device.DeviceContext for mode in modes)
+
+
+class Check(NamedTuple):
+    """A question whether operations are recorded or transformed; the kernel asks it at each call.
+
+    Attributes:
+        function: a function in C, as in a training step a frame in Python would take longer than all checks.
+        argument: its argument; None if it takes none.
+        idle: its answer while nobody sees operations.
+        otherwise: called after another answer, says whether somebody really does; None if that is certain.
+    """
+
+    function: Callable[..., object]
+    argument: object
+    idle: object
+    otherwise: Callable[[], bool] | None = None
+
+
+CHECKS = (
+    Check(_dispatch_modes, None, 0),
+    Check(torch.overrides.has_torch_function_unary, 0, False, _sees_operations),  # 0: only for function modes
+    Check(_transform, None, None),
+    Check(torch._C._is_tracing, None, False),
+    Check(_forward_level, "_current_level", -1),
+)
+"""All who can see operations apart from ``torch.compile``, whose traces do not reach the kernel."""
+
+
+def intercepted() -> bool:
+    """Whether operations are recorded or transformed, so that all of them must be torch's.
+
+    ``torch.compile``, dispatch and function modes, ``torch.func``, ``torch.jit.trace`` and forward-mode
+    differentiation do so.  No value may be read then.  The kernel asks ``CHECKS`` itself.
+    """
+    return _is_compiling() or any(_fails(check) for check in CHECKS)
+
+
+def _fails(check: Check) -> bool:
+    function, argument, idle, otherwise = check
+    if (function() if argument is None else function(argument)) == idle:
+        return False
+    return otherwise is None or otherwise()
 
 
 def values_hidden() -> bool:
@@ -97,15 +89,15 @@ def values_hidden() -> bool:
 
 def transformed() -> bool:
     """Whether operations are differentiated or vectorized, where those on lists of tensors do not work."""
-    return not values_hidden() and (_transform() is not None or FORWARD_AD["_current_level"] >= 0)
+    return not values_hidden() and (_transform() is not None or _forward_level("_current_level") >= 0)
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
-    """Whether the values of all tensors can be read without waiting for a device."""
+    """Whether the values of all tensors can be read without waiting for a device; fake tensors have none."""
     if intercepted():
         return False
-    for tensor in tensors:  # noqa: SIM110 - all() takes three times as long
-        if not tensor.is_cpu:
+    for tensor in tensors:  # all() takes three times as long
+        if not tensor.is_cpu or (type(tensor) not in PLAIN and hasattr(tensor, "fake_mode")):
             return False
     return True
 
@@ -147,8 +139,9 @@ def stored(tensor: Tensor, p: float) -> Iterator[Tensor]:
     if tensor.layout == torch.strided:
         yield tensor
         return
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
+    if is_uncoalesced(tensor):
+        with torch.inference_mode(tensor.is_inference()):  # torch adds entries only in the tensor's own mode
+            tensor = tensor.coalesce()
     if tensor.is_mkldnn:
         yield tensor.to_dense()
         return
@@ -169,22 +162,17 @@ def is_uncoalesced(tensor: Tensor) -> bool:
     return tensor.layout is torch.sparse_coo and not tensor.is_coalesced()
 
 
-def pieces(tensor: Tensor, length: int = PIECE) -> Iterator[Tensor]:
-    """The elements of a strided tensor in pieces of at most ``length``, copied only if there are gaps."""
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of a strided tensor in pieces of at most ``PIECE``, copied only if there are gaps."""
     whole = flat(tensor)
     if whole is not None:
-        yield from split(whole, length)
+        yield from torch.split(whole, PIECE)
     elif tensor.numel() <= PIECE:
         yield tensor.reshape(-1)
     else:
         longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
         for half in tensor.chunk(2, dim=longest):
             yield from pieces(half)
-
-
-def split(vector: Tensor, length: int) -> Sequence[Tensor]:
-    """A vector in parts of at most ``length``."""
-    return (vector,) if len(vector) <= length else torch.split(vector, length)
 
 
 def by_rows(tensor: Tensor) -> Sequence[Tensor]:
@@ -323,7 +311,7 @@ def _has_equal_offsets(axes: Sequence[tuple[int, int]], count: int) -> bool:
     return len(set(offsets.tolist())) < count
 
 
-def signs_of_change(tensor: Tensor) -> tuple[Any, ...]:
+def signs_of_change(tensor: Tensor) -> tuple[object, ...]:
     """Numbers that show whether a tensor is still the same, unchanged, without waiting for a device."""
     version = -1 if tensor.is_inference() else tensor._version
     values = tensor._values() if tensor.layout is torch.sparse_coo else tensor

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchclip._core import arguments, memory
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
-from torchclip._core.host import HostBatch
+from torchclip._core.operations import TorchBatch
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
@@ -28,11 +28,6 @@ def _not_taken(*_: object) -> None:
 def active() -> bool:
     """Whether the kernel is loaded and not turned off at the moment."""
     return extension is not None and bool(extension.is_enabled())
-
-
-def step_state(*args: object) -> Any:
-    """The extension's ``RoundState`` with these arguments; None without the kernel."""
-    return extension.RoundState(*args) if active() else None
 
 
 def status() -> str:
@@ -47,7 +42,7 @@ def status() -> str:
 
 def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> Norm | Norms:
     """Norms of orders for which the kernel has no loops."""
-    batch = HostBatch(tensors)
+    batch = TorchBatch(tensors)
     return batch.norms(p, finite) if each else batch.norm(p, finite)
 
 
@@ -72,26 +67,12 @@ def _exchange_api() -> tuple[Any, str]:
 
 
 def _names_of_modules() -> tuple[str, ...] | None:
-    """What torch's modules call what the extension uses in a walk; None if somebody has replaced a method.
-
-    Torch calls some of it by private names, which are found by what they do.
-    """
-    named_parameters = getattr(nn.Module.named_parameters, "__code__", None)
-    called = [name for name in getattr(named_parameters, "co_names", ()) if hasattr(nn.Module, name)]
-    methods = ("parameters", "named_parameters", *called, "named_modules")
-    codes = [getattr(getattr(nn.Module, name), "__code__", None) for name in methods]
+    """What the extension uses of torch's modules in a walk; None if somebody has replaced a method."""
+    methods = ("parameters", "named_parameters", "_named_members", "named_modules")
+    codes = [getattr(getattr(nn.Module, name, None), "__code__", None) for name in methods]
     if not all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes):
         return None
-    probe = nn.Module()
-    probe.register_parameter("a parameter", None)
-    probe.add_module("a module", None)
-    kept_in = [
-        key
-        for held in ("a parameter", "a module")
-        for key, value in vars(probe).items()
-        if isinstance(value, dict) and held in value
-    ]
-    return (*methods, *kept_in, "__getattribute__")
+    return (*methods, "_parameters", "_modules", "__getattribute__")
 
 
 def _load() -> tuple[Any, str]:
@@ -117,13 +98,11 @@ def _load() -> tuple[Any, str]:
             arguments.refuse_item,
             torch.get_num_threads,
             _other_norms,
-            memory.WATCHERS,
+            memory.CHECKS,
             torch.is_inference_mode_enabled,
             torch.strided,
-            memory.FORWARD_AD,
             inspect.getfile(torch.Generator),  # the library with torch's classes
         )
-        module.connect_steps(Tensor, torch._C._current_graph_task_id)
         names = _names_of_modules()
         if names is not None:
             module.connect_modules(nn.Module, nn.ParameterList, types.GeneratorType, names)

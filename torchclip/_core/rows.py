@@ -1,28 +1,34 @@
-"""Norms of the rows of matrices, and multiplication of each row by its own number."""
+"""Norms of the rows of matrices, norms of tensors in host memory piece by piece, and products of rows.
+
+A piece of a tensor is a matrix with short rows.  It stays in the cache, and its copy in float64 does too.
+How tensors are cut depends on their sizes alone, and a single thread adds a row.  So the bits of a norm do
+not depend on the number of threads.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from torchclip._core import memory, narrow
-from torchclip._core.joint_norms import join_present, join_rows, vector_norms
-from torchclip._core.scalars import norm_dtype
+from torchclip._core import memory
+from torchclip._core.joint_norms import join_present, vector_norms
+from torchclip._core.scalars import ABSENT, norm_dtype, vector
 
-NARROW = narrow.NARROW_REAL | {torch.complex64, torch.complex32}
-"""Dtypes whose squares fit into float64."""
+NARROW_REAL = frozenset({torch.float32, torch.float16, torch.bfloat16})
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
+# Numbers below the first are multiplied by the second, a power of two.
+_SMALL, _LARGE = 1e-200, 2.0**600
+_NARROW = NARROW_REAL | {torch.complex64, torch.complex32}
 _ROW = 1 << 10
-# From this many elements on, verified float32 norms are cheaper than exact ones.
-_MANY = 1 << 17
-# The largest number of elements that are summed in float32.
-_PART = 1 << 8
-# One row in this many is summed again.
-_EVERY = 47
+SERIAL = (1 << 15) - 1
+"""Torch splits no sum of this length over threads."""
+# Up to this size, calls for a single tensor cost more than copying it next to others.
+_JOINED = 1 << 16
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -33,17 +39,32 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.complex64 if wide is torch.float32 else torch.complex128
 
 
-def matrix_norms(rows: Tensor, p: float) -> Tensor:
-    """The norms along the last axis in the widest dtype, without overflow or underflow on the way."""
-    is_narrow, wide = rows.dtype in NARROW, wide_dtype(rows)
-    if not is_narrow:
+def powers_fit(dtype: torch.dtype, device: torch.device, p: float) -> bool:
+    """Whether the sum of all powers stays in the range of the dtype in which norms are accumulated."""
+    if p in (0, 1, math.inf, -math.inf):
+        return True
+    in_double = norm_dtype(device) is torch.float64
+    return p == 2 and (dtype is torch.float16 or (in_double and dtype in _NARROW))
+
+
+def matrix_norms(rows: Tensor, p: float, fit: bool = False) -> Tensor:
+    """The norms along the last axis in the widest dtype, without overflow or underflow on the way.
+
+    Args:
+        rows: a matrix.
+        p: the order.
+        fit: whether the powers are known to stay in range.
+    """
+    fit = fit or powers_fit(rows.dtype, rows.device, p)
+    # For order 0, vector_norm reads only the real part of a single complex number.
+    if rows.is_complex() and (p != 2 or not fit):
+        magnitudes, factors = _magnitudes(rows, p)
+        return matrix_norms(magnitudes, p, fit) / factors
+    wide = wide_dtype(rows)
+    if rows.dtype not in _NARROW:
         rows = rows.to(wide)  # as vector_norm does not read float8
-    if p != 2 and rows.is_complex():
-        # For order 0, vector_norm reads only the real part of a single complex number.
-        rows = rows.to(wide).abs()
-        wide = rows.dtype
     plain = vector_norms(rows, p, wide)
-    if (is_narrow and p in (1, 2) and wide in memory.DOUBLE) or p in (0, math.inf, -math.inf):
+    if fit:
         return plain
     # If the powers of the results are in range, so are all others.
     regular = (plain > 0) & (abs(p) * plain.log().abs() < 600)
@@ -52,62 +73,86 @@ def matrix_norms(rows: Tensor, p: float) -> Tensor:
     return join_present(rows.to(wide).abs(), p)
 
 
+def _magnitudes(rows: Tensor, p: float) -> tuple[Tensor, Tensor | float]:
+    """The magnitudes of complex numbers, and what those of each row were multiplied by.
+
+    A magnitude that float64 has with few digits would be rounded before it is added to others.
+    """
+    rows = rows.to(wide_dtype(rows))
+    if p == 0 or rows.dtype is not torch.complex128:
+        return rows.abs(), 1.0
+    largest = torch.maximum(rows.real.abs().amax(dim=1), rows.imag.abs().amax(dim=1))
+    factors = torch.ones_like(largest).masked_fill(largest < _SMALL, _LARGE)
+    return (rows * factors.unsqueeze(1)).abs(), factors
+
+
+# Tensors in host memory
+
+
+def norm_on_host(tensors: Sequence[Tensor], p: float) -> float:
+    """The norm of all elements of strided tensors of one dtype; ``ABSENT`` if there are none."""
+    norms = [of_rows for piece in _pieces(tensors) for of_rows in _norms_of_piece(piece, p)]
+    if not norms:
+        return ABSENT
+    together = norms[0] if len(norms) == 1 else torch.cat(norms)
+    if p == 0:
+        return float(together.sum())  # numbers of elements, whose sum is exact
+    fit = powers_fit(tensors[0].dtype, tensors[0].device, p)
+    while together.numel() > _ROW:
+        together = torch.cat(_norms_of_piece(together, p, fit))
+    return float(together if together.numel() == 1 else matrix_norms(together.view(1, -1), p, fit))
+
+
+def _norms_of_piece(piece: Tensor, p: float, fit: bool = False) -> list[Tensor]:
+    """Norms of parts of a vector, whose joint norm is that of the vector."""
+    size = piece.numel()
+    # Numbers of up to 32 bits lose no digits in long sums of float64.
+    if size <= (SERIAL if piece.dtype in _NARROW else _ROW):
+        return [matrix_norms(piece.view(1, size), p, fit)]
+    row = _row_length(size)
+    rest = size % row
+    norms = [matrix_norms(piece[: size - rest].view(-1, row), p, fit)]
+    return [*norms, matrix_norms(piece[None, size - rest :], p, fit)] if rest else norms
+
+
+@lru_cache(1 << 10)
+def _row_length(size: int) -> int:
+    """The longest length of rows, up to ``_ROW``, that divides the size; ``_ROW`` if only short ones do."""
+    return next((length for length in range(_ROW, _ROW // 4, -1) if size % length == 0), _ROW)
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The elements of tensors in vectors of at most ``PIECE`` elements; small tensors are joined."""
+    small: list[Tensor] = []
+    for tensor in tensors:
+        size = tensor.numel()
+        if size > _JOINED:
+            yield from memory.pieces(tensor)
+        elif size:
+            small.append(tensor)
+    most = memory.PIECE // _JOINED
+    for start in range(0, len(small), most):
+        yield memory.concatenate(small[start : start + most])
+
+
+# Rows
+
+
 def norms_of_rows(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
     """The norms of the slices of each tensor along its first axis: float64, of shape ``(len(tensor),)``."""
-    readable = memory.on_host(tensors)
-    return [_row_norms(tensor, p, readable) for tensor in tensors]
+    on_host = memory.on_host(tensors)
+    return [_norms_of_rows(tensor, p, on_host) for tensor in tensors]
 
 
-def _row_norms(tensor: Tensor, p: float, readable: bool) -> Tensor:
-    elements = tensor.numel()
-    if elements == 0:
+def _norms_of_rows(tensor: Tensor, p: float, on_host: bool) -> Tensor:
+    if tensor.numel() == 0:
         return tensor.new_zeros(len(tensor), dtype=norm_dtype(tensor.device))
-    rows, columns = tensor.shape[0], elements // tensor.shape[0]
-    matrix = tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
-    if readable and elements >= _MANY and p in (1, 2):
-        fast = _verified_norms(matrix, p)
-        if fast is not None:
-            return fast
-    if columns <= narrow.SERIAL or not tensor.is_cpu:
-        # On a device each operation takes its time, and no threads split a row.
-        if elements <= memory.PIECE or not readable:
-            return matrix_norms(matrix, p)
-        return torch.cat([matrix_norms(part, p) for part in memory.by_rows(matrix)])
-    blocks = torch.split(matrix, max(1, memory.PIECE // columns))
-    parts = [
-        torch.stack([block_norms(b, p) for b in torch.split(block, memory.PIECE, dim=1)], -1)
-        for block in blocks
-    ]
-    return torch.cat([join_rows(part, p) for part in parts])
-
-
-def _verified_norms(rows: Tensor, p: float) -> Tensor | None:
-    """The norms of many rows at the speed of float32, or None if these are not accurate.
-
-    Short parts of rows are summed in float32 and joined in float64.  Some rows are summed in float64 too:
-    rounding errors usually cancel out, and if they do not, these rows show it.
-    """
-    count, columns = rows.shape
-    length = next((n for n in range(min(_PART, columns), _PART // 4, -1) if columns % n == 0), None)
-    if rows.dtype is not torch.float32 or length is None or columns > length * narrow.SERIAL:
-        return None
-    parts = rows.view(count, -1, length)
-    of_parts = vector_norms(parts, p)
-    if not all(narrow.in_range(float(norm), 1) for norm in of_parts.aminmax()):
-        return None
-    chosen = (slice(None, None, _EVERY),) if count >= _EVERY else (slice(None), slice(None, None, _EVERY))
-    # In proportion to the exact norms, so that each part counts alike.
-    sampled = (of_parts[chosen] / vector_norms(parts[chosen], p, torch.float64)).mean()
-    if not narrow.is_accurate(1.0, float(sampled), 1.0, _EVERY, p):
-        return None
-    return vector_norms(of_parts, p, torch.float64)
-
-
-def block_norms(rows: Tensor, p: float) -> Tensor:
-    """The norms of the rows of a matrix of about ``PIECE`` elements, whatever the number of threads."""
-    whole = rows.shape[1] - rows.shape[1] % _ROW
-    pieces = (rows[:, :whole].reshape(len(rows), -1, _ROW), rows[:, None, whole:])
-    return join_rows(torch.cat([matrix_norms(n, p) for n in pieces if n.numel()], dim=1), p)
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(len(tensor), tensor.numel() // len(tensor))
+    if not on_host or rows.numel() <= min(SERIAL, memory.PIECE):
+        return matrix_norms(rows, p)
+    if rows.shape[1] > SERIAL:
+        return vector([norm_on_host([row], p) for row in rows])
+    return torch.cat([matrix_norms(part, p) for part in memory.by_rows(rows)])
 
 
 def scale_rows_(tensor: Tensor, clip_coefs: Tensor) -> None:

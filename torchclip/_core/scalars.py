@@ -49,6 +49,14 @@ def on_device(norms: Sequence[Norm] | Tensor, device: torch.device | str) -> Ten
     )
 
 
+def _beside(norms: Tensor, values: Norms) -> Tensor:
+    """Numbers as a tensor that operations take together with norms."""
+    if type(norms) in memory.PLAIN or isinstance(values, Tensor):
+        return on_device(values, norms.device)
+    # A fake tensor outside its mode takes only tensors that were made from it.
+    return torch.stack([norms.new_full((), value) for value in values])
+
+
 def vector(norms: Sequence[float]) -> Tensor:
     """Norms as a tensor in host memory, several times faster than with ``torch.tensor``."""
     if not norms:
@@ -112,7 +120,7 @@ def at(norms: Norms, places: Sequence[int | None]) -> Norms:
 def divided(norms: Norms, divisors: Norms) -> Norms:
     """Norms, each divided by its own number, or all by a single one, which may be on another device."""
     if not isinstance(norms, list):
-        return norms / on_device(divisors, norms.device)
+        return norms / _beside(norms, divisors)
     by = numbers(divisors)
     return [norm / by[i if len(by) > 1 else 0] for i, norm in enumerate(norms)]
 
@@ -163,6 +171,11 @@ def present(norm: Norm) -> Norm:
     return max(norm, 0.0) if isinstance(norm, (int, float)) else norm.clamp(min=0.0)
 
 
+def is_nonfinite(norm: Norm) -> bool | Tensor:
+    """Whether a norm is infinite or NaN; does not wait."""
+    return not math.isfinite(norm) if isinstance(norm, (int, float)) else ~norm.isfinite()
+
+
 # Clip coefficients
 
 EPS = 1e-6
@@ -208,15 +221,13 @@ def _clip_coef_tensor(max_norm: Norm, norm: Norm, eps: float) -> Tensor:
     as_they_are = norm <= limits if eps == 0 else norm < 0.0
     if isinstance(max_norm, Tensor):
         as_they_are = as_they_are | (max_norm == math.inf)
-    return torch.where(as_they_are, 1.0, (limits / (norm + eps)).clamp(max=1.0))
+    return (limits / (norm + eps)).clamp(max=1.0).masked_fill(as_they_are, 1.0)
 
 
 def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norms:
     """``clip_coef`` of several norms, with one threshold for all of them or one for each."""
     if not isinstance(norms, list):
-        return clip_coef(
-            on_device(max_norms, norms.device) if isinstance(max_norms, list) else max_norms, norms, eps
-        )
+        return clip_coef(max_norms if isinstance(max_norms, float) else _beside(norms, max_norms), norms, eps)
     if isinstance(max_norms, (int, float)):
         return [clip_coef(max_norms, norm, eps) for norm in norms]
     return [clip_coef(limit, norm, eps) for limit, norm in zip(numbers(max_norms), norms, strict=True)]

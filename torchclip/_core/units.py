@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchclip._core import changes, gather, memory, mesh, rounds, rows
+from torchclip._core import gather, memory, mesh, operations, rounds, rows
 from torchclip._core.collectives import Call, Kind
 from torchclip._core.mesh import Layout
 from torchclip._core.scalars import ABSENT, norm_dtype
@@ -103,7 +103,7 @@ def _check(i: int, parameter: Tensor) -> None:
 def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, measured: Tensor | None) -> Units:
     owner = parameter.grad
     if owner is not None and _is_row_sparse(owner):
-        values = changes.own_elements(owner)
+        values = operations.own_elements(owner)
         return Units(owner, weight[owner.indices()[0]], values, values, mesh.PLAIN)
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
@@ -148,6 +148,20 @@ def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
     return of_units
 
 
+def exceeds_range(units: Units, norms: tuple[Tensor, Tensor]) -> bool:
+    """Whether a norm of units that only this rank has is infinite where that of scaled units may not be."""
+    tensors = [tensor for tensor in (units.weight, units.measured) if tensor is not None]
+    if memory.DOUBLE.isdisjoint(tensor.dtype for tensor in tensors) or units.layout.dims:
+        return False
+    return memory.on_host(norms) and bool(torch.maximum(*norms).isinf().any())
+
+
+def times(units: Units, factor: float) -> Units:
+    """Copies of the numbers to measure, multiplied by a factor."""
+    measured = None if units.measured is None else units.measured.detach() * factor
+    return units._replace(weight=units.weight * factor, measured=measured)
+
+
 def _or_absent(norms: Tensor | None, tensor: Tensor | None, units: Units) -> Tensor:
     """The norms of this rank's parts of the units of a tensor; ``ABSENT`` if it has none."""
     if norms is None or tensor is None or (units.layout.dims and tensor.numel() == 0):
@@ -172,7 +186,7 @@ def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
         if is_changed and each.owner is not None and each.grad is not None:
             of_one = each.owner, each.grad, of_units
             alike.setdefault((each.grad.dtype, of_units.device), []).append(of_one)
-    with changes.writing():
+    with operations.writing():
         for (dtype, _), chosen in alike.items():
             together = rows.coefs_for(dtype, torch.cat([of_units for *_, of_units in chosen]))
             parts = torch.split(together, [of_units.numel() for *_, of_units in chosen])

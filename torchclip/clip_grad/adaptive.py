@@ -15,6 +15,9 @@ from torchclip._core.collectives import Kind
 
 __all__ = ["Adaptive", "clip_grad_adaptive_"]
 
+# A power of two by which the norms of units of float64 fit into float64.
+_SCALE = 2.0**-64
+
 
 def clip_grad_adaptive_(
     parameters: Tensor | Iterable[Tensor] | nn.Module,
@@ -89,6 +92,8 @@ def _clip(
     plain, rest = units.parted(items) if has_kernel else ([], items)
     # Other ranks may refuse, which must be known before anything changes.
     others = units.of_parameters(rest, items, parameters)
+    if not plain and not others:
+        gather.warn_of_gradients(items)
     clip_coefs = _clip_coefs(others, clip_factor, eps, p, grad_scale)
     if plain and not by_kernel(plain):
         left = units.of_parameters(plain, items, parameters)
@@ -103,8 +108,15 @@ def _clip_coefs(
     if len({of_weight.device for of_weight, _ in norms}) == 1:  # all at once, as each operation takes time
         weights, grads = (torch.cat(of_all) for of_all in zip(*norms, strict=True))
         of_all = _clip_coef(weights, grads, clip_factor, eps, grad_scale)
-        return list(torch.split(of_all, [of_weight.numel() for of_weight, _ in norms]))
-    return [_clip_coef(of_weight, of_grad, clip_factor, eps, grad_scale) for of_weight, of_grad in norms]
+        found = list(torch.split(of_all, [of_weight.numel() for of_weight, _ in norms]))
+    else:
+        found = [_clip_coef(*of_units, clip_factor, eps, grad_scale) for of_units in norms]
+    for i, (each, of_units) in enumerate(zip(some, norms, strict=True)):
+        if units.exceeds_range(each, of_units):
+            scaled = units.norms([units.times(each, _SCALE)], p)
+            coefs = _clip_coef(*scaled[0], clip_factor, eps * _SCALE, grad_scale)
+            found[i] = torch.where(torch.maximum(*of_units).isinf(), coefs, found[i])
+    return found
 
 
 def _clip_coef(
@@ -114,7 +126,7 @@ def _clip_coef(
     if grad_scale is not None:
         limits = limits * grad_scale.to(limits)
     # A NaN compares false, and spreads through its unit.
-    return torch.where(of_grad <= limits, 1.0, limits / of_grad)
+    return (limits / of_grad).masked_fill(of_grad <= limits, 1.0)
 
 
 @dataclass(eq=False)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -201,7 +200,7 @@ def _as_norm(total_norm: Tensor | float) -> Norm:
             )
         norm = full(total_norm.detach()).to(norm_dtype(total_norm.device)).view(())
         # To see whether it is negative would wait.  NaN shows that it was, and reverses no gradient.
-        return torch.where(norm < 0, math.nan, norm)
+        return norm.masked_fill(norm < 0, math.nan)
     value = number("total_norm", total_norm)
     if value < 0:
         raise ValueError(f"`total_norm` must be at least 0, got {shown(value)}")

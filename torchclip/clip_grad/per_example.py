@@ -40,8 +40,7 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
 
     Returns:
         The sums of the clipped gradients, of the parameters' shapes and dtypes, and the number of examples
-        that were clipped (0-dim, int64).  In host memory the sums may lie in one block, which is freed with
-        the last of them.
+        that were clipped (0-dim, int64).
 
     Raises:
         TypeError: for anything but dense floating or complex tensors in ``grads``.

@@ -11,11 +11,14 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, memory, native
 from torchclip._core.arguments import threshold
-from torchclip._core.batch import Batch, Norms, to_results
+from torchclip._core.batch import Batch, Facts, Norms, to_results
 from torchclip._core.collectives import Kind
-from torchclip._core.scalars import divided, on_device
+from torchclip._core.scalars import clip_coefs, divided, numbers, on_device
 
 __all__ = ["BlockRMS", "clip_grad_rms_"]
+
+# A power of two by which the norm of any gradient in memory fits into float64.
+_SCALE = 2.0**-64
 
 
 def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: float) -> Tensor:
@@ -66,14 +69,30 @@ def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: f
         gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
         raise
     batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
+    return to_results(_clip(batch, max_rms), batch)
+
+
+def _clip(batch: Batch, max_rms: float) -> Norms:
+    """Clip, and return the root mean squares before clipping."""
     roots = _roots(batch)
-    return to_results(divided(_clip(batch, max_rms, roots), roots), batch)
+    if not batch.facts & (Facts.DOUBLE | Facts.SHARDED):
+        # With limits for the norms, a gradient that is exactly at the limit does not change.
+        return divided(batch.clip_each_([max_rms * root for root in roots], 2.0, 0.0), roots)
+    rms = _of_double(batch, roots)
+    batch.scale_each_(clip_coefs(max_rms, rms, 0.0))
+    return rms
 
 
-def _clip(batch: Batch, max_rms: float, roots: Sequence[float]) -> Norms:
-    """Clip, and return the norms before clipping."""
-    # With limits for the norms, a gradient that is exactly at the limit does not change.
-    return batch.clip_each_([max_rms * root for root in roots], 2.0, 0.0)
+def _of_double(batch: Batch, roots: list[float]) -> Norms:
+    """The root mean squares where those of float64 gradients may fit into float64 when their norms do not."""
+    norms = batch.norms(2.0)
+    if not isinstance(norms, list) or math.inf not in norms:
+        return divided(norms, roots)
+    scaled = numbers(gather.tensors([grad.detach() * _SCALE for grad in batch.all]).norms(2.0))
+    return [
+        by_scale / root / _SCALE if norm == math.inf else norm / root
+        for norm, by_scale, root in zip(norms, scaled, roots, strict=True)
+    ]
 
 
 def _roots(batch: Batch) -> list[float]:
@@ -109,11 +128,10 @@ class BlockRMS:
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""
         batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
-        roots = _roots(batch)
         if grad_scale is None:
-            _clip(batch, self.max_rms, roots)
+            _clip(batch, self.max_rms)
         elif memory.on_host([grad_scale]):
-            _clip(batch, self.max_rms * float(grad_scale), roots)
+            _clip(batch, self.max_rms * float(grad_scale))
         else:
-            limits = on_device(roots, grad_scale.device) * (self.max_rms * grad_scale)
+            limits = on_device(_roots(batch), grad_scale.device) * (self.max_rms * grad_scale)
             batch.clip_each_(limits, 2.0, 0.0)

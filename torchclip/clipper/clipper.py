@@ -39,19 +39,19 @@ class Clipper:
 
     This works with gradient accumulation, learning rate schedulers, ``torch.amp.GradScaler`` and closures.
     With a GradScaler, norms and thresholds are those of the unscaled gradients.  With a closure, it clips
-    after each backward pass of the closure; a step of LBFGS has a record for each.  Fused optimizers get the
-    coefficient as their ``grad_scale`` and scale the gradients during their step, which saves a pass over
+    after each backward pass of the closure; a step of LBFGS has a record for each.  A fused optimizer gets
+    the coefficient as its ``grad_scale`` and scales the gradients during its step, which saves a pass over
     them.  Afterwards ``p.grad`` is the clipped gradient as usual, up to the rounding of that float32 number.
 
     Optimizers that step together on the gradients of one backward pass, such as Muon and AdamW, are passed as
     a list: ``Clipper([muon, adamw], max_norm=1.0)``.  The first of them to step clips the gradients of all;
     the others step with the clipped gradients.  There is one record for each such round.  It ends when every
-    optimizer has stepped, when one steps again, or when one that has stepped has a new gradient.  Gradients
-    of optimizers that step during a backward pass are clipped separately for each, and recorded together at
-    its end.
+    optimizer has stepped, when one steps again, or when one that has stepped has a new gradient.  Optimizers
+    that step during a backward pass need a Clipper each.
 
     A parameter group may have its own ``max_norm``.  The group is then clipped by itself, to that threshold.
-    ``None`` measures the group and does not clip it.  Like a learning rate, it may change during training:
+    ``None`` exempts the group: it is not clipped, and counts neither in the recorded norm nor for
+    ``skip_above``, unless all groups are exempt.  Like a learning rate, it may change during training:
 
         head = {"params": model.head.parameters(), "max_norm": 0.1}
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
@@ -86,11 +86,10 @@ class Clipper:
         group: a process group, or several, whose other ranks have further gradients, as for
             ``clip_grad_norm_``.  All ranks must have the same number of parameter groups.  DTensors need
             none.
-        on_clip: called with the ``Record`` of every step, just before anything changes and before the record
-            is in the history.  If it raises an exception, the step does not happen; only a threshold object
-            keeps what it has learned.  If it changes gradients, these are measured again and clipped to the
-            same threshold, and the history has the result.  It must not change sharded gradients, as other
-            ranks know their norm already.  On an accelerator this waits for the norm.
+        on_clip: called with the ``Record`` of every step, after the gradients were clipped and before the
+            optimizer steps.  If it raises an exception, the step does not happen and is not recorded; the
+            gradients stay clipped, and a threshold object keeps what it has learned.  What it does to
+            gradients is not measured.  On an accelerator this waits for the norm.
         model: the module whose parameters the optimizer has, or a list of several.  Errors, ``norms`` and
             ``history.layers`` then use the names in it, without the prefixes of ``torch.compile`` and data
             parallelism.  Without it they use the names of ``model.named_parameters()`` if the optimizer was
@@ -98,9 +97,11 @@ class Clipper:
         skip_above: skip steps whose norm is above this threshold.  They change neither parameters nor
             optimizer state, as with ``nonfinite="skip"``.  It may be anything that ``max_norm`` may be, such
             as a number or ``RollingSigma()``, and applies to the norm of all gradients.  None for no limit.
-        max_skips: after this many steps in a row that ``skip_above`` has skipped, take the next one, clipped
-            to that limit, and warn once, so that a run whose norms stay high continues.  None for no limit.
-            It does not apply to steps that are not finite.
+        max_skips: how many steps in a row may be skipped for each of two reasons; None for any number.
+            After as many that ``skip_above`` has skipped, take the next one, clipped to that limit, and warn
+            once, so that a run whose norms stay high continues.  After as many that ``nonfinite="skip"`` has
+            skipped, raise an error that names the parameters.  On an accelerator it may come some steps
+            later, as nothing waits for it.  Steps that a GradScaler skips do not count.
         layers_every: how often, in steps, to record the norm of each single parameter in ``history.layers``;
             0 for never.  With sharded gradients it must be the same on all ranks.
 
@@ -166,7 +167,7 @@ class Clipper:
         self._lock = RLock()
         steps = [Step(each, self._lock) for each in self._optimizers]
         self._rounds = Rounds(steps, settings, self._lock)
-        self._rounds.history.is_followed = True
+        self._rounds.history._is_followed = True
         self._know_sets()
         self._hooks: list[RemovableHandle] = []
         for i, each in enumerate(optimizers):
@@ -221,7 +222,7 @@ class Clipper:
             return
         check_history(history)
         self._rounds.history = history
-        before.is_followed, history.is_followed = False, bool(self._hooks)
+        before._is_followed, history._is_followed = False, bool(self._hooks)
 
     @property
     def loss(self) -> float | Tensor | None:
@@ -279,7 +280,7 @@ class Clipper:
             raise RuntimeError("detach() was called during a step; call it after optimizer.step()")
         with self._lock:
             self._rounds.close()
-        self.history.is_followed = False
+        self.history._is_followed = False
         for optimizer in filter(None, (each() for each in self._optimizers)):
             if self._hooks:
                 registry.clippers.pop(optimizer, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias, cast
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,9 +14,11 @@ from torchclip._core import joint_norms, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.rules import clip_by, ratio
-from torchclip.clipper.sets import Gradients
+from torchclip.clipper.sets import ClipSet, Gradients
 from torchclip.clipper.settings import Settings
+from torchclip.clipper.skip_above import SkipAbove
 from torchclip.clipper.step import Step
+from torchclip.thresholds.bank import ThresholdBank
 
 Decision: TypeAlias = tuple[bool | Tensor, Norm, Norm]
 """Whether the step is skipped, the smallest threshold, and the smallest clip coefficient.
@@ -50,56 +53,73 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
     zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
     if settings.skip_above is not None and skipped is not True:
         norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
-        above = settings.skip_above.should_skip(nonfinite.deciding_norm(norm, optimizers), number)
-        skipped = above if above is True or skipped is False else skipped | above
+        is_above = settings.skip_above.should_skip(nonfinite.deciding_norm(norm, optimizers), number)
+        skipped = is_above if is_above is True or skipped is False else skipped | is_above
     if skipped is True:
         return _SKIPPED
-    _limit(gradients, settings, skipped, number)
-    return _summary(gradients, settings, skipped)
-
-
-def _limit(gradients: Gradients, settings: Settings, skipped: bool | Tensor, number: int) -> None:
-    """Set the threshold of each set: that of its parameter group, or what the bank answers.
-
-    Nothing is learned of a step that is skipped.
-    """
-    bank, asked = settings.bank, []
-    for clip_set in gradients.sets:
-        if clip_set.own is None:
+    bank, sets, asked = settings.bank, gradients.sets, []
+    for clip_set in sets:
+        limit = clip_set.own
+        if limit is None:
+            limit = bank.number
             asked.append(clip_set)
-        else:
-            clip_set.limit(clip_set.own, scalars.EPS)
+        if limit is not None:
+            _limit(clip_set, limit, scalars.EPS)
+    if bank.number is None and asked:
+        _ask(bank, asked, gradients, settings, skipped, number)
+    above = settings.skip_above
+    if len(sets) > 1 or settings.each or (above is not None and scalars.may_change(above.clip_coef)):
+        return skipped, *_smallest(gradients, above)
+    max_norms = sets[0].max_norms
+    return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], sets[0].clip_coefs[0]
+
+
+def _limit(clip_set: ClipSet, max_norms: float | Norms, eps: float) -> None:
+    """Set the threshold of each norm of a set, and with it the clip coefficient."""
+    clip_set.max_norms, norms = max_norms, clip_set.norms
+    if isinstance(max_norms, float) and isinstance(norms, list) and len(norms) == 1:
+        clip_set.clip_coefs = [scalars.clip_coef(max_norms, norms[0], eps)]
+    else:
+        clip_set.clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
+
+
+def _ask(
+    bank: ThresholdBank,
+    sets: Sequence[ClipSet],
+    gradients: Gradients,
+    settings: Settings,
+    skipped: bool | Tensor,
+    number: int,
+) -> None:
+    """Set the thresholds of some sets to what the bank answers; nothing is learned of a skipped step."""
     if not bank.learns:
-        max_norm = bank.number if bank.number is not None or not asked else bank.called(number)
-        for clip_set in asked:
-            clip_set.limit(cast("float", max_norm), bank.eps)
-    elif asked:
-        names, norms = gradients.observed(asked)
-        max_norms = bank.max_norms(names, scalars.replaced(norms, skipped, math.nan), settings.norm_type)
-        start = 0
-        for clip_set in asked:
-            end = start + len(clip_set.norms)
-            clip_set.limit(max_norms[start:end], bank.eps)
-            start = end
+        max_norm = bank.called(number)
+        for clip_set in sets:
+            _limit(clip_set, max_norm, scalars.EPS)
+        return
+    names, norms = gradients.observed(sets)
+    norms = scalars.replaced(norms, skipped, math.nan)
+    max_norms: Any = bank.max_norms(names, norms, settings.norm_type)
+    start = 0
+    for clip_set in sets:
+        end = start + len(clip_set.norms)
+        _limit(clip_set, max_norms[start:end], bank.eps)
+        start = end
 
 
-def _summary(gradients: Gradients, settings: Settings, skipped: bool | Tensor) -> Decision:
-    """The smallest threshold and coefficient, and the limit of a step that is taken though it is above it."""
-    sets, above = gradients.sets, settings.skip_above
-    of_sets: list[Norms] = []
+def _smallest(gradients: Gradients, above: SkipAbove | None) -> tuple[Norm, Norm]:
+    """The smallest threshold and coefficient, after those of a step that is above its limit but taken."""
+    sets, limits = gradients.sets, list[Norms]()
     if above is not None and scalars.may_change(above.clip_coef):
-        of_sets.append(scalars.in_one([above.max_norm]))
+        limits.append(scalars.in_one([above.max_norm]))
         for clip_set in sets:
             if not clip_set.is_exempt:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, above.clip_coef)
-    elif len(sets) == 1 and not settings.each:
-        max_norms = sets[0].max_norms
-        return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], sets[0].clip_coefs[0]
-    present = [each for each in sets if not each.is_absent()] or sets
-    limits = [each.max_norms for each in present if len(each.norms)]
-    of_sets += [[each] if isinstance(each, float) else each for each in limits]
-    clip_coefs = [each.clip_coefs for each in sets]
-    return skipped, scalars.smallest(of_sets, math.inf), scalars.smallest(clip_coefs, 1.0)
+    for clip_set in [each for each in sets if not each.is_absent()] or sets:
+        if len(clip_set.norms):
+            max_norms = clip_set.max_norms
+            limits.append([max_norms] if isinstance(max_norms, float) else max_norms)
+    return scalars.smallest(limits, math.inf), scalars.smallest([each.clip_coefs for each in sets], 1.0)
 
 
 def change(

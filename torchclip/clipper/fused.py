@@ -132,4 +132,5 @@ def override(step: Step) -> GradScaleOverride:
 
         step.undo_at_end(restore)
         step.override = made
-    return step.override
+    found: GradScaleOverride = step.override
+    return found

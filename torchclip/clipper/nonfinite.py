@@ -23,8 +23,8 @@ from torchclip.clipper.step import Outcome, Step, is_fused
 _REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"
 _TOO_MANY = (
     "{} steps in a row were skipped because their gradients are not finite, as many as `max_skips` allows, "
-    "and this one would be the next: training does not go on. Lower the learning rate, look for the cause in the "
-    "loss or the data, or do not pass `max_skips`"
+    "and this one would be the next: training does not go on. Lower the learning rate, look for the cause in "
+    "the loss or the data, or do not pass `max_skips`"
 )
 
 
@@ -52,7 +52,8 @@ def should_skip(gradients: Gradients, settings: Settings, by_scaler: bool | Tens
         settings: the Clipper's.
         by_scaler: whether a GradScaler skips the step, which does not count for ``max_skips``.
     """
-    whole_norm, skip = gradients.whole_norm, False
+    whole_norm = gradients.whole_norm
+    skip: bool | Tensor
     if isinstance(by_scaler, Tensor):
         skip = ~torch.as_tensor(whole_norm, device=by_scaler.device).isfinite()
     else:
@@ -87,9 +88,10 @@ def measure_finite(gradients: Gradients) -> bool:
     """
     for each in gradients.sets:
         each.is_zeroed = not (isinstance(each.norms, list) and all(map(math.isfinite, each.norms)))
-    sets = [each for each in gradients.sets if each.is_zeroed]
-    gradients.measure_sets(sets, finite=True)
-    return bool(sets)
+    zeroes = any(each.is_zeroed for each in gradients.sets)
+    if zeroes:
+        gradients.measure_finite()
+    return zeroes
 
 
 class _Hidden:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import and_
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +29,7 @@ from torchclip.clipper.skip_above import InARow
 from torchclip.clipper.step import Step
 from torchclip.clipper.unchanged import check_after_closure, check_unchanged, check_unscaled, has_new, mark
 from torchclip.history.history import History
-from torchclip.history.records import Record, as_records, norms_by_name
+from torchclip.history.records import Record, as_records, with_layers
 
 Row: TypeAlias = tuple[Any, ...]
 """The arguments of ``History.append``."""
@@ -40,13 +40,13 @@ Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 class _Open:
     """The round that is open, and what will be recorded of it.
 
-    Args:
+    It has no ``__init__``, as a step of a training has no time for one.
+
+    Attributes:
         opener: the optimizer that opened it.
         number: its number.
         settings: the Clipper's.
         is_local: whether it must be clipped without other ranks.
-
-    Attributes:
         rows: a row for each clipping: for each call of a closure.
         layers: names and norms of single parameters.
         skipped: whether the round is skipped.
@@ -54,25 +54,15 @@ class _Open:
         by_scaler: with several optimizers: whether a GradScaler skips the step of each that has begun one.
     """
 
-    __slots__ = (
-        "by_scaler",
-        "is_local",
-        "layers",
-        "number",
-        "opener",
-        "rows",
-        "settings",
-        "skipped",
-        "stepped",
-    )
-
-    def __init__(self, opener: int, number: int, settings: Settings, is_local: bool) -> None:
-        self.opener, self.number, self.settings, self.is_local = opener, number, settings, is_local
-        self.rows: list[Row] = []
-        self.layers: tuple[list[str], Norms] | None = None
-        self.skipped: bool | Tensor = False
-        self.stepped = False
-        self.by_scaler: dict[int, bool | Tensor] = {}
+    opener: int
+    number: int
+    settings: Settings
+    is_local: bool
+    rows: list[Row]
+    layers: tuple[list[str], Norms] | None = None
+    skipped: bool | Tensor = False
+    stepped = False
+    by_scaler: dict[int, bool | Tensor]
 
 
 class Rounds:
@@ -97,7 +87,7 @@ class Rounds:
         hooks: the handle of the pre hook of each optimizer.
     """
 
-    def __init__(self, steps: Sequence[Step], settings: Settings, lock: RLock) -> None:  # type: ignore[valid-type]
+    def __init__(self, steps: Sequence[Step], settings: Settings, lock: RLock) -> None:
         self.settings, self.history, self.loss = settings, History(), PendingLoss()
         self.number = 0
         self.hooks: list[RemovableHandle] = []
@@ -109,8 +99,9 @@ class Rounds:
     ) -> Arguments | None:
         """Clip the gradients now or after a closure; returns other arguments for the step, or None."""
         step = self._steps[index]
-        if not step.begin():
+        if step.thread is not None and not step.begins_anew():
             return None
+        step.thread, step.is_nested, step.counts = get_ident(), False, True
         try:
             if "found_inf" in vars(optimizer):
                 fused.override(step)  # takes note of what a GradScaler has set, as the step may fail
@@ -122,11 +113,12 @@ class Rounds:
                 self._join(index)
                 return with_closure(args, kwargs, partial(self._call_unchanged, index)) if has_more else None
             self._open_round(index)
-            around = partial(self._call_and_clip, index)
-            replaced = with_closure(args, kwargs, around) if has_more else None
-            if replaced is None:
-                self._clip(index)
-            return replaced
+            if has_more:
+                replaced = with_closure(args, kwargs, partial(self._call_and_clip, index))
+                if replaced is not None:
+                    return replaced
+            self._clip(index, optimizer)
+            return None
         except BaseException:
             self.loss.value = None
             step.fail()
@@ -134,21 +126,22 @@ class Rounds:
 
     def after_step(self, index: int, *_: Any) -> None:
         """End a step; a round is in the history, and uses its number, only if a step was taken in it."""
-        step, opened = self._steps[index], self._open
-        if not step.is_over():
+        step, opened, ends = self._steps[index], self._open, False
+        if step.thread is None or (step.is_nested and step.is_around(1)):
             return
-        ends = False
         with self._lock:
             if opened is not None and step.counts:
                 step.stepped = opened.stepped = True
                 ends = not self._several or all(each.stepped or each.is_gone() for each in self._steps)
                 if ends:
-                    self.close()
+                    self._record(opened)
                 else:
                     step.undo("finished")
                     mark(step)
-            step.end()
-        sizes = self.history.clipped_sizes
+            if step.undos:
+                step.undo("finished")
+            step.thread = None
+        sizes = self.history._clipped_sizes
         if ends and opened is not None and opened.number >= sizes.next_step and opened.rows:
             sizes.measure(opened.number, self._optimizers)  # for the history's note on stalls
 
@@ -157,18 +150,29 @@ class Rounds:
     def close(self) -> None:
         """Record the round that is open, if a step was taken in it.  The caller holds the lock.
 
-        An interrupt may have it called again after the round was recorded.
+        An interrupt may have left a round open that is recorded already.
         """
         opened = self._open
-        if opened is not None and opened.stepped and opened.rows:
-            if not self.history.ends_with(opened.number):
-                self.history.extend(self._rows_of(opened) if opened.by_scaler else opened.rows)
-                if opened.layers is not None:
-                    self.history.layers.append(opened.number, *opened.layers)
+        if opened is None:
+            return
+        if opened.stepped and not self._is_recorded():
+            self._record(opened)
+        elif opened.stepped:
+            self.number = opened.number + 1
+        self.forget()
+
+    def _record(self, opened: _Open) -> None:
+        """Record a round, and end it."""
+        if opened.rows:
+            self.history._extend(self._rows_of(opened) if opened.by_scaler else opened.rows)
+            if opened.layers is not None:
+                self.history.layers.append(opened.number, *opened.layers)
             for count in opened.settings.counts:
                 count.end()
             self.number = opened.number + 1
-        self.forget()
+        self._open = None
+        if self._several:
+            self.forget()
 
     def forget(self) -> None:
         """Discard the open round, if there is one."""
@@ -212,20 +216,22 @@ class Rounds:
 
     def _is_recorded(self) -> bool:
         """Whether the open round is in the history already."""
-        return self._open is not None and self.history.ends_with(self._open.number)
+        return self._open is not None and self.history._ends_with(self._open.number)
 
     # Opening a round, or going on with the open one
 
     def _open_round(self, index: int) -> None:
         """Begin a round, and end the one before, whose other optimizers did not step."""
-        settings = self.settings
-        is_local = graph_task() != -1 and check_in_backward(self._optimizers, settings)
+        settings, opened = self.settings, _Open()
+        opened.opener, opened.settings, opened.rows, opened.by_scaler = index, settings, [], {}
+        opened.is_local = graph_task() != -1 and check_in_backward(self._optimizers, settings)
         with self._lock:
             if self._open is not None:
                 self.close()
             for each in settings.memories:
                 each.begin_step()
-            self._open = opened = _Open(index, self.number, settings, is_local)
+            opened.number = self.number
+            self._open = opened
         if self._several:
             opened.by_scaler[index] = is_skipped_by_scaler(self._steps[index].optimizer)
 
@@ -260,7 +266,7 @@ class Rounds:
     def _call_and_clip(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._steps[index].undo("again")
         loss = closure(*args, **kwargs)
-        self._clip(index)
+        self._clip(index, self._steps[index].optimizer)
         return loss
 
     def _call_unchanged(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -270,26 +276,31 @@ class Rounds:
 
     # Clipping
 
-    def _clip(self, index: int) -> None:
+    def _clip(self, index: int, optimizer: Optimizer) -> None:
         """Measure, decide, change, record and tell."""
         opened, step = self._open, self._steps[index]
         assert opened is not None
         settings, number = opened.settings, opened.number
         if self._several:
             check_unscaled(step, self._name_of(index))
-        gradients = Gradients(self._optimizers, settings, opened.is_local)
-        gradients.measure()
+        optimizers = self._optimizers if self._several else [optimizer]
+        gradients = Gradients(optimizers, settings, opened.is_local)
         if settings.layers_every and number % settings.layers_every == 0:
-            names, _, norms = settings.names.norms(gradients.optimizers, settings.norm_type)
+            names, _, norms = settings.names.norms(optimizers, settings.norm_type)
             opened.layers = names, norms  # of the last call of a closure
         loss, self.loss.value = self.loss.value, None  # now, as the step may fail
-        skipped, max_norm, clip_coef = decide(gradients, settings, step.optimizer, number)
-        opened.skipped, clipped_norm = skipped, None
-        if skipped is not True:
+        skipped, max_norm, clip_coef = decide(gradients, settings, optimizer, number)
+        opened.skipped, clipped_norm, nonfinite = skipped, None, None
+        is_one = clip_coef.__class__ is float and clip_coef == 1.0
+        if skipped is not True and (settings.always_changes or not is_one):
             hook = self.hooks[index]
             clip_coef, clipped_norm = change(gradients, settings, (skipped, max_norm, clip_coef), step, hook)
-        norm = scalars.present(gradients.total_norm)
-        row = (number, norm, max_norm, clip_coef, skipped, loss, clipped_norm, gradients.nonfinite_apart())
+        norm = gradients.total_norm
+        if gradients.whole_norm is not norm:
+            nonfinite = scalars.is_nonfinite(gradients.whole_norm)
+        if norm.__class__ is not float or norm < 0:
+            norm = scalars.present(norm)
+        row = (number, norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)
         opened.rows.append(row)
         if settings.on_clip is not None:
             self._tell(settings.on_clip, row, opened)
@@ -304,11 +315,11 @@ class Rounds:
         """Tell the user's function of a step."""
         (record,) = as_records([row])
         if opened.layers is not None:
-            record = record._replace(layers=norms_by_name(*opened.layers))
+            record = with_layers(record, *opened.layers)
         on_clip(record)
 
     def _skip(self, step: Step, opened: _Open) -> None:
-        """Keep a step from changing anything, if its round is skipped by the Clipper, not a GradScaler alone."""
+        """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""
         settings, skipped = opened.settings, opened.skipped
         may_skip = self._several or settings.nonfinite == "skip" or settings.skip_above is not None
         if skipped is False or not may_skip:

@@ -21,9 +21,7 @@ def clip_by(rule: Rule, gradients: Gradients, settings: Settings) -> Norm:
     lists = [clip_set.parameters for clip_set in gradients.sets if clip_set.own is None]
     if lists:
         rule.clip_(joined(lists), gradients.grad_scale)
-    clipped = Gradients(gradients.optimizers, settings, gradients.is_local)
-    clipped.measure()
-    return clipped.total_norm
+    return Gradients(gradients.optimizers, settings, gradients.is_local).total_norm
 
 
 def ratio(after: Norm, before: Norm) -> Norm:

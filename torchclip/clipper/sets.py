@@ -19,12 +19,12 @@ from torchclip.clipper.settings import Settings
 class ClipSet:
     """Gradients that are clipped together by one norm, or each by its own.
 
-    Args:
+    It has no ``__init__``, as a step of a training has no time for one.
+
+    Attributes:
         parameters: their parameters.
         own: the threshold of their own parameter group; None if the Clipper's applies.
         is_exempt: whether they are only measured, as their group says, and apart from all others.
-
-    Attributes:
         batch: the gradients.
         norms: their norms, or the one norm, without a GradScaler's scale.
         max_norms: a threshold for each norm, or one for all of them.
@@ -32,22 +32,14 @@ class ClipSet:
         is_zeroed: whether their non-finite elements become 0.
     """
 
-    __slots__ = ("batch", "clip_coefs", "is_exempt", "is_zeroed", "max_norms", "norms", "own", "parameters")
-
-    def __init__(self, parameters: Sequence[Tensor], own: float | None, is_exempt: bool = False) -> None:
-        self.parameters, self.own, self.is_exempt, self.is_zeroed = parameters, own, is_exempt, False
-        self.batch: Batch
-        self.norms: Norms
-        self.max_norms: float | Norms = math.inf
-        self.clip_coefs: Norms = [1.0]
-
-    def limit(self, max_norms: float | Norms, eps: float) -> None:
-        """Set the threshold of each norm, and with it the clip coefficient."""
-        self.max_norms, norms = max_norms, self.norms
-        if type(max_norms) is float and type(norms) is list and len(norms) == 1:
-            self.clip_coefs = [scalars.clip_coef(max_norms, norms[0], eps)]
-        else:
-            self.clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
+    parameters: Sequence[Tensor]
+    own: float | None = None
+    is_exempt = False
+    batch: Batch
+    norms: Norms
+    max_norms: float | Norms = math.inf
+    clip_coefs: Norms
+    is_zeroed = False
 
     def is_absent(self) -> bool:
         """Whether there is certainly nothing to measure, on any rank."""
@@ -62,7 +54,7 @@ class ClipSet:
 
 
 class Gradients:
-    """The gradients of some optimizers at one moment, in sets that are clipped together.
+    """The gradients of some optimizers at one moment, in sets that are clipped together, and their norms.
 
     Args:
         optimizers: the optimizers.
@@ -82,24 +74,36 @@ class Gradients:
         self.optimizers, self.is_local = optimizers, is_local
         self._settings, self.each = settings, settings.each
         self.grad_scale = vars(optimizers[0]).get("grad_scale") if len(optimizers) == 1 else None
-        self.total_norm: Norm
-        self.whole_norm: Norm
-        kind = Kind.CLIP_EACH if self.each else Kind.CLIP
         try:
-            self.sets = _sets_of(optimizers, settings)
+            self.sets = sets = _sets_of(optimizers, settings.scope)
         except (TypeError, ValueError):
             held = [group["params"] for each in optimizers for group in each.param_groups]
-            gather.tell_ranks(held, settings.groups, kind)
+            gather.tell_ranks(held, settings.groups, Kind.CLIP_EACH if self.each else Kind.CLIP)
             raise
-        lists = [each.parameters for each in self.sets]
-        batches = (
-            [*map(gather.local_gradients, lists)]
-            if is_local
-            else gather.several(lists, settings.groups, kind)
-        )
-        for each, batch in zip(self.sets, batches, strict=True):
-            each.batch = batch
-        self._overlaps = len(self.sets) > 1 and _overlap(self.sets)
+        lists = []
+        for clip_set in sets:
+            lists.append(clip_set.parameters)
+        if is_local:
+            batches = [*map(gather.local_gradients, lists)]
+            found = [*zip(batches, gather.norms_of(batches, self.each, settings.norm_type), strict=True)]
+        else:
+            found = gather.measured(lists, settings.groups, self.each, settings.norm_type)
+        for clip_set, (batch, norm) in zip(sets, found, strict=True):
+            clip_set.batch = batch
+            if norm.__class__ is float and self.grad_scale is None:
+                clip_set.norms = [norm]
+            else:
+                clip_set.norms = self._unscaled(norm)
+        if len(sets) > 1 or self.each:
+            self._join_sets()
+        else:
+            self.total_norm = self.whole_norm = sets[0].norms[0]
+
+    def _unscaled(self, norms: Any) -> Norms:
+        """The norms of a set, or its one norm, without a GradScaler's scale."""
+        if not self.each:
+            norms = [norms] if isinstance(norms, float) else norms.reshape(1)
+        return unscaled(norms, self.grad_scale, self._settings.norm_type)
 
     @property
     def all(self) -> list[Tensor]:
@@ -119,42 +123,27 @@ class Gradients:
             facts |= each.batch.facts
         return facts
 
-    def measure(self) -> None:
-        """Measure the norms of the sets, and that of all gradients."""
-        self.measure_sets(self.sets)
-        if len(self.sets) == 1 and not self.each:
-            self.total_norm = self.whole_norm = self.sets[0].norms[0]
-            return
-        counted = self.counted
+    def measure_finite(self) -> None:
+        """Measure only the finite elements of the sets whose other elements become 0."""
+        sets = [clip_set for clip_set in self.sets if clip_set.is_zeroed]
+        batches = [clip_set.batch for clip_set in sets]
+        norms = gather.norms_of(batches, self.each, self._settings.norm_type, finite=True)
+        for clip_set, of_set in zip(sets, norms, strict=True):
+            clip_set.norms = self._unscaled(of_set)
+
+    def _join_sets(self) -> None:
+        """Find the norm of all gradients from those of several sets."""
+        counted, norm_type = self.counted, self._settings.norm_type
+        self._overlaps = len(self.sets) > 1 and _overlap(self.sets)
         if self._overlaps and self._settings.groups is None:
             # A gradient that several sets share counts once.  With `group`, only some ranks may share a
             # gradient, and all of them would have to exchange another norm: there it counts in each set.
             batch = gather.gradients(joined([each.parameters for each in counted]))
-            norms = scalars.in_one([batch.norm(self._settings.norm_type)])
-            self.total_norm = unscaled(norms, self.grad_scale, self._settings.norm_type)[0]
+            norms = scalars.in_one([batch.norm(norm_type)])
+            self.total_norm = unscaled(norms, self.grad_scale, norm_type)[0]
         else:
             self.total_norm = self.joint_norm(counted)
         self.whole_norm = self.total_norm if len(counted) == len(self.sets) else self.joint_norm(self.sets)
-
-    def nonfinite_apart(self) -> bool | Tensor | None:
-        """Whether any gradient is not finite, if exempt groups count in this alone; else None."""
-        whole_norm = self.whole_norm
-        if whole_norm is self.total_norm:
-            return None
-        return ~whole_norm.isfinite() if isinstance(whole_norm, Tensor) else not math.isfinite(whole_norm)
-
-    def measure_sets(self, sets: Sequence[ClipSet], finite: bool = False) -> None:
-        """Measure the norms of some sets, or of their finite elements, divided by a GradScaler's scale.
-
-        Ranks exchange the norms of all sets at once.
-        """
-        norm_type, each = self._settings.norm_type, self.each
-        found = gather.norms_of([clip_set.batch for clip_set in sets], each, norm_type, finite)
-        for clip_set, of_set in zip(sets, found, strict=True):
-            norms: Any = of_set
-            if not each:
-                norms = [norms] if isinstance(norms, float) else norms.reshape(1)
-            clip_set.norms = norms if self.grad_scale is None else unscaled(norms, self.grad_scale, norm_type)
 
     def joint_norm(self, sets: Sequence[ClipSet]) -> Norm:
         """The joint norm of some sets when they were last measured."""
@@ -185,7 +174,7 @@ class Gradients:
 
     def scale_(self) -> None:
         """Multiply the gradients in place; those that several sets share, by the smallest number."""
-        if not self._overlaps:
+        if len(self.sets) == 1 or not self._overlaps:
             for clip_set in self.sets:
                 clip_set.scale_(self.each)
             return
@@ -213,22 +202,26 @@ def own_max_norm(group: Group) -> float | None:
     return math.inf if own is None else arguments.threshold(group.place("max_norm"), own)
 
 
-def _sets_of(optimizers: Sequence[Optimizer], settings: Settings) -> list[ClipSet]:
+def _sets_of(optimizers: Sequence[Optimizer], scope: str) -> list[ClipSet]:
     """The sets without their gradients: of parameter groups in order, then of all others together."""
     sets: list[ClipSet] = []
     together: list[Sequence[Tensor]] = []
-    several, joint = len(optimizers) > 1, settings.scope == "global"
+    clip_set = ClipSet()
+    several, joint = len(optimizers) > 1, scope == "global"
     for i, optimizer in enumerate(optimizers):
         for j, values in enumerate(optimizer.param_groups):
             if "max_norm" in values:
-                own = own_max_norm(Group(i, j, several, values))
-                sets.append(ClipSet(values["params"], own, values["max_norm"] is None))
+                clip_set.own = own_max_norm(Group(i, j, several, values))
+                clip_set.is_exempt = values["max_norm"] is None
             elif joint:
                 together.append(values["params"])
-            else:
-                sets.append(ClipSet(values["params"], None))
+                continue
+            clip_set.parameters = values["params"]
+            sets.append(clip_set)
+            clip_set = ClipSet()
     if together:
-        sets.append(ClipSet(joined(together), None))
+        clip_set.parameters = together[0] if len(together) == 1 else joined(together)
+        sets.append(clip_set)
     return sets
 
 

@@ -68,6 +68,11 @@ class Settings:
         return self.scope == "parameter"
 
     @cached_property
+    def always_changes(self) -> bool:
+        """Whether gradients may change though no coefficient is below 1."""
+        return self.rule is not None or self.nonfinite == "zero"
+
+    @cached_property
     def counts(self) -> list[InARow]:
         """How many steps in a row were skipped, for each reason."""
         counts = [self.nonfinite_skips] if self.nonfinite == "skip" else []
@@ -256,7 +261,7 @@ def check_history(history: Any) -> None:
             "`history` must be a torchclip.history.History, such as History(maxlen=1000), got "
             f"{arguments.shown(history)}"
         )
-    if history.is_followed:
+    if history._is_followed:
         raise ValueError(
             "`history` already belongs to another Clipper, and would mix the steps of both; pass a new one"
         )

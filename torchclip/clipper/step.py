@@ -39,17 +39,20 @@ class Step:
         lock: held while a step ends, so that other threads see it before or after.
 
     Attributes:
+        thread: the thread of the running step; None if there is none.
+        is_nested: whether another step has begun within it.
+        undos: what is called when it is over.
         counts: whether the running step is a training step.
         stepped: whether a step has ended in the open round.
         fingerprint: that of the gradients when they were clipped, or when this step ended.
         override: what replaces the optimizer's ``grad_scale`` during the step; None if nothing does.
     """
 
-    def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:  # type: ignore[valid-type]
+    def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:
         self._optimizer, self._lock = optimizer, lock
-        self._thread: int | None = None
-        self._is_nested = False
-        self._undo: list[Callable[[Outcome], None]] = []
+        self.thread: int | None = None
+        self.is_nested = False
+        self.undos: list[Callable[[Outcome], None]] = []
         self.counts, self.stepped, self.fingerprint = True, False, b""
         self.override: Any = None
 
@@ -62,58 +65,46 @@ class Step:
         """Whether the optimizer no longer exists."""
         return self._optimizer() is None
 
-    def begin(self) -> bool:
-        """Begin a step; False if it is part of one that has begun already."""
-        if self._thread is not None:
-            with self._lock:
-                if self._is_around(int(self._thread == get_ident())):
-                    self._is_nested = True
-                    return False
-                self.undo("failed")
-        self._thread, self._is_nested, self.counts = get_ident(), False, True
-        return True
-
-    def is_over(self) -> bool:
-        """Whether the step that has begun is over, now that its second hook, or one within it, is called."""
-        return self._thread is not None and not (self._is_nested and self._is_around(1))
-
-    def end(self) -> None:
-        """End the step.  The caller holds the lock."""
-        if self._undo:
-            self.undo("finished")
-        self._thread = None
+    def begins_anew(self) -> bool:
+        """Whether a step begins, though another one has begun before: not if it is part of that."""
+        with self._lock:
+            if self.is_around(int(self.thread == get_ident())):
+                self.is_nested = True
+                return False
+            self.undo("failed")
+            return True
 
     def fail(self) -> None:
         """End the step because of an exception."""
         with self._lock:
             self.undo("failed")
-            self._thread = None
+            self.thread = None
 
     def is_running(self) -> bool:
         """Whether the step runs, in any thread; undoes what a failed step has left."""
-        if self._thread is None:
+        if self.thread is None:
             return False
         with self._lock:
-            if not self._is_around(0):
+            if not self.is_around(0):
                 self.fail()
-            return self._thread is not None
+            return self.thread is not None
 
     def undo_at_end(self, undo: Callable[[Outcome], None]) -> None:
         """Register a function to call when this step is over, or when its closure is called again.
 
         An interrupt may have it called a second time.
         """
-        self._undo.append(undo)
+        self.undos.append(undo)
 
     def undo(self, outcome: Outcome) -> None:
         """Call the functions that were registered for this step."""
-        while self._undo:
-            self._undo[-1](outcome)
-            self._undo.pop()
+        while self.undos:
+            self.undos[-1](outcome)
+            self.undos.pop()
 
-    def _is_around(self, inner: int) -> bool:
+    def is_around(self, inner: int) -> bool:
         """Whether more than a given number of ``step()`` calls of the optimizer are on the step's stack."""
-        optimizer, frame = self._optimizer(), sys._current_frames().get(cast("int", self._thread))
+        optimizer, frame = self._optimizer(), sys._current_frames().get(cast("int", self.thread))
         while frame is not None:
             if frame.f_code is _AROUND_STEP and frame.f_locals[_ARGS][0] is optimizer:
                 if inner == 0:

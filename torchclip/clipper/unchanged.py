@@ -32,10 +32,10 @@ def check_unchanged(step: Step, name: str) -> None:
     """Raise an error if an optimizer steps with gradients that have changed since they were clipped."""
     if has_new(step):
         raise RuntimeError(
-            f"the gradients of {name} have changed since they were clipped, before its step; with a GradScaler "
-            "call `scaler.unscale_(optimizer)` for each optimizer of the Clipper before the first one steps; "
-            "optimizers that step after backward passes of their own, as in a GAN, need a Clipper each. This "
-            "step was called off"
+            f"the gradients of {name} have changed since they were clipped, before its step; with a "
+            "GradScaler call `scaler.unscale_(optimizer)` for each optimizer of the Clipper before the first "
+            "one steps; optimizers that step after backward passes of their own, as in a GAN, need a Clipper "
+            "each. This step was called off"
         )
 
 
@@ -43,8 +43,8 @@ def check_after_closure(step: Step, name: str) -> None:
     """Raise an error if the closure of a later optimizer has computed new gradients."""
     if has_new(step):
         raise RuntimeError(
-            f"the closure of {name} computed new gradients, but those of this round were clipped when another "
-            "optimizer of the Clipper stepped; only the first one to step may take a closure"
+            f"the closure of {name} computed new gradients, but those of this round were clipped when "
+            "another optimizer of the Clipper stepped; only the first one to step may take a closure"
         )
 
 

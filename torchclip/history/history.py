@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
-import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any, overload
 
@@ -24,12 +23,14 @@ from torchclip._core import arguments
 from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import ADDED, COLUMNS, Record, as_records, integer, saved_columns
+from torchclip.history.records import ADDED, Record, as_records, integer, saved_columns
 from torchclip.history.stalls import ClippedSizes
 from torchclip.history.summary import QUANTILES, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from torchclip.history.page import Shown
 
 # How many steps may wait for their values; with more, the values are fetched without a read.
 _MOST_PENDING = 1024
@@ -51,24 +52,22 @@ class History(Sequence[Record]):
         >>> history.append(1, total_norm=torch.tensor(4.0), max_norm=1.0, clip_coef=torch.tensor(0.25))
         >>> history[-1]
         Record(step=1, total_norm=4.0, max_norm=1.0, clip_coef=0.25, clipped=True, nonfinite=False,
-               skipped=False, loss=None, clipped_norm=1.0, layers=None)
+               skipped=False, loss=None, clipped_norm=1.0)
         >>> print(history.summary())
         2 steps: 1 clipped (50.0%), 0 non-finite, 0 skipped
         norm: 10% 0.85, 50% 2.25, 90% 3.65, 99% 3.965; largest 4 at step 1
+        after clipping: 10% 0.55, 50% 0.75, 90% 0.95, 99% 0.995
     """
 
     layers: Layers
     """The norms of single parameters, from every ``layers_every``-th step of a ``Clipper``."""
-    clipped_sizes: ClippedSizes
-    """The size of the clipped gradients, compared with the optimizer's ``eps``; a Clipper measures it."""
-    is_followed: bool
-    """Whether a Clipper records its steps here."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
-        self.clipped_sizes = ClippedSizes()
+        # What a Clipper measures for the advice: the size of clipped gradients beside the optimizer's `eps`.
+        self._clipped_sizes = ClippedSizes()
         self._pending: list[tuple[Any, ...]] = []
-        self.is_followed = False
+        self._is_followed = False  # by a Clipper, which records its steps here
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
         self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
         self._largest: tuple[float, int | None] = (math.nan, None)
@@ -105,9 +104,9 @@ class History(Sequence[Record]):
                 ``clip_coef``, which is exact if ``clip_coef`` multiplies all gradients.
             nonfinite: whether any gradient is not finite; by default whether ``total_norm`` is not.
         """
-        self.extend([(step, total_norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)])
+        self._extend([(step, total_norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)])
 
-    def extend(self, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _extend(self, rows: Sequence[tuple[Any, ...]]) -> None:
         """Record a step that has several records: the arguments of ``append`` for each."""
         # No lock is needed, as adding to a list is atomic.
         self._pending.extend(rows)
@@ -115,7 +114,7 @@ class History(Sequence[Record]):
             with self._lock:
                 self._resolve()
 
-    def ends_with(self, step: int) -> bool:
+    def _ends_with(self, step: int) -> bool:
         """Whether a step is the latest one, without reading its values."""
         try:
             return bool(self._pending[-1][0] == step)
@@ -193,23 +192,24 @@ class History(Sequence[Record]):
         with self._lock:
             records = self._snapshot()
             counts, (largest_norm, largest_step) = dict(self._counts), self._largest
-        norms = [record.total_norm for record in records if not record.nonfinite]
-        quantiles = dict(zip(QUANTILES, np.quantile(norms, QUANTILES).tolist(), strict=True)) if norms else {}
         return Summary(
             **counts,
             largest_norm=largest_norm,
             largest_step=largest_step,
             kept=len({record.step for record in records}),
-            quantiles=quantiles,
-            stall=self.clipped_sizes.stall(records),
+            quantiles=_quantiles(record.total_norm for record in records),
+            clipped_quantiles=_quantiles(record.clipped_norm for record in records),
         )
 
-    def suggest(self) -> Advice:
-        """Which threshold to use, judging by the norms of this run before clipping.
+    def suggest(self, max_norm: float | None = None) -> Advice:
+        """Whether to keep the threshold of this run, and which one to use otherwise.
+
+        Args:
+            max_norm: the threshold to judge by the norms of this run; by default the one that it had.
 
         Returns:
-            What fixed thresholds would have done, which one to use, and whether the norms have spikes or
-            drift; ``str()`` says it in words.
+            The verdict on the threshold, what fixed thresholds would have done, and what is unusual about the
+            norms; ``str()`` says it in words.
 
         Examples:
             >>> history = History()
@@ -219,22 +219,24 @@ class History(Sequence[Record]):
             >>> advice.max_norm, advice.spikes, advice.drifts
             (7.0, 0, False)
         """
+        if max_norm is not None:
+            max_norm = arguments.threshold("max_norm", max_norm)
         with self._lock:
             records, steps = self._snapshot(), self._counts["steps"]
         earlier = steps - len({record.step for record in records})
-        return advise(records, earlier, self.clipped_sizes)
+        return advise(records, earlier, self._clipped_sizes, max_norm)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The kept records as columns: field of ``Record`` → its values, oldest first."""
         records = self._snapshot()
-        return {name: [record[i] for record in records] for i, name in enumerate(COLUMNS)}
+        return {name: [record[i] for record in records] for i, name in enumerate(Record._fields)}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the kept records to a file, one per line, with numbers in full precision."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(record[: len(COLUMNS)] for record in self._snapshot())
+            writer.writerow(Record._fields)
+            writer.writerows(self._snapshot())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norm over the steps on a log scale, with the threshold and the steps that were clipped.
@@ -291,9 +293,16 @@ class History(Sequence[Record]):
         _require("to_html", "jinja2", "matplotlib")
         from torchclip.history.page import page
 
-        html = page("Gradient norms" if title is None else title, {"": self})
+        html = page("Gradient norms" if title is None else title, {"": self._shown()})
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
+
+    def _shown(self, has_advice: bool = True) -> Shown:
+        """What a page shows of this run, with or without advice."""
+        from torchclip.history.page import Shown
+
+        advice = self.suggest() if has_advice else None
+        return Shown(self.as_dict(), self.summary(), advice, self.layers.read())
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
@@ -313,7 +322,7 @@ class History(Sequence[Record]):
             ValueError: if ``state`` is not a history's.
         """
         arguments.saved("state", state, ("records", "counts", "largest"), "History")
-        fields = [field for field in COLUMNS if field not in ADDED]
+        fields = [field for field in Record._fields if field not in ADDED]
         arguments.saved("state['records']", state["records"], fields, "History")
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
         columns = saved_columns(state["records"])
@@ -326,7 +335,7 @@ class History(Sequence[Record]):
             raise TypeError(f"`state['largest']` must be a pair, got {arguments.shown(largest)}")
         norm = arguments.number("state['largest']", largest[0])
         step = None if largest[1] is None else integer("state['largest']", largest[1])
-        kept = deque(itertools.starmap(Record, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
+        kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         latest = [record for record in kept if record.step == kept[-1].step]
         layers = Layers()
         if "layers" in state:  # earlier versions did not save it
@@ -346,11 +355,16 @@ class History(Sequence[Record]):
             self._resolve()
             state = vars(self) | {"_kept": self._kept.copy(), "layers": copy.copy(self.layers)}
         # Copies have their own lock and pending steps, and no Clipper.
-        return state | {"_pending": [], "is_followed": False, "_lock": None}
+        return state | {"_pending": [], "_is_followed": False, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = RLock()
+
+
+def _quantiles(values: Iterable[float]) -> dict[float, float]:
+    finite = [value for value in values if math.isfinite(value)]
+    return dict(zip(QUANTILES, np.quantile(finite, QUANTILES).tolist(), strict=True)) if finite else {}
 
 
 def _require(method: str, *packages: str) -> None:

@@ -33,8 +33,8 @@ class Record(NamedTuple):
     nonfinite: bool
     """Whether any gradient is ``inf`` or ``nan``.
 
-    Then ``total_norm`` is, too, unless only parameter groups with ``max_norm=None`` have them, which it leaves
-    out.
+    Then ``total_norm`` is, too, unless only parameter groups with ``max_norm=None`` have such gradients, as
+    it leaves these groups out.
     """
     skipped: bool
     """Whether the step was skipped: parameters and optimizer state did not change."""
@@ -42,17 +42,29 @@ class Record(NamedTuple):
     """The loss of the step, if it is known."""
     clipped_norm: float = math.nan
     """The norm of the gradients that the optimizer steps with; 0 if the step was skipped."""
-    layers: Mapping[str, float] | None = None
-    """The norm of each parameter's gradient before clipping, by its name; 0 without a gradient.
 
-    In the records that ``on_clip`` gets of every ``layers_every``-th step; elsewhere None, as a history keeps
-    these norms in ``history.layers``.
-    """
+    @property
+    def layers(self) -> Mapping[str, float] | None:
+        """The norm of each parameter's gradient before clipping, by its name; 0 without a gradient.
+
+        In the records that ``on_clip`` gets of every ``layers_every``-th step; elsewhere None, as a history
+        keeps these norms in ``history.layers``.
+        """
+        return None
+
+
+class SampledRecord(Record):
+    """A record of a step in which the norms of single parameters were measured; equal to one without."""
+
+    _by_name: Mapping[str, float]
+
+    @property
+    def layers(self) -> Mapping[str, float]:
+        """The norm of each parameter's gradient before clipping, by its name; 0 without a gradient."""
+        return self._by_name
 
 
 _PLAIN = {int, float, bool, type(None)}
-COLUMNS = Record._fields[: Record._fields.index("layers")]
-"""The fields with one value a step, which a history keeps and tables show."""
 
 
 def integer(name: str, value: Any) -> int:
@@ -146,11 +158,19 @@ def _record(
     return Record(step, norm, max_norm, coef, clipped, is_nonfinite, bool(skipped), loss, float(clipped_norm))
 
 
-def norms_by_name(names: Sequence[str], norms: Sequence[float] | Tensor) -> dict[str, float]:
-    """The arguments of ``Layers.append`` in the form of ``Record.layers``; reads the values."""
+def with_layers(record: Record, names: Sequence[str], norms: Sequence[float] | Tensor) -> SampledRecord:
+    """The record with the norms of single parameters; reads their values.
+
+    Args:
+        record: the record.
+        names: the names, as for ``Layers.append``.
+        norms: the norms, as for ``Layers.append``.
+    """
     values: Sequence[float] = norms.tolist() if isinstance(norms, Tensor) else norms
+    found = SampledRecord(*record)
     # Without a gradient the norm is negative; NaN stays NaN.
-    return {name: 0.0 if norm < 0 else float(norm) for name, norm in zip(names, values, strict=True)}
+    found._by_name = {name: 0.0 if norm < 0 else norm for name, norm in zip(names, values, strict=True)}
+    return found
 
 
 def _clipped_norm(total_norm: float, clip_coef: float, skipped: bool) -> float:

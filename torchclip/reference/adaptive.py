@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,6 +65,10 @@ def clip_grad_adaptive(
         for unit in units:
             limit = clip_factor * max(norm_of([weight[unit]], p), eps)
             norm = norm_of([grad[unit]], p)
+            if math.isinf(norm):  # the norms, but perhaps not the elements, are beyond float64
+                small = 2.0**-64
+                limit = clip_factor * max(norm_of([weight[unit] * small], p), eps * small)
+                norm = norm_of([grad[unit] * small], p)
             if not norm <= limit:
                 # A norm of 0 gets here only if the limit is NaN.
                 scale([grad[(*unit, ...)]], limit / norm if norm else limit)

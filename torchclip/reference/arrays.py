@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 __all__ = ["Array", "check_arrays", "norm_of", "scale"]
 
+# Numbers below the first are multiplied by the second, a power of two.
+_SMALL, _LARGE = 1e-200, 2.0**600
+
 
 Array: TypeAlias = NDArray[Any]
 
@@ -18,6 +21,9 @@ Array: TypeAlias = NDArray[Any]
 def norm_of(arrays: Sequence[Array], p: float) -> float:
     """``(Σ |a|^p)^(1/p)`` over the elements of arrays, in float64 and without overflow in between."""
     m = np.concatenate([_magnitudes(a).ravel() for a in arrays]) if arrays else np.zeros(0)
+    if p != 0 and 0 < m.max(initial=0.0) < _SMALL:
+        # Magnitudes of complex numbers would be rounded to few digits before they are added.
+        return norm_of([a * _LARGE for a in map(_wide, arrays)], p) / _LARGE
     if m.size == 0:
         return 0.0
     if p == 0:
@@ -29,9 +35,14 @@ def norm_of(arrays: Sequence[Array], p: float) -> float:
         return float(leading * np.sum((m / leading) ** p) ** (1 / p))
 
 
+def _wide(grad: Array) -> Array:
+    """The numbers in float64."""
+    return grad.astype(np.complex128 if np.iscomplexobj(grad) else np.float64)
+
+
 def _magnitudes(grad: Array) -> Array:
     """``|g|`` in float64."""
-    return np.abs(grad.astype(np.complex128 if np.iscomplexobj(grad) else np.float64))
+    return np.abs(_wide(grad))
 
 
 def scale(grads: Sequence[Array], rate: float) -> None:

@@ -34,7 +34,10 @@ def clip_grad_rms(grads: Sequence[Array], max_rms: float) -> list[float]:
     grads = check_arrays(grads, writeable=True)
     found = []
     for grad in grads:
-        rms = norm_of([grad], 2.0) / math.sqrt(max(1, grad.size))
+        root = math.sqrt(max(1, grad.size))
+        rms = norm_of([grad], 2.0) / root
+        if math.isinf(rms):  # the norm, but perhaps not the root mean square, is beyond float64
+            rms = norm_of([grad * 2.0**-64], 2.0) / root * 2.0**64
         # Unlike clipping by norm, there is no 1e-6.  An infinite threshold only measures.
         if not (rms <= max_rms or math.isinf(max_rms)):
             scale([grad], max_rms / rms)

@@ -255,7 +255,11 @@ def _show(recording: Recording, seconds: float, end: str, wanted: Files, command
         from torchclip.history.page import page
 
         title = f"Gradient norms of {next(iter(found))}" if len(found) == 1 else "Gradient norms"
-        return page(title, found, about(recording, seconds, command, end))
+        return page(
+            title,
+            {name: each._shown() for name, each in found.items()},
+            about(recording, seconds, command, end),
+        )
 
     return wanted.write(found, lambda: _figure(found), html)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torchclip.history.history import History
-from torchclip.history.records import COLUMNS
+from torchclip.history.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,9 +56,9 @@ def _write_csv(path: Path, histories: Mapping[str, History]) -> None:
     """A line for each step."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*COLUMNS, "optimizer"])
+        writer.writerow([*Record._fields, "optimizer"])
         for label, history in histories.items():
-            writer.writerows([*record[: len(COLUMNS)], label] for record in history)
+            writer.writerows([*record, label] for record in history)
 
 
 def read_csv(path: Path) -> dict[str, History]:

@@ -141,9 +141,9 @@ class StepRecorder:
                 record.problem = problem
                 self._record_unclipped(record, optimizer)
         # A Clipper does this for its own history.
-        if record.steps >= record.history.clipped_sizes.next_step and record.problem is None:
+        if record.steps >= record.history._clipped_sizes.next_step and record.problem is None:
             try:
-                record.history.clipped_sizes.measure(record.steps, [optimizer])
+                record.history._clipped_sizes.measure(record.steps, [optimizer])
             except Exception as error:  # as in _measure
                 record.problem = _no_norms(error)
         record.steps += 1

@@ -14,7 +14,7 @@ namespace {
 // 16 KiB of the stack.
 constexpr size_t kUsual = 128;
 
-template <class T, size_t kInline> class Room {
+template <class T, size_t kInline> class Array {
     static_assert(std::is_trivially_copyable<T>::value, "elements are moved as bytes");
     alignas(T) unsigned char inline_[kInline * sizeof(T)];
     T* data_ = reinterpret_cast<T*>(inline_);
@@ -23,10 +23,10 @@ template <class T, size_t kInline> class Room {
     bool is_inline() const { return data_ == reinterpret_cast<const T*>(inline_); }
 
   public:
-    Room() = default;
-    Room(const Room&) = delete;
-    Room& operator=(const Room&) = delete;
-    ~Room() {
+    Array() = default;
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+    ~Array() {
         if (!is_inline()) std::free(data_);
     }
 

@@ -1,38 +1,31 @@
 // Gradients of single examples: their norms over all tensors, and their clipped sum, with no copy of any.
 #pragma once
 
-#include "results.h"
 #include "rows.h"
 
 namespace {
 
 constexpr size_t kSummed = 2048;  // elements of a row that are summed together, over all examples
 
-// The tensors of a call, if the kernel can work on all of them.
 class Examples {
     std::vector<Rows> grads_;
     std::vector<size_t> lengths_;  // elements of each sum
     Axes axes_;
-    Results sums_;  // like those of the rows, but without gaps
     size_t count_ = 0, elements_ = 0;
 
   public:
     size_t elements() const { return elements_; }
 
-    // False for a tensor that the kernel does not handle.
-    bool read(const References& tensors) {
-        if (tensors.size() == 0 || !are_dense_on_host(tensors) || !stand_for_their_memory(tensors)) return false;
-        grads_.resize(tensors.size());
-        for (size_t i = 0; i < tensors.size(); ++i) {
-            DLTensor t;
-            Rows& grad = grads_[i];
-            if (!describe(tensors[i], t) || !grad.read(t, true, axes_)) return false;
-            if (i > 0 && grad.count != count_) return false;
-            count_ = grad.count;
-            elements_ += grad.elements();
-            lengths_.push_back(sums_.add(t.dtype, t.ndim - 1, t.shape + 1, t.strides + 1));
-        }
-        sums_.allocate();
+    // Adds a tensor.  False if it has another number of examples, or its memory cannot be handled.
+    bool add(const DLTensor& tensor) {
+        Rows grad;
+        if (!grad.read(tensor, true, axes_) || (!grads_.empty() && grad.count != count_)) return false;
+        count_ = grad.count;
+        elements_ += grad.elements();
+        size_t length = 1;
+        for (int32_t axis = 1; axis < tensor.ndim; ++axis) length *= size_t(tensor.shape[axis]);
+        lengths_.push_back(length);
+        grads_.push_back(grad);
         return true;
     }
 
@@ -63,7 +56,8 @@ class Examples {
         return result;
     }
 
-    void add_up(const std::vector<double>& clip_coefs, int threads) const {
+    // Adds the examples, each multiplied by its coefficient, into memory like that of a row, but without gaps.
+    void add_up(const std::vector<double>& clip_coefs, const std::vector<char*>& sums, int threads) const {
         // On the heap, as the stack of a thread may be small; used only for rows with gaps.
         bool has_gaps = false;
         for (const Rows& grad : grads_) has_gaps = has_gaps || grad.row.axes > 0;
@@ -76,35 +70,16 @@ class Examples {
         share(pieces, threads, [&](size_t i, size_t block) {
             const size_t thread = threads > 1 ? size_t(openmp.get_thread_num()) : 0;
             char* const buffer = has_gaps ? &rows[thread * kRowRoom] : nullptr;
-            add_block(grads_.size() - 1 - i, block * kSummed, clip_coefs, &scratch[thread * kSumRoom], buffer);
+            const size_t from = grads_.size() - 1 - i;
+            add_block(from, block * kSummed, clip_coefs, &scratch[thread * kSumRoom], buffer, sums[from]);
         });
-    }
-
-    // The sums in a list; null, with an error set, after an error.
-    Ref sums() {
-        Ref list(PyList_New(Py_ssize_t(grads_.size())));
-        for (size_t i = 0; i < grads_.size() && list != nullptr; ++i) {
-            Ref sum = sums_.take(i);
-            if (sum == nullptr) return sum;
-            PyList_SetItem(list, Py_ssize_t(i), sum.release());
-        }
-        return list;
     }
 
   private:
     static constexpr size_t kSumRoom = 2 * kSummed, kOneRow = 16 * kSummed, kRowRoom = kRowsAtOnce * kOneRow;
 
-    // Not for views that torch conjugates or negates lazily.
-    static bool stand_for_their_memory(const References& tensors) {
-        for (PyObject* tensor : tensors)
-            for (PyObject* name : {torch.is_neg, torch.is_conj}) {
-                const Ref answer(PyObject_CallFunctionObjArgs(name, tensor, nullptr));
-                if (answer != Py_False) return PyErr_Clear(), false;
-            }
-        return true;
-    }
-
-    void add_block(size_t i, size_t start, const std::vector<double>& clip_coefs, double* sum, char* buffer) const {
+    void add_block(size_t i, size_t start, const std::vector<double>& clip_coefs, double* sum, char* buffer,
+                   char* result) const {
         const Rows& grad = grads_[i];
         const DtypeFacts& dtype = kDtypes[grad.row.dtype];
         const Loops& loops = loops_for(elements_)[grad.row.dtype];
@@ -122,33 +97,8 @@ class Examples {
             }
             loops.add_rows(sum, x, clip_coefs.data() + row, rows, n * dtype.parts);
         }
-        loops.round_sums(sums_.data(i) + start * dtype.item, sum, n * dtype.parts);
+        loops.round_sums(result + start * dtype.item, sum, n * dtype.parts);
     }
 };
-
-// clip_per_example(grads, max_norm)
-PyObject* clip_per_example(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 2, 2)) return nullptr;
-    const double max_norm = read_threshold(args[1]);
-    if (!(max_norm >= 0) || !PyList_CheckExact(args[0])) return unusual();
-    References tensors;
-    Examples examples;
-    collect_list(args[0], [&](Ref item) { return tensors.take(std::move(item)), true; });
-    if (!is_usable() || !examples.read(tensors)) return unusual();
-    const int threads = usable_threads(examples.elements());
-    double clipped = 0;
-    {
-        const WithoutGil unlocked(examples.elements());
-        std::vector<double> clip_coefs = examples.norms(threads);
-        for (double& coef : clip_coefs) {
-            coef = clip_coef_of(max_norm, coef);
-            clipped += !(coef >= 1);
-        }
-        examples.add_up(clip_coefs, threads);
-    }
-    const Ref sums = examples.sums(), number(new_tensor<int64_t>(kInt, &clipped, 1, 0));
-    if (sums == nullptr || number == nullptr) return nullptr;
-    return PyTuple_Pack(2, static_cast<PyObject*>(sums), static_cast<PyObject*>(number));
-}
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The current memory of some tensors: its norms, changes to it, and how threads share the work.
+// The memory of some tensors: its norms, changes to it, and how threads share the work.
 #pragma once
 
 #include <algorithm>
@@ -6,14 +6,14 @@
 #include <limits>
 #include <vector>
 
-#include "dispatch.h"
+#include "instruction_sets.h"
 #include "layout.h"
 #include "threads.h"
 
 namespace {
 
-// The bits of torchclip._core.batch.Facts.
-constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kTied = 16;
+// The flags of torchclip._core.batch.Facts.
+constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kShared = 16;
 
 constexpr size_t kSmallElements = size_t(1) << 19;  // of Facts.SMALL
 constexpr double kAbsent = -1.0;                    // the norm of no elements at all
@@ -44,43 +44,41 @@ double clip_coef_of(double max_norm, double norm, double eps) {
     return coef >= 1.0 ? 1.0 : coef;  // nan for a nan norm
 }
 
-// It holds pointers into the tensors' memory, so no Python code may run between `add` and their use; nothing here runs
-// any, except that other threads may run during work on many elements.
+// It holds pointers into the tensors' memory, so that nothing may move or free that between `add` and their use.
 class Memory {
     struct Place {
         size_t part, start;  // tensor and first element
         size_t chunk;        // among those of all tensors
     };
 
-    Room<Layout, kUsual> parts_;
+    Array<Layout, kUsual> parts_;
     Axes axes_;
-    Room<double, kUsual> results_;  // by chunk
-    Room<bool, kUsual> written_;    // likewise
+    Array<double, kUsual> results_;  // by chunk
+    Array<bool, kUsual> written_;    // by chunk, too
     size_t elements_ = 0, chunks_ = 0;
-    int facts_ = 0, threads_ = 1;
+    int flags_ = 0, threads_ = 1;
     const Loops* loops_ = nullptr;
 
   public:
-    // Forgets everything, after Python code has run.
+    // Forgets all tensors.
     void clear() {
         parts_.clear();
         axes_.clear();
         elements_ = chunks_ = 0;
-        facts_ = 0;
+        flags_ = 0;
     }
 
     void reserve(size_t tensors) { parts_.reserve(tensors); }
 
     // False if the kernel cannot handle the tensor's memory.
-    INLINE bool add(PyObject* tensor) {
-        DLTensor t;
+    INLINE bool add(const DLTensor& tensor) {
         Layout layout;
-        if (!describe(tensor, t) || !read_layout(t, layout, axes_)) return false;
+        if (!read_layout(tensor, layout, axes_)) return false;
         parts_.push_back(layout);
         elements_ += layout.count;
         chunks_ += chunks_of(layout);
         const DtypeFacts& dtype = kDtypes[layout.dtype];
-        facts_ |=
+        flags_ |=
             (dtype.is_double() ? kDouble : 0) | (dtype.is_complex() ? kAnyComplex : 0) | (layout.axes > 0 ? kGaps : 0);
         return true;
     }
@@ -88,22 +86,20 @@ class Memory {
     size_t size() const { return parts_.size(); }
     size_t elements() const { return elements_; }
     size_t elements(size_t part) const { return parts_[part].count; }
-    int facts() const { return facts_; }
+    int flags() const { return flags_; }
 
-    // Whether other Python code may run during the work.
-    bool releases_gil() const { return elements_ >= kWorthReleasing; }
+    // How many threads share the work from now on.
+    void use_threads(int threads) { threads_ = threads; }
 
     // The norm of all tensors as one vector; on request, of their finite elements only.
     double norm(Read Loops::* loop, bool finite) {
         prepare();
-        const WithoutGil unlocked(elements_);
         return norm_from(reduce(first(), last(), loop, finite, 1.0), first(), last(), loop, finite);
     }
 
     // The norm of each, in order, into `norms`.
     void norms(Read Loops::* loop, bool finite, double* norms) {
         prepare();
-        const WithoutGil unlocked(elements_);
         reduce(first(), last(), loop, finite, 1.0);
         Place from = first();
         for (size_t i = 0; i < parts_.size(); ++i) {
@@ -115,7 +111,7 @@ class Memory {
 
     // A number for each tensor that shows whether it is still the same one with the same contents: it depends on the
     // address, the version, the size and a sample.
-    void fingerprints(const Room<int64_t, kUsual>& versions, Room<uint64_t, kUsual>& found) {
+    void fingerprints(const Array<int64_t, kUsual>& versions, Array<uint64_t, kUsual>& found) {
         loops_ = loops_for(elements_);
         for (size_t i = 0; i < parts_.size(); ++i) {
             uint64_t hash = 0;
@@ -136,7 +132,6 @@ class Memory {
         prepare();
         if (threads_ > 1 && overlaps()) threads_ = 1;
         written_.resize(chunks_);
-        const WithoutGil unlocked(elements_);
         run(first(), last(), [&](Place place, size_t n) {
             const Layout& layout = parts_[place.part];
             const Write inner = loops_[layout.dtype].*loop;
@@ -154,7 +149,7 @@ class Memory {
     }
 
     // Which tensors the last `write` has changed, or had nothing to change in.
-    void find_written(Room<bool, kUsual>& written) const {
+    void find_written(Array<bool, kUsual>& written) const {
         written.resize(parts_.size());
         const bool* chunk = written_.begin();
         for (size_t i = 0; i < parts_.size(); ++i) {
@@ -179,7 +174,6 @@ class Memory {
         size_t most = 0;
         for (const Layout& layout : parts_) most = std::max(most, layout.count);
         const bool is_apart = !overlaps();
-        const WithoutGil unlocked(elements_);
         if (is_apart && most <= std::max(elements_, size_t(1)) / size_t(threads_)) {
             const auto clip = [&](size_t i, Place from, Place to) {
                 reduce(from, to, loop, false, 1.0);
@@ -246,10 +240,9 @@ class Memory {
 
     static size_t chunks_of(const Layout& layout) { return (layout.count + kChunk - 1) / kChunk; }
 
-    // Chooses the loops and the number of threads by the number of elements.
+    // Chooses the loops by the number of elements.
     void prepare() {
         results_.resize(chunks_);
-        threads_ = usable_threads(elements_);
         loops_ = loops_for(elements_);
     }
 
@@ -269,7 +262,7 @@ class Memory {
     // The same, in several threads if that is faster.
     template <class Work> void run(Place from, Place to, const Work& work) const {
         if (threads_ == 1 || to.chunk - from.chunk < chunks_) return run_here(from, to, work);
-        Room<Place, 33> begins;
+        Array<Place, 33> begins;
         cut(size_t(threads_), begins);
         in_parallel(threads_, [&](size_t thread, size_t threads) {
             for (size_t i = thread; i + 1 < begins.size(); i += threads) run_here(begins[i], begins[i + 1], work);
@@ -277,7 +270,7 @@ class Memory {
     }
 
     // Divides all chunks into shares of about the same cost: the beginning of each share, and the end of the last.
-    void cut(size_t shares, Room<Place, 33>& begins) const {
+    void cut(size_t shares, Array<Place, 33>& begins) const {
         const size_t cost = elements_ + chunks_ * kChunkCost;
         size_t before = 0;
         run_here(first(), last(), [&](Place place, size_t n) {

@@ -1,12 +1,12 @@
-// What the kernel needs from torch, passed to `connect`, and what it reads from a tensor with it.
+// What the kernel needs of torch, and what it reads from a tensor with it.
 #pragma once
 
-#include <cstddef>
-#include <exception>
+#include <algorithm>
 #include <vector>
 
-#include "dlpack.h"
-#include "ref.h"
+#include "../arithmetic/dlpack.h"
+#include "../arithmetic/threads.h"
+#include "calls.h"
 
 namespace {
 
@@ -27,7 +27,7 @@ class Function {
         Py_XINCREF(argument);
         argument_ = argument;
         if (Py_TYPE(object) != &PyCFunction_Type) return;
-        const int flags = PyCFunction_GetFlags(object);
+        const int flags = PyCFunction_GetFlags(object) & ~METH_COEXIST;
         const PyCFunction function = PyCFunction_GetFunction(object);
         if (flags == METH_NOARGS || flags == METH_O) direct_ = function;
         if (flags == (METH_FASTCALL | METH_KEYWORDS))
@@ -51,13 +51,13 @@ class Getter {
     descrgetfunc get_ = nullptr;
 
   public:
-    // False, with an error set, if there is no such attribute.
-    bool connect(PyObject* type, const char* name) { return use(PyObject_GetAttrString(type, name), name); }
+    // It fails if there is no such attribute.
+    Outcome connect(PyObject* type, const char* name) { return use(PyObject_GetAttrString(type, name), name); }
 
     // The same for attributes of classes.
-    bool connect_of_types(const char* name) {
+    Outcome connect_of_types(const char* name) {
         const Ref attributes(PyObject_GetAttrString(reinterpret_cast<PyObject*>(&PyType_Type), "__dict__"));
-        return attributes != nullptr && use(PyMapping_GetItemString(attributes, name), name);
+        return attributes == nullptr ? kFailed : use(PyMapping_GetItemString(attributes, name), name);
     }
 
     PyObject* operator()(PyObject* object) const {
@@ -65,45 +65,70 @@ class Getter {
     }
 
   private:
-    bool use(PyObject* descriptor, const char* name) {
+    Outcome use(PyObject* descriptor, const char* name) {
         descriptor_ = descriptor;
-        if (descriptor == nullptr) return false;
+        if (descriptor == nullptr) return kFailed;
         get_ = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(descriptor_), Py_tp_descr_get));
-        if (get_ == nullptr) PyErr_Format(PyExc_RuntimeError, "the kernel cannot read the attribute %s", name);
-        return get_ != nullptr;
+        return get_ != nullptr ? kDone : fail(PyExc_RuntimeError, "the kernel cannot read the attribute %s", name);
     }
 };
 
-struct {
+// One of torchclip._core.memory.CHECKS.
+struct Check {
+    Function function;
+    PyObject* idle;       // its answer while operations are neither recorded nor transformed
+    PyObject* otherwise;  // called after another answer, says whether they really are; or None
+};
+
+struct Torch {
     PyTypeObject *tensor, *parameter;
     Function increment_version;  // for each of an iterable of tensors
     PyObject* refuse;
     Function get_num_threads;
     PyObject* other_norms;
-    std::vector<Function> watchers;  // each is true if operations may be observed
-    PyObject *forward_ad, *current_level;
+    std::vector<Check> checks;
     Function is_inference_mode_enabled;
     Getter grad, layout, is_cpu, version;
     PyObject* strided;           // the layout of dense tensors
     PyObject *is_neg, *is_conj;  // methods of tensors
-    int (*read)(void* py_object, DLTensor* out);
-    int (*make)(DLManagedTensorVersioned* tensor, void** out);
-} torch;
+    const DLPackExchangeAPI* exchange;
+};
 
-bool connected() {
-    if (torch.read != nullptr) return true;
-    PyErr_SetString(PyExc_RuntimeError, "the kernel is not connected to torch; call connect() first");
-    return false;
+// Null until `connect` has succeeded; what it points to does not change.
+const Torch* connection = nullptr;
+const Torch& torch() { return *connection; }
+
+// The number of open `torchclip.kernel.disabled()` blocks in all threads.
+long disabled_count = 0;
+
+// Whether a check says that operations may be recorded or transformed, so that all must be torch's.
+Outcome pass(const Check& check) {
+    const Ref answer(check.function());
+    if (answer == nullptr) return kFailed;
+    if (answer == check.idle) return kDone;
+    const int is_idle = PyObject_RichCompareBool(answer, check.idle, Py_EQ);
+    if (is_idle != 0) return is_idle > 0 ? kDone : kFailed;
+    if (check.otherwise == Py_None) return kUnusual;
+    const Ref found(PyObject_CallNoArgs(check.otherwise));
+    const int is_found = found == nullptr ? -1 : PyObject_IsTrue(found);
+    return is_found < 0 ? kFailed : is_found > 0 ? kUnusual : kDone;
 }
 
-// Tells autograd that the tensors of a list or tuple were written.  False, with an error set, if autograd raises, or
-// for null.
-bool bump_versions(const Ref& tensors) {
-    if (tensors == nullptr) return false;
-    return Ref(torch.increment_version(tensors)) != nullptr;
+// Whether the kernel may work: it is connected and not disabled, and all checks pass.
+Outcome begin() {
+    if (connection == nullptr)
+        return fail(PyExc_RuntimeError, "the kernel is not connected to torch; call connect() first");
+    Outcome outcome = disabled_count == 0 ? kDone : kUnusual;
+    for (size_t i = 0; i < torch().checks.size() && outcome == kDone; ++i) outcome = pass(torch().checks[i]);
+    return outcome;
 }
 
-bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
+bool is_plain(PyObject* object) { return Py_TYPE(object) == torch().tensor || Py_TYPE(object) == torch().parameter; }
+
+// Tells autograd that the tensors of a list or tuple, which may be null after an error, were written.
+Outcome bump_versions(const Ref& tensors) {
+    return tensors != nullptr && Ref(torch().increment_version(tensors)) != nullptr ? kDone : kFailed;
+}
 
 // Whether torch has refused to describe a tensor in this process.  A refusal takes half a millisecond, so afterwards
 // every tensor is first checked for being dense and in host memory.
@@ -111,9 +136,9 @@ bool has_refused = false;
 
 // The check can run Python code (a function mode).
 bool is_dense_on_host(PyObject* tensor) {
-    const Ref is_cpu(torch.is_cpu(tensor)), layout(is_cpu == Py_True ? torch.layout(tensor) : nullptr);
+    const Ref is_cpu(torch().is_cpu(tensor)), layout(is_cpu == Py_True ? torch().layout(tensor) : nullptr);
     PyErr_Clear();  // torch's operations will fail in the same way
-    return layout == torch.strided;
+    return layout == torch().strided;
 }
 
 // False for a view of a storage that was resized to nothing: torch then gives its offset as the address.  Only for such
@@ -131,62 +156,47 @@ bool has_memory(PyObject* tensor, const DLTensor& t) {
 // if it returns true.
 bool describe(PyObject* tensor, DLTensor& t) {
     if (!is_plain(tensor)) return false;
-    if (torch.read(tensor, &t) == 0) return has_memory(tensor, t);
+    if (torch().exchange->dltensor_from_py_object_no_sync(tensor, &t) == 0) return has_memory(tensor, t);
     PyErr_Clear();
     has_refused = true;
     return false;
 }
 
-// The gradient, or None.
+// The gradient, or None; null with an error set.
 Ref get_grad(PyObject* parameter) {
-    return Ref(is_plain(parameter) ? torch.grad(parameter) : PyObject_GetAttrString(parameter, "grad"));
+    return Ref(is_plain(parameter) ? torch().grad(parameter) : PyObject_GetAttrString(parameter, "grad"));
 }
 
 // The number of changes that autograd knows of; -1 for a tensor without a counter, as those of inference mode.
 int64_t version_of(PyObject* tensor) {
-    const Ref version(torch.version(tensor));
+    const Ref version(torch().version(tensor));
     const int64_t number = version == nullptr ? -1 : PyLong_AsLongLong(version);
     PyErr_Clear();
     return number;
 }
 
-// The number of open `torchclip.kernel.disabled()` blocks in all threads.
-long disabled_count = 0;
-
-// Whether operations may be recorded or transformed, so that all must be torch's; torchclip._core.memory decides.
-bool is_intercepted() {
-    PyObject* const level = PyDict_GetItemWithError(torch.forward_ad, torch.current_level);
-    bool intercepted = level == nullptr || PyLong_AsLong(level) >= 0;
-    for (const Function& watcher : torch.watchers) {
-        if (intercepted) break;
-        const Ref answer(watcher());
-        intercepted = answer == nullptr || PyObject_IsTrue(answer) != 0;
-    }
-    return intercepted;
+// The number of threads for a number of elements.  No Python code runs here.
+int usable_threads(size_t elements) {
+    if (elements < kWorthThreads || !has_threads() || !torch().get_num_threads.is_direct()) return 1;
+    const Ref number(torch().get_num_threads());
+    const long threads = number == nullptr ? -1 : PyLong_AsLong(number);
+    PyErr_Clear();
+    return int(std::max(1L, std::min(threads, 1024L)));
 }
 
-bool is_usable() { return disabled_count == 0 && !is_intercepted(); }
+constexpr size_t kWorthReleasing = size_t(1) << 19;  // the number of elements below which the GIL is not released
 
-bool count_is(Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
-    if (given >= least && given <= most) return true;
-    const Py_ssize_t wanted = given < least ? least : most;
-    PyErr_Format(PyExc_TypeError, "expected %zd argument%s, got %zd", wanted, wanted == 1 ? "" : "s", given);
-    return false;
-}
+// Releases the GIL if there is much to do.
+class WithoutGil {
+    PyThreadState* const state_;
 
-// What Python calls goes through here: C++ that runs out of memory would end the process otherwise.
-template <auto work> struct Guarded;
-template <class... Args, PyObject* (*work)(Args...)> struct Guarded<work> {
-    static PyObject* call(Args... args) {
-        try {
-            return work(args...);
-        } catch (const std::exception&) {  // std::bad_alloc, or std::length_error for more than any memory
-            return PyErr_NoMemory();
-        }
+  public:
+    explicit WithoutGil(size_t elements) : state_(elements >= kWorthReleasing ? PyEval_SaveThread() : nullptr) {}
+    ~WithoutGil() {
+        if (state_ != nullptr) PyEval_RestoreThread(state_);
     }
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
 };
-template <auto work> PyCFunction function() {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Guarded<work>::call));
-}
 
 }  // namespace

@@ -1,8 +1,12 @@
-"""Changes in place with torch operations: what host and accelerator have in common."""
+"""The engine for all tensors that the kernel does not take: operations of torch.
+
+It takes tensors in host memory and on other devices, sparse ones, subclasses, and tensors whose operations
+are traced.  If all values are in host memory and may be read, norms are floats.  Otherwise nothing waits for
+a value: norms are tensors, and the number of operations does not depend on the number of tensors.
+"""
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 
@@ -11,10 +15,13 @@ from torch import Tensor
 
 from torchclip._core import memory
 from torchclip._core.batch import Batch, Norm, Norms
-from torchclip._core.groups import REAL, Group, grouped, moved
+from torchclip._core.groups import REAL, Group, grouped, joint, moved
+from torchclip._core.joint_norms import join
+from torchclip._core.rows import norm_on_host, wide_dtype
+from torchclip._core.scalars import ABSENT, at, concatenate, numbers
 
 
-class TorchBatch(Batch, ABC):
+class TorchBatch(Batch):
     """Distinct tensors of any dtype and layout; those of one device and dtype are changed together.
 
     Args:
@@ -27,14 +34,56 @@ class TorchBatch(Batch, ABC):
 
     def __init__(self, tensors: list[Tensor], tied: bool = False, dtype: torch.dtype | None = None) -> None:
         super().__init__(tensors, tied)
-        self.dtype = dtype
+        self._dtype = dtype
+        self._on_host = dtype is not None or memory.on_host(tensors)
         if dtype is not None:
             self.rest = ()
 
-    def parted(self) -> tuple[list[Group], list[tuple[int, Tensor]]]:
+    def norm(self, p: float, finite: bool = False, /) -> Norm:
+        """The norm of all elements, or of the finite ones, as one vector."""
+        if finite:
+            return join(self.norms(p, True), p)
+        with torch.no_grad():
+            groups = self._measured(p, finite)
+            if self._on_host:
+                return join([norm_on_host(group.tensors, p) for group in groups], p)
+            if not groups:
+                return ABSENT
+            device = groups[0].device
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for group in groups:
+                by_device.setdefault(group.device, []).extend(group.norms_of_parts(p))
+            in_range = all(group.in_range(p) for group in groups)
+            of_devices = [moved(joint(norms, p, in_range), device) for norms in by_device.values()]
+            return joint(of_devices, p, in_range)
+
+    def norms(self, p: float, finite: bool = False, /) -> Norms:
+        """The norm of each tensor, or of its finite elements."""
+        with torch.no_grad():
+            groups = self._measured(p, finite)
+            if not groups:
+                return [ABSENT] * len(self.all)
+            device = groups[0].device
+            of_groups = [moved(g.finite_norms(p) if finite else g.norms(p), device) for g in groups]
+            positions: list[int | None] = [None] * len(self.all)
+            for position, place in enumerate(place for group in groups for place in group.places):
+                positions[place] = position
+            norms = at(concatenate(of_groups), positions)
+            return numbers(norms) if self._on_host else norms
+
+    def _measured(self, p: float, finite: bool) -> list[Group]:
+        """Strided tensors that have the norms of the batch's own."""
+        groups, others = self._in_groups()
+        if not others:
+            return groups
+        values = [(place, _values(tensor, p, finite, self._on_host)) for place, tensor in others]
+        return groups + grouped((place, tensor) for place, tensor in values if tensor.numel())
+
+    def _in_groups(self) -> tuple[list[Group], list[tuple[int, Tensor]]]:
         """Plain real tensors in groups, and the other tensors with their positions."""
-        if self.dtype is not None:
-            return [Group(True, self.all, range(len(self.all)))], []
+        if self._dtype is not None:
+            places = [place for place, tensor in enumerate(self.all) if tensor.numel()]
+            return [Group(True, [self.all[place] for place in places], places)] if places else [], []
         if self._parted is None:
             real: list[tuple[int, Tensor]] = []
             others: list[tuple[int, Tensor]] = []
@@ -47,7 +96,9 @@ class TorchBatch(Batch, ABC):
         return self._parted
 
     def scale_(self, clip_coef: Norm, /) -> None:
-        """Multiply every element in place; does not wait to see whether a tensor is 1."""
+        """Multiply every element in place; a tensor is not read, unless all memory is the host's."""
+        if self._on_host:
+            clip_coef = float(clip_coef)
         if isinstance(clip_coef, float):
             if clip_coef != 1.0:
                 self._change_(lambda group: group.scale_(clip_coef))
@@ -57,6 +108,8 @@ class TorchBatch(Batch, ABC):
 
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor in place by its own number."""
+        if self._on_host:
+            clip_coefs = numbers(clip_coefs)
         if isinstance(clip_coefs, list):
             unchanged = {place for place, clip_coef in enumerate(clip_coefs) if clip_coef == 1.0}
             if len(unchanged) < len(clip_coefs):
@@ -83,7 +136,7 @@ class TorchBatch(Batch, ABC):
             as_real: whether complex numbers are changed as pairs of real ones.
             unchanged: the positions of tensors that ``change_`` does not change.
         """
-        groups, others = self.parted()
+        groups, others = self._in_groups()
         with writing():
             for group in groups:
                 change_(group)
@@ -126,6 +179,26 @@ def _change_others_(
     for _, tensor in others:
         if tensor.layout in memory.SPARSE:  # only its values know of the change
             torch.autograd.graph.increment_version(tensor)
+
+
+def _values(tensor: Tensor, p: float, finite: bool, on_host: bool) -> Tensor:
+    """Strided numbers that have the norm of a tensor of any layout and dtype.
+
+    In host memory they are the tensor's own; elsewhere, and if they are zeroed later, real ones that torch's
+    operations on lists can measure.
+    """
+    # Complex numbers need a view, and a sparse tensor's values have one only when they are detached.
+    parts = [part.detach() for part in memory.stored(tensor, p)]
+    values = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+    if values.is_complex() and p == 2 and not finite and not memory.values_hidden():
+        values = torch.view_as_real(values.resolve_conj())
+    if on_host and not finite:
+        return values
+    if values.is_complex():
+        values = values.to(wide_dtype(values)).abs()
+    elif values.dtype not in REAL:
+        values = values.to(wide_dtype(values))
+    return values if memory.values_hidden() else values.resolve_neg()
 
 
 def _on_each_device(clip_coefs: Tensor) -> Callable[[Group], Tensor]:

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "array.h"
 #include "dtypes.h"
-#include "room.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ struct Layout {
     uint16_t dtype;       // row of the table
 };
 
-using Axes = Room<Axis, 16>;  // of several grids, one after the other
+using Axes = Array<Axis, 16>;  // of several grids, one after the other
 
 // The axes of a tensor with gaps between its elements, or with axes in another order, from the narrowest stride to the
 // widest; none if it is a flat run after all.  False if elements may overlap.

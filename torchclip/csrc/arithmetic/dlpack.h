@@ -29,7 +29,8 @@ struct DLManagedTensorVersioned {
 struct DLPackExchangeAPI {
     uint32_t major, minor;
     DLPackExchangeAPI* previous;
-    void* managed_tensor_allocator;
+    int (*managed_tensor_allocator)(DLTensor* prototype, DLManagedTensorVersioned** out, void* context,
+                                    void (*set_error)(void* context, const char* kind, const char* message));
     void* managed_tensor_from_py_object_no_sync;
     int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned* tensor, void** out);
     int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "functions.h"
+#include "memory.h"
 
 namespace {
 
@@ -149,65 +149,48 @@ template <class Work> void share(const std::vector<Pieces>& all, int threads, Wo
 // Units: rows of gradients, clipped relative to the same rows of the weights
 // ---------------------------------------------------------------------------------------------------------------
 
-// The distinct parameters of one call that have a gradient, with it; like `Gradients`, in one call if nothing is
-// unusual.
 class Units {
     struct Unit {
         Rows weight, grad;
         size_t together;  // rows that are processed together
     };
-    References weights_, grads_;
     Axes axes_;
     std::vector<Unit> units_;
     std::vector<Pieces> pieces_;
     size_t elements_ = 0;
 
-    bool take(PyObject* parameter) {
-        Ref grad = get_grad(parameter);
-        if (grad == nullptr) return false;
-        if (grad == Py_None) return true;
-        weights_.take(Ref::to(parameter));
-        grads_.take(std::move(grad));
+  public:
+    size_t elements() const { return elements_; }
+
+    // False if they differ in their rows, or in memory that cannot be handled.
+    bool add(const DLTensor& of_weight, const DLTensor& of_grad, Read Loops::* loop) {
+        Rows weight, grad;
+        if (!weight.read(of_weight, false, axes_) || !grad.read(of_grad, false, axes_)) return false;
+        if (weight.count != grad.count || weight.row.count != grad.row.count) return false;
+        const size_t together = rows_together(grad, weight, loop);
+        units_.push_back({weight, grad, together});
+        pieces_.push_back(pieces_of(grad, together));
+        elements_ += grad.elements();
         return true;
     }
 
-  public:
-    bool add(PyObject* given, bool is_optimizer) {
-        return take_plain(given, is_optimizer, [this](PyObject* item) { return take(item); });
-    }
-
-    // Reads the memory of what was added.  False if the kernel cannot handle it, if a gradient belongs to several
-    // parameters, or if one overlaps anything else.
-    bool take(Read Loops::* loop) {
-        weights_.drop_repeated();
-        grads_.drop_repeated();
-        if (weights_.size() == 0 || weights_.size() != grads_.size()) return false;
-        if (!are_dense_on_host(weights_) || !are_dense_on_host(grads_)) return false;
+    // Whether no gradient overlaps anything else.
+    bool are_apart() const {
         std::vector<Range> ranges;
-        units_.reserve(grads_.size());
-        pieces_.reserve(grads_.size());
-        ranges.reserve(2 * grads_.size());
-        for (size_t i = 0; i < grads_.size(); ++i) {
-            DLTensor of_weight, of_grad;
-            units_.emplace_back();
-            auto& [weight, grad, together] = units_.back();
-            if (!describe(weights_[i], of_weight) || !weight.read(of_weight, false, axes_)) return false;
-            if (!describe(grads_[i], of_grad) || !grad.read(of_grad, false, axes_)) return false;
-            if (weight.count != grad.count || weight.row.count != grad.row.count) return false;
-            together = rows_together(grad, weight, loop);
-            pieces_.push_back(pieces_of(grad, together));
-            ranges.push_back(weight.range(false));
-            ranges.push_back(grad.range(true));
-            elements_ += grad.elements();
+        ranges.reserve(2 * units_.size());
+        for (const Unit& unit : units_) {
+            ranges.push_back(unit.weight.range(false));
+            ranges.push_back(unit.grad.range(true));
         }
         return !written_overlap(ranges);
     }
 
-    // Scales each unit's gradient as torchclip.clip_grad.adaptive does.  False, with an error set, after an error.
-    bool clip(Read Loops::* loop, double clip_factor, double eps, double grad_scale) const {
+    // Scales each unit's gradient as torchclip.clip_grad.adaptive does; returns which gradients were changed.
+    std::vector<std::atomic<bool>> clip(Read Loops::* loop, double clip_factor, double eps, double grad_scale,
+                                        int threads) const {
         const Loops* const table = loops_for(elements_);
         std::vector<std::atomic<bool>> changed(units_.size());
-        const auto clip_rows = [&](size_t i, size_t piece) {
+        share(pieces_, threads, [&](size_t i, size_t piece) {
             const auto& [weight, grad, together] = units_[i];
             const size_t first = piece * together, rows = std::min(together, grad.count - first);
             double of_weights[kTogether], of_grads[kTogether], clip_coefs[kTogether];
@@ -222,28 +205,9 @@ class Units {
             if (!scaled) return;
             grad.scale(first, rows, clip_coefs, table);
             changed[i].store(true, std::memory_order_relaxed);
-        };
-        const int threads = usable_threads(elements_);
-        {
-            const WithoutGil unlocked(elements_);
-            share(pieces_, threads, clip_rows);
-        }
-        return bump_versions(tuple_of(grads_, [&](size_t i) -> bool { return changed[i]; }));
+        });
+        return changed;
     }
 };
-
-// clip_grad_adaptive(parameters, clip_factor, eps, norm_type, grad_scale)
-PyObject* clip_grad_adaptive(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (!count_is(count, 5, 5)) return nullptr;
-    const double clip_factor = read_threshold(args[1]), eps = read_threshold(args[2]);
-    const double grad_scale = read_threshold(args[4]);
-    const auto loop = loop_of(read_threshold(args[3]));
-    if (!(clip_factor >= 0) || !(eps >= 0) || !(grad_scale >= 0) || loop == nullptr) return unusual();
-    Units units;
-    if (!is_usable() || !units.add(args[0], false) || !units.take(loop)) return unusual();
-    if (!units.clip(loop, clip_factor, eps, grad_scale)) return nullptr;
-    use_up(args[0]);
-    return new_reference(Py_True);
-}
 
 }  // namespace

@@ -1,9 +1,8 @@
-// Other threads: those that share the work on gradients, and Python's, which may run at the same time.
+// torch's threads, which share the work on many elements.
 #pragma once
 
-#include <algorithm>
-
-#include "connection.h"
+#include <cstddef>
+#include <type_traits>
 
 #if defined(__unix__) || defined(__APPLE__)
 #define HAVE_DLFCN
@@ -13,8 +12,9 @@
 
 namespace {
 
-constexpr size_t kWorthThreads = 64 * 1024;          // the total number of elements below which one thread is faster
-constexpr size_t kWorthReleasing = size_t(1) << 19;  // the number below which the GIL is not released
+// The number of elements below which one thread is faster.  One thread also handles many small tensors: with two, each
+// would find half of them in the wrong cache, and checking tensors for overlaps takes longer than scaling them.
+constexpr size_t kWorthThreads = 64 * 1024;
 
 // The OpenMP library that torch has loaded, whatever its file name.  If the extension were linked to one, it could load
 // a second library with its own threads.
@@ -48,17 +48,8 @@ void connect_openmp(const char*) {}
 bool is_forked() { return false; }
 #endif
 
-// The number of threads for a number of elements; results do not depend on it.  No Python code runs here.  One thread
-// also handles many small tensors: with two, each would find half of them in the wrong cache, and checking tensors for
-// overlaps takes longer than scaling them.
-int usable_threads(size_t elements) {
-    if (elements < kWorthThreads || openmp.parallel == nullptr || !torch.get_num_threads.is_direct() || is_forked())
-        return 1;
-    const Ref number(torch.get_num_threads());
-    const long threads = number == nullptr ? -1 : PyLong_AsLong(number);
-    PyErr_Clear();
-    return int(std::max(1L, std::min(threads, 1024L)));
-}
+// Whether there are any; results do not depend on it.
+bool has_threads() { return openmp.parallel != nullptr && !is_forked(); }
 
 // Calls work(share, shares) in several threads, each with its own share.
 template <class Work> void in_parallel(int threads, const Work& work) {
@@ -67,18 +58,5 @@ template <class Work> void in_parallel(int threads, const Work& work) {
     };
     openmp.parallel(call, const_cast<Work*>(&work), unsigned(threads), 0);
 }
-
-// Releases the GIL if there is much to do.
-class WithoutGil {
-    PyThreadState* const state_;
-
-  public:
-    explicit WithoutGil(size_t elements) : state_(elements >= kWorthReleasing ? PyEval_SaveThread() : nullptr) {}
-    ~WithoutGil() {
-        if (state_ != nullptr) PyEval_RestoreThread(state_);
-    }
-    WithoutGil(const WithoutGil&) = delete;
-    WithoutGil& operator=(const WithoutGil&) = delete;
-};
 
 }  // namespace

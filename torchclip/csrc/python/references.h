@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "room.h"
+#include "../arithmetic/array.h"
 
 namespace {
 
@@ -47,7 +47,7 @@ size_t hash_pointer(const PyObject* object) {
 
 // References to several objects.
 class References {
-    Room<PyObject*, kUsual> objects_;
+    Array<PyObject*, kUsual> objects_;
 
   public:
     ~References() { clear(); }
@@ -72,7 +72,7 @@ class References {
 
     // Releases repeated references.  They are found with a table of open addressing that is at most half full.
     void drop_repeated() {
-        Room<uint32_t, 2 * kUsual> slots;  // positions among those that are kept, from 1; 0 is free
+        Array<uint32_t, 2 * kUsual> slots;  // positions among those that are kept, from 1; 0 is free
         size_t mask = 15;
         while (mask + 1 < 2 * objects_.size()) mask = 2 * mask + 1;
         slots.resize(mask + 1);

@@ -1,0 +1,168 @@
+// Tensors that a call returns.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../arithmetic/dtypes.h"
+#include "torch.h"
+
+namespace {
+
+// A tensor without gaps whose axes have a given order, in memory of torch's allocator.  No Python code runs before it
+// is taken.
+class Result {
+    struct Release {
+        void operator()(DLManagedTensorVersioned* memory) const { memory->deleter(memory); }
+    };
+    struct Held {
+        DLManagedTensorVersioned managed{};
+        std::unique_ptr<DLManagedTensorVersioned, Release> memory;
+        std::vector<int64_t> axes;  // sizes, then strides
+    };
+    std::unique_ptr<Held> held_;
+
+  public:
+    // The strides only say in which order the axes lie.  Throws std::bad_alloc.
+    Result(decltype(DLTensor::dtype) dtype, int32_t axes, const int64_t* sizes, const int64_t* strides)
+        : held_(new Held) {
+        held_->axes.assign(sizes, sizes + axes);
+        held_->axes.resize(2 * size_t(axes));
+        int64_t* const own = held_->axes.data() + axes;
+        std::vector<int32_t> order;  // from the narrowest
+        for (int32_t axis = axes; axis-- > 0;) order.push_back(axis);
+        std::stable_sort(order.begin(), order.end(), [=](int32_t a, int32_t b) { return strides[a] < strides[b]; });
+        int64_t count = 1;
+        for (const int32_t axis : order) {
+            own[axis] = std::max<int64_t>(count, 1);
+            count *= sizes[axis];
+        }
+        DLTensor& tensor = held_->managed.tensor;
+        tensor.device_type = kCPU;
+        tensor.ndim = 1;
+        tensor.dtype = dtype;
+        tensor.shape = &count;
+        DLManagedTensorVersioned* memory = nullptr;
+        if (torch().exchange->managed_tensor_allocator(&tensor, &memory, nullptr,
+                                                       [](void*, const char*, const char*) {}) != 0)
+            throw std::bad_alloc();
+        held_->memory.reset(memory);
+        tensor.data = static_cast<char*>(memory->tensor.data) + memory->tensor.byte_offset;
+        tensor.ndim = axes;
+        tensor.shape = held_->axes.data();
+        tensor.strides = own;
+        held_->managed.major = 1;
+        held_->managed.manager_context = held_.get();
+        held_->managed.deleter = [](DLManagedTensorVersioned* self) {
+            delete static_cast<Held*>(self->manager_context);
+        };
+    }
+
+    char* data() const { return static_cast<char*>(held_->managed.tensor.data); }
+
+    // The tensor; null, with an error set, after an error.  Call it once.
+    Ref take() {
+        void* tensor = nullptr;
+        if (torch().exchange->managed_tensor_to_py_object_no_sync(&held_->managed, &tensor) != 0) return Ref();
+        held_.release();
+        return Ref(static_cast<PyObject*>(tensor));
+    }
+};
+
+// A tensor with these numbers and one axis, or (without axes) with a single number.
+template <class T> PyObject* new_tensor(uint8_t code, const double* numbers, int64_t size, int32_t axes) {
+    const int64_t stride = 1;
+    Result result({code, uint8_t(8 * sizeof(T)), 1}, axes, &size, &stride);
+    std::transform(numbers, numbers + size, reinterpret_cast<T*>(result.data()), [](double x) { return T(x); });
+    return result.take().release();
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// 0-dim tensors with their own memory, which torch frees
+// ---------------------------------------------------------------------------------------------------------------
+
+struct Scalar {
+    DLManagedTensorVersioned managed;
+    union {
+        float single;
+        double twice;
+    };
+
+    void set(double value, bool is_double) {
+        if (is_double)
+            twice = value;
+        else
+            single = float(value);
+    }
+};
+
+// A float64 or float32 tensor; `made` receives the address of its number.
+PyObject* make_scalar(bool is_double, Scalar*& made) {
+    made = new (std::nothrow) Scalar{};
+    if (made == nullptr) return PyErr_NoMemory();
+    DLManagedTensorVersioned& managed = made->managed;
+    managed.major = 1;
+    managed.manager_context = made;
+    managed.deleter = [](DLManagedTensorVersioned* self) { delete static_cast<Scalar*>(self->manager_context); };
+    managed.tensor.data = &made->twice;
+    managed.tensor.device_type = kCPU;
+    managed.tensor.dtype = {kFloat, uint8_t(is_double ? 64 : 32), 1};
+    void* tensor = nullptr;
+    if (torch().exchange->managed_tensor_to_py_object_no_sync(&managed, &tensor) == 0)
+        return static_cast<PyObject*>(tensor);
+    delete made;
+    return nullptr;
+}
+
+// A stock of new tensors of one dtype.  Made one after the other, each takes a fraction of the time that it would take
+// in the middle of a training step, where torch's code for it is not in the caches.
+class Spare {
+    static constexpr int kMost = 32;
+    const bool is_double_;
+    PyObject* tensors_[kMost];
+    Scalar* numbers_[kMost];
+    int count_ = 0;
+
+    // False if none can be made: tensors made in inference mode cannot be used elsewhere.
+    bool refill() {
+        PyObject* const inference = torch().is_inference_mode_enabled();
+        const bool is_usual = inference == Py_False;
+        Py_XDECREF(inference);
+        while (is_usual && count_ < kMost) {
+            Scalar* number;
+            PyObject* const tensor = make_scalar(is_double_, number);
+            if (tensor == nullptr) break;
+            if (count_ == kMost) {  // a finalizer that ran in between has used some, too
+                Py_DECREF(tensor);
+                break;
+            }
+            tensors_[count_] = tensor;
+            numbers_[count_++] = number;
+        }
+        PyErr_Clear();  // the caller makes one, or fails
+        return count_ > 0;
+    }
+
+  public:
+    explicit Spare(bool is_double) : is_double_(is_double) {}
+
+    PyObject* take(double value) {
+        if (count_ == 0 && !refill()) return nullptr;
+        numbers_[--count_]->set(value, is_double_);
+        return tensors_[count_];
+    }
+};
+Spare spare_floats(false), spare_doubles(true);
+
+// Of float64 or float32.
+PyObject* new_scalar(double value, bool is_double) {
+    PyObject* const ready = (is_double ? spare_doubles : spare_floats).take(value);
+    if (ready != nullptr) return ready;
+    Scalar* number;
+    PyObject* const made = make_scalar(is_double, number);
+    if (made != nullptr) number->set(value, is_double);
+    return made;
+}
+
+}  // namespace

@@ -1,0 +1,185 @@
+"""Whether all ranks clip by the same norm, and by that of all gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from torchclip._core import arguments, mesh
+from torchclip.clipper.clipper import Clipper
+from torchclip.ranks_report import wording
+from torchclip.ranks_report.facts import call_off, gathered, held_here
+from torchclip.ranks_report.judgment import choice, joint, parameters_of, passed
+from torchclip.ranks_report.recommendation import InCode, advice
+
+
+@dataclass(frozen=True)
+class RanksReport:
+    """What ``check_ranks`` found.  ``print(report)`` says it in words.
+
+    Attributes:
+        ok: whether the call counts each gradient once on every rank, and replicas have the same gradients.
+        norm: the 2-norm of the gradients that are there, each counted once.
+        norms: the norm that the call would return on each rank.
+        local: the names of parameters that differ between ranks, or are missing on some, so that they need a
+            ``group``.
+        different: the names of parameters whose replicas have different gradients, or lack one.
+        missing: the ranks without a parameter, by the names of those that not all ranks have.
+        call: what to do, as code; or ``"nothing to do"``.
+        seconds: how long the check took on this rank.
+    """
+
+    ok: bool
+    norm: float
+    norms: list[float]
+    local: list[str]
+    different: list[str]
+    missing: dict[str, tuple[int, ...]]
+    call: str
+    seconds: float = field(compare=False)
+    _words: str = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self._words}\nThe check took {self.seconds:.2f} s."
+
+
+def check_ranks(
+    model_or_optimizer_or_parameters_or_clipper: nn.Module
+    | Optimizer
+    | Sequence[Optimizer]
+    | Clipper
+    | Tensor
+    | Iterable[Tensor],
+    *,
+    group: ProcessGroup | Sequence[ProcessGroup] | None = None,
+) -> RanksReport:
+    """Check whether all ranks would clip by the same norm, and whether this is the norm of all gradients.
+
+    A clipping call cannot see that, as a plain tensor may be a replica, a shard or another expert.  This
+    check compares the weights and the gradients of all ranks.  Call it once, after a backward pass, on all
+    ranks of the default process group:
+
+        report = torchclip.check_ranks(model)
+        if torch.distributed.get_rank() == 0:
+            print(report)
+
+    Parameters are compared by name.  Ranks with the same bits of a weight have *replicas*, whose gradients
+    must be the same up to 1e-5 of their norm.  If ranks have different weights of one name, as experts do, or
+    not all have it, as in a pipeline, clipping needs a ``group``, and the report says which.  The parts of
+    a DTensor are not replicas: a part is compared with those at the same coordinate of a mesh.
+
+    Replicas that an optimizer has moved apart look like experts, so check before its first step, too.
+    Gradients are compared by four random projections.  These take a difference of 1e-4 of the norm for
+    rounding once in some thousand times, larger ones more rarely.
+
+    Args:
+        model_or_optimizer_or_parameters_or_clipper: a module, an optimizer or a list of them, tensors, or a
+            ``Clipper``.  Parameters of a list, and of an optimizer without names, are compared by position.
+        group: what ``clip_grad_norm_`` gets as its ``group``, so that the check is of that call.  All ranks
+            of the default process group are compared in any case.  A ``Clipper`` has its own.
+
+    Returns:
+        The same report on all ranks.
+
+    Raises:
+        TypeError: for anything but the above, or a gradient whose norm cannot be taken.
+        ValueError: for a ``group`` together with a ``Clipper``, or a parameter on the device 'meta'.
+        RuntimeError: on the other ranks, if one refuses its arguments; on all, if only some ranks of a mesh
+            have a gradient that is pending a reduction.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> report = check_ranks(weight)
+        >>> report.ok, report.norm, report.call
+        (True, 5.0, 'nothing to do')
+    """
+    start = time.perf_counter()
+    try:
+        named, groups, code = _subject(model_or_optimizer_or_parameters_or_clipper, group)
+        held = held_here(named)
+    except Exception:
+        call_off()
+        raise
+    of_ranks = gathered(named, held, groups)
+    ranks = len(of_ranks)
+    parameters = parameters_of(of_ranks)
+    clipped = {name: each for name, each in parameters.items() if each.has_gradient}
+    used, alone = passed(of_ranks), choice([], ranks)
+    of_connected = {
+        some: joint(norm for each in clipped.values() for norm in each.counted(some))
+        for some in set(used.connected)
+    }
+    norm = joint(norm for each in clipped.values() for norm in each.norms())
+    norms = [of_connected[some] for some in used.connected]
+    local = [name for name, each in clipped.items() if not alone.is_right(each.pattern())]
+    different = [name for name, each in clipped.items() if each.has_different_gradients]
+    todo = advice(clipped, of_ranks, code, used)
+    return RanksReport(
+        ok=not different and all(used.is_right(each.pattern()) for each in clipped.values()),
+        norm=norm,
+        norms=norms,
+        local=local,
+        different=different,
+        missing={name: each.missing for name, each in parameters.items() if each.missing},
+        call="\n".join(todo.lines),
+        seconds=time.perf_counter() - start,
+        _words=wording.report(parameters, norm, norms, todo, has_group=bool(used.groups)),
+    )
+
+
+def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[ProcessGroup], InCode]:
+    """The parameters by name, the process groups of the call, and how code names them."""
+    groups: Sequence[ProcessGroup] = mesh.as_groups(group)
+    if isinstance(given, Clipper):
+        if group is not None:
+            raise ValueError("`group` is that of the Clipper; do not pass it together with a Clipper")
+        named, code = _of_optimizers(given.optimizers)
+        is_one = len(given.optimizers) == 1
+        return named, _groups_of(given), code._replace(optimizer="optimizer" if is_one else "optimizers")
+    if isinstance(given, nn.Module) and not isinstance(given, nn.ParameterList):
+        code = InCode("model.parameters()", "model.named_parameters()")
+        return dict(given.named_parameters()), groups, code
+    optimizers = given if isinstance(given, (list, tuple)) and given else [given]
+    if all(isinstance(each, Optimizer) for each in optimizers):
+        named, code = _of_optimizers(optimizers)
+        return named, groups, code
+    parameters = arguments.tensor_list("parameters", given)
+    for i, item in enumerate(parameters):
+        if not isinstance(item, Tensor):
+            arguments.refuse_item("parameters", i, item)
+    return _by_position(parameters), groups, InCode("parameters", _positions("parameters"))
+
+
+def _groups_of(clipper: Clipper) -> Sequence[ProcessGroup]:
+    """The process groups that a Clipper passes to its calls."""
+    return clipper._rounds.settings.groups or []
+
+
+def _of_optimizers(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], InCode]:
+    """Their parameters, by name if they were made from ``named_parameters()``."""
+    of_all = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in of_all for p in group["params"]]
+    names = [name for group in of_all for name in group.get("param_names", ())]
+    of_each = "" if len(optimizers) == 1 else "for optimizer in optimizers "
+    code = f'[p {of_each}for group in optimizer.param_groups for p in group["params"]]'
+    if len(set(names)) == len(parameters):
+        return dict(zip(names, parameters, strict=True)), InCode(code, "model.named_parameters()")
+    return _by_position(parameters), InCode(code, _positions(code))
+
+
+def _by_position(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By position; one that is listed twice counts once."""
+    first = {id(p): i for i, p in reversed([*enumerate(parameters)])}
+    return {f"[{i}]": p for i, p in enumerate(parameters) if first[id(p)] == i}
+
+
+def _positions(parameters: str) -> str:
+    return f'((f"[{{i}}]", p) for i, p in enumerate({parameters}))'

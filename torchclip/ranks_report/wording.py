@@ -1,0 +1,141 @@
+"""The report in words: names first."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from torchclip.ranks_report.fingerprints import TOLERANCE
+from torchclip.ranks_report.judgment import Parameter
+from torchclip.ranks_report.recommendation import NOTHING, Advice
+
+_MOST = 4
+_WIDTH = 100
+
+
+def report(
+    parameters: dict[str, Parameter], norm: float, norms: Sequence[float], todo: Advice, has_group: bool
+) -> str:
+    """The report, except for the time that it took.
+
+    Args:
+        parameters: all of them, by name.
+        norm: the norm of the gradients that are there.
+        norms: what the call returns on each rank.
+        todo: what to do.
+        has_group: whether the call gets a `group`.
+    """
+    if len(norms) == 1:
+        return f"one process: nothing to compare.  The norm is {norm:.6g}."
+    of_sentences: dict[str, list[str]] = {}
+    for name, each in parameters.items():
+        of_sentences.setdefault(_about(each), []).append(name)
+    about = [f"{_some(names)}:\n{_wrapped(said, '    ')}" for said, names in of_sentences.items()]
+    return "\n".join([*_about_norms(norm, norms, has_group), "", *about, "", *_what_to_do(todo)])
+
+
+def _about_norms(norm: float, norms: Sequence[float], has_group: bool) -> list[str]:
+    """What the call returns on each rank, whether these agree, and whether that is right."""
+    call = f"clip_grad_norm_ {'with this group' if has_group else 'without a group'} returns"
+    alike: dict[float, list[int]] = {}
+    for rank, own in enumerate(norms):
+        same = next((other for other in alike if _is_close(own, other)), own)
+        alike.setdefault(same, []).append(rank)
+    of_each = [f"{own:.6g} on {_ranks(ranks)}" for own, ranks in alike.items()]
+    if len(alike) == 1:
+        first = f"{call} {norms[0]:.6g} on all {len(norms)} ranks: they agree."
+    else:
+        first = f"{call} {_some(of_each, '; ')}: the ranks do not agree, and clip by different factors."
+    there = f"The norm of the gradients that are there, each counted once, is {norm:.6g}"
+    is_right = all(_is_close(own, norm) for own in norms)
+    return [_wrapped(first), f"{there}: this is right." if is_right else f"{there}."]
+
+
+def _is_close(a: float, b: float) -> bool:
+    return a == b or math.isclose(a, b, rel_tol=TOLERANCE) or (math.isnan(a) and math.isnan(b))
+
+
+def _about(each: Parameter) -> str:
+    """What there is to say about a parameter."""
+    said = []
+    if not each.has_gradient:
+        said.append("No gradient on any rank.")
+    elif each.has_different_gradients:
+        said.append(_about_different(each))
+    if each.is_split:
+        said.append(
+            f"The same weight, but different gradients on {_sets(each.replicas())}, as the module's other "
+            "parameters: taken for different parameters that start alike, which need a group."
+        )
+    elif each.has_different_weights:
+        said.append(
+            f"Different weights on {_sets(each.replicas())}: experts, stages, or shards made by hand, which "
+            "need a group.  Or replicas that have moved apart, if they should be the same."
+        )
+    if each.missing:
+        said.append(f"Missing on {_ranks(each.missing)}, as with pipeline stages, which need a group.")
+    if not all(math.isfinite(held.norm or 0.0) for held in each.holders.values()):
+        said.append("The gradient is not finite.")
+    return " ".join(said) or _about_same(each)
+
+
+def _about_same(each: Parameter) -> str:
+    if each.is_sharded:
+        return "DTensors, whose parts are joined.  Fine."
+    return "Replicas with the same gradient on all ranks.  Fine."
+
+
+def _about_different(each: Parameter) -> str:
+    gradients = next(by_gradient for by_gradient in each.clusters if len(by_gradient) > 1)
+    without = [rank for ranks in gradients for rank in ranks if each.holders[rank].norm is None]
+    if without:
+        return (
+            f"The same weight, but NO GRADIENT on {_ranks(without)}, where others have one.  Replicas need "
+            "one on all ranks, such as zeros."
+        )
+    return (
+        f"The same weight, but DIFFERENT GRADIENTS on {_sets(gradients)}.  Either these are replicas, and "
+        "an all-reduce of their gradients is missing, or different parameters that start alike, such as "
+        "experts, which need a group."
+    )
+
+
+def _what_to_do(todo: Advice) -> list[str]:
+    if todo.lines == [NOTHING]:
+        return ["Nothing to do."]
+    lines = ["What to do:", *(f"    {line}" for line in todo.lines)]
+    lines += [f"{code} connects {_sets(sets)}." for code, sets in todo.groups.items()]
+    if todo.unsolved:
+        remedy = (
+            "no process group that exists has each of these once on every rank.  Make one with "
+            "torch.distributed.new_group, of the ranks across which they differ, and check again."
+        )
+        lines.append(_wrapped(f"{_some(todo.unsolved)}: {remedy}"))
+    return lines
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _some(texts: Sequence[str], between: str = ", ") -> str:
+    more = f" and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
+    return between.join(texts[:_MOST]) + more
+
+
+def _sets(sets: Iterable[Iterable[int]]) -> str:
+    """Sets of ranks, such as "ranks 0-1 | ranks 2-3"."""
+    return _some([_ranks(ranks) for ranks in sorted(map(sorted, sets))], " | ")
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """Ranks in order, such as "ranks 0-3, 6"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"{'rank' if sum(map(len, runs)) == 1 else 'ranks'} {_some(texts)}"
