@@ -256,8 +256,6 @@ class _WithPlainHooks(torch.optim.Optimizer):
     ("wrapped", "message"),
     [
         (lambda _: None, r"`optimizer` must be a torch\.optim\.Optimizer"),
-        (lambda _: nn.Linear(1, 1), r"`optimizer` must be a torch\.optim\.Optimizer"),
-        (lambda _: [nn.Parameter(torch.ones(1))], r"`optimizer` \(item 0 of the list\) must be a torch"),
         (_Wrapper, "pass the optimizer that it wraps"),
         (_WithPlainHooks, "pass the optimizer that it wraps"),
     ],

@@ -188,9 +188,9 @@ def _check_kind(given: Any) -> None:
         if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Tensor)):
             first = next(iter(values), None)
         if isinstance(first, Mapping) and "params" in first:
-            what = "are parameter groups"
+            what = "is param_groups"
         elif isinstance(given, Tensor) or any(isinstance(each, Tensor) for each in (first, *_pair(first))):
-            what = "are parameters"
+            what = "is made of parameters"
         else:
             return
     raise TypeError(
