@@ -23,8 +23,8 @@ def test_the_record_of_a_step(fused: bool) -> None:
     optimizer.step()
     assert [record for record, _ in seen] == list(clipper.history)
     record, norms = seen[0]
-    assert record[:8] == (0, 5.0, 1.0, pytest.approx(0.2), True, False, False, None)
-    assert (record.clipped_norm, norms) == (pytest.approx(1.0), pytest.approx([1.0]))
+    assert record[:8] == (0, 5.0, 1.0, pytest.approx(0.2), True, False, False, None)  # type: ignore[comparison-overlap]
+    assert (record.clipped_norm, norms) == (pytest.approx(1.0), pytest.approx([1.0]))  # type: ignore[comparison-overlap]
     assert clipper.last is clipper.history[-1]
     assert (last_of(clipper).step, last_of(clipper).total_norm) == (1, pytest.approx(1.0))
 
@@ -51,7 +51,7 @@ def test_what_on_clip_does_to_gradients_is_not_measured_again() -> None:
     clipper = Clipper(optimizer, 1.0, on_clip=lambda _: optimizer.param_groups[0]["params"][0].grad.mul_(7))
     optimizer.step()
     assert grad_norms(optimizer) == pytest.approx([7.0])
-    assert last_of(clipper)[1:4] == (5.0, 1.0, pytest.approx(0.2))
+    assert last_of(clipper)[1:4] == (5.0, 1.0, pytest.approx(0.2))  # type: ignore[comparison-overlap]
     assert last_of(clipper).clipped_norm == pytest.approx(1.0)
 
 
@@ -64,7 +64,7 @@ def test_exempt_groups_count_only_where_they_are_not_finite(policy: Any) -> None
     optimizer = two_groups(max_norm=None)
     clipper = Clipper(optimizer, 1.0, nonfinite=policy, skip_above=6.0)
     optimizer.step()
-    assert last_of(clipper)[1:7] == (5.0, 1.0, pytest.approx(0.2), True, False, False)
+    assert last_of(clipper)[1:7] == (5.0, 1.0, pytest.approx(0.2), True, False, False)  # type: ignore[comparison-overlap]
     assert grad_norms(optimizer) == pytest.approx([1.0, 10.0])
     spoilt(optimizer, 1, float("nan"))
     if policy == "error":
@@ -73,7 +73,7 @@ def test_exempt_groups_count_only_where_they_are_not_finite(policy: Any) -> None
         return
     optimizer.step()
     record = last_of(clipper)
-    assert (record.total_norm, record.nonfinite, record.skipped) == (
+    assert (record.total_norm, record.nonfinite, record.skipped) == (  # type: ignore[comparison-overlap]
         pytest.approx(1.0),
         True,
         policy == "skip",
@@ -85,4 +85,4 @@ def test_if_all_groups_are_exempt_all_are_recorded() -> None:
     optimizer.param_groups[0]["max_norm"] = None
     clipper = Clipper(optimizer, 1.0)
     optimizer.step()
-    assert last_of(clipper)[1:5] == (pytest.approx(125**0.5), float("inf"), 1.0, False)
+    assert last_of(clipper)[1:5] == (pytest.approx(125**0.5), float("inf"), 1.0, False)  # type: ignore[comparison-overlap]

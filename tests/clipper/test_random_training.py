@@ -522,7 +522,12 @@ class Training:
         np.testing.assert_allclose(joint[0], joint[1], atol=atol, **self.close)
 
     def run(self, events: int) -> None:
-        changes = [self.add_group, self.append_parameter, self.change_threshold, self.freeze_or_thaw]
+        changes: list[Callable[[int], None]] = [
+            self.add_group,
+            self.append_parameter,
+            self.change_threshold,
+            self.freeze_or_thaw,
+        ]
         changes += [self.make_tuple, self.change_max_norm]
         for _ in range(events):
             what = self.rng.random()
