@@ -2,14 +2,9 @@
 
 import csv
 import math
-import os
-import pty
 import re
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +17,9 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import torchclip
 from torchclip.cli.main import main
-from torchclip.cli.run import progress
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.recording import Recording
-from torchclip.cli.run.report import histories, labels, report
+from torchclip.cli.run.report import histories, report
 from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 
@@ -92,7 +86,7 @@ def test_a_script_that_does_not_clip_is_measured() -> None:
     assert [r.total_norm for r in session.history] == pytest.approx([5.0, 1.0])
     assert {r.max_norm for r in session.history} == {float("inf")}
     torch.testing.assert_close(w.data, torch.tensor([-3.6, -4.8]))
-    assert "optimizer (SGD): clipped by nothing" in session.report()
+    assert "SGD: clipped by nothing" in session.report()
     assert "2 steps: 0 clipped (0.0%)" in session.report()
 
 
@@ -107,7 +101,8 @@ def test_a_call_of_torchs_function_belongs_to_the_step_that_follows() -> None:
         step(optimizer, [0.0, 7.0])
     assert [r.total_norm for r in session.history] == [5.0, 0.5, 7.0]
     assert [r.clipped for r in session.history] == [True, False, False]
-    assert "clipped by clip_grad_norm_ to 1" in session.report()
+    text = " ".join(session.report().split())
+    assert re.search(r"SGD: clipped to 1 by clip_grad_norm_ at \S*test_watch.py:\d+", text)
 
 
 def test_value_clipping_is_a_ratio_of_norms() -> None:
@@ -132,7 +127,7 @@ def test_a_clipper_keeps_its_own_history() -> None:
     assert session.history is clipper.history
     assert len(clipper.history) == 20
     text = session.report()
-    assert "clipped by a Clipper to 1" in text
+    assert "clipped to 1 by a Clipper" in text
     assert not optimizer.state_dict()["state"]
 
 
@@ -161,8 +156,6 @@ def test_whatever_clips_for_some_of_the_steps_each_is_recorded_once(kernel: bool
     assert [r.clipped for r in clipper.history] == [True, False]
     assert session.optimizer.steps == 103
     assert session.optimizer.layers.steps == [*range(0, 64, 4), 64, 96]
-    assert session.steps.seconds > 0
-    assert session.steps.between > 0
 
 
 def test_one_call_for_two_optimizers_and_two_calls_for_one() -> None:
@@ -226,16 +219,16 @@ def test_calls_for_two_optimizers_before_each_of_their_steps_clip_the_second_one
     optimizers = sgd(first), sgd(second)
     with Session() as session:
         for _ in range(3):
-            first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
+            first.grad = second.grad = None
+            (3.0 * first + 4.0 * second).backward()
             for optimizer in optimizers:
                 torch.nn.utils.clip_grad_norm_([first, second], 1.0)
                 optimizer.step()
     one, two = session.steps.optimizers
     assert [r.total_norm for r in one.history] == [5.0] * 3
     assert [r.clip_coef for r in one.history] == pytest.approx([0.2] * 3, rel=1e-5)
-    # Before its first step the second one is not known.
-    assert [r.total_norm for r in two.history][1:] == [5.0] * 2
-    assert [r.clip_coef for r in two.history][1:] == pytest.approx([0.2] * 2, rel=1e-5)
+    assert [r.total_norm for r in two.history] == [5.0] * 3
+    assert [r.clip_coef for r in two.history] == pytest.approx([0.2] * 3, rel=1e-5)
 
 
 def test_of_two_optimizers_with_one_call_a_grad_scaler_leaves_out_the_step_of_one() -> None:
@@ -541,9 +534,9 @@ def test_of_a_step_with_several_closure_calls_the_first_loss_counts() -> None:
 
 @pytest.mark.parametrize("clips", [False, True])
 def test_parameters_that_are_not_finite_are_named(clips: bool) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Session() as session:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for bad in (False, True):
             optimizer.zero_grad()
             model(torch.ones(1, 2)).sum().backward()
@@ -559,9 +552,9 @@ def test_parameters_that_are_not_finite_are_named(clips: bool) -> None:
 
 
 def test_of_a_clipper_that_skips_parameters_are_named() -> None:
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Session() as session:
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         torchclip.Clipper(optimizer, 1.0, nonfinite="skip")
         step(optimizer, [[1.0, float("inf")]], [1.0])
     assert session.optimizer.nonfinite == {0: ["weight"]}
@@ -599,56 +592,6 @@ def test_the_largest_layers_are_those_before_clipping() -> None:
 # Names
 
 
-class Agent:
-    """Has two optimizers."""
-
-    def __init__(self) -> None:
-        self.actor, self.critic = nn.Linear(2, 2), nn.Linear(2, 1)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters())
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters())
-
-    def train(self) -> None:
-        for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            step(optimizer, *[p.detach().tolist() for p in optimizer.param_groups[0]["params"]])
-
-
-def test_optimizers_are_told_apart_by_their_variables() -> None:
-    with Session() as session:
-        Agent().train()
-    assert list(labels(session)) == ["actor_optimizer (Adam)", "critic_optimizer (Adam)"]
-    assert list(session.steps.optimizers[0].names.values()) == ["weight", "bias"]
-
-
-def test_optimizers_of_a_list_and_without_a_name() -> None:
-    optimizers = [sgd(weight(0.0)), torch.optim.Adam([weight(0.0)])]
-    with Session() as session:
-        for optimizer in optimizers:
-            step(optimizer, [1.0])
-        step(sgd(weight(0.0)), [1.0])
-        step(sgd(weight(0.0)), [1.0])
-    first, second, *others = labels(session)
-    assert (first, second) == ("optimizers[0] (SGD)", "optimizers[1] (Adam)")
-    assert len(set(others)) == 2
-
-
-class Unprintable:
-    """A key without a text."""
-
-    def __repr__(self) -> str:
-        raise AssertionError("only the keys of optimizers and modules are shown")
-
-
-def test_keys_of_dictionaries_are_parts_of_names() -> None:
-    nets = {"a.b": nn.Linear(1, 1), "c": nn.Linear(1, 1)}
-    others = {Unprintable(): 1, "d": nets["c"]}
-    parameters = [parameter for net in nets.values() for parameter in net.parameters()]
-    with Session() as session:
-        step(sgd(*parameters), [[1.0]], [1.0], [[1.0]], [1.0])
-    assert len(others) == 2
-    names = ["nets['a.b'].weight", "nets['a.b'].bias", "nets['c'].weight", "nets['c'].bias"]
-    assert list(session.optimizer.names.values()) == names
-
-
 def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
     with Session() as session:
         for _ in range(3):
@@ -657,309 +600,6 @@ def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
 
 
 # Optimizers that step together
-
-
-def two() -> tuple[list[nn.Parameter], list[torch.optim.SGD]]:
-    weights = [weight(0.0, 0.0), weight(0.0, 0.0)]
-    return weights, [sgd(each) for each in weights]
-
-
-def joint_step(weights: list[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("clips", [False, True])
-def test_optimizers_that_step_together_are_reported_jointly(clips: bool) -> None:
-    weights, optimizers = two()
-    with Session() as session:
-        for _ in range(20):
-            (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum().backward()
-            if clips:
-                torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-    found = histories(session)
-    assert list(found) == ["optimizers[0] (SGD) and optimizers[1] (SGD)", *labels(session)]
-    joint, first, second = found.values()
-    assert {record.total_norm for record in joint} == {5.0}
-    assert len(joint) == len(first) == len(second) == 20
-    assert joint.summary().clipped == (20 if clips else 0)
-    assert "which step together 20 steps" in " ".join(session.report().split())
-
-
-def test_optimizers_that_step_in_turn_are_reported_alone() -> None:
-    weights, optimizers = two()
-    with Session() as session:
-        for _ in range(20):
-            for w, optimizer in zip(weights, optimizers, strict=True):
-                optimizer.zero_grad()
-                w.sum().backward()
-                optimizer.step()
-    assert list(histories(session)) == list(labels(session))
-
-
-def test_max_norm_puts_one_clipper_on_optimizers_that_step_together() -> None:
-    weights, optimizers = two()
-    with Session(max_norm=1.0) as session:
-        for _ in range(3):
-            joint_step(weights, optimizers)
-    torch.testing.assert_close(weights[0].data, torch.tensor([-1.8, 0.0]))
-    torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -2.4]))
-    ((label, optimizer),) = labels(session).items()
-    assert label == "optimizers[0] (SGD) and optimizers[1] (SGD)"
-    assert [record.total_norm for record in optimizer.history] == [5.0] * 3
-
-
-def test_an_optimizer_with_gradients_from_before_the_run_is_not_clipped_with_others() -> None:
-    other = weight(0.0)
-    unused = sgd(other)
-    other.grad = torch.tensor([12.0])
-    weights, optimizers = two()
-    with Session(max_norm=1.0) as session:
-        joint_step(weights, optimizers)
-    assert [record.total_norm for record in session.steps.optimizers[0].history] == [5.0]
-    assert unused.param_groups[0]["params"][0].grad == 12.0
-
-
-@pytest.mark.parametrize("is_dropped", [False, True])
-def test_an_optimizer_that_does_not_step_with_the_others_is_clipped_apart_from_the_second_round_on(
-    is_dropped: bool,
-) -> None:
-    other = weight(0.0)
-    weights, optimizers = two()
-    with Session(max_norm=1.0) as session:
-        unused = [sgd(other)]
-        (other * 12.0).backward()
-        joint_step(weights, optimizers)
-        if is_dropped:
-            unused.clear()
-        for _ in range(3):
-            joint_step(weights, optimizers)
-        if unused:
-            step(unused[0], [2.0])
-    (joint, *alone) = labels(session).values()
-    assert [(record.step, record.total_norm) for record in joint.history] == [
-        (0, 13.0),
-        (1, 5.0),
-        (2, 5.0),
-        (3, 5.0),
-    ]
-    assert [[record.total_norm for record in each.history] for each in alone] == [[2.0]] * len(unused)
-    torch.testing.assert_close(weights[0].data, torch.tensor([-3.0 / 13.0 - 1.8, 0.0]))
-
-
-def test_an_optimizer_that_steps_less_often_stays_with_the_others() -> None:
-    weights, optimizers = two()
-    with Session(max_norm=1.0) as session:
-        for _ in range(3):
-            for _ in range(2):
-                weights[0].grad = None
-                (
-                    weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])
-                ).sum().backward()
-                optimizers[0].step()
-            optimizers[1].step()
-            weights[1].grad = None
-    assert len(labels(session)) == 1
-
-
-def test_with_max_norm_optimizers_that_step_in_turn_are_clipped_each() -> None:
-    """As a GAN's, where the first backward pass reaches the parameters of both."""
-    weights, optimizers = two()
-    with Session(max_norm=1.0) as session:
-        for _ in range(3):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum().backward()
-            optimizers[0].step()
-            optimizers[1].zero_grad()
-            (weights[1] * torch.tensor([0.0, 2.0])).sum().backward()
-            optimizers[1].step()
-    torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -3.0]))
-    first, second = (optimizer.history for optimizer in session.steps.optimizers)
-    assert [(record.step, record.total_norm) for record in first] == [(0, 5.0), (1, 3.0), (2, 3.0)]
-    assert [record.total_norm for record in second] == [2.0] * 3
-    assert len(labels(session)) == 2
-
-
-def both_losses(weights: list[nn.Parameter]) -> Tensor:
-    return (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum()
-
-
-def in_turn(
-    backward: Callable[..., Any], weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]
-) -> None:
-    for optimizer in optimizers:
-        for each in optimizers:
-            each.zero_grad(set_to_none=False)
-        backward(both_losses(weights))
-        optimizer.step()
-
-
-def clipped_between(weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]) -> None:
-    both_losses(weights).backward()
-    for w, optimizer in zip(weights, optimizers, strict=True):
-        torch.nn.utils.clip_grad_norm_(w, 3.0)
-        optimizer.step()
-        w.grad = None
-
-
-def closed(weights: list[nn.Parameter], optimizers: list[torch.optim.SGD]) -> None:
-    """The second optimizer steps within the closure of the first one."""
-
-    def closure() -> float:
-        for w in weights:
-            w.grad = None
-        torch.autograd.backward(both_losses(weights))
-        optimizers[1].step()
-        return 0.0
-
-    both_losses(weights).backward()
-    optimizers[0].step(closure)
-
-
-TWO_IN_TURN: dict[str, Callable[..., None]] = {
-    "autograd.backward": partial(in_turn, torch.autograd.backward),
-    "backward": partial(in_turn, Tensor.backward),
-    "closure": closed,
-    "clipped between": clipped_between,
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "trial"),
-    [(kind, {"max_norm": 100.0}) for kind in TWO_IN_TURN if kind != "clipped between"]
-    + [(kind, {"nonfinite": "skip"}) for kind in TWO_IN_TURN],
-)
-def test_optimizers_that_cannot_be_clipped_together_step_as_without_a_trial(
-    kind: str, trial: dict[str, Any]
-) -> None:
-    moved = []
-    for session in (nullcontext(), Session(**trial)):
-        weights, optimizers = two()
-        with session:
-            for _ in range(3):
-                TWO_IN_TURN[kind](weights, optimizers)
-        moved.append([w.data for w in weights])
-    torch.testing.assert_close(moved[1], moved[0])
-    assert isinstance(session, Session)
-    assert [(each.steps, each.problem) for each in session.steps.optimizers] == [(3, None)] * 2
-    assert len(labels(session)) == 2
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("is_unscaled_first", [False, True])
-def test_a_grad_scaler_that_unscales_in_its_step_clips_optimizers_one_by_one(
-    kind: Any, is_unscaled_first: bool
-) -> None:
-    moved = []
-    for session in (nullcontext(), Session(max_norm=1.0)):
-        weights = [weight(0.0, 0.0), weight(0.0, 0.0)]
-        optimizers = [kind([w], lr=1.0, fused=True) for w in weights]
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-        with session:
-            for _ in range(3):
-                scaler.scale(both_losses(weights)).backward()
-                if is_unscaled_first or isinstance(session, nullcontext):
-                    for optimizer in optimizers:
-                        scaler.unscale_(optimizer)
-                if isinstance(session, nullcontext):
-                    for part in [weights] if is_unscaled_first else [[w] for w in weights]:
-                        torchclip.clip_grad_norm_(part, 1.0)
-                for w, optimizer in zip(weights, optimizers, strict=True):
-                    scaler.step(optimizer)
-                    w.grad = None
-                scaler.update()
-        moved.append([w.data for w in weights])
-    torch.testing.assert_close(moved[1], moved[0])
-
-
-def test_a_step_in_the_backward_pass_is_clipped_by_itself() -> None:
-    weights, optimizers = two()
-    with Session(max_norm=1.0) as session:
-        both_losses(weights).backward()  # so that both have gradients
-        for w, optimizer in zip(weights, optimizers, strict=True):
-            w.grad = torch.zeros_like(w)
-            w.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
-        both_losses(weights).backward()
-    torch.testing.assert_close(
-        [w.data for w in weights], [torch.tensor([-1.0, 0.0]), torch.tensor([0.0, -1.0])]
-    )
-    assert len(labels(session)) == 2
-
-
-def test_two_optimizers_that_wrap_others_are_clipped_together() -> None:
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, inner: torch.optim.Optimizer) -> None:
-            super().__init__(inner.param_groups, {})
-            self.inner = inner
-
-        def step(self, closure: Any = None) -> Any:
-            self.inner.step()
-
-    weights, optimizers = two()
-    wrappers = [Wrapper(optimizer) for optimizer in optimizers]
-    with Session(max_norm=1.0):
-        for _ in range(3):
-            joint_step(weights, wrappers)
-    torch.testing.assert_close(
-        [w.data for w in weights], [torch.tensor([-1.8, 0.0]), torch.tensor([0.0, -2.4])]
-    )
-
-
-def test_an_optimizer_that_stands_for_one_that_has_stepped_is_not_clipped_with_another() -> None:
-    class StandIn(torch.optim.SGD):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.__dict__ = dict(vars(optimizer))
-            self.optimizer = optimizer
-
-        def step(self, closure: Any = None) -> Any:
-            return self.optimizer.step(closure)
-
-    weights, optimizers = two()
-    stand_ins = [StandIn(optimizer) for optimizer in optimizers]
-    with Session(max_norm=1.0) as session:
-        for _ in range(3):
-            for w, optimizer in zip(weights, stand_ins, strict=True):
-                optimizer.zero_grad()
-                (w * 4.0).sum().backward()
-                optimizer.step()
-    assert [each.history.summary().steps for each in labels(session).values()] == [3, 3]
-    torch.testing.assert_close(weights[1].data, weights[0].data)
-
-
-def test_where_the_program_makes_a_clipper_of_one_the_other_is_still_clipped() -> None:
-    weights, optimizers = two()
-    with Session(max_norm=1.0) as session:
-        joint_step(weights, optimizers)
-        own = torchclip.Clipper(optimizers[0], 100.0)
-        joint_step(weights, optimizers)
-    assert len(own.history) == 1
-    torch.testing.assert_close(
-        [w.data for w in weights], [torch.tensor([-1.6, 0.0]), torch.tensor([0.0, -1.8])]
-    )
-    assert [record.total_norm for record in session.steps.optimizers[1].history] == [5.0, 4.0]
-
-
-@pytest.mark.parametrize("nonfinite", [None, "error"])
-def test_a_trial_leaves_gradients_that_cannot_be_clipped(nonfinite: Any) -> None:
-    w = weight(0.0, 0.0)
-    optimizer = sgd(w)
-    with Session(max_norm=1.0, nonfinite=nonfinite) as session:
-        for _ in range(2):
-            w.grad = torch.ones(1).expand(2)  # whose elements share memory
-            with nullcontext() if nonfinite is None else pytest.raises(RuntimeError, match="overlaps"):
-                optimizer.step()
-    torch.testing.assert_close(w.data, torch.full((2,), -2.0 if nonfinite is None else 0.0))
-    if nonfinite is None:
-        assert "clipped by nothing" in session.report()
-        assert "not clipped as asked: " in session.report()
-        assert len(session.history) == 2
 
 
 # Trials
@@ -972,7 +612,7 @@ def test_max_norm_clips_a_script_that_does_not() -> None:
         step(optimizer, [3.0, 4.0])
     torch.testing.assert_close(w.data, torch.tensor([-0.6, -0.8]))
     assert [r.clipped for r in session.history] == [True]
-    assert "optimizer (SGD): clipped by --max-norm 1\n" in session.report()
+    assert "SGD: clipped by --max-norm 1\n" in session.report()
 
 
 def test_max_norm_takes_the_place_of_the_scripts_own_clipping() -> None:
@@ -982,9 +622,12 @@ def test_max_norm_takes_the_place_of_the_scripts_own_clipping() -> None:
         w.grad = torch.tensor([3.0, 4.0])
         assert torch.nn.utils.clip_grad_norm_([w], 0.5) == 5.0
         torch.nn.utils.clip_grad_value_([w], 0.1)
+        optimizer.step()
+        torch.testing.assert_close(w.data, torch.tensor([-1.2, -1.6]))
+        w.grad = torch.tensor([3.0, 4.0])
         torch.nn.utils.clip_grads_with_norm_([w], 0.1, torch.tensor(5.0))
         optimizer.step()
-    torch.testing.assert_close(w.data, torch.tensor([-1.2, -1.6]))
+    torch.testing.assert_close(w.data, torch.tensor([-2.4, -3.2]))
     text = " ".join(session.report().split())
     assert "in place of the script's own clip_grad_norm_ and clip_grad_value_ and clip_grads" in text
 
@@ -1026,35 +669,6 @@ def test_none_takes_the_scripts_clipping_away() -> None:
     )
 
 
-def test_nonfinite_alone_leaves_the_scripts_thresholds() -> None:
-    w = weight(0.0, 0.0)
-    optimizer = sgd(w)
-    with Session(nonfinite="zero") as session:
-        for grad in ([3.0, 4.0], [float("nan"), 0.25]):
-            w.grad = torch.tensor(grad)
-            torch.nn.utils.clip_grad_norm_([w], 0.5)
-            optimizer.step()
-    torch.testing.assert_close(w.data, torch.tensor([-0.3, -0.65]))
-    assert session.history[1].nonfinite
-
-
-def test_with_nonfinite_alone_norms_are_those_before_the_scripts_own_clipping() -> None:
-    w = weight(0.0, 0.0)
-    optimizer = sgd(w)
-    with Session(nonfinite="skip") as session:
-        for grad in ([3.0, 4.0], [float("inf"), 0.0], [0.3, 0.4]):
-            w.grad = torch.tensor(grad)
-            torch.nn.utils.clip_grad_norm_([w], 1.0)
-            optimizer.step()
-        step(optimizer, [0.6, 0.8])
-    assert [r.total_norm for r in session.history] == pytest.approx([5.0, float("inf"), 0.5, 1.0])
-    assert [r.clipped for r in session.history] == [True, False, False, False]
-    assert [r.skipped for r in session.history] == [False, True, False, False]
-    torch.testing.assert_close(w.data, torch.tensor([-1.5, -2.0]))
-    text = " ".join(session.report().split())
-    assert "clipped by clip_grad_norm_ to 1, clipped by --nonfinite skip 4 steps: 1 clipped" in text
-
-
 def test_a_threshold_of_0_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--max-norm", "0.0", "script.py"])
@@ -1074,30 +688,16 @@ def test_a_clipper_made_after_the_first_step_replaces_the_trials() -> None:
     assert session.history is clipper.history
 
 
-def test_an_optimizer_that_cannot_be_hashed_steps_unclipped() -> None:
+def test_an_optimizer_that_cannot_be_hashed_is_clipped() -> None:
     class Unhashable(torch.optim.SGD):
         __hash__ = None  # type: ignore[assignment]
 
     w = weight(0.0, 0.0)
     optimizer = Unhashable([w], lr=1.0)
-    with Session(max_norm=1.0) as session:
+    with Session(max_norm=1.0):
         for _ in range(2):
             step(optimizer, [3.0, 4.0])
-    torch.testing.assert_close(w.data, torch.tensor([-6.0, -8.0]))
-    assert "unhashable" in session.report()
-
-
-def test_what_cannot_be_clipped_as_asked_is_said() -> None:
-    w = weight(1.0)
-
-    def closure() -> Tensor:
-        w.grad = torch.tensor([3.0])
-        return w.detach().sum()
-
-    optimizer = torch.optim.LBFGS([w], max_iter=1)
-    with Session(nonfinite="skip") as session:
-        optimizer.step(closure)
-    assert "not clipped as asked: " in session.report()
+    torch.testing.assert_close(w.data, torch.tensor([-1.2, -1.6]))
 
 
 # The command
@@ -1181,12 +781,9 @@ def test_an_optimizer_that_is_dropped_before_its_first_step_ends_no_trial(run_he
     assert float(done.stdout) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_advice_comes_after_what_clipping_did_and_before_time(run_here: in_process.Run) -> None:
+def test_advice_comes_after_what_clipping_did(run_here: in_process.Run) -> None:
     text = run_here(SCRIPT).stderr
-    assert text.index("60 steps") < text.index("\nadvice\n") < text.index("\ntime\n")
-    assert re.search(
-        r"recording: \S+ .s a step, \d+\.\d% of the \S+ .s from step to step", " ".join(text.split())
-    )
+    assert text.index("60 steps") < text.index("\nadvice\n")
 
 
 @pytest.mark.parametrize("columns", ["40", "60", "120"])
@@ -1202,7 +799,7 @@ def test_the_report_fits_the_terminal(columns: str, monkeypatch: pytest.MonkeyPa
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("other", [["--max-norm", "1"], ["--threshold", "zscore"], ["--nonfinite", "skip"]])
+@pytest.mark.parametrize("other", [["--max-norm", "1"], ["--threshold", "zscore"]])
 def test_none_goes_with_no_other_trial(other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--none", *other, "script.py"])
@@ -1217,53 +814,3 @@ def test_a_file_that_cannot_be_written_at_the_end_is_said(run_here: in_process.R
     done = run_here(SCRIPT, "import shutil; shutil.rmtree('a')", options=["--csv", "a/a.csv"])
     assert (done.returncode, done.stdout) == (2, "done\n")
     assert "torchclip run: error: argument --csv: No such file or directory: a/a.csv" in done.stderr
-
-
-LOUD = """
-import torch
-weight = torch.nn.Parameter(torch.zeros(2))
-optimizer = torch.optim.SGD([weight], lr=1.0)
-for step in range(8):
-    weight.grad = torch.ones(2)
-    optimizer.step()
-    if step == 5:
-        print("a line of the script")
-print("a bar", end="")
-for step in range(4):
-    optimizer.step()
-"""
-
-
-def test_the_progress_line_is_beneath_what_the_script_writes(
-    run_here: in_process.Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "_SECONDS", 0.0)
-    monkeypatch.setenv("TERM", "xterm")
-    main_side, its_side = pty.openpty()
-    chunks: list[bytes] = []
-    # The command waits for threads that are no daemons.
-    reader = threading.Thread(target=lambda: chunks.extend(_read(main_side)), daemon=True)
-    reader.start()
-    with os.fdopen(its_side, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        patch.setattr(sys, "stderr", terminal)
-        assert run_here(LOUD).returncode == 0
-    reader.join()
-    os.close(main_side)
-    output = b"".join(chunks).decode().partition("torchclip: what clipping did")[0]
-    assert re.findall(r"torchclip: step (\d), norm 1.414", output) == list("12345678")
-    # Erased before the script's own line, and not drawn beside its bar.
-    before, _, after = output.partition("a line of the script\r\n")
-    assert before.endswith("\r\x1b[2K")
-    assert "torchclip: step" not in after.partition("a bar")[2]
-
-
-def _read(descriptor: int) -> Iterator[bytes]:
-    while True:
-        try:
-            chunk = os.read(descriptor, 1024)
-        except OSError:  # the other side is closed
-            return
-        if not chunk:
-            return
-        yield chunk

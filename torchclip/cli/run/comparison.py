@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 _WIDTH = 80
 
 
-def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: Files) -> int:
+def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
     """Run with each threshold, or search for one, and show the results; returns the exit status."""
     what = "loss" if command.metric is None else "metric"
     is_search = list(thresholds) == ["auto"]
     progress = _Progress(None if is_search else len(thresholds))
-    tries = Tries(command, jobs, progress)
+    tries = Tries(command, progress)
     with progress.bar:
         if is_search:
             tries.auto()

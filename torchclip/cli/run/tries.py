@@ -35,20 +35,17 @@ class Command:
 
     Attributes:
         script: the arguments of ``torchclip run`` from the script on, with ``-m`` before a module.
-        nonfinite: the value of ``--nonfinite``, or None.
         metric: finds the number to compare in a run's output, instead of the loss.
     """
 
     script: Sequence[str]
-    nonfinite: str | None = None
     metric: re.Pattern[str] | None = None
 
     def arguments(self, threshold: str, csv: Path) -> list[str]:
         """The command line that runs the script with a threshold."""
         options = ["--threshold", threshold] if threshold in LEARNED else ["--max-norm", threshold]
         if threshold == "none":
-            options = ["--none"] if self.nonfinite is None else ["--max-norm", "inf"]
-        options += [] if self.nonfinite is None else ["--nonfinite", self.nonfinite]
+            options = ["--none"]
         python = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
         return [*python, "-m", "torchclip", "run", *options, "--csv", str(csv), *self.script]
 
@@ -170,12 +167,11 @@ class Tries:
         directory: where the logs are.
     """
 
-    def __init__(self, command: Command, jobs: int, tell: Callable[[Tries], object]) -> None:
+    def __init__(self, command: Command, tell: Callable[[Tries], object]) -> None:
         self.done: list[Try] = []
         self.running: list[Try] = []
         self.directory = Path(tempfile.mkdtemp(prefix="torchclip-try-"))
         self._command = command
-        self._jobs = jobs
         self._tell = tell
         self._signals: list[int] = []
 
@@ -208,7 +204,7 @@ class Tries:
         """Move runs from one list, from its end, to the other, until all have ended."""
         answered, deadline = 0, math.inf
         while self.running or (waiting and not self._signals):
-            while waiting and len(self.running) < self._jobs and not self._signals:
+            while waiting and not self.running and not self._signals:
                 begun.append(waiting.pop())
                 begun[-1].start(self._command, self._environment())
                 self.running.append(begun[-1])
@@ -238,10 +234,7 @@ class Tries:
         search(run)
 
     def _environment(self) -> dict[str, str]:
-        """The number of threads of each run, as parallel runs share the cores."""
-        cores = os.cpu_count() or 1
-        threads = {"OMP_NUM_THREADS": str(max(cores // self._jobs, 1))} if self._jobs > 1 else {}
-        return {**threads, "PYTHONUNBUFFERED": "1", **os.environ}
+        return {"PYTHONUNBUFFERED": "1", **os.environ}
 
 
 @contextmanager
