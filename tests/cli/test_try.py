@@ -57,7 +57,7 @@ def test_each_threshold_is_a_row_and_the_best_is_recommended(
         SCRIPT,
         *("0.1", "fail"),
         options=[
-            *("--try", "0.010,none", "--jobs", "2"),
+            *("--try", "0.010,none"),
             *("--csv", "a.csv", "--plot", "a.svg", "--html", "a.html"),
         ],
     )
@@ -122,15 +122,14 @@ def test_a_signal_ends_all_runs_and_keeps_what_is_there(run_here: in_process.Run
 
 
 def test_each_run_gets_the_options_of_its_threshold() -> None:
-    def options(threshold: str, nonfinite: str | None = None) -> list[str]:
-        arguments = Command(["-m", "script"], nonfinite).arguments(threshold, Path("a.csv"))
+    def options(threshold: str) -> list[str]:
+        arguments = Command(["-m", "script"]).arguments(threshold, Path("a.csv"))
         assert arguments[-4:] == ["--csv", "a.csv", "-m", "script"]
         return arguments[arguments.index("run") + 1 : -4]
 
     assert options("0.010") == ["--max-norm", "0.010"]
     assert options("zscore") == ["--threshold", "zscore"]
     assert options("none") == ["--none"]
-    assert options("none", "skip") == ["--max-norm", "inf", "--nonfinite", "skip"]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,6 @@ def test_each_run_gets_the_options_of_its_threshold() -> None:
         (["--try", "1"], "argument SCRIPT: No such file or directory: script.py"),
         (["--try", "1", "--max-norm", "2"], "--try and --max-norm do not go together"),
         (["--try", "1", "--none"], "--try and --none do not go together"),
-        (["--jobs", "2"], "--jobs goes with --try only"),
         (["--metric", "x"], "--metric goes with --try only"),
         (["--try", "1", "--metric", "("], "argument --metric: must be a regular expression, got '('"),
     ],
@@ -199,7 +197,7 @@ class Runs(Tries):
     """Runs without processes: a function gives each run's loss or problem."""
 
     def __init__(self, loss_of: Callable[[str], float | str]) -> None:
-        super().__init__(Command(["script.py"]), 1, lambda _: None)
+        super().__init__(Command(["script.py"]), lambda _: None)
         self.directory.rmdir()  # no run writes anything
         self._loss_of = loss_of
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torchclip
 from torchclip.cli.main import main
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.recording import Recording
-from torchclip.cli.run.report import histories, report
+from torchclip.cli.run.report import histories, report, sections
 from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 
@@ -62,7 +63,7 @@ def weight(*values: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values))
 
 
-def step(optimizer: torch.optim.Optimizer, *grads: list[Any]) -> None:
+def step(optimizer: torch.optim.Optimizer, *grads: Any) -> None:
     """One step with these gradients."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -187,18 +188,6 @@ def test_a_first_call_for_optimizers_that_have_not_stepped_yet() -> None:
     for record in session.steps.optimizers:
         assert [r.total_norm for r in record.history] == [5.0] * 3
         assert [r.clipped for r in record.history] == [True] * 3
-    assert not len(session.calls.stray)
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_call_without_its_step_is_a_stray_if_no_optimizer_ever_stepped(steps: int) -> None:
-    w = weight(0.0)
-    optimizer = sgd(w)
-    with Session() as session:
-        for _ in range(steps):
-            step(optimizer, [2.0])
-        torch.nn.utils.clip_grad_norm_([w], 1.0)  # where the program was interrupted
-    assert len(session.calls.stray) == 1 - steps
 
 
 def test_a_call_for_each_of_many_parameters_belongs_to_their_step() -> None:
@@ -211,7 +200,6 @@ def test_a_call_for_each_of_many_parameters_belongs_to_their_step() -> None:
                 torch.nn.utils.clip_grad_norm_([w], 0.5)
             optimizer.step()
     assert [r.total_norm for r in session.history] == [40.0] * 2
-    assert not len(session.calls.stray)
 
 
 def test_calls_for_two_optimizers_before_each_of_their_steps_clip_the_second_one_twice() -> None:
@@ -592,6 +580,74 @@ def test_the_largest_layers_are_those_before_clipping() -> None:
 # Names
 
 
+def names(session: Session, *modules: Any) -> list[str]:
+    """The names of the parameters of some modules that one optimizer trains."""
+    optimizer = sgd(*(p for module in modules for p in module.parameters()))
+    step(optimizer, *[p.detach().tolist() for p in optimizer.param_groups[0]["params"]])
+    return list(session.steps.optimizers[-1].names.values())
+
+
+def test_parameters_have_the_names_that_their_modules_give_them() -> None:
+    with Session() as session:
+        net = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
+        assert names(session, net) == ["0.weight", "0.bias", "1.0.weight", "1.0.bias"]
+        assert names(session, torch.compile(nn.DataParallel(net))) == names(session, net)
+        first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+        two = ["Linear 1.weight", "Linear 1.bias", "Linear 2.weight", "Linear 2.bias"]
+        assert names(session, first, second) == two
+        assert names(session, nn.Linear(1, 1), nn.Bilinear(1, 1, 1))[2:] == [
+            "Bilinear.weight",
+            "Bilinear.bias",
+        ]
+        nn.Sequential(nn.Flatten(), first)  # which no longer exists
+        assert names(session, first) == ["weight", "bias"]
+
+
+def test_parameters_without_a_module_have_a_position_and_a_shape_or_the_optimizers_names() -> None:
+    with Session() as session:
+        step(
+            sgd(weight(0.0), nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.tensor(0.0))),
+            [1.0],
+            [[1.0] * 3] * 2,
+            1.0,
+        )
+        step(torch.optim.SGD([("a", weight(0.0))]), [1.0])
+    first, second = session.steps.optimizers
+    assert list(first.names.values()) == ["parameter 0 (1)", "parameter 1 (2×3)", "parameter 2 (a number)"]
+    assert list(second.names.values()) == ["a"]
+
+
+class Gan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.critic = nn.Linear(1, 1), nn.Linear(1, 1)
+
+
+def test_optimizers_are_told_apart_by_what_they_train_or_by_numbers() -> None:
+    with Session() as session:
+        gan = Gan()
+        for part in (gan.generator, gan.critic):
+            names(session, part)
+        for _ in range(2):
+            step(torch.optim.Adam([weight(0.0)]), [1.0])
+    assert list(sections(session)) == ["generator (SGD)", "critic (SGD)", "Adam 1", "Adam 2"]
+
+
+def test_optimizers_have_the_names_of_the_scripts_variables(run_here: in_process.Run) -> None:
+    done = run_here(
+        """
+        import torch
+        weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+        opt_d, *others = [torch.optim.SGD([w], lr=0.1) for w in weights]
+        for w, optimizer in zip(weights, [opt_d, *others]):
+            w.sum().backward()
+            optimizer.step()
+        """
+    )
+    for label in ("opt_d (SGD)", "others[0] (SGD)", "others[1] (SGD)"):
+        assert f"\n{label}: clipped by nothing\n" in done.stderr
+
+
 def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
     with Session() as session:
         for _ in range(3):
@@ -599,7 +655,138 @@ def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
         assert [record.optimizer() for record in session.steps.optimizers] == [None] * 3
 
 
-# Optimizers that step together
+# Several optimizers
+
+
+def two() -> tuple[list[nn.Parameter], list[torch.optim.SGD]]:
+    weights = [weight(0.0, 0.0), weight(0.0, 0.0)]
+    return weights, [sgd(each) for each in weights]
+
+
+def both_losses(weights: list[nn.Parameter]) -> Tensor:
+    return (weights[0] * torch.tensor([3.0, 0.0]) + weights[1] * torch.tensor([0.0, 4.0])).sum()
+
+
+def test_optimizers_with_one_clipper_are_one_section() -> None:
+    weights, optimizers = two()
+    with Session() as session:
+        torchclip.Clipper(optimizers, 1.0)
+        both_losses(weights).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    ((label, section),) = sections(session).items()
+    assert label == "SGD 1 and SGD 2"
+    assert [record.total_norm for record in section.history] == [5.0]
+
+
+def stepped(optimizer: torch.optim.Optimizer, _: Tensor) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("trial", [{}, {"max_norm": 2.0}])
+def test_optimizers_that_step_in_backward_passes_are_one_section(trial: dict[str, Any]) -> None:
+    weights, optimizers = two()
+    with Session(**trial) as session:
+        for w, optimizer in zip(weights, optimizers, strict=True):
+            w.register_post_accumulate_grad_hook(partial(stepped, optimizer))
+        for _ in range(3):
+            both_losses(weights).backward()
+    ((label, section),) = sections(session).items()
+    assert label == "2 optimizers that step in backward passes"
+    assert [(record.step, record.total_norm) for record in section.history] == [(0, 5.0), (1, 5.0), (2, 5.0)]
+    torch.testing.assert_close(weights[1].data, torch.tensor([0.0, -6.0 if trial else -12.0]))
+    assert "3 steps: " in session.report()
+
+
+def test_a_trial_clips_each_optimizer_that_the_script_does_not_clip() -> None:
+    weights, optimizers = two()
+    with Session(max_norm=1.0) as session:
+        for _ in range(2):
+            both_losses(weights).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert [w.data.norm().item() for w in weights] == pytest.approx([2.0, 2.0])
+    assert [section.history.summary().clipped for section in sections(session).values()] == [2, 2]
+
+
+def test_a_trial_changes_the_threshold_of_a_call_for_what_the_call_gets() -> None:
+    weights, optimizers = two()
+    with Session(max_norm=1.0):
+        both_losses(weights).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 100.0, norm_type=1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(
+        [w.data for w in weights], [torch.tensor([-3 / 7, 0.0]), torch.tensor([0.0, -4 / 7])]
+    )
+
+
+def test_each_call_and_each_set_of_parameters_learns_a_threshold_of_its_own() -> None:
+    weights, optimizers = two()
+    with Session(threshold="percentile") as session:
+        for _ in range(3):
+            both_losses(weights).backward()
+            for w, optimizer in zip(weights, optimizers, strict=True):
+                torch.nn.utils.clip_grad_norm_(w, 100.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert [[r.max_norm for r in each.history] for each in session.steps.optimizers] == [[3.0] * 3, [4.0] * 3]
+
+
+def test_a_step_of_an_optimizer_that_wraps_another_is_one() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure: Any = None) -> Any:
+            self.inner.step()
+
+    w = weight(0.0, 0.0)
+    with Session(max_norm=1.0) as session:
+        step(Wrapper(sgd(w)), [3.0, 4.0])
+    assert [record.kind for record in session.steps.optimizers] == ["Wrapper"]
+    torch.testing.assert_close(w.data, torch.tensor([-0.6, -0.8]))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_trial_clips_without_a_grad_scalers_scale(fused: bool) -> None:
+    w = weight(0.0, 0.0)
+    optimizer = torch.optim.SGD([w], lr=1.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with Session(max_norm=1.0):
+        scaler.scale((w * torch.tensor([3.0, 4.0])).sum()).backward()
+        scaler.step(optimizer)
+    torch.testing.assert_close(w.data, torch.tensor([-0.6, -0.8]))
+
+
+def test_a_trial_clips_in_every_call_of_a_closure() -> None:
+    w = weight(8.0)
+    optimizer = torch.optim.LBFGS([w], max_iter=3, lr=1.0)
+    seen = []
+
+    def closure() -> Tensor:
+        seen.append(w.item())
+        w.grad = torch.full((1,), 100.0)
+        return w.detach().sum()
+
+    with Session(max_norm=1.0):
+        optimizer.step(closure)
+    assert -np.diff(seen) == pytest.approx([1.0] * (len(seen) - 1), rel=1e-4)
+
+
+def test_a_trial_leaves_gradients_that_cannot_be_clipped() -> None:
+    w = weight(0.0, 0.0)
+    optimizer = sgd(w)
+    with Session(max_norm=1.0) as session:
+        for _ in range(2):
+            w.grad = torch.ones(1).expand(2)  # whose elements share memory
+            optimizer.step()
+    torch.testing.assert_close(w.data, torch.full((2,), -2.0))
+    assert "not clipped as asked: " in session.report()
+    assert len(session.history) == 2
 
 
 # Trials

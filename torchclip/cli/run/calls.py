@@ -16,7 +16,6 @@ from torch import Tensor
 
 from torchclip.cli.run.gradients import joint, smallest
 from torchclip.cli.run.trial import Effect
-from torchclip.history.history import History
 
 _MOST_CALLS = 4096  # that wait for a step
 _MOST_MARKS = 64  # gradients of a call that are looked at again
@@ -80,7 +79,6 @@ class Call:
             None if there was no scale.
         effect: the norm, the threshold and the coefficient.
         nonfinite: the ``id`` of each parameter whose gradient was not finite.
-        is_taken: whether an optimizer has stepped with some of the tensors since then.
     """
 
     site: Site
@@ -92,7 +90,6 @@ class Call:
     effect: Effect
     nonfinite: Sequence[int] = ()
     has_gradients: bool = True
-    is_taken: bool = False
 
     def mark(self, items: Sequence[Tensor]) -> None:
         """Remember the gradients as they are now, some of them if there are many."""
@@ -137,40 +134,22 @@ class Calls:
     """The latest calls, in their order.
 
     Attributes:
-        stray: calls on parameters of which no optimizer has ever stepped.
-        known: the ``id`` of each parameter of an optimizer that has stepped.
         number: of all calls so far.
     """
 
     def __init__(self) -> None:
-        self.stray = History()
-        self.known: set[int] = set()
         self.number = 0
-        self._recent: deque[Call] = deque()
-        self._strays = 0
+        self._recent: deque[Call] = deque(maxlen=_MOST_CALLS)
 
     def add(self, call: Call) -> None:
         """Keep a call until its optimizers step."""
         self._recent.append(call)
         self.number += 1
-        if len(self._recent) > _MOST_CALLS:
-            self._drop_first()
 
     def since(self, number: int) -> list[Call]:
         """The calls after the first ``number`` of all."""
         wanted = min(self.number - number, len(self._recent))
         return [self._recent[-i] for i in range(wanted, 0, -1)]
-
-    def finish(self) -> None:
-        """Drop all calls, as no optimizer will step any more."""
-        while self._recent:
-            self._drop_first()
-
-    def _drop_first(self) -> None:
-        call = self._recent.popleft()
-        if not call.is_taken and call.parameters.isdisjoint(self.known):
-            self.stray.append(self._strays, *call.effect)
-            self._strays += 1
 
 
 def joint_effect(calls: Sequence[Call]) -> Effect:

@@ -59,17 +59,16 @@ class Modules:
             parameters += group["params"]
             for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False):
                 names[id(parameter)] = name
-        missing = {id(parameter) for parameter in parameters} - names.keys()
-        if missing:
-            roots = [module for module in self._made if module not in self._parts]
-            names |= _names_in([*roots, *_of_script()], missing)
-            missing -= names.keys()
-        if missing:  # perhaps of a part whose whole does not exist any more
-            names |= _names_in(self._made, missing)
+        roots = [module for module in self._made if module not in self._parts]
+        # A part may have lost its whole.
+        for modules in ([*roots, *_of_script()], self._made):
+            missing = [id(parameter) for parameter in parameters if id(parameter) not in names]
+            if missing:
+                names |= _names_in(modules, missing)
         for i, parameter in enumerate(parameters):
             shape = "×".join(map(str, parameter.shape)) or "a number"
             names.setdefault(id(parameter), f"parameter {i} ({shape})")
-        return names
+        return {id(parameter): names[id(parameter)] for parameter in parameters}
 
 
 def _of_script() -> Iterator[nn.Module]:
@@ -82,21 +81,24 @@ def _of_script() -> Iterator[nn.Module]:
                 yield each
 
 
-def _names_in(modules: Iterable[nn.Module], missing: set[int]) -> dict[int, str]:
+def _names_in(modules: Iterable[nn.Module], missing: Sequence[int]) -> dict[int, str]:
     """Names from as few modules as have the missing parameters; of several, each has its class in front."""
     known = []
     for module in {id(each): each for each in modules}.values():
-        held = {key: name for key, name in _named_parameters(module) if key in missing}
+        of_module = dict(_named_parameters(module))
+        held = {key: of_module[key] for key in missing if key in of_module}
         if held:
             known.append((type(module).__name__, held))
     used: list[tuple[str, dict[int, str]]] = []
-    while missing and known:
-        best = max(known, key=lambda each: len(each[1].keys() & missing))
-        found = {key: name for key, name in best[1].items() if key in missing}
+    left = set(missing)
+    while known and left:
+        kind, held = max(known, key=lambda each: len(each[1].keys() & left))
+        found = {key: name for key, name in held.items() if key in left}
         if not found:
             break
-        used.append((best[0], found))
-        missing = missing - found.keys()
+        used.append((kind, found))
+        left -= found.keys()
+    used.sort(key=lambda each: missing.index(next(iter(each[1]))))
     names: dict[int, str] = {}
     kinds = [kind for kind, _ in used]
     for i, (kind, found) in enumerate(used):

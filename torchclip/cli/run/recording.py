@@ -40,4 +40,3 @@ class Recording:
         self.steps.detach()
         self.losses.detach()
         self.functions.detach()
-        self.calls.finish()

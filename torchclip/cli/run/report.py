@@ -53,11 +53,8 @@ def report(run: Recording, seconds: float, end: str = "", remarks: Sequence[Rema
         lines += ["", f"{label}: {clipped_by}", *_indented([*_numbers(section.history), *more])]
     if len(found) > len(shown):
         lines += ["", f"and {_count(len(found) - len(shown), 'optimizer')} more"]
-    if len(run.calls.stray):
-        lines += ["", "clipped, but by no optimizer of torch's stepped with"]
-        lines += _indented(_strays(run.calls.stray))
     if len(lines) == 1:
-        lines += ["  No optimizer of torch's took a step, and no clipping function of torch's was called."]
+        lines += ["  No optimizer of torch's took a step."]
     for label, section in shown.items():
         lines += ["", f"advice for {label}" if len(shown) > 1 else "advice"]
         lines += _indented(section.history.suggest().lines)
@@ -119,8 +116,6 @@ def histories(run: Recording) -> dict[str, History]:
         found[label] = history
         if not len(history.layers):
             history.layers = optimizers[0].layers
-    if len(run.calls.stray):
-        found["no optimizer"] = run.calls.stray
     return found
 
 
@@ -209,15 +204,6 @@ def _numbers(history: History) -> Iterator[str]:
 def losses_of(history: History) -> list[float]:
     """The loss of each kept step that has one."""
     return [record.loss for record in history if record.loss is not None]
-
-
-def _strays(history: History) -> Iterator[str]:
-    summary = history.summary()
-    yield f"clipped {summary.clipped:,} of {_count(summary.steps, 'time')} ({summary.clipped_share:.1%})"
-    finite = [record.total_norm for record in history if not record.nonfinite]
-    if finite:
-        low, middle, high = np.quantile(finite, (0, 0.5, 1))
-        yield f"norm before clipping: min {low:.4g}, median {middle:.4g}, max {high:.4g}"
 
 
 def _largest(layers: Layers) -> str:

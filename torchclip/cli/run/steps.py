@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,7 @@ class StepRecorder:
         self._calls, self._losses = calls, losses
         self._modules = Modules()
         self._by_id: dict[int, OptimizerRecord] = {}
+        self._known: set[int] = set()  # the id of each parameter of an optimizer that has stepped
         self._detach: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -111,13 +113,11 @@ class StepRecorder:
         self._losses.take()  # of later calls of a closure
         record.seen = self._calls.number, self._losses.backwards
         clipper = registry.clipper_of(optimizer)
-        try:
+        with _problems_of(record):
             if clipper is not None:
                 self._read_clipper(record, optimizer, clipper)
             elif record.steps >= record.history.clipped_sizes.next_step:
                 record.history.clipped_sizes.measure(record.steps, [optimizer])
-        except Exception as error:  # as in _measure
-            record.problem = _no_norms(error)
         record.steps += 1
         if self._tell is not None and record.steps & (record.steps - 1) == 0:
             self._tell(self.mistakes.remarks())
@@ -128,30 +128,27 @@ class StepRecorder:
         if in_backward():
             record.rounds.append(self._losses.backwards)
         loss, clipper = self._losses.take(), registry.clipper_of(optimizer)
-        try:
-            facts = self._facts(record, optimizer)
-            self.mistakes.judge(facts)
-            effect = joint_effect(facts.used) if facts.used else None
-            if _measures_layers(record.steps):
+        facts = self._facts(record, optimizer)
+        self.mistakes.judge(facts)
+        effect = joint_effect(facts.used) if facts.used else None
+        if _measures_layers(record.steps):
+            with _problems_of(record):
                 self._measure_layers(record, optimizer, 1.0 if effect is None else effect.clip_coef)
-            if clipper is None:
+        if clipper is None:
+            with _problems_of(record):
                 self._record(record, optimizer, facts, effect, loss)
-            elif loss is not None and clipper.loss is None:
-                clipper.loss = loss
-        except Exception as error:  # the program must continue, whatever its gradients
-            record.problem = _no_norms(error)
+        elif loss is not None and clipper.loss is None:
+            clipper.loss = loss
 
     def _facts(self, record: OptimizerRecord, optimizer: Optimizer) -> StepFacts:
-        names, known = record.names.keys(), self._calls.known
+        names = record.names.keys()
         recent = self._calls.since(record.seen[0])
         own = [call for call in recent if call.exists() and not call.parameters.isdisjoint(names)]
-        for call in own:
-            call.is_taken = True
         return StepFacts(
             record,
             (self._losses.backwards, record.seen[1]),
             own,
-            [call for call in recent if not call.exists() or call.parameters.isdisjoint(known)],
+            [call for call in recent if not call.exists() or call.parameters.isdisjoint(self._known)],
             {id(p): id(p.grad) for p in parameters_of(optimizer) if p.grad is not None},
             registry.clipper_of(optimizer) is not None,
             partial(_was_scaled, optimizer, self._losses.unscaled()),
@@ -190,7 +187,7 @@ class StepRecorder:
             try:
                 scale = getattr(optimizer, "grad_scale", None)
                 return self.trial.clip(id(record), parameters_of(optimizer), norm, scale)
-            except Exception as error:  # as in _measure
+            except Exception as error:  # as in _problems_of
                 record.problem = f"not clipped as asked: {error}"
         return Effect(norm, math.inf, 1.0)
 
@@ -233,7 +230,7 @@ class StepRecorder:
             record = OptimizerRecord(optimizer, self._modules, lambda _: self._by_id.pop(key, None))
             self.optimizers.append(record)
             self._by_id[key] = record
-        self._calls.known.update(record.names)
+        self._known.update(record.names)
         if self.trial.replaces:  # also the thresholds of groups, which a Clipper of the program uses
             for group in optimizer.param_groups:
                 if group.get("max_norm") is not None:
@@ -296,8 +293,13 @@ def _was_scaled(optimizer: Optimizer, unscaled: frozenset[int] | None, call: Cal
     return is_unscaled and call.unscaled is not None and id(optimizer) not in call.unscaled
 
 
-def _no_norms(error: Exception) -> str:
-    return f"norms cannot be taken: {type(error).__name__}: {error}"
+@contextmanager
+def _problems_of(record: OptimizerRecord) -> Iterator[None]:
+    """Note what goes wrong, as the program must continue, whatever its gradients."""
+    try:
+        yield
+    except Exception as error:
+        record.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
 
 
 def _measures_layers(step: int) -> bool:
