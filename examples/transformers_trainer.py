@@ -37,7 +37,7 @@ trainer = Trainer(
     train_dataset=[{"input_ids": row, "labels": row} for row in sequences],
     callbacks=[clipping],
 )
-trainer.train()  # logs clip/total_norm, clip/max_norm and clip/clipped_share with the loss
+trainer.train()  # logs clip/total_norm, clip/clipped_norm and others with the loss
 
 if clipping.clipper is not None:  # made when training begins
     print(clipping.clipper.history.summary())

@@ -128,7 +128,7 @@ def test_a_clipper_keeps_its_own_history() -> None:
     assert session.history is clipper.history
     assert len(clipper.history) == 20
     text = session.report()
-    assert "clipped to 1 by a Clipper" in text
+    assert "clipped to 1 by the Clipper at tests/cli/test_watch.py:" in " ".join(text.split())
     assert not optimizer.state_dict()["state"]
 
 

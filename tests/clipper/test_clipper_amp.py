@@ -160,7 +160,8 @@ def test_a_fused_step_without_any_gradient(norm_type: float) -> None:
     scaler = GradScaler("cpu")
     scaler.scale(torch.tensor(1.0))
     scaler.step(optimizer)
-    assert clipper.last == (0, 0.0, 1.0, 1.0, False, False, False, None)
+    assert clipper.last is not None
+    assert clipper.last[:9] == (0, 0.0, 1.0, 1.0, False, False, False, None, 0.0)
 
 
 @pytest.mark.parametrize("failed", ["plain", "plain, inf", "scaled"])

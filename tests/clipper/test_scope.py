@@ -31,7 +31,7 @@ def test_a_step_without_any_gradient(max_norm: Any, scope: Scope, recorded: floa
     optimizer = torch.optim.Adam(with_gradients([None, None]))
     clipper = Clipper(optimizer, max_norm, scope=scope)
     optimizer.step()
-    assert last_of(clipper)[1:] == (0.0, recorded, 1.0, False, False, False, None)
+    assert last_of(clipper)[1:9] == (0.0, recorded, 1.0, False, False, False, None, 0.0)
     assert clipper.norms() == {}
 
 

@@ -71,14 +71,14 @@ def test_spikes_are_counted_and_clipped(where: list[int], seed: int) -> None:
     assert f"step {largest}" in text.replace("\n", " ")
 
 
-@pytest.mark.parametrize("end", [0.1, 0.5, 2.0, 10.0])
+@pytest.mark.parametrize("end", [0.1, 0.2, 5.0, 10.0])
 def test_norms_that_drift(end: float) -> None:
     norms = calm() * np.geomspace(1.0, end, 1000)
     advice = advice_on(norms)
     assert advice.drifts
     assert advice.spikes == 0
     assert "drift" in str(advice)
-    assert "Percentile" in str(advice)
+    assert "Percentile" not in str(advice), "one recommendation"
     assert "spikes" not in str(advice)
     max_norm = usable(advice)
     # The share is that of the whole run, and an early step's need remains.

@@ -17,8 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchclip.history import History, Record
+from torchclip.history.records import with_layers
 
 NAN, INF = math.nan, math.inf
+RECORDED = ("step", "total_norm", "max_norm", "clip_coef", "clipped", "nonfinite", "skipped")
 
 
 class Operations(TorchDispatchMode):
@@ -47,11 +49,30 @@ def test_a_record_says_what_was_done() -> None:
     history.append(9, total_norm=INF, max_norm=1.0, clip_coef=0.0)
     history.append(10, total_norm=NAN, max_norm=1.0, clip_coef=NAN)
     history.append(11, total_norm=INF, max_norm=1.0, clip_coef=0.0, skipped=True)
-    assert history[0] == Record(7, 0.5, 1.0, 1.0, clipped=False, nonfinite=False, skipped=False)
-    assert history[1] == Record(8, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False)
-    assert history[2] == Record(9, INF, 1.0, 0.0, clipped=True, nonfinite=True, skipped=False)
+    assert history[0] == Record(
+        7, 0.5, 1.0, 1.0, clipped=False, nonfinite=False, skipped=False, clipped_norm=0.5
+    )
+    assert history[1] == Record(8, 4.0, 1.0, 0.25, True, False, False, clipped_norm=1.0)
+    assert history[2][:7] == (9, INF, 1.0, 0.0, True, True, False)
     assert (history[3].clipped, history[3].nonfinite) == (False, True)
-    assert history[4] == Record(11, INF, 1.0, 0.0, clipped=False, nonfinite=True, skipped=True)
+    assert history[4] == Record(11, INF, 1.0, 0.0, False, True, skipped=True, clipped_norm=0.0)
+    assert [math.isnan(record.clipped_norm) for record in history] == [False, False, True, True, False]
+
+
+def test_the_norm_after_clipping_is_what_the_caller_says_or_that_of_a_single_threshold(
+    tmp_path: Path,
+) -> None:
+    history = History()
+    history.append(0, total_norm=5.0, max_norm=1.0, clip_coef=0.2)
+    history.append(1, total_norm=5.0, max_norm=1.0, clip_coef=0.2, clipped_norm=3.0)  # of two sets
+    history.append(2, 5.0, 1.0, torch.tensor(0.5), clipped_norm=torch.tensor(4.0, dtype=torch.float64))
+    history.append(3, 5.0, 1.0, 1.0, skipped=torch.tensor(True), clipped_norm=torch.tensor(5.0))
+    expected = [1.0, 3.0, 4.0, 0.0]
+    assert [record.clipped_norm for record in history] == expected
+    assert [record.clipped_norm for record in duplicate_by_state(history)] == expected
+    history.to_csv(tmp_path / "history.csv")
+    with open(tmp_path / "history.csv", newline="", encoding="utf-8") as file:
+        assert [float(row["clipped_norm"]) for row in csv.DictReader(file)] == expected
 
 
 def test_it_is_a_sequence() -> None:
@@ -93,7 +114,8 @@ def test_appending_runs_no_operation_and_reading_runs_one_transfer() -> None:
         assert [r.step for r in history] == list(range(100))
         history.summary()
         assert operations.names == ["stack"]
-    assert last == Record(99, 100.0, 1.0, coefficients[99].item(), True, False, False)
+    assert last[:7] == (99, 100.0, 1.0, coefficients[99].item(), True, False, False)
+    assert last.clipped_norm == pytest.approx(1.0)
 
 
 def test_tensors_of_several_dtypes_become_python_numbers() -> None:
@@ -106,9 +128,10 @@ def test_tensors_of_several_dtypes_become_python_numbers() -> None:
         torch.tensor(False),
     )
     history.append(1, 3.0, 1.0, 1.0, torch.tensor(True))
-    assert history[0] == Record(0, 1e300, torch.tensor(0.1).item(), 0.5, True, False, False)
-    assert [type(value) for value in history[0]] == [int, float, float, float, bool, bool, bool, type(None)]
-    assert history[1] == Record(1, 3.0, math.inf, 1.0, False, False, True)
+    assert history[0][:7] == (0, 1e300, torch.tensor(0.1).item(), 0.5, True, False, False)
+    types = [int, float, float, float, bool, bool, bool, type(None), float]
+    assert [type(value) for value in history[0]] == types
+    assert history[1] == Record(1, 3.0, math.inf, 1.0, False, False, True, clipped_norm=0.0)
 
 
 def test_tensors_do_not_pile_up_without_bound() -> None:
@@ -192,10 +215,10 @@ def test_summary_without_a_finite_norm(norms: list[float]) -> None:
 
 def test_as_dict_has_a_column_a_field() -> None:
     columns = history_of([0.5, 4.0]).as_dict()
-    assert tuple(columns) == Record._fields
+    assert tuple(columns) == (*RECORDED, "loss", "clipped_norm")
     assert columns["total_norm"] == [0.5, 4.0]
     assert columns["clipped"] == [False, True]
-    assert History().as_dict() == {name: [] for name in Record._fields}
+    assert History().as_dict() == {name: [] for name in columns}
 
 
 def test_csv_keeps_full_precision(tmp_path: Path) -> None:
@@ -206,7 +229,7 @@ def test_csv_keeps_full_precision(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [float(row["total_norm"]) for row in rows] == norms
     assert [row["nonfinite"] for row in rows] == ["False", "False", "True"]
-    assert tuple(rows[0]) == Record._fields
+    assert tuple(rows[0]) == (*RECORDED, "loss", "clipped_norm")
 
 
 def test_plot_shows_norms_threshold_and_marks(tmp_path: Path) -> None:
@@ -246,6 +269,19 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
 # --- resuming -----------------------------------------------------------------------------------------------
 
 
+def test_a_record_with_the_norms_of_single_parameters_is_like_one_without() -> None:
+    history = history_of([2.0])
+    assert history[0].layers is None
+    norms = torch.tensor([2.0, -1.0, NAN], dtype=torch.float64)
+    for sampled in (
+        with_layers(history[0], ["a", "b", "c"], norms),
+        with_layers(history[0], "abc", [2, -1, NAN]),
+    ):
+        for record in (sampled, pickle.loads(pickle.dumps(sampled))):
+            assert record.layers == {"a": 2.0, "b": 0.0, "c": pytest.approx(NAN, nan_ok=True)}
+            assert record == history[0]
+
+
 def duplicate_by_state(history: History) -> History:
     other = History(maxlen=50)
     other.append(0, 1e9, 1.0, 1.0)  # is replaced
@@ -259,7 +295,6 @@ def test_the_loss_of_a_step_is_kept_and_saved(tmp_path: Path) -> None:
     history.append(1, 1.0, INF, 1.0, False, torch.tensor(2.5))
     history.append(2, 1.0, INF, 1.0)
     history.append(3, 1.0, INF, 1.0, loss=torch.tensor(2, dtype=torch.int64))
-    assert Record._fields[-1] == "loss"
     assert [record.loss for record in history] == [3.5, 2.5, None, 2.0]
     for other in (duplicate_by_state(history), pickle.loads(pickle.dumps(history))):
         assert list(other) == list(history)
@@ -283,8 +318,8 @@ def test_a_state_from_before_records_had_a_loss_is_loaded() -> None:
     history = History()
     history.load_state_dict({"records": columns, "counts": counts, "largest": [4.0, 1]})
     assert list(history) == [
-        Record(0, 0.5, 1.0, 1.0, clipped=False, nonfinite=False, skipped=False),
-        Record(1, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False),
+        Record(0, 0.5, 1.0, 1.0, clipped=False, nonfinite=False, skipped=False, clipped_norm=0.5),
+        Record(1, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False, clipped_norm=1.0),
     ]
 
 
@@ -295,7 +330,7 @@ def test_numbers_of_other_types_in_a_state_become_those_of_a_record() -> None:
     state["records"]["loss"] = [np.float64(0.5), 3]
     history = History()
     history.load_state_dict(state)
-    assert [type(value) for value in history[1]] == [int, float, float, float, bool, bool, bool, float]
+    assert [type(value) for value in history[1]] == [int, float, float, float, bool, bool, bool, float, float]
     assert [record.loss for record in history] == [0.5, 3.0]
 
 

@@ -140,7 +140,7 @@ def test_pictures_fit_wide_and_narrow_windows(tmp_path: Path) -> None:
 
 def test_no_two_elements_have_the_same_id() -> None:
     histories = {"actor": history_of(100, layers=5), "critic": history_of(100, layers=5)}
-    tags = Tags(page("two", histories))
+    tags = Tags(page("two", {name: each._shown() for name, each in histories.items()}))
     ids = [value for _, name, value in tags.attributes if name == "id"]
     assert len(ids) == len(set(ids))
 

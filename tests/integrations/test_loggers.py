@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,14 @@ from torchclip.integrations.tensorboard import ScalarLogger
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def clip_three_steps(on_clip: Callable[[Record], object]) -> None:
+def numbers(**values: Any) -> dict[str, float]:
+    return {f"clip/{name}": value for name, value in values.items()}
+
+
+def clip_three_steps(on_clip: Callable[[Record], object], **options: Any) -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    torchclip.Clipper(optimizer, 2.0, on_clip=on_clip)
+    torchclip.Clipper(optimizer, 2.0, on_clip=on_clip, **options)
     for norm in (1.0, 4.0, math.inf):
         weight.grad = torch.tensor([0.0, norm])
         optimizer.step()
@@ -34,6 +39,7 @@ def test_scalars_in_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path)).Reload()
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert found["clipping/total_norm"] == [(0, 1.0), (1, 4.0), (2, math.inf)]
+    assert found["clipping/clipped_norm"][:2] == [(0, 1.0), (1, pytest.approx(2.0))]
     assert found["clipping/max_norm"] == [(0, 2.0), (1, 2.0), (2, 2.0)]
     assert found["clipping/clipped_share"] == [(0, 0.0), (1, 0.5), (2, pytest.approx(2 / 3))]
 
@@ -72,6 +78,40 @@ def test_scalars_for_any_logger() -> None:
     logged: list[dict[str, float]] = []
     clip_three_steps(DictLogger(logged.append))
     assert logged[:2] == [
-        {"clip/total_norm": 1.0, "clip/max_norm": 2.0, "clip/clipped_share": 0.0},
-        {"clip/total_norm": 4.0, "clip/max_norm": 2.0, "clip/clipped_share": 0.5},
+        numbers(total_norm=1.0, clipped_norm=1.0, max_norm=2.0, clipped_share=0.0),
+        numbers(total_norm=4.0, clipped_norm=pytest.approx(2.0), max_norm=2.0, clipped_share=0.5),
     ]
+
+
+def test_a_skipped_step_has_a_norm_of_0_after_clipping() -> None:
+    logged: list[dict[str, float]] = []
+    clip_three_steps(DictLogger(logged.append), nonfinite="skip")
+    assert logged[2]["clip/clipped_norm"] == 0.0
+
+
+def test_layers_are_logged_by_name_in_a_section_of_their_own(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    logged: list[dict[str, float]] = []
+    with SummaryWriter(tmp_path) as writer:
+        to_tensorboard, by_function = ScalarLogger(writer, prefix="grad"), DictLogger(logged.append)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+        def on_clip(record: Record) -> None:
+            to_tensorboard(record)
+            by_function(record)
+
+        clipper = torchclip.Clipper(optimizer, 2.0, on_clip=on_clip, model=model, layers_every=2)
+        for step in range(4):
+            model[0].weight.grad, model[1].weight.grad = (
+                torch.full((1, 1), step + 3.0),
+                torch.full((1, 1), 4.0),
+            )
+            optimizer.step()
+    assert clipper.history.layers.steps == [0, 2]
+    layers = [{k: v for k, v in each.items() if k.startswith("clip_layers/")} for each in logged]
+    names = ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert layers[0] == {f"clip_layers/{n}": v for n, v in zip(names, (3.0, 0.0, 4.0, 0.0), strict=True)}
+    assert layers[2] == {f"clip_layers/{n}": v for n, v in zip(names, (5.0, 0.0, 4.0, 0.0), strict=True)}
+    assert layers[1] == layers[3] == {}
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("grad_layers/0.weight")] == [(0, 3.0), (2, 5.0)]

@@ -97,6 +97,7 @@ def test_the_transformers_callback_logs(tmp_path: Path, capsys: pytest.CaptureFi
     records = list(history_of(callback))
     assert seen == records
     assert [entry["clip/total_norm"] for entry in log if "loss" in entry] == [r.total_norm for r in records]
+    assert log[-2]["clip/clipped_norm"] == records[-1].clipped_norm
     assert log[-2]["clip/max_norm"] == MAX_NORM
     assert log[-2]["clip/clipped_share"] == sum(r.clipped for r in records) / 6
     assert "clip/total_norm" not in log[-1]  # the summary of the run

@@ -147,7 +147,7 @@ class Clipper:
         max_skips: int | None = None,
         layers_every: int = 0,
     ) -> None:
-        max_norm = registry.adjusted(max_norm)
+        max_norm = registry.adjusted(optimizer, max_norm)
         optimizers = optimizers_of(optimizer, registry.clippers)
         self._settings = settings = checked(
             optimizers,

@@ -11,15 +11,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import scalars
-from torchclip._core.batch import Facts, Norm
+from torchclip._core.batch import Facts, Norm, Norms
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.rules import clip_by, tried, write_back
 from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Step
-from torchclip.history.records import as_records
+from torchclip.history.records import as_records, with_layers
 
 Loss: TypeAlias = float | Tensor | None
+Layers: TypeAlias = tuple[list[str], Norms]
 
 
 class Row(NamedTuple):
@@ -62,7 +63,15 @@ class Clipping:
         if "found_inf" in vars(self._steps[index].optimizer):
             self._override(index)
 
-    def clip(self, number: int, snapshot: Snapshot, loss: Loss, index: int, reports: bool) -> Row:
+    def clip(
+        self,
+        number: int,
+        snapshot: Snapshot,
+        loss: Loss,
+        index: int,
+        reports: bool,
+        layers: Layers | None = None,
+    ) -> Row:
         """Clip gradients that were just measured.
 
         Args:
@@ -71,6 +80,7 @@ class Clipping:
             loss: the loss to record.
             index: the optimizer that is about to step with them.
             reports: whether to call ``on_clip``.
+            layers: names and norms of single parameters, for ``on_clip``.
 
         Returns:
             What to record.
@@ -90,7 +100,8 @@ class Clipping:
             if rule is not None and row.skipped is not True:
                 clip_coef, trial = tried(rule, snapshot)
                 row = row._replace(clip_coef=clip_coef)
-            on_clip(*as_records([row]))
+            (record,) = as_records([row])
+            on_clip(record if layers is None else with_layers(record, *layers))
         if runs_user_code and row.skipped is not True:
             if not snapshot.facts & Facts.SHARDED:
                 snapshot = self._measured_again(snapshot, index)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 clippers: WeakKeyDictionary[Optimizer, ref[Any]] = WeakKeyDictionary()
 """The optimizers that have a Clipper; it does not keep Clippers alive."""
 
-_adjustment: list[Callable[[Any], Any]] = []
+_adjustment: list[Callable[[Any, Any], Any]] = []
 
 
 def clipper_of(optimizer: Optimizer) -> Any:
@@ -20,8 +20,12 @@ def clipper_of(optimizer: Optimizer) -> Any:
     return None if found is None else found()
 
 
-def set_adjustment(adjustment: Callable[[Any], Any]) -> Callable[[], None]:
+def set_adjustment(adjustment: Callable[[Any, Any], Any]) -> Callable[[], None]:
     """Adjust every new Clipper's ``max_norm``, as ``torchclip run`` does to try other thresholds.
+
+    Args:
+        adjustment: takes a Clipper's optimizer, or a list of them, and its ``max_norm``, before these are
+            checked; returns the ``max_norm`` to use.
 
     Returns:
         A function that ends this.
@@ -30,6 +34,6 @@ def set_adjustment(adjustment: Callable[[Any], Any]) -> Callable[[], None]:
     return _adjustment.clear
 
 
-def adjusted(max_norm: Any) -> Any:
+def adjusted(optimizer: Any, max_norm: Any) -> Any:
     """The ``max_norm`` of a new Clipper, whose arguments are not checked yet."""
-    return _adjustment[0](max_norm) if _adjustment else max_norm
+    return _adjustment[0](optimizer, max_norm) if _adjustment else max_norm

@@ -20,7 +20,7 @@ from torchclip.clipper.scope import Snapshot
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import State, Step, creates_state, with_closure
 from torchclip.history.history import History
-from torchclip.history.records import as_records
+from torchclip.history.records import as_records, with_layers
 
 
 class _OpenRound:
@@ -93,7 +93,7 @@ class Round:
 
     def _measure_clipped(self, number: int) -> None:
         """Measure the gradients of a round that has just ended, for the history's note on stalls."""
-        sizes = self.history.clipped_sizes
+        sizes = self.history._clipped_sizes
         if number >= sizes.next_step:
             sizes.measure(number, self._clipping.optimizers)
         self._state.next_sample = sizes.next_step
@@ -164,7 +164,8 @@ class Round:
             self.history.layers.append(self._state.number, names, norms)
         self._state.number += 1
         if reports and self._settings.on_clip is not None:
-            self._settings.on_clip(as_records(rows)[0])
+            record = as_records(rows)[0]
+            self._settings.on_clip(with_layers(record, names, norms) if layers else record)
 
     # Before a step
 
@@ -254,12 +255,16 @@ class Round:
         snapshot = Snapshot(optimizers, settings, only)
         self._refuse_scaled(index)
         snapshot.measure()
+        layers = None
         if settings.layers_every and number % settings.layers_every == 0:
             names, _, norms = settings.names.norms(optimizers, settings.order, only)
             if only is None:
                 opened.layers.clear()  # a closure may be called several times
-            opened.layers.append((names, norms))
-        row = self._clipping.clip(number, snapshot, self._take_loss(), index, reports=in_backward is None)
+            layers = (names, norms)
+            opened.layers.append(layers)
+        row = self._clipping.clip(
+            number, snapshot, self._take_loss(), index, reports=in_backward is None, layers=layers
+        )
         opened.rows.append(row)
         if settings.several and in_backward is None:
             for i, step in enumerate(self._steps):

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any, overload
 
@@ -23,12 +23,14 @@ from torchclip._core import arguments
 from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import Record, as_records, integer, saved_columns
+from torchclip.history.records import ADDED, Record, as_records, integer, saved_columns
 from torchclip.history.stalls import ClippedSizes
 from torchclip.history.summary import QUANTILES, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from torchclip.history.page import Shown
 
 # How many steps may wait for their values; with more, the values are fetched without a read.
 _MOST_PENDING = 1024
@@ -50,20 +52,20 @@ class History(Sequence[Record]):
         >>> history.append(1, total_norm=torch.tensor(4.0), max_norm=1.0, clip_coef=torch.tensor(0.25))
         >>> history[-1]
         Record(step=1, total_norm=4.0, max_norm=1.0, clip_coef=0.25, clipped=True, nonfinite=False,
-               skipped=False, loss=None)
+               skipped=False, loss=None, clipped_norm=1.0)
         >>> print(history.summary())
         2 steps: 1 clipped (50.0%), 0 non-finite, 0 skipped
         norm: 10% 0.85, 50% 2.25, 90% 3.65, 99% 3.965; largest 4 at step 1
+        after clipping: 10% 0.55, 50% 0.75, 90% 0.95, 99% 0.995
     """
 
     layers: Layers
     """The norms of single parameters, from every ``layers_every``-th step of a ``Clipper``."""
-    clipped_sizes: ClippedSizes
-    """The size of the clipped gradients, compared with the optimizer's ``eps``; a Clipper measures it."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
         self.layers = Layers()
-        self.clipped_sizes = ClippedSizes()
+        # What a Clipper measures for the advice: the size of clipped gradients beside the optimizer's `eps`.
+        self._clipped_sizes = ClippedSizes()
         self._pending: list[tuple[Any, ...]] = []
         self._flushes: list[Callable[[], object]] = []
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
@@ -83,6 +85,7 @@ class History(Sequence[Record]):
         clip_coef: float | Tensor,
         skipped: bool | Tensor = False,
         loss: float | Tensor | None = None,
+        clipped_norm: float | Tensor | None = None,
     ) -> None:
         """Record a step, without waiting for any value.
 
@@ -96,10 +99,12 @@ class History(Sequence[Record]):
             clip_coef: the number by which the gradients are multiplied, at most 1.
             skipped: whether the step is skipped.
             loss: the loss of the step; None if it is not known.
+            clipped_norm: the norm of all gradients after clipping; by default ``total_norm`` times
+                ``clip_coef``, which is exact if ``clip_coef`` multiplies all gradients.
         """
         self._fetch()
         # No lock is needed, as appending to a list is atomic.
-        self._pending.append((step, total_norm, max_norm, clip_coef, skipped, loss))
+        self._pending.append((step, total_norm, max_norm, clip_coef, skipped, loss, clipped_norm))
         if len(self._pending) >= _MOST_PENDING:
             with self._lock:
                 self._resolve()
@@ -142,7 +147,7 @@ class History(Sequence[Record]):
         largest = self._largest
         last = self._kept[-1].step if self._kept else None
         was_clipped, was_nonfinite, was_skipped = self._latest  # by a record with the number of the last one
-        for step, norm, _, _, is_clipped, is_nonfinite, is_skipped, _ in records:
+        for step, norm, _, _, is_clipped, is_nonfinite, is_skipped, *_ in records:
             if step != last:
                 steps, last = steps + 1, step
                 was_clipped = was_nonfinite = was_skipped = False
@@ -203,23 +208,24 @@ class History(Sequence[Record]):
         with self._lock:
             records = self._snapshot()
             counts, (largest_norm, largest_step) = dict(self._counts), self._largest
-        norms = [record.total_norm for record in records if not record.nonfinite]
-        quantiles = dict(zip(QUANTILES, np.quantile(norms, QUANTILES).tolist(), strict=True)) if norms else {}
         return Summary(
             **counts,
             largest_norm=largest_norm,
             largest_step=largest_step,
             kept=len({record.step for record in records}),
-            quantiles=quantiles,
-            stall=self.clipped_sizes.stall(records),
+            quantiles=_quantiles(record.total_norm for record in records),
+            clipped_quantiles=_quantiles(record.clipped_norm for record in records),
         )
 
-    def suggest(self) -> Advice:
-        """Which threshold to use, judging by the norms of this run before clipping.
+    def suggest(self, max_norm: float | None = None) -> Advice:
+        """Whether to keep the threshold of this run, and which one to use otherwise.
+
+        Args:
+            max_norm: the threshold to judge by the norms of this run; by default the one that it had.
 
         Returns:
-            What fixed thresholds would have done, which one to use, and whether the norms have spikes or
-            drift; ``str()`` says it in words.
+            The verdict on the threshold, what fixed thresholds would have done, and what is unusual about the
+            norms; ``str()`` says it in words.
 
         Examples:
             >>> history = History()
@@ -229,10 +235,12 @@ class History(Sequence[Record]):
             >>> advice.max_norm, advice.spikes, advice.drifts
             (7.0, 0, False)
         """
+        if max_norm is not None:
+            max_norm = arguments.threshold("max_norm", max_norm)
         with self._lock:
             records, steps = self._snapshot(), self._counts["steps"]
         earlier = steps - len({record.step for record in records})
-        return advise(records, earlier, self.clipped_sizes)
+        return advise(records, earlier, self._clipped_sizes, max_norm)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The kept records as columns: field of ``Record`` → its values, oldest first."""
@@ -301,9 +309,16 @@ class History(Sequence[Record]):
         _require("to_html", "jinja2", "matplotlib")
         from torchclip.history.page import page
 
-        html = page("Gradient norms" if title is None else title, {"": self})
+        html = page("Gradient norms" if title is None else title, {"": self._shown()})
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
+
+    def _shown(self, has_advice: bool = True) -> Shown:
+        """What a page shows of this run, with or without advice."""
+        from torchclip.history.page import Shown
+
+        advice = self.suggest() if has_advice else None
+        return Shown(self.as_dict(), self.summary(), advice, self.layers.read())
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
@@ -323,7 +338,7 @@ class History(Sequence[Record]):
             ValueError: if ``state`` is not a history's.
         """
         arguments.saved("state", state, ("records", "counts", "largest"), "History")
-        fields = [field for field in Record._fields if field != "loss"]  # earlier versions did not save it
+        fields = [field for field in Record._fields if field not in ADDED]
         arguments.saved("state['records']", state["records"], fields, "History")
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
         columns = saved_columns(state["records"])
@@ -362,6 +377,11 @@ class History(Sequence[Record]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = RLock()
+
+
+def _quantiles(values: Iterable[float]) -> dict[float, float]:
+    finite = [value for value in values if math.isfinite(value)]
+    return dict(zip(QUANTILES, np.quantile(finite, QUANTILES).tolist(), strict=True)) if finite else {}
 
 
 def _require(method: str, *packages: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from torchclip.history.advice import Advice
-    from torchclip.history.history import History
+    from torchclip.history.layers import Array
     from torchclip.history.summary import Summary
 
 # A picture with more points than this is drawn as pixels, as a marker for each would take much space.
@@ -48,6 +48,18 @@ class _Picture(NamedTuple):
     """The page's data about each step, as JSON."""
 
 
+class Shown(NamedTuple):
+    """What a page shows of a run."""
+
+    columns: Mapping[str, Sequence[Any]]
+    """The columns of a history."""
+    summary: Summary
+    advice: Advice | None
+    """None for a run without advice of its own."""
+    layers: tuple[list[str], list[int], Array]
+    """Names, steps and norms of single parameters."""
+
+
 class Overview(NamedTuple):
     """The top of a page about several runs: a table, whose first row is its heading, and a picture."""
 
@@ -61,48 +73,57 @@ class _Run(NamedTuple):
     name: str
     numbers: list[tuple[str, str]]
     about: Sequence[str]
-    advice: Advice
+    advice: Advice | None
     figures: list[_Picture]
 
 
 def page(
     title: str,
-    histories: Mapping[str, History],
+    shown: Mapping[str, Shown],
     about: Mapping[str, Sequence[str]] | None = None,
     overview: Overview | None = None,
+    verdict: str = "",
+    remarks: Sequence[str] = (),
 ) -> str:
     """The HTML of a page about the runs of several optimizers.
 
     Args:
         title: the heading.
-        histories: the runs, by name; the name of a single run is not shown.
+        shown: the runs, by name; the name of a single run is not shown.
         about: further lines, by the name of the run; under the empty name, about all of them.
         overview: shown above the runs.
+        verdict: a sentence that comes before all of it.
+        remarks: what is worth a look before anything else.
     """
     from jinja2 import Environment, StrictUndefined
 
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     said = about or {}
-    runs = [_run(name, history, said.get(name, ()) if name else ()) for name, history in histories.items()]
+    runs = [_run(name, each, said.get(name, ()) if name else ()) for name, each in shown.items()]
     if len(runs) == 1 and overview is None:
         runs[0] = runs[0]._replace(name="")
     picture = None
     if overview is not None:
         picture = _Picture(overview.title, _drawings("overview", overview.draw), "")
     return environment.from_string(template).render(
-        title=title, runs=runs, about=said.get("", ()), rows=overview and overview.rows, picture=picture
+        title=title,
+        runs=runs,
+        about=said.get("", ()),
+        rows=overview and overview.rows,
+        picture=picture,
+        verdict=verdict,
+        remarks=remarks,
     )
 
 
-def _run(name: str, history: History, about: Sequence[str]) -> _Run:
-    columns, advice = history.as_dict(), history.suggest()
+def _run(name: str, shown: Shown, about: Sequence[str]) -> _Run:
+    columns, summary, advice, layers = shown
     figures = [_norms(name, columns), _histogram(name, columns, advice)] if columns["step"] else []
-    layers = history.layers.read()
     if layers[1]:
         drawings = _drawings(f"layers of {name}", lambda width: layers_figure(*layers, width))
-        figures.append(_Picture("Layers", drawings, "Grey: no gradient, or a norm of 0. Red: not finite."))
-    return _Run(name, _numbers(history.summary()), about, advice, figures)
+        figures.append(_Picture("Layers", drawings, "Gray: no gradient, or a norm of 0. Red: not finite."))
+    return _Run(name, _numbers(summary), about, advice, figures)
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str]]:
@@ -115,6 +136,8 @@ def _numbers(summary: Summary) -> list[tuple[str, str]]:
     ]
     if summary.quantiles:
         numbers.append((f"{summary.quantiles[0.5]:.3g}", "median norm"))
+        if summary.clipped_quantiles:
+            numbers.append((f"{summary.clipped_quantiles[0.5]:.3g}", "median after clipping"))
         numbers.append((f"{summary.largest_norm:.3g}", f"largest norm, at step {summary.largest_step:,}"))
     return numbers
 
@@ -127,6 +150,7 @@ def _norms(name: str, columns: Mapping[str, Sequence[Any]]) -> _Picture:
     points = {
         "step": columns["step"],
         "norm": _short(columns["total_norm"]),
+        "clipped_norm": _short(columns["clipped_norm"]),
         "max_norm": _short(columns["max_norm"]),
         "loss": _short([math.nan if loss is None else loss for loss in columns["loss"]]),
         "mark": "".join(
@@ -157,8 +181,10 @@ def _short(values: Sequence[float]) -> list[float | str]:
     return shown[:1] if len(set(shown)) == 1 else shown
 
 
-def _histogram(name: str, columns: Mapping[str, Sequence[Any]], advice: Advice) -> _Picture:
-    norms, max_norms, suggested = columns["total_norm"], columns["max_norm"], advice.max_norm
+def _histogram(name: str, columns: Mapping[str, Sequence[Any]], advice: Advice | None) -> _Picture:
+    norms, max_norms = columns["total_norm"], columns["max_norm"]
+    # A threshold to keep is drawn as the threshold of the run.
+    suggested = None if advice is None or advice.verdict == "keep" else advice.max_norm
     drawings = _drawings(
         f"histogram of {name}", lambda width: histogram_figure(norms, max_norms, suggested, width)
     )

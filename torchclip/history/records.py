@@ -36,6 +36,28 @@ class Record(NamedTuple):
     """Whether the step was skipped: parameters and optimizer state did not change."""
     loss: float | None = None
     """The loss of the step, if it is known."""
+    clipped_norm: float = math.nan
+    """The norm of the gradients that the optimizer steps with; 0 if the step was skipped."""
+
+    @property
+    def layers(self) -> Mapping[str, float] | None:
+        """The norm of each parameter's gradient before clipping, by its name; 0 without a gradient.
+
+        In the records that ``on_clip`` gets of every ``layers_every``-th step; elsewhere None, as a history
+        keeps these norms in ``history.layers``.
+        """
+        return None
+
+
+class SampledRecord(Record):
+    """A record of a step in which the norms of single parameters were measured; equal to one without."""
+
+    _by_name: Mapping[str, float]
+
+    @property
+    def layers(self) -> Mapping[str, float]:
+        """The norm of each parameter's gradient before clipping, by its name; 0 without a gradient."""
+        return self._by_name
 
 
 def integer(name: str, value: Any) -> int:
@@ -54,18 +76,29 @@ _CHECKS: dict[str, tuple[Callable[[str, Any], Any], set[type]]] = {
     **dict.fromkeys(("total_norm", "max_norm", "clip_coef"), (arguments.number, {float})),
     **dict.fromkeys(("clipped", "nonfinite", "skipped"), (arguments.flag, {bool})),
     "loss": (_optional_number, {float, type(None)}),
+    "clipped_norm": (arguments.number, {float}),
 }
+# Earlier versions did not save these columns.
+ADDED = ("loss", "clipped_norm")
 
 
 def saved_columns(columns: Mapping[str, Any]) -> list[Sequence[Any]]:
     """The columns of a saved state in the order of a record's fields, or an error that names the wrong one.
 
-    States from before records had a loss lack that column.
+    A state from before records had a loss or a clipped norm gets these columns: no loss, and the clipped norm
+    of a single threshold.
     """
     found: list[Sequence[Any]] = []
     for field, (check, plain) in _CHECKS.items():
         name = f"state['records']['{field}']"
-        values = columns[field] if field != "loss" or "loss" in columns else [None] * len(found[0])
+        if field in columns:
+            values = columns[field]
+        elif field == "loss":
+            values = [None] * len(found[0])
+        else:
+            values = list(
+                map(_clipped_norm, *(columns[each] for each in ("total_norm", "clip_coef", "skipped")))
+            )
         is_plain = type(values) is list and set(map(type, values)) <= plain
         found.append(values if is_plain else arguments.items(name, values, check))
     if len(set(map(len, found))) > 1:
@@ -90,15 +123,39 @@ def numbers(values: Iterable[Any]) -> list[Any]:
 
 
 def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-    """The arguments of ``History.append`` as records.  Rows from the kernel may lack the loss."""
-    rows = [row if len(row) == 6 else (*row, None) for row in rows]
+    """The arguments of ``History.append`` as records.  Rows from the kernel may lack the last ones."""
+    rows = [row if len(row) == 7 else (*row, None, None)[:7] for row in rows]
     fetched = iter(numbers(chain.from_iterable(rows)))
     records = []
     for row in rows:
-        step, norm, max_norm, coef, skipped, loss = islice(fetched, 6)
+        step, norm, max_norm, coef, skipped, loss, clipped_norm = islice(fetched, 7)
         if skipped and isinstance(row[4], Tensor):  # its value was not known yet when the step was recorded
             max_norm, coef = math.inf, 1.0
         clipped, nonfinite = coef < 1 and not skipped, not math.isfinite(norm)
         loss = None if loss is None else float(loss)
-        records.append(Record(step, norm, max_norm, coef, clipped, nonfinite, bool(skipped), loss))
+        if clipped_norm is None or skipped:
+            clipped_norm = _clipped_norm(norm, coef, skipped)
+        records.append(
+            Record(step, norm, max_norm, coef, clipped, nonfinite, bool(skipped), loss, float(clipped_norm))
+        )
     return records
+
+
+def with_layers(record: Record, names: Sequence[str], norms: Sequence[float] | Tensor) -> SampledRecord:
+    """The record with the norms of single parameters; reads their values.
+
+    Args:
+        record: the record.
+        names: the names, as for ``Layers.append``.
+        norms: the norms, as for ``Layers.append``.
+    """
+    values: Sequence[float] = norms.tolist() if isinstance(norms, Tensor) else norms
+    found = SampledRecord(*record)
+    # Without a gradient the norm is negative; NaN stays NaN.
+    found._by_name = {name: 0.0 if norm < 0 else norm for name, norm in zip(names, values, strict=True)}
+    return found
+
+
+def _clipped_norm(total_norm: float, clip_coef: float, skipped: bool) -> float:
+    """The norm after clipping by a single threshold."""
+    return 0.0 if skipped else total_norm * clip_coef

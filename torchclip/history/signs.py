@@ -16,8 +16,10 @@ Array = NDArray[Any]
 _BESIDE = 25
 # A spike is this many standard deviations above the median, on a log scale, and this many times as large.
 _SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
-# Norms drift if the means of a run's quarters differ by this many standard errors, and by this ratio.
-_DRIFT_ERRORS, _DRIFT_RATIO = 6.0, 1.5
+# Norms drift if the medians of a run's quarters differ by this many standard errors, and by this ratio: a
+# threshold works nearly as well at half or twice its value.
+_DRIFT_ERRORS, _DRIFT_RATIO = 5.0, 2.0
+_SHORT_BLOCK, _MOST_BLOCKS = 3, 24
 # Norms leave their usual range if they are this many standard deviations above it, and this many times as
 # large: more if there are few steps before.
 _LEAVES_DEVIATIONS, _LEAVES_RATIOS = 5.0, ((10, 10.0), (3, 100.0), (1, 1000.0))
@@ -62,18 +64,33 @@ def spikes(norms: Array) -> Array:
 def drift(norms: Array) -> tuple[list[float], bool]:
     """The median norm of each quarter of the run, and whether they differ by more than chance.
 
-    The variation between blocks within the quarters shows what chance does.
+    The norms follow a line or have one step; what remains in the medians of short blocks is chance.  If the
+    remainder of one block tells that of the next, the blocks say as little as fewer independent ones.
     """
-    quarters = np.array_split(norms, 4)
-    means = [float(np.log(quarter).mean()) for quarter in quarters]
-    errors = []
-    for quarter in quarters:
-        logs = np.log(quarter)
-        blocks = [block.mean() for block in np.array_split(logs, min(5, max(len(logs) // 5, 2)))]
-        of_blocks = np.std(blocks, ddof=1) / math.sqrt(len(blocks))
-        errors.append(max(of_blocks, np.std(logs, ddof=1) / math.sqrt(len(logs))))
-    least = max(math.log(_DRIFT_RATIO), _DRIFT_ERRORS * float(np.median(errors)))
-    return [float(np.median(quarter)) for quarter in quarters], max(means) - min(means) > least
+    logs = np.log(norms)
+    quarters = [float(np.median(quarter)) for quarter in np.array_split(logs, 4)]
+    change = max(quarters) - min(quarters)
+    blocks = min(len(logs) // _SHORT_BLOCK, _MOST_BLOCKS)
+    medians = np.array([np.median(block) for block in np.array_split(logs, max(blocks, 8))])
+    rest = _rest(medians)
+    variance = float(rest @ rest) / (len(rest) - 2)
+    # An estimate from few blocks is too small by about 2 / blocks.
+    follows = float(rest[1:] @ rest[:-1]) / max(float(rest @ rest), 1e-300) + 2 / len(rest)
+    follows = min(max(follows, 0.0), 0.95)
+    independent = len(rest) / 4 * (1 - follows) / (1 + follows)
+    error = math.sqrt(2 * variance / independent)
+    drifts = change > max(math.log(_DRIFT_RATIO), _DRIFT_ERRORS * error)
+    return [math.exp(median) for median in quarters], drifts
+
+
+def _rest(values: Array) -> Array:
+    """What remains of values without a line, or a single step, whichever explains more."""
+    at = np.arange(len(values))
+    found = [values - np.polyval(np.polyfit(at, values, 1), at)]
+    for step in range(2, len(values) - 1):
+        means = np.where(at < step, values[:step].mean(), values[step:].mean())
+        found.append(values - means)
+    return min(found, key=lambda rest: float(rest @ rest))
 
 
 @dataclass(frozen=True)
@@ -193,18 +210,6 @@ def _filled(losses: Array) -> Array:
     known = np.flatnonzero(~np.isnan(losses))
     last = np.searchsorted(known, np.arange(len(losses)), side="right") - 1
     return losses[known[np.maximum(last, 0)]].clip(-_HIGHEST_LOSS, _HIGHEST_LOSS)
-
-
-def rises(norms: Array, losses: Array, max_norm: float) -> tuple[float, float] | None:
-    """How often the loss rose from one step to the next: after norms above a threshold, and after the others.
-
-    None if there are fewer than five of either kind.
-    """
-    known = np.isfinite(losses[:-1]) & np.isfinite(losses[1:])
-    rose, above = (losses[1:] > losses[:-1])[known], (norms[:-1] > max_norm)[known]
-    if min(above.sum(), (~above).sum()) < _LEAST_AFTER:
-        return None
-    return float(rose[above].mean()), float(rose[~above].mean())
 
 
 def harmful(at: Array, losses: Array) -> int | None:

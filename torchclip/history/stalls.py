@@ -161,7 +161,6 @@ class Stall:
         also = f" (and of {self.also:,} more)" if self.also else ""
         what = "norm" if self.is_matrix else "root mean square"
         return (
-            f"Stalled: in {self.share:.0%} of the steps the clipped gradients{of}{also} have a {what} of "
-            f"about {self.size:.2g}, below the optimizer's eps={self.eps:g}, so these steps change hardly "
-            f"anything. Raise max_norm, or lower eps below {self.size:.0g}."
+            f"in {self.share:.0%} of the steps the clipped gradients{of}{also} have a {what} of about "
+            f"{self.size:.2g}, below the optimizer's eps={self.eps:g}, so these steps change hardly anything"
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from torchclip.history.stalls import Stall
+from dataclasses import dataclass
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """The probabilities of the quantiles in a summary."""
@@ -12,7 +10,7 @@ QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few numbers; ``str()`` prints them in two lines.
+    """A run in a few numbers; ``str()`` prints them in two lines, or three if steps were clipped.
 
     Counts and the largest norm are over all steps, quantiles over the last ``kept`` steps.  A step with
     several records counts once: as clipped, non-finite or skipped if any of them is.
@@ -28,9 +26,9 @@ class Summary:
     """The step with the largest norm; the first one if there are several."""
     kept: int
     quantiles: dict[float, float]
-    """Quantiles of the finite norms of the kept steps, by probability; empty if there are none."""
-    stall: Stall = field(default=Stall())
-    """The number of kept steps whose clipped gradients are below the optimizer's ``eps``."""
+    """Quantiles of the finite norms before clipping of the kept steps, by probability; empty without any."""
+    clipped_quantiles: dict[float, float]
+    """The same of the norms after clipping."""
 
     @property
     def clipped_share(self) -> float:
@@ -44,8 +42,13 @@ class Summary:
         )
         if not self.quantiles:
             return f"{counts}\nnorm: none finite among the steps kept"
-        quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in self.quantiles.items())
-        stall = f"\n{self.stall}" if self.stall.matters else ""
         where = "" if self.kept == self.steps else f" (last {self.kept:,} steps)"
         largest = f"largest {self.largest_norm:.4g} at step {self.largest_step}"
-        return f"{counts}\nnorm: {quantiles}{where}; {largest}{stall}"
+        text = f"{counts}\nnorm: {_listed(self.quantiles)}{where}; {largest}"
+        if self.clipped_quantiles == self.quantiles:
+            return text
+        return f"{text}\nafter clipping: {_listed(self.clipped_quantiles)}"
+
+
+def _listed(quantiles: dict[float, float]) -> str:
+    return ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in quantiles.items())

@@ -44,9 +44,10 @@ class ClipperCallback(Callback):
         skip_above: likewise.
         max_skips: likewise.
         layers_every: likewise.
-        log: whether to log ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share`` (``clip_0/...``,
-            ``clip_1/...`` for several optimizers) with the module's ``log_dict``.  On an accelerator this
-            waits for the norm in every step.
+        log: whether to log ``clip/total_norm``, ``clip/clipped_norm``, ``clip/max_norm`` and
+            ``clip/clipped_share`` (``clip_0/...``, ``clip_1/...`` for several optimizers) with the module's
+            ``log_dict``, and with ``layers_every`` the norms of single parameters as ``clip_layers/...``.  On
+            an accelerator this waits for the norm in every step.
 
     Attributes:
         clippers (list[Clipper]): one for each optimizer, in order, from the start of ``fit``; their history

@@ -14,8 +14,11 @@ __all__ = ["DictLogger", "Scalars"]
 class Scalars:
     """Turns the records of one clipper into named numbers.
 
+    Of every ``layers_every``-th step of a Clipper these include the norms of single parameters before
+    clipping, such as ``clip_layers/head.weight``.
+
     Args:
-        prefix: the beginning of the names, before a slash.
+        prefix: the beginning of the names, before a slash or before ``_layers``.
         window: the number of latest steps in the share of clipped steps, at least 1.
 
     Raises:
@@ -24,8 +27,8 @@ class Scalars:
 
     Examples:
         >>> scalars = Scalars()
-        >>> scalars(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False))
-        {'clip/total_norm': 4.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
+        >>> scalars(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False, clipped_norm=1.0))
+        {'clip/total_norm': 4.0, 'clip/clipped_norm': 1.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
     """
 
     def __init__(self, prefix: str = "clip", window: int = 100) -> None:
@@ -40,11 +43,14 @@ class Scalars:
     def __call__(self, record: Record) -> dict[str, float]:
         """The numbers after a step; call it once for every step."""
         self._clipped.append(record.clipped)
-        return {
+        numbers = {
             f"{self._prefix}/total_norm": record.total_norm,
+            f"{self._prefix}/clipped_norm": record.clipped_norm,
             f"{self._prefix}/max_norm": record.max_norm,
             f"{self._prefix}/clipped_share": sum(self._clipped) / len(self._clipped),
         }
+        layers = {} if record.layers is None else record.layers
+        return numbers | {f"{self._prefix}_layers/{name}": norm for name, norm in layers.items()}
 
 
 class DictLogger:
@@ -55,16 +61,18 @@ class DictLogger:
         on_clip=DictLogger(functools.partial(wandb.log, commit=False))
 
     Args:
-        log: called with a dictionary of names and numbers after every step.
-        prefix: the beginning of the names, before a slash.
+        log: called with a dictionary of names and numbers after every step: norms before and after clipping,
+            the threshold, the share of clipped steps, and the norms of single parameters if the Clipper has
+            ``layers_every``.
+        prefix: the beginning of the names, before a slash or before ``_layers``.
 
     Raises:
         TypeError: if ``log`` is not callable.
 
     Examples:
         >>> on_clip = DictLogger(print)
-        >>> on_clip(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False))
-        {'clip/total_norm': 4.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
+        >>> on_clip(Record(0, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False, clipped_norm=1.0))
+        {'clip/total_norm': 4.0, 'clip/clipped_norm': 1.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
     """
 
     def __init__(self, log: Callable[[dict[str, float]], object], prefix: str = "clip") -> None:

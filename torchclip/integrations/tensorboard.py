@@ -17,15 +17,18 @@ class _Writer(Protocol):
 
 
 class ScalarLogger:
-    """For ``Clipper(on_clip=...)``: writes norm, threshold and share of clipped steps as scalars:
+    """For ``Clipper(on_clip=...)``: writes norms, threshold and share of clipped steps as scalars:
 
         from torch.utils.tensorboard import SummaryWriter  # pip install 'torchclip[tensorboard]'
 
         clipper = torchclip.Clipper(optimizer, 1.0, on_clip=ScalarLogger(SummaryWriter()))
 
+    With ``layers_every``, the norms of single parameters are scalars in a section of their own,
+    ``clip_layers``.
+
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or any object with its ``add_scalar``.
-        prefix: the beginning of the tags, before a slash.
+        prefix: the beginning of the tags, before a slash or before ``_layers``.
 
     Raises:
         TypeError: if ``writer`` has no ``add_scalar``.

@@ -41,8 +41,9 @@ class ClipperCallback(TrainerCallback, ExportableState):
     store its state in ``trainer_state.json``, and ``resume_from_checkpoint`` restores it.
 
     ``trainer.state.log_history``, and the logs that later callbacks receive, such as the printed ones, have
-    ``clip/total_norm``, ``clip/max_norm`` and ``clip/clipped_share``.  Callbacks of ``report_to`` run before
-    those of the user: for them pass ``on_clip``, with a class of ``torchclip.integrations.loggers`` or
+    ``clip/total_norm``, ``clip/clipped_norm``, ``clip/max_norm`` and ``clip/clipped_share`` of the latest
+    step, and with ``layers_every`` the latest norms of single parameters.  Callbacks of ``report_to`` run
+    before those of the user: for them pass ``on_clip``, with a class of ``torchclip.integrations.loggers`` or
     ``torchclip.integrations.tensorboard``.  The Trainer's own ``grad_norm`` is the norm that the clipper
     measures: the Trainer does not measure the gradients itself.
 
@@ -200,7 +201,7 @@ class ClipperCallback(TrainerCallback, ExportableState):
         return float(self._options["norm_type"]) == norm_type and _trainable(held) == _trainable(parameters)
 
     def _note(self, record: Record) -> None:
-        self._latest = self._scalars(record)
+        self._latest |= self._scalars(record)
         self._grad_norm.fill_(record.total_norm)
         if self._on_clip is not None:
             self._on_clip(record)

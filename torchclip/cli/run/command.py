@@ -257,7 +257,12 @@ def _show(
         from torchclip.history.page import page
 
         title = f"Gradient norms of {next(iter(found))}" if len(found) == 1 else "Gradient norms"
-        return page(title, found, about(recording, seconds, command, end, remarks))
+        return page(
+            title,
+            {name: each._shown() for name, each in found.items()},
+            about(recording, seconds, command, end),
+            remarks=list(map(str, remarks)),
+        )
 
     return wanted.write(found, lambda: _figure(found), html)
 

@@ -41,7 +41,8 @@ def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
         about = [f"{' '.join(command.script)}, {now()}", recommended(found, what)[1]]
         table = _rows(found, what)
         overview = Overview(table, "Loss of each run", lambda width: _losses_figure(found, width))
-        return page("Thresholds tried", histories, {"": about}, overview)
+        shown = {name: history._shown() for name, history in histories.items()}
+        return page("Thresholds tried", shown, {"": about}, overview)
 
     status = wanted.write(histories, lambda: _losses_figure(found), html)
     return tries.status if tries.interrupted else status or tries.status

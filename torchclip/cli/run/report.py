@@ -119,15 +119,12 @@ def histories(run: Recording) -> dict[str, History]:
     return found
 
 
-def about(
-    run: Recording, seconds: float, command: str, end: str = "", remarks: Sequence[Remark] = ()
-) -> dict[str, list[str]]:
+def about(run: Recording, seconds: float, command: str, end: str = "") -> dict[str, list[str]]:
     """Further lines on the page, by an optimizer's label: how it was clipped, the largest layers.
 
-    Under the empty label: the script, the date, the time it took, and what is worth a look.
+    Under the empty label: the script, the date, and the time it took.
     """
     found = {"": [f"{command}, {now()}, {_took(seconds, end)}"]}
-    found[""] += [f"Worth a look: {remark}" for remark in remarks]
     for label, section in sections(run).items():
         found[label] = [line[:1].upper() + line[1:] for line in _about(section, run.trial)]
     return found

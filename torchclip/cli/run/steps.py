@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from torchclip.cli.run.calls import Call, Calls, joint_effect
+from torchclip.cli.run.calls import Call, Calls, Site, joint_effect, site_of_caller
 from torchclip.cli.run.gradients import Number, nonfinite_ids, norm_of, norms_of, parameters_of
 from torchclip.cli.run.losses import LossRecorder, in_backward
 from torchclip.cli.run.mistakes import Mistakes, Remark, StepFacts
@@ -58,6 +58,7 @@ class StepRecorder:
         self._calls, self._losses = calls, losses
         self._modules = Modules()
         self._by_id: dict[int, OptimizerRecord] = {}
+        self._clipper_sites: dict[int, Site] = {}  # by the id of the optimizer
         self._known: set[int] = set()  # the id of each parameter of an optimizer that has stepped
         self._detach: list[Callable[[], None]] = []
 
@@ -71,17 +72,18 @@ class StepRecorder:
             register_optimizer_step_pre_hook(before).remove,
             register_optimizer_step_post_hook(after).remove,
         ]
-        if self.trial.replaces:
-            self._detach.append(registry.set_adjustment(self._adjusted))
+        self._detach.append(registry.set_adjustment(self._adjusted))
 
     def detach(self) -> None:
         """Stop recording."""
         while self._detach:
             self._detach.pop()()
 
-    def _adjusted(self, _: Any) -> Any:
-        """The ``max_norm`` of a Clipper that the program makes."""
-        return self.trial.new_max_norm()
+    def _adjusted(self, optimizer: Any, max_norm: Any) -> Any:
+        """The ``max_norm`` of a Clipper that the program makes; where it does so is recorded."""
+        for each in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+            self._clipper_sites[id(each)] = site_of_caller()
+        return self.trial.new_max_norm() if self.trial.replaces else max_norm
 
     # One step
 
@@ -116,8 +118,8 @@ class StepRecorder:
         with _problems_of(record):
             if clipper is not None:
                 self._read_clipper(record, optimizer, clipper)
-            elif record.steps >= record.history.clipped_sizes.next_step:
-                record.history.clipped_sizes.measure(record.steps, [optimizer])
+            elif record.steps >= record.history._clipped_sizes.next_step:
+                record.history._clipped_sizes.measure(record.steps, [optimizer])
         record.steps += 1
         if self._tell is not None and record.steps & (record.steps - 1) == 0:
             self._tell(self.mistakes.remarks())
@@ -204,7 +206,8 @@ class StepRecorder:
     def _read_clipper(self, record: OptimizerRecord, optimizer: Optimizer, clipper: Any) -> None:
         """Read what a Clipper did in the last step."""
         record.history = clipper.history
-        record.clipped_by["a Clipper"] += 1
+        site = self._clipper_sites.get(id(optimizer))
+        record.clipped_by["a Clipper" if site is None else f"the Clipper at {site}"] += 1
         if self.trial.replaces:
             self.trial.replaced["Clipper"] += 1
         last = clipper.last if record.on_host else None

@@ -167,7 +167,7 @@ def plot(console: Console, runs: Sequence[Run], path: Path, options: Options) ->
 
 def page(console: Console, runs: Sequence[Run], path: Path) -> None:
     """Write a page about the norms of the runs."""
-    html = html_page("torchclip train", {run.name: run.history for run in runs})
+    html = html_page("torchclip train", {run.name: run.history._shown() for run in runs})
     with writing(path):
         path.write_text(html, encoding="utf-8")
     tell_file(console, "Page", path)
