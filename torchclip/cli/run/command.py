@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchclip.cli.options import file_to_write, max_norm, need, picture_file, refusal
+from torchclip.cli.options import count, file_to_write, max_norm, need, picture_file, refusal
+from torchclip.cli.run import seeds as seeding
 from torchclip.cli.run.files import Files
 from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.notes import RankNotes
@@ -55,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="tries",
         type=thresholds_to_try,
         metavar="X,Y,...",
-        help="run the script once for each of these thresholds (numbers, none, and the names that "
-        "--threshold takes), and compare; auto: search, from the advice up and down by factors of 3",
+        help="run the script as it is, and once for each of these thresholds (numbers, none, and the names "
+        "that --threshold takes), and compare; auto: search, from the advice up and down by factors of 3",
     )
     add(
         "--metric",
@@ -64,6 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="with --try: compare by the last number that this finds in a run's output, the lower the "
         "better, in place of the loss over the last tenth of the steps",
+    )
+    add("--maximize", action="store_true", help="with --metric: the higher the better")
+    add(
+        "--seeds",
+        type=count,
+        metavar="N",
+        help="with --try: N runs with each threshold, as by chance alone runs differ; in run i every seed "
+        "that the script sets gets + i (default: 1)",
+    )
+    add(
+        "--add-to-seeds",
+        type=int,
+        default=0,
+        metavar="I",
+        help="add this to every seed that the script sets, as --seeds does",
     )
     add(
         "--strict",
@@ -125,6 +141,9 @@ def run(
     none: bool = False,
     tries: list[str] | None = None,
     metric: re.Pattern[str] | None = None,
+    maximize: bool = False,
+    seeds: int | None = None,
+    add_to_seeds: int = 0,
     strict: bool = False,
     plot: Path | None = None,
     csv: Path | None = None,
@@ -143,6 +162,9 @@ def run(
         none: whether to clip nothing.
         tries: run the script once for each of these thresholds, in separate processes.
         metric: finds the number by which to compare them, instead of the loss.
+        maximize: whether a larger number is better.
+        seeds: how many runs there are with each threshold.
+        add_to_seeds: added to every seed that the script sets.
         strict: whether a mistake of the script in clipping is an error.
         plot: the file for a picture.
         csv: the file for the steps.
@@ -165,9 +187,10 @@ def run(
         need("argument --html:", "jinja2", "matplotlib")
     wanted = Files(plot, csv, html)
     if tries is not None:
-        need("argument --try:", "rich")
         with_try = "--try and {} do not go together; --try takes all thresholds, and none"
         _refuse(with_try, thresholds | {"--none": none or None, "--strict": strict or None})
+        if maximize and metric is None:
+            raise refusal("--maximize goes with --metric only")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise refusal("--try starts processes of its own; do not start it with torchrun")
         if not module and not os.path.exists(script):
@@ -175,8 +198,12 @@ def run(
         from torchclip.cli.run.comparison import compare
         from torchclip.cli.run.tries import Command
 
-        return compare(Command(["-m"] * module + [script, *args], metric), tries, wanted)
-    _refuse("{} goes with --try only", {"--metric": metric})
+        return compare(
+            Command(["-m"] * module + [script, *args], metric, maximize, seeds or 1), tries, wanted
+        )
+    with_try_only = {"--metric": metric, "--maximize": maximize or None, "--seeds": seeds}
+    _refuse("{} goes with --try only", with_try_only)
+    seeding.add_to_seeds(add_to_seeds)
     try:
         main = prepare(script, args, module)
     except SyntaxError as error:

@@ -58,17 +58,18 @@ def report(run: Recording, seconds: float, end: str = "", remarks: Sequence[Rema
     for label, section in shown.items():
         lines += ["", f"advice for {label}" if len(shown) > 1 else "advice"]
         lines += _indented(section.history.suggest().lines)
-    width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
-    return "\n".join(part for line in lines for part in _wrapped(line, width))
+    return "\n".join(map(filled, lines))
 
 
 def _indented(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def _wrapped(line: str, width: int) -> list[str]:
+def filled(line: str) -> str:
+    """A line in the width of the terminal; what does not fit is further indented below."""
+    width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
     indent = " " * (len(line) - len(line.lstrip()))
-    return textwrap.wrap(line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False) or [""]
+    return textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
 
 
 def sections(run: Recording) -> dict[str, Section]:
