@@ -971,6 +971,8 @@ def test_an_optimizer_that_is_dropped_before_its_first_step_ends_no_trial(run_he
 def test_advice_comes_after_what_clipping_did(run_here: in_process.Run) -> None:
     text = run_here(SCRIPT).stderr
     assert text.index("60 steps") < text.index("\nadvice\n")
+    text = run_here(SCRIPT, options=["--max-norm", "1"]).stderr
+    assert "\nadvice on --max-norm 1\n" in text
 
 
 @pytest.mark.parametrize("columns", ["40", "60", "120"])

@@ -56,7 +56,7 @@ def report(run: Recording, seconds: float, end: str = "", remarks: Sequence[Rema
     if len(lines) == 1:
         lines += ["  No optimizer of torch's took a step."]
     for label, section in shown.items():
-        lines += ["", f"advice for {label}" if len(shown) > 1 else "advice"]
+        lines += ["", _advice_on(label if len(shown) > 1 else "", section, run.trial)]
         lines += _indented(section.history.suggest().lines)
     return "\n".join(map(filled, lines))
 
@@ -154,6 +154,13 @@ def _about(section: Section, trial: Trial) -> Iterator[str]:
     largest = _largest(optimizer.layers)
     if largest:
         yield f"largest layers, by their share of the squared norm: {largest}"
+
+
+def _advice_on(label: str, section: Section, trial: Trial) -> str:
+    """The heading of the advice, with what is judged."""
+    ways = [str(trial)] if trial.replaces else section.optimizers[0].clipped_by
+    on = f" on {' or '.join(ways)}" if ways else ""
+    return f"advice{on}{label and ' for '}{label}"
 
 
 def _clipped_by(section: Section, trial: Trial) -> str:
