@@ -38,7 +38,7 @@ trainer = pl.Trainer(
     accelerator="cpu",
     max_epochs=3,
     callbacks=[clipping],
-    logger=False,  # a logger receives clip/total_norm, clip/clipped_norm, clip/max_norm and clip/clipped_share
+    logger=False,  # a logger receives clip/total_norm, clip/clipped_norm and others
     enable_checkpointing=False,
     enable_progress_bar=False,
 )

@@ -173,8 +173,10 @@ def test_summary_counts_and_quantiles() -> None:
     assert summary.quantiles == {q: np.quantile(finite, q) for q in (0.1, 0.5, 0.9, 0.99)}
     assert str(summary) == (
         "6 steps: 3 clipped (50.0%), 2 non-finite, 2 skipped\n"
-        "norm: 10% 0.95, 50% 5, 90% 8, 99% 8; largest 8 at step 4"
+        "norm: 10% 0.95, 50% 5, 90% 8, 99% 8; largest 8 at step 4\n"
+        "after clipping: 10% 0, 50% 0.75, 90% 1, 99% 1"
     )
+    assert "after clipping" not in str(history_of([0.5, 0.25]).summary())
 
 
 @pytest.mark.parametrize("maxlen", [1, 100])

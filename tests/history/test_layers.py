@@ -203,10 +203,10 @@ def test_a_few_parameters_have_their_names_and_a_log_scale(tmp_path: Path) -> No
     norms = np.geomspace(1e-3, 1e3, 20 * 4).reshape(20, 4)
     norms[5, 1], norms[7, 2], norms[9] = NAN, INF, 0.0
     figure = picture(NAMES, norms, tmp_path / "layers.png")
-    axes, colours = figure.axes
+    axes, colors = figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == NAMES
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first parameter is at the top"
-    assert colours.get_yscale() == "log"
+    assert colors.get_yscale() == "log"
     mesh = axes.collections[0]
     shown: Any = np.ma.masked_invalid(mesh.get_array()).T
     np.testing.assert_array_equal(np.asarray(shown[0]), norms[0])

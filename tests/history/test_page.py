@@ -119,6 +119,7 @@ def test_what_the_pointer_reads(tmp_path: Path) -> None:
     points = points_of(page)
     assert points["step"] == [3, 5, 6, 9, 10]
     assert points["norm"] == [0.5, 4.0, "inf", "nan", 0.3333]
+    assert points["clipped_norm"] == [0.5, 1.0, 0.0, "nan", 0.3333]
     assert points["max_norm"] == [1.0]
     assert points["mark"] == "-csn-"
     drawings = [dict(div) for div in data_of(page)[:2]]  # wide and narrow
@@ -143,6 +144,14 @@ def test_no_two_elements_have_the_same_id() -> None:
     tags = Tags(page("two", {name: each._shown() for name, each in histories.items()}))
     ids = [value for _, name, value in tags.attributes if name == "id"]
     assert len(ids) == len(set(ids))
+
+
+def test_a_run_without_advice_of_its_own_has_numbers_and_pictures() -> None:
+    shown = page("tried", {"one": history_of(100)._shown(has_advice=False)})
+    assert "Advice" not in shown
+    assert "suggested" not in shown
+    assert "median norm" in shown
+    assert "median after clipping" in shown
 
 
 def test_titles_are_text(tmp_path: Path) -> None:
@@ -172,7 +181,7 @@ def test_the_same_history_gives_the_same_page(tmp_path: Path) -> None:
     assert written(history, tmp_path / "a.html") == written(history, tmp_path / "b.html")
 
 
-def test_colours_follow_the_readers_scheme(tmp_path: Path) -> None:
+def test_colors_follow_the_readers_scheme(tmp_path: Path) -> None:
     page = written(history_of(100), tmp_path / "page.html")
     assert "prefers-color-scheme: dark" in page
     assert "#000000" not in page
@@ -180,7 +189,7 @@ def test_colours_follow_the_readers_scheme(tmp_path: Path) -> None:
     assert "currentColor" in page
 
 
-def test_a_parameter_without_a_gradient_is_grey_in_any_scheme(tmp_path: Path) -> None:
+def test_a_parameter_without_a_gradient_is_gray_in_any_scheme(tmp_path: Path) -> None:
     history = history_of(60)
     history.layers.append(0, ["weight", "bias"], [1.0, -1.0])
     assert written(history, tmp_path / "page.html").count("#d9d9d9") == 2  # for wide and for narrow windows

@@ -20,7 +20,7 @@ def run_of(norms: Sequence[float] | Array, max_norm: Threshold = math.inf) -> Hi
     history = History(100_000)
     for step, norm in enumerate(np.asarray(norms).tolist()):
         used = max_norm(step) if callable(max_norm) else max_norm
-        history.append(step, norm, used, min(1.0, used / norm) if norm < math.inf else 1.0)
+        history.append(step, norm, used, 1.0 if norm == 0 or norm == math.inf else min(1.0, used / norm))
     return history
 
 
@@ -111,8 +111,9 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
             0.1,
             "clips_every_step",
             0.1,
-            f"max_norm=0.1 clips every step, the median one to 0.0013 times its norm. {ALIKE} The norms left "
-            "their range all the same: if the run failed, lower the learning rate.",
+            f"max_norm=0.1 clips every step, the median one to 0.0013 times its norm. {ALIKE} If that is "
+            "meant, as in PPO, keep it. If the run failed when the norms left their range, lower the "
+            "learning rate.",
         ),
         (
             exploding(),

@@ -151,5 +151,5 @@ def _refusal(run: Run) -> str:
         return f"Too early for advice: {counted(usable, 'step')} had {what}, and it takes {LEAST_STEPS}."
     if len(run.counted) < LEAST_USABLE:
         steps = counted(len(run.counted), "step")
-        return f"No advice: only {steps} after the first tenth had a norm above 0."
+        return f"No advice: only {steps} after the first tenth had a norm above 0; it takes {LEAST_USABLE}."
     return ""

@@ -117,10 +117,13 @@ def _clips_most(run: Run, threshold: Used, share: float, advised: float) -> str:
     unusual = f"To clip unusual batches alone, it takes about max_norm={advised:g}."
     if share < _EVERY:
         return f"{clips} So it shortens most steps, not only those of unusual batches. {unusual}"
-    clips += " So all batches count alike, and the learning rate alone sets how far a step goes."
+    clips += (
+        " So all batches count alike, and the learning rate alone sets how far a step goes. If that is "
+        "meant, as in PPO, keep it."
+    )
     if run.has_left:
-        return f"{clips} The norms left their range all the same: if the run failed, lower the learning rate."
-    return f"{clips} If that is meant, as in PPO, keep it. {unusual} Large gradients then count more."
+        return f"{clips} If the run failed when the norms left their range, lower the learning rate."
+    return f"{clips} {unusual} Large gradients then count more."
 
 
 def _why_keep(threshold: Used, share: float, is_near: bool, advised: float) -> str:
