@@ -13,29 +13,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-from torch.nn import functional as F
+from language_model import batches, in_parallel, new_model, optimizer_of
+from language_model import train as trained
 
 import torchclip
 from torchclip.cli.options import count
 from torchclip.cli.run.search import Outcome, search
-from torchclip.cli.train import training
-from torchclip.cli.train.model import detached, new_model
 from torchclip.history.history import History
 from torchclip.history.signs import final_loss
 
-STEPS, HIDDEN, BATCH, BPTT = 250, 64, 16, 64
+STEPS = 250
 GRID = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 LEARNING_RATES = {
     "rnn": (0.5, 3.0, 5.0),
@@ -65,36 +58,14 @@ class Found(NamedTuple):
     explodes: bool
 
 
-def batches(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of text, and the same windows one character later."""
-    length = len(tokens) // BATCH
-    streams = tokens[: BATCH * length].view(BATCH, length)
-    for step in range(STEPS):
-        start = step * BPTT % (length - BPTT)
-        yield streams[:, start : start + BPTT], streams[:, start + 1 : start + BPTT + 1]
-
-
 def train(setting: Setting, max_norm: float) -> History:
     """Train once; the run ends at a loss that is not finite."""
-    text = training.read_text(None)
-    vocabulary = "".join(sorted(set(text)))
-    torch.manual_seed(setting.seed)
-    model = new_model(setting.model.removesuffix("-sgd"), len(vocabulary), HIDDEN)
-    optimizer_class = torch.optim.AdamW if setting.model == "transformer" else torch.optim.SGD
-    optimizer = optimizer_class(model.parameters(), lr=setting.lr)
+    model = new_model(setting.model.removesuffix("-sgd"), setting.seed)
+    optimizer = optimizer_of(setting.model, model, setting.lr)
     clipper = torchclip.Clipper(optimizer, max_norm)
-    history, state = History(), None
-    for inputs, targets in batches(training.encode(text, vocabulary)):
-        scores, state = model(inputs, detached(state))
-        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        step, norm, threshold, clip_coef, *_ = clipper.history[-1]
-        history.append(step, norm, threshold, clip_coef, loss=loss.item())
-        if not loss.isfinite():
-            break
-    return history
+    for loss in trained(model, [optimizer], batches(STEPS)):
+        clipper.loss = loss.item()
+    return clipper.history
 
 
 def loss_of(history: History) -> float:
@@ -105,7 +76,6 @@ def loss_of(history: History) -> float:
 
 def compare(setting: Setting) -> Found:
     """All ways of clipping, for one model, learning rate and seed."""
-    torch.set_num_threads(1)
     done: dict[float, History] = {}
 
     def run(max_norm: float) -> History:
@@ -139,10 +109,7 @@ def main() -> None:
     models = [arguments.model] if arguments.model else [*LEARNING_RATES]
     cells = [(model, lr) for model in models for lr in LEARNING_RATES[model]]
     settings = [Setting(*cell, seed) for cell in cells for seed in range(arguments.seeds)]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        found = list(
-            track(pool.map(compare, settings), "Training", len(settings), console=Console(stderr=True))
-        )
+    found = in_parallel(compare, settings)
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}; mean of {arguments.seeds} seeds\n")
     print("| run | no clipping | advised `max_norm` | its loss | `--try auto` | best of the grid |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -2,7 +2,7 @@
 
     python benchmarks/check_targets.py RESULTS.json
 
-RESULTS.json is what ``torchclip bench --json``, with or without ``--scaling``, wrote.  The exit status is 1
+RESULTS.json is what ``calls.py``, with or without ``--scaling``, wrote.  The exit status is 1
 if a target is missed.
 """
 

@@ -7,8 +7,6 @@ round takes one step in every way, so that disturbances affect all of them.  It 
 rounds.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,13 +15,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from contenders import Gradients
 from torch import Tensor
+from turns import options_of, print_machine, take_turns, write_results
+from workloads import WORKLOADS
 
 import torchclip
-from torchclip.cli.bench.command import machine
-from torchclip.cli.bench.contenders import Gradients
-from torchclip.cli.bench.rounds import take_turns
-from torchclip.cli.bench.workloads import WORKLOADS
 
 ROUNDS = {"two-3x3": 1001, "ppo": 1001, "1000x64": 301, "gpt2": 15}
 WARM_UP = 3
@@ -73,14 +70,11 @@ def measure(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--only", action="append", choices=ROUNDS, help="a workload")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     arguments = parser.parse_args()
-    facts = machine()
-    print("\n".join(f"{name:<18} {value}" for name, value in facts.items()))
+    print_machine()
     rows = []
     for name in arguments.only or ROUNDS:
         row = measure(name)
@@ -90,7 +84,7 @@ def main() -> None:
             print(f"  {way:<28}{seconds * 1e6:>14,.1f} µs")
         print(f"  Clipper: {row['speedup']:.2f} x torch's speed, {row['added_share']:.0%} of its added cost")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+        write_results(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/muon.py [--seeds 5] [--steps 300]
 
-The model, the text and the batches are those of ``torchclip train --cell transformer``.  Muon trains the
+The model and the text are those of ``examples/char_rnn.py --model transformer``.  Muon trains the
 matrices of the two layers, AdamW the embeddings, the biases and the output.  Every run starts from the
 weights of its seed.  It prints the mean loss over the last tenth of the steps, as mean and standard deviation
 over the seeds, and how many steps were clipped.
@@ -10,20 +10,16 @@ over the seeds, and how many steps were clipped.
 
 from __future__ import annotations
 
-import argparse
 import math
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
+from language_model import batches, new_model, train
 from torch import nn
-from torch.nn import functional as F
+from turns import options_of
 
 import torchclip
 from torchclip.cli.options import count
-from torchclip.cli.train.model import new_model
-from torchclip.cli.train.options import Options
-from torchclip.cli.train.training import batches, encode, read_text
 
 WAYS = ("no clipping", "all together", "AdamW alone")
 MUON_LRS = (0.02, 0.1)
@@ -38,57 +34,31 @@ def optimizers_of(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=3e-3)]
 
 
-def run(way: str, seed: int, muon_lr: float, options: Options, tokens: Any, size: int) -> tuple[float, float]:
+def run(way: str, seed: int, muon_lr: float, max_norm: float, steps: int) -> tuple[float, float]:
     """The final loss, and the share of steps that were clipped."""
-    torch.manual_seed(seed)
-    model = new_model("transformer", size, options.hidden)
+    model = new_model("transformer", seed)
     optimizers = optimizers_of(model, muon_lr)
     if way == "AdamW alone":
         optimizers[0].param_groups[0]["max_norm"] = None
-    clipper = torchclip.Clipper(optimizers, math.inf if way == "no clipping" else options.max_norm)
-    losses = []
-    for inputs, targets in batches(tokens, options):
-        scores, _ = model(inputs, None)
-        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.item())
+    clipper = torchclip.Clipper(optimizers, math.inf if way == "no clipping" else max_norm)
+    losses = [loss.item() for loss in train(model, optimizers, batches(steps))]
     clipped = sum(record.clipped for record in clipper.history) / len(losses)
     return fmean(losses[-len(losses) // 10 :]), clipped
 
 
 def main() -> None:
     """Train and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--seeds", type=count, default=5, metavar="N", help="runs of each way (default: 5)")
     parser.add_argument("--steps", type=count, default=300, metavar="N", help="of each run (default: 300)")
     parser.add_argument("--max-norm", type=float, default=0.5, metavar="C", help="(default: 0.5)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    options = Options(
-        cell="transformer",
-        threshold="fixed",
-        max_norm=arguments.max_norm,
-        lr=0.0,  # each optimizer has its own
-        warmup=1,
-        seed=0,
-        hidden=64,
-        batch=16,
-        bptt=64,
-        steps=arguments.steps,
-    )
-    text = read_text(None)
-    vocabulary = "".join(sorted(set(text)))
-    tokens = encode(text, vocabulary)
     print("| Muon's learning rate | clipped | loss in the end | steps clipped |\n|---:|---|---:|---:|")
     for lr in MUON_LRS:
         for way in WAYS:
-            ends = [run(way, seed, lr, options, tokens, len(vocabulary)) for seed in range(arguments.seeds)]
+            ends = [
+                run(way, seed, lr, arguments.max_norm, arguments.steps) for seed in range(arguments.seeds)
+            ]
             losses, clipped = zip(*ends, strict=True)
             spread = stdev(losses) if len(losses) > 1 else 0.0
             print(f"| {lr} | {way} | {fmean(losses):.3f} ± {spread:.3f} | {fmean(clipped):.0%} |", flush=True)

@@ -7,16 +7,14 @@ zero_grad() to step().  It prints the share of recording by lower quartiles, and
 5 %.
 """
 
-import argparse
 import random
-from itertools import pairwise
 from statistics import fmean, quantiles
 from time import perf_counter
 
 import torch
-from torch import nn
+from steps import new_model
+from turns import options_of, without_garbage_collection
 
-from torchclip.cli.bench.rounds import without_garbage_collection
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.steps import StepRecorder
@@ -27,8 +25,7 @@ WARM_UP = 200
 
 def main() -> None:
     """Measure, and print both shares."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = options_of(__doc__)
     parser.add_argument("--steps", type=int, default=8000, help="(default: 8000)")
     with without_garbage_collection():
         off, on = measure(parser.parse_args().steps)
@@ -41,8 +38,7 @@ def measure(steps: int) -> tuple[list[float], list[float]]:
     """The seconds of the steps that were not recorded, and of those that were."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    layers = [layer for sizes in pairwise([17, 64, 64, 6]) for layer in (nn.Linear(*sizes), nn.Tanh())]
-    model, inputs = nn.Sequential(*layers[:-1]), torch.randn(64, 17)
+    model, inputs = new_model("mlp"), torch.randn(64, 17)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
     losses, draw = LossRecorder(), random.Random(0)
     recorder = StepRecorder(Trial(), Calls(), losses)

@@ -4,34 +4,26 @@
     python benchmarks/rules.py --limits FILE.png
     python benchmarks/rules.py --quantiles FILE.png
 
-The first trains the RNN of ``torchclip train`` with each rule, at limits from too low to too high.  The
+The first trains the RNN of ``examples/char_rnn.py`` with each rule, at limits from too low to too high.  The
 second trains a classifier with ``clip_per_example`` and a ``QuantileTracker``.  It takes a minute or two.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from thresholds import options_of, perplexity_of, read, shown
+from language_model import batches, in_parallel, new_model, optimizer_of, perplexity_of, shown, train
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import torchclip
-from torchclip.cli.figures import BLUE, GRAY, GREEN, VERMILION, new_figure, save, style
 from torchclip.cli.options import picture_file
-from torchclip.cli.train import training
-from torchclip.cli.train.model import detached, new_model
 
 Clip = Callable[[list[nn.Parameter], float], object]
 
@@ -47,53 +39,33 @@ SEEDS = range(3)
 def perplexity_with(run: tuple[str, float, int]) -> float:
     """Train the RNN once with a rule, a limit and a seed."""
     name, limit, seed = run
-    torch.set_num_threads(1)
     _, clip, _ = RULES[name]
-    vocabulary, tokens = read()
-    options = options_of(
-        {"lr": 3.0, "hidden": 64, "batch": 16, "steps": 250, "seed": seed, "max_norm": math.inf}
-    )
-    torch.manual_seed(seed)
-    model = new_model(options.cell, len(vocabulary), options.hidden)
+    model = new_model("rnn", seed)
     parameters, head = list(model.parameters()), list(model.output.parameters())  # type: ignore[union-attr]
     if name == "Adaptive":  # which does not clip the last layer
         parameters = parameters[: -len(head)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
-    losses: list[float] = []
-    state = None
-    for inputs, targets in training.batches(tokens, options):
-        scores, state = model(inputs, detached(state))
-        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+    losses = []
+    for loss in train(model, [optimizer_of("rnn", model, 3.0)], batches(250)):
         clip(parameters, limit)
-        optimizer.step()
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
     return perplexity_of(losses)
 
 
-@style()
 def limits_figure(path: Path) -> None:
     """The final perplexity against the limit, with a panel for each rule and a dot for each run."""
     runs = [
         (name, limit, seed) for name, (_, _, limits) in RULES.items() for limit in limits for seed in SEEDS
     ]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        trained = pool.map(perplexity_with, runs)
-        found = dict(
-            zip(runs, track(trained, "Training", len(runs), console=Console(stderr=True)), strict=True)
-        )
-    figure = new_figure(10, 3.6)
+    found = dict(zip(runs, in_parallel(perplexity_with, runs), strict=True))
+    figure = Figure((10, 3.6), layout="constrained")
     panels = figure.subplots(1, len(RULES), sharey=True)
     most = 100.0
     for axes, (name, (argument, _, limits)) in zip(panels, RULES.items(), strict=True):
         for limit in limits:
             perplexities = [min(found[name, limit, seed], most) for seed in SEEDS]
-            axes.plot([limit] * len(SEEDS), perplexities, "o", color=BLUE, alpha=0.6, clip_on=False)
+            axes.plot([limit] * len(SEEDS), perplexities, "o", color="C1", alpha=0.6, clip_on=False)
         medians = [sorted(min(found[name, limit, seed], most) for seed in SEEDS)[1] for limit in limits]
-        axes.plot(limits, medians, color=BLUE)
+        axes.plot(limits, medians, color="C1")
         axes.set(title=name, xlabel=argument, xscale="log", yscale="log", ylim=(4, most))
         axes.set_yticks([5, 10, 20, 50, most], ["5", "10", "20", "50", f"{most:.0f} and more"])
         axes.minorticks_off()
@@ -101,21 +73,20 @@ def limits_figure(path: Path) -> None:
         worst = max(found[name, best, seed] for seed in SEEDS)
         print(f"{name}: best limit {best:g}, worst of {len(SEEDS)} runs there {shown(worst)}")
     panels[0].set_ylabel("final perplexity")
-    save(figure, path)
+    figure.savefig(path)
 
 
-@style()
 def quantiles_figure(path: Path) -> None:
     """The tracked threshold and the quantile that it should find, over the training steps."""
-    figure = new_figure(8, 4)
+    figure = Figure((8, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="norm of an example's gradient", yscale="log")
-    for quantile, colour in ((0.9, VERMILION), (0.5, BLUE), (0.1, GREEN)):
+    for quantile, colour in ((0.9, "C0"), (0.5, "C1"), (0.1, "C2")):
         tracked, true = track_quantile(quantile)
         axes.plot(tracked, color=colour, label=f"QuantileTracker({quantile})")
         axes.plot(true, color=colour, linewidth=0.6, alpha=0.5)
-    axes.plot([], [], color=GRAY, linewidth=0.6, label="the batch's own quantile")
+    axes.plot([], [], color="gray", linewidth=0.6, label="the batch's own quantile")
     figure.legend(loc="outside lower center", ncols=2)
-    save(figure, path)
+    figure.savefig(path)
 
 
 def track_quantile(quantile: float) -> tuple[list[float], list[float]]:

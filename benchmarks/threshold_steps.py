@@ -9,18 +9,16 @@ of a step, and of its extra time over the step with a number in the same round.
 
 from __future__ import annotations
 
-import argparse
-import gc
-import random
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 
 import torch
 from torch import Tensor
+from turns import one_thread, options_of, print_machine, take_turns
 
 import torchclip
-from torchclip.cli.bench.command import machine
 from torchclip.cli.options import count
 
 NUMBER = "1.0"
@@ -60,34 +58,27 @@ def measure(parameters: int, elements: int, rounds: int) -> dict[str, list[float
     torch.manual_seed(0)
     contenders = {name: Contender(name, [elements] * parameters) for name in THRESHOLDS}
     seconds: dict[str, list[float]] = {name: [] for name in THRESHOLDS}
-    order = list(THRESHOLDS)
-    gc.disable()
     for i in range(WARM_UP + rounds):
         # Norms near the number, half of them above it.
         scales = torch.empty(parameters).log_normal_(0.0, 0.5) / elements**0.5
         grads = [grad * scale for grad, scale in zip(torch.randn(parameters, elements), scales, strict=True)]
-        random.shuffle(order)
-        for name in order:
-            taken = contenders[name].step(grads)
-            if i >= WARM_UP:
-                seconds[name].append(taken)
-    gc.enable()
+        taken = take_turns({name: partial(each.step, grads) for name, each in contenders.items()}, 1)
+        if i >= WARM_UP:
+            for name in THRESHOLDS:
+                seconds[name] += taken[name]
     return seconds
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--parameters", type=count, default=600, metavar="N", help="how many (default: 600)")
     parser.add_argument("--elements", type=count, default=64, metavar="N", help="of each (default: 64)")
     parser.add_argument("--rounds", type=count, default=600, metavar="N", help="steps each (default: 600)")
     arguments = parser.parse_args()
-    random.seed(0)
-    torch.set_num_threads(1)
-    print("\n".join(f"{name:<18} {value}" for name, value in machine().items()))
-    seconds = measure(arguments.parameters, arguments.elements, arguments.rounds)
+    print_machine()
+    with one_thread():
+        seconds = measure(arguments.parameters, arguments.elements, arguments.rounds)
     print("\n| `max_norm` | a step, µs | added, µs |\n|---|---:|---:|")
     for name, taken in seconds.items():
         added = median(a - b for a, b in zip(taken, seconds[NUMBER], strict=True))

@@ -1,4 +1,4 @@
-"""How well the models of ``torchclip train`` learn with each way of clipping, over several seeds.
+"""How well the models of ``examples/char_rnn.py`` learn with each way of clipping, over several seeds.
 
     pip install '.[demo]'
     python benchmarks/thresholds.py [--model rnn|transformer] [--seeds 5] [--plot FILE]
@@ -14,28 +14,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
+from language_model import Batches, batches, in_parallel, new_model, optimizer_of, perplexity_of, shown, train
 from torch import Tensor
-from torch.nn import functional as F
 
 import torchclip
-from torchclip.cli.figures import BLUE, VERMILION, new_figure, save, style
 from torchclip.cli.options import count, picture_file
-from torchclip.cli.train import display, training
-from torchclip.cli.train.model import detached, new_model
-from torchclip.cli.train.options import Options, add_arguments
 
 Clippers = Mapping[str, Callable[[torch.optim.Optimizer], torchclip.Clipper]]
 
@@ -58,54 +48,27 @@ WAYS: Clippers = {
 }
 """The ways that are compared on the spoilt text, by the code that a user would write."""
 
-MODELS: dict[str, dict[str, Any]] = {
-    "rnn": {"cell": "rnn", "lr": 3.0, "hidden": 64, "batch": 16, "steps": 350},
-    "transformer": {"cell": "transformer", "lr": 0.01, "hidden": 64, "batch": 16, "steps": 350},
-}
+STEPS = 350
+MODELS = {"rnn": 3.0, "transformer": 0.01}
+"""The learning rates."""
 TITLES = {"rnn": "RNN, SGD", "transformer": "Transformer, AdamW"}
 SPOILT_EVERY = 150
 
-THRESHOLDS: dict[str, dict[str, Any]] = {
-    "none": {"max_norm": math.inf},
-    **{f"{max_norm:g}": {"max_norm": max_norm} for max_norm in (5, 1, 0.5, 0.25, 0.1)},
-    "`Percentile(10)`": {"threshold": "percentile", "max_norm": math.inf},
-    "`ZScore()`": {"threshold": "zscore", "max_norm": math.inf},
-    "`ZScore(max_norm=1.0)`": {"threshold": "zscore", "max_norm": 1.0},
+THRESHOLDS: dict[str, Callable[[], Any]] = {
+    "none": lambda: math.inf,
+    **{f"{max_norm:g}": lambda max_norm=max_norm: max_norm for max_norm in (5, 1, 0.5, 0.25, 0.1)},  # type: ignore[misc]
+    "`Percentile(10)`": lambda: torchclip.Percentile(10),
+    "`ZScore()`": torchclip.ZScore,
+    "`ZScore(max_norm=1.0)`": lambda: torchclip.ZScore(max_norm=1.0),
 }
-LEARNING_RATES: dict[str, dict[str, Any]] = {
-    "`--lr 1`": {"lr": 1.0},
-    "`--lr 3`": {"lr": 3.0},
-    "`--lr 3 --warmup 100`": {"lr": 3.0, "warmup": 100},
-    "`--lr 10`": {"lr": 10.0},
-}
-DIVERGED = 1e15
-
-
-def options_of(changes: dict[str, Any]) -> Options:
-    """The command's defaults, with changes."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    defaults = vars(parser.parse_args([]))
-    return Options(**{field.name: defaults[field.name] for field in fields(Options)} | changes)
-
-
-def read() -> tuple[str, Tensor]:
-    """The vocabulary and the text."""
-    text = training.read_text(None)
-    vocabulary = "".join(sorted(set(text)))
-    return vocabulary, training.encode(text, vocabulary)
-
-
-def perplexity_of(losses: Sequence[float]) -> float:
-    """The perplexity of the last steps, infinite if the run diverged."""
-    found = display.perplexity(statistics.fmean(losses[-display.RECENT :]))
-    return found if found < DIVERGED else math.inf
+LEARNING_RATES = {"1": (1.0, 1), "3": (3.0, 1), "3, warm-up of 100": (3.0, 100), "10": (10.0, 1)}
+"""Each with the steps in which it rises to its full height."""
 
 
 # The spoilt text
 
 
-def spoilt(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def spoilt(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of which every ``SPOILT_EVERY``-th repeats its first few characters."""
     for step, (inputs, targets) in enumerate(batches):
         if step and step % SPOILT_EVERY == 0:
@@ -115,24 +78,13 @@ def spoilt(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, T
 
 
 def train_on_spoilt(run: tuple[str, str, int]) -> float:
-    """Train once, with a model, a way of clipping and a seed."""
-    name, way, seed = run
-    torch.set_num_threads(1)
-    vocabulary, tokens = read()
-    options = options_of(MODELS[name] | {"seed": seed, "max_norm": math.inf})
-    torch.manual_seed(seed)
-    model = new_model(options.cell, len(vocabulary), options.hidden)
-    optimizer_class = torch.optim.AdamW if options.cell == "transformer" else torch.optim.SGD
-    optimizer = optimizer_class(model.parameters(), lr=options.lr)
+    """Train once, with a model, a way of clipping and a seed: the final perplexity on the usual batches."""
+    kind, way, seed = run
+    model = new_model(kind, seed)
+    optimizer = optimizer_of(kind, model, MODELS[kind])
     WAYS[way](optimizer)
-    losses: list[float] = []
-    state = None
-    for step, (inputs, targets) in enumerate(spoilt(training.batches(tokens, options))):
-        scores, state = model(inputs, detached(state))
-        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    losses = []
+    for step, loss in enumerate(train(model, [optimizer], spoilt(batches(STEPS)))):
         if not loss.isfinite():
             return math.inf
         if not step or step % SPOILT_EVERY:
@@ -156,20 +108,21 @@ def compare(models: Sequence[str], seeds: range, plot: Path | None) -> None:
         draw(results, plot)
 
 
-@style()
 def draw(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """A panel for each model, a row for each way of clipping, a dot for each run; lines mark medians."""
-    figure = new_figure(10, 4.5)
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 4.5), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, (model, ways) in zip(panels, results.items(), strict=True):
         least, worst = min(map(min, ways.values())), max(map(max, ways.values()))
         most = min(worst, 3 * least)
         for y, found in enumerate(ways.values()):
             x = [min(perplexity, most) for perplexity in found]
-            axes.plot(x, [y] * len(x), "o", color=BLUE, alpha=0.6, markersize=6, clip_on=False)
+            axes.plot(x, [y] * len(x), "o", color="C1", alpha=0.6, markersize=6, clip_on=False)
             median = min(statistics.median(found), most)
-            axes.plot([median], [y], "|", color=VERMILION, markersize=18, mew=2.5, clip_on=False)
-        axes.set_title(f"{TITLES[model]}, learning rate {MODELS[model]['lr']:g}")
+            axes.plot([median], [y], "|", color="C0", markersize=18, mew=2.5, clip_on=False)
+        axes.set_title(f"{TITLES[model]}, learning rate {MODELS[model]:g}")
         axes.set(xscale="log", xlim=(0.98 * least, 1.02 * most), xlabel="final perplexity")
         ticks = [least * (most / least) ** (i / 3) for i in range(4)]
         labels = [f"{tick:.1f}" for tick in ticks]
@@ -178,47 +131,33 @@ def draw(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> No
         axes.grid(False, axis="y")
     panels[0].set_yticks(range(len(WAYS)), list(WAYS))
     panels[0].invert_yaxis()
-    save(figure, path)
+    figure.savefig(path)
 
 
 # Learning rates
 
 
-def final_perplexity(changes: dict[str, Any]) -> float:
-    """Train once as the command does."""
-    torch.set_num_threads(1)
-    vocabulary, tokens = read()
-    options = options_of(changes)
-    (run,) = training.start_runs("clipped", vocabulary, options)
-    training.advance([run], tokens, options)
-    return perplexity_of(run.losses)
+def final_perplexity(run: tuple[str, str, int]) -> float:
+    """Train the RNN once as the example does, with a threshold, a learning rate and a seed."""
+    threshold, rate, seed = run
+    lr, warm_up = LEARNING_RATES[rate]
+    model = new_model("rnn", seed, hidden=128)
+    optimizer = optimizer_of("rnn", model, lr)
+    torchclip.Clipper(optimizer, THRESHOLDS[threshold]())
+    losses = []
+    for step, loss in enumerate(train(model, [optimizer], batches(300, batch=32))):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warm_up)
+        losses.append(loss.item())
+    return perplexity_of(losses)
 
 
 def by_learning_rate(seeds: range) -> None:
     """A table of thresholds and learning rates."""
-    cells = [(t, s) for t in THRESHOLDS for s in LEARNING_RATES]
-    runs = [THRESHOLDS[t] | LEARNING_RATES[s] | {"seed": seed} for t, s in cells for seed in seeds]
+    runs = [(t, rate, seed) for t in THRESHOLDS for rate in LEARNING_RATES for seed in seeds]
     found = iter(in_parallel(final_perplexity, runs))
     print("\n| threshold |", " | ".join(LEARNING_RATES), "|\n|---|" + "---:|" * len(LEARNING_RATES))
     for name in THRESHOLDS:
         print(f"| {name} |", " | ".join(cell([next(found) for _ in seeds]) for _ in LEARNING_RATES), "|")
-
-
-# Both
-
-
-def in_parallel(train: Callable[[Any], float], runs: Sequence[Any]) -> list[float]:
-    """The results of all runs, with a progress bar and the remaining time."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        trained = pool.map(train, runs)
-        return list(track(trained, "Training", len(runs), console=Console(stderr=True)))
-
-
-def shown(perplexity: float) -> str:
-    """A perplexity as people write it."""
-    if math.isinf(perplexity):
-        return "diverged"
-    return f"{perplexity:.1e}" if perplexity >= 1e5 else f"{perplexity:,.{1 if perplexity < 100 else 0}f}"
 
 
 def cell(perplexities: list[float]) -> str:

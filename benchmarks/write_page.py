@@ -1,9 +1,9 @@
 """Put the measurements into docs/performance.md and into the README's table of speed, between their marks.
 
-    torchclip bench --only steps --json benchmarks/steps.json
     python benchmarks/write_page.py
 
-It reads steps.json and results.json in its own folder, and scaling.json and clip_and_step.json if they exist.
+It reads the JSON files in its own folder, which steps.py, calls.py, other_rules.py and clip_and_step.py
+wrote, and draws the pictures of the page.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from check_targets import checks
-
-from torchclip.cli.bench.table import Table, call_tables, in_short, markdown, notes, rule_table, step_tables
-from torchclip.cli.bench.workloads import WORKLOADS
+from contenders import OPERATIONS
+from pictures import benchmark_figure, scaling_figure
+from tables import Table, call_tables, in_short, markdown, notes, rule_table, step_tables
+from workloads import WORKLOADS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 README = HERE.parent / "README.md"
-PICTURES = {
-    "figures/speed.png": "Speed relative to torch",
-    "figures/scaling.png": "Cost a gradient and a byte",
-}
 IN_STEPS = (
     "`torch` and `function` are `clip_grad_norm_(model.parameters(), …)` of torch and of torchclip; "
     "`function, model` is `torchclip.clip_grad_norm_(model, …)`."
@@ -34,34 +31,34 @@ Report = dict[str, Any]
 
 
 def read(name: str) -> Report:
-    """What a command wrote with ``--json``; without rows if it was not run."""
-    path = HERE / name
-    found: Report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    """What a script wrote with ``--json``."""
+    found: Report = json.loads((HERE / name).read_text(encoding="utf-8"))
     return found
 
 
-def page(calls: Report, steps: Report) -> str:
+def page(calls: Report, steps: Report, scaling: Report) -> str:
     """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
-    of_steps = list(step_tables(steps["steps"]))
+    of_steps = list(step_tables(steps["rows"]))
     of_calls = [table for table in call_tables(calls["rows"]) if table.rows]
-    rules: list[dict[str, Any]] = calls.get("rules", [])
+    rules = read("other_rules.json")["rows"]
     together = read("clip_and_step.json")["rows"]
     return "\n\n".join(
         [
             "### In a training step",
             IN_STEPS,
             *(f"**{table.title}**\n\n{markdown(table)}" for table in of_steps),
-            *notes(steps["steps"], [], of_steps),
+            *notes(steps["rows"], [], of_steps),
             f"Measured on: {_in_words(steps['machine'])}, one thread.",
             "### By itself, in a tight loop",
             "\n".join(["```text", *(f"{k:<18} {v}" for k, v in calls["machine"].items()), "```"]),
             *(f"**{table.title}**\n\n{markdown(table)}" for table in of_calls),
             *notes([], calls["rows"], of_calls),
-            *([f"### Other rules\n\n{markdown(rule_table(rules))}"] if rules else []),
-            *notes([], [], [rule_table(rules)] if rules else [], rules),
-            *([f"### Clipping and a step\n\n{markdown(clip_and_step(together))}"] if together else []),
-            "### Targets\n\n" + _verdict(calls["rows"], read("scaling.json")["rows"]),
-            *(f"![{title}]({name})" for name, title in PICTURES.items() if (PAGE.parent / name).exists()),
+            f"### Other rules\n\n{markdown(rule_table(rules))}",
+            *notes([], [], [rule_table(rules)], rules),
+            f"### Clipping and a step\n\n{markdown(clip_and_step(together))}",
+            "### Targets\n\n" + _verdict(calls["rows"], scaling["rows"]),
+            "![Speed relative to torch](figures/speed.png)",
+            "![Cost a gradient and a byte](figures/scaling.png)",
         ]
     )
 
@@ -82,7 +79,7 @@ def clip_and_step(rows: list[dict[str, Any]]) -> Table:
 
 def short(calls: Report, steps: Report) -> str:
     """The README's four rows, as Markdown."""
-    table = in_short(steps["steps"], calls["rows"])
+    table = in_short(steps["rows"], calls["rows"])
     return f"{markdown(table)}\n\n{_in_words(calls['machine'])}, {calls['machine']['cores']} cores."
 
 
@@ -91,7 +88,7 @@ def _in_words(machine: dict[str, str]) -> str:
 
 
 def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
-    found = [*checks(rows), *(checks(series) if series else [])]
+    found = [*checks(rows), *checks(series)]
     missed = [check for check in found if not check.met]
     lines = (
         [f"{len(found) - len(missed)} of {len(found)} targets are met. Missed:\n"] if missed else ["All met."]
@@ -107,10 +104,13 @@ def rewrite(page: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Rewrite both pages."""
-    calls, steps = read("results.json"), read("steps.json")
-    rewrite(PAGE, page(calls, steps))
+    """Rewrite both pages, and draw the pictures."""
+    calls, steps, scaling = read("results.json"), read("steps.json"), read("scaling.json")
+    rewrite(PAGE, page(calls, steps, scaling))
     rewrite(README, short(calls, steps))
+    figures = PAGE.parent / "figures"
+    benchmark_figure(calls["rows"], OPERATIONS, steps["rows"]).savefig(figures / "speed.png")
+    scaling_figure(scaling["rows"]).savefig(figures / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ model = DistributedDataParallel(
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 clipper = torchclip.Clipper(optimizer, max_norm=0.1)
 
-torch.manual_seed(rank)  # each rank has its own data
 for _ in range(50):
-    x = torch.randn(32, 64, device=device)
+    x = torch.randn(64, 64).chunk(ranks)[rank].to(device)  # all draw the same batch, and each takes its share
     optimizer.zero_grad()
     loss = F.mse_loss(model(x), x.sin().mean(1, keepdim=True))
     loss.backward()  # averages the gradients of all ranks

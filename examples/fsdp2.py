@@ -33,9 +33,8 @@ fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(model.named_parameters(), lr=3e-3)
 clipper = torchclip.Clipper(optimizer, max_norm=0.03)
 
-torch.manual_seed(rank)  # each rank has its own data
 for _ in range(50):
-    x = torch.randn(32, 64, device=device)
+    x = torch.randn(64, 64).chunk(ranks)[rank].to(device)  # all draw the same batch, and each takes its share
     optimizer.zero_grad()
     loss = F.mse_loss(model(x), x.sin().mean(1, keepdim=True))
     loss.backward()

@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import torchclip
+from torchclip.cli import bench
 from torchclip.cli.main import COMMANDS, main
 
-WITHOUT_DEMO = "import sys; sys.modules['rich'] = sys.modules['matplotlib'] = None; "
 MAIN = "from torchclip.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -42,7 +42,7 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert f"usage: torchclip {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["--nonsense"], ["info", "--nonsense"], ["book", "extra"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["--nonsense"], ["info", "--nonsense"], ["bench", "extra"]])
 def test_unknown_arguments_are_refused_in_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,35 +91,23 @@ def test_info_needs_torch_and_numpy_alone() -> None:
     assert "CPU kernel" in result.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "book"])
-def test_a_missing_extra_is_named_with_its_remedy(command: str) -> None:
-    result = python("-c", WITHOUT_DEMO + MAIN, command)
-    assert result.returncode == 2
-    assert result.stderr == (
-        f"torchclip {command}: error: this command needs rich and matplotlib; "
+@pytest.mark.parametrize(("option", "package"), [("--plot", "matplotlib"), ("--html", "jinja2")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    option: str,
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", ["torchclip"])
+    (tmp_path / "script.py").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", option, str(tmp_path / "a.png"), str(tmp_path / "script.py")])
+    assert capsys.readouterr().err == (
+        f"torchclip run: error: argument {option}: needs {package}; "
         "install with: pip install 'torchclip[demo]' (from a checkout: pip install '.[demo]')\n"
     )
-
-
-def test_only_what_is_missing_of_an_extra_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="2"):
-        main(["train"])
-    assert "needs matplotlib; install" in capsys.readouterr().err
-
-
-def test_a_file_that_cannot_be_used_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="2"):
-        main(["book", "--figures", str(tmp_path / "file")])
-    errors = capsys.readouterr().err
-    assert errors.startswith("torchclip book: error: ")
-    assert errors.count("\n") == 1
 
 
 # What files options name
@@ -128,21 +116,15 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "option", "reason"),
     [
-        (["train", "--text", "{}/missing.txt"], "--text", "No such file"),
-        (["train", "--text", "{}"], "--text", "is a directory"),
-        (["train", "--text", "{}/file/text"], "--text", "No such file"),
-        (["train", "--plot", "{}/missing/a.png"], "--plot", "there is no directory"),
-        (["train", "--save", "{}"], "--save", "is a directory"),
-        (["train", "--save", "{}/" + "x" * 300], "--save", "too long"),
-        (["book", "--figures", "{}/file"], "--plot/--figures", "is not a directory"),
-        (["book", "--figures", "{}/file/below"], "--plot/--figures", "is not a directory"),
         (["bench", "--json", "{}/missing/a.json"], "--json", "there is no directory"),
-        (["bench", "--plot", "{}/a.jpg"], "--plot", "must end in .png, .svg or .pdf"),
-        (["train", "--plot", "{0}/a.png", "--save", "{0}/a.png"], "--save", "is the same file as --plot"),
+        (["bench", "--json", "{}"], "--json", "is a directory"),
+        (["bench", "--json", "{}/file/a.json"], "--json", "there is no directory"),
+        (["bench", "--json", "{}/" + "x" * 300], "--json", "too long"),
+        (["run", "--plot", "{}/a.jpg", "{}/file"], "--plot", "must end in .png, .svg or .pdf"),
         (
-            ["train", "--text", "{0}/file", "--save", "{0}/../{1}/file"],
-            "--save",
-            "is the same file as --text",
+            ["run", "--plot", "{0}/a.png", "--html", "{0}/../{1}/a.png", "{0}/file"],
+            "--html",
+            "is the same file as --plot",
         ),
         (["run", "{}/missing.py"], "SCRIPT", "No such file"),
     ],
@@ -166,19 +148,16 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_option(
     assert reason in output.err
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_an_error_while_writing_names_the_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny = ["--steps", "2", "--hidden", "8", "--batch", "4", "--bptt", "10"]
-    (tmp_path / "full.png").symlink_to("/dev/full")
-    for option in ("--save", "--plot"):
-        with pytest.raises(SystemExit, match="2"):
-            main(["train", *tiny, option, str(tmp_path / "full.png")])
-        error = capsys.readouterr().err
-        assert error.startswith(f"torchclip train: error: argument {option}: No space left on device: ")
+    monkeypatch.setitem(bench.MODELS, "mlp", bench.MODELS["mlp"]._replace(rounds=2))
+    (tmp_path / "full.json").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--only", "mlp", "--json", str(tmp_path / "full.json")])
+    error = capsys.readouterr().err
+    assert error.startswith("torchclip bench: error: argument --json: No space left on device: ")
 
 
 # How it ends
@@ -194,10 +173,9 @@ def test_ctrl_c_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["info", "book"])
-def test_a_reader_that_has_seen_enough_is_no_error(command: str) -> None:
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "torchclip", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "torchclip", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -23,35 +23,18 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torchclip
-from torchclip.cli.options import need
 
 __all__ = ["COMMANDS", "main"]
 
 
-class Command(NamedTuple):
-    """A command in the overview of all commands."""
-
-    summary: str
-    needs_demo: bool
-
-
 COMMANDS = {
-    "train": Command("Train a language model with and without clipping, and compare.", needs_demo=True),
-    "book": Command("Run the book's chapter on exploding gradients as experiments.", needs_demo=True),
-    "run": Command(
-        "Run a training script with torchclip installed, then say what clipping did.", needs_demo=False
-    ),
-    "bench": Command(
-        "Measure how fast and exact clipping is on this machine, compared with torch and others.",
-        needs_demo=True,
-    ),
-    "info": Command("Show versions, threads, and what is available on this machine.", needs_demo=False),
+    "run": "Run a training script with torchclip installed, then say what clipping did.",
+    "bench": "Measure how long clipping takes on this machine, with torch and with torchclip.",
+    "info": "Show versions, threads, and what is available on this machine.",
 }
-
-DEMO_PACKAGES = ("rich", "matplotlib")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"torchclip {torchclip.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparsers.add_parser(name, help=command.summary, description=command.summary)
+    for name, summary in COMMANDS.items():
+        subparsers.add_parser(name, help=summary, description=summary)
 
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
@@ -107,11 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
     try:
-        if COMMANDS[name].needs_demo:
-            need("this command", *DEMO_PACKAGES)
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="replace")  # ASCII output gets "?" for "é", not an exception
-        module = name if name == "info" else f"{name}.command"
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # ASCII output gets "?" for "é", not an exception
+        module = f"{name}.command" if name == "run" else name
         command = importlib.import_module(f"torchclip.cli.{module}")
         command.add_arguments(parser)
         options = vars(parser.parse_args(arguments))

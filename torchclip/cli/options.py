@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,15 +18,11 @@ from torchclip._core.extras import installing
 
 __all__ = [
     "count",
-    "directory_to_write",
-    "file_to_read",
     "file_to_write",
     "max_norm",
     "need",
     "picture_file",
-    "positive",
     "refusal",
-    "seed",
     "writing",
 ]
 
@@ -69,9 +64,7 @@ def _number(
 
 
 max_norm = _number(float, lambda value: value >= 0, "a number that is at least 0")  # inf for no clipping
-positive = _number(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 count = _number(int, lambda value: value > 0, "a whole number above 0")
-seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
 
 
 # Files; they are checked before the work begins
@@ -94,16 +87,6 @@ def _path(problem: Callable[[Path], str]) -> Callable[[str], Path]:
 
 
 @_path
-def file_to_read(path: Path) -> str:
-    """A file to read."""
-    if path.is_dir():
-        return f"{path} is a directory"
-    if not path.exists():
-        return f"No such file: {path}"
-    return "" if os.access(path, os.R_OK) else f"{path} cannot be read"
-
-
-@_path
 def file_to_write(path: Path) -> str:
     """A file to write."""
     if path.is_dir():
@@ -119,15 +102,6 @@ def picture_file(text: str) -> Path:
     if Path(text).suffix.lower() not in {".png", ".svg", ".pdf"}:
         raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
     return file_to_write(text)
-
-
-@_path
-def directory_to_write(path: Path) -> str:
-    """A directory for files, which may not exist yet."""
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not there.is_dir():
-        return f"{there} is not a directory"
-    return "" if os.access(there, os.W_OK) else f"{there} cannot be written to"
 
 
 @contextmanager

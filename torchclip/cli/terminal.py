@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-__all__ = ["Console", "console_for", "tell_file"]
+__all__ = ["console_for"]
 
 
 def console_for(most: int, **options: Any) -> Console:
@@ -22,11 +21,6 @@ def console_for(most: int, **options: Any) -> Console:
         console = Console(file=_WithoutTrailingBlanks(), **options)  # type: ignore[arg-type]
     console.width = min(console.width, most)
     return console
-
-
-def tell_file(console: Console, what: str, path: Path, more: str = "") -> None:
-    """Print the path of a written file, in one line that can be copied."""
-    console.print(f"{what}: {path}{more}", markup=False, highlight=False, soft_wrap=True)
 
 
 class _WithoutTrailingBlanks:

@@ -112,7 +112,7 @@ def _draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
     if clipped.any():
         axes.plot(step[clipped], norm[clipped], "o", color="tab:orange", markersize=size, label=label)
     if np.isfinite(threshold).any():
-        axes.plot(step, threshold, color="black", linewidth=1.2, label="threshold")
+        axes.plot(step, threshold, color="gray", linewidth=1.2, label="threshold")
     edge = axes.get_xaxis_transform()  # y from 0 to 1, for any scale
     for mask, name, marker, y in [(nonfinite, "non-finite", "v", 0.98), (skipped, "skipped", "x", 0.94)]:
         if mask.any():
@@ -153,7 +153,7 @@ def histogram_figure(
     if len(thresholds):
         middle = float(np.median(thresholds))
         name = "threshold" if (thresholds == middle).all() else "median threshold"
-        axes.axvline(middle, color="black", linewidth=1.2, label=f"{name} ({middle:.3g})")
+        axes.axvline(middle, color="gray", linewidth=1.2, label=f"{name} ({middle:.3g})")
     if suggested is not None:
         axes.axvline(suggested, color="tab:orange", linestyle="--", label=f"suggested ({suggested:g})")
     if axes.get_legend_handles_labels()[0]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from torchclip.cli.figures import Array
 from torchclip.cli.run.files import Files, now
 from torchclip.cli.run.report import filled
 from torchclip.cli.run.tries import AS_IT_IS, Command, Tries, Try
@@ -133,7 +133,7 @@ def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
     return figure
 
 
-def _smooth(losses: Sequence[float]) -> Array:
+def _smooth(losses: Sequence[float]) -> NDArray[Any]:
     """The moving mean over a fiftieth of the run; values that are not finite leave gaps."""
     values = np.where(np.isfinite(losses), losses, np.nan)
     width = max(len(values) // 50, 1)

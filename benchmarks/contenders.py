@@ -1,4 +1,4 @@
-"""The contenders of ``torchclip bench``: each implementation with gradients for its calls.
+"""The contenders of ``calls.py``: each implementation with gradients for its calls.
 
 All are called in the same way: ``function(gradients, number)``.  The gradients can be restored after
 clipping, so that every timing starts with the same values.
@@ -6,7 +6,6 @@ clipping, so that every timing starts with the same values.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from workloads import Workload
 
 import torchclip
 from torchclip import kernel
-from torchclip.cli.bench.workloads import Workload
 
 __all__ = ["NAMES", "OPERATIONS", "RIVALS", "Contender", "Gradients", "contenders", "floors"]
 
@@ -29,7 +28,7 @@ OPERATIONS = {
     "clipping": "clip_grad_norm_, clipping",
     "value": "clip_grad_value_",
 }
-NAMES = ("torch", "torch.compile", "optax", "multi-tensor", "kernel off", "torchclip")
+NAMES = ("torch", "torch.compile", "optax", "kernel off", "torchclip")
 RIVALS = ("torch.compile", "optax")
 MOST_COMPILED = 200  # gradients: torch.compile takes a minute for 200, and more than nine minutes for 1,000
 _PIECE = 1 << 20  # elements in float64 at a time
@@ -107,9 +106,6 @@ def contenders(gradients: Gradients, rivals: Sequence[str]) -> dict[str, Contend
     on_host = gradients.device.type == "cpu"
     if on_host and "optax" in rivals and all(map(importlib.util.find_spec, ("optax", "jax"))):
         found["optax"] = _optax(gradients)
-    l2_norm = _multi_tensor_norm() if gradients.device.type == "cuda" else None
-    if l2_norm is not None:
-        found["multi-tensor"] = Contender({"norm": (l2_norm, gradients.tensors)}, gradients.restore)
     if on_host and kernel.status().startswith("active"):
         found["kernel off"] = _in_torch(torchclip, gradients, kernel.disabled)
     found["torchclip"] = _in_torch(torchclip, gradients)
@@ -129,26 +125,6 @@ def _in_torch(
         "value": (functions.clip_grad_value_, gradients.parameters),
     }
     return Contender(calls, gradients.restore, context)
-
-
-def _multi_tensor_norm() -> Callable[[list[Tensor], float], Tensor] | None:
-    """The norm of Transformer Engine or, without it, of apex: one kernel for many tensors."""
-    try:
-        optimizers = importlib.import_module("transformer_engine.pytorch.optimizers")
-        apply, norm = optimizers.multi_tensor_applier, optimizers.multi_tensor_l2norm
-    except (ImportError, AttributeError):
-        try:
-            apply = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
-            norm = importlib.import_module("amp_C").multi_tensor_l2norm
-        except (ImportError, AttributeError):
-            return None
-
-    def total_norm(tensors: list[Tensor], _: float) -> Tensor:
-        overflow = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
-        result: Tensor = apply(norm, overflow, [tensors], False)[0]
-        return result
-
-    return total_norm
 
 
 def _compiled(gradients: Gradients) -> Contender:

@@ -1,9 +1,11 @@
-"""What clipping adds to a training step: the rows ``--only steps`` of ``torchclip bench``.
+"""What clipping adds to a training step: the functions of torch and torchclip, and a Clipper.
+
+    python benchmarks/steps.py [--rounds 800] [--json FILE]
 
 It is the time of clipping and ``step``, minus that of ``step`` alone.  We time clipping inside a real
 training step, where caches are cold, so a call takes several times as long as in a tight loop.  All
 contenders use one model and one optimizer.  Otherwise the position of a model in memory, and the previous
-contender, would matter more than clipping.
+contender, would matter more than clipping.  ``clippers.py`` measures a Clipper's other configurations.
 """
 
 from __future__ import annotations
@@ -12,30 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise, product
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from turns import one_thread, options_of, print_machine, quartiles, take_turns, write_results
 
 import torchclip
-from torchclip.cli.bench.rounds import one_thread, progress, quartiles, take_turns
+from torchclip.cli.options import count
 
-__all__ = [
-    "CONTENDERS",
-    "MODELS",
-    "OPTIMIZERS",
-    "ROUNDS",
-    "TITLES",
-    "StepRow",
-    "how",
-    "label",
-    "measure_steps",
-    "speedups",
-]
+__all__ = ["BATCH", "MODELS", "TITLES", "StepRow", "doubt", "how", "new_model"]
 
-ROUNDS = 800
 WARM_UP = 30
 BATCH = 64
 
@@ -52,6 +44,12 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 StepRow = dict[str, Any]
 
 
+def new_model(name: str) -> nn.Sequential:
+    """A model of ``MODELS``."""
+    layers = [layer for sizes in pairwise(MODELS[name]) for layer in (nn.Linear(*sizes), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
 class Setup:
     """A model of ``MODELS``, its optimizer, and the thresholds of the contenders.
 
@@ -60,12 +58,10 @@ class Setup:
 
     def __init__(self, model: str, optimizer: str, clips: bool) -> None:
         torch.manual_seed(0)
-        widths = MODELS[model]
-        layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.Tanh())]
-        self.model = nn.Sequential(*layers[:-1])
+        self.model = new_model(model)
         self.parameters = list(self.model.parameters())
         self.optimizer = OPTIMIZERS[optimizer](self.parameters)
-        self.inputs = torch.randn(BATCH, widths[0])
+        self.inputs = torch.randn(BATCH, MODELS[model][0])
         # Weights hardly change, so the norms of a first backward pass are those of all steps.
         self.backward()
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -108,7 +104,7 @@ _RIVALS = {
 _FLOOR = "no clipping"
 
 
-def measure_steps(rounds: int) -> list[StepRow]:
+def measure_steps(rounds: int) -> Iterator[StepRow]:
     """What each contender adds to a step, in seconds, and how many times less than torch that is.
 
     It uses one thread.
@@ -116,31 +112,32 @@ def measure_steps(rounds: int) -> list[StepRow]:
     Args:
         rounds: how often each contender takes its turn, at least 4.
     """
-    rows: list[StepRow] = [
-        {"model": model, "title": TITLES[model], "optimizer": optimizer, "clips": clips}
-        for model, optimizer, clips in product(MODELS, OPTIMIZERS, (False, True))
-    ]
-    with progress(len(rows)) as begin, one_thread():
-        for row in rows:
-            begin(label(row))
-            setup = Setup(row["model"], row["optimizer"], row["clips"])
+    for model, optimizer, clips in product(MODELS, OPTIMIZERS, (False, True)):
+        row: StepRow = {"model": model, "title": TITLES[model], "optimizer": optimizer, "clips": clips}
+        with one_thread():
+            setup = Setup(model, optimizer, clips)
             clipper = _Hooks(setup)
             turns = {name: partial(_turn, setup, name, clipper) for name in CONTENDERS}
             take_turns(turns, WARM_UP)
             times = take_turns(turns, rounds)
-            row["added"], row["drift"] = _added(times), _drifts(times)
-            row["speedup"] = speedups(row["added"])
-    return rows
-
-
-def label(row: Mapping[str, Any]) -> str:
-    """The name of a row: the model, the optimizer, and whether gradients are clipped."""
-    return f"{row['title']}, {how(row)}"
+        row["added"], row["drift"] = _added(times), _drifts(times)
+        row["speedup"] = {name: row["added"][rival] / row["added"][name] for name, rival in _RIVALS.items()}
+        yield row
 
 
 def how(row: Mapping[str, Any]) -> str:
     """The optimizer, and whether gradients are clipped."""
     return f"{row['optimizer']}, {'clipping' if row['clips'] else 'not needed'}"
+
+
+def doubt(row: Mapping[str, Any], name: str) -> float:
+    """The relative error of a contender's ratio.
+
+    A busy machine shows in two measurements of a step without clipping that differ, or in two halves of this
+    measurement that differ.
+    """
+    seconds = max(abs(float(row["added"]["no clipping again"])), row["drift"][name])
+    return float(seconds / abs(row["added"][name]))
 
 
 def _turn(setup: Setup, name: str, clipper: _Hooks) -> float:
@@ -193,8 +190,23 @@ def _drifts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: abs(first[name] - second[name]) for name in first}
 
 
-def speedups(added: Mapping[str, float]) -> dict[str, float]:
-    """How many times less than torch each contender of torchclip adds."""
-    return {
-        name: added[rival] / added[name] for name, rival in _RIVALS.items() if {name, rival} <= added.keys()
-    }
+def main() -> None:
+    """Measure and print."""
+    parser = options_of(__doc__)
+    parser.add_argument("--rounds", type=count, default=800, metavar="N", help="steps each (default: 800)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    arguments = parser.parse_args()
+    print_machine()
+    rows = []
+    for row in measure_steps(arguments.rounds):
+        rows.append(row)
+        print(f"\n{row['title']}, {how(row)}: µs added to a training step, and times less than torch adds")
+        for name, seconds in row["added"].items():
+            ratio = f"  {row['speedup'][name]:5.1f} (± {doubt(row, name):.0%})" if name in _RIVALS else ""
+            print(f"  {name:<30}{1e6 * seconds:8.1f}{ratio}", flush=True)
+    if arguments.json:
+        write_results(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The tables of ``torchclip bench``: as data, for a terminal, and in Markdown."""
+"""The tables of the page on performance: what was measured, as data and in Markdown."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table as RichTable
+from contenders import NAMES, OPERATIONS
+from other_rules import PLAIN, RuleRow
+from steps import StepRow, how
 
-from torchclip.cli.bench.contenders import NAMES, OPERATIONS
-from torchclip.cli.bench.doubt import BUSY, EXPLANATION, call_ratio, doubt_of_steps, step_ratio, times
-from torchclip.cli.bench.loop import StepRow, how, label
-from torchclip.cli.bench.rules import PLAIN, RuleRow
-from torchclip.cli.bench.timing import Row
+Row = dict[str, Any]
 
-__all__ = ["Table", "call_tables", "in_short", "markdown", "notes", "rule_table", "show", "step_tables"]
+__all__ = [
+    "Row",
+    "Table",
+    "call_ratio",
+    "call_tables",
+    "in_short",
+    "markdown",
+    "notes",
+    "rule_table",
+    "step_ratio",
+    "step_tables",
+    "times",
+]
+
+MOST_DOUBT = 0.25
+"""The largest relative error of a ratio that is shown.  On an idle machine it is at most 0.1."""
+
+BUSY = "busy"
+EXPLANATION = (
+    f"{BUSY}: another program used the processor during the measurement, so that the ratio may be wrong by "
+    f"more than {MOST_DOUBT:.0%}. Measure again on an idle machine."
+)
 
 PASSES = {"norm": 1, "no clipping": 1, "clipping": 3, "value": 2}  # over the gradients' bytes, at least
 CACHED = 1 << 20  # bytes that fit into a core's cache, where the memory's bandwidth does not matter
@@ -57,7 +74,7 @@ def in_short(steps: Sequence[StepRow], rows: Sequence[Row]) -> Table:
         if row["clips"] and (row["model"], row["optimizer"]) in SHORT_STEPS:
             theirs, ours = (row["added"][f"{whose}, model.parameters()"] for whose in ("torch", "function"))
             ratio = step_ratio(row, "function, model.parameters()")
-            found.append((f"a training step, {label(row)}", theirs, ours, ratio))
+            found.append((f"a training step, {row['title']}, {how(row)}", theirs, ours, ratio))
     for row in rows:
         if row["operation"] == "clipping" and row["workload"] in SHORT_WORKLOADS:
             theirs, ours = (row["contenders"][name]["seconds"][1] for name in ("torch", "torchclip"))
@@ -143,31 +160,6 @@ def notes(
     return found
 
 
-def show(table: Table, console: Console) -> None:
-    """Print a table: as many columns side by side as fit, the others below them."""
-    console.print(table.title, style="bold", highlight=False, markup=False)
-    unlimited = console.options.update(width=10_000)  # a width is never measured beyond the console's
-    first, end = 1, len(table.columns)
-    while first < end:
-        last = end
-        while last > first + 1 and (
-            console.measure(_part(table, first, last), options=unlimited).maximum > console.width
-        ):
-            last -= 1
-        console.print(_part(table, first, last), "")
-        first = last
-
-
-def _part(table: Table, first: int, last: int) -> RichTable:
-    part = RichTable(box=SIMPLE, pad_edge=False, show_edge=False)
-    part.add_column("")
-    for column in table.columns[first:last]:
-        part.add_column(column.replace(", ", ",\n"), justify="right", vertical="bottom", no_wrap=True)
-    for row in table.rows:
-        part.add_row(row[0], *row[first:last])
-    return part
-
-
 def markdown(table: Table) -> str:
     """The table without its title."""
     lines = [table.columns, ["---", *["--:"] * (len(table.columns) - 1)], *table.rows]
@@ -206,3 +198,41 @@ def _bandwidth(row: Row) -> str:
 
 def _error(error: float | None) -> str:
     return "" if error is None else f"{error:.0e}"
+
+
+# Doubt
+
+
+def step_ratio(row: Mapping[str, Any], name: str) -> float | None:
+    """How many times less than torch a contender adds to a step, or None if the machine was busy.
+
+    A busy machine shows in two measurements of a step without clipping that differ, or in two halves of this
+    measurement that differ.
+
+    Args:
+        row: a row of ``measure_steps``.
+        name: the contender.
+    """
+    ratio: float = row["speedup"][name]
+    doubt = max(doubt_of_steps(row), row["drift"][name])
+    return ratio if doubt <= MOST_DOUBT * row["added"][name] else None
+
+
+def doubt_of_steps(row: Mapping[str, Any]) -> float:
+    """Seconds by which two measurements of the same step without clipping differ."""
+    return abs(float(row["added"]["no clipping again"]))
+
+
+def call_ratio(result: Mapping[str, Any]) -> float | None:
+    """How many times faster than torch a call is, the median, or None if the machine was busy.
+
+    Args:
+        result: one contender's in a row of ``measure``; half of the rounds lie between its quartiles.
+    """
+    first, median, third = map(float, result["speedup"])
+    return median if third - first <= 2 * MOST_DOUBT * median else None
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as a text."""
+    return BUSY if ratio is None else f"{ratio:.1f}×"

@@ -1,20 +1,17 @@
-"""The figures of ``torchclip bench``."""
+"""The figures of the page on performance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from steps import how
+from tables import call_ratio, step_ratio, times
 
-from torchclip.cli.bench.doubt import call_ratio, step_ratio, times
-from torchclip.cli.bench.loop import label as row_label
-from torchclip.cli.figures import BLUE, GRAY, GREEN, SKY, VERMILION, new_figure, style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
-
+VERMILION, BLUE, GREEN, SKY, GRAY = "C0", "C1", "C2", "C4", "gray"
 
 # torch, with which they are compared, is gray.
 CONTENDERS = {
@@ -32,7 +29,6 @@ IN_STEPS = {
 """The bars, with their colours and labels."""
 
 
-@style()
 def benchmark_figure(
     rows: Sequence[Mapping[str, Any]],
     operations: Mapping[str, str],
@@ -44,13 +40,13 @@ def benchmark_figure(
     every workload.  Each panel has its own scale.  Measurements on a busy machine are not drawn.
 
     Args:
-        rows: what ``torchclip bench`` measured, one workload after another.
+        rows: what ``calls.py`` measured, one workload after another.
         operations: the panels: the name of an operation in the rows, and its title.
-        in_steps: what ``torchclip bench`` measured in training steps.
+        in_steps: what ``steps.py`` measured.
     """
     titles = list(dict.fromkeys(row["title"] for row in rows))
     heights = [1 + 0.66 * len(in_steps)] * bool(in_steps) + [1.2 + 0.45 * len(titles)] * bool(rows)
-    figure = new_figure(13, 1 + sum(heights))
+    figure = Figure((13, 1 + sum(heights)), layout="constrained")
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if in_steps:
         _steps_panel(parts.pop(0), in_steps)
@@ -69,7 +65,7 @@ def _steps_panel(part: SubFigure, rows: Sequence[Mapping[str, Any]]) -> None:
         bars = axes.barh(at, [ratio or 0 for ratio in ratios], height * 0.9, color=colour, label=label)
         axes.bar_label(bars, [times(ratio) for ratio in ratios], padding=3, fontsize=9)
     axes.axvline(1, color=GRAY, linewidth=1)
-    axes.set_yticks(range(len(rows)), [row_label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row['title']}, {how(row)}" for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
     axes.grid(False, axis="y")
@@ -109,14 +105,13 @@ def _workload_panels(
     part.legend(used.values(), used.keys(), loc="outside lower center", ncols=len(used))
 
 
-@style()
 def scaling_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The cost of a gradient as their number grows, and of a byte as one gradient grows: ``clip_grad_norm_``.
 
     Args:
-        rows: what ``torchclip bench --scaling`` measured.
+        rows: what ``calls.py --scaling`` measured.
     """
-    figure = new_figure(11, 7.5)
+    figure = Figure((11, 7.5), layout="constrained")
     grid = figure.subplots(2, 2, sharex="row")
     for column, operation in enumerate(("no clipping", "clipping")):
         chosen = [row for row in rows if row["operation"] == operation]

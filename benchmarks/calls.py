@@ -1,23 +1,30 @@
-"""How ``torchclip bench`` measures single calls: warm, with ratios that are taken within a round."""
+"""How long single calls take: torch, torch.compile, optax, and torchclip with and without its kernel.
+
+    pip install '.[bench]'
+    python benchmarks/calls.py [--only WORKLOAD] [--json FILE]
+    python benchmarks/calls.py --scaling [--json FILE]
+
+Calls are warm, and ratios are taken within a round.  ``--scaling`` measures 10 to 100,000 gradients and 1 KiB
+to 2 GiB; it needs 8 GiB.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import torch
+from contenders import NAMES, OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
+from turns import options_of, print_machine, quartiles, take_turns, write_results
+from workloads import SCALING, WORKLOADS
 
-from torchclip.cli.bench.contenders import OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
-from torchclip.cli.bench.rounds import progress, quartiles, take_turns
-from torchclip.cli.bench.workloads import Workload
+from torchclip.cli import info
 
-__all__ = ["FULL", "QUICK", "Effort", "Row", "Timer", "compare", "measure", "second_arguments", "summary"]
+__all__ = ["Effort", "Row", "Timer", "compare", "measure", "second_arguments", "summary"]
 
 SHRINK = 0.98  # the threshold shrinks from call to call, so that every call clips, even in bfloat16
 MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, which loses no digits
-
-CPU = torch.device("cpu")
 
 Row = dict[str, Any]
 
@@ -37,38 +44,23 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(sample_seconds=2e-3, row_seconds=3.0, rounds=(15, 101))
-QUICK = Effort(sample_seconds=5e-4, row_seconds=0.0, rounds=(3, 3))
 
 
-def measure(
-    workloads: Mapping[str, Workload],
-    effort: Effort,
-    rivals: Sequence[str],
-    device: torch.device = CPU,
-) -> list[Row]:
-    """A row for each workload and operation.
+def measure(workload: str, effort: Effort, rivals: Sequence[str]) -> Iterator[Row]:
+    """A row for each operation on a workload.
 
     Args:
-        workloads: by name.
+        workload: its name.
         effort: how long to measure each row.
         rivals: which of ``torch.compile`` and ``optax`` take part; optax only if it is installed.
-        device: where the gradients are.
     """
-    rows = []
-    with progress(len(workloads) * len(OPERATIONS)) as begin:
-        for name, workload in workloads.items():
-            gradients = Gradients(workload, device)
-            others = contenders(gradients, rivals)
-            for operation, title in OPERATIONS.items():
-                begin(f"{workload.title}: {title}")
-                of = {"workload": name, "title": workload.title, "operation": operation}
-                size = {
-                    "tensors": len(workload.shapes),
-                    "elements": workload.elements,
-                    "bytes": workload.bytes,
-                }
-                rows.append({**of, **size, **compare(gradients, operation, others, effort)})
-    return rows
+    found = (SCALING | WORKLOADS)[workload]
+    gradients = Gradients(found)
+    others = contenders(gradients, rivals)
+    size = {"tensors": len(found.shapes), "elements": found.elements, "bytes": found.bytes}
+    for operation in OPERATIONS:
+        row = {"workload": workload, "title": found.title, "operation": operation, **size}
+        yield row | compare(gradients, operation, others, effort)
 
 
 def compare(
@@ -87,12 +79,12 @@ def compare(
         with the relative error of the norm that it returned; or the message of its error.
     """
     numbers = second_arguments(operation, gradients.norm)
-    timers = {"floor": Timer(floors(gradients), operation, numbers, gradients.device)}
+    timers = {"floor": Timer(floors(gradients), operation, numbers)}
     entries: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():
         if operation not in contender.calls:
             continue
-        timer = Timer(contender, operation, numbers, gradients.device)
+        timer = Timer(contender, operation, numbers)
         try:
             norm = timer.first_call()
         except Exception as error:  # a failure of another library is a result
@@ -129,15 +121,11 @@ class Timer:
         contender: the contender.
         operation: a key of ``OPERATIONS``.
         numbers: the second argument of each call.
-        device: of the gradients; a timing ends when the device has finished.
     """
 
-    def __init__(
-        self, contender: Contender, operation: str, numbers: Sequence[float], device: torch.device = CPU
-    ) -> None:
+    def __init__(self, contender: Contender, operation: str, numbers: Sequence[float]) -> None:
         self.function, self.gradients = contender.calls[operation]
         self.contender = contender
-        self.device = device
         self.numbers = [numbers[0]] * len(numbers) if contender.one_number else numbers
         self.calls = 1
 
@@ -162,15 +150,9 @@ class Timer:
         with self.contender.context():
             self.contender.restore()
             self._call(before)
-            self._finish()
             start = perf_counter()
             self._call(timed)
-            self._finish()
             return (perf_counter() - start) / self.calls
-
-    def _finish(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
     def _call(self, numbers: Sequence[float]) -> None:
         function, gradients = self.function, self.gradients
@@ -195,3 +177,37 @@ def summary(times: Sequence[float], torch: Sequence[float], floor: Sequence[floa
         "speedup": quartiles([other / own for own, other in zip(times, torch, strict=True)]),
         "floor_share": quartiles([other / own for own, other in zip(times, floor, strict=True)]),
     }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options_of(__doc__)
+    parser.add_argument("--only", action="append", choices=WORKLOADS, help="a workload; may be repeated")
+    parser.add_argument("--scaling", action="store_true", help="many gradients, and large ones, instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    arguments = parser.parse_args()
+    print_machine()
+    # For --scaling, torch.compile would take hours, and optax would need memory for two more copies.
+    rivals = [] if arguments.scaling else RIVALS
+    rows = []
+    for workload in SCALING if arguments.scaling else (arguments.only or WORKLOADS):
+        print(f"\n{(SCALING | WORKLOADS)[workload].title}")
+        for row in measure(workload, FULL, rivals):
+            rows.append(row)
+            print(f"  {OPERATIONS[row['operation']]}")
+            for name in NAMES:
+                if name in row["contenders"]:
+                    print(f"    {name:<14}{_shown(row['contenders'][name])}", flush=True)
+    if arguments.json:
+        versions = {name: info.installed_version(name) for name in ("jax", "optax")}
+        write_results(arguments.json, rows, versions)
+
+
+def _shown(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"failed: {result['failed']}"
+    return f"{1e6 * result['seconds'][1]:>14,.2f} µs, {result['speedup'][1]:.2f} times torch's speed"
+
+
+if __name__ == "__main__":
+    main()

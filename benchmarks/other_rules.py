@@ -1,24 +1,28 @@
-"""The other rules, compared with plain loops, timm and Opacus: rows of ``torchclip bench``."""
+"""How long the other rules take, compared with plain loops and, if they are installed, timm and Opacus.
+
+python benchmarks/other_rules.py [--json FILE]
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from contenders import Gradients
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+from turns import one_thread, options_of, print_machine, quartiles, take_turns, write_results
+from workloads import Shapes, Workload
 
 import torchclip
 from torchclip import kernel
-from torchclip.cli.bench.contenders import Gradients
-from torchclip.cli.bench.rounds import one_thread, progress, quartiles, take_turns
-from torchclip.cli.bench.workloads import Shapes, Workload
 
 __all__ = ["MODELS", "PLAIN", "RULES", "SECONDS", "RuleRow", "measure_rules"]
 
@@ -145,30 +149,24 @@ RULES = {
 }
 
 
-def measure_rules(seconds: float = SECONDS, models: Sequence[str] = tuple(MODELS)) -> list[RuleRow]:
-    """The seconds of each rule on each model, and how many times faster than the plain loop that is.
+def measure_rules(model: str, seconds: float = SECONDS) -> Iterator[RuleRow]:
+    """The seconds of each rule on a model, and how many times faster than the plain loop that is.
 
     All contenders clip the same gradients each time, on one thread.
 
     Args:
+        model: one of ``MODELS``.
         seconds: how long each row is measured.
-        models: which of ``MODELS``.
     """
-    rows: list[RuleRow] = []
-    with progress(len(models) * len(RULES)) as begin, one_thread():
-        for model in models:
-            setup = Setup(*MODELS[model])
-            for rule in RULES:
-                begin(f"{rule}, {model}")
-                turns = {name: partial(_turn, setup, name, call) for name, call in _contenders(rule).items()}
-                take_turns(turns, 1)  # one-time work is not measured
-                times = take_turns(turns, LEAST, seconds=seconds)
-                found = {name: quartiles(of_one) for name, of_one in times.items()}
-                speedup = {
-                    name: found[PLAIN][0] / of_one[0] for name, of_one in found.items() if name != PLAIN
-                }
-                rows.append({"rule": rule, "model": model, "seconds": found, "speedup": speedup})
-    return rows
+    setup = Setup(*MODELS[model])
+    for rule in RULES:
+        turns = {name: partial(_turn, setup, name, call) for name, call in _contenders(rule).items()}
+        with one_thread():
+            take_turns(turns, 1)  # one-time work is not measured
+            times = take_turns(turns, LEAST, seconds=seconds)
+        found = {name: quartiles(of_one) for name, of_one in times.items()}
+        speedup = {name: found[PLAIN][0] / of_one[0] for name, of_one in found.items() if name != PLAIN}
+        yield {"rule": rule, "model": model, "seconds": found, "speedup": speedup}
 
 
 def _contenders(name: str) -> dict[str, Call]:
@@ -187,3 +185,24 @@ def _turn(setup: Setup, name: str, call: Call) -> float:
         start = perf_counter()
         call(setup)
         return perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options_of(__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    arguments = parser.parse_args()
+    print_machine()
+    rows = []
+    for model in MODELS:
+        print(f"\n{model}")
+        for row in measure_rules(model):
+            rows.append(row)
+            times = (f"{name} {1e6 * taken[0]:,.1f} µs" for name, taken in row["seconds"].items())
+            print(f"  {row['rule']:<14}{', '.join(times)}", flush=True)
+    if arguments.json:
+        write_results(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()

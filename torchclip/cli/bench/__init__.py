@@ -1,1 +1,0 @@
-"""``torchclip bench``."""

@@ -1,1 +1,0 @@
-"""``torchclip train``."""
