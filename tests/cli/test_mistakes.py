@@ -16,6 +16,7 @@ import torchclip
 from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.notes import RankNotes
 from torchclip.cli.run.recording import Recording
+from torchclip.cli.run.report import report
 from torchclip.cli.run.trial import Trial
 
 STEPS = 12
@@ -36,7 +37,7 @@ def loss_of(*models: nn.Module) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def remarks_on(script: Callable[[], object], trial: Trial | None = None) -> list[Remark]:
+def recorded(script: Callable[[], object], trial: Trial | None = None) -> Recording:
     recording = Recording(trial or Trial())
     recording.attach()
     try:
@@ -44,7 +45,11 @@ def remarks_on(script: Callable[[], object], trial: Trial | None = None) -> list
     finally:
         recording.detach()
         torchclip.uninstall()
-    return recording.steps.mistakes.remarks()
+    return recording
+
+
+def remarks_on(script: Callable[[], object], trial: Trial | None = None) -> list[Remark]:
+    return recorded(script, trial).steps.mistakes.remarks()
 
 
 # Scripts with a mistake, and what is said about them
@@ -504,37 +509,69 @@ def lightning() -> None:
 
 def transformers() -> None:
     library = pytest.importorskip("transformers")
-    config = library.GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    config = library.GPT2Config(vocab_size=16, n_positions=8, n_embd=32, n_layer=2, n_head=2)
     arguments = library.TrainingArguments(
         output_dir="out",
-        max_steps=8,
+        max_steps=60,
         gradient_accumulation_steps=2,
         max_grad_norm=1.0,
+        learning_rate=1e-2,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(16, (64, 8))]
+    rows = [{"input_ids": row, "labels": row} for row in (torch.randint(16, (64, 1)) + torch.arange(8)) % 16]
     library.Trainer(library.GPT2LMHeadModel(config), arguments, train_dataset=rows).train()
 
 
 def stable_baselines3() -> None:
     library = pytest.importorskip("stable_baselines3")
-    library.PPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu", seed=0).learn(128)
+    library.PPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu", seed=0).learn(512)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("installs", [False, True])
-@pytest.mark.parametrize("trainer", [lightning, transformers, stable_baselines3])
-def test_nothing_is_said_about_trainers(
-    trainer: Callable[[], None], installs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("trainer", "verdict"),
+    [
+        (lightning, r"Whether max_norm=0.5 is right cannot be told. Too early for advice: 8 steps"),
+        (transformers, r"Keep max_norm=1: it clips"),
+        (stable_baselines3, r"max_norm=0.5 clips every step, .* If that is meant, as in PPO, keep it."),
+    ],
+)
+def test_of_trainers_only_their_threshold_is_judged(
+    trainer: Callable[[], None], verdict: str, installs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if installs:
         torchclip.install()
-    assert remarks_on(trainer) == []
+    recording = recorded(trainer)
+    assert recording.steps.mistakes.remarks() == []
+    text = " ".join(report(recording, 1.0).split())
+    assert re.search(rf"advice on clip_grad_norm_ at \S+\.py:\d+ {verdict}", text), text
+
+
+def test_a_threshold_that_is_in_the_way_is_told_with_its_line() -> None:
+    def script() -> None:
+        model = new_model()
+        optimizer = torch.optim.Adam(model.parameters(), eps=1e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+
+    text = " ".join(report(recorded(script), 1.0).split())
+    assert re.search(rf"advice on clip_grad_norm_ at {HERE} max_norm=0.001 is in the way: ", text)
+
+
+def test_each_optimizer_of_a_gan_is_judged_by_itself() -> None:
+    lines = report(recorded(a_gan_with_two_calls), 1.0).splitlines()
+    found = [line for line in lines if line.startswith("advice on clip_grad_norm_ at ")]
+    assert [line[-5:] for line in found] == ["SGD 1", "SGD 2"]
+    assert found[0].partition(":")[2] != found[1].partition(":")[2]
 
 
 # The command

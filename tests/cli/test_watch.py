@@ -202,23 +202,6 @@ def test_a_call_for_each_of_many_parameters_belongs_to_their_step() -> None:
     assert [r.total_norm for r in session.history] == [40.0] * 2
 
 
-def test_calls_for_two_optimizers_before_each_of_their_steps_clip_the_second_one_twice() -> None:
-    first, second = weight(0.0), weight(0.0)
-    optimizers = sgd(first), sgd(second)
-    with Session() as session:
-        for _ in range(3):
-            first.grad = second.grad = None
-            (3.0 * first + 4.0 * second).backward()
-            for optimizer in optimizers:
-                torch.nn.utils.clip_grad_norm_([first, second], 1.0)
-                optimizer.step()
-    one, two = session.steps.optimizers
-    assert [r.total_norm for r in one.history] == [5.0] * 3
-    assert [r.clip_coef for r in one.history] == pytest.approx([0.2] * 3, rel=1e-5)
-    assert [r.total_norm for r in two.history] == [5.0] * 3
-    assert [r.clip_coef for r in two.history] == pytest.approx([0.2] * 3, rel=1e-5)
-
-
 def test_of_two_optimizers_with_one_call_a_grad_scaler_leaves_out_the_step_of_one() -> None:
     first, second, frozen = weight(0.0), weight(0.0), weight(0.0)
     optimizers = sgd(first), sgd(second)
@@ -546,17 +529,6 @@ def test_of_a_clipper_that_skips_parameters_are_named() -> None:
         torchclip.Clipper(optimizer, 1.0, nonfinite="skip")
         step(optimizer, [[1.0, float("inf")]], [1.0])
     assert session.optimizer.nonfinite == {0: ["weight"]}
-
-
-def test_no_more_steps_are_counted_than_a_later_clipper_has_seen() -> None:
-    optimizer = sgd(weight(0.0))
-    with Session() as session:
-        for _ in range(4):
-            step(optimizer, [math.nan])
-        torchclip.Clipper(optimizer, 1.0)
-        step(optimizer, [0.5])
-    assert "1 step: 0 clipped" in session.report()
-    assert "more" not in session.report()
 
 
 def test_the_largest_layers_are_those_before_clipping() -> None:

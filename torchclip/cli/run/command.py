@@ -157,18 +157,9 @@ def run(
         script: the script's path, or the module's name.
         args: the script's arguments.
         module: whether ``script`` names a module.
-        max_norm: a threshold for this run, or a ceiling for one that learns.
-        threshold: the name of a threshold that learns.
-        none: whether to clip nothing.
         tries: run the script once for each of these thresholds, in separate processes.
-        metric: finds the number by which to compare them, instead of the loss.
-        maximize: whether a larger number is better.
-        seeds: how many runs there are with each threshold.
-        add_to_seeds: added to every seed that the script sets.
-        strict: whether a mistake of the script in clipping is an error.
-        plot: the file for a picture.
-        csv: the file for the steps.
-        html: the file for a page.
+
+    The others are the options of the same names.
 
     Returns:
         The exit status.

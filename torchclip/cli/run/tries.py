@@ -184,6 +184,8 @@ class Tries:
             run = self._run(found.threshold, seed)
             found.runs.append(run)
             result = run.problem or f"{self._command.what} {run.score:.4g}"
+            if self._command.metric is None and len(run.losses) > 1:
+                result = run.problem or "ended"
             which = f", run {seed + 1} of {self.seeds}" if self.seeds > 1 else ""
             line = f"torchclip: {found.threshold}{which}: {result}, {run.seconds:.3g} s"
             print(line, file=sys.stderr, flush=True)

@@ -122,10 +122,12 @@ def judged(tries: Sequence[Try]) -> list[str]:
     """What is wrong with a threshold itself, as its first run shows it."""
     found = []
     for each in tries:
-        for history in each.runs[0].histories.values() if each.runs else ():
+        histories = each.runs[0].histories if each.runs else {}
+        for label, history in histories.items():
             advice = history.suggest()
             if advice.verdict not in (None, "keep", "unknown"):
-                found.append(f"{each.threshold}: {advice.reason}")
+                name = each.threshold if len(histories) == 1 else f"{each.threshold}, {label}"
+                found.append(f"{name}: {advice.reason}")
     return found
 
 
