@@ -241,9 +241,8 @@ def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: 
         if os.environ.get("RANK", "0") == "0":
             remarks = notes.collect(remarks)
             failed = _show(recording, seconds, end, wanted, command, remarks)
-            status = status or failed
-        if strict and any(remark.is_mistake for remark in remarks):
-            status = status or 1
+            is_wrong = strict and any(remark.is_mistake for remark in remarks)
+            status = status or failed or int(is_wrong)
     if isinstance(error, SystemExit) and (error.code or not status):
         raise error
     return status

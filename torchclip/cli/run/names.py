@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
@@ -74,11 +75,10 @@ class Modules:
 def _of_script() -> Iterator[nn.Module]:
     """The modules of the script's variables, and of their attributes."""
     for value in [*vars(sys.modules["__main__"]).values()]:
-        attributes = getattr(value, "__dict__", None)
-        inner = attributes.values() if type(attributes) is dict and not isinstance(value, type) else ()
-        for each in (value, *inner):
-            if isinstance(each, nn.Module):
-                yield each
+        if not isinstance(value, (types.ModuleType, type)):
+            attributes = getattr(value, "__dict__", None)
+            inner = attributes.values() if type(attributes) is dict else ()
+            yield from (each for each in (value, *inner) if isinstance(each, nn.Module))
 
 
 def _names_in(modules: Iterable[nn.Module], missing: Sequence[int]) -> dict[int, str]:
