@@ -146,7 +146,7 @@ class Clipper:
         max_skips: int | None = None,
         layers_every: int = 0,
     ) -> None:
-        max_norm, nonfinite = registry.adjusted(optimizer, max_norm, nonfinite)
+        max_norm = registry.adjusted(optimizer, max_norm)
         optimizers = optimizers_of(optimizer, registry.clippers)
         settings = checked(
             optimizers,
