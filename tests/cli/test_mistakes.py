@@ -365,6 +365,18 @@ def one_call_for_two_optimizers() -> None:
             optimizer.step()
 
 
+def two_optimizers_of_the_same_parameters() -> None:
+    """They step in turn, and only the first one with clipped gradients."""
+    model = new_model()
+    optimizers = sgd(model), sgd(model)
+    for step in range(2 * STEPS):
+        model.zero_grad()
+        loss_of(model).backward()
+        if step % 2 == 0:
+            utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers[step % 2].step()
+
+
 def groups_clipped_apart() -> None:
     model = new_model()
     optimizer = sgd(model)
@@ -462,6 +474,7 @@ RIGHT = [
     amp_fused,
     a_gan_with_two_calls,
     one_call_for_two_optimizers,
+    two_optimizers_of_the_same_parameters,
     groups_clipped_apart,
     one_of_two_optimizers,
     measured_and_then_clipped,

@@ -79,6 +79,7 @@ class Call:
             None if there was no scale.
         effect: the norm, the threshold and the coefficient.
         nonfinite: the ``id`` of each parameter whose gradient was not finite.
+        is_used: whether an optimizer has stepped with what the call has left.
     """
 
     site: Site
@@ -90,6 +91,7 @@ class Call:
     effect: Effect
     nonfinite: Sequence[int] = ()
     has_gradients: bool = True
+    is_used: bool = False
 
     def mark(self, items: Sequence[Tensor]) -> None:
         """Remember the gradients as they are now, some of them if there are many."""

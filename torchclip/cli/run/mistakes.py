@@ -43,7 +43,7 @@ class StepFacts:
     used: list[Call] = field(init=False)
     """The calls whose result it steps with."""
     stale: list[Call] = field(init=False)
-    """The calls after which a backward pass changed the gradients, or that found none."""
+    """The calls that no optimizer stepped with: a backward pass changed the gradients, or there were none."""
 
     def __post_init__(self) -> None:
         names, now = self.record.names.keys(), self.backwards[0]
@@ -55,7 +55,9 @@ class StepFacts:
             for call in clips
             if call.is_of(names, now) and not (call.is_skipped and call is not last[call.parameters])
         ]
-        self.stale = [call for call in clips if call not in self.used and not call.is_skipped]
+        for call in self.used:
+            call.is_used = True
+        self.stale = [call for call in clips if not call.is_used and not call.is_skipped]
 
     def missed(self) -> list[str]:
         """The names of the parameters whose gradients no call got."""
