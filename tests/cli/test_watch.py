@@ -355,7 +355,7 @@ def test_the_loss_is_what_backward_is_called_on() -> None:
         w.sum().backward()
     assert losses_of(session.history) == [4.0, 6.0, None, None]
     assert torch.Tensor.backward.__module__ == "torch._tensor"
-    assert "loss: 4 at the first step, 6 over the last tenth" in session.report()
+    assert "loss: 4 at first, 6 over the last tenth" in session.report()
 
 
 @pytest.mark.parametrize("own", [False, True])
