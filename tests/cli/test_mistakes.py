@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import utils
 
 import torchclip
+from torchclip.cli.run import functions, gradients, losses
 from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.notes import RankNotes
 from torchclip.cli.run.recording import Recording
@@ -489,6 +490,16 @@ RIGHT = [
 @pytest.mark.parametrize("script", RIGHT, ids=lambda script: script.__name__)
 def test_nothing_is_said_about_scripts_that_are_right(script: Callable[[], None], trial: Trial) -> None:
     assert remarks_on(script, trial) == []
+
+
+@pytest.mark.parametrize("script", RIGHT, ids=lambda script: script.__name__)
+def test_nor_where_no_norm_is_read_as_on_an_accelerator(
+    script: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (functions, gradients, losses):
+        monkeypatch.setattr(module, "as_number", lambda value: torch.as_tensor(value).detach().clone())
+    monkeypatch.setattr(functions, "_can_be_read", lambda _: False)
+    assert remarks_on(script) == []
 
 
 # Trainers

@@ -26,6 +26,7 @@ class StepFacts:
     Attributes:
         record: the optimizer's record.
         backwards: the number of backward passes before this step, and before the previous one.
+        updates: the number of updates of GradScalers before this step.
         calls: the calls on its parameters since its previous step, oldest first.
         others: the calls since then on tensors that no optimizer has, if they still exist.
         gradients: the ``id`` of each gradient with which it steps, by that of the parameter.
@@ -35,6 +36,7 @@ class StepFacts:
 
     record: OptimizerRecord
     backwards: tuple[int, int]
+    updates: int
     calls: Sequence[Call]
     others: Sequence[Call]
     gradients: Mapping[int, int]
@@ -121,7 +123,12 @@ def a_part(step: StepFacts) -> Iterator[Found]:
 def each_micro_batch(step: StepFacts) -> Iterator[Found]:
     """The same call for each backward pass of a step."""
     used = {call.site: call.function for call in step.used}
-    early = [call.site for call in step.stale if call.has_gradients and call.backwards > step.backwards[1]]
+    early = [
+        call.site
+        for call in step.stale
+        # After an update they were those of a step that a GradScaler skipped.
+        if call.has_gradients and call.backwards > step.backwards[1] and call.updates == step.updates
+    ]
     for site in dict.fromkeys(early):
         if site in used:
             yield Found("micro-batch", (site,), used[site])
