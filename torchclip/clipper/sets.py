@@ -223,7 +223,7 @@ def _sets_of(optimizers: Sequence[Optimizer], scope: str) -> list[ClipSet]:
             sets.append(clip_set)
             clip_set = ClipSet()
     if together or not sets:  # an optimizer may have lost all its groups
-        clip_set.parameters = joined(together)
+        clip_set.parameters = together[0] if len(together) == 1 else joined(together)
         sets.append(clip_set)
     return sets
 
