@@ -85,12 +85,12 @@ def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units
     if not memory.intercepted() and memory.common_dtype([*chosen, *grads]) is not None:
         return [_units(p, p.detach(), grad, grad) for p, grad in zip(chosen, grads, strict=True)]
     held = meshes.locals_of(grads)
-    gather.refuse_unwritable(held, items, given)
+    gather.check_writable(held, items, given)
     place_of = {id(item): place for place, item in enumerate(items)}
     for parameter in chosen:
         _check(place_of[id(parameter)], parameter)
     weights = meshes.locals_of([p.detach() for p in chosen])
-    memory.refuse_without_memory(weights, "parameters")
+    memory.check_has_memory(weights, "parameters")
     local = iter(held)
     whole = [p.grad for p in chosen if p.grad is not None and p not in split]
     measured = iter(meshes.reduced_locals_of(whole))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, gather, memory, native, units
-from torchclip._core.arguments import norm_order, threshold
+from torchclip._core.arguments import norm_type_of, threshold
 
 __all__ = ["Adaptive", "clip_grad_adaptive_"]
 
@@ -62,7 +62,7 @@ def clip_grad_adaptive_(
     try:
         clip_factor = threshold("clip_factor", clip_factor)
         eps = threshold("eps", eps)
-        p = norm_order(norm_type)
+        p = norm_type_of(norm_type)
     except (TypeError, ValueError):
         units.tell_ranks(parameters)
         raise
