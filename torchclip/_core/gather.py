@@ -40,7 +40,7 @@ def gradients(
         kind: of ``Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
-    if group is None and type(parameters) is list:
+    if group is None and type(parameters) is list and not is_dynamo_compiling():
         batch: Any = native.gradients(parameters)
         if batch is not None and batch.plain and batch.all:  # nearly always: then there is nothing to refuse
             return cast("Batch", batch)
@@ -68,14 +68,9 @@ def measured(
     return [*zip(batches, norms_of(batches, each, p), strict=True)]
 
 
-def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: str) -> list[Batch]:
-    """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
-    return _batches("parameters", parameters, group, kind)
-
-
-def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
-    """The distinct tensors of an argument named ``tensors``, to be measured."""
-    (batch,) = _batches("tensors", [tensors], group, Kind.MEASURE)
+def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None, kind: str | None = Kind.MEASURE) -> Batch:
+    """The distinct tensors of an argument named ``tensors``, to be measured; as for ``gradients``."""
+    (batch,) = _batches("tensors", [tensors], group, kind)
     return batch
 
 

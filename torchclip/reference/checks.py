@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["at_most", "count", "norms", "norm_type_of", "number", "threshold"]
+__all__ = ["at_most", "count", "norm_type_of", "norms", "number", "threshold"]
 
 
 def norm_type_of(norm_type: float | str) -> float:
