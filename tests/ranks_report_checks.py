@@ -266,17 +266,17 @@ def check_unusual_gradients() -> None:
     embedding = nn.Embedding(8, 3, sparse=True)
     nn.init.ones_(embedding.weight)
     embedding(torch.tensor([1, 5, 1])).sum().backward()
-    tied = nn.Parameter(torch.zeros(3))
-    tied.grad = torch.ones(3)
+    shared = nn.Parameter(torch.zeros(3))
+    shared.grad = torch.ones(3)
     other = nn.Parameter(torch.zeros(3))
-    other.grad = tied.grad
+    other.grad = shared.grad
     empty = nn.Parameter(torch.zeros(0))
     empty.grad = torch.zeros(0)
-    report = report_on([embedding.weight, tied, other, tied, empty])
+    report = report_on([embedding.weight, shared, other, shared, empty])
     assert report.ok
     assert report.norm == pytest.approx(math.sqrt(3 * 4 + 3 + 3))
-    tied.grad[0] = math.nan
-    report = torchclip.check_ranks([tied])
+    shared.grad[0] = math.nan
+    report = torchclip.check_ranks([shared])
     assert report.ok
     assert math.isnan(report.norm)
     assert "The gradient is not finite." in words_of(report)

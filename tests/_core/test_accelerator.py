@@ -301,7 +301,7 @@ def test_facts() -> None:
     assert batch_of(torch.zeros(2), torch.zeros(2, 3).t()).facts == 0
     double = torch.zeros(2, dtype=torch.complex128)
     assert batch_of(double, gaps).facts == Facts.DOUBLE | Facts.COMPLEX | Facts.GAPS
-    assert TorchBatch([torch.zeros(2)], tied=True).facts == Facts.TIED
+    assert TorchBatch([torch.zeros(2)], shared=True).facts == Facts.SHARED_GRADIENT
 
 
 def fused_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, memory, native
-from torchclip._core.arguments import flag, full, names_of, norm_order, number, shown, threshold
+from torchclip._core.arguments import flag, full, names_of, norm_type_of, number, shown, threshold
 from torchclip._core.batch import Norm, to_result
 from torchclip._core.ranks.exchange import Kind, raise_pending
-from torchclip._core.scalars import clip_coef, norm_dtype, refuse_nonfinite
+from torchclip._core.scalars import check_finite, clip_coef, norm_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,7 +84,7 @@ def clip_grad_norm_(
             return short
     try:
         max_norm = threshold("max_norm", max_norm)
-        p = norm_order(norm_type)
+        p = norm_type_of(norm_type)
         error_if_nonfinite = flag("error_if_nonfinite", error_if_nonfinite)
     except (TypeError, ValueError):
         gather.tell_ranks([parameters], group, Kind.CLIP)
@@ -93,7 +93,7 @@ def clip_grad_norm_(
     total_norm = batch.norm(p)
     if error_if_nonfinite:
         raise_pending()
-        refuse_nonfinite(total_norm, p, batch.all, names_of(parameters))
+        check_finite(total_norm, p, batch.all, names_of(parameters))
     batch.scale_(clip_coef(max_norm, total_norm))
     return to_result(total_norm, batch)
 
@@ -134,7 +134,7 @@ def get_total_norm(
         tensor(5.)
     """
     try:
-        p = norm_order(norm_type)
+        p = norm_type_of(norm_type)
         error_if_nonfinite = flag("error_if_nonfinite", error_if_nonfinite)
     except (TypeError, ValueError):
         gather.tell_ranks([tensors], group, Kind.MEASURE)
@@ -144,7 +144,7 @@ def get_total_norm(
     if error_if_nonfinite:
         raise_pending()
         remedy = "To disable this error and get the non-finite norm, set `error_if_nonfinite=False`"
-        refuse_nonfinite(total_norm, p, batch.all, remedy=remedy, argument="tensors")
+        check_finite(total_norm, p, batch.all, remedy=remedy, argument="tensors")
     return to_result(total_norm, batch)
 
 

@@ -78,7 +78,7 @@ def check_finite(gradients: Gradients, settings: Settings) -> None:
 
 def _raise(gradients: Gradients, settings: Settings, remedy: str) -> None:
     names = settings.names.of_gradients(gradients.optimizers)
-    scalars.refuse_nonfinite(gradients.whole_norm, settings.norm_type, gradients.all, names, remedy)
+    scalars.check_finite(gradients.whole_norm, settings.norm_type, gradients.all, names, remedy)
 
 
 def measure_finite(gradients: Gradients) -> bool:

@@ -155,8 +155,7 @@ def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[Proces
         return named, groups, code
     parameters = arguments.tensor_list("parameters", given)
     for i, item in enumerate(parameters):
-        if not isinstance(item, Tensor):
-            arguments.refuse_item("parameters", i, item)
+        arguments.check_tensor("parameters", i, item)
     return _by_position(parameters), groups, InCode("parameters", _positions("parameters"))
 
 
