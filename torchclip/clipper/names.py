@@ -41,7 +41,7 @@ class Names:
     Attributes:
         count: the number of optimizers.
         has_model: whether there is a model.
-        is_replicated: whether it is the same on all ranks.
+        replicas: the process groups over which DistributedDataParallel replicates it.
     """
 
     def __init__(
@@ -53,9 +53,12 @@ class Names:
         # Also for parameters of models that no longer exist, such as a list of modules made for this call.
         self._known = _by_id(models)
         self.has_model = bool(models)
-        self.is_replicated = any(
-            isinstance(module, DistributedDataParallel) for each in models for module in each.modules()
-        )
+        self.replicas = [
+            module.process_group
+            for each in models
+            for module in each.modules()
+            if isinstance(module, DistributedDataParallel)
+        ]
         held = parameters_of(*optimizers)
         if models and held and not any(id(p) in self._known for p in held):
             raise ValueError(

@@ -289,7 +289,7 @@ class Rounds:
             names, _, norms = settings.names.norms(optimizers, settings.norm_type)
             opened.layers = names, norms  # of the last call of a closure
         loss, self.loss.value = self.loss.value, None  # now, as the step may fail
-        skipped, max_norm, clip_coef = decide(gradients, settings, optimizer, number)
+        skipped, max_norm, clip_coef = decide(gradients, settings, optimizer, number, loss)
         opened.skipped, clipped_norm, nonfinite = skipped, None, None
         is_one = clip_coef.__class__ is float and clip_coef == 1.0
         if skipped is not True and (settings.always_changes or not is_one):
@@ -321,8 +321,7 @@ class Rounds:
     def _skip(self, step: Step, opened: _Open) -> None:
         """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""
         settings, skipped = opened.settings, opened.skipped
-        may_skip = self._several or settings.nonfinite == "skip" or settings.skip_above is not None
-        if skipped is False or not may_skip:
+        if skipped is False or not (self._several or settings.may_skip):
             return
         if skipped is True:
             hide_gradients(step)
