@@ -151,7 +151,9 @@ def test_a_resumed_run_counts_on(fused: bool) -> None:
 # The loss
 
 
-def with_losses(losses: Sequence[float | None], fused: bool = False, **options: Any) -> tuple[list[int], Clipper]:
+def with_losses(
+    losses: Sequence[float | None], fused: bool = False, **options: Any
+) -> tuple[list[int], Clipper]:
     """Which steps with these losses, and gradients of norm 1, move a parameter."""
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
@@ -168,7 +170,9 @@ def with_losses(losses: Sequence[float | None], fused: bool = False, **options: 
 
 
 @fused_or_not
-@pytest.mark.parametrize("limit", [5.0, lambda step: 5.0, Answering(5.0)], ids=["number", "callable", "object"])
+@pytest.mark.parametrize(
+    "limit", [5.0, lambda step: 5.0, Answering(5.0)], ids=["number", "callable", "object"]
+)
 def test_steps_whose_loss_is_above_the_limit_are_skipped(limit: Any, fused: bool) -> None:
     moves, clipper = with_losses([1.0, 9.0, 5.0, -9.0, 6.0, NAN, INF], fused, skip_loss_above=limit)
     assert moves == [1, 0, 1, 1, 0, 1, 0]
@@ -202,9 +206,11 @@ def test_norm_and_loss_are_counted_separately() -> None:
 
 @fused_or_not
 def test_after_max_skips_a_step_is_taken_in_spite_of_its_loss(fused: bool) -> None:
-    with pytest.warns(UserWarning, match="step 3 was taken though its loss is 9: 2 steps .* `skip_loss_above`") if (
-        not fused
-    ) else warnings.catch_warnings():
+    with (
+        pytest.warns(UserWarning, match="step 3 was taken though its loss is 9: 2 steps .* `skip_loss_above`")
+        if (not fused)
+        else warnings.catch_warnings()
+    ):
         moves, _ = with_losses([1.0, 9.0, 9.0, 9.0, 9.0], fused, skip_loss_above=5.0, max_skips=2)
     assert moves == [1, 0, 0, 1, 0]
 
