@@ -239,7 +239,7 @@ def test_the_loss_of_a_closure_counts() -> None:
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         loss = weight.square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         clipper.loss = loss
         return loss
 

@@ -97,6 +97,12 @@ class Names:
                 used.add(name)
                 yield name, parameter
 
+    def in_model_order(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+        """All parameters by their names, in the order of the model if there is one."""
+        place = {key: i for i, key in enumerate(self._known)}
+        named = list(self.named_parameters(optimizers))
+        return dict(sorted(named, key=lambda each: place.get(id(each[1]), len(place))))
+
     def of_gradients(self, optimizers: Sequence[Optimizer]) -> dict[int, str]:
         """The name of each gradient in an error, by its id."""
         return {id(p.grad): name for name, p in self.named_parameters(optimizers) if p.grad is not None}
@@ -109,7 +115,7 @@ class Names:
         Returns:
             The names of all parameters, which of them have a gradient, and the norms: negative without one.
         """
-        named = dict(self.named_parameters(optimizers))
+        named = self.in_model_order(optimizers)
         batch = gather.gradients(list(named.values()), kind=Kind.MEASURE_EACH)
         norms = unscaled(batch.norms(norm_type), grad_scale_of(optimizers), norm_type)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}

@@ -28,6 +28,7 @@ from torchclip.clipper.settings import Settings
 from torchclip.clipper.skip_above import InARow
 from torchclip.clipper.step import Step
 from torchclip.clipper.unchanged import check_after_closure, check_unchanged, check_unscaled, has_new, mark
+from torchclip.clipper.updates import Moved, WeightsBefore
 from torchclip.history.history import History
 from torchclip.history.records import Record, as_records, with_layers
 
@@ -49,6 +50,8 @@ class _Open:
         is_local: whether it must be clipped without other ranks.
         rows: a row for each clipping: for each call of a closure.
         layers: names and norms of single parameters.
+        before: by the index of an optimizer that is stepping: its weights before that, if they are recorded.
+        moved: how far the optimizers have moved their weights.
         skipped: whether the round is skipped.
         stepped: whether any optimizer has stepped in it.
         by_scaler: with several optimizers: whether a GradScaler skips the step of each that has begun one.
@@ -60,6 +63,8 @@ class _Open:
     is_local: bool
     rows: list[Row]
     layers: tuple[list[str], Norms] | None = None
+    before: dict[int, WeightsBefore] | None = None
+    moved: list[Moved]
     skipped: bool | Tensor = False
     stepped = False
     by_scaler: dict[int, bool | Tensor]
@@ -129,6 +134,9 @@ class Rounds:
         step, opened, ends = self._steps[index], self._open, False
         if step.thread is None or (step.is_nested and step.is_around(1)):
             return
+        if opened is not None and opened.before is not None and index in opened.before:
+            moved = opened.before.pop(index).moved(step, opened.settings.names, self._optimizers)
+            opened.moved += [] if moved is None else [moved]
         with self._lock:
             if opened is not None and step.counts:
                 step.stepped = opened.stepped = True
@@ -166,7 +174,9 @@ class Rounds:
         if opened.rows:
             self.history._extend(self._rows_of(opened) if opened.by_scaler else opened.rows)
             if opened.layers is not None:
-                self.history.layers.append(opened.number, *opened.layers)
+                moved = opened.moved if opened.before is not None else ()
+                self.history.layers.in_model_order = opened.settings.names.has_model
+                self.history.layers.append(opened.number, *opened.layers, moved)
             for count in opened.settings.counts:
                 count.end()
             self.number = opened.number + 1
@@ -261,6 +271,7 @@ class Rounds:
         opened, step = self._open, self._steps[index]
         assert opened is not None
         opened.by_scaler[index] = is_skipped_by_scaler(step.optimizer)
+        self._copy_weights(index, opened)
         self._skip(step, opened)
 
     def _call_and_clip(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -308,8 +319,18 @@ class Rounds:
             for other in self._steps:
                 if other is not step:
                     mark(other)
+        self._copy_weights(index, opened)
         if skipped is not False:
             self._skip(step, opened)  # now that they are marked, as another optimizer may share them
+
+    def _copy_weights(self, index: int, opened: _Open) -> None:
+        """Copy the weights that a step will change, if its updates are recorded."""
+        if not opened.settings.updates or opened.layers is None or opened.skipped is True:
+            return
+        if opened.before is None:
+            opened.before, opened.moved = {}, []
+        if index not in opened.before:  # else the closure was called again
+            opened.before[index] = WeightsBefore(self._steps[index])
 
     def _tell(self, on_clip: Callable[[Record], object], row: Row, opened: _Open) -> None:
         """Tell the user's function of a step."""

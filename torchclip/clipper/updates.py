@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from torchclip._core import gather
 from torchclip._core.batch import Norms
-from torchclip._core.ranks.exchange import Kind
 from torchclip.clipper.names import Names
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.step import Outcome, Step
@@ -66,7 +65,7 @@ class WeightsBefore:
 
 def _norms(tensors: list[Tensor]) -> Norms:
     """The norm of each tensor, of all its parts on other ranks, too."""
-    return gather.tensors(tensors, kind=Kind.MEASURE_EACH).norms(2.0)
+    return gather.tensors(tensors).norms(2.0)
 
 
 def _distinct(optimizer: Optimizer) -> list[Tensor]:
