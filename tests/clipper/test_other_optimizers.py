@@ -86,7 +86,7 @@ def test_it_steps_as_with_gradients_that_were_clipped_by_hand(make: Callable[[nn
         norm = nn.utils.clip_grad_norm_(by_hand.parameters(), 0.01)
         other.step()
         other.zero_grad()
-        assert last_of(clipper).total_norm == pytest.approx(float(norm), rel=1e-5)
+        assert last_of(clipper).total_norm == pytest.approx(float(norm), rel=1e-3)
         assert last_of(clipper).clipped_norm == pytest.approx(0.01, rel=1e-3)
     for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
