@@ -75,14 +75,18 @@ def test_a_failed_step_leaves_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     clipper = Clipper(optimizer, INF, model=model, layers_every=1, updates=True)
     made: list[WeightsBefore] = []
     initialize = WeightsBefore.__init__
-    monkeypatch.setattr(
-        WeightsBefore, "__init__", lambda self, step: (made.append(self), initialize(self, step))[1]
-    )
+
+    def noted(self: WeightsBefore, step: Any) -> None:
+        made.append(self)
+        initialize(self, step)
+
+    monkeypatch.setattr(WeightsBefore, "__init__", noted)
     with interrupted_sgd():
         step_of(model, optimizer)
     clipper.norms()  # finds that the step has failed
     assert [len(each._copies) for each in made] == [0]
-    model.weight.data *= 2  # type: ignore[operator]
+    with torch.no_grad():
+        next(model.parameters()).mul_(2.0)
     step_of(model, optimizer)
     (update,) = clipper.history.layers.updates["weight"]
     assert tuple(update) == (0, *map(pytest.approx, (10.0, 0.5, 0.05)))
