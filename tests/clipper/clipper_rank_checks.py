@@ -401,3 +401,19 @@ def check_a_loss_is_not_judged_where_it_is_not_known_which_ranks_decide() -> Non
     ):
         Clipper(optimizer, 1.0, skip_loss_above=5.0)
     optimizer.step()  # it has no Clipper
+
+
+def check_updates_are_those_of_whole_parameters() -> None:
+    """All ranks have the same norms of sharded weights and of what a step adds to them."""
+    model, _ = model_of(nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = Clipper(optimizer, INF, layers_every=1, updates=True, model=model)
+    before: list[Any] = [p.full_tensor().detach().clone() for p in model.parameters()]  # type: ignore[attr-defined]
+    model(randn(3, 4, seed=1)).square().mean().backward()
+    optimizer.step()
+    updates = clipper.history.layers.updates
+    agreed(updates)
+    for old, p, (update,) in zip(before, model.parameters(), updates.values(), strict=True):
+        new = p.full_tensor().detach()  # type: ignore[attr-defined]
+        assert update.weight == pytest.approx(float(old.norm()), rel=1e-6)
+        assert update.update == pytest.approx(float((new - old).norm()), rel=1e-4)
