@@ -41,7 +41,7 @@ def gradients(
             refusal.
     """
     if group is None and type(parameters) is list:
-        batch: Any = native.gradients(parameters)
+        batch = _by_kernel(parameters, take_grad=True)
         if batch is not None and batch.plain and batch.all:  # nearly always: then there is nothing to refuse
             return cast("Batch", batch)
     (found,) = _batches("parameters", [parameters], group, kind)
