@@ -388,7 +388,7 @@ def check_clippers_and_optimizers() -> None:
 
 
 def check_a_clipper_without_its_exempt_groups() -> None:
-    expert = ("expert", local(10 + expert_on(grid()), 2))
+    expert: Any = ("expert", local(10 + expert_on(grid()), 2))
     optimizer = torch.optim.SGD(
         [{"params": [expert], "max_norm": None}, {"params": [("router", local(1, 2))]}], lr=0.1
     )
