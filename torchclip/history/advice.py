@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchclip.history import notes, number, verdict
+from torchclip.history import number, verdict
+from torchclip.history.notes import notes
 from torchclip.history.records import Record
 from torchclip.history.run import LEAST_STEPS, LEAST_USABLE, MUCH, Run, counted
 from torchclip.history.stalls import ClippedSizes, Stall
@@ -109,27 +110,10 @@ def advise(
             judged, max_norm, reason = verdict.judge(run, threshold, max_norm, reason, stall)
     elif threshold is not None:
         judged, reason = "unknown", f"Whether {threshold.name} is right cannot be told. {reason}"
-    found = [*_notes(run, Stall() if judged == "in_the_way" else stall)]
+    found = notes(run, Stall() if judged == "in_the_way" else stall)
     first = [note for note, is_urgent in found if is_urgent and threshold is None]
     rest = [note for note, is_urgent in found if not is_urgent or threshold is not None]
     return Advice(max_norm, judged, reason, (*first, reason, *rest), **facts)
-
-
-def _notes(run: Run, stall: Stall) -> Iterator[tuple[str, bool]]:
-    """The notes, and whether each comes before the advice where there is no verdict."""
-    much = MUCH * len(run.norms)
-    for note in notes.nonfinite_note(run):
-        yield note, run.departure is not None or run.nonfinite >= much
-    for note in notes.departure_note(run):
-        yield note, True
-    for note in notes.drift_note(run):
-        yield note, True
-    for note in notes.zeros_note(run):
-        yield note, run.zeros >= much
-    if stall.matters:
-        yield f"Stalled: {stall}. Raise max_norm, or lower eps below {stall.size:.0g}.", False
-    for note in notes.spikes_note(run):
-        yield note, False
 
 
 def _refusal(run: Run) -> str:
