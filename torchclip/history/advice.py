@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchclip.history import number, verdict
+from torchclip.history.breaks import breaks_note
+from torchclip.history.layers import Layers
 from torchclip.history.notes import notes
 from torchclip.history.records import Record
 from torchclip.history.run import LEAST_STEPS, LEAST_USABLE, MUCH, Run, counted
 from torchclip.history.stalls import ClippedSizes, Stall
+from torchclip.history.updates import updates_note
 from torchclip.history.verdict import Verdict
 
 
@@ -78,7 +81,11 @@ class Advice:
 
 
 def advise(
-    records: Sequence[Record], earlier: int, clipped_sizes: ClippedSizes, max_norm: float | None = None
+    records: Sequence[Record],
+    earlier: int,
+    clipped_sizes: ClippedSizes,
+    max_norm: float | None = None,
+    layers: Layers | None = None,
 ) -> Advice:
     """The advice for a run.
 
@@ -87,6 +94,7 @@ def advise(
         earlier: the number of steps before them.
         clipped_sizes: the size of clipped gradients, compared with the optimizer's ``eps``.
         max_norm: the threshold to judge; None for that of the records.
+        layers: the norms and updates of single parameters; None if they are not known.
     """
     firsts = [record for i, record in enumerate(records) if i == 0 or record.step != records[i - 1].step]
     run = Run(firsts, earlier)
@@ -111,9 +119,19 @@ def advise(
     elif threshold is not None:
         judged, reason = "unknown", f"Whether {threshold.name} is right cannot be told. {reason}"
     found = notes(run, Stall() if judged == "in_the_way" else stall)
+    found += [(note, False) for note in _notes_on_layers(run, layers)]
     first = [note for note, is_urgent in found if is_urgent and threshold is None]
     rest = [note for note, is_urgent in found if not is_urgent or threshold is not None]
     return Advice(max_norm, judged, reason, (*first, reason, *rest), **facts)
+
+
+def _notes_on_layers(run: Run, layers: Layers | None) -> Iterator[str]:
+    """What single parameters show."""
+    if layers is None:
+        return
+    yield from breaks_note(*layers.read(), layers.in_model_order)
+    if len(run.numbers):
+        yield from updates_note(layers.updates, int(run.numbers[min(run.warmup, len(run.numbers) - 1)]))
 
 
 def _refusal(run: Run) -> str:
