@@ -156,7 +156,7 @@ def advice_for(**ratios: float) -> list[str]:
             history.layers.append(
                 step, [*ratios], [1.0] * len(ratios), [([*ratios], [1.0] * len(ratios), changes)]
             )
-    return [note for note in history.suggest().notes if note.startswith("Updates")]
+    return [note for note in history.suggest().words if note.startswith("Updates")]
 
 
 def test_the_advice_names_parameters_that_move_too_far_or_hardly_at_all() -> None:
@@ -190,7 +190,7 @@ def test_the_error_and_the_advice_say_where_the_backward_pass_broke(bad: str, sa
         if policy == "propagate":
             optimizer.step()
             assert clipper.history.layers.names == [*"abc"]
-            assert any(said in note for note in clipper.history.suggest().notes)
+            assert any(said in note for note in clipper.history.suggest().words)
         else:
             clipper.detach()
             Clipper(optimizer, 1.0, model=model, nonfinite="error")
@@ -204,4 +204,4 @@ def test_without_a_model_nothing_is_said_of_its_order() -> None:
     clipper = Clipper(optimizer, 1.0, layers_every=1)
     weights[0].grad, weights[1].grad = torch.tensor([math.nan]), torch.ones(1)
     optimizer.step()
-    assert not any("broke" in note for note in clipper.history.suggest().notes)
+    assert not any("broke" in note for note in clipper.history.suggest().words)

@@ -23,7 +23,7 @@ from torchclip._core import arguments
 from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import ADDED, Record, as_records, integer, saved_columns
+from torchclip.history.records import Record, as_records, integer, saved_columns
 from torchclip.history.stalls import ClippedSizes
 from torchclip.history.summary import QUANTILES, Summary
 
@@ -324,9 +324,8 @@ class History(Sequence[Record]):
             TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is not a history's.
         """
-        arguments.saved("state", state, ("records", "counts", "largest"), "History")
-        fields = [field for field in Record._fields if field not in ADDED]
-        arguments.saved("state['records']", state["records"], fields, "History")
+        arguments.saved("state", state, ("records", "counts", "largest", "layers"), "History")
+        arguments.saved("state['records']", state["records"], Record._fields, "History")
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
         columns = saved_columns(state["records"])
         counts = {
@@ -341,8 +340,7 @@ class History(Sequence[Record]):
         kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         latest = [record for record in kept if record.step == kept[-1].step]
         layers = Layers()
-        if "layers" in state:  # earlier versions did not save it
-            layers.load_state_dict(state["layers"])
+        layers.load_state_dict(state["layers"])
         with self._lock:
             self._pending.clear()
             self.layers = layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from torchclip._core.ranks import meshes
 from torchclip.clipper.clipper import Clipper
 from torchclip.ranks_report import wording
 from torchclip.ranks_report.facts import call_off, gathered, held_here
-from torchclip.ranks_report.judgment import choice, joint, parameters_of, passed
+from torchclip.ranks_report.judgment import connections, is_right, parameters_of, passed
 from torchclip.ranks_report.recommendation import InCode, advice
+
+_NAMED = "model.named_parameters()"
+_POSITIONS = '((f"[{i}]", p) for i, p in enumerate(parameters))'
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,13 @@ def check_ranks(
         if torch.distributed.get_rank() == 0:
             print(report)
 
-    Parameters are compared by name.  Ranks with the same bits of a weight have *replicas*, whose gradients
-    must be the same up to 1e-5 of their norm.  If ranks have different weights of one name, as experts do, or
+    Parameters are compared by name.  Ranks with the same weight have *replicas*, whose gradients must be the
+    same, both up to 1e-5 of their norm.  If ranks have different weights of one name, as experts do, or
     not all have it, as in a pipeline, clipping needs a ``group``, and the report says which.  The parts of
     a DTensor are not replicas: a part is compared with those at the same coordinate of a mesh.
 
     Replicas that an optimizer has moved apart look like experts, so check before its first step, too.
-    Gradients are compared by four random projections.  These take a difference of 1e-4 of the norm for
+    Tensors are compared by four random projections.  These take a difference of 1e-4 of the norm for
     rounding once in some thousand times, larger ones more rarely.
 
     Args:
@@ -90,10 +94,9 @@ def check_ranks(
         The same report on all ranks.
 
     Raises:
-        TypeError: for anything but the above, or a gradient whose norm cannot be taken.
+        TypeError: for anything but the above.
         ValueError: for a ``group`` together with a ``Clipper``, or a parameter on the device 'meta'.
-        RuntimeError: on the other ranks, if one refuses its arguments; on all, if only some ranks of a mesh
-            have a gradient that is pending a reduction.
+        RuntimeError: on the other ranks, if one refuses its arguments.
 
     Examples:
         >>> import torch
@@ -110,30 +113,29 @@ def check_ranks(
     except Exception:
         call_off()
         raise
-    of_ranks = gathered(named, held, groups)
-    ranks = len(of_ranks)
+    of_ranks = gathered(held, groups)
     parameters = parameters_of(of_ranks)
     clipped = {name: each for name, each in parameters.items() if each.has_gradient}
-    used, alone = passed(of_ranks), choice([], ranks)
+    alone = connections([], len(of_ranks))
+    used = connections(passed(of_ranks), len(of_ranks))
     of_connected = {
-        some: joint(norm for each in clipped.values() for norm in each.counted(some))
-        for some in set(used.connected)
+        some: math.hypot(*(norm for each in clipped.values() for norm in each.counted(some)))
+        for some in set(used)
     }
-    norm = joint(norm for each in clipped.values() for norm in each.norms())
-    norms = [of_connected[some] for some in used.connected]
-    local = [name for name, each in clipped.items() if not alone.is_right(each.pattern())]
-    different = [name for name, each in clipped.items() if each.has_different_gradients]
+    norm = math.hypot(*(norm for each in clipped.values() for norm in each.norms()))
+    norms = [of_connected[some] for some in used]
+    different = [name for name, each in clipped.items() if each.different]
     todo = advice(clipped, of_ranks, code, used)
     return RanksReport(
-        ok=not different and all(used.is_right(each.pattern()) for each in clipped.values()),
+        ok=not different and all(is_right(used, each.pattern) for each in clipped.values()),
         norm=norm,
         norms=norms,
-        local=local,
+        local=[name for name, each in clipped.items() if not is_right(alone, each.pattern)],
         different=different,
         missing={name: each.missing for name, each in parameters.items() if each.missing},
         call="\n".join(todo.lines),
         seconds=time.perf_counter() - start,
-        _words=wording.report(parameters, norm, norms, todo, has_group=bool(used.groups)),
+        _words=wording.report(parameters, norm, norms, todo, has_group=used != alone),
     )
 
 
@@ -144,11 +146,10 @@ def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[Proces
         if group is not None:
             raise ValueError("`group` is that of the Clipper; do not pass it together with a Clipper")
         named, code = _of_optimizers(given.optimizers, leave_out_exempt=True)
-        is_one = len(given.optimizers) == 1
-        return named, _groups_of(given), code._replace(optimizer="optimizer" if is_one else "optimizers")
+        # The groups that a Clipper passes to its calls.
+        return named, given._rounds.settings.groups or [], code._replace(is_clipper=True)
     if isinstance(given, nn.Module) and not isinstance(given, nn.ParameterList):
-        code = InCode("model.parameters()", "model.named_parameters()")
-        return dict(given.named_parameters()), groups, code
+        return dict(given.named_parameters()), groups, InCode("model.parameters()", _NAMED)
     optimizers = given if isinstance(given, (list, tuple)) and given else [given]
     if all(isinstance(each, Optimizer) for each in optimizers):
         named, code = _of_optimizers(optimizers)
@@ -156,12 +157,7 @@ def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[Proces
     parameters = arguments.tensor_list("parameters", given)
     for i, item in enumerate(parameters):
         arguments.check_tensor("parameters", i, item)
-    return _by_position(parameters), groups, InCode("parameters", _positions("parameters"))
-
-
-def _groups_of(clipper: Clipper) -> Sequence[ProcessGroup]:
-    """The process groups that a Clipper passes to its calls."""
-    return clipper._rounds.settings.groups or []
+    return _by_position(parameters), groups, InCode("parameters", _POSITIONS)
 
 
 def _of_optimizers(
@@ -182,10 +178,11 @@ def _of_optimizers(
     names = [name for group in of_all for name in group.get("param_names", ())]
     of_each = "" if len(optimizers) == 1 else "for optimizer in optimizers "
     of_each += f"for group in optimizer.param_groups{condition}"
-    code = f'[p {of_each} for p in group["params"]]'
+    code = f'[p {of_each} for p in group["params"]]' if condition else "parameters"
     if len(set(names)) != len(parameters):
-        return _by_position(parameters), InCode(code, _positions(code))
-    by_name = "model.named_parameters()"
+        positions = f'((f"[{{i}}]", p) for i, p in enumerate({code}))'
+        return _by_position(parameters), InCode(code, positions)
+    by_name = _NAMED
     if condition:
         by_name = f'(named {of_each} for named in zip(group["param_names"], group["params"]))'
     return dict(zip(names, parameters, strict=True)), InCode(code, by_name)
@@ -195,7 +192,3 @@ def _by_position(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """By position; one that is listed twice counts once."""
     first = {id(p): i for i, p in reversed([*enumerate(parameters)])}
     return {f"[{i}]": p for i, p in enumerate(parameters) if first[id(p)] == i}
-
-
-def _positions(parameters: str) -> str:
-    return f'((f"[{{i}}]", p) for i, p in enumerate({parameters}))'
