@@ -389,9 +389,11 @@ def check_clippers_and_optimizers() -> None:
 
 def check_a_clipper_without_its_exempt_groups() -> None:
     expert = ("expert", local(10 + expert_on(grid()), 2))
-    optimizer = torch.optim.SGD(
-        [{"params": [expert], "max_norm": None}, {"params": [("router", local(1, 2))]}], lr=0.1
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [expert], "max_norm": None},
+        {"params": [("router", local(1, 2))]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     clipper = torchclip.Clipper(optimizer, max_norm=1.0)
     report = torchclip.check_ranks(clipper)
     assert report.ok
