@@ -129,6 +129,8 @@ class Rounds:
         if opened.stepped and not self._is_recorded():
             self._record(opened)
         elif opened.stepped:
+            for count in opened.settings.counts:
+                count.end()
             self.number = opened.number + 1
         self.forget()
 
