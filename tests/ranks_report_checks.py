@@ -266,17 +266,17 @@ def check_unusual_gradients() -> None:
     embedding = nn.Embedding(8, 3, sparse=True)
     nn.init.ones_(embedding.weight)
     embedding(torch.tensor([1, 5, 1])).sum().backward()
-    tied = nn.Parameter(torch.zeros(3))
-    tied.grad = torch.ones(3)
+    shared = nn.Parameter(torch.zeros(3))
+    shared.grad = torch.ones(3)
     other = nn.Parameter(torch.zeros(3))
-    other.grad = tied.grad
+    other.grad = shared.grad
     empty = nn.Parameter(torch.zeros(0))
     empty.grad = torch.zeros(0)
-    report = report_on([embedding.weight, tied, other, tied, empty])
+    report = report_on([embedding.weight, shared, other, shared, empty])
     assert report.ok
     assert report.norm == pytest.approx(math.sqrt(3 * 4 + 3 + 3))
-    tied.grad[0] = math.nan
-    report = torchclip.check_ranks([tied])
+    shared.grad[0] = math.nan
+    report = torchclip.check_ranks([shared])
     assert report.ok
     assert math.isnan(report.norm)
     assert "The gradient is not finite." in words_of(report)
@@ -385,6 +385,20 @@ def check_clippers_and_optimizers() -> None:
     assert "for optimizer in optimizers" in report.call
     clipper = torchclip.Clipper(several, max_norm=1.0)
     assert "torchclip.Clipper(optimizers, " in torchclip.check_ranks(clipper).call
+
+
+def check_a_clipper_without_its_exempt_groups() -> None:
+    expert = ("expert", local(10 + expert_on(grid()), 2))
+    optimizer = torch.optim.SGD(
+        [{"params": [expert], "max_norm": None}, {"params": [("router", local(1, 2))]}], lr=0.1
+    )
+    clipper = torchclip.Clipper(optimizer, max_norm=1.0)
+    report = torchclip.check_ranks(clipper)
+    assert report.ok
+    assert report.local == []
+    optimizer.step()
+    assert clipper.history[-1].total_norm == pytest.approx(report.norm, rel=1e-6)
+    assert torchclip.check_ranks(optimizer).local == ["expert"]
 
 
 @world_of(2)

@@ -12,7 +12,7 @@ def connect(
     parameter: type[Tensor],
     exchange_api: Any,
     increment_version: Callable[[list[Tensor]], None],
-    refuse: Callable[[str, int, object], object],
+    check_tensor: Callable[[str, int, object], object],
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
     checks: tuple[tuple[Callable[..., object], object, object, Callable[[], bool] | None], ...],
@@ -28,8 +28,8 @@ def connect(
         parameter: ``torch.nn.Parameter``. Only tensors of exactly these two types are taken.
         exchange_api: the capsule ``torch.Tensor.__dlpack_c_exchange_api__``.
         increment_version: called with the tensors that are about to be written.
-        refuse: called with ``"parameters"`` or ``"tensors"``, an index and the item found there if that is
-            not a tensor; must raise.
+        check_tensor: called with ``"parameters"`` or ``"tensors"``, an index and the item found there, if it
+            is not a tensor; must raise.
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.

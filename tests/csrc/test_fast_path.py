@@ -343,7 +343,7 @@ def shared_module() -> nn.Module:
     return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 3))
 
 
-def tied() -> nn.Module:
+def shared_weights() -> nn.Module:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
     model[1].weight = model[0].weight
     return model
@@ -393,7 +393,7 @@ WALKED: dict[str, Callable[[], nn.Module]] = {
     "transformer": lambda: nn.TransformerEncoderLayer(4, 2, 8),
     "recurrent": lambda: nn.LSTM(3, 4, num_layers=2),
     "shared module": shared_module,
-    "tied weights": tied,
+    "shared weights": shared_weights,
     "without some": with_none,
     "frozen": frozen,
     "parametrized": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2)),

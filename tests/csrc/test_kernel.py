@@ -395,7 +395,7 @@ def test_facts() -> None:
     assert facts(torch.ones(1 << 19), single) == 0
     assert facts(single, single.to_sparse()) == 0
     parameters = with_gradients([single, single])
-    assert _kernel.gradients(parameters).facts == Facts.SMALL | Facts.TIED
+    assert _kernel.gradients(parameters).facts == Facts.SMALL | Facts.SHARED_GRADIENT
     assert _kernel.gradients(parameters[:1]).facts == Facts.SMALL
 
 

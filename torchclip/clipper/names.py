@@ -110,7 +110,8 @@ class Names:
         batch = gather.gradients(list(named.values()), kind=Kind.MEASURE_EACH)
         norms = unscaled(batch.norms(norm_type), grad_scale_of(optimizers), norm_type)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}
-        places = [None if p.grad is None else index_of[id(p.grad)] for p in named.values()]
+        # Another thread may give a parameter a new gradient, which is not among those that were measured.
+        places = [None if p.grad is None else index_of.get(id(p.grad)) for p in named.values()]
         return list(named), [place is not None for place in places], scalars.at(norms, places)
 
     def largest_norms(self, optimizers: Sequence[Optimizer], norm_type: float) -> dict[str, float]:

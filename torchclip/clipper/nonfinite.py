@@ -53,6 +53,9 @@ def should_skip(gradients: Gradients, settings: Settings, by_scaler: bool | Tens
         by_scaler: whether a GradScaler skips the step, which does not count for ``max_skips``.
     """
     whole_norm = gradients.whole_norm
+    if by_scaler is False and isinstance(whole_norm, float) and math.isfinite(whole_norm):  # most steps
+        settings.nonfinite_skips.then = 0
+        return False
     skip: bool | Tensor
     if isinstance(by_scaler, Tensor):
         skip = ~torch.as_tensor(whole_norm, device=by_scaler.device).isfinite()
@@ -75,7 +78,7 @@ def check_finite(gradients: Gradients, settings: Settings) -> None:
 
 def _raise(gradients: Gradients, settings: Settings, remedy: str) -> None:
     names = settings.names.of_gradients(gradients.optimizers)
-    scalars.refuse_nonfinite(gradients.whole_norm, settings.norm_type, gradients.all, names, remedy)
+    scalars.check_finite(gradients.whole_norm, settings.norm_type, gradients.all, names, remedy)
 
 
 def measure_finite(gradients: Gradients) -> bool:

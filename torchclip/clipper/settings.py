@@ -235,7 +235,7 @@ def _check_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_abo
 
 def _norm_type_of(norm_type: float | str, nonfinite: Nonfinite) -> float:
     """The order of the norms, which must show non-finite gradients if a policy needs that."""
-    order = arguments.norm_order(norm_type)
+    order = arguments.norm_type_of(norm_type)
     if order <= 0 and nonfinite != "propagate":
         raise ValueError(
             f"`nonfinite={nonfinite!r}` depends on the norm, and a norm of order {order} may be finite "

@@ -68,7 +68,7 @@ def gathered(
     own = Facts(held, existing, [_ranks(group) for group in groups])
     of_ranks = _exchanged(own)
     if any(each.is_moved for facts in of_ranks for each in facts.held.values()):
-        _refuse_waiting(of_ranks)
+        _check_not_waiting(of_ranks)
         _move(named, held)
         of_ranks = _exchanged(own)
     return of_ranks
@@ -150,7 +150,7 @@ def _move(named: dict[str, Tensor], held: dict[str, Held]) -> None:
         held[name] = held[name]._replace(norm=norm, projections=projections)
 
 
-def _refuse_waiting(of_ranks: Sequence[Facts]) -> None:
+def _check_not_waiting(of_ranks: Sequence[Facts]) -> None:
     """Raise an error for gradients that some ranks of a mesh would move, and wait for others to."""
     moved = Counter(
         (name, own.mesh) for facts in of_ranks for name, own in facts.held.items() if own.is_moved

@@ -121,7 +121,7 @@ class Objects:
         thresholds: the objects, by the names of their sets.
 
     Attributes:
-        thresholds: likewise.
+        thresholds: the objects, by the names of their sets.
     """
 
     device = None

@@ -22,7 +22,7 @@ struct Batch {
         has_subclass = true;
         const int is_tensor = PyObject_IsInstance(item, reinterpret_cast<PyObject*>(torch().tensor));
         if (is_tensor != 0) return is_tensor > 0 ? kDone : kFailed;
-        const Ref none(PyObject_CallFunction(torch().refuse, "snO", argument, index, item));
+        const Ref none(PyObject_CallFunction(torch().check_tensor, "snO", argument, index, item));
         return none == nullptr ? kFailed : fail(PyExc_TypeError, "item %zd is not a Tensor", index);
     }
 
