@@ -168,9 +168,7 @@ class ByHand:
         """The result of a step that is skipped."""
         grads = {grad[0]: grad[1] for group in groups for grad in group.grads if grad is not None}
         nonfinite = not math.isfinite(self.norm(grads.values()))
-        return Result(
-            self.norm(self.counted(groups).values()), INF, 1.0, True, grads, nonfinite=nonfinite
-        )
+        return Result(self.norm(self.counted(groups).values()), INF, 1.0, True, grads, nonfinite=nonfinite)
 
     def counted(self, groups: list[Group]) -> dict[int, Array]:
         """The gradients that are clipped; all if none are."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from clipper_helpers import INF, NAN, fused_or_not
-from helpers import interrupted_sgd, last_of, randn, with_gradients
+from helpers import last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -160,31 +160,4 @@ def test_a_fused_step_without_any_gradient(norm_type: float) -> None:
     scaler = GradScaler("cpu")
     scaler.scale(torch.tensor(1.0))
     scaler.step(optimizer)
-    assert clipper.last is not None
-    assert clipper.last[:9] == (0, 0.0, 1.0, 1.0, False, False, False, None, 0.0)
-
-
-@pytest.mark.parametrize("failed", ["plain", "plain, inf", "scaled"])
-@pytest.mark.parametrize("next_one", ["plain", "scaled", "unscaled"])
-@pytest.mark.parametrize("max_norm", [1.0, 100.0])
-def test_after_a_step_that_failed_the_next_is_as_usual(failed: str, next_one: str, max_norm: float) -> None:
-    optimizer = sgd(True)
-    parameters = optimizer.param_groups[0]["params"]
-    clipper = Clipper(optimizer, max_norm)
-    with interrupted_sgd():
-        if failed == "scaled":
-            scaled_step(optimizer)
-        else:
-            parameters[0].grad[1] = INF if failed == "plain, inf" else 4.0
-            optimizer.step()
-    if next_one == "plain":
-        for parameter, grad in zip(parameters, GRADS, strict=True):
-            parameter.grad = grad.clone()
-        optimizer.step()
-    else:
-        scaled_step(optimizer, scale=SCALE / 4, unscales=next_one == "unscaled")
-    coef = min(1.0, max_norm / 13)
-    assert last_of(clipper).total_norm == pytest.approx(13.0)
-    assert parameters[0].tolist() == pytest.approx([-3 * coef, -4 * coef])
-    assert not hasattr(optimizer, "grad_scale")
-    assert not hasattr(optimizer, "found_inf")
+    assert last_of(clipper)[:9] == (0, 0.0, 1.0, 1.0, False, False, False, None, 0.0)

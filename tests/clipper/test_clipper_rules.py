@@ -88,9 +88,9 @@ def test_groups_with_their_own_max_norm_and_a_grad_scaler(name: str, fused: bool
     torch.testing.assert_close(weights[0].detach(), 1.0 - alone.grad)
     torch.testing.assert_close(weights[1].grad, grads[1])
     assert float(weights[2].grad.norm()) == pytest.approx(2.0, rel=1e-5)
-    after = math.hypot(*(float(p.grad.norm()) for p in weights))
+    after = math.hypot(*(float(p.grad.norm()) for p in weights[::2]))
     record = last_of(clipper)
-    assert record.total_norm == pytest.approx(math.hypot(*(float(g.norm()) for g in grads)))
+    assert record.total_norm == pytest.approx(math.hypot(*(float(g.norm()) for g in grads[::2])))
     assert record.total_norm * record.clip_coef == pytest.approx(after)
     assert record.max_norm == 2.0
 

@@ -95,6 +95,7 @@ class Training:
             "norm_type": 2.0 if usual else self.rng.choice([2.0, 2.0, 1.0, 3.0, INF]),
             "skip_above": None if usual else self.rng.choice([None, None, 3 * self.size]),
         }
+        self.layers_every = self.rng.choice([0, 0, 2])
         accelerator = is_as_on_an_accelerator()
         if accelerator and self.options["nonfinite"] == "zero":
             self.options["skip_above"] = None  # elements become 0 before the host knows of the skipped step
@@ -141,11 +142,19 @@ class Training:
             rule = {**LEARNED, **RULES}[rule][0]()
         TwiceTheMean.asked = staticmethod(lambda: user_code("update"))
         given: Any = self.optimizers[0] if self.count == 1 and self.chance(0.5) else self.optimizers
-        self.clipper = Clipper(given, rule, on_clip=on_clip if self.listens else None, **self.options)
+        self.clipper = Clipper(
+            given,
+            rule,
+            layers_every=self.layers_every,
+            on_clip=on_clip if self.listens else None,
+            **self.options,
+        )
         self.hand.loss = None
         self.seen: list[list[Array | None]] = []  # by a hook behind the Clipper's
         self.hook = None
-        if self.chance(0.3):
+        # On an accelerator elements become 0 before the host knows that a GradScaler skips the step.
+        zeroes = self.options["nonfinite"] == "zero" and self.scaler is not None and any(self.fused)
+        if self.chance(0.3) and not (zeroes and is_as_on_an_accelerator()):
             first = self.optimizers[0]
             self.hook = first.register_step_pre_hook(lambda *_: self.seen.append(self.gradients(first)))
 
@@ -272,9 +281,14 @@ class Training:
         j = self.rng.randrange(len(self.copies[i].param_groups))
         return self.optimizers[i].param_groups[j], self.copies[i].param_groups[j]
 
+    def make_tuple(self, i: int) -> None:
+        for group in self.groups(i):
+            group["params"] = tuple(group["params"])
+        self.say(f"a group of {i} has a tuple")
+
     def append_parameter(self, i: int) -> None:
         for group, parameter in zip(self.groups(i), self.pair(), strict=True):
-            group["params"].append(parameter)
+            group["params"] = [*group["params"], parameter]
         self.say(f"append a parameter to {i}")
 
     def change_threshold(self, i: int) -> None:
@@ -291,6 +305,12 @@ class Training:
             p.requires_grad_(not frozen)
             p.grad = None if frozen else p.grad
         self.say(f"{'freeze' if frozen else 'thaw'} a group of {i}")
+
+    def change_max_norm(self, _: int) -> None:
+        """Another number, where there is a number."""
+        if isinstance(self.rule, float):
+            self.rule = self.hand.hand.rule = self.clipper.max_norm = self.rng.choice([0.0, self.size, INF])
+            self.say(f"max_norm={self.rule}")
 
     # What happens to the Clipper
 
@@ -469,6 +489,8 @@ class Training:
             (r.skipped, loss, r.nonfinite) for r, loss in records
         ]
         assert [r.step for r in history] == [*range(len(records))]
+        measured = [*range(0, len(records), self.layers_every)] if self.layers_every else []
+        assert self.clipper.history.layers.steps == measured
         if records:
             fields = ("total_norm", "clip_coef", "max_norm", *([] if self.shares else ["clipped_norm"]))
             found = np.array([[getattr(r, field) for field in fields] for r in history])
@@ -500,7 +522,13 @@ class Training:
         np.testing.assert_allclose(joint[0], joint[1], atol=atol, **self.close)
 
     def run(self, events: int) -> None:
-        changes = [self.add_group, self.append_parameter, self.change_threshold, self.freeze_or_thaw]
+        changes: list[Callable[[int], None]] = [
+            self.add_group,
+            self.append_parameter,
+            self.change_threshold,
+            self.freeze_or_thaw,
+        ]
+        changes += [self.make_tuple, self.change_max_norm]
         for _ in range(events):
             what = self.rng.random()
             if what < 0.02:

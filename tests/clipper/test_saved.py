@@ -1,4 +1,4 @@
-"""The state of a Clipper, saved in every way and by the previous version; copies."""
+"""The state of a Clipper, saved in every way; copies."""
 
 import copy
 import io
@@ -16,9 +16,6 @@ from helpers import with_gradients
 
 from torchclip import AdaGC, Clipper, Percentile, RollingSigma, Value, ZScore
 from torchclip.history.history import History
-
-# States that version 0.1.0 saved after six steps, one of each kind.
-OF_0_1_0: dict[str, Any] = json.loads((Path(__file__).parent / "states_0_1_0.json").read_text())
 
 
 class Growing:
@@ -141,42 +138,12 @@ def test_a_state_of_the_first_steps_survives_a_distributed_checkpoint(kind: str,
         train(model, optimizer, range(step, step + 1))
 
 
-LIMITS: dict[str, dict[str, Any]] = {
-    "skip_above number": {"skip_above": 3.0, "max_skips": 2},
-    "skip_above percentile": {"skip_above": Percentile(60), "max_skips": 2},
-    "skip_above rolling_sigma": {"skip_above": RollingSigma(window=4, warmup=3), "max_skips": 2},
-    "layers": {"layers_every": 2},
-}
-
-
-@pytest.mark.parametrize("name", OF_0_1_0)
-def test_states_of_the_version_before_load(name: str) -> None:
-    saved = OF_0_1_0[name]
-    kind, _, scope = name.partition(", ")
-    options = LIMITS.get(kind, {})
-    if kind == "fresh":
-        kind, options = "zscore", {"skip_above": 3.0}
-    model, optimizer, clipper = run("number" if kind in LIMITS else kind, scope or "global", **options)
-    clipper.load_state_dict(saved)
-    state = clipper.state_dict()
-    assert state["steps"] == saved["steps"] == len(clipper.history)
-    records = saved["history"]["records"]
-    assert {key: state["history"]["records"][key] for key in records} == records
-    assert state["history"]["layers"] == saved["history"]["layers"]
-    own = {key: value[0] if isinstance(value, tuple) else value for key, value in state["thresholds"].items()}
-    for key, learned in saved["thresholds"].items():
-        assert {k: own[key][k] for k in learned if k in own[key]}.items() <= learned.items()
-    if saved["spikes"] is not None:
-        assert state["spikes"]["skips"] == saved["spikes"]["skips"]
-    train(model, optimizer, range(6, 8))
-
-
 def test_a_state_that_is_refused_changes_nothing() -> None:
     model, optimizer, clipper = run("percentile", skip_above=RollingSigma(window=3, warmup=2))
     train(model, optimizer, range(4))
     good = clipper.state_dict()
     train(model, optimizer, range(4, 5))  # so that a part that is loaded shows
-    before, spikes = str(clipper.state_dict()), good["spikes"]
+    before, limit = str(clipper.state_dict()), good["skip_above"]["all"]
     own_set = good["thresholds"]["all"]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "`state` lacks 'steps'"),
@@ -188,16 +155,18 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         ({**good, "norm_type": "two"}, r"`state\['norm_type'\]` must be a number"),
         ({**good, "norm_type": 1.0}, r"norms of .*\('global', 1.0\)"),
         ({**good, "optimizers": 2}, "that of a Clipper of 2 optimizers"),
+        ({**good, "max_norm": 1}, r"`state\['max_norm'\]` must hold strings, got 1"),
         ({**good, "sets": ["all", "group 7"]}, "'group 7', which this Clipper does not clip"),
         ({**good, "sets": True}, r"`state\['sets'\]` must be a list"),
         ({**good, "sets": [["all"]]}, r"`state\['sets'\]` must hold strings"),
         ({**good, "thresholds": [1]}, r"`state\['thresholds'\]` must be a dictionary"),
         ({**good, "thresholds": {"all": ZScore().state_dict()}}, "kind 'ZScore'"),
         ({**good, "thresholds": {"group 7": own_set}}, "'group 7', which this Clipper does not clip"),
-        ({**good, "spikes": {"skips": 1, "thresholds": {"all": {"kind": "other"}}}}, "kind 'other'"),
-        ({**good, "spikes": {**spikes, "skips": -1}}, r"\['skips'\].* at least 0"),
-        ({**good, "spikes": {"skips": 0}}, "lacks 'thresholds'"),
-        ({**good, "spikes": {**spikes, "thresholds": 1.0}}, r"\['thresholds'\]` must be a dictionary"),
+        ({**good, "skip_above": {"all": {"kind": "other"}}}, "kind 'other'"),
+        ({**good, "skip_above": {"other": limit}}, "'other', which this Clipper does not clip"),
+        ({**good, "skip_above": 1.0}, r"`state\['skip_above'\]` must be a dictionary"),
+        ({**good, "skips": {"nonfinite": 0, "skip_above": -1}}, r"\['skip_above'\].* at least 0"),
+        ({**good, "skips": {"nonfinite": 0}}, "lacks 'skip_above'"),
         ({**good, "history": None}, r"`state\['history'\]` must be a dictionary"),
         ({**good, "thresholds": {}, "history": {"records": {}}}, "History.state_dict"),
     ]
@@ -205,28 +174,58 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         with pytest.raises((TypeError, ValueError), match=message):
             clipper.load_state_dict(state)
         assert str(clipper.state_dict()) == before
-    of_number = {**good, "thresholds": {}, "sets": []}
-    foreign = {"skips": 0, "thresholds": {"other": spikes["thresholds"]["all"]}}
+    of_limit = {**good, "thresholds": {}, "sets": [], "max_norm": "a number"}
     for max_norm, skip_above, state, message in (
-        ("number", RollingSigma(window=3, warmup=2), {**of_number, "norm_type": 1.0}, "norms of"),
-        ("number", RollingSigma(window=3, warmup=2), {**of_number, "spikes": foreign}, "'other'"),
-        ("number", 5.0, of_number, r"`skip_above` is 5\.0"),
+        ("number", RollingSigma(window=3, warmup=2), {**of_limit, "norm_type": 1.0}, "norms of"),
+        ("number", 5.0, of_limit, r"`skip_above` is 5\.0"),
+        ("number", None, of_limit, "a `skip_above` has learned, but this clipper has none"),
         ("number", None, good, r"`max_norm` is 0\.5"),
         ("value", None, good, "threshold object"),
+        ("zscore", None, good, "kind 'Percentile'"),
     ):
         with pytest.raises(ValueError, match=message):
             run(max_norm, skip_above=skip_above)[2].load_state_dict(state)
 
 
-def test_a_state_without_spikes_forgets_them() -> None:
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (("number",), ("zscore",), "`max_norm` was 'a number' and is 'ZScore'"),
+        (("value",), ("number",), "`max_norm` was 'Value' and is 'a number'"),
+        (("number", "group"), ("number", "parameter"), "`scope` was 'group' and is 'parameter'"),
+        (("number", "global", 1.0), ("callable", "global", 2.0), "`norm_type` was 1.0 and is 2.0"),
+    ],
+)
+def test_a_state_that_has_learned_nothing_loads_into_another_kind_with_a_warning(
+    before: Any, now: Any, message: str
+) -> None:
+    def made(kind: str, scope: Any = "global", norm_type: float = 2.0) -> Any:
+        return run(kind, scope, norm_type=norm_type)
+
+    (model, optimizer, clipper), (_, _kept, other) = made(*before), made(*now)
+    train(model, optimizer, range(3))
+    with pytest.warns(UserWarning, match=message) as caught:
+        other.load_state_dict(clipper.state_dict())
+    assert [warning.filename for warning in caught] == [__file__]
+    assert list(other.history) == list(clipper.history)
+    assert other.state_dict()["steps"] == 3
+
+
+def test_a_state_without_a_limit_that_has_learned_forgets_this() -> None:
     model, optimizer, clipper = run("number", skip_above=RollingSigma(window=3, warmup=2))
-    fresh = str(clipper.state_dict()["spikes"])
+    fresh = str(clipper.state_dict()["skip_above"])
     train(model, optimizer, range(4))
-    assert str(clipper.state_dict()["spikes"]) != fresh
-    without = run("number", "group")[2]  # which may differ where nothing was learned for sets
-    without.load_state_dict(clipper.state_dict())
-    clipper.load_state_dict(without.state_dict())
-    assert str(clipper.state_dict()["spikes"]) == fresh
+    assert str(clipper.state_dict()["skip_above"]) != fresh
+    clipper.load_state_dict(run("number")[2].state_dict())
+    assert str(clipper.state_dict()["skip_above"]) == fresh
+
+
+def test_no_state_is_loaded_during_a_step() -> None:
+    _, _kept, clipper = run("number")
+    state = clipper.state_dict()
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) was called during a step"):
+        _kept.step(lambda: clipper.load_state_dict(state))
+    assert clipper.state_dict() == state
 
 
 @fused_or_not

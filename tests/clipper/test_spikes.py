@@ -145,4 +145,4 @@ def test_a_resumed_run_counts_on(fused: bool) -> None:
             optimizer.step()
             state = copy.deepcopy(clipper.state_dict())
     assert [r.skipped for r in clipper.history] == [True, True, False]
-    assert state["spikes"]["thresholds"]["all"]["norms"] == [9.0, 9.0, 9.0]
+    assert state["skip_above"]["all"]["norms"] == [9.0, 9.0, 9.0]

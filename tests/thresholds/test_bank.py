@@ -71,8 +71,9 @@ def asked(
     bank: ThresholdBank, step: int, names: Sequence[str], norms: Sequence[float], on_device: bool = False
 ) -> list[float]:
     """The thresholds of a bank in one step, for norms in host memory or as on a device."""
-    bank.begin_step(step)
-    answers: Any = bank.max_norms(names, torch.tensor(norms, dtype=torch.float64) if on_device else [*norms])
+    bank.begin_step()
+    given = torch.tensor(norms, dtype=torch.float64) if on_device else [*norms]
+    answers: Any = bank.max_norms(names, given, step=step)
     if isinstance(answers, Tensor):
         assert answers.dtype == torch.float64
         answers = answers.tolist()
@@ -198,8 +199,8 @@ def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> No
         bank, names = ThresholdBank(make()), names_of(size)
         norms = torch.ones(size, dtype=torch.float64, device=meta)
         bank.max_norms(names, norms)
-        for step in range(4):
-            bank.begin_step(step)
+        for _ in range(4):
+            bank.begin_step()
             with Operations() as operations:
                 answers = bank.max_norms(names, norms)
             assert isinstance(answers, Tensor)
@@ -212,8 +213,8 @@ def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> No
 def test_nothing_is_read_where_operations_are_intercepted(make: Callable[[], Any]) -> None:
     bank = ThresholdBank(make())
     with FakeTensorMode():
-        for step in range(3):
-            bank.begin_step(step)
+        for _ in range(3):
+            bank.begin_step()
             assert isinstance(bank.max_norms(names_of(3), torch.ones(3, dtype=torch.float64)), Tensor)
 
 
@@ -256,7 +257,7 @@ class OwnZScore(ZScore):
 def test_a_users_own_object_is_asked_with_floats(threshold: Threshold) -> None:
     rule, names = ThresholdBank(threshold), names_of(20)
     assert rule.learns
-    assert rule.runs_user_code
+    assert not rule.is_ours
     assert not rule.answers_tensors
     norms = [float(i) for i in range(20)]
     assert asked(rule, 0, names, norms) == [2 * norm for norm in norms]
@@ -273,12 +274,11 @@ def test_quantiles_of_more_numbers_than_torch_takes_at_a_time(monkeypatch: pytes
             assert asked(in_parts, step, names, of_step, on_device=True) == expected
 
 
-def test_what_the_rule_says_of_itself() -> None:
-    assert not ThresholdBank(1.0).runs_user_code
-    assert ThresholdBank(lambda step: 1.0).runs_user_code
-    assert not ThresholdBank(ZScore()).runs_user_code
-    assert ThresholdBank(ZScore()).answers_tensors
-    assert not ThresholdBank(1.0).answers_tensors
+def test_what_the_bank_says_of_itself() -> None:
+    said = [(1.0, True, False), (lambda step: 1.0, False, False), (ZScore(), True, True)]
+    for max_norm, is_ours, answers_tensors in said:
+        bank = ThresholdBank(max_norm)  # type: ignore[arg-type]
+        assert (bank.is_ours, bank.answers_tensors) == (is_ours, answers_tensors)
 
 
 def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from() -> None:
@@ -293,13 +293,13 @@ def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("count", [1, 20], ids=["objects", "rows"])
-def test_a_bank_knows_what_a_percentile_had_learned_before_a_round(window: int | None, count: int) -> None:
+def test_a_bank_knows_what_a_percentile_had_learned_before_a_step(window: int | None, count: int) -> None:
     names, numbers = [f"set {i}" for i in range(count)], random.Random(0)
-    bank = ThresholdBank(Percentile(30.0, window), in_rounds=True)
+    bank = ThresholdBank(Percentile(30.0, window))
     bank.add(names)
-    for round_ in range(12):
+    for step in range(12):
         before = repr(bank.state_dict())
-        bank.begin_round()
-        for _ in range(round_ % 3):
-            asked(bank, 0, names, [numbers.choice([1.0, 2.0, math.nan, numbers.random()]) for _ in names])
-        assert repr(bank.state_dict(in_round=True)) == before
+        bank.begin_step()
+        for _ in range(step % 3):  # calls of a closure
+            bank.max_norms(names, [numbers.choice([1.0, 2.0, NAN, numbers.random()]) for _ in names])
+        assert repr(bank.state_dict(ended=False)) == before

@@ -146,7 +146,7 @@ class Clipper:
         max_skips: int | None = None,
         layers_every: int = 0,
     ) -> None:
-        max_norm, nonfinite = registry.adjusted(optimizer, max_norm, nonfinite)
+        max_norm = registry.adjusted(optimizer, max_norm)
         optimizers = optimizers_of(optimizer, registry.clippers)
         settings = checked(
             optimizers,
@@ -315,13 +315,15 @@ class Clipper:
             ValueError: if ``state`` is not a clipper's, or is for another number of optimizers, or its
                 thresholds are of another kind, for other parameters, or have learned from norms of another
                 ``scope`` or ``norm_type``.  Then nothing has changed.
+            RuntimeError: if called during a step, from ``on_clip`` or a closure.
         """
+        if self._rounds.is_running():  # which undoes what a failed step has left
+            raise RuntimeError("load_state_dict() was called during a step; call it after optimizer.step()")
         with self._lock:
             self._know_sets()
             settings, rounds = self._rounds.settings, self._rounds
             loaded = saved.checked(state, settings, self._owner, [*self._sets])
             rounds.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
-            rounds.is_running()  # undoes what a failed step has left
             rounds.forget()
             rounds.number = loaded.steps
             settings.bank.load_state_dict(loaded.thresholds)

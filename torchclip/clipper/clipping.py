@@ -49,6 +49,7 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
     if policy == "skip":
         skipped = skipped | nonfinite.should_skip(gradients, settings, skipped)
     elif policy == "error":
+        skipped = False  # which the host knows now; another optimizer may be unable to skip itself
         nonfinite.check_finite(gradients, settings)
     zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
     if settings.skip_above is not None and skipped is not True:

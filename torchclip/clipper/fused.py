@@ -105,7 +105,8 @@ class GradScaleOverride:
         # A GradScaler deletes both after its step, including what the user had set.
         had = self._had and not self._is_of_scaler
         kept = self._before if had else None
-        if found_inf is self._found_inf and now is self._left:
+        # An interrupt may come before the number was set, or after it was removed.
+        if found_inf is self._found_inf and (now is self._left or now is self._before):
             if self._is_of_scaler:
                 self._attributes.pop("found_inf", None)
             self._set(kept, had)

@@ -134,8 +134,9 @@ class _Hidden:
         else:
             attributes["zero_grad"] = self._own_zero_grad
         for group, values, contents in self._groups:
-            group.clear()
-            group.update(values)
+            group.update(values)  # first, so that an interrupt leaves no group without parameters
+            for key in group.keys() - values.keys():
+                del group[key]
             for key, content in contents.items():
                 _put_back(values[key], content)
         # If there are new gradients after a failed step, all old ones are obsolete.

@@ -207,7 +207,8 @@ class Rounds:
 
     def steps(self) -> int:
         """The number of rounds that are recorded.  The caller holds the lock."""
-        return self.number + self._is_recorded()
+        opened = self._open
+        return opened.number + 1 if opened is not None and self._is_recorded() else self.number
 
     def skips(self, count: InARow) -> int:
         """How many steps in a row were skipped, of those that are recorded.  The caller holds the lock."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -151,6 +151,7 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
         given: an optimizer, or a list or tuple of them.
         taken: the optimizers that already have a Clipper.
     """
+    _check_kind(given)
     optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
     if not optimizers:
         raise ValueError("`optimizer` is an empty list; pass an optimizer, or those that step together")
@@ -171,6 +172,37 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
         if any(optimizer is other for other in optimizers[:i]):
             raise ValueError(f"{name} is in the list twice; pass each optimizer once")
     return optimizers
+
+
+def _check_kind(given: Any) -> None:
+    """Raise an error for what others take in place of an optimizer, such as a model or its parameters."""
+    if isinstance(given, Mapping) and any(isinstance(each, Optimizer) for each in given.values()):
+        raise TypeError(
+            "`optimizer` is a dictionary of optimizers; pass a list of those that step together: "
+            "list(optimizers.values())"
+        )
+    if isinstance(given, nn.Module):
+        what = f"is a module ({type(given).__name__})"
+    else:
+        values = given.values() if isinstance(given, Mapping) else given
+        first = None
+        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Tensor)):
+            first = next(iter(values), None)
+        if isinstance(first, Mapping) and "params" in first:
+            what = "is param_groups"
+        elif isinstance(given, Tensor) or any(isinstance(each, Tensor) for each in (first, *_pair(first))):
+            what = "is made of parameters"
+        else:
+            return
+    raise TypeError(
+        f"`optimizer` {what}; pass the optimizer that steps with the gradients: "
+        "torchclip.Clipper(optimizer, max_norm)"
+    )
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    """The parts of a pair, such as a name and a parameter."""
+    return value if isinstance(value, tuple) else ()
 
 
 def takes_hooks(optimizer: Optimizer) -> bool:

@@ -82,6 +82,8 @@ def page(
     shown: Mapping[str, Shown],
     about: Mapping[str, Sequence[str]] | None = None,
     overview: Overview | None = None,
+    verdict: str = "",
+    remarks: Sequence[str] = (),
 ) -> str:
     """The HTML of a page about the runs of several optimizers.
 
@@ -90,6 +92,8 @@ def page(
         shown: the runs, by name; the name of a single run is not shown.
         about: further lines, by the name of the run; under the empty name, about all of them.
         overview: shown above the runs.
+        verdict: a sentence that comes before all of it.
+        remarks: what is worth a look before anything else.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -103,7 +107,13 @@ def page(
     if overview is not None:
         picture = _Picture(overview.title, _drawings("overview", overview.draw), "")
     return environment.from_string(template).render(
-        title=title, runs=runs, about=said.get("", ()), rows=overview and overview.rows, picture=picture
+        title=title,
+        runs=runs,
+        about=said.get("", ()),
+        rows=overview and overview.rows,
+        picture=picture,
+        verdict=verdict,
+        remarks=remarks,
     )
 
 

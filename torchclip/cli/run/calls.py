@@ -1,184 +1,171 @@
-"""Calls of torch's clipping functions, kept until the optimizer whose gradients they clipped steps."""
+"""Calls of clipping functions, kept until the optimizers whose gradients they clipped have stepped."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import KeysView, Sequence
+import re
+import sys
+from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 from weakref import ref
 
 from torch import Tensor
 
-from torchclip._core.batch import Norm
-from torchclip._core.joint_norms import join
-from torchclip.history.history import History
+from torchclip.cli.run.gradients import joint, smallest
+from torchclip.cli.run.trial import Effect
 
-# That wait: parameters, each counted once for each set that was clipped; and calls on the same parameters.
-_MOST_PARAMETERS, _MOST_CALLS = 100_000, 64
+_MOST_CALLS = 4096  # that wait for a step
+_MOST_MARKS = 64  # gradients of a call that are looked at again
+_MEASURE = ("clip_grad_norm_", "clip_grads_with_norm_")  # with an infinite threshold
+_LIBRARIES = re.compile(r".*[/\\](?:site|dist)-packages[/\\]")
 
 
-class Call(NamedTuple):
-    """What clipping did to gradients.
+class Site(NamedTuple):
+    """A line of the program, or of a library that it uses."""
+
+    package: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        path = Path(_LIBRARIES.sub("", self.file))
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        return f"{shown.name if shown.is_absolute() else shown.as_posix()}:{self.line}"
+
+
+def site_of_caller() -> Site:
+    """The line outside torch and torchclip that has called what runs now."""
+    frame = sys._getframe(1)
+    while True:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("torch", "torchclip") or frame.f_back is None:
+            return Site(package, frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+
+
+class _Mark(NamedTuple):
+    """A gradient as a call has left it."""
+
+    owner: ref[Tensor]
+    key: int
+    gradient: ref[Tensor]
+    version: int
+
+    def is_unchanged(self) -> bool:
+        owner = self.owner()
+        gradient = None if owner is None else owner.grad
+        return gradient is not None and gradient is self.gradient() and _version(gradient) == self.version
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(eq=False)
+class Call:
+    """One call, and what it did.
 
     Attributes:
+        site: the line of the call.
         function: the function's name.
-        total_norm: the norm before clipping.
-        max_norm: the threshold.
-        clip_coef: the number by which they were multiplied.
+        parameters: the ``id`` of each tensor that it was given.
+        is_used_up: whether it was given an iterator without items.
+        has_gradients: whether any of the tensors had a gradient other than 0.
+        backwards: the number of backward passes before it.
+        unscaled: the ``id`` of each optimizer whose gradients were not multiplied by a GradScaler's scale;
+            None if there was no scale.
+        effect: the norm, the threshold and the coefficient.
         nonfinite: the ``id`` of each parameter whose gradient was not finite.
-        not_taken: calls on the same parameters that were not followed by a step.
     """
 
+    site: Site
     function: str
-    total_norm: Norm
-    max_norm: float
-    clip_coef: Norm
+    parameters: frozenset[int]
+    is_used_up: bool
+    backwards: int
+    unscaled: frozenset[int] | None
+    effect: Effect
     nonfinite: Sequence[int] = ()
-    not_taken: Sequence[Call] = ()
+    has_gradients: bool = True
+
+    def mark(self, items: Sequence[Tensor]) -> None:
+        """Remember the gradients as they are now, some of them if there are many."""
+        owners = [p for p in items if (p.is_leaf or p.retains_grad) and p.grad is not None]
+        every = max(len(owners) // _MOST_MARKS, 1)
+        self._marks = [
+            _Mark(ref(p), id(p), ref(p.grad), _version(p.grad)) for p in owners[::every] if p.grad is not None
+        ]
+        self._first = ref(items[0]) if items else None
+        norm = self.effect.total_norm
+        self.has_gradients = bool(owners) and not (isinstance(norm, float) and norm == 0.0)
 
     @property
-    def numbers(self) -> tuple[Norm, float, Norm]:
-        """What a record has of it: total norm, threshold, clip coefficient."""
-        return self.total_norm, self.max_norm, self.clip_coef
+    def clips(self) -> bool:
+        """Whether it could change gradients; with an infinite threshold functions for norms only measure."""
+        return self.effect.max_norm < math.inf or self.function not in _MEASURE
 
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the norm is known not to be finite: a GradScaler skips this step."""
+        norm = self.effect.total_norm
+        return isinstance(norm, float) and not math.isfinite(norm)
 
-@dataclass
-class _Waiting:
-    """A call that waits.
+    def exists(self) -> bool:
+        """Whether its tensors still exist; if not, others may have their ``id``."""
+        return self._first is None or self._first() is not None
 
-    Attributes:
-        call: the call.
-        left: the ``id`` of each parameter whose optimizer has not stepped since then.
-        is_taken: whether an optimizer has stepped since then.
-    """
+    def is_of(self, parameters: Collection[int], backwards: int) -> bool:
+        """Whether an optimizer with these parameters steps with what this call has left.
 
-    call: Call
-    left: set[int]
-    is_taken: bool = False
-
-
-@dataclass
-class _Place:
-    """The calls on the same parameters.
-
-    Attributes:
-        first: the first parameter; if it is gone, another one may have its ``id``.
-        waiting: the calls, oldest first.
-    """
-
-    first: ref[Tensor]
-    waiting: list[_Waiting]
+        Args:
+            parameters: the ``id`` of each.
+            backwards: the number of backward passes before the step.
+        """
+        if not self.has_gradients:
+            return False
+        own = [mark for mark in self._marks if mark.key in parameters]
+        return self.backwards == backwards or all(mark.is_unchanged() for mark in own)
 
 
 class Calls:
-    """Assigns calls to optimizers by their parameters.
-
-    A call may clip the parameters of several optimizers together, and several calls may clip those of one
-    optimizer, each with its own threshold.
+    """The latest calls, in their order.
 
     Attributes:
-        stray: calls on parameters of which no optimizer has ever stepped.
-        known: the ``id`` of each parameter of an optimizer that has stepped.
+        number: of all calls so far.
     """
 
     def __init__(self) -> None:
-        self.stray = History()
-        self.known: set[int] = set()
-        self._places: dict[frozenset[int], _Place] = {}
-        self._parameters = 0  # of all places
-        self._strays = 0
+        self.number = 0
+        self._recent: deque[Call] = deque(maxlen=_MOST_CALLS)
 
-    def add(self, parameters: Sequence[Tensor], call: Call) -> None:
+    def add(self, call: Call) -> None:
         """Keep a call until its optimizers step."""
-        if not parameters:
-            return self._add_stray(call)
-        ids = frozenset(map(id, parameters))
-        place = self._places.get(ids)
-        if place is not None and place.first() is None:
-            self._drop(ids)
-            place = None
-        if place is None:
-            place = self._places[ids] = _Place(ref(parameters[0]), [])
-            self._parameters += len(ids)
-            while self._parameters > _MOST_PARAMETERS and len(self._places) > 1:
-                self._drop(next(iter(self._places)))
-        # After a step, a call waits for optimizers that have stepped before, not for other parameters.
-        place.waiting = [
-            each for each in place.waiting if not (each.is_taken and each.left.isdisjoint(self.known))
-        ]
-        place.waiting.append(_Waiting(call, set(ids)))
-        if len(place.waiting) > _MOST_CALLS:
-            oldest = place.waiting.pop(0)
-            if ids.isdisjoint(self.known):
-                self._add_stray(oldest.call)
-        return None
+        self._recent.append(call)
+        self.number += 1
 
-    def _drop(self, ids: frozenset[int]) -> None:
-        """Remove the calls on some parameters; they are strays if no optimizer has ever stepped."""
-        place = self._places.pop(ids)
-        self._parameters -= len(ids)
-        if ids.isdisjoint(self.known):
-            for each in place.waiting:
-                self._add_stray(each.call)
-
-    def finish(self) -> None:
-        """Remove all calls, as no optimizer will step any more."""
-        for ids in [*self._places]:
-            self._drop(ids)
-
-    def _add_stray(self, call: Call) -> None:
-        self.stray.append(self._strays, *call.numbers)
-        self._strays += 1
-
-    def take(self, parameters: KeysView[int]) -> Call | None:
-        """The joint effect of the calls on an optimizer's gradients since its last step; None without any.
-
-        Args:
-            parameters: the ``id`` of each of its parameters.
-        """
-        not_taken: list[Call] = []
-        calls = []
-        for ids, place in [*self._places.items()]:
-            if place.first() is None:
-                self._drop(ids)
-                continue
-            own = [each for each in place.waiting if not parameters.isdisjoint(each.left)]
-            if not own:
-                continue
-            calls.append(_in_one_step([each.call for each in own], not_taken))
-            for each in own:
-                each.is_taken = True
-                each.left -= parameters
-            place.waiting = [each for each in place.waiting if each.left]
-            if not place.waiting:
-                self._drop(ids)
-        if len(calls) < 2 and not not_taken:
-            return calls[0] if calls else None
-        return Call(
-            " and ".join(dict.fromkeys(call.function for call in calls)),
-            join([call.total_norm for call in calls], 2.0),
-            min(call.max_norm for call in calls),
-            join([call.clip_coef for call in calls], -math.inf),
-            [key for call in calls for key in call.nonfinite],
-            not_taken,
-        )
+    def since(self, number: int) -> list[Call]:
+        """The calls after the first ``number`` of all."""
+        wanted = min(self.number - number, len(self._recent))
+        return [self._recent[-i] for i in range(wanted, 0, -1)]
 
 
-def _in_one_step(calls: list[Call], not_taken: list[Call]) -> Call:
-    """Several calls on the same parameters: the last one, or their joint effect.
+def joint_effect(calls: Sequence[Call]) -> Effect:
+    """What several calls did to the gradients of one step."""
+    of_sets: dict[frozenset[int], Effect] = {}
+    for call in calls:
+        before = of_sets.get(call.parameters)
+        of_sets[call.parameters] = call.effect if before is None else _in_turn(before, call.effect)
+    effects = [*of_sets.values()]
+    if len(effects) == 1:
+        return effects[0]
+    norm = joint([each.total_norm for each in effects])
+    clip_coef = smallest([each.clip_coef for each in effects])
+    return Effect(norm, min(each.max_norm for each in effects), clip_coef)
 
-    A GradScaler skips steps whose gradients are not finite: such calls, except the last one, go to
-    ``not_taken``.
-    """
-    *earlier, last = calls
-    for call in earlier:
-        if isinstance(call.total_norm, float) and not math.isfinite(call.total_norm):
-            not_taken.append(call)
-        else:
-            last = last._replace(
-                total_norm=join([call.total_norm, last.total_norm], math.inf),
-                max_norm=min(call.max_norm, last.max_norm),
-                clip_coef=call.clip_coef * last.clip_coef,
-            )
-    return last
+
+def _in_turn(first: Effect, second: Effect) -> Effect:
+    """Of two calls on the same gradients, the second one sees what the first one has left."""
+    return Effect(first.total_norm, min(first.max_norm, second.max_norm), first.clip_coef * second.clip_coef)

@@ -14,19 +14,20 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from torchclip.cli.options import count, file_to_write, max_norm, need, picture_file, refusal
+from torchclip.cli.run import seeds as seeding
 from torchclip.cli.run.files import Files
-from torchclip.cli.run.progress import Progress
+from torchclip.cli.run.mistakes import Remark
+from torchclip.cli.run.notes import RankNotes
 from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import about, histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
 from torchclip.cli.run.trial import Trial
 from torchclip.cli.thresholds import DESCRIBED, LEARNED, refuse_ceiling
-from torchclip.clipper.clipper import Nonfinite
 from torchclip.history.history import History
 
 if TYPE_CHECKING:
@@ -49,27 +50,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(LEARNED),
         help=f"clip to a threshold that learns, with --max-norm as a ceiling: {DESCRIBED}",
     )
-    add(
-        "--nonfinite",
-        choices=get_args(Nonfinite),
-        help="what to do about steps whose norm is not finite, as in torchclip.Clipper",
-    )
     add("--none", action="store_true", help="remove the script's own clipping")
     add(
         "--try",
         dest="tries",
         type=thresholds_to_try,
         metavar="X,Y,...",
-        help="run the script once for each of these thresholds (numbers, none, and the names that "
-        "--threshold takes), and compare; auto: search, from the advice up and down by factors of 3",
+        help="run the script as it is, and once for each of these thresholds (numbers, none, and the names "
+        "that --threshold takes), and compare; auto: search, from the advice up and down by factors of 3",
     )
-    add("--jobs", type=count, metavar="N", help="with --try: number of runs at the same time (default: 1)")
     add(
         "--metric",
         type=_pattern,
         metavar="REGEX",
         help="with --try: compare by the last number that this finds in a run's output, the lower the "
         "better, in place of the loss over the last tenth of the steps",
+    )
+    add("--maximize", action="store_true", help="with --metric: the higher the better")
+    add(
+        "--seeds",
+        type=count,
+        metavar="N",
+        help="with --try: N runs with each threshold, as by chance alone runs differ; in run i every seed "
+        "that the script sets gets + i (default: 1)",
+    )
+    add(
+        "--add-to-seeds",
+        type=int,
+        default=0,
+        metavar="I",
+        help="add this to every seed that the script sets, as --seeds does",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="exit with status 1 if the script clips in a way that cannot be meant",
     )
     add("--plot", type=picture_file, metavar="FILE", help="draw the norms over the steps (PNG, SVG or PDF)")
     add("--csv", type=file_to_write, metavar="FILE", help="write a line for each step")
@@ -123,11 +138,13 @@ def run(
     module: bool = False,
     max_norm: float | None = None,
     threshold: str | None = None,
-    nonfinite: Nonfinite | None = None,
     none: bool = False,
     tries: list[str] | None = None,
-    jobs: int | None = None,
     metric: re.Pattern[str] | None = None,
+    maximize: bool = False,
+    seeds: int | None = None,
+    add_to_seeds: int = 0,
+    strict: bool = False,
     plot: Path | None = None,
     csv: Path | None = None,
     html: Path | None = None,
@@ -140,16 +157,9 @@ def run(
         script: the script's path, or the module's name.
         args: the script's arguments.
         module: whether ``script`` names a module.
-        max_norm: a threshold for this run, or a ceiling for one that learns.
-        threshold: the name of a threshold that learns.
-        nonfinite: what to do about steps that are not finite.
-        none: whether to clip nothing.
         tries: run the script once for each of these thresholds, in separate processes.
-        jobs: how many of them run at the same time.
-        metric: finds the number by which to compare them, instead of the loss.
-        plot: the file for a picture.
-        csv: the file for the steps.
-        html: the file for a page.
+
+    The others are the options of the same names.
 
     Returns:
         The exit status.
@@ -161,16 +171,17 @@ def run(
     refuse_ceiling(threshold, max_norm)
     thresholds = {"--max-norm": max_norm, "--threshold": threshold}
     if none:
-        _refuse("--none and {} do not go together", thresholds | {"--nonfinite": nonfinite})
+        _refuse("--none and {} do not go together", thresholds)
     if plot is not None:
         need("argument --plot:", "matplotlib")
     if html is not None:
         need("argument --html:", "jinja2", "matplotlib")
     wanted = Files(plot, csv, html)
     if tries is not None:
-        need("argument --try:", "rich")
         with_try = "--try and {} do not go together; --try takes all thresholds, and none"
-        _refuse(with_try, thresholds | {"--none": none or None})
+        _refuse(with_try, thresholds | {"--none": none or None, "--strict": strict or None})
+        if maximize and metric is None:
+            raise refusal("--maximize goes with --metric only")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise refusal("--try starts processes of its own; do not start it with torchrun")
         if not module and not os.path.exists(script):
@@ -178,15 +189,18 @@ def run(
         from torchclip.cli.run.comparison import compare
         from torchclip.cli.run.tries import Command
 
-        command = Command(["-m"] * module + [script, *args], nonfinite, metric)
-        return compare(command, tries, jobs or 1, wanted)
-    _refuse("{} goes with --try only", {"--jobs": jobs, "--metric": metric})
+        return compare(
+            Command(["-m"] * module + [script, *args], metric, maximize, seeds or 1), tries, wanted
+        )
+    with_try_only = {"--metric": metric, "--maximize": maximize or None, "--seeds": seeds}
+    _refuse("{} goes with --try only", with_try_only)
+    seeding.add_to_seeds(add_to_seeds)
     try:
         main = prepare(script, args, module)
     except SyntaxError as error:
         sys.excepthook(type(error), error.with_traceback(None), None)
         return 1
-    return _recorded(main, Trial(max_norm, threshold, nonfinite, none), wanted, " ".join([script, *args]))
+    return _recorded(main, Trial(max_norm, threshold, none), wanted, " ".join([script, *args]), strict)
 
 
 def _refuse(message: str, options: Mapping[str, object]) -> None:
@@ -196,21 +210,19 @@ def _refuse(message: str, options: Mapping[str, object]) -> None:
             raise refusal(message.format(name))
 
 
-def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: str) -> int:
+def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: str, strict: bool) -> int:
     """Run the script, report its errors as Python would, and show what was recorded.
 
     Returns:
         The exit status.
     """
-    progress, process = Progress(), os.getpid()
-    recording = Recording(trial, progress)
+    process, notes = os.getpid(), RankNotes()
+    recording = Recording(trial, notes.write)
     recording.attach()
-    progress.attach()
     start = time.perf_counter()
     error = _error_of(main)
     seconds = time.perf_counter() - start
     recording.detach()
-    progress.detach()
     status, end, began = 0, "", True
     if isinstance(error, SystemExit):
         end = f"until sys.exit({error.code!r})" if error.code not in (None, 0) else ""
@@ -223,10 +235,15 @@ def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: 
         interrupted = isinstance(error, KeyboardInterrupt)
         status, end = (130, "until Ctrl-C") if interrupted else (1, f"until {type(error).__name__}")
     # A forked child that gets here has nothing to report, and one of many ranks is enough.
-    if began and os.getpid() == process and os.environ.get("RANK", "0") == "0":
-        failed = _show(recording, seconds, end, wanted, command)
-        status = status or failed
-    if isinstance(error, SystemExit):
+    if began and os.getpid() == process:
+        remarks = recording.steps.mistakes.remarks()
+        notes.write(remarks)
+        if os.environ.get("RANK", "0") == "0":
+            remarks = notes.collect(remarks)
+            failed = _show(recording, seconds, end, wanted, command, remarks)
+            is_wrong = strict and any(remark.is_mistake for remark in remarks)
+            status = status or failed or int(is_wrong)
+    if isinstance(error, SystemExit) and (error.code or not status):
         raise error
     return status
 
@@ -244,11 +261,13 @@ def _error_of(main: Callable[[], object]) -> BaseException | None:
     return None
 
 
-def _show(recording: Recording, seconds: float, end: str, wanted: Files, command: str) -> int:
+def _show(
+    recording: Recording, seconds: float, end: str, wanted: Files, command: str, remarks: Sequence[Remark]
+) -> int:
     """Print the report and write the files; returns the exit status if a file cannot be written."""
     if sys.stdout is not None:
         sys.stdout.flush()
-    print(report(recording, seconds, end), file=sys.stderr)
+    print(report(recording, seconds, end, remarks), file=sys.stderr)
     found = histories(recording)
 
     def html() -> str:
@@ -259,6 +278,7 @@ def _show(recording: Recording, seconds: float, end: str, wanted: Files, command
             title,
             {name: each._shown() for name, each in found.items()},
             about(recording, seconds, command, end),
+            remarks=list(map(str, remarks)),
         )
 
     return wanted.write(found, lambda: _figure(found), html)

@@ -1,148 +1,129 @@
-"""What ``torchclip run --try`` shows: progress, a table, a picture and a page."""
+"""What ``torchclip run --try`` shows: a verdict, a table, a picture and a page."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchclip.cli.run.files import Files, now
-from torchclip.cli.run.tries import Command, Tries, Try, recommended
+from torchclip.cli.run.report import filled
+from torchclip.cli.run.tries import AS_IT_IS, Command, Tries, Try
+from torchclip.cli.run.verdict import compared, judged, verdict
 from torchclip.history.history import History
+from torchclip.history.signs import final_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDTH = 80
 
-
-def compare(command: Command, thresholds: Sequence[str], jobs: int, wanted: Files) -> int:
-    """Run with each threshold, or search for one, and show the results; returns the exit status."""
-    what = "loss" if command.metric is None else "metric"
-    is_search = list(thresholds) == ["auto"]
-    progress = _Progress(None if is_search else len(thresholds))
-    tries = Tries(command, jobs, progress)
-    with progress.bar:
-        if is_search:
-            tries.auto()
-        else:
-            tries.all_of(thresholds)
-    found, histories = tries.done, _histories(tries.done)
-    _print_table(found, what)
-    print(f"logs: {tries.directory}", flush=True)
+def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
+    """Run as it is and with each threshold, or search for one, and show the results; returns the status."""
+    tries = Tries(command)
+    tries.all_of([AS_IT_IS])
+    if list(thresholds) != ["auto"]:
+        tries.all_of(thresholds)
+    elif not tries.signal:
+        tries.auto()
+    found, said = [each for each in tries.done if each.runs], verdict(tries, command)
+    rows, about_thresholds = _rows(found, command), judged(found)
+    print(_table(rows))
+    for run in (run for each in found for run in each.runs):
+        if run.error:
+            print(f"\n{run.threshold}, its last lines:\n{run.error}")
+    print("\n" + "\n".join(map(filled, [said, *about_thresholds])), flush=True)
+    histories = _histories(found)
 
     def html() -> str:
         from torchclip.history.page import Overview, page
 
-        about = [f"{' '.join(command.script)}, {now()}", recommended(found, what)[1]]
-        table = _rows(found, what)
-        overview = Overview(table, "Loss of each run", lambda width: _losses_figure(found, width))
-        shown = {name: history._shown() for name, history in histories.items()}
-        return page("Thresholds tried", shown, {"": about}, overview)
+        about = [*about_thresholds, f"{' '.join(command.script)}, {now()}"]
+        overview = Overview(rows, "Loss of each run", lambda width: _losses_figure(found, width))
+        shown = {name: history._shown(has_advice=False) for name, history in histories.items()}
+        return page("Thresholds tried", shown, {"": about}, overview, said)
 
     status = wanted.write(histories, lambda: _losses_figure(found), html)
-    return tries.status if tries.interrupted else status or tries.status
+    return tries.status if tries.signal else status or tries.status
 
 
-class _Progress:
-    """Shows on stderr what the runs print; without a terminal, a line for each run that has ended."""
-
-    def __init__(self, total: int | None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
-        self._console = Console(stderr=True, highlight=False)
-        self._told = 0
-        self.bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(12),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self.bar.add_task("", total=total)
-
-    def __call__(self, tries: Tries) -> None:
-        """Show their progress."""
-        for each in tries.done[self._told :]:
-            if not self._console.is_terminal:
-                result = each.problem or f"{each.score:.4g}"
-                line = f"torchclip: {each.threshold}: {result}, {each.seconds:.3g} s"
-                print(line, file=sys.stderr, flush=True)
-        self._told = len(tries.done)
-        running = ", ".join(f"{each.threshold}: {each.last_line() or '…'}" for each in tries.running)
-        room = max(self._console.width - 40, 10)
-        self.bar.update(self._task, completed=len(tries.done), description=running[:room])
-
-
-def _rows(tries: Sequence[Try], what: str) -> list[list[str]]:
+def _rows(tries: Sequence[Try], command: Command) -> list[list[str]]:
     """The table: a heading, and a row for each threshold, which starts with the threshold as given."""
-    found = [["threshold", f"{what} at the end", "largest norm", "clipped", "spikes", "time"]]
+    labels = list(dict.fromkeys(label for each in tries for run in each.runs for label in run.losses))
+    if command.metric is not None or len(labels) < 2:
+        labels = [""]
+    numbers = [f"{command.what} at the end" + (f" of {label}" if label else "") for label in labels]
+    found = [["threshold", *numbers, "than as it is", "largest norm", "clipped", "time"]]
     for each in tries:
-        summaries = [history.summary() for history in each.histories.values()]
+        summaries = [history.summary() for run in each.runs for history in run.histories.values()]
         norms = [summary.largest_norm for summary in summaries if summary.largest_step is not None]
-        counts = ["", ""]
-        if summaries:
-            clipped, steps = sum(s.clipped for s in summaries), sum(s.steps for s in summaries)
-            spikes = sum(history.suggest().spikes for history in each.histories.values())
-            counts = [f"{clipped / max(steps, 1):.1%}", f"{spikes:,}"]
-        score = each.problem or f"{each.score:.4g}"
-        norm = f"{max(norms):.4g}" if norms else ""
-        found.append([each.threshold, score, norm, *counts, f"{each.seconds:.3g} s"])
+        clipped, steps = sum(s.clipped for s in summaries), sum(s.steps for s in summaries)
+        than = "" if each is tries[0] or labels != [""] else compared(each, tries[0], command.maximize)
+        found.append(
+            [
+                each.threshold,
+                *(_result(each, label) for label in labels),
+                than,
+                f"{max(norms):.4g}" if norms else "",
+                f"{clipped / max(steps, 1):.1%}" if summaries else "",
+                f"{sum(run.seconds for run in each.runs):.3g} s",
+            ]
+        )
     return found
 
 
-def _print_table(tries: Sequence[Try], what: str) -> None:
-    """The table, and which threshold to use."""
-    from rich.table import Table
+def _result(tried: Try, label: str) -> str:
+    """The mean and the range of the runs' numbers, or what went wrong."""
+    problem = next((run.problem for run in tried.runs if run.problem), "")
+    if problem:
+        return problem
+    found = [run.score if not label else final_loss(run.losses.get(label, [])) for run in tried.runs]
+    mean = f"{np.mean(found):.4g}"
+    return mean if len(found) == 1 else f"{mean} ({min(found):.4g} to {max(found):.4g})"
 
-    from torchclip.cli.terminal import console_for
 
-    console = console_for(_WIDTH, highlight=False)
-    heading, *body = _rows(tries, what)
-    table = Table(box=None, pad_edge=False)
-    for i, name in enumerate(heading):
-        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
-    for row in body:
-        table.add_row(*row)
-    console.print(table)
-    console.print()
-    for each in tries:
-        if each.error:
-            console.print(f"{each.threshold}: {each.error}", markup=False, soft_wrap=True)
-    console.print(recommended(tries, what)[1], markup=False)
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _histories(tries: Sequence[Try]) -> dict[str, History]:
-    """The steps of all runs, by threshold and optimizer."""
-    return {
-        each.threshold if len(each.histories) == 1 else f"{each.threshold}, {label}": history
-        for each in tries
-        for label, history in each.histories.items()
-    }
+    """The steps of all runs, by threshold, seed and optimizer."""
+    found = {}
+    for run in (run for each in tries for run in each.runs):
+        name = f"{run.threshold}, seed + {run.seed}" if run.seed else run.threshold
+        for label, history in run.histories.items():
+            found[name if len(run.histories) == 1 else f"{name}, {label}"] = history
+    return found
 
 
 def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
-    """The loss of every run over the steps, smoothed if there are many."""
+    """The loss of the first run with each threshold over the steps, smoothed if there are many."""
     from matplotlib.figure import Figure
 
     from torchclip.history.figure import NARROW, empty_figure, label_plainly
 
-    curves: Mapping[str, list[float]] = {each.threshold: each.losses for each in tries if each.losses}
+    curves = {
+        each.threshold if len(each.runs[0].losses) == 1 else f"{each.threshold}, {label}": losses
+        for each in tries
+        for label, losses in each.runs[0].losses.items()
+    }
     if not curves:
         return empty_figure("no loss was seen", width)
     figure = Figure(figsize=(width, 2 + 3 * width / 8), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    for threshold, losses in curves.items():
-        axes.plot(_smooth(losses), linewidth=1.2, label=threshold)
+    for name, losses in curves.items():
+        axes.plot(_smooth(losses), linewidth=1.2, label=name)
     known = [loss for losses in curves.values() for loss in losses if math.isfinite(loss)]
     if known and min(known) > 0 and max(known) > 5 * min(known):
         axes.set_yscale("log")

@@ -1,141 +1,162 @@
-"""Records what calls of torch's clipping functions do, and how long they take, while a program runs."""
+"""Records what calls of clipping functions do, and changes their thresholds in a trial."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import torchclip
 from torchclip import patch
-from torchclip._core.ranks import meshes
-from torchclip._core.scalars import clip_coef
-from torchclip.cli.run.calls import Call, Calls
-from torchclip.cli.run.gradients import nonfinite_ids, norm_of
-from torchclip.cli.run.trial import Trial
+from torchclip.cli.run.calls import Call, Calls, site_of_caller
+from torchclip.cli.run.gradients import as_number, coefficient, nonfinite_ids, norm_of
+from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.trial import Effect, Trial
+
+_BY_NORM = ("clip_grad_norm_", "clip_grads_with_norm_")
+_OTHERS = ("clip_grad_value_", "clip_grad_adaptive_", "clip_grad_norm_per_parameter_", "clip_grad_rms_")
+
+own = types.SimpleNamespace()
+"""Stand-ins for torchclip's functions that a program calls by their own names, where pickle finds them."""
 
 
 class FunctionRecorder:
-    """Observes the functions that ``torchclip.install`` has installed.
+    """Observes torch's functions as ``torchclip.install`` has installed them, and torchclip's own.
 
-    No call waits for an accelerator; the times do not include work there that continues after a call has
-    returned.  Calls inside a function under ``torch.compile`` are not recorded.  If a trial replaces the
-    program's clipping, the functions only measure.
-
-    Attributes:
-        calls (Calls): their effects, for the optimizers that step next.
-        counts (Counter[str]): the calls of each function, by its name.
-        seconds (dict[str, float]): how long all calls took on the host, by function.
+    No call waits for an accelerator, except in a trial of a threshold that learns.  Calls inside a function
+    under ``torch.compile`` are not recorded; a trial lets them only measure.
     """
 
-    def __init__(self, calls: Calls, trial: Trial) -> None:
-        self.calls = calls
-        self.counts: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}
-        self._trial = trial
+    def __init__(self, calls: Calls, losses: LossRecorder, trial: Trial) -> None:
+        self._calls, self._losses, self._trial = calls, losses, trial
+        self._signatures = {
+            name: inspect.signature(getattr(torchclip, name)) for name in (*_BY_NORM, *_OTHERS)
+        }
 
     def attach(self) -> None:
         """Record from now on."""
         self._detach = patch.observe(self._called)
+        self._originals = {name: getattr(torchclip, name) for name in self._signatures}
+        for name, ours in self._originals.items():
+            vars(own)[name] = _function(self._called, ours)
+            setattr(torchclip, name, vars(own)[name])
 
     def detach(self) -> None:
         """Stop recording."""
         self._detach()
+        for name, ours in self._originals.items():
+            setattr(torchclip, name, ours)
 
     def _called(self, ours: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name, is_compiling = ours.__name__, torch.compiler.is_compiling()
-        if self._trial.replaces and name != "get_total_norm":
-            if not is_compiling:
-                self._trial.replaced[name] += 1
-            return _measured(ours, *args, **kwargs) if name == "clip_grad_norm_" else None
-        if is_compiling:
+        name = ours.__name__
+        if torch.compiler.is_compiling():
+            return self._compiled(ours, *args, **kwargs)
+        if name not in self._signatures:  # get_total_norm changes nothing
             return ours(*args, **kwargs)
-        recorded = {
-            "clip_grad_norm_": self._clip_grad_norm,
-            "clip_grads_with_norm_": self._clip_grads_with_norm,
-            "clip_grad_value_": self._clip_grad_value,
-        }
-        return recorded.get(name, self._call)(ours, *args, **kwargs)
-
-    # The functions; their arguments have the names that a program may use
-
-    def _clip_grad_norm(
-        self, ours: Callable[..., Any], parameters: Any, max_norm: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        given, items = _listed(parameters)
-        bad: list[int] = []
-        raises = kwargs.get("error_if_nonfinite", False)
-        if len(args) > 1 or raises or not _can_be_read(items):
-            norm = self._call(ours, given, max_norm, *args, **kwargs)
+        try:
+            bound = self._signatures[name].bind(*args, **kwargs)
+        except TypeError:
+            return ours(*args, **kwargs)  # which raises the error that a program expects
+        first = next(iter(bound.arguments))
+        given = bound.arguments[first]
+        bound.arguments[first], items = _listed(given)
+        call = self._new_call(name, items, isinstance(given, Iterator) and not items)
+        if self._trial.replaces:
+            result = self._tried(call, ours, bound, items)
+        elif name in _BY_NORM:
+            result = self._by_norm(call, ours, bound, items)
         else:
-            # After a multiplication by NaN, it is too late to see which gradients are not finite.
-            strict = {**kwargs, "error_if_nonfinite": True}
+            result = _otherwise(call, ours, bound, items)
+        call.mark(items)
+        self._calls.add(call)
+        return result
+
+    def _compiled(self, ours: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._trial.replaces or ours.__name__ not in (*_BY_NORM, *_OTHERS):
+            return ours(*args, **kwargs)
+        return _measured(ours, *args, **kwargs) if ours.__name__ == "clip_grad_norm_" else None
+
+    def _new_call(self, name: str, items: list[Tensor], is_used_up: bool) -> Call:
+        return Call(
+            site_of_caller(),
+            name,
+            frozenset(map(id, items)),
+            is_used_up,
+            self._losses.backwards,
+            self._losses.unscaled(),
+            Effect(0.0, math.inf, 1.0),
+        )
+
+    def _tried(
+        self, call: Call, ours: Callable[..., Any], bound: inspect.BoundArguments, items: list[Tensor]
+    ) -> Any:
+        """Clip as the trial says, in place of what the program asked for."""
+        self._trial.replaced[call.function] += 1
+        result = None
+        if call.function in ("clip_grad_norm_", "clip_grad_norm_per_parameter_"):
+            result = _measured(ours, *bound.args, **bound.kwargs)
+        given = result if call.function == "clip_grad_norm_" else bound.arguments.get("total_norm")
+        norm = norm_of(items) if given is None else as_number(given)
+        call.effect = self._trial.clip((call.site, call.parameters), items, norm)
+        return result
+
+    def _by_norm(
+        self, call: Call, ours: Callable[..., Any], bound: inspect.BoundArguments, items: list[Tensor]
+    ) -> Any:
+        """Clip by norm, and find which gradients are not finite before they are all NaN."""
+        bad: list[int] = []
+        given = bound.arguments.get("total_norm")
+        if given is None and _can_be_read(items) and not bound.arguments.get("error_if_nonfinite"):
+            # The function refuses them before it multiplies any by NaN.
+            bound.arguments["error_if_nonfinite"] = True
             try:
-                norm = self._call(ours, given, max_norm, *args, **strict)
+                result = ours(*bound.args, **bound.kwargs)
             except RuntimeError:
                 bad = nonfinite_ids(items)
-                if self._trial.nonfinite is not None:  # its Clipper needs the original gradients
-                    max_norm = math.inf
-                norm = ours(given, max_norm, *args, **kwargs)
-        self._keep("clip_grad_norm_", items, max_norm, norm, bad)
-        return norm
-
-    def _clip_grads_with_norm(
-        self,
-        ours: Callable[..., Any],
-        parameters: Any,
-        max_norm: Any,
-        total_norm: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        given, items = _listed(parameters)
-        bad = nonfinite_ids(items) if _is_bad(total_norm) and _can_be_read(items) else []
-        self._call(ours, given, max_norm, total_norm, *args, **kwargs)
-        self._keep("clip_grads_with_norm_", items, max_norm, total_norm, bad)
-
-    def _clip_grad_value(
-        self, ours: Callable[..., Any], parameters: Any, clip_value: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        given, items = _listed(parameters)
-        before = norm_of(items)
-        self._call(ours, given, clip_value, *args, **kwargs)
-        after = norm_of(items)
-        if before is not None and after is not None:
-            bad = nonfinite_ids(items) if _is_bad(before) else []
-            clip_coef = after / before if isinstance(before, Tensor) or before else 1.0
-            self.calls.add(items, Call("clip_grad_value_", before, math.inf, clip_coef, bad))
-
-    def _call(self, ours: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call torchclip's function, and measure the time."""
-        name, start = ours.__name__, time.perf_counter()
-        self.counts[name] += 1
-        try:
-            return ours(*args, **kwargs)
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _keep(self, name: str, items: list[Tensor], max_norm: Any, total_norm: Any, bad: list[int]) -> None:
-        """Keep a call for the optimizers that step next, without waiting for an accelerator."""
-        if isinstance(total_norm, Tensor):
-            if meshes.is_dtensor(total_norm) and all(p.is_replicate() for p in total_norm.placements):
-                total_norm = total_norm.to_local()
-            if type(total_norm) is not Tensor:
-                return
-            total_norm = float(total_norm) if total_norm.is_cpu else total_norm.detach()
-        max_norm = float(max_norm)
-        self.calls.add(items, Call(name, total_norm, max_norm, clip_coef(max_norm, total_norm), bad))
+                bound.arguments["error_if_nonfinite"] = False
+                result = ours(*bound.args, **bound.kwargs)
+        else:
+            if given is not None and _can_be_read(items) and not math.isfinite(given):
+                bad = nonfinite_ids(items)
+            result = ours(*bound.args, **bound.kwargs)
+        norm, max_norm = as_number(result if given is None else given), float(bound.arguments["max_norm"])
+        call.effect, call.nonfinite = Effect(norm, max_norm, coefficient(max_norm, norm)), bad
+        return result
 
 
-def _measured(
-    clip_grad_norm_: Callable[..., Any], parameters: Any, max_norm: Any, *args: Any, **kwargs: Any
+def _otherwise(
+    call: Call, ours: Callable[..., Any], bound: inspect.BoundArguments, items: list[Tensor]
 ) -> Any:
-    """The norm, without clipping."""
-    return clip_grad_norm_(parameters, math.inf, *args, **kwargs)
+    """Clip by another rule; the ratio of the norms after and before is the coefficient."""
+    before = norm_of(items)
+    result = ours(*bound.args, **bound.kwargs)
+    after = norm_of(items)
+    ratio = after / before if isinstance(before, Tensor) or before else 1.0
+    bad = nonfinite_ids(items) if isinstance(before, float) and not math.isfinite(before) else []
+    call.effect, call.nonfinite = Effect(before, math.inf, ratio), bad
+    return result
+
+
+def _function(called: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A function like one of torchclip's that is observed."""
+
+    @functools.wraps(ours)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return called(ours, *args, **kwargs)
+
+    stand_in.__module__, stand_in.__qualname__ = __name__, f"own.{ours.__name__}"
+    return stand_in
+
+
+def _measured(function: Callable[..., Any], parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a function by norm returns, without clipping."""
+    return function(parameters, math.inf, *args, **kwargs)
 
 
 def _listed(parameters: Any) -> tuple[Any, list[Tensor]]:
@@ -152,11 +173,6 @@ def _listed(parameters: Any) -> tuple[Any, list[Tensor]]:
     return items if walked else parameters, [item for item in items if isinstance(item, Tensor)]
 
 
-def _can_be_read(items: Sequence[Tensor]) -> bool:
+def _can_be_read(items: list[Tensor]) -> bool:
     """Whether a value can be read without waiting for an accelerator or other ranks."""
     return all(type(p.grad) is Tensor and p.grad.is_cpu for p in items[:1] if p.grad is not None)
-
-
-def _is_bad(norm: Any) -> bool:
-    """Whether a norm is known not to be finite."""
-    return isinstance(norm, (int, float, Tensor)) and not math.isfinite(norm)

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from torchclip._core.ranks import meshes
-
-Loss = float | Tensor
-"""A number, or on an accelerator a tensor, so that nothing waits for it."""
+from torchclip.cli.run.gradients import Number, as_number
 
 _SCALE = "torchclip: scale"
 _MOST_NODES = 64  # of a loss's graph that are searched
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class LossRecorder:
@@ -27,19 +29,20 @@ class LossRecorder:
     ``backward(gradient=...)`` are not recorded.
 
     Attributes:
-        backwards: how often ``backward()`` was called.
+        backwards: the number of backward passes so far.
     """
 
     def __init__(self) -> None:
         self.backwards = 0
-        self._pending: Loss | None = None
+        self._pending: Number | None = None
         self._has_scaled = False
-        self._is_scaling, self._unscaled = False, set[int]()  # since the last update of a GradScaler
+        self._is_scaling, self._unscaled = False, frozenset[int]()  # since the last update of a GradScaler
         self._detach: list[Callable[[], None]] = []
 
     def attach(self) -> None:
         """Record from now on."""
-        self._replace(Tensor, "backward", self._backward)
+        # Tensor.backward() calls it, too.
+        self._replace(torch.autograd, "backward", self._backward)
         self._replace_in_scaler(GradScaler)
 
         def see_new_class(scaler: type[GradScaler]) -> None:
@@ -64,16 +67,16 @@ class LossRecorder:
         while self._detach:
             self._detach.pop()()
 
-    def take(self) -> Loss | None:
+    def take(self) -> Number | None:
         """The loss of the step that begins now; None if there is none."""
         pending, self._pending = self._pending, None
         return pending
 
-    def is_scaled(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer's gradients may be multiplied by a GradScaler's scale."""
-        return self._is_scaling and id(optimizer) not in self._unscaled
+    def unscaled(self) -> frozenset[int] | None:
+        """The ``id`` of each optimizer that a GradScaler has unscaled; None if there is no scale."""
+        return self._unscaled if self._is_scaling else None
 
-    def _replace(self, owner: type, name: str, stand_in: Callable[..., Any]) -> None:
+    def _replace(self, owner: Any, name: str, stand_in: Callable[..., Any]) -> None:
         original = vars(owner)[name]
 
         @functools.wraps(original)
@@ -85,18 +88,21 @@ class LossRecorder:
         setattr(owner, name, replaced)
         self._detach.append(lambda: setattr(owner, name, original))
 
-    def _backward(self, original: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.backwards += 1
-        gradient = args[0] if args else kwargs.get("gradient")
-        if gradient is None and tensor.numel() == 1 and not tensor.is_complex():
-            self._add(tensor)
-        return original(tensor, *args, **kwargs)
+    def _backward(
+        self, original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        self.backwards += not in_backward()  # checkpoints are computed again within one
+        if grad_tensors is None and kwargs.get("grad_variables") is None:
+            for tensor in [tensors] if isinstance(tensors, Tensor) else list(tensors):
+                if isinstance(tensor, Tensor) and tensor.numel() == 1 and not tensor.is_complex():
+                    self._add(tensor)
+        return original(tensors, grad_tensors, *args, **kwargs)
 
     def _add(self, tensor: Tensor) -> None:
-        value = _value(tensor)
+        value = as_number(tensor)
         scale = _scale_of(tensor) if self._has_scaled else None
         if scale is not None:
-            value = value / _value(scale(torch.ones((), device=tensor.device)))
+            value = value / as_number(scale(torch.ones((), device=tensor.device)))
         self._pending = value if self._pending is None else self._pending + value
 
     def _scale(self, original: Callable[..., Any], scaler: GradScaler, outputs: Any) -> Any:
@@ -108,11 +114,11 @@ class LossRecorder:
 
     def _unscale(self, original: Callable[..., Any], scaler: GradScaler, optimizer: Optimizer) -> None:
         original(scaler, optimizer)
-        self._unscaled.add(id(optimizer))
+        self._unscaled |= {id(optimizer)}
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
         self._is_scaling = False
-        self._unscaled.clear()
+        self._unscaled = frozenset()
         self.take()  # what is left belongs to a step that the scaler has skipped
         return original(scaler, *args, **kwargs)
 
@@ -142,10 +148,3 @@ def _scale_of(tensor: Tensor) -> Callable[[Tensor], Any] | None:
             if len(nodes) < _MOST_NODES:
                 nodes += [before for before, _ in node.next_functions]
     return None
-
-
-def _value(tensor: Tensor) -> Loss:
-    """A loss as a number, or as a copied tensor if reading it would wait."""
-    if meshes.is_dtensor(tensor):
-        tensor = tensor.to_local()
-    return float(tensor.item()) if tensor.is_cpu else tensor.detach().reshape(()).clone()

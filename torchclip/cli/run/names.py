@@ -1,128 +1,159 @@
-"""A program's names for its optimizers and parameters, looked up once, when an optimizer first steps."""
+"""Names for a program's optimizers and parameters, looked up when an optimizer first steps."""
 
 from __future__ import annotations
 
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
+from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from torchclip.clipper.names import names_in
-
-_MOST_ITEMS = 100  # the largest list or dictionary that is searched
-
-
-def variable_names(optimizer: Optimizer) -> list[str]:
-    """The running program's names for an optimizer, the most likely first."""
-    return list(dict.fromkeys(name for name, value in _objects() if value is optimizer and name != "self"))
+# Parts that torch's wrappers add to names; programs' modules do not have such names.
+_WRAPPED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
-def unique_labels(candidates: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[str]:
-    """A unique name with its class for each of several optimizers, or the class and a number.
+class Modules:
+    """All modules that the program makes, from which parameters have their names.
+
+    Torch's hooks tell which module is a part of which when it becomes one.  So it does not matter whether a
+    module is called, and nothing runs in forward passes.
+    """
+
+    def __init__(self) -> None:
+        self._made: WeakSet[nn.Module] = WeakSet()
+        self._parts: WeakSet[nn.Module] = WeakSet()
+        self._hooks: list[Any] = []
+
+    def attach(self) -> None:
+        """Look on from now on."""
+        self._hooks = [
+            hooks.register_module_module_registration_hook(self._has_part),
+            hooks.register_module_parameter_registration_hook(self._has_parameter),
+        ]
+
+    def detach(self) -> None:
+        """Stop."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _has_part(self, module: nn.Module, _: str, part: nn.Module | None) -> None:
+        self._made.add(module)
+        if part is not None:
+            self._made.add(part)
+            self._parts.add(part)
+
+    def _has_parameter(self, module: nn.Module, *_: Any) -> None:
+        self._made.add(module)
+
+    def name(self, optimizer: Optimizer) -> dict[int, str]:
+        """An optimizer's parameters by their ``id``: its own names, a module's, or position and shape."""
+        names: dict[int, str] = {}
+        parameters: list[Tensor] = []
+        for group in optimizer.param_groups:
+            parameters += group["params"]
+            for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False):
+                names[id(parameter)] = name
+        roots = [module for module in self._made if module not in self._parts]
+        # A part may have lost its whole.
+        for modules in ([*roots, *_of_script()], self._made):
+            missing = [id(parameter) for parameter in parameters if id(parameter) not in names]
+            if missing:
+                names |= _names_in(modules, missing)
+        for i, parameter in enumerate(parameters):
+            shape = "×".join(map(str, parameter.shape)) or "a number"
+            names.setdefault(id(parameter), f"parameter {i} ({shape})")
+        return {id(parameter): names[id(parameter)] for parameter in parameters}
+
+
+def _of_script() -> Iterator[nn.Module]:
+    """The modules of the script's variables, and of their attributes."""
+    for value in [*vars(sys.modules["__main__"]).values()]:
+        if not isinstance(value, (types.ModuleType, type)):
+            attributes = getattr(value, "__dict__", None)
+            inner = attributes.values() if type(attributes) is dict else ()
+            yield from (each for each in (value, *inner) if isinstance(each, nn.Module))
+
+
+def _names_in(modules: Iterable[nn.Module], missing: Sequence[int]) -> dict[int, str]:
+    """Names from as few modules as have the missing parameters; of several, each has its class in front."""
+    known = []
+    for module in {id(each): each for each in modules}.values():
+        of_module = dict(_named_parameters(module))
+        held = {key: of_module[key] for key in missing if key in of_module}
+        if held:
+            known.append((type(module).__name__, held))
+    used: list[tuple[str, dict[int, str]]] = []
+    left = set(missing)
+    while known and left:
+        kind, held = max(known, key=lambda each: len(each[1].keys() & left))
+        found = {key: name for key, name in held.items() if key in left}
+        if not found:
+            break
+        used.append((kind, found))
+        left -= found.keys()
+    used.sort(key=lambda each: missing.index(next(iter(each[1]))))
+    names: dict[int, str] = {}
+    kinds = [kind for kind, _ in used]
+    for i, (kind, found) in enumerate(used):
+        number = f" {kinds[: i + 1].count(kind)}" if kinds.count(kind) > 1 else ""
+        prefix = f"{kind}{number}." if len(used) > 1 else ""
+        names |= {key: prefix + name for key, name in found.items()}
+    return names
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """A model's parameters by their ``id``, with their names without torch's wrappers."""
+    wrappers = [
+        f"{path}.module." if path else "module."
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (DataParallel, DistributedDataParallel))
+    ]
+    for name, parameter in model.named_parameters():
+        for wrapper in reversed(wrappers):  # inner ones first, while their paths are valid
+            if name.startswith(wrapper):
+                name = wrapper.removesuffix("module.") + name.removeprefix(wrapper)
+        yield id(parameter), _WRAPPED.sub("", name)
+
+
+def labels(optimizers: Sequence[tuple[str, str | None, Iterable[str]]]) -> list[str]:
+    """A unique name for each of several optimizers.
 
     Args:
-        candidates: the possible names of each, the most likely first.
-        kinds: the class of each.
+        optimizers: of each the class, its variable in the script, and its parameters' names.
     """
-    labels: list[str] = []
-    for i, (own, kind) in enumerate(zip(candidates, kinds, strict=True)):
-        others = {name for j, other in enumerate(candidates) if j != i for name in other}
-        number = f" {kinds[:i].count(kind) + 1}" if kinds.count(kind) > 1 else ""
-        name = next((name for name in own if name not in others), None)
-        labels.append(f"{kind}{number}" if name is None else f"{name} ({kind})")
-    return labels
+    several = len(optimizers) > 1
+    parts = [variable or (several and _common(names)) or "" for _, variable, names in optimizers]
+    found = [
+        f"{part} ({kind})" if part else kind for part, (kind, _, _) in zip(parts, optimizers, strict=True)
+    ]
+    numbers = [found[: i + 1].count(label) for i, label in enumerate(found)]
+    return [
+        f"{label} {number}" if found.count(label) > 1 else label
+        for label, number in zip(found, numbers, strict=True)
+    ]
 
 
-def parameter_names(optimizer: Optimizer) -> dict[int, str]:
-    """The names of an optimizer's parameters, by their ``id``: its own, a module's, or their position."""
-    names: dict[int, str] = {}
-    parameters = []
-    for group in optimizer.param_groups:
-        parameters += group["params"]
-        for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False):
-            names[id(parameter)] = name
-    missing = {id(parameter) for parameter in parameters} - names.keys()
-    if missing:
-        names |= _names_by_modules(missing)
-    for i, parameter in enumerate(parameters):
-        shape = "×".join(map(str, parameter.shape)) or "a number"
-        names.setdefault(id(parameter), f"parameter {i} ({shape})")
-    return names
+def _common(names: Iterable[str]) -> str:
+    """The module that all parameters are in."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    return ".".join(shared)
 
 
-def _names_by_modules(missing: set[int]) -> dict[int, str]:
-    """Names from as few of the program's modules as have all missing parameters."""
-    known: dict[int, tuple[str, dict[int, str]]] = {}
-    for name, held in _objects():
-        if isinstance(held, nn.Module) and id(held) not in known:
-            own = {id(p): of_p for p, of_p in names_in([held]) if id(p) in missing}
-            known[id(held)] = re.sub(r"^\w+\.", "", name), own
-    names: dict[int, str] = {}
-    used = 0
-    while missing and known:
-        key = max(known, key=lambda each: len(known[each][1].keys() & missing))
-        owner, own = known.pop(key)
-        covered = own.keys() & missing
-        if not covered:
-            break
-        used += 1
-        prefix = "" if used == 1 and covered == missing else f"{owner}."
-        names |= {each: prefix + own[each] for each in covered}
-        missing = missing - covered
-    return names
-
-
-def _objects() -> Iterator[tuple[str, Any]]:
-    """The values of the program's variables and of their attributes, and the items of both, by name."""
-    scopes = [*_scopes()]
-    for scope in scopes:
-        yield from scope.items()
-    for scope in scopes:
-        for owner, value in scope.items():
-            for name, held in _attributes(value).items():
-                yield name if owner == "self" else f"{owner}.{name}", held
-                yield from _items(name, held)
-            yield from _items(owner, value)
-
-
-def _scopes() -> Iterator[Mapping[str, Any]]:
-    """The variables of the script itself, and of the running functions, outermost first."""
-    main = sys.modules["__main__"]
-    yield _variables(vars(main))
-    frames = []
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if module not in ("torch", "torchclip", "runpy") and frame.f_locals is not vars(main):
-            frames.append(frame)
-        frame = frame.f_back
-    for frame in reversed(frames):
-        yield _variables(frame.f_locals)
-
-
-def _variables(scope: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in list(scope.items())
-        if not name.startswith("__") and not isinstance(value, (types.ModuleType, type))
-    }
-
-
-def _attributes(value: object) -> dict[str, Any]:
-    if isinstance(value, (nn.Module, Optimizer, types.FunctionType)):
-        return {}
-    attributes = getattr(value, "__dict__", None)
-    return dict(attributes) if type(attributes) is dict else {}
-
-
-def _items(name: str, value: object) -> Iterator[tuple[str, Any]]:
-    """The optimizers and modules in a list or a dictionary."""
-    if isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
-        pairs = list(value.items()) if isinstance(value, dict) else enumerate(value)
-        for key, item in pairs:
-            if isinstance(item, (nn.Module, Optimizer)):  # the keys of others may be large, or have no repr
-                yield f"{name}[{key!r}]", item
+def variable_of(optimizer: Optimizer) -> str | None:
+    """The script's own variable that is an optimizer, or that has it in a list or as an attribute."""
+    for name, value in [*vars(sys.modules["__main__"]).items()]:
+        if value is optimizer:
+            return name
+        if isinstance(value, (list, tuple)):
+            for i, each in enumerate(value):
+                if each is optimizer:
+                    return f"{name}[{i}]"
+    return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torchclip import patch
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.functions import FunctionRecorder
 from torchclip.cli.run.losses import LossRecorder
-from torchclip.cli.run.optimizer import OptimizerRecord
+from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 
@@ -18,15 +18,15 @@ class Recording:
 
     Args:
         trial: the clipping to try.
-        progress: called after each step.
+        tell: called now and then with what is worth a look so far.
     """
 
-    def __init__(self, trial: Trial, progress: Callable[[OptimizerRecord], object] | None = None) -> None:
+    def __init__(self, trial: Trial, tell: Callable[[Sequence[Remark]], object] | None = None) -> None:
         self.trial = trial
         self.calls = Calls()
         self.losses = LossRecorder()
-        self.functions = FunctionRecorder(self.calls, trial)
-        self.steps = StepRecorder(trial, self.calls, self.losses, progress)
+        self.functions = FunctionRecorder(self.calls, self.losses, trial)
+        self.steps = StepRecorder(trial, self.calls, self.losses, tell)
 
     def attach(self) -> None:
         """Record from now on."""
@@ -36,8 +36,7 @@ class Recording:
         self.steps.attach()
 
     def detach(self) -> None:
-        """Stop recording; torchclip's functions and the Clippers of the trial stay."""
+        """Stop recording; torchclip's functions stay."""
         self.steps.detach()
         self.losses.detach()
         self.functions.detach()
-        self.calls.finish()

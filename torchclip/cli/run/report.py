@@ -1,22 +1,24 @@
-"""The report of ``torchclip run``: what clipping did, which threshold to use, and what recording cost."""
+"""The report of ``torchclip run``: what is worth a look, what clipping did, and which threshold to use."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from torchclip.cli.run.files import now
-from torchclip.cli.run.names import unique_labels
+from torchclip.cli.run.mistakes import Remark
+from torchclip.cli.run.names import labels
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.recording import Recording
-from torchclip.cli.run.together import joint_histories
 from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
+from torchclip.history.records import Record
 from torchclip.history.signs import final_loss
 
 _WIDTH = 80
@@ -25,81 +27,107 @@ REPORT = "torchclip: what clipping did"
 """The beginning of a report."""
 
 
-def report(run: Recording, seconds: float, end: str = "") -> str:
-    """What clipping did and cost in a run, in a few lines.
+class Section(NamedTuple):
+    """Optimizers that are reported as one, and their steps."""
+
+    optimizers: Sequence[OptimizerRecord]
+    history: History
+
+
+def report(run: Recording, seconds: float, end: str = "", remarks: Sequence[Remark] = ()) -> str:
+    """What clipping did in a run, in a few lines.
 
     Args:
         run: what was recorded.
         seconds: how long the run took.
         end: how it ended, if not normally.
+        remarks: what is worth a look.
     """
-    found = labels(run)
+    found = sections(run)
     shown = dict(list(found.items())[:_MOST_OPTIMIZERS])
     lines = [f"{REPORT} in {_took(seconds, end)}"]
-    for label, optimizer in shown.items():
-        clipped_by, *more = _about(optimizer, run)
-        lines += ["", f"{label}: {clipped_by}", *_indented([*_numbers(optimizer.history), *more])]
+    if remarks:
+        lines += ["", "worth a look", *_indented(map(str, remarks))]
+    for label, section in shown.items():
+        clipped_by, *more = _about(section, run.trial)
+        lines += ["", f"{label}: {clipped_by}", *_indented([*_numbers(section.history), *more])]
     if len(found) > len(shown):
         lines += ["", f"and {_count(len(found) - len(shown), 'optimizer')} more"]
-    joint = joint_histories(found)
-    for label, history in joint.items():
-        lines += ["", f"{label}, which step together", *_indented(_numbers(history))]
-    if len(run.calls.stray):
-        lines += ["", "clipped, but by no optimizer of torch's stepped with"]
-        lines += _indented(_strays(run.calls.stray))
     if len(lines) == 1:
-        lines += ["  No optimizer of torch's took a step, and no clipping function of torch's was called."]
-    advised = joint | {label: optimizer.history for label, optimizer in shown.items() if optimizer.steps}
-    for label, history in advised.items():
-        lines += ["", f"advice for {label}" if len(advised) > 1 else "advice"]
-        lines += _indented(history.suggest().lines)
-    costs = list(_costs(run, seconds))
-    if costs:
-        lines += ["", "time", *_indented(costs)]
-    width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
-    return "\n".join(part for line in lines for part in _wrapped(line, width))
+        lines += ["  No optimizer of torch's took a step."]
+    for label, section in shown.items():
+        lines += ["", _advice_on(label if len(shown) > 1 else "", section, run.trial)]
+        lines += _indented(section.history.suggest().lines)
+    return "\n".join(map(filled, lines))
 
 
 def _indented(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def _wrapped(line: str, width: int) -> list[str]:
+def filled(line: str) -> str:
+    """A line in the width of the terminal; what does not fit is further indented below."""
+    width = max(min(shutil.get_terminal_size().columns, _WIDTH), 20)
     indent = " " * (len(line) - len(line.lstrip()))
-    return textwrap.wrap(line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False) or [""]
+    return textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
 
 
-def labels(run: Recording) -> dict[str, OptimizerRecord]:
-    """The optimizers, each with its own label; those that share a Clipper count as one."""
+def sections(run: Recording) -> dict[str, Section]:
+    """The optimizers by their labels; those with one Clipper are one, also those in backward passes."""
     optimizers = run.steps.optimizers
-    of_each = unique_labels([each.candidates for each in optimizers], [each.kind for each in optimizers])
-    together: dict[int, tuple[list[str], OptimizerRecord]] = {}
+    of_each = labels([(each.kind, each.variable, each.names.values()) for each in optimizers])
+    found: dict[int, tuple[list[str], list[OptimizerRecord]]] = {}
     for label, optimizer in zip(of_each, optimizers, strict=True):
-        together.setdefault(id(optimizer.history), ([], optimizer))[0].append(label)
-    return {" and ".join(found): optimizer for found, optimizer in together.values()}
+        key = 0 if optimizer.rounds else id(optimizer.history)
+        names, records = found.setdefault(key, ([], []))
+        names.append(label)
+        records.append(optimizer)
+    if len(found.get(0, ([], []))[0]) > 1:
+        names, records = found[0]
+        names[:] = [f"{len(names)} optimizers that step in backward passes"]
+    return {" and ".join(names): Section(records, _joined(records)) for names, records in found.values()}
+
+
+def _joined(optimizers: Sequence[OptimizerRecord]) -> History:
+    """The steps of an optimizer, or of several as one for each backward pass."""
+    if len(optimizers) == 1 or not optimizers[0].rounds:
+        return optimizers[0].history
+    rounds: dict[int, list[Record]] = {}
+    for each in optimizers:
+        for record in each.history:
+            if record.step < len(each.rounds):
+                rounds.setdefault(each.rounds[record.step], []).append(record)
+    joint = History()
+    for step, parts in enumerate(rounds[number] for number in sorted(rounds)):
+        joint.append(
+            step,
+            math.hypot(*(part.total_norm for part in parts)),
+            min(part.max_norm for part in parts),
+            min(part.clip_coef for part in parts),
+            all(part.skipped for part in parts),
+            next((part.loss for part in parts if part.loss is not None), None),
+        )
+    return joint
 
 
 def histories(run: Recording) -> dict[str, History]:
-    """The steps of each optimizer, and of optimizers that step together, with their parameters' norms."""
-    optimizers = labels(run)
-    found = joint_histories(optimizers)
-    for label, optimizer in optimizers.items():
-        found[label] = optimizer.history
-        if not len(optimizer.history.layers):
-            optimizer.history.layers = optimizer.layers
-    if len(run.calls.stray):
-        found["no optimizer"] = run.calls.stray
+    """The steps of each section, with their parameters' norms."""
+    found = {}
+    for label, (optimizers, history) in sections(run).items():
+        found[label] = history
+        if not len(history.layers):
+            history.layers = optimizers[0].layers
     return found
 
 
 def about(run: Recording, seconds: float, command: str, end: str = "") -> dict[str, list[str]]:
     """Further lines on the page, by an optimizer's label: how it was clipped, the largest layers.
 
-    Under the empty label: the script, the date, the time it took, and the cost of clipping.
+    Under the empty label: the script, the date, and the time it took.
     """
-    found = {"": [f"{command}, {now()}, {_took(seconds, end)}", *_costs(run, seconds)]}
-    for label, optimizer in labels(run).items():
-        found[label] = [line[:1].upper() + line[1:] for line in _about(optimizer, run)]
+    found = {"": [f"{command}, {now()}, {_took(seconds, end)}"]}
+    for label, section in sections(run).items():
+        found[label] = [line[:1].upper() + line[1:] for line in _about(section, run.trial)]
     return found
 
 
@@ -110,16 +138,17 @@ def _took(seconds: float, end: str) -> str:
 # What clipping did
 
 
-def _about(optimizer: OptimizerRecord, run: Recording) -> Iterator[str]:
+def _about(section: Section, trial: Trial) -> Iterator[str]:
     """What has clipped, problems, parameters with non-finite gradients, and the largest layers."""
-    yield _clipped_by(optimizer, run.trial)
+    optimizer = section.optimizers[0]
+    yield _clipped_by(section, trial)
     if optimizer.problem:
         yield optimizer.problem
     for step, names in list(optimizer.nonfinite.items())[:_MOST_NONFINITE]:
         where = ", ".join(names[:_MOST_NAMES]) or "unknown"
         more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
         yield f"not finite at step {step:,}: {where}{more}"
-    more_steps = optimizer.history.summary().nonfinite - _MOST_NONFINITE
+    more_steps = section.history.summary().nonfinite - _MOST_NONFINITE
     if len(optimizer.nonfinite) > _MOST_NONFINITE and more_steps > 0:  # a new Clipper's history begins anew
         yield f"and at {_count(more_steps, 'step')} more"
     largest = _largest(optimizer.layers)
@@ -127,18 +156,26 @@ def _about(optimizer: OptimizerRecord, run: Recording) -> Iterator[str]:
         yield f"largest layers, by their share of the squared norm: {largest}"
 
 
-def _clipped_by(optimizer: OptimizerRecord, trial: Trial) -> str:
+def _advice_on(label: str, section: Section, trial: Trial) -> str:
+    """The heading of the advice, with what is judged."""
+    ways = [str(trial)] if trial.replaces else section.optimizers[0].clipped_by
+    on = f" on {' or '.join(ways)}" if ways else ""
+    return f"advice{on}{label and ' for '}{label}"
+
+
+def _clipped_by(section: Section, trial: Trial) -> str:
+    optimizer = section.optimizers[0]
     if trial.replaces and (trial.none or not optimizer.problem):
-        to = "" if trial.threshold is None else _to(optimizer.history)
+        to = "" if trial.threshold is None else _to(section.history)
         if trial.threshold == "adagc":  # a record has only the smallest threshold, which is not informative
             to = ", each parameter to a threshold of its own"
         theirs = " and ".join(trial.replaced)
         in_place = f", in place of the script's own {theirs}" if theirs else ""
-        return f"{trial}{to}{in_place}"
-    policy = "" if trial.nonfinite is None else f", {trial}"
+        what = f"nothing was clipped ({trial})" if trial.none else f"clipped by {trial}"
+        return f"{what}{to}{in_place}"
     if not optimizer.clipped_by:
-        return f"clipped by nothing{policy}"
-    return f"clipped by {' and '.join(optimizer.clipped_by)}{_to(optimizer.history)}{policy}"
+        return "clipped by nothing"
+    return f"clipped{_to(section.history)} by {' or '.join(optimizer.clipped_by)}"
 
 
 def _to(history: History) -> str:
@@ -174,15 +211,6 @@ def losses_of(history: History) -> list[float]:
     return [record.loss for record in history if record.loss is not None]
 
 
-def _strays(history: History) -> Iterator[str]:
-    summary = history.summary()
-    yield f"clipped {summary.clipped:,} of {_count(summary.steps, 'time')} ({summary.clipped_share:.1%})"
-    finite = [record.total_norm for record in history if not record.nonfinite]
-    if finite:
-        low, middle, high = np.quantile(finite, (0, 0.5, 1))
-        yield f"norm before clipping: min {low:.4g}, median {middle:.4g}, max {high:.4g}"
-
-
 def _largest(layers: Layers) -> str:
     names, steps, norms = layers.read()
     usable = norms[np.isfinite(norms).all(axis=1) & (norms > 0).any(axis=1)] if steps else norms
@@ -192,20 +220,6 @@ def _largest(layers: Layers) -> str:
     shares = (squares / squares.sum(axis=1, keepdims=True)).mean(axis=0)
     order = np.argsort(-shares, kind="stable")[:_MOST_LAYERS]
     return ", ".join(f"{names[i]} {shares[i]:.0%}" for i in order)
-
-
-# Time
-
-
-def _costs(run: Recording, seconds: float) -> Iterator[str]:
-    for name, count in run.functions.counts.items():
-        total = run.functions.seconds[name]
-        share = f"{total / seconds:.1%} of the run"
-        yield f"{name}: {_count(count, 'call')} of {_duration(total / count)}, {share}"
-    between = run.steps.between
-    if between:
-        share = f"{run.steps.seconds / between:.1%} of the {_duration(between)} from step to step"
-        yield f"recording: {_duration(run.steps.seconds)} a step, {share}"
 
 
 def _count(number: int, noun: str) -> str:

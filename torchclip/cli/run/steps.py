@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from torchclip._core.memory import not_compiled
-from torchclip._core.scalars import divided
-from torchclip.cli.run.calls import Call, Calls
-from torchclip.cli.run.clippers import TrialClippers
-from torchclip.cli.run.gradients import nonfinite_ids, norm_of, norms_of
-from torchclip.cli.run.losses import LossRecorder
+from torchclip.cli.run.calls import Call, Calls, Site, joint_effect, site_of_caller
+from torchclip.cli.run.gradients import Number, nonfinite_ids, norm_of, norms_of, parameters_of
+from torchclip.cli.run.losses import LossRecorder, in_backward
+from torchclip.cli.run.mistakes import Mistakes, Remark, StepFacts
+from torchclip.cli.run.names import Modules
 from torchclip.cli.run.optimizer import OptimizerRecord
-from torchclip.cli.run.trial import Trial
-from torchclip.clipper.clipper import Clipper
-from torchclip.clipper.optimizers import parameters_of
-from torchclip.clipper.registry import clipper_of
-from torchclip.clipper.step import creates_state, with_closure
+from torchclip.cli.run.trial import Effect, Trial
+from torchclip.clipper import registry
 
 # How often parameters are measured one by one: in the first steps, and in later ones.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
 _MOST_NONFINITE = 100  # the number of steps whose non-finite parameters are kept
 
+# The code of torch's wrapper around every optimizer's step(), which calls the hooks.
+_AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
+_ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
+
 
 class StepRecorder:
-    """Records each step of a program's optimizers, and applies the clipping of a trial.
+    """Records each step of a program's optimizers, and clips as a trial says where the program does not.
 
-    A Clipper measures its own optimizer, and torch's functions measure the gradients that they clip; for
+    A Clipper measures its own optimizer, and clipping functions measure the gradients that they clip; for
     other optimizers the norm is measured before each step.
 
     Attributes:
         trial: the clipping to try.
         optimizers: the record of each, in the order of their first steps.
+        mistakes: what the program may do wrong.
     """
 
     def __init__(
@@ -45,216 +49,260 @@ class StepRecorder:
         trial: Trial,
         calls: Calls,
         losses: LossRecorder,
-        progress: Callable[[OptimizerRecord], object] | None = None,
+        tell: Callable[[Sequence[Remark]], object] | None = None,
     ) -> None:
         self.trial = trial
+        self._tell = tell
         self.optimizers: list[OptimizerRecord] = []
-        self._calls = calls
-        self._losses = losses
-        self._progress = progress
+        self.mistakes = Mistakes()
+        self._calls, self._losses = calls, losses
+        self._modules = Modules()
         self._by_id: dict[int, OptimizerRecord] = {}
-        self._clippers = TrialClippers(trial, losses, self._by_id)
-        # This code must not be compiled together with the program's step.
-        self._hooks = not_compiled(self._before_step), not_compiled(self._after_step)
+        self._clipper_sites: dict[int, Site] = {}  # by the id of the optimizer
+        self._known: set[int] = set()  # the id of each parameter of an optimizer that has stepped
         self._detach: list[Callable[[], None]] = []
-        # Of the steps after the first one: their number, the time that recording took, begin and end.
-        self._timed, self._seconds, self._begin, self._end = -1, 0.0, 0.0, 0.0
-
-    @property
-    def seconds(self) -> float:
-        """The mean time that recording takes in a step, without the look-up of names; 0 before the second."""
-        return self._seconds / self._timed if self._timed > 0 else 0.0
-
-    @property
-    def between(self) -> float:
-        """The mean time from one step to the next."""
-        return (self._end - self._begin) / self._timed if self._timed > 0 else 0.0
 
     def attach(self) -> None:
         """Record from now on."""
+        # This code must not be compiled together with the program's step.
+        before, after = (_not_compiled(hook) for hook in (self._before_step, self._after_step))
+        self._modules.attach()
         self._detach += [
-            register_optimizer_step_pre_hook(self._hooks[0]).remove,
-            register_optimizer_step_post_hook(self._hooks[1]).remove,
-            self._clippers.attach(),
+            self._modules.detach,
+            register_optimizer_step_pre_hook(before).remove,
+            register_optimizer_step_post_hook(after).remove,
         ]
+        self._detach.append(registry.set_adjustment(self._adjusted))
 
     def detach(self) -> None:
-        """Stop recording; Clippers of the trial stay."""
+        """Stop recording."""
         while self._detach:
             self._detach.pop()()
+
+    def _adjusted(self, optimizer: Any, max_norm: Any) -> Any:
+        """The ``max_norm`` of a Clipper that the program makes; where it does so is recorded."""
+        for each in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+            self._clipper_sites[id(each)] = site_of_caller()
+        return self.trial.new_max_norm() if self.trial.replaces else max_norm
 
     # One step
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        record = self._by_id.get(id(optimizer))
-        if record is None or record.groups != len(optimizer.param_groups):
-            record = self._register(optimizer, args, kwargs)
-        start = time.perf_counter()
-        if record is None or not record.step.begin():
+        record = None if _is_inner(optimizer) else self._record_of(optimizer)
+        if record is None:
             return None
-        if self.trial.clips:
-            problem = self._clippers.begin_step(optimizer, len(args) > 1 or bool(kwargs))
-            record.problem = problem or record.problem
-        record.rounds.append((record.steps, self._losses.backwards))
-        record.loss, record.is_measured = self._losses.take(), False
-        record.call = record.clipper = None
-        replaced = None
-        if len(args) > 1 or kwargs:
-            measured_after = partial(self._call_closure, record, optimizer)
-            replaced = with_closure(type(optimizer).step, args, kwargs, measured_after)
+        record.is_measured = record.is_tried = False
+        replaced = _with_closure(args, kwargs, partial(self._call_closure, record, optimizer))
         if replaced is None:
             self._measure(record, optimizer)
-        self._seconds += time.perf_counter() - start
         return replaced
 
     def _call_closure(
-        self,
-        record: OptimizerRecord,
-        optimizer: Optimizer,
-        closure: Callable[..., Any],
-        /,
-        *args: Any,
-        **kwargs: Any,
+        self, record: OptimizerRecord, optimizer: Optimizer, closure: Callable[..., Any], /, *args: Any
     ) -> Any:
-        """Record the first call of a step's closure, with its loss and gradients."""
-        result = closure(*args, **kwargs)
+        """Record the first call of a step's closure, with its loss and gradients; a trial clips in each."""
+        result = closure(*args)
         if not record.is_measured:
-            loss = self._losses.take()
-            record.loss = loss if record.loss is None else record.loss
             self._measure(record, optimizer)
+        elif record.is_tried:
+            self._try(record, optimizer, norm_of(parameters_of(optimizer)))
         return result
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start = time.perf_counter()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         record = self._by_id.get(id(optimizer))
-        if record is None or not record.step.end():
+        if record is None or not record.is_measured or _is_inner(optimizer):
             return
-        if len(args) > 1 or kwargs:  # later calls of the closure do not count
-            self._losses.take()
-            self._calls.take(record.names.keys())
-        if record.clipper is not None:
-            clipper, record.clipper = record.clipper, None
-            problem = self._clippers.end_step(optimizer)
-            if problem is None:
+        self._losses.take()  # of later calls of a closure
+        record.seen = self._calls.number, self._losses.backwards
+        clipper = registry.clipper_of(optimizer)
+        with _problems_of(record):
+            if clipper is not None:
                 self._read_clipper(record, optimizer, clipper)
-            else:
-                record.problem = problem
-                self._record_unclipped(record, optimizer)
-        # A Clipper does this for its own history.
-        if record.steps >= record.history._clipped_sizes.next_step and record.problem is None:
-            try:
+            elif record.steps >= record.history._clipped_sizes.next_step:
                 record.history._clipped_sizes.measure(record.steps, [optimizer])
-            except Exception as error:  # as in _measure
-                record.problem = _no_norms(error)
         record.steps += 1
-        if self._progress is not None:
-            self._progress(record)
-        self._timed, self._end = self._timed + 1, time.perf_counter()
-        self._seconds += self._end - start
-        if self._timed == 0:
-            self._seconds, self._begin = 0.0, self._end
+        if self._tell is not None and record.steps & (record.steps - 1) == 0:
+            self._tell(self.mistakes.remarks())
 
     def _measure(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
         """Record an optimizer's step, or let its Clipper do so."""
         record.is_measured = True
-        try:
-            call = record.call = self._calls.take(record.names.keys())
-            clipper = record.clipper = clipper_of(optimizer)
-            if clipper is not None:
-                if record.loss is not None and clipper.loss is None:
-                    clipper.loss = record.loss
-            elif call is not None:
-                self._record_call(record, call, skipped=False)
-            else:
-                self._record_norm(record, optimizer)
-            clip_coef = 1.0 if call is None else call.clip_coef
-            if _measures_layers(record.steps) and isinstance(clip_coef, float) and clip_coef > 0:
-                self._measure_layers(record, optimizer, clip_coef)
-        except Exception as error:  # the program must continue, whatever its gradients
-            record.problem = _no_norms(error)
+        if in_backward():
+            record.rounds.append(self._losses.backwards)
+        loss, clipper = self._losses.take(), registry.clipper_of(optimizer)
+        facts = self._facts(record, optimizer)
+        self.mistakes.judge(facts)
+        effect = joint_effect(facts.used) if facts.used else None
+        if _measures_layers(record.steps):
+            with _problems_of(record):
+                self._measure_layers(record, optimizer, 1.0 if effect is None else effect.clip_coef)
+        if clipper is None:
+            with _problems_of(record):
+                self._record(record, optimizer, facts, effect, loss)
+        elif loss is not None and clipper.loss is None:
+            clipper.loss = loss
 
-    def _record_call(self, record: OptimizerRecord, call: Call, skipped: bool) -> None:
-        """Record a step whose gradients torch's functions have clipped."""
-        record.clipped_by[call.function] += 1
-        for earlier in call.not_taken:
-            record.history.append(record.steps, *earlier.numbers, skipped=True)
-            record.steps += 1
-        record.history.append(record.steps, *call.numbers, skipped, record.loss)
-        if call.nonfinite:
-            self._note_nonfinite(record, record.steps, call.nonfinite)
+    def _facts(self, record: OptimizerRecord, optimizer: Optimizer) -> StepFacts:
+        names = record.names.keys()
+        recent = self._calls.since(record.seen[0])
+        own = [call for call in recent if call.exists() and not call.parameters.isdisjoint(names)]
+        return StepFacts(
+            record,
+            (self._losses.backwards, record.seen[1]),
+            own,
+            [call for call in recent if not call.exists() or call.parameters.isdisjoint(self._known)],
+            {id(p): id(p.grad) for p in parameters_of(optimizer) if p.grad is not None},
+            registry.clipper_of(optimizer) is not None,
+            partial(_was_scaled, optimizer, self._losses.unscaled()),
+        )
 
-    def _record_norm(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
-        """Record a step whose norm is not measured otherwise."""
-        parameters = parameters_of(optimizer)
-        norm = norm_of(parameters, getattr(optimizer, "grad_scale", None))
-        norm = 0.0 if norm is None else norm
-        record.history.append(record.steps, norm, math.inf, 1.0, loss=record.loss)
-        if record.on_host and not math.isfinite(norm):
-            self._note_nonfinite(record, record.steps, nonfinite_ids(parameters))
-
-    def _measure_layers(self, record: OptimizerRecord, optimizer: Optimizer, clip_coef: float) -> None:
-        """Record the norm of each parameter before clipping."""
-        parameters, norms = norms_of(parameters_of(optimizer), getattr(optimizer, "grad_scale", None))
-        if parameters:
-            names = [record.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
-            record.layers.append(record.steps, names, divided(norms, [clip_coef]))
-
-    def _read_clipper(self, record: OptimizerRecord, optimizer: Optimizer, clipper: Clipper) -> None:
-        """Read what a Clipper did in the last step."""
-        is_own = optimizer in self._clippers
-        if is_own and not self.trial.replaces:
-            # It handles steps that are not finite; the program itself may have clipped before.
-            last = clipper.last
-            if last is not None and record.call is not None:
-                self._record_call(record, record.call, last.skipped)
-            elif last is not None:
-                record.history.append(record.steps, *last[1:4], last.skipped, record.loss)
+    def _record(
+        self,
+        record: OptimizerRecord,
+        optimizer: Optimizer,
+        facts: StepFacts,
+        effect: Effect | None,
+        loss: Number | None,
+    ) -> None:
+        """Record a step of an optimizer without a Clipper."""
+        for call in facts.calls:
+            if call.is_skipped and call not in facts.used:  # a GradScaler has skipped the step
+                record.history.append(record.steps, *call.effect, skipped=True)
+                record.steps += 1
+        bad = [key for call in facts.used for key in call.nonfinite]
+        if effect is not None:
+            functions = dict.fromkeys(f"{call.function} at {call.site}" for call in facts.used)
+            record.clipped_by[" and ".join(functions)] += 1
         else:
-            record.history = clipper.history
-            record.clipped_by["a Clipper"] += 1
-            if self.trial.replaces and not is_own:
-                self.trial.replaced["Clipper"] += 1
+            parameters = parameters_of(optimizer)
+            norm = norm_of(parameters, getattr(optimizer, "grad_scale", None))
+            if record.on_host and not math.isfinite(norm):
+                bad = nonfinite_ids(parameters)
+            effect = self._try(record, optimizer, norm)
+        record.history.append(record.steps, *effect, loss=loss)
+        self._note_nonfinite(record, record.steps, bad)
+
+    def _try(self, record: OptimizerRecord, optimizer: Optimizer, norm: Number) -> Effect:
+        """Clip an optimizer that the program does not clip, if a trial says so."""
+        if self.trial.replaces:
+            record.is_tried = True
+            try:
+                scale = getattr(optimizer, "grad_scale", None)
+                return self.trial.clip(id(record), parameters_of(optimizer), norm, scale)
+            except Exception as error:  # as in _problems_of
+                record.problem = f"not clipped as asked: {error}"
+        return Effect(norm, math.inf, 1.0)
+
+    def _measure_layers(self, record: OptimizerRecord, optimizer: Optimizer, clip_coef: Number) -> None:
+        """Record the norm of each parameter before clipping."""
+        if isinstance(clip_coef, float) and clip_coef == 0:
+            return
+        parameters, norms = norms_of(parameters_of(optimizer))
+        if parameters:
+            scale = getattr(optimizer, "grad_scale", None)
+            names = [record.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
+            record.layers.append(record.steps, names, norms / clip_coef / (1.0 if scale is None else scale))
+
+    def _read_clipper(self, record: OptimizerRecord, optimizer: Optimizer, clipper: Any) -> None:
+        """Read what a Clipper did in the last step."""
+        record.history = clipper.history
+        site = self._clipper_sites.get(id(optimizer))
+        record.clipped_by["a Clipper" if site is None else f"the Clipper at {site}"] += 1
+        if self.trial.replaces:
+            self.trial.replaced["Clipper"] += 1
         last = clipper.last if record.on_host else None
         if last is not None and last.nonfinite:
             self._note_nonfinite(record, last.step, nonfinite_ids(parameters_of(optimizer)))
 
-    def _record_unclipped(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
-        """Record a step whose gradients the trial's Clipper could not clip."""
-        try:
-            if record.call is not None:
-                self._record_call(record, record.call, skipped=False)
-            else:
-                self._record_norm(record, optimizer)
-        except Exception as error:  # as in _measure
-            record.problem = _no_norms(error)
-
     def _note_nonfinite(self, record: OptimizerRecord, step: int, parameters: Sequence[int]) -> None:
-        if len(record.nonfinite) < _MOST_NONFINITE and step not in record.nonfinite:
+        if parameters and len(record.nonfinite) < _MOST_NONFINITE and step not in record.nonfinite:
             record.nonfinite[step] = [record.names[key] for key in parameters if key in record.names]
 
-    def _register(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> OptimizerRecord | None:
-        """Add an optimizer, or read its parameters again if it has a new group."""
-        if creates_state(optimizer, args, kwargs, lambda: norm_of(parameters_of(optimizer)) or 0.0):
-            return None
+    def _record_of(self, optimizer: Optimizer) -> OptimizerRecord | None:
+        """The record of an optimizer: new in its first step, with new names if it has a new group."""
         key = id(optimizer)
         record = self._by_id.get(key)
-        if record is None:
+        if record is not None and record.groups == len(optimizer.param_groups):
+            return record
+        if record is not None:
+            record.read_parameters(optimizer, self._modules)
+        elif _only_creates_state(optimizer):
+            return None
+        else:
             # Another object may get the same id.
-            record = OptimizerRecord(optimizer, lambda _: self._by_id.pop(key, None))
+            record = OptimizerRecord(optimizer, self._modules, lambda _: self._by_id.pop(key, None))
             self.optimizers.append(record)
             self._by_id[key] = record
-        else:
-            record.read_parameters(optimizer)
-        self._calls.known.update(record.names)
-        problem = self._clippers.add(optimizer)
-        record.problem = problem or record.problem
+        self._known.update(record.names)
+        if self.trial.replaces:  # also the thresholds of groups, which a Clipper of the program uses
+            for group in optimizer.param_groups:
+                if group.get("max_norm") is not None:
+                    del group["max_norm"]
         return record
 
 
-def _no_norms(error: Exception) -> str:
-    return f"norms cannot be taken: {type(error).__name__}: {error}"
+def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable``, whose import takes long, when it is first needed."""
+    disabled: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args)
+
+    return call
+
+
+def _is_inner(optimizer: Optimizer) -> bool:
+    """Whether a step of the optimizer, or of one that wraps it, is around the step that calls a hook.
+
+    An exception may end a step at any time, so the stack is asked, and nothing is remembered.
+    """
+    own = {id(p) for p in parameters_of(optimizer)[:1]} | {id(optimizer)}
+    around = -1
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _AROUND_STEP:
+            outer = frame.f_locals[_ARGS][0]
+            around += not own.isdisjoint({id(outer), *map(id, parameters_of(outer)[:1])})
+        frame = frame.f_back
+    return around > 0
+
+
+def _with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], around: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A step's arguments with another function around its closure; None without a closure."""
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": partial(around, kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]) and not isinstance(args[1], nn.Module):
+        return (args[0], partial(around, args[1]), *args[2:]), kwargs
+    return None
+
+
+def _only_creates_state(optimizer: Optimizer) -> bool:
+    """Whether a step trains nothing: torch's checkpoints take one with a rate of 0 and gradients of 0."""
+    return (
+        not any(optimizer.state.values())
+        and all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
+        and bool(norm_of(parameters_of(optimizer)) == 0.0)
+    )
+
+
+def _was_scaled(optimizer: Optimizer, unscaled: frozenset[int] | None, call: Call) -> bool:
+    """Whether a call clipped gradients that were multiplied by a GradScaler's scale, and now are not."""
+    divides = getattr(optimizer, "grad_scale", None) is not None
+    is_unscaled = divides or id(optimizer) in (unscaled or ())
+    return is_unscaled and call.unscaled is not None and id(optimizer) not in call.unscaled
+
+
+@contextmanager
+def _problems_of(record: OptimizerRecord) -> Iterator[None]:
+    """Note what goes wrong, as the program must continue, whatever its gradients."""
+    try:
+        yield
+    except Exception as error:
+        record.problem = f"norms cannot be taken: {type(error).__name__}: {error}"
 
 
 def _measures_layers(step: int) -> bool:

@@ -1,7 +1,8 @@
-"""Tries several thresholds on a script: a process for each, its log, and its result."""
+"""Runs a script with several thresholds and seeds: a process for each run, one after another."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -10,23 +11,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from torchclip.cli.run.files import read_csv
 from torchclip.cli.run.report import REPORT, losses_of
 from torchclip.cli.run.search import Outcome, search
 from torchclip.cli.thresholds import LEARNED
 from torchclip.history.history import History
-from torchclip.history.signs import final_loss
 
-_SECONDS = 0.1  # seconds between two looks at the runs
+AS_IT_IS = "as it is"
+"""The name of the run without any change to the script's clipping."""
+
 _SECONDS_TO_END = 20  # seconds that a run has after Ctrl-C to write its results
-_TAIL = 4096  # bytes at the end of a log that contain the last line
 _KILL = getattr(signal, "SIGKILL", 9)
-_CLOSE = 1.01  # a loss up to this many times the lowest is as good
+_LAST_LINES = 10  # of a run that failed
+_BLOCKS = 5  # of a run's tail, whose means show how much it varies
 
 
 @dataclass(frozen=True)
@@ -35,223 +39,250 @@ class Command:
 
     Attributes:
         script: the arguments of ``torchclip run`` from the script on, with ``-m`` before a module.
-        nonfinite: the value of ``--nonfinite``, or None.
-        metric: finds the number to compare in a run's output, instead of the loss.
+        metric: finds the numbers to compare in a run's output, in place of the loss.
+        maximize: whether larger numbers are better.
+        seeds: the number of runs with each threshold.
     """
 
     script: Sequence[str]
-    nonfinite: str | None = None
     metric: re.Pattern[str] | None = None
+    maximize: bool = False
+    seeds: int = 1
 
-    def arguments(self, threshold: str, csv: Path) -> list[str]:
+    @property
+    def what(self) -> str:
+        """What is compared."""
+        return "loss" if self.metric is None else "metric"
+
+    def arguments(self, threshold: str, seed: int, csv: Path) -> list[str]:
         """The command line that runs the script with a threshold."""
         options = ["--threshold", threshold] if threshold in LEARNED else ["--max-norm", threshold]
-        if threshold == "none":
-            options = ["--none"] if self.nonfinite is None else ["--max-norm", "inf"]
-        options += [] if self.nonfinite is None else ["--nonfinite", self.nonfinite]
+        if threshold in ("none", AS_IT_IS):
+            options = ["--none"] if threshold == "none" else []
+        options += ["--add-to-seeds", str(seed)] if seed else []
         python = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
         return [*python, "-m", "torchclip", "run", *options, "--csv", str(csv), *self.script]
 
 
 @dataclass
-class Try:
-    """A run with one threshold.
+class Run:
+    """One run.
 
     Attributes:
         threshold: the threshold as given.
-        log: the file for its output.
-        score: the final loss, or the number that ``--metric`` found; ``inf`` if it is not known.
+        seed: the number that was added to the script's seeds.
         histories: its steps, by optimizer.
+        tail: the last losses, or the last numbers that ``--metric`` found.
         seconds: how long it took.
         problem: why it has no result, if so.
-        error: the last line that it printed, if it failed.
+        error: the last lines that it printed, if it failed.
     """
 
     threshold: str
-    log: Path
-    score: float = math.inf
+    seed: int = 0
     histories: dict[str, History] = field(default_factory=dict)
+    tail: list[float] = field(default_factory=list)
     seconds: float = 0.0
     problem: str = ""
     error: str = ""
-    _process: subprocess.Popen[bytes] = field(init=False, repr=False)
-    _started: float = field(init=False, repr=False)
 
     @property
-    def history(self) -> History:
-        """The steps of the optimizer whose loss is known, or of the first one."""
-        found = [*self.histories.values()]
-        return next((each for each in found if losses_of(each)), found[0] if found else History())
+    def losses(self) -> dict[str, list[float]]:
+        """The losses by optimizer, of those that have any."""
+        found = {label: losses_of(history) for label, history in self.histories.items()}
+        return {label: losses for label, losses in found.items() if losses}
 
     @property
-    def losses(self) -> list[float]:
-        """The loss of each step that has one."""
-        return losses_of(self.history)
-
-    def start(self, command: Command, environment: Mapping[str, str]) -> None:
-        """Start the run."""
-        self._started = time.perf_counter()
-        with self.log.open("wb") as log:
-            # In its own session, so that Ctrl-C reaches it once, through this process.
-            self._process = subprocess.Popen(
-                command.arguments(self.threshold, self._csv),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+    def score(self) -> float:
+        """The number to compare; ``nan`` if there is none."""
+        return math.nan if self.problem or not self.tail else float(np.mean(self.tail))
 
     @property
-    def _csv(self) -> Path:
-        return self.log.with_suffix(".csv")
+    def spread(self) -> float:
+        """How much the number varies within the run's tail; ``nan`` if that is not known."""
+        if len(self.tail) < _BLOCKS:
+            return math.nan
+        return float(np.std([np.mean(block) for block in np.array_split(self.tail, _BLOCKS)], ddof=1))
 
-    def interrupt(self) -> None:
-        """Send the run the signal of Ctrl-C; on Windows the console does so."""
-        if os.name != "nt":
-            # Shells let background processes, and their children, ignore Ctrl-C.
-            is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-            self._process.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
-
-    def kill(self) -> None:
-        """End the run and all processes that it has started."""
-        if os.name == "nt":
-            self._process.kill()
-        elif self._process.poll() is None:
-            os.killpg(self._process.pid, _KILL)
-
-    def last_line(self) -> str:
-        """The last line that it printed, except torchclip's report."""
-        with self.log.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
-            lines = file.read().decode(errors="replace").partition(REPORT)[0].splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-    def has_ended(self, metric: re.Pattern[str] | None) -> bool:
-        """Whether the run has ended; if so, reads what it has written."""
-        status = self._process.poll()
-        if status is None:
-            return False
-        self.seconds = time.perf_counter() - self._started
+    def read(self, status: int, csv: Path, log: str, metric: re.Pattern[str] | None) -> None:
+        """Read what the run has written, after it has ended with this status."""
+        output = log.partition(REPORT)[0]
         was_killed = status == -_KILL  # perhaps while it was writing
-        self.histories = read_csv(self._csv) if self._csv.exists() and not was_killed else {}
+        self.histories = read_csv(csv) if csv.exists() and not was_killed else {}
         if metric is None:
-            self.score = final_loss(self.losses)
+            losses = next(iter(self.losses.values()), [])
+            self.tail = losses[-max(len(losses) // 10, 1) :]
         else:
-            text = self.log.read_text(encoding="utf-8", errors="replace").partition(REPORT)[0]
-            found = [match.group(match.lastindex or 0) for match in metric.finditer(text)]
-            self.score = _number(found[-1]) if found else math.nan
-        if status in (130, -signal.SIGINT, -signal.SIGTERM):
+            self.tail = [_number(match.group(match.lastindex or 0)) for match in metric.finditer(output)][-1:]
+        if status in (130, -signal.SIGINT):
             self.problem = "interrupted"
+        elif status < 0:
+            self.problem = f"ended by {signal.Signals(-status).name}"
         elif status:
             self.problem = f"failed, exit status {status}"
-            self.error = self.last_line()
-        elif math.isnan(self.score):
-            self.problem = self._unknown(metric is not None)
-        if self.problem or math.isnan(self.score):
-            self.score = math.inf
-        return True
+            self.error = "\n".join(output.strip().splitlines()[-_LAST_LINES:])
+        elif not self.tail:
+            self.problem = "no line matched --metric" if metric is not None else self._without_loss()
+        elif not math.isfinite(self.score):
+            self.problem = f"the {'loss' if metric is None else 'metric'} is not finite"
 
-    def _unknown(self, by_metric: bool) -> str:
-        """Why there is no result."""
-        if by_metric:
-            return "no line matched --metric"
-        if not any(len(each) for each in self.histories.values()):
-            return "no optimizer took a step"
-        return "the loss is not a number" if self.losses else "no loss was seen"
+    def _without_loss(self) -> str:
+        steps = any(len(history) for history in self.histories.values())
+        return "no loss was seen" if steps else "no optimizer took a step"
+
+
+@dataclass
+class Try:
+    """The runs with one threshold, one for each seed."""
+
+    threshold: str
+    runs: list[Run]
+
+    @property
+    def score(self) -> float:
+        """The mean of the runs' numbers; ``nan`` if one of them has none."""
+        return float(np.mean([run.score for run in self.runs]))
 
 
 class Tries:
-    """Runs a command with several thresholds, some at the same time.
+    """Runs a command with several thresholds.
 
     Attributes:
-        done: the runs that have ended, in the order of their start.
-        running: the runs that have not ended.
-        directory: where the logs are.
+        done: the thresholds that have been tried, in this order.
+        seeds: the number of runs with each; 1 as soon as two runs with other seeds agree to the bit.
+        has_agreed: whether two runs have.
+        signal: the signal that has ended the runs, such as that of Ctrl-C; 0 if none has.
     """
 
-    def __init__(self, command: Command, jobs: int, tell: Callable[[Tries], object]) -> None:
+    def __init__(self, command: Command) -> None:
         self.done: list[Try] = []
-        self.running: list[Try] = []
-        self.directory = Path(tempfile.mkdtemp(prefix="torchclip-try-"))
+        self.seeds = command.seeds
+        self.has_agreed = False
+        self.signal = 0
         self._command = command
-        self._jobs = jobs
-        self._tell = tell
-        self._signals: list[int] = []
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C, or a signal that asks this process to end, has ended the runs."""
-        return bool(self._signals)
 
     @property
     def status(self) -> int:
         """The exit status: that of an interrupted command, or 1 if no run has ended well."""
-        if self._signals:
-            return 128 + self._signals[0]
-        return 0 if any(not each.problem for each in self.done) else 1
+        if self.signal:
+            return 128 + self.signal
+        return 0 if any(not run.problem for each in self.done for run in each.runs) else 1
 
     def all_of(self, thresholds: Sequence[str]) -> list[Try]:
-        """Run with each of these thresholds; after Ctrl-C, returns only those that were started."""
-        waiting = [Try(each, self.directory / f"{each}.log") for each in reversed(thresholds)]
-        begun: list[Try] = []
-        try:
-            with _collected(self._signals):
-                self._run(waiting, begun)
-        finally:
-            for each in self.running:  # after an error of this process
-                each.kill()
-        self.done[len(self.done) - len(begun) :] = begun
-        return begun
+        """Run with each of these thresholds; after a signal, returns only those that were started."""
+        before = len(self.done)
+        for threshold in thresholds:
+            if not self.signal:
+                self.done.append(Try(threshold, []))
+                self._try(self.done[-1])
+        return self.done[before:]
 
-    def _run(self, waiting: list[Try], begun: list[Try]) -> None:
-        """Move runs from one list, from its end, to the other, until all have ended."""
-        answered, deadline = 0, math.inf
-        while self.running or (waiting and not self._signals):
-            while waiting and len(self.running) < self._jobs and not self._signals:
-                begun.append(waiting.pop())
-                begun[-1].start(self._command, self._environment())
-                self.running.append(begun[-1])
-            if len(self._signals) > answered or time.monotonic() > deadline:
-                for each in self.running:
-                    each.kill() if answered else each.interrupt()
-                answered = len(self._signals)
-                deadline = min(deadline, time.monotonic() + _SECONDS_TO_END)
-            for each in [each for each in self.running if each.has_ended(self._command.metric)]:
-                self.running.remove(each)
-                self.done.append(each)
-            self._tell(self)
-            time.sleep(_SECONDS)
+    def _try(self, found: Try) -> None:
+        for seed in range(self.seeds):
+            if self.signal or seed >= self.seeds:
+                return
+            run = self._run(found.threshold, seed)
+            found.runs.append(run)
+            result = run.problem or f"{self._command.what} {run.score:.4g}"
+            if self._command.metric is None and len(run.losses) > 1:
+                result = run.problem or "ended"
+            which = f", run {seed + 1} of {self.seeds}" if self.seeds > 1 else ""
+            line = f"torchclip: {found.threshold}{which}: {result}, {run.seconds:.3g} s"
+            print(line, file=sys.stderr, flush=True)
+            if seed == 1 and not run.problem and _same(*found.runs):
+                self.seeds, self.has_agreed = 1, True
+
+    def _run(self, threshold: str, seed: int) -> Run:
+        run, start = Run(threshold, seed), time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="torchclip-try-") as directory:
+            csv, log = Path(directory, "steps.csv"), Path(directory, "log")
+            with log.open("wb") as output:
+                status = self._wait(self._command.arguments(threshold, seed, csv), output)
+            run.seconds = time.perf_counter() - start
+            run.read(status, csv, log.read_text(encoding="utf-8", errors="replace"), self._command.metric)
+        return run
+
+    def _wait(self, arguments: Sequence[str], output: IO[bytes]) -> int:
+        """The exit status of a run; a signal asks it to end, a second one or some time later ends it."""
+        # In its own session, so that Ctrl-C reaches it once, through this process.
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={"PYTHONUNBUFFERED": "1", **os.environ},
+            start_new_session=True,
+        )
+        try:
+            with _raised():
+                return process.wait()
+        except _Signal as error:
+            self.signal = error.number
+            if os.name != "nt":  # there the console has told it
+                # Shells let background processes, and their children, ignore Ctrl-C.
+                is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+                process.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
+            with contextlib.suppress(_Signal, subprocess.TimeoutExpired), _raised():
+                process.wait(_SECONDS_TO_END)
+        finally:
+            if process.poll() is None:
+                process.kill() if os.name == "nt" else os.killpg(process.pid, _KILL)
+        return process.wait()
 
     def auto(self) -> None:
         """Search, from the advice of a run that is not clipped."""
 
         def run(thresholds: Sequence[float]) -> list[Outcome]:
-            given = ["none" if math.isinf(each) else f"{each:g}" for each in thresholds]
-            begun = self.all_of(given)
-            if self.interrupted or all(each.problem.startswith("failed") for each in self.done):
+            tried = self.all_of(["none" if math.isinf(each) else f"{each:g}" for each in thresholds])
+            runs = [run for each in self.done for run in each.runs]
+            if self.signal or all(run.problem.startswith("failed") for run in runs):
                 return []
+            sign = -1.0 if self._command.maximize else 1.0
             return [
-                Outcome(norm, each.score, each.history) for norm, each in zip(thresholds, begun, strict=True)
+                Outcome(norm, _or_inf(sign * each.score), _first(each))
+                for norm, each in zip(thresholds, tried, strict=True)
             ]
 
         search(run)
 
-    def _environment(self) -> dict[str, str]:
-        """The number of threads of each run, as parallel runs share the cores."""
-        cores = os.cpu_count() or 1
-        threads = {"OMP_NUM_THREADS": str(max(cores // self._jobs, 1))} if self._jobs > 1 else {}
-        return {**threads, "PYTHONUNBUFFERED": "1", **os.environ}
+
+def _first(found: Try) -> History:
+    """The steps of the first run, of an optimizer whose loss is known if there is one."""
+    histories = found.runs[0].histories
+    return histories.get(next(iter(found.runs[0].losses), ""), next(iter(histories.values()), History()))
 
 
-@contextmanager
-def _collected(received: list[int]) -> Iterator[None]:
-    """Add the signals that end a process to a list; the runs have their own sessions, and do not get them."""
+def _same(first: Run, second: Run) -> bool:
+    """Whether two runs agree to the bit."""
+    return (
+        bool(first.histories)
+        and first.tail == second.tail
+        and all(
+            list(history) == list(second.histories.get(label, ()))
+            for label, history in first.histories.items()
+        )
+    )
+
+
+class _Signal(BaseException):
+    """A signal that asks this process to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _raised() -> Iterator[None]:
+    """Raise the signals that ask a process to end, which a run in its own session does not get."""
+
+    def raise_it(number: int, _: object) -> None:
+        raise _Signal(number)
+
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
     heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     for number in heeded:
-        signal.signal(number, lambda number, _: received.append(number))
+        signal.signal(number, raise_it)
     try:
         yield
     finally:
@@ -259,28 +290,12 @@ def _collected(received: list[int]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def recommended(tries: Sequence[Try], what: str = "loss") -> tuple[Try | None, str]:
-    """The run to recommend, if there is one, and the reason."""
-    good = sorted((each for each in tries if math.isfinite(each.score)), key=lambda each: each.score)
-    if not good:
-        return None, f"No threshold can be recommended: no run has a finite {what} at the end."
-    best = good[0]
-    name = "no clipping" if best.threshold == "none" else f"max_norm={best.threshold}"
-    if best.threshold in LEARNED:
-        name = f"--threshold {best.threshold}"
-    text = f"Use {name}: it has the lowest {what} at the end, {best.score:.4g}."
-    limit = best.score + (_CLOSE - 1) * abs(best.score)
-    close = [each.threshold for each in good[1:] if each.score <= limit]
-    if close:
-        text += f" Within 1 % of it: {', '.join(close)}."
-    unclipped = next((each for each in tries if each.threshold == "none"), None)
-    if unclipped is not None and unclipped is not best and unclipped.threshold not in close:
-        text += f" Without clipping it is {unclipped.score:.4g}." if unclipped.score < math.inf else ""
-    return best, text
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def _or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
