@@ -85,7 +85,7 @@ class Learned(Saved):
             order: the order of the norms, for rules that join them.
         """
 
-    def copied(self: Kind) -> Kind:
+    def _copied(self: Kind) -> Kind:
         """A copy that is only to be saved."""
         copied = object.__new__(type(self))  # copy.copy() takes several times as long
         vars(copied).update(vars(self))
@@ -118,7 +118,7 @@ class Objects:
         thresholds: the objects, by the names of their sets.
 
     Attributes:
-        thresholds: likewise.
+        thresholds: the objects, by the names of their sets.
     """
 
     device = None
@@ -134,7 +134,7 @@ class Objects:
     def copied(self) -> Objects:
         """Copies that are only to be saved."""
         copies = {
-            name: each.copied() if isinstance(each, Learned) else copy.deepcopy(each)
+            name: each._copied() if isinstance(each, Learned) else copy.deepcopy(each)
             for name, each in self.thresholds.items()
         }
         return Objects(copies)
