@@ -144,7 +144,7 @@ def _group(what: str, target: float, checks: list[Check]) -> str:
     else:
         measured = [check.measured for check in checks]
         rows = f"{min(measured):.2f} to {max(measured):.2f} in {len(checks)} rows"
-    return f"{what}, at least {target:.2g}: {rows}"
+    return f"{what}, at least {target:.3g}: {rows}"
 
 
 def rewrite(page: Path, text: str) -> None:

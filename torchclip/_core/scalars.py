@@ -158,7 +158,8 @@ def smallest(several: Sequence[Norms], otherwise: float) -> Norm:
     if len(found) < 2:
         return found[0] if len(found) else otherwise
     if isinstance(found, list):
-        return math.nan if any(number != number for number in found) else min(found)
+        total = sum(found)  # NaN if any is
+        return min(found) if total == total else math.nan
     return found.amin()
 
 
@@ -230,6 +231,9 @@ def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norm
     if not isinstance(norms, list):
         return clip_coef(max_norms if isinstance(max_norms, float) else _beside(norms, max_norms), norms, eps)
     if isinstance(max_norms, (int, float)):
+        total = sum(norms)  # NaN if any is
+        if norms and total == total and clip_coef(max_norms, max(norms), eps) == 1.0:
+            return [1.0] * len(norms)
         return [clip_coef(max_norms, norm, eps) for norm in norms]
     return [clip_coef(limit, norm, eps) for limit, norm in zip(numbers(max_norms), norms, strict=True)]
 

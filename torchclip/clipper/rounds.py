@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from operator import and_
+from functools import partial
 from threading import RLock, get_ident
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import gather, scalars
-from torchclip._core.batch import Norm, Norms
+from torchclip._core.batch import Norm
 from torchclip.clipper import fused
 from torchclip.clipper.backward import check_in_backward, graph_task
 from torchclip.clipper.clipping import change, decide
 from torchclip.clipper.closure import creates_state, with_closure
 from torchclip.clipper.loss import PendingLoss
 from torchclip.clipper.nonfinite import hide_gradients, is_skipped_by_scaler
+from torchclip.clipper.open_round import OpenRound, Row
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.sets import Gradients
 from torchclip.clipper.settings import Settings
@@ -31,38 +28,8 @@ from torchclip.clipper.unchanged import check_after_closure, check_unchanged, ch
 from torchclip.history.history import History
 from torchclip.history.records import Record, as_records, with_layers
 
-Row: TypeAlias = tuple[Any, ...]
-"""The arguments of ``History.append``."""
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional arguments of a step, the optimizer first, and its keyword arguments."""
-
-
-class _Open:
-    """The round that is open, and what will be recorded of it.
-
-    It has no ``__init__``, as a step of a training has no time for one.
-
-    Attributes:
-        opener: the optimizer that opened it.
-        number: its number.
-        settings: the Clipper's.
-        is_local: whether it must be clipped without other ranks.
-        rows: a row for each clipping: for each call of a closure.
-        layers: names and norms of single parameters.
-        skipped: whether the round is skipped.
-        stepped: whether any optimizer has stepped in it.
-        by_scaler: with several optimizers: whether a GradScaler skips the step of each that has begun one.
-    """
-
-    opener: int
-    number: int
-    settings: Settings
-    is_local: bool
-    rows: list[Row]
-    layers: tuple[list[str], Norms] | None = None
-    skipped: bool | Tensor = False
-    stepped = False
-    by_scaler: dict[int, bool | Tensor]
 
 
 class Rounds:
@@ -92,7 +59,7 @@ class Rounds:
         self.number = 0
         self.hooks: list[RemovableHandle] = []
         self._steps, self._lock, self._several = steps, lock, len(steps) > 1
-        self._open: _Open | None = None
+        self._open: OpenRound | None = None
 
     def before_step(
         self, index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,10 +128,10 @@ class Rounds:
             self.number = opened.number + 1
         self.forget()
 
-    def _record(self, opened: _Open) -> None:
+    def _record(self, opened: OpenRound) -> None:
         """Record a round, and end it."""
         if opened.rows:
-            self.history._extend(self._rows_of(opened) if opened.by_scaler else opened.rows)
+            self.history._extend(opened.rows_after(self._steps) if opened.by_scaler else opened.rows)
             if opened.layers is not None:
                 self.history.layers.append(opened.number, *opened.layers)
             for count in opened.settings.counts:
@@ -179,17 +146,6 @@ class Rounds:
         self._open = None
         for step in self._steps:
             step.stepped = False
-
-    def _rows_of(self, opened: _Open) -> list[Row]:
-        """What is recorded of a round, given whether a GradScaler has skipped all its steps."""
-        stepped = [i for i, step in enumerate(self._steps) if step.stepped and i in opened.by_scaler]
-        skipped = reduce(and_, [opened.by_scaler[i] for i in stepped]) if stepped else False
-        *rows, (number, norm, max_norm, clip_coef, is_skipped, *rest) = opened.rows
-        if skipped is True:
-            max_norm, clip_coef, is_skipped = math.inf, 1.0, True
-        elif isinstance(skipped, Tensor):
-            is_skipped = torch.as_tensor(is_skipped, device=skipped.device) | skipped
-        return [*rows, (number, norm, max_norm, clip_coef, is_skipped, *rest)]
 
     def is_running(self) -> bool:
         """Whether any step runs, in any thread; undoes what failed steps have left."""
@@ -222,7 +178,7 @@ class Rounds:
 
     def _open_round(self, index: int) -> None:
         """Begin a round, and end the one before, whose other optimizers did not step."""
-        settings, opened = self.settings, _Open()
+        settings, opened = self.settings, OpenRound()
         opened.opener, opened.settings, opened.rows, opened.by_scaler = index, settings, [], {}
         opened.is_local = graph_task() != -1 and check_in_backward(self._optimizers, settings)
         with self._lock:
@@ -311,14 +267,14 @@ class Rounds:
         if skipped is not False:
             self._skip(step, opened)  # now that they are marked, as another optimizer may share them
 
-    def _tell(self, on_clip: Callable[[Record], object], row: Row, opened: _Open) -> None:
+    def _tell(self, on_clip: Callable[[Record], object], row: Row, opened: OpenRound) -> None:
         """Tell the user's function of a step."""
         (record,) = as_records([row])
         if opened.layers is not None:
             record = with_layers(record, *opened.layers)
         on_clip(record)
 
-    def _skip(self, step: Step, opened: _Open) -> None:
+    def _skip(self, step: Step, opened: OpenRound) -> None:
         """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""
         settings, skipped = opened.settings, opened.skipped
         may_skip = self._several or settings.nonfinite == "skip" or settings.skip_above is not None

@@ -15,6 +15,8 @@ from torchclip._core.ranks.exchange import Kind
 from torchclip.clipper.optimizers import Group, groups_of, joined, unscaled
 from torchclip.clipper.settings import Settings
 
+_ALL = [["all"]]
+
 
 class ClipSet:
     """Gradients that are clipped together by one norm, or each by its own.
@@ -43,7 +45,7 @@ class ClipSet:
 
     def is_absent(self) -> bool:
         """Whether there is certainly nothing to measure, on any rank."""
-        return isinstance(self.norms, list) and all(norm < 0 for norm in self.norms)
+        return isinstance(self.norms, list) and sum(self.norms) == scalars.ABSENT * len(self.norms)
 
     def scale_(self, each: bool) -> None:
         """Multiply the gradients in place, each by its own number or all by one."""
@@ -152,7 +154,8 @@ class Gradients:
 
     def observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
         """What thresholds learn from: the names of some sets, and their norms."""
-        names = [name for of_set in self._names_of(sets) for name in of_set]
+        of_sets = self._names_of(sets)
+        names = of_sets[0] if len(of_sets) == 1 else [name for of_set in of_sets for name in of_set]
         norms = scalars.concatenate([each.norms for each in sets])
         if self.each and len(self.optimizers) > 1:
             # Thresholds that join the norms count a gradient of several optimizers once.
@@ -163,7 +166,7 @@ class Gradients:
     def _names_of(self, sets: Sequence[ClipSet]) -> list[list[str]]:
         """For each set the name of its norm, or of each of its norms."""
         if self._settings.scope == "global":
-            return [["all"]]
+            return _ALL
         groups, each = groups_of(self.optimizers), self.each
         of_groups = self._settings.names.of_sets(groups, each)
         place_of = {id(clip_set): place for place, clip_set in enumerate(self.sets)}

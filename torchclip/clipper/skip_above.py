@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from torchclip._core import arguments, scalars
-from torchclip._core.batch import Norm
+from torchclip._core.batch import Norm, Norms
 from torchclip.thresholds.bank import ThresholdBank
 from torchclip.thresholds.base import MaxNorm
 
-_NAME = "all"
+_NAMES = ["all"]
 
 
 class InARow:
@@ -95,7 +95,8 @@ class SkipAbove:
     def should_skip(self, norm: Norm, step: int) -> bool | Tensor:
         """Whether the step with this norm and number is skipped."""
         skips, finite_most = self.skips, self.skips.most < math.inf
-        limits = self.bank.max_norms([_NAME], scalars.in_one([norm]), self._norm_type, step)
+        norms: Norms = [norm] if isinstance(norm, float) else norm.reshape(1)
+        limits = self.bank.max_norms(_NAMES, norms, self._norm_type, step)
         limit = limits if isinstance(limits, float) else limits[0]
         is_above: bool | Tensor = norm > limit
         # A norm that is not finite does not count in the row, and cannot be clipped: such a step is never

@@ -81,6 +81,7 @@ class ThresholdBank:
         self._takes_rows_on_host = ours is not None and ours._takes_rows(on_device=False)
         self._learners: Objects | Rows = Objects({})
         self._before: Objects | Rows = self._learners
+        self._latest: Sequence[str] = ()
 
     def begin_step(self) -> None:
         """Keep what was learned so far, for a state that is saved during the step."""
@@ -120,7 +121,9 @@ class ThresholdBank:
             return self.called(step)
         if not names:
             return norms
-        self.add(names)
+        if names is not self._latest:  # the same list in nearly every step
+            self.add(names)
+            self._latest = names
         max_norms = self._learners_for(norms).update(names, norms, norm_type)
         if self.is_ours:
             return max_norms
@@ -165,7 +168,7 @@ class ThresholdBank:
         Raises:
             ValueError: if another kind of threshold has learned ``state``; then nothing has changed.
         """
-        names, self._learners = self._learners.names, Objects(self.check(state))
+        names, self._learners, self._latest = self._learners.names, Objects(self.check(state)), ()
         self.add(names)
 
     def check(self, state: Mapping[str, Any]) -> dict[str, Any]:

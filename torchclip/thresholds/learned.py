@@ -17,6 +17,7 @@ from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
 from torchclip.thresholds.forms import FLOATS, Tensors
 
+_NUMBERS = (int, float)
 Kind = TypeVar("Kind", bound="Learned")
 
 
@@ -90,7 +91,9 @@ class Learned(Saved):
         copied = object.__new__(type(self))  # copy.copy() takes several times as long
         vars(copied).update(vars(self))
         for name in self._columns:
-            vars(copied)[name] = copy.copy(vars(self)[name])
+            value = vars(self)[name]
+            if value.__class__ not in _NUMBERS:
+                vars(copied)[name] = copy.copy(value)
         return copied
 
     def _to_row(self, name: str) -> Any:
@@ -125,6 +128,7 @@ class Objects:
 
     def __init__(self, thresholds: Mapping[str, Any]) -> None:
         self.thresholds = dict(thresholds)
+        self._are_ours = all(isinstance(each, Learned) for each in self.thresholds.values())
 
     @property
     def names(self) -> Collection[str]:
@@ -133,15 +137,18 @@ class Objects:
 
     def copied(self) -> Objects:
         """Copies that are only to be saved."""
-        copies = {
-            name: each._copied() if isinstance(each, Learned) else copy.deepcopy(each)
-            for name, each in self.thresholds.items()
-        }
-        return Objects(copies)
+        copies = Objects({})
+        copies._are_ours = self._are_ours
+        if self._are_ours:
+            copies.thresholds = {name: each._copied() for name, each in self.thresholds.items()}
+        else:
+            copies.thresholds = copy.deepcopy(self.thresholds)
+        return copies
 
     def add(self, thresholds: Mapping[str, Any]) -> None:
         """Add sets after those that are there."""
         self.thresholds.update(thresholds)
+        self._are_ours = all(isinstance(each, Learned) for each in self.thresholds.values())
 
     def update(self, names: Sequence[str], norms: Norms, order: float) -> list[float]:
         """Learn from the norms of some sets, negative without a gradient, and return their thresholds."""
