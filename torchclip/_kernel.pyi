@@ -67,7 +67,7 @@ def clip_grad_norm(
     """
 
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
-    """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
+    """The usual call of ``torchclip.clip_grad_value_``; None if the kernel does not handle it."""
 
 def clip_grad_each(parameters: object, limit: object, norm_type: object, is_rms: bool, /) -> Tensor | None:
     """The usual call of ``torchclip.clip_grad_norm_per_parameter_`` in one go, or of ``clip_grad_rms_``."""
@@ -75,13 +75,13 @@ def clip_grad_each(parameters: object, limit: object, norm_type: object, is_rms:
 def clip_grad_adaptive(
     parameters: object, clip_factor: object, eps: object, norm_type: object, grad_scale: float, /
 ) -> Literal[True] | None:
-    """The usual call of ``torchclip.clip_grad_adaptive_``, likewise.
+    """The usual call of ``torchclip.clip_grad_adaptive_``; None if the kernel does not handle it.
 
     ``grad_scale`` is what the gradients are still multiplied by.
     """
 
 def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], Tensor] | None:
-    """The usual call of ``torchclip.clip_per_example``, likewise."""
+    """The usual call of ``torchclip.clip_per_example``; None if the kernel does not handle it."""
 
 def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over.
@@ -163,7 +163,7 @@ class Batch:
     def norm(self, p: float, finite: bool = False, /) -> float:
         """The norm of all taken tensors as one vector; -1 if there is no element (that is finite)."""
     def norms(self, p: float, finite: bool = False, /) -> list[float]:
-        """The norm of each tensor of ``all``, likewise; -1 for the rest."""
+        """The norm of each tensor of ``all``; -1 if it has no element (that is finite), and for the rest."""
     def scale_(self, clip_coef: float | Tensor, /) -> None:
         """Multiply the taken tensors in place; by 1 not at all.
 
@@ -188,6 +188,6 @@ class Batch:
         """Eight bytes for each taken tensor, in order, which show whether it is still the same, unchanged.
 
         They depend on the address, the version counter, the number of elements, and the bits of one number in
-        it, neither 0 nor infinite nor NaN where there is such a one: new gradients often have the addresses
+        it, neither 0 nor infinite nor NaN if there is one: new gradients often have the addresses
         and versions of old ones, and ``GradScaler.unscale_`` changes no version.
         """

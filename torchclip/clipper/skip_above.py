@@ -81,7 +81,7 @@ class SkipAbove:
         skips: how many steps in a row were skipped.
         max_norm: the limit for a step that is taken because too many in a row were skipped, and is clipped to
             it; infinite for any other step.
-        clip_coef: the largest allowed clip coefficient of the step: below 1 for such a one.
+        clip_coef: the largest allowed clip coefficient of the step: below 1 if it is taken in this way.
     """
 
     def __init__(self, limit: MaxNorm, max_skips: int | None, norm_type: float) -> None:

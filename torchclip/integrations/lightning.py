@@ -38,12 +38,12 @@ class ClipperCallback(Callback):
 
     Args:
         max_norm: as for ``torchclip.Clipper``.
-        norm_type: likewise.
-        scope: likewise.
-        nonfinite: likewise.
-        skip_above: likewise.
-        max_skips: likewise.
-        layers_every: likewise.
+        norm_type: as for ``torchclip.Clipper``.
+        scope: as for ``torchclip.Clipper``.
+        nonfinite: as for ``torchclip.Clipper``.
+        skip_above: as for ``torchclip.Clipper``.
+        max_skips: as for ``torchclip.Clipper``.
+        layers_every: as for ``torchclip.Clipper``.
         log: whether to log ``clip/total_norm``, ``clip/clipped_norm``, ``clip/max_norm`` and
             ``clip/clipped_share`` (``clip_0/...``, ``clip_1/...`` for several optimizers) with the module's
             ``log_dict``, and with ``layers_every`` the norms of single parameters as ``clip_layers/...``.  On

@@ -51,13 +51,13 @@ class ClipperCallback(TrainerCallback, ExportableState):
 
     Args:
         max_norm: as for ``torchclip.Clipper``.
-        norm_type: likewise.
-        scope: likewise.
-        nonfinite: likewise.
-        skip_above: likewise.
-        max_skips: likewise.
-        layers_every: likewise.
-        on_clip: likewise.
+        norm_type: as for ``torchclip.Clipper``.
+        scope: as for ``torchclip.Clipper``.
+        nonfinite: as for ``torchclip.Clipper``.
+        skip_above: as for ``torchclip.Clipper``.
+        max_skips: as for ``torchclip.Clipper``.
+        layers_every: as for ``torchclip.Clipper``.
+        on_clip: as for ``torchclip.Clipper``.
 
     Attributes:
         clipper (Clipper | None): the clipper, from the start of training; its history can be read afterwards.
