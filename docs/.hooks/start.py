@@ -4,15 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 README = Path(__file__).parents[2] / "README.md"
 
 
-def on_files(files: Files, config: Any) -> None:
+def on_files(files: Any, config: Any) -> None:
     """Add the first page."""
-    text = with_links_of_the_site(README.read_text(encoding="utf-8"), f"{config.repo_url.rstrip('/')}/blob/main/")
-    files.append(File.generated(config, "index.md", content=text))
+    from mkdocs.structure.files import File
+
+    text = README.read_text(encoding="utf-8")
+    page = with_links_of_the_site(text, f"{config.repo_url.rstrip('/')}/blob/main/")
+    files.append(File.generated(config, "index.md", content=page))
 
 
 def with_links_of_the_site(text: str, repository: str) -> str:
