@@ -21,7 +21,7 @@ _OF_LAUNCHERS = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Output has 80 columns and no colours, and no launcher says that there are other processes."""
+    """Output has 80 columns and no colors, and no launcher says that there are other processes."""
     with pytest.MonkeyPatch.context() as patch:
         for name in _OF_TERMINALS + _OF_LAUNCHERS:
             patch.delenv(name, raising=False)

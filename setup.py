@@ -4,7 +4,7 @@ If it cannot be compiled, the install continues without it, and torch operations
 ``torchclip info`` shows what the compiler said.
 
 Environment: ``TORCHCLIP_KERNEL=0`` builds no kernel; with ``TORCHCLIP_KERNEL=1`` the install fails if the
-    kernel cannot be built; ``TORCHCLIP_SANITIZE=1`` builds it with GCC's address and undefined-behaviour
+    kernel cannot be built; ``TORCHCLIP_SANITIZE=1`` builds it with GCC's address and undefined-behavior
     sanitizers, for its tests (see tests/csrc/test_kernel.py).
 """
 

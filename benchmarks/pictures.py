@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure, SubFigure
 from steps import how
 from tables import call_ratio, step_ratio, times
@@ -26,7 +27,7 @@ IN_STEPS = {
     "function, the model": (BLUE, "clip_grad_norm_(model, …)"),
     "Clipper": (GREEN, "Clipper"),
 }
-"""The bars, with their colours and labels."""
+"""The bars, with their colors and labels."""
 
 
 def benchmark_figure(
@@ -55,14 +56,33 @@ def benchmark_figure(
     return figure
 
 
+def drawn(figure: Figure) -> dict[str, dict[str, dict[str, float]]]:
+    """The ratios that ``benchmark_figure`` draws: by the panel's title, the contender, and the row.
+
+    A ratio that is not drawn, as the machine was busy, is missing.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for axes in figure.axes:
+        rows = axes.yaxis.get_major_formatter().format_ticks(list(axes.get_yticks()))
+        panel = found.setdefault(axes.get_title() or "in a training step", {})
+        for marks in axes.containers:
+            if isinstance(marks, BarContainer):
+                ratios = dict(zip(rows, (bar.get_width() for bar in marks), strict=True))
+            else:
+                x, y = marks[0].get_data()
+                ratios = {rows[int(at)]: float(ratio) for ratio, at in zip(x, y, strict=True)}
+            panel[str(marks.get_label())] = {row: ratio for row, ratio in ratios.items() if ratio}
+    return found
+
+
 def _steps_panel(part: SubFigure, rows: Sequence[Mapping[str, Any]]) -> None:
     """Bars: how many times less than torch each contender adds to a step."""
     axes = part.add_subplot()
     height = 0.84 / len(IN_STEPS)
-    for i, (name, (colour, label)) in enumerate(IN_STEPS.items()):
+    for i, (name, (color, label)) in enumerate(IN_STEPS.items()):
         ratios = [step_ratio(row, name) for row in rows]
         at = np.arange(len(rows)) + (i - (len(IN_STEPS) - 1) / 2) * height
-        bars = axes.barh(at, [ratio or 0 for ratio in ratios], height * 0.9, color=colour, label=label)
+        bars = axes.barh(at, [ratio or 0 for ratio in ratios], height * 0.9, color=color, label=label)
         axes.bar_label(bars, [times(ratio) for ratio in ratios], padding=3, fontsize=9)
     axes.axvline(1, color=GRAY, linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['title']}, {how(row)}" for row in rows])
@@ -80,7 +100,7 @@ def _workload_panels(
     for axes, (operation, title) in zip(panels, operations.items(), strict=True):
         results = {row["title"]: row["contenders"] for row in rows if row["operation"] == operation}
         axes.axvline(1, color=GRAY, linewidth=1, label="torch")
-        for name, (colour, marker) in CONTENDERS.items():
+        for name, (color, marker) in CONTENDERS.items():
             points = [
                 (t, results[t][name]["speedup"])
                 for t in titles
@@ -91,7 +111,7 @@ def _workload_panels(
             low, middle, high = np.array([speedup for _, speedup in points]).reshape(-1, 3).T
             y = [titles.index(t) for t, _ in points]
             spread = (middle - low, high - middle)
-            axes.errorbar(middle, y, xerr=spread, color=colour, marker=marker, linestyle="", label=name)
+            axes.errorbar(middle, y, xerr=spread, color=color, marker=marker, linestyle="", label=name)
         axes.set_title(title, fontsize=12)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -128,10 +148,10 @@ def _cost_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], size: str, unit: 
     sizes = np.array([row[size] for row in rows])
     floor = np.array([row["floor_seconds"][1] for row in rows])
     axes.plot(sizes, 1e9 * floor / sizes, color=GRAY, linestyle=":", label="memory traffic alone")
-    for name, (colour, marker) in {"torch": (GRAY, "."), **CONTENDERS}.items():
+    for name, (color, marker) in {"torch": (GRAY, "."), **CONTENDERS}.items():
         if all(_measured(row["contenders"], name) for row in rows):
             seconds = np.array([row["contenders"][name]["seconds"][1] for row in rows])
-            axes.plot(sizes, 1e9 * seconds / sizes, color=colour, marker=marker, label=name)
+            axes.plot(sizes, 1e9 * seconds / sizes, color=color, marker=marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel=size, ylabel=unit, title=title)
 
 

@@ -80,10 +80,10 @@ def quantiles_figure(path: Path) -> None:
     """The tracked threshold and the quantile that it should find, over the training steps."""
     figure = Figure((8, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="norm of an example's gradient", yscale="log")
-    for quantile, colour in ((0.9, "C0"), (0.5, "C1"), (0.1, "C2")):
+    for quantile, color in ((0.9, "C0"), (0.5, "C1"), (0.1, "C2")):
         tracked, true = track_quantile(quantile)
-        axes.plot(tracked, color=colour, label=f"QuantileTracker({quantile})")
-        axes.plot(true, color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot(tracked, color=color, label=f"QuantileTracker({quantile})")
+        axes.plot(true, color=color, linewidth=0.6, alpha=0.5)
     axes.plot([], [], color="gray", linewidth=0.6, label="the batch's own quantile")
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import random
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,7 @@ def machine() -> dict[str, str]:
         "CPU": _cpu_model(),
         "cores": str(os.cpu_count()),
         "load average": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
+        "commit": _commit(),
         **info.facts(),
     }
 
@@ -117,6 +119,17 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     return [_rounded(each) for each in value] if isinstance(value, list) else value
+
+
+def _commit() -> str:
+    """The last commit of what is measured; in a copy without the history, unknown."""
+    found = subprocess.run(
+        ["git", "log", "-1", "--format=%h", "--", "torchclip", "setup.py"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or "unknown"
 
 
 def _cpu_model() -> str:

@@ -3,18 +3,20 @@
     python benchmarks/write_page.py
 
 It reads the JSON files in its own folder, which steps.py, calls.py, other_rules.py and clip_and_step.py
-wrote, and draws the pictures of the page.
+wrote, all at one commit, and draws the pictures of the page.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from check_targets import checks
+from check_targets import Check, checks, missed
 from contenders import OPERATIONS
-from pictures import benchmark_figure, scaling_figure
+from pictures import benchmark_figure, drawn, scaling_figure
 from tables import Table, call_tables, in_short, markdown, notes, rule_table, step_tables
 from workloads import WORKLOADS
 
@@ -25,6 +27,7 @@ IN_STEPS = (
     "`torch` and `function` are `clip_grad_norm_(model.parameters(), …)` of torch and of torchclip; "
     "`function, model` is `torchclip.clip_grad_norm_(model, …)`."
 )
+WITH_TARGETS = ("steps.json", "results.json", "scaling.json", "other_rules.json")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Report = dict[str, Any]
@@ -36,31 +39,65 @@ def read(name: str) -> Report:
     return found
 
 
-def page(calls: Report, steps: Report, scaling: Report) -> str:
-    """The machine, the tables, the verdict on every target, and the pictures, as Markdown."""
-    of_steps = list(step_tables(steps["rows"]))
-    of_calls = [table for table in call_tables(calls["rows"]) if table.rows]
-    rules = read("other_rules.json")["rows"]
-    together = read("clip_and_step.json")["rows"]
+def check_one_commit(reports: dict[str, Report]) -> None:
+    """Refuse measurements of different commits, which do not belong on one page."""
+    commits = {name: report["machine"].get("commit", "unknown") for name, report in reports.items()}
+    if len(set(commits.values())) > 1:
+        found = ", ".join(f"{name} of {commit}" for name, commit in commits.items())
+        sys.exit(
+            f"write_page.py: these were measured at different commits: {found}; measure all of them again"
+        )
+
+
+def page(reports: dict[str, Report]) -> str:
+    """What users need, the targets that were missed, and all measurements, folded, as Markdown."""
+    calls, steps = reports["results.json"], reports["steps.json"]
+    together = clip_and_step(reports["clip_and_step.json"]["rows"])
     return "\n\n".join(
         [
-            "### In a training step",
-            IN_STEPS,
-            *(f"**{table.title}**\n\n{markdown(table)}" for table in of_steps),
-            *notes(steps["rows"], [], of_steps),
-            f"Measured on: {_in_words(steps['machine'])}, one thread.",
-            "### By itself, in a tight loop",
-            "\n".join(["```text", *(f"{k:<18} {v}" for k, v in calls["machine"].items()), "```"]),
-            *(f"**{table.title}**\n\n{markdown(table)}" for table in of_calls),
-            *notes([], calls["rows"], of_calls),
-            f"### Other rules\n\n{markdown(rule_table(rules))}",
-            *notes([], [], [rule_table(rules)], rules),
-            f"### Clipping and a step\n\n{markdown(clip_and_step(together))}",
-            "### Targets\n\n" + _verdict(calls["rows"], scaling["rows"]),
-            "![Speed relative to torch](figures/speed.png)",
-            "![Cost a gradient and a byte](figures/scaling.png)",
+            short(calls, steps),
+            "![How many times faster than torch, in a training step and by itself](figures/speed.png)",
+            "## Missed targets",
+            _missed([check for name in WITH_TARGETS for check in checks(reports[name]["rows"])]),
+            "## All measurements",
+            _folded("In a training step", *_of_steps(steps)),
+            _folded("By itself, in a tight loop", *_of_calls(calls)),
+            _folded("Other rules", *_of_rules(reports["other_rules.json"]["rows"])),
+            _folded("Clipping and a step", markdown(together)),
+            _folded("Many and large gradients", "![Cost a gradient and a byte](figures/scaling.png)"),
         ]
     )
+
+
+def _of_steps(steps: Report) -> Iterator[str]:
+    tables = list(step_tables(steps["rows"]))
+    yield IN_STEPS
+    yield from _titled(tables)
+    yield from notes(steps["rows"], [], tables)
+    yield f"Measured on: {_in_words(steps['machine'])}, one thread."
+
+
+def _of_calls(calls: Report) -> Iterator[str]:
+    tables = [table for table in call_tables(calls["rows"]) if table.rows]
+    yield "\n".join(["```text", *(f"{k:<18} {v}" for k, v in calls["machine"].items()), "```"])
+    yield from _titled(tables)
+    yield from notes([], calls["rows"], tables)
+
+
+def _of_rules(rows: list[dict[str, Any]]) -> Iterator[str]:
+    table = rule_table(rows)
+    yield markdown(table)
+    yield from notes([], [], [table], rows)
+
+
+def _titled(tables: list[Table]) -> Iterator[str]:
+    return (f"**{table.title}**\n\n{markdown(table)}" for table in tables)
+
+
+def _folded(title: str, *parts: str) -> str:
+    """A section that the reader unfolds, on the site and on GitHub."""
+    inner = "\n\n".join(parts)
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{inner}\n\n</details>'
 
 
 def clip_and_step(rows: list[dict[str, Any]]) -> Table:
@@ -87,14 +124,28 @@ def _in_words(machine: dict[str, str]) -> str:
     return f"{machine['CPU']}, kernel {machine['CPU kernel']}, torch {machine['torch']}"
 
 
-def _verdict(rows: list[dict[str, Any]], series: list[dict[str, Any]]) -> str:
-    found = [*checks(rows), *checks(series)]
-    missed = [check for check in found if not check.met]
-    lines = (
-        [f"{len(found) - len(missed)} of {len(found)} targets are met. Missed:\n"] if missed else ["All met."]
-    )
-    lines += [f"- {c.row}: {c.what} {c.measured:.2f}, target {c.at_least:.2g}" for c in missed]
+def _missed(found: list[Check]) -> str:
+    """One list: the missed targets that share a reason, and the reason."""
+    met = sum(check.met for check in found)
+    if met == len(found):
+        return f"None: all {met} are met."
+    lines = [f"{met} of {len(found)} targets are met. These are not:\n"]
+    for title, of_reason, reason in missed(found):
+        groups: dict[tuple[str, float], list[Check]] = {}
+        for check in of_reason:
+            groups.setdefault((check.what, check.at_least), []).append(check)
+        parts = [_group(what, target, of_group) for (what, target), of_group in groups.items()]
+        lines.append(f"- **{title}.** {'; '.join(parts)}. {reason}".rstrip())
     return "\n".join(lines)
+
+
+def _group(what: str, target: float, checks: list[Check]) -> str:
+    if len(checks) <= 2:
+        rows = ", ".join(f"{check.row} {check.measured:.2f}" for check in checks)
+    else:
+        measured = [check.measured for check in checks]
+        rows = f"{min(measured):.2f} to {max(measured):.2f} in {len(checks)} rows"
+    return f"{what}: {rows} (target {target:.3g})"
 
 
 def rewrite(page: Path, text: str) -> None:
@@ -105,12 +156,16 @@ def rewrite(page: Path, text: str) -> None:
 
 def main() -> None:
     """Rewrite both pages, and draw the pictures."""
-    calls, steps, scaling = read("results.json"), read("steps.json"), read("scaling.json")
-    rewrite(PAGE, page(calls, steps, scaling))
+    reports = {name: read(name) for name in (*WITH_TARGETS, "clip_and_step.json")}
+    check_one_commit(reports)
+    calls, steps = reports["results.json"], reports["steps.json"]
+    rewrite(PAGE, page(reports))
     rewrite(README, short(calls, steps))
     figures = PAGE.parent / "figures"
-    benchmark_figure(calls["rows"], OPERATIONS, steps["rows"]).savefig(figures / "speed.png")
-    scaling_figure(scaling["rows"]).savefig(figures / "scaling.png")
+    speed = benchmark_figure(calls["rows"], OPERATIONS, steps["rows"])
+    # A test compares the numbers of the picture with the tables of the page.
+    speed.savefig(figures / "speed.png", metadata={"Ratios": json.dumps(drawn(speed))})
+    scaling_figure(reports["scaling.json"]["rows"]).savefig(figures / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torchclip.thresholds.quantile_tracker import QuantileTracker
 from torchclip.thresholds.rolling_sigma import RollingSigma
 from torchclip.thresholds.zscore import ZScore
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaGC",

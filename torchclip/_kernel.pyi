@@ -191,6 +191,6 @@ class Batch:
         """Eight bytes for each taken tensor, in order, which show whether it is still the same, unchanged.
 
         They depend on the address, the version counter, the number of elements, and the bits of one number in
-        it, neither 0 nor infinite nor NaN where there is such a one: new gradients often have the addresses
+        it, neither 0 nor infinite nor NaN if there is one: new gradients often have the addresses
         and versions of old ones, and ``GradScaler.unscale_`` changes no version.
         """

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import torchclip
+from torchclip._core import native
 from torchclip.cli import bench
 from torchclip.cli.main import COMMANDS, main
 
@@ -61,6 +62,29 @@ def test_info_shows_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> 
     assert facts["Python"] == platform.python_version()
     assert facts["torch"] == torch.__version__
     assert facts["numpy"] == np.__version__
+
+
+def test_without_the_compiled_kernel_info_says_in_one_line_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "extension", None)
+    monkeypatch.setattr(native, "_reason", "off (the extension was not built: g++: not found)")
+    assert main(["info"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "wheel" in last
+    assert "apt install g++" in last
+
+
+@pytest.mark.parametrize(
+    "reason", ["off (TORCHCLIP_KERNEL=0)", "off (torch 2.6 has no DLPack exchange table)"]
+)
+def test_a_compiler_is_no_advice_where_it_does_not_help(
+    reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "extension", None)
+    monkeypatch.setattr(native, "_reason", reason)
+    assert main(["info"]) == 0
+    assert "g++" not in capsys.readouterr().out
 
 
 def add_required(package: str, found: set[str]) -> None:

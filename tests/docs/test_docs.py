@@ -20,6 +20,27 @@ def test_every_block_says_what_it_is() -> None:
     assert {"python", "pycon"} <= found <= {"python", "pycon", "console", "text", INCLUDE}
 
 
+def test_the_first_pages_are_short() -> None:
+    for name, most in (("README.md", 110), ("CHANGELOG.md", 40)):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_each_page_begins_with_code_or_a_picture(page: Path) -> None:
+    assert re.match(r"# .+\n\n(```|!\[)", page.read_text(encoding="utf-8"))
+
+
+def test_the_site_begins_with_the_readme_and_its_links_lead_somewhere() -> None:
+    hook = runpy.run_path(str(ROOT / "docs" / ".hooks" / "start.py"))["with_links_of_the_site"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]*)\)", readme)
+    on_the_site = re.findall(r"\]\(([^)]*)\)", hook(readme, "repository/"))
+    assert len(links) == len(on_the_site) > 10
+    for link, there in zip(links, on_the_site, strict=True):
+        assert there == (link[len("docs/") :] if link.startswith("docs/") else f"repository/{link}")
+        assert (ROOT / link.partition("#")[0]).exists()
+
+
 @pytest.mark.parametrize(
     ("html", "unresolved"),
     [

@@ -136,7 +136,7 @@ class Batch(ABC):
         """Eight bytes for each tensor of ``all``, in order, which show whether it is the same as before.
 
         They depend on the address, the version counter, and, in host memory, on one element that is neither 0
-        nor infinite nor NaN where there is such a one: new gradients often have the addresses and versions of
+        nor infinite nor NaN if there is one: new gradients often have the addresses and versions of
         old ones, and ``GradScaler.unscale_`` changes no version.
         """
         return array("q", [hash((id(each), *memory.signs_of_change(each))) for each in self.all]).tobytes()

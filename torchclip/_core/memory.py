@@ -339,7 +339,7 @@ def signs_of_change(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _telling_element(values: Tensor) -> complex:
-    """The first element that is neither 0 nor infinite nor NaN; without such a one the first of all."""
+    """The first element that is neither 0 nor infinite nor NaN; if there is none, the first of all."""
     flat = values.detach().reshape(-1)[:PIECE] if values.is_contiguous() else values.detach().flatten()
     first: complex = flat[0].item()
     if first != 0 and abs(first) < math.inf:

@@ -20,6 +20,9 @@ from torchclip._core.operations import TorchBatch
 
 _ADDS_TABLE = "torch_c_dlpack_ext"
 
+NOT_BUILT = "off (the extension was not built"
+"""How the status begins if there is no compiled kernel."""
+
 
 def _not_taken(*_: object) -> None:
     return None
@@ -87,8 +90,8 @@ def _load() -> tuple[Any, str]:
     except ImportError as error:
         note = Path(__file__).parents[1] / "_not_built.txt"  # the compiler's message, from setup.py
         if note.exists():
-            return None, f"off (the extension was not built: {note.read_text(encoding='utf-8')})"
-        return None, f"off (the extension was not built or cannot be loaded: {error})"
+            return None, f"{NOT_BUILT}: {note.read_text(encoding='utf-8')})"
+        return None, f"{NOT_BUILT} or cannot be loaded: {error})"
     try:
         module.connect(
             Tensor,

@@ -11,6 +11,7 @@ import torch
 
 import torchclip
 from torchclip import kernel
+from torchclip._core.native import NOT_BUILT
 
 __all__ = ["add_arguments", "facts", "installed_version", "run"]
 
@@ -20,9 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run() -> None:
-    """Print one fact per line."""
+    """Print one fact per line, and what to do if the kernel was not built."""
     for name, value in facts().items():
         print(f"{name:<18} {value}")
+    if kernel.status().startswith(NOT_BUILT):
+        print(
+            "To get the kernel, install a wheel of torchclip; or a C++ compiler (Debian, Ubuntu: "
+            "`apt install g++`), and then torchclip again."
+        )
 
 
 def facts() -> dict[str, str]:
@@ -33,7 +39,6 @@ def facts() -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "rich": installed_version("rich"),
         "matplotlib": installed_version("matplotlib"),
         "platform": platform.platform(),
         "CPU capability": torch.backends.cpu.get_cpu_capability(),

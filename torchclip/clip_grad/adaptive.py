@@ -129,8 +129,6 @@ class Adaptive:
         Adaptive(clip_factor=0.01, eps=0.001)
     """
 
-    usual = ("adaptive", "clip_factor", "eps")
-
     clip_factor: float = 0.01
     eps: float = 1e-3
 

@@ -118,8 +118,6 @@ class BlockRMS:
         BlockRMS(max_rms=1.0)
     """
 
-    usual = ("rms", "max_rms")
-
     max_rms: float
 
     def __post_init__(self) -> None:

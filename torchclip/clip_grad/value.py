@@ -76,8 +76,7 @@ class Value:
         Value(clip_value=0.5)
     """
 
-    usual = ("value", "clip_value")
-    by_element = True  # it needs no norm
+    _by_element = True  # it needs no norm
 
     clip_value: float
 

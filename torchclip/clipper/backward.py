@@ -63,5 +63,5 @@ def _takes_norm(optimizer: Optimizer, settings: Settings) -> bool:
     if settings.norm_type <= 0 or settings.layers_every:
         return True
     if settings.rule is not None:
-        return not getattr(settings.rule, "by_element", False)
+        return not getattr(settings.rule, "_by_element", False)
     return None in limits and settings.bank.number != math.inf

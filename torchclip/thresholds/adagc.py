@@ -71,7 +71,7 @@ class AdaGC(Learned):
     _kind = "AdaGC"
     _columns = ("_gamma", "_seen")
 
-    per_parameter: ClassVar[bool] = True
+    _per_parameter: ClassVar[bool] = True
     """Tells a ``Clipper`` to measure the norm of each parameter."""
 
     relative: float = 1.05

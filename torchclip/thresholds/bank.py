@@ -74,7 +74,7 @@ class ThresholdBank:
         self.number = None if is_object else arguments.threshold(argument, max_norm)
         self.given: Any = max_norm if is_object else self.number
         self.eps = 0.0 if self.learns else scalars.EPS
-        self.per_parameter = self.learns and bool(getattr(max_norm, "per_parameter", False))
+        self.per_parameter = self.learns and bool(getattr(max_norm, "_per_parameter", False))
         ours = max_norm if isinstance(max_norm, Learned) and not has_own_update(max_norm) else None
         self.is_ours = not is_object or type(max_norm).__module__.startswith("torchclip.")
         self.answers_tensors = ours is not None and ours._takes_rows(on_device=True)

@@ -86,7 +86,7 @@ class Learned(Saved):
             order: the order of the norms, for rules that join them.
         """
 
-    def copied(self: Kind) -> Kind:
+    def _copied(self: Kind) -> Kind:
         """A copy that is only to be saved."""
         copied = object.__new__(type(self))  # copy.copy() takes several times as long
         vars(copied).update(vars(self))
@@ -140,7 +140,7 @@ class Objects:
         copies = Objects({})
         copies._are_ours = self._are_ours
         if self._are_ours:
-            copies.thresholds = {name: each.copied() for name, each in self.thresholds.items()}
+            copies.thresholds = {name: each._copied() for name, each in self.thresholds.items()}
         else:
             copies.thresholds = copy.deepcopy(self.thresholds)
         return copies
