@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST = 13
+MOST = 15
 ALLOWED = ("_foreach_", "_amp_")
 OF_PYTHON = {"_asdict", "_fields", "_make", "_getframe", "_exit", "_args_from_interpreter_flags"}
 OF_OPACUS = {"_processed"}
