@@ -387,6 +387,20 @@ def check_clippers_and_optimizers() -> None:
     assert "torchclip.Clipper(optimizers, " in torchclip.check_ranks(clipper).call
 
 
+def check_a_clipper_without_its_exempt_groups() -> None:
+    expert: Any = ("expert", local(10 + expert_on(grid()), 2))
+    optimizer = torch.optim.SGD(
+        [{"params": [expert], "max_norm": None}, {"params": [("router", local(1, 2))]}], lr=0.1
+    )
+    clipper = torchclip.Clipper(optimizer, max_norm=1.0)
+    report = torchclip.check_ranks(clipper)
+    assert report.ok
+    assert report.local == []
+    optimizer.step()
+    assert clipper.history[-1].total_norm == pytest.approx(report.norm, rel=1e-6)
+    assert torchclip.check_ranks(optimizer).local == ["expert"]
+
+
 @world_of(2)
 def check_a_refusal_on_one_rank_raises_on_all() -> None:
     good: Any = [local(0, 3)]

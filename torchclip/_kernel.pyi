@@ -67,21 +67,24 @@ def clip_grad_norm(
     """
 
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
-    """The usual call of ``torchclip.clip_grad_value_`` in one go, likewise; True if it was."""
+    """The usual call of ``torchclip.clip_grad_value_`` in one go; True if it was."""
 
 def clip_grad_each(parameters: object, limit: object, norm_type: object, is_rms: bool, /) -> Tensor | None:
-    """The usual call of ``torchclip.clip_grad_norm_per_parameter_`` in one go, or of ``clip_grad_rms_``."""
+    """The usual call of ``torchclip.clip_grad_norm_per_parameter_`` in one go, or of ``clip_grad_rms_``.
+
+    Root mean squares of float64 are left to Python, as they may fit into float64 where the norms do not.
+    """
 
 def clip_grad_adaptive(
     parameters: object, clip_factor: object, eps: object, norm_type: object, grad_scale: float, /
 ) -> Literal[True] | None:
-    """The usual call of ``torchclip.clip_grad_adaptive_``, likewise.
+    """The usual call of ``torchclip.clip_grad_adaptive_`` in one go, without float64.
 
     ``grad_scale`` is what the gradients are still multiplied by.
     """
 
 def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], Tensor] | None:
-    """The usual call of ``torchclip.clip_per_example``, likewise."""
+    """The usual call of ``torchclip.clip_per_example`` in one go."""
 
 def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over.
@@ -163,7 +166,7 @@ class Batch:
     def norm(self, p: float, finite: bool = False, /) -> float:
         """The norm of all taken tensors as one vector; -1 if there is no element (that is finite)."""
     def norms(self, p: float, finite: bool = False, /) -> list[float]:
-        """The norm of each tensor of ``all``, likewise; -1 for the rest."""
+        """The norm of each tensor of ``all``, or of its finite elements; -1 for the rest."""
     def scale_(self, clip_coef: float | Tensor, /) -> None:
         """Multiply the taken tensors in place; by 1 not at all.
 

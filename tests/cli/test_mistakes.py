@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn import utils
 
 import torchclip
+from torchclip.cli.run import functions, gradients, losses
 from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.notes import RankNotes
 from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import report
 from torchclip.cli.run.trial import Trial
+
+# Scripts are run in this process, where warnings are errors.
+pytestmark = pytest.mark.filterwarnings("ignore:None of the tensors in `parameters`")
 
 STEPS = 12
 
@@ -365,6 +369,18 @@ def one_call_for_two_optimizers() -> None:
             optimizer.step()
 
 
+def two_optimizers_of_the_same_parameters() -> None:
+    """They step in turn, and only the first one with clipped gradients."""
+    model = new_model()
+    optimizers = sgd(model), sgd(model)
+    for step in range(2 * STEPS):
+        model.zero_grad()
+        loss_of(model).backward()
+        if step % 2 == 0:
+            utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers[step % 2].step()
+
+
 def groups_clipped_apart() -> None:
     model = new_model()
     optimizer = sgd(model)
@@ -462,6 +478,7 @@ RIGHT = [
     amp_fused,
     a_gan_with_two_calls,
     one_call_for_two_optimizers,
+    two_optimizers_of_the_same_parameters,
     groups_clipped_apart,
     one_of_two_optimizers,
     measured_and_then_clipped,
@@ -476,6 +493,16 @@ RIGHT = [
 @pytest.mark.parametrize("script", RIGHT, ids=lambda script: script.__name__)
 def test_nothing_is_said_about_scripts_that_are_right(script: Callable[[], None], trial: Trial) -> None:
     assert remarks_on(script, trial) == []
+
+
+@pytest.mark.parametrize("script", RIGHT, ids=lambda script: script.__name__)
+def test_nor_where_no_norm_is_read_as_on_an_accelerator(
+    script: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (functions, gradients, losses):
+        monkeypatch.setattr(module, "as_number", lambda value: torch.as_tensor(value).detach().clone())
+    monkeypatch.setattr(functions, "_can_be_read", lambda _: False)
+    assert remarks_on(script) == []
 
 
 # Trainers

@@ -330,7 +330,11 @@ VERDICTS: list[tuple[list[Try], Command, str]] = [
         Command([]),
         "No verdict: no threshold has a loss at the end of its runs.",
     ),
-    ([tried(AS_IT_IS, 2.0)], Command([]), "No verdict: there is nothing to compare."),
+    (
+        [tried(AS_IT_IS, 2.0), tried("1", "interrupted")],
+        Command([]),
+        "No verdict: there is nothing to compare.",
+    ),
 ]
 
 

@@ -501,7 +501,7 @@ def test_a_reader_that_fails_loses_nothing() -> None:
     history.append(1, torch.ones((), device="meta"), 1.0, 1.0)  # its value cannot be read
     with pytest.raises(NotImplementedError):
         history.summary()
-    history._pending[1] = (1, 2.0, 1.0, 0.5, False)
+    history._pending[1] = (1, 2.0, 1.0, 0.5, False, None, None, None)
     assert [record.total_norm for record in history] == [1.0, 2.0]
 
 

@@ -70,6 +70,7 @@ def clip_grad_norm_(
         3.2, https://arxiv.org/abs/1211.5063; *Deep Learning from Scratch 2*, section 6.1.4.
 
     Examples:
+        >>> import torch
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> (weight * torch.tensor([3.0, 4.0])).sum().backward()
         >>> clip_grad_norm_(weight, max_norm=1.0)
@@ -128,6 +129,7 @@ def get_total_norm(
         RuntimeError: if ``error_if_nonfinite`` and the norm is not finite.
 
     Examples:
+        >>> import torch
         >>> get_total_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
@@ -173,6 +175,7 @@ def clip_grads_with_norm_(
         RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
 
     Examples:
+        >>> import torch
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grads_with_norm_(weight, 1.0, get_total_norm(weight.grad))

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchclip.history import notes, number, verdict
+from torchclip.history.breaks import breaks_note
+from torchclip.history.layers import Layers
 from torchclip.history.records import Record
 from torchclip.history.run import LEAST_STEPS, LEAST_USABLE, MUCH, Run, counted
 from torchclip.history.stalls import ClippedSizes, Stall
+from torchclip.history.updates import updates_note
 from torchclip.history.verdict import Verdict
 
 
@@ -79,7 +82,11 @@ class Advice:
 
 
 def advise(
-    records: Sequence[Record], earlier: int, clipped_sizes: ClippedSizes, max_norm: float | None = None
+    records: Sequence[Record],
+    earlier: int,
+    clipped_sizes: ClippedSizes,
+    max_norm: float | None = None,
+    layers: Layers | None = None,
 ) -> Advice:
     """The advice for a run.
 
@@ -88,6 +95,7 @@ def advise(
         earlier: the number of steps before them.
         clipped_sizes: the size of clipped gradients, compared with the optimizer's ``eps``.
         max_norm: the threshold to judge; None for that of the records.
+        layers: the norms and updates of single parameters; None if they are not known.
     """
     firsts = [record for i, record in enumerate(records) if i == 0 or record.step != records[i - 1].step]
     run = Run(firsts, earlier)
@@ -112,6 +120,7 @@ def advise(
     elif threshold is not None:
         judged, reason = "unknown", f"Whether {threshold.name} is right cannot be told. {reason}"
     found = [*_notes(run, Stall() if judged == "in_the_way" else stall)]
+    found += [(note, False) for note in _notes_on_layers(run, layers)]
     first = [note for note, is_urgent in found if is_urgent and threshold is None]
     rest = [note for note, is_urgent in found if not is_urgent or threshold is not None]
     every = tuple(note for note, _ in found)
@@ -133,6 +142,15 @@ def _notes(run: Run, stall: Stall) -> Iterator[tuple[str, bool]]:
         yield f"Stalled: {stall}. Raise max_norm, or lower eps below {stall.size:.0g}.", False
     for note in notes.spikes_note(run):
         yield note, False
+
+
+def _notes_on_layers(run: Run, layers: Layers | None) -> Iterator[str]:
+    """What single parameters show."""
+    if layers is None:
+        return
+    yield from breaks_note(*layers.read(), layers.in_model_order)
+    if len(run.numbers):
+        yield from updates_note(layers.updates, int(run.numbers[min(run.warmup, len(run.numbers) - 1)]))
 
 
 def _refusal(run: Run) -> str:

@@ -6,6 +6,7 @@ with the ``demo`` extra and is imported when a figure is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -177,3 +178,33 @@ def on_log_scale(values: Sequence[float]) -> Array:
     """Replace values that a log scale cannot show by NaN, which leaves a gap in a line."""
     numbers = np.asarray(values, dtype=np.float64)
     return np.where((numbers > 0) & np.isfinite(numbers), numbers, np.nan)
+
+
+def losses_figure(losses: Mapping[str, Sequence[float]], width: float = 8.0) -> Figure:
+    """The losses of several runs over the steps, by the name of the run, smoothed if there are many."""
+    from matplotlib.figure import Figure
+
+    if not losses:
+        return empty_figure("no loss was seen", width)
+    figure = Figure(figsize=(width, 2 + 3 * width / 8), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    for name, of_run in losses.items():
+        axes.plot(_smooth(of_run), linewidth=1.2, label=name)
+    known = [loss for of_run in losses.values() for loss in of_run if math.isfinite(loss)]
+    if known and min(known) > 0 and max(known) > 5 * min(known):
+        axes.set_yscale("log")
+        label_plainly(axes.yaxis)
+    axes.set_title("Loss of each run", fontsize=16)
+    figure.legend(loc="outside lower center", ncols=3 if width < NARROW else 6, title="threshold")
+    return figure
+
+
+def _smooth(losses: Sequence[float]) -> Array:
+    """The moving mean over a fiftieth of the run; values that are not finite leave gaps."""
+    values = np.where(np.isfinite(losses), losses, np.nan)
+    width = max(len(values) // 50, 1)
+    if np.isnan(values).any():
+        return values
+    head = np.cumsum(values[: width - 1]) / np.arange(1, width)
+    return np.concatenate([head, np.convolve(values, np.full(width, 1 / width), "valid")])

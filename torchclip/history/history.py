@@ -224,7 +224,7 @@ class History(Sequence[Record]):
         with self._lock:
             records, steps = self._snapshot(), self._counts["steps"]
         earlier = steps - len({record.step for record in records})
-        return advise(records, earlier, self._clipped_sizes, max_norm)
+        return advise(records, earlier, self._clipped_sizes, max_norm, self.layers)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The kept records as columns: field of ``Record`` → its values, oldest first."""
@@ -259,7 +259,7 @@ class History(Sequence[Record]):
 
     def plot_layers(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norm of each parameter over the steps as a heat map, which shows which layer explodes or
-        vanishes.
+        vanishes.  With ``updates=True``, a second heat map below it shows how far the steps move each.
 
         Needs matplotlib, ``pip install 'torchclip[demo]'``, and a clipper with ``layers_every``.
 
@@ -275,7 +275,8 @@ class History(Sequence[Record]):
         _require("plot_layers", "matplotlib")
         from torchclip.history.layers import layers_figure
 
-        return _saved(layers_figure(*self.layers.read()), path)
+        names, steps, norms = self.layers.read()
+        return _saved(layers_figure(names, steps, norms, ratios=self.layers.ratios(names, steps)), path)
 
     def to_html(self, path: str | os.PathLike[str], title: str | None = None) -> None:
         """Write a page for a browser: summary, advice, the norm over the steps, its histogram, the layers.
@@ -302,7 +303,9 @@ class History(Sequence[Record]):
         from torchclip.history.page import Shown
 
         advice = self.suggest() if has_advice else None
-        return Shown(self.as_dict(), self.summary(), advice, self.layers.read())
+        names, steps, norms = self.layers.read()
+        ratios = self.layers.ratios(names, steps)
+        return Shown(self.as_dict(), self.summary(), advice, (names, steps, norms), ratios)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""

@@ -81,7 +81,8 @@ def check_ranks(
 
     Args:
         model_or_optimizer_or_parameters_or_clipper: a module, an optimizer or a list of them, tensors, or a
-            ``Clipper``.  Parameters of a list, and of an optimizer without names, are compared by position.
+            ``Clipper``, of which groups with ``max_norm=None`` are left out, as it does not clip them.
+            Parameters of a list, and of an optimizer without names, are compared by position.
         group: what ``clip_grad_norm_`` gets as its ``group``, so that the check is of that call.  All ranks
             of the default process group are compared in any case.  A ``Clipper`` has its own.
 
@@ -142,7 +143,7 @@ def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[Proces
     if isinstance(given, Clipper):
         if group is not None:
             raise ValueError("`group` is that of the Clipper; do not pass it together with a Clipper")
-        named, code = _of_optimizers(given.optimizers)
+        named, code = _of_optimizers(given.optimizers, leave_out_exempt=True)
         is_one = len(given.optimizers) == 1
         return named, _groups_of(given), code._replace(optimizer="optimizer" if is_one else "optimizers")
     if isinstance(given, nn.Module) and not isinstance(given, nn.ParameterList):
@@ -163,16 +164,31 @@ def _groups_of(clipper: Clipper) -> Sequence[ProcessGroup]:
     return clipper._rounds.settings.groups or []
 
 
-def _of_optimizers(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], InCode]:
-    """Their parameters, by name if they were made from ``named_parameters()``."""
+def _of_optimizers(
+    optimizers: Sequence[Optimizer], *, leave_out_exempt: bool = False
+) -> tuple[dict[str, Tensor], InCode]:
+    """Their parameters, by name if they were made from ``named_parameters()``.
+
+    Args:
+        optimizers: the optimizers.
+        leave_out_exempt: whether groups with ``max_norm=None`` are left out, unless all groups have it.
+    """
     of_all = [group for optimizer in optimizers for group in optimizer.param_groups]
+    clipped = [group for group in of_all if group.get("max_norm", 1.0) is not None]
+    condition = ""
+    if leave_out_exempt and 0 < len(clipped) < len(of_all):
+        of_all, condition = clipped, ' if group.get("max_norm", 1.0) is not None'
     parameters = [p for group in of_all for p in group["params"]]
     names = [name for group in of_all for name in group.get("param_names", ())]
     of_each = "" if len(optimizers) == 1 else "for optimizer in optimizers "
-    code = f'[p {of_each}for group in optimizer.param_groups for p in group["params"]]'
-    if len(set(names)) == len(parameters):
-        return dict(zip(names, parameters, strict=True)), InCode(code, "model.named_parameters()")
-    return _by_position(parameters), InCode(code, _positions(code))
+    of_each += f"for group in optimizer.param_groups{condition}"
+    code = f'[p {of_each} for p in group["params"]]'
+    if len(set(names)) != len(parameters):
+        return _by_position(parameters), InCode(code, _positions(code))
+    by_name = "model.named_parameters()"
+    if condition:
+        by_name = f'(named {of_each} for named in zip(group["param_names"], group["params"]))'
+    return dict(zip(names, parameters, strict=True)), InCode(code, by_name)
 
 
 def _by_position(parameters: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ class Kind:
     MEASURE: Final = "measuring the total norm (get_total_norm)"
     CLIP_EACH: Final = "clipping each gradient, or its rows, by its norm"
     MEASURE_EACH: Final = "measuring the norm of each gradient (Clipper.norms)"
+    MEAN_LOSS: Final = "deciding by the mean loss (skip_loss_above)"
     CONNECT: Final = "finding the ranks that `group` connects"
 
 

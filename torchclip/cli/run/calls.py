@@ -77,8 +77,10 @@ class Call:
         backwards: the number of backward passes before it.
         unscaled: the ``id`` of each optimizer whose gradients were not multiplied by a GradScaler's scale;
             None if there was no scale.
+        updates: the number of updates of GradScalers before it; one follows each step, also a skipped one.
         effect: the norm, the threshold and the coefficient.
         nonfinite: the ``id`` of each parameter whose gradient was not finite.
+        is_used: whether an optimizer has stepped with what the call has left.
     """
 
     site: Site
@@ -87,9 +89,11 @@ class Call:
     is_used_up: bool
     backwards: int
     unscaled: frozenset[int] | None
+    updates: int
     effect: Effect
     nonfinite: Sequence[int] = ()
     has_gradients: bool = True
+    is_used: bool = False
 
     def mark(self, items: Sequence[Tensor]) -> None:
         """Remember the gradients as they are now, some of them if there are many."""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from torchclip.cli.run.files import Files, now
 from torchclip.cli.run.report import filled
 from torchclip.cli.run.tries import AS_IT_IS, Command, Tries, Try
 from torchclip.cli.run.verdict import compared, judged, verdict
+from torchclip.history.figure import losses_figure
 from torchclip.history.history import History
 from torchclip.history.signs import final_loss
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
@@ -41,11 +36,11 @@ def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
         from torchclip.history.page import Overview, page
 
         about = [*about_thresholds, f"{' '.join(command.script)}, {now()}"]
-        overview = Overview(rows, "Loss of each run", lambda width: _losses_figure(found, width))
+        overview = Overview(rows, "Loss of each run", lambda width: losses_figure(_curves(found), width))
         shown = {name: history._shown(has_advice=False) for name, history in histories.items()}
         return page("Thresholds tried", shown, {"": about}, overview, said)
 
-    status = wanted.write(histories, lambda: _losses_figure(found), html)
+    status = wanted.write(histories, lambda: losses_figure(_curves(found)), html)
     return tries.status if tries.signal else status or tries.status
 
 
@@ -96,6 +91,15 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _curves(tries: Sequence[Try]) -> dict[str, list[float]]:
+    """The losses of the first run with each threshold."""
+    return {
+        each.threshold if len(each.runs[0].losses) == 1 else f"{each.threshold}, {label}": losses
+        for each in tries
+        for label, losses in each.runs[0].losses.items()
+    }
+
+
 def _histories(tries: Sequence[Try]) -> dict[str, History]:
     """The steps of all runs, by threshold, seed and optimizer."""
     found = {}
@@ -104,40 +108,3 @@ def _histories(tries: Sequence[Try]) -> dict[str, History]:
         for label, history in run.histories.items():
             found[name if len(run.histories) == 1 else f"{name}, {label}"] = history
     return found
-
-
-def _losses_figure(tries: Sequence[Try], width: float = 8.0) -> Figure:
-    """The loss of the first run with each threshold over the steps, smoothed if there are many."""
-    from matplotlib.figure import Figure
-
-    from torchclip.history.figure import NARROW, empty_figure, label_plainly
-
-    curves = {
-        each.threshold if len(each.runs[0].losses) == 1 else f"{each.threshold}, {label}": losses
-        for each in tries
-        for label, losses in each.runs[0].losses.items()
-    }
-    if not curves:
-        return empty_figure("no loss was seen", width)
-    figure = Figure(figsize=(width, 2 + 3 * width / 8), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    for name, losses in curves.items():
-        axes.plot(_smooth(losses), linewidth=1.2, label=name)
-    known = [loss for losses in curves.values() for loss in losses if math.isfinite(loss)]
-    if known and min(known) > 0 and max(known) > 5 * min(known):
-        axes.set_yscale("log")
-        label_plainly(axes.yaxis)
-    axes.set_title("Loss of each run", fontsize=16)
-    figure.legend(loc="outside lower center", ncols=3 if width < NARROW else 6, title="threshold")
-    return figure
-
-
-def _smooth(losses: Sequence[float]) -> NDArray[Any]:
-    """The moving mean over a fiftieth of the run; values that are not finite leave gaps."""
-    values = np.where(np.isfinite(losses), losses, np.nan)
-    width = max(len(values) // 50, 1)
-    if np.isnan(values).any():
-        return values
-    head = np.cumsum(values[: width - 1]) / np.arange(1, width)
-    return np.concatenate([head, np.convolve(values, np.full(width, 1 / width), "valid")])

@@ -67,7 +67,8 @@ class FunctionRecorder:
         given = bound.arguments[first]
         bound.arguments[first], items = _listed(given)
         call = self._new_call(name, items, isinstance(given, Iterator) and not items)
-        if self._trial.replaces:
+        # What only measures stays so in a trial.
+        if self._trial.replaces and bound.arguments.get("max_norm") != math.inf:
             result = self._tried(call, ours, bound, items)
         elif name in _BY_NORM:
             result = self._by_norm(call, ours, bound, items)
@@ -90,6 +91,7 @@ class FunctionRecorder:
             is_used_up,
             self._losses.backwards,
             self._losses.unscaled(),
+            self._losses.updates,
             Effect(0.0, math.inf, 1.0),
         )
 

@@ -30,10 +30,11 @@ class LossRecorder:
 
     Attributes:
         backwards: the number of backward passes so far.
+        updates: the number of updates of GradScalers so far.
     """
 
     def __init__(self) -> None:
-        self.backwards = 0
+        self.backwards = self.updates = 0
         self._pending: Number | None = None
         self._has_scaled = False
         self._is_scaling, self._unscaled = False, frozenset[int]()  # since the last update of a GradScaler
@@ -117,6 +118,7 @@ class LossRecorder:
         self._unscaled |= {id(optimizer)}
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
+        self.updates += 1
         self._is_scaling = False
         self._unscaled = frozenset()
         self.take()  # what is left belongs to a step that the scaler has skipped

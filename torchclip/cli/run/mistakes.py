@@ -26,6 +26,7 @@ class StepFacts:
     Attributes:
         record: the optimizer's record.
         backwards: the number of backward passes before this step, and before the previous one.
+        updates: the number of updates of GradScalers before this step.
         calls: the calls on its parameters since its previous step, oldest first.
         others: the calls since then on tensors that no optimizer has, if they still exist.
         gradients: the ``id`` of each gradient with which it steps, by that of the parameter.
@@ -35,6 +36,7 @@ class StepFacts:
 
     record: OptimizerRecord
     backwards: tuple[int, int]
+    updates: int
     calls: Sequence[Call]
     others: Sequence[Call]
     gradients: Mapping[int, int]
@@ -43,7 +45,7 @@ class StepFacts:
     used: list[Call] = field(init=False)
     """The calls whose result it steps with."""
     stale: list[Call] = field(init=False)
-    """The calls after which a backward pass changed the gradients, or that found none."""
+    """The calls that no optimizer stepped with: a backward pass changed the gradients, or there were none."""
 
     def __post_init__(self) -> None:
         names, now = self.record.names.keys(), self.backwards[0]
@@ -55,7 +57,9 @@ class StepFacts:
             for call in clips
             if call.is_of(names, now) and not (call.is_skipped and call is not last[call.parameters])
         ]
-        self.stale = [call for call in clips if call not in self.used and not call.is_skipped]
+        for call in self.used:
+            call.is_used = True
+        self.stale = [call for call in clips if not call.is_used and not call.is_skipped]
 
     def missed(self) -> list[str]:
         """The names of the parameters whose gradients no call got."""
@@ -119,7 +123,12 @@ def a_part(step: StepFacts) -> Iterator[Found]:
 def each_micro_batch(step: StepFacts) -> Iterator[Found]:
     """The same call for each backward pass of a step."""
     used = {call.site: call.function for call in step.used}
-    early = [call.site for call in step.stale if call.has_gradients and call.backwards > step.backwards[1]]
+    early = [
+        call.site
+        for call in step.stale
+        # After an update they were those of a step that a GradScaler skipped.
+        if call.has_gradients and call.backwards > step.backwards[1] and call.updates == step.updates
+    ]
     for site in dict.fromkeys(early):
         if site in used:
             yield Found("micro-batch", (site,), used[site])

@@ -132,7 +132,7 @@ def about(run: Recording, seconds: float, command: str, end: str = "") -> dict[s
 
 
 def _took(seconds: float, end: str) -> str:
-    return f"{_duration(seconds)}{end and ', '}{end}"
+    return f"{seconds:.3g} s{end and ', '}{end}"
 
 
 # What clipping did
@@ -188,22 +188,10 @@ def _to(history: History) -> str:
 
 
 def _numbers(history: History) -> Iterator[str]:
-    summary = history.summary()
-    yield (
-        f"{_count(summary.steps, 'step')}: {summary.clipped:,} clipped ({summary.clipped_share:.1%}), "
-        f"{summary.nonfinite:,} non-finite, {summary.skipped:,} skipped"
-    )
-    if summary.quantiles:
-        quantiles = ", ".join(f"{q:.0%} {norm:.4g}" for q, norm in summary.quantiles.items())
-        where = "" if summary.kept == summary.steps else f" (of the last {summary.kept:,} steps)"
-        yield (
-            f"norm before clipping: {quantiles}{where}; largest {summary.largest_norm:.4g} "
-            f"at step {summary.largest_step:,}"
-        )
+    yield from str(history.summary()).splitlines()
     losses = losses_of(history)
     if losses:
-        start = "first" if summary.kept == summary.steps else "first kept"
-        yield f"loss: {losses[0]:.4g} at the {start} step, {final_loss(losses):.4g} over the last tenth"
+        yield f"loss: {losses[0]:.4g} at first, {final_loss(losses):.4g} over the last tenth"
 
 
 def losses_of(history: History) -> list[float]:
@@ -224,11 +212,3 @@ def _largest(layers: Layers) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    """A time with three digits and its unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"

@@ -149,6 +149,7 @@ class StepRecorder:
         return StepFacts(
             record,
             (self._losses.backwards, record.seen[1]),
+            self._losses.updates,
             own,
             [call for call in recent if not call.exists() or call.parameters.isdisjoint(self._known)],
             {id(p): id(p.grad) for p in parameters_of(optimizer) if p.grad is not None},

@@ -27,6 +27,9 @@ from torchclip.history.history import History
 AS_IT_IS = "as it is"
 """The name of the run without any change to the script's clipping."""
 
+INTERRUPTED = "interrupted"
+"""The problem of a run that Ctrl-C has ended; it shows nothing about its threshold."""
+
 _SECONDS_TO_END = 20  # seconds that a run has after Ctrl-C to write its results
 _KILL = getattr(signal, "SIGKILL", 9)
 _LAST_LINES = 10  # of a run that failed
@@ -115,7 +118,7 @@ class Run:
         else:
             self.tail = [_number(match.group(match.lastindex or 0)) for match in metric.finditer(output)][-1:]
         if status in (130, -signal.SIGINT):
-            self.problem = "interrupted"
+            self.problem = INTERRUPTED
         elif status < 0:
             self.problem = f"ended by {signal.Signals(-status).name}"
         elif status:
@@ -141,7 +144,7 @@ class Try:
     @property
     def score(self) -> float:
         """The mean of the runs' numbers; ``nan`` if one of them has none."""
-        return float(np.mean([run.score for run in self.runs]))
+        return float(np.mean([run.score for run in self.runs])) if self.runs else math.nan
 
 
 class Tries:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from torchclip.cli.run.tries import AS_IT_IS, Command, Tries, Try
+from torchclip.cli.run.tries import AS_IT_IS, INTERRUPTED, Command, Tries, Try
 from torchclip.cli.thresholds import LEARNED
 
 Comparison = Literal["better", "worse", "no difference", "unknown"]
@@ -23,6 +23,8 @@ _TIMES_SPREAD = 3.0
 def compared(tried: Try, reference: Try, maximize: bool = False) -> Comparison:
     """Whether the runs with a threshold are better than others by more than chance."""
     pairs = list(zip(tried.runs, reference.runs, strict=False))
+    if any(run.problem == INTERRUPTED for pair in pairs for run in pair):
+        return "unknown"
     failed = sum(math.isnan(run.score) for run, _ in pairs), sum(math.isnan(run.score) for _, run in pairs)
     if any(failed):
         if len(pairs) in failed and failed[0] != failed[1] and 0 in failed:
@@ -54,7 +56,10 @@ def verdict(tries: Tries, command: Command) -> str:
         if tries.has_agreed
         else ""
     )
-    return agreed + _verdict(tries.done, command)
+    ended = [
+        each for each in tries.done if all(run.problem != INTERRUPTED for run in each.runs) and each.runs
+    ]
+    return agreed + _verdict(ended, command)
 
 
 def _verdict(tries: Sequence[Try], command: Command) -> str:
