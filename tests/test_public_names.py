@@ -108,9 +108,9 @@ PUBLIC = {
     history.Record: "clip_coef clipped clipped_norm layers loss max_norm nonfinite skipped step total_norm",
     history.Summary: "clipped clipped_quantiles clipped_share kept largest_norm largest_step nonfinite "
     "quantiles skipped steps",
-    history.Advice: "drifts explodes lines max_norm nonfinite notes reason rows spikes stalls steps table "
+    history.Advice: "drifts explodes lines max_norm nonfinite reason spikes stalls steps table "
     "verdict warmup words",
-    Layers: f"append {STATE} names norms read steps",
+    Layers: f"append in_model_order {STATE} names norms ratios read steps to_csv updates",
     RanksReport: "call different local missing norm norms ok seconds",
     ScalarLogger: "resume",
     DictLogger: "resume",

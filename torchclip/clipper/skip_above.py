@@ -87,7 +87,7 @@ class SkipAbove:
     """
 
     def __init__(self, limit: MaxNorm, max_skips: int | None, norm_type: float, judged: str = "norm") -> None:
-        self.argument = "skip_above" if judged == "norm" else f"skip_{judged}_above"
+        self.argument = "skip_above" if judged == "norm" else "skip_loss_above"
         self.bank = ThresholdBank(limit, self.argument)
         self._judged = judged
         self.skips = InARow(max_skips)
