@@ -338,16 +338,9 @@ class Clipper:
             raise RuntimeError("load_state_dict() was called during a step; call it after optimizer.step()")
         with self._lock:
             self._know_sets()
-            settings, rounds = self._rounds.settings, self._rounds
+            settings = self._rounds.settings
             loaded = saved.checked(state, settings, self._owner, [*self._sets])
-            rounds.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
-            rounds.forget()
-            rounds.number = loaded.steps
-            settings.bank.load_state_dict(loaded.thresholds)
-            settings.nonfinite_skips.load(loaded.skips["nonfinite"])
-            for limit in settings.limits:
-                limit.bank.load_state_dict(loaded.limits[limit.argument])
-                limit.skips.load(loaded.skips[limit.argument])
+            saved.load(loaded, settings, self._rounds)
             self._know_sets()
 
     def _know_sets(self) -> None:

@@ -45,26 +45,7 @@ def decide(
         number: the number of the step.
         loss: the loss of the step, if it is known.
     """
-    optimizers, policy = gradients.optimizers, settings.nonfinite
-    if settings.skip_loss_above is not None:  # first, as all ranks must take part
-        loss = mean_loss(loss, optimizers, settings.groups, settings.names)
-    skipped: bool | Tensor = False
-    # A GradScaler decides for each of several optimizers in its own step; a policy decides for all.
-    if len(optimizers) == 1 or policy == "error":
-        if "found_inf" in vars(optimizer):
-            skipped = nonfinite.is_skipped_by_scaler(optimizer)
-        # Deciding whether to raise waits for an accelerator.
-        if skipped is True or (policy == "error" and skipped):
-            return _SKIPPED
-    if policy == "skip":
-        skipped = skipped | nonfinite.should_skip(gradients, settings, skipped)
-    elif policy == "error":
-        skipped = False  # which the host knows now; another optimizer may be unable to skip itself
-        nonfinite.check_finite(gradients, settings)
-    zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
-    if settings.limits and skipped is not True:
-        norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
-        skipped = _skipped_above(settings, nonfinite.deciding_norm(norm, optimizers), loss, skipped, number)
+    skipped = _should_skip(gradients, settings, optimizer, number, loss)
     if skipped is True:
         return _SKIPPED
     bank, sets, asked = settings.bank, gradients.sets, []
@@ -82,6 +63,33 @@ def decide(
         return skipped, *_smallest(gradients, above)
     max_norms = sets[0].max_norms
     return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], sets[0].clip_coefs[0]
+
+
+def _should_skip(
+    gradients: Gradients, settings: Settings, optimizer: Optimizer, number: int, loss: Any
+) -> bool | Tensor:
+    """Whether a GradScaler or the Clipper skips the step; raises an error if ``nonfinite`` says so."""
+    optimizers, policy = gradients.optimizers, settings.nonfinite
+    if settings.skip_loss_above is not None:  # first, as all ranks must take part
+        loss = mean_loss(loss, optimizers, settings.groups, settings.names)
+    skipped: bool | Tensor = False
+    # A GradScaler decides for each of several optimizers in its own step; a policy decides for all.
+    if len(optimizers) == 1 or policy == "error":
+        if "found_inf" in vars(optimizer):
+            skipped = nonfinite.is_skipped_by_scaler(optimizer)
+        # Deciding whether to raise waits for an accelerator.
+        if skipped is True or (policy == "error" and skipped):
+            return True
+    if policy == "skip":
+        skipped = skipped | nonfinite.should_skip(gradients, settings, skipped)
+    elif policy == "error":
+        skipped = False  # which the host knows now; another optimizer may be unable to skip itself
+        nonfinite.check_finite(gradients, settings)
+    zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
+    if settings.limits and skipped is not True:
+        norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
+        skipped = _skipped_above(settings, nonfinite.deciding_norm(norm, optimizers), loss, skipped, number)
+    return skipped
 
 
 def _skipped_above(

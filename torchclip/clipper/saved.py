@@ -128,6 +128,18 @@ def _checked_limit(name: str, saved: Any, settings: Settings) -> dict[str, Any]:
     return learned
 
 
+def load(loaded: Loaded, settings: Settings, rounds: Rounds) -> None:
+    """Continue from the parts of a state.  The caller holds the lock."""
+    rounds.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
+    rounds.forget()
+    rounds.number = loaded.steps
+    settings.bank.load_state_dict(loaded.thresholds)
+    settings.nonfinite_skips.load(loaded.skips["nonfinite"])
+    for limit in settings.limits:
+        limit.bank.load_state_dict(loaded.limits[limit.argument])
+        limit.skips.load(loaded.skips[limit.argument])
+
+
 def _kind_of(settings: Settings) -> _Kind:
     given = settings.rule or settings.bank.given
     max_norm = "a number" if settings.bank.number is not None and not settings.rule else type(given).__name__

@@ -127,29 +127,20 @@ def checked(
     arguments.option("scope", scope, get_args(Scope))
     arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
     _check_lbfgs(optimizers, nonfinite, {"skip_above": skip_above, "skip_loss_above": skip_loss_above})
-    if max_skips is not None:
-        max_skips = arguments.count("max_skips", max_skips, least=1)
-        if skip_above is None and skip_loss_above is None and nonfinite != "skip":
-            raise ValueError(
-                "`max_skips` limits how many steps in a row are skipped; pass `skip_above`, "
-                "`skip_loss_above` or `nonfinite='skip'`, too"
-            )
+    may_skip = nonfinite == "skip" or skip_above is not None or skip_loss_above is not None
+    max_skips = _max_skips_of(max_skips, may_skip)
     if on_clip is not None and not callable(on_clip):
         raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
     bank, rule = _limit_of(max_norm)
     order = _norm_type_of(norm_type, nonfinite)
-    every = arguments.count("layers_every", layers_every, least=0)
-    if arguments.flag("updates", updates) and not every:
-        raise ValueError(
-            "`updates` records the updates of the steps that `layers_every` samples; pass `layers_every`, "
-            "such as 100, too"
-        )
+    every = _layers_every_of(layers_every, updates)
     names, groups = (
         Names(optimizers, model),
         _process_groups_of(group, "AdaGC" if bank.per_parameter else scope),
     )
     if skip_loss_above is not None:
         check_ranks_known(optimizers, groups, names)
+    loss_limit = None if skip_loss_above is None else SkipAbove(skip_loss_above, max_skips, 1.0, "loss")
     return Settings(
         bank=bank,
         rule=rule,
@@ -158,15 +149,36 @@ def checked(
         nonfinite=nonfinite,
         nonfinite_skips=InARow(max_skips if nonfinite == "skip" else None),
         skip_above=None if skip_above is None else SkipAbove(skip_above, max_skips, order),
-        skip_loss_above=None
-        if skip_loss_above is None
-        else SkipAbove(skip_loss_above, max_skips, 1.0, "loss"),
+        skip_loss_above=loss_limit,
         groups=groups,
         on_clip=on_clip,
         layers_every=every,
         updates=updates,
         names=names,
     )
+
+
+def _max_skips_of(max_skips: int | None, may_skip: bool) -> int | None:
+    """How many steps in a row may be skipped, if any are."""
+    if max_skips is None:
+        return None
+    if not may_skip:
+        raise ValueError(
+            "`max_skips` limits how many steps in a row are skipped; pass `skip_above`, `skip_loss_above` or "
+            "`nonfinite='skip'`, too"
+        )
+    return arguments.count("max_skips", max_skips, least=1)
+
+
+def _layers_every_of(layers_every: int, updates: bool) -> int:
+    """How often single parameters are sampled; updates are recorded in the same steps."""
+    every = arguments.count("layers_every", layers_every, least=0)
+    if arguments.flag("updates", updates) and not every:
+        raise ValueError(
+            "`updates` records the updates of the steps that `layers_every` samples; pass `layers_every`, "
+            "such as 100, too"
+        )
+    return every
 
 
 def _limit_of(max_norm: MaxNorm | Rule) -> tuple[ThresholdBank, Rule | None]:
