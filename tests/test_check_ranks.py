@@ -11,7 +11,8 @@ from torch import nn
 
 import torchclip
 from torchclip.ranks_report.facts import Facts, Held
-from torchclip.ranks_report.judgment import parameters_of, passed
+from torchclip.ranks_report.fingerprints import Fingerprint
+from torchclip.ranks_report.judgment import connections, parameters_of
 from torchclip.ranks_report.recommendation import InCode, advice
 
 
@@ -59,53 +60,44 @@ def test_a_group_that_is_none() -> None:
         pass
 
 
-def lying(weights: Mapping[str, Sequence[int]], groups: dict[str, list[list[int]]]) -> list[Facts]:
-    """What eight ranks have: for each parameter its weights on them, 0 where it is missing."""
-    return [
+def recommended(weights: Mapping[str, Sequence[int]], groups: dict[str, list[list[int]]]) -> list[str]:
+    """What to do if eight ranks have these weights of parameters, 0 where one is missing."""
+    fingerprints = {weight: Fingerprint((1,), float(weight), (float(weight),) * 4) for weight in range(9)}
+    facts = [
         Facts(
-            {name: Held("", (), of[rank], 1.0, (1.0,)) for name, of in weights.items() if of[rank]},
+            {
+                name: Held("", (), fingerprints[of[rank]], fingerprints[1])
+                for name, of in weights.items()
+                if of[rank]
+            },
             [(name, tuple(ranks)) for name, each in groups.items() for ranks in each if rank in ranks],
             [],
         )
         for rank in range(8)
     ]
-
-
-def recommended(facts: list[Facts]) -> list[str]:
     code = InCode("model.parameters()", "model.named_parameters()")
-    return advice(parameters_of(facts), facts, code, passed(facts)).lines
+    return advice(parameters_of(facts), facts, code, connections([], 8)).lines
 
 
-def test_groups_that_cross() -> None:
-    """Stages, each with experts and replicas: no one group connects the experts of all stages."""
+def test_sets_of_parameters_that_need_different_groups() -> None:
     groups = {
         "default_pg": [[*range(8)]],
-        "mesh_pp": [[0, 4], [1, 5], [2, 6], [3, 7]],
-        "mesh_dp": [[0, 2], [1, 3], [4, 6], [5, 7]],
-        "mesh_ep": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "mesh_tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "undefined": [[0, 1, 2, 3], [4, 5, 6, 7], [0, 2, 4, 6], [1, 3, 5, 7]],
     }
-    stages = {"first": [1] * 4 + [0] * 4, "last": [0] * 4 + [1] * 4}
-    pp, ep = ('mesh["pp"].get_group()', 'mesh["ep"].get_group()')
-    experts = {"first.expert": [1, 2, 1, 2, 0, 0, 0, 0], "last.expert": [0, 0, 0, 0, 3, 4, 3, 4]}
-    assert recommended(lying(stages, groups)) == [
-        f"torchclip.clip_grad_norm_(model.parameters(), 1.0, group={pp})"
-    ]
-    assert recommended(lying(experts, groups)) == [
-        f"torchclip.clip_grad_norm_(model.parameters(), 1.0, group=[{pp}, {ep}])"
-    ]
-    assert recommended(lying({**stages, **experts}, groups))[1:] == [
-        "part0 = [grad for name, grad in grads.items() if name in ['first', 'last']]",
-        "part1 = [grad for name, grad in grads.items() if name in ['first.expert', 'last.expert']]",
-        f"norm0 = torchclip.get_total_norm(part0, group={pp})",
-        f"norm1 = torchclip.get_total_norm(part1, group=[{pp}, {ep}])",
-        "total_norm = torchclip.get_total_norm([norm0, norm1])",
+    weights = {"norm": [1] * 8, "linear": [1, 2] * 4, "up": [1, 2, 3, 4] * 2, "a": [1, 1, 2, 2, 3, 3, 4, 4]}
+    assert recommended(weights, groups) == [
+        "grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}",
+        "part0 = [grad for name, grad in grads.items() if name in ['norm']]",
+        "part1 = [grad for name, grad in grads.items() if name in ['linear']]",
+        "part2 = [grad for name, grad in grads.items() if name in ['up']]",
+        "part3 = [grad for name, grad in grads.items() if name in ['a']]",
+        "norm0 = torchclip.get_total_norm(part0)",
+        'norm1 = torchclip.get_total_norm(part1, group=mesh["tp"].get_group())',
+        "norm2 = torchclip.get_total_norm(part2, group=group)",
+        "norm3 = torchclip.get_total_norm(part3, group=group1)",
+        "total_norm = torchclip.get_total_norm([norm0, norm1, norm2, norm3])",
         "torchclip.clip_grads_with_norm_(model.parameters(), 1.0, total_norm)",
     ]
-
-
-def test_groups_without_names_are_told_apart() -> None:
-    groups = {"undefined": [[0, 1], [2, 3], [4, 5], [6, 7], [0, 2, 4, 6], [1, 3, 5, 7]]}
-    weights = {"a": [1, 2] * 4, "b": [1, 1, 2, 2, 3, 3, 4, 4]}
-    lines = recommended(lying(weights, groups))
-    assert "norm0 = torchclip.get_total_norm(part0, group=group)" in lines
-    assert "norm1 = torchclip.get_total_norm(part1, group=group1)" in lines
+    stages = {"first": [1] * 4 + [0] * 4, "last": [0] * 4 + [1] * 4, **weights}
+    assert recommended(stages, groups)[0].startswith("# No process group that exists is right")

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST = 14
+MOST = 16
 ALLOWED = ("_foreach_", "_amp_")
 OF_PYTHON = {
     "_asdict",

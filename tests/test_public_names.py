@@ -108,9 +108,9 @@ PUBLIC = {
     history.Record: "clip_coef clipped clipped_norm layers loss max_norm nonfinite skipped step total_norm",
     history.Summary: "clipped clipped_quantiles clipped_share kept largest_norm largest_step nonfinite "
     "quantiles skipped steps",
-    history.Advice: "drifts explodes lines max_norm nonfinite notes reason rows spikes stalls steps table "
+    history.Advice: "drifts explodes lines max_norm nonfinite reason spikes stalls steps table "
     "verdict warmup words",
-    Layers: f"append {STATE} names norms read steps",
+    Layers: f"append in_model_order {STATE} names norms ratios read steps to_csv updates",
     RanksReport: "call different local missing norm norms ok seconds",
     ScalarLogger: "resume",
     DictLogger: "resume",
@@ -199,3 +199,17 @@ def test_a_function_is_in_the_table_of_functions(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in RULES if inspect.isclass(RULES[name])])
 def test_a_rule_is_tested_with_a_clipper(name: str) -> None:
     assert f"{name}(" in (ROOT / "tests" / "clipper" / "test_clipper_rules.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_"]
+)
+def test_functions_take_what_torchs_take(name: str) -> None:
+    """Those of the installed torch: if a new one has another argument, ours must have it, too."""
+    theirs = inspect.signature(getattr(torch.nn.utils, name)).parameters
+    ours = inspect.signature(getattr(torchclip, name)).parameters
+    assert [(p.name, p.default, p.kind) for p in theirs.values()] == [
+        (p.name, p.default, p.kind) for p in ours.values() if p.name in theirs
+    ]
+    added = [p.kind for p in ours.values() if p.name not in theirs]
+    assert set(added) <= {inspect.Parameter.KEYWORD_ONLY}

@@ -12,7 +12,7 @@ def connect(
     parameter: type[Tensor],
     exchange_api: Any,
     increment_version: Callable[[list[Tensor]], None],
-    refuse: Callable[[str, int, object], object],
+    check_tensor: Callable[[str, int, object], object],
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
     checks: tuple[tuple[Callable[..., object], object, object, Callable[[], bool] | None], ...],
@@ -28,8 +28,8 @@ def connect(
         parameter: ``torch.nn.Parameter``. Only tensors of exactly these two types are taken.
         exchange_api: the capsule ``torch.Tensor.__dlpack_c_exchange_api__``.
         increment_version: called with the tensors that are about to be written.
-        refuse: called with ``"parameters"`` or ``"tensors"``, an index and the item found there if that is
-            not a tensor; must raise.
+        check_tensor: called with ``"parameters"`` or ``"tensors"``, an index and the item found there, if it
+            is not a tensor; must raise.
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
@@ -67,21 +67,24 @@ def clip_grad_norm(
     """
 
 def clip_grad_value(parameters: object, clip_value: object, /) -> Literal[True] | None:
-    """The usual call of ``torchclip.clip_grad_value_``; None if the kernel does not handle it."""
+    """The usual call of ``torchclip.clip_grad_value_`` in one go; True if it was."""
 
 def clip_grad_each(parameters: object, limit: object, norm_type: object, is_rms: bool, /) -> Tensor | None:
-    """The usual call of ``torchclip.clip_grad_norm_per_parameter_`` in one go, or of ``clip_grad_rms_``."""
+    """The usual call of ``torchclip.clip_grad_norm_per_parameter_`` in one go, or of ``clip_grad_rms_``.
+
+    Root mean squares of float64 are left to Python, as they may fit into float64 where the norms do not.
+    """
 
 def clip_grad_adaptive(
     parameters: object, clip_factor: object, eps: object, norm_type: object, grad_scale: float, /
 ) -> Literal[True] | None:
-    """The usual call of ``torchclip.clip_grad_adaptive_``; None if the kernel does not handle it.
+    """The usual call of ``torchclip.clip_grad_adaptive_`` in one go, without float64.
 
     ``grad_scale`` is what the gradients are still multiplied by.
     """
 
 def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], Tensor] | None:
-    """The usual call of ``torchclip.clip_per_example``; None if the kernel does not handle it."""
+    """The usual call of ``torchclip.clip_per_example`` in one go."""
 
 def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over.
@@ -163,7 +166,7 @@ class Batch:
     def norm(self, p: float, finite: bool = False, /) -> float:
         """The norm of all taken tensors as one vector; -1 if there is no element (that is finite)."""
     def norms(self, p: float, finite: bool = False, /) -> list[float]:
-        """The norm of each tensor of ``all``; -1 if it has no element (that is finite), and for the rest."""
+        """The norm of each tensor of ``all``, or of its finite elements; -1 for the rest."""
     def scale_(self, clip_coef: float | Tensor, /) -> None:
         """Multiply the taken tensors in place; by 1 not at all.
 

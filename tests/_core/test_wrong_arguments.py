@@ -199,8 +199,12 @@ def test_every_wrong_value_is_refused_by_the_name_of_its_argument(name: str) -> 
         assert all(p.grad.tolist() == [3.0, 4.0] and p.grad._version == 0 for p in MADE)
 
 
-def test_install_and_uninstall_take_nothing() -> None:
-    functions: list[Callable[..., object]] = [torchclip.install, torchclip.uninstall, torchclip.installed]
-    for function in functions:
-        with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given"):
-            function(MODEL)
+def test_install_takes_only_groups_and_uninstall_nothing() -> None:
+    group: Any = MODEL
+    with pytest.raises(TypeError, match="process group"):
+        torchclip.install(group)
+    with pytest.raises(TypeError, match="process group"), torchclip.installed(group):
+        pass
+    uninstall: Callable[..., object] = torchclip.uninstall
+    with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given"):
+        uninstall(MODEL)

@@ -20,6 +20,9 @@ from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import report
 from torchclip.cli.run.trial import Trial
 
+# Scripts are run in this process, where warnings are errors.
+pytestmark = pytest.mark.filterwarnings("ignore:None of the tensors in `parameters`")
+
 STEPS = 12
 
 

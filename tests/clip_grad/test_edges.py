@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import torchclip
-from torchclip import kernel, reference
+from torchclip import reference
 from torchclip._core import gather
 from torchclip._core.scalars import ABSENT
 
@@ -69,12 +69,12 @@ def test_fake_tensors_outside_their_mode_give_fake_tensors(name: str) -> None:
 LARGE = 1.7e308
 
 
+@pytest.mark.usefixtures("kernel_on_and_off")
 def test_a_root_mean_square_fits_where_the_norm_does_not() -> None:
     values = torch.full((100,), LARGE, dtype=torch.float64)
     parameters = with_gradients([values.clone(), torch.ones(4, dtype=torch.float64)])
     twins = [as_numpy(p.grad) for p in parameters]
-    with kernel.disabled():
-        found = torchclip.clip_grad_rms_(parameters, 1e308)
+    found = torchclip.clip_grad_rms_(parameters, 1e308)
     assert found.tolist() == pytest.approx([LARGE, 1.0], rel=1e-14)
     assert found.tolist() == pytest.approx(reference.clip_grad_rms(twins, 1e308), rel=1e-14)
     for parameter, twin, expected in zip(parameters, twins, (1e308, 1.0), strict=True):
@@ -82,16 +82,17 @@ def test_a_root_mean_square_fits_where_the_norm_does_not() -> None:
         assert twin.tolist() == pytest.approx([expected] * parameter.numel(), rel=1e-14)
 
 
+@pytest.mark.usefixtures("kernel_on_and_off")
 def test_a_limit_for_the_norm_may_exceed_float64() -> None:
     gradient = torch.zeros(100, dtype=torch.float64)
     gradient[0] = LARGE  # of a root mean square of a tenth
     (parameter,) = with_gradients([gradient.clone()])
-    with kernel.disabled():
-        found = torchclip.clip_grad_rms_(parameter, 1e308)
+    found = torchclip.clip_grad_rms_(parameter, 1e308)
     assert found.tolist() == pytest.approx([LARGE / 10])
     assert torch.equal(parameter.grad, gradient)
 
 
+@pytest.mark.usefixtures("kernel_on_and_off")
 @pytest.mark.parametrize("clip_factor", [0.5, 10.0])
 def test_ratios_of_norms_that_exceed_float64(clip_factor: float) -> None:
     weights = torch.full((3, 100), LARGE, dtype=torch.float64)
@@ -99,31 +100,30 @@ def test_ratios_of_norms_that_exceed_float64(clip_factor: float) -> None:
     weights[1], gradients[2] = 1.0, 1e-300
     (parameter,) = with_gradients([gradients.clone()], [weights])
     twin = as_numpy(gradients)
-    with kernel.disabled():
-        torchclip.clip_grad_adaptive_(parameter, clip_factor)
+    torchclip.clip_grad_adaptive_(parameter, clip_factor)
     reference.clip_grad_adaptive([as_numpy(weights)], [twin], clip_factor)
     expected = [min(clip_factor, 1.0) * LARGE, clip_factor, 1e-300]
     assert parameter.grad[:, 0].tolist() == pytest.approx(expected, rel=1e-13)
     assert twin[:, 0].tolist() == pytest.approx(expected, rel=1e-13)
 
 
+@pytest.mark.usefixtures("kernel_on_and_off")
 @pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, math.inf])
 def test_complex_numbers_of_few_digits(order: float) -> None:
     least = 5e-324
     values = torch.complex(*torch.tensor([[3 * least] * 50, [2 * least] * 50], dtype=torch.float64))
     exact = math.sqrt(13) * (1.0 if math.isinf(order) else 50 ** (1 / order))
-    with kernel.disabled():
-        norm = torchclip.get_total_norm([values], order)
+    norm = torchclip.get_total_norm([values], order)
     twin = reference.global_norm([as_numpy(values)], order)
     assert abs(norm.item() / least - exact) <= 0.5 + 1e-12 * exact
     assert abs(twin / least - exact) <= 0.5 + 1e-12 * exact
 
 
+@pytest.mark.usefixtures("kernel_on_and_off")
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
 def test_finite_elements_beside_an_empty_gradient(order: float) -> None:
-    with kernel.disabled():
-        batch = gather.tensors([torch.zeros(0), torch.tensor([3.0, math.nan])])
-        assert batch.norms(order, True) == [ABSENT, 3.0]
+    batch = gather.tensors([torch.zeros(0), torch.tensor([3.0, math.nan])])
+    assert batch.norms(order, True) == [ABSENT, 3.0]
 
 
 # Sparse gradients of inference mode

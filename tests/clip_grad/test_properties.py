@@ -118,29 +118,3 @@ def test_by_value_every_element_ends_within_the_limit_and_others_stay(
         inside = tensor.abs() <= rounded
         assert torch.equal(parameter.grad[inside], tensor[inside])
         assert torch.equal(parameter.grad.sign(), tensor.sign() if rounded > 0 else torch.zeros_like(tensor))
-
-
-@given(data=st.data(), limit=limits, examples=st.integers(0, 5))
-@fewer_examples
-def test_per_example_is_its_numpy_twin(data: st.DataObject, limit: float, examples: int) -> None:
-    dtype = data.draw(st.sampled_from(["float32", "float64", "complex64"]))
-    array = data.draw(
-        st.lists(
-            arrays.array_shapes(min_dims=0, max_dims=2, max_side=4).flatmap(
-                lambda shape: arrays.arrays(
-                    dtype,
-                    (examples, *shape),
-                    elements={"max_magnitude": 100}
-                    if dtype.startswith("c")
-                    else st.floats(-100, 100, width=32),
-                )
-            ),
-            min_size=1,
-            max_size=3,
-        )
-    )
-    sums, clipped = torchclip.clip_per_example([torch.from_numpy(a) for a in array], limit)
-    expected, expected_clipped = reference.clip_per_example(array, limit)
-    assert int(clipped) == expected_clipped
-    for total, twin in zip(sums, expected, strict=True):
-        np.testing.assert_allclose(total.numpy(), twin, rtol=1e-5, atol=1e-4)

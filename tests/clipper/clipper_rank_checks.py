@@ -329,3 +329,91 @@ def check_sharded_gradients_in_the_backward_pass() -> None:
         with pytest.raises(RuntimeError, match="are sharded"):
             model(randn(3, 4, seed=9)).square().sum().backward()
         assert [len(each.history) for each in refused] == [0] * len(refused)
+
+
+def with_loss_of_its_own(
+    clipper: Clipper, optimizer: torch.optim.Optimizer, model: nn.Module, loss: Any
+) -> None:
+    optimizer.zero_grad()
+    model(randn(3, 4, seed=1)).square().mean().backward()
+    clipper.loss = loss
+    optimizer.step()
+
+
+def check_ranks_skip_by_the_mean_of_their_losses() -> None:
+    """Of replicas (DDP), of shards (FSDP2), and of ranks that `group` joins."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plain = nn.Linear(4, 2)
+    for i, p in enumerate(plain.parameters()):
+        p.data = randn(*p.shape, seed=i)
+    replicated = nn.parallel.DistributedDataParallel(plain)
+    sharded, _ = model_of(nn.Linear(4, 2))
+    alone, _ = model_of(nn.Linear(4, 2), wrap=lambda model: model)
+    ways: list[tuple[nn.Module, dict[str, Any]]] = [
+        (replicated, {"model": replicated}),
+        (sharded, {}),
+        (alone, {"group": dist.group.WORLD}),
+    ]
+    for model, options in ways:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = Clipper(optimizer, INF, skip_loss_above=RollingSigma(warmup=3), **options)
+        before = [p.detach().clone() for p in model.parameters()]
+        # The means are 1, 2, 1, 1, and 1 + a jump on a single rank.
+        for mean in (1.0, 2.0, 1.0, 1.0):
+            with_loss_of_its_own(clipper, optimizer, model, mean * (rank + 1) * 2 / (world + 1))
+        moved = [p.detach().clone() for p in model.parameters()]
+        assert not any(torch.equal(*pair) for pair in zip(before, moved, strict=True))
+        with_loss_of_its_own(clipper, optimizer, model, 1.0 + 1000 * (rank == world - 1))
+        assert last_of(clipper).skipped
+        assert all(map(torch.equal, moved, model.parameters()))
+        assert last_of(clipper).loss == 1.0 + 1000 * (rank == world - 1)
+        learned = clipper.state_dict()
+        agreed([record.skipped for record in clipper.history])
+        part = (
+            learned
+            if "skip_loss_above" in learned
+            else learned[next(k for k in learned if k.startswith("of "))]
+        )
+        assert part["skip_loss_above"]["all"]["norms"] == pytest.approx([1.0, 2.0, 1.0, 1.0], rel=1e-15)
+        agreed([float(norm).hex() for norm in part["skip_loss_above"]["all"]["norms"]])
+        clipper.detach()
+
+
+def check_a_rank_without_a_loss_stops_all_of_them() -> None:
+    model, _ = model_of(nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = Clipper(optimizer, INF, skip_loss_above=100.0)
+    mine = dist.get_rank() == 1
+    with pytest.raises(RuntimeError, match=r"clipper\.loss = loss" if mine else "rank 1 refused"):
+        with_loss_of_its_own(clipper, optimizer, model, None if mine else 1.0)
+    with_loss_of_its_own(clipper, optimizer, model, 1.0)
+    assert len(clipper.history) == 1
+    for losses in ([INF, 1.0], [math.nan, 1.0], [-1.0, 200.0]):
+        with_loss_of_its_own(clipper, optimizer, model, losses[0] if mine else losses[1])
+    # A loss below 0 does not count in the mean; one that is not a number makes it so.
+    assert [r.skipped for r in clipper.history] == [False, True, False, True]
+
+
+def check_a_loss_is_not_judged_where_it_is_not_known_which_ranks_decide() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(4, 2).parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match="nothing shows which ranks these are: pass the DistributedDataParallel"
+    ):
+        Clipper(optimizer, 1.0, skip_loss_above=5.0)
+    optimizer.step()  # it has no Clipper
+
+
+def check_updates_are_those_of_whole_parameters() -> None:
+    """All ranks have the same norms of sharded weights and of what a step adds to them."""
+    model, _ = model_of(nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = Clipper(optimizer, INF, layers_every=1, updates=True, model=model)
+    before: list[Any] = [p.full_tensor().detach().clone() for p in model.parameters()]  # type: ignore[attr-defined]
+    model(randn(3, 4, seed=1)).square().mean().backward()
+    optimizer.step()
+    updates = clipper.history.layers.updates
+    agreed(updates)
+    for old, p, (update,) in zip(before, model.parameters(), updates.values(), strict=True):
+        new = p.full_tensor().detach()  # type: ignore[attr-defined]
+        assert update.weight == pytest.approx(float(old.norm()), rel=1e-6)
+        assert update.update == pytest.approx(float((new - old).norm()), rel=1e-4)

@@ -34,7 +34,7 @@ def linear(outputs: int = 2) -> nn.Module:
     return nn.Linear(2, outputs, bias=False)
 
 
-def tied() -> nn.Module:
+def shared() -> nn.Module:
     model = nn.Sequential(linear(), linear())
     model[1].weight = model[0].weight
     return model
@@ -60,7 +60,7 @@ def names_in(clipper: Clipper) -> list[str]:
         (lambda: Wrapper(nn.DataParallel(Net())), [f"module.{name}" for name in NAMES]),
         (lambda: nn.DataParallel(Wrapper(nn.DataParallel(Net()))), [f"module.{name}" for name in NAMES]),
         (lambda: nn.Sequential(compiled(linear())), ["0.weight"]),
-        (tied, ["0.weight"]),
+        (shared, ["0.weight"]),
         (lambda: [nn.Linear(2, 2), nn.Sequential(linear())], ["0.weight", "bias", "weight"]),
         (lambda: (linear(), linear()), ["model[0].weight", "model[1].weight"]),
     ],

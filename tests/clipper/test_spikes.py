@@ -11,7 +11,7 @@ from clipper_helpers import INF, NAN, Answering, fused_or_not
 from helpers import interrupted_sgd, last_of
 from torch import nn
 
-from torchclip import Clipper, Percentile
+from torchclip import Clipper, Percentile, RollingSigma
 from torchclip.clipper import Scope
 
 pytestmark = [
@@ -146,3 +146,145 @@ def test_a_resumed_run_counts_on(fused: bool) -> None:
             state = copy.deepcopy(clipper.state_dict())
     assert [r.skipped for r in clipper.history] == [True, True, False]
     assert state["skip_above"]["all"]["norms"] == [9.0, 9.0, 9.0]
+
+
+# The loss
+
+
+def with_losses(
+    losses: Sequence[float | None], fused: bool = False, **options: Any
+) -> tuple[list[int], Clipper]:
+    """Which steps with these losses, and gradients of norm 1, move a parameter."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
+    clipper = Clipper(optimizer, INF, **options)
+    moves = []
+    for loss in losses:
+        before = weight.detach().clone()
+        weight.grad = torch.tensor([0.6, 0.8])
+        clipper.loss = loss if loss is None else torch.tensor(loss, dtype=torch.float64)
+        optimizer.step()
+        moves.append(int(not torch.equal(weight, before)))
+        assert torch.equal(weight.grad, torch.tensor([0.6, 0.8]))
+    return moves, clipper
+
+
+@fused_or_not
+@pytest.mark.parametrize(
+    "limit", [5.0, lambda step: 5.0, Answering(5.0)], ids=["number", "callable", "object"]
+)
+def test_steps_whose_loss_is_above_the_limit_are_skipped(limit: Any, fused: bool) -> None:
+    moves, clipper = with_losses([1.0, 9.0, 5.0, -9.0, 6.0, NAN, INF], fused, skip_loss_above=limit)
+    assert moves == [1, 0, 1, 1, 0, 1, 0]
+    assert [r.skipped for r in clipper.history] == [not moved for moved in moves]
+    assert [r.loss for r in clipper.history][:5] == [1.0, 9.0, 5.0, -9.0, 6.0]
+
+
+def test_a_limit_that_follows_the_losses() -> None:
+    losses = [1.0, 1.1, 0.9, 1.0, 1.1, 30.0, 1.0, 1.2]
+    moves, clipper = with_losses(losses, skip_loss_above=RollingSigma(warmup=3))
+    assert moves == [1, 1, 1, 1, 1, 0, 1, 1]
+    learned = clipper.state_dict()["skip_loss_above"]["all"]["norms"]
+    assert learned == [loss for loss in losses if loss < 30]
+
+
+def test_norm_and_loss_are_counted_separately() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper = Clipper(optimizer, INF, skip_above=5.0, skip_loss_above=5.0, max_skips=2)
+    skipped = []
+    for norm, loss in [(9, 1), (1, 9), (9, 9), (9, 1), (1, 9), (1, 9), (1, 9), (9, 9), (9, 1), (9, 1)]:
+        weight.grad = torch.tensor([0.6, 0.8]) * norm
+        clipper.loss = loss
+        optimizer.step()
+        skipped.append(int(last_of(clipper).skipped))
+    # Each of the two reasons has its own row; either one is enough to skip.
+    assert skipped == [1, 1, 1, 1, 1, 1, 0, 1, 1, 0]
+    assert last_of(clipper).clip_coef == pytest.approx(5 / 9)
+    assert clipper.history[6].clip_coef == 1.0
+
+
+@fused_or_not
+def test_after_max_skips_a_step_is_taken_in_spite_of_its_loss(fused: bool) -> None:
+    with (
+        pytest.warns(UserWarning, match="step 3 was taken though its loss is 9: 2 steps .* `skip_loss_above`")
+        if (not fused)
+        else warnings.catch_warnings()
+    ):
+        moves, _ = with_losses([1.0, 9.0, 9.0, 9.0, 9.0], fused, skip_loss_above=5.0, max_skips=2)
+    assert moves == [1, 0, 0, 1, 0]
+
+
+def test_a_step_without_a_loss_is_refused_before_anything_changes() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper = Clipper(optimizer, 0.1, skip_loss_above=RollingSigma())
+    for _ in range(2):  # the loss of a step is not that of the next one
+        weight.grad = torch.tensor([3.0, 4.0])
+        before = weight.detach().clone()
+        with pytest.raises(RuntimeError, match=r"`skip_loss_above` .*clipper\.loss = loss"):
+            optimizer.step()
+        assert torch.equal(weight, before)
+        assert torch.equal(weight.grad, torch.tensor([3.0, 4.0]))
+        clipper.loss = 1.0
+        optimizer.step()
+    assert len(clipper.history) == 2
+
+
+def test_the_loss_of_a_closure_counts() -> None:
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    clipper = Clipper(optimizer, INF, skip_loss_above=20.0)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        clipper.loss = loss
+        return loss
+
+    optimizer.step(closure)
+    assert last_of(clipper).skipped
+    assert weight.tolist() == [3.0, 4.0]
+
+
+def test_a_round_of_several_optimizers_is_skipped_by_its_loss() -> None:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
+    clipper = Clipper(optimizers, INF, skip_loss_above=5.0)
+    for loss in (9.0, 1.0):
+        for weight in weights:
+            weight.grad = torch.ones(1)
+        clipper.loss = loss
+        for optimizer in optimizers:
+            optimizer.step()
+    assert [weight.item() for weight in weights] == [-1.0, -1.0]
+    assert [r.skipped for r in clipper.history] == [True, False]
+
+
+def test_a_resumed_run_goes_on_with_what_the_losses_taught() -> None:
+    losses = [1.0, 1.1, 0.9, 1.0, 30.0]
+    options: dict[str, Any] = {"skip_loss_above": RollingSigma(warmup=3), "max_skips": 2}
+    _, clipper = with_losses(losses, **options)
+    state = clipper.state_dict()
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    resumed = Clipper(optimizer, INF, **options)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    for loss in (30.0, 30.0):
+        weight.grad = torch.ones(2)
+        resumed.loss = loss
+        optimizer.step()
+    assert [r.skipped for r in resumed.history][-3:] == [True, True, False]
+    without = Clipper(torch.optim.SGD([weight], lr=1.0), INF)
+    with pytest.raises(ValueError, match="holds what a `skip_loss_above` has learned"):
+        without.load_state_dict(state)
+    del state["skip_loss_above"], state["skips"]["skip_loss_above"]  # as of an earlier version
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["skip_loss_above"] == {"all": RollingSigma(warmup=3).state_dict()}
+
+
+def test_lbfgs_cannot_skip_by_its_loss() -> None:
+    with pytest.raises(ValueError, match="`skip_loss_above` does not work with LBFGS"):
+        Clipper(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]), 1.0, skip_loss_above=1.0)

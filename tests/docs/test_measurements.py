@@ -38,8 +38,8 @@ def drawn() -> Ratios:
 
 def ratio(cell: str) -> str:
     """The ratio in brackets behind a time, or that the machine was busy."""
-    found: list[str] = re.findall(r"\((.*)\)", cell)
-    return found[-1]
+    found: str = re.findall(r"\((.*)\)", cell)[-1]
+    return found
 
 
 def test_the_bars_of_the_picture_have_the_numbers_of_the_tables(tables: Tables, drawn: Ratios) -> None:

@@ -46,7 +46,7 @@ def test_calm_norms(seed: int, scale: float) -> None:
 def test_the_table_holds_on_the_run_itself(steps: int) -> None:
     norms = calm(steps)
     table = advice_on(norms).table
-    assert list(table) == SHARES
+    assert list(table) == [share for share in SHARES if share * 0.9 * steps >= 1]
     after_warmup = norms[steps // 10 :]
     for share, max_norm in table.items():
         assert np.mean(after_warmup > max_norm) == pytest.approx(share, abs=1 / len(after_warmup))
@@ -155,7 +155,7 @@ def test_no_threshold_of_0_is_ever_advised() -> None:
     advice = advice_on([0.0, 1.0] * 100)
     assert usable(advice) >= 1.0
     assert "The norm of 100 steps of 200 is 0" in str(advice)
-    assert min(advice.table.values()) == 1.0
+    assert not advice.table
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
@@ -197,10 +197,9 @@ def test_spikes_above_norms_that_hardly_vary_are_clipped_alone() -> None:
 def test_rows_that_are_shown_are_distinct_and_true(levels: list[float]) -> None:
     norms = np.random.default_rng(0).choice(levels, 300)
     advice = advice_on(norms)
-    assert list(advice.table) == SHARES
-    for share, max_norm in advice.rows.items():
+    for share, max_norm in advice.table.items():
         assert np.mean(norms[30:] > max_norm) == pytest.approx(share, abs=0.3 * share)
-    assert len({f"{max_norm:.3g}" for max_norm in advice.rows.values()}) == len(advice.rows)
+    assert len({f"{max_norm:.3g}" for max_norm in advice.table.values()}) == len(advice.table)
 
 
 def test_the_start_of_a_run_does_not_count() -> None:

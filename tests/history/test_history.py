@@ -305,26 +305,6 @@ def test_the_loss_of_a_step_is_kept_and_saved(tmp_path: Path) -> None:
         assert [row["loss"] for row in csv.DictReader(file)] == ["3.5", "2.5", "", "2.0"]
 
 
-def test_a_state_from_before_records_had_a_loss_is_loaded() -> None:
-    # What version 0.1.0 saved.
-    columns: dict[str, Any] = {
-        "step": [0, 1],
-        "total_norm": [0.5, 4.0],
-        "max_norm": [1.0, 1.0],
-        "clip_coef": [1.0, 0.25],
-        "clipped": [False, True],
-        "nonfinite": [False, False],
-        "skipped": [False, False],
-    }
-    counts = {"steps": 2, "clipped": 1, "nonfinite": 0, "skipped": 0}
-    history = History()
-    history.load_state_dict({"records": columns, "counts": counts, "largest": [4.0, 1]})
-    assert list(history) == [
-        Record(0, 0.5, 1.0, 1.0, clipped=False, nonfinite=False, skipped=False, clipped_norm=0.5),
-        Record(1, 4.0, 1.0, 0.25, clipped=True, nonfinite=False, skipped=False, clipped_norm=1.0),
-    ]
-
-
 def test_numbers_of_other_types_in_a_state_become_those_of_a_record() -> None:
     state = history_of([1.0, 2.0]).state_dict()
     state["records"]["total_norm"] = (1, np.float32(2.0))
@@ -394,7 +374,9 @@ def test_the_wrong_state_is_refused_and_changes_nothing(
     before = history.state_dict()
     with pytest.raises(error, match=message):
         history.load_state_dict({**before, **part})
-    with pytest.raises(ValueError, match="`state` lacks 'records', 'counts', 'largest'; pass what History"):
+    with pytest.raises(
+        ValueError, match="`state` lacks 'records', 'counts', 'largest', 'layers'; pass what History"
+    ):
         history.load_state_dict({"step": 3})
     assert history.state_dict() == before
 
@@ -501,7 +483,7 @@ def test_a_reader_that_fails_loses_nothing() -> None:
     history.append(1, torch.ones((), device="meta"), 1.0, 1.0)  # its value cannot be read
     with pytest.raises(NotImplementedError):
         history.summary()
-    history._pending[1] = (1, 2.0, 1.0, 0.5, False)
+    history._pending[1] = (1, 2.0, 1.0, 0.5, False, None, None, None)
     assert [record.total_norm for record in history] == [1.0, 2.0]
 
 

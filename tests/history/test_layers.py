@@ -123,14 +123,6 @@ def test_a_resumed_history_keeps_the_same_layers(duplicate: Callable[[History], 
     assert len(first.layers) == len(layers_of(range(stop)))
 
 
-def test_what_an_earlier_version_saved_has_no_layers() -> None:
-    history = History()
-    state = history.state_dict()
-    del state["layers"]
-    history.load_state_dict(state)
-    assert len(history.layers) == 0
-
-
 STATE = layers_of(range(2)).state_dict()
 
 

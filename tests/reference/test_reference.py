@@ -110,54 +110,51 @@ CALLS: dict[str, Callable[..., Any]] = {
 IN_PLACE = [name for name in CALLS if name != "clip_per_example"]
 
 
+def grads_of_two() -> list[Any]:
+    return [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
+
+
+NO_NUMBER = r"^`(max_norm|clip_value|clip_factor)` must be a number, got"
+NO_LIST = "`grads` must be a list or a tuple of arrays, got"
+
+
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("value", [None, "1", 1j, True, [1.0], np.ones(2)], ids=repr)
-def test_thresholds_that_are_no_numbers(name: str, value: Any) -> None:
-    grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
-    with pytest.raises(TypeError, match=r"^`(max_norm|clip_value|clip_factor)` must be a number, got"):
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        *((value, TypeError, NO_NUMBER) for value in (None, "1", 1j, True, [1.0], np.ones(2))),
+        *((value, ValueError, "must be at least 0, got") for value in (-1, -INF, math.nan, np.float32(-1))),
+        (10**400, ValueError, r"^`\w+` must be within the range of float64, got a larger int"),
+    ],
+)
+def test_wrong_thresholds(name: str, value: Any, error: type[Exception], message: str) -> None:
+    grads = grads_of_two()
+    with pytest.raises(error, match=message):
         CALLS[name](grads, value)
     assert grads[0].tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("value", [-1, -INF, math.nan, np.float32(-1)], ids=repr)
-def test_thresholds_below_0(name: str, value: Any) -> None:
-    grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
-    with pytest.raises(ValueError, match="must be at least 0, got"):
-        CALLS[name](grads, value)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda first, _: [first, np.array([5, 6])], "must be of a .* dtype, item 1 is int64; convert it"),
+        (lambda first, _: [first, [5.0, 6.0]], "`grads` must hold NumPy arrays, item 1 is list"),
+        (lambda *grads: iter(grads), NO_LIST),
+        (lambda *grads: dict(enumerate(grads)), NO_LIST),
+        (lambda *grads: np.array(grads), NO_LIST),
+    ],
+)
+def test_wrong_gradients(name: str, change: Callable[..., Any], message: str) -> None:
+    grads = grads_of_two()
+    with pytest.raises(TypeError, match=message):
+        CALLS[name](change(*grads))
     assert grads[0].tolist() == [3, 4]
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_thresholds_beyond_float64(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^`\w+` must be within the range of float64, got a larger int"):
-        CALLS[name]([np.array([3.0, 4.0]), np.array([5.0, 6.0])], 10**400)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_arrays_of_whole_numbers(name: str) -> None:
-    grads = [np.array([3.0, 4.0]), np.array([5, 6])]
-    with pytest.raises(TypeError, match=r"`grads` must be of a .* dtype, item 1 is int64; convert it first"):
-        CALLS[name](grads)
-    assert grads[0].tolist() == [3, 4]
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_what_is_no_array(name: str) -> None:
-    with pytest.raises(TypeError, match="`grads` must hold NumPy arrays, item 1 is list"):
-        CALLS[name]([np.array([3.0, 4.0]), [5.0, 6.0]])
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("wrap", [iter, lambda grads: dict(enumerate(grads)), np.array])
-def test_what_is_no_list(name: str, wrap: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match="`grads` must be a list or a tuple of arrays, got"):
-        CALLS[name](wrap([np.array([3.0, 4.0]), np.array([5.0, 6.0])]))
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_arrays_that_cannot_be_written(name: str) -> None:
-    grads = [np.array([3.0, 4.0]), np.array([5.0, 6.0])]
+    grads = grads_of_two()
     grads[1].flags.writeable = False
     with pytest.raises(
         ValueError,
@@ -167,16 +164,13 @@ def test_arrays_that_cannot_be_written(name: str) -> None:
     assert grads[0].tolist() == [3, 4]
 
 
-@pytest.mark.parametrize("order", [None, [2], 1j, True])
-def test_orders_that_are_no_numbers(order: Any) -> None:
-    with pytest.raises(TypeError, match="`norm_type` must be a number, got"):
-        reference.global_norm([np.ones(2)], order)
-
-
-@pytest.mark.parametrize("order", ["2", "fro", math.nan])
-def test_orders_without_meaning(order: Any) -> None:
-    with pytest.raises(ValueError, match="`norm_type`"):
-        reference.global_norm([np.ones(2)], order)
+@pytest.mark.parametrize(
+    ("orders", "error"), [((None, [2], 1j, True), TypeError), (("2", "fro", math.nan), ValueError)]
+)
+def test_wrong_orders(orders: tuple[Any, ...], error: type[Exception]) -> None:
+    for order in orders:
+        with pytest.raises(error, match="`norm_type`"):
+            reference.global_norm([np.ones(2)], order)
 
 
 def test_a_norm_that_is_no_number_or_negative() -> None:

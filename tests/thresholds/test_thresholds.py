@@ -181,8 +181,6 @@ WRONG_ENTRIES: list[tuple[Threshold, str, Any]] = [
     (ZScore(), "mean", -1.0),
     (ZScore(), "std", math.inf),
     (ZScore(), "std", None),
-    (ZScore(), "warmup_norms", 1.0),
-    (ZScore(), "warmup_norms", [None]),
     (AdaGC(), "gamma", math.inf),
     (AdaGC(), "gamma", "1"),
     (AdaGC(), "seen", 0.5),
@@ -191,22 +189,6 @@ WRONG_ENTRIES: list[tuple[Threshold, str, Any]] = [
     (RollingSigma(), "norms", [1.0]),
     (Percentile(window=5), "norms", [1.0] * 6),
 ]
-
-
-@pytest.mark.parametrize(
-    ("state", "norms"),
-    [
-        ({"mean": None, "std": 0.0, "warmup_norms": [1.0, 3.0]}, [1.0, 3.0]),
-        ({"mean": None, "std": math.nan, "warmup_norms": [1.0]}, [1.0]),  # as many sets at once saved it
-        ({"mean": None, "std": 0.0, "warmup_norms": []}, []),
-        ({"mean": 2.0, "std": math.sqrt(2 / 3), "warmup_norms": []}, [1.0, 2.0, 3.0]),
-    ],
-)
-def test_a_zscore_state_of_version_0_1_loads(state: dict[str, Any], norms: list[float]) -> None:
-    loaded, learned = ZScore(warmup=3), ZScore(warmup=3)
-    loaded.load_state_dict({"kind": "ZScore", **state})
-    further = [2.0, 1.0, 4.0, 30.0, 2.0]
-    assert stream(learned, [*norms, *further])[len(norms) :] == pytest.approx(stream(loaded, further))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import operator
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def threshold(name: str, value: Any) -> float:
     return float(value)
 
 
-def norm_order(norm_type: Any) -> float:
+def norm_type_of(norm_type: Any) -> float:
     """The order of a norm: any number but NaN, or ``"inf"`` or ``"-inf"``."""
     if type(norm_type) is not float:
         norm_type = number("norm_type", norm_type, "a number or 'inf'", text=True)
@@ -38,7 +38,7 @@ def norm_order(norm_type: Any) -> float:
 def number(name: str, value: Any, what: str = "a number", hint: str = "", text: bool = False) -> float:
     """``value`` as a float, or an error that names the argument.
 
-    With ``text``, a string that ``float`` reads is allowed: configuration files have such, and torch takes
+    With ``text``, a string that ``float`` reads is allowed: configuration files have them, and torch takes
     them.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
@@ -159,8 +159,10 @@ def names_of(parameters: Any) -> dict[int, str]:
     return {id(p.grad): f"{name!r}" for name, p in parameters.named_parameters() if p.grad is not None}
 
 
-def refuse_item(name: str, index: int, item: Any) -> NoReturn:
-    """Raise the error for an item that is not a tensor."""
+def check_tensor(name: str, index: int, item: Any) -> None:
+    """Raise an error for an item that is not a tensor."""
+    if isinstance(item, Tensor):
+        return
     hint = "; pass `.parameters()`, not `.named_parameters()`" if isinstance(item, tuple) else ""
     raise TypeError(f"`{name}` must hold tensors only, item {index} is {shown(item)}{hint}")
 

@@ -43,7 +43,7 @@ class Facts:
     """There are so few elements in host memory that multiplying them now costs less than in a fused step."""
     GAPS: Final = 8
     """Any has gaps between its elements, into which torch's fused steps on the CPU write."""
-    TIED: Final = 16
+    SHARED_GRADIENT: Final = 16
     """Any is the gradient of several parameters, so that an optimizer meets it several times."""
     SHARDED: Final = 32
     """Ranks take the norm together, so that one rank alone cannot take it again."""
@@ -58,22 +58,22 @@ class Batch(ABC):
 
     Args:
         tensors: the tensors, in order.
-        tied: whether any of them is the gradient of several parameters.
+        shared: whether any of them is the gradient of several parameters.
 
     Attributes:
         all: the distinct tensors in order, as the user sees them.  Do not change the list.
         rest: those of which this rank holds what it may not be possible to change in place.
     """
 
-    def __init__(self, tensors: list[Tensor], tied: bool = False) -> None:
+    def __init__(self, tensors: list[Tensor], shared: bool = False) -> None:
         self.all = tensors
         self.rest: Sequence[Tensor] = tensors
-        self._tied = Facts.TIED if tied else 0
+        self._shared = Facts.SHARED_GRADIENT if shared else 0
 
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors; those that torch operations handle are never ``SMALL``."""
-        facts = self._tied
+        facts = self._shared
         dtypes = {tensor.dtype for tensor in self.all}
         if not dtypes.isdisjoint(memory.DOUBLE):
             facts |= Facts.DOUBLE

@@ -40,10 +40,6 @@ def gradients(
         kind: of ``Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
-    if group is None and type(parameters) is list:
-        batch: Any = native.gradients(parameters)
-        if batch is not None and batch.plain and batch.all:  # nearly always: then there is nothing to refuse
-            return cast("Batch", batch)
     (found,) = _batches("parameters", [parameters], group, kind)
     return found
 
@@ -68,14 +64,9 @@ def measured(
     return [*zip(batches, norms_of(batches, each, p), strict=True)]
 
 
-def several(parameters: Sequence[Sequence[Tensor]], group: Any, kind: str) -> list[Batch]:
-    """``gradients`` of several lists of parameters, whose norms are taken together (``norms_of``)."""
-    return _batches("parameters", parameters, group, kind)
-
-
-def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None) -> Batch:
-    """The distinct tensors of an argument named ``tensors``, to be measured."""
-    (batch,) = _batches("tensors", [tensors], group, Kind.MEASURE)
+def tensors(tensors: Tensor | Iterable[Tensor], group: Any = None, kind: str | None = Kind.MEASURE) -> Batch:
+    """The distinct tensors of an argument named ``tensors``, to be measured; as for ``gradients``."""
+    (batch,) = _batches("tensors", [tensors], group, kind)
     return batch
 
 
@@ -119,8 +110,8 @@ def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = Fals
 
 def local_gradients(parameters: Iterable[Tensor]) -> Batch:
     """This rank's part of the parameters' gradients: its norms need no other rank."""
-    found, tied = _found(arguments.tensor_list("parameters", parameters), "parameters")
-    return _local(meshes.locals_of(found), tied)
+    found, shared = _found(arguments.tensor_list("parameters", parameters), "parameters")
+    return _local(meshes.locals_of(found), shared)
 
 
 def warn_if_used_up(parameters: Any) -> None:
@@ -135,8 +126,7 @@ def distinct(items: Sequence[Tensor], name: str = "parameters") -> list[Tensor]:
     # All at once unless it is traced, which torch.compile of torch 2.6 cannot do.
     if is_dynamo_compiling() or not all(issubclass(kind, Tensor) for kind in set(map(type, items))):
         for i, item in enumerate(items):
-            if not isinstance(item, Tensor):
-                arguments.refuse_item(name, i, item)
+            arguments.check_tensor(name, i, item)
     return _once(items)
 
 
@@ -145,7 +135,7 @@ def distinct_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return _once(_present(parameters))
 
 
-def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: Any) -> None:
+def check_writable(held: Iterable[Tensor], items: Sequence[Tensor], given: Any) -> None:
     """Raise an error for gradients that cannot be changed in place, before any is.
 
     Args:
@@ -161,7 +151,7 @@ def refuse_unwritable(held: Iterable[Tensor], items: Sequence[Tensor], given: An
         item = name or ("an item" if place is None else f"item {place}")
         return f"{item} of `parameters` has a gradient of shape {tuple(gradient.shape)}"
 
-    memory.refuse_unwritable(held, described)
+    memory.check_writable(held, described)
 
 
 def _found(items: Sequence[Tensor], name: str) -> tuple[list[Tensor], bool]:
@@ -213,9 +203,9 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: str | N
     else:
         batch = _local(*_found(items, name))
     if batch.rest and take_grad:
-        refuse_unwritable(batch.rest, items, given)
+        check_writable(batch.rest, items, given)
     elif batch.rest:
-        memory.refuse_without_memory(meshes.locals_of(items), "tensors")
+        memory.check_has_memory(meshes.locals_of(items), "tensors")
     if batch.rest and kind is not None:
         _check_values(batch.rest, batch.all)
     if take_grad and not batch.all:
@@ -260,28 +250,28 @@ def _check_values(held: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     )
 
 
-def _local(tensors: list[Tensor], tied: bool = False, by_kernel: Any = None) -> Batch:
+def _local(tensors: list[Tensor], shared: bool = False, by_kernel: Any = None) -> Batch:
     """The batch of distinct tensors of which no other rank has a part.
 
     Args:
         tensors: the tensors.
-        tied: whether any is known to be the gradient of several parameters.
+        shared: whether any is known to be the gradient of several parameters.
         by_kernel: the kernel's batch of them, if there is one.
     """
     if by_kernel is None:
         by_kernel = _by_kernel(tensors)
     if by_kernel is None:
-        return _by_torch(tensors, tied)
+        return _by_torch(tensors, shared)
     rest = list(by_kernel.rest)
     if not rest:
         return cast("Batch", by_kernel)
-    tied = tied or bool(by_kernel.facts & Facts.TIED)
-    by_torch = _by_torch(rest, tied)
+    shared = shared or bool(by_kernel.facts & Facts.SHARED_GRADIENT)
+    by_torch = _by_torch(rest, shared)
     if len(rest) == len(tensors):
         return by_torch
-    return MixedBatch(tensors, [by_kernel.taken, by_torch], tied)
+    return MixedBatch(tensors, [by_kernel.taken, by_torch], shared)
 
 
-def _by_torch(tensors: list[Tensor], tied: bool) -> TorchBatch:
+def _by_torch(tensors: list[Tensor], shared: bool) -> TorchBatch:
     dtype = None if memory.intercepted() else memory.common_dtype(tensors)
-    return TorchBatch(tensors, tied, dtype)
+    return TorchBatch(tensors, shared, dtype)

@@ -53,7 +53,7 @@ class Group:
             return self._norms_on_host(p)
         if self.in_range(p):
             return torch.stack(self._plain_norms(p))
-        divisors = divisor_like(torch.stack(self._plain_norms(_leading_order(p))))
+        divisors = divisor_like(torch.stack(self._plain_norms(_leading_type(p))))
         with_axis = torch.split(divisors, 1)
         quotients: list[Tensor] = []
         for chunk in self._chunks():
@@ -78,7 +78,7 @@ class Group:
         """Norms whose joint norm is that of all elements."""
         if self.in_range(p):
             return self._plain_norms(p)
-        leading = joint(self._plain_norms(_leading_order(p)), _leading_order(p), in_range=True)
+        leading = joint(self._plain_norms(_leading_type(p)), _leading_type(p), in_range=True)
         divisor = divisor_like(leading)
         quotients = [norm for chunk in self._chunks() for norm in chunk._divided(divisor)._plain_norms(p)]
         return [joint(quotients, p, in_range=p == 2) * divisor]
@@ -271,7 +271,7 @@ def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:
     return plain
 
 
-def _leading_order(p: float) -> float:
+def _leading_type(p: float) -> float:
     return math.copysign(math.inf, p)
 
 

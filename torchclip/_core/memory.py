@@ -232,7 +232,7 @@ def is_plain(tensor: Tensor) -> bool:
     return values_hidden() or not tensor.is_neg()
 
 
-def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], str]) -> None:
+def check_writable(tensors: Iterable[Tensor], described: Callable[[Tensor], str]) -> None:
     """Raise an error for gradients that cannot be changed in place, before any is.
 
     The error is torch's own if elements share memory, so that one would be changed several times.  The memory
@@ -272,7 +272,7 @@ def refuse_unwritable(tensors: Iterable[Tensor], described: Callable[[Tensor], s
             )
 
 
-def refuse_without_memory(tensors: Iterable[Tensor], name: str) -> None:
+def check_has_memory(tensors: Iterable[Tensor], name: str) -> None:
     """Raise an error for items of an argument whose storage was resized to nothing, which have no values."""
     if intercepted():
         return

@@ -17,11 +17,11 @@ class MixedBatch(Batch):
     Args:
         tensors: the distinct tensors of both, in order.
         parts: the batches.
-        tied: whether any tensor is the gradient of several parameters.
+        shared: whether any tensor is the gradient of several parameters.
     """
 
-    def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], tied: bool) -> None:
-        super().__init__(tensors, tied)
+    def __init__(self, tensors: list[Tensor], parts: Sequence[Batch], shared: bool) -> None:
+        super().__init__(tensors, shared)
         self._parts = parts
         self.rest = [tensor for part in parts for tensor in part.rest]
         place_of = {id(tensor): place for place, tensor in enumerate(tensors)}
@@ -32,7 +32,7 @@ class MixedBatch(Batch):
     @property
     def facts(self) -> int:
         """``Facts`` of the tensors: never small, as the kernel does not handle all of them."""
-        facts = self._tied
+        facts = self._shared
         for part in self._parts:
             facts |= part.facts
         return facts & ~Facts.SMALL

@@ -98,7 +98,7 @@ def _load() -> tuple[Any, str]:
             nn.Parameter,
             exchange_api,
             torch._C._increment_version,
-            arguments.refuse_item,
+            arguments.check_tensor,
             torch.get_num_threads,
             _other_norms,
             memory.CHECKS,

@@ -26,14 +26,14 @@ class TorchBatch(Batch):
 
     Args:
         tensors: the tensors.
-        tied: whether any of them is the gradient of several parameters.
+        shared: whether any of them is the gradient of several parameters.
         dtype: their ``memory.common_dtype``, or None.
     """
 
     _parted: tuple[list[Group], list[tuple[int, Tensor]]] | None = None
 
-    def __init__(self, tensors: list[Tensor], tied: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__(tensors, tied)
+    def __init__(self, tensors: list[Tensor], shared: bool = False, dtype: torch.dtype | None = None) -> None:
+        super().__init__(tensors, shared)
         self._dtype = dtype
         self._on_host = dtype is not None or memory.on_host(tensors)
         if dtype is not None:

@@ -238,7 +238,7 @@ def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norm
     return [clip_coef(limit, norm, eps) for limit, norm in zip(numbers(max_norms), norms, strict=True)]
 
 
-def refuse_nonfinite(
+def check_finite(
     total_norm: Norm,
     norm_type: float,
     tensors: Sequence[Tensor],

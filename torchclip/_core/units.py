@@ -19,6 +19,9 @@ from torchclip._core.ranks import meshes
 from torchclip._core.ranks.exchange import Kind
 from torchclip._core.scalars import at, on_device
 
+# A power of two by which the norms of units of float64 fit into float64.
+_SCALE = 2.0**-64
+
 
 class Units(NamedTuple):
     """This rank's part of a parameter and of its gradient, unit by unit along the first axis."""
@@ -33,19 +36,26 @@ class Units(NamedTuple):
     """The parameter, if it is a vector that is split over ranks: then ranks measure it together."""
 
 
-def of_parameters(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
+def of_parameters(items: list[Tensor], given: Any) -> list[Units]:
     """The units of the distinct parameters that have a gradient, here or (of split vectors) on other ranks.
 
     Args:
-        some: the parameters.
-        items: all parameters of the call; ranks that wait for this one are told of an error.
+        items: the parameters; ranks that wait for this one are told of an error.
         given: what the user passed for them.
     """
     try:
-        return _of_items(some, items, given)
+        found = _of_items(gather.distinct(items), items, given)
     except Exception:
         tell_ranks(items)
         raise
+    whole = [u.owner for u in found if u.owner is not None and u.split is None]
+    reduced = dict(zip(map(id, whole), meshes.reduced_locals_of(whole), strict=True))
+    return [
+        u._replace(measured=reduced[id(u.owner)].reshape(u.grad.shape))
+        if u.owner is not None and u.grad is not None and u.split is None and meshes.pending(u.owner)
+        else u
+        for u in found
+    ]
 
 
 def tell_ranks(given: Any) -> None:
@@ -60,48 +70,27 @@ def tell_ranks(given: Any) -> None:
         return
     split = [p for p in items if _is_split_vector(p)]
     meshes.reduced_locals_of([p.grad for p in items if p.grad is not None and p not in set(split)])
+    _tell_of_norms(split)
+
+
+def _tell_of_norms(split: list[Tensor]) -> None:
+    """Tell the ranks that have further parts of vectors, where their norms are about to be exchanged."""
     gather.tell_ranks([split, [p.detach() for p in split]], None, Kind.CLIP_EACH)
 
 
-def parted(items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The distinct parameters that the kernel may handle, and the others, if there are some of both."""
-    some = gather.distinct(items)
-    grads = [p.grad for p in some if p.grad is not None]
-    if len({id(grad) for grad in grads}) < len(grads):
-        return [], items  # one that several parameters share is scaled by the smallest of their coefficients
-    plain: list[Tensor] = []
-    rest: list[Tensor] = []
-    for p in some:
-        by_kernel = all(t.is_cpu and memory.is_plain(t) for t in (p, p.grad) if t is not None)
-        (plain if by_kernel else rest).append(p)
-    return (plain, rest) if rest else ([], items)
-
-
-def _of_items(some: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
-    different = gather.distinct(some)
+def _of_items(different: list[Tensor], items: list[Tensor], given: Any) -> list[Units]:
     split = set(filter(_is_split_vector, different))
     chosen = [p for p in different if p.grad is not None or p in split]
-    grads = [p.grad for p in chosen if p.grad is not None]
-    if not memory.intercepted() and memory.common_dtype([*chosen, *grads]) is not None:
-        return [_units(p, p.detach(), grad, grad) for p, grad in zip(chosen, grads, strict=True)]
-    held = meshes.locals_of(grads)
-    gather.refuse_unwritable(held, items, given)
+    held = meshes.locals_of([p.grad for p in chosen if p.grad is not None])
+    gather.check_writable(held, items, given)
     place_of = {id(item): place for place, item in enumerate(items)}
     for parameter in chosen:
         _check(place_of[id(parameter)], parameter)
     weights = meshes.locals_of([p.detach() for p in chosen])
-    memory.refuse_without_memory(weights, "parameters")
+    memory.check_has_memory(weights, "parameters")
     local = iter(held)
-    whole = [p.grad for p in chosen if p.grad is not None and p not in split]
-    measured = iter(meshes.reduced_locals_of(whole))
     return [
-        _units(
-            p,
-            weight,
-            None if p.grad is None else next(local),
-            None if p in split else next(measured),
-            p if p in split else None,
-        )
+        _units(p, weight, None if p.grad is None else next(local), p in split)
         for p, weight in zip(chosen, weights, strict=True)
     ]
 
@@ -129,13 +118,7 @@ def _check(i: int, parameter: Tensor) -> None:
         )
 
 
-def _units(
-    parameter: Tensor,
-    weight: Tensor,
-    grad: Tensor | None,
-    measured: Tensor | None,
-    split: Tensor | None = None,
-) -> Units:
+def _units(parameter: Tensor, weight: Tensor, grad: Tensor | None, is_split: bool) -> Units:
     owner = parameter.grad
     if owner is not None and _is_row_sparse(owner):
         values = operations.own_elements(owner)
@@ -143,53 +126,52 @@ def _units(
     if parameter.dim() < 2:
         weight = weight.reshape(1, -1)
         grad = None if grad is None else grad.view(1, -1)
-        measured = None if measured is None else measured.reshape(1, -1)
-    return Units(owner, weight, grad, measured, split)
+    return Units(owner, weight, grad, None if is_split else grad, parameter if is_split else None)
 
 
 def _is_row_sparse(tensor: Tensor) -> bool:
     return tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1 and tensor.dim() > 1
 
 
-def norms(units: Sequence[Units], p: float) -> list[tuple[Tensor, Tensor]]:
-    """The norms of the weights and of the gradients of each parameter's units.
+def norms(units: Sequence[Units], p: float, eps: float) -> list[tuple[Tensor, Tensor]]:
+    """The norms of the weights (at least ``eps``) and of the gradients of each parameter's units.
 
-    The norms of vectors that are split over ranks include the parts on other ranks.
+    The norms of vectors that are split over ranks include the parts on other ranks.  Where a norm leaves the
+    range of float64, both norms of the unit are multiplied by a small number: only their ratio counts.
     """
     vectors = [u.split for u in units if u.split is not None]
-    joint = iter(_norms_of_split(vectors, p) if vectors else ())
-    whole = [u for u in units if u.split is None]
-    with torch.no_grad():
-        of_weights = iter(rows.norms_of_rows([u.weight for u in whole], p))
-        of_grads = iter(rows.norms_of_rows([u.measured for u in whole if u.measured is not None], p))
-    return [
-        (next(of_weights), next(of_grads)) if u.split is None else _on_device(next(joint), u.weight)
-        for u in units
-    ]
-
-
-def exceeds_range(units: Units, norms: tuple[Tensor, Tensor]) -> bool:
-    """Whether a norm of units that only this rank has is infinite where that of scaled units may not be."""
-    tensors = [tensor for tensor in (units.weight, units.measured) if tensor is not None]
-    if memory.DOUBLE.isdisjoint(tensor.dtype for tensor in tensors) or units.split is not None:
-        return False
-    return memory.on_host(norms) and bool(torch.maximum(*norms).isinf().any())
-
-
-def times(units: Units, factor: float) -> Units:
-    """Copies of the numbers to measure, multiplied by a factor."""
-    measured = None if units.measured is None else units.measured.detach() * factor
-    return units._replace(weight=units.weight * factor, measured=measured)
-
-
-def _norms_of_split(vectors: Sequence[Tensor], p: float) -> list[tuple[Norm, Norm]]:
-    """The norms of vectors that are split over ranks, and of their gradients (``ABSENT`` for none)."""
-    (grads,) = gather.several([vectors], None, Kind.CLIP_EACH)
-    weights = gather.tensors([vector.detach() for vector in vectors])
+    try:
+        of_whole = iter(_norms_of_whole([u for u in units if u.split is None], p, eps))
+        # Without a kind they tell nobody: other ranks wait for both at once.
+        grads = gather.gradients(vectors)
+        weights = gather.tensors([vector.detach() for vector in vectors], kind=None)
+    except Exception:
+        _tell_of_norms(vectors)
+        raise
     of_grads, of_weights = cast("list[Norms]", gather.norms_of([grads, weights], True, p))
     place_of = {id(grad): place for place, grad in enumerate(grads.all)}
     places = [place_of.get(id(vector.grad)) for vector in vectors]
-    return list(zip(of_weights, at(of_grads, places), strict=True))
+    joint = zip(of_weights, at(of_grads, places), strict=True)
+    return [
+        next(of_whole) if u.split is None else _on_device(next(joint), u.weight.device, eps) for u in units
+    ]
+
+
+def _norms_of_whole(units: Sequence[Units], p: float, eps: float) -> list[tuple[Tensor, Tensor]]:
+    """``norms`` of units that this rank has whole."""
+    weights = [u.weight for u in units]
+    grads = [u.measured for u in units if u.measured is not None]
+    with torch.no_grad():
+        of_weights, of_grads = rows.norms_of_rows(weights, p), rows.norms_of_rows(grads, p)
+        found = [(w.clamp(min=eps), g) for w, g in zip(of_weights, of_grads, strict=True)]
+        for i, both in enumerate(found):
+            is_double = not memory.DOUBLE.isdisjoint((weights[i].dtype, grads[i].dtype))
+            if is_double and memory.on_host(both) and bool(torch.maximum(*both).isinf().any()):
+                of_weight, of_grad = rows.norms_of_rows([weights[i] * _SCALE, grads[i] * _SCALE], p)
+                is_beyond = torch.maximum(*both).isinf()
+                scaled = of_weight.clamp(min=eps * _SCALE), of_grad
+                found[i] = tuple(map(torch.where, (is_beyond,) * 2, scaled, both))  # type: ignore[assignment]
+    return found
 
 
 def _split_axes(tensor: Tensor) -> set[int]:
@@ -214,9 +196,9 @@ def _is_split_vector(parameter: Tensor) -> bool:
     return parameter.dim() < 2 and bool(_split_axes(parameter))
 
 
-def _on_device(norms: Sequence[Norm], weight: Tensor) -> tuple[Tensor, Tensor]:
-    found = on_device(norms, weight.device).clamp(min=0.0)
-    return found[:1], found[1:]
+def _on_device(norms: Sequence[Norm], device: torch.device, eps: float) -> tuple[Tensor, Tensor]:
+    found = on_device(norms, device).clamp(min=0.0)
+    return found[:1].clamp(min=eps), found[1:]
 
 
 def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:

@@ -96,7 +96,7 @@ def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
         command = importlib.import_module(f"torchclip.cli.{module}")
         command.add_arguments(parser)
         options = vars(parser.parse_args(arguments))
-        _refuse_one_file_for_two(parser, options)
+        _check_files_differ(parser, options)
         status = command.run(**options) or 0
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -127,8 +127,8 @@ def _files(parser: Parser, options: Mapping[str, Any]) -> Iterator[tuple[argpars
             yield argument, value
 
 
-def _refuse_one_file_for_two(parser: Parser, options: Mapping[str, Any]) -> None:
-    """Refuse two options that name the same file."""
+def _check_files_differ(parser: Parser, options: Mapping[str, Any]) -> None:
+    """Raise an error for two options that name the same file."""
     seen: dict[Path, argparse.Action] = {}
     for argument, path in _files(parser, options):
         other = seen.setdefault(path.resolve(), argument)

@@ -10,7 +10,7 @@ import torchclip
 from torchclip.cli.options import refusal
 from torchclip.thresholds.base import MaxNorm, Threshold
 
-__all__ = ["CLASSES", "DESCRIBED", "LEARNED", "max_norm_of", "refuse_ceiling"]
+__all__ = ["CLASSES", "DESCRIBED", "LEARNED", "check_ceiling", "max_norm_of"]
 
 CLASSES: dict[str, Callable[..., Threshold]] = {
     "percentile": torchclip.Percentile,
@@ -36,8 +36,8 @@ DESCRIBED = "; ".join(f"{name}: {what}" for name, what in LEARNED.items())
 """All of them in one line, for an option's help."""
 
 
-def refuse_ceiling(threshold: str | None, max_norm: float | None) -> None:
-    """Refuse a ``--max-norm`` with a threshold that does not use it."""
+def check_ceiling(threshold: str | None, max_norm: float | None) -> None:
+    """Raise an error for a ``--max-norm`` with a threshold that does not use it."""
     if threshold in WITHOUT_CEILING and max_norm is not None:
         raise refusal(f"--max-norm has no meaning with --threshold {threshold}")
 

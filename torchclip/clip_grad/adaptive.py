@@ -10,12 +10,9 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, gather, memory, native, units
-from torchclip._core.arguments import norm_order, threshold
+from torchclip._core.arguments import norm_type_of, threshold
 
 __all__ = ["Adaptive", "clip_grad_adaptive_"]
-
-# A power of two by which the norms of units of float64 fit into float64.
-_SCALE = 2.0**-64
 
 
 def clip_grad_adaptive_(
@@ -62,7 +59,7 @@ def clip_grad_adaptive_(
     try:
         clip_factor = threshold("clip_factor", clip_factor)
         eps = threshold("eps", eps)
-        p = norm_order(norm_type)
+        p = norm_type_of(norm_type)
     except (TypeError, ValueError):
         units.tell_ranks(parameters)
         raise
@@ -76,52 +73,33 @@ def _clip(
     p: float,
     grad_scale: Tensor | None = None,
 ) -> None:
-    has_kernel = not is_dynamo_compiling() and native.active()
-    has_kernel = has_kernel and (grad_scale is None or memory.on_host([grad_scale]))
-
-    def by_kernel(some: Tensor | Iterable[Tensor] | nn.Module) -> bool:
+    if not is_dynamo_compiling() and (grad_scale is None or memory.on_host([grad_scale])):
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        return native.clip_grad_adaptive(some, clip_factor, eps, p, scale) is not None
-
-    if has_kernel and by_kernel(parameters):
-        return
+        if native.clip_grad_adaptive(parameters, clip_factor, eps, p, scale) is not None:
+            return
     items = arguments.tensor_list("parameters", parameters)
     if not items:
         gather.warn_if_used_up(parameters)
-    plain, rest = units.parted(items) if has_kernel else ([], items)
-    # Other ranks may refuse, which must be known before anything changes.
-    others = units.of_parameters(rest, items, parameters)
-    if not plain and not others:
+    found = units.of_parameters(items, parameters)
+    if not found:
         gather.warn_of_gradients(items)
-    clip_coefs = _clip_coefs(others, clip_factor, eps, p, grad_scale)
-    if plain and not by_kernel(plain):
-        left = units.of_parameters(plain, items, parameters)
-        units.scale_(left, _clip_coefs(left, clip_factor, eps, p, grad_scale))
-    units.scale_(others, clip_coefs)
+    norms = units.norms(found, p, eps)
+    units.scale_(found, _clip_coefs(norms, clip_factor, grad_scale))
 
 
 def _clip_coefs(
-    some: Sequence[units.Units], clip_factor: float, eps: float, p: float, grad_scale: Tensor | None
-) -> list[Tensor]:
-    norms = units.norms(some, p)
-    if len({of_weight.device for of_weight, _ in norms}) == 1:  # all at once, as each operation takes time
-        weights, grads = (torch.cat(of_all) for of_all in zip(*norms, strict=True))
-        of_all = _clip_coef(weights, grads, clip_factor, eps, grad_scale)
-        found = list(torch.split(of_all, [of_weight.numel() for of_weight, _ in norms]))
-    else:
-        found = [_clip_coef(*of_units, clip_factor, eps, grad_scale) for of_units in norms]
-    for i, (each, of_units) in enumerate(zip(some, norms, strict=True)):
-        if units.exceeds_range(each, of_units):
-            scaled = units.norms([units.times(each, _SCALE)], p)
-            coefs = _clip_coef(*scaled[0], clip_factor, eps * _SCALE, grad_scale)
-            found[i] = torch.where(torch.maximum(*of_units).isinf(), coefs, found[i])
-    return found
+    norms: Sequence[tuple[Tensor, Tensor]], clip_factor: float, grad_scale: Tensor | None
+) -> Sequence[Tensor]:
+    if len({of_weight.device for of_weight, _ in norms}) != 1:
+        return [_clip_coef(*of_units, clip_factor, grad_scale) for of_units in norms]
+    # All at once, as each operation takes time.
+    weights, grads = (torch.cat(of_all) for of_all in zip(*norms, strict=True))
+    of_all = _clip_coef(weights, grads, clip_factor, grad_scale)
+    return torch.split(of_all, [of_weight.numel() for of_weight, _ in norms])
 
 
-def _clip_coef(
-    of_weight: Tensor, of_grad: Tensor, clip_factor: float, eps: float, grad_scale: Tensor | None
-) -> Tensor:
-    limits = clip_factor * of_weight.clamp(min=eps)
+def _clip_coef(of_weight: Tensor, of_grad: Tensor, clip_factor: float, grad_scale: Tensor | None) -> Tensor:
+    limits = clip_factor * of_weight
     if grad_scale is not None:
         limits = limits * grad_scale.to(limits)
     # A NaN compares false, and spreads through its unit.

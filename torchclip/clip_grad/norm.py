@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, memory, native
-from torchclip._core.arguments import flag, full, names_of, norm_order, number, shown, threshold
+from torchclip._core.arguments import flag, full, names_of, norm_type_of, number, shown, threshold
 from torchclip._core.batch import Norm, to_result
 from torchclip._core.ranks.exchange import Kind, raise_pending
-from torchclip._core.scalars import clip_coef, norm_dtype, refuse_nonfinite
+from torchclip._core.scalars import check_finite, clip_coef, norm_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,6 +70,7 @@ def clip_grad_norm_(
         3.2, https://arxiv.org/abs/1211.5063; *Deep Learning from Scratch 2*, section 6.1.4.
 
     Examples:
+        >>> import torch
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> (weight * torch.tensor([3.0, 4.0])).sum().backward()
         >>> clip_grad_norm_(weight, max_norm=1.0)
@@ -83,7 +84,7 @@ def clip_grad_norm_(
             return short
     try:
         max_norm = threshold("max_norm", max_norm)
-        p = norm_order(norm_type)
+        p = norm_type_of(norm_type)
         error_if_nonfinite = flag("error_if_nonfinite", error_if_nonfinite)
     except (TypeError, ValueError):
         gather.tell_ranks([parameters], group, Kind.CLIP)
@@ -92,7 +93,7 @@ def clip_grad_norm_(
     total_norm = batch.norm(p)
     if error_if_nonfinite:
         raise_pending()
-        refuse_nonfinite(total_norm, p, batch.all, names_of(parameters))
+        check_finite(total_norm, p, batch.all, names_of(parameters))
     batch.scale_(clip_coef(max_norm, total_norm))
     return to_result(total_norm, batch)
 
@@ -128,11 +129,12 @@ def get_total_norm(
         RuntimeError: if ``error_if_nonfinite`` and the norm is not finite.
 
     Examples:
+        >>> import torch
         >>> get_total_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
     try:
-        p = norm_order(norm_type)
+        p = norm_type_of(norm_type)
         error_if_nonfinite = flag("error_if_nonfinite", error_if_nonfinite)
     except (TypeError, ValueError):
         gather.tell_ranks([tensors], group, Kind.MEASURE)
@@ -142,7 +144,7 @@ def get_total_norm(
     if error_if_nonfinite:
         raise_pending()
         remedy = "To disable this error and get the non-finite norm, set `error_if_nonfinite=False`"
-        refuse_nonfinite(total_norm, p, batch.all, remedy=remedy, argument="tensors")
+        check_finite(total_norm, p, batch.all, remedy=remedy, argument="tensors")
     return to_result(total_norm, batch)
 
 
@@ -173,6 +175,7 @@ def clip_grads_with_norm_(
         RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
 
     Examples:
+        >>> import torch
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grads_with_norm_(weight, 1.0, get_total_norm(weight.grad))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import memory, native, rows
-from torchclip._core.arguments import refuse_item, tensor_list, threshold
+from torchclip._core.arguments import check_tensor, tensor_list, threshold
 from torchclip._core.joint_norms import join_rows
 from torchclip._core.scalars import clip_coef
 
@@ -80,13 +80,12 @@ def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple
 
 def _check(tensors: list[Tensor]) -> None:
     for i, grad in enumerate(tensors):
-        if not isinstance(grad, Tensor):
-            refuse_item("grads", i, grad)
+        check_tensor("grads", i, grad)
         if grad.layout != torch.strided or not (grad.is_floating_point() or grad.is_complex()):
             raise TypeError(
                 f"`grads` must hold dense floating tensors, item {i} is {grad.layout} {grad.dtype}"
             )
-    memory.refuse_without_memory(tensors, "grads")
+    memory.check_has_memory(tensors, "grads")
     if any(g.dim() == 0 for g in tensors) or len({len(g) for g in tensors}) > 1:
         raise ValueError(
             "every tensor in `grads` must have the same number of examples along its first axis, "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, native
-from torchclip._core.arguments import norm_order, threshold
+from torchclip._core.arguments import norm_type_of, threshold
 from torchclip._core.batch import to_results
 from torchclip._core.ranks.exchange import Kind
 from torchclip._core.scalars import EPS
@@ -51,7 +51,7 @@ def clip_grad_norm_per_parameter_(
             return short
     try:
         max_norm = threshold("max_norm", max_norm)
-        p = norm_order(norm_type)
+        p = norm_type_of(norm_type)
     except (TypeError, ValueError):
         gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
         raise

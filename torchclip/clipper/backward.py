@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from torchclip._core import gather
@@ -31,6 +32,11 @@ def check_in_backward(optimizers: Sequence[Optimizer], settings: Settings) -> bo
             "[torchclip.Clipper(optimizer, max_norm) for optimizer in optimizers], or call optimizer.step() "
             "after backward()"
         )
+    if settings.skip_loss_above is not None and meshes.has_ranks() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            "`skip_loss_above` needs the losses of other ranks, which may be elsewhere in their backward "
+            "passes. Do not pass it, or call optimizer.step() after backward()"
+        )
     parameters = parameters_of(*optimizers)
     if settings.groups is None and not meshes.any_dtensor(parameters):
         return False
@@ -52,7 +58,7 @@ def check_in_backward(optimizers: Sequence[Optimizer], settings: Settings) -> bo
 def _takes_norm(optimizer: Optimizer, settings: Settings) -> bool:
     """Whether a norm is needed before the gradients are changed."""
     limits = {*map(own_max_norm, groups_of([optimizer]))}
-    if settings.nonfinite != "propagate" or settings.skip_above is not None or limits - {None, math.inf}:
+    if settings.nonfinite != "propagate" or settings.limits or limits - {None, math.inf}:
         return True
     if settings.norm_type <= 0 or settings.layers_every:
         return True

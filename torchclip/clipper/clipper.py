@@ -97,13 +97,24 @@ class Clipper:
         skip_above: skip steps whose norm is above this threshold.  They change neither parameters nor
             optimizer state, as with ``nonfinite="skip"``.  It may be anything that ``max_norm`` may be, such
             as a number or ``RollingSigma()``, and applies to the norm of all gradients.  None for no limit.
-        max_skips: how many steps in a row may be skipped for each of two reasons; None for any number.
-            After as many that ``skip_above`` has skipped, take the next one, clipped to that limit, and warn
-            once, so that a run whose norms stay high continues.  After as many that ``nonfinite="skip"`` has
-            skipped, raise an error that names the parameters.  On an accelerator it may come some steps
-            later, as nothing waits for it.  Steps that a GradScaler skips do not count.
+        skip_loss_above: skip steps whose loss is above this threshold, which may be anything that
+            ``skip_above`` may be.  Assign ``clipper.loss = loss`` before each step.  On several ranks the
+            mean of their losses decides, so that all ranks decide alike; one all-reduce of a few kilobytes
+            in each step finds it.  The ranks are those of ``group``, of the mesh of DTensor parameters, or of
+            a DistributedDataParallel in ``model``.  The threshold learns from no loss below 0, and such a
+            loss skips nothing.  On an accelerator this waits for the loss, except with a fused optimizer.
+        max_skips: how many steps in a row may be skipped for each of three reasons, counted separately; None
+            for any number.  After as many that ``skip_above`` has skipped, take the next one, clipped to that
+            limit, and warn once, so that a run whose norms stay high continues.  After as many that
+            ``skip_loss_above`` has skipped, take the next one, and warn once.  After as many that
+            ``nonfinite="skip"`` has skipped, raise an error that names the parameters.  On an accelerator it
+            may come some steps later, as nothing waits for it.  Steps that a GradScaler skips do not count.
         layers_every: how often, in steps, to record the norm of each single parameter in ``history.layers``;
             0 for never.  With sharded gradients it must be the same on all ranks.
+        updates: in these steps, also record in ``history.layers.updates`` how far the step moves each
+            parameter, compared with its norm.  During such a step this keeps a copy of the parameters of the
+            optimizer that steps, and it takes one copy of them and two norms: about as long as three
+            passes over the parameters.  Other steps take no more time or memory.
 
     Attributes:
         history (History): what clipping did, step by step.  Reading it waits for an accelerator.  With
@@ -114,7 +125,9 @@ class Clipper:
         TypeError: if ``optimizer`` is not an optimizer, or ``max_norm`` is none of the above.
         ValueError: if ``max_norm`` is negative or NaN; if ``scope`` or ``nonfinite`` is unknown; if the
             optimizer already has a clipper, or is passed twice; if ``model`` has none of its parameters; if
-            LBFGS is one of several optimizers; if steps of LBFGS are to be skipped, which cannot be skipped
+            LBFGS is one of several optimizers; if ``updates`` comes without ``layers_every``; if
+            ``skip_loss_above`` is passed where other ranks exist, and nothing shows which of them train this
+            model; if steps of LBFGS are to be skipped, which cannot be skipped
             half-way; if ``group`` is combined with ``"parameter"``; if a policy other than ``"propagate"`` is
             combined with a ``norm_type`` of 0 or less, whose norm may be finite if a gradient is not.
 
@@ -143,8 +156,10 @@ class Clipper:
         on_clip: Callable[[Record], object] | None = None,
         model: nn.Module | Sequence[nn.Module] | None = None,
         skip_above: MaxNorm | None = None,
+        skip_loss_above: MaxNorm | None = None,
         max_skips: int | None = None,
         layers_every: int = 0,
+        updates: bool = False,
     ) -> None:
         max_norm = registry.adjusted(optimizer, max_norm)
         optimizers = optimizers_of(optimizer, registry.clippers)
@@ -158,8 +173,10 @@ class Clipper:
             on_clip=on_clip,
             model=model,
             skip_above=skip_above,
+            skip_loss_above=skip_loss_above,
             max_skips=max_skips,
             layers_every=layers_every,
+            updates=updates,
         )
         self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
@@ -328,9 +345,9 @@ class Clipper:
             rounds.number = loaded.steps
             settings.bank.load_state_dict(loaded.thresholds)
             settings.nonfinite_skips.load(loaded.skips["nonfinite"])
-            if settings.skip_above is not None:
-                settings.skip_above.bank.load_state_dict(loaded.skip_above)
-                settings.skip_above.skips.load(loaded.skips["skip_above"])
+            for limit in settings.limits:
+                limit.bank.load_state_dict(loaded.limits[limit.argument])
+                limit.skips.load(loaded.skips[limit.argument])
             self._know_sets()
 
     def _know_sets(self) -> None:
@@ -341,8 +358,8 @@ class Clipper:
             self._sets = set_names(optimizers, settings)
             settings.bank.add(self._sets)  # also of groups with their own threshold, which may be removed
             self._owner = saved.owner(optimizers, settings.names)
-        if settings.skip_above is not None:
-            settings.skip_above.bank.add(["all"])
+        for limit in settings.limits:
+            limit.bank.add(["all"])
 
     def __getstate__(self) -> None:
         raise TypeError(

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchclip._core import joint_norms, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper import fused, nonfinite
+from torchclip.clipper.mean_loss import mean_loss
 from torchclip.clipper.rules import clip_by, ratio
 from torchclip.clipper.sets import ClipSet, Gradients
 from torchclip.clipper.settings import Settings
@@ -28,7 +29,13 @@ Whether it is skipped is a truth value on the device if the host does not know i
 _SKIPPED: Decision = (True, math.inf, 1.0)
 
 
-def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, number: int) -> Decision:
+def decide(
+    gradients: Gradients,
+    settings: Settings,
+    optimizer: Optimizer,
+    number: int,
+    loss: float | Tensor | None,
+) -> Decision:
     """Decide what to do, without changing anything.
 
     Args:
@@ -36,8 +43,11 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
         settings: the Clipper's.
         optimizer: the optimizer that is about to step.
         number: the number of the step.
+        loss: the loss of the step, if it is known.
     """
     optimizers, policy = gradients.optimizers, settings.nonfinite
+    if settings.skip_loss_above is not None:  # first, as all ranks must take part
+        loss = mean_loss(loss, optimizers, settings.groups, settings.names)
     skipped: bool | Tensor = False
     # A GradScaler decides for each of several optimizers in its own step; a policy decides for all.
     if len(optimizers) == 1 or policy == "error":
@@ -52,10 +62,9 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
         skipped = False  # which the host knows now; another optimizer may be unable to skip itself
         nonfinite.check_finite(gradients, settings)
     zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
-    if settings.skip_above is not None and skipped is not True:
+    if settings.limits and skipped is not True:
         norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
-        is_above = settings.skip_above.should_skip(nonfinite.deciding_norm(norm, optimizers), number)
-        skipped = is_above if is_above is True or skipped is False else skipped | is_above
+        skipped = _skipped_above(settings, nonfinite.deciding_norm(norm, optimizers), loss, skipped, number)
     if skipped is True:
         return _SKIPPED
     bank, sets, asked = settings.bank, gradients.sets, []
@@ -73,6 +82,21 @@ def decide(gradients: Gradients, settings: Settings, optimizer: Optimizer, numbe
         return skipped, *_smallest(gradients, above)
     max_norms = sets[0].max_norms
     return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], sets[0].clip_coefs[0]
+
+
+def _skipped_above(
+    settings: Settings, norm: Norm, loss: Any, skipped: bool | Tensor, number: int
+) -> bool | Tensor:
+    """Whether a step is skipped, also because its norm or its loss is above a limit; both learn from it."""
+    if isinstance(skipped, Tensor) and settings.skip_loss_above is not None:
+        # As from the norm of a step that is not finite, nothing is learned from its loss.
+        loss = scalars.replaced(scalars.on_device([loss], skipped.device), skipped, math.nan)[0]
+    for limit, judged in ((settings.skip_above, norm), (settings.skip_loss_above, loss)):
+        if limit is not None:
+            is_above = limit.should_skip(judged, number)
+            if skipped is not True:
+                skipped = is_above if is_above is True or skipped is False else skipped | is_above
+    return skipped
 
 
 def _limit(clip_set: ClipSet, max_norms: float | Norms, eps: float) -> None:

@@ -41,7 +41,7 @@ def divisor(step: Step, hook: RemovableHandle, gradients: Gradients, clip_coef: 
     # There may be several coefficients, but there is one grad_scale.  A gradient of several parameters would
     # be divided several times.  A grad_scale is a float32 number, too coarse for float64 gradients.  Torch's
     # fused steps write between the elements of gradients with gaps.  Few elements are sooner multiplied now.
-    unfit = Facts.TIED | Facts.DOUBLE | Facts.GAPS | _TOO_SMALL
+    unfit = Facts.SHARED_GRADIENT | Facts.DOUBLE | Facts.GAPS | _TOO_SMALL
     if len(gradients.sets) != 1 or gradients.each or gradients.facts & unfit:
         return None
     scale = 1.0 if gradients.grad_scale is None else gradients.grad_scale

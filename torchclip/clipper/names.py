@@ -41,7 +41,7 @@ class Names:
     Attributes:
         count: the number of optimizers.
         has_model: whether there is a model.
-        is_replicated: whether it is the same on all ranks.
+        replicas: the process groups over which DistributedDataParallel replicates it.
     """
 
     def __init__(
@@ -53,9 +53,12 @@ class Names:
         # Also for parameters of models that no longer exist, such as a list of modules made for this call.
         self._known = _by_id(models)
         self.has_model = bool(models)
-        self.is_replicated = any(
-            isinstance(module, DistributedDataParallel) for each in models for module in each.modules()
-        )
+        self.replicas = [
+            module.process_group
+            for each in models
+            for module in each.modules()
+            if isinstance(module, DistributedDataParallel)
+        ]
         held = parameters_of(*optimizers)
         if models and held and not any(id(p) in self._known for p in held):
             raise ValueError(
@@ -94,6 +97,12 @@ class Names:
                 used.add(name)
                 yield name, parameter
 
+    def in_model_order(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+        """All parameters by their names, in the order of the model if there is one."""
+        place = {key: i for i, key in enumerate(self._known)}
+        named = list(self.named_parameters(optimizers))
+        return dict(sorted(named, key=lambda each: place.get(id(each[1]), len(place))))
+
     def of_gradients(self, optimizers: Sequence[Optimizer]) -> dict[int, str]:
         """The name of each gradient in an error, by its id."""
         return {id(p.grad): name for name, p in self.named_parameters(optimizers) if p.grad is not None}
@@ -106,11 +115,12 @@ class Names:
         Returns:
             The names of all parameters, which of them have a gradient, and the norms: negative without one.
         """
-        named = dict(self.named_parameters(optimizers))
+        named = self.in_model_order(optimizers)
         batch = gather.gradients(list(named.values()), kind=Kind.MEASURE_EACH)
         norms = unscaled(batch.norms(norm_type), grad_scale_of(optimizers), norm_type)
         index_of = {id(grad): i for i, grad in enumerate(batch.all)}
-        places = [None if p.grad is None else index_of[id(p.grad)] for p in named.values()]
+        # Another thread may give a parameter a new gradient, which is not among those that were measured.
+        places = [None if p.grad is None else index_of.get(id(p.grad)) for p in named.values()]
         return list(named), [place is not None for place in places], scalars.at(norms, places)
 
     def largest_norms(self, optimizers: Sequence[Optimizer], norm_type: float) -> dict[str, float]:

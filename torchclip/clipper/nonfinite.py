@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchclip._core import memory, scalars
+from torchclip._core import gather, memory, scalars
 from torchclip._core.batch import Norm
 from torchclip._core.ranks.exchange import raise_pending
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.sets import Gradients
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Outcome, Step, is_fused
+from torchclip.history.breaks import where_it_broke
 
 _REMEDY = "To go on, use `nonfinite='skip'` (skip such steps) or 'zero' (put 0 in their place)"
 _TOO_MANY = (
@@ -53,6 +54,9 @@ def should_skip(gradients: Gradients, settings: Settings, by_scaler: bool | Tens
         by_scaler: whether a GradScaler skips the step, which does not count for ``max_skips``.
     """
     whole_norm = gradients.whole_norm
+    if by_scaler is False and isinstance(whole_norm, float) and math.isfinite(whole_norm):  # most steps
+        settings.nonfinite_skips.then = 0
+        return False
     skip: bool | Tensor
     if isinstance(by_scaler, Tensor):
         skip = ~torch.as_tensor(whole_norm, device=by_scaler.device).isfinite()
@@ -75,7 +79,21 @@ def check_finite(gradients: Gradients, settings: Settings) -> None:
 
 def _raise(gradients: Gradients, settings: Settings, remedy: str) -> None:
     names = settings.names.of_gradients(gradients.optimizers)
-    scalars.refuse_nonfinite(gradients.whole_norm, settings.norm_type, gradients.all, names, remedy)
+    if settings.names.has_model:
+        remedy = ". ".join(filter(None, (remedy, _where_it_broke(gradients, settings))))
+    scalars.check_finite(gradients.whole_norm, settings.norm_type, gradients.all, names, remedy)
+
+
+def _where_it_broke(gradients: Gradients, settings: Settings) -> str:
+    """Where the backward pass stopped being finite, as far as this rank's parts show it."""
+    named = settings.names.in_model_order(gradients.optimizers)
+    return where_it_broke(
+        [
+            (name, math.isfinite(gather.local_gradients([p]).norm(math.inf)))
+            for name, p in named.items()
+            if p.grad is not None
+        ]
+    ).rstrip(".")
 
 
 def measure_finite(gradients: Gradients) -> bool:

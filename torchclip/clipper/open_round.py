@@ -14,6 +14,7 @@ from torch import Tensor
 from torchclip._core.batch import Norms
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Step
+from torchclip.clipper.updates import Moved, WeightsBefore
 
 Row: TypeAlias = tuple[Any, ...]
 """The arguments of ``History.append``."""
@@ -31,6 +32,8 @@ class OpenRound:
         is_local: whether it must be clipped without other ranks.
         rows: a row for each clipping: for each call of a closure.
         layers: names and norms of single parameters.
+        before: by the index of an optimizer that is stepping: its weights before that, if they are recorded.
+        moved: how far the optimizers have moved their weights.
         skipped: whether the round is skipped.
         stepped: whether any optimizer has stepped in it.
         by_scaler: with several optimizers: whether a GradScaler skips the step of each that has begun one.
@@ -42,6 +45,8 @@ class OpenRound:
     is_local: bool
     rows: list[Row]
     layers: tuple[list[str], Norms] | None = None
+    before: dict[int, WeightsBefore] | None = None
+    moved: list[Moved]
     skipped: bool | Tensor = False
     stepped = False
     by_scaler: dict[int, bool | Tensor]

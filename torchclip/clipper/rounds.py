@@ -25,6 +25,7 @@ from torchclip.clipper.settings import Settings
 from torchclip.clipper.skip_above import InARow
 from torchclip.clipper.step import Step
 from torchclip.clipper.unchanged import check_after_closure, check_unchanged, check_unscaled, has_new, mark
+from torchclip.clipper.updates import WeightsBefore
 from torchclip.history.history import History
 from torchclip.history.records import Record, as_records, with_layers
 
@@ -96,6 +97,9 @@ class Rounds:
         step, opened, ends = self._steps[index], self._open, False
         if step.thread is None or (step.is_nested and step.is_around(1)):
             return
+        if opened is not None and opened.before is not None and index in opened.before:
+            moved = opened.before.pop(index).moved(step, opened.settings.names, self._optimizers)
+            opened.moved += [] if moved is None else [moved]
         with self._lock:
             if opened is not None and step.counts:
                 step.stepped = opened.stepped = True
@@ -125,6 +129,8 @@ class Rounds:
         if opened.stepped and not self._is_recorded():
             self._record(opened)
         elif opened.stepped:
+            for count in opened.settings.counts:
+                count.end()
             self.number = opened.number + 1
         self.forget()
 
@@ -133,7 +139,9 @@ class Rounds:
         if opened.rows:
             self.history._extend(opened.rows_after(self._steps) if opened.by_scaler else opened.rows)
             if opened.layers is not None:
-                self.history.layers.append(opened.number, *opened.layers)
+                moved = opened.moved if opened.before is not None else ()
+                self.history.layers.in_model_order = opened.settings.names.has_model
+                self.history.layers.append(opened.number, *opened.layers, moved)
             for count in opened.settings.counts:
                 count.end()
             self.number = opened.number + 1
@@ -217,6 +225,7 @@ class Rounds:
         opened, step = self._open, self._steps[index]
         assert opened is not None
         opened.by_scaler[index] = is_skipped_by_scaler(step.optimizer)
+        self._copy_weights(index, opened)
         self._skip(step, opened)
 
     def _call_and_clip(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +254,7 @@ class Rounds:
             names, _, norms = settings.names.norms(optimizers, settings.norm_type)
             opened.layers = names, norms  # of the last call of a closure
         loss, self.loss.value = self.loss.value, None  # now, as the step may fail
-        skipped, max_norm, clip_coef = decide(gradients, settings, optimizer, number)
+        skipped, max_norm, clip_coef = decide(gradients, settings, optimizer, number, loss)
         opened.skipped, clipped_norm, nonfinite = skipped, None, None
         is_one = clip_coef.__class__ is float and clip_coef == 1.0
         if skipped is not True and (settings.always_changes or not is_one):
@@ -264,8 +273,18 @@ class Rounds:
             for other in self._steps:
                 if other is not step:
                     mark(other)
+        self._copy_weights(index, opened)
         if skipped is not False:
             self._skip(step, opened)  # now that they are marked, as another optimizer may share them
+
+    def _copy_weights(self, index: int, opened: OpenRound) -> None:
+        """Copy the weights that a step will change, if its updates are recorded."""
+        if not opened.settings.updates or opened.layers is None or opened.skipped is True:
+            return
+        if opened.before is None:
+            opened.before, opened.moved = {}, []
+        if index not in opened.before:  # else the closure was called again
+            opened.before[index] = WeightsBefore(self._steps[index])
 
     def _tell(self, on_clip: Callable[[Record], object], row: Row, opened: OpenRound) -> None:
         """Tell the user's function of a step."""
@@ -277,8 +296,7 @@ class Rounds:
     def _skip(self, step: Step, opened: OpenRound) -> None:
         """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""
         settings, skipped = opened.settings, opened.skipped
-        may_skip = self._several or settings.nonfinite == "skip" or settings.skip_above is not None
-        if skipped is False or not may_skip:
+        if skipped is False or not (self._several or settings.may_skip):
             return
         if skipped is True:
             hide_gradients(step)

@@ -24,6 +24,7 @@ from torchclip.clipper.rounds import Rounds
 from torchclip.clipper.settings import Scope, Settings
 from torchclip.thresholds.bank import ThresholdBank
 
+_LIMITS = ("skip_above", "skip_loss_above")
 _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
 
 
@@ -41,7 +42,7 @@ class Loaded(NamedTuple):
 
     steps: int
     thresholds: dict[str, Any]
-    skip_above: dict[str, Any]
+    limits: Mapping[str, dict[str, Any]]
     skips: Mapping[str, int]
     history: Mapping[str, Any]
 
@@ -54,7 +55,7 @@ def state_of(settings: Settings, rounds: Rounds, key: str | None) -> dict[str, A
         rounds: its rounds.
         key: the key for what differs between ranks; None if nothing does.
     """
-    kind, above = _kind_of(settings)._asdict(), settings.skip_above
+    kind = _kind_of(settings)._asdict()
     ended = not rounds.is_within()
     thresholds = _of_bank(settings.bank, ended)
     history = rounds.history.state_dict()
@@ -62,10 +63,12 @@ def state_of(settings: Settings, rounds: Rounds, key: str | None) -> dict[str, A
         "steps": rounds.steps(),
         "sets": list(thresholds),
         "thresholds": thresholds,
-        "skip_above": None if above is None else _of_bank(above.bank, ended),
+        **dict.fromkeys(_LIMITS),
+        **{limit.argument: _of_bank(limit.bank, ended) for limit in settings.limits},
         "skips": {
             "nonfinite": rounds.skips(settings.nonfinite_skips),
-            "skip_above": 0 if above is None else rounds.skips(above.skips),
+            **dict.fromkeys(_LIMITS, 0),
+            **{limit.argument: rounds.skips(limit.skips) for limit in settings.limits},
         },
         "history": history,
     }
@@ -97,26 +100,32 @@ def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets:
     of_sets = dict.fromkeys([*names, *thresholds])
     settings.bank.check(thresholds if settings.bank.learns else of_sets)
     _check_sets("state['thresholds']", of_sets, sets)
-    of_limit = _learned("state['skip_above']", own["skip_above"] or {})
-    if of_limit and settings.skip_above is None:
-        raise ValueError(
-            "`state` holds what a `skip_above` has learned, but this clipper has none; make it with the same "
-            "one"
-        )
-    if settings.skip_above is not None:
-        settings.skip_above.bank.check(of_limit)
-        _check_sets("state['skip_above']", of_limit, ["all"])
-    _compare(saved_kind, _kind_of(settings), bool(of_sets or of_limit))
+    limits = {name: _checked_limit(name, own.get(name), settings) for name in _LIMITS}
+    _compare(saved_kind, _kind_of(settings), bool(of_sets or limits["skip_above"]))
     arguments.saved("state['skips']", own["skips"], ("nonfinite", "skip_above"), "Clipper")
     skips = {
-        name: arguments.count(f"state['skips'][{name!r}]", own["skips"][name], least=0)
-        for name in ("nonfinite", "skip_above")
+        name: arguments.count(f"state['skips'][{name!r}]", own["skips"].get(name, 0), least=0)
+        for name in ("nonfinite", *_LIMITS)
     }
     arguments.saved("state['history']", own["history"], (), "Clipper")
     layers = state.get(str(key), {}).get("layers") if own is state else None
     history = own["history"] if layers is None else {**own["history"], "layers": layers}
     steps = arguments.count("state['steps']", own["steps"], least=0)
-    return Loaded(steps, thresholds, of_limit, skips, history)
+    return Loaded(steps, thresholds, limits, skips, history)
+
+
+def _checked_limit(name: str, saved: Any, settings: Settings) -> dict[str, Any]:
+    """What a limit above which steps are skipped has learned; earlier states have none for losses."""
+    learned = _learned(f"state[{name!r}]", saved or {})
+    limit = next((limit for limit in settings.limits if limit.argument == name), None)
+    if limit is not None:
+        limit.bank.check(learned)
+        _check_sets(f"state[{name!r}]", learned, ["all"])
+    elif learned:
+        raise ValueError(
+            f"`state` holds what a `{name}` has learned, but this clipper has none; make it with the same one"
+        )
+    return learned
 
 
 def _kind_of(settings: Settings) -> _Kind:
@@ -173,7 +182,7 @@ def owner(optimizers: Sequence[Optimizer], names: Names) -> str | None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     parameters = parameters_of(*optimizers)
-    if names.is_replicated or (parameters and all(map(_on_all_ranks, parameters))):
+    if names.replicas or (parameters and all(map(_on_all_ranks, parameters))):
         return None
     known = dict(names.named_parameters(optimizers))
     places = {

@@ -222,7 +222,7 @@ def _sets_of(optimizers: Sequence[Optimizer], scope: str) -> list[ClipSet]:
             clip_set.parameters = values["params"]
             sets.append(clip_set)
             clip_set = ClipSet()
-    if together:
+    if together or not sets:  # an optimizer may have lost all its groups
         clip_set.parameters = together[0] if len(together) == 1 else joined(together)
         sets.append(clip_set)
     return sets

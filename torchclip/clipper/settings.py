@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from torchclip._core import arguments
 from torchclip._core.ranks import meshes
+from torchclip.clipper.mean_loss import check_ranks_known
 from torchclip.clipper.names import Names
 from torchclip.clipper.skip_above import InARow, SkipAbove
 from torchclip.history.history import History
@@ -40,10 +41,12 @@ class Settings:
         nonfinite: what to do about a norm that is not finite.
         nonfinite_skips: how many steps in a row were skipped because of that.
         skip_above: which steps are skipped because their norm is too large; None for none.
+        skip_loss_above: which steps are skipped because their loss is too large; None for none.
         groups: the process groups whose other ranks have further gradients; None for none.
         on_clip: the function to tell of each step.
         names: the names of the parameters.
         layers_every: how often, in steps, the norms of single parameters are recorded; 0 for never.
+        updates: whether their updates are recorded in these steps, too.
     """
 
     bank: ThresholdBank
@@ -53,10 +56,12 @@ class Settings:
     nonfinite: Nonfinite
     nonfinite_skips: InARow
     skip_above: SkipAbove | None
+    skip_loss_above: SkipAbove | None
     groups: Sequence[ProcessGroup] | None
     on_clip: Callable[[Record], object] | None
     names: Names
     layers_every: int
+    updates: bool
 
     @cached_property
     def scope(self) -> Scope:
@@ -74,15 +79,25 @@ class Settings:
         return self.rule is not None or self.nonfinite == "zero"
 
     @cached_property
+    def limits(self) -> list[SkipAbove]:
+        """What skips steps that are above a limit."""
+        return [each for each in (self.skip_above, self.skip_loss_above) if each is not None]
+
+    @cached_property
+    def may_skip(self) -> bool:
+        """Whether the Clipper may skip steps."""
+        return self.nonfinite == "skip" or bool(self.limits)
+
+    @cached_property
     def counts(self) -> list[InARow]:
         """How many steps in a row were skipped, for each reason."""
         counts = [self.nonfinite_skips] if self.nonfinite == "skip" else []
-        return counts if self.skip_above is None else [*counts, self.skip_above.skips]
+        return [*counts, *(limit.skips for limit in self.limits)]
 
     @cached_property
     def memories(self) -> list[ThresholdBank | InARow]:
         """What learns and counts from step to step."""
-        banks = [self.bank] if self.skip_above is None else [self.bank, self.skip_above.bank]
+        banks = [self.bank, *(limit.bank for limit in self.limits)]
         return [*(bank for bank in banks if bank.learns), *self.counts]
 
     def with_max_norm(self, max_norm: MaxNorm | Rule) -> Settings:
@@ -103,24 +118,38 @@ def checked(
     on_clip: Callable[[Record], object] | None,
     model: nn.Module | Sequence[nn.Module] | None,
     skip_above: MaxNorm | None,
+    skip_loss_above: MaxNorm | None,
     max_skips: int | None,
     layers_every: int,
+    updates: bool,
 ) -> Settings:
     """The arguments of a Clipper, or an error that says what is wrong with one."""
     arguments.option("scope", scope, get_args(Scope))
     arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
-    _check_lbfgs(optimizers, nonfinite, skip_above)
+    _check_lbfgs(optimizers, nonfinite, {"skip_above": skip_above, "skip_loss_above": skip_loss_above})
     if max_skips is not None:
         max_skips = arguments.count("max_skips", max_skips, least=1)
-        if skip_above is None and nonfinite != "skip":
+        if skip_above is None and skip_loss_above is None and nonfinite != "skip":
             raise ValueError(
-                "`max_skips` limits how many steps in a row are skipped; pass `skip_above` or "
-                "`nonfinite='skip'`, too"
+                "`max_skips` limits how many steps in a row are skipped; pass `skip_above`, "
+                "`skip_loss_above` or `nonfinite='skip'`, too"
             )
     if on_clip is not None and not callable(on_clip):
         raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
     bank, rule = _limit_of(max_norm)
     order = _norm_type_of(norm_type, nonfinite)
+    every = arguments.count("layers_every", layers_every, least=0)
+    if arguments.flag("updates", updates) and not every:
+        raise ValueError(
+            "`updates` records the updates of the steps that `layers_every` samples; pass `layers_every`, "
+            "such as 100, too"
+        )
+    names, groups = (
+        Names(optimizers, model),
+        _process_groups_of(group, "AdaGC" if bank.per_parameter else scope),
+    )
+    if skip_loss_above is not None:
+        check_ranks_known(optimizers, groups, names)
     return Settings(
         bank=bank,
         rule=rule,
@@ -129,10 +158,14 @@ def checked(
         nonfinite=nonfinite,
         nonfinite_skips=InARow(max_skips if nonfinite == "skip" else None),
         skip_above=None if skip_above is None else SkipAbove(skip_above, max_skips, order),
-        groups=_process_groups_of(group, "AdaGC" if bank.per_parameter else scope),
+        skip_loss_above=None
+        if skip_loss_above is None
+        else SkipAbove(skip_loss_above, max_skips, 1.0, "loss"),
+        groups=groups,
         on_clip=on_clip,
-        layers_every=arguments.count("layers_every", layers_every, least=0),
-        names=Names(optimizers, model),
+        layers_every=every,
+        updates=updates,
+        names=names,
     )
 
 
@@ -214,7 +247,9 @@ def takes_hooks(optimizer: Optimizer) -> bool:
     return True
 
 
-def _check_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_above: MaxNorm | None) -> None:
+def _check_lbfgs(
+    optimizers: Sequence[Optimizer], nonfinite: Nonfinite, limits: Mapping[str, MaxNorm | None]
+) -> None:
     """Raise an error for LBFGS together with what its steps cannot do."""
     if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         return
@@ -223,10 +258,11 @@ def _check_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_abo
             "`optimizer` includes LBFGS, which computes new gradients several times in a step; make a "
             "Clipper for it alone"
         )
-    if nonfinite == "skip" or skip_above is not None:
+    skipping = [name for name, limit in limits.items() if limit is not None]
+    if nonfinite == "skip" or skipping:
         argument, remedy = ("nonfinite='skip'", "use 'error' or 'zero'")
         if nonfinite != "skip":
-            argument, remedy = ("skip_above", "do not pass it")
+            argument, remedy = (skipping[0], "do not pass it")
         raise ValueError(
             f"`{argument}` does not work with LBFGS, which moves the parameters several times in a step; "
             f"{remedy}"
@@ -235,7 +271,7 @@ def _check_lbfgs(optimizers: Sequence[Optimizer], nonfinite: Nonfinite, skip_abo
 
 def _norm_type_of(norm_type: float | str, nonfinite: Nonfinite) -> float:
     """The order of the norms, which must show non-finite gradients if a policy needs that."""
-    order = arguments.norm_order(norm_type)
+    order = arguments.norm_type_of(norm_type)
     if order <= 0 and nonfinite != "propagate":
         raise ValueError(
             f"`nonfinite={nonfinite!r}` depends on the norm, and a norm of order {order} may be finite "

@@ -1,4 +1,4 @@
-"""Steps that are skipped because their norm is above a limit, and how many were skipped in a row."""
+"""Steps that are skipped because their norm or loss is above a limit, and how many were so in a row."""
 
 from __future__ import annotations
 
@@ -69,23 +69,27 @@ class InARow:
 
 
 class SkipAbove:
-    """Decides which steps are skipped because their norm is above a limit.
+    """Decides which steps are skipped because their norm, or their loss, is above a limit.
 
     Args:
         limit: anything that ``max_norm`` may be.
         max_skips: how many steps in a row are skipped at most; None for any number.
         norm_type: the order of the norms.
+        judged: what is judged, ``"norm"`` or ``"loss"``.
 
     Attributes:
         bank: the limit.
         skips: how many steps in a row were skipped.
+        argument: the name of the Clipper's argument.
         max_norm: the limit for a step that is taken because too many in a row were skipped, and is clipped to
-            it; infinite for any other step.
-        clip_coef: the largest allowed clip coefficient of the step: below 1 if it is taken in this way.
+            it; infinite for any other step, and if losses are judged.
+        clip_coef: the largest allowed clip coefficient of the step: below 1 for such a one.
     """
 
-    def __init__(self, limit: MaxNorm, max_skips: int | None, norm_type: float) -> None:
-        self.bank = ThresholdBank(limit, "skip_above")
+    def __init__(self, limit: MaxNorm, max_skips: int | None, norm_type: float, judged: str = "norm") -> None:
+        self.argument = "skip_above" if judged == "norm" else "skip_loss_above"
+        self.bank = ThresholdBank(limit, self.argument)
+        self._judged = judged
         self.skips = InARow(max_skips)
         self._norm_type = norm_type
         self._warned = False
@@ -93,7 +97,7 @@ class SkipAbove:
         self.clip_coef: Norm = 1.0
 
     def should_skip(self, norm: Norm, step: int) -> bool | Tensor:
-        """Whether the step with this norm and number is skipped."""
+        """Whether the step with this norm, or loss, and number is skipped."""
         skips, finite_most = self.skips, self.skips.most < math.inf
         norms: Norms = [norm] if isinstance(norm, float) else norm.reshape(1)
         limits = self.bank.max_norms(_NAMES, norms, self._norm_type, step)
@@ -104,18 +108,19 @@ class SkipAbove:
         is_nonfinite = (norm == math.inf) | (norm != norm)
         skip = is_above & ((skips.count < skips.most) | is_nonfinite) if finite_most else is_above
         skips.add(skip, is_nonfinite)
-        if finite_most:
+        if finite_most and self._judged == "norm":
             self.max_norm = scalars.where(is_above, scalars.in_one([limit, norm])[0], math.inf)
             self.clip_coef = scalars.where(is_above, scalars.clip_coef(limit, norm, 0.0), 1.0)
-            if is_above is True and skip is False and not self._warned:
-                self._warn(step, limit, norm)
+        if is_above is True and skip is False and not self._warned:
+            self._warn(step, limit, norm)
         return skip
 
     def _warn(self, step: int, limit: Norm, norm: Norm) -> None:
         self._warned = True
+        clipped = f", clipped to {limit:.4g}," if self._judged == "norm" else ""
         warnings.warn(
-            f"step {step} was taken, clipped to {limit:.4g}, though its norm is {norm:.4g}: "
-            f"{self.skips.count} steps in a row were skipped, as many as `max_skips` allows. If the norms "
-            "have risen and stay high, raise `skip_above`, or do not pass it",
+            f"step {step} was taken{clipped} though its {self._judged} is {norm:.4g}: "
+            f"{self.skips.count} steps in a row were skipped, as many as `max_skips` allows. If it has risen "
+            f"and stays high, raise `{self.argument}`, or do not pass it",
             stacklevel=arguments.level_of_caller(),
         )

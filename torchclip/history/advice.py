@@ -7,10 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchclip.history import notes, number, verdict
+from torchclip.history import number, verdict
+from torchclip.history.breaks import breaks_note
+from torchclip.history.layers import Layers
+from torchclip.history.notes import notes
 from torchclip.history.records import Record
 from torchclip.history.run import LEAST_STEPS, LEAST_USABLE, MUCH, Run, counted
 from torchclip.history.stalls import ClippedSizes, Stall
+from torchclip.history.updates import updates_note
 from torchclip.history.verdict import Verdict
 
 
@@ -35,19 +39,17 @@ class Advice:
     """
     reason: str
     """The verdict in words, or the reason for this ``max_norm``, or for none."""
-    notes: tuple[str, ...]
-    """Other observations: steps that were not finite, explosion, drift, spikes; a sentence or two each."""
     words: tuple[str, ...]
-    """The reason and the notes, the most important first."""
+    """The reason and other observations, the most important first: steps that were not finite, explosion,
+    drift, spikes."""
     table: dict[float, float] = field(default_factory=dict)
-    """Share of clipped steps → the ``max_norm`` that clips them; empty if there are too few steps."""
-    rows: dict[float, float] = field(default_factory=dict)
-    """The rows of the table that ``str()`` shows: distinct, at least one step each, and true of this run."""
+    """Share of clipped steps → the ``max_norm`` that clips them, at least one step; empty if there are too
+    few steps."""
     spikes: int = 0
     """The number of steps whose norm was far above those of the steps around them."""
     drifts: bool = False
     """Whether the norms of one part of the run, after its start, are larger than those of another by more
-    than chance, and at least twice as large."""
+    than chance, and at least twice as large; with fewer than a hundred steps, three times."""
     steps: int = 0
     """The number of steps on which the advice is based."""
     warmup: int = 0
@@ -63,11 +65,11 @@ class Advice:
     def lines(self) -> list[str]:
         """Everything, one line per item."""
         lines = [*self.words]
-        if self.rows:
+        if self.table:
             after = f" after the first {self.warmup:,}" if self.warmup else ""
             lines.append(f"On the {self.steps:,} steps{after}, a fixed threshold clips")
         lines += [
-            f"  {share:>5.1%} of the steps with max_norm={norm:.3g}" for share, norm in self.rows.items()
+            f"  {share:>5.1%} of the steps with max_norm={norm:.3g}" for share, norm in self.table.items()
         ]
         return lines
 
@@ -79,7 +81,11 @@ class Advice:
 
 
 def advise(
-    records: Sequence[Record], earlier: int, clipped_sizes: ClippedSizes, max_norm: float | None = None
+    records: Sequence[Record],
+    earlier: int,
+    clipped_sizes: ClippedSizes,
+    max_norm: float | None = None,
+    layers: Layers | None = None,
 ) -> Advice:
     """The advice for a run.
 
@@ -88,6 +94,7 @@ def advise(
         earlier: the number of steps before them.
         clipped_sizes: the size of clipped gradients, compared with the optimizer's ``eps``.
         max_norm: the threshold to judge; None for that of the records.
+        layers: the norms and updates of single parameters; None if they are not known.
     """
     firsts = [record for i, record in enumerate(records) if i == 0 or record.step != records[i - 1].step]
     run = Run(firsts, earlier)
@@ -105,34 +112,26 @@ def advise(
     reason = _refusal(run)
     if not reason:
         max_norm, reason = number.best(run)
-        facts |= {"table": number.table(run), "rows": number.rows(run, max_norm)}
-        facts |= {"spikes": int(run.is_spike.sum()), "drifts": run.drifts}
+        facts |= {"table": number.table(run, max_norm), "spikes": int(run.is_spike.sum())}
+        facts["drifts"] = run.drifts
         if threshold is not None:
             judged, max_norm, reason = verdict.judge(run, threshold, max_norm, reason, stall)
     elif threshold is not None:
         judged, reason = "unknown", f"Whether {threshold.name} is right cannot be told. {reason}"
-    found = [*_notes(run, Stall() if judged == "in_the_way" else stall)]
+    found = notes(run, Stall() if judged == "in_the_way" else stall)
+    found += [(note, False) for note in _notes_on_layers(run, layers)]
     first = [note for note, is_urgent in found if is_urgent and threshold is None]
     rest = [note for note, is_urgent in found if not is_urgent or threshold is not None]
-    every = tuple(note for note, _ in found)
-    return Advice(max_norm, judged, reason, every, words=(*first, reason, *rest), **facts)
+    return Advice(max_norm, judged, reason, (*first, reason, *rest), **facts)
 
 
-def _notes(run: Run, stall: Stall) -> Iterator[tuple[str, bool]]:
-    """The notes, and whether each comes before the advice where there is no verdict."""
-    much = MUCH * len(run.norms)
-    for note in notes.nonfinite_note(run):
-        yield note, run.departure is not None or run.nonfinite >= much
-    for note in notes.departure_note(run):
-        yield note, True
-    for note in notes.drift_note(run):
-        yield note, True
-    for note in notes.zeros_note(run):
-        yield note, run.zeros >= much
-    if stall.matters:
-        yield f"Stalled: {stall}. Raise max_norm, or lower eps below {stall.size:.0g}.", False
-    for note in notes.spikes_note(run):
-        yield note, False
+def _notes_on_layers(run: Run, layers: Layers | None) -> Iterator[str]:
+    """What single parameters show."""
+    if layers is None:
+        return
+    yield from breaks_note(*layers.read(), layers.in_model_order)
+    if len(run.numbers):
+        yield from updates_note(layers.updates, int(run.numbers[min(run.warmup, len(run.numbers) - 1)]))
 
 
 def _refusal(run: Run) -> str:

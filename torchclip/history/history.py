@@ -23,7 +23,7 @@ from torchclip._core import arguments
 from torchclip._core.extras import installing
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import ADDED, Record, as_records, integer, saved_columns
+from torchclip.history.records import Record, as_records, integer, saved_columns
 from torchclip.history.stalls import ClippedSizes
 from torchclip.history.summary import QUANTILES, Summary
 
@@ -224,7 +224,7 @@ class History(Sequence[Record]):
         with self._lock:
             records, steps = self._snapshot(), self._counts["steps"]
         earlier = steps - len({record.step for record in records})
-        return advise(records, earlier, self._clipped_sizes, max_norm)
+        return advise(records, earlier, self._clipped_sizes, max_norm, self.layers)
 
     def as_dict(self) -> dict[str, list[Any]]:
         """The kept records as columns: field of ``Record`` → its values, oldest first."""
@@ -259,7 +259,7 @@ class History(Sequence[Record]):
 
     def plot_layers(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norm of each parameter over the steps as a heat map, which shows which layer explodes or
-        vanishes.
+        vanishes.  With ``updates=True``, a second heat map below it shows how far the steps move each.
 
         Needs matplotlib, ``pip install 'torchclip[demo]'``, and a clipper with ``layers_every``.
 
@@ -275,7 +275,8 @@ class History(Sequence[Record]):
         _require("plot_layers", "matplotlib")
         from torchclip.history.layers import layers_figure
 
-        return _saved(layers_figure(*self.layers.read()), path)
+        names, steps, norms = self.layers.read()
+        return _saved(layers_figure(names, steps, norms, ratios=self.layers.ratios(names, steps)), path)
 
     def to_html(self, path: str | os.PathLike[str], title: str | None = None) -> None:
         """Write a page for a browser: summary, advice, the norm over the steps, its histogram, the layers.
@@ -302,7 +303,9 @@ class History(Sequence[Record]):
         from torchclip.history.page import Shown
 
         advice = self.suggest() if has_advice else None
-        return Shown(self.as_dict(), self.summary(), advice, self.layers.read())
+        names, steps, norms = self.layers.read()
+        ratios = self.layers.ratios(names, steps)
+        return Shown(self.as_dict(), self.summary(), advice, (names, steps, norms), ratios)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
@@ -321,9 +324,8 @@ class History(Sequence[Record]):
             TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is not a history's.
         """
-        arguments.saved("state", state, ("records", "counts", "largest"), "History")
-        fields = [field for field in Record._fields if field not in ADDED]
-        arguments.saved("state['records']", state["records"], fields, "History")
+        arguments.saved("state", state, ("records", "counts", "largest", "layers"), "History")
+        arguments.saved("state['records']", state["records"], Record._fields, "History")
         arguments.saved("state['counts']", state["counts"], self._counts, "History")
         columns = saved_columns(state["records"])
         counts = {
@@ -338,8 +340,7 @@ class History(Sequence[Record]):
         kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
         latest = [record for record in kept if record.step == kept[-1].step]
         layers = Layers()
-        if "layers" in state:  # earlier versions did not save it
-            layers.load_state_dict(state["layers"])
+        layers.load_state_dict(state["layers"])
         with self._lock:
             self._pending.clear()
             self.layers = layers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +16,7 @@ from torch import Tensor
 from torchclip._core import arguments
 from torchclip.history.figure import NARROW, label_plainly
 from torchclip.history.records import integer, numbers
+from torchclip.history.updates import Update, UpdateRow, by_name, kept, loaded, ratios, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +40,9 @@ class Layers:
     Args:
         maxlen: the largest number of steps to keep, at least 2.
 
+    Attributes:
+        in_model_order: whether the names are known to be in the order of the model.
+
     Examples:
         >>> layers = Layers()
         >>> layers.append(0, ["body.weight", "head.weight"], [1.0, 2.0])
@@ -52,9 +58,17 @@ class Layers:
         self._maxlen = arguments.count("maxlen", maxlen, least=2)
         # Other threads may read: rows are replaced, never changed, and the list only grows.
         self._rows: list[_Row] = []
+        self._updates: list[UpdateRow] = []
         self._every, self._offered = 1, 0
+        self.in_model_order = False
 
-    def append(self, step: int, names: Sequence[str], norms: Sequence[float] | Tensor) -> None:
+    def append(
+        self,
+        step: int,
+        names: Sequence[str],
+        norms: Sequence[float] | Tensor,
+        updates: Sequence[tuple[Sequence[str], list[float] | Tensor, list[float] | Tensor]] = (),
+    ) -> None:
         """Record the norms of a step, without waiting for any value.
 
         Args:
@@ -62,6 +76,8 @@ class Layers:
             names: the names of the parameters, in the order of the model.
             norms: their norms before clipping; a tensor must not be modified afterwards. Negative for
                 parameters without a gradient.
+            updates: how far the step moved parameters: their names, the norms of the weights before it, and
+                the norms of what it added to them; for each optimizer.
         """
         number = self._offered
         self._offered += 1
@@ -70,9 +86,11 @@ class Layers:
         held = norms if isinstance(norms, Tensor) else list(norms)
         last = self._rows[-1].names if self._rows else ()
         called = last if last == tuple(names) else tuple(names)
+        self._updates += [UpdateRow(step, *each) for each in updates]
         self._rows.append(_Row(step, called, held))
         if len(self._rows) > self._maxlen:
             self._rows = self._rows[::2]
+            self._updates = kept(self._updates, {row.step for row in self._rows})
             self._every *= 2
 
     def _fetched(self) -> list[_Row]:
@@ -87,7 +105,8 @@ class Layers:
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle with an accelerator's tensors could not be read on a machine without one.
-        return {**vars(self), "_rows": self._fetched()}
+        updates = [UpdateRow(*values) for values in saved(self._updates[:])]
+        return {**vars(self), "_rows": self._fetched(), "_updates": updates}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -107,6 +126,34 @@ class Layers:
         """The norms, of shape ``(steps, parameters)``; 0 for a parameter without a gradient."""
         return self.read()[2]
 
+    @property
+    def updates(self) -> dict[str, list[Update]]:
+        """How far the kept steps moved each parameter, by its name; of a ``Clipper`` with ``updates=True``.
+
+        Steps that were skipped have none.
+        """
+        return by_name(self._updates[:])
+
+    def ratios(self, names: Sequence[str], steps: Sequence[int]) -> Array | None:
+        """The updates divided by the weights, of shape ``(steps, parameters)``; None if none was recorded."""
+        updates = self.updates
+        return ratios(updates, names, steps) if updates else None
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the norms and updates to a file, one line for each step and parameter.
+
+        ``norm`` is that of the gradient; the last three columns are empty where no update was recorded.
+        """
+        names, steps, norms = self.read()
+        updates = {(name, update.step): update for name, all_ in self.updates.items() for update in all_}
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "name", "norm", *Update._fields[1:]])
+            for step, of_step in zip(steps, norms.tolist(), strict=True):
+                for name, norm in zip(names, of_step, strict=True):
+                    update = updates.get((name, step))
+                    writer.writerow([step, name, norm, *(("", "", "") if update is None else update[1:])])
+
     def read(self) -> tuple[list[str], list[int], Array]:
         """Names, steps and norms at the same moment, for a thread that reads while another appends."""
         rows = self._fetched()
@@ -125,6 +172,8 @@ class Layers:
             "names": names,
             "steps": steps,
             "norms": norms.tolist(),
+            "updates": saved(self._updates[:]),
+            "in_model_order": self.in_model_order,
             "every": self._every,
             "offered": self._offered,
         }
@@ -147,10 +196,16 @@ class Layers:
                 "`state['layers']['norms']` must have a row for each of the steps, and in it one norm for "
                 "each of the names"
             )
-        kept = [_Row(step, names, row) for step, row in zip(steps, rows, strict=True)]
-        while len(kept) > self._maxlen:
-            kept, every = kept[::2], every * 2
-        self._rows, self._every, self._offered = kept, every, offered
+        updates = loaded(state.get("updates", ()))  # earlier versions did not save them
+        in_model_order = arguments.flag(
+            "state['layers']['in_model_order']", state.get("in_model_order", False)
+        )
+        found = [_Row(step, names, row) for step, row in zip(steps, rows, strict=True)]
+        while len(found) > self._maxlen:
+            found, every = found[::2], every * 2
+        self._rows, self._every, self._offered = found, every, offered
+        self._updates = kept(updates, {row.step for row in found})
+        self.in_model_order = in_model_order
 
 
 def _names(rows: Sequence[_Row]) -> list[str]:
@@ -168,7 +223,13 @@ def _numbers(name: str, value: Any) -> list[float]:
 _MOST_LABELS = 45
 
 
-def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, width: float = 9.0) -> Figure:
+def layers_figure(
+    names: Sequence[str],
+    steps: Sequence[int],
+    norms: Array,
+    width: float = 9.0,
+    ratios: Array | None = None,
+) -> Figure:
     """A heat map: parameters from top to bottom in the order of the model, steps from left to right.
 
     Args:
@@ -177,23 +238,37 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, widt
         norms: the norms, of shape ``(steps, parameters)``. Values that a log scale cannot show are gray (0)
             or red (not finite).
         width: of the figure, in inches.
+        ratios: the updates divided by the weights, of the same shape, for a second heat map below; None for
+            none.
     """
+    from matplotlib.figure import Figure
+
+    height = min(max(0.2 * len(names) + 1.5, 3.5), 2 + width)
+    maps = [("Norm of each parameter's gradient before clipping", "norm", norms)]
+    if ratios is not None:
+        maps.append(("Update of each parameter, divided by its norm", "update / weight", ratios))
+    figure = Figure(figsize=(width, height * len(maps)), dpi=120, layout="constrained")
+    for i, (title, label, values) in enumerate(maps):
+        axes = figure.add_subplot(len(maps), 1, i + 1, xlabel="step")
+        axes.set_title(title, fontsize=13, loc="left")
+        _heat_map(axes, names, steps, values, width, label)
+    return figure
+
+
+def _heat_map(
+    axes: Axes, names: Sequence[str], steps: Sequence[int], norms: Array, width: float, label: str
+) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     blocks = [_block(name) for name in names]
     label_blocks = len(names) > _MOST_LABELS
-    height = min(max(0.2 * len(names) + 1.5, 3.5), 2 + width)
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step")
-    axes.set_title("Norm of each parameter's gradient before clipping", fontsize=13, loc="left")
     shown = norms[np.isfinite(norms) & (norms > 0)]
     if not len(shown):
         axes.text(0.5, 0.5, "no norms to show", ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
-        return figure
+        return
     axes.xaxis.set_major_locator(MaxNLocator(5 if width < NARROW else 10, integer=True))
     edges = _edges(steps)
     rows = np.arange(len(names) + 1) - 0.5
@@ -204,14 +279,13 @@ def layers_figure(names: Sequence[str], steps: Sequence[int], norms: Array, widt
     # As many colors as an eye can distinguish: stored as pixels they take less space than 256.
     mesh = axes.pcolormesh(edges, rows, cells, norm=scale, cmap=colormaps["viridis"].resampled(64))
     side = "bottom" if width < NARROW else "right"
-    bar = figure.colorbar(mesh, ax=axes, label="norm", location=side, pad=0.02, fraction=0.05, aspect=30)
+    bar = axes.figure.colorbar(mesh, ax=axes, label=label, location=side, pad=0.02, fraction=0.05, aspect=30)
     label_plainly(bar.ax.xaxis if side == "bottom" else bar.ax.yaxis, few=side == "bottom")
     _mark_nonfinite(axes, steps, norms, edges, rows)
     axes.set_ylim(len(names) - 0.5, -0.5)
     room = 20 if width < NARROW else 40
     labels = [_shortened(name, room) for name in (blocks if label_blocks else names)]
     _label(axes, labels, blocks, label_blocks)
-    return figure
 
 
 def _mark_nonfinite(axes: Axes, steps: Sequence[int], norms: Array, edges: Array, rows: Array) -> None:

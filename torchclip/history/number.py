@@ -87,21 +87,16 @@ def _before_departure(usual: Array) -> tuple[float, str]:
     )
 
 
-def table(run: Run) -> dict[float, float]:
-    """Share of clipped steps → the threshold that clips them."""
-    thresholds = np.quantile(run.found, [1 - share for share in SHARES]).tolist()
-    return dict(zip(SHARES, thresholds, strict=True))
-
-
-def rows(run: Run, max_norm: float) -> dict[float, float]:
-    """The rows of the table that are distinct, concern a step at least, and are true of this run.
+def table(run: Run, max_norm: float) -> dict[float, float]:
+    """Share of clipped steps → the threshold that clips them: what is distinct and true of this run.
 
     Args:
         run: the run.
-        max_norm: the threshold to use; much lower ones are not shown.
+        max_norm: the threshold to use; much lower ones are left out.
     """
     distinct: dict[str, tuple[float, float]] = {}
-    for share, norm in table(run).items() if len(run.found) >= LEAST_USABLE else ():
+    for share in SHARES if len(run.found) >= LEAST_USABLE else ():
+        norm = float(np.quantile(run.found, 1 - share))
         # Where many norms are the same, no threshold clips such a share.
         clipped = float((run.found > norm).mean())
         is_true = abs(clipped - share) <= max(1 / len(run.found), share / 4)

@@ -58,6 +58,8 @@ class Shown(NamedTuple):
     """None for a run without advice of its own."""
     layers: tuple[list[str], list[int], Array]
     """Names, steps and norms of single parameters."""
+    ratios: Array | None = None
+    """Their updates divided by their weights; None if these are not known."""
 
 
 class Overview(NamedTuple):
@@ -118,10 +120,10 @@ def page(
 
 
 def _run(name: str, shown: Shown, about: Sequence[str]) -> _Run:
-    columns, summary, advice, layers = shown
+    columns, summary, advice, layers, ratios = shown
     figures = [_norms(name, columns), _histogram(name, columns, advice)] if columns["step"] else []
     if layers[1]:
-        drawings = _drawings(f"layers of {name}", lambda width: layers_figure(*layers, width))
+        drawings = _drawings(f"layers of {name}", lambda width: layers_figure(*layers, width, ratios))
         figures.append(_Picture("Layers", drawings, "Gray: no gradient, or a norm of 0. Red: not finite."))
     return _Run(name, _numbers(summary), about, advice, figures)
 

@@ -85,29 +85,15 @@ _CHECKS: dict[str, tuple[Callable[[str, Any], Any], set[type]]] = {
     "loss": (_optional_number, {float, type(None)}),
     "clipped_norm": (arguments.number, {float}),
 }
-# Earlier versions did not save these columns.
-ADDED = ("loss", "clipped_norm")
 
 
 def saved_columns(columns: Mapping[str, Any]) -> list[Sequence[Any]]:
-    """The columns of a saved state in the order of a record's fields, or an error that names the wrong one.
-
-    A state from before records had a loss or a clipped norm gets these columns: no loss, and the clipped norm
-    of a single threshold.
-    """
+    """The columns of a saved state in the order of a record's fields; an error names the wrong one."""
     found: list[Sequence[Any]] = []
     for field, (check, plain) in _CHECKS.items():
-        name = f"state['records']['{field}']"
-        if field in columns:
-            values = columns[field]
-        elif field == "loss":
-            values = [None] * len(found[0])
-        else:
-            values = list(
-                map(_clipped_norm, *(columns[each] for each in ("total_norm", "clip_coef", "skipped")))
-            )
+        values = columns[field]
         is_plain = type(values) is list and set(map(type, values)) <= plain
-        found.append(values if is_plain else arguments.items(name, values, check))
+        found.append(values if is_plain else arguments.items(f"state['records']['{field}']", values, check))
     if len(set(map(len, found))) > 1:
         raise ValueError("`state['records']` must have columns of the same length")
     return found
@@ -151,11 +137,12 @@ def _record(
     """A record from the values of a row."""
     if skipped and isinstance(row[4], Tensor):  # its value was not known yet when the step was recorded
         max_norm, coef = math.inf, 1.0
-    if clipped_norm is None or skipped:
-        clipped_norm = _clipped_norm(norm, coef, skipped)
+    if clipped_norm is None:
+        clipped_norm = norm * coef
+    clipped_norm = 0.0 if skipped else float(clipped_norm)
     is_nonfinite = not math.isfinite(norm) if nonfinite is None else bool(nonfinite)
     clipped, loss = coef < 1 and not skipped, None if loss is None else float(loss)
-    return Record(step, norm, max_norm, coef, clipped, is_nonfinite, bool(skipped), loss, float(clipped_norm))
+    return Record(step, norm, max_norm, coef, clipped, is_nonfinite, bool(skipped), loss, clipped_norm)
 
 
 def with_layers(record: Record, names: Sequence[str], norms: Sequence[float] | Tensor) -> SampledRecord:
@@ -171,8 +158,3 @@ def with_layers(record: Record, names: Sequence[str], norms: Sequence[float] | T
     # Without a gradient the norm is negative; NaN stays NaN.
     found._by_name = {name: 0.0 if norm < 0 else norm for name, norm in zip(names, values, strict=True)}
     return found
-
-
-def _clipped_norm(total_norm: float, clip_coef: float, skipped: bool) -> float:
-    """The norm after clipping by a single threshold."""
-    return 0.0 if skipped else total_norm * clip_coef

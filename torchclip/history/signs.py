@@ -17,8 +17,9 @@ _BESIDE = 25
 # A spike is this many standard deviations above the median, on a log scale, and this many times as large.
 _SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
 # Norms drift if the medians of a run's quarters differ by this many standard errors, and by this ratio: a
-# threshold works nearly as well at half or twice its value.
+# threshold works nearly as well at half or twice its value.  In few steps, training still begins.
 _DRIFT_ERRORS, _DRIFT_RATIO = 5.0, 2.0
+_FEW_FOR_DRIFT, _DRIFT_RATIO_OF_FEW = 100, 3.0
 _SHORT_BLOCK, _MOST_BLOCKS = 3, 24
 # Norms leave their usual range if they are this many standard deviations above it, and this many times as
 # large: more if there are few steps before.
@@ -79,7 +80,8 @@ def drift(norms: Array) -> tuple[list[float], bool]:
     follows = min(max(follows, 0.0), 0.95)
     independent = len(rest) / 4 * (1 - follows) / (1 + follows)
     error = math.sqrt(2 * variance / independent)
-    drifts = change > max(math.log(_DRIFT_RATIO), _DRIFT_ERRORS * error)
+    ratio = _DRIFT_RATIO if len(norms) >= _FEW_FOR_DRIFT else _DRIFT_RATIO_OF_FEW
+    drifts = change > max(math.log(ratio), _DRIFT_ERRORS * error)
     return [math.exp(median) for median in quarters], drifts
 
 

@@ -50,14 +50,14 @@ class ClipperCallback(TrainerCallback, ExportableState):
     This does not work with DeepSpeed and FSDP1, which hide the gradients; use ``max_grad_norm`` there.
 
     Args:
-        max_norm: as for ``torchclip.Clipper``.
-        norm_type: as for ``torchclip.Clipper``.
-        scope: as for ``torchclip.Clipper``.
-        nonfinite: as for ``torchclip.Clipper``.
-        skip_above: as for ``torchclip.Clipper``.
-        max_skips: as for ``torchclip.Clipper``.
-        layers_every: as for ``torchclip.Clipper``.
-        on_clip: as for ``torchclip.Clipper``.
+        max_norm: the threshold.  This argument and the next ones are those of ``torchclip.Clipper``.
+        norm_type: the order of the norm, any number or ``"inf"``.
+        scope: which gradients are clipped together: ``"global"``, ``"group"`` or ``"parameter"``.
+        nonfinite: what to do if the norm is ``inf`` or ``nan``.
+        skip_above: skip steps whose norm is above this threshold; None for no limit.
+        max_skips: how many steps in a row may be skipped; None for any number.
+        layers_every: how often, in steps, to record the norm of each parameter; 0 for never.
+        on_clip: called with the record of each step.
 
     Attributes:
         clipper (Clipper | None): the clipper, from the start of training; its history can be read afterwards.

@@ -2,68 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchclip._core.scalars import norm_dtype
-from torchclip.clip_grad.norm import get_total_norm
 
 TOLERANCE = 1e-5
 _PROJECTIONS = 4
 _CHUNK = 1 << 18
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MULTIPLIER = 6364136223846793005  # odd, of 63 bits, as a change in any chunk must not vanish
 
 
-class Fingerprints:
-    """Computes them on the devices of the tensors, from random numbers that are the same on all ranks."""
+class Fingerprint(NamedTuple):
+    """The shape of a tensor, its norm, and its products with random vectors of 1 and -1."""
 
-    def __init__(self) -> None:
-        self._random: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    shape: tuple[int, ...]
+    norm: float
+    projections: tuple[float, ...]
 
-    def of_bits(self, tensor: Tensor) -> int:
-        """An integer for the bits of a tensor, its shape and its dtype; a changed bit changes it."""
-        flat = _flat(tensor)
-        factors, _ = self._numbers(flat.device)
-        total = torch.zeros((), dtype=torch.int64, device=flat.device)
-        for chunk in torch.split(flat.view(_INTEGERS[flat.element_size()]), _CHUNK):
-            total = total * _MULTIPLIER + (chunk.long() * factors[: len(chunk)]).sum()
-        kind = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=8).digest()
-        return int(total) ^ int.from_bytes(kind, "little")
+    def is_close(self, other: Fingerprint) -> bool:
+        """Whether two tensors are the same up to rounding: they differ by at most 1e-5 of their norm.
 
-    def of_gradient(self, gradient: Tensor) -> tuple[float, tuple[float, ...]]:
-        """The norm of a gradient, and its products with random vectors of 1 and -1."""
-        flat = _flat(gradient)
-        _, signs = self._numbers(flat.device)
-        total = torch.zeros(_PROJECTIONS, dtype=torch.float64, device=flat.device)
-        generator = torch.Generator().manual_seed(1)
-        for chunk in torch.split(flat, _CHUNK):
-            # Otherwise opposite changes in two chunks would cancel.
-            weights = torch.randn(_PROJECTIONS, generator=generator, dtype=torch.float64, device="cpu")
-            total += signs[:, : len(chunk)].mv(chunk.double()) * weights.to(flat.device)
-        return float(get_total_norm(gradient)), tuple(total.tolist())
-
-    def _numbers(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._random:
-            generator = torch.Generator().manual_seed(0)
-            factors = torch.randint(-(1 << 62), 1 << 62, (_CHUNK,), generator=generator, device="cpu") * 2 + 1
-            signs = torch.randint(0, 2, (_PROJECTIONS, _CHUNK), generator=generator, device="cpu") * 2 - 1
-            self._random[device] = factors.to(device), signs.double().to(device)
-        return self._random[device]
+        The root mean square of the differences between projections estimates the norm of the difference.
+        """
+        if self.shape != other.shape:
+            return False
+        if not (math.isfinite(self.norm) and math.isfinite(other.norm)):
+            return math.isfinite(self.norm) == math.isfinite(other.norm)
+        apart = math.dist(self.projections, other.projections) / math.sqrt(_PROJECTIONS)
+        return max(apart, abs(self.norm - other.norm)) <= TOLERANCE * max(self.norm, other.norm)
 
 
-def are_close(norms: tuple[float, float], projections: tuple[tuple[float, ...], tuple[float, ...]]) -> bool:
-    """Whether two gradients are the same up to rounding: they differ by at most 1e-5 of their norm.
+def fingerprint(tensor: Tensor) -> Fingerprint:
+    """The fingerprint of a tensor, from random numbers that are the same on all ranks."""
+    flat = _flat(tensor)
+    signs = _signs(flat.device)
+    norms, total = [], torch.zeros(_PROJECTIONS, dtype=torch.float64, device=flat.device)
+    generator = torch.Generator().manual_seed(1)
+    for chunk in map(Tensor.double, torch.split(flat, _CHUNK)):
+        # Otherwise opposite changes in two chunks would cancel.
+        weights = torch.randn(_PROJECTIONS, generator=generator, dtype=torch.float64, device="cpu")
+        total += signs[:, : len(chunk)].mv(chunk) * weights.to(flat.device)
+        norms.append(torch.linalg.vector_norm(chunk))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return Fingerprint(tuple(tensor.shape), float(norm), tuple(total.tolist()))
 
-    The root mean square of the differences between projections estimates the norm of the difference.
-    """
-    if not all(map(math.isfinite, norms)):
-        return not any(map(math.isfinite, norms))
-    apart = math.dist(*projections) / math.sqrt(_PROJECTIONS)
-    return max(apart, abs(norms[0] - norms[1])) <= TOLERANCE * max(norms)
+
+@functools.cache
+def _signs(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (_PROJECTIONS, _CHUNK), generator=generator, device="cpu") * 2 - 1
+    return signs.double().to(device)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -75,4 +67,4 @@ def _flat(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if norm_dtype(tensor.device) != torch.float64:
         tensor = tensor.cpu()
-    return tensor.contiguous().view(-1)
+    return tensor.reshape(-1)

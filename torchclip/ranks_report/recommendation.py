@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torchclip.ranks_report.facts import Facts, Ranks
-from torchclip.ranks_report.judgment import UNNAMED, Choice, Parameter, choices
+from torchclip.ranks_report.judgment import Connected, Group, Parameter, connections, is_right
 
 NOTHING = "nothing to do"
 _AVERAGE = "# First average the gradients of report.different over replicas; count a missing one as zeros."
-
 _NO_GROUP = "# No process group that exists is right; the report says why."
 
 
@@ -21,12 +21,12 @@ class InCode(NamedTuple):
     Attributes:
         parameters: the parameters.
         by_name: a dictionary of them.
-        optimizer: the optimizers of a Clipper; empty without one.
+        is_clipper: whether it is a Clipper.
     """
 
     parameters: str
     by_name: str
-    optimizer: str = ""
+    is_clipper: bool = False
 
 
 class Advice(NamedTuple):
@@ -35,84 +35,76 @@ class Advice(NamedTuple):
     Attributes:
         lines: the code.
         groups: the process groups in it, by their code: the sets of ranks that each connects.
-        unsolved: the names of parameters for which no process group can be right.
+        unsolved: the names of parameters for which no process group is right.
     """
 
     lines: list[str]
-    groups: dict[str, list[Ranks]]
+    groups: dict[str, set[Ranks]]
     unsolved: list[str]
 
 
-def advice(parameters: dict[str, Parameter], of_ranks: Sequence[Facts], code: InCode, used: Choice) -> Advice:
+def advice(
+    parameters: dict[str, Parameter], of_ranks: Sequence[Facts], code: InCode, used: Connected
+) -> Advice:
     """What to do.
 
     Args:
         parameters: those that have gradients.
         of_ranks: what all ranks have.
         code: how code names what was checked.
-        used: what the call gets as its `group` now.
+        used: what the call connects now.
     """
-    result = Advice([], {}, [])
-    options = choices(of_ranks)
-    different = [each for each in parameters.values() if each.has_different_gradients]
-    if different:
-        apart = {each.pattern(by_gradient=True) for each in different}
-        fitting = next((each for each in options if all(map(each.is_right, apart))), options[0])
-        argument = _argument(fitting, result).removeprefix(", ")
-        result.lines.append(_AVERAGE)
-        if argument:
-            result.lines.append(f"# Or pass {argument} for them, if they are different parameters.")
-    patterns = {name: each.pattern() for name, each in parameters.items()}
-    distinct = list(dict.fromkeys(patterns.values()))
-    if all(map(used.is_right, distinct)):
-        result.lines.append("# Then clip as before." if different else NOTHING)
-        return result
-    whole = next((option for option in options if all(map(option.is_right, distinct))), None)
+    first = [_AVERAGE] if any(each.different for each in parameters.values()) else []
+    patterns = dict.fromkeys(each.pattern for each in parameters.values())
+    if all(is_right(used, pattern) for pattern in patterns):
+        return Advice([*first, "# Then clip as before."] if first else [NOTHING], {}, [])
+    existing = _groups(of_ranks)
+    options = {"": connections([], len(of_ranks))}
+    options |= {name: connections([group], len(of_ranks)) for name, group in existing.items()}
+    whole = next((o for o, some in options.items() if all(is_right(some, p) for p in patterns)), None)
     if whole is not None:
-        result.lines.append(_one_call(code, _argument(whole, result)))
-        return result
-    right = {pattern: next((o for o in options if o.is_right(pattern)), None) for pattern in distinct}
-    sets: dict[str, list[str]] = {}
-    for name, pattern in patterns.items():
-        option = right[pattern]
-        if option is None:
-            result.unsolved.append(name)
-        else:
-            sets.setdefault(_argument(option, result), []).append(name)
-    result.lines.extend([_NO_GROUP] if result.unsolved else _joint_call(code, sets))
-    return result
+        lines, named = [_one_call(code, whole)], [whole]
+    else:
+        right = {p: next((o for o, some in options.items() if is_right(some, p)), None) for p in patterns}
+        unsolved = [name for name, each in parameters.items() if right[each.pattern] is None]
+        if unsolved:
+            return Advice([*first, _NO_GROUP], {}, unsolved)
+        sets: dict[str, list[str]] = {}
+        for name, each in parameters.items():
+            sets.setdefault(right[each.pattern] or "", []).append(name)
+        lines, named = _joint_call(code, sets), [*sets]
+    return Advice([*first, *lines], {o: set(existing[o].values()) for o in named if o}, [])
 
 
-def _argument(option: Choice, result: Advice) -> str:
-    """The argument `group` of a call with a comma before it, or nothing; notes which groups it names."""
-    codes: list[str] = []
-    for description, of_rank in option.groups:
-        sets = sorted(set(of_rank.values()))
-        known = [name for name, others in result.groups.items() if name[:5] == "group" and others == sets]
-        code = _name(description) or next(iter(known), f"group{len(result.groups) or ''}")
-        result.groups[code] = sets
-        codes.append(code)
-    if not codes:
-        return ""
-    return f", group={codes[0]}" if len(codes) == 1 else f", group=[{', '.join(codes)}]"
+def _groups(of_ranks: Sequence[Facts]) -> dict[str, Group]:
+    """The process groups that exist, by their code: those with a name first, and those of all ranks last."""
+    families: dict[str, Group] = {}
+    for rank, facts in enumerate(of_ranks):
+        counts: Counter[str] = Counter()
+        for description, group in facts.groups:
+            families.setdefault(_name(description, counts[description]), {})[rank] = group
+            counts[description] += 1
+    is_whole = {code: len(of_ranks) in map(len, group.values()) for code, group in families.items()}
+    return {code: families[code] for code in sorted(families, key=lambda c: (is_whole[c], c[:5] == "group"))}
 
 
-def _name(description: str) -> str | None:
-    """A process group as code, by its description; None if it has no name."""
+def _name(description: str, number: int) -> str:
+    """A process group as code, by its description and how many before it have the same."""
+    which = str(number or "")
     of_mesh = re.fullmatch(r"mesh_(?:dim_(\d+)|(\w+))", description)
     if of_mesh:
-        number, name = of_mesh.groups()
-        return f"mesh.get_group({number})" if number else f'mesh["{name}"].get_group()'
+        dimension, name = of_mesh.groups()
+        return f"mesh{which}.get_group({dimension})" if dimension else f'mesh{which}["{name}"].get_group()'
     if description == "default_pg":
         return "torch.distributed.group.WORLD"
-    is_name = description.isidentifier() and description not in UNNAMED
-    return description if is_name else None
+    has_name = description.isidentifier() and description not in ("None", "undefined")
+    return f"{description}{which}" if has_name else f"group{which}"
 
 
 def _one_call(code: InCode, group: str) -> str:
-    if code.optimizer:
-        return f"clipper = torchclip.Clipper({code.optimizer}, max_norm=1.0{group})"
-    return f"torchclip.clip_grad_norm_({code.parameters}, 1.0{group})"
+    if code.is_clipper:
+        return f"clipper = torchclip.Clipper(optimizer, max_norm=1.0{_argument(group)})"
+    return f"torchclip.clip_grad_norm_({code.parameters}, 1.0{_argument(group)})"
 
 
 def _joint_call(code: InCode, sets: dict[str, list[str]]) -> list[str]:
@@ -120,14 +112,20 @@ def _joint_call(code: InCode, sets: dict[str, list[str]]) -> list[str]:
     which = {group: f"in {names}" for group, names in sets.items()}
     if len(sets) == 2 and "" in sets:
         which = {group: "in report.local" if group else "not in report.local" for group in sets}
+    parts = [
+        f"part{i} = [grad for name, grad in grads.items() if name {names}]"
+        for i, names in enumerate(which.values())
+    ]
+    norms = [f"norm{i} = torchclip.get_total_norm(part{i}{_argument(g)})" for i, g in enumerate(sets)]
     return [
-        *(["# In place of the Clipper, before each step:"] if code.optimizer else []),
+        *(["# In place of the Clipper, before each step:"] if code.is_clipper else []),
         f"grads = {{name: p.grad for name, p in {code.by_name} if p.grad is not None}}",
-        *(
-            f"part{i} = [grad for name, grad in grads.items() if name {names}]"
-            for i, names in enumerate(which.values())
-        ),
-        *(f"norm{i} = torchclip.get_total_norm(part{i}{group})" for i, group in enumerate(which)),
+        *parts,
+        *norms,
         f"total_norm = torchclip.get_total_norm([{', '.join(f'norm{i}' for i in range(len(sets)))}])",
         f"torchclip.clip_grads_with_norm_({code.parameters}, 1.0, total_norm)",
     ]
+
+
+def _argument(group: str) -> str:
+    return f", group={group}" if group else ""

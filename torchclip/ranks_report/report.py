@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from torchclip._core.ranks import meshes
 from torchclip.clipper.clipper import Clipper
 from torchclip.ranks_report import wording
 from torchclip.ranks_report.facts import call_off, gathered, held_here
-from torchclip.ranks_report.judgment import choice, joint, parameters_of, passed
+from torchclip.ranks_report.judgment import connections, is_right, parameters_of, passed
 from torchclip.ranks_report.recommendation import InCode, advice
+
+_NAMED = "model.named_parameters()"
+_POSITIONS = '((f"[{i}]", p) for i, p in enumerate(parameters))'
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,19 @@ def check_ranks(
         if torch.distributed.get_rank() == 0:
             print(report)
 
-    Parameters are compared by name.  Ranks with the same bits of a weight have *replicas*, whose gradients
-    must be the same up to 1e-5 of their norm.  If ranks have different weights of one name, as experts do, or
+    Parameters are compared by name.  Ranks with the same weight have *replicas*, whose gradients must be the
+    same, both up to 1e-5 of their norm.  If ranks have different weights of one name, as experts do, or
     not all have it, as in a pipeline, clipping needs a ``group``, and the report says which.  The parts of
     a DTensor are not replicas: a part is compared with those at the same coordinate of a mesh.
 
     Replicas that an optimizer has moved apart look like experts, so check before its first step, too.
-    Gradients are compared by four random projections.  These take a difference of 1e-4 of the norm for
+    Tensors are compared by four random projections.  These take a difference of 1e-4 of the norm for
     rounding once in some thousand times, larger ones more rarely.
 
     Args:
         model_or_optimizer_or_parameters_or_clipper: a module, an optimizer or a list of them, tensors, or a
-            ``Clipper``.  Parameters of a list, and of an optimizer without names, are compared by position.
+            ``Clipper``, of which groups with ``max_norm=None`` are left out, as it does not clip them.
+            Parameters of a list, and of an optimizer without names, are compared by position.
         group: what ``clip_grad_norm_`` gets as its ``group``, so that the check is of that call.  All ranks
             of the default process group are compared in any case.  A ``Clipper`` has its own.
 
@@ -89,10 +94,9 @@ def check_ranks(
         The same report on all ranks.
 
     Raises:
-        TypeError: for anything but the above, or a gradient whose norm cannot be taken.
+        TypeError: for anything but the above.
         ValueError: for a ``group`` together with a ``Clipper``, or a parameter on the device 'meta'.
-        RuntimeError: on the other ranks, if one refuses its arguments; on all, if only some ranks of a mesh
-            have a gradient that is pending a reduction.
+        RuntimeError: on the other ranks, if one refuses its arguments.
 
     Examples:
         >>> import torch
@@ -109,30 +113,29 @@ def check_ranks(
     except Exception:
         call_off()
         raise
-    of_ranks = gathered(named, held, groups)
-    ranks = len(of_ranks)
+    of_ranks = gathered(held, groups)
     parameters = parameters_of(of_ranks)
     clipped = {name: each for name, each in parameters.items() if each.has_gradient}
-    used, alone = passed(of_ranks), choice([], ranks)
+    alone = connections([], len(of_ranks))
+    used = connections(passed(of_ranks), len(of_ranks))
     of_connected = {
-        some: joint(norm for each in clipped.values() for norm in each.counted(some))
-        for some in set(used.connected)
+        some: math.hypot(*(norm for each in clipped.values() for norm in each.counted(some)))
+        for some in set(used)
     }
-    norm = joint(norm for each in clipped.values() for norm in each.norms())
-    norms = [of_connected[some] for some in used.connected]
-    local = [name for name, each in clipped.items() if not alone.is_right(each.pattern())]
-    different = [name for name, each in clipped.items() if each.has_different_gradients]
+    norm = math.hypot(*(norm for each in clipped.values() for norm in each.norms()))
+    norms = [of_connected[some] for some in used]
+    different = [name for name, each in clipped.items() if each.different]
     todo = advice(clipped, of_ranks, code, used)
     return RanksReport(
-        ok=not different and all(used.is_right(each.pattern()) for each in clipped.values()),
+        ok=not different and all(is_right(used, each.pattern) for each in clipped.values()),
         norm=norm,
         norms=norms,
-        local=local,
+        local=[name for name, each in clipped.items() if not is_right(alone, each.pattern)],
         different=different,
         missing={name: each.missing for name, each in parameters.items() if each.missing},
         call="\n".join(todo.lines),
         seconds=time.perf_counter() - start,
-        _words=wording.report(parameters, norm, norms, todo, has_group=bool(used.groups)),
+        _words=wording.report(parameters, norm, norms, todo, has_group=used != alone),
     )
 
 
@@ -142,45 +145,50 @@ def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[Proces
     if isinstance(given, Clipper):
         if group is not None:
             raise ValueError("`group` is that of the Clipper; do not pass it together with a Clipper")
-        named, code = _of_optimizers(given.optimizers)
-        is_one = len(given.optimizers) == 1
-        return named, _groups_of(given), code._replace(optimizer="optimizer" if is_one else "optimizers")
+        named, code = _of_optimizers(given.optimizers, leave_out_exempt=True)
+        # The groups that a Clipper passes to its calls.
+        return named, given._rounds.settings.groups or [], code._replace(is_clipper=True)
     if isinstance(given, nn.Module) and not isinstance(given, nn.ParameterList):
-        code = InCode("model.parameters()", "model.named_parameters()")
-        return dict(given.named_parameters()), groups, code
+        return dict(given.named_parameters()), groups, InCode("model.parameters()", _NAMED)
     optimizers = given if isinstance(given, (list, tuple)) and given else [given]
     if all(isinstance(each, Optimizer) for each in optimizers):
         named, code = _of_optimizers(optimizers)
         return named, groups, code
     parameters = arguments.tensor_list("parameters", given)
     for i, item in enumerate(parameters):
-        if not isinstance(item, Tensor):
-            arguments.refuse_item("parameters", i, item)
-    return _by_position(parameters), groups, InCode("parameters", _positions("parameters"))
+        arguments.check_tensor("parameters", i, item)
+    return _by_position(parameters), groups, InCode("parameters", _POSITIONS)
 
 
-def _groups_of(clipper: Clipper) -> Sequence[ProcessGroup]:
-    """The process groups that a Clipper passes to its calls."""
-    return clipper._rounds.settings.groups or []
+def _of_optimizers(
+    optimizers: Sequence[Optimizer], *, leave_out_exempt: bool = False
+) -> tuple[dict[str, Tensor], InCode]:
+    """Their parameters, by name if they were made from ``named_parameters()``.
 
-
-def _of_optimizers(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], InCode]:
-    """Their parameters, by name if they were made from ``named_parameters()``."""
+    Args:
+        optimizers: the optimizers.
+        leave_out_exempt: whether groups with ``max_norm=None`` are left out, unless all groups have it.
+    """
     of_all = [group for optimizer in optimizers for group in optimizer.param_groups]
+    clipped = [group for group in of_all if group.get("max_norm", 1.0) is not None]
+    condition = ""
+    if leave_out_exempt and 0 < len(clipped) < len(of_all):
+        of_all, condition = clipped, ' if group.get("max_norm", 1.0) is not None'
     parameters = [p for group in of_all for p in group["params"]]
     names = [name for group in of_all for name in group.get("param_names", ())]
     of_each = "" if len(optimizers) == 1 else "for optimizer in optimizers "
-    code = f'[p {of_each}for group in optimizer.param_groups for p in group["params"]]'
-    if len(set(names)) == len(parameters):
-        return dict(zip(names, parameters, strict=True)), InCode(code, "model.named_parameters()")
-    return _by_position(parameters), InCode(code, _positions(code))
+    of_each += f"for group in optimizer.param_groups{condition}"
+    code = f'[p {of_each} for p in group["params"]]' if condition else "parameters"
+    if len(set(names)) != len(parameters):
+        positions = f'((f"[{{i}}]", p) for i, p in enumerate({code}))'
+        return _by_position(parameters), InCode(code, positions)
+    by_name = _NAMED
+    if condition:
+        by_name = f'(named {of_each} for named in zip(group["param_names"], group["params"]))'
+    return dict(zip(names, parameters, strict=True)), InCode(code, by_name)
 
 
 def _by_position(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """By position; one that is listed twice counts once."""
     first = {id(p): i for i, p in reversed([*enumerate(parameters)])}
     return {f"[{i}]": p for i, p in enumerate(parameters) if first[id(p)] == i}
-
-
-def _positions(parameters: str) -> str:
-    return f'((f"[{{i}}]", p) for i, p in enumerate({parameters}))'

@@ -61,43 +61,35 @@ def _about(each: Parameter) -> str:
     said = []
     if not each.has_gradient:
         said.append("No gradient on any rank.")
-    elif each.has_different_gradients:
+    elif each.different:
         said.append(_about_different(each))
-    if each.is_split:
+    if each.has_different_weights:
         said.append(
-            f"The same weight, but different gradients on {_sets(each.replicas())}, as the module's other "
-            "parameters: taken for different parameters that start alike, which need a group."
-        )
-    elif each.has_different_weights:
-        said.append(
-            f"Different weights on {_sets(each.replicas())}: experts, stages, or shards made by hand, which "
+            f"Different weights on {_sets(each.replicas)}: experts, stages, or shards made by hand, which "
             "need a group.  Or replicas that have moved apart, if they should be the same."
         )
     if each.missing:
         said.append(f"Missing on {_ranks(each.missing)}, as with pipeline stages, which need a group.")
-    if not all(math.isfinite(held.norm or 0.0) for held in each.holders.values()):
+    if not all(map(math.isfinite, each.norms())):
         said.append("The gradient is not finite.")
-    return " ".join(said) or _about_same(each)
-
-
-def _about_same(each: Parameter) -> str:
+    if said:
+        return " ".join(said)
     if each.is_sharded:
         return "DTensors, whose parts are joined.  Fine."
     return "Replicas with the same gradient on all ranks.  Fine."
 
 
 def _about_different(each: Parameter) -> str:
-    gradients = next(by_gradient for by_gradient in each.clusters if len(by_gradient) > 1)
-    without = [rank for ranks in gradients for rank in ranks if each.holders[rank].norm is None]
+    without = [rank for ranks in each.different for rank in ranks if each.holders[rank].gradient is None]
     if without:
         return (
             f"The same weight, but NO GRADIENT on {_ranks(without)}, where others have one.  Replicas need "
             "one on all ranks, such as zeros."
         )
     return (
-        f"The same weight, but DIFFERENT GRADIENTS on {_sets(gradients)}.  Either these are replicas, and "
-        "an all-reduce of their gradients is missing, or different parameters that start alike, such as "
-        "experts, which need a group."
+        f"The same weight, but DIFFERENT GRADIENTS on {_sets(each.different)}.  Either these are replicas, "
+        "and an all-reduce of their gradients is missing, or different parameters that start alike, such as "
+        "experts, which need a group: check again after a step, when their weights differ."
     )
 
 

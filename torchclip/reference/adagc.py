@@ -54,7 +54,7 @@ def adagc_thresholds(
                [4.],
                [3.]])
     """
-    p = checks.order(norm_type)
+    p = checks.norm_type_of(norm_type)
     relative, max_norm = checks.threshold("relative", relative), checks.threshold("max_norm", max_norm)
     beta = checks.at_most("beta", beta, 1)
     warmup = checks.count("warmup", warmup, 1)

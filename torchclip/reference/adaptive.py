@@ -47,7 +47,7 @@ def clip_grad_adaptive(
         >>> np.round(grad, 4)
         array([[0.6, 0.8], [0.3, 0.4]])
     """
-    p = checks.order(norm_type)
+    p = checks.norm_type_of(norm_type)
     clip_factor = checks.threshold("clip_factor", clip_factor)
     eps = checks.threshold("eps", eps)
     check_arrays(weights, writeable=False, name="weights")

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["at_most", "count", "norms", "number", "order", "threshold"]
+__all__ = ["at_most", "count", "norm_type_of", "norms", "number", "threshold"]
 
 
-def order(norm_type: float | str) -> float:
+def norm_type_of(norm_type: float | str) -> float:
     """The order of a norm as a float."""
     if isinstance(norm_type, str) and norm_type not in ("inf", "-inf"):
         raise ValueError(f"`norm_type` must be a number or 'inf', got {norm_type!r}")

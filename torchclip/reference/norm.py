@@ -42,7 +42,7 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
         >>> global_norm([np.array([3.0, 0.0]), np.array([[4.0]])])
         5.0
     """
-    p = checks.order(norm_type)
+    p = checks.norm_type_of(norm_type)
     grads = check_arrays(grads, writeable=False)
     return norm_of(grads, p)
 
@@ -82,7 +82,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
         >>> np.round(grads[1], 4)
         array([[0.8]])
     """
-    p = checks.order(norm_type)
+    p = checks.norm_type_of(norm_type)
     max_norm = checks.threshold("max_norm", max_norm)
     grads = check_arrays(grads, writeable=True)
     total_norm = norm_of(grads, p)

@@ -31,7 +31,7 @@ def clip_grad_norm_per_parameter(
         >>> clip_grad_norm_per_parameter([np.array([3.0, 4.0]), np.array([0.5])], max_norm=1.0)
         [5.0, 0.5]
     """
-    p = checks.order(norm_type)
+    p = checks.norm_type_of(norm_type)
     max_norm = checks.threshold("max_norm", max_norm)
     grads = check_arrays(grads, writeable=True)
     norms = [norm_of([g], p) for g in grads]

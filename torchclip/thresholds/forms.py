@@ -128,7 +128,7 @@ class Tensors:
 
     @staticmethod
     def mean_and_deviation(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation of the numbers in each row that were seen."""
+        """The mean and standard deviation of each row of up to ``seen`` numbers; if below two, anything."""
         count = seen.clip(None, rows.shape[1]).to(rows.dtype)
         mean = (rows / count.unsqueeze(1)).nansum(1)
         # Divided by the mean, which is never far below the largest norm, no square leaves the range.

@@ -136,26 +136,8 @@ class ZScore(Learned):
         return {"mean": self._mean, "std": self._std, "seen": int(self._seen)}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._require(state, "mean", "std")
-        if "warmup_norms" in state:
-            self._load_state_of_0_1(state)
-            return
-        self._require(state, "seen")
+        self._require(state, "mean", "std", "seen")
         mean = checks.finite("state['mean']", state["mean"])
         std = checks.finite("state['std']", state["std"])
         self._seen = float(arguments.count("state['seen']", state["seen"], least=0))
         self._mean, self._std = mean, std
-
-    def _load_state_of_0_1(self, state: Mapping[str, Any]) -> None:
-        """Version 0.1.0 kept the norms of an unfinished warm-up, and None as the mean."""
-        norms = arguments.items("state['warmup_norms']", state["warmup_norms"], checks.finite)
-        if state["mean"] is not None:
-            mean = checks.finite("state['mean']", state["mean"])
-            self._std = checks.finite("state['std']", state["std"])
-            self._mean, self._seen = mean, float(self.warmup)
-            return
-        if state["std"] == state["std"]:  # with many sets it was NaN
-            checks.finite("state['std']", state["std"])
-        self._mean = self._std = self._seen = 0.0
-        for norm in norms:
-            self.update(norm)

@@ -43,6 +43,7 @@ class Kind:
     MEASURE: Final = "measuring the total norm (get_total_norm)"
     CLIP_EACH: Final = "clipping each gradient, or its rows, by its norm"
     MEASURE_EACH: Final = "measuring the norm of each gradient (Clipper.norms)"
+    MEAN_LOSS: Final = "deciding by the mean loss (skip_loss_above)"
     CONNECT: Final = "finding the ranks that `group` connects"
 
 
@@ -52,7 +53,7 @@ class Call:
 
     Attributes:
         kind: of ``Kind``.
-        order: the order of the norms.
+        norm_type: the order of the norms.
         facts: of this rank; after an exchange on the host, of all ranks that took part.
         lacking: the replicas' gradients that this rank lacks, in words.
         refused: 1 + the rank that refused its arguments, or found others out of step; 0 if none did.
@@ -60,7 +61,7 @@ class Call:
     """
 
     kind: str
-    order: float
+    norm_type: float
     facts: int = 0
     lacking: str = ""
     refused: int = 0
@@ -100,7 +101,7 @@ def exchange(
     Returns:
         The joint norms, the same bits on every rank, NaN if anything was wrong; a tensor on an accelerator.
     """
-    count, p = len(norms), call.order
+    count, p = len(norms), call.norm_type
     if not _may_exchange(groups, call):
         return [math.nan] * count
     sent, on_host = _readable(norms, device)
@@ -141,7 +142,7 @@ def connected(groups: Sequence[dist.ProcessGroup], call: Call) -> Ranks:
     known, others = _connected.setdefault(groups[0], {}), tuple(groups[1:])
     if others not in known:
         device = meshes.device_of(groups[0])
-        ask = replace(call, kind=Kind.CONNECT, order=0.0)
+        ask = replace(call, kind=Kind.CONNECT, norm_type=0.0)
         agreed = exchange(groups, [0.0], ask, device)
         _read_verdicts(wait=True)
         if math.isnan(agreed[0]):
@@ -184,7 +185,7 @@ def _message(words: Tensor, count: int, call: Call, replicas: int) -> Tensor:
 
 def _number(count: int, call: Call) -> int:
     """A number of 20 bits that stands for a call: sums of its square over 2²³ ranks stay in range."""
-    return crc32(repr((_VERSION, call.kind, call.order + 0.0, count)).encode()) >> 12
+    return crc32(repr((_VERSION, call.kind, call.norm_type + 0.0, count)).encode()) >> 12
 
 
 def _is_right(
@@ -231,7 +232,7 @@ def _refusal(who: str) -> str:
 def _out_of_step(ranks: int, count: int, call: Call) -> str:
     return (
         f"ranks are out of step: of {ranks} ranks this one is {call.kind}, with {count} norms "
-        f"of order {call.order}, and another is not (as its own error says) or has another version "
+        f"of order {call.norm_type}, and another is not (as its own error says) or has another version "
         "of torchclip. All ranks must make the same calls with the same parameters in the same order. They "
         "cannot be in step again, so each further call on this process group raises this error; make the "
         "group anew, as by starting again from a checkpoint"

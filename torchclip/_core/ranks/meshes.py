@@ -56,8 +56,9 @@ _layouts: dict[int, Layout] = {}
 _equal_layouts: dict[tuple[int, Any], Layout] = {}
 _kept: list[Any] = []
 _MOST_KEPT = 1 << 16
-# What reads a DTensor's part and its spec, once one was there to ask for them.
-_readers: list[tuple[Callable[[Any], Tensor], Callable[[Any], Any]]] = []
+# A DTensor's part and its spec: the public names take ten times as long, in each call.
+_part: Callable[[Any], Tensor] = operator.attrgetter("_local_tensor")
+_spec: Callable[[Any], Any] = operator.attrgetter("_spec")
 # Equal meshes have the same ranks.
 _ranks: WeakKeyDictionary[DeviceMesh | dist.ProcessGroup, frozenset[int]] = WeakKeyDictionary()
 
@@ -88,13 +89,12 @@ def layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
     """
     if not any_dtensor(tensors):
         return [PLAIN] * len(tensors)
-    _, read_spec = _readers_for(tensors)
     try:
-        layouts = list(map(_layouts.get, map(id, map(read_spec, tensors))))
+        layouts = list(map(_layouts.get, map(id, map(_spec, tensors))))
     except AttributeError:  # some are plain
         layouts = [None]
     if None in layouts:
-        return [_known_layout(read_spec(t)) if is_dtensor(t) else PLAIN for t in tensors]
+        return [_known_layout(_spec(t)) if is_dtensor(t) else PLAIN for t in tensors]
     return cast("list[Layout]", layouts)
 
 
@@ -109,20 +109,6 @@ def _known_layout(spec: Any) -> Layout:
         _layouts[id(spec)] = _equal_layouts[key] = layout
         _kept.append(spec)
     return layout
-
-
-def _readers_for(tensors: Iterable[Tensor]) -> tuple[Callable[[Any], Tensor], Callable[[Any], Any]]:
-    """What reads a DTensor's part and its spec: the public names take ten times as long, in each call.
-
-    They are found by what they hold: the part is a tensor, and the spec has the placements.
-    """
-    if not _readers:
-        tensor = next(filter(is_dtensor, tensors))
-        held = {name: getattr(tensor, name) for name in _dtensor_types()[0].__slots__}  # type: ignore[attr-defined]
-        of_part = next(name for name, value in held.items() if isinstance(value, Tensor))
-        of_spec = next(name for name, value in held.items() if hasattr(value, "placements"))
-        _readers.append((operator.attrgetter(of_part), operator.attrgetter(of_spec)))
-    return _readers[0]
 
 
 def _layout(mesh: DeviceMesh, placements: Sequence[Any]) -> Layout:
@@ -151,11 +137,10 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, in the tensor's own memory."""
     if not any_dtensor(tensors):
         return list(tensors)
-    read_part, _ = _readers_for(tensors)
     try:
-        return list(map(read_part, tensors))
+        return list(map(_part, tensors))
     except AttributeError:  # some are plain
-        return [read_part(tensor) if is_dtensor(tensor) else tensor for tensor in tensors]
+        return [_part(tensor) if is_dtensor(tensor) else tensor for tensor in tensors]
 
 
 def pending(tensor: Tensor) -> set[str]:

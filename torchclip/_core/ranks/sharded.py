@@ -69,8 +69,8 @@ class ShardedBatch(Batch):
         measured: bool = False,
         given: Any = None,
     ) -> None:
-        tensors, is_tied, self._places = _placed(items, take_grad)
-        super().__init__(tensors, is_tied)
+        tensors, is_shared, self._places = _placed(items, take_grad)
+        super().__init__(tensors, is_shared)
         self.groups = groups
         self.is_changed = take_grad and not measured
         self._items, self._given, self._gather = items, given, gather
@@ -90,7 +90,7 @@ class ShardedBatch(Batch):
     @property
     def own_facts(self) -> int:
         """``Facts`` of the tensors on this rank."""
-        return self.local.facts | self._tied
+        return self.local.facts | self._shared
 
     def norm(self, p: float, finite: bool = False, /) -> Norm:
         """The norm of all the tensors on all ranks."""
@@ -288,7 +288,7 @@ def _totals(
         of_each: list[list[Norm]] = [[] for _ in range(count)]
         for i, norm in some:
             of_each[i].append(norm)
-        return in_one([joint_norms.join(norms, call.order) for norms in of_each])
+        return in_one([joint_norms.join(norms, call.norm_type) for norms in of_each])
 
     own: list[tuple[int, Norm]] = []
     for ranks, some in by_mesh.items():

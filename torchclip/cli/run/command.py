@@ -27,7 +27,7 @@ from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import about, histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
 from torchclip.cli.run.trial import Trial
-from torchclip.cli.thresholds import DESCRIBED, LEARNED, refuse_ceiling
+from torchclip.cli.thresholds import DESCRIBED, LEARNED, check_ceiling
 from torchclip.history.history import History
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def run(
         argparse.ArgumentError: if there is no such script, or options do not go together.
         SystemExit: the script's.
     """
-    refuse_ceiling(threshold, max_norm)
+    check_ceiling(threshold, max_norm)
     thresholds = {"--max-norm": max_norm, "--threshold": threshold}
     if none:
         _refuse("--none and {} do not go together", thresholds)

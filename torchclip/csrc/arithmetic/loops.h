@@ -176,15 +176,15 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
 
 // Norms other than 2 need the modulus of each complex number.  The C library's hypot is not used, as it rounds
 // differently on different platforms and in different versions.  If squares of doubles would leave the range of
-// doubles, powers of two scale them.
-template <class T> INLINE double modulus(const T* z) {
+// doubles, powers of two scale them.  The modulus is multiplied by `unit_of_result`.
+template <class T> INLINE double modulus(const T* z, double unit_of_result) {
     const double real = std::fabs(double(z[0])), imag = std::fabs(double(z[1])), large = std::max(real, imag);
     double unit = 1, back = 1;
     if constexpr (sizeof(T) == sizeof(double)) {
         if (large > 0x1p511) unit = 0x1p-600, back = 0x1p600;
         if (large < 0x1p-459) unit = 0x1p600, back = 0x1p-600;
     }
-    const double x = real * unit, y = imag * unit, result = std::sqrt(x * x + y * y) * back;
+    const double x = real * unit, y = imag * unit, result = std::sqrt(x * x + y * y) * (back * unit_of_result);
     return std::isnan(result) && (std::isinf(real) || std::isinf(imag)) ? HUGE_VAL : result;
 }
 
@@ -224,15 +224,15 @@ struct Loops {
     void (*round_sums)(void* result, const double* sums, size_t n);
 };
 
-template <class T> double sum_moduli(const void* x, size_t n, double) {
+template <class T> double sum_moduli(const void* x, size_t n, double unit) {
     double sum = 0;
-    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) sum += modulus(z);
+    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) sum += modulus(z, unit);
     return sum;
 }
 
 template <class T> double largest_modulus(const void* x, size_t n, double) {
     double top = 0;
-    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) top = larger(modulus(z), top);
+    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) top = larger(modulus(z, 1.0), top);
     return top;
 }
 
@@ -243,7 +243,7 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         using Out = void*;                                                                                          \
         TARGET static double squares(In x, size_t n, double) { return sum_squares<FUSED>((const T*)x, n); }         \
         TARGET static double scaled(In x, size_t n, double u) { return sum_scaled_squares((const T*)x, n, u); }     \
-        TARGET static double magnitudes(In x, size_t n, double) { return sum_magnitudes((const T*)x, n); }          \
+        TARGET static double magnitudes(In x, size_t n, double u) { return sum_magnitudes((const T*)x, n) * u; }    \
         TARGET static double top(In x, size_t n, double) { return largest((const T*)x, n); }                        \
         TARGET static double finite(In x, size_t n, double) { return double(count_finite<parts>((const T*)x, n)); } \
         TARGET static bool scaling(Out x, size_t n, double clip_coef) { return scale((T*)x, n, clip_coef), true; }  \

@@ -342,6 +342,8 @@ class Memory {
 
     // The norm of the elements between two places, given the result of `reduce`.
     double norm_from(double reduced, Place from, Place to, Read Loops::* loop, bool finite) {
+        if (loop == &Loops::sum_magnitudes && reduced > 0 && reduced < 0x1p-900)
+            return reduce(from, to, loop, finite, 0x1p600) * 0x1p-600;  // moduli may have few digits
         if (loop != &Loops::sum_squares || reduced < 0) return reduced;
         return root(reduced, [&](Read Loops::* other, double unit) { return reduce(from, to, other, finite, unit); });
     }

@@ -162,11 +162,13 @@ class Units {
   public:
     size_t elements() const { return elements_; }
 
-    // False if they differ in their rows, or in memory that cannot be handled.
+    // False if they differ in their rows, or in memory that cannot be handled, or are doubles, whose norms may exceed
+    // the range of doubles.
     bool add(const DLTensor& of_weight, const DLTensor& of_grad, Read Loops::* loop) {
         Rows weight, grad;
         if (!weight.read(of_weight, false, axes_) || !grad.read(of_grad, false, axes_)) return false;
         if (weight.count != grad.count || weight.row.count != grad.row.count) return false;
+        if (kDtypes[weight.row.dtype].is_double() || kDtypes[grad.row.dtype].is_double()) return false;
         const size_t together = rows_together(grad, weight, loop);
         units_.push_back({weight, grad, together});
         pieces_.push_back(pieces_of(grad, together));

@@ -22,7 +22,7 @@ struct Batch {
         has_subclass = true;
         const int is_tensor = PyObject_IsInstance(item, reinterpret_cast<PyObject*>(torch().tensor));
         if (is_tensor != 0) return is_tensor > 0 ? kDone : kFailed;
-        const Ref none(PyObject_CallFunction(torch().refuse, "snO", argument, index, item));
+        const Ref none(PyObject_CallFunction(torch().check_tensor, "snO", argument, index, item));
         return none == nullptr ? kFailed : fail(PyExc_TypeError, "item %zd is not a Tensor", index);
     }
 
@@ -100,13 +100,19 @@ Outcome read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
     return fail(PyExc_ValueError, "expected one number for each of %zu tensors, got %zu", wanted, numbers.size());
 }
 
-// A number for all tensors, or an iterable with one for each: those of the taken ones.
-Outcome read_of_taken(PyObject* given, const Tensors& tensors, Numbers& of_taken) {
+// An iterable with a number for each tensor: those of the taken ones.
+Outcome read_of_taken(PyObject* iterable, const Tensors& tensors, Numbers& of_taken) {
     Numbers all;
-    const bool is_one = PyFloat_Check(given);
-    if (!is_one && read_numbers(given, tensors.size(), all) != kDone) return kFailed;
+    if (read_numbers(iterable, tensors.size(), all) != kDone) return kFailed;
     for (size_t i = 0; i < tensors.size(); ++i)
-        if (tensors.is_taken(i)) of_taken.push_back(is_one ? PyFloat_AsDouble(given) : all[i]);
+        if (tensors.is_taken(i)) of_taken.push_back(all[i]);
+    return kDone;
+}
+
+// The same, or a float for all tensors.
+Outcome read_limits(PyObject* given, const Tensors& tensors, Numbers& of_taken) {
+    if (!PyFloat_Check(given)) return read_of_taken(given, tensors, of_taken);
+    for (size_t i = 0; i < tensors.taken_count(); ++i) of_taken.push_back(PyFloat_AsDouble(given));
     return kDone;
 }
 
@@ -219,7 +225,7 @@ PyObject* batch_clip_each(PyObject* self, PyObject* const* args, Py_ssize_t coun
     Measure measure;
     Numbers limits, norms;
     if (expect_count(count, 3, 3) != kDone || measure.read(args + 1, 1) != kDone ||
-        read_number(args[2], eps) != kDone || read_of_taken(args[0], batch.tensors, limits) != kDone)
+        read_number(args[2], eps) != kDone || read_limits(args[0], batch.tensors, limits) != kDone)
         return nullptr;
     Access access(batch.tensors);
     Outcome outcome;

@@ -81,6 +81,8 @@ PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Gradients gradients;
     Numbers roots, limits, before;  // roots of the numbers of elements, if those count
     Outcome outcome = gradients.take(args[0]);
+    // A root mean square may fit into a double where the norm does not.
+    if (outcome == kDone && is_rms && gradients.has(kDouble)) outcome = kUnusual;
     if (outcome == kDone) {
         const Memory& memory = gradients.access.memory();
         for (size_t i = 0; i < memory.size(); ++i) {

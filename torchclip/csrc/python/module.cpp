@@ -29,7 +29,7 @@
 
 namespace {
 
-// connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms, checks,
+// connect(tensor, parameter, exchange_api, increment_version, check_tensor, get_num_threads, other_norms, checks,
 //         is_inference_mode_enabled, strided, library)
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (expect_count(count, 11, 11) != kDone) return nullptr;
@@ -49,7 +49,7 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
         made->is_cpu.connect(args[0], "is_cpu") != kDone || made->version.connect(args[0], "_version") != kDone)
         return nullptr;
     made->increment_version.connect(args[3]);
-    made->refuse = new_reference(args[4]);
+    made->check_tensor = new_reference(args[4]);
     made->get_num_threads.connect(args[5]);
     made->other_norms = new_reference(args[6]);
     if (!PyTuple_Check(args[7])) return PyErr_Format(PyExc_TypeError, "the checks must be a tuple");
@@ -97,7 +97,7 @@ PyObject* select_instruction_set(PyObject*, PyObject* name) {
 
 PyMethodDef module_methods[] = {
     {"connect", function<connect>(), METH_FASTCALL,
-     "connect(tensor, parameter, exchange_api, increment_version, refuse, get_num_threads, other_norms, checks, "
+     "connect(tensor, parameter, exchange_api, increment_version, check_tensor, get_num_threads, other_norms, checks, "
      "is_inference_mode_enabled, strided, library): what the kernel needs of torch"},
     {"connect_modules", function<connect_modules>(), METH_FASTCALL,
      "connect_modules(module, parameter_list, generator, names): so that modules can be walked"},

@@ -16,20 +16,15 @@ class Result {
     struct Release {
         void operator()(DLManagedTensorVersioned* memory) const { memory->deleter(memory); }
     };
-    struct Held {
-        DLManagedTensorVersioned managed{};
-        std::unique_ptr<DLManagedTensorVersioned, Release> memory;
-        std::vector<int64_t> axes;  // sizes, then strides
-    };
-    std::unique_ptr<Held> held_;
+    std::unique_ptr<DLManagedTensorVersioned, Release> memory_;
+    std::vector<int64_t> axes_;  // sizes, then strides
 
   public:
     // The strides only say in which order the axes lie.  Throws std::bad_alloc.
     Result(decltype(DLTensor::dtype) dtype, int32_t axes, const int64_t* sizes, const int64_t* strides)
-        : held_(new Held) {
-        held_->axes.assign(sizes, sizes + axes);
-        held_->axes.resize(2 * size_t(axes));
-        int64_t* const own = held_->axes.data() + axes;
+        : axes_(sizes, sizes + axes) {
+        axes_.resize(2 * size_t(axes));
+        int64_t* const own = axes_.data() + axes;
         std::vector<int32_t> order;  // from the narrowest
         for (int32_t axis = axes; axis-- > 0;) order.push_back(axis);
         std::stable_sort(order.begin(), order.end(), [=](int32_t a, int32_t b) { return strides[a] < strides[b]; });
@@ -38,34 +33,28 @@ class Result {
             own[axis] = std::max<int64_t>(count, 1);
             count *= sizes[axis];
         }
-        DLTensor& tensor = held_->managed.tensor;
-        tensor.device_type = kCPU;
-        tensor.ndim = 1;
-        tensor.dtype = dtype;
-        tensor.shape = &count;
+        DLTensor flat{};
+        flat.device_type = kCPU;
+        flat.ndim = 1;
+        flat.dtype = dtype;
+        flat.shape = &count;
         DLManagedTensorVersioned* memory = nullptr;
-        if (torch().exchange->managed_tensor_allocator(&tensor, &memory, nullptr,
+        if (torch().exchange->managed_tensor_allocator(&flat, &memory, nullptr,
                                                        [](void*, const char*, const char*) {}) != 0)
             throw std::bad_alloc();
-        held_->memory.reset(memory);
-        tensor.data = static_cast<char*>(memory->tensor.data) + memory->tensor.byte_offset;
-        tensor.ndim = axes;
-        tensor.shape = held_->axes.data();
-        tensor.strides = own;
-        held_->managed.major = 1;
-        held_->managed.manager_context = held_.get();
-        held_->managed.deleter = [](DLManagedTensorVersioned* self) {
-            delete static_cast<Held*>(self->manager_context);
-        };
+        memory_.reset(memory);
+        memory->tensor.ndim = axes;
     }
 
-    char* data() const { return static_cast<char*>(held_->managed.tensor.data); }
+    char* data() const { return static_cast<char*>(memory_->tensor.data) + memory_->tensor.byte_offset; }
 
     // The tensor; null, with an error set, after an error.  Call it once.
     Ref take() {
+        memory_->tensor.shape = axes_.data();  // which torch copies
+        memory_->tensor.strides = axes_.data() + memory_->tensor.ndim;
         void* tensor = nullptr;
-        if (torch().exchange->managed_tensor_to_py_object_no_sync(&held_->managed, &tensor) != 0) return Ref();
-        held_.release();
+        if (torch().exchange->managed_tensor_to_py_object_no_sync(memory_.get(), &tensor) != 0) return Ref();
+        memory_.release();
         return Ref(static_cast<PyObject*>(tensor));
     }
 };

@@ -83,7 +83,7 @@ struct Check {
 struct Torch {
     PyTypeObject *tensor, *parameter;
     Function increment_version;  // for each of an iterable of tensors
-    PyObject* refuse;
+    PyObject* check_tensor;
     Function get_num_threads;
     PyObject* other_norms;
     std::vector<Check> checks;
