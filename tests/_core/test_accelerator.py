@@ -91,7 +91,7 @@ CALLS: dict[str, tuple[Callable[[list[nn.Parameter], float], object], tuple[floa
 
 # Torch has no operation on lists of tensors for norms of rows: how many a further tensor takes.
 CALLS_BY_ROWS: dict[str, tuple[Callable[[list[nn.Parameter]], object], int]] = {
-    "clip_grad_adaptive_": (torchclip.clip_grad_adaptive_, 3),
+    "clip_grad_adaptive_": (torchclip.clip_grad_adaptive_, 4),
     "clip_per_example": (lambda ps: torchclip.clip_per_example(gradients(ps), 1.0), 6),
 }
 

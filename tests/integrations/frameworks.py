@@ -1,7 +1,7 @@
 """Shared by the tests of frameworks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,19 +15,25 @@ MAX_NORM = 0.5
 
 
 @contextlib.contextmanager
-def counted(name: str) -> Iterator[list[Any]]:
-    """Torchclip installed, with the calls of one function counted."""
-    calls = []
-    with torchclip.installed():
-        function = getattr(torch.nn.utils, name)
+def counted(*names: str) -> Iterator[list[Any]]:
+    """Torchclip installed, with the calls of some functions counted."""
+    calls: list[Any] = []
 
-        def counting(*args: Any, **kwargs: Any) -> Any:
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(function(*args, **kwargs))
             return calls[-1]
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.nn.utils, name, counting)
-            yield calls
+        return call
+
+    with torchclip.installed(), pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(torch.nn.utils, name, counting(getattr(torch.nn.utils, name)))
+        yield calls
+
+
+OF_ACCELERATE = ("clip_grad_norm_", "get_total_norm")
+"""What Accelerate clips by: the first until 1.15, then the second, followed by ``clip_grads_with_norm_``."""
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerances: Any) -> None:
