@@ -25,7 +25,6 @@ CONTENDERS = {
 IN_STEPS = {
     "function, model.parameters()": (SKY, "clip_grad_norm_(model.parameters(), …)"),
     "function, the model": (BLUE, "clip_grad_norm_(model, …)"),
-    "Clipper": (GREEN, "Clipper"),
 }
 """The bars, with their colors and labels."""
 

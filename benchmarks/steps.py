@@ -1,17 +1,16 @@
-"""What clipping adds to a training step: the functions of torch and torchclip, and a Clipper.
+"""What clipping adds to a training step: the functions of torch and torchclip.
 
     python benchmarks/steps.py [--rounds 800] [--json FILE]
 
 It is the time of clipping and ``step``, minus that of ``step`` alone.  We time clipping inside a real
 training step, where caches are cold, so a call takes several times as long as in a tight loop.  All
 contenders use one model and one optimizer.  Otherwise the position of a model in memory, and the previous
-contender, would matter more than clipping.  ``clippers.py`` measures a Clipper's other configurations.
+contender, would matter more than clipping.  ``clippers.py`` measures Clippers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -90,16 +89,14 @@ CONTENDERS: dict[str, Callable[[Setup], object]] = {
     "function, model.parameters()": lambda s: _ours.clip_grad_norm_(s.model.parameters(), s.max_norm),
     "function, the model": lambda s: _ours.clip_grad_norm_(s.model, s.max_norm),
     "function, by value": lambda s: _ours.clip_grad_value_(s.parameters, s.clip_value),
-    "Clipper": _nothing,
 }
-"""The function that is called between the backward pass and the step; for a Clipper, none."""
+"""The function that is called between the backward pass and the step."""
 
 _RIVALS = {
     "function, a list": "torch, a list",
     "function, model.parameters()": "torch, model.parameters()",
     "function, the model": "torch, model.parameters()",
     "function, by value": "torch, by value",
-    "Clipper": "torch, a list",
 }
 _FLOOR = "no clipping"
 
@@ -116,8 +113,7 @@ def measure_steps(rounds: int) -> Iterator[StepRow]:
         row: StepRow = {"model": model, "title": TITLES[model], "optimizer": optimizer, "clips": clips}
         with one_thread():
             setup = Setup(model, optimizer, clips)
-            clipper = _Hooks(setup)
-            turns = {name: partial(_turn, setup, name, clipper) for name in CONTENDERS}
+            turns = {name: partial(_turn, setup, name) for name in CONTENDERS}
             take_turns(turns, WARM_UP)
             times = take_turns(turns, rounds)
         row["added"], row["drift"] = _added(times), _drifts(times)
@@ -140,38 +136,13 @@ def doubt(row: Mapping[str, Any], name: str) -> float:
     return float(seconds / abs(row["added"][name]))
 
 
-def _turn(setup: Setup, name: str, clipper: _Hooks) -> float:
+def _turn(setup: Setup, name: str) -> float:
     clip, step = CONTENDERS[name], setup.optimizer.step
     setup.backward()
-    with clipper.on() if name == "Clipper" else nullcontext():
-        start = perf_counter()
-        clip(setup)
-        step()
-        return perf_counter() - start
-
-
-class _Hooks:
-    """Makes a Clipper, and adds its hooks to the optimizer for single steps."""
-
-    def __init__(self, setup: Setup) -> None:
-        optimizer = setup.optimizer
-        registers = (optimizer.register_step_pre_hook, optimizer.register_step_post_hook)
-        self._registered: list[Any] = [register(_nothing).hooks_dict_ref() for register in registers]
-        self._take_off()
-        torchclip.Clipper(optimizer, setup.max_norm)
-        self._take_off()
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        for hooks, kept in zip(self._registered, self._kept, strict=True):
-            hooks.update(kept)
-        yield
-        self._take_off()
-
-    def _take_off(self) -> None:
-        self._kept = [dict(hooks) for hooks in self._registered]
-        for hooks in self._registered:
-            hooks.clear()
+    start = perf_counter()
+    clip(setup)
+    step()
+    return perf_counter() - start
 
 
 def _added(times: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -42,7 +42,6 @@ PARAMETERS = {
     "torch, model.parameters()": "torch",
     "function, model.parameters()": "function",
     "function, the model": "function, model",
-    "Clipper": "Clipper",
 }
 LISTS = {
     "torch, a list": "torch, a list",
@@ -138,9 +137,8 @@ def notes(
     if steps:
         doubt = 1e6 * max(map(doubt_of_steps, steps))
         found.append(
-            "Steps: the lower quartile, on one thread; in brackets, how many times less than torch adds (for "
-            "a Clipper: than torch adds with a list). Two measurements of a step without clipping differ by "
-            f"up to {doubt:.1f} µs."
+            "Steps: the lower quartile, on one thread; in brackets, how many times less than torch "
+            f"adds. Two measurements of a step without clipping differ by up to {doubt:.1f} µs."
         )
     if rules:
         found.append(

@@ -102,7 +102,7 @@ def _folded(title: str, *parts: str) -> str:
 
 def clip_and_step(rows: list[dict[str, Any]]) -> Table:
     """Clipping and a step of fused AdamW together."""
-    columns = ["µs", *rows[0]["seconds"], "torch ÷ Clipper"]
+    columns = ["µs", *rows[0]["seconds"], "torch ÷ torchclip"]
     cells = [
         [
             WORKLOADS[row["workload"]].title,

@@ -11,7 +11,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 COLUMNS = {
     "function": "clip_grad_norm_(model.parameters(), …)",
     "function, model": "clip_grad_norm_(model, …)",
-    "Clipper": "Clipper",
 }
 Tables = dict[str, dict[str, dict[str, str]]]
 Ratios = dict[str, dict[str, dict[str, float]]]
