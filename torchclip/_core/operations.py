@@ -7,6 +7,7 @@ a value: norms are tensors, and the number of operations does not depend on the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 
@@ -190,7 +191,9 @@ def _values(tensor: Tensor, p: float, finite: bool, on_host: bool) -> Tensor:
     # Complex numbers need a view, and a sparse tensor's values have one only when they are detached.
     parts = [part.detach() for part in memory.stored(tensor, p)]
     values = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-    if values.is_complex() and p == 2 and not finite and not memory.values_hidden():
+    if values.is_complex() and p == 2 and not memory.values_hidden():
+        if finite:  # a number counts only if both of its parts are finite; its magnitude may be too large
+            values = values.masked_fill(~values.isfinite(), complex(math.nan, math.nan))
         values = torch.view_as_real(values.resolve_conj())
     if on_host and not finite:
         return values
