@@ -40,6 +40,10 @@ def gradients(
         kind: of ``Kind``, if ranks take norms together afterwards; waiting ranks learn of a
             refusal.
     """
+    if group is None and type(parameters) is list:
+        batch = _by_kernel(parameters, take_grad=True)
+        if batch is not None and batch.plain and batch.all:  # nearly always: then there is nothing to refuse
+            return cast("Batch", batch)
     (found,) = _batches("parameters", [parameters], group, kind)
     return found
 
