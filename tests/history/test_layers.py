@@ -130,13 +130,18 @@ STATE = layers_of(range(2)).state_dict()
     ("part", "error", "message"),
     [
         (None, TypeError, r"`state\['layers'\]` must be a dictionary"),
-        ({}, ValueError, r"`state\['layers'\]` lacks 'names', 'steps', 'norms', 'every', 'offered'"),
+        ({}, ValueError, r"`state\['layers'\]` lacks 'names', 'steps', 'norms', 'weights',"),
         ({**STATE, "names": [1]}, TypeError, r"`state\['layers'\]\['names'\]` must hold strings, got 1"),
         ({**STATE, "steps": [0, 0.5]}, TypeError, r"`state\['layers'\]\['steps'\]` must be an integer"),
         ({**STATE, "norms": [1.0, 2.0]}, TypeError, r"`state\['layers'\]\['norms'\]` must be a list"),
         ({**STATE, "norms": [[1.0] * 4, ["x"] * 4]}, TypeError, r"must be a number, got 'x'"),
         ({**STATE, "norms": [[1.0] * 4]}, ValueError, r"a row for each of the steps"),
         ({**STATE, "norms": [[1.0] * 3] * 2}, ValueError, r"a row for each of the steps"),
+        (
+            {**STATE, "updates": [[1.0] * 4] * 2},
+            TypeError,
+            r"`state\['layers'\]\['weights'\]` must be a list",
+        ),
         ({**STATE, "every": 0}, ValueError, r"`state\['layers'\]\['every'\]` must be at least 1"),
     ],
 )
@@ -200,9 +205,11 @@ def test_a_few_parameters_have_their_names_and_a_log_scale(tmp_path: Path) -> No
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first parameter is at the top"
     assert colors.get_yscale() == "log"
     mesh = axes.collections[0]
-    shown: Any = np.ma.masked_invalid(mesh.get_array()).T
+    shown: Any = mesh.get_array().T
     np.testing.assert_array_equal(np.asarray(shown[0]), norms[0])
-    assert shown.mask[5].tolist() == [False, True, False, False]
+    assert np.argwhere(shown > mesh.norm.vmax).tolist() == [[5, 1], [7, 2]], (
+        "in the color of what is too large"
+    )
     assert shown.mask[9].all()
     (marks,) = (line for line in axes.lines if line.get_marker() == "v")
     assert marks.get_xdata().tolist() == [50, 70]

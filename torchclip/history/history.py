@@ -255,7 +255,7 @@ class History(Sequence[Record]):
         _require("plot", "matplotlib")
         from torchclip.history.figure import history_figure
 
-        return _saved(history_figure(self.as_dict()), path)
+        return _saved(history_figure({"Norm over steps": self.as_dict()}), path)
 
     def plot_layers(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norm of each parameter over the steps as a heat map, which shows which layer explodes or
@@ -273,10 +273,9 @@ class History(Sequence[Record]):
             ModuleNotFoundError: if matplotlib is missing.
         """
         _require("plot_layers", "matplotlib")
-        from torchclip.history.layers import layers_figure
+        from torchclip.history.heat_map import heat_maps
 
-        names, steps, norms = self.layers.read()
-        return _saved(layers_figure(names, steps, norms, ratios=self.layers.ratios(names, steps)), path)
+        return _saved(heat_maps(*self.layers._pictured()), path)
 
     def to_html(self, path: str | os.PathLike[str], title: str | None = None) -> None:
         """Write a page for a browser: summary, advice, the norm over the steps, its histogram, the layers.
@@ -303,9 +302,7 @@ class History(Sequence[Record]):
         from torchclip.history.page import Shown
 
         advice = self.suggest() if has_advice else None
-        names, steps, norms = self.layers.read()
-        ratios = self.layers.ratios(names, steps)
-        return Shown(self.as_dict(), self.summary(), advice, (names, steps, norms), ratios)
+        return Shown(self.as_dict(), self.summary(), advice, self.layers._pictured())
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
