@@ -107,14 +107,27 @@ def test_the_lightning_callback_clips_as_the_trainer_would(tmp_path: Path, optio
     assert_same(clipped.state_dict(), plain.state_dict())
 
 
-def test_the_lightning_callback_skips_spikes_and_keeps_the_norms_of_layers(tmp_path: Path) -> None:
-    callback = for_lightning.ClipperCallback(MAX_NORM, skip_above=0.0, max_skips=2, layers_every=3)
+@pytest.mark.parametrize("limit", ["skip_above", "skip_loss_above"])
+def test_the_lightning_callback_takes_all_options_of_a_clipper(limit: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {limit: 0.0, "max_skips": 2, "layers_every": 1, "updates": True}
+    callback = for_lightning.ClipperCallback(MAX_NORM, **options)
     with pytest.warns(UserWarning, match="max_skips"):
         fit(Module(), tmp_path, callback)
     (clipper,) = callback.clippers
     assert [record.skipped for record in clipper.history] == [True, True, False] * 2
     assert clipper.history.layers.names == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
-    assert clipper.history.layers.steps == [0, 3]
+    assert clipper.history.layers.steps == [*range(6)]
+    assert [each.step for each in clipper.history.layers.updates["net.0.bias"]] == [2, 5]
+    wrong: dict[str, Any] = {"max_skip": 2, "on_clip": None}
+    with pytest.raises(TypeError, match="no argument 'max_skip', 'on_clip'; .* norm_type, .*skip_loss_above"):
+        for_lightning.ClipperCallback(MAX_NORM, **wrong)
+
+
+def test_one_loss_does_not_judge_several_optimizers(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"`skip_loss_above` judges the loss of one optimizer.* has 2; do not"
+    ):
+        fit(TwoByHand(), tmp_path, for_lightning.ClipperCallback(MAX_NORM, skip_loss_above=1.0))
 
 
 @pytest.mark.parametrize("fused", [False, True])
