@@ -119,7 +119,9 @@ def test_the_lightning_callback_takes_all_options_of_a_clipper(limit: str, tmp_p
     assert clipper.history.layers.steps == [*range(6)]
     assert [each.step for each in clipper.history.layers.updates["net.0.bias"]] == [2, 5]
     wrong: dict[str, Any] = {"max_skip": 2, "on_clip": None}
-    with pytest.raises(TypeError, match="no argument 'max_skip', 'on_clip'; .* norm_type, .*skip_loss_above"):
+    with pytest.raises(
+        TypeError, match=r"no argument 'max_skip', 'on_clip'; .* norm_type, .*skip_loss_above"
+    ):
         for_lightning.ClipperCallback(MAX_NORM, **wrong)
 
 

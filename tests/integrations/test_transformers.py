@@ -91,7 +91,7 @@ def test_the_transformers_callback_takes_all_options_of_a_clipper(limit: str, tm
     assert history.layers.steps == [*range(6)]
     assert [each.step for each in history.layers.updates["transformer.ln_f.weight"]] == [2, 5]
     wrong: dict[str, Any] = {"max_skip": 2, "model": None}
-    with pytest.raises(TypeError, match="no argument 'max_skip', 'model'; .* norm_type, .*skip_loss_above"):
+    with pytest.raises(TypeError, match=r"no argument 'max_skip', 'model'; .* norm_type, .*skip_loss_above"):
         for_transformers.ClipperCallback(MAX_NORM, **wrong)
 
 

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib.util
-import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import RLock
 from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
 from torch import Tensor
 
 from torchclip._core import arguments
-from torchclip._core.extras import installing
+from torchclip._core.extras import check_installed
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import Record, as_records, integer, saved_columns
+from torchclip.history.records import Record, as_records, saved_records
 from torchclip.history.stalls import ClippedSizes
-from torchclip.history.summary import QUANTILES, Summary
+from torchclip.history.summary import Counts, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,10 +66,7 @@ class History(Sequence[Record]):
         self._pending: list[tuple[Any, ...]] = []
         self._is_followed = False  # by a Clipper, which records its steps here
         self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
-        self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
-        self._largest: tuple[float, int | None] = (math.nan, None)
-        # Whether any record of the latest step was clipped, non-finite, skipped.
-        self._latest = (False, False, False)
+        self._counts = Counts()
         # Held while anything but `_pending` is changed or read.  It is an RLock, as a signal handler may read
         # in the middle of a read.
         self._lock = RLock()
@@ -127,27 +121,11 @@ class History(Sequence[Record]):
         if not rows:
             return
         records = as_records(rows)
-        steps, clipped, nonfinite, skipped = self._counts.values()
-        largest = self._largest
-        last = self._kept[-1].step if self._kept else None
-        was_clipped, was_nonfinite, was_skipped = self._latest  # by a record with the number of the last one
-        for step, norm, _, _, is_clipped, is_nonfinite, is_skipped, *_ in records:
-            if step != last:
-                steps, last = steps + 1, step
-                was_clipped = was_nonfinite = was_skipped = False
-            if is_clipped and not was_clipped:
-                clipped, was_clipped = clipped + 1, True
-            if is_skipped and not was_skipped:
-                skipped, was_skipped = skipped + 1, True
-            if is_nonfinite:
-                nonfinite, was_nonfinite = nonfinite + (not was_nonfinite), True
-            elif not norm <= largest[0]:
-                largest = (norm, step)
+        counts = self._counts.after(records)
         # A signal handler that has read in between has already done all this.
         if self._pending and self._pending[0] is rows[0]:
             self._kept.extend(records)
-            self._counts = {"steps": steps, "clipped": clipped, "nonfinite": nonfinite, "skipped": skipped}
-            self._largest, self._latest = largest, (was_clipped, was_nonfinite, was_skipped)
+            self._counts = counts
             del self._pending[: len(rows)]
 
     def _snapshot(self) -> list[Record]:
@@ -191,15 +169,7 @@ class History(Sequence[Record]):
         """Counts over all steps, and quantiles of the norm over the kept steps."""
         with self._lock:
             records = self._snapshot()
-            counts, (largest_norm, largest_step) = dict(self._counts), self._largest
-        return Summary(
-            **counts,
-            largest_norm=largest_norm,
-            largest_step=largest_step,
-            kept=len({record.step for record in records}),
-            quantiles=_quantiles(record.total_norm for record in records),
-            clipped_quantiles=_quantiles(record.clipped_norm for record in records),
-        )
+            return Summary.of(self._counts, records)
 
     def suggest(self, max_norm: float | None = None) -> Advice:
         """Whether to keep the threshold of this run, and which one to use otherwise.
@@ -222,7 +192,7 @@ class History(Sequence[Record]):
         if max_norm is not None:
             max_norm = arguments.threshold("max_norm", max_norm)
         with self._lock:
-            records, steps = self._snapshot(), self._counts["steps"]
+            records, steps = self._snapshot(), self._counts.steps
         earlier = steps - len({record.step for record in records})
         return advise(records, earlier, self._clipped_sizes, max_norm, self.layers)
 
@@ -252,7 +222,7 @@ class History(Sequence[Record]):
         Raises:
             ModuleNotFoundError: if matplotlib is missing.
         """
-        _require("plot", "matplotlib")
+        check_installed("plot()", "matplotlib")
         from torchclip.history.figure import history_figure
 
         return _saved(history_figure({"Norm over steps": self.as_dict()}), path)
@@ -272,7 +242,7 @@ class History(Sequence[Record]):
         Raises:
             ModuleNotFoundError: if matplotlib is missing.
         """
-        _require("plot_layers", "matplotlib")
+        check_installed("plot_layers()", "matplotlib")
         from torchclip.history.heat_map import heat_maps
 
         return _saved(heat_maps(*self.layers._pictured()), path)
@@ -290,7 +260,7 @@ class History(Sequence[Record]):
         Raises:
             ModuleNotFoundError: if jinja2 or matplotlib is missing.
         """
-        _require("to_html", "jinja2", "matplotlib")
+        check_installed("to_html()", "jinja2", "matplotlib")
         from torchclip.history.page import page
 
         html = page("Gradient norms" if title is None else title, {"": self._shown()})
@@ -309,8 +279,7 @@ class History(Sequence[Record]):
         with self._lock:
             return {
                 "records": self.as_dict(),
-                "counts": dict(self._counts),
-                "largest": list(self._largest),
+                "counts": self._counts.state_dict(),
                 "layers": self.layers.state_dict(),
             }
 
@@ -321,32 +290,15 @@ class History(Sequence[Record]):
             TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is not a history's.
         """
-        arguments.saved("state", state, ("records", "counts", "largest", "layers"), "History")
-        arguments.saved("state['records']", state["records"], Record._fields, "History")
-        arguments.saved("state['counts']", state["counts"], self._counts, "History")
-        columns = saved_columns(state["records"])
-        counts = {
-            name: arguments.count(f"state['counts']['{name}']", state["counts"][name], least=0)
-            for name in self._counts
-        }
-        largest = state["largest"]
-        if not isinstance(largest, (list, tuple)) or len(largest) != 2:
-            raise TypeError(f"`state['largest']` must be a pair, got {arguments.shown(largest)}")
-        norm = arguments.number("state['largest']", largest[0])
-        step = None if largest[1] is None else integer("state['largest']", largest[1])
-        kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
-        latest = [record for record in kept if record.step == kept[-1].step]
+        arguments.saved("state", state, ("records", "counts", "layers"), "History")
+        kept = deque(saved_records(state["records"]), maxlen=self._kept.maxlen)
+        counts = Counts.loaded(state["counts"], kept)
         layers = Layers()
         layers.load_state_dict(state["layers"])
         with self._lock:
             self._pending.clear()
             self.layers = layers
-            self._kept, self._counts, self._largest = kept, counts, (norm, step)
-            self._latest = (
-                any(record.clipped for record in latest),
-                any(record.nonfinite for record in latest),
-                any(record.skipped for record in latest),
-            )
+            self._kept, self._counts = kept, counts
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
@@ -358,19 +310,6 @@ class History(Sequence[Record]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = RLock()
-
-
-def _quantiles(values: Iterable[float]) -> dict[float, float]:
-    finite = [value for value in values if math.isfinite(value)]
-    return dict(zip(QUANTILES, np.quantile(finite, QUANTILES).tolist(), strict=True)) if finite else {}
-
-
-def _require(method: str, *packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"{method}() needs {' and '.join(missing)}; install with: {installing('demo')}"
-        )
 
 
 def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
