@@ -1,7 +1,11 @@
-"""Histories of runs that are made up, and what the advice says of them."""
+"""Histories of runs that are made up, what the advice says of them, and threads that read them."""
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -33,3 +37,28 @@ def calm(steps: int = 1000, seed: int = 0, spread: float = 0.3) -> Array:
 def words(said: object) -> str:
     """What is said, in one line."""
     return " ".join(str(said).split())
+
+
+@contextmanager
+def readers(read: Callable[[], Any]) -> Iterator[list[Any]]:
+    """What two other threads read all the time within the context."""
+    stop, found = threading.Event(), []
+
+    def keep_reading() -> None:
+        while not stop.is_set():
+            found.append(read())
+
+    # Threads take turns as often as they can, so that a turn ends in the middle of every operation.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=keep_reading) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield found
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert found

@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import readers
 
 from torchclip.history import History
 from torchclip.history.layers import Layers
@@ -158,24 +158,10 @@ def test_the_wrong_state_is_refused_and_changes_nothing(
 
 
 def test_another_thread_reads_whole_rows() -> None:
-    layers, stop, found = Layers(maxlen=20), threading.Event(), []
-
-    def keep_reading() -> None:
-        while not stop.is_set():
-            found.append(layers.read())
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    reader = threading.Thread(target=keep_reading)
-    try:
-        reader.start()
+    layers = Layers(maxlen=20)
+    with readers(layers.read) as found:
         for step in range(3000):
             layers.append(step, NAMES, torch.full((4,), float(step), dtype=torch.float64))
-    finally:
-        stop.set()
-        reader.join()
-        sys.setswitchinterval(interval)
-    assert found
     for _, steps, norms in found:
         assert norms.shape == ((len(steps), 4) if steps else (0, 0))
         assert all((row == step).all() for step, row in zip(steps, norms, strict=True))
