@@ -87,16 +87,6 @@ class Summary:
     clipped_quantiles: dict[float, float]
     """The same of the norms after clipping."""
 
-    @classmethod
-    def of(cls, counts: Counts, records: Sequence[Record]) -> Summary:
-        """The summary of all steps, and of the records that are kept."""
-        return cls(
-            *counts[:6],
-            kept=len({record.step for record in records}),
-            quantiles=_quantiles(record.total_norm for record in records),
-            clipped_quantiles=_quantiles(record.clipped_norm for record in records),
-        )
-
     @property
     def clipped_share(self) -> float:
         """The share of clipped steps; 0 without steps."""
@@ -115,6 +105,16 @@ class Summary:
         if self.clipped_quantiles == self.quantiles:
             return text
         return f"{text}\nafter clipping: {_listed(self.clipped_quantiles)}"
+
+
+def summary_of(counts: Counts, records: Sequence[Record]) -> Summary:
+    """The summary of all steps, and of the records that are kept."""
+    return Summary(
+        *counts[:6],
+        kept=len({record.step for record in records}),
+        quantiles=_quantiles(record.total_norm for record in records),
+        clipped_quantiles=_quantiles(record.clipped_norm for record in records),
+    )
 
 
 def _listed(quantiles: dict[float, float]) -> str:
