@@ -38,13 +38,14 @@ class ClipperCallback(Callback):
     yourself.
 
     Args:
-        max_norm: the threshold, or another first argument of ``torchclip.Clipper`` after the optimizer.
+        max_norm: the threshold: whatever ``torchclip.Clipper`` takes as its ``max_norm``.
         log: whether to log ``clip/total_norm``, ``clip/clipped_norm``, ``clip/max_norm`` and
             ``clip/clipped_share`` (``clip_0/...``, ``clip_1/...`` for several optimizers) with the module's
             ``log_dict``, and with ``layers_every`` the norms of single parameters as ``clip_layers/...``.  On
             an accelerator this waits for the norm in every step.
-        **options: the other arguments of ``torchclip.Clipper``, such as ``skip_above``, except for ``model``
-            and ``on_clip``.  ``skip_loss_above`` takes a single optimizer.
+        **options: the other arguments of ``torchclip.Clipper``, such as ``nonfinite``, ``skip_above``,
+            ``skip_loss_above`` (with a single optimizer), ``layers_every`` and ``updates``; not ``model`` and
+            ``on_clip``, which the callback passes.
 
     Raises:
         TypeError: for an argument that a ``Clipper`` does not have.

@@ -51,9 +51,10 @@ class ClipperCallback(TrainerCallback, ExportableState):
     This does not work with DeepSpeed and FSDP1, which hide the gradients; use ``max_grad_norm`` there.
 
     Args:
-        max_norm: the threshold, or another first argument of ``torchclip.Clipper`` after the optimizer.
+        max_norm: the threshold: whatever ``torchclip.Clipper`` takes as its ``max_norm``.
         on_clip: called with the record of each step.
-        **options: the other arguments of ``torchclip.Clipper``, such as ``skip_above``, except for ``model``.
+        **options: the other arguments of ``torchclip.Clipper``, such as ``nonfinite``, ``skip_above``,
+            ``skip_loss_above``, ``layers_every`` and ``updates``; not ``model``, which the callback passes.
 
     Raises:
         TypeError: for an argument that a ``Clipper`` does not have.
