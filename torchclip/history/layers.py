@@ -43,9 +43,6 @@ class Layers:
     Args:
         maxlen: the largest number of steps to keep, at least 2.
 
-    Attributes:
-        in_model_order: whether the names are known to be in the order of the model.
-
     Examples:
         >>> layers = Layers()
         >>> layers.append(0, ["body.weight", "head.weight"], [1.0, 2.0])
@@ -62,7 +59,7 @@ class Layers:
         # Other threads may read: rows are replaced, never changed, and the list only grows.
         self._rows: list[_Row] = []
         self._every, self._offered = 1, 0
-        self.in_model_order = False
+        self._in_model_order = False  # known to be; then the advice says where a backward pass broke
 
     def append(
         self,
@@ -192,7 +189,7 @@ class Layers:
             "norms": norms.tolist(),
             "weights": weights.tolist() if has_updates else None,
             "updates": updates.tolist() if has_updates else None,
-            "in_model_order": self.in_model_order,
+            "in_model_order": self._in_model_order,
             "every": self._every,
             "offered": self._offered,
         }
@@ -217,7 +214,7 @@ class Layers:
         while len(rows) > self._maxlen:
             rows, every = rows[::2], every * 2
         self._rows, self._every, self._offered = rows, every, offered
-        self.in_model_order = in_model_order
+        self._in_model_order = in_model_order
 
 
 def _names(rows: Sequence[_Row]) -> list[str]:
