@@ -13,7 +13,7 @@ from torchclip import Clipper
 from torchclip.history import History
 from torchclip.reference import Array
 
-SEEDS = 50
+SEEDS = 20
 
 
 def falling(seed: int, steps: int) -> Array:
