@@ -23,12 +23,9 @@ def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
 
     ``ABSENT`` parts do not count; the result is ``ABSENT`` if there are no others.
     """
-    if isinstance(norms, Tensor):
-        return norms[0] if len(norms) == 1 else join_rows(norms, p)
-    present = [norm for norm in norms if not (isinstance(norm, float) and norm < 0)]
-    if len(present) < 2:
-        return present[0] if present else ABSENT
-    together = in_one(present)
+    if len(norms) == 1:
+        return norms[0]
+    together = norms if isinstance(norms, Tensor) else in_one(norms)
     return join_numbers(together, p) if isinstance(together, list) else join_rows(together, p)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import and_
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -42,14 +43,14 @@ class OpenRound:
     opener: int
     number: int
     settings: Settings
-    is_local: bool
+    is_local = False
     rows: list[Row]
     layers: tuple[list[str], Norms] | None = None
     before: dict[int, WeightsBefore] | None = None
     moved: list[Moved]
     skipped: bool | Tensor = False
     stepped = False
-    by_scaler: dict[int, bool | Tensor]
+    by_scaler: Mapping[int, bool | Tensor] = MappingProxyType({})
 
     def rows_after(self, steps: Sequence[Step]) -> list[Row]:
         """What is recorded, given whether a GradScaler has skipped all steps that were taken."""

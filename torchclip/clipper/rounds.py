@@ -27,7 +27,7 @@ from torchclip.clipper.step import Step
 from torchclip.clipper.unchanged import check_after_closure, check_unchanged, check_unscaled, has_new, mark
 from torchclip.clipper.updates import WeightsBefore
 from torchclip.history.history import History
-from torchclip.history.records import Record, as_records, with_layers
+from torchclip.history.records import Record, as_record, with_layers
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional arguments of a step, the optimizer first, and its keyword arguments."""
@@ -187,17 +187,19 @@ class Rounds:
     def _open_round(self, index: int) -> None:
         """Begin a round, and end the one before, whose other optimizers did not step."""
         settings, opened = self.settings, OpenRound()
-        opened.opener, opened.settings, opened.rows, opened.by_scaler = index, settings, [], {}
-        opened.is_local = graph_task() != -1 and check_in_backward(self._optimizers, settings)
-        with self._lock:
-            if self._open is not None:
-                self.close()
-            for each in settings.memories:
-                each.begin_step()
-            opened.number = self.number
-            self._open = opened
+        opened.opener, opened.settings, opened.rows = index, settings, []
+        if graph_task() != -1:
+            opened.is_local = check_in_backward(self._optimizers, settings)
+        if self._open is not None or settings.memories:
+            with self._lock:
+                if self._open is not None:
+                    self.close()
+                for each in settings.memories:
+                    each.begin_step()
+        opened.number = self.number
+        self._open = opened
         if self._several:
-            opened.by_scaler[index] = is_skipped_by_scaler(self._steps[index].optimizer)
+            opened.by_scaler = {index: is_skipped_by_scaler(self._steps[index].optimizer)}
 
     def _goes_on(self, index: int) -> bool:
         """Whether an optimizer steps with gradients that were clipped in the open round.
@@ -224,7 +226,7 @@ class Rounds:
         """Let another optimizer step with the gradients that were clipped for all."""
         opened, step = self._open, self._steps[index]
         assert opened is not None
-        opened.by_scaler[index] = is_skipped_by_scaler(step.optimizer)
+        opened.by_scaler = {**opened.by_scaler, index: is_skipped_by_scaler(step.optimizer)}
         self._copy_weights(index, opened)
         self._skip(step, opened)
 
@@ -273,7 +275,8 @@ class Rounds:
             for other in self._steps:
                 if other is not step:
                     mark(other)
-        self._copy_weights(index, opened)
+        if opened.layers is not None:
+            self._copy_weights(index, opened)
         if skipped is not False:
             self._skip(step, opened)  # now that they are marked, as another optimizer may share them
 
@@ -288,7 +291,7 @@ class Rounds:
 
     def _tell(self, on_clip: Callable[[Record], object], row: Row, opened: OpenRound) -> None:
         """Tell the user's function of a step."""
-        (record,) = as_records([row])
+        record = as_record(row)
         if opened.layers is not None:
             record = with_layers(record, *opened.layers)
         on_clip(record)

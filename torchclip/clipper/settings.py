@@ -84,6 +84,11 @@ class Settings:
         return [each for each in (self.skip_above, self.skip_loss_above) if each is not None]
 
     @cached_property
+    def may_refuse(self) -> bool:
+        """Whether a step may be skipped, raise an error, or be taken without some elements."""
+        return self.nonfinite != "propagate" or bool(self.limits)
+
+    @cached_property
     def may_skip(self) -> bool:
         """Whether the Clipper may skip steps."""
         return self.nonfinite == "skip" or bool(self.limits)
