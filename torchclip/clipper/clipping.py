@@ -64,16 +64,10 @@ def decide(
         clip_set.max_norms, clip_set.clip_coefs = limit, scalars.clip_coefs(limit, clip_set.norms)
     if asked:
         _ask(bank, asked, gradients, settings, skipped)
-    above, norms, max_norms, clip_coefs = (
-        settings.skip_above,
-        sets[0].norms,
-        sets[0].max_norms,
-        sets[0].clip_coefs,
-    )
-    if len(sets) > 1 or len(norms) == 0 or (above is not None and scalars.may_change(above.clip_coef)):
-        return skipped, *_smallest(gradients, above)
-    lowest = max_norms if isinstance(max_norms, float) else scalars.smallest(max_norms, math.inf)
-    return skipped, lowest, clip_coefs[0] if len(norms) == 1 else scalars.smallest(clip_coefs, 1.0)
+    max_norms, clip_coefs = sets[0].max_norms, sets[0].clip_coefs
+    if len(sets) > 1 or len(clip_coefs) != 1 or settings.skip_above is not None:
+        return skipped, *_smallest(sets, settings.skip_above)
+    return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], clip_coefs[0]
 
 
 def _should_skip(
@@ -138,23 +132,23 @@ def _ask(
         start = end
 
 
-def _smallest(gradients: Gradients, above: SkipAbove | None) -> tuple[Norm, Norm]:
-    """The smallest threshold and coefficient, after those of a step that is above its limit but taken."""
-    sets, limits = gradients.sets, list[Norms]()
+def _smallest(sets: Sequence[ClipSet], above: SkipAbove | None) -> tuple[Norm, Norm]:
+    """The smallest threshold and coefficient, with those of a step that is taken above its ``skip_above``."""
+    limits = list[Norms]()
     if above is not None and scalars.may_change(above.clip_coef):
         limits.append(scalars.in_one([above.max_norm]))
         for clip_set in sets:
             if not clip_set.is_exempt:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, above.clip_coef)
-    for clip_set in [each for each in sets if not each.is_absent()] or sets:
-        if len(clip_set.norms):
-            max_norms = clip_set.max_norms
+    if len(sets) > 1:
+        sets = [each for each in sets if not each.is_absent()] or sets
+    for clip_set in sets:
+        max_norms = clip_set.max_norms
+        if len(clip_set.clip_coefs):
             limits.append([max_norms] if isinstance(max_norms, float) else max_norms)
-    clip_coefs = [each.clip_coefs for each in sets]
-    return (
-        scalars.smallest(scalars.concatenate(limits), math.inf),
-        scalars.smallest(scalars.concatenate(clip_coefs), 1.0),
-    )
+    coefs = sets[0].clip_coefs if len(sets) == 1 else scalars.concatenate([each.clip_coefs for each in sets])
+    joined = limits[0] if len(limits) == 1 else scalars.concatenate(limits)
+    return scalars.smallest(joined, math.inf), scalars.smallest(coefs, 1.0)
 
 
 def change(
