@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from torchclip._core.scalars import ABSENT, Norm, in_one
+from torchclip._core.scalars import ABSENT, Norm, device_of, on_device
 
 
 def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
@@ -23,18 +24,21 @@ def join(norms: Sequence[Norm] | Tensor, p: float) -> Norm:
 
     ``ABSENT`` parts do not count; the result is ``ABSENT`` if there are no others.
     """
+    if len(norms) == 1:
+        return norms[0]
     if isinstance(norms, Tensor):
-        return norms[0] if len(norms) == 1 else join_rows(norms, p)
-    present = [norm for norm in norms if not (isinstance(norm, float) and norm < 0)]
-    if len(present) < 2:
-        return present[0] if present else ABSENT
-    together = in_one(present)
-    return join_numbers(together, p) if isinstance(together, list) else join_rows(together, p)
+        return join_rows(norms, p)
+    device = device_of(norms)
+    return (
+        join_numbers(cast("list[float]", norms), p)
+        if device is None
+        else join_rows(on_device(norms, device), p)
+    )
 
 
 def join_numbers(norms: Sequence[float], p: float) -> float:
     """``join`` of numbers."""
-    present = [norm for norm in norms if not norm < 0]
+    present = norms if min(norms, default=ABSENT) >= 0 else [norm for norm in norms if not norm < 0]
     if len(present) < 2:
         return present[0] if present else ABSENT
     total = sum(present)

@@ -152,15 +152,14 @@ def at_most(values: Norms, most: Norm) -> Norms:
     return on_device(values, device_of([values, most])).clamp(max=most)  # type: ignore[arg-type]
 
 
-def smallest(several: Sequence[Norms], otherwise: float) -> Norm:
+def smallest(values: Norms, otherwise: float) -> Norm:
     """The smallest of several numbers; NaN if any of them is."""
-    found = concatenate(several)
-    if len(found) < 2:
-        return found[0] if len(found) else otherwise
-    if isinstance(found, list):
-        total = sum(found)  # NaN if any is
-        return min(found) if total == total else math.nan
-    return found.amin()
+    if len(values) < 2:
+        return values[0] if len(values) else otherwise
+    if isinstance(values, list):
+        total = sum(values)  # NaN if any is
+        return min(values) if total == total else math.nan
+    return values.amin()
 
 
 def may_change(clip_coef: Norm) -> bool:
@@ -230,12 +229,19 @@ def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norm
     """``clip_coef`` of several norms, with one threshold for all of them or one for each."""
     if not isinstance(norms, list):
         return clip_coef(max_norms if isinstance(max_norms, float) else _beside(norms, max_norms), norms, eps)
-    if isinstance(max_norms, (int, float)):
-        total = sum(norms)  # NaN if any is
-        if norms and total == total and clip_coef(max_norms, max(norms), eps) == 1.0:
+    if isinstance(max_norms, float):
+        # No quotient is below 1, and the sum is NaN if any norm is.
+        if norms and max(norms) + eps <= max_norms and sum(norms) < math.inf:
             return [1.0] * len(norms)
-        return [clip_coef(max_norms, norm, eps) for norm in norms]
-    return [clip_coef(limit, norm, eps) for limit, norm in zip(numbers(max_norms), norms, strict=True)]
+        if max_norms == math.inf:
+            return [1.0] * len(norms)
+        # As in ``clip_coef``, which would be a call for each norm.
+        return [1.0 if norm + eps <= max_norms else max_norms / (norm + eps) for norm in norms]
+    limits = max_norms if isinstance(max_norms, list) else numbers(max_norms)
+    return [
+        1.0 if norm + eps <= limit else clip_coef(limit, norm, eps)
+        for limit, norm in zip(limits, norms, strict=True)
+    ]
 
 
 def check_finite(

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchclip.clipper import registry, saved
-from torchclip.clipper.optimizers import parameters_of
+from torchclip.clipper.optimizers import optimizers_of, parameters_of
 from torchclip.clipper.rounds import Rounds
 from torchclip.clipper.sets import set_names
-from torchclip.clipper.settings import Nonfinite, Scope, check_history, checked, optimizers_of
+from torchclip.clipper.settings import Nonfinite, Scope, Settings, check_history, checked
 from torchclip.clipper.step import Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
@@ -178,6 +178,10 @@ class Clipper:
             layers_every=layers_every,
             updates=updates,
         )
+        self._attach(optimizers, settings)
+
+    def _attach(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
+        """Hook into the steps of the optimizers."""
         self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
         # Held while a round is opened, recorded or saved.  A signal handler may save in the middle of these.

@@ -45,24 +45,29 @@ def decide(
         number: the number of the step.
         loss: the loss of the step, if it is known.
     """
-    skipped = _should_skip(gradients, settings, optimizer, number, loss)
-    if skipped is True:
-        return _SKIPPED
+    skipped: bool | Tensor = False
+    if settings.may_refuse or "found_inf" in vars(optimizer):
+        skipped = _should_skip(gradients, settings, optimizer, number, loss)
+        if skipped is True:
+            return _SKIPPED
     bank, sets, asked = settings.bank, gradients.sets, []
+    max_norm = bank.number
     for clip_set in sets:
         limit = clip_set.own
         if limit is None:
-            limit = bank.number
-            asked.append(clip_set)
-        if limit is not None:
-            _limit(clip_set, limit, scalars.EPS)
-    if bank.number is None and asked:
-        _ask(bank, asked, gradients, settings, skipped, number)
-    above = settings.skip_above
-    if len(sets) > 1 or settings.each or (above is not None and scalars.may_change(above.clip_coef)):
-        return skipped, *_smallest(gradients, above)
-    max_norms = sets[0].max_norms
-    return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], sets[0].clip_coefs[0]
+            if bank.learns:
+                asked.append(clip_set)
+                continue
+            if max_norm is None:
+                max_norm = bank.called(number)
+            limit = max_norm
+        clip_set.max_norms, clip_set.clip_coefs = limit, scalars.clip_coefs(limit, clip_set.norms)
+    if asked:
+        _ask(bank, asked, gradients, settings, skipped)
+    max_norms, clip_coefs = sets[0].max_norms, sets[0].clip_coefs
+    if len(sets) > 1 or len(clip_coefs) != 1 or settings.skip_above is not None:
+        return skipped, *_smallest(sets, settings.skip_above)
+    return skipped, max_norms if isinstance(max_norms, float) else max_norms[0], clip_coefs[0]
 
 
 def _should_skip(
@@ -107,52 +112,43 @@ def _skipped_above(
     return skipped
 
 
-def _limit(clip_set: ClipSet, max_norms: float | Norms, eps: float) -> None:
-    """Set the threshold of each norm of a set, and with it the clip coefficient."""
-    clip_set.max_norms, norms = max_norms, clip_set.norms
-    if isinstance(max_norms, float) and isinstance(norms, list) and len(norms) == 1:
-        clip_set.clip_coefs = [scalars.clip_coef(max_norms, norms[0], eps)]
-    else:
-        clip_set.clip_coefs = scalars.clip_coefs(max_norms, norms, eps)
-
-
 def _ask(
     bank: ThresholdBank,
     sets: Sequence[ClipSet],
     gradients: Gradients,
     settings: Settings,
     skipped: bool | Tensor,
-    number: int,
 ) -> None:
     """Set the thresholds of some sets to what the bank answers; nothing is learned of a skipped step."""
-    if not bank.learns:
-        max_norm = bank.called(number)
-        for clip_set in sets:
-            _limit(clip_set, max_norm, scalars.EPS)
-        return
     names, norms = gradients.observed(sets)
-    norms = scalars.replaced(norms, skipped, math.nan)
+    if skipped is not False:
+        norms = scalars.replaced(norms, skipped, math.nan)
     max_norms: Any = bank.max_norms(names, norms, settings.norm_type)
     start = 0
     for clip_set in sets:
         end = start + len(clip_set.norms)
-        _limit(clip_set, max_norms[start:end], bank.eps)
+        clip_set.max_norms = limits = max_norms[start:end]
+        clip_set.clip_coefs = scalars.clip_coefs(limits, clip_set.norms, bank.eps)
         start = end
 
 
-def _smallest(gradients: Gradients, above: SkipAbove | None) -> tuple[Norm, Norm]:
-    """The smallest threshold and coefficient, after those of a step that is above its limit but taken."""
-    sets, limits = gradients.sets, list[Norms]()
+def _smallest(sets: Sequence[ClipSet], above: SkipAbove | None) -> tuple[Norm, Norm]:
+    """The smallest threshold and coefficient, with those of a step that is taken above its ``skip_above``."""
+    limits = list[Norms]()
     if above is not None and scalars.may_change(above.clip_coef):
         limits.append(scalars.in_one([above.max_norm]))
         for clip_set in sets:
             if not clip_set.is_exempt:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, above.clip_coef)
-    for clip_set in [each for each in sets if not each.is_absent()] or sets:
-        if len(clip_set.norms):
-            max_norms = clip_set.max_norms
+    if len(sets) > 1:
+        sets = [each for each in sets if not each.is_absent()] or sets
+    for clip_set in sets:
+        max_norms = clip_set.max_norms
+        if len(clip_set.clip_coefs):
             limits.append([max_norms] if isinstance(max_norms, float) else max_norms)
-    return scalars.smallest(limits, math.inf), scalars.smallest([each.clip_coefs for each in sets], 1.0)
+    coefs = sets[0].clip_coefs if len(sets) == 1 else scalars.concatenate([each.clip_coefs for each in sets])
+    joined = limits[0] if len(limits) == 1 else scalars.concatenate(limits)
+    return scalars.smallest(joined, math.inf), scalars.smallest(coefs, 1.0)
 
 
 def change(

@@ -36,7 +36,7 @@ def divisor(step: Step, hook: RemovableHandle, gradients: Gradients, clip_coef: 
         gradients: the gradients.
         clip_coef: what they are to be multiplied by.
     """
-    if len(gradients.optimizers) > 1 or not is_fused(step.optimizer) or not _is_last(hook):
+    if len(gradients.optimizers) > 1 or not is_fused(gradients.optimizers[0]) or not _is_last(hook):
         return None
     # There may be several coefficients, but there is one grad_scale.  A gradient of several parameters would
     # be divided several times.  A grad_scale is a float32 number, too coarse for float64 gradients.  Torch's

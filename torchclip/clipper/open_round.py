@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import and_
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchclip._core.batch import Norms
+from torchclip.clipper import fused
+from torchclip.clipper.nonfinite import hide_gradients, is_skipped_by_scaler
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Step
 from torchclip.clipper.updates import Moved, WeightsBefore
+from torchclip.history.records import Record, as_record, with_layers
 
 Row: TypeAlias = tuple[Any, ...]
 """The arguments of ``History.append``."""
@@ -42,14 +46,14 @@ class OpenRound:
     opener: int
     number: int
     settings: Settings
-    is_local: bool
+    is_local = False
     rows: list[Row]
     layers: tuple[list[str], Norms] | None = None
     before: dict[int, WeightsBefore] | None = None
     moved: list[Moved]
     skipped: bool | Tensor = False
     stepped = False
-    by_scaler: dict[int, bool | Tensor]
+    by_scaler: Mapping[int, bool | Tensor] = MappingProxyType({})
 
     def rows_after(self, steps: Sequence[Step]) -> list[Row]:
         """What is recorded, given whether a GradScaler has skipped all steps that were taken."""
@@ -61,3 +65,25 @@ class OpenRound:
         elif isinstance(skipped, Tensor):
             is_skipped = torch.as_tensor(is_skipped, device=skipped.device) | skipped
         return [*rows, (number, norm, max_norm, clip_coef, is_skipped, *rest)]
+
+    def copy_weights(self, index: int, step: Step) -> None:
+        """Copy the weights that a step will change, if its updates are recorded."""
+        if not self.settings.updates or self.layers is None or self.skipped is True:
+            return
+        if self.before is None:
+            self.before, self.moved = {}, []
+        if index not in self.before:  # else the closure was called again
+            self.before[index] = WeightsBefore(step)
+
+    def tell(self, on_clip: Callable[[Record], object], row: Row) -> None:
+        """Tell the user's function of a clipping."""
+        record = as_record(row)
+        on_clip(record if self.layers is None else with_layers(record, *self.layers))
+
+    def skip(self, step: Step) -> None:
+        """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""
+        if self.skipped is True:
+            hide_gradients(step)
+        elif self.skipped is not False:
+            # Hiding the gradients would wait for the device.  A GradScaler may have its own reason to skip.
+            fused.override(step).skip_where(self.skipped | is_skipped_by_scaler(step.optimizer))

@@ -1,14 +1,14 @@
-"""What several optimizers hold: parameter groups, parameters, and the scale of their gradients."""
+"""The optimizers of a Clipper: which may be passed, and the parameters and groups that they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchclip._core import scalars
+from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
 
 
@@ -66,3 +66,76 @@ def grad_scale_of(optimizers: Sequence[Optimizer]) -> Tensor | None:
 def unscaled(norms: Norms, grad_scale: Tensor | None, norm_type: float) -> Norms:
     """The norms of gradients without a GradScaler's scale; order 0 only counts elements."""
     return norms if grad_scale is None or norm_type == 0 else scalars.divided(norms, grad_scale.reshape(1))
+
+
+# What a user passes
+
+
+def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
+    """The optimizers that a user passes, or an error that says what to pass.
+
+    Args:
+        given: an optimizer, or a list or tuple of them.
+        taken: the optimizers that already have a Clipper.
+    """
+    _check_kind(given)
+    optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not optimizers:
+        raise ValueError("`optimizer` is an empty list; pass an optimizer, or those that step together")
+    for i, optimizer in enumerate(optimizers):
+        name = "`optimizer`" if optimizer is given else f"`optimizer` (item {i} of the list)"
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
+                f"{arguments.shown(optimizer)}; for a wrapper, pass the optimizer that it wraps"
+            )
+        if not takes_hooks(optimizer) or not isinstance(optimizer.state, MutableMapping):
+            raise TypeError(
+                f"{name} is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
+                "that it wraps"
+            )
+        if optimizer in taken:
+            raise ValueError(f"{name} already has a Clipper; call its detach() first")
+        if any(optimizer is other for other in optimizers[:i]):
+            raise ValueError(f"{name} is in the list twice; pass each optimizer once")
+    return optimizers
+
+
+def _check_kind(given: Any) -> None:
+    """Raise an error for what others take in place of an optimizer, such as a model or its parameters."""
+    if isinstance(given, Mapping) and any(isinstance(each, Optimizer) for each in given.values()):
+        raise TypeError(
+            "`optimizer` is a dictionary of optimizers; pass a list of those that step together: "
+            "list(optimizers.values())"
+        )
+    if isinstance(given, nn.Module):
+        what = f"is a module ({type(given).__name__})"
+    else:
+        values = given.values() if isinstance(given, Mapping) else given
+        first = None
+        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Tensor)):
+            first = next(iter(values), None)
+        if isinstance(first, Mapping) and "params" in first:
+            what = "is param_groups"
+        elif isinstance(given, Tensor) or any(isinstance(each, Tensor) for each in (first, *_pair(first))):
+            what = "is made of parameters"
+        else:
+            return
+    raise TypeError(
+        f"`optimizer` {what}; pass the optimizer that steps with the gradients: "
+        "torchclip.Clipper(optimizer, max_norm)"
+    )
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    """The parts of a pair, such as a name and a parameter."""
+    return value if isinstance(value, tuple) else ()
+
+
+def takes_hooks(optimizer: Optimizer) -> bool:
+    """Whether an optimizer can have hooks, which most wrappers of optimizers cannot."""
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except (AttributeError, TypeError):
+        return False
+    return True

@@ -17,17 +17,15 @@ from torchclip.clipper.backward import check_in_backward, graph_task
 from torchclip.clipper.clipping import change, decide
 from torchclip.clipper.closure import creates_state, with_closure
 from torchclip.clipper.loss import PendingLoss
-from torchclip.clipper.nonfinite import hide_gradients, is_skipped_by_scaler
-from torchclip.clipper.open_round import OpenRound, Row
+from torchclip.clipper.nonfinite import is_skipped_by_scaler
+from torchclip.clipper.open_round import OpenRound
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.sets import Gradients
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.skip_above import InARow
 from torchclip.clipper.step import Step
 from torchclip.clipper.unchanged import check_after_closure, check_unchanged, check_unscaled, has_new, mark
-from torchclip.clipper.updates import WeightsBefore
 from torchclip.history.history import History
-from torchclip.history.records import Record, as_records, with_layers
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional arguments of a step, the optimizer first, and its keyword arguments."""
@@ -187,17 +185,19 @@ class Rounds:
     def _open_round(self, index: int) -> None:
         """Begin a round, and end the one before, whose other optimizers did not step."""
         settings, opened = self.settings, OpenRound()
-        opened.opener, opened.settings, opened.rows, opened.by_scaler = index, settings, [], {}
-        opened.is_local = graph_task() != -1 and check_in_backward(self._optimizers, settings)
-        with self._lock:
-            if self._open is not None:
-                self.close()
-            for each in settings.memories:
-                each.begin_step()
-            opened.number = self.number
-            self._open = opened
+        opened.opener, opened.settings, opened.rows = index, settings, []
+        if graph_task() != -1:
+            opened.is_local = check_in_backward(self._optimizers, settings)
+        if self._open is not None or settings.memories:
+            with self._lock:
+                if self._open is not None:
+                    self.close()
+                for each in settings.memories:
+                    each.begin_step()
+        opened.number = self.number
+        self._open = opened
         if self._several:
-            opened.by_scaler[index] = is_skipped_by_scaler(self._steps[index].optimizer)
+            opened.by_scaler = {index: is_skipped_by_scaler(self._steps[index].optimizer)}
 
     def _goes_on(self, index: int) -> bool:
         """Whether an optimizer steps with gradients that were clipped in the open round.
@@ -224,9 +224,9 @@ class Rounds:
         """Let another optimizer step with the gradients that were clipped for all."""
         opened, step = self._open, self._steps[index]
         assert opened is not None
-        opened.by_scaler[index] = is_skipped_by_scaler(step.optimizer)
-        self._copy_weights(index, opened)
-        self._skip(step, opened)
+        opened.by_scaler = {**opened.by_scaler, index: is_skipped_by_scaler(step.optimizer)}
+        opened.copy_weights(index, step)
+        opened.skip(step)
 
     def _call_and_clip(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._steps[index].undo("again")
@@ -268,41 +268,15 @@ class Rounds:
         row = (number, norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)
         opened.rows.append(row)
         if settings.on_clip is not None:
-            self._tell(settings.on_clip, row, opened)
+            opened.tell(settings.on_clip, row)
         if self._several:
             for other in self._steps:
                 if other is not step:
                     mark(other)
-        self._copy_weights(index, opened)
-        if skipped is not False:
-            self._skip(step, opened)  # now that they are marked, as another optimizer may share them
-
-    def _copy_weights(self, index: int, opened: OpenRound) -> None:
-        """Copy the weights that a step will change, if its updates are recorded."""
-        if not opened.settings.updates or opened.layers is None or opened.skipped is True:
-            return
-        if opened.before is None:
-            opened.before, opened.moved = {}, []
-        if index not in opened.before:  # else the closure was called again
-            opened.before[index] = WeightsBefore(self._steps[index])
-
-    def _tell(self, on_clip: Callable[[Record], object], row: Row, opened: OpenRound) -> None:
-        """Tell the user's function of a step."""
-        (record,) = as_records([row])
         if opened.layers is not None:
-            record = with_layers(record, *opened.layers)
-        on_clip(record)
-
-    def _skip(self, step: Step, opened: OpenRound) -> None:
-        """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""
-        settings, skipped = opened.settings, opened.skipped
-        if skipped is False or not (self._several or settings.may_skip):
-            return
-        if skipped is True:
-            hide_gradients(step)
-            return
-        # Hiding the gradients would wait for the device.  A GradScaler may have its own reason to skip.
-        fused.override(step).skip_where(skipped | is_skipped_by_scaler(step.optimizer))
+            opened.copy_weights(index, step)
+        if skipped is not False and (self._several or settings.may_skip):
+            opened.skip(step)  # now that they are marked, as another optimizer may share them
 
     @property
     def _optimizers(self) -> list[Optimizer]:

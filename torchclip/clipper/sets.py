@@ -15,7 +15,7 @@ from torchclip._core.ranks.exchange import Kind
 from torchclip.clipper.optimizers import Group, groups_of, joined, unscaled
 from torchclip.clipper.settings import Settings
 
-_ALL = [["all"]]
+_ALL = ["all"]
 
 
 class ClipSet:
@@ -46,13 +46,6 @@ class ClipSet:
     def is_absent(self) -> bool:
         """Whether there is certainly nothing to measure, on any rank."""
         return isinstance(self.norms, list) and sum(self.norms) == scalars.ABSENT * len(self.norms)
-
-    def scale_(self, each: bool) -> None:
-        """Multiply the gradients in place, each by its own number or all by one."""
-        if each:
-            self.batch.scale_each_(self.clip_coefs)
-        else:
-            self.batch.scale_(self.clip_coefs[0])
 
 
 class Gradients:
@@ -90,11 +83,10 @@ class Gradients:
             found = [*zip(batches, gather.norms_of(batches, self.each, settings.norm_type), strict=True)]
         else:
             found = gather.measured(lists, settings.groups, self.each, settings.norm_type)
-        for clip_set, (batch, norm) in zip(sets, found, strict=True):
-            clip_set.batch = batch
-            if norm.__class__ is float and self.grad_scale is None:
-                clip_set.norms = [norm]
-            else:
+        for i, clip_set in enumerate(sets):
+            clip_set.batch, norm = found[i]
+            clip_set.norms = [norm] if isinstance(norm, float) else norm
+            if self.grad_scale is not None or clip_set.norms.__class__ is not list:
                 clip_set.norms = self._unscaled(norm)
         if len(sets) > 1 or self.each:
             self._join_sets()
@@ -135,8 +127,11 @@ class Gradients:
 
     def _join_sets(self) -> None:
         """Find the norm of all gradients from those of several sets."""
-        counted, norm_type = self.counted, self._settings.norm_type
-        self._overlaps = len(self.sets) > 1 and _overlap(self.sets)
+        norm_type = self._settings.norm_type
+        if len(self.sets) == 1:
+            self.total_norm = self.whole_norm = joint_norms.join(self.sets[0].norms, norm_type)
+            return
+        counted, self._overlaps = self.counted, _overlap(self.sets)
         if self._overlaps and self._settings.groups is None:
             # A gradient that several sets share counts once.  With `group`, only some ranks may share a
             # gradient, and all of them would have to exchange another norm: there it counts in each set.
@@ -149,11 +144,12 @@ class Gradients:
 
     def joint_norm(self, sets: Sequence[ClipSet]) -> Norm:
         """The joint norm of some sets when they were last measured."""
-        norms = scalars.concatenate([each.norms for each in sets])
-        return norms[0] if len(norms) == 1 else joint_norms.join(norms, self._settings.norm_type)
+        return joint_norms.join(scalars.concatenate([each.norms for each in sets]), self._settings.norm_type)
 
     def observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
         """What thresholds learn from: the names of some sets, and their norms."""
+        if self._settings.scope == "global":
+            return _ALL, sets[0].norms
         of_sets = self._names_of(sets)
         names = of_sets[0] if len(of_sets) == 1 else [name for of_set in of_sets for name in of_set]
         norms = scalars.concatenate([each.norms for each in sets])
@@ -165,8 +161,6 @@ class Gradients:
 
     def _names_of(self, sets: Sequence[ClipSet]) -> list[list[str]]:
         """For each set the name of its norm, or of each of its norms."""
-        if self._settings.scope == "global":
-            return _ALL
         groups, each = groups_of(self.optimizers), self.each
         of_groups = self._settings.names.of_sets(groups, each)
         place_of = {id(clip_set): place for place, clip_set in enumerate(self.sets)}
@@ -179,7 +173,10 @@ class Gradients:
         """Multiply the gradients in place; those that several sets share, by the smallest number."""
         if len(self.sets) == 1 or not self._overlaps:
             for clip_set in self.sets:
-                clip_set.scale_(self.each)
+                if self.each:
+                    clip_set.batch.scale_each_(clip_set.clip_coefs)
+                else:
+                    clip_set.batch.scale_(clip_set.clip_coefs[0])
             return
         of_grad: dict[int, list[Norm]] = {}
         for clip_set in self.sets:

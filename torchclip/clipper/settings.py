@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -82,6 +82,11 @@ class Settings:
     def limits(self) -> list[SkipAbove]:
         """What skips steps that are above a limit."""
         return [each for each in (self.skip_above, self.skip_loss_above) if each is not None]
+
+    @cached_property
+    def may_refuse(self) -> bool:
+        """Whether a step may be skipped, raise an error, or be taken without some elements."""
+        return self.nonfinite != "propagate" or bool(self.limits)
 
     @cached_property
     def may_skip(self) -> bool:
@@ -187,76 +192,6 @@ def _limit_of(max_norm: MaxNorm | Rule) -> tuple[ThresholdBank, Rule | None]:
     if isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor)):
         return ThresholdBank(math.inf), max_norm
     return ThresholdBank(cast("MaxNorm", max_norm)), None
-
-
-def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
-    """The optimizers that a user passes, or an error that says what to pass.
-
-    Args:
-        given: an optimizer, or a list or tuple of them.
-        taken: the optimizers that already have a Clipper.
-    """
-    _check_kind(given)
-    optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
-    if not optimizers:
-        raise ValueError("`optimizer` is an empty list; pass an optimizer, or those that step together")
-    for i, optimizer in enumerate(optimizers):
-        name = "`optimizer`" if optimizer is given else f"`optimizer` (item {i} of the list)"
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
-                f"{arguments.shown(optimizer)}; for a wrapper, pass the optimizer that it wraps"
-            )
-        if not takes_hooks(optimizer) or not isinstance(optimizer.state, MutableMapping):
-            raise TypeError(
-                f"{name} is a wrapper without hooks ({type(optimizer).__name__}); pass the optimizer "
-                "that it wraps"
-            )
-        if optimizer in taken:
-            raise ValueError(f"{name} already has a Clipper; call its detach() first")
-        if any(optimizer is other for other in optimizers[:i]):
-            raise ValueError(f"{name} is in the list twice; pass each optimizer once")
-    return optimizers
-
-
-def _check_kind(given: Any) -> None:
-    """Raise an error for what others take in place of an optimizer, such as a model or its parameters."""
-    if isinstance(given, Mapping) and any(isinstance(each, Optimizer) for each in given.values()):
-        raise TypeError(
-            "`optimizer` is a dictionary of optimizers; pass a list of those that step together: "
-            "list(optimizers.values())"
-        )
-    if isinstance(given, nn.Module):
-        what = f"is a module ({type(given).__name__})"
-    else:
-        values = given.values() if isinstance(given, Mapping) else given
-        first = None
-        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Tensor)):
-            first = next(iter(values), None)
-        if isinstance(first, Mapping) and "params" in first:
-            what = "is param_groups"
-        elif isinstance(given, Tensor) or any(isinstance(each, Tensor) for each in (first, *_pair(first))):
-            what = "is made of parameters"
-        else:
-            return
-    raise TypeError(
-        f"`optimizer` {what}; pass the optimizer that steps with the gradients: "
-        "torchclip.Clipper(optimizer, max_norm)"
-    )
-
-
-def _pair(value: Any) -> tuple[Any, ...]:
-    """The parts of a pair, such as a name and a parameter."""
-    return value if isinstance(value, tuple) else ()
-
-
-def takes_hooks(optimizer: Optimizer) -> bool:
-    """Whether an optimizer can have hooks, which most wrappers of optimizers cannot."""
-    try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
-    except (AttributeError, TypeError):
-        return False
-    return True
 
 
 def _check_lbfgs(

@@ -40,7 +40,10 @@ class InARow:
 
     def add(self, skipped: bool | Tensor, is_other: bool | Tensor) -> None:
         """Count the current step if it is skipped, else start anew; another kind of step changes nothing."""
-        self.then = scalars.where(is_other, self.count, scalars.where(skipped, self.count + 1, 0))
+        if skipped is False and is_other is False:  # most steps
+            self.then = 0
+        else:
+            self.then = scalars.where(is_other, self.count, scalars.where(skipped, self.count + 1, 0))
 
     def end(self) -> None:
         """End the current step."""

@@ -116,8 +116,13 @@ def numbers(values: Iterable[Any]) -> list[Any]:
     return found
 
 
+def as_record(row: tuple[Any, ...]) -> Record:
+    """The arguments of ``History.append`` as a record."""
+    return _record(row, *row) if _PLAIN.issuperset(map(type, row)) else as_records([row])[0]
+
+
 def as_records(rows: Sequence[tuple[Any, ...]]) -> list[Record]:
-    """The arguments of ``History.append`` as records."""
+    """The arguments of several calls of ``History.append`` as records."""
     if _PLAIN.issuperset(map(type, chain.from_iterable(rows))):  # nearly always, unless on an accelerator
         return [_record(row, *row) for row in rows]
     fetched = iter(numbers(chain.from_iterable(rows)))

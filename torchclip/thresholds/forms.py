@@ -52,8 +52,9 @@ class Floats:
 
     @staticmethod
     def put(row: list[float], slot: int, number: float, condition: bool) -> list[float]:
-        """The row with a number in a slot where the condition holds; the list itself changes."""
+        """The row with a number in a slot where the condition holds; no list changes in place."""
         if condition:
+            row = row.copy()
             row[slot] = number
         return row
 

@@ -11,13 +11,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from torchclip._core import arguments, scalars
+from torchclip._core import arguments
 from torchclip._core.batch import Norms
 from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
 from torchclip.thresholds.forms import FLOATS, Tensors
 
-_NUMBERS = (int, float)
 Kind = TypeVar("Kind", bound="Learned")
 
 
@@ -61,8 +60,9 @@ class Saved(ABC):
 class Learned(Saved):
     """A threshold that learns by a formula.
 
-    It keeps what it has learned in attributes, the columns.  In an object that a user makes, each is a
-    number.  In ``Rows``, each is a tensor with an entry for each set, and the same formula updates them all.
+    It keeps what it has learned in attributes, the columns, whose values never change in place.  In an object
+    that a user makes, each is a number.  In ``Rows``, each is a tensor with an entry for each set, updated by
+    the same formula.
     """
 
     _columns: ClassVar[tuple[str, ...]]
@@ -89,11 +89,7 @@ class Learned(Saved):
     def _copied(self: Kind) -> Kind:
         """A copy that is only to be saved."""
         copied = object.__new__(type(self))  # copy.copy() takes several times as long
-        vars(copied).update(vars(self))
-        for name in self._columns:
-            value = vars(self)[name]
-            if value.__class__ not in _NUMBERS:
-                vars(copied)[name] = copy.copy(value)
+        vars(copied).update(vars(self))  # no column changes in place
         return copied
 
     def _to_row(self, name: str) -> Any:
@@ -137,12 +133,14 @@ class Objects:
 
     def copied(self) -> Objects:
         """Copies that are only to be saved."""
-        copies = Objects({})
+        copies = object.__new__(Objects)
         copies._are_ours = self._are_ours
-        if self._are_ours:
-            copies.thresholds = {name: each._copied() for name, each in self.thresholds.items()}
-        else:
+        if not self._are_ours:
             copies.thresholds = copy.deepcopy(self.thresholds)
+            return copies
+        copies.thresholds = {}
+        for name, threshold in self.thresholds.items():
+            copies.thresholds[name] = threshold._copied()
         return copies
 
     def add(self, thresholds: Mapping[str, Any]) -> None:
@@ -152,11 +150,11 @@ class Objects:
 
     def update(self, names: Sequence[str], norms: Norms, order: float) -> list[float]:
         """Learn from the norms of some sets, negative without a gradient, and return their thresholds."""
-        # A norm of -inf is not finite, but not absent.
-        return [
-            math.inf if -math.inf < norm < 0 else self.thresholds[name].update(norm)
-            for name, norm in zip(names, scalars.numbers(norms), strict=True)
-        ]
+        found, numbers = [], norms if isinstance(norms, list) else norms.tolist()
+        for name, norm in zip(names, numbers, strict=True):
+            # A norm of -inf is not finite, but not absent.
+            found.append(math.inf if -math.inf < norm < 0 else self.thresholds[name].update(norm))
+        return found
 
 
 class Rows:

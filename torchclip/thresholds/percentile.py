@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from array import array
 from bisect import bisect_left, insort
@@ -78,7 +79,7 @@ class Percentile(Learned):
         learn = (norms >= 0.0) & (norms < math.inf)
         if form is FLOATS:
             if learn:
-                history.add(norms)
+                self._history = history = history.with_norm(norms)
             max_norms = history.percentile(self.percentile)
         else:
             self._history = form.put(history, seen % history.shape[1], norms, learn)
@@ -114,7 +115,7 @@ class Percentile(Learned):
 class _Sorted:
     """The norms of one set, kept sorted, so that a step only inserts one value.
 
-    A shallow copy still has the ``norms`` up to the moment when it was made; it must not learn.
+    When it has learned more, it still knows the ``norms`` of before.
 
     Args:
         window: how many of the latest norms count; None for all.
@@ -125,18 +126,21 @@ class _Sorted:
     def __init__(self, window: int | None, norms: Sequence[float], seen: int) -> None:
         self._window = window
         self._ordered = array("d", sorted(norms))
-        # As they came, from this number on.  For copies the array is only added to, or replaced.
+        # As they came, from this number on.
         self._arrived, self._first = array("d", norms), seen - len(norms)
 
-    def add(self, norm: float) -> None:
-        """Learn from a finite norm."""
+    def with_norm(self, norm: float) -> _Sorted:
+        """Learn from a finite norm; returns what to go on with."""
         ordered, arrived, window = self._ordered, self._arrived, self._window
         insort(ordered, norm)
         arrived.append(norm)
         if window is not None and len(arrived) > window:
             del ordered[bisect_left(ordered, arrived[-window - 1])]
             if len(arrived) > 2 * window:
-                self._arrived, self._first = arrived[-window:], self._first + len(arrived) - window
+                latest = copy.copy(self)
+                latest._arrived, latest._first = arrived[-window:], self._first + len(arrived) - window
+                return latest
+        return self
 
     def percentile(self, percentile: float) -> float:
         """A percentile of the norms, rounded as in NumPy; NaN without norms."""
