@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 from contenders import NAMES, OPERATIONS, RIVALS, Contender, Gradients, contenders, floors
 from turns import options_of, print_machine, quartiles, take_turns, write_results
@@ -21,37 +21,19 @@ from workloads import SCALING, WORKLOADS
 
 from torchclip.cli import info
 
-__all__ = ["Effort", "Row", "Timer", "compare", "measure", "second_arguments", "summary"]
-
+SAMPLE_SECONDS = 2e-3  # for which each timing repeats the call
+ROUNDS, ROW_SECONDS = (15, 101), 3.0  # the least and the most; between these, rounds begin for this time
 SHRINK = 0.98  # the threshold shrinks from call to call, so that every call clips, even in bfloat16
 MOST_CALLS = 200  # in a sample; twice as many shrink gradients to 0.03 %, which loses no digits
 
 Row = dict[str, Any]
 
 
-class Effort(NamedTuple):
-    """How long to measure.
-
-    Attributes:
-        sample_seconds: how long each timing repeats the call.
-        row_seconds: how long further rounds are started.
-        rounds: the smallest and the largest number of rounds.
-    """
-
-    sample_seconds: float
-    row_seconds: float
-    rounds: tuple[int, int]
-
-
-FULL = Effort(sample_seconds=2e-3, row_seconds=3.0, rounds=(15, 101))
-
-
-def measure(workload: str, effort: Effort, rivals: Sequence[str]) -> Iterator[Row]:
+def measure(workload: str, rivals: Sequence[str]) -> Iterator[Row]:
     """A row for each operation on a workload.
 
     Args:
         workload: its name.
-        effort: how long to measure each row.
         rivals: which of ``torch.compile`` and ``optax`` take part; optax only if it is installed.
     """
     found = (SCALING | WORKLOADS)[workload]
@@ -60,19 +42,16 @@ def measure(workload: str, effort: Effort, rivals: Sequence[str]) -> Iterator[Ro
     size = {"tensors": len(found.shapes), "elements": found.elements, "bytes": found.bytes}
     for operation in OPERATIONS:
         row = {"workload": workload, "title": found.title, "operation": operation, **size}
-        yield row | compare(gradients, operation, others, effort)
+        yield row | compare(gradients, operation, others)
 
 
-def compare(
-    gradients: Gradients, operation: str, contenders: Mapping[str, Contender], effort: Effort
-) -> dict[str, Any]:
+def compare(gradients: Gradients, operation: str, contenders: Mapping[str, Contender]) -> dict[str, Any]:
     """Time one operation in all contenders, round by round, and the memory traffic alone.
 
     Args:
         gradients: the gradients to clip.
         operation: a key of ``OPERATIONS``.
         contenders: by name, including ``torch``.
-        effort: how long to measure.
 
     Returns:
         The number of rounds, quartiles of the floor's seconds, and for each contender what ``summary`` says,
@@ -95,9 +74,9 @@ def compare(
             timers[name] = timer
             entries[name] = {"norm_error": None if norm is None else abs(norm / gradients.norm - 1)}
     for timer in timers.values():
-        timer.fill(effort.sample_seconds)
+        timer.fill(SAMPLE_SECONDS)
     samples = {name: timer.sample for name, timer in timers.items()}
-    times = take_turns(samples, *effort.rounds, effort.row_seconds)
+    times = take_turns(samples, *ROUNDS, ROW_SECONDS)
     for name in timers.keys() & entries.keys():
         entries[name] |= summary(times[name], times["torch"], times["floor"])
     floor = quartiles(times["floor"])
@@ -192,7 +171,7 @@ def main() -> None:
     rows = []
     for workload in SCALING if arguments.scaling else (arguments.only or WORKLOADS):
         print(f"\n{(SCALING | WORKLOADS)[workload].title}")
-        for row in measure(workload, FULL, rivals):
+        for row in measure(workload, rivals):
             rows.append(row)
             print(f"  {OPERATIONS[row['operation']]}")
             for name in NAMES:

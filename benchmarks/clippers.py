@@ -122,6 +122,11 @@ THRESHOLDS: dict[str, tuple[ByHand, Callable[[], Make]]] = {
     "BlockRMS(1e-4)": (by_mean_square, lambda: clipper(torchclip.BlockRMS(1e-4))),
     "Adaptive()": (adaptively, lambda: clipper(torchclip.Adaptive())),
     '1e-3, scope="parameter"': (each_by_norm, lambda: clipper(1e-3, scope="parameter")),
+    'Percentile(), scope="parameter"': (
+        each_by_norm,
+        lambda: clipper(torchclip.Percentile(), scope="parameter"),
+    ),
+    'AdaGC(), scope="parameter"': (each_by_norm, lambda: clipper(torchclip.AdaGC(), scope="parameter")),
 }
 """Those that clip, or learn to, each with the code by hand that does the same or the next to it."""
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from contenders import NAMES, OPERATIONS
 from other_rules import PLAIN, RuleRow
-from steps import StepRow, how
+from steps import StepRow, doubt, how
 
 Row = dict[str, Any]
 
@@ -135,10 +135,10 @@ def notes(
     """The text below the tables: how exact they are, which contenders failed, what ``busy`` means."""
     found = []
     if steps:
-        doubt = 1e6 * max(map(doubt_of_steps, steps))
+        apart = 1e6 * max(abs(row["added"]["no clipping again"]) for row in steps)
         found.append(
             "Steps: the lower quartile, on one thread; in brackets, how many times less than torch "
-            f"adds. Two measurements of a step without clipping differ by up to {doubt:.1f} µs."
+            f"adds. Two measurements of a step without clipping differ by up to {apart:.1f} µs."
         )
     if rules:
         found.append(
@@ -204,21 +204,12 @@ def _error(error: float | None) -> str:
 def step_ratio(row: Mapping[str, Any], name: str) -> float | None:
     """How many times less than torch a contender adds to a step, or None if the machine was busy.
 
-    A busy machine shows in two measurements of a step without clipping that differ, or in two halves of this
-    measurement that differ.
-
     Args:
         row: a row of ``measure_steps``.
         name: the contender.
     """
     ratio: float = row["speedup"][name]
-    doubt = max(doubt_of_steps(row), row["drift"][name])
-    return ratio if doubt <= MOST_DOUBT * row["added"][name] else None
-
-
-def doubt_of_steps(row: Mapping[str, Any]) -> float:
-    """Seconds by which two measurements of the same step without clipping differ."""
-    return abs(float(row["added"]["no clipping again"]))
+    return ratio if doubt(row, name) <= MOST_DOUBT else None
 
 
 def call_ratio(result: Mapping[str, Any]) -> float | None:

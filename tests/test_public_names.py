@@ -110,7 +110,7 @@ PUBLIC = {
     "quantiles skipped steps",
     history.Advice: "drifts explodes lines max_norm nonfinite reason spikes stalls steps table "
     "verdict warmup words",
-    Layers: f"append in_model_order {STATE} names norms ratios read steps to_csv updates",
+    Layers: f"append {STATE} names norms read steps to_csv updates",
     RanksReport: "call different local missing norm norms ok seconds",
     ScalarLogger: "resume",
     DictLogger: "resume",

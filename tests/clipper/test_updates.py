@@ -121,7 +121,7 @@ def test_updates_are_saved_pickled_and_thinned() -> None:
         few.append(step, ["a"], [1.0], [(["a"], [2.0], [float(step)])])
     assert few.steps == [each.step for each in few.updates["a"]] == [0, 4]
     state = history.state_dict()
-    state["layers"]["updates"][0][2].append(1.0)
+    state["layers"]["updates"][0].append(1.0)
     with pytest.raises(ValueError, match=r"`state\['layers'\]\['updates'\]"):
         History().load_state_dict(state)
 

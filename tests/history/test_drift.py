@@ -5,23 +5,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from runs import advice_on
 
-from torchclip import Clipper
-from torchclip.history import Advice, History
 from torchclip.reference import Array
 
 SEEDS = 25
 Noise = Callable[[np.random.Generator, int], Array]
-
-
-def advice_on(norms: Array) -> Advice:
-    history = History(100_000)
-    for step, norm in enumerate(norms.tolist()):
-        history.append(step, norm, math.inf, 1.0)
-    return history.suggest()
 
 
 def drifting(make: Callable[[np.random.Generator, int], Array], steps: int) -> int:
@@ -104,73 +93,3 @@ def test_a_large_trend_is_seen_in_a_short_run() -> None:
         return np.linspace(0, math.log(10), steps) + rng.normal(scale=0.3, size=steps)
 
     assert drifting(norms, 200) >= 0.8 * SEEDS
-
-
-# A transformer that begins to learn, as in nanoGPT
-
-WIDTH, HEADS, CONTEXT, VOCABULARY = 32, 4, 32, 32
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.inputs, self.outputs = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.forward_part = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.inputs(self.norms[0](x)).chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.outputs(attended.transpose(1, 2).flatten(-2))
-        found: Tensor = x + self.forward_part(self.norms[1](x))
-        return found
-
-
-class Transformer(nn.Module):
-    """A small language model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(Block(), Block(), nn.LayerNorm(WIDTH))
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        found: Tensor = self.head(self.blocks(self.tokens(tokens) + self.positions.weight))
-        return found
-
-
-def text(generator: torch.Generator) -> Tensor:
-    """Words of a small language, in an order like that of words in a text: frequent ones most often."""
-    words = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in [2, 3, 4, 5] * 15]
-    frequency = 1 / torch.arange(1, len(words) + 1)
-    chosen = torch.multinomial(frequency, 4000, replacement=True, generator=generator)
-    return torch.cat([F.pad(words[i], (0, 1)) for i in chosen.tolist()])  # 0 is the space
-
-
-@pytest.mark.parametrize("max_norm", [math.inf, 1.0])
-@pytest.mark.parametrize("seed", range(8))
-def test_a_hundred_steps_of_a_transformer_are_not_told_to_drift(seed: int, max_norm: float) -> None:
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    tokens, model = text(generator), Transformer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    clipper = Clipper(optimizer, max_norm)
-    for _ in range(100):
-        starts = torch.randint(len(tokens) - CONTEXT - 1, (8, 1), generator=generator)
-        batch = tokens[starts + torch.arange(CONTEXT + 1)]
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        clipper.loss = loss
-        optimizer.step()
-    advice = clipper.history.suggest()
-    assert not advice.drifts
-    assert "Percentile" not in str(advice)
-    assert (advice.explodes, advice.verdict) == (None, None if max_norm == math.inf else "keep")

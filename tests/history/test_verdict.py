@@ -1,39 +1,20 @@
 """The verdict on the threshold of a run: each sentence that it can say has an example here."""
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from runs import Threshold, calm, run_of, words
 
 from torchclip import Clipper, Percentile, ZScore
 from torchclip.history import Advice, History
 from torchclip.reference import Array
 
-Threshold = float | Callable[[int], float]
-
-
-def run_of(norms: Sequence[float] | Array, max_norm: Threshold = math.inf) -> History:
-    """The history of a run with these norms."""
-    history = History(100_000)
-    for step, norm in enumerate(np.asarray(norms).tolist()):
-        used = max_norm(step) if callable(max_norm) else max_norm
-        history.append(step, norm, used, 1.0 if norm == 0 or norm == math.inf else min(1.0, used / norm))
-    return history
-
-
-def calm(steps: int = 1000, spread: float = 0.3) -> Array:
-    return np.random.default_rng(0).lognormal(sigma=spread, size=steps)
-
 
 def exploding() -> Array:
     return np.where(np.arange(1000) < 400, 1.0, 100.0) * calm()
-
-
-def words(advice: Advice) -> str:
-    return " ".join(str(advice).split())
 
 
 AT_LEAST_FIFTY = "Too early for advice: 20 steps had a finite norm, and it takes 50."

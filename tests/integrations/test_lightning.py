@@ -107,14 +107,29 @@ def test_the_lightning_callback_clips_as_the_trainer_would(tmp_path: Path, optio
     assert_same(clipped.state_dict(), plain.state_dict())
 
 
-def test_the_lightning_callback_skips_spikes_and_keeps_the_norms_of_layers(tmp_path: Path) -> None:
-    callback = for_lightning.ClipperCallback(MAX_NORM, skip_above=0.0, max_skips=2, layers_every=3)
+@pytest.mark.parametrize("limit", ["skip_above", "skip_loss_above"])
+def test_the_lightning_callback_takes_all_options_of_a_clipper(limit: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {limit: 0.0, "max_skips": 2, "layers_every": 1, "updates": True}
+    callback = for_lightning.ClipperCallback(MAX_NORM, **options)
     with pytest.warns(UserWarning, match="max_skips"):
         fit(Module(), tmp_path, callback)
     (clipper,) = callback.clippers
     assert [record.skipped for record in clipper.history] == [True, True, False] * 2
     assert clipper.history.layers.names == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
-    assert clipper.history.layers.steps == [0, 3]
+    assert clipper.history.layers.steps == [*range(6)]
+    assert [each.step for each in clipper.history.layers.updates["net.0.bias"]] == [2, 5]
+    wrong: dict[str, Any] = {"max_skip": 2, "on_clip": None}
+    with pytest.raises(
+        TypeError, match=r"no argument 'max_skip', 'on_clip'; .* norm_type, .*skip_loss_above"
+    ):
+        for_lightning.ClipperCallback(MAX_NORM, **wrong)
+
+
+def test_one_loss_does_not_judge_several_optimizers(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"`skip_loss_above` judges the loss of one optimizer.* has 2; do not"
+    ):
+        fit(TwoByHand(), tmp_path, for_lightning.ClipperCallback(MAX_NORM, skip_loss_above=1.0))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -177,16 +192,6 @@ def test_parameters_are_called_by_the_modules_names(
     fit(trained, tmp_path, clipping, names, max_steps=2)
     assert names.seen
     assert all(seen == {name for name, _ in trained.named_parameters()} for seen in names.seen)
-
-
-def test_errors_call_a_parameter_by_the_modules_name(tmp_path: Path) -> None:
-    class Spoiled(Module):
-        def on_after_backward(self) -> None:
-            self.net[2].bias.grad.fill_(math.nan)  # type: ignore[operator,union-attr]
-
-    clipping = for_lightning.ClipperCallback(MAX_NORM, nonfinite="error")
-    with pytest.raises(RuntimeError, match=r"Non-finite: '?net\.2\.bias'? of shape"):
-        fit(Spoiled(), tmp_path, clipping)
 
 
 def test_lightnings_checkpoints_carry_the_clipper(tmp_path: Path) -> None:
@@ -268,15 +273,6 @@ def test_the_learning_rate_finder_leaves_no_trace(tmp_path: Path, first: bool) -
     finder = LearningRateFinder(num_training_steps=5, early_stop_threshold=None)
     fit(module, tmp_path, *([finder, clipping] if first else [clipping, finder]))
     assert [record.step for record in clipping.clippers[0].history] == list(range(6))
-
-
-def test_the_clipped_share_goes_on_when_a_fit_is_resumed(tmp_path: Path) -> None:
-    fit(Module(), tmp_path, for_lightning.ClipperCallback(switched_off)).save_checkpoint(
-        tmp_path / "half.ckpt"
-    )
-    callback = for_lightning.ClipperCallback(switched_off)
-    trainer = fit(Module(), tmp_path, callback, max_epochs=2, resume=tmp_path / "half.ckpt")
-    assert trainer.logged_metrics["clip/clipped_share"] == 0.5
 
 
 def test_the_lightning_callback_leaves_the_optimizer_as_it_was(tmp_path: Path) -> None:

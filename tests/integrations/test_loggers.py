@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import torchclip
 from torchclip.history import History, Record
-from torchclip.integrations.loggers import DictLogger, Scalars
+from torchclip.integrations.loggers import DictLogger
 from torchclip.integrations.tensorboard import ScalarLogger
 
 # The frameworks' warnings depend on their versions and on the machine.
@@ -49,11 +49,6 @@ def test_a_logger_that_cannot_be_called_is_refused() -> None:
         DictLogger(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`writer` must be a SummaryWriter, got 3 \(int\)"):
         ScalarLogger(3)  # type: ignore[arg-type]
-
-
-def test_a_window_of_no_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="`window` must be at least 1, got 0"):
-        Scalars(window=0)
 
 
 def test_loggers_go_on_from_a_history(tmp_path: Path) -> None:

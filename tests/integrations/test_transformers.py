@@ -80,14 +80,19 @@ def test_the_transformers_callback_clips_as_the_trainer_would(
     assert_same(weights_of(clipped), weights_of(plain), rtol=1e-4, atol=1e-5)
 
 
-def test_the_transformers_callback_skips_spikes_and_keeps_the_norms_of_layers(tmp_path: Path) -> None:
-    callback = for_transformers.ClipperCallback(MAX_NORM, skip_above=0.0, max_skips=2, layers_every=3)
+@pytest.mark.parametrize("limit", ["skip_above", "skip_loss_above"])
+def test_the_transformers_callback_takes_all_options_of_a_clipper(limit: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {limit: 0.0, "max_skips": 2, "layers_every": 1, "updates": True}
+    callback = for_transformers.ClipperCallback(MAX_NORM, **options)
     with pytest.warns(UserWarning, match="max_skips"):
         train(tmp_path, callback)
     history = history_of(callback)
     assert [record.skipped for record in history] == [True, True, False] * 2
-    assert "lm_head.weight" in history.layers.names or "transformer.wte.weight" in history.layers.names
-    assert history.layers.steps == [0, 3]
+    assert history.layers.steps == [*range(6)]
+    assert [each.step for each in history.layers.updates["transformer.ln_f.weight"]] == [2, 5]
+    wrong: dict[str, Any] = {"max_skip": 2, "model": None}
+    with pytest.raises(TypeError, match=r"no argument 'max_skip', 'model'; .* norm_type, .*skip_loss_above"):
+        for_transformers.ClipperCallback(MAX_NORM, **wrong)
 
 
 def test_the_transformers_callback_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

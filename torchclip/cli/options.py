@@ -7,14 +7,13 @@ name of the option before it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from torchclip._core.extras import installing
+from torchclip._core.extras import check_installed
 
 __all__ = [
     "count",
@@ -40,9 +39,10 @@ def need(option: str, *packages: str) -> None:
     Raises:
         argparse.ArgumentError: with how to install them.
     """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise refusal(f"{option} needs {' and '.join(missing)}; install with: {installing('demo')}")
+    try:
+        check_installed(option, *packages)
+    except ModuleNotFoundError as error:
+        raise refusal(str(error)) from None
 
 
 # Numbers

@@ -138,7 +138,7 @@ class Rounds:
             self.history._extend(opened.rows_after(self._steps) if opened.by_scaler else opened.rows)
             if opened.layers is not None:
                 moved = opened.moved if opened.before is not None else ()
-                self.history.layers.in_model_order = opened.settings.names.has_model
+                self.history.layers._in_model_order = opened.settings.names.has_model
                 self.history.layers.append(opened.number, *opened.layers, moved)
             for count in opened.settings.counts:
                 count.end()

@@ -129,7 +129,7 @@ def _notes_on_layers(run: Run, layers: Layers | None) -> Iterator[str]:
     """What single parameters show."""
     if layers is None:
         return
-    yield from breaks_note(*layers.read(), layers.in_model_order)
+    yield from breaks_note(*layers.read(), layers._in_model_order)
     if len(run.numbers):
         yield from updates_note(layers.updates, int(run.numbers[min(run.warmup, len(run.numbers) - 1)]))
 

@@ -20,32 +20,24 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-NARROW = 6.0
-"""Below this width, in inches, a figure is arranged for a telephone."""
+_WIDTH = 8.0
 
 
-def history_figure(columns: Mapping[str, Sequence[float]], width: float = 8.0) -> Figure:
+def history_figure(histories: Mapping[str, Mapping[str, Sequence[Any]]]) -> Figure:
     """The norm over the steps on a log scale, with the threshold; steps that were clipped are marked.
 
     A norm that a log scale cannot show (0, inf, nan) leaves a gap.  Steps that were not finite or were
     skipped are marked at the upper edge.
 
     Args:
-        columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
-        width: of the figure, in inches.
+        histories: what ``torchclip.history.History.as_dict`` returns, by title, to be drawn one below the
+            other; those without steps are left out.
     """
-    if not len(columns["step"]):
-        return empty_figure("no step has been recorded", width)
-    return histories_figure({"Norm over steps": columns}, width)
-
-
-def histories_figure(histories: Mapping[str, Mapping[str, Sequence[float]]], width: float = 8.0) -> Figure:
-    """``history_figure`` of several histories, one below the other, by their titles; each has steps."""
-    from matplotlib.figure import Figure
-
-    height = 2 + 3 * width / 8
-    heights = [height * (1.5 if len(losses_of(columns)) else 1) for columns in histories.values()]
-    figure = Figure(figsize=(width, sum(heights)), dpi=120, layout="constrained")
+    histories = {title: columns for title, columns in histories.items() if columns["step"]}
+    if not histories:
+        return _empty_figure("no step has been recorded")
+    heights = [7.5 if len(losses_of(columns)) else 5.0 for columns in histories.values()]
+    figure = _figure(sum(heights))
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights) if len(heights) > 1 else [figure]
     for part, (title, columns) in zip(parts, histories.items(), strict=True):
         if len(losses_of(columns)):
@@ -56,15 +48,19 @@ def histories_figure(histories: Mapping[str, Mapping[str, Sequence[float]]], wid
             axes = part.add_subplot()
         _draw_norms(axes, columns)
         axes.set_title(title)
-        part.legend(loc="outside lower center", ncols=2 if width < NARROW else 5)
+        part.legend(loc="outside lower center", ncols=5)
     return figure
 
 
-def empty_figure(text: str, width: float = 8.0) -> Figure:
-    """A figure that says why there is nothing to draw."""
+def _figure(height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 2), dpi=120, layout="constrained")
+    return Figure(figsize=(_WIDTH, height), dpi=120, layout="constrained")
+
+
+def _empty_figure(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = _figure(2)
     figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14)
     return figure
 
@@ -124,20 +120,15 @@ def _draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
         label_plainly(axes.yaxis)
 
 
-def histogram_figure(
-    norms: Sequence[float], max_norms: Sequence[float], suggested: float | None, width: float = 8.0
-) -> Figure:
+def histogram_figure(norms: Sequence[float], max_norms: Sequence[float], suggested: float | None) -> Figure:
     """A histogram of the norms on a log scale, with the threshold.
 
     Args:
         norms: the norms before clipping; those that are not finite or 0 are not shown.
         max_norms: the threshold of each step, of which the median is drawn.
         suggested: another threshold to draw, or None.
-        width: of the figure, in inches.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 3.5), dpi=120, layout="constrained")
+    figure = _figure(3.5)
     axes = figure.add_subplot(xlabel="gradient norm before clipping", ylabel="steps")
     axes.grid(axis="y", alpha=0.3)
     shown = on_log_scale(norms)
@@ -162,13 +153,13 @@ def histogram_figure(
     return figure
 
 
-def label_plainly(axis: Axis, few: bool = False) -> None:
-    """Label a log scale with numbers such as 0.3, where matplotlib writes 3·10⁻¹; in narrow figures few."""
+def label_plainly(axis: Axis) -> None:
+    """Label a log scale with numbers such as 0.3, where matplotlib writes 3·10⁻¹."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
         def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) and (not few or f"{x:e}"[0] in "124") else ""
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     axis.set_major_formatter(Plain())
     axis.set_minor_formatter(Plain())
@@ -180,13 +171,11 @@ def on_log_scale(values: Sequence[float]) -> Array:
     return np.where((numbers > 0) & np.isfinite(numbers), numbers, np.nan)
 
 
-def losses_figure(losses: Mapping[str, Sequence[float]], width: float = 8.0) -> Figure:
+def losses_figure(losses: Mapping[str, Sequence[float]]) -> Figure:
     """The losses of several runs over the steps, by the name of the run, smoothed if there are many."""
-    from matplotlib.figure import Figure
-
     if not losses:
-        return empty_figure("no loss was seen", width)
-    figure = Figure(figsize=(width, 2 + 3 * width / 8), dpi=120, layout="constrained")
+        return _empty_figure("no loss was seen")
+    figure = _figure(5)
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     for name, of_run in losses.items():
@@ -196,7 +185,7 @@ def losses_figure(losses: Mapping[str, Sequence[float]], width: float = 8.0) -> 
         axes.set_yscale("log")
         label_plainly(axes.yaxis)
     axes.set_title("Loss of each run", fontsize=16)
-    figure.legend(loc="outside lower center", ncols=3 if width < NARROW else 6, title="threshold")
+    figure.legend(loc="outside lower center", ncols=6, title="threshold")
     return figure
 
 

@@ -1,42 +1,30 @@
-"""What clipping did, step by step: a bounded record that adds almost nothing to a step.
-
-On an accelerator, the norm of a step is a tensor whose value is not known yet when the step is recorded.
-``History`` keeps such tensors, and fetches all values in one transfer when it is read.
-"""
+"""What clipping did, step by step, in numbers, words and pictures."""
 
 from __future__ import annotations
 
 import copy
 import csv
-import importlib.util
-import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from threading import RLock
-from typing import TYPE_CHECKING, Any, overload
-
-import numpy as np
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torchclip._core import arguments
-from torchclip._core.extras import installing
+from torchclip._core.extras import check_installed
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.records import Record, as_records, integer, saved_columns
+from torchclip.history.recorded import Recorded
+from torchclip.history.records import Record, saved_records
 from torchclip.history.stalls import ClippedSizes
-from torchclip.history.summary import QUANTILES, Summary
+from torchclip.history.summary import Counts, Summary, summary_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from torchclip.history.page import Shown
 
-# How many steps may wait for their values; with more, the values are fetched without a read.
-_MOST_PENDING = 1024
 
-
-class History(Sequence[Record]):
+class History(Recorded):
     """The last ``maxlen`` records in full, and counts over all steps.
 
     A sequence of ``Record``, oldest first: ``history[-1]`` is the latest, ``len(history)`` is the number of
@@ -63,126 +51,11 @@ class History(Sequence[Record]):
     """The norms of single parameters, from every ``layers_every``-th step of a ``Clipper``."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
+        super().__init__(maxlen)
         self.layers = Layers()
         # What a Clipper measures for the advice: the size of clipped gradients beside the optimizer's `eps`.
         self._clipped_sizes = ClippedSizes()
-        self._pending: list[tuple[Any, ...]] = []
         self._is_followed = False  # by a Clipper, which records its steps here
-        self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
-        self._counts = {"steps": 0, "clipped": 0, "nonfinite": 0, "skipped": 0}
-        self._largest: tuple[float, int | None] = (math.nan, None)
-        # Whether any record of the latest step was clipped, non-finite, skipped.
-        self._latest = (False, False, False)
-        # Held while anything but `_pending` is changed or read.  It is an RLock, as a signal handler may read
-        # in the middle of a read.
-        self._lock = RLock()
-
-    def append(
-        self,
-        step: int,
-        total_norm: float | Tensor,
-        max_norm: float | Tensor,
-        clip_coef: float | Tensor,
-        skipped: bool | Tensor = False,
-        loss: float | Tensor | None = None,
-        clipped_norm: float | Tensor | None = None,
-        nonfinite: bool | Tensor | None = None,
-    ) -> None:
-        """Record a step, without waiting for any value.
-
-        Tensors must be 0-dim, may be on any device, and must not be modified afterwards: the history keeps
-        them until their values are read, or until there are a thousand such steps.
-
-        Args:
-            step: the step's number; consecutive records with the same number count as one step.
-            total_norm: the norm of all gradients before clipping; may be ``inf`` or ``nan``.
-            max_norm: the threshold of this step.
-            clip_coef: the number by which the gradients are multiplied, at most 1.
-            skipped: whether the step is skipped.
-            loss: the loss of the step; None if it is not known.
-            clipped_norm: the norm of all gradients after clipping; by default ``total_norm`` times
-                ``clip_coef``, which is exact if ``clip_coef`` multiplies all gradients.
-            nonfinite: whether any gradient is not finite; by default whether ``total_norm`` is not.
-        """
-        self._extend([(step, total_norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)])
-
-    def _extend(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Record a step that has several records: the arguments of ``append`` for each."""
-        # No lock is needed, as adding to a list is atomic.
-        self._pending.extend(rows)
-        if len(self._pending) >= _MOST_PENDING:
-            with self._lock:
-                self._resolve()
-
-    def _ends_with(self, step: int) -> bool:
-        """Whether a step is the latest one, without reading its values."""
-        try:
-            return bool(self._pending[-1][0] == step)
-        except IndexError:  # another thread may read them at this moment
-            return bool(self._kept) and self._kept[-1].step == step
-
-    def _resolve(self) -> None:
-        """Turn pending rows into records.  The caller holds the lock."""
-        rows = self._pending[:]  # another thread may append more at the same time
-        if not rows:
-            return
-        records = as_records(rows)
-        steps, clipped, nonfinite, skipped = self._counts.values()
-        largest = self._largest
-        last = self._kept[-1].step if self._kept else None
-        was_clipped, was_nonfinite, was_skipped = self._latest  # by a record with the number of the last one
-        for step, norm, _, _, is_clipped, is_nonfinite, is_skipped, *_ in records:
-            if step != last:
-                steps, last = steps + 1, step
-                was_clipped = was_nonfinite = was_skipped = False
-            if is_clipped and not was_clipped:
-                clipped, was_clipped = clipped + 1, True
-            if is_skipped and not was_skipped:
-                skipped, was_skipped = skipped + 1, True
-            if is_nonfinite:
-                nonfinite, was_nonfinite = nonfinite + (not was_nonfinite), True
-            elif not norm <= largest[0]:
-                largest = (norm, step)
-        # A signal handler that has read in between has already done all this.
-        if self._pending and self._pending[0] is rows[0]:
-            self._kept.extend(records)
-            self._counts = {"steps": steps, "clipped": clipped, "nonfinite": nonfinite, "skipped": skipped}
-            self._largest, self._latest = largest, (was_clipped, was_nonfinite, was_skipped)
-            del self._pending[: len(rows)]
-
-    def _snapshot(self) -> list[Record]:
-        """The records at this moment."""
-        with self._lock:
-            self._resolve()
-            return list(self._kept)
-
-    def __len__(self) -> int:
-        with self._lock:
-            self._resolve()
-            return len(self._kept)
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._snapshot())
-
-    def __reversed__(self) -> Iterator[Record]:
-        return reversed(self._snapshot())
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return self._snapshot()[index]
-        with self._lock:
-            self._resolve()
-            try:
-                return self._kept[index]
-            except IndexError:
-                kept = len(self._kept)
-        if not kept:
-            raise IndexError("the history is empty: no step has been recorded yet")
-        raise IndexError(f"the history has no record {index}: it keeps {kept:,}, from 0 to {kept - 1:,}")
 
     def __repr__(self) -> str:
         return f"<History of {len(self):,} steps, at most {self._kept.maxlen:,}>"
@@ -191,15 +64,7 @@ class History(Sequence[Record]):
         """Counts over all steps, and quantiles of the norm over the kept steps."""
         with self._lock:
             records = self._snapshot()
-            counts, (largest_norm, largest_step) = dict(self._counts), self._largest
-        return Summary(
-            **counts,
-            largest_norm=largest_norm,
-            largest_step=largest_step,
-            kept=len({record.step for record in records}),
-            quantiles=_quantiles(record.total_norm for record in records),
-            clipped_quantiles=_quantiles(record.clipped_norm for record in records),
-        )
+            return summary_of(self._counts, records)
 
     def suggest(self, max_norm: float | None = None) -> Advice:
         """Whether to keep the threshold of this run, and which one to use otherwise.
@@ -222,7 +87,7 @@ class History(Sequence[Record]):
         if max_norm is not None:
             max_norm = arguments.threshold("max_norm", max_norm)
         with self._lock:
-            records, steps = self._snapshot(), self._counts["steps"]
+            records, steps = self._snapshot(), self._counts.steps
         earlier = steps - len({record.step for record in records})
         return advise(records, earlier, self._clipped_sizes, max_norm, self.layers)
 
@@ -252,10 +117,10 @@ class History(Sequence[Record]):
         Raises:
             ModuleNotFoundError: if matplotlib is missing.
         """
-        _require("plot", "matplotlib")
+        check_installed("plot()", "matplotlib")
         from torchclip.history.figure import history_figure
 
-        return _saved(history_figure(self.as_dict()), path)
+        return _saved(history_figure({"Norm over steps": self.as_dict()}), path)
 
     def plot_layers(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norm of each parameter over the steps as a heat map, which shows which layer explodes or
@@ -272,11 +137,10 @@ class History(Sequence[Record]):
         Raises:
             ModuleNotFoundError: if matplotlib is missing.
         """
-        _require("plot_layers", "matplotlib")
-        from torchclip.history.layers import layers_figure
+        check_installed("plot_layers()", "matplotlib")
+        from torchclip.history.heat_map import heat_maps
 
-        names, steps, norms = self.layers.read()
-        return _saved(layers_figure(names, steps, norms, ratios=self.layers.ratios(names, steps)), path)
+        return _saved(heat_maps(*self.layers._pictured()), path)
 
     def to_html(self, path: str | os.PathLike[str], title: str | None = None) -> None:
         """Write a page for a browser: summary, advice, the norm over the steps, its histogram, the layers.
@@ -291,7 +155,7 @@ class History(Sequence[Record]):
         Raises:
             ModuleNotFoundError: if jinja2 or matplotlib is missing.
         """
-        _require("to_html", "jinja2", "matplotlib")
+        check_installed("to_html()", "jinja2", "matplotlib")
         from torchclip.history.page import page
 
         html = page("Gradient norms" if title is None else title, {"": self._shown()})
@@ -303,17 +167,14 @@ class History(Sequence[Record]):
         from torchclip.history.page import Shown
 
         advice = self.suggest() if has_advice else None
-        names, steps, norms = self.layers.read()
-        ratios = self.layers.ratios(names, steps)
-        return Shown(self.as_dict(), self.summary(), advice, (names, steps, norms), ratios)
+        return Shown(self.as_dict(), self.summary(), advice, self.layers._pictured())
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""
         with self._lock:
             return {
                 "records": self.as_dict(),
-                "counts": dict(self._counts),
-                "largest": list(self._largest),
+                "counts": self._counts.state_dict(),
                 "layers": self.layers.state_dict(),
             }
 
@@ -324,56 +185,19 @@ class History(Sequence[Record]):
             TypeError: if ``state`` or a part of it is of a wrong type.
             ValueError: if ``state`` is not a history's.
         """
-        arguments.saved("state", state, ("records", "counts", "largest", "layers"), "History")
-        arguments.saved("state['records']", state["records"], Record._fields, "History")
-        arguments.saved("state['counts']", state["counts"], self._counts, "History")
-        columns = saved_columns(state["records"])
-        counts = {
-            name: arguments.count(f"state['counts']['{name}']", state["counts"][name], least=0)
-            for name in self._counts
-        }
-        largest = state["largest"]
-        if not isinstance(largest, (list, tuple)) or len(largest) != 2:
-            raise TypeError(f"`state['largest']` must be a pair, got {arguments.shown(largest)}")
-        norm = arguments.number("state['largest']", largest[0])
-        step = None if largest[1] is None else integer("state['largest']", largest[1])
-        kept = deque(map(Record._make, zip(*columns, strict=True)), maxlen=self._kept.maxlen)
-        latest = [record for record in kept if record.step == kept[-1].step]
+        arguments.saved("state", state, ("records", "counts", "layers"), "History")
+        kept = deque(saved_records(state["records"]), maxlen=self._kept.maxlen)
+        counts = Counts.loaded(state["counts"], kept)
         layers = Layers()
         layers.load_state_dict(state["layers"])
         with self._lock:
             self._pending.clear()
             self.layers = layers
-            self._kept, self._counts, self._largest = kept, counts, (norm, step)
-            self._latest = (
-                any(record.clipped for record in latest),
-                any(record.nonfinite for record in latest),
-                any(record.skipped for record in latest),
-            )
+            self._kept, self._counts = kept, counts
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            self._resolve()
-            state = vars(self) | {"_kept": self._kept.copy(), "layers": copy.copy(self.layers)}
-        # Copies have their own lock and pending steps, and no Clipper.
-        return state | {"_pending": [], "_is_followed": False, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = RLock()
-
-
-def _quantiles(values: Iterable[float]) -> dict[float, float]:
-    finite = [value for value in values if math.isfinite(value)]
-    return dict(zip(QUANTILES, np.quantile(finite, QUANTILES).tolist(), strict=True)) if finite else {}
-
-
-def _require(method: str, *packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"{method}() needs {' and '.join(missing)}; install with: {installing('demo')}"
-        )
+        # Copies have no Clipper.
+        return super().__getstate__() | {"layers": copy.copy(self.layers), "_is_followed": False}
 
 
 def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from torchclip.history.figure import histogram_figure, history_figure
-from torchclip.history.layers import layers_figure
+from torchclip.history.heat_map import heat_maps
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -23,29 +21,9 @@ if TYPE_CHECKING:
     from torchclip.history.layers import Array
     from torchclip.history.summary import Summary
 
-# A picture with more points than this is drawn as pixels, as a marker for each would take much space.
+# With more points than this, markers are drawn as pixels, as each would take much space.
 _MANY_POINTS = 1000
-# Each picture is drawn for two widths of the window, in inches, so that its text always has the page's size.
-_WIDTHS = {"wide": 9.5, "narrow": 4.6}
-
-
-class _Drawing(NamedTuple):
-    window: str
-    """A key of ``_WIDTHS``."""
-    svg: Markup
-    left: float
-    """The beginning and the end of the axes, as shares of the width, and the values there."""
-    right: float
-    first: float
-    last: float
-
-
-class _Picture(NamedTuple):
-    title: str
-    drawings: list[_Drawing]
-    caption: str
-    points: Markup | None = None
-    """The page's data about each step, as JSON."""
+_WIDTH = 9.5  # inches, with which text in pictures has the size of the page's text
 
 
 class Shown(NamedTuple):
@@ -56,10 +34,8 @@ class Shown(NamedTuple):
     summary: Summary
     advice: Advice | None
     """None for a run without advice of its own."""
-    layers: tuple[list[str], list[int], Array]
-    """Names, steps and norms of single parameters."""
-    ratios: Array | None = None
-    """Their updates divided by their weights; None if these are not known."""
+    layers: tuple[list[str], list[int], Array, Array | None]
+    """What ``heat_maps`` draws."""
 
 
 class Overview(NamedTuple):
@@ -67,8 +43,13 @@ class Overview(NamedTuple):
 
     rows: Sequence[Sequence[str]]
     title: str
-    draw: Callable[[float], Figure]
-    """Draws the picture for a width in inches."""
+    figure: Figure
+
+
+class _Picture(NamedTuple):
+    title: str
+    svg: Markup
+    caption: str = ""
 
 
 class _Run(NamedTuple):
@@ -76,7 +57,7 @@ class _Run(NamedTuple):
     numbers: list[tuple[str, str]]
     about: Sequence[str]
     advice: Advice | None
-    figures: list[_Picture]
+    pictures: list[_Picture]
 
 
 def page(
@@ -105,27 +86,34 @@ def page(
     runs = [_run(name, each, said.get(name, ()) if name else ()) for name, each in shown.items()]
     if len(runs) == 1 and overview is None:
         runs[0] = runs[0]._replace(name="")
-    picture = None
-    if overview is not None:
-        picture = _Picture(overview.title, _drawings("overview", overview.draw), "")
     return environment.from_string(template).render(
         title=title,
         runs=runs,
         about=said.get("", ()),
         rows=overview and overview.rows,
-        picture=picture,
+        picture=overview and _Picture(overview.title, _svg(overview.figure, "overview")),
         verdict=verdict,
         remarks=remarks,
     )
 
 
 def _run(name: str, shown: Shown, about: Sequence[str]) -> _Run:
-    columns, summary, advice, layers, ratios = shown
-    figures = [_norms(name, columns), _histogram(name, columns, advice)] if columns["step"] else []
+    columns, summary, advice, layers = shown
+    pictures = []
+    if columns["step"]:
+        has_loss = any(loss is not None for loss in columns["loss"])
+        title = "Norm and loss over steps" if has_loss else "Norm over steps"
+        svg = _svg(history_figure({title: columns}), f"norms of {name}")
+        pictures.append(_Picture(title, svg, "Norms before clipping."))
+        # A threshold to keep is drawn as the threshold of the run.
+        suggested = None if advice is None or advice.verdict == "keep" else advice.max_norm
+        figure = histogram_figure(columns["total_norm"], columns["max_norm"], suggested)
+        svg = _svg(figure, f"histogram of {name}")
+        pictures.append(_Picture("Distribution of the norms", svg, "Norms that are finite and above 0."))
     if layers[1]:
-        drawings = _drawings(f"layers of {name}", lambda width: layers_figure(*layers, width, ratios))
-        figures.append(_Picture("Layers", drawings, "Gray: no gradient, or a norm of 0. Red: not finite."))
-    return _Run(name, _numbers(summary), about, advice, figures)
+        svg = _svg(heat_maps(*layers), f"layers of {name}")
+        pictures.append(_Picture("Layers", svg, "Gray: no gradient, or a norm of 0. Red: not finite."))
+    return _Run(name, _numbers(summary), about, advice, pictures)
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str]]:
@@ -144,69 +132,6 @@ def _numbers(summary: Summary) -> list[tuple[str, str]]:
     return numbers
 
 
-def _norms(name: str, columns: Mapping[str, Sequence[Any]]) -> _Picture:
-    from markupsafe import Markup
-
-    drawings = _drawings(f"norms of {name}", lambda width: _norms_figure(columns, width))
-    marks = zip(columns["clipped"], columns["nonfinite"], columns["skipped"], strict=True)
-    points = {
-        "step": columns["step"],
-        "norm": _short(columns["total_norm"]),
-        "clipped_norm": _short(columns["clipped_norm"]),
-        "max_norm": _short(columns["max_norm"]),
-        "loss": _short([math.nan if loss is None else loss for loss in columns["loss"]]),
-        "mark": "".join(
-            "s" if skipped else "n" if bad else "c" if clipped else "-" for clipped, bad, skipped in marks
-        ),
-    }
-    caption = "Norms before clipping. Point at a step to read it."
-    # Only numbers and letters, so that nothing needs to be escaped.
-    data = Markup(json.dumps(points, separators=(",", ":")))
-    has_loss = any(loss is not None for loss in columns["loss"])
-    return _Picture("Norm and loss over steps" if has_loss else "Norm over steps", drawings, caption, data)
-
-
-def _norms_figure(columns: Mapping[str, Sequence[Any]], width: float) -> Figure:
-    figure = history_figure(columns, width)
-    for line in [line for axes in figure.axes for line in axes.lines]:
-        if len(np.asarray(line.get_xdata())) > _MANY_POINTS:
-            if line.get_label() in ("norm", "loss"):
-                line.set_marker("")
-            elif line.get_linestyle() == "None":
-                line.set_rasterized(True)
-    return figure
-
-
-def _short(values: Sequence[float]) -> list[float | str]:
-    """Values to four digits, as JSON numbers or strings; a single one if all are equal."""
-    shown = [float(f"{value:.4g}") if math.isfinite(value) else f"{value}" for value in values]
-    return shown[:1] if len(set(shown)) == 1 else shown
-
-
-def _histogram(name: str, columns: Mapping[str, Sequence[Any]], advice: Advice | None) -> _Picture:
-    norms, max_norms = columns["total_norm"], columns["max_norm"]
-    # A threshold to keep is drawn as the threshold of the run.
-    suggested = None if advice is None or advice.verdict == "keep" else advice.max_norm
-    drawings = _drawings(
-        f"histogram of {name}", lambda width: histogram_figure(norms, max_norms, suggested, width)
-    )
-    return _Picture("Distribution of the norms", drawings, "Norms that are finite and above 0.")
-
-
-def _drawings(name: str, draw: Callable[[float], Figure]) -> list[_Drawing]:
-    """A figure, drawn for each width of the window; ``name`` is unique on the page."""
-    drawings = []
-    for window, width in _WIDTHS.items():
-        figure = draw(width)
-        svg = _svg(figure, f"{name}, {window}")
-        if figure.axes:
-            box, limits = figure.axes[0].get_position(), figure.axes[0].get_xlim()
-            drawings.append(_Drawing(window, svg, box.x0, box.x1, *limits))
-        else:
-            drawings.append(_Drawing(window, svg, 0.0, 1.0, 0.0, 1.0))
-    return drawings
-
-
 def _svg(figure: Figure, salt: str) -> Markup:
     """A figure as SVG with the width and the colors of the page.
 
@@ -216,6 +141,7 @@ def _svg(figure: Figure, salt: str) -> Markup:
     from markupsafe import Markup
     from matplotlib.colors import to_rgba
 
+    figure.set_figwidth(_WIDTH)
     for legend in [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]:
         legend.set_frame_on(False)
     figure.set_facecolor("none")
@@ -226,6 +152,12 @@ def _svg(figure: Figure, salt: str) -> Markup:
             axes.set_title("", loc=place)  # the page has its own title
         for mesh in axes.collections:
             mesh.set_rasterized(True)
+        for line in axes.lines:
+            if len(np.asarray(line.get_xdata())) > _MANY_POINTS:
+                if line.get_linestyle() == "None":
+                    line.set_rasterized(True)
+                else:
+                    line.set_marker("")
     file = io.StringIO()
     # Text stays text, and the same history gives the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):

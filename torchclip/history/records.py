@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -87,16 +87,17 @@ _CHECKS: dict[str, tuple[Callable[[str, Any], Any], set[type]]] = {
 }
 
 
-def saved_columns(columns: Mapping[str, Any]) -> list[Sequence[Any]]:
-    """The columns of a saved state in the order of a record's fields; an error names the wrong one."""
-    found: list[Sequence[Any]] = []
+def saved_records(state: Any) -> Iterator[Record]:
+    """The records of a saved state, which has a column for each field; an error names the wrong one."""
+    arguments.saved("state['records']", state, Record._fields, "History")
+    columns: list[Sequence[Any]] = []
     for field, (check, plain) in _CHECKS.items():
-        values = columns[field]
+        values = state[field]
         is_plain = type(values) is list and set(map(type, values)) <= plain
-        found.append(values if is_plain else arguments.items(f"state['records']['{field}']", values, check))
-    if len(set(map(len, found))) > 1:
+        columns.append(values if is_plain else arguments.items(f"state['records']['{field}']", values, check))
+    if len(set(map(len, columns))) > 1:
         raise ValueError("`state['records']` must have columns of the same length")
-    return found
+    return map(Record._make, zip(*columns, strict=True))
 
 
 def numbers(values: Iterable[Any]) -> list[Any]:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from torchclip._core.extras import installing
-from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
+from torchclip.clipper.clipper import Clipper
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import Scalars
+from torchclip.integrations.options import check_options
 from torchclip.thresholds.base import MaxNorm, Rule
 
 try:
@@ -37,45 +38,27 @@ class ClipperCallback(Callback):
     yourself.
 
     Args:
-        max_norm: the threshold.  This argument and the next ones are those of ``torchclip.Clipper``.
-        norm_type: the order of the norm, any number or ``"inf"``.
-        scope: which gradients are clipped together: ``"global"``, ``"group"`` or ``"parameter"``.
-        nonfinite: what to do if the norm is ``inf`` or ``nan``.
-        skip_above: skip steps whose norm is above this threshold; None for no limit.
-        max_skips: how many steps in a row may be skipped; None for any number.
-        layers_every: how often, in steps, to record the norm of each parameter; 0 for never.
+        max_norm: the threshold: whatever ``torchclip.Clipper`` takes as its ``max_norm``.
         log: whether to log ``clip/total_norm``, ``clip/clipped_norm``, ``clip/max_norm`` and
             ``clip/clipped_share`` (``clip_0/...``, ``clip_1/...`` for several optimizers) with the module's
             ``log_dict``, and with ``layers_every`` the norms of single parameters as ``clip_layers/...``.  On
             an accelerator this waits for the norm in every step.
+        **options: the other arguments of ``torchclip.Clipper``, such as ``nonfinite``, ``skip_above``,
+            ``skip_loss_above`` (with a single optimizer), ``layers_every`` and ``updates``; not ``model`` and
+            ``on_clip``, which the callback passes.
+
+    Raises:
+        TypeError: for an argument that a ``Clipper`` does not have.
 
     Attributes:
         clippers (list[Clipper]): one for each optimizer, in order, from the start of ``fit``; their history
             can be read afterwards.
     """
 
-    def __init__(
-        self,
-        max_norm: MaxNorm | Rule,
-        *,
-        norm_type: float | str = 2.0,
-        scope: Scope = "global",
-        nonfinite: Nonfinite = "propagate",
-        skip_above: MaxNorm | None = None,
-        max_skips: int | None = None,
-        layers_every: int = 0,
-        log: bool = True,
-    ) -> None:
+    def __init__(self, max_norm: MaxNorm | Rule, *, log: bool = True, **options: Any) -> None:
         super().__init__()
-        self._max_norm = max_norm
-        self._options: dict[str, Any] = {
-            "norm_type": norm_type,
-            "scope": scope,
-            "nonfinite": nonfinite,
-            "skip_above": skip_above,
-            "max_skips": max_skips,
-            "layers_every": layers_every,
-        }
+        check_options(options)
+        self._max_norm, self._options = max_norm, options
         self._log = log
         self._to_log: dict[str, float] = {}
         self._states: list[dict[str, Any]] = []
@@ -88,7 +71,8 @@ class ClipperCallback(Callback):
         """Put a clipper on each optimizer.
 
         Raises:
-            ValueError: if the Trainer clips too, or its strategy hides the gradients from the optimizer.
+            ValueError: if the Trainer clips too, if its strategy hides the gradients from the optimizer, or
+                if ``skip_loss_above`` comes with several optimizers.
         """
         if trainer.gradient_clip_val:
             raise ValueError(
@@ -101,13 +85,20 @@ class ClipperCallback(Callback):
                 "ModelParallelStrategy (FSDP2), or Trainer(gradient_clip_val=...) without this callback"
             )
         optimizers = trainer.optimizers
+        several = len(optimizers) > 1
+        if several and self._options.get("skip_loss_above") is not None:
+            raise ValueError(
+                f"`skip_loss_above` judges the loss of one optimizer, but this module has {len(optimizers)}; "
+                "do not pass it, or make a Clipper yourself and assign its `loss`"
+            )
         if not self._states and self._goes_on(pl_module, len(optimizers)):
             self._states = [clipper.state_dict() for clipper in self.clippers]
         self._module = weakref.ref(pl_module)
-        several = len(optimizers) > 1
         self._scalars = [Scalars(f"clip_{i}" if several else "clip") for i in range(len(optimizers))]
         self.clippers = [
-            Clipper(optimizer, self._max_norm, on_clip=self._note(scalars), model=pl_module, **self._options)
+            Clipper(
+                optimizer, self._max_norm, on_clip=self._note(scalars), model=trainer.model, **self._options
+            )
             for optimizer, scalars in zip(optimizers, self._scalars, strict=True)
         ]
         self._fitting = True

@@ -11,6 +11,9 @@ from torchclip.history.records import Record
 __all__ = ["DictLogger", "Scalars"]
 
 
+_WINDOW = 100  # the latest steps, of which ``clipped_share`` is a share
+
+
 class Scalars:
     """Turns the records of one clipper into named numbers.
 
@@ -19,11 +22,6 @@ class Scalars:
 
     Args:
         prefix: the beginning of the names, before a slash or before ``_layers``.
-        window: the number of latest steps in the share of clipped steps, at least 1.
-
-    Raises:
-        TypeError: if ``window`` is not an integer.
-        ValueError: if ``window`` is less than 1.
 
     Examples:
         >>> scalars = Scalars()
@@ -31,9 +29,9 @@ class Scalars:
         {'clip/total_norm': 4.0, 'clip/clipped_norm': 1.0, 'clip/max_norm': 1.0, 'clip/clipped_share': 1.0}
     """
 
-    def __init__(self, prefix: str = "clip", window: int = 100) -> None:
+    def __init__(self, prefix: str = "clip") -> None:
         self._prefix = prefix
-        self._clipped: deque[bool] = deque(maxlen=arguments.count("window", window, least=1))
+        self._clipped: deque[bool] = deque(maxlen=_WINDOW)
 
     def resume(self, history: Iterable[Record]) -> None:
         """Continue from a loaded history, so that the share of clipped steps does not start again."""

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from torchclip._core.extras import installing
 from torchclip.clip_grad.norm import get_total_norm
-from torchclip.clipper.clipper import Clipper, Nonfinite, Scope
+from torchclip.clipper.clipper import Clipper
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import DictLogger, Scalars
+from torchclip.integrations.options import check_options
 from torchclip.integrations.tensorboard import ScalarLogger
 from torchclip.thresholds.base import MaxNorm, Rule
 
@@ -50,14 +51,13 @@ class ClipperCallback(TrainerCallback, ExportableState):
     This does not work with DeepSpeed and FSDP1, which hide the gradients; use ``max_grad_norm`` there.
 
     Args:
-        max_norm: the threshold.  This argument and the next ones are those of ``torchclip.Clipper``.
-        norm_type: the order of the norm, any number or ``"inf"``.
-        scope: which gradients are clipped together: ``"global"``, ``"group"`` or ``"parameter"``.
-        nonfinite: what to do if the norm is ``inf`` or ``nan``.
-        skip_above: skip steps whose norm is above this threshold; None for no limit.
-        max_skips: how many steps in a row may be skipped; None for any number.
-        layers_every: how often, in steps, to record the norm of each parameter; 0 for never.
+        max_norm: the threshold: whatever ``torchclip.Clipper`` takes as its ``max_norm``.
         on_clip: called with the record of each step.
+        **options: the other arguments of ``torchclip.Clipper``, such as ``nonfinite``, ``skip_above``,
+            ``skip_loss_above``, ``layers_every`` and ``updates``; not ``model``, which the callback passes.
+
+    Raises:
+        TypeError: for an argument that a ``Clipper`` does not have.
 
     Attributes:
         clipper (Clipper | None): the clipper, from the start of training; its history can be read afterwards.
@@ -67,23 +67,11 @@ class ClipperCallback(TrainerCallback, ExportableState):
         self,
         max_norm: MaxNorm | Rule,
         *,
-        norm_type: float | str = 2.0,
-        scope: Scope = "global",
-        nonfinite: Nonfinite = "propagate",
-        skip_above: MaxNorm | None = None,
-        max_skips: int | None = None,
-        layers_every: int = 0,
         on_clip: Callable[[Record], object] | None = None,
+        **options: Any,
     ) -> None:
-        self._max_norm = max_norm
-        self._options: dict[str, Any] = {
-            "norm_type": norm_type,
-            "scope": scope,
-            "nonfinite": nonfinite,
-            "skip_above": skip_above,
-            "max_skips": max_skips,
-            "layers_every": layers_every,
-        }
+        check_options(options)
+        self._max_norm, self._options = max_norm, options
         self._on_clip = on_clip
         self._scalars = Scalars()
         self._latest: dict[str, float] = {}
@@ -117,12 +105,11 @@ class ClipperCallback(TrainerCallback, ExportableState):
                 "ClipperCallback does; pass max_grad_norm=0.0"
             )
         self.on_train_end()  # an exception may have ended the training before
+        trainer = _calling_trainer()
+        # Its DistributedDataParallel, if there is one, shows which ranks have a mean loss.
+        model = kwargs["model"] if trainer is None else trainer.model_wrapped
         self.clipper = Clipper(
-            _unwrapped(kwargs["optimizer"]),
-            self._max_norm,
-            on_clip=self._note,
-            model=kwargs["model"],
-            **self._options,
+            _unwrapped(kwargs["optimizer"]), self._max_norm, on_clip=self._note, model=model, **self._options
         )
         # A checkpoint from before this callback has no entry, but the Trainer needs one when it saves.
         entries: Any = state.stateful_callbacks
@@ -133,7 +120,6 @@ class ClipperCallback(TrainerCallback, ExportableState):
             self._scalars.resume(self.clipper.history)
             if isinstance(self._on_clip, (DictLogger, ScalarLogger)):
                 self._on_clip.resume(self.clipper.history)
-        trainer = _calling_trainer()
         if trainer is not None:
             self._measure_for(trainer)
 
@@ -198,7 +184,9 @@ class ClipperCallback(TrainerCallback, ExportableState):
     def _measures(self, clipper: Clipper, parameters: Sequence[Tensor], norm_type: float) -> bool:
         """Whether the clipper measures this norm of these parameters' gradients; all ranks agree."""
         held = parameters_of(*clipper.optimizers)
-        return float(self._options["norm_type"]) == norm_type and _trainable(held) == _trainable(parameters)
+        return float(self._options.get("norm_type", 2.0)) == norm_type and _trainable(held) == _trainable(
+            parameters
+        )
 
     def _note(self, record: Record) -> None:
         self._latest |= self._scalars(record)

@@ -285,7 +285,6 @@ def _show(
 
 
 def _figure(histories: Mapping[str, History]) -> Figure:
-    from torchclip.history.figure import empty_figure, histories_figure
+    from torchclip.history.figure import history_figure
 
-    columns = {label: history.as_dict() for label, history in histories.items() if len(history)}
-    return histories_figure(columns) if columns else empty_figure("no optimizer took a step")
+    return history_figure({label: history.as_dict() for label, history in histories.items()})

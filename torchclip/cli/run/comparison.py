@@ -36,7 +36,7 @@ def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
         from torchclip.history.page import Overview, page
 
         about = [*about_thresholds, f"{' '.join(command.script)}, {now()}"]
-        overview = Overview(rows, "Loss of each run", lambda width: losses_figure(_curves(found), width))
+        overview = Overview(rows, "Loss of each run", losses_figure(_curves(found)))
         shown = {name: history._shown(has_advice=False) for name, history in histories.items()}
         return page("Thresholds tried", shown, {"": about}, overview, said)
 
