@@ -59,7 +59,7 @@ class Floats:
 
     @staticmethod
     def mean_and_deviation(row: list[float], seen: int) -> tuple[float, float]:
-        """The mean and standard deviation of a row of up to ``seen`` numbers; arbitrary for fewer than two."""
+        """The mean and standard deviation of a row of up to ``seen`` numbers; arbitrary below two."""
         if seen < 2:
             return math.inf, 0.0
         numbers = row if seen >= len(row) else row[:seen]
@@ -128,7 +128,7 @@ class Tensors:
 
     @staticmethod
     def mean_and_deviation(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation of each row of up to ``seen`` numbers; arbitrary for fewer than two."""
+        """The mean and standard deviation of each row of up to ``seen`` numbers; arbitrary below two."""
         count = seen.clip(None, rows.shape[1]).to(rows.dtype)
         mean = (rows / count.unsqueeze(1)).nansum(1)
         # The mean is never far below the largest norm.  So after division by it, no square overflows.
