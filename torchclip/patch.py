@@ -139,7 +139,7 @@ def install(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> list[
 
 
 def uninstall() -> None:
-    """Restore the functions that ``install`` or ``installed`` replaced, also within a block of ``installed``."""
+    """Restore the functions that ``install`` or ``installed`` replaced, also within an open block."""
     global _stays
     with _lock:
         _stays = False
