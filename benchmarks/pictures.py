@@ -45,8 +45,8 @@ def benchmark_figure(
         in_steps: what ``steps.py`` measured.
     """
     titles = list(dict.fromkeys(row["title"] for row in rows))
-    heights = [1 + 0.66 * len(in_steps)] * bool(in_steps) + [1.2 + 0.45 * len(titles)] * bool(rows)
-    figure = Figure((13, 1 + sum(heights)), layout="constrained")
+    heights = [1 + 0.5 * len(in_steps)] * bool(in_steps) + [1.2 + 0.7 * len(titles)] * bool(rows)
+    figure = Figure((9.5, 1 + sum(heights)), layout="constrained")
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if in_steps:
         _steps_panel(parts.pop(0), in_steps)
@@ -88,14 +88,14 @@ def _steps_panel(part: SubFigure, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
     axes.grid(False, axis="y")
-    part.suptitle("In a training step: how many times less than torch.nn.utils", fontsize=13)
+    part.suptitle("In a training step: speedup over torch.nn.utils", fontsize=13)
     part.legend(loc="outside lower center", ncols=len(IN_STEPS))
 
 
 def _workload_panels(
     part: SubFigure, rows: Sequence[Mapping[str, Any]], operations: Mapping[str, str], titles: Sequence[str]
 ) -> None:
-    panels = part.subplots(1, len(operations), sharey=True, squeeze=False)[0]
+    panels = part.subplots(2, -(-len(operations) // 2), sharey=True, squeeze=False).flat
     for axes, (operation, title) in zip(panels, operations.items(), strict=True):
         results = {row["title"]: row["contenders"] for row in rows if row["operation"] == operation}
         axes.axvline(1, color=GRAY, linewidth=1, label="torch")
@@ -118,7 +118,7 @@ def _workload_panels(
         axes.grid(False, axis="y")
     panels[0].set_yticks(range(len(titles)), titles)
     panels[0].invert_yaxis()
-    part.suptitle("Called by itself: how many times faster than torch.nn.utils", fontsize=13)
+    part.suptitle("One call: speedup over torch.nn.utils", fontsize=13)
     pairs = [axes.get_legend_handles_labels() for axes in panels]
     used = {name: handle for handles, names in pairs for handle, name in zip(handles, names, strict=True)}
     part.legend(used.values(), used.keys(), loc="outside lower center", ncols=len(used))

@@ -20,7 +20,7 @@ BATCH, HIDDEN, STEPS, MAX_NORM = 2, 3, 20, 5.0
 
 
 def clip_grads(grads: Sequence[Array], max_norm: float) -> float:
-    """The book's function: all gradients count as one long vector, which is shortened to ``max_norm``."""
+    """The book's function: all gradients are one long vector, which is shortened to ``max_norm``."""
     norm = np.sqrt(sum(float((grad**2).sum()) for grad in grads))
     rate = max_norm / (norm + 1e-6)
     if rate < 1:
@@ -38,7 +38,7 @@ def clip_with_torchclip(grads: Sequence[Array], max_norm: float) -> float:
 
 
 def norms_on_the_way_back(weights: Array, clip: Callable[[list[Array], float], float] | None = None) -> Array:
-    """The mean norm of a gradient that goes back through the same layer, once for every time step."""
+    """The mean norm of a gradient that goes back through the same layer once for every time step."""
     dh, norms = np.ones((BATCH, HIDDEN)), []
     for _ in range(STEPS):
         dh = dh @ weights.T
@@ -49,12 +49,12 @@ def norms_on_the_way_back(weights: Array, clip: Callable[[list[Array], float], f
 
 
 def factor(weights: Array) -> float:
-    """What one more step multiplies the norm by, in the end: the largest eigenvalue."""
+    """The factor by which each late step multiplies the norm: the largest absolute eigenvalue."""
     return float(np.abs(np.linalg.eigvals(weights)).max())
 
 
 def compare(grads: Sequence[Array]) -> None:
-    """Clip copies with both functions, and print what they did."""
+    """Clip copies with both functions, and print the results."""
     for clip in (clip_grads, clip_with_torchclip):
         copies = [grad.copy() for grad in grads]
         norm = clip(copies, MAX_NORM)

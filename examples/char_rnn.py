@@ -3,8 +3,8 @@
 python examples/char_rnn.py --model rnn
 torchclip run --try none --plot char_rnn.png examples/char_rnn.py
 
-There is no torchclip in this file: it is a training loop as people write it, which calls torch's
-clip_grad_norm_.  The second command trains as the file says, and without clipping, and draws both.
+There is no torchclip in this file: it is an ordinary training loop, which calls torch's clip_grad_norm_.
+The second command trains with clipping, as the file says, and without, and plots both losses.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BATCH, TIME = 32, 64  # texts that are read at the same time, and characters of each in a step
+BATCH, TIME = 32, 64  # the number of texts that are read together, and of their characters in a step
 HIDDEN, EMBEDDING = 128, 32
 # A learning rate that is as high as clipping allows, and the threshold.
 DEFAULTS = {"rnn": (3.0, 0.5), "lstm": (30.0, 0.25), "transformer": (0.01, 1.0)}
-State = Tensor | tuple[Tensor, Tensor] | None  # an LSTM's has two parts; None before the first character
+State = Tensor | tuple[Tensor, Tensor] | None  # an LSTM has two tensors; None before the first character
 
 
 class Recurrent(nn.Module):
@@ -37,7 +37,7 @@ class Recurrent(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The same with attention: two layers that see all characters of a call, and keep no state."""
+    """The same with attention: two layers, which see all characters of a call and keep no state."""
 
     def __init__(self, vocabulary: int, hidden: int = HIDDEN) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def read() -> tuple[Tensor, str]:
 
 
 def batches(tokens: Tensor, steps: int, batch: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of the text, and the same windows one character later, which the model shall predict.
+    """Windows of the text, and the same windows one character later, which are the targets.
 
     Each window begins where the last one ended, so that the network can keep its state.
     """
@@ -91,7 +91,7 @@ def detached(state: State) -> State:
 
 @torch.no_grad()
 def write(model: nn.Module, vocabulary: str, length: int) -> str:
-    """Text by the model, which reads its last characters again before each new one."""
+    """Text that the model writes.  Before each new character it reads its last ones again."""
     tokens = torch.zeros(1, 1, dtype=torch.int64)
     for _ in range(length):
         scores, _ = model(tokens[:, -TIME:])

@@ -1,4 +1,4 @@
-"""Two experts on two replicas each: a norm that is wrong without an error, check_ranks, the right norm.
+"""Two experts with two replicas each: a wrong norm without an error, the check, and the right norm.
 
 pip install .
 torchrun --nproc-per-node=4 examples/check_ranks.py
@@ -22,7 +22,7 @@ class Mixture(nn.Module):
         torch.manual_seed(0)
         self.router = nn.Linear(16, 16)  # the same on all ranks
         torch.manual_seed(1 + expert)
-        self.expert = nn.Linear(16, 1)  # another one on each rank along "ep", with a replica along "dp"
+        self.expert = nn.Linear(16, 1)  # different experts along "ep", replicas along "dp"
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = self.expert(self.router(inputs).relu())
@@ -44,7 +44,7 @@ def on_all_ranks(norm: Tensor) -> list[float]:
     return [round(float(each), 4) for each in norms]
 
 
-# Wrong: each rank has the norm of its own expert and of the router.  An infinite max_norm only measures.
+# Wrong: each rank gets the norm of its own expert and the router.  An infinite max_norm only measures.
 norms = on_all_ranks(torchclip.clip_grad_norm_(model.parameters(), float("inf")))
 
 # What check_ranks says.
@@ -53,7 +53,7 @@ if dist.get_rank() == 0:
     print("wrong:", norms)
     print(report)
 
-# Right: what it says to do.
+# Right: the calls that the report recommends.
 grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 part0 = [grad for name, grad in grads.items() if name not in report.local]
 part1 = [grad for name, grad in grads.items() if name in report.local]

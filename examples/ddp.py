@@ -1,4 +1,4 @@
-"""DDP: every rank has the whole model and, after backward(), the same gradients, so all clip alike.
+"""DDP: after backward() all ranks have the same gradients, so all clip by the same norm.
 
 pip install .
 torchrun --nproc-per-node=2 examples/ddp.py
@@ -27,7 +27,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 clipper = torchclip.Clipper(optimizer, max_norm=0.1)
 
 for _ in range(50):
-    x = torch.randn(64, 64).chunk(ranks)[rank].to(device)  # all draw the same batch, and each takes its share
+    x = torch.randn(64, 64).chunk(ranks)[rank].to(device)  # this rank's share of the same batch
     optimizer.zero_grad()
     loss = F.mse_loss(model(x), x.sin().mean(1, keepdim=True))
     loss.backward()  # averages the gradients of all ranks

@@ -34,7 +34,7 @@ optimizer = torch.optim.AdamW(model.named_parameters(), lr=3e-3)
 clipper = torchclip.Clipper(optimizer, max_norm=0.03)
 
 for _ in range(50):
-    x = torch.randn(64, 64).chunk(ranks)[rank].to(device)  # all draw the same batch, and each takes its share
+    x = torch.randn(64, 64).chunk(ranks)[rank].to(device)  # this rank's share of the same batch
     optimizer.zero_grad()
     loss = F.mse_loss(model(x), x.sin().mean(1, keepdim=True))
     loss.backward()

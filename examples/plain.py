@@ -18,7 +18,7 @@ clipper = torchclip.Clipper(optimizer, max_norm=1.0)  # from now on optimizer.st
 
 
 def batch(size: int = 32, length: int = 10) -> tuple[Tensor, Tensor]:
-    """Sequences of numbers, two of which are marked; the answer is the sum of these two."""
+    """Sequences of numbers with two marked numbers; the target is the sum of these two."""
     numbers = torch.rand(size, length)
     marks = torch.zeros(size, length).scatter(1, torch.rand(size, length).topk(2).indices, 1.0)
     return torch.stack([numbers, marks], dim=-1), (numbers * marks).sum(1, keepdim=True)

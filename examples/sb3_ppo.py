@@ -3,7 +3,7 @@
 pip install '.[sb3]'
 python examples/sb3_ppo.py
 
-For your own script, without a change and with a report at the end: torchclip run SCRIPT.
+To get a report on your own script without changing it: torchclip run SCRIPT.
 """
 
 from typing import Any

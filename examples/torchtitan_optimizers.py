@@ -4,8 +4,8 @@
     python examples/torchtitan_optimizers.py
 
 ``OptimizersContainer`` has an optimizer for each part of a pipeline, and steps them one after the other.  A
-Clipper on these optimizers clips all of them by one norm before the first one steps.  If the pipeline has
-several ranks, pass ``group=`` as well, so that the norm is that of all stages.
+Clipper on these optimizers clips all gradients by one norm before the first optimizer steps.  If the pipeline
+has several ranks, pass ``group=`` as well, so that the norm is that of all stages.
 """
 
 import torch

@@ -3,8 +3,8 @@
     pip install 'torchclip[transformers]'
     python examples/transformers_two_optimizers.py
 
-The Trainer takes one optimizer, so both are put into a container, as in torchtitan.  The container is itself
-an optimizer; a Clipper on it clips before both step.
+The Trainer takes one optimizer, so a container holds both, as in torchtitan.  The container is an optimizer
+itself, and a Clipper on it clips before both optimizers step.
 """
 
 import tempfile

@@ -146,7 +146,7 @@ class Batch:
     def facts(self) -> int:
         """``torchclip._core.batch.Facts`` of the taken tensors, as they were when the batch was made.
 
-        ``SMALL`` only if all were taken; ``TIED`` also for a parameter that came twice.
+        ``SMALL`` only if all were taken; ``SHARED_GRADIENT`` also for a parameter that came twice.
         """
     @property
     def taken(self) -> Batch:

@@ -11,7 +11,7 @@ __all__ = ["disabled", "status"]
 
 
 def status() -> str:
-    """One line that says whether the kernel is active, and if not, why."""
+    """One line that says whether the kernel is active, and if not, why not."""
     return native.status()
 
 
@@ -19,7 +19,7 @@ def status() -> str:
 def disabled() -> Iterator[None]:
     """Use torch operations instead of the kernel within a ``with`` block, for comparison.
 
-    This affects all threads, until each of them has left its last such block.
+    This turns the kernel off in all threads, until the last open block has ended.
     """
     if native.extension is None:
         yield

@@ -1,4 +1,4 @@
-"""Replaces torch's clipping functions by torchclip's, for code that calls torch's."""
+"""Replaces torch's clipping functions with torchclip's, for code that calls torch's functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
     """A function of torchclip that returns the norm as torch's function does.
 
-    It is a function of its own, so that it can have a ``__wrapped__``.
+    It is a separate function, so that it can have a ``__wrapped__``.
     """
     names = inspect.signature(ours).parameters
     first, takes_group = next(iter(names)), "group" in names
@@ -62,9 +62,9 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
 
 
 def _as_torch_returns(total_norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The norm as a DTensor if the gradients are: callers of torch's function may call its ``full_tensor()``.
+    """The norm as a DTensor if the gradients are DTensors, because callers may call ``full_tensor()`` on it.
 
-    It is replicated on every rank, so that ``item()`` is right, too.
+    It is replicated on every rank, so that ``item()`` is correct, too.
     """
     found = [tensor.device_mesh for tensor in tensors if meshes.is_dtensor(tensor)]
     own = next((each for each in found if each.get_coordinate() is not None), None)
@@ -82,41 +82,41 @@ get_total_norm = _stand_in(norm.get_total_norm, takes_gradients=True)
 
 _STAND_INS = (clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm)
 originals = types.SimpleNamespace(**{f.__name__: getattr(torch.nn.utils, f.__name__) for f in _STAND_INS})
-"""Torch's own functions, where pickle finds them while others replace them."""
+"""Torch's own functions, where pickle finds them while they are replaced."""
 _own_places = {each: (each.__module__, each.__qualname__) for each in vars(originals).values()}
 _lock = threading.RLock()
 _replaced: dict[tuple[types.ModuleType, str], Any] = {}
 _observer: list[Callable[..., Any]] = []
 _stays = False
 _blocks = 0
-# The process groups that calls get which pass none: those of ``install``, and those of each open block.
+# The process groups for calls that pass no ``group``: those of ``install``, and those of each open block.
 _groups: list[ProcessGroup] = []
 _groups_of_blocks: list[list[ProcessGroup]] = []
 
 
 def install(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> list[str]:
-    """Replace torch's clipping functions by torchclip's, in this process, until ``uninstall``.
+    """Replace torch's clipping functions with torchclip's, in this process, until ``uninstall``.
 
     This replaces ``clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and ``get_total_norm``
-    in ``torch.nn.utils`` and in ``torch.nn.utils.clip_grad``.  Each has the replaced function as its
-    ``__wrapped__``.  Installing twice changes nothing, except that the last ``group`` counts.
+    in ``torch.nn.utils`` and in ``torch.nn.utils.clip_grad``.  The ``__wrapped__`` of each new function is
+    the function that it replaces.  Installing twice changes nothing, except that the last ``group`` counts.
 
-    The norm of DTensors is a DTensor, as in torch, but a replicated one.  So code that calls its
-    ``full_tensor()`` works, and code that does not call it gets the right number, too.
+    The norm of DTensors is a DTensor, as in torch, but replicated.  So code that calls ``full_tensor()``
+    works, and code that does not call it gets the correct number, too.
 
     This does not change FSDP1's own method ``model.clip_grad_norm_``, nor names that were imported earlier,
-    such as by ``from torch.nn.utils import clip_grad_norm_``.  Install before you import modules with such a
-    line.  (torch's ``clip_grad_norm_`` looks up its two halves when it is called, so even an old reference to
-    it measures and scales with torchclip; the three other functions stay torch's.)
+    as by ``from torch.nn.utils import clip_grad_norm_``.  Install before you import modules that do this.
+    (torch's ``clip_grad_norm_`` looks up ``get_total_norm`` and ``clip_grads_with_norm_`` when it is called.
+    So even an old reference to it measures and scales with torchclip.)
 
     Args:
         group: a process group, or several, that ``clip_grad_norm_`` and ``get_total_norm`` get as their
-            ``group``, for frameworks that know no such argument.  A call that passes a ``group`` keeps its
-            own, also None.  A rank outside of a group does not pass it.
+            ``group``, for frameworks that do not know this argument.  A call that passes a ``group``, even
+            None, keeps its own.  A rank outside of a group does not pass it.
 
     Returns:
         The names in loaded modules that still refer to one of torch's functions, as ``"module.name"``,
-        sorted. Attributes of classes and objects are not searched.
+        sorted.  Attributes of classes and objects are not searched.
 
     Raises:
         TypeError: if ``group`` is neither a process group nor a list of them.
@@ -139,7 +139,7 @@ def install(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> list[
 
 
 def uninstall() -> None:
-    """Restore the functions that ``install`` or ``installed`` replaced, also within a block of the latter."""
+    """Restore the functions that ``install`` or ``installed`` replaced, also within an open block."""
     global _stays
     with _lock:
         _stays = False
@@ -151,11 +151,11 @@ def uninstall() -> None:
 def installed(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> Iterator[None]:
     """Like ``install``, but for a ``with`` block.
 
-    The functions are replaced for all threads.  Blocks may be nested and may overlap: the last one to end
+    The functions are replaced for all threads.  Blocks may be nested and may overlap.  The last block to end
     restores torch's functions, unless ``install`` was called.
 
     Args:
-        group: as for ``install``, whose ``group`` it replaces within the block.
+        group: as for ``install``.  Within the block it replaces the ``group`` of ``install``.
 
     Examples:
         >>> with installed():
@@ -181,13 +181,13 @@ def installed(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> Ite
 
 
 def observe(observer: Callable[..., Any]) -> Callable[[], None]:
-    """Call a function in place of each installed one, as ``torchclip run`` does to record the calls.
+    """Call a function in place of each installed function, as ``torchclip run`` does to record the calls.
 
     Args:
-        observer: takes the installed function, which keeps its name, and the arguments.
+        observer: takes the installed function, which keeps its name, and its arguments.
 
     Returns:
-        A function that ends this.
+        A function that ends the observation.
     """
     _observer[:] = [observer]
     return _observer.clear
@@ -197,7 +197,7 @@ def _places() -> Iterator[tuple[types.ModuleType, str, Callable[..., Any]]]:
     """Where torch keeps the functions: module, name there, and what ``install`` puts there."""
     for module in (torch.nn.utils, clip_grad):
         for function in _STAND_INS:
-            # Some are private where they are defined.
+            # Some functions are private in the module that defines them.
             for name in (function.__name__, f"_{function.__name__}"):
                 if hasattr(module, name):
                     yield module, name, function

@@ -26,8 +26,8 @@ def run() -> None:
         print(f"{name:<18} {value}")
     if kernel.status().startswith(NOT_BUILT):
         print(
-            "To get the kernel, install a wheel of torchclip; or a C++ compiler (Debian, Ubuntu: "
-            "`apt install g++`), and then torchclip again."
+            "To get the kernel, install a torchclip wheel, or install a C++ compiler (Debian, Ubuntu: "
+            "`apt install g++`) and then torchclip again."
         )
 
 

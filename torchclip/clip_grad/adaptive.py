@@ -27,20 +27,21 @@ def clip_grad_adaptive_(
 
         G_i ← λ max(‖W_i‖, eps) / ‖G_i‖ · G_i    if ‖G_i‖ > λ max(‖W_i‖, eps)
 
-    The units of a parameter with two or more axes are its slices along the first axis; a vector or a scalar
+    The units of a parameter with two or more axes are its slices along the first axis.  A vector or a scalar
     is one unit.  A gradient that several parameters share is multiplied once, by the smallest of its
     coefficients.  The paper does not clip the last linear layer, so do not pass its parameters.
 
     Args:
-        parameters: tensors whose ``.grad`` is scaled in place, or a single one.  Their values do not change.
+        parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters).
+            Their values do not change.
         clip_factor: the largest ratio of the two norms, at least 0 (``λ`` in the paper).
         eps: a lower bound for the norm of the weights, so that weights that start at zero can move.
         norm_type: the order of the norm, any number or ``"inf"``.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters`` and numbers in the others, an integer gradient,
-            a sparse gradient that does not consist of whole rows (as those of ``torch.nn.Embedding`` do), or
-            a DTensor gradient that is not split like its parameter.
+        TypeError: for anything but tensors in ``parameters`` and numbers in the other arguments, an integer
+            gradient, a sparse gradient that does not consist of whole rows (those of ``torch.nn.Embedding``
+            do), or a DTensor gradient that is not split like its parameter.
         ValueError: if ``clip_factor`` or ``eps`` is negative or NaN, or ``norm_type`` is NaN.
         RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
 
@@ -92,7 +93,7 @@ def _clip_coefs(
 ) -> Sequence[Tensor]:
     if len({of_weight.device for of_weight, _ in norms}) != 1:
         return [_clip_coef(*of_units, clip_factor, grad_scale) for of_units in norms]
-    # All at once, as each operation takes time.
+    # All at once, because each operation takes time.
     weights, grads = (torch.cat(of_all) for of_all in zip(*norms, strict=True))
     of_all = _clip_coef(weights, grads, clip_factor, grad_scale)
     return torch.split(of_all, [of_weight.numel() for of_weight, _ in norms])
@@ -113,7 +114,7 @@ class Adaptive:
     The paper does not clip the last linear layer: give its parameter group ``"max_norm": None``.
 
     Args:
-        clip_factor: the largest ratio of the norms of a unit's gradient and of its weights, at least 0.
+        clip_factor: the largest ratio of a unit's gradient norm to the norm of its weights, at least 0.
         eps: a lower bound for the norm of the weights, so that weights that start at zero can move.
 
     Raises:

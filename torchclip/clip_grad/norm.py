@@ -38,8 +38,8 @@ def clip_grad_norm_(
         min(1, max_norm / (total_norm + 1e-6))
 
     The norm and the coefficient are computed in float64.  If no clipping is needed, gradients in CPU memory
-    do not change.  On an accelerator the host does not wait for the device.  The norm of DTensors is that of
-    the full tensors, the same on every rank, on any mixture of meshes.
+    do not change.  On an accelerator the host does not wait for the device.  The norm of DTensors is the norm
+    of the full tensors, the same on every rank, for any mixture of meshes.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters,
@@ -47,12 +47,12 @@ def clip_grad_norm_(
             twice counts once.
         max_norm: the threshold, at least 0. ``float("inf")`` only measures.
         norm_type: the order of the norm, any number or ``"inf"``.
-        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, before anything changes.  By default
-            that norm is returned, and spreads to all gradients.  As in torch, only the norm is checked: if
-            its order is 0 or less, it may be finite when a gradient is not.
+        error_if_nonfinite: raise an error if the norm is ``inf`` or ``nan``, before anything changes.  By
+            default the norm is returned, and its coefficient multiplies all gradients.  As in torch, only the
+            norm is checked.  A norm of order 0 or less may be finite when a gradient is not.
         foreach: accepted for compatibility, without effect.
-        group: a process group, or several, whose other ranks have further gradients (pipeline stages,
-            manual shards).  All of its ranks must make the call.  DTensors need none.
+        group: a process group, or several, whose other ranks have different gradients (pipeline stages,
+            experts, manual shards).  All ranks of the group must make the call.  DTensors need no group.
 
     Returns:
         The norm before clipping, a 0-dim tensor on the device of the first gradient: float64 if any gradient
@@ -62,8 +62,8 @@ def clip_grad_norm_(
         TypeError: for anything but tensors in ``parameters``, an integer gradient, a ``max_norm`` or
             ``norm_type`` that is not a number, or a ``group`` that is not a process group.
         ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is NaN.
-        RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do; if
-            ``error_if_nonfinite`` and the norm is not finite (the message names the gradients).
+        RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do, or if
+            ``error_if_nonfinite`` is True and the norm is not finite (the error names the gradients).
 
     References:
         Pascanu, Mikolov and Bengio, *On the difficulty of training recurrent neural networks*, 2013, section
@@ -108,25 +108,25 @@ def get_total_norm(
 ) -> Tensor:
     """The norm of all tensors as one vector.
 
-    The drop-in for ``torch.nn.utils.get_total_norm``.  Unlike the ``clip`` functions it takes the tensors
-    (gradients) themselves.  Nothing is modified.
+    The drop-in for ``torch.nn.utils.get_total_norm``.  Unlike ``clip_grad_norm_`` it takes the gradients
+    themselves, and modifies nothing.
 
     Args:
-        tensors: the tensors, or a single one; one that is listed twice counts once.
+        tensors: the tensors, or a single one.  A tensor that is listed twice counts once.
         norm_type: the order of the norm, any number or ``"inf"``.
-        error_if_nonfinite: raise if the norm is ``inf`` or ``nan``, as for ``clip_grad_norm_``.
+        error_if_nonfinite: raise an error if the norm is ``inf`` or ``nan``, as for ``clip_grad_norm_``.
         foreach: accepted for compatibility, without effect.
         group: as for ``clip_grad_norm_``.
 
     Returns:
-        A 0-dim tensor on the device of the first one, float64 if any tensor is float64 or complex128, else
-        float32.  ``tensor(0.)`` for no tensors.
+        A 0-dim tensor on the device of the first tensor: float64 if any tensor is float64 or complex128, else
+        float32.  Without tensors, ``tensor(0.)``.
 
     Raises:
         TypeError: for anything but tensors, a ``norm_type`` that is not a number, or a ``group`` that is not
             a process group.
         ValueError: if ``norm_type`` is NaN.
-        RuntimeError: if ``error_if_nonfinite`` and the norm is not finite.
+        RuntimeError: if ``error_if_nonfinite`` is True and the norm is not finite.
 
     Examples:
         >>> import torch
@@ -154,7 +154,7 @@ def clip_grads_with_norm_(
     total_norm: Tensor | float,
     foreach: bool | None = None,
 ) -> None:
-    """Scale all gradients as ``clip_grad_norm_`` does, by a norm that you computed earlier.
+    """Scale all gradients as ``clip_grad_norm_`` does, with a norm that you computed earlier.
 
     The drop-in for ``torch.nn.utils.clip_grads_with_norm_``.  Every gradient is multiplied by:
 
@@ -168,8 +168,8 @@ def clip_grads_with_norm_(
         foreach: accepted for compatibility, without effect.
 
     Raises:
-        TypeError: for anything but tensors in ``parameters`` and numbers in the others, or an integer
-            gradient.
+        TypeError: for anything but tensors in ``parameters`` and numbers in the other arguments, or an
+            integer gradient.
         ValueError: if ``max_norm`` is negative or NaN, or ``total_norm`` is negative.  A negative
             ``total_norm`` on an accelerator raises no error, and the gradients become NaN.
         RuntimeError: if elements of a gradient share memory, as those of an expanded tensor do.
@@ -202,7 +202,7 @@ def _as_norm(total_norm: Tensor | float) -> Norm:
                 f"{total_norm.dtype}"
             )
         norm = full(total_norm.detach()).to(norm_dtype(total_norm.device)).view(())
-        # To see whether it is negative would wait.  NaN shows that it was, and reverses no gradient.
+        # Checking whether it is negative would wait.  NaN shows that it was, and reverses no gradient.
         return norm.masked_fill(norm < 0, math.nan)
     value = number("total_norm", total_norm)
     if value < 0:

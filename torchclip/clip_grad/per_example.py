@@ -17,21 +17,21 @@ from torchclip._core.scalars import clip_coef
 
 __all__ = ["clip_per_example"]
 
-# The number of elements copied at a time: in host memory so few that they stay in the cache.
+# The number of elements copied at a time: in host memory few enough to stay in the cache.
 _PIECE_ON_HOST, _PIECE = 1 << 17, 1 << 24
 
 
 def clip_per_example(grads: Tensor | Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
     r"""Clip the gradient of each example, then add the examples: the clipping step of DP-SGD.
 
-    Example ``i`` has slice ``i`` of every tensor, and its norm is that of all its slices:
+    The gradient ``g_i`` of example ``i`` is slice ``i`` of all tensors together:
 
         sums = Σ_i min(1, max_norm / (‖g_i‖ + 1e-6)) g_i
 
     For differential privacy, add noise of standard deviation ``noise_multiplier * max_norm`` to the sums and
-    divide by the batch size.  This function does neither, and no privacy accounting.
-    ``torchclip.QuantileTracker`` finds a ``max_norm``: pass its ``update`` the share of examples that were
-    not clipped, ``1 - clipped / examples``.
+    divide by the batch size.  This function does neither, and it does no privacy accounting.
+    ``torchclip.QuantileTracker`` finds a ``max_norm``: pass the share of examples that were not clipped,
+    ``1 - clipped / examples``, to its ``update``.
 
     Args:
         grads: one tensor per parameter, of shape ``(examples, *parameter.shape)``, as from

@@ -24,12 +24,12 @@ _SCALE = 2.0**-64
 def clip_grad_rms_(parameters: Tensor | Iterable[Tensor] | nn.Module, max_rms: float) -> Tensor:
     r"""Clip each gradient by itself, to a root mean square of at most ``max_rms``.
 
-    A gradient ``g`` has ``n`` elements (those of the full tensor, if it is a DTensor):
+    For a gradient ``g`` of ``n`` elements (those of the full tensor, if it is a DTensor):
 
         rms(g) = ‖g‖ / √n                g ← min(1, max_rms / rms(g)) g
 
-    Unlike a threshold for the norm, one number fits large and small parameters.  optax calls this
-    ``clip_by_block_rms``; Adafactor clips its updates in this way.
+    Unlike a threshold for the norm, one number fits large and small parameters.  optax calls this rule
+    ``clip_by_block_rms``, and Adafactor clips its updates by it.
 
     Args:
         parameters: tensors whose ``.grad`` is scaled in place, a single one, or a module (its parameters).
@@ -84,7 +84,7 @@ def _clip(batch: Batch, max_rms: float) -> Norms:
 
 
 def _of_double(batch: Batch, roots: list[float]) -> Norms:
-    """The root mean squares where those of float64 gradients may fit into float64 when their norms do not."""
+    """The root mean squares of float64 gradients, which may fit into float64 even if the norms do not."""
     norms = batch.norms(2.0)
     if not isinstance(norms, list) or math.inf not in norms:
         return divided(norms, roots)

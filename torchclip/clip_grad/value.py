@@ -18,7 +18,7 @@ __all__ = ["Value", "clip_grad_value_"]
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor] | nn.Module, clip_value: float, foreach: bool | None = None
 ) -> None:
-    """Limit every single element of the gradients to ``[-clip_value, clip_value]``.
+    """Limit every element of the gradients to ``[-clip_value, clip_value]``.
 
     The drop-in for ``torch.nn.utils.clip_grad_value_``.  Unlike clipping by norm, this changes the
     direction of the step.
@@ -61,8 +61,8 @@ def _clip(batch: Batch, clip_value: float) -> None:
 class Value:
     """``clip_grad_value_`` as a rule for a ``Clipper``: ``Clipper(optimizer, Value(0.5))``.
 
-    With a GradScaler and a fused optimizer, whose gradients are still multiplied by the scale, this waits for
-    the scale.
+    With a GradScaler and a fused optimizer, the gradients are still multiplied by the scale, so this rule
+    waits for the scale.
 
     Args:
         clip_value: the largest magnitude allowed for an element, at least 0.

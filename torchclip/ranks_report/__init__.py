@@ -1,4 +1,4 @@
-"""Whether all ranks clip by the same norm: what each has, what follows from it, and what to do."""
+"""Whether all ranks clip by the same norm: what each rank has, what follows from it, and what to do."""
 
 from torchclip.ranks_report.report import RanksReport, check_ranks
 

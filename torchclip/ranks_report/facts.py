@@ -16,7 +16,7 @@ Ranks = tuple[int, ...]
 
 
 class Held(NamedTuple):
-    """What a rank has of a parameter.
+    """A rank's part of a parameter.
 
     Attributes:
         part: which part of a DTensor it is, by its coordinate on the mesh; empty if the parameter is plain.
@@ -35,7 +35,7 @@ class Facts(NamedTuple):
     """What a rank has.
 
     Attributes:
-        held: what it has of each parameter, by name.
+        held: its part of each parameter, by name.
         groups: the descriptions and the ranks of all its process groups, oldest first.
         passed: the ranks of the process groups that it passes to the call.
     """
@@ -46,7 +46,12 @@ class Facts(NamedTuple):
 
 
 def gathered(held: dict[str, Held], groups: Sequence[dist.ProcessGroup]) -> list[Facts]:
-    """What each rank has, from what this one has, and the process groups that it passes to the call."""
+    """What each rank has.
+
+    Args:
+        held: this rank's part of each parameter.
+        groups: the process groups that this rank passes to the call.
+    """
     if not meshes.has_ranks():
         return [Facts(held, [], [])]
     existing = [(str(group.group_desc), _ranks(group)) for group in _process_groups()]
@@ -67,7 +72,7 @@ def call_off() -> None:
 
 
 def held_here(named: dict[str, Tensor]) -> dict[str, Held]:
-    """What this rank has of its parameters."""
+    """This rank's part of each parameter, by name."""
     held: dict[str, Held] = {}
     seen: set[int] = set()
     for name, p in named.items():
@@ -85,7 +90,7 @@ def held_here(named: dict[str, Tensor]) -> dict[str, Held]:
 
 
 def _held(p: Any, grad: Any) -> Held | None:
-    """What this rank has of a parameter; None if it is outside of its mesh."""
+    """This rank's part of a parameter; None if the rank is outside of its mesh."""
     part = ""
     ranks: Ranks = ()
     if meshes.is_dtensor(p):

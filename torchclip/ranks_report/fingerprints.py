@@ -1,4 +1,4 @@
-"""Numbers that stand for a tensor, by which ranks compare weights and gradients without sending them."""
+"""A few numbers for each tensor, with which ranks compare weights and gradients without sending them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     norms, total = [], torch.zeros(_PROJECTIONS, dtype=torch.float64, device=flat.device)
     generator = torch.Generator().manual_seed(1)
     for chunk in map(Tensor.double, torch.split(flat, _CHUNK)):
-        # Otherwise opposite changes in two chunks would cancel.
+        # Without random weights, opposite changes in two chunks would cancel.
         weights = torch.randn(_PROJECTIONS, generator=generator, dtype=torch.float64, device="cpu")
         total += signs[:, : len(chunk)].mv(chunk) * weights.to(flat.device)
         norms.append(torch.linalg.vector_norm(chunk))

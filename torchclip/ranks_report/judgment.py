@@ -1,4 +1,4 @@
-"""What follows from what all ranks have: which gradients are the same one, and what a call counts."""
+"""Conclusions from what all ranks have: which gradients are the same, and which of them a call counts."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torchclip.ranks_report.fingerprints import Fingerprint
 Unit = frozenset[int]
 """Ranks that a call counts together: those of a DTensor's mesh, or one rank with a plain tensor."""
 Pattern = frozenset[frozenset[Unit]]
-"""How a parameter lies: for each part that differs from the others, the units that have it."""
+"""How a parameter is distributed: for each distinct part, the units that have it."""
 Group = dict[int, Ranks]
 """The ranks of a process group, by the rank that passes it."""
 Connected = Sequence[frozenset[int]]
-"""For each rank, the ranks that a call connects with it, and itself."""
+"""For each rank, the ranks that a call connects with it, including itself."""
 
 
 class Parameter:
     """A parameter on all ranks.
 
     Args:
-        holders: what each rank has of it; ranks without it are not in there.
+        holders: each rank's part of it, without the ranks that have none.
         ranks: the number of all ranks.
 
     Attributes:
         missing: the ranks without it.
-        replicas: the ranks that have the same part of the same weight, in a list for each.
-        gradients: for each of the replicas, its ranks in a list for each gradient.
+        replicas: lists of ranks that have the same part of the same weight.
+        gradients: for each of these lists, its ranks in a list for each distinct gradient.
         has_different_weights: whether ranks have different weights as the same part.
-        different: the first replicas with different gradients, in a list for each; or nothing.
-        pattern: how it lies.
+        different: the first of ``gradients`` with more than one list; empty if there is none.
+        pattern: how it is distributed.
     """
 
     def __init__(self, holders: dict[int, Held], ranks: int) -> None:
@@ -54,7 +54,7 @@ class Parameter:
         self.pattern = frozenset(frozenset(unit_of[rank] for rank in some) for some in self.replicas)
 
     def norms(self) -> Iterator[float]:
-        """The norm of each gradient that is there, once."""
+        """The norm of each distinct gradient."""
         for lists in self.gradients:
             for ranks in lists:
                 gradient = self.holders[ranks[0]].gradient
@@ -62,7 +62,7 @@ class Parameter:
                     yield gradient.norm
 
     def counted(self, connected: frozenset[int]) -> Iterator[float]:
-        """The norms that a call joins on ranks that it connects."""
+        """The norms that a call joins on the ranks that it connects."""
         for unit in self._units:
             if not unit.isdisjoint(connected):
                 of_unit = [self.holders[rank] for rank in sorted(unit, reverse=True)]
@@ -70,7 +70,7 @@ class Parameter:
 
 
 def _alike(ranks: Iterable[int], get: Callable[[int], Fingerprint | None]) -> list[list[int]]:
-    """Ranks in lists: those in a list have the same."""
+    """Ranks in lists: the ranks in one list have the same tensor."""
     found: list[list[int]] = []
     for rank in ranks:
         own = get(rank)
@@ -92,7 +92,7 @@ def parameters_of(of_ranks: Sequence[Facts]) -> dict[str, Parameter]:
 
 
 def connections(groups: Sequence[Group], ranks: int) -> Connected:
-    """What process groups connect, one after the other; a rank may be outside of them."""
+    """The ranks that process groups connect, one after the other; a rank may be outside of them."""
     connected = []
     for rank in range(ranks):
         found = {rank}

@@ -1,4 +1,4 @@
-"""What to call instead, as code: with the process groups that connect exactly the ranks that differ."""
+"""The right call, as code: with the process groups that connect exactly the ranks that differ."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Advice(NamedTuple):
 
     Attributes:
         lines: the code.
-        groups: the process groups in it, by their code: the sets of ranks that each connects.
+        groups: the process groups in the code: the sets of ranks that each one connects.
         unsolved: the names of parameters for which no process group is right.
     """
 
@@ -77,7 +77,7 @@ def advice(
 
 
 def _groups(of_ranks: Sequence[Facts]) -> dict[str, Group]:
-    """The process groups that exist, by their code: those with a name first, and those of all ranks last."""
+    """The existing process groups, by their code: those with a name first, and those of all ranks last."""
     families: dict[str, Group] = {}
     for rank, facts in enumerate(of_ranks):
         counts: Counter[str] = Counter()
@@ -89,7 +89,7 @@ def _groups(of_ranks: Sequence[Facts]) -> dict[str, Group]:
 
 
 def _name(description: str, number: int) -> str:
-    """A process group as code, by its description and how many before it have the same."""
+    """A process group as code, by its description and the number of earlier groups with the same one."""
     which = str(number or "")
     of_mesh = re.fullmatch(r"mesh_(?:dim_(\d+)|(\w+))", description)
     if of_mesh:

@@ -1,4 +1,4 @@
-"""Whether all ranks clip by the same norm, and by that of all gradients."""
+"""Whether all ranks clip by the same norm, and whether it is the norm of all gradients."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class RanksReport:
 
     Attributes:
         ok: whether the call counts each gradient once on every rank, and replicas have the same gradients.
-        norm: the 2-norm of the gradients that are there, each counted once.
+        norm: the 2-norm of all gradients, each counted once.
         norms: the norm that the call would return on each rank.
-        local: the names of parameters that differ between ranks, or are missing on some, so that they need a
-            ``group``.
+        local: the names of parameters that differ between ranks, or that some ranks do not have, so that
+            clipping needs a ``group``.
         different: the names of parameters whose replicas have different gradients, or lack one.
-        missing: the ranks without a parameter, by the names of those that not all ranks have.
+        missing: the ranks without a parameter, by the name of the parameter.
         call: what to do, as code; or ``"nothing to do"``.
         seconds: how long the check took on this rank.
     """
@@ -66,7 +66,7 @@ def check_ranks(
 ) -> RanksReport:
     """Check whether all ranks would clip by the same norm, and whether this is the norm of all gradients.
 
-    A clipping call cannot see that, as a plain tensor may be a replica, a shard or another expert.  This
+    A clipping call cannot know this: a plain tensor may be a replica, a shard or another expert.  This
     check compares the weights and the gradients of all ranks.  Call it once, after a backward pass, on all
     ranks of the default process group:
 
@@ -74,29 +74,30 @@ def check_ranks(
         if torch.distributed.get_rank() == 0:
             print(report)
 
-    Parameters are compared by name.  Ranks with the same weight have *replicas*, whose gradients must be the
-    same, both up to 1e-5 of their norm.  If ranks have different weights of one name, as experts do, or
-    not all have it, as in a pipeline, clipping needs a ``group``, and the report says which.  The parts of
-    a DTensor are not replicas: a part is compared with those at the same coordinate of a mesh.
+    Parameters are compared by name.  Ranks with the same weight have *replicas*, and the gradients of
+    replicas must be the same.  Two tensors are the same if they differ by at most 1e-5 of their norm.  If
+    ranks have different weights of the same name, as experts do, or if some ranks do not have a parameter, as
+    in a pipeline, clipping needs a ``group``, and the report says which.  The parts of a DTensor are not
+    replicas: a part is compared with the parts at the same coordinate of the mesh.
 
     Replicas that an optimizer has moved apart look like experts, so check before its first step, too.
-    Tensors are compared by four random projections.  These take a difference of 1e-4 of the norm for
-    rounding once in some thousand times, larger ones more rarely.
+    Tensors are compared by four random projections.  These mistake a difference of 1e-4 of the norm for
+    rounding once in some thousand times, and larger differences more rarely.
 
     Args:
-        model_or_optimizer_or_parameters_or_clipper: a module, an optimizer or a list of them, tensors, or a
-            ``Clipper``, of which groups with ``max_norm=None`` are left out, as it does not clip them.
-            Parameters of a list, and of an optimizer without names, are compared by position.
-        group: what ``clip_grad_norm_`` gets as its ``group``, so that the check is of that call.  All ranks
-            of the default process group are compared in any case.  A ``Clipper`` has its own.
+        model_or_optimizer_or_parameters_or_clipper: a module, an optimizer or a list of optimizers, tensors,
+            or a ``Clipper``.  A Clipper's groups with ``max_norm=None`` are left out, as it does not clip
+            them.  Parameters of a list, and of an optimizer without names, are compared by position.
+        group: the ``group`` of the ``clip_grad_norm_`` call to check.  All ranks of the default process group
+            are compared in any case.  A ``Clipper`` has its own ``group``.
 
     Returns:
         The same report on all ranks.
 
     Raises:
-        TypeError: for anything but the above.
+        TypeError: for any other argument.
         ValueError: for a ``group`` together with a ``Clipper``, or a parameter on the device 'meta'.
-        RuntimeError: on the other ranks, if one refuses its arguments.
+        RuntimeError: on the other ranks, if one rank refuses its arguments.
 
     Examples:
         >>> import torch
@@ -146,7 +147,7 @@ def _subject(given: Any, group: Any) -> tuple[dict[str, Tensor], Sequence[Proces
         if group is not None:
             raise ValueError("`group` is that of the Clipper; do not pass it together with a Clipper")
         named, code = _of_optimizers(given.optimizers, leave_out_exempt=True)
-        # The groups that a Clipper passes to its calls.
+        # A Clipper has its own groups.
         return named, given._rounds.settings.groups or [], code._replace(is_clipper=True)
     if isinstance(given, nn.Module) and not isinstance(given, nn.ParameterList):
         return dict(given.named_parameters()), groups, InCode("model.parameters()", _NAMED)
@@ -189,6 +190,6 @@ def _of_optimizers(
 
 
 def _by_position(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """By position; one that is listed twice counts once."""
+    """Parameters by position; a parameter that is listed twice counts once."""
     first = {id(p): i for i, p in reversed([*enumerate(parameters)])}
     return {f"[{i}]": p for i, p in enumerate(parameters) if first[id(p)] == i}

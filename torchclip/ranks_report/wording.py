@@ -1,4 +1,4 @@
-"""The report in words: names first."""
+"""The report in words: the names of the parameters come first."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def report(
     """The report, except for the time that it took.
 
     Args:
-        parameters: all of them, by name.
-        norm: the norm of the gradients that are there.
+        parameters: all parameters, by name.
+        norm: the norm of all gradients, each counted once.
         norms: what the call returns on each rank.
         todo: what to do.
         has_group: whether the call gets a `group`.
@@ -36,7 +36,7 @@ def report(
 
 
 def _about_norms(norm: float, norms: Sequence[float], has_group: bool) -> list[str]:
-    """What the call returns on each rank, whether these agree, and whether that is right."""
+    """What the call returns on each rank, whether the ranks agree, and whether the norm is right."""
     call = f"clip_grad_norm_ {'with this group' if has_group else 'without a group'} returns"
     alike: dict[float, list[int]] = {}
     for rank, own in enumerate(norms):
@@ -47,7 +47,7 @@ def _about_norms(norm: float, norms: Sequence[float], has_group: bool) -> list[s
         first = f"{call} {norms[0]:.6g} on all {len(norms)} ranks: they agree."
     else:
         first = f"{call} {_some(of_each, '; ')}: the ranks do not agree, and clip by different factors."
-    there = f"The norm of the gradients that are there, each counted once, is {norm:.6g}"
+    there = f"The norm of all gradients, each counted once, is {norm:.6g}"
     is_right = all(_is_close(own, norm) for own in norms)
     return [_wrapped(first), f"{there}: this is right." if is_right else f"{there}."]
 
@@ -57,7 +57,7 @@ def _is_close(a: float, b: float) -> bool:
 
 
 def _about(each: Parameter) -> str:
-    """What there is to say about a parameter."""
+    """What the report says about a parameter."""
     said = []
     if not each.has_gradient:
         said.append("No gradient on any rank.")

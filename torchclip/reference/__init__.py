@@ -1,20 +1,20 @@
-"""What every clipper must compute, in NumPy alone, to be read together with the book.
+"""What every function and threshold must compute, in NumPy alone, to be read together with the book.
 
 The subject is section 6.1.4 of *Deep Learning from Scratch 2* (gradient clipping against the exploding
-gradients of an RNN).  All gradients together are one vector ``ĝ``; if its norm exceeds a threshold, it is
-scaled down to the threshold:
+gradients of an RNN).  All gradients together are one vector ``ĝ``.  If its norm reaches a threshold, the
+vector is scaled down to the threshold:
 
     if ‖ĝ‖ ≥ threshold:   ĝ ← (threshold / ‖ĝ‖) ĝ
 
-``clip_grads`` is the book's function, and the twin of ``torchclip.clip_grad_norm_``.  The other clippers are
-the twins of the functions of torchclip with the same name and a trailing underscore, ``global_norm`` is the
-twin of ``torchclip.get_total_norm``, and the thresholds are the twins of ``torchclip.Percentile``,
-``torchclip.ZScore`` and so on.  The tests, the book's chapter and the documentation use this package; code
-that computes with torch does not.  It is slow and plain on purpose.
+``clip_grads`` is the book's function, and the twin of ``torchclip.clip_grad_norm_``.  ``global_norm`` is the
+twin of ``torchclip.get_total_norm``.  The other functions that clip are the twins of torchclip's functions
+with the same name and a trailing underscore.  The thresholds are the twins of ``torchclip.Percentile``,
+``torchclip.ZScore`` and so on.  The tests and the documentation use this package; code that computes with
+torch does not.  It is slow and plain on purpose.
 
-Gradients are NumPy arrays of floating or complex dtype; an array that is listed twice counts once.  Functions
-that clip modify them in place, and refuse bad input (integer arrays, read-only arrays, a negative or NaN
-threshold) before they change anything.
+Gradients are NumPy arrays of floating or complex dtype.  An array that is listed twice counts once.
+Functions that clip modify the arrays in place.  They refuse wrong arguments (integer arrays, read-only
+arrays, a negative or NaN threshold) before they change anything.
 """
 
 from torchclip.reference.adagc import adagc_thresholds

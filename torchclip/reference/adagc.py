@@ -22,13 +22,13 @@ def adagc_thresholds(
 ) -> Array:
     r"""AdaGC's threshold for each parameter at every step of a run.
 
-    In the warm-up all gradients together are clipped to ``max_norm``, and ``γ_i`` is the smallest norm of
-    parameter ``i``, clipped, so far.  After it:
+    In the warm-up all gradients together are clipped to ``max_norm``, and ``γ_i`` is the smallest clipped
+    norm of parameter ``i`` so far.  After the warm-up:
 
         threshold_i = relative γ_i        γ_i ← beta γ_i + (1 - beta) min(‖g_i‖, threshold_i)
 
     A norm that is 0 or not finite does not change ``γ_i``, and does not count in the warm-up of its
-    parameter; a norm that is not finite does not count in the joint norm either.  Twin of
+    parameter.  A norm that is not finite does not count in the joint norm either.  Twin of
     ``torchclip.AdaGC``.
 
     Args:
@@ -36,7 +36,7 @@ def adagc_thresholds(
             where there is no gradient.
         relative: the largest allowed norm, as a multiple of ``γ_i``.
         beta: the weight of the old ``γ_i`` in each step.
-        warmup: the number of norms from which each parameter learns first.
+        warmup: the number of norms in the warm-up of each parameter.
         max_norm: the threshold for all gradients together in the warm-up.
         norm_type: the order of the norms.
 

@@ -27,8 +27,8 @@ def clip_grad_adaptive(
         limit_i = clip_factor · max(‖W_i‖, eps)
         if ‖G_i‖ > limit_i:   G_i ← (limit_i / ‖G_i‖) G_i
 
-    The units of an array with two or more axes lie along its first axis; a vector or a scalar is one unit.
-    Twin of ``torchclip.clip_grad_adaptive_``.
+    The units of an array with two or more axes are its slices along the first axis.  A vector or a scalar is
+    one unit.  Twin of ``torchclip.clip_grad_adaptive_``.
 
     Args:
         weights: the parameters' values; not modified.
@@ -65,7 +65,7 @@ def clip_grad_adaptive(
         for unit in units:
             limit = clip_factor * max(norm_of([weight[unit]], p), eps)
             norm = norm_of([grad[unit]], p)
-            if math.isinf(norm):  # the norms, but perhaps not the elements, are beyond float64
+            if math.isinf(norm):  # the norm has overflowed, but perhaps no element is infinite
                 small = 2.0**-64
                 limit = clip_factor * max(norm_of([weight[unit] * small], p), eps * small)
                 norm = norm_of([grad[unit] * small], p)

@@ -19,10 +19,10 @@ Array: TypeAlias = NDArray[Any]
 
 
 def norm_of(arrays: Sequence[Array], p: float) -> float:
-    """``(Σ |a|^p)^(1/p)`` over the elements of arrays, in float64 and without overflow in between."""
+    """``(Σ |a|^p)^(1/p)`` over the elements of arrays, in float64, without overflow in between."""
     m = np.concatenate([_magnitudes(a).ravel() for a in arrays]) if arrays else np.zeros(0)
     if p != 0 and 0 < m.max(initial=0.0) < _SMALL:
-        # Magnitudes of complex numbers would be rounded to few digits before they are added.
+        # Otherwise magnitudes of complex numbers would be rounded to few digits.
         return norm_of([a * _LARGE for a in map(_wide, arrays)], p) / _LARGE
     if m.size == 0:
         return 0.0
@@ -46,11 +46,11 @@ def _magnitudes(grad: Array) -> Array:
 
 
 def scale(grads: Sequence[Array], rate: float) -> None:
-    """Multiply in place by ``rate`` where it is below 1 (or NaN); the product is rounded once."""
+    """Multiply in place by ``rate`` if it is below 1 or NaN; the product is rounded once."""
     if rate >= 1:
         return
     for grad in grads:
-        # A complex number times a real one: each part by itself.
+        # A complex number is multiplied part by part.
         parts = [grad.real, grad.imag] if np.iscomplexobj(grad) else [grad]
         for part in parts:
             with np.errstate(invalid="ignore", under="ignore"):

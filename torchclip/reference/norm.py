@@ -18,11 +18,12 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
 
         ‖ĝ‖ = sqrt( Σ_grads Σ_elements g² )
 
-    and in general it is ``(Σ |g|^p)^(1/p)``; for ``p = inf`` the largest ``|g|``, for ``-inf`` the smallest,
-    for ``0`` the number of elements that are not zero.
+    In general it is ``(Σ |g|^p)^(1/p)``.  For ``p = inf`` it is the largest ``|g|``, for ``-inf`` the
+    smallest, and for ``0`` the number of elements that are not zero.
 
     The book adds up ``g²``.  Here each ``|g|`` is first divided by the largest one, and the result is
-    multiplied by it again.  That gives the same number, but cannot overflow or underflow in between.
+    multiplied by the largest one again.  This gives the same number, but cannot overflow or underflow in
+    between.
 
     Twin of ``torchclip.get_total_norm``.
 
@@ -31,7 +32,7 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
         norm_type: the order ``p`` of the norm, any number or ``"inf"``.
 
     Returns:
-        The norm as a Python float; ``0.0`` for no elements; ``inf`` or ``nan`` where gradients are.
+        The norm as a Python float; ``0.0`` without elements; ``inf`` or ``nan`` if a gradient has one.
 
     Raises:
         TypeError: if a gradient is not a floating or complex array.
@@ -60,7 +61,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
     the same and only its length changes.
 
     Twin of ``torchclip.clip_grad_norm_``.  One thing goes beyond the book, as in torch: if the norm is NaN,
-    so is the rate, and a NaN in one gradient spreads to all of them.
+    the rate is NaN, so a NaN in one gradient spreads to all gradients.
 
     Args:
         grads: floating or complex arrays of any shape, modified in place.
@@ -93,7 +94,7 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
 def clip_coefficient(max_norm: float, total_norm: float) -> float:
     """The number by which gradients are multiplied: ``min(1, max_norm / (total_norm + 1e-6))``.
 
-    NaN if ``total_norm`` is NaN; always 1 for an infinite ``max_norm``, which only measures.
+    It is always 1 for an infinite ``max_norm``, which only measures, and otherwise NaN if ``total_norm`` is.
 
     Examples:
         >>> round(clip_coefficient(5.0, 21.71), 2)
@@ -110,7 +111,7 @@ def clip_coefficient(max_norm: float, total_norm: float) -> float:
 
 
 def clip_grads_with_norm(grads: Sequence[Array], max_norm: float, total_norm: float) -> None:
-    """Scale the gradients as ``clip_grads`` does, with a norm that was computed before.
+    """Scale all gradients as ``clip_grads`` does, with a norm that you computed earlier.
 
     Twin of ``torchclip.clip_grads_with_norm_``.
 

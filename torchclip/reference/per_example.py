@@ -16,7 +16,7 @@ __all__ = ["clip_per_example"]
 def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Array], int]:
     r"""Clip each example's gradient, then add the examples: the clipping step of DP-SGD.
 
-    Example ``i`` has slice ``i`` of every array, and its norm is that of all its slices:
+    The gradient ``g_i`` of example ``i`` is slice ``i`` of all arrays together:
 
         g_i ← min(1, max_norm / (‖g_i‖ + 1e-6)) · g_i        sums = Σ_i g_i
 
@@ -52,7 +52,7 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
     for grad in grads:
         wide = np.result_type(grad.dtype, np.float64)
         total = np.zeros(grad.shape[1:], dtype=wide)
-        # 0 (of an infinite norm) times inf is NaN, and a sum beyond the dtype's range is inf.
+        # An infinite norm gives 0 times inf, which is NaN; a sum beyond the dtype's range is inf.
         with np.errstate(invalid="ignore", over="ignore"):
             for i in examples:
                 total += coefficients[i] * grad[i].astype(wide)

@@ -36,9 +36,9 @@ def clip_grad_rms(grads: Sequence[Array], max_rms: float) -> list[float]:
     for grad in grads:
         root = math.sqrt(max(1, grad.size))
         rms = norm_of([grad], 2.0) / root
-        if math.isinf(rms):  # the norm, but perhaps not the root mean square, is beyond float64
+        if math.isinf(rms):  # the norm has overflowed, but perhaps the root mean square fits
             rms = norm_of([grad * 2.0**-64], 2.0) / root * 2.0**64
-        # Unlike clipping by norm, there is no 1e-6.  An infinite threshold only measures.
+        # Unlike clipping by norm, this adds no 1e-6.  An infinite threshold only measures.
         if not (rms <= max_rms or math.isinf(max_rms)):
             scale([grad], max_rms / rms)
         found.append(rms)

@@ -74,7 +74,7 @@ def zscore_thresholds(
 ) -> Array:
     r"""ZClip's threshold for every step of a run: it clips spikes above the z-score ``threshold``.
 
-    Mean ``μ`` and variance ``σ²`` start as those of the first ``warmup`` finite norms.  Then, step by step:
+    Mean ``μ`` and variance ``σ²`` start as those of the first ``warmup`` finite norms.  Then, in each step:
 
         z = (g - μ) / σ
         if z > threshold:  g ← μ + (threshold² / z) σ    ("adaptive_scaling")
@@ -145,11 +145,12 @@ def rolling_sigma_thresholds(
 ) -> Array:
     r"""The mean of the last norms plus some standard deviations, for every step of a run.
 
-    ``W`` are the last ``window`` finite norms before the step that were not above their threshold:
+    ``W`` are the last ``window`` finite norms before the step that were not above the thresholds of their
+    steps:
 
         threshold = mean(W) + sigma std(W)        std(W)² = Σ (g - mean(W))² / (|W| - 1)
 
-    The threshold is ``inf`` until there were ``warmup`` such norms.  Twin of ``torchclip.RollingSigma``.
+    The threshold is ``inf`` until there are ``warmup`` of these norms.  Twin of ``torchclip.RollingSigma``.
 
     Args:
         norms: the gradient norm of each step.

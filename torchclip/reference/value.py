@@ -14,7 +14,7 @@ __all__ = ["clip_grad_value"]
 
 
 def clip_grad_value(grads: Sequence[Array], clip_value: float) -> None:
-    """Limit every single element to ``[-clip_value, clip_value]``.
+    """Limit every element to ``[-clip_value, clip_value]``.
 
     Twin of ``torchclip.clip_grad_value_``.  Unlike clipping by norm, this changes the direction of the step.
 

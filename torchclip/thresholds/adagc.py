@@ -32,18 +32,17 @@ class AdaGC(Learned):
 
     Where the paper is not specific, or implementations differ:
 
-    - In the authors' code the first ``warmup`` steps are clipped together, the same for all parameters; in
-      other code it is one step fewer. Here ``warmup`` is the number of norms from which each parameter
-      learns, so a parameter that is frozen at first has its warm-up later. In the authors' code it would
-      start from its first norm, without a warm-up.
-    - In the warm-up, ``‖g‖`` is the norm of all gradients, as in the paper and the authors' code; some
+    - In the authors' code, the warm-up is the first ``warmup`` steps of the run, for all parameters; in other
+      code it is one step shorter. Here ``warmup`` is the number of norms from which each parameter learns. So
+      a parameter that is frozen at first has its warm-up later. In the authors' code it would have none.
+    - In the warm-up, ``‖g‖`` is the norm of all gradients, as in the paper and the authors' code. Some
       implementations use each gradient's own norm.
     - The authors' code has ``relative=1.04`` and ``beta=0.99`` for GPT-2. It adds a small constant to the
-      denominators. Here nothing is divided by a norm of 0, so there is none.
+      denominators. Here no denominator can be 0, so there is no constant.
     - AdaGC does not learn from a norm of 0. By the formula ``γ_i`` would stay 0, and the parameter would not
-      move again. An example is LoRA's ``A``, whose first gradient is 0 because ``B`` is.
-    - AdaGC does not learn from a norm that is not finite. In the warm-up such a norm does not count in
-      ``‖g‖``, and is clipped to ``max_norm``.
+      move again. An example is LoRA's ``A``, whose first gradient is 0 because ``B`` is 0.
+    - AdaGC does not learn from a norm that is not finite. In the warm-up a norm that is not finite does not
+      count in ``‖g‖``, and its gradient is clipped to ``max_norm``.
 
     Twin: ``torchclip.reference.adagc_thresholds``.
 
@@ -101,7 +100,7 @@ class AdaGC(Learned):
         gamma, seen, where = self._gamma, self._seen, form.where
         warming_up = seen < self.warmup
         learn, max_norms = (norms > 0.0) & (norms < math.inf), self.relative * gamma
-        in_warmup = form.any(warming_up)  # else what only the warm-up needs is not computed
+        in_warmup = form.any(warming_up)  # after the warm-up, some of the work is not needed
         if in_warmup:
             finite = (norms >= 0.0) & (norms < math.inf)
             joint: Any = total_norm

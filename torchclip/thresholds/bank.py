@@ -27,15 +27,14 @@ class ThresholdBank:
     gets its own copy.  A few sets in host memory have ``Objects``.  Many sets, or sets whose norms are on a
     device, share ``Rows``, if the threshold supports them.
 
-    A clipper uses it so, for each step that is one of training's:
+    A Clipper uses a bank in each training step:
 
         bank.begin_step()
         max_norms = bank.max_norms(names, norms, norm_type, step)
         clip_coefs = scalars.clip_coefs(max_norms, norms, bank.eps)
 
-    All sets are passed in one call, because some thresholds join their norms.  Norms that are tensors on one
-    device are passed as one tensor, and nothing waits for it if the bank ``answers_tensors``; otherwise the
-    values are read.
+    All sets are passed in one call, because some thresholds join their norms.  Norms on a device are passed
+    as one tensor.  The host does not wait for it if the bank ``answers_tensors``.
 
     Args:
         max_norm: the threshold.
@@ -49,7 +48,7 @@ class ThresholdBank:
             object, whose answer may be the norm itself.
         per_parameter: whether it is a threshold for single parameters (AdaGC): the clipper then measures the
             norm of each of them, whatever its scope.
-        is_ours: whether it is a number, or of this package, and not the user's own code.
+        is_ours: whether it is a number or an object of this package, and not the user's own code.
         answers_tensors: whether it returns a tensor of thresholds for a tensor of norms, without waiting.
     """
 
@@ -109,14 +108,14 @@ class ThresholdBank:
         """This step's threshold for each of the sets with these names and norms.
 
         Args:
-            names: the names of the sets. Of a number or a callable they do not matter.
-            norms: their norms; ``ABSENT`` without a gradient, from which nothing is learned.
+            names: the names of the sets, which do not matter for a number or a callable.
+            norms: their norms, or ``ABSENT`` for a set without a gradient, from which nothing is learned.
             norm_type: the order of the norms.
             step: the number of the step, for a callable.
 
         Returns:
-            One threshold for all if it is a number or a callable.  Else, of a tensor a tensor on its device
-            if the bank ``answers_tensors``, and a list otherwise.
+            One threshold for all sets if it is a number or a callable.  Otherwise a tensor if ``norms`` is a
+            tensor and the bank ``answers_tensors``, or else a list.
         """
         if self.number is not None:
             return self.number
@@ -137,7 +136,7 @@ class ThresholdBank:
         return [arguments.threshold(called, answer) for answer in scalars.numbers(max_norms)]
 
     def called(self, step: int) -> float:
-        """What a callable answers for the step of a number."""
+        """What a callable answers for the number of a step."""
         answer = self.given(step)
         if type(answer) is float and answer >= 0:
             return answer
@@ -146,8 +145,8 @@ class ThresholdBank:
     def _learners_for(self, norms: Norms) -> Objects | Rows:
         """What learns from the norms.
 
-        It becomes rows when there are many sets, or when norms are first on a device.  Rows stay rows, and
-        move only if norms are on another device.
+        It becomes rows when there are many sets, or when the norms are on a device.  It stays rows then, and
+        they move if later norms are on another device.
         """
         learners = self._learners
         if isinstance(norms, list):
@@ -162,7 +161,7 @@ class ThresholdBank:
         """What the threshold objects have learned, by the name of the set.  Waits for an accelerator.
 
         Args:
-            ended: whether the last step counts; else it is what they had learned when that began.
+            ended: whether the last step counts; otherwise what they had learned before it.
         """
         thresholds = (self._learners if ended else self._before).thresholds
         return {name: threshold.state_dict() for name, threshold in thresholds.items()}
@@ -171,7 +170,7 @@ class ThresholdBank:
         """Continue from a ``state_dict``; sets that are not in it start from the beginning.
 
         Raises:
-            ValueError: if another kind of threshold has learned ``state``; then nothing has changed.
+            ValueError: if ``state`` is that of another kind of threshold; nothing changes.
         """
         names, self._learners, self._latest = self._learners.names, Objects(self.check(state)), ()
         self.add(names)

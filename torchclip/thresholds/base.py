@@ -1,4 +1,4 @@
-"""What a user may pass as ``max_norm``: the protocols of a threshold and of another rule."""
+"""What a user may pass as ``max_norm``: the protocols of a threshold and of a rule."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Threshold(Protocol):
         """Learn from this step's norm and return this step's ``max_norm``.
 
         Args:
-            norm: the norm before clipping; may be ``inf`` or ``nan``, from which it must not learn.
+            norm: the norm before clipping.  It may be ``inf`` or ``nan``; do not learn from these.
 
         Returns:
             The threshold for this step, at least 0; ``inf`` if the step must not be clipped.
@@ -60,10 +60,11 @@ class Threshold(Protocol):
 
 @runtime_checkable
 class Rule(Protocol):
-    """A rule of clipping in place of a threshold for the norm; ``torchclip.Value`` is one.
+    """A clipping rule in place of a threshold for the norm, such as ``torchclip.Value``.
 
-    A ``Clipper`` measures the norm of the gradients, lets the rule clip those of all parameter groups without
-    a ``max_norm`` of their own, and measures again.  The ratio of the two norms is the step's coefficient.
+    A ``Clipper`` measures the norm of the gradients.  Then the rule clips the gradients of all parameter
+    groups without a ``max_norm`` of their own, and the Clipper measures again.  The ratio of the two norms is
+    the coefficient of the step.
     """
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
@@ -71,11 +72,11 @@ class Rule(Protocol):
 
         Args:
             parameters: the parameters of the groups without a ``max_norm`` of their own.
-            grad_scale: a GradScaler's scale, if the gradients are still multiplied by it; the rule applies to
-                the unscaled gradients.
+            grad_scale: a GradScaler's scale, if the gradients are still multiplied by it.  The rule applies
+                to the unscaled gradients.
 
         Raises:
-            TypeError: for gradients that cannot be clipped in this way; then none is changed.
+            TypeError: if the rule cannot clip one of the gradients.  No gradient is changed.
         """
         ...
 

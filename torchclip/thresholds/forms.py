@@ -1,4 +1,4 @@
-"""The functions in which thresholds' formulas are written, for each kind of number.
+"""The functions in the formulas of thresholds, for each kind of number.
 
 A formula uses operators, comparisons and these functions, so it is written once for
 
@@ -6,9 +6,9 @@ A formula uses operators, comparisons and these functions, so it is written once
 - many sets: a tensor with an entry for each, in host memory or on a device, for which the host does not wait.
 
 Every branch of a formula is computed, and ``where`` selects one.  So a branch that is not selected must not
-raise an error: for example, floats must not be divided by 0.  Its values must not both be plain numbers, as
-a tensor of them would be float32.  Norms are compared with ``0.0``, not with ``0``: torch takes twice as long
-for an integer.
+raise an error: for example, floats must not be divided by 0.  The two branches must not both be plain
+numbers, because ``where`` would make a float32 tensor of them.  Norms are compared with ``0.0``, not with
+``0``: torch takes twice as long for an integer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Floats:
 
     @staticmethod
     def join(norm: float, _: float) -> float:
-        """The norm of given order of a vector whose parts have these norms."""
+        """The norm, of a given order, of a vector whose parts have these norms."""
         return norm
 
     @staticmethod
@@ -60,15 +60,15 @@ class Floats:
 
     @staticmethod
     def mean_and_deviation(row: list[float], seen: int) -> tuple[float, float]:
-        """The mean and standard deviation of a row of up to ``seen`` numbers; if below two, anything."""
+        """The mean and standard deviation of a row of up to ``seen`` numbers; arbitrary below two."""
         if seen < 2:
             return math.inf, 0.0
         numbers = row if seen >= len(row) else row[:seen]
         count = len(numbers)
         mean = sum(numbers) / count
-        if mean == math.inf:  # only the sum is
+        if mean == math.inf:  # the sum has overflowed
             mean = sum(number / count for number in numbers)
-        # Of a list, a tuple would be made first.
+        # math.dist() would first copy a list into a tuple.
         return mean, math.dist(numbers, (mean,) * count) / math.sqrt(count - 1)
 
 
@@ -83,14 +83,14 @@ class Tensors:
         self.device = device
 
     def norms(self, norms: Norms) -> Tensor:
-        """Norms as such a tensor."""
+        """Norms as a tensor on the device."""
         if isinstance(norms, list):
             norms = scalars.vector(norms)
         return norms.to(self.device, scalars.norm_dtype(self.device), non_blocking=True)
 
     @staticmethod
     def any(condition: Tensor) -> bool:
-        """Whether the condition may hold for a number; always on a device, as to know is to wait."""
+        """Whether the condition may hold for any number; always true on a device, to avoid a wait."""
         return not memory.on_host([condition]) or bool(condition.any())
 
     @staticmethod
@@ -100,7 +100,7 @@ class Tensors:
 
     @staticmethod
     def join(norms: Tensor, order: float) -> Tensor:
-        """The norm of given order of a vector whose parts have these norms."""
+        """The norm, of a given order, of a vector whose parts have these norms."""
         return joint_norms.join_rows(norms, order)
 
     @staticmethod
@@ -112,7 +112,7 @@ class Tensors:
 
     @staticmethod
     def quantile(rows: Tensor, fraction: float) -> Tensor:
-        """A quantile of the numbers in each row, those in empty slots apart."""
+        """A quantile of the numbers in each row, without empty slots."""
         parts = torch.split(rows, max(1, _MOST // rows.shape[1]))
         found = [part.nanquantile(fraction, dim=1) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -122,19 +122,19 @@ class Tensors:
         return torch.full((count,), number, dtype=scalars.norm_dtype(self.device), device=self.device)
 
     def column(self, values: Sequence[Any]) -> Tensor:
-        """A number for each row, or a row of numbers for each."""
+        """A tensor of a number, or of a row of numbers, for each row."""
         column = torch.from_numpy(np.array(values))  # in host memory, whatever the default device
         dtype = scalars.norm_dtype(self.device) if column.is_floating_point() else torch.int64
         return column.to(self.device, dtype, non_blocking=True)
 
     @staticmethod
     def mean_and_deviation(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation of each row of up to ``seen`` numbers; if below two, anything."""
+        """The mean and standard deviation of each row of up to ``seen`` numbers; arbitrary below two."""
         count = seen.clip(None, rows.shape[1]).to(rows.dtype)
         mean = (rows / count.unsqueeze(1)).nansum(1)
-        # Divided by the mean, which is never far below the largest norm, no square leaves the range.
+        # The mean is never far below the largest norm.  So after division by it, no square overflows.
         parts = rows / mean.unsqueeze(1)
-        parts -= 1.0  # new memory for each result would take longer
+        parts -= 1.0  # in place, because new memory for each result would take longer
         parts *= parts
         deviation = mean * torch.sqrt(parts.nansum(1) / (count - 1.0))
         # The mean of the smallest numbers may round to 0.

@@ -61,8 +61,8 @@ class Learned(Saved):
     """A threshold that learns by a formula.
 
     It keeps what it has learned in attributes, the columns, whose values never change in place.  In an object
-    that a user makes, each is a number.  In ``Rows``, each is a tensor with an entry for each set, updated by
-    the same formula.
+    that a user makes, each column is a number.  In ``Rows``, each column is a tensor with an entry for each set,
+    and the same formula updates all entries.
     """
 
     _columns: ClassVar[tuple[str, ...]]
@@ -81,13 +81,13 @@ class Learned(Saved):
 
         Args:
             norms: a norm, or a tensor with one for each set; negative where there is no gradient.  Nothing is
-                learned from these, nor from ``inf`` and ``nan``.
+                learned from negative norms, ``inf`` and ``nan``.
             form: the functions for this kind of number.
             order: the order of the norms, for rules that join them.
         """
 
     def _copied(self: Kind) -> Kind:
-        """A copy that is only to be saved."""
+        """A copy for a saved state."""
         copied = object.__new__(type(self))  # copy.copy() takes several times as long
         vars(copied).update(vars(self))  # no column changes in place
         return copied
@@ -132,7 +132,7 @@ class Objects:
         return self.thresholds
 
     def copied(self) -> Objects:
-        """Copies that are only to be saved."""
+        """Copies for a saved state."""
         copies = object.__new__(Objects)
         copies._are_ours = self._are_ours
         if not self._are_ours:
@@ -144,7 +144,7 @@ class Objects:
         return copies
 
     def add(self, thresholds: Mapping[str, Any]) -> None:
-        """Add sets after those that are there."""
+        """Add sets after the existing ones."""
         self.thresholds.update(thresholds)
         self._are_ours = all(isinstance(each, Learned) for each in self.thresholds.values())
 
@@ -152,7 +152,7 @@ class Objects:
         """Learn from the norms of some sets, negative without a gradient, and return their thresholds."""
         found, numbers = [], norms if isinstance(norms, list) else norms.tolist()
         for name, norm in zip(names, numbers, strict=True):
-            # A norm of -inf is not finite, but not absent.
+            # A norm of -inf is not finite, but it is there.
             found.append(math.inf if -math.inf < norm < 0 else self.thresholds[name].update(norm))
         return found
 
@@ -174,7 +174,7 @@ class Rows:
         self._one = next(iter(thresholds.values()))
         self._all = self._stacked([*thresholds.values()])
         self.names = {name: row for row, name in enumerate(thresholds)}
-        # The sets that learned last, and their rows unless these are all in order.
+        # The sets that learned last, and their rows, or None if these are all rows in order.
         self._latest: tuple[list[str], Tensor | None] = [*thresholds], None
 
     @property
@@ -189,13 +189,13 @@ class Rows:
         return stacked
 
     def copied(self) -> Rows:
-        """A copy that is only to be saved."""
+        """A copy for a saved state."""
         copied = copy.copy(self)
         copied._all, copied.names = copy.copy(self._all), dict(self.names)  # no tensor changes in place
         return copied
 
     def add(self, thresholds: Mapping[str, Learned]) -> None:
-        """Add rows after those that are there."""
+        """Add rows after the existing ones."""
         self.names.update({name: row for row, name in enumerate(thresholds, start=len(self.names))})
         more = self._stacked([*thresholds.values()])
         self._latest = [], None
@@ -208,10 +208,10 @@ class Rows:
         Args:
             names: the names of the sets.
             norms: a norm for each of them, below 0 where there is no gradient.
-            order: their order.
+            order: the order of the norms.
 
         Returns:
-            The thresholds, infinite where there is no gradient: a list if the norms are one.
+            The thresholds, infinite where there is no gradient; a list if the norms are a list.
         """
         form, rows = self._form, self._rows_of(names)
         learned = of_all = form.norms(norms)

@@ -27,18 +27,18 @@ class Percentile(Learned):
 
         max_norm_t = min(p-th percentile of H_t, max_norm)
 
-    The percentile is exact, with linear interpolation as in ``numpy.percentile``.  Norms that are not finite
-    do not enter the history; the threshold of such a step is the percentile of the norms before it.
+    The percentile is exact, with linear interpolation as in ``numpy.percentile``.  A norm that is not finite
+    does not enter the history, and the threshold of its step is the percentile of the norms before it.
 
-    The history is kept sorted, so a step inserts one value and moves the larger ones: with a history of
-    10,000 norms a step takes about 1 µs, with 100,000 norms 4 µs, with a million 40 µs.  It needs 16 bytes of
-    memory per norm, up to 24 with a ``window``.
+    The history is kept sorted, so a step inserts one value and moves the larger ones.  A step takes about
+    1 µs with 10,000 norms, 4 µs with 100,000, and 40 µs with a million.  The history needs 16 bytes of memory
+    for each norm, or up to 24 with a ``window``.
 
     Twin: ``torchclip.reference.percentile_thresholds``.
 
     Args:
         percentile: between 0 (the smallest norm so far) and 100 (the largest: no clipping). Low values clip
-            most steps, as the method intends; the paper recommends 10.
+            most steps, as the method intends. The paper recommends 10.
         window: the number of latest norms that count; ``None`` for all, as in the paper.
         warmup: the number of finite norms in the warm-up, in which steps are clipped to ``max_norm`` alone.
             The paper has no warm-up.
@@ -100,8 +100,8 @@ class Percentile(Learned):
         setattr(self, name, value)
 
     def _takes_rows(self, on_device: bool) -> bool:
-        # Tensors are sorted in each step, which takes longer than a call for each set in host memory; all
-        # norms would be too many.
+        # Tensors are sorted in each step.  In host memory, a call for each set is faster.  Without a window
+        # there would be too many norms to sort.
         return on_device and self.window is not None
 
     def _state(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Percentile(Learned):
 class _Sorted:
     """The norms of one set, kept sorted, so that a step only inserts one value.
 
-    When it has learned more, it still knows the ``norms`` of before.
+    After it has learned more, it still knows the ``norms`` from before.
 
     Args:
         window: how many of the latest norms count; None for all.
@@ -126,7 +126,7 @@ class _Sorted:
     def __init__(self, window: int | None, norms: Sequence[float], seen: int) -> None:
         self._window = window
         self._ordered = array("d", sorted(norms))
-        # As they came, from this number on.
+        # In the order of the steps, from number `_first` on; the array is only appended to.
         self._arrived, self._first = array("d", norms), seen - len(norms)
 
     def with_norm(self, norm: float) -> _Sorted:
@@ -157,7 +157,7 @@ class _Sorted:
         return low + (high - low) * t if t < 0.5 else high - (high - low) * (1 - t)
 
     def norms(self, seen: int) -> list[float]:
-        """Those of the first ``seen`` norms that count: the last ones, oldest first; or all, sorted."""
+        """The norms that count among the first ``seen``: the last ones, oldest first; or all, sorted."""
         arrived = self._arrived[: seen - self._first]
         if self._window is not None:
             return arrived[-self._window :].tolist()

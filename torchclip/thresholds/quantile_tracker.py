@@ -22,7 +22,7 @@ class QuantileTracker(Saved):
 
         max_norm ← max_norm · exp(-lr (share - quantile))
 
-    The tracker sees only that share and no norms, which costs little privacy.  For differential privacy, add
+    The tracker sees only this share and no norms, which costs little privacy.  For differential privacy, add
     the paper's noise to the share, and count both releases in the accounting.  This class does neither.
 
     Twin: ``torchclip.reference.quantile_tracker_thresholds``.
@@ -31,7 +31,7 @@ class QuantileTracker(Saved):
         quantile: the share of examples to leave unclipped, between 0 and 1.
         lr: how fast the threshold moves, at least 0.
         max_norm: the first threshold, above 0 and finite. Start too small rather than too large: the
-            threshold grows by up to ``exp(lr · quantile)`` per step.
+            threshold grows by a factor of up to ``exp(lr · quantile)`` in each step.
 
     Attributes:
         max_norm (float): the threshold to clip the next batch to.
@@ -68,13 +68,13 @@ class QuantileTracker(Saved):
         """Adapt the threshold to the last batch, and return it.
 
         Args:
-            share: the share of examples that were not clipped, ``1 - clipped / len(examples)`` with what
-                ``clip_per_example`` returns; with noise, it may be below 0 or above 1.
+            share: the share of examples that were not clipped, ``1 - clipped / len(examples)``, with the
+                ``clipped`` of ``clip_per_example``.  With noise, it may be below 0 or above 1.
         """
         unclipped = arguments.number("share", share)
         if not math.isfinite(unclipped):
             raise ValueError(f"`share` must be finite, got {arguments.shown(share)}")
-        # Within the range of float64, so that the threshold can always recover.
+        # It stays within the range of float64, so that the threshold can always recover.
         exponent = math.log(self.max_norm) - self.lr * (unclipped - self.quantile)
         self.max_norm = math.exp(min(max(exponent, -700.0), 700.0))
         return self.max_norm

@@ -22,20 +22,21 @@ class RollingSigma(Learned):
         max_norm = mean(W) + sigma · std(W)
 
     The standard deviation divides by one less than the number of norms.  The threshold is meant for skipping
-    steps: ``Clipper(optimizer, 1.0, skip_above=RollingSigma())``.  As a ``max_norm`` it clips only spikes.
+    steps: ``Clipper(optimizer, 1.0, skip_above=RollingSigma())``, or by the loss with ``skip_loss_above``.
+    As a ``max_norm`` it clips only spikes.
 
     A norm above the threshold, or one that is not finite, does not enter the window.  So norms that rise and
-    stay high remain above the threshold.  When skipping, use ``max_skips`` against this; when clipping, use
+    stay high remain above the threshold.  To skip steps, pass ``max_skips`` as well.  To clip, use
     ``ZScore``, which follows the norms.
 
-    OLMo's training code skips steps by this rule, applied to the loss and to the norm of the gradients; here
-    it is applied to the norm alone.  In OLMo's code the norms of skipped steps enter the window, too.  It
-    starts after half a window, including the current step; here ``warmup`` counts the norms before it.
+    OLMo's training code skips steps by this rule, applied to the loss and to the norm of the gradients.  In
+    OLMo's code the norms of skipped steps enter the window, too.  Its warm-up is half a window, including the
+    current step; here ``warmup`` counts the norms before the current step.
 
     Twin: ``torchclip.reference.rolling_sigma_thresholds``.
 
     Args:
-        sigma: the number of standard deviations above the mean from which a norm is a spike, at least 0.
+        sigma: the number of standard deviations above the mean at which spikes begin, at least 0.
         window: the number of latest norms that count, at least 2.
         warmup: the number of norms in the warm-up, which has no threshold; at least 2.
 
@@ -65,7 +66,7 @@ class RollingSigma(Learned):
         self.window = arguments.count("window", self.window, least=2)
         self.warmup = arguments.count("warmup", self.warmup, least=2)
         self._seen = 0
-        # The norm that was learned as number i is in slot i % window: a resumed run adds in the same order.
+        # Norm number i is in slot i % window, so that a resumed run adds the norms in the same order.
         self._slots = [math.nan] * self.window
 
     def _learn(self, norms: Any, form: Any, order: float = 2.0) -> Any:

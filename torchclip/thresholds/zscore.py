@@ -18,8 +18,8 @@ ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
 class ZScore(Learned):
     r"""Clip the steps whose norm is far above its running mean: ZClip.
 
-    A norm ``g`` is a spike if its z-score against the mean ``μ`` and standard deviation ``σ`` of the steps
-    before it is above the threshold: ``z = (g - μ) / σ > z*``.  A spike is clipped to ``g*``, which depends
+    A norm ``g`` is a spike if its z-score is above the threshold: ``z = (g - μ) / σ > z*``, with the mean
+    ``μ`` and the standard deviation ``σ`` of the steps before.  A spike is clipped to ``g*``, which depends
     on ``clip_option``:
 
         "adaptive_scaling":   g* = μ + (z*² / z) σ      the larger the spike, the closer to the mean
@@ -31,27 +31,27 @@ class ZScore(Learned):
 
         μ ← α μ + (1 - α) g          σ² ← α σ² + (1 - α) (g - μ)²
 
-    They start as the mean and the standard deviation of the norms of the warm-up.  The threshold for a norm
-    that is not finite is ``μ + z* σ``, and nothing is learned from it.  The ceiling ``max_norm`` limits only
-    the threshold; what is learned does not depend on it.
+    ``μ`` and ``σ`` start as the mean and the standard deviation of the norms of the warm-up.  The threshold
+    for a norm that is not finite is ``μ + z* σ``, and nothing is learned from it.  The ceiling ``max_norm``
+    limits only the threshold; what is learned does not depend on it.
 
     Two things differ from the authors' code.  Their code has a ceiling by default, ``max_grad_norm=1.0``, and
-    clips every step to it, spike or not.  Here the ceiling is ``inf`` unless you set one; pass
-    ``max_norm=1.0`` for the same.  Their code also adds a small constant to ``σ`` to avoid a division by
-    zero.  Here no division by zero can occur, so there is no constant, and norms scaled by a factor give
-    thresholds scaled by that factor.
+    clips every step to it, spike or not.  Here the ceiling is ``inf`` by default; pass ``max_norm=1.0`` to
+    get theirs.  Their code also adds a small constant to ``σ`` to avoid a division by zero.  Here no division
+    by zero can occur, so there is no constant, and norms scaled by a factor give thresholds scaled by that
+    factor.
 
     Twin: ``torchclip.reference.zscore_thresholds``.
 
     Args:
         alpha: ``α``, the weight of the old mean and variance in each step, between 0 and 1.
         threshold: ``z*``, the z-score above which a norm is a spike, at least 0.
-        warmup: the number of finite norms from which mean and variance start, at least 1; in the warm-up
-            steps are clipped to ``max_norm`` alone.
-        clip_option: what spikes are clipped to (above). In the authors' code the first two are options of
+        warmup: the number of finite norms in the warm-up, at least 1. In the warm-up steps are clipped to
+            ``max_norm`` alone.
+        clip_option: what spikes are clipped to (see above). In the authors' code the first two are options of
             ``mode="zscore"``, and the third is another ``mode``.
-        skip_update_on_spike: whether to learn nothing from spikes. If norms rise and stay high, every step is
-            then a spike, and the mean never follows.
+        skip_update_on_spike: whether to learn nothing from spikes. Then, if norms rise and stay high, every
+            step is a spike, and the mean never follows.
         max_norm: a hard ceiling for the threshold, in the warm-up too.
 
     Raises:
@@ -90,7 +90,7 @@ class ZScore(Learned):
         self.skip_update_on_spike = arguments.flag("skip_update_on_spike", self.skip_update_on_spike)
         self.max_norm = arguments.threshold("max_norm", self.max_norm)
         self._mean = 0.0
-        # The deviation, not the variance, as squares of large norms would overflow.
+        # The deviation, not the variance, because squares of large norms would overflow.
         self._std = 0.0
         self._seen = 0.0  # finite norms in the warm-up
 
@@ -109,11 +109,11 @@ class ZScore(Learned):
             max_norms = where(spike, self._pulled_back(norms, mean, margin, spike, where), max_norms)
             learned = where(spike, max_norms, norms)
             if self.skip_update_on_spike:
-                learn = learn != spike  # these are among those
+                learn = learn != spike  # a spike is always a norm to learn from
         rate = 1.0 - self.alpha
         kept = 1.0 - rate
         weight = rate * (kept * kept)
-        if in_warmup:  # then all norms weigh the same, later the last ones more
+        if in_warmup:  # in the warm-up all norms weigh the same, later the last ones weigh more
             rate = where(warming_up, 1.0 / (seen + 1.0), rate)
             kept = 1.0 - rate
             weight = where(warming_up, rate * kept, weight)
