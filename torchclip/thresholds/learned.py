@@ -61,8 +61,8 @@ class Learned(Saved):
     """A threshold that learns by a formula.
 
     It keeps what it has learned in attributes, the columns, whose values never change in place.  In an object
-    that a user makes, each column is a number.  In ``Rows``, each column is a tensor with an entry for each set,
-    and the same formula updates all entries.
+    that a user makes, each column is a number.  In ``Rows``, each column is a tensor with an entry for each
+    set, and the same formula updates all entries.
     """
 
     _columns: ClassVar[tuple[str, ...]]
