@@ -133,30 +133,24 @@ KINDS += [Decimal(2), np.array(2.0), np.array([2.0])]
 KINDS += [pytest.param(each, id=type(each).__name__) for each in (AsFloat(), AsIndex())]
 
 
-@limits
-@pytest.mark.parametrize("text", ["1.0", "1e-3", " 2 ", "inf", "1_0"])
-def test_numbers_from_configuration_files(function: Function, number: str, text: str) -> None:
-    mine, others = (with_gradients([torch.tensor([30.0, 40.0]), torch.tensor([5.0])]) for _ in range(2))
-    function.of(mine, **{number: text})
-    function.of(others, **{number: float(text)})
+def assert_same_as(function: Function, argument: str, value: Any, same: Any) -> None:
+    """Two values of an argument mean the same."""
+    mine, others = (with_gradients([torch.tensor([30.0, -40.0]), torch.tensor([5.0])]) for _ in range(2))
+    function.of(mine, **{argument: value})
+    function.of(others, **{argument: same})
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
 
 
 @limits
-def test_a_negative_number_from_a_configuration_file(
-    function: Function, number: str, parameters: list[Any]
-) -> None:
-    with pytest.raises(ValueError, match=f"^`{number}` must be at least 0, got -1.0"):
-        function.of(parameters, **{number: "-1.0"})
+@pytest.mark.parametrize("text", ["1.0", "1e-3", " 2 ", "inf", "1_0"])
+def test_numbers_from_configuration_files(function: Function, number: str, text: str) -> None:
+    assert_same_as(function, number, text, float(text))
 
 
 @numbers
 @pytest.mark.parametrize("value", [*KINDS, torch.tensor(2.0, requires_grad=True)], ids=repr)
 def test_every_kind_of_number(function: Function, number: str, value: Any) -> None:
-    mine, others = (with_gradients([torch.tensor([30.0, 40.0]), torch.tensor([5.0])]) for _ in range(2))
-    function.of(mine, **{number: value})
-    function.of(others, **{number: 2.0})
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
+    assert_same_as(function, number, value, 2.0)
 
 
 @orders
@@ -174,20 +168,20 @@ def test_an_order_of_nan(function: Function, order: Any, parameters: list[Any]) 
 
 
 @orders
-def test_orders_by_name_and_of_other_types(function: Function) -> None:
-    for order, same in (
+@pytest.mark.parametrize(
+    ("order", "same"),
+    [
         ("inf", math.inf),
         ("-inf", -math.inf),
         (np.float32(3), 3.0),
         (torch.tensor(1), 1.0),
         ("2", 2.0),
-        (AsFloat(), 2.0),
-        (AsIndex(), 2.0),
-    ):
-        mine, others = (with_gradients([torch.tensor([3.0, -4.0]), torch.tensor([5.0])]) for _ in range(2))
-        function.of(mine, norm_type=order)
-        function.of(others, norm_type=same)
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
+        pytest.param(AsFloat(), 2.0, id="AsFloat"),
+        pytest.param(AsIndex(), 2.0, id="AsIndex"),
+    ],
+)
+def test_orders_by_name_and_of_other_types(function: Function, order: Any, same: float) -> None:
+    assert_same_as(function, "norm_type", order, same)
 
 
 MODEL = nn.Linear(2, 1)

@@ -75,6 +75,18 @@ def test_a_table_that_does_not_fit_is_a_reason(tmp_path: Path) -> None:
     assert re.match(r"imported\noff \((torch .* does not fit|the extension was not built)", found)
 
 
+@pytest.mark.skipif(not kernel.status().startswith("active"), reason="the kernel is off")
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("del torch._C._increment_version", "torch .* does not fit: .+"),
+        ("sys.modules['torchclip._kernel'] = None", "the extension was not built.*"),
+    ],
+)
+def test_what_does_not_fit_turns_the_kernel_off(tmp_path: Path, before: str, reason: str) -> None:
+    assert re.search(rf"\noff \({reason}\)\n$", status(tmp_path, before))
+
+
 @pytest.mark.skipif(
     not OWN_TABLE or not kernel.status().startswith("active"), reason="needs torch's own table"
 )

@@ -1,10 +1,12 @@
 """Every public class and function refuses what an argument cannot be, by its name.
 
-What the functions refuse of their numbers and tensors is in test_arguments.py.
+What the functions refuse of their numbers and tensors is in test_arguments.py, and what the NumPy twins
+refuse of theirs in test_reference.py.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 
 import torchclip
 from torchclip import Clipper, Percentile, ZScore, reference
+from torchclip.history import History
 from torchclip.reference import Array
 
 MODEL = nn.Linear(2, 1)
@@ -56,145 +59,80 @@ def arrays() -> list[Array]:
     return [np.array([3.0, 4.0])]
 
 
-# Valid arguments, the argument that is tested, and wrong values that are right for it.
-ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str, set[str]]] = {
-    "clip_grad_norm_": (
-        lambda v: torchclip.clip_grad_norm_(parameters(), 1.0, error_if_nonfinite=v),
-        "error_if_nonfinite",
-        {"a truth value"},
-    ),
-    "get_total_norm": (
-        lambda v: torchclip.get_total_norm([torch.ones(2)], error_if_nonfinite=v),
-        "error_if_nonfinite",
-        {"a truth value"},
-    ),
-    "clip_grad_norm_, group": (
-        lambda v: torchclip.clip_grad_norm_(parameters(), 1.0, group=v),
-        "group",
-        {"None", "an empty list"},
-    ),
-    "get_total_norm, group": (
-        lambda v: torchclip.get_total_norm([torch.ones(2)], group=v),
-        "group",
-        {"None", "an empty list"},
-    ),
-    "Percentile": (Percentile, "percentile", {"a fraction"}),
-    "Percentile, window": (lambda v: Percentile(window=v), "window", {"None"}),
-    "Percentile, warmup": (lambda v: Percentile(warmup=v), "warmup", set()),
-    "Percentile, max_norm": (lambda v: Percentile(max_norm=v), "max_norm", NUMBERS),
-    "Percentile, norm": (lambda v: Percentile().update(v), "norm", {*NUMBERS, "nan"}),
-    "Percentile, state": (lambda v: Percentile().load_state_dict(v), "state", set()),
-    "ZScore": (ZScore, "alpha", set()),
-    "ZScore, threshold": (lambda v: ZScore(threshold=v), "threshold", {"a fraction"}),
-    "ZScore, warmup": (lambda v: ZScore(warmup=v), "warmup", set()),
-    "ZScore, clip_option": (lambda v: ZScore(clip_option=v), "clip_option", set()),
-    "ZScore, skip": (lambda v: ZScore(skip_update_on_spike=v), "skip_update_on_spike", {"a truth value"}),
-    "ZScore, max_norm": (lambda v: ZScore(max_norm=v), "max_norm", NUMBERS),
-    "ZScore, norm": (lambda v: ZScore().update(v), "norm", {*NUMBERS, "nan"}),
-    "ZScore, state": (lambda v: ZScore().load_state_dict(v), "state", set()),
-    "Clipper": (lambda v: Clipper(v, 1.0), "optimizer", set()),
-    "Clipper, max_norm": (clipper, "max_norm", {*NUMBERS, "a module"}),  # which is callable
-    "Clipper, norm_type": (lambda v: clipper(1.0, norm_type=v), "norm_type", {*NUMBERS, "below 0"}),
-    "Clipper, scope": (lambda v: clipper(1.0, scope=v), "scope", set()),
-    "Clipper, nonfinite": (lambda v: clipper(1.0, nonfinite=v), "nonfinite", set()),
-    "Clipper, group": (lambda v: clipper(1.0, group=v), "group", {"None", "an empty list"}),
-    "Clipper, on_clip": (lambda v: clipper(1.0, on_clip=v), "on_clip", {"None", "a module", "a class"}),
-    "Clipper, state": (lambda v: clipper(1.0).load_state_dict(v), "state", set()),
-    "History": (torchclip.history.History, "maxlen", set()),
-    "History, state": (lambda v: torchclip.history.History().load_state_dict(v), "state", set()),
-    "global_norm": (reference.global_norm, "grads", {"an empty list"}),
-    "global_norm, norm_type": (
-        lambda v: reference.global_norm(arrays(), v),
-        "norm_type",
-        {*NUMBERS, "below 0"},
-    ),
-    "clip_grads": (lambda v: reference.clip_grads(v, 1.0), "grads", {"an empty list"}),
-    "clip_grads, max_norm": (lambda v: reference.clip_grads(arrays(), v), "max_norm", NUMBERS),
-    "clip_coefficient": (lambda v: reference.clip_coefficient(v, 1.0), "max_norm", NUMBERS),
-    "clip_coefficient, total_norm": (
-        lambda v: reference.clip_coefficient(1.0, v),
-        "total_norm",
-        {*NUMBERS, "nan", "below 0"},
-    ),
-    "clip_grads_with_norm": (
-        lambda v: reference.clip_grads_with_norm(arrays(), 1.0, v),
-        "total_norm",
-        {*NUMBERS, "nan"},
-    ),
-    "clip_grad_value": (lambda v: reference.clip_grad_value(arrays(), v), "clip_value", NUMBERS),
-    "clip_grad_norm_per_parameter": (
-        lambda v: reference.clip_grad_norm_per_parameter(arrays(), 1.0, v),
-        "norm_type",
-        {*NUMBERS, "below 0"},
-    ),
-    "clip_grad_adaptive": (lambda v: reference.clip_grad_adaptive(v, arrays()), "weights", set()),
-    "clip_grad_adaptive, grads": (
-        lambda v: reference.clip_grad_adaptive(arrays(), v),
-        "grads",
-        set(),
-    ),
-    "clip_grad_adaptive, eps": (
-        lambda v: reference.clip_grad_adaptive(arrays(), arrays(), 1.0, v),
-        "eps",
-        NUMBERS,
-    ),
-    "clip_per_example": (lambda v: reference.clip_per_example(v, 1.0), "grads", {"an empty list"}),
-    "clip_per_example, max_norm": (lambda v: reference.clip_per_example(arrays(), v), "max_norm", NUMBERS),
-    "percentile_thresholds": (
-        reference.percentile_thresholds,
-        "norms",
-        {"a list", "an empty list", "an array"},
-    ),
-    "percentile_thresholds, percentile": (
-        lambda v: reference.percentile_thresholds([1.0], v),
-        "percentile",
-        {"a fraction"},
-    ),
-    "percentile_thresholds, window": (
-        lambda v: reference.percentile_thresholds([1.0], window=v),
-        "window",
-        {"None"},
-    ),
-    "percentile_thresholds, warmup": (
-        lambda v: reference.percentile_thresholds([1.0], warmup=v),
-        "warmup",
-        set(),
-    ),
-    "percentile_thresholds, max_norm": (
-        lambda v: reference.percentile_thresholds([1.0], max_norm=v),
-        "max_norm",
-        NUMBERS,
-    ),
-    "zscore_thresholds": (reference.zscore_thresholds, "norms", {"a list", "an empty list", "an array"}),
-    "zscore_thresholds, alpha": (lambda v: reference.zscore_thresholds([1.0], v), "alpha", set()),
-    "zscore_thresholds, threshold": (
-        lambda v: reference.zscore_thresholds([1.0], threshold=v),
-        "threshold",
-        NUMBERS,
-    ),
-    "zscore_thresholds, warmup": (lambda v: reference.zscore_thresholds([1.0], warmup=v), "warmup", set()),
-    "zscore_thresholds, clip_option": (
-        lambda v: reference.zscore_thresholds([1.0], clip_option=v),
-        "clip_option",
-        set(),
-    ),
-    "zscore_thresholds, max_norm": (
-        lambda v: reference.zscore_thresholds([1.0], max_norm=v),
-        "max_norm",
-        NUMBERS,
-    ),
-}
+def measure(**options: Any) -> object:
+    return torchclip.get_total_norm([torch.ones(2)], **options)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_every_wrong_value_is_refused_by_the_name_of_its_argument(name: str) -> None:
-    call, argument, right = ARGUMENTS[name]
+def clip(**options: Any) -> object:
+    return torchclip.clip_grad_norm_(parameters(), 1.0, **options)
+
+
+def adaptive_twin(eps: Any = 1e-3, weights: Any = None) -> None:
+    reference.clip_grad_adaptive(arrays() if weights is None else weights, arrays(), 1.0, eps)
+
+
+# What takes the argument, the argument, and wrong values that are right for it.
+ARGUMENTS: list[tuple[Callable[..., object], str, set[str]]] = [
+    (clip, "error_if_nonfinite", {"a truth value"}),
+    (clip, "group", {"None", "an empty list"}),
+    (measure, "error_if_nonfinite", {"a truth value"}),
+    (measure, "group", {"None", "an empty list"}),
+    (torchclip.BlockRMS, "max_rms", NUMBERS),
+    (torchclip.Value, "clip_value", NUMBERS),
+    (torchclip.Adaptive, "clip_factor", NUMBERS),
+    (torchclip.Adaptive, "eps", NUMBERS),
+    (Percentile, "percentile", {"a fraction"}),
+    (Percentile, "window", {"None"}),
+    (Percentile, "warmup", set()),
+    (Percentile, "max_norm", NUMBERS),
+    (Percentile().update, "norm", {*NUMBERS, "nan"}),
+    (Percentile().load_state_dict, "state", set()),
+    (ZScore, "alpha", set()),
+    (ZScore, "threshold", {"a fraction"}),
+    (ZScore, "warmup", set()),
+    (ZScore, "clip_option", set()),
+    (ZScore, "skip_update_on_spike", {"a truth value"}),
+    (ZScore, "max_norm", NUMBERS),
+    (ZScore().update, "norm", {*NUMBERS, "nan"}),
+    (ZScore().load_state_dict, "state", set()),
+    (partial(Clipper, max_norm=1.0), "optimizer", set()),
+    (clipper, "max_norm", {*NUMBERS, "a module"}),  # which is callable
+    (partial(clipper, 1.0), "norm_type", {*NUMBERS, "below 0"}),
+    (partial(clipper, 1.0), "scope", set()),
+    (partial(clipper, 1.0), "nonfinite", set()),
+    (partial(clipper, 1.0), "group", {"None", "an empty list"}),
+    (partial(clipper, 1.0), "on_clip", {"None", "a module", "a class"}),
+    (lambda state: clipper(1.0).load_state_dict(state), "state", set()),
+    (History, "maxlen", set()),
+    (History().load_state_dict, "state", set()),
+    (partial(reference.clip_coefficient, total_norm=1.0), "max_norm", NUMBERS),
+    (partial(reference.clip_coefficient, 1.0), "total_norm", {*NUMBERS, "nan", "below 0"}),
+    (adaptive_twin, "eps", NUMBERS),
+    (adaptive_twin, "weights", {"None"}),
+    (reference.percentile_thresholds, "norms", {"a list", "an empty list", "an array"}),
+    (partial(reference.percentile_thresholds, [1.0]), "percentile", {"a fraction"}),
+    (partial(reference.percentile_thresholds, [1.0]), "window", {"None"}),
+    (partial(reference.percentile_thresholds, [1.0]), "warmup", set()),
+    (partial(reference.percentile_thresholds, [1.0]), "max_norm", NUMBERS),
+    (reference.zscore_thresholds, "norms", {"a list", "an empty list", "an array"}),
+    (partial(reference.zscore_thresholds, [1.0]), "alpha", set()),
+    (partial(reference.zscore_thresholds, [1.0]), "threshold", NUMBERS),
+    (partial(reference.zscore_thresholds, [1.0]), "warmup", set()),
+    (partial(reference.zscore_thresholds, [1.0]), "clip_option", set()),
+    (partial(reference.zscore_thresholds, [1.0]), "max_norm", NUMBERS),
+]
+
+
+@pytest.mark.parametrize(("call", "argument", "right"), ARGUMENTS)
+def test_every_wrong_value_is_refused_by_the_name_of_its_argument(
+    call: Callable[..., object], argument: str, right: set[str]
+) -> None:
     for kind, value in WRONG.items():
         if kind in right:
-            call(value)
+            call(**{argument: value})
             continue
         with pytest.raises((TypeError, ValueError)) as caught:
-            call(value)
+            call(**{argument: value})
         assert f"`{argument}` " in str(caught.value), (kind, str(caught.value))
         assert all(p.grad.tolist() == [3.0, 4.0] and p.grad._version == 0 for p in MADE)
 

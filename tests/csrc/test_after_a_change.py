@@ -1,14 +1,16 @@
 """What the kernel does after it has changed gradients."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import nn
+from helpers import last_of, with_gradients
 
 import torchclip
 from torchclip import kernel
+from torchclip.clipper import Nonfinite
 
 pytestmark = pytest.mark.skipif(not kernel.status().startswith("active"), reason="the kernel is off")
 
@@ -57,20 +59,17 @@ def test_memory_is_read_again_after_autograd_was_told_of_a_change(rule: str) -> 
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "error"])
-def test_a_weight_that_is_not_finite_makes_no_other_step_of_an_adaptive_one(nonfinite: str) -> None:
+def test_a_weight_that_is_not_finite_makes_no_other_step_of_an_adaptive_one(nonfinite: Nonfinite) -> None:
     records = []
-    for turned_off in (False, True):
-        weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
-        weights[0].data[0, 0] = float("nan")
-        optimizer = torch.optim.SGD(weights, lr=0.1)
-        clipper = torchclip.Clipper(optimizer, torchclip.Adaptive(0.01), nonfinite=nonfinite)  # type: ignore[arg-type]
-        for weight in weights:
-            weight.grad = torch.ones(2, 2)
-        if turned_off:
-            with kernel.disabled():
-                optimizer.step()
-        else:
+    for context in (contextlib.nullcontext, kernel.disabled):
+        spoilt, weight = with_gradients(
+            [torch.ones(2, 2) for _ in range(2)], [torch.ones(2, 2) for _ in range(2)]
+        )
+        spoilt.data[0, 0] = float("nan")
+        optimizer = torch.optim.SGD([spoilt, weight], lr=0.1)
+        clipper = torchclip.Clipper(optimizer, torchclip.Adaptive(0.01), nonfinite=nonfinite)
+        with context():
             optimizer.step()
-        assert clipper.last is not None
-        records.append((clipper.last.total_norm, clipper.last.skipped, weights[1].tolist()))
+        record = last_of(clipper)
+        records.append((record.total_norm, record.skipped, weight.tolist()))
     assert repr(records[0]) == repr(records[1])

@@ -24,55 +24,19 @@ if kernel.status().startswith("off"):
 LARGE = 100_000  # several chunks; its memory goes back to the system when it is freed
 
 
-def replaced(tensor: Tensor) -> None:
-    tensor.data = torch.full((7,), 2.0)
-
-
-def replaced_by_another_dtype(tensor: Tensor) -> None:
-    tensor.data = torch.full((7,), 2.0, dtype=torch.bfloat16)
-
-
-def replaced_by_a_grid(tensor: Tensor) -> None:
-    tensor.data = torch.full((4, 6), 2.0)[:, ::2]
-
-
-def shrunk(tensor: Tensor) -> None:
-    tensor.resize_(5).fill_(2.0)
-
-
-def grown(tensor: Tensor) -> None:
-    tensor.resize_(3 * LARGE).fill_(2.0)
-
-
-def emptied(tensor: Tensor) -> None:
-    tensor.resize_(0)
-
-
-def set_to_other_memory(tensor: Tensor) -> None:
-    new: Any = torch.full((2, 9), 2.0)
-    tensor.set_(new)
-
-
-def without_memory(tensor: Tensor) -> None:
-    tensor.untyped_storage().resize_(0)
-    set_to_other_memory(tensor)
-
-
-def filled(tensor: Tensor) -> None:
-    tensor.fill_(2.0)
-
-
-CHANGES = [
-    replaced,
-    replaced_by_another_dtype,
-    replaced_by_a_grid,
-    shrunk,
-    grown,
-    emptied,
-    set_to_other_memory,
-    without_memory,
-    filled,
-]
+# What may happen to a gradient; its elements are 2 afterwards.
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "replaced": lambda t: setattr(t, "data", torch.full((7,), 2.0)),
+    "replaced by another dtype": lambda t: setattr(t, "data", torch.full((7,), 2.0, dtype=torch.bfloat16)),
+    "replaced by a grid": lambda t: setattr(t, "data", torch.full((4, 6), 2.0)[:, ::2]),
+    "shrunk": lambda t: t.resize_(5).fill_(2.0),
+    "grown": lambda t: t.resize_(3 * LARGE).fill_(2.0),
+    "emptied": lambda t: t.resize_(0),
+    "set to other memory": lambda t: t.set_(torch.full((2, 9), 2.0)),
+    "without memory in between": lambda t: (t.untyped_storage().resize_(0), t.set_(torch.full((9,), 2.0))),
+    "filled": lambda t: t.fill_(2.0),
+}
+changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 UNUSABLE = {
     "of integers": lambda: torch.ones(LARGE, dtype=torch.int32),
     "overlapping": lambda: torch.ones(9).as_strided((3, 3), (1, 1)),
@@ -100,8 +64,8 @@ class Number:
         return self.value
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_is_there_now_is_measured_and_written(change: Callable[[Tensor], None]) -> None:
+@changes
+def test_what_is_there_now_is_measured_and_written(change: Callable[[Tensor], object]) -> None:
     gradient, other = torch.ones(LARGE), torch.tensor([3.0, 4.0])
     batch = _kernel.gradients(with_gradients([gradient, other]))
     assert batch.norm(2.0) == pytest.approx(math.sqrt(LARGE + 25))
@@ -140,8 +104,8 @@ def test_a_tensor_that_became_complex_is_not_clamped() -> None:
     assert batch.all[0].tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_code_that_runs_in_the_middle_of_a_call(change: Callable[[Tensor], None]) -> None:
+@changes
+def test_code_that_runs_in_the_middle_of_a_call(change: Callable[[Tensor], object]) -> None:
     gradient = torch.ones(LARGE)
     batch = _kernel.tensors([gradient])
     norm = batch.norm(Number(2.0, lambda: change(gradient)))
