@@ -13,6 +13,7 @@ from helpers import grad_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
 from torchclip import Clipper
@@ -156,12 +157,25 @@ class Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class SeenInDispatch(TorchDispatchMode):
+    """Counts the operations below autograd that change something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.changes += func._schema.is_mutable
+        return func(*args, **(kwargs or {}))
+
+
 @changing
-def test_a_function_mode_sees_every_change(function: Function) -> None:
+@pytest.mark.parametrize("mode", [Seen, SeenInDispatch])
+def test_a_mode_sees_every_change(function: Function, mode: type[Seen | SeenInDispatch]) -> None:
     parameters = with_gradients([randn(3, 4), randn(5)])
-    with Seen() as mode:
+    with mode() as seen:
         function(parameters)
-    assert mode.changes > 0
+    assert seen.changes > 0
 
 
 def test_a_default_device_is_nobody_who_sees_operations() -> None:

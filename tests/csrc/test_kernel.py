@@ -343,6 +343,12 @@ def test_gradients_in_order_once_and_only_where_there_are_some() -> None:
         assert batch.count == 600
 
 
+def test_other_orders_of_finite_elements() -> None:
+    batch = _kernel.tensors([torch.tensor([3.0, 4.0, math.inf]), torch.tensor([[1.0, math.nan]])])
+    assert batch.norm(3.0, True) == pytest.approx(92 ** (1 / 3))
+    assert batch.norms(3.0, True) == pytest.approx([91 ** (1 / 3), 1.0])
+
+
 def test_facts() -> None:
     def facts(*tensors: torch.Tensor) -> int:
         return int(_kernel.tensors(tensors).facts)
