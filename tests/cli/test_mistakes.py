@@ -89,6 +89,17 @@ def gradients_in_place_of_parameters() -> None:
         optimizer.step()
 
 
+def gradients_after_the_step_beside_a_right_call() -> None:
+    model = new_model()
+    optimizer = sgd(model)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        utils.clip_grad_norm_([p.grad for p in model.parameters() if p.grad is not None], 1.0)
+
+
 def copies_in_place_of_parameters() -> None:
     model = new_model()
     other, optimizer = copy.deepcopy(model), sgd(model)
@@ -228,6 +239,11 @@ WRONG: dict[Callable[[], None], tuple[bool, str]] = {
     gradients_in_place_of_parameters: (
         True,
         rf"{HERE}: clip_grad_norm_ got gradients in place of parameters in 12 of 12 steps, and clipped "
+        r"nothing. Pass the parameters, such as model.parameters\(\).",
+    ),
+    gradients_after_the_step_beside_a_right_call: (
+        True,
+        rf"{HERE}: clip_grad_norm_ got gradients in place of parameters in 11 of 12 steps, and clipped "
         r"nothing. Pass the parameters, such as model.parameters\(\).",
     ),
     copies_in_place_of_parameters: (

@@ -16,9 +16,10 @@ Array = NDArray[Any]
 _BESIDE = 25
 # A spike is this many standard deviations above the median, on a log scale, and this many times as large.
 _SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
-# Norms drift if the medians of a run's quarters differ by this many standard errors, and by this ratio: a
-# threshold works nearly as well at half or twice its value.  In few steps, training still begins.
-_DRIFT_ERRORS, _DRIFT_RATIO = 5.0, 2.0
+# Norms drift if the medians of a run's quarters differ by this many standard errors, and by this ratio, as
+# those of norms that double from the first step to the last: a threshold works nearly as well at half or twice
+# its value.  In few steps, training still begins.
+_DRIFT_ERRORS, _DRIFT_RATIO = 6.0, 2**0.75
 _FEW_FOR_DRIFT, _DRIFT_RATIO_OF_FEW = 100, 3.0
 _SHORT_BLOCK, _MOST_BLOCKS = 3, 24
 # Norms leave their usual range if they are this many standard deviations above it, and this many times as
@@ -75,9 +76,9 @@ def drift(norms: Array) -> tuple[list[float], bool]:
     medians = np.array([np.median(block) for block in np.array_split(logs, max(blocks, 8))])
     rest = _rest(medians)
     variance = float(rest @ rest) / (len(rest) - 2)
-    # An estimate from few blocks is too small by about 2 / blocks.
-    follows = float(rest[1:] @ rest[:-1]) / max(float(rest @ rest), 1e-300) + 2 / len(rest)
-    follows = min(max(follows, 0.0), 0.95)
+    # What follows a line or a step that was fitted to few blocks seems to remember less than it does.
+    follows = float(rest[1:] @ rest[:-1]) / max(float(rest @ rest), 1e-300)
+    follows = min(max((follows + 3 / len(rest)) / (1 - 6 / len(rest)), 0.0), 0.97)
     independent = len(rest) / 4 * (1 - follows) / (1 + follows)
     error = math.sqrt(2 * variance / independent)
     ratio = _DRIFT_RATIO if len(norms) >= _FEW_FOR_DRIFT else _DRIFT_RATIO_OF_FEW

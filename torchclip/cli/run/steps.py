@@ -132,6 +132,7 @@ class StepRecorder:
         loss, clipper = self._losses.take(), registry.clipper_of(optimizer)
         facts = self._facts(record, optimizer)
         self.mistakes.judge(facts)
+        record.gradients = frozenset(facts.gradients.values())
         effect = joint_effect(facts.used) if facts.used else None
         if _measures_layers(record.steps):
             with _problems_of(record):
