@@ -594,6 +594,7 @@ def test_of_trainers_only_their_threshold_is_judged(
     assert recording.steps.mistakes.remarks() == []
     text = " ".join(report(recording, 1.0).split())
     assert re.search(rf"advice on clip_grad\w+ at \S+\.py:\d+ {verdict}", text), text
+    assert "left their usual range" not in text
 
 
 def test_a_threshold_that_is_in_the_way_is_told_with_its_line() -> None:
