@@ -28,11 +28,9 @@ def runner(directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
-    def run(
-        source: str, *arguments: str, options: Sequence[str] = (), script: str = ""
-    ) -> CompletedProcess[str]:
+    def run(source: str, *arguments: str, options: Sequence[str] = ()) -> CompletedProcess[str]:
         (directory / "script.py").write_text(textwrap.dedent(source), encoding="utf-8")
-        command = ["run", *options, script or ("script" if "-m" in options else "script.py"), *arguments]
+        command = ["run", *options, "script" if "-m" in options else "script.py", *arguments]
         capfd.readouterr()
         gc.collect()  # a new process has no optimizers that earlier tests have left behind
         status: Any

@@ -15,7 +15,6 @@ from torch.nn import utils
 import torchclip
 from torchclip.cli.run import functions, gradients, losses
 from torchclip.cli.run.mistakes import Remark
-from torchclip.cli.run.notes import RankNotes
 from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import report
 from torchclip.cli.run.trial import Trial
@@ -87,6 +86,17 @@ def gradients_in_place_of_parameters() -> None:
         loss_of(model).backward()
         utils.clip_grad_norm_([p.grad for p in model.parameters() if p.grad is not None], 1.0)
         optimizer.step()
+
+
+def gradients_after_the_step_beside_a_right_call() -> None:
+    model = new_model()
+    optimizer = sgd(model)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        utils.clip_grad_norm_([p.grad for p in model.parameters() if p.grad is not None], 1.0)
 
 
 def copies_in_place_of_parameters() -> None:
@@ -228,6 +238,11 @@ WRONG: dict[Callable[[], None], tuple[bool, str]] = {
     gradients_in_place_of_parameters: (
         True,
         rf"{HERE}: clip_grad_norm_ got gradients in place of parameters in 12 of 12 steps, and clipped "
+        r"nothing. Pass the parameters, such as model.parameters\(\).",
+    ),
+    gradients_after_the_step_beside_a_right_call: (
+        True,
+        rf"{HERE}: clip_grad_norm_ got gradients in place of parameters in 11 of 12 steps, and clipped "
         r"nothing. Pass the parameters, such as model.parameters\(\).",
     ),
     copies_in_place_of_parameters: (
@@ -578,6 +593,7 @@ def test_of_trainers_only_their_threshold_is_judged(
     assert recording.steps.mistakes.remarks() == []
     text = " ".join(report(recording, 1.0).split())
     assert re.search(rf"advice on clip_grad\w+ at \S+\.py:\d+ {verdict}", text), text
+    assert "left their usual range" not in text
 
 
 def test_a_threshold_that_is_in_the_way_is_told_with_its_line() -> None:
@@ -641,28 +657,15 @@ def test_with_strict_a_mistake_is_an_error(
     assert ("worth a look\n  script.py:7: " in done.stderr) == (arguments[0] == "wrong")
 
 
+def test_with_strict_a_mistake_on_another_rank_is_its_error(
+    run_here: in_process.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    done = run_here(SCRIPT, "wrong", "0", options=["--strict"])
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_what_is_worth_a_look_is_on_the_page(run_here: in_process.Run, tmp_path: Path) -> None:
     run_here(SCRIPT, "wrong", "0", options=["--html", "a.html"])
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "script.py:7: clip_grad_norm_ got gradients in place of parameters in 6 of 6 steps" in page
-
-
-def remark(kind: str, place: str) -> Remark:
-    return Remark(kind, kind != "part", place, f"{kind}.")
-
-
-def test_the_first_rank_reads_what_others_have_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("MASTER_PORT", "1234")
-    ranks = []
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        ranks.append(RankNotes())
-    ranks[1].write([remark("empty", "a.py:1"), remark("part", "a.py:2")])
-    ranks[2].write([])
-    ranks[0].write([remark("scaled", "a.py:3")])
-    found = ranks[0].collect([remark("part", "a.py:2")])
-    assert list(map(str, found)) == ["on rank 1, a.py:1: empty.", "a.py:2: part."]
-    ranks[2].write([remark("empty", "a.py:4")])  # too late
-    assert not list(tmp_path.iterdir())

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import zipapp
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,7 @@ def test_what_cannot_be_started_is_refused_without_a_report(
     (tmp_path / "package" / "__init__.py").touch()
     assert refused("nowhere.py") == "argument SCRIPT: No such file or directory: nowhere.py\n"
     assert refused("-m", "nowhere") == "argument SCRIPT: No module named nowhere\n"
-    assert "argument SCRIPT: there is no __main__.py in" in refused("package")
+    assert refused("package") == "argument SCRIPT: Is a directory: package\n"
     assert "argument SCRIPT: No module named package.__main__" in refused("-m", "package")
 
 
@@ -190,25 +189,6 @@ def test_in_pythons_safe_mode_nothing_is_put_on_the_path(
 def _without_torchs(path: list[str]) -> list[str]:
     """Torch up to 2.9 puts a temporary directory for code that it generates on the path."""
     return [entry for entry in path if Path(entry).parent != Path(tempfile.gettempdir())]
-
-
-@pytest.mark.parametrize("name", ["app", "app.pyz"])
-def test_a_directory_and_a_zip_file_run_as_under_python(
-    run_here: in_process.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "__main__.py").write_text(
-        "import json, sys, beside; print(json.dumps([sys.argv[1:], sys.path[0], __name__]))"
-    )
-    (tmp_path / "app" / "beside.py").touch()
-    zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz")
-    under_python = subprocess.run(
-        [sys.executable, name, "x"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    monkeypatch.delitem(sys.modules, "beside", raising=False)
-    under_torchclip = run_here("", "x", script=name)
-    assert json.loads(under_torchclip.stdout) == json.loads(under_python.stdout)
-    assert "where torchclip is" not in sys.path
 
 
 def test_of_many_ranks_the_first_reports(run_here: in_process.Run, monkeypatch: pytest.MonkeyPatch) -> None:

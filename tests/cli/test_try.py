@@ -74,7 +74,7 @@ def test_the_script_as_it_is_and_each_threshold_are_rows_below_a_verdict(
     said = " ".join(done.stdout.split())
     assert "Runs with other seeds agree to the bit" in said
     assert "Leave the script as it is: nothing has a better loss at the end than its" in said
-    assert "1: max_norm=1 clips" in said
+    assert "Clips most steps, so the learning rate alone sets how far most steps go: 0.010; 1." in said
     assert len(re.findall(r"torchclip: .*, \S+ s\n", done.stderr)) == 5
     assert not list(tmp_path.glob("torchclip-try-*"))
     with (tmp_path / "a.csv").open(newline="") as file:
@@ -223,7 +223,7 @@ def test_what_is_no_number_stays_a_seed_and_a_script_without_seeds_gets_other_nu
 def history_of(norms: Sequence[float], max_norm: float = math.inf) -> History:
     history = History()
     for step, norm in enumerate(norms):
-        history.append(step, norm, max_norm, min(max_norm / norm, 1.0), loss=1.0)
+        history.append(step, norm, max_norm, min(max_norm / norm, 1.0), loss=norm)
     return history
 
 
@@ -249,6 +249,7 @@ def tried(threshold: str, *scores: float | str, spread: float = 0.01) -> Try:
         ([2.0], [2.147], "better"),
         ([2.147], [2.0], "worse"),
         ([2.0], [2.0], "no difference"),
+        ([2.0], [13.0], "better"),
         # Differences between runs with the same seed decide between several.
         ([2.0, 2.1, 2.2], [2.1, 2.21, 2.29], "better"),
         ([2.1, 2.21, 2.29], [2.0, 2.1, 2.2], "worse"),
@@ -362,14 +363,97 @@ def test_of_several_losses_there_is_no_verdict_without_a_metric() -> None:
     assert "No verdict" not in verdict(tries_of(*runs), METRIC)
 
 
-def test_what_a_threshold_did_in_a_trial_is_judged() -> None:
-    norms = np.random.default_rng(0).lognormal(sigma=0.3, size=200).tolist()
-    found = [
-        Try(name, [Run(name, histories={"SGD": history_of(norms, max_norm)})])
-        for name, max_norm in ((AS_IT_IS, 2.0), ("0.1", 0.1))
+def test_what_thresholds_did_in_a_trial_is_judged_in_a_sentence_each() -> None:
+    norms = np.random.default_rng(0).lognormal(sigma=0.3, size=200)
+    exploding = (norms * np.where(np.arange(200) < 100, 1, 100)).tolist()
+    runs = [
+        (AS_IT_IS, norms.tolist(), 2.0),
+        ("0.1", norms.tolist(), 0.1),
+        ("0.2", norms.tolist(), 0.2),
+        ("99", norms.tolist(), 99.0),
+        ("10", exploding, 10.0),
     ]
-    (text,) = judged(found)
-    assert text.startswith("0.1: max_norm=0.1 clips every step")
+    found = [
+        Try(name, [Run(name, histories={"SGD": history_of(of_run, max_norm)})])
+        for name, of_run, max_norm in runs
+    ]
+    assert judged(found) == [
+        "Clips most steps, so the learning rate alone sets how far most steps go: 0.1; 0.2.",
+        "Never clips: 99.",
+        "Did not keep the norms in their range: 10.",
+    ]
+
+
+CSV = "step,total_norm,max_norm,clip_coef,skipped,loss,clipped_norm,optimizer\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "steps", "log", "metric", "problem"),
+    [
+        (0, CSV, "", None, "no optimizer took a step"),
+        (0, CSV + "0,1.0,inf,1.0,False,,1.0,SGD\n", "", None, "no loss was seen"),
+        (0, CSV + "0,1.0,inf,1.0,False,nan,1.0,SGD\n", "", None, "the loss is not finite"),
+        (0, CSV, "score none", "score (.*)", "the metric is not finite"),
+        (0, CSV, "", "score (.*)", "no line matched --metric"),
+        (3, CSV, "", None, "failed, exit status 3"),
+        (130, CSV, "", None, "interrupted"),
+        (-signal.SIGTERM, CSV, "", None, "ended by SIGTERM"),
+    ],
+)
+def test_why_a_run_has_no_result_is_said(
+    status: int, steps: str, log: str, metric: str | None, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text(steps, encoding="utf-8")
+    run = Run("1")
+    run.read(status, tmp_path / "a.csv", log, None if metric is None else re.compile(metric))
+    assert run.problem == problem
+
+
+@pytest.mark.slow
+def test_a_gan_has_a_column_for_each_optimizer_and_no_verdict(run_here: in_process.Run) -> None:
+    script = """
+        import torch
+        from torch import nn
+        torch.manual_seed(0)
+        generator, critic = nn.Linear(2, 2), nn.Linear(2, 1)
+        of_generator, of_critic = (torch.optim.Adam(m.parameters(), lr=1e-2) for m in (generator, critic))
+        loss_of = nn.BCEWithLogitsLoss()
+        for _ in range(60):
+            fake = generator(torch.randn(16, 2))
+            of_critic.zero_grad()
+            loss = loss_of(critic(torch.randn(16, 2) + 2), torch.ones(16, 1))
+            (loss + loss_of(critic(fake.detach()), torch.zeros(16, 1))).backward()
+            nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+            of_critic.step()
+            of_generator.zero_grad()
+            loss_of(critic(fake), torch.ones(16, 1)).backward()
+            nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+            of_generator.step()
+    """
+    done = run_here(script, options=["--try", "none"])
+    assert done.returncode == 0, done.stderr
+    heading = done.stdout.splitlines()[0]
+    assert "loss at the end of of_critic (Adam)  loss at the end of of_generator (Adam)" in heading
+    said = " ".join(done.stdout.split())
+    assert "No verdict: of_critic (Adam) and of_generator (Adam) have a loss each, and which" in said
+
+
+@pytest.mark.slow
+def test_between_runs_that_differ_by_chance_no_difference_is_found(run_here: in_process.Run) -> None:
+    script = """
+        import torch
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.full((4,), 2.0))
+        optimizer = torch.optim.SGD([weight], lr=0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (weight - torch.randn(4)).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_([weight], 8.0)
+            optimizer.step()
+    """
+    done = run_here(script, options=["--try", "6"])
+    assert rows_of(done.stdout)["6"][2] == "no difference"
+    assert "no difference was found" in " ".join(done.stdout.split()).lower()
 
 
 # The search

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from runs import advice_on, calm, words
 
+from torchclip import Clipper
 from torchclip.history import Advice, History
 from torchclip.reference import Array
 
@@ -244,6 +246,19 @@ def spiky() -> Array:
             calm(200, spread=0.02),
             "(0.953 to 1.04), and a lower threshold only shortens steps. As a safeguard use",
         ),
+        (
+            np.full(200, np.nan),
+            "No advice: no step had a finite norm. Lower the learning rate to a tenth, ",
+        ),
+        (
+            np.where(np.arange(1000) % 100 == 50, np.nan, calm()),
+            "Not finite: the norm of 10 steps of 1,000. No threshold helps there; Clipper(..., "
+            "nonfinite='skip') skips these steps.",
+        ),
+        (
+            np.where(np.arange(200) == 50, 0, calm(200)),
+            "The norm of 1 step of 200 is 0; these do not count.",
+        ),
         (spiky(), "Use max_norm=2. It would have clipped the spike and 4 other steps of 360."),
         (spiky(), "The spikes: 1 step, up to 33.5 times the norm around them (step 200)."),
         (
@@ -258,3 +273,42 @@ def spiky() -> Array:
 )
 def test_each_sentence_has_an_example(norms: Array, sentence: str) -> None:
     assert sentence in words(advice_on(norms))
+
+
+@pytest.mark.parametrize(
+    ("gradients", "sentence"),
+    [
+        ((math.nan, math.nan, math.nan), "Step 0: No gradient is finite: look at the loss."),
+        (
+            (1.0, 1.0, math.nan),
+            "Step 0: 2.weight, the last parameter of the model, is not finite: look at what follows it, and "
+            "the loss.",
+        ),
+        (
+            (math.nan, 1.0, 1.0),
+            "Step 0: In the order of the model, 0.weight is the last parameter whose gradient is not finite, "
+            "and 1.weight the next, whose gradient is: going backwards, it broke between them.",
+        ),
+    ],
+)
+def test_where_a_backward_pass_broke_is_said(gradients: Sequence[float], sentence: str) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(1, 1, bias=False) for _ in gradients))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = Clipper(optimizer, math.inf, model=model, layers_every=1)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = torch.full((1, 1), gradient)
+    optimizer.step()
+    assert sentence in " ".join(str(clipper.history.suggest()).split())
+
+
+def test_other_groups_that_stall_are_counted() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(100))]} for _ in range(3)]
+    optimizer = torch.optim.Adam(groups, eps=1.0)
+    clipper = Clipper(optimizer, 0.1)
+    for norm in calm(100).tolist():
+        for group in groups:
+            group["params"][0].grad = torch.full((100,), norm / 10)
+        optimizer.step()
+    assert "of group 0 of Adam (and of 2 more) have a root mean square of" in " ".join(
+        str(clipper.history.suggest()).split()
+    )

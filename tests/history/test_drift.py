@@ -45,17 +45,18 @@ def test_chance_is_no_drift(noise: Noise, steps: int) -> None:
     assert drifting(noise, steps) <= 1
 
 
-@pytest.mark.parametrize("memory", [0.95, 0.98])
-@pytest.mark.parametrize("steps", [100, 200, 1000])
+@pytest.mark.parametrize("memory", [0.95, 0.98, 0.99])
+@pytest.mark.parametrize("steps", [100, 300, 1000])
 def test_a_walk_that_returns_slowly_is_seldom_taken_for_a_drift(memory: float, steps: int) -> None:
-    """In a hundred steps it hardly returns, and cannot be told from a drift."""
-    assert drifting(returning(memory, 0.5), steps) <= 4
+    """In a hundred steps it hardly returns, and looks like a drift."""
+    assert drifting(returning(memory, 0.5), steps) <= 2
 
 
 STARTS: dict[str, Callable[[Array], Array]] = {
     "falls within a tenth": lambda at: np.log(1 + 4 * np.exp(-at / (0.1 * len(at)))),
     "falls far and early": lambda at: np.log(1 + 8 * np.exp(-at / (0.05 * len(at)))),
     "falls ever more slowly": lambda at: -0.3 * np.log1p(at),
+    "falls until three tenths": lambda at: -np.log1p(np.minimum(at, 0.3 * len(at)) / (0.03 * len(at))),
     "warms up": lambda at: np.log(np.minimum((at + 1) / (0.1 * len(at)), 1)),
 }
 
@@ -79,13 +80,13 @@ def test_a_small_change_does_not_matter_nor_one_as_training_begins(steps: int, r
     assert drifting(norms, steps) <= 1
 
 
-@pytest.mark.parametrize("ratio", [5.0, 0.2, 10.0, 0.1])
-@pytest.mark.parametrize("deviation", [0.3, 0.6])
-def test_a_trend_is_a_drift(ratio: float, deviation: float) -> None:
+@pytest.mark.parametrize("ratio", [4.0, 0.25, 10.0, 0.1])
+@pytest.mark.parametrize(("steps", "deviation"), [(300, 0.2), (1000, 0.3), (1000, 0.5)])
+def test_a_trend_is_a_drift(ratio: float, steps: int, deviation: float) -> None:
     def norms(rng: np.random.Generator, steps: int) -> Array:
         return np.linspace(0, math.log(ratio), steps) + rng.normal(scale=deviation, size=steps)
 
-    assert drifting(norms, 1000) >= SEEDS - 1
+    assert drifting(norms, steps) >= SEEDS - 1
 
 
 def test_a_large_trend_is_seen_in_a_short_run() -> None:

@@ -115,6 +115,18 @@ def test_the_loss_shows_where_an_explosion_begins_after_one_step() -> None:
     assert advice_on(norms).explodes is None
 
 
+@pytest.mark.parametrize("steps", [160, 640])
+def test_a_loss_that_changes_with_the_data_shows_no_explosion(steps: int) -> None:
+    """As in PPO: each rollout of 40 steps has a loss of its own, and the norms grow slowly."""
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        levels = np.repeat(rng.uniform(40, 75, size=steps // 40), 40)
+        levels[:40] = 35
+        norms = np.minimum(15 * np.sqrt(levels / 40) * (1 + np.arange(steps) / 160), 60)
+        noise = rng.lognormal(sigma=0.08, size=(2, steps))
+        assert advice_on(norms * noise[0], levels * noise[1]).explodes is None
+
+
 @pytest.mark.parametrize("ends_with", ["norm", "loss"])
 def test_a_run_that_ends_after_a_few_steps_because_it_explodes(ends_with: str) -> None:
     """As in a Transformer with SGD at a learning rate of 5."""

@@ -29,14 +29,14 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
             1.6,
             "keep",
             1.6,
-            "Keep max_norm=1.6: it clips 4.4% of the steps, and protects against a bad batch.",
+            "Keep max_norm=1.6: it clips 48 of 1,000 steps, and protects against a bad batch.",
         ),
         (
             calm(),
             1.1,
             "keep",
             1.1,
-            "Keep max_norm=1.1: it clips 34.9% of the steps, and lies within half to twice of what the norms "
+            "Keep max_norm=1.1: it clips 355 of 1,000 steps, and lies within half to twice of what the norms "
             "suggest, 1.4.",
         ),
         (
@@ -44,7 +44,7 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
             1.2,
             "keep",
             1.2,
-            "Keep max_norm=1.2: it clips 40.7% of the steps, and nothing in this run speaks against it.",
+            "Keep max_norm=1.2: it clips 413 of 1,000 steps, and nothing in this run speaks against it.",
         ),
         (
             calm(),
@@ -58,7 +58,7 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
             lambda step: 1.9 + 0.1 * (step % 2),
             "keep",
             1.4,
-            "Keep the threshold (1.9 to 2): it clips 1.0% of the steps, and protects against a bad batch.",
+            "Keep the threshold (1.9 to 2): it clips 9 of 1,000 steps, and protects against a bad batch.",
         ),
         (
             calm(),
@@ -138,7 +138,7 @@ def test_skipped_steps_do_not_hide_the_threshold() -> None:
         skipped = step % 10 == 0
         max_norm, coefficient = (math.inf, 1.0) if skipped else (1.6, min(1.0, 1.6 / norm))
         history.append(step, norm, max_norm, coefficient, skipped)
-    assert history.suggest().reason.startswith("Keep max_norm=1.6: it clips 4")
+    assert history.suggest().reason.startswith("Keep max_norm=1.6: it clips 45 of 1,000 steps")
 
 
 def trained(max_norm: object, norms: Array, **options: Any) -> Advice:

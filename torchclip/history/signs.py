@@ -16,9 +16,10 @@ Array = NDArray[Any]
 _BESIDE = 25
 # A spike is this many standard deviations above the median, on a log scale, and this many times as large.
 _SPIKE_DEVIATIONS, _SPIKE_RATIO = 5.0, 2.0
-# Norms drift if the medians of a run's quarters differ by this many standard errors, and by this ratio: a
-# threshold works nearly as well at half or twice its value.  In few steps, training still begins.
-_DRIFT_ERRORS, _DRIFT_RATIO = 5.0, 2.0
+# Norms drift if the medians of a run's quarters differ by this many standard errors, and by this ratio, as
+# those of norms that double from the first step to the last: a threshold works nearly as well at half or
+# twice its value.  In few steps, training still begins.  No chance makes quarters differ by the last ratio.
+_DRIFT_ERRORS, _DRIFT_RATIO, _MORE_THAN_CHANCE = 6.0, 2**0.75, 100.0
 _FEW_FOR_DRIFT, _DRIFT_RATIO_OF_FEW = 100, 3.0
 _SHORT_BLOCK, _MOST_BLOCKS = 3, 24
 # Norms leave their usual range if they are this many standard deviations above it, and this many times as
@@ -28,7 +29,8 @@ _USUAL = 0.95  # the share of earlier norms in the range
 # They do not return if this share of the following norms is outside, and there are this many of them.
 _SHARE_OUTSIDE, _LEAST_AFTER = 0.8, 5
 # If the loss is this many times as high in the next steps, and stays higher, it is enough that norms are this
-# many times as large in these steps, and this many standard deviations above.
+# many times as large in these steps, and this many standard deviations above.  Norms that grow later do not
+# show that both are one event: in reinforcement learning the loss changes with the data.
 _SOON, _LOSS_RATIO, _RATIO_WITH_LOSS, _HARDLY_ANY = 10, 1.3, 3.0, 0.02
 # Infinite losses count as this, as quantiles take differences, and infinities have none.
 _HIGHEST_LOSS = 1e300
@@ -75,13 +77,13 @@ def drift(norms: Array) -> tuple[list[float], bool]:
     medians = np.array([np.median(block) for block in np.array_split(logs, max(blocks, 8))])
     rest = _rest(medians)
     variance = float(rest @ rest) / (len(rest) - 2)
-    # An estimate from few blocks is too small by about 2 / blocks.
-    follows = float(rest[1:] @ rest[:-1]) / max(float(rest @ rest), 1e-300) + 2 / len(rest)
-    follows = min(max(follows, 0.0), 0.95)
+    # What follows a line or a step that was fitted to few blocks seems to remember less than it does.
+    follows = float(rest[1:] @ rest[:-1]) / max(float(rest @ rest), 1e-300)
+    follows = min(max((follows + 3 / len(rest)) / (1 - 6 / len(rest)), 0.0), 0.97)
     independent = len(rest) / 4 * (1 - follows) / (1 + follows)
     error = math.sqrt(2 * variance / independent)
     ratio = _DRIFT_RATIO if len(norms) >= _FEW_FOR_DRIFT else _DRIFT_RATIO_OF_FEW
-    drifts = change > max(math.log(ratio), _DRIFT_ERRORS * error)
+    drifts = change > max(math.log(ratio), min(_DRIFT_ERRORS * error, math.log(_MORE_THAN_CHANCE)))
     return [math.exp(median) for median in quarters], drifts
 
 
@@ -196,13 +198,12 @@ def _by_losses(logs: Array, losses: Array) -> int | None:
             continue
         soon = slice(index, index + _SOON)
         rose = np.median(filled[soon]) > highest + (_LOSS_RATIO - 1) * abs(highest)
-        growth = max(np.median(logs[soon]), np.median(logs[index:])) - np.median(logs[beside])
+        grown = max(np.median(logs[index : index + steps]) for steps in (_SOON, 2 * _BESIDE))
+        growth = grown - np.median(logs[beside])
         stays = np.median(filled[index:]) > highest and growth > least
-        # If hardly any later loss is as low as those before, less growth is enough.
-        certainly = np.quantile(filled[index:], _HARDLY_ANY) > highest and growth > max(
-            least / 2, math.log(2)
-        )
-        if rose and (stays or certainly):
+        # If hardly any later loss is as low as any before, less growth is enough.
+        is_new = np.quantile(filled[index:], _HARDLY_ANY) > filled[:index].max()
+        if rose and (stays or (is_new and growth > max(least / 2, math.log(2)))):
             return index
     return None
 

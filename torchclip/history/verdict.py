@@ -16,6 +16,8 @@ Verdict = Literal["keep", "clips_every_step", "never_clips", "in_the_way", "too_
 # Every step is clipped if these shares of the steps are: of all, and if the threshold is not near the advice.
 _EVERY, _MOST = 0.9, 0.5
 _FEW = 0.1
+# It never clips if it is above this many times the largest norm; below, it protects against a bad batch.
+_FAR_ABOVE = 5
 # With several thresholds, the norm after clipping is not the product with the smallest coefficient.
 _SAME_NORM = 0.01
 
@@ -81,7 +83,7 @@ def judge(run: Run, threshold: Used, advised: float, reason: str, stall: Stall) 
         reason: the reason for this number.
         stall: how many steps stalled after clipping.
     """
-    share = float(threshold.clipped[run.warmup :].sum() / max(run.usable[run.warmup :].sum(), 1))
+    share = float(threshold.clipped.sum() / max(run.usable.sum(), 1))
     # What the threshold is compared with: one number, and the norm of all gradients.
     is_near = threshold.is_joint and advised / 2 <= threshold.low <= 2 * advised
     named = f"{threshold.name[0].upper()}{threshold.name[1:]}" if not threshold.is_number else threshold.name
@@ -103,11 +105,11 @@ def judge(run: Run, threshold: Used, advised: float, reason: str, stall: Stall) 
             ),
         )
     largest = float(run.found[~run.is_spike].max())
-    if not threshold.clipped.any() and threshold.high > 2 * max(largest, advised):
+    if not threshold.clipped.any() and threshold.high > _FAR_ABOVE * max(largest, advised):
         norms = f"the largest norm of {counted(len(run.norms), 'step')} is {run.norms[run.usable].max():.3g}"
         return "never_clips", advised, f"{named} never clips: {norms}. {reason}"
     kept = threshold.low if threshold.is_joint else advised
-    return "keep", kept, f"Keep {threshold.name}: {_why_keep(threshold, share, is_near, advised)}."
+    return "keep", kept, f"Keep {threshold.name}: {_why_keep(run, threshold, share, is_near, advised)}."
 
 
 def _clips_most(run: Run, threshold: Used, share: float, advised: float) -> str:
@@ -126,10 +128,10 @@ def _clips_most(run: Run, threshold: Used, share: float, advised: float) -> str:
     return f"{clips} {unusual} Large gradients then count more."
 
 
-def _why_keep(threshold: Used, share: float, is_near: bool, advised: float) -> str:
+def _why_keep(run: Run, threshold: Used, share: float, is_near: bool, advised: float) -> str:
     if not threshold.clipped.any():
         return "it clips no step of this run, and protects against a bad batch"
-    clips = f"it clips {share:.1%} of the steps"
+    clips = f"it clips {threshold.clipped.sum():,} of {run.usable.sum():,} steps"
     if share <= _FEW:
         return f"{clips}, and protects against a bad batch"
     if is_near:

@@ -22,7 +22,6 @@ from torchclip.cli.options import count, file_to_write, max_norm, need, picture_
 from torchclip.cli.run import seeds as seeding
 from torchclip.cli.run.files import Files
 from torchclip.cli.run.mistakes import Remark
-from torchclip.cli.run.notes import RankNotes
 from torchclip.cli.run.recording import Recording
 from torchclip.cli.run.report import about, histories, report
 from torchclip.cli.run.script import prepare, traceback_of_script
@@ -197,7 +196,7 @@ def run(
     seeding.add_to_seeds(add_to_seeds)
     try:
         main = prepare(script, args, module)
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:  # the latter for null bytes, until Python 3.11
         sys.excepthook(type(error), error.with_traceback(None), None)
         return 1
     return _recorded(main, Trial(max_norm, threshold, none), wanted, " ".join([script, *args]), strict)
@@ -216,8 +215,7 @@ def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: 
     Returns:
         The exit status.
     """
-    process, notes = os.getpid(), RankNotes()
-    recording = Recording(trial, notes.write)
+    process, recording = os.getpid(), Recording(trial)
     recording.attach()
     start = time.perf_counter()
     error = _error_of(main)
@@ -237,12 +235,10 @@ def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: 
     # A forked child that gets here has nothing to report, and one of many ranks is enough.
     if began and os.getpid() == process:
         remarks = recording.steps.mistakes.remarks()
-        notes.write(remarks)
-        if os.environ.get("RANK", "0") == "0":
-            remarks = notes.collect(remarks)
-            failed = _show(recording, seconds, end, wanted, command, remarks)
-            is_wrong = strict and any(remark.is_mistake for remark in remarks)
-            status = status or failed or int(is_wrong)
+        is_first = os.environ.get("RANK", "0") == "0"
+        failed = _show(recording, seconds, end, wanted, command, remarks) if is_first else 0
+        is_wrong = strict and any(remark.is_mistake for remark in remarks)
+        status = status or failed or int(is_wrong)
     if isinstance(error, SystemExit) and (error.code or not status):
         raise error
     return status

@@ -62,15 +62,14 @@ def _write_csv(path: Path, histories: Mapping[str, History]) -> None:
 
 
 def read_csv(path: Path) -> dict[str, History]:
-    """Read a file of ``--csv``; files of earlier versions have no loss and no clipped norm."""
+    """Read a file of ``--csv``."""
     found: dict[str, History] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             history = found.setdefault(row["optimizer"], History(maxlen=10**9))
-            norm, max_norm, clip_coef = map(float, (row["total_norm"], row["max_norm"], row["clip_coef"]))
-            loss = float(row["loss"]) if row.get("loss") else None
-            skipped = row["skipped"] == "True"
-            clipped_norm = float(row["clipped_norm"]) if row.get("clipped_norm") else None
+            names = ("total_norm", "max_norm", "clip_coef", "clipped_norm")
+            norm, max_norm, clip_coef, clipped_norm = (float(row[name]) for name in names)
+            loss, skipped = float(row["loss"]) if row["loss"] else None, row["skipped"] == "True"
             history.append(int(row["step"]), norm, max_norm, clip_coef, skipped, loss, clipped_norm)
     return found
 

@@ -91,15 +91,16 @@ def too_late(step: StepFacts) -> Iterator[Found]:
 
 def no_parameters(step: StepFacts) -> Iterator[Found]:
     """Gradients, copies, or nothing at all in place of parameters."""
-    idle = [call for call in step.others if not call.has_gradients and call.backwards == step.backwards[0]]
-    if not idle or not step.missed():
-        return
-    gradients = set(step.gradients.values())
+    idle = [call for call in step.others if not call.has_gradients]
+    # Those of the previous step, too, as the call may come after it.
+    gradients = step.record.gradients.union(step.gradients.values())
+    misses = bool(idle and step.missed())
     for call in idle:
-        kind = "copies" if gradients.isdisjoint(call.parameters) else "gradients"
-        if not call.parameters:
-            kind = "used up" if call.is_used_up else "empty"
-        yield Found(kind, (call.site,), call.function)
+        if not gradients.isdisjoint(call.parameters):
+            yield Found("gradients", (call.site,), call.function)
+        elif misses and call.backwards == step.backwards[0]:
+            without = "used up" if call.is_used_up else "empty"
+            yield Found("copies" if call.parameters else without, (call.site,), call.function)
 
 
 def still_scaled(step: StepFacts) -> Iterator[Found]:

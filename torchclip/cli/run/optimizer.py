@@ -31,6 +31,7 @@ class OptimizerRecord:
         nonfinite: the names of the parameters with a gradient that is not finite, by step.
         problem: why its norms are not known, or why it is not clipped as the options say.
         seen: the number of calls of clipping functions, and of backward passes, before its last step.
+        gradients: the ``id`` of each gradient of its last step.
         is_measured: whether the running step is recorded.
         is_tried: whether a trial clips in the running step, as the program does not.
     """
@@ -49,6 +50,7 @@ class OptimizerRecord:
         self.nonfinite: dict[int, list[str]] = {}
         self.problem: str | None = None
         self.seen = 0, 0
+        self.gradients = frozenset[int]()
         self.is_measured = self.is_tried = False
         self.read_parameters(optimizer, modules)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from torchclip import patch
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.functions import FunctionRecorder
 from torchclip.cli.run.losses import LossRecorder
-from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 
@@ -18,15 +15,14 @@ class Recording:
 
     Args:
         trial: the clipping to try.
-        tell: called now and then with what is worth a look so far.
     """
 
-    def __init__(self, trial: Trial, tell: Callable[[Sequence[Remark]], object] | None = None) -> None:
+    def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.calls = Calls()
         self.losses = LossRecorder()
         self.functions = FunctionRecorder(self.calls, self.losses, trial)
-        self.steps = StepRecorder(trial, self.calls, self.losses, tell)
+        self.steps = StepRecorder(trial, self.calls, self.losses)
 
     def attach(self) -> None:
         """Record from now on."""

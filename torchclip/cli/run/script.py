@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import io
 import os
 import runpy
 import sys
 import types
-import zipfile
 from collections.abc import Callable
 from functools import partial
 
@@ -36,8 +34,6 @@ def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
         return partial(runpy.run_module, script, run_name="__main__", alter_sys=True)
     path = os.path.abspath(script)
     try:
-        if os.path.isdir(path) or path.endswith(".pyc") or zipfile.is_zipfile(path):
-            return _packed(path)
         with io.open_code(path) as file:
             source = file.read()
     except OSError as error:
@@ -51,22 +47,8 @@ def _import_from(directory: str) -> None:
 
     In safe mode (``python -P``, ``PYTHONSAFEPATH``) Python adds neither.
     """
-    if not _safe_path():
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # in 3.10 only as part of -I
         sys.path[0] = directory
-
-
-def _safe_path() -> bool:
-    return bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # in 3.10 only as part of -I
-
-
-def _packed(path: str) -> Callable[[], object]:
-    """A directory or zip file, from which the script then also imports, or compiled code."""
-    if not path.endswith(".pyc"):
-        if importlib.machinery.PathFinder.find_spec("__main__", [path]) is None:
-            raise refusal(f"argument SCRIPT: there is no __main__.py in {path}")
-        if not _safe_path():
-            del sys.path[0]
-    return partial(runpy.run_path, path, run_name="__main__")
 
 
 def _source(path: str, source: bytes) -> Callable[[], object]:

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torchclip.cli.run.calls import Call, Calls, Site, joint_effect, site_of_caller
 from torchclip.cli.run.gradients import Number, nonfinite_ids, norm_of, norms_of, parameters_of
 from torchclip.cli.run.losses import LossRecorder, in_backward
-from torchclip.cli.run.mistakes import Mistakes, Remark, StepFacts
+from torchclip.cli.run.mistakes import Mistakes, StepFacts
 from torchclip.cli.run.names import Modules
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.trial import Effect, Trial
@@ -44,15 +44,8 @@ class StepRecorder:
         mistakes: what the program may do wrong.
     """
 
-    def __init__(
-        self,
-        trial: Trial,
-        calls: Calls,
-        losses: LossRecorder,
-        tell: Callable[[Sequence[Remark]], object] | None = None,
-    ) -> None:
+    def __init__(self, trial: Trial, calls: Calls, losses: LossRecorder) -> None:
         self.trial = trial
-        self._tell = tell
         self.optimizers: list[OptimizerRecord] = []
         self.mistakes = Mistakes()
         self._calls, self._losses = calls, losses
@@ -121,8 +114,6 @@ class StepRecorder:
             elif record.steps >= record.history._clipped_sizes.next_step:
                 record.history._clipped_sizes.measure(record.steps, [optimizer])
         record.steps += 1
-        if self._tell is not None and record.steps & (record.steps - 1) == 0:
-            self._tell(self.mistakes.remarks())
 
     def _measure(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
         """Record an optimizer's step, or let its Clipper do so."""
@@ -132,6 +123,7 @@ class StepRecorder:
         loss, clipper = self._losses.take(), registry.clipper_of(optimizer)
         facts = self._facts(record, optimizer)
         self.mistakes.judge(facts)
+        record.gradients = frozenset(facts.gradients.values())
         effect = joint_effect(facts.used) if facts.used else None
         if _measures_layers(record.steps):
             with _problems_of(record):

@@ -18,6 +18,11 @@ _STUDENT = {1: 31.8, 2: 6.96, 3: 4.54, 4: 3.75, 5: 3.36, 6: 3.14, 7: 3.0, 8: 2.9
 _STUDENT_OF_MANY = 2.8
 # With one run each: how many times as large as the variation within their tails.
 _TIMES_SPREAD = 3.0
+_JUDGED = {
+    "clips_every_step": "Clips most steps, so the learning rate alone sets how far most steps go: {}.",
+    "never_clips": "Never clips: {}.",
+    "too_high": "Did not keep the norms in their range: {}.",
+}
 
 
 def compared(tried: Try, reference: Try, maximize: bool = False) -> Comparison:
@@ -37,6 +42,9 @@ def compared(tried: Try, reference: Try, maximize: bool = False) -> Comparison:
         if run.score == other.score:
             return "no difference"
         least = _TIMES_SPREAD * math.hypot(run.spread, other.spread)
+        if max(run.tail) < min(other.tail) or max(other.tail) < min(run.tail):
+            # Then a run that varies widely, as one that has exploded, is as clear.
+            least = _TIMES_SPREAD * min(run.spread, other.spread)
     else:
         student = _STUDENT.get(len(pairs) - 1, _STUDENT_OF_MANY)
         least = student * float(np.std(differences, ddof=1)) / math.sqrt(len(pairs))
@@ -124,16 +132,18 @@ def _several_losses(tries: Sequence[Try]) -> list[str]:
 
 
 def judged(tries: Sequence[Try]) -> list[str]:
-    """What is wrong with a threshold itself, as its first run shows it."""
-    found = []
+    """What is wrong with the thresholds themselves, as the first runs with each show it."""
+    found: dict[str, list[str]] = {}
     for each in tries:
         histories = each.runs[0].histories if each.runs else {}
         for label, history in histories.items():
             advice = history.suggest()
-            if advice.verdict not in (None, "keep", "unknown"):
-                name = each.threshold if len(histories) == 1 else f"{each.threshold}, {label}"
-                found.append(f"{name}: {advice.reason}")
-    return found
+            name = each.threshold if len(histories) == 1 else f"{each.threshold}, {label}"
+            if advice.verdict == "in_the_way":
+                found[f"{name}: {advice.reason}"] = []
+            elif advice.verdict in _JUDGED:
+                found.setdefault(_JUDGED[advice.verdict], []).append(name)
+    return [text.format("; ".join(names)) for text, names in found.items()]
 
 
 def _named(tried: Try) -> str:
