@@ -1,6 +1,7 @@
 """The advice on which threshold to take, from histories of each kind."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
