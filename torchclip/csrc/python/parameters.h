@@ -239,18 +239,6 @@ template <class Take> Outcome collect_plain(PyObject* given, Take take) {
     return outcome;
 }
 
-// The items of any iterable.  It fails if iterating does, or take(item).
-template <class Take> Outcome collect_any(PyObject* iterable, Take take) {
-    if (PyList_CheckExact(iterable)) return collect_list(iterable, take);
-    const Ref iterator(PyObject_GetIter(iterable));
-    if (iterator == nullptr) return kFailed;
-    while (PyObject* const item = PyIter_Next(iterator)) {
-        const Outcome outcome = take(Ref(item));
-        if (outcome != kDone) return outcome;
-    }
-    return PyErr_Occurred() == nullptr ? kDone : kFailed;
-}
-
 // connect_modules(module, parameter_list, generator, names)
 PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (expect_count(count, 4, 4) != kDone) return nullptr;
