@@ -43,9 +43,18 @@ def connect_modules(
     module: type[nn.Module],
     parameter_list: type[nn.ParameterList],
     generator: type[GeneratorType[Any, Any, Any]],
+    names: tuple[str, ...],
     /,
 ) -> None:
-    """Give the kernel the types that it needs to walk modules; without them it walks none."""
+    """Give the kernel what it needs to walk modules; without that it walks none.
+
+    Args:
+        module: ``torch.nn.Module``.
+        parameter_list: ``torch.nn.ParameterList``, which is a list of items.
+        generator: the type of what ``Module.parameters`` returns.
+        names: the five methods of a module that must be torch's own, and the dictionaries with its own
+            parameters and with the modules below it.
+    """
 
 def clip_grad_norm(
     parameters: object,
@@ -58,7 +67,7 @@ def clip_grad_norm(
     """The usual call of ``torchclip.clip_grad_norm_`` in one go: what it returns, to the bit.
 
     None for any other call, with nothing changed: then a ``Batch`` has to be made, with its errors.
-    ``functions.h`` and ``gradients.h`` say what is usual.  A module, and a generator of ``Module.parameters``
+    ``functions.h`` says what is usual.  A module, and a generator of ``Module.parameters``
     that was not started, are walked where that is sure to give the same parameters; the generator is used up
     then.
     """

@@ -70,12 +70,12 @@ def _exchange_api() -> tuple[Any, str]:
 
 
 def _names_of_modules() -> tuple[str, ...] | None:
-    """What the extension uses of torch's modules in a walk; None if somebody has replaced a method."""
+    """Methods of torch's modules, and two of their dictionaries, that a walk uses; None if somebody has replaced a method."""
     methods = ("parameters", "named_parameters", "_named_members", "named_modules")
     codes = [getattr(getattr(nn.Module, name, None), "__code__", None) for name in methods]
     if not all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes):
         return None
-    return (*methods, "_parameters", "_modules", "__getattribute__")
+    return (*methods, "__getattribute__", "_parameters", "_modules")
 
 
 def _load() -> tuple[Any, str]:
