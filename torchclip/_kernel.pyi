@@ -1,6 +1,6 @@
 """The compiled CPU kernel, as ``torchclip._core`` sees it; the source is ``csrc``."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import GeneratorType
 from typing import Any, Literal, final
 

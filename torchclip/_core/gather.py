@@ -2,7 +2,7 @@
 
 a tensor that is …                                          is handled by
 ----------------------------------------------------------  ---------------------------
-plain, dense, in host memory, of a dtype of the kernel       native (if the kernel is on)
+plain, without gaps, in host memory, of the kernel's dtypes  native (if the kernel is on)
 anything else, and all that is traced or intercepted         operations
 some of each in one call                                     mixed
 a DTensor, or any in a call with ``group``                   sharded, over one of the above

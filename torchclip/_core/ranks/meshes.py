@@ -89,9 +89,6 @@ def layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
     """
     if not any_dtensor(tensors):
         return [PLAIN] * len(tensors)
-    if len(_kept) >= _MOST_KEPT:
-        for known in (_layouts, _equal_layouts, _kept):
-            known.clear()
     try:
         layouts = list(map(_layouts.get, map(id, map(_spec, tensors))))
     except AttributeError:  # some are plain
@@ -104,6 +101,9 @@ def layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
 def _known_layout(spec: Any) -> Layout:
     layout = _layouts.get(id(spec))
     if layout is None:
+        if len(_kept) >= _MOST_KEPT:
+            for known in (_layouts, _equal_layouts, _kept):
+                known.clear()
         key = (id(spec.mesh), spec.placements)
         layout = _equal_layouts.get(key) or _layout(spec.mesh, spec.placements)
         _layouts[id(spec)] = _equal_layouts[key] = layout

@@ -256,9 +256,14 @@ def _placed(
     )
     positions = [*map(place_of.get, map(id, grads))]
     # By identity, as a layout's hash takes longer than all else here.
+    of_each = dict(zip(map(id, layouts), layouts, strict=True))
+    equal: dict[Layout, Layout] = {}
+    of_each = {key: equal.setdefault(layout, layout) for key, layout in of_each.items()}
+    if len(equal) < len(of_each):
+        layouts = [of_each[id(layout)] for layout in layouts]
     places = {
         layout: [place for place, each in zip(positions, layouts, strict=True) if each is layout]
-        for layout in dict(zip(map(id, layouts), layouts, strict=True)).values()
+        for layout in equal
     }
     return list(different.values()), len(different) < len(here), places
 
