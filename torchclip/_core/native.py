@@ -70,7 +70,7 @@ def _exchange_api() -> tuple[Any, str]:
 
 
 def _names_of_modules() -> tuple[str, ...] | None:
-    """Methods and dictionaries of torch's modules that a walk uses; None if somebody has replaced a method."""
+    """Methods and dictionaries of modules that a walk uses; None if somebody has replaced a method."""
     methods = ("parameters", "named_parameters", "_named_members", "named_modules")
     codes = [getattr(getattr(nn.Module, name, None), "__code__", None) for name in methods]
     if not all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes):
