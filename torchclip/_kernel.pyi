@@ -1,6 +1,6 @@
 """The compiled CPU kernel, as ``torchclip._core`` sees it; the source is ``csrc``."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import GeneratorType
 from typing import Any, Literal, final
 
@@ -12,7 +12,6 @@ def connect(
     parameter: type[Tensor],
     exchange_api: Any,
     increment_version: Callable[[list[Tensor]], None],
-    check_tensor: Callable[[str, int, object], object],
     get_num_threads: Callable[[], int],
     other_norms: Callable[[list[Tensor], float, bool, bool], float | list[float]],
     checks: tuple[tuple[Callable[..., object], object, object, Callable[[], bool] | None], ...],
@@ -28,8 +27,6 @@ def connect(
         parameter: ``torch.nn.Parameter``. Only tensors of exactly these two types are taken.
         exchange_api: the capsule ``torch.Tensor.__dlpack_c_exchange_api__``.
         increment_version: called with the tensors that are about to be written.
-        check_tensor: called with ``"parameters"`` or ``"tensors"``, an index and the item found there, if it
-            is not a tensor; must raise.
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
         other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
             count, and whether to return a list with the norm of each, or that of all as one vector.
@@ -46,9 +43,18 @@ def connect_modules(
     module: type[nn.Module],
     parameter_list: type[nn.ParameterList],
     generator: type[GeneratorType[Any, Any, Any]],
+    names: tuple[str, ...],
     /,
 ) -> None:
-    """Give the kernel the types that it needs to walk modules; without them it walks none."""
+    """Give the kernel what it needs to walk modules; without that it walks none.
+
+    Args:
+        module: ``torch.nn.Module``.
+        parameter_list: ``torch.nn.ParameterList``, which is a list of items.
+        generator: the type of what ``Module.parameters`` returns.
+        names: the five methods of a module that must be torch's own, and the dictionaries with its own
+            parameters and with the modules below it.
+    """
 
 def clip_grad_norm(
     parameters: object,
@@ -61,7 +67,7 @@ def clip_grad_norm(
     """The usual call of ``torchclip.clip_grad_norm_`` in one go: what it returns, to the bit.
 
     None for any other call, with nothing changed: then a ``Batch`` has to be made, with its errors.
-    ``functions.h`` and ``gradients.h`` say what is usual.  A module, and a generator of ``Module.parameters``
+    ``functions.h`` says what is usual.  A module, and a generator of ``Module.parameters``
     that was not started, are walked where that is sure to give the same parameters; the generator is used up
     then.
     """
@@ -89,19 +95,23 @@ def clip_per_example(grads: object, max_norm: object, /) -> tuple[list[Tensor], 
 def gradients(parameters: Iterable[Tensor], /) -> Batch | None:
     """A batch of the parameters' gradients, in order, each once; parameters without one are passed over.
 
-    None while the kernel is disabled, or operations are intercepted, so that all of them must be torch's.
+    None if the kernel does not take all of them, or an item is not exactly a Tensor or a Parameter; also
+    while the kernel is disabled, or operations are intercepted, so that all of them must be torch's.
     """
+
+def tensors(tensors: list[Tensor], /) -> Batch | None:
+    """A batch of the tensors themselves, in order, each once; None where ``gradients`` gives None."""
 
 def measured(
     parameters: Iterable[Tensor], norm_type: float, each: bool, /
 ) -> tuple[Batch, float | list[float]] | None:
     """The batch of ``gradients`` with its ``norm``, or with ``each`` its ``norms``; memory is looked up once.
 
-    None also if the batch is not ``plain``, or there is no loop for the order.
+    None also if there is no loop for the order.
     """
 
-def tensors(tensors: Iterable[Tensor], /) -> Batch | None:
-    """A batch of the tensors themselves, in order, each once; None where ``gradients`` gives None."""
+def taken(tensors: list[Tensor], /) -> list[bool] | None:
+    """For each tensor whether the kernel takes it; None if all operations must be torch's."""
 
 def disable() -> None:
     """Take no tensor from now on, in any thread, until ``enable`` was called as often as this."""
@@ -130,9 +140,8 @@ def select(instruction_set: str | None, /) -> None:
 class Batch:
     """Tensors to work on together; a ``torchclip._core.batch.Batch``, whose methods are described there.
 
-    The kernel takes plain CPU tensors of float32, float64, float16, bfloat16, complex64 and complex128 whose
-    elements do not share memory.  Methods work on those that it took when the batch was made; ``torchclip``
-    uses batches in which these are all.
+    The kernel takes plain CPU tensors of float32, float64, float16, bfloat16, complex64 and complex128 that
+    have no gaps between their elements, in any order of their axes.
 
     Only references are kept.  Each method reads from the tensors where their memory lies now, after all
     Python code that the call runs.  A tensor that changed so that it cannot be taken any more raises a
@@ -144,38 +153,23 @@ class Batch:
         """The distinct tensors, in order. Not to be changed."""
     @property
     def facts(self) -> int:
-        """``torchclip._core.batch.Facts`` of the taken tensors, as they were when the batch was made.
-
-        ``SMALL`` only if all were taken; ``SHARED_GRADIENT`` also for a parameter that came twice.
-        """
+        """``torchclip._core.batch.Facts`` of the tensors, as they were when the batch was made."""
     @property
-    def taken(self) -> Batch:
-        """Those that the kernel takes, as a batch of their own."""
-    @property
-    def rest(self) -> Sequence[Tensor]:
-        """Those that the kernel does not take, in order. Not to be changed."""
-    @property
-    def count(self) -> int:
-        """The number of items seen, with those that had no gradient or came a second time."""
-    @property
-    def plain(self) -> bool:
-        """Whether all tensors are taken, and no item is of a subclass of Tensor other than Parameter."""
-    @property
-    def subclassed(self) -> bool:
-        """Whether any of the items is of a subclass of Tensor other than Parameter."""
+    def rest(self) -> tuple[()]:
+        """Tensors that the kernel does not take: none."""
     def norm(self, p: float, finite: bool = False, /) -> float:
-        """The norm of all taken tensors as one vector; -1 if there is no element (that is finite)."""
+        """The norm of all tensors as one vector; -1 if there is no element (that is finite)."""
     def norms(self, p: float, finite: bool = False, /) -> list[float]:
-        """The norm of each tensor of ``all``, or of its finite elements; -1 for the rest."""
+        """The norm of each tensor of ``all``, or of its finite elements; -1 where there are none."""
     def scale_(self, clip_coef: float | Tensor, /) -> None:
-        """Multiply the taken tensors in place; by 1 not at all.
+        """Multiply the tensors in place; by 1 not at all.
 
         Products are formed in float32 (of float64 in float64) and rounded.
         """
     def scale_each_(self, clip_coefs: Iterable[float | Tensor], /) -> None:
-        """Multiply each tensor by its own number of those given for ``all``; the rest are left alone."""
+        """Multiply each tensor by its own number of those given for ``all``."""
     def clip_each_(self, limits: float | Iterable[float | Tensor], p: float, eps: float, /) -> list[float]:
-        """Scale each taken tensor in place to its own limit, while it is in the cache; the norms before.
+        """Scale each tensor in place to its own limit, while it is in the cache; the norms before.
 
         ``limits`` is a number for all, or one for each tensor of ``all``.
         """
@@ -183,12 +177,12 @@ class Batch:
         """Limit every element in place to ``[-limit, limit]``; nan stays nan.
 
         Raises:
-            ValueError: if a taken tensor is complex, before anything is written.
+            ValueError: if a tensor is complex, before anything is written.
         """
     def zero_nonfinite_(self) -> None:
         """Set every element to 0 that is infinite or nan, in either part of a complex one."""
     def fingerprint(self) -> bytes:
-        """Eight bytes for each taken tensor, in order, which show whether it is still the same, unchanged.
+        """Eight bytes for each tensor, in order, which show whether it is still the same, unchanged.
 
         They depend on the address, the version counter, the number of elements, and the bits of one number in
         it, neither 0 nor infinite nor NaN if there is one: new gradients often have the addresses

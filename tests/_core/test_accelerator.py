@@ -72,8 +72,8 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 # Each with the orders to call it with, and how many operations it may take.
 CALLS: dict[str, tuple[Callable[[list[nn.Parameter], float], object], tuple[float, ...], int]] = {
-    "clip_grad_norm_": (lambda ps, order: torchclip.clip_grad_norm_(ps, 1.0, order), ORDERS, 16),
-    "get_total_norm": (lambda ps, order: torchclip.get_total_norm(gradients(ps), order), ORDERS, 12),
+    "clip_grad_norm_": (lambda ps, order: torchclip.clip_grad_norm_(ps, 1.0, order), ORDERS, 19),
+    "get_total_norm": (lambda ps, order: torchclip.get_total_norm(gradients(ps), order), ORDERS, 13),
     "clip_grads_with_norm_": (
         lambda ps, _: torchclip.clip_grads_with_norm_(ps, 1.0, torch.ones((), device="meta")),
         (2.0,),

@@ -16,22 +16,24 @@ static DLTensor tensor_of(float* data, int64_t* shape, int64_t* strides, int32_t
 }
 
 int main() {
-    float numbers[] = {3, 9, 4, 9, 0, 9};  // every second one belongs to the tensor
-    int64_t shape[] = {3}, strides[] = {2};
+    float numbers[] = {9, 3, 0,
+                       4, 0, 9};  // those in the middle belong to the tensor, whose first axis is the narrow one
+    int64_t shape[] = {2, 2}, strides[] = {1, 2};
     for (const char* set : {"baseline", "avx2", "avx512"}) {
         if (!use_instruction_set(set)) continue;
-        numbers[0] = 3, numbers[2] = 4;
+        numbers[1] = 3, numbers[3] = 4;
         Memory memory;
-        CHECK(memory.add(tensor_of(numbers, shape, strides, 1)));
+        CHECK(memory.add(tensor_of(numbers + 1, shape, strides, 2)));
         CHECK(memory.norm(&Loops::sum_squares, false) == 5.0);
         CHECK(memory.norm(&Loops::largest, false) == 4.0);
         const double half = 0.5;
         CHECK(memory.write(&Loops::scale, &half, false));
-        CHECK(numbers[0] == 1.5f && numbers[1] == 9.0f && numbers[2] == 2.0f);
+        CHECK(numbers[0] == 9.0f && numbers[1] == 1.5f && numbers[3] == 2.0f && numbers[5] == 9.0f);
     }
     CHECK(!use_instruction_set("abacus"));
-    int64_t overlapping[] = {0};
+    int64_t with_gaps[] = {3, 1}, overlapping[] = {0, 1};
     Memory memory;
-    CHECK(!memory.add(tensor_of(numbers, shape, overlapping, 1)));
+    CHECK(!memory.add(tensor_of(numbers, shape, with_gaps, 2)));
+    CHECK(!memory.add(tensor_of(numbers, shape, overlapping, 2)));
     return 0;
 }

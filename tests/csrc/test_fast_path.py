@@ -108,7 +108,6 @@ STILL_USUAL: dict[str, Callable[[Call], None]] = {
     "an order of integer type": with_keyword("norm_type", 2),
     "foreach": with_keyword("foreach", True),
     "an error for what is not finite": with_keyword("error_if_nonfinite", True),
-    "gaps": gradient(lambda: torch.ones(4, 6)[:, ::2]),
     "many elements": gradient(lambda: randn(70_000)),
     "many parameters": many,
     "beyond float64": gradient(lambda: torch.tensor([1e200], dtype=torch.float64)),
@@ -116,6 +115,7 @@ STILL_USUAL: dict[str, Callable[[Call], None]] = {
     "shared": shared,
 }
 UNUSUAL: dict[str, Callable[[Call], None]] = {
+    "gaps": gradient(lambda: torch.ones(4, 6)[:, ::2]),
     "expanded": gradient(lambda: torch.ones(1).expand(3)),
     "integers": gradient(lambda: torch.ones(3, dtype=torch.int32)),
     "nan": gradient(lambda: torch.tensor([math.nan, 1.0])),

@@ -2,7 +2,7 @@
 
 ``gather`` decides which implementation takes which tensors:
 
-    native        the compiled kernel, for plain dense tensors in host memory
+    native        the compiled kernel, for plain tensors without gaps in host memory
     operations    torch operations, for all others
     mixed         some of each in one call
     sharded       any of those, with norms that ranks agree on

@@ -2,7 +2,7 @@
 
 a tensor that is …                                          is handled by
 ----------------------------------------------------------  ---------------------------
-plain, dense, in host memory, of a dtype of the kernel       native (if the kernel is on)
+plain, without gaps, in host memory, of the kernel's dtypes  native (if the kernel is on)
 anything else, and all that is traced or intercepted         operations
 some of each in one call                                     mixed
 a DTensor, or any in a call with ``group``                   sharded, over one of the above
@@ -10,16 +10,18 @@ a DTensor, or any in a call with ``group``                   sharded, over one o
 
 from __future__ import annotations
 
+import operator
 import types
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, memory, native
-from torchclip._core.batch import Batch, Facts, Norm, Norms
+from torchclip._core.batch import Batch, Norm, Norms
 from torchclip._core.mixed import MixedBatch
 from torchclip._core.operations import TorchBatch
 from torchclip._core.ranks import meshes, sharded
@@ -42,7 +44,7 @@ def gradients(
     """
     if group is None and type(parameters) is list:
         batch = _by_kernel(parameters, take_grad=True)
-        if batch is not None and batch.plain and batch.all:  # nearly always: then there is nothing to refuse
+        if batch is not None and batch.all:  # nearly always: then there is nothing to refuse
             return cast("Batch", batch)
     (found,) = _batches("parameters", [parameters], group, kind)
     return found
@@ -203,7 +205,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: str | N
         measured = kind in (Kind.MEASURE, Kind.MEASURE_EACH)
         batch = ShardedBatch(distinct(items, name), take_grad, groups, _local, measured, given)
     elif (by_kernel := _by_kernel(items, take_grad)) is not None:
-        batch = by_kernel if by_kernel.plain else _local(by_kernel.all, False, by_kernel)
+        batch = by_kernel
     else:
         batch = _local(*_found(items, name))
     if batch.rest and take_grad:
@@ -218,7 +220,7 @@ def _batch(items: list[Tensor], name: str, group: Any, given: Any, kind: str | N
 
 
 def _by_kernel(items: Sequence[Tensor], take_grad: bool = False) -> Any:
-    """The kernel's batch of tensors, or of their gradients; None if torch's operations must do everything."""
+    """The kernel's batch of tensors, or of their gradients; None if it does not take all of them."""
     if is_dynamo_compiling():
         return None
     return native.gradients(items) if take_grad else native.tensors(items)
@@ -254,26 +256,21 @@ def _check_values(held: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     )
 
 
-def _local(tensors: list[Tensor], shared: bool = False, by_kernel: Any = None) -> Batch:
+def _local(tensors: list[Tensor], shared: bool = False) -> Batch:
     """The batch of distinct tensors of which no other rank has a part.
 
     Args:
         tensors: the tensors.
         shared: whether any is known to be the gradient of several parameters.
-        by_kernel: the kernel's batch of them, if there is one.
     """
-    if by_kernel is None:
-        by_kernel = _by_kernel(tensors)
-    if by_kernel is None:
+    by_kernel = _by_kernel(tensors)
+    if by_kernel is not None:
+        return MixedBatch(tensors, [by_kernel], shared) if shared else cast("Batch", by_kernel)
+    taken = None if is_dynamo_compiling() else native.taken(tensors)
+    if taken is None or not any(taken):
         return _by_torch(tensors, shared)
-    rest = list(by_kernel.rest)
-    if not rest:
-        return cast("Batch", by_kernel)
-    shared = shared or bool(by_kernel.facts & Facts.SHARED_GRADIENT)
-    by_torch = _by_torch(rest, shared)
-    if len(rest) == len(tensors):
-        return by_torch
-    return MixedBatch(tensors, [by_kernel.taken, by_torch], shared)
+    by_torch = _by_torch([*compress(tensors, map(operator.not_, taken))], shared)
+    return MixedBatch(tensors, [_by_kernel([*compress(tensors, taken)]), by_torch], shared)
 
 
 def _by_torch(tensors: list[Tensor], shared: bool) -> TorchBatch:

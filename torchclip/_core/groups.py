@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from torchclip._core import memory
-from torchclip._core.joint_norms import divisor_like, join_present
+from torchclip._core.joint_norms import divisor_like, join_present, vector_norms
 from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, SERIAL, norm_on_host, powers_fit, wide_dtype
 from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype, vector
 
@@ -74,15 +74,6 @@ class Group:
             ]
         )
 
-    def norms_of_parts(self, p: float) -> list[Tensor]:
-        """Norms whose joint norm is that of all elements."""
-        if self.in_range(p):
-            return self._plain_norms(p)
-        leading = joint(self._plain_norms(_leading_type(p)), _leading_type(p), in_range=True)
-        divisor = divisor_like(leading)
-        quotients = [norm for chunk in self._chunks() for norm in chunk._divided(divisor)._plain_norms(p)]
-        return [joint(quotients, p, in_range=p == 2) * divisor]
-
     def finite_norms(self, p: float) -> Tensor:
         """The norm of the finite elements of each tensor; ``ABSENT`` if it has none."""
         norms: list[Tensor] = []
@@ -115,13 +106,6 @@ class Group:
     def _slice(self, start: int, stop: int) -> Group:
         return Group(self.foreach, self.tensors[start:stop], self.places[start:stop])
 
-    def _divided(self, divisor: Tensor) -> Group:
-        """All tensors divided by one number, in its dtype."""
-        if self.foreach and self.dtype == divisor.dtype:
-            return self._like(torch._foreach_div(self.tensors, divisor))
-        # Beside tensors with axes a number's dtype counts only if it has an axis too.
-        return self._divided_each([divisor.view(1)] * len(self.tensors))
-
     def _divided_each(self, divisors: Sequence[Tensor]) -> Group:
         """Each tensor divided by its own number, in the dtype of the numbers, which have one axis."""
         if self.foreach:
@@ -133,8 +117,8 @@ class Group:
         whole, copies = self._copies()
         finite = whole.isfinite()
         whole.masked_fill_(~finite, 0)
-        flags = torch.split(finite.to(self.dtype), [tensor.numel() for tensor in self.tensors])
-        return self._like(copies), self._like(flags)
+        counts = torch.split(finite.to(self.dtype), [tensor.numel() for tensor in self.tensors])
+        return self._like(copies), self._like(counts)
 
     def _copies(self) -> tuple[Tensor, list[Tensor]]:
         """Copies in one vector, and the same copies one by one."""
@@ -260,15 +244,13 @@ def grouped(tensors: Iterable[tuple[int, Tensor]], are_plain: bool = False) -> l
     return [Group(*each) for each in alike.values()]
 
 
-def joint(norms: Sequence[Tensor], p: float, in_range: bool) -> Tensor:
+def joint(norms: Tensor, p: float, in_range: bool) -> Tensor:
     """The joint norm of norms, none of them ``ABSENT``; ``in_range`` if their powers fit into float64."""
     if len(norms) == 1:
         return norms[0]
-    vector = torch.stack(list(norms))
     if not in_range or p == 0:
-        return join_present(vector, p)
-    plain: Tensor = vector_norm(vector, p)
-    return plain
+        return join_present(norms, p)
+    return vector_norms(norms, p)
 
 
 def _leading_type(p: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchclip._core import arguments, memory
+from torchclip._core import memory
 from torchclip._core.batch import Norm, Norms
 from torchclip._core.extras import installing
 from torchclip._core.operations import TorchBatch
@@ -70,12 +70,12 @@ def _exchange_api() -> tuple[Any, str]:
 
 
 def _names_of_modules() -> tuple[str, ...] | None:
-    """What the extension uses of torch's modules in a walk; None if somebody has replaced a method."""
+    """Methods and dictionaries of modules that a walk uses; None if somebody has replaced a method."""
     methods = ("parameters", "named_parameters", "_named_members", "named_modules")
     codes = [getattr(getattr(nn.Module, name, None), "__code__", None) for name in methods]
     if not all(code is not None and code.co_filename == nn.modules.module.__file__ for code in codes):
         return None
-    return (*methods, "_parameters", "_modules", "__getattribute__")
+    return (*methods, "__getattribute__", "_parameters", "_modules")
 
 
 def _load() -> tuple[Any, str]:
@@ -98,7 +98,6 @@ def _load() -> tuple[Any, str]:
             nn.Parameter,
             exchange_api,
             torch._C._increment_version,
-            arguments.check_tensor,
             torch.get_num_threads,
             _other_norms,
             memory.CHECKS,
@@ -118,10 +117,11 @@ extension: Any
 """The module ``torchclip._kernel``, or None if it cannot be used."""
 extension, _reason = _load()
 
-# Batches of gradients and of tensors; None where torch's operations must do everything.
+# Batches of gradients and of tensors; None if torch's operations must do a part of the work, or all of it.
 gradients: Callable[[Iterable[Tensor]], Any] = getattr(extension, "gradients", _not_taken)
 tensors: Callable[[Iterable[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
 measured: Callable[[Iterable[Tensor], float, bool], Any] = getattr(extension, "measured", _not_taken)
+taken: Callable[[list[Tensor]], list[bool] | None] = getattr(extension, "taken", _not_taken)
 
 # The fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
 clip_grad_norm: Callable[..., Tensor | None]

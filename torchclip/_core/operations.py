@@ -19,7 +19,7 @@ from torchclip._core.batch import Batch, Norm, Norms
 from torchclip._core.groups import REAL, Group, grouped, joint, moved
 from torchclip._core.joint_norms import join
 from torchclip._core.rows import norm_on_host, wide_dtype
-from torchclip._core.scalars import ABSENT, at, concatenate, numbers
+from torchclip._core.scalars import ABSENT, at, numbers
 
 
 class TorchBatch(Batch):
@@ -50,13 +50,8 @@ class TorchBatch(Batch):
                 return join([norm_on_host(group.tensors, p) for group in groups], p)
             if not groups:
                 return ABSENT
-            device = groups[0].device
-            by_device: dict[torch.device, list[Tensor]] = {}
-            for group in groups:
-                by_device.setdefault(group.device, []).extend(group.norms_of_parts(p))
             in_range = all(group.in_range(p) for group in groups)
-            of_devices = [moved(joint(norms, p, in_range), device) for norms in by_device.values()]
-            return joint(of_devices, p, in_range)
+            return joint(_together([group.norms(p) for group in groups]), p, in_range)
 
     def norms(self, p: float, finite: bool = False, /) -> Norms:
         """The norm of each tensor, or of its finite elements."""
@@ -64,12 +59,11 @@ class TorchBatch(Batch):
             groups = self._measured(p, finite)
             if not groups:
                 return [ABSENT] * len(self.all)
-            device = groups[0].device
-            of_groups = [moved(g.finite_norms(p) if finite else g.norms(p), device) for g in groups]
+            of_groups = [group.finite_norms(p) if finite else group.norms(p) for group in groups]
             positions: list[int | None] = [None] * len(self.all)
             for position, place in enumerate(place for group in groups for place in group.places):
                 positions[place] = position
-            norms = at(concatenate(of_groups), positions)
+            norms = at(_together(of_groups), positions)
             return numbers(norms) if self._on_host else norms
 
     def _measured(self, p: float, finite: bool) -> list[Group]:
@@ -202,6 +196,11 @@ def _values(tensor: Tensor, p: float, finite: bool, on_host: bool) -> Tensor:
     elif values.dtype not in REAL:
         values = values.to(wide_dtype(values))
     return values if memory.values_hidden() else values.resolve_neg()
+
+
+def _together(norms: Sequence[Tensor]) -> Tensor:
+    """All norms on the device of the first ones."""
+    return norms[0] if len(norms) == 1 else torch.cat([moved(each, norms[0].device) for each in norms])
 
 
 def _on_each_device(clip_coefs: Tensor) -> Callable[[Group], Tensor]:

@@ -124,15 +124,19 @@ def _row_length(size: int) -> int:
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The elements of tensors in vectors of at most ``PIECE`` elements; small tensors are joined."""
     small: list[Tensor] = []
+    together = 0
     for tensor in tensors:
         size = tensor.numel()
         if size > _JOINED:
             yield from memory.pieces(tensor)
         elif size:
+            if together + size > memory.PIECE:
+                yield memory.concatenate(small)
+                small, together = [], 0
             small.append(tensor)
-    most = memory.PIECE // _JOINED
-    for start in range(0, len(small), most):
-        yield memory.concatenate(small[start : start + most])
+            together += size
+    if small:
+        yield memory.concatenate(small)
 
 
 # Rows

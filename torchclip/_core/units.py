@@ -5,11 +5,9 @@ The units of a parameter with two or more axes lie along its first axis; a vecto
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -232,7 +230,4 @@ def _changed(clip_coefs: Sequence[Tensor]) -> Sequence[bool]:
     """Which of several vectors have a number other than 1; those on a device are not read, and count."""
     if not clip_coefs or not memory.on_host(clip_coefs):
         return [True] * len(clip_coefs)
-    starts = list(itertools.accumulate((part.numel() for part in clip_coefs), initial=0))[:-1]
-    least = np.minimum.reduceat(torch.cat(list(clip_coefs)).numpy(), starts)  # NaN if any of them is
-    answers: list[bool] = (least != 1).tolist()
-    return answers
+    return [bool((part != 1).any()) for part in clip_coefs]

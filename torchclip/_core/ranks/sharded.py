@@ -249,15 +249,22 @@ def _placed(
     """
     grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
     here = [grad for grad in grads if grad is not None]
-    different = {id(grad): grad for grad in here}
+    different = dict(zip(map(id, here), here, strict=True))
     place_of = {key: place for place, key in enumerate(different)}
-    layouts = meshes.layouts_of([i if grad is None else grad for i, grad in zip(items, grads, strict=True)])
-    places: dict[Layout, list[int | None]] = {}
+    layouts = meshes.layouts_of(
+        [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
+    )
+    positions = [*map(place_of.get, map(id, grads))]
     # By identity, as a layout's hash takes longer than all else here.
     of_each = dict(zip(map(id, layouts), layouts, strict=True))
-    of_layout = {key: places.setdefault(layout, []) for key, layout in of_each.items()}
-    for layout, grad in zip(layouts, grads, strict=True):
-        of_layout[id(layout)].append(place_of.get(id(grad)))
+    equal: dict[Layout, Layout] = {}
+    of_each = {key: equal.setdefault(layout, layout) for key, layout in of_each.items()}
+    if len(equal) < len(of_each):
+        layouts = [of_each[id(layout)] for layout in layouts]
+    places = {
+        layout: [place for place, each in zip(positions, layouts, strict=True) if each is layout]
+        for layout in equal
+    }
     return list(different.values()), len(different) < len(here), places
 
 

@@ -10,21 +10,24 @@ constexpr size_t kSummed = 2048;  // elements of a row that are summed together,
 class Examples {
     std::vector<Rows> grads_;
     std::vector<size_t> lengths_;  // elements of each sum
-    Axes axes_;
     size_t count_ = 0, elements_ = 0;
 
   public:
     size_t elements() const { return elements_; }
 
-    // Adds a tensor.  False if it has another number of examples, or its memory cannot be handled.
+    // Adds a tensor.  False if it has another number of examples, or its memory cannot be handled; rows must be
+    // contiguous, as their sums are.
     bool add(const DLTensor& tensor) {
         Rows grad;
-        if (!grad.read(tensor, true, axes_) || (!grads_.empty() && grad.count != count_)) return false;
+        if (!grad.read(tensor, true) || (!grads_.empty() && grad.count != count_)) return false;
+        int64_t length = 1;
+        for (int32_t axis = tensor.ndim - 1; axis > 0; --axis) {
+            if (tensor.shape[axis] != 1 && tensor.strides[axis] != length) return false;
+            length *= tensor.shape[axis];
+        }
         count_ = grad.count;
         elements_ += grad.elements();
-        size_t length = 1;
-        for (int32_t axis = 1; axis < tensor.ndim; ++axis) length *= size_t(tensor.shape[axis]);
-        lengths_.push_back(length);
+        lengths_.push_back(size_t(length));
         grads_.push_back(grad);
         return true;
     }
@@ -56,30 +59,24 @@ class Examples {
         return result;
     }
 
-    // Adds the examples, each multiplied by its coefficient, into memory like that of a row, but without gaps.
+    // Adds the examples, each multiplied by its coefficient, into memory like that of a row.
     void add_up(const std::vector<double>& clip_coefs, const std::vector<char*>& sums, int threads) const {
-        // On the heap, as the stack of a thread may be small; used only for rows with gaps.
-        bool has_gaps = false;
-        for (const Rows& grad : grads_) has_gaps = has_gaps || grad.row.axes > 0;
-        std::vector<double> scratch(size_t(threads) * kSumRoom);
-        std::vector<char> rows(has_gaps ? size_t(threads) * kRowRoom : 0);
+        std::vector<double> scratch(size_t(threads) * kSumRoom);  // the stack of a thread may be small
         std::vector<Pieces> pieces;
         // Backwards, as the last measured ones may still be in the cache.
         for (size_t i = grads_.size(); i-- > 0;)
             pieces.push_back({(lengths_[i] + kSummed - 1) / kSummed, kSummed * (count_ + 1)});
         share(pieces, threads, [&](size_t i, size_t block) {
             const size_t thread = threads > 1 ? size_t(openmp.get_thread_num()) : 0;
-            char* const buffer = has_gaps ? &rows[thread * kRowRoom] : nullptr;
             const size_t from = grads_.size() - 1 - i;
-            add_block(from, block * kSummed, clip_coefs, &scratch[thread * kSumRoom], buffer, sums[from]);
+            add_block(from, block * kSummed, clip_coefs, &scratch[thread * kSumRoom], sums[from]);
         });
     }
 
   private:
-    static constexpr size_t kSumRoom = 2 * kSummed, kOneRow = 16 * kSummed, kRowRoom = kRowsAtOnce * kOneRow;
+    static constexpr size_t kSumRoom = 2 * kSummed;  // numbers, of which a complex element has two
 
-    void add_block(size_t i, size_t start, const std::vector<double>& clip_coefs, double* sum, char* buffer,
-                   char* result) const {
+    void add_block(size_t i, size_t start, const std::vector<double>& clip_coefs, double* sum, char* result) const {
         const Rows& grad = grads_[i];
         const DtypeFacts& dtype = kDtypes[grad.row.dtype];
         const Loops& loops = loops_for(elements_)[grad.row.dtype];
@@ -88,13 +85,7 @@ class Examples {
         std::fill(sum, sum + n * dtype.parts, 0.0);
         for (size_t row = 0; row < count_; row += kRowsAtOnce) {
             const size_t rows = std::min(kRowsAtOnce, count_ - row);
-            for (size_t k = 0; k < rows; ++k) {
-                const Layout layout = grad.at(row + k);
-                x[k] = layout.data + start * dtype.item;
-                if (grad.row.axes == 0) continue;
-                copy_grid(layout, grad.first_axis(), start, n, buffer + k * kOneRow, true);
-                x[k] = buffer + k * kOneRow;
-            }
+            for (size_t k = 0; k < rows; ++k) x[k] = grad.at(row + k) + start * dtype.item;
             loops.add_rows(sum, x, clip_coefs.data() + row, rows, n * dtype.parts);
         }
         loops.round_sums(result + start * dtype.item, sum, n * dtype.parts);

@@ -12,7 +12,7 @@ constexpr size_t kLanes = 32;
 
 // Left alone, processors look ahead as far as their queue of instructions reaches, which is not far where every element
 // takes several of them; so memory that is needed soon is fetched into the second cache.  Some need to be told of each
-// line; others follow a page by themselves, once its first lines were asked for.  Set by dispatch.h.
+// line; others follow a page by themselves, once its first lines were asked for.  Set by instruction_sets.h.
 bool follows_pages = false;
 constexpr size_t kCacheLine = 64, kPage = 4096;  // bytes
 
@@ -174,20 +174,6 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
     return written;
 }
 
-// Norms other than 2 need the modulus of each complex number.  The C library's hypot is not used, as it rounds
-// differently on different platforms and in different versions.  If squares of doubles would leave the range of
-// doubles, powers of two scale them.  The modulus is multiplied by `unit_of_result`.
-template <class T> INLINE double modulus(const T* z, double unit_of_result) {
-    const double real = std::fabs(double(z[0])), imag = std::fabs(double(z[1])), large = std::max(real, imag);
-    double unit = 1, back = 1;
-    if constexpr (sizeof(T) == sizeof(double)) {
-        if (large > 0x1p511) unit = 0x1p-600, back = 0x1p600;
-        if (large < 0x1p-459) unit = 0x1p600, back = 0x1p-600;
-    }
-    const double x = real * unit, y = imag * unit, result = std::sqrt(x * x + y * y) * (back * unit_of_result);
-    return std::isnan(result) && (std::isinf(real) || std::isinf(imag)) ? HUGE_VAL : result;
-}
-
 INLINE double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
 
 // The number of real numbers that belong to a finite element of `parts` numbers.
@@ -224,18 +210,6 @@ struct Loops {
     void (*round_sums)(void* result, const double* sums, size_t n);
 };
 
-template <class T> double sum_moduli(const void* x, size_t n, double unit) {
-    double sum = 0;
-    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) sum += modulus(z, unit);
-    return sum;
-}
-
-template <class T> double largest_modulus(const void* x, size_t n, double) {
-    double top = 0;
-    for (const T *z = static_cast<const T*>(x), *end = z + n; z != end; z += 2) top = larger(modulus(z, 1.0), top);
-    return top;
-}
-
 // `table<Dtype>()` gives the loops over a dtype.
 #define DEFINE_LOOPS(NAME, TARGET, FUSED, BY_BITS)                                                                  \
     template <class T, size_t parts> struct NAME {                                                                  \
@@ -243,7 +217,7 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         using Out = void*;                                                                                          \
         TARGET static double squares(In x, size_t n, double) { return sum_squares<FUSED>((const T*)x, n); }         \
         TARGET static double scaled(In x, size_t n, double u) { return sum_scaled_squares((const T*)x, n, u); }     \
-        TARGET static double magnitudes(In x, size_t n, double u) { return sum_magnitudes((const T*)x, n) * u; }    \
+        TARGET static double magnitudes(In x, size_t n, double) { return sum_magnitudes((const T*)x, n); }          \
         TARGET static double top(In x, size_t n, double) { return largest((const T*)x, n); }                        \
         TARGET static double finite(In x, size_t n, double) { return double(count_finite<parts>((const T*)x, n)); } \
         TARGET static bool scaling(Out x, size_t n, double clip_coef) { return scale((T*)x, n, clip_coef), true; }  \
@@ -260,19 +234,13 @@ template <class T> double largest_modulus(const void* x, size_t n, double) {
         }                                                                                                           \
         TARGET static void rounding(Out result, const double* sums, size_t n) { round_sums<T>(result, sums, n); }   \
         static Loops table() {                                                                                      \
-            Loops loops = {squares,  scaled,  magnitudes, top,          finite, scaling,                            \
-                           clamping, zeroing, rows,       scaling_rows, adding, rounding};                          \
-            if constexpr (parts == 2) {                                                                             \
-                loops.sum_magnitudes = sum_moduli<T>;                                                               \
-                loops.largest = largest_modulus<T>;                                                                 \
-                loops.clamp = nullptr;                                                                              \
-            }                                                                                                       \
-            return loops;                                                                                           \
+            return {squares,  scaled,  magnitudes, top,          finite, scaling,                                   \
+                    clamping, zeroing, rows,       scaling_rows, adding, rounding};                                 \
         }                                                                                                           \
     };
 
 // The last two: whether there are fused multiply-adds, and whether to compare floats as integers, as on 512 bits (see
-// dispatch.h).
+// instruction_sets.h).
 DEFINE_LOOPS(Baseline, , false, false)
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86_TARGETS

@@ -6,19 +6,20 @@
 #include <limits>
 #include <vector>
 
+#include "array.h"
 #include "instruction_sets.h"
 #include "layout.h"
 #include "threads.h"
 
 namespace {
 
-// The flags of torchclip._core.batch.Facts.
-constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kGaps = 8, kShared = 16;
+// The flags of torchclip._core.batch.Facts that tensors of the kernel can have.
+constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kShared = 16;
 
 constexpr size_t kSmallElements = size_t(1) << 19;  // of Facts.SMALL
 constexpr double kAbsent = -1.0;                    // the norm of no elements at all
 constexpr size_t kChunk = 16 * 1024;                // elements; sums are added chunk by chunk, in order
-constexpr size_t kBuffer = 2048;                    // bytes on the stack, for elements with gaps between them
+constexpr size_t kBuffer = 2048;                    // bytes on the stack, for copies of elements
 constexpr size_t kChunkCost = 256;                  // what starting a chunk costs, in elements
 
 // Joins the results of two chunks; kAbsent changes nothing.
@@ -52,7 +53,6 @@ class Memory {
     };
 
     Array<Layout, kUsual> parts_;
-    Axes axes_;
     Array<double, kUsual> results_;  // by chunk
     Array<bool, kUsual> written_;    // by chunk, too
     size_t elements_ = 0, chunks_ = 0;
@@ -63,7 +63,6 @@ class Memory {
     // Forgets all tensors.
     void clear() {
         parts_.clear();
-        axes_.clear();
         elements_ = chunks_ = 0;
         flags_ = 0;
     }
@@ -73,13 +72,12 @@ class Memory {
     // False if the kernel cannot handle the tensor's memory.
     INLINE bool add(const DLTensor& tensor) {
         Layout layout;
-        if (!read_layout(tensor, layout, axes_)) return false;
+        if (!read_layout(tensor, layout)) return false;
         parts_.push_back(layout);
         elements_ += layout.count;
         chunks_ += chunks_of(layout);
         const DtypeFacts& dtype = kDtypes[layout.dtype];
-        flags_ |=
-            (dtype.is_double() ? kDouble : 0) | (dtype.is_complex() ? kAnyComplex : 0) | (layout.axes > 0 ? kGaps : 0);
+        flags_ |= (dtype.is_double() ? kDouble : 0) | (dtype.is_complex() ? kAnyComplex : 0);
         return true;
     }
 
@@ -87,6 +85,7 @@ class Memory {
     size_t elements() const { return elements_; }
     size_t elements(size_t part) const { return parts_[part].count; }
     int flags() const { return flags_; }
+    bool has_complex() const { return (flags_ & kAnyComplex) != 0; }
 
     // How many threads share the work from now on.
     void use_threads(int threads) { threads_ = threads; }
@@ -138,11 +137,7 @@ class Memory {
             const double number = numbers[each ? place.part : 0];
             bool any = false;
             if (number != 1.0 || loop != &Loops::scale)
-                visit<true>(layout, place.start, n, [&](char* x, size_t length) {
-                    const bool changed = inner(x, length, number);
-                    any = any || changed;
-                    return changed;
-                });
+                any = inner(number_at(layout, place.start), n * kDtypes[layout.dtype].parts, number);
             written_[place.chunk] = any;
         });
         return std::find(written_.begin(), written_.end(), true) != written_.end();
@@ -193,8 +188,7 @@ class Memory {
   private:
     void scale(const Layout& layout, size_t start, size_t n, double clip_coef) const {
         if (clip_coef == 1.0) return;
-        const Write inner = loops_[layout.dtype].scale;
-        visit<true>(layout, start, n, [&](char* x, size_t length) { return inner(x, length, clip_coef); });
+        loops_[layout.dtype].scale(number_at(layout, start), n * kDtypes[layout.dtype].parts, clip_coef);
     }
 
     static uint64_t bits_at(const char* number, size_t size) {
@@ -208,13 +202,15 @@ class Memory {
         const DtypeFacts& dtype = kDtypes[layout.dtype];
         const uint64_t first = bits_at(layout.data, dtype.alignment);
         uint64_t found = first;
-        for (size_t start = 0; start < layout.count && !is_telling(found, dtype); start += kChunk)
-            visit<false>(layout, start, std::min(kChunk, layout.count - start), [&](const char* x, size_t n) {
-                // Most numbers that are looked at here are zeros, which the loop passes over many times as fast.
-                if (is_telling(found, dtype) || loops_[layout.dtype].largest(x, n, 1.0) == 0) return;
+        const char* x = layout.data;
+        for (size_t start = 0; start < layout.count && !is_telling(found, dtype); start += kChunk) {
+            const size_t n = std::min(kChunk, layout.count - start) * dtype.parts;
+            // Most numbers that are looked at here are zeros, which the loop passes over many times as fast.
+            if (loops_[layout.dtype].largest(x, n, 1.0) != 0)
                 for (size_t i = 0; i < n && !is_telling(found, dtype); ++i)
                     found = bits_at(x + i * dtype.alignment, dtype.alignment);
-            });
+            x += n * dtype.alignment;
+        }
         return is_telling(found, dtype) ? found : first;
     }
 
@@ -280,35 +276,8 @@ class Memory {
         begins.push_back(last());
     }
 
-    // Calls inner(x, n) for the real numbers of some elements, through a buffer if there are gaps between them.
-    template <bool write, class Inner> void visit(const Layout& layout, size_t start, size_t n, Inner inner) const {
-        const DtypeFacts& dtype = kDtypes[layout.dtype];
-        if (layout.axes == 0)
-            inner(layout.data + start * dtype.item, n * dtype.parts);
-        else
-            buffered<write>(layout, start, n, inner);
-    }
-
-    template <bool write, class Inner> void buffered(const Layout& layout, size_t start, size_t n, Inner inner) const {
-        const DtypeFacts& dtype = kDtypes[layout.dtype];
-        alignas(64) char buffer[kBuffer];
-        const size_t room = sizeof buffer / dtype.item, end = start + n;
-        for (; start < end; start += room) {
-            const size_t length = std::min(room, end - start);
-            copy(layout, start, length, buffer, true);
-            if constexpr (!write)
-                inner(buffer, length * dtype.parts);
-            else if (inner(buffer, length * dtype.parts))
-                copy(layout, start, length, buffer, false);
-        }
-    }
-
-    void copy(const Layout& layout, size_t start, size_t n, char* buffer, bool gather) const {
-        const size_t item = kDtypes[layout.dtype].item;
-        if (layout.axes == 0)
-            copy_run(layout.data + start * item, buffer, n, 1, item, gather);
-        else
-            copy_grid(layout, axes_.begin() + layout.first_axis, start, n, buffer, gather);
+    static char* number_at(const Layout& layout, size_t element) {
+        return layout.data + element * kDtypes[layout.dtype].item;
     }
 
     // Reduces the chunks between two places one by one, then joins them in order.
@@ -317,21 +286,28 @@ class Memory {
         run(from, to, [&](Place place, size_t n) {
             const Layout& layout = parts_[place.part];
             const Loops& loops = loops_[layout.dtype];
-            double result = kAbsent;
-            const auto reduce_one = [&](char* x, size_t length) {
-                result = join(result, (loops.*loop)(x, length, unit), take_largest);
-            };
-            if (!finite)
-                visit<false>(layout, place.start, n, reduce_one);
-            else
-                buffered<false>(layout, place.start, n, [&](char* x, size_t length) {
-                    if (loops.count_finite(x, length, 0) == 0) return;
-                    loops.zero_nonfinite(x, length, 0);
-                    reduce_one(x, length);
-                });
-            results_[place.chunk] = result;
+            char* const x = number_at(layout, place.start);
+            const size_t numbers = n * kDtypes[layout.dtype].parts;
+            results_[place.chunk] =
+                finite ? reduce_finite(x, numbers, layout.dtype, loop, unit) : (loops.*loop)(x, numbers, unit);
         });
         return fold(from, to, take_largest);
+    }
+
+    // Reduces the finite elements among n numbers, in copies with 0 for the others; kAbsent if there are none.
+    double reduce_finite(const char* x, size_t n, size_t dtype, Read Loops::* loop, double unit) const {
+        const Loops& loops = loops_[dtype];
+        const size_t size = kDtypes[dtype].alignment, room = kBuffer / size;
+        alignas(64) char buffer[kBuffer];
+        double result = kAbsent;
+        for (size_t start = 0; start < n; start += room) {
+            const size_t length = std::min(room, n - start);
+            std::memcpy(buffer, x + start * size, length * size);
+            if (loops.count_finite(buffer, length, 0) == 0) continue;
+            loops.zero_nonfinite(buffer, length, 0);
+            result = join(result, (loops.*loop)(buffer, length, unit), loop == &Loops::largest);
+        }
+        return result;
     }
 
     double fold(Place from, Place to, bool take_largest) const {
@@ -342,8 +318,6 @@ class Memory {
 
     // The norm of the elements between two places, given the result of `reduce`.
     double norm_from(double reduced, Place from, Place to, Read Loops::* loop, bool finite) {
-        if (loop == &Loops::sum_magnitudes && reduced > 0 && reduced < 0x1p-900)
-            return reduce(from, to, loop, finite, 0x1p600) * 0x1p-600;  // moduli may have few digits
         if (loop != &Loops::sum_squares || reduced < 0) return reduced;
         return root(reduced, [&](Read Loops::* other, double unit) { return reduce(from, to, other, finite, unit); });
     }
@@ -352,8 +326,7 @@ class Memory {
     bool overlaps() const {
         std::vector<Range> ranges;
         ranges.reserve(parts_.size());
-        for (const Layout& layout : parts_)
-            ranges.push_back({layout.data, layout.data + span(layout, axes_.begin() + layout.first_axis), true});
+        for (const Layout& layout : parts_) ranges.push_back({layout.data, layout.data + layout.bytes(), true});
         return written_overlap(ranges);
     }
 };

@@ -11,52 +11,44 @@ namespace {
 
 // A tensor by its rows.
 struct Rows {
-    Layout row{};                // the first one
-    const Axes* axes = nullptr;  // the axes of its grid
-    size_t count = 0, bytes = 0;
+    Layout row{};  // the first one
+    size_t count = 0;
     int64_t step = 0;  // bytes from one row to the next
-    char* data = nullptr;
 
-    // False for a tensor that the kernel cannot handle.  A tensor without a second axis is a single row, unless its
-    // elements are meant.
-    bool read(const DLTensor& t, bool elements, Axes& all) {
-        Layout whole;
-        if (!read_layout(t, whole, all)) return false;
-        axes = &all;
-        data = whole.data;
-        bytes = span(whole, all.begin() + whole.first_axis);
-        row = whole;
+    // False for a tensor that the kernel cannot handle, also if its rows are not apart.  A tensor without a second axis
+    // is a single row, unless its elements are meant.
+    bool read(const DLTensor& t, bool elements) {
         count = 1;
+        DLTensor first = t;
         if (t.ndim > 1 || (elements && t.ndim == 1)) {
+            if (t.strides == nullptr) return false;
             count = size_t(t.shape[0]);
-            step = t.strides[0] * int64_t(kDtypes[whole.dtype].item);
-            DLTensor first = t;
             --first.ndim;
             ++first.shape;
             ++first.strides;
-            return whole.count == 0 || read_layout(first, row, all);
+        } else if (elements) {
+            return false;
         }
-        return !elements;
+        if (!read_layout(first, row)) return false;
+        if (count > 1) step = t.strides[0] * int64_t(kDtypes[row.dtype].item);
+        return count <= 1 || step >= int64_t(row.bytes());
     }
 
-    const Axis* first_axis() const { return axes->begin() + row.first_axis; }
     size_t elements() const { return count * row.count; }
     size_t numbers() const { return row.count * kDtypes[row.dtype].parts; }  // real numbers in a row
-    Range range(bool is_written) const { return {data, data + bytes, is_written}; }
-
-    Layout at(size_t index) const {
-        Layout layout = row;
-        layout.data += int64_t(index) * step;
-        return layout;
+    Range range(bool is_written) const {
+        const size_t bytes = count == 0 ? 0 : size_t(step) * (count - 1) + row.bytes();
+        return {row.data, row.data + bytes, is_written};
     }
+    char* at(size_t index) const { return row.data + int64_t(index) * step; }
 
-    // Whether rows have no gaps and are short enough to be summed in one call, so that several of them are, too.
-    bool is_simple() const { return row.axes == 0 && row.count > 0 && row.count <= kChunk; }
+    // Whether rows are short enough to be summed in one call, so that several of them are, too.
+    bool is_simple() const { return row.count > 0 && row.count <= kChunk; }
 
     // The norms of some rows; 0 for no elements.
     void norms(size_t first, size_t rows, double* result, const Loops* table, Read Loops::* loop) const {
         const bool in_one_go = loop == &Loops::sum_squares && is_simple();
-        if (in_one_go) table[row.dtype].sum_squares_of_rows(result, at(first).data, rows, numbers(), step);
+        if (in_one_go) table[row.dtype].sum_squares_of_rows(result, at(first), rows, numbers(), step);
         for (size_t i = 0; i < rows; ++i) {
             const bool is_regular = in_one_go && result[i] > 1e-280 && result[i] <= std::numeric_limits<double>::max();
             result[i] = is_regular ? std::sqrt(result[i]) : norm(first + i, table, loop);
@@ -65,39 +57,19 @@ struct Rows {
 
     // Multiplies each row by its own number; not by 1.
     void scale(size_t first, size_t rows, const double* clip_coefs, const Loops* table) const {
-        const Loops& loops = table[row.dtype];
-        if (is_simple()) return loops.scale_rows(at(first).data, rows, numbers(), step, clip_coefs);
-        for (size_t i = 0; i < rows; ++i)
-            if (clip_coefs[i] != 1.0)
-                visit<true>(first + i, [&](char* x, size_t n) { loops.scale(x, n, clip_coefs[i]); });
+        table[row.dtype].scale_rows(at(first), rows, numbers(), step, clip_coefs);
     }
 
   private:
-    // Calls inner(x, n) for the real numbers of a row, piece by piece, through a buffer if there are gaps.
-    template <bool write, class Inner> void visit(size_t index, Inner inner) const {
-        const DtypeFacts& dtype = kDtypes[row.dtype];
-        const Layout layout = at(index);
-        alignas(64) char buffer[kBuffer];
-        const size_t most = row.axes == 0 ? kChunk : sizeof buffer / dtype.item;
-        for (size_t start = 0; start < row.count; start += most) {
-            const size_t n = std::min(most, row.count - start);
-            if (row.axes == 0) {
-                inner(layout.data + start * dtype.item, n * dtype.parts);
-                continue;
-            }
-            copy_grid(layout, first_axis(), start, n, buffer, true);
-            inner(buffer, n * dtype.parts);
-            if constexpr (write) copy_grid(layout, first_axis(), start, n, buffer, false);
-        }
-    }
-
     double norm(size_t index, const Loops* table, Read Loops::* loop) const {
-        const Loops& loops = table[row.dtype];
+        const DtypeFacts& dtype = kDtypes[row.dtype];
         const auto reduce = [&](Read Loops::* other, double unit) {
             double result = kAbsent;
-            visit<false>(index, [&](char* x, size_t n) {
-                result = join(result, (loops.*other)(x, n, unit), other == &Loops::largest);
-            });
+            for (size_t start = 0; start < row.count; start += kChunk) {
+                const size_t n = std::min(kChunk, row.count - start) * dtype.parts;
+                const double part = (table[row.dtype].*other)(at(index) + start * dtype.item, n, unit);
+                result = join(result, part, other == &Loops::largest);
+            }
             return result;
         };
         const double reduced = reduce(loop, 1.0);
@@ -154,7 +126,6 @@ class Units {
         Rows weight, grad;
         size_t together;  // rows that are processed together
     };
-    Axes axes_;
     std::vector<Unit> units_;
     std::vector<Pieces> pieces_;
     size_t elements_ = 0;
@@ -163,12 +134,13 @@ class Units {
     size_t elements() const { return elements_; }
 
     // False if they differ in their rows, or in memory that cannot be handled, or are doubles, whose norms may exceed
-    // the range of doubles.
+    // the range of doubles, or complex, of which there are loops for order 2 only.
     bool add(const DLTensor& of_weight, const DLTensor& of_grad, Read Loops::* loop) {
         Rows weight, grad;
-        if (!weight.read(of_weight, false, axes_) || !grad.read(of_grad, false, axes_)) return false;
+        if (!weight.read(of_weight, false) || !grad.read(of_grad, false)) return false;
         if (weight.count != grad.count || weight.row.count != grad.row.count) return false;
-        if (kDtypes[weight.row.dtype].is_double() || kDtypes[grad.row.dtype].is_double()) return false;
+        for (const size_t row : {weight.row.dtype, grad.row.dtype})
+            if (kDtypes[row].is_double() || (kDtypes[row].is_complex() && loop != &Loops::sum_squares)) return false;
         const size_t together = rows_together(grad, weight, loop);
         units_.push_back({weight, grad, together});
         pieces_.push_back(pieces_of(grad, together));

@@ -10,47 +10,16 @@ namespace {
 
 struct Batch {
     Tensors tensors;
-    Ref all, rest;              // lists, made on first use
-    Py_ssize_t count = 0;       // the number of items, including those without a gradient and repeated ones
-    int flags = 0;              // when the tensors were gathered
-    bool has_subclass = false;  // among the items
+    Ref all;        // a list, made on first use
+    int flags = 0;  // when the tensors were gathered
 
-    // It fails for anything but a tensor.
-    Outcome check(PyObject* item, const char* argument) {
-        const Py_ssize_t index = count++;
-        if (::is_plain(item)) return kDone;
-        has_subclass = true;
-        const int is_tensor = PyObject_IsInstance(item, reinterpret_cast<PyObject*>(torch().tensor));
-        if (is_tensor != 0) return is_tensor > 0 ? kDone : kFailed;
-        const Ref none(PyObject_CallFunction(torch().check_tensor, "snO", argument, index, item));
-        return none == nullptr ? kFailed : fail(PyExc_TypeError, "item %zd is not a Tensor", index);
-    }
-
-    bool is_plain() const { return tensors.are_all_taken() && !has_subclass; }
-
-    Outcome gather(PyObject* iterable, bool take_grad) {
-        Access access(tensors);
-        return gather(iterable, take_grad, access);
-    }
-
-    // The same, with access to their memory right afterwards.
-    Outcome gather(PyObject* iterable, bool take_grad, Access& access) {
-        tensors.expect(iterable);
-        const Outcome outcome = collect_any(iterable, [&](Ref item) {
-            if (check(item, take_grad ? "parameters" : "tensors") != kDone) return kFailed;
-            return take_grad ? tensors.take_gradient(item) : tensors.take(std::move(item));
-        });
-        if (outcome != kDone) return outcome;
-        tensors.drop_repeated();
-        access.read();
-        const bool is_small = tensors.are_all_taken() && access.memory().elements() <= kSmallElements;
+    // Makes access to their memory, and finds the flags.
+    Outcome gather(PyObject* given, bool take_grad, Access& access) {
+        const Outcome outcome = access.gather(given, take_grad);
+        const bool is_small = access.memory().elements() <= kSmallElements;
         const bool is_shared = take_grad && tensors.has_repeated();
         flags = access.memory().flags() | (is_small ? kSmall : 0) | (is_shared ? kShared : 0);
-        return kDone;
-    }
-
-    Ref list_taken() const {
-        return tensors.list([this](size_t i) { return tensors.is_taken(i); });
+        return outcome;
     }
 };
 
@@ -61,21 +30,36 @@ PyTypeObject* batch_type = nullptr;
 
 Batch& batch_of(PyObject* self) { return reinterpret_cast<BatchObject*>(self)->batch; }
 
-// A new batch that fill(batch) fills; null, with an error set, if that fails.
+// A new batch that fill(batch, access) fills; None if that is unusual, null with an error set if it fails.
 template <class Fill> PyObject* make_batch(Fill fill) {
     BatchObject* const made = PyObject_New(BatchObject, batch_type);
     if (made == nullptr) return nullptr;
     Batch* const batch = new (&made->batch) Batch;
     Ref self(reinterpret_cast<PyObject*>(made));
-    return fill(*batch) == kDone ? self.release() : nullptr;
+    Access access(batch->tensors);
+    return finish(fill(*batch, access), [&] { return self.release(); });
 }
-
-// None if all operations must be torch's.
-PyObject* gather(PyObject* iterable, bool take_grad) {
-    return finish(begin(), [&] { return make_batch([&](Batch& batch) { return batch.gather(iterable, take_grad); }); });
+PyObject* gather(PyObject* given, bool take_grad) {
+    return make_batch([&](Batch& batch, Access& access) { return batch.gather(given, take_grad, access); });
 }
 PyObject* gradients(PyObject*, PyObject* parameters) { return gather(parameters, true); }
-PyObject* tensors(PyObject*, PyObject* iterable) { return gather(iterable, false); }
+PyObject* tensors(PyObject*, PyObject* list) { return gather(list, false); }
+
+// taken(tensors): for each of a list, whether the kernel takes it; None if all operations must be torch's.
+PyObject* taken(PyObject*, PyObject* list) {
+    const Outcome outcome = PyList_Check(list) ? begin() : fail(PyExc_TypeError, "expected a list, got %R", list);
+    if (outcome != kDone) return finish(outcome);
+    Ref answers(PyList_New(0));
+    for (Py_ssize_t i = 0; answers != nullptr && i < PyList_Size(list); ++i) {
+        const Ref tensor = Ref::to(PyList_GetItem(list, i));
+        DLTensor t;
+        Layout layout;
+        const bool is_taken = (!has_refused || (is_plain(tensor) && is_dense_on_host(tensor))) && describe(tensor, t) &&
+                              read_layout(t, layout);
+        if (PyList_Append(answers, is_taken ? Py_True : Py_False) < 0) return nullptr;
+    }
+    return answers.release();
+}
 
 void batch_dealloc(PyObject* self) {
     PyTypeObject* const type = Py_TYPE(self);
@@ -88,9 +72,11 @@ void batch_dealloc(PyObject* self) {
 // Arguments
 // ---------------------------------------------------------------------------------------------------------------
 
-// An iterable with the expected number of numbers.
+// An iterable with a number for each tensor.
 Outcome read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
-    const Outcome outcome = collect_any(iterable, [&](const Ref& item) {
+    const Ref list(PyList_CheckExact(iterable) ? new_reference(iterable) : PySequence_List(iterable));
+    if (list == nullptr) return kFailed;
+    const Outcome outcome = collect_list(list, [&](const Ref& item) {
         double number;
         if (read_number(item, number) != kDone) return kFailed;
         numbers.push_back(number);
@@ -100,19 +86,11 @@ Outcome read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
     return fail(PyExc_ValueError, "expected one number for each of %zu tensors, got %zu", wanted, numbers.size());
 }
 
-// An iterable with a number for each tensor: those of the taken ones.
-Outcome read_of_taken(PyObject* iterable, const Tensors& tensors, Numbers& of_taken) {
-    Numbers all;
-    if (read_numbers(iterable, tensors.size(), all) != kDone) return kFailed;
-    for (size_t i = 0; i < tensors.size(); ++i)
-        if (tensors.is_taken(i)) of_taken.push_back(all[i]);
-    return kDone;
-}
-
 // The same, or a float for all tensors.
-Outcome read_limits(PyObject* given, const Tensors& tensors, Numbers& of_taken) {
-    if (!PyFloat_Check(given)) return read_of_taken(given, tensors, of_taken);
-    for (size_t i = 0; i < tensors.taken_count(); ++i) of_taken.push_back(PyFloat_AsDouble(given));
+Outcome read_limits(PyObject* given, size_t wanted, Numbers& limits) {
+    if (!PyFloat_Check(given)) return read_numbers(given, wanted, limits);
+    limits.resize(wanted);
+    std::fill(limits.begin(), limits.end(), PyFloat_AsDouble(given));
     return kDone;
 }
 
@@ -127,82 +105,77 @@ struct Measure {
         finite = truth > 0;
         return truth >= 0 ? kDone : kFailed;
     }
-
-    Read Loops::* loop() const { return loop_of(norm_type); }
-
-    // The norm of a list of tensors, or the norm of each, for orders without a loop.
-    Ref ask(const Ref& tensors, bool each) const {
-        if (tensors == nullptr) return Ref();
-        return Ref(PyObject_CallFunction(torch().other_norms, "OdOO", static_cast<PyObject*>(tensors), norm_type,
-                                         finite ? Py_True : Py_False, each ? Py_True : Py_False));
-    }
 };
 
 // ---------------------------------------------------------------------------------------------------------------
 // Methods
 // ---------------------------------------------------------------------------------------------------------------
 
-PyObject* batch_norm(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+PyObject* batch_all(PyObject* self, void*) {
     Batch& batch = batch_of(self);
-    Measure measure;
-    if (measure.read(args, count) != kDone) return nullptr;
-    if (measure.loop() == nullptr) return measure.ask(batch.list_taken(), false).release();
-    double norm = 0;
-    const Outcome outcome = Access(batch.tensors).norm(measure.loop(), measure.finite, norm);
-    return finish(outcome, [&] { return PyFloat_FromDouble(norm); });
-}
-
-// The norms of the taken members, in order.
-Outcome measure_each(Batch& batch, const Measure& measure, Numbers& norms) {
-    if (measure.loop() != nullptr) return Access(batch.tensors).norms(measure.loop(), measure.finite, norms);
-    const Ref answer = measure.ask(batch.list_taken(), true);
-    return answer == nullptr ? kFailed : read_numbers(answer, batch.tensors.taken_count(), norms);
-}
-
-// The norms of all members, given the norms of the taken ones.
-PyObject* new_list(const Tensors& tensors, const Numbers& of_taken) {
-    Ref norms(PyList_New(Py_ssize_t(tensors.size())));
-    size_t next = 0;
-    for (size_t i = 0; i < tensors.size() && norms != nullptr; ++i) {
-        PyObject* const norm = PyFloat_FromDouble(tensors.is_taken(i) ? of_taken[next++] : kAbsent);
-        if (norm == nullptr) return nullptr;
-        PyList_SetItem(norms, Py_ssize_t(i), norm);
+    if (batch.all == nullptr) {
+        Ref list(PyList_New(0));
+        for (PyObject* tensor : batch.tensors.all())
+            if (list == nullptr || PyList_Append(list, tensor) < 0) return nullptr;
+        batch.all.reset(std::move(list));
     }
-    return norms.release();
+    return batch.all == nullptr ? nullptr : new_reference(batch.all);
+}
+
+PyObject* new_list(const Numbers& numbers) {
+    Ref list(PyList_New(Py_ssize_t(numbers.size())));
+    for (size_t i = 0; i < numbers.size() && list != nullptr; ++i) {
+        PyObject* const number = PyFloat_FromDouble(numbers[i]);
+        if (number == nullptr) return nullptr;
+        PyList_SetItem(list, Py_ssize_t(i), number);
+    }
+    return list.release();
+}
+
+// The norm of all tensors, or with `each` a list with the norm of each; null with an error set.
+PyObject* measure(Access& access, Read Loops::* loop, bool finite, bool each) {
+    double norm = 0;
+    Numbers norms;
+    const Outcome outcome = each ? access.norms(loop, finite, norms) : access.norm(loop, finite, norm);
+    return finish(outcome, [&] { return each ? new_list(norms) : PyFloat_FromDouble(norm); });
+}
+
+// The same where the kernel has no loop for the order.
+Ref ask_for_norms(PyObject* self, const Measure& wanted, bool each) {
+    const Ref all(batch_all(self, nullptr));
+    if (all == nullptr) return Ref();
+    return Ref(PyObject_CallFunction(torch().other_norms, "OdOO", static_cast<PyObject*>(all), wanted.norm_type,
+                                     wanted.finite ? Py_True : Py_False, each ? Py_True : Py_False));
+}
+
+template <bool each> PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    Batch& batch = batch_of(self);
+    Measure wanted;
+    if (wanted.read(args, count) != kDone) return nullptr;
+    Read Loops::* const loop = loop_of(wanted.norm_type, batch.flags & kAnyComplex);
+    if (loop == nullptr) return ask_for_norms(self, wanted, each).release();
+    Access access(batch.tensors);
+    return measure(access, loop, wanted.finite, each);
 }
 
 // measured(parameters, norm_type, each): a batch of their gradients with its norm, or the list of theirs.  Their memory
-// is looked up once for both.  None if all operations must be torch's, the batch is not plain, or there is no loop.
+// is looked up once for both.  None where there is no batch, or no loop for the order.
 PyObject* measured(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    double norm_type, norm = 0;
+    double norm_type;
     if (expect_count(count, 3, 3) != kDone || read_number(args[1], norm_type) != kDone) return nullptr;
     const int each = PyObject_IsTrue(args[2]);
     if (each < 0) return nullptr;
-    Read Loops::* const loop = loop_of(norm_type);
     Ref norms;
-    const auto fill = [&](Batch& batch) {
-        Access access(batch.tensors);
-        if (batch.gather(args[0], true, access) != kDone) return kFailed;
-        if (!batch.is_plain()) return kDone;
-        Numbers of_each;
-        const Outcome outcome = each ? access.norms(loop, false, of_each) : access.norm(loop, false, norm);
-        if (outcome == kDone) norms.reset(Ref(each ? new_list(batch.tensors, of_each) : PyFloat_FromDouble(norm)));
-        return outcome == kDone && norms == nullptr ? kFailed : outcome;
-    };
-    return finish(loop == nullptr ? kUnusual : begin(), [&]() -> PyObject* {
-        const Ref batch(make_batch(fill));
-        if (batch == nullptr) return nullptr;
-        if (norms == nullptr) return new_reference(Py_None);
-        return PyTuple_Pack(2, static_cast<PyObject*>(batch), static_cast<PyObject*>(norms));
-    });
-}
-
-PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    Measure measure;
-    Numbers norms;
-    if (measure.read(args, count) != kDone) return nullptr;
-    return finish(measure_each(batch_of(self), measure, norms),
-                  [&] { return new_list(batch_of(self).tensors, norms); });
+    Ref batch(make_batch([&](Batch& batch, Access& access) {
+        const Outcome outcome = batch.gather(args[0], true, access);
+        if (outcome != kDone) return outcome;
+        Read Loops::* const loop = loop_of(norm_type, batch.flags & kAnyComplex);
+        if (loop == nullptr) return kUnusual;
+        norms.reset(Ref(measure(access, loop, false, each)));
+        return norms == nullptr ? kFailed : kDone;
+    }));
+    if (norms == nullptr) return batch.release();
+    return PyTuple_Pack(2, static_cast<PyObject*>(batch), static_cast<PyObject*>(norms));
 }
 
 PyObject* batch_scale(PyObject* self, PyObject* argument) {
@@ -214,30 +187,28 @@ PyObject* batch_scale(PyObject* self, PyObject* argument) {
 PyObject* batch_scale_each(PyObject* self, PyObject* argument) {
     Tensors& tensors = batch_of(self).tensors;
     Numbers clip_coefs;
-    if (read_of_taken(argument, tensors, clip_coefs) != kDone) return nullptr;
+    if (read_numbers(argument, tensors.size(), clip_coefs) != kDone) return nullptr;
     return finish(Access(tensors).write(&Loops::scale, clip_coefs.begin(), true));
 }
 
 // clip_each_(limits, p, eps)
 PyObject* batch_clip_each(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Batch& batch = batch_of(self);
+    const size_t size = batch.tensors.size();
     double eps;
-    Measure measure;
+    Measure wanted;
     Numbers limits, norms;
-    if (expect_count(count, 3, 3) != kDone || measure.read(args + 1, 1) != kDone ||
-        read_number(args[2], eps) != kDone || read_limits(args[0], batch.tensors, limits) != kDone)
+    if (expect_count(count, 3, 3) != kDone || wanted.read(args + 1, 1) != kDone || read_number(args[2], eps) != kDone ||
+        read_limits(args[0], size, limits) != kDone)
         return nullptr;
-    Access access(batch.tensors);
-    Outcome outcome;
-    if (measure.loop() != nullptr) {
-        outcome = access.clip_each(measure.loop(), limits, eps, norms);
-    } else {
-        outcome = measure_each(batch, measure, norms);
-        if (outcome != kDone) return nullptr;
-        for (size_t i = 0; i < norms.size(); ++i) limits[i] = clip_coef_of(limits[i], norms[i], eps);
-        outcome = access.write(&Loops::scale, limits.begin(), true);
-    }
-    return finish(outcome, [&] { return new_list(batch.tensors, norms); });
+    Read Loops::* const loop = loop_of(wanted.norm_type, batch.flags & kAnyComplex);
+    if (loop != nullptr)
+        return finish(Access(batch.tensors).clip_each(loop, limits, eps, norms), [&] { return new_list(norms); });
+    Ref answer = ask_for_norms(self, wanted, true);
+    if (answer == nullptr || read_numbers(answer, size, norms) != kDone) return nullptr;
+    for (size_t i = 0; i < size; ++i) limits[i] = clip_coef_of(limits[i], norms[i], eps);
+    const Outcome outcome = Access(batch.tensors).write(&Loops::scale, limits.begin(), true);
+    return finish(outcome, [&] { return answer.release(); });
 }
 
 PyObject* batch_clamp(PyObject* self, PyObject* argument) {
@@ -246,11 +217,7 @@ PyObject* batch_clamp(PyObject* self, PyObject* argument) {
     if (batch_of(self).flags & kAnyComplex)
         return PyErr_Format(PyExc_ValueError, "complex numbers have no order, so they cannot be clamped");
     if (!(limit >= 0)) return PyErr_Format(PyExc_ValueError, "the limit must be at least 0, got %R", argument);
-    Access access(batch_of(self).tensors);
-    if (access.refresh() != kDone) return nullptr;
-    if (access.memory().flags() & kAnyComplex)
-        return PyErr_Format(PyExc_RuntimeError, "a gradient became complex during the call; nothing was changed");
-    return finish(access.write(&Loops::clamp, &limit, false));
+    return finish(Access(batch_of(self).tensors).write(&Loops::clamp, &limit, false));
 }
 
 PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) {
@@ -266,35 +233,12 @@ PyObject* batch_fingerprint(PyObject* self, PyObject*) {
     });
 }
 
-// A new reference to a list of members, which is made only once.
-template <class Wanted> PyObject* listed(const Batch& batch, Ref& list, Wanted wanted) {
-    if (list == nullptr) list.reset(batch.tensors.list(wanted));
-    return list != nullptr ? new_reference(list) : nullptr;
-}
-
-PyObject* batch_all(PyObject* self, void*) { return listed(batch_of(self), batch_of(self).all, kEach); }
-PyObject* batch_rest(PyObject* self, void*) {
-    Batch& batch = batch_of(self);
-    if (batch.tensors.are_all_taken()) return PyTuple_New(0);
-    return listed(batch, batch.rest, [&](size_t i) { return !batch.tensors.is_taken(i); });
-}
-PyObject* batch_taken(PyObject* self, void*) {
-    const Batch& batch = batch_of(self);
-    return make_batch([&](Batch& part) {
-        part.tensors.take_taken(batch.tensors);
-        part.count = Py_ssize_t(part.tensors.size());
-        part.flags = batch.flags;
-        return kDone;
-    });
-}
 PyObject* batch_facts(PyObject* self, void*) { return PyLong_FromLong(batch_of(self).flags); }
-PyObject* batch_count(PyObject* self, void*) { return PyLong_FromSsize_t(batch_of(self).count); }
-PyObject* batch_subclassed(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).has_subclass); }
-PyObject* batch_plain(PyObject* self, void*) { return PyBool_FromLong(batch_of(self).is_plain()); }
+PyObject* batch_rest(PyObject*, void*) { return PyTuple_New(0); }
 
 PyMethodDef batch_methods[] = {
-    {"norm", function<batch_norm>(), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},
-    {"norms", function<batch_norms>(), METH_FASTCALL, "norms(p, finite=False): of each tensor"},
+    {"norm", function<batch_norms<false>>(), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},
+    {"norms", function<batch_norms<true>>(), METH_FASTCALL, "norms(p, finite=False): of each tensor"},
     {"scale_", function<batch_scale>(), METH_O, "scale_(clip_coef): multiply in place"},
     {"scale_each_", function<batch_scale_each>(), METH_O, "scale_each_(clip_coefs): multiply each by its own number"},
     {"clip_each_", function<batch_clip_each>(), METH_FASTCALL,
@@ -310,12 +254,7 @@ PyMethodDef batch_methods[] = {
 PyGetSetDef batch_attributes[] = {
     {"all", Guarded<batch_all>::call, nullptr, "the distinct tensors, in order", nullptr},
     {"facts", Guarded<batch_facts>::call, nullptr, "what callers need to know of them", nullptr},
-    {"taken", Guarded<batch_taken>::call, nullptr, "those that the kernel takes, as a batch", nullptr},
-    {"rest", Guarded<batch_rest>::call, nullptr, "those that the kernel does not take", nullptr},
-    {"count", Guarded<batch_count>::call, nullptr, "the number of items seen", nullptr},
-    {"plain", Guarded<batch_plain>::call, nullptr, "whether all are taken, and no item is of a subclass", nullptr},
-    {"subclassed", Guarded<batch_subclassed>::call, nullptr, "whether an item is neither plain Tensor nor Parameter",
-     nullptr},
+    {"rest", Guarded<batch_rest>::call, nullptr, "those that the kernel does not take: none", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 

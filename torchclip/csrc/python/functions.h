@@ -8,9 +8,10 @@
 namespace {
 
 // The loop for a norm of some order; null if there is none.
-Read Loops::* loop_of(double norm_type) {
-    return norm_type == 2                                         ? &Loops::sum_squares
-           : norm_type == 1                                       ? &Loops::sum_magnitudes
+Read Loops::* loop_of(double norm_type, bool is_complex) {
+    if (norm_type == 2) return &Loops::sum_squares;
+    if (is_complex) return nullptr;
+    return norm_type == 1                                         ? &Loops::sum_magnitudes
            : norm_type == std::numeric_limits<double>::infinity() ? &Loops::largest
                                                                   : nullptr;
 }
@@ -18,21 +19,14 @@ Read Loops::* loop_of(double norm_type) {
 // The number that torch adds to a norm.
 constexpr double kEps = 1e-6;
 
-// The distinct gradients of a call, if the kernel takes all of them.
+// The distinct gradients of a call, if there are any and the kernel takes all of them.
 struct Gradients {
     Tensors tensors;
     Access access{tensors};
 
     Outcome take(PyObject* parameters) {
-        Outcome outcome = begin();
-        if (outcome != kDone) return outcome;
-        tensors.expect(parameters);
-        outcome = collect_plain(parameters, [this](PyObject* item) { return tensors.take_gradient(item); });
-        if (outcome != kDone) return outcome;
-        tensors.drop_repeated();
-        if (tensors.size() == 0) return kUnusual;
-        access.read();
-        return tensors.are_all_taken() ? kDone : kUnusual;
+        const Outcome outcome = access.gather(parameters, true);
+        return outcome == kDone && tensors.size() == 0 ? kUnusual : outcome;
     }
 
     bool has(int flags) const { return (access.memory().flags() & flags) != 0; }
@@ -75,12 +69,14 @@ PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (expect_count(count, 4, 4) != kDone) return nullptr;
     const double limit = read_threshold(args[1]);
-    const auto loop = loop_of(read_threshold(args[2]));
+    const double norm_type = read_threshold(args[2]);
     const bool is_rms = args[3] == Py_True;
-    if (!(limit >= 0) || loop == nullptr) return finish(kUnusual);
+    if (!(limit >= 0)) return finish(kUnusual);
     Gradients gradients;
     Numbers roots, limits, before;  // roots of the numbers of elements, if those count
     Outcome outcome = gradients.take(args[0]);
+    const auto loop = loop_of(norm_type, gradients.has(kAnyComplex));
+    if (outcome == kDone && loop == nullptr) outcome = kUnusual;
     // A root mean square may fit into a double where the norm does not.
     if (outcome == kDone && is_rms && gradients.has(kDouble)) outcome = kUnusual;
     if (outcome == kDone) {
@@ -96,7 +92,7 @@ PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
         for (size_t i = 0; i < before.size(); ++i) before[i] = before[i] < 0 ? 0 : before[i] / roots[i];
         use_up(args[0]);
         const auto make = gradients.has(kDouble) ? new_tensor<double> : new_tensor<float>;
-        return make(kFloat, before.begin(), int64_t(before.size()), 1);
+        return make(kFloat, before.begin(), int64_t(before.size()), 1).release();
     });
 }
 
@@ -144,7 +140,7 @@ PyObject* clip_grad_adaptive(PyObject*, PyObject* const* args, Py_ssize_t count)
     if (expect_count(count, 5, 5) != kDone) return nullptr;
     const double clip_factor = read_threshold(args[1]), eps = read_threshold(args[2]);
     const double grad_scale = read_threshold(args[4]);
-    const auto loop = loop_of(read_threshold(args[3]));
+    const auto loop = loop_of(read_threshold(args[3]), false);
     if (!(clip_factor >= 0) || !(eps >= 0) || !(grad_scale >= 0) || loop == nullptr) return finish(kUnusual);
     WithWeights given;
     Outcome outcome = given.take(args[0], loop);
@@ -192,7 +188,7 @@ PyObject* clip_per_example(PyObject*, PyObject* const* args, Py_ssize_t count) {
     for (PyObject* tensor : tensors) {
         DLTensor t;
         if (!describe(tensor, t) || !examples.add(t)) return finish(kUnusual);
-        sums.emplace_back(t.dtype, t.ndim - 1, t.shape + 1, t.strides + 1);
+        sums.emplace_back(t.dtype, t.ndim - 1, t.shape + 1);
         memory.push_back(sums.back().data());
     }
     const int threads = usable_threads(examples.elements());
@@ -206,7 +202,7 @@ PyObject* clip_per_example(PyObject*, PyObject* const* args, Py_ssize_t count) {
         }
         examples.add_up(clip_coefs, memory, threads);
     }
-    const Ref list(PyList_New(0)), number(new_tensor<int64_t>(kInt, &clipped, 1, 0));
+    const Ref list(PyList_New(0)), number = new_tensor<int64_t>(kInt, &clipped, 1, 0);
     if (list == nullptr || number == nullptr) return nullptr;
     for (Result& sum : sums) {
         const Ref tensor = sum.take();

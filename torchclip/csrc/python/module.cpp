@@ -29,10 +29,10 @@
 
 namespace {
 
-// connect(tensor, parameter, exchange_api, increment_version, check_tensor, get_num_threads, other_norms, checks,
+// connect(tensor, parameter, exchange_api, increment_version, get_num_threads, other_norms, checks,
 //         is_inference_mode_enabled, strided, library)
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 11, 11) != kDone) return nullptr;
+    if (expect_count(count, 10, 10) != kDone) return nullptr;
     auto* exchange = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (exchange == nullptr) return nullptr;
     while (exchange != nullptr && exchange->major != 1) exchange = exchange->previous;
@@ -49,25 +49,24 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
         made->is_cpu.connect(args[0], "is_cpu") != kDone || made->version.connect(args[0], "_version") != kDone)
         return nullptr;
     made->increment_version.connect(args[3]);
-    made->check_tensor = new_reference(args[4]);
-    made->get_num_threads.connect(args[5]);
-    made->other_norms = new_reference(args[6]);
-    if (!PyTuple_Check(args[7])) return PyErr_Format(PyExc_TypeError, "the checks must be a tuple");
-    for (Py_ssize_t i = 0; i < PyTuple_Size(args[7]); ++i) {
+    made->get_num_threads.connect(args[4]);
+    made->other_norms = new_reference(args[5]);
+    if (!PyTuple_Check(args[6])) return PyErr_Format(PyExc_TypeError, "the checks must be a tuple");
+    for (Py_ssize_t i = 0; i < PyTuple_Size(args[6]); ++i) {
         PyObject *function, *argument, *idle, *otherwise;
-        if (!PyArg_ParseTuple(PyTuple_GetItem(args[7], i), "OOOO", &function, &argument, &idle, &otherwise))
+        if (!PyArg_ParseTuple(PyTuple_GetItem(args[6], i), "OOOO", &function, &argument, &idle, &otherwise))
             return nullptr;
         Check check{{}, new_reference(idle), new_reference(otherwise)};
         check.function.connect(function, argument == Py_None ? nullptr : argument);
         made->checks.push_back(check);
     }
-    made->is_inference_mode_enabled.connect(args[8]);
-    made->strided = new_reference(args[9]);
+    made->is_inference_mode_enabled.connect(args[7]);
+    made->strided = new_reference(args[8]);
     made->is_neg = PyObject_GetAttrString(args[0], "is_neg");
     if (made->is_neg == nullptr) return nullptr;
     made->is_conj = PyObject_GetAttrString(args[0], "is_conj");
     if (made->is_conj == nullptr) return nullptr;
-    const Ref library(PyUnicode_AsUTF8String(args[10]));
+    const Ref library(PyUnicode_AsUTF8String(args[9]));
     if (library == nullptr) return nullptr;
     connect_openmp(PyBytes_AsString(library));
     connection = made.release();
@@ -97,7 +96,7 @@ PyObject* select_instruction_set(PyObject*, PyObject* name) {
 
 PyMethodDef module_methods[] = {
     {"connect", function<connect>(), METH_FASTCALL,
-     "connect(tensor, parameter, exchange_api, increment_version, check_tensor, get_num_threads, other_norms, checks, "
+     "connect(tensor, parameter, exchange_api, increment_version, get_num_threads, other_norms, checks, "
      "is_inference_mode_enabled, strided, library): what the kernel needs of torch"},
     {"connect_modules", function<connect_modules>(), METH_FASTCALL,
      "connect_modules(module, parameter_list, generator, names): so that modules can be walked"},
@@ -115,6 +114,7 @@ PyMethodDef module_methods[] = {
     {"measured", function<measured>(), METH_FASTCALL,
      "measured(parameters, norm_type, each): that Batch and its norm, or the norms of each, or None"},
     {"tensors", function<tensors>(), METH_O, "tensors(tensors): a Batch of the tensors themselves, or None"},
+    {"taken", function<taken>(), METH_O, "taken(tensors): for each of a list whether it is taken, or None"},
     {"disable", function<disable>(), METH_NOARGS, "disable(): off until the enable() that belongs to it"},
     {"enable", function<enable>(), METH_NOARGS, "enable(): on, once it was called as often as disable()"},
     {"is_enabled", function<is_enabled>(), METH_NOARGS, "is_enabled(): whether it is on"},

@@ -3,55 +3,38 @@
 
 #include <algorithm>
 #include <memory>
-#include <vector>
 
 #include "../arithmetic/dtypes.h"
 #include "torch.h"
 
 namespace {
 
-// A tensor without gaps whose axes have a given order, in memory of torch's allocator.  No Python code runs before it
-// is taken.
+// A contiguous tensor in memory of torch's allocator.  No Python code runs before it is taken.
 class Result {
     struct Release {
         void operator()(DLManagedTensorVersioned* memory) const { memory->deleter(memory); }
     };
     std::unique_ptr<DLManagedTensorVersioned, Release> memory_;
-    std::vector<int64_t> axes_;  // sizes, then strides
 
   public:
-    // The strides only say in which order the axes lie.  Throws std::bad_alloc.
-    Result(decltype(DLTensor::dtype) dtype, int32_t axes, const int64_t* sizes, const int64_t* strides)
-        : axes_(sizes, sizes + axes) {
-        axes_.resize(2 * size_t(axes));
-        int64_t* const own = axes_.data() + axes;
-        std::vector<int32_t> order;  // from the narrowest
-        for (int32_t axis = axes; axis-- > 0;) order.push_back(axis);
-        std::stable_sort(order.begin(), order.end(), [=](int32_t a, int32_t b) { return strides[a] < strides[b]; });
-        int64_t count = 1;
-        for (const int32_t axis : order) {
-            own[axis] = std::max<int64_t>(count, 1);
-            count *= sizes[axis];
-        }
-        DLTensor flat{};
-        flat.device_type = kCPU;
-        flat.ndim = 1;
-        flat.dtype = dtype;
-        flat.shape = &count;
+    // Throws std::bad_alloc.
+    Result(decltype(DLTensor::dtype) dtype, int32_t axes, int64_t* sizes) {
+        DLTensor prototype{};
+        prototype.device_type = kCPU;
+        prototype.ndim = axes;
+        prototype.dtype = dtype;
+        prototype.shape = sizes;
         DLManagedTensorVersioned* memory = nullptr;
-        if (torch().exchange->managed_tensor_allocator(&flat, &memory, nullptr,
+        if (torch().exchange->managed_tensor_allocator(&prototype, &memory, nullptr,
                                                        [](void*, const char*, const char*) {}) != 0)
             throw std::bad_alloc();
         memory_.reset(memory);
-        memory->tensor.ndim = axes;
     }
 
     char* data() const { return static_cast<char*>(memory_->tensor.data) + memory_->tensor.byte_offset; }
 
     // The tensor; null, with an error set, after an error.  Call it once.
     Ref take() {
-        memory_->tensor.shape = axes_.data();  // which torch copies
-        memory_->tensor.strides = axes_.data() + memory_->tensor.ndim;
         void* tensor = nullptr;
         if (torch().exchange->managed_tensor_to_py_object_no_sync(memory_.get(), &tensor) != 0) return Ref();
         memory_.release();
@@ -60,11 +43,10 @@ class Result {
 };
 
 // A tensor with these numbers and one axis, or (without axes) with a single number.
-template <class T> PyObject* new_tensor(uint8_t code, const double* numbers, int64_t size, int32_t axes) {
-    const int64_t stride = 1;
-    Result result({code, uint8_t(8 * sizeof(T)), 1}, axes, &size, &stride);
+template <class T> Ref new_tensor(uint8_t code, const double* numbers, int64_t size, int32_t axes) {
+    Result result({code, uint8_t(8 * sizeof(T)), 1}, axes, &size);
     std::transform(numbers, numbers + size, reinterpret_cast<T*>(result.data()), [](double x) { return T(x); });
-    return result.take().release();
+    return result.take();
 }
 
 // ---------------------------------------------------------------------------------------------------------------

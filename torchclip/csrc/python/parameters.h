@@ -10,19 +10,20 @@
 
 namespace {
 
+// A method: its name, and the function that modules have under it if no class overrides it.
+struct Method {
+    PyObject *name, *function;
+};
+
 // What a walk needs of torch's modules: the arguments of `connect_modules`, and what they hold.
 struct Modules {
     PyTypeObject *module, *parameter_list, *generator;
-    PyObject *parameters, *named_parameters, *named_members, *named_modules;  // torch's own methods of Module
+    Method parameters, named_parameters, named_members, named_modules, get_attribute;
+    PyObject *own_parameters, *own_modules;  // names of dictionaries
     PyObject* parameters_code;
-    PyObject* get_attribute;       // object.__getattribute__
     Getter mro, class_attributes;  // of classes: their bases, and their own attributes
     traverseproc traverse;         // of generators,
     destructor finalize;           // which are closed by it
-    struct {
-        PyObject *parameters, *named_parameters, *named_members, *named_modules, *get_attribute;
-        PyObject *own_parameters, *own_modules;
-    } names;
 };
 
 // Null if nothing is to be walked; what it points to does not change.
@@ -36,8 +37,8 @@ bool is_module(PyObject* object) { return walked != nullptr && PyType_IsSubtype(
 // error of a look-up may still be set; `collect_plain` clears it.
 
 // Whether a class has torch's own version of a method.
-bool inherits(PyTypeObject* type, PyObject* name, PyObject* wanted) {
-    return Ref(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name)) == wanted;
+bool inherits(PyTypeObject* type, const Method& method) {
+    return Ref(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), method.name)) == method.function;
 }
 
 // The dictionary of an object's attributes; null if it has none, or another object instead.
@@ -49,8 +50,8 @@ Ref attributes_of(PyObject* object) {
 // The object's own attribute with a name, in its dictionary; null if there is none.
 Ref own_attribute(PyObject* attributes, PyObject* name) { return Ref::to(PyDict_GetItemWithError(attributes, name)); }
 
-// Whether an object has no attribute of its own with a name.
-bool lacks(PyObject* attributes, PyObject* name) { return PyDict_Contains(attributes, name) == 0; }
+// Whether an object has no attribute of its own with a method's name.
+bool lacks(PyObject* attributes, const Method& method) { return PyDict_Contains(attributes, method.name) == 0; }
 
 // Whether a class or a base of it, below nn.Module, overrides attributes that every module has, for example by a
 // property, which takes precedence and can return something else each time.
@@ -63,8 +64,8 @@ bool replaces_attributes(PyTypeObject* type) {
             base == reinterpret_cast<PyObject*>(&PyBaseObject_Type))
             continue;
         const Ref attributes(modules().class_attributes(base));
-        if (attributes == nullptr || PySequence_Contains(attributes, modules().names.own_parameters) != 0 ||
-            PySequence_Contains(attributes, modules().names.own_modules) != 0)
+        if (attributes == nullptr || PySequence_Contains(attributes, modules().own_parameters) != 0 ||
+            PySequence_Contains(attributes, modules().own_modules) != 0)
             return true;
     }
     return false;
@@ -89,8 +90,8 @@ template <class Take> class ModuleWalk {
     // Whether modules of a class are compared, asked for attributes and walked by torch's own methods.
     bool look_at(PyTypeObject* type) {
         if (PyType_GetSlot(type, Py_tp_hash) != PyType_GetSlot(modules().module, Py_tp_hash)) return false;
-        if (!inherits(type, modules().names.get_attribute, modules().get_attribute)) return false;
-        if (!inherits(type, modules().names.named_modules, modules().named_modules)) return false;
+        if (!inherits(type, modules().get_attribute)) return false;
+        if (!inherits(type, modules().named_modules)) return false;
         if (replaces_attributes(type)) return false;
         if (type_count_ < kMostTypes) types_[type_count_++] = type;
         return true;
@@ -105,10 +106,10 @@ template <class Take> class ModuleWalk {
         if (places_.size() == kDeepest || module_count_ > kMostModules) return {};
         if (!has_looked_at(Py_TYPE(module)) && !(is_module(module) && look_at(Py_TYPE(module)))) return {};
         const Ref attributes = attributes_of(module);
-        if (attributes == nullptr || !lacks(attributes, modules().names.named_modules)) return {};
+        if (attributes == nullptr || !lacks(attributes, modules().named_modules)) return {};
         if (is_first && !has_torchs_members(module, attributes)) return {};
-        Ref parameters = own_attribute(attributes, modules().names.own_parameters);
-        Ref children = own_attribute(attributes, modules().names.own_modules);
+        Ref parameters = own_attribute(attributes, modules().own_parameters);
+        Ref children = own_attribute(attributes, modules().own_modules);
         if (parameters == nullptr || !PyDict_CheckExact(parameters)) return {};
         if (children == nullptr || !PyDict_CheckExact(children)) return {};
         return {std::move(parameters), std::move(children)};
@@ -133,9 +134,8 @@ template <class Take> class ModuleWalk {
     // For the module with which the walk begins, as only its methods are called.
     static bool has_torchs_members(PyObject* module, PyObject* attributes) {
         PyTypeObject* const type = Py_TYPE(module);
-        return inherits(type, modules().names.named_parameters, modules().named_parameters) &&
-               inherits(type, modules().names.named_members, modules().named_members) &&
-               lacks(attributes, modules().names.named_parameters) && lacks(attributes, modules().names.named_members);
+        return inherits(type, modules().named_parameters) && inherits(type, modules().named_members) &&
+               lacks(attributes, modules().named_parameters) && lacks(attributes, modules().named_members);
     }
 
   public:
@@ -161,9 +161,9 @@ template <class Take> class ModuleWalk {
 bool has_own_parameters(PyObject* object) {
     PyTypeObject* const type = Py_TYPE(object);
     if (!is_module(object) || PyType_IsSubtype(type, modules().parameter_list)) return false;
-    if (!inherits(type, modules().names.parameters, modules().parameters)) return false;
+    if (!inherits(type, modules().parameters)) return false;
     const Ref attributes = attributes_of(object);
-    return attributes != nullptr && lacks(attributes, modules().names.parameters);
+    return attributes != nullptr && lacks(attributes, modules().parameters);
 }
 
 // The objects to which a function's generator refers, apart from its names.
@@ -177,7 +177,7 @@ struct Referents {
             seen.of_parameters = true;
         else if (object == Py_True)
             seen.recurses = true;
-        else if (object == modules().parameters || PyUnicode_CheckExact(object))
+        else if (object == modules().parameters.function || PyUnicode_CheckExact(object))
             return 0;
         else if (seen.module == nullptr && is_module(object))
             seen.module = object;
@@ -239,45 +239,26 @@ template <class Take> Outcome collect_plain(PyObject* given, Take take) {
     return outcome;
 }
 
-// The items of any iterable.  It fails if iterating does, or take(item).
-template <class Take> Outcome collect_any(PyObject* iterable, Take take) {
-    if (PyList_CheckExact(iterable)) return collect_list(iterable, take);
-    const Ref iterator(PyObject_GetIter(iterable));
-    if (iterator == nullptr) return kFailed;
-    while (PyObject* const item = PyIter_Next(iterator)) {
-        const Outcome outcome = take(Ref(item));
-        if (outcome != kDone) return outcome;
-    }
-    return PyErr_Occurred() == nullptr ? kDone : kFailed;
-}
-
 // connect_modules(module, parameter_list, generator, names)
 PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (expect_count(count, 4, 4) != kDone) return nullptr;
     for (Py_ssize_t i = 0; i < 3; ++i)
         if (!PyType_Check(args[i])) return PyErr_Format(PyExc_TypeError, "argument %zd must be a type", i);
     auto made = std::make_unique<Modules>();
-    auto& names = made->names;
-    PyObject** const wanted[] = {
-        &names.parameters,     &names.named_parameters, &names.named_members, &names.named_modules,
-        &names.own_parameters, &names.own_modules,      &names.get_attribute,
-    };
-    constexpr Py_ssize_t kNames = sizeof(wanted) / sizeof(*wanted);
-    if (!PyTuple_Check(args[3]) || PyTuple_Size(args[3]) != kNames)
-        return PyErr_Format(PyExc_TypeError, "argument 3 must be a tuple of %zd names", kNames);
-    for (Py_ssize_t i = 0; i < kNames; ++i) {
-        *wanted[i] = new_reference(PyTuple_GetItem(args[3], i));
-        if (!PyUnicode_Check(*wanted[i])) return PyErr_Format(PyExc_TypeError, "name %zd must be a string", i);
-        PyUnicode_InternInPlace(wanted[i]);
+    Method* const methods[] = {&made->parameters, &made->named_parameters, &made->named_members, &made->named_modules,
+                               &made->get_attribute};
+    PyObject** const names[] = {&methods[0]->name, &methods[1]->name,     &methods[2]->name, &methods[3]->name,
+                                &methods[4]->name, &made->own_parameters, &made->own_modules};
+    Py_ssize_t next = 0;
+    for (PyObject** name : names) {
+        PyObject* const given = PyTuple_GetItem(args[3], next++);
+        if (given == nullptr) return nullptr;
+        *name = new_reference(given);
+        PyUnicode_InternInPlace(name);
     }
-    const auto look_up = [&](PyObject*& place, PyObject* name) {
-        return (place = PyObject_GetAttr(args[0], name)) != nullptr;
-    };
-    if (!look_up(made->parameters, names.parameters) || !look_up(made->get_attribute, names.get_attribute) ||
-        !look_up(made->named_parameters, names.named_parameters) ||
-        !look_up(made->named_members, names.named_members) || !look_up(made->named_modules, names.named_modules))
-        return nullptr;
-    made->parameters_code = PyObject_GetAttrString(made->parameters, "__code__");
+    for (Method* method : methods)
+        if ((method->function = PyObject_GetAttr(args[0], method->name)) == nullptr) return nullptr;
+    made->parameters_code = PyObject_GetAttrString(made->parameters.function, "__code__");
     if (made->parameters_code == nullptr) return nullptr;
     if (made->mro.connect_of_types("__mro__") != kDone || made->class_attributes.connect_of_types("__dict__") != kDone)
         return nullptr;

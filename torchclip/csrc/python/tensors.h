@@ -12,106 +12,74 @@ namespace {
 
 using Numbers = Array<double, kUsual>;
 
-constexpr auto kEach = [](size_t) { return true; };
-
-// Distinct tensors, in order, and which of them the kernel works on.
+// Distinct tensors, in order, all of which the kernel takes.
 class Tensors {
     References all_;
-    Array<bool, kUsual> taken_;
-    size_t found_ = 0, taken_count_ = 0;
+    size_t found_ = 0;
+    bool is_complex_ = false;  // whether any of them is
 
   public:
     const References& all() const { return all_; }
     size_t size() const { return all_.size(); }
-    bool is_taken(size_t i) const { return taken_[i]; }
-    size_t taken_count() const { return taken_count_; }
-    bool are_all_taken() const { return taken_count_ == size(); }
 
     // Whether one occurs several times, from several parameters or from one that is repeated.
     bool has_repeated() const { return found_ > size(); }
 
-    // The number of items of the list that they come from, if it is one.
-    void expect(PyObject* given) {
+    // Collects plain tensors, or the gradients of parameters that have one.
+    Outcome collect(PyObject* given, bool take_grad) {
         if (PyList_CheckExact(given)) all_.reserve(size_t(PyList_Size(given)));
+        const Outcome outcome = collect_plain(given, [&](PyObject* item) {
+            Ref tensor = take_grad ? get_grad(item) : Ref::to(item);
+            if (tensor == nullptr) return kFailed;
+            if (tensor != Py_None) all_.take(std::move(tensor));
+            return kDone;
+        });
+        found_ = size();
+        if (outcome == kDone) all_.drop_repeated();
+        return outcome;
     }
 
-    // Adds a tensor, or a parameter's gradient if it has one.
-    Outcome take(Ref tensor) {
-        all_.take(std::move(tensor));
+    // Reads their memory; unusual if the kernel cannot take one.  No Python code runs after that.
+    Outcome read(Memory& memory) {
+        for (size_t i = 0; i < size() && has_refused; ++i)
+            if (!is_plain(all_[i]) || !is_dense_on_host(all_[i])) return kUnusual;
+        if (add_to(memory, true) < size()) return kUnusual;
+        is_complex_ = memory.has_complex();
         return kDone;
     }
-    Outcome take_gradient(PyObject* parameter) {
-        Ref grad = get_grad(parameter);
-        if (grad == nullptr) return kFailed;
-        return grad == Py_None ? kDone : take(std::move(grad));
-    }
 
-    void drop_repeated() {
-        found_ = size();
-        all_.drop_repeated();
-    }
-
-    // Adds the taken ones of others.
-    void take_taken(const Tensors& others) {
-        for (size_t i = 0; i < others.size(); ++i)
-            if (others.taken_[i]) all_.take(Ref::to(others.all_[i]));
-        taken_count_ = size();
-        taken_.resize(taken_count_);
-        std::memset(taken_.begin(), true, taken_count_);
-    }
-
-    // Decides which of them the kernel takes, and reads their memory.  No Python code runs after that.
-    void read(Memory& memory) {
-        taken_.resize(size());
-        std::memset(taken_.begin(), true, size());
-        if (has_refused)
-            for (size_t i = 0; i < size(); ++i) taken_[i] = is_plain(all_[i]) && is_dense_on_host(all_[i]);
-        taken_count_ = 0;
-        memory.reserve(size());
-        for (size_t i = 0; i < size(); ++i) {
-            taken_[i] = taken_[i] && add_to(memory, i);
-            taken_count_ += taken_[i];
-        }
-    }
-
-    // Reads the memory of the taken ones again.
+    // Reads their memory again.
     Outcome read_again(Memory& memory) const {
         memory.clear();
-        memory.reserve(taken_count_);
-        for (size_t i = 0; i < size(); ++i) {
-            if (!taken_[i] || add_to(memory, i)) continue;
-            return fail(
-                PyExc_RuntimeError,
-                "gradient %zu changed during the call: it has no memory any more that can be measured or changed "
-                "directly, as its device, dtype or layout is another one, or its elements overlap. Replace gradients "
-                "before or after clipping, not meanwhile.",
-                i);
-        }
-        return kDone;
+        const size_t place = add_to(memory, is_complex_);
+        if (place == size()) return kDone;
+        return fail(PyExc_RuntimeError,
+                    "gradient %zu changed during the call: it has no memory any more that can be measured or changed "
+                    "directly, as its device, dtype or layout is another one, or its elements overlap. Replace "
+                    "gradients before or after clipping, not meanwhile.",
+                    place);
     }
 
-    // The list of those for which wanted(i) holds; null with an error set.
-    template <class Wanted> Ref list(Wanted wanted) const {
-        Ref list(PyList_New(0));
-        for (size_t i = 0; i < size() && list != nullptr; ++i)
-            if (wanted(i) && PyList_Append(list, all_[i]) < 0) return Ref();
-        return list;
-    }
-
-    // Tells autograd that the taken ones for which wanted(i) holds were written.
+    // Tells autograd that those were written for which wanted(i) holds.
     template <class Wanted> Outcome bump_versions(Wanted wanted) const {
-        const Ref written = list([&](size_t i) { return taken_[i] && wanted(i); });
+        const Ref written(PyList_New(0));
+        for (size_t i = 0; i < size() && written != nullptr; ++i)
+            if (wanted(i) && PyList_Append(written, all_[i]) < 0) return kFailed;
         return written != nullptr && PyList_Size(written) == 0 ? kDone : ::bump_versions(written);
     }
 
   private:
-    INLINE bool add_to(Memory& memory, size_t i) const {
+    // Returns the position of the first one that cannot be taken.  Not all work is done on complex numbers.
+    INLINE size_t add_to(Memory& memory, bool may_be_complex) const {
+        memory.reserve(size());
+        size_t i = 0;
         DLTensor t;
-        return describe(all_[i], t) && memory.add(t);
+        while (i < size() && describe(all_[i], t) && memory.add(t) && (may_be_complex || !memory.has_complex())) ++i;
+        return i;
     }
 };
 
-// Access to the memory of the taken ones.  Python code that may have changed it can run between two operations, and
+// Access to the memory of tensors.  Python code that may have changed it can run between two operations, and
 // other threads during one on many elements; then memory is read again before the next one, which fails if the kernel
 // can no longer take a tensor.
 class Access {
@@ -124,10 +92,13 @@ class Access {
 
     const Memory& memory() const { return memory_; }
 
-    // Decides which tensors are taken.
-    void read() {
-        tensors_.read(memory_);
-        is_fresh_ = true;
+    // Collects the distinct tensors of a call, or the gradients of its parameters, and reads their memory.
+    Outcome gather(PyObject* given, bool take_grad) {
+        Outcome outcome = begin();
+        if (outcome == kDone) outcome = tensors_.collect(given, take_grad);
+        if (outcome == kDone) outcome = tensors_.read(memory_);
+        is_fresh_ = outcome == kDone;
+        return outcome;
     }
 
     // Reads the memory unless nothing can have changed it.
@@ -170,8 +141,7 @@ class Access {
     // A number that shows whether they are still the same, unchanged.
     Outcome fingerprints(Array<uint64_t, kUsual>& found) {
         Array<int64_t, kUsual> versions;
-        for (size_t i = 0; i < tensors_.size(); ++i)
-            if (tensors_.is_taken(i)) versions.push_back(version_of(tensors_.all()[i]));
+        for (PyObject* tensor : tensors_.all()) versions.push_back(version_of(tensor));
         return run([&] { memory_.fingerprints(versions, found); });
     }
 
@@ -187,11 +157,9 @@ class Access {
         return kDone;
     }
 
-    // Tells autograd that those were written for which written(i) holds, counted among the taken ones.
     template <class Written> Outcome bump(Written written) {
         is_fresh_ = false;
-        size_t next = 0;
-        return tensors_.bump_versions([&](size_t) { return written(next++); });
+        return tensors_.bump_versions(written);
     }
 };
 

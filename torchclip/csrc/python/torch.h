@@ -83,7 +83,6 @@ struct Check {
 struct Torch {
     PyTypeObject *tensor, *parameter;
     Function increment_version;  // for each of an iterable of tensors
-    PyObject* check_tensor;
     Function get_num_threads;
     PyObject* other_norms;
     std::vector<Check> checks;
@@ -162,10 +161,8 @@ bool describe(PyObject* tensor, DLTensor& t) {
     return false;
 }
 
-// The gradient, or None; null with an error set.
-Ref get_grad(PyObject* parameter) {
-    return Ref(is_plain(parameter) ? torch().grad(parameter) : PyObject_GetAttrString(parameter, "grad"));
-}
+// The gradient of a plain parameter, or None; null with an error set.
+Ref get_grad(PyObject* parameter) { return Ref(torch().grad(parameter)); }
 
 // The number of changes that autograd knows of; -1 for a tensor without a counter, as those of inference mode.
 int64_t version_of(PyObject* tensor) {
