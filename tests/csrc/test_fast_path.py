@@ -585,7 +585,7 @@ for i, model in enumerate(models):
 rules = (0.5, lambda norm: 0.5, torchclip.BlockRMS(0.5), torchclip.Value(0.5), torchclip.Adaptive(0.01))
 steps = [torch.optim.SGD(models[1].parameters(), lr=0.1, foreach=False) for _ in rules]
 clippers = [torchclip.Clipper(*pair) for pair in zip(steps, rules)]
-batches = [_kernel.gradients(list(model.parameters())) for model in models]
+batches = [_kernel.gradients(list(models[i].parameters())) for i in (0, 2, 3)]  # the second has gaps
 for step in steps:
     step.step()  # what a first step imports needs more
 
