@@ -46,6 +46,21 @@ def test_an_exception_from_on_clip_calls_the_step_off_with_clipped_gradients(fus
     assert (clipper.last, clipper.state_dict()["steps"]) == (None, 0)
 
 
+@fused_or_not
+def test_gradients_stay_clipped_though_the_step_would_have_clipped_them(fused: bool) -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
+
+    def refuse(record: Record) -> None:
+        raise KeyError(record.step)
+
+    Clipper(optimizer, 1.0, on_clip=refuse)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="0"):
+            optimizer.step()
+        assert grad_norms(optimizer) == pytest.approx([1.0], rel=1e-5)
+        assert not hasattr(optimizer, "grad_scale")
+
+
 def test_what_on_clip_does_to_gradients_is_not_measured_again() -> None:
     optimizer = sgd([torch.tensor([3.0, 4.0])])
     clipper = Clipper(optimizer, 1.0, on_clip=lambda _: optimizer.param_groups[0]["params"][0].grad.mul_(7))

@@ -62,6 +62,9 @@ class GradScaleOverride:
 
     A step that ends in an exception does not remove ``grad_scale``.  In its next step, a GradScaler would
     take it for one that the user has set, and multiply its own by it.
+
+    Attributes:
+        divides: whether the step clips the gradients.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -70,6 +73,7 @@ class GradScaleOverride:
         self._had = "grad_scale" in self._attributes
         self._sets_found_inf = False
         self._before = self._left = self._attributes.get("grad_scale")
+        self.divides = False
 
     @property
     def _attributes(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class GradScaleOverride:
     def set(self, value: Tensor) -> None:
         """Make the step divide by a number."""
         self._left = value  # first, as an interrupt may follow
+        self.divides = True
         self._attributes["grad_scale"] = value
 
     def skip_where(self, skip: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchclip._core.batch import Norms
 from torchclip.clipper import fused
 from torchclip.clipper.nonfinite import hide_gradients, is_skipped_by_scaler
+from torchclip.clipper.sets import Gradients
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.step import Step
 from torchclip.clipper.updates import Moved, WeightsBefore
@@ -75,10 +76,15 @@ class OpenRound:
         if index not in self.before:  # else the closure was called again
             self.before[index] = WeightsBefore(step)
 
-    def tell(self, on_clip: Callable[[Record], object], row: Row) -> None:
-        """Tell the user's function of a clipping."""
+    def tell(self, on_clip: Callable[[Record], object], row: Row, step: Step, gradients: Gradients) -> None:
+        """Tell the user's function of a clipping; if it raises, the gradients are clipped all the same."""
         record = as_record(row)
-        on_clip(record if self.layers is None else with_layers(record, *self.layers))
+        try:
+            on_clip(record if self.layers is None else with_layers(record, *self.layers))
+        except BaseException:
+            if step.override is not None and step.override.divides:
+                gradients.scale_()  # which was left to the step
+            raise
 
     def skip(self, step: Step) -> None:
         """Keep a step from changing anything if the Clipper skips its round, and not a GradScaler alone."""

@@ -268,7 +268,7 @@ class Rounds:
         row = (number, norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)
         opened.rows.append(row)
         if settings.on_clip is not None:
-            opened.tell(settings.on_clip, row)
+            opened.tell(settings.on_clip, row, step, gradients)
         if self._several:
             for other in self._steps:
                 if other is not step:
