@@ -13,6 +13,7 @@ from torch import nn
 
 from torchclip import Clipper, Percentile, RollingSigma
 from torchclip.clipper import Scope
+from torchclip.history import Record
 
 pytestmark = [
     pytest.mark.usefixtures("everywhere", "small_ones_too"),
@@ -288,3 +289,17 @@ def test_a_resumed_run_goes_on_with_what_the_losses_taught() -> None:
 def test_lbfgs_cannot_skip_by_its_loss() -> None:
     with pytest.raises(ValueError, match="`skip_loss_above` does not work with LBFGS"):
         Clipper(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]), 1.0, skip_loss_above=1.0)
+
+
+def test_gradients_of_a_skipped_step_stay_as_they_are_if_on_clip_raises() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+
+    def refuse(record: Record) -> None:
+        raise KeyError(record.step)
+
+    Clipper(optimizer, 1.0, skip_above=2.0, on_clip=refuse)
+    with pytest.raises(KeyError, match="0"):
+        optimizer.step()
+    assert (weight.grad.tolist(), weight.tolist()) == ([3.0, 4.0], [0.0, 0.0])

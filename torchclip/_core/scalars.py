@@ -237,10 +237,9 @@ def clip_coefs(max_norms: float | Norms, norms: Norms, eps: float = EPS) -> Norm
             return [1.0] * len(norms)
         # As in ``clip_coef``, which would be a call for each norm.
         return [1.0 if norm + eps <= max_norms else max_norms / (norm + eps) for norm in norms]
-    limits = max_norms if isinstance(max_norms, list) else numbers(max_norms)
     return [
         1.0 if norm + eps <= limit else clip_coef(limit, norm, eps)
-        for limit, norm in zip(limits, norms, strict=True)
+        for limit, norm in zip(numbers(max_norms), norms, strict=True)
     ]
 
 

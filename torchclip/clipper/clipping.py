@@ -146,9 +146,8 @@ def _smallest(sets: Sequence[ClipSet], above: SkipAbove | None) -> tuple[Norm, N
         max_norms = clip_set.max_norms
         if len(clip_set.clip_coefs):
             limits.append([max_norms] if isinstance(max_norms, float) else max_norms)
-    coefs = sets[0].clip_coefs if len(sets) == 1 else scalars.concatenate([each.clip_coefs for each in sets])
-    joined = limits[0] if len(limits) == 1 else scalars.concatenate(limits)
-    return scalars.smallest(joined, math.inf), scalars.smallest(coefs, 1.0)
+    clip_coefs = scalars.concatenate([each.clip_coefs for each in sets])
+    return scalars.smallest(scalars.concatenate(limits), math.inf), scalars.smallest(clip_coefs, 1.0)
 
 
 def change(
@@ -170,14 +169,11 @@ def change(
     if settings.nonfinite == "zero":
         gradients.zero_nonfinite_()
     if scalars.may_change(clip_coef):
-        divisor = fused.divisor(step, hook, gradients, clip_coef) if settings.rule is None else None
+        divisor = fused.divisor(hook, gradients, clip_coef) if settings.rule is None else None
         if divisor is not None:
             fused.override(step).set(divisor)
         else:
-            if not isinstance(skipped, bool):  # and the host does not know it: then times 1
-                for clip_set in gradients.sets:
-                    clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, skipped, 1.0)
-            gradients.scale_()
+            gradients.scale_(skipped)
     if settings.rule is not None:
         after = clip_by(settings.rule, gradients, settings)
         return ratio(after, gradients.total_norm), scalars.present(after)

@@ -25,13 +25,12 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def divisor(step: Step, hook: RemovableHandle, gradients: Gradients, clip_coef: Norm) -> Tensor | None:
+def divisor(hook: RemovableHandle, gradients: Gradients, clip_coef: Norm) -> Tensor | None:
     """The number by which a fused step must divide the gradients; None if they must be scaled before it.
 
     Decisions about the gradients use facts that all ranks know, so that all of them decide alike.
 
     Args:
-        step: the step that begins.
         hook: the handle of the pre hook that clips.
         gradients: the gradients.
         clip_coef: what they are to be multiplied by.

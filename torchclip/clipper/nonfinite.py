@@ -55,7 +55,7 @@ def should_skip(gradients: Gradients, settings: Settings, by_scaler: bool | Tens
     """
     whole_norm = gradients.whole_norm
     if by_scaler is False and isinstance(whole_norm, float) and math.isfinite(whole_norm):  # most steps
-        settings.nonfinite_skips.then = 0
+        settings.nonfinite_skips.add(False, False)
         return False
     skip: bool | Tensor
     if isinstance(by_scaler, Tensor):

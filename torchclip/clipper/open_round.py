@@ -68,8 +68,8 @@ class OpenRound:
         return [*rows, (number, norm, max_norm, clip_coef, is_skipped, *rest)]
 
     def copy_weights(self, index: int, step: Step) -> None:
-        """Copy the weights that a step will change, if its updates are recorded."""
-        if not self.settings.updates or self.layers is None or self.skipped is True:
+        """Copy the weights that a step with layers will change, if its updates are recorded."""
+        if not self.settings.updates or self.skipped is True:
             return
         if self.before is None:
             self.before, self.moved = {}, []
@@ -83,7 +83,7 @@ class OpenRound:
             on_clip(record if self.layers is None else with_layers(record, *self.layers))
         except BaseException:
             if step.override is not None and step.override.divides:
-                gradients.scale_()  # which was left to the step
+                gradients.scale_(self.skipped)  # which was left to the step
             raise
 
     def skip(self, step: Step) -> None:

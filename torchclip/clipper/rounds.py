@@ -225,7 +225,8 @@ class Rounds:
         opened, step = self._open, self._steps[index]
         assert opened is not None
         opened.by_scaler = {**opened.by_scaler, index: is_skipped_by_scaler(step.optimizer)}
-        opened.copy_weights(index, step)
+        if opened.layers is not None:
+            opened.copy_weights(index, step)
         opened.skip(step)
 
     def _call_and_clip(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

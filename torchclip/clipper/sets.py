@@ -169,8 +169,15 @@ class Gradients:
 
     # Changing
 
-    def scale_(self) -> None:
-        """Multiply the gradients in place; those that several sets share, by the smallest number."""
+    def scale_(self, skipped: bool | Tensor) -> None:
+        """Multiply the gradients in place; a gradient that several sets share, by the smallest number.
+
+        Args:
+            skipped: whether the step is skipped; by a value on a device, the numbers are then 1.
+        """
+        if not isinstance(skipped, bool):
+            for clip_set in self.sets:
+                clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, skipped, 1.0)
         if len(self.sets) == 1 or not self._overlaps:
             for clip_set in self.sets:
                 if self.each:

@@ -77,7 +77,6 @@ class ThresholdBank:
         ours = max_norm if isinstance(max_norm, Learned) and not has_own_update(max_norm) else None
         self.is_ours = not is_object or type(max_norm).__module__.startswith("torchclip.")
         self.answers_tensors = ours is not None and ours._takes_rows(on_device=True)
-        self._many = False
         self._takes_rows_on_host = ours is not None and ours._takes_rows(on_device=False)
         self._learners: Objects | Rows = Objects({})
         self._before: Objects | Rows = self._learners
@@ -94,8 +93,6 @@ class ThresholdBank:
         new = [name for name in names if name not in known]
         if self.learns and new:
             self._learners.add({name: copy.deepcopy(self.given) for name in new})
-        many = self.per_parameter or len(self._learners.names) >= _MANY
-        self._many = many and self._takes_rows_on_host
 
     @property
     def thresholds(self) -> Mapping[str, Threshold]:
@@ -126,10 +123,7 @@ class ThresholdBank:
         if names is not self._latest:  # the same list in nearly every step
             self.add(names)
             self._latest = names
-        learners = self._learners
-        if self._many or learners.device is not None or norms.__class__ is not list:
-            learners = self._learners_for(norms)
-        max_norms = learners.update(names, norms, norm_type)
+        max_norms = self._learners_for(norms).update(names, norms, norm_type)
         if self.is_ours:
             return max_norms
         called = f"{type(self.given).__name__}.update()"
@@ -150,7 +144,8 @@ class ThresholdBank:
         """
         learners = self._learners
         if isinstance(norms, list):
-            device = learners.device or (_CPU if self._many else None)
+            many = self.per_parameter or len(learners.names) >= _MANY
+            device = learners.device or (_CPU if many and self._takes_rows_on_host else None)
         else:
             device = norms.device if self.answers_tensors else None
         if device is not None and device != learners.device:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from torchclip._core import arguments
+from torchclip._core import arguments, scalars
 from torchclip._core.batch import Norms
 from torchclip._core.scalars import ABSENT
 from torchclip.thresholds import checks
@@ -150,11 +150,11 @@ class Objects:
 
     def update(self, names: Sequence[str], norms: Norms, order: float) -> list[float]:
         """Learn from the norms of some sets, negative without a gradient, and return their thresholds."""
-        found, numbers = [], norms if isinstance(norms, list) else norms.tolist()
-        for name, norm in zip(names, numbers, strict=True):
-            # A norm of -inf is not finite, but it is there.
-            found.append(math.inf if -math.inf < norm < 0 else self.thresholds[name].update(norm))
-        return found
+        # A norm of -inf is not finite, but it is there.
+        return [
+            math.inf if -math.inf < norm < 0 else self.thresholds[name].update(norm)
+            for name, norm in zip(names, scalars.numbers(norms), strict=True)
+        ]
 
 
 class Rows:
