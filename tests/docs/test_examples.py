@@ -142,7 +142,8 @@ def outputs(notebook: Any) -> tuple[str, list[Image.Image]]:
     found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     drawn = [output.data["image/png"] for output in found if "image/png" in output.get("data", {})]
     pictures: list[Image.Image] = [Image.open(io.BytesIO(base64.b64decode(each))) for each in drawn]
-    return "".join(output.get("text", "") for output in found), pictures
+    printed = [output.text for output in found if output.output_type == "stream" and output.name == "stdout"]
+    return "".join(printed), pictures
 
 
 def without_numbers(text: str) -> str:
