@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -140,14 +141,19 @@ def _smallest(sets: Sequence[ClipSet], above: SkipAbove | None) -> tuple[Norm, N
         for clip_set in sets:
             if not clip_set.is_exempt:
                 clip_set.clip_coefs = scalars.at_most(clip_set.clip_coefs, above.clip_coef)
-    if len(sets) > 1:
-        sets = [each for each in sets if not each.is_absent()] or sets
     for clip_set in sets:
-        max_norms = clip_set.max_norms
-        if len(clip_set.clip_coefs):
-            limits.append([max_norms] if isinstance(max_norms, float) else max_norms)
+        limits.append(_compared(clip_set))
     clip_coefs = scalars.concatenate([each.clip_coefs for each in sets])
     return scalars.smallest(scalars.concatenate(limits), math.inf), scalars.smallest(clip_coefs, 1.0)
+
+
+def _compared(clip_set: ClipSet) -> Norms:
+    """The thresholds with which the norms of a set are compared: none where there is nothing to measure."""
+    norms, max_norms = clip_set.norms, clip_set.max_norms
+    limits = [max_norms] if isinstance(max_norms, float) else max_norms
+    if isinstance(norms, list):
+        return [] if clip_set.is_absent() else limits
+    return torch.where(norms < 0, math.inf, scalars.on_device(limits, norms.device))
 
 
 def change(
