@@ -23,6 +23,10 @@ class Raised(Exception):
     """An exception of the user's."""
 
 
+class Tie(Exception):
+    """A norm is so close to a threshold that rounding decides whether it counts."""
+
+
 def raise_(_: object) -> None:
     raise Raised
 
@@ -110,7 +114,7 @@ class ByHand:
     """
 
     def __init__(
-        self, rule: Any, scope: str, nonfinite: str, norm_type: float, skip_above: float | None
+        self, rule: Any, scope: str, nonfinite: str, norm_type: float, skip_above: float | str | None
     ) -> None:
         self.rule, self.scope, self.nonfinite, self.order = rule, scope, nonfinite, norm_type
         self.skip_above = skip_above
@@ -178,10 +182,15 @@ class ByHand:
     def must_skip(self, skipped: Result, counted: dict[int, Array]) -> bool:
         if skipped.nonfinite and self.nonfinite == "skip":
             return True
-        if self.skip_above is None:
+        finite = any(np.isfinite(grad).any() for grad in counted.values())
+        if self.skip_above is None or not (
+            finite or (self.nonfinite != "zero" and any(grad.size for grad in counted.values()))
+        ):
             return False
         finite_norm = self.norm(finite_parts(counted).values())
-        return (finite_norm if self.nonfinite == "zero" else skipped.total_norm) > self.skip_above
+        norm = finite_norm if self.nonfinite == "zero" else skipped.total_norm
+        limit = self.skip_above
+        return norm > (self.learn("skip_above", limit, norm) if isinstance(limit, str) else limit)
 
     def norm(self, grads: Iterable[Array]) -> float:
         joint = np.concatenate([np.zeros(1), *(grad.ravel() for grad in grads)])
@@ -203,9 +212,17 @@ class ByHand:
         """The threshold of a set without one of its own."""
         if self.rule not in LEARNED:
             return float(self.rule(step) if callable(self.rule) else self.rule)
+        return self.learn(name, self.rule, norm)
+
+    def learn(self, name: str, rule: str, norm: float) -> float:
+        """What a threshold answers that learns from a norm."""
         norms = self.seen.setdefault(name, [])
         norms.append(norm)
-        return float(LEARNED[self.rule][1](norms)[-1])
+        found = float(LEARNED[rule][1](norms)[-1])
+        # It learns from norms up to its threshold only, such as one that was clipped to it before.
+        if rule == "rolling sigma" and abs(norm - found) < 1e-5 * norm:
+            raise Tie
+        return found
 
 
 def coefficient(max_norm: float, norm: float, learned: bool) -> float:

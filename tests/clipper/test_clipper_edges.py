@@ -282,19 +282,6 @@ def test_a_skipped_step_changes_nothing_that_an_optimizer_counts_in_its_groups(o
     assert groups[0] == groups[1]
 
 
-def test_groups_whose_parameters_are_a_tuple_beside_a_list() -> None:
-    first, second, third = with_gradients([torch.tensor([3.0, 4.0]) for _ in range(3)])
-    for scope in ("global", "group", "parameter"):
-        optimizer = SGD([{"params": [first]}, {"params": [second, third]}], lr=0.0)
-        clipper = Clipper(optimizer, 100.0, scope=scope, layers_every=1, nonfinite="skip")
-        optimizer.param_groups[1]["params"] = (second, third)
-        clipper.loss = 1.0
-        optimizer.step()
-        assert last_of(clipper).total_norm == pytest.approx(75**0.5)
-        assert len(clipper.norms()) == 3
-        clipper.load_state_dict(clipper.state_dict())
-
-
 def test_max_norm_is_read_and_set() -> None:
     optimizer = sgd([torch.tensor([3.0, 4.0])], lr=0.0)
     (weight,) = optimizer.param_groups[0]["params"]

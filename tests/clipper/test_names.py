@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from clipper_helpers import INF, NAN, Net, backward, train
+from clipper_helpers import INF, NAN, Net, train
 from helpers import interrupted_sgd, with_gradients
 from torch import nn
 from torch.amp import GradScaler
@@ -151,12 +151,3 @@ def test_layers_are_of_steps_that_were_taken_and_of_unscaled_gradients() -> None
     assert len(clipper.history.layers) == 0
     step()
     assert (clipper.history.layers.steps, clipper.history.layers.norms.tolist()) == ([0], [[5.0]])
-
-
-def test_layers_of_lbfgs() -> None:
-    model = Net()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
-    clipper = Clipper(optimizer, 0.5, model=model, layers_every=1)
-    for step in range(2):
-        optimizer.step(lambda step=step: backward(model, optimizer, step))
-    assert clipper.history.layers.steps == [0, 1]

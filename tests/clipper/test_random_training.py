@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from by_hand import INF, LEARNED, RULES, Act, Array, ByHand, Raised, Rounds, TwiceTheMean, numpy, raise_
+from by_hand import INF, LEARNED, RULES, Act, Array, ByHand, Raised, Rounds, Tie, TwiceTheMean, numpy, raise_
 from helpers import is_as_on_an_accelerator
 from torch import nn
 from torch.amp import GradScaler
@@ -93,7 +93,7 @@ class Training:
             "scope": self.rng.choice(["global", "global", "parameter", *([] if usual else ["group"] * 2)]),
             "nonfinite": self.rng.choice(["propagate", "error", "skip", "zero"]),
             "norm_type": 2.0 if usual else self.rng.choice([2.0, 2.0, 1.0, 3.0, INF]),
-            "skip_above": None if usual else self.rng.choice([None, None, 3 * self.size]),
+            "skip_above": None if usual else self.rng.choice([None, None, 3 * self.size, "rolling sigma"]),
         }
         self.layers_every = self.rng.choice([0, 0, 2])
         accelerator = is_as_on_an_accelerator()
@@ -103,6 +103,8 @@ class Training:
         # Where user code can run in the middle of a step.
         self.places = ["on_clip"] * self.listens + ["update"] * (self.rule == "twice the mean")
         self.places += ["max_norm"] * callable(self.rule)
+        if {*self.places} - {"on_clip"} and isinstance(self.options["skip_above"], str):
+            self.options["skip_above"] = None  # it learns before user code raises
         may_skip = self.options["skip_above"] or self.options["nonfinite"] == "skip" or self.scaler
         # There a step may be skipped although the host goes on with it; rules then clip all the same.
         if accelerator and any(self.fused) and may_skip and self.rule in RULES:
@@ -140,6 +142,8 @@ class Training:
         rule = max_norm if callable(self.rule) else self.rule
         if isinstance(rule, str):
             rule = {**LEARNED, **RULES}[rule][0]()
+        limit = self.options["skip_above"]
+        limit = LEARNED[limit][0]() if isinstance(limit, str) else limit
         TwiceTheMean.asked = staticmethod(lambda: user_code("update"))
         given: Any = self.optimizers[0] if self.count == 1 and self.chance(0.5) else self.optimizers
         self.clipper = Clipper(
@@ -147,7 +151,7 @@ class Training:
             rule,
             layers_every=self.layers_every,
             on_clip=on_clip if self.listens else None,
-            **self.options,
+            **self.options | {"skip_above": limit},
         )
         self.hand.loss = None
         self.seen: list[list[Array | None]] = []  # by a hook behind the Clipper's
@@ -590,6 +594,8 @@ def test_a_random_training_is_as_clipped_by_hand(seeds: range) -> None:
         said: list[str] = []
         try:
             Training(seed, said.append).run(events=40)
+        except Tie:
+            continue
         except BaseException:
             print(f"seed {seed}", *said, sep="\n")
             raise

@@ -4,7 +4,6 @@ The random trainings draw what users do with them; here are other optimizers, er
 pass, and what stays alive.
 """
 
-import copy
 import gc
 import itertools
 import weakref
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
-import torchclip
-from torchclip import AdaGC, Clipper, Percentile, RollingSigma, Value, ZScore
+from torchclip import AdaGC, Clipper, Percentile, Value
 from torchclip.history.records import Record
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -67,43 +65,6 @@ class Training:
         return [p.detach().clone() for p in self.model.parameters()]
 
 
-def test_a_list_of_one_is_that_one() -> None:
-    states = []
-    for several in (False, True):
-        training = Training()
-        given = [training.second] if several else training.second
-        clipper = Clipper(given, Percentile(50), scope="group", skip_above=1e9)
-        for step in range(3):
-            training.backward(step)
-            training.step()
-        assert clipper.optimizers == (training.second,)
-        states.append(clipper.state_dict())
-    assert states[0] == states[1]
-
-
-@pytest.mark.parametrize("pair", OPTIMIZERS)
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "turned around"])
-def test_what_a_round_does_is_what_clip_grad_norm_does(pair: str, order: tuple[int, int]) -> None:
-    training, by_hand = Training(pair), Training(pair)
-    clipper = Clipper(training.optimizers, 0.5)
-    assert clipper.optimizer is training.first
-    assert list(clipper.optimizers) == training.optimizers
-    norms = []
-    for step in range(6):
-        training.backward(step)
-        by_hand.backward(step)
-        norms.append(float(torchclip.clip_grad_norm_(by_hand.model.parameters(), 0.5)))
-        for i in order:
-            training.optimizers[i].step()
-            by_hand.optimizers[i].step()
-        assert len(clipper.history) == step + 1
-        torch.testing.assert_close(training.gradients(), by_hand.gradients(), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(training.values(), by_hand.values(), rtol=1e-6, atol=1e-7)
-    assert [record.total_norm for record in clipper.history] == pytest.approx(norms, rel=1e-5)
-    assert [record.step for record in clipper.history] == list(range(6))
-    assert all(record.clipped for record in clipper.history)
-
-
 def test_adagc_of_two_optimizers_does_what_it_does_for_one_with_all_parameters() -> None:
     training, alone = Training("one fused"), Training("one fused")
     groups = [optimizer.param_groups[0]["params"] for optimizer in alone.optimizers]
@@ -137,34 +98,6 @@ def test_what_is_refused_when_it_is_made() -> None:
         with pytest.raises(error, match=message):
             Clipper(optimizers, 1.0, **options)
         Clipper(free, 1.0).detach()  # none was taken
-
-
-@pytest.mark.parametrize("pair", ["plain", "fused"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda p: p.grad.mul_(3.0),
-        lambda p: setattr(p, "grad", torch.ones_like(p)),
-        lambda p: p.grad.data.mul_(0.5),  # as `GradScaler.unscale_` on the CPU, which increments no version
-    ],
-    ids=["in place", "replaced", "unseen"],
-)
-def test_gradients_of_a_later_optimizer_that_have_changed_are_refused(pair: str, change: Any) -> None:
-    training = Training(pair)
-    clipper = Clipper(training.optimizers, 0.5)
-    training.backward(0)
-    training.first.step()
-    before = training.values()
-    for parameter in training.second.param_groups[0]["params"]:
-        change(parameter)
-    with pytest.raises(RuntimeError, match=r"optimizer 1 \(AdamW\) have changed since they were clipped"):
-        training.second.step()
-    assert all(map(torch.equal, before, training.values()))
-    training.backward(1)
-    norm = float(torchclip.get_total_norm([g for g in training.gradients() if g is not None]))
-    training.step()
-    assert [record.step for record in clipper.history] == [0, 1]
-    assert last_of(clipper).total_norm == pytest.approx(norm, rel=1e-6)
 
 
 @pytest.mark.parametrize("pair", ["plain", "fused", "one fused"])
@@ -207,38 +140,6 @@ class Interrupted(Exception):
 
 def stop(*_: Any) -> None:
     raise Interrupted
-
-
-@pytest.mark.parametrize(
-    ("max_norm", "scope", "skip_above"),
-    [
-        (0.5, "global", RollingSigma(2.0, 3, 2)),
-        (Percentile(30), "global", Percentile(99)),
-        (Percentile(30, window=2), "group", None),
-        (ZScore(warmup=2), "parameter", None),
-        (RollingSigma(1.0, 3, 2), "global", ZScore(warmup=2)),
-        (RollingSigma(1.0, 3, 2), "global", None),
-        (AdaGC(warmup=2), "parameter", None),
-    ],
-    ids=repr,
-)
-def test_a_round_that_is_open_belongs_neither_to_the_state_nor_to_the_history(
-    max_norm: Any, scope: Any, skip_above: Any
-) -> None:
-    training = Training()
-    clipper = Clipper(training.optimizers, max_norm, scope=scope, skip_above=skip_above)
-    fresh, learns_limit = clipper.state_dict(), skip_above is not None
-    for step in range(5):
-        training.backward(step)
-        before = copy.deepcopy(clipper.state_dict())
-        training.first.step()
-        assert len(clipper.history) == step
-        assert repr(clipper.state_dict()) == repr(before)
-        training.second.step()
-        assert len(clipper.history) == step + 1
-        assert clipper.state_dict()["steps"] == step + 1
-    assert not learns_limit or repr(clipper.state_dict()["skip_above"]) != repr(fresh["skip_above"])
-    assert max_norm == 0.5 or repr(clipper.state_dict()["thresholds"]) != repr(fresh["thresholds"])
 
 
 # The loss
