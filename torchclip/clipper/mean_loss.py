@@ -62,18 +62,23 @@ def mean_loss(
         if loss is None:
             raise RuntimeError(_MISSING)
         return _readable(loss, optimizers)
+    return _readable(_mean_of_ranks(loss, found), optimizers)
+
+
+def _mean_of_ranks(loss: float | Tensor | None, groups: Sequence[dist.ProcessGroup]) -> Norm:
     call = Call(Kind.MEAN_LOSS, 1.0)
-    connected(found, call)
+    connected(groups, call)
     if loss is None:
         call.fail(_MISSING)
     norms = scalars.in_one([scalars.ABSENT if loss is None else _as_norm(loss)])
     counts = [float(not norms[0] < 0)] if isinstance(norms, list) else (~(norms < 0)).to(norms.dtype)
-    device = meshes.device_of(found[0], norms.device.type if isinstance(norms, Tensor) else None)
-    total, count = exchange(found, scalars.concatenate([norms, counts]), call, device)
+    device = meshes.device_of(groups[0], norms.device.type if isinstance(norms, Tensor) else None)
+    total, count = exchange(groups, scalars.concatenate([norms, counts]), call, device)
     if call.error is not None:
         raise RuntimeError(call.error)
     nobody = count == 0.0
-    return _readable(scalars.where(nobody, total, total / scalars.where(nobody, total, count)), optimizers)
+    mean: Norm = scalars.where(nobody, total, total / scalars.where(nobody, total, count))
+    return mean
 
 
 def _groups_of(

@@ -129,38 +129,38 @@ def checked(
     updates: bool,
 ) -> Settings:
     """The arguments of a Clipper, or an error that says what is wrong with one."""
-    arguments.option("scope", scope, get_args(Scope))
-    arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
+    _check_choices(scope, nonfinite, on_clip)
     _check_lbfgs(optimizers, nonfinite, {"skip_above": skip_above, "skip_loss_above": skip_loss_above})
-    may_skip = nonfinite == "skip" or skip_above is not None or skip_loss_above is not None
-    max_skips = _max_skips_of(max_skips, may_skip)
-    if on_clip is not None and not callable(on_clip):
-        raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
+    most = _max_skips_of(max_skips, nonfinite == "skip" or (skip_above, skip_loss_above) != (None, None))
     bank, rule = _limit_of(max_norm)
     order = _norm_type_of(norm_type, nonfinite)
-    every = _layers_every_of(layers_every, updates)
-    names, groups = (
-        Names(optimizers, model),
-        _process_groups_of(group, "AdaGC" if bank.per_parameter else scope),
-    )
+    names = Names(optimizers, model)
+    groups = _process_groups_of(group, "AdaGC" if bank.per_parameter else scope)
     if skip_loss_above is not None:
         check_ranks_known(optimizers, groups, names)
-    loss_limit = None if skip_loss_above is None else SkipAbove(skip_loss_above, max_skips, 1.0, "loss")
     return Settings(
         bank=bank,
         rule=rule,
         own_scope=scope,
         norm_type=order,
         nonfinite=nonfinite,
-        nonfinite_skips=InARow(max_skips if nonfinite == "skip" else None),
-        skip_above=None if skip_above is None else SkipAbove(skip_above, max_skips, order),
-        skip_loss_above=loss_limit,
+        nonfinite_skips=InARow(most if nonfinite == "skip" else None),
+        skip_above=None if skip_above is None else SkipAbove(skip_above, most, order),
+        skip_loss_above=None if skip_loss_above is None else SkipAbove(skip_loss_above, most, 1.0, "loss"),
         groups=groups,
         on_clip=on_clip,
-        layers_every=every,
+        layers_every=_layers_every_of(layers_every, updates),
         updates=updates,
         names=names,
     )
+
+
+def _check_choices(scope: Any, nonfinite: Any, on_clip: Any) -> None:
+    """Raise an error for an unknown scope or policy, and for what cannot be told of steps."""
+    arguments.option("scope", scope, get_args(Scope))
+    arguments.option("nonfinite", nonfinite, get_args(Nonfinite))
+    if on_clip is not None and not callable(on_clip):
+        raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
 
 
 def _max_skips_of(max_skips: int | None, may_skip: bool) -> int | None:
