@@ -44,35 +44,33 @@ class Clipper:
     them.  Afterwards ``p.grad`` is the clipped gradient as usual, up to the rounding of that float32 number.
 
     Optimizers that step together on the gradients of one backward pass, such as Muon and AdamW, are passed as
-    a list: ``Clipper([muon, adamw], max_norm=1.0)``.  The first of them to step clips the gradients of all;
-    the others step with the clipped gradients.  There is one record for each such round.  It ends when every
-    optimizer has stepped, when one steps again, or when one that has stepped has a new gradient.  Optimizers
-    that step during a backward pass need a Clipper each.
+    a list: ``Clipper([muon, adamw], max_norm=1.0)``.  The first of them to step clips the gradients of all.
+    There is one record for each such round.  It ends when every optimizer has stepped, when one steps again,
+    or when one that has stepped has a new gradient.  Optimizers that step during a backward pass need a
+    Clipper each.
 
-    A parameter group may have its own ``max_norm``.  The group is then clipped by itself, to that threshold.
-    ``None`` exempts the group: it is not clipped, and counts neither in the recorded norm nor for
-    ``skip_above``, unless all groups are exempt.  Like a learning rate, it may change during training:
+    A parameter group may have its own ``max_norm``, which may change during training like a learning rate:
 
         head = {"params": model.head.parameters(), "max_norm": 0.1}
         optimizer = torch.optim.SGD([{"params": model.body.parameters()}, head], lr=0.1)
 
-    Copies and pickles of the optimizer do not clip.  Attach a new clipper to them and load the old one's
-    ``state_dict``.  A Clipper can be neither copied nor pickled, and does not keep its optimizers alive.
-    Of several optimizers, one that is gone no longer counts.
+    The group is then clipped by itself.  ``None`` exempts it: it is not clipped, and counts neither in the
+    recorded norm nor for ``skip_above``, unless all groups are exempt.  A gradient that parameters of several
+    groups share is clipped once, to the lowest of their thresholds.
 
-    If a GradScaler skips the step of an unfused optimizer, there is no record of it; for a fused one, the
-    record says so.  A step that ends in an exception is not recorded, and the next one gets its number.  A
-    gradient that parameters of several groups share is clipped once, to the lowest of their thresholds.  A
-    threshold object learns nothing from a step without finite gradients.
+    A step that ends in an exception is not recorded, and the next one gets its number.  If a GradScaler skips
+    a step, there is a record of it only if the optimizer is fused.  A Clipper can be neither copied nor
+    pickled, and copies of its optimizer do not clip: attach a new one to them, and load the old one's
+    ``state_dict``.  It does not keep its optimizers alive.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or a list of optimizers that step together.
-        max_norm: the threshold: a number (``float("inf")`` only measures), a threshold object such as
-            ``Percentile``, or a callable that takes the number of the step, from 0.  The object does not
-            change; the copies that learn are in ``thresholds``.  A norm up to the threshold of such an object
-            is not clipped; at a number, the 1e-6 of ``clip_grad_norm_`` applies.  Or another rule: ``Value``,
-            ``Adaptive``, ``BlockRMS``.  The ``clip_coef`` of a record is then the norm after clipping divided
-            by the norm before, and its ``max_norm`` is that of groups with their own.
+        max_norm: the threshold: a number (``float("inf")`` only measures), a callable that takes the number
+            of the step, from 0, or a threshold object such as ``Percentile``.  The object does not change;
+            the copies that learn are in ``thresholds``.  They learn nothing from a step without finite
+            gradients, and leave a norm up to the threshold as it is; at a number, the 1e-6 of
+            ``clip_grad_norm_`` applies.  Or another rule: ``Value``, ``Adaptive``, ``BlockRMS``; the
+            ``clip_coef`` of a record is then the norm after clipping divided by the norm before.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: which gradients are clipped together: ``"global"``, all; ``"group"``, those of each parameter
             group; ``"parameter"``, each by itself.  Each of these sets gets its own copy of a threshold
@@ -94,27 +92,25 @@ class Clipper:
             ``history.layers`` then use the names in it, without the prefixes of ``torch.compile`` and data
             parallelism.  Without it they use the names of ``model.named_parameters()`` if the optimizer was
             made from these, and otherwise a parameter's position in the optimizer.
-        skip_above: skip steps whose norm is above this threshold.  They change neither parameters nor
-            optimizer state, as with ``nonfinite="skip"``.  It may be anything that ``max_norm`` may be, such
-            as a number or ``RollingSigma()``, and applies to the norm of all gradients.  None for no limit.
+        skip_above: skip steps whose norm is above this threshold: anything that ``max_norm`` may be, such as
+            a number or ``RollingSigma()``.  They change neither parameters nor optimizer state, as with
+            ``nonfinite="skip"``.  None for no limit.
         skip_loss_above: skip steps whose loss is above this threshold, which may be anything that
             ``skip_above`` may be.  Assign ``clipper.loss = loss`` before each step.  On several ranks the
-            mean of their losses decides, so that all ranks decide alike; one all-reduce of a few kilobytes
-            in each step finds it.  The ranks are those of ``group``, of the mesh of DTensor parameters, or of
-            a DistributedDataParallel in ``model``.  The threshold learns from no loss below 0, and such a
-            loss skips nothing.  On an accelerator this waits for the loss, except with a fused optimizer.
-        max_skips: how many steps in a row may be skipped for each of three reasons, counted separately; None
-            for any number.  After as many that ``skip_above`` has skipped, take the next one, clipped to that
-            limit, and warn once, so that a run whose norms stay high continues.  After as many that
-            ``skip_loss_above`` has skipped, take the next one, and warn once.  After as many that
-            ``nonfinite="skip"`` has skipped, raise an error that names the parameters.  On an accelerator it
-            may come some steps later, as nothing waits for it.  Steps that a GradScaler skips do not count.
+            mean of their losses decides; one all-reduce of a few kilobytes in each step finds it.  The ranks
+            are those of ``group``, of the mesh of DTensor parameters, or of a DistributedDataParallel in
+            ``model``.  A loss below 0 skips nothing, and teaches the threshold nothing.  On an accelerator
+            this waits for the loss, except with a fused optimizer.
+        max_skips: how many steps in a row may be skipped for one reason; None for any number.  After as many
+            that ``skip_above`` has skipped, the next one is taken, clipped to that limit, with one warning,
+            so that a run whose norms stay high continues.  For ``skip_loss_above`` it is taken, too.  For
+            ``nonfinite="skip"`` an error names the parameters; on an accelerator it may come some steps
+            later, as nothing waits for it.  Steps that a GradScaler skips do not count.
         layers_every: how often, in steps, to record the norm of each single parameter in ``history.layers``;
             0 for never.  With sharded gradients it must be the same on all ranks.
         updates: in these steps, also record in ``history.layers.updates`` how far the step moves each
-            parameter, compared with its norm.  During such a step this keeps a copy of the parameters of the
-            optimizer that steps, and it takes one copy of them and two norms: about as long as three
-            passes over the parameters.  Other steps take no more time or memory.
+            parameter, compared with its norm.  Such a step keeps a copy of the parameters, and takes
+            longer by about three passes over them.
 
     Attributes:
         history (History): what clipping did, step by step.  Reading it waits for an accelerator.  With
@@ -123,13 +119,10 @@ class Clipper:
 
     Raises:
         TypeError: if ``optimizer`` is not an optimizer, or ``max_norm`` is none of the above.
-        ValueError: if ``max_norm`` is negative or NaN; if ``scope`` or ``nonfinite`` is unknown; if the
-            optimizer already has a clipper, or is passed twice; if ``model`` has none of its parameters; if
-            LBFGS is one of several optimizers; if ``updates`` comes without ``layers_every``; if
-            ``skip_loss_above`` is passed where other ranks exist, and nothing shows which of them train this
-            model; if steps of LBFGS are to be skipped, which cannot be skipped
-            half-way; if ``group`` is combined with ``"parameter"``; if a policy other than ``"propagate"`` is
-            combined with a ``norm_type`` of 0 or less, whose norm may be finite if a gradient is not.
+        ValueError: if an argument has no meaning by itself or beside another one, such as ``max_skips``
+            without anything that skips; if the optimizer already has a Clipper, or is passed twice; if
+            ``model`` has none of its parameters; if LBFGS is one of several optimizers, or is to skip steps;
+            if nothing shows which ranks train together, and ``skip_loss_above`` is passed.
 
     Examples:
         >>> import torch
