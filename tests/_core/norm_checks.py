@@ -50,7 +50,8 @@ def strided(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, .
 def check_every_placement() -> None:
     """On a line of ranks and on a grid; one by one, as one mistake may hide another, and together."""
     for mesh in (init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))):
-        fulls, grads = [], []
+        fulls: list[Tensor] = []
+        grads: list[Tensor] = []
         for i, shape in enumerate(SHAPES):
             for way in placements_on(mesh, shape):
                 fulls.append(randn(*shape, seed=i))
