@@ -138,30 +138,8 @@ def sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
     return model
 
 
-@since_2_7
-def check_fsdp2() -> None:
-    everyone = init_device_mesh("cpu", (4,))
-    replicated = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    for mesh in (everyone, replicated):
-        model = sharded(model_of(dtype=torch.float64), mesh=mesh)
-        backward(model, my_part(batch_of(4, torch.float64)))
-        if mesh is everyone and dist.get_rank() == 3:
-            assert any(p.grad.to_local().numel() == 0 for p in parameters_of(model))
-        compare_models(model, trained_alone())
-
-
 def offloaded(model: nn.Sequential) -> nn.Sequential:
     return sharded(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
-
-
-@since_2_7
-@world_of(2)
-def check_fsdp2_on_two_ranks() -> None:
-    """With offload to the CPU and without."""
-    for shard in (sharded, offloaded):
-        model = shard(model_of(dtype=torch.float64))
-        backward(model, my_part(batch_of(4, torch.float64), 2))
-        compare_models(model, trained_alone())
 
 
 @since_2_7

@@ -50,7 +50,8 @@ def strided(mesh: DeviceMesh, shape: tuple[int, ...]) -> list[tuple[Placement, .
 def check_every_placement() -> None:
     """On a line of ranks and on a grid; one by one, as one mistake may hide another, and together."""
     for mesh in (init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))):
-        fulls, grads = [], []
+        fulls: list[Tensor] = []
+        grads: list[Tensor] = []
         for i, shape in enumerate(SHAPES):
             for way in placements_on(mesh, shape):
                 fulls.append(randn(*shape, seed=i))
@@ -58,6 +59,8 @@ def check_every_placement() -> None:
                 norm = torchclip.get_total_norm(grads[-1])
                 assert_agreed(norm)
                 assert norm == torchclip.get_total_norm(fulls[-1])
+        fulls.append(randn(3))  # a plain tensor, which all ranks have, counts once
+        grads.append(fulls[-1].clone())
         for limit in (1e6, 1.0):
             compare(fulls, [g.clone() for g in grads], global_norm(limit))
 
@@ -225,13 +228,6 @@ def check_adaptive_needs_gradients_split_as_weights() -> None:
     p.grad = split(randn(8, 8), mesh, Shard(1))
     with pytest.raises(TypeError, match=r"not split as its parameter.*redistribute"):
         torchclip.clip_grad_adaptive_([p])
-
-
-def check_beside_plain_tensors() -> None:
-    mesh = init_device_mesh("cpu", (4,))
-    fulls = [randn(6, 5), randn(3, seed=1)]
-    compare(fulls, [split(fulls[0], mesh, Shard(0)), fulls[1].clone()], global_norm(1.0))
-    compare(fulls, [split(fulls[0], mesh, Replicate()), fulls[1].clone()], global_norm(1.0))
 
 
 def check_limits_and_norms_that_are_pending() -> None:

@@ -149,18 +149,6 @@ class TestOperations:
         assert torchclip.clip_grad_norm_per_parameter_(parameters, 1.0).shape == (5,)
         assert len(operations(torchclip.get_total_norm, gradients(parameters), INF)) <= 12
 
-    @pytest.mark.parametrize("dtype", [F32, F64])
-    def test_norms_of_the_finite_elements(self, dtype: torch.dtype) -> None:
-        counts = []
-        for count in (40, 400):
-            batch = TorchBatch(gradients(on_meta(count, dtype)))
-            counts.append(len(operations(batch.norm, 2.0, True) + operations(batch.norms, 2.0, True)))
-        assert counts[0] == counts[1] <= 55
-
-    def test_to_zero_the_others(self) -> None:
-        few, many = (TorchBatch(gradients(on_meta(count, F32, BF16))) for count in (40, 400))
-        assert len(operations(few.zero_nonfinite_)) == len(operations(many.zero_nonfinite_)) <= 8
-
 
 class TestTwoDevices:
     """Fake tensors know which device they are on, and refuse to be mixed."""
@@ -255,27 +243,6 @@ class TestScaling:
             torch.testing.assert_close(tensor, value, rtol=0, atol=0, equal_nan=True)
             assert tensor._version > version
 
-    @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16, torch.complex64])
-    def test_each_by_its_own(self, dtype: torch.dtype) -> None:
-        clip_coefs = torch.tensor([0.5, 1.0, 0.3337], dtype=F64)
-        for given in (clip_coefs, clip_coefs.tolist()):
-            tensors = [randn(4, 3, dtype=dtype), torch.zeros(0, dtype=dtype), torch.tensor(3.0).to(dtype)]
-            expected = [tensors[0] * 0.5, tensors[1], torch.tensor(3 * 0.3337, dtype=F64).to(dtype)]
-            batch_of(*tensors).scale_each_(given)
-            for tensor, value in zip(tensors, expected, strict=True):
-                torch.testing.assert_close(tensor, value)
-
-    def test_a_number(self) -> None:
-        tensor = torch.ones(3)
-        batch_of(tensor).scale_(1.0)
-        assert tensor._version == 0
-        batch_of(tensor).scale_(0.5)
-        assert tensor.tolist() == [0.5] * 3
-        for tiny in (1e-42, 1e-61):  # which float32 has with three digits only, or not at all
-            large = torch.full((3,), 1e38)
-            batch_of(large).scale_(tiny)
-            assert large.tolist() == pytest.approx([tiny * 1e38] * 3, rel=1e-6, abs=0)
-
     @pytest.mark.parametrize("copied", [4, 1 << 24])
     def test_non_finite_elements_become_0(self, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(groups, "_COPIED", copied)
@@ -287,13 +254,6 @@ class TestScaling:
         for tensor, value, version in zip(tensors, expected, versions, strict=True):
             assert torch.equal(tensor, value)
             assert tensor._version > version
-
-    def test_sparse_ones_know_of_it(self) -> None:
-        tensor = torch.tensor([[0.0, 2.0], [4.0, 0.0]]).to_sparse()
-        version = tensor._version
-        batch_of(tensor, torch.ones(2)).scale_(torch.tensor(0.5).double())
-        assert tensor.to_dense().tolist() == [[0.0, 1.0], [2.0, 0.0]]
-        assert tensor._version > version
 
 
 def test_facts() -> None:
@@ -389,15 +349,18 @@ class TestClipper:
             added.append(len(counted[0]) - alone)
         assert added[0] == added[1]
 
+    @pytest.mark.parametrize(("dtypes", "most"), [((F32,), 52), ((F64,), 60), ((F32, BF16), 84)])
     @pytest.mark.parametrize("scope", ["global", "parameter"])
-    def test_zeroing_adds_operations_that_do_not_grow(self, scope: Literal["global", "parameter"]) -> None:
+    def test_zeroing_adds_operations_that_do_not_grow(
+        self, scope: Literal["global", "parameter"], dtypes: tuple[torch.dtype, ...], most: int
+    ) -> None:
         added = []
         for count in (40, 400):
-            optimizer = one_group(on_meta(count, F32))
+            optimizer = one_group(on_meta(count, *dtypes))
             alone = len(operations(optimizer.step))
             torchclip.Clipper(optimizer, 1.0, scope=scope, nonfinite="zero")
             added.append(len(operations(optimizer.step)) - alone)
-        assert added[0] == added[1] <= 52
+        assert added[0] == added[1] <= most
 
     def test_nor_do_thresholds_that_a_function_gives(self) -> None:
         optimizer = one_group(on_meta(3, F32))

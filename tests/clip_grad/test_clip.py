@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from helpers import (
     with_gradients,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import torchclip
 from torchclip import reference
@@ -435,21 +437,6 @@ def test_adaptive_refuses_gradients_that_are_sparse_within_rows() -> None:
     assert bool((parameters[0].grad == 5).all())
 
 
-@names
-def test_mixed_dtypes_in_one_call(name: str) -> None:
-    dtypes = [d for d in DTYPES if not (name == "clip_grad_value_" and d.is_complex)]
-    gradients = [randn(30, dtype=d, seed=i) for i, d in enumerate(dtypes)]
-    parameters = with_gradients([g.clone() for g in gradients])
-    twins = [as_numpy(g) for g in gradients]
-    result = CLIPPERS[name].ours(parameters, 0.7, 2)
-    expected = CLIPPERS[name].twin([np.zeros_like(t) for t in twins], twins, 0.7, 2)
-    if expected is not None:
-        assert result.dtype == torch.float64
-        np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12)
-    for parameter, twin in zip(parameters, twins, strict=True):
-        assert_same_up_to_rounding(parameter.grad, twin)
-
-
 class Subclass(torch.Tensor):
     pass
 
@@ -475,97 +462,71 @@ def test_more_small_gradients_than_are_copied_at_once() -> None:
     assert float(norm) == pytest.approx(reference.global_norm([as_numpy(g) for g in gradients]), rel=1e-7)
 
 
-# Modes
+# Contexts
+
+
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast to bfloat16": functools.partial(torch.autocast, "cpu", torch.bfloat16),
+    "autocast to float16": functools.partial(torch.autocast, "cpu", torch.float16),
+    "other defaults": other_defaults,
+}
 
 
 @names
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
-def test_under_every_mode_of_autograd(name: str, mode: Callable[[], Any]) -> None:
-    gradients = [randn(4, 3), randn(5)]
-    mine, others = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
-    with mode():
-        inside = CLIPPERS[name].ours(mine, 0.5, 2)
-    outside = CLIPPERS[name].ours(others, 0.5, 2)
-    assert inside is None or inside.equal(outside)
-    for a, b in zip(mine, others, strict=True):
-        assert torch.equal(a.grad, b.grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@names
-def test_autocast_does_not_matter(name: str, dtype: torch.dtype) -> None:
-    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-    for gradients, order in itertools.product(
-        ([randn(40, 30, dtype=d), randn(7, dtype=d), randn(70_000, dtype=d)] for d in dtypes),
-        NORM_TYPES if CLIPPERS[name].orders else [2],
-    ):
-        mine, others = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
-        with torch.autocast("cpu", dtype):
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_context_makes_no_difference(name: str, context: str) -> None:
+    orders = NORM_TYPES if CLIPPERS[name].orders else [2]
+    for dtype, order in itertools.product((*LOW_PRECISION, torch.float32, torch.float64), orders):
+        mine, others = (with_gradients([g.clone() for g in numbers("large", dtype)]) for _ in range(2))
+        with CONTEXTS[context]():
             inside = CLIPPERS[name].ours(mine, 0.5, order)
         outside = CLIPPERS[name].ours(others, 0.5, order)
         assert inside is None or (inside.dtype == outside.dtype and inside.equal(outside))
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, others, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_does_not_matter_per_example(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_context_makes_no_difference_per_example_and_for_nothing(context: str) -> None:
     gradients = [randn(8, 30), randn(8, 4, 5)]
-    with torch.autocast("cpu", dtype):
-        inside, _ = torchclip.clip_per_example(gradients, 0.5)
     outside, _ = torchclip.clip_per_example(gradients, 0.5)
+    with CONTEXTS[context]():
+        inside, _ = torchclip.clip_per_example(gradients, 0.5)
+        none = torchclip.clip_grad_norm_per_parameter_([], 1.0), torchclip.get_total_norm([])
+        count = torchclip.clip_per_example([], 1.0)[1]
     assert all(map(torch.equal, inside, outside))
-
-
-@names
-def test_torchs_defaults_do_not_matter(name: str) -> None:
-    gradients = [randn(4, 3), randn(5)]
-    mine, others = (with_gradients([g.clone() for g in gradients]) for _ in range(2))
-    expected = CLIPPERS[name].ours(others, 0.5, 3)
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            result = CLIPPERS[name].ours(mine, 0.5, 3)
-            none = torchclip.clip_grad_norm_per_parameter_([], 1.0), torchclip.get_total_norm([])
-            count = torchclip.clip_per_example([], 1.0)[1]
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert all(n.dtype == torch.float32 and n.device.type == "cpu" for n in none)
     assert count.device.type == "cpu"
-    if result is not None:
-        assert result.dtype == expected.dtype
-        assert torch.equal(result, expected)
-    for a, b in zip(mine, others, strict=True):
-        assert torch.equal(a.grad, b.grad)
-
-
-def on_meta() -> list[nn.Parameter]:
-    parameters = [nn.Parameter(torch.zeros(4, 3, device="meta")) for _ in range(2)]
-    for p in parameters:
-        p.grad = torch.ones(4, 3, device="meta")
-    return parameters
 
 
 @names
-def test_meta_tensors_give_shapes(name: str) -> None:
-    result = CLIPPERS[name].ours(on_meta(), 0.5, 2)
-    if result is not None:
-        per_parameter = name in ("clip_grad_norm_per_parameter_", "clip_grad_rms_")
-        assert result.device.type == "meta"
-        assert result.shape == ((2,) if per_parameter else ())
-
-
-@names
-def test_fake_tensors_give_shapes(name: str) -> None:
-    from torch._subclasses import FakeTensorMode
-
-    with FakeTensorMode():
-        parameters = with_gradients([torch.ones(4, 3), torch.ones(5)])
+@pytest.mark.parametrize("is_inside", [True, False])
+@pytest.mark.parametrize("make", [FakeTensorMode, functools.partial(torch.device, "meta")])
+def test_tensors_without_values_give_shapes(name: str, make: Callable[[], Any], is_inside: bool) -> None:
+    mode = make()
+    with mode:
+        parameters = with_gradients([torch.ones(4, 3), torch.ones(5, dtype=torch.float16)])
+    grad = parameters[0].grad
+    with mode if is_inside else nullcontext():
         result = CLIPPERS[name].ours(parameters, 0.5, 2)
-        sums, clipped = torchclip.clip_per_example([torch.ones(4, 3)], 1.0)
-    if result is not None:
-        assert result.shape == ((2,) if name in ("clip_grad_norm_per_parameter_", "clip_grad_rms_") else ())
-    assert sums[0].shape == (3,)
-    assert clipped.shape == ()
+        sums, clipped = torchclip.clip_per_example([grad], 1.0)
+    per_parameter = name in ("clip_grad_norm_per_parameter_", "clip_grad_rms_")
+    found = [(sums[0], (3,)), (clipped, ())]
+    found += [] if result is None else [(result, (2,) if per_parameter else ())]
+    for tensor, shape in found:
+        assert (type(tensor), tensor.device, tensor.shape) == (type(grad), grad.device, shape)
 
 
 def test_norms_inside_functional_transforms() -> None:

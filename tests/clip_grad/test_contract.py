@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from functions import CHANGING, CLIPPERS, FUNCTIONS
-from helpers import DTYPES, INF, NORM_TYPES, bits, exact_norm, grad_of, randn, with_gradients
+from helpers import DTYPES, INF, NORM_TYPES, as_numpy, bits, exact_norm, grad_of, randn, with_gradients
 from torch import Tensor, nn
 
 import torchclip
-from torchclip import clip_grad_norm_, get_total_norm
+from torchclip import clip_grad_norm_, get_total_norm, reference
 
 pytestmark = [
     pytest.mark.usefixtures("everywhere"),
@@ -48,10 +48,6 @@ class TestWhatTorchGetsWrong:
             [0.5, 0.5, -0.5, -0.5], rel=1e-6
         )
 
-    def test_gradients_of_1e_minus_25(self) -> None:
-        # Torch's norm is 0.
-        assert relative_error(get_total_norm(torch.full((4,), 1e-25)), 2e-25) < 1e-7
-
     def test_float16_gradients_of_300(self) -> None:
         # Torch's norm is inf, and the gradients become zero.
         (p,) = with_gradients([torch.full((90_000,), 300.0, dtype=torch.float16)])
@@ -65,20 +61,6 @@ class TestWhatTorchGetsWrong:
         for size in (1, 7, 1000, 9999):
             assert get_total_norm(gradient.split(size)).equal(whole)
 
-    def test_sparse_gradients(self) -> None:
-        # Torch raises.
-        embedding = nn.Embedding(10, 3, sparse=True)
-        embedding(torch.tensor([1, 1, 5])).sum().backward()
-        assert relative_error(clip_grad_norm_(embedding.parameters(), 1.0), 15**0.5) < 1e-7
-        torch.testing.assert_close(grad_of(embedding.weight).to_dense().norm(), torch.tensor(1.0))
-
-    def test_a_negative_max_norm(self) -> None:
-        # Torch turns every gradient around.
-        (p,) = with_gradients([torch.ones(3)])
-        with pytest.raises(ValueError, match="`max_norm` must be at least 0, got -1"):
-            clip_grad_norm_(p, -1.0)
-        assert p.grad.tolist() == [1, 1, 1]
-
     @changing
     def test_a_parameter_listed_twice(self, name: str) -> None:
         # Torch counts it twice and scales it twice.
@@ -87,26 +69,6 @@ class TestWhatTorchGetsWrong:
         results = [CLIPPERS[name].ours(once, 0.5, 2), CLIPPERS[name].ours([*twice, twice[0]], 0.5, 2)]
         assert results[0] is None or results[0].equal(results[1])
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(once, twice, strict=True))
-
-    def test_norm_type_0_counts_elements(self) -> None:
-        # Torch counts the tensors that are not zero.
-        assert get_total_norm([torch.tensor([1.0, 0.0, 2.0]), torch.tensor([3.0, 0.0])], 0) == 3
-
-    def test_the_largest_of_no_elements(self) -> None:
-        # Torch raises.
-        assert get_total_norm([torch.zeros(0), torch.tensor([2.0])], "inf") == 2
-        assert get_total_norm([torch.zeros(0), torch.tensor([2.0])], -INF) == 2
-
-    def test_clip_value_beyond_the_range_of_the_dtype(self) -> None:
-        # Torch raises.
-        parameters = with_gradients([torch.tensor([3.0]), torch.tensor([3.0], dtype=torch.float16)])
-        torchclip.clip_grad_value_(parameters, 1e6)
-        torchclip.clip_grad_value_(parameters, 1e300)
-        assert [float(p.grad) for p in parameters] == [3, 3]
-
-    def test_clip_value_without_parameters(self) -> None:
-        # Torch raises an internal error.
-        torchclip.clip_grad_value_([], 1.0)
 
     def test_an_infinite_max_norm_only_measures(self) -> None:
         # Torch makes every gradient NaN.
@@ -178,14 +140,6 @@ class TestItem1TheNorm:
         small = finite[finite.abs() < 1e-5]
         assert relative_error(get_total_norm(small), exact_norm(small.tolist())) < 1e-7
 
-    def test_of_complex_gradients_of_every_size(self) -> None:
-        for size, dtype in itertools.product((1, 100, 70_000), (torch.complex64, torch.complex128)):
-            gradient = torch.full((size,), 3 + 4j, dtype=dtype)
-            assert float(get_total_norm(gradient)) == pytest.approx(5 * size**0.5, rel=1e-7)
-            assert float(get_total_norm(gradient, 1)) == 5 * size
-            assert float(get_total_norm(gradient, "inf")) == 5
-            assert float(get_total_norm(gradient * 1j, 0)) == size
-
     @pytest.mark.parametrize("order", NORM_TYPES)
     def test_does_not_depend_on_split_or_order(self, order: float | str) -> None:
         gradient = randn(70_000)
@@ -194,6 +148,16 @@ class TestItem1TheNorm:
             parts = gradient.split(size)
             assert float(get_total_norm(parts, order)) == pytest.approx(whole, rel=1.2e-7)
             assert float(get_total_norm(parts[::-1], order)) == pytest.approx(whole, rel=1.2e-7)
+
+    @pytest.mark.usefixtures("on_host")
+    @pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, INF])
+    def test_of_complex_numbers_of_few_digits(self, order: float) -> None:
+        least = 5e-324
+        values = torch.complex(*torch.tensor([[3 * least] * 50, [2 * least] * 50], dtype=torch.float64))
+        exact = math.sqrt(13) * (1.0 if math.isinf(order) else 50 ** (1 / order))
+        twin = reference.global_norm([as_numpy(values)], order)
+        for norm in (float(get_total_norm([values], order)), twin):
+            assert abs(norm / least - exact) <= 0.5 + 1e-12 * exact
 
 
 class TestItem2WhatIsReturned:
@@ -252,6 +216,18 @@ class TestItem3TheCoefficient:
         (p,) = with_gradients([torch.tensor([1.0], dtype=torch.float64)])
         clip_grad_norm_(p, 1.0)
         assert float(p.grad) == 1.0 / (1.0 + 1e-6)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+    def test_after_clipping_the_norm_is_at_most_max_norm(self, dtype: torch.dtype, scale: float) -> None:
+        gradients = [randn(30, 5, dtype=dtype, scale=scale), randn(7, dtype=dtype, scale=scale)]
+        before = float(get_total_norm(gradients))
+        for ratio in (1e-3, 0.3, 0.999, 1.1):
+            parameters = with_gradients([gradient.clone() for gradient in gradients])
+            clip_grad_norm_(parameters, ratio * before)
+            after = float(get_total_norm([p.grad for p in parameters]))
+            # Each number is rounded to its own dtype: half a unit of bfloat16, or of its smallest number.
+            assert after <= min(before, ratio * before) * (1 + 2**-8) + 1e-5
 
     def test_zero_gradients_stay_zero(self) -> None:
         (p,) = with_gradients([torch.zeros(3)])
@@ -338,10 +314,6 @@ class TestItem4NonFinite:
         ) as error:
             get_total_norm([torch.tensor([INF]) for _ in range(50)], error_if_nonfinite=True)
         assert len(str(error.value)) < 1000
-
-    def test_finite_gradients_pass(self) -> None:
-        (p,) = with_gradients([torch.tensor([3.0, 4.0])])
-        assert clip_grad_norm_(p, 9.0, error_if_nonfinite=True) == 5
 
 
 class TestItem5TheSameAnswerEveryTime:
@@ -468,16 +440,6 @@ def test_item_7_compiles_with_complex_gradients(name: str) -> None:
         torch.testing.assert_close(result, expected)
     for a, b in zip(mine, others, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_item_7_compiles_with_the_norm_and_the_threshold_right() -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(clip_grad_norm_, fullgraph=True, backend="eager")
-    for max_norm in (0.5, 2.0, 100.0):
-        mine, others = (with_gradients([randn(4, 3), randn(5)]) for _ in range(2))
-        torch.testing.assert_close(compiled(mine, max_norm), clip_grad_norm_(others, max_norm))
-        for a, b in zip(mine, others, strict=True):
-            torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_item_6_a_negative_norm_that_cannot_be_looked_at_gives_nan() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -101,8 +102,9 @@ def test_no_elements_need_no_memory() -> None:
         lambda: torch.full((2, 3), 4.0).to_sparse(1),
         lambda: torch.full((2, 3), 4.0 + 3j, dtype=torch.complex32),
         lambda: torch.full((3, 2), 4.0).t(),
+        lambda: torch.sparse_coo_tensor(torch.tensor([[0, 0, 1]]), torch.full((3, 3), 4.0), (2, 3)),
     ],
-    ids=["dense", "sparse", "complex32", "transposed"],
+    ids=["dense", "sparse", "complex32", "transposed", "several entries for one place"],
 )
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_gradients_made_in_inference_mode_are_clipped_as_others_are(
@@ -224,6 +226,31 @@ def test_forward_mode_differentiation(function: Function) -> None:
             torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)
 
 
+OF_A_NUMBER: dict[str, Callable[[list[Tensor], float], Any]] = {
+    "clip_grad_norm_": lambda ps, number: torchclip.clip_grad_norm_(ps, number),
+    "norm_type": lambda ps, number: torchclip.clip_grad_norm_(ps, 0.5, number + 1),
+    "clip_grads_with_norm_": lambda ps, number: torchclip.clip_grads_with_norm_(ps, number, 9 * number),
+    "clip_grad_value_": lambda ps, number: torchclip.clip_grad_value_(ps, number),
+    "clip_grad_norm_per_parameter_": lambda ps, number: torchclip.clip_grad_norm_per_parameter_(ps, number),
+    "clip_grad_rms_": lambda ps, number: torchclip.clip_grad_rms_(ps, number),
+    "clip_grad_adaptive_": lambda ps, number: torchclip.clip_grad_adaptive_(ps, number),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_a_graph_holds_for_other_numbers(name: str) -> None:
+    def clip(weight: Tensor, number: float) -> Any:
+        return OF_A_NUMBER[name]([weight], number)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(clip, backend="eager", fullgraph=True)
+    for number in (0.5, 0.75, 1.5):
+        ours, expected = with_gradients([torch.full((3, 4), 2.0)] * 2, [torch.ones(3, 4)] * 2)
+        ours.grad = ours.grad.clone()
+        torch.testing.assert_close(compiled(ours, number), clip(expected, number))
+        torch.testing.assert_close(ours.grad, expected.grad)
+
+
 # By value and by tiny coefficients: the same bits with and without the kernel
 
 
@@ -288,3 +315,25 @@ def test_torchs_functions_can_be_pickled_while_torchclips_are_in_their_place(nam
         assert pickle.loads(before) is getattr(nn.utils, name)
     assert pickle.dumps(original) == before
     assert pickle.loads(held).func is original
+
+
+@changing
+def test_gradients_in_place_of_parameters_give_a_warning(function: Function) -> None:
+    gradients = [torch.full((2,), 9.0), torch.full((3,), 9.0)]
+    with pytest.warns(UserWarning, match="Pass the parameters themselves, not their gradients") as caught:
+        function(gradients)
+    assert [warning.filename for warning in caught] == [function.__call__.__code__.co_filename]
+    assert all(gradient.eq(9).all() for gradient in gradients)
+
+
+@changing
+def test_a_model_that_has_no_gradients_gives_none(function: Function) -> None:
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with_gradient = torch.ones(2)
+    with_gradient.grad = torch.ones(2)
+    passed: list[Any] = [frozen, frozen.parameters(), nn.Linear(2, 2), nn.Identity(), []]
+    passed.append(torch.ones(2, requires_grad=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for parameters in [*passed, [with_gradient, torch.ones(2)]]:
+            function(parameters)

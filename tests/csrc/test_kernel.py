@@ -327,14 +327,6 @@ def test_gradients_in_order_once_and_only_where_there_are_some() -> None:
         assert [id(g) for g in _kernel.gradients(repeated).all] == wanted
 
 
-@pytest.mark.parametrize("order", [0.0, 0.5, 3.0, -math.inf])
-def test_other_orders_are_left_to_torch_operations(order: float) -> None:
-    tensors = [torch.tensor([3.0, 4.0, math.inf]), torch.tensor([[1.0, 2.0]])]
-    batch, arrays = _kernel.tensors(tensors), [tensor.numpy() for tensor in tensors]
-    assert_same_norm(batch.norm(order), reference.global_norm(arrays, order))
-    assert batch.norms(order) == pytest.approx([reference.global_norm([array], order) for array in arrays])
-
-
 def test_other_orders_of_finite_elements() -> None:
     batch = _kernel.tensors([torch.tensor([3.0, 4.0, math.inf]), torch.tensor([[1.0, math.nan]])])
     assert batch.norm(3.0, True) == pytest.approx(92 ** (1 / 3))
