@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -111,14 +112,23 @@ class ByHand:
 
     Attributes:
         seen: the norms that each set of gradients has had, if a threshold learns from them.
+        skips: how many steps in a row were skipped, by the argument that says so.
+        then: the same, with the current step.
     """
 
     def __init__(
-        self, rule: Any, scope: str, nonfinite: str, norm_type: float, skip_above: float | str | None
+        self,
+        rule: Any,
+        scope: str,
+        nonfinite: str,
+        norm_type: float,
+        skip_above: float | str | None,
+        max_skips: int | None,
     ) -> None:
         self.rule, self.scope, self.nonfinite, self.order = rule, scope, nonfinite, norm_type
-        self.skip_above = skip_above
+        self.skip_above, self.max_skips = skip_above, INF if max_skips is None else max_skips
         self.seen: dict[str, list[float]] = {}
+        self.skips, self.then = Counter[str](), Counter[str]()
 
     def clip(self, groups: list[Group], step: int) -> Result | None:
         """The result of a step; None if its gradients must be refused.
@@ -129,12 +139,13 @@ class ByHand:
         """
         skipped = self.skip(groups)
         total_norm, grads = skipped.total_norm, skipped.grads
-        if skipped.nonfinite and self.nonfinite == "error":
+        if skipped.nonfinite and self.must_raise():
             return None
         counted = self.counted(groups)
-        if self.must_skip(skipped, counted):
+        limit, of_limit = self.limit(skipped, counted)
+        if of_limit == 0:
             return skipped
-        max_norms, coefs = [], dict[int, float]()
+        max_norms, coefs = [limit] * (limit < INF), dict[int, float]()
         smallest, of_rule = 1.0, set[int]()
         for name, (own, of_set) in self.sets(groups).items():
             norm = self.norm(of_set.values())
@@ -154,6 +165,7 @@ class ByHand:
                 max_norm = self.threshold(name, norm, step)
             max_norms.append(max_norm)
             coef = coefficient(max_norm, norm, learned=own == "none" and self.rule in LEARNED)
+            coef = coef if own is None else float(np.minimum(coef, of_limit))
             smallest = float(np.minimum(smallest, coef))
             for key in of_set:  # parameters of several groups may share a gradient
                 coefs[key] = float(np.minimum(coefs.get(key, 1.0), coef))
@@ -179,18 +191,35 @@ class ByHand:
         clipped = [group for group in groups if group.own is not None] or groups
         return {grad[0]: grad[1] for group in clipped for grad in group.grads if grad is not None}
 
-    def must_skip(self, skipped: Result, counted: dict[int, Array]) -> bool:
-        if skipped.nonfinite and self.nonfinite == "skip":
-            return True
+    def must_raise(self) -> bool:
+        """Whether gradients that are not finite are refused."""
+        is_full = self.skips["nonfinite"] >= self.max_skips
+        return self.nonfinite == "error" or (self.nonfinite == "skip" and is_full)
+
+    def limit(self, skipped: Result, counted: dict[int, Array]) -> tuple[float, float]:
+        """The limit of a step that is above it and yet taken, and its coefficient: 0 if it is skipped."""
+        if self.nonfinite == "skip":
+            self.count("nonfinite", skipped.nonfinite)
+            if skipped.nonfinite:
+                return INF, 0.0
+        if self.skip_above is None:
+            return INF, 1.0
         finite = any(np.isfinite(grad).any() for grad in counted.values())
-        if self.skip_above is None or not (
-            finite or (self.nonfinite != "zero" and any(grad.size for grad in counted.values()))
-        ):
-            return False
-        finite_norm = self.norm(finite_parts(counted).values())
-        norm = finite_norm if self.nonfinite == "zero" else skipped.total_norm
+        if not (finite or (self.nonfinite != "zero" and any(grad.size for grad in counted.values()))):
+            self.count("skip_above", False)
+            return INF, 1.0
+        norm = self.norm(finite_parts(counted).values()) if self.nonfinite == "zero" else skipped.total_norm
         limit = self.skip_above
-        return norm > (self.learn("skip_above", limit, norm) if isinstance(limit, str) else limit)
+        limit = self.learn("skip_above", limit, norm) if isinstance(limit, str) else limit
+        if not math.isfinite(norm):
+            return INF, 0.0 if norm > limit else 1.0
+        self.count("skip_above", norm > limit and self.skips["skip_above"] < self.max_skips)
+        if norm <= limit:
+            return INF, 1.0
+        return (INF, 0.0) if self.then["skip_above"] else (limit, limit / norm)
+
+    def count(self, argument: str, skipped: bool) -> None:
+        self.then[argument] = self.skips[argument] + 1 if skipped else 0
 
     def norm(self, grads: Iterable[Array]) -> float:
         joint = np.concatenate([np.zeros(1), *(grad.ravel() for grad in grads)])
@@ -343,6 +372,7 @@ class Rounds:
     def _clip(self, user: Act | None, where: str, overflows: bool) -> bool:
         """Open a round; returns whether its gradients may be used."""
         learned, number = copy.deepcopy(self.hand.seen), len(self.records)
+        self.hand.then = self.hand.skips.copy()
         loss, self.loss = self.loss, None
         if user is not None and where != "on_clip":
             raise Raised  # before anything was learned
@@ -369,12 +399,14 @@ class Rounds:
             if all(self._skips):  # by a GradScaler
                 result = Result(result.total_norm, INF, 1.0, True, {}, nonfinite=result.nonfinite)
             self.records.append((result, loss))
+            self.hand.skips = self.hand.then
         self._open, self.stepped, self._skips = None, set(), []
 
     def state(self) -> Any:
         """The state in the middle of a round: everything but the round."""
-        return copy.deepcopy((self.records, self._learned if self.stepped else self.hand.seen))
+        learned = self._learned if self.stepped else self.hand.seen
+        return copy.deepcopy((self.records, learned, self.hand.skips))
 
     def load(self, state: Any) -> None:
         self._open, self.stepped, self._skips = None, set(), []
-        self.records, self.hand.seen = copy.deepcopy(state)
+        self.records, self.hand.seen, self.hand.skips = copy.deepcopy(state)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import torchclip
 from torchclip import AdaGC, Adaptive, Clipper, Percentile, Value
+from torchclip._core import gather
 from torchclip.clipper import Scope
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -294,3 +295,20 @@ def test_thousands_of_steps_leave_nothing_behind_but_the_history() -> None:
     before = tracked_after(1_100)  # more than are kept before they are recorded
     assert tracked_after(1_900) <= before + 50
     assert (len(clipper.history), clipper.history.summary().steps) == (100, 3_000)
+
+
+def test_norms_leave_out_a_gradient_that_is_replaced_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = with_gradients([torch.tensor([3.0, 4.0]) for _ in range(2)])
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    clipper = Clipper(optimizer, 1.0)
+    gradients = gather.gradients
+
+    def replaced_after(*args: object, **kwargs: object) -> object:
+        batch = gradients(*args, **kwargs)  # type: ignore[arg-type]
+        parameters[1].grad = torch.tensor([6.0, 8.0])  # as another thread may at this moment
+        return batch
+
+    monkeypatch.setattr(gather, "gradients", replaced_after)
+    assert clipper.norms() == {"param_groups[0]['params'][0]": 5.0}
+    monkeypatch.undo()
+    assert list(clipper.norms().values()) == [10.0, 5.0]

@@ -19,6 +19,7 @@ from torch.optim import SGD
 
 import torchclip
 from torchclip import Clipper, Percentile, RollingSigma
+from torchclip.clipper.skip_above import InARow
 
 _FOLDER = str(Path(torchclip.clipper.__file__).parent)
 INF = float("inf")
@@ -379,3 +380,18 @@ def test_a_resumed_run_goes_on_counting_steps_that_are_not_finite() -> None:
     clipper.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"inner\.weight"):
         optimizer.step()
+
+
+def test_a_skipped_step_counts_though_its_end_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = sgd([torch.tensor([INF])])
+    clipper = Clipper(optimizer, 1.0, nonfinite="skip", max_skips=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InARow, "end", lambda _: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    optimizer.step()
+    assert clipper.state_dict()["skips"]["nonfinite"] == 2
+    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+        optimizer.step()
+    assert len(clipper.history) == 2

@@ -104,3 +104,15 @@ def test_impossible_thresholds_are_refused_before_anything_changes(
     assert everything(optimizer) == before
     assert not hasattr(optimizer, "grad_scale")
     assert clipper.last is None
+
+
+@each_scope
+def test_an_optimizer_that_has_lost_its_groups_steps_with_a_norm_of_0(scope: Scope) -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])])
+    clipper = Clipper(optimizer, 1.0, scope=scope)
+    groups = [*optimizer.param_groups]
+    optimizer.param_groups.clear()
+    optimizer.step()
+    optimizer.param_groups.extend(groups)
+    optimizer.step()
+    assert [record.total_norm for record in clipper.history] == [0.0, 5.0]
