@@ -221,7 +221,7 @@ def _windows_python(folder: Path, download: Path) -> None:
 def _complete_c_library(wines: Path, folder: Path) -> None:
     """Put a C library next to Python that has these functions, and forwards all others to Wine's."""
     shutil.copy(wines, folder / "wine_ucrtbase.dll")
-    listing = run("x86_64-w64-mingw32-objdump", "-p", wines)
+    listing = run("x86_64-w64-mingw32ucrt-objdump", "-p", wines)
     names = set(re.findall(r"^\s*\[\s*\d+\] \+base\[\s*\d+\]\s+[0-9a-f]+ (\S+)$", listing, re.MULTILINE))
     own = set(re.findall(r"\w+(?=\(\w+ z\))", OF_COMPLEX))
     lines = [f'"{name}" = "wine_ucrtbase.{name}"' for name in sorted(names - own)]

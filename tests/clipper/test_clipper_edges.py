@@ -154,7 +154,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_nothing_behind(name: str, the
             assert last_of(run.clipper).total_norm == pytest.approx(total), line
             assert last_of(run.clipper).clip_coef == 1.0, line
         assert [r.step for r in run.clipper.history] == [*range(len(run.clipper.history))], line
-        assert len(run.clipper.history) - steps in (2, 3), line
+        assert len(run.clipper.history) - steps in ((2,) if steps else (2, 3)), line
         assert run.clipper.state_dict()["steps"] == len(run.clipper.history)
 
 

@@ -102,9 +102,10 @@ def _skipped_above(
     settings: Settings, norm: Norm, loss: Any, skipped: bool | Tensor, number: int
 ) -> bool | Tensor:
     """Whether a step is skipped, also because its norm or its loss is above a limit; both learn from it."""
-    if isinstance(skipped, Tensor) and settings.skip_loss_above is not None:
-        # As from the norm of a step that is not finite, nothing is learned from its loss.
-        loss = scalars.replaced(scalars.on_device([loss], skipped.device), skipped, math.nan)[0]
+    if isinstance(skipped, Tensor):  # nothing is learned from such a step, as on the host
+        norm = scalars.replaced(scalars.on_device([norm], skipped.device), skipped, math.nan)[0]
+        if settings.skip_loss_above is not None:
+            loss = scalars.replaced(scalars.on_device([loss], skipped.device), skipped, math.nan)[0]
     for limit, judged in ((settings.skip_above, norm), (settings.skip_loss_above, loss)):
         if limit is not None:
             is_above = limit.should_skip(judged, number)

@@ -143,15 +143,11 @@ class Rounds:
             for count in opened.settings.counts:
                 count.end()
             self.number = opened.number + 1
-        self._open = None
-        if self._several:
-            self.forget()
+        self.forget()
 
     def forget(self) -> None:
         """Discard the open round, if there is one."""
         self._open = None
-        for step in self._steps:
-            step.stepped = False
 
     def is_running(self) -> bool:
         """Whether any step runs, in any thread; undoes what failed steps have left."""
@@ -195,6 +191,8 @@ class Rounds:
                 for each in settings.memories:
                     each.begin_step()
         opened.number = self.number
+        for step in self._steps:
+            step.stepped = False
         self._open = opened
         if self._several:
             opened.by_scaler = {index: is_skipped_by_scaler(self._steps[index].optimizer)}
