@@ -70,6 +70,14 @@ class TestWhatTorchGetsWrong:
         assert results[0] is None or results[0].equal(results[1])
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(once, twice, strict=True))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_clip_value_beyond_the_range_of_the_dtype(self, dtype: torch.dtype) -> None:
+        # Torch raises.
+        (p,) = with_gradients([torch.tensor([3.0, -4.0], dtype=dtype)])
+        for clip_value in (1e6, 1e300):
+            torchclip.clip_grad_value_(p, clip_value)
+        assert p.grad.tolist() == [3, -4]
+
     def test_an_infinite_max_norm_only_measures(self) -> None:
         # Torch makes every gradient NaN.
         parameters = with_gradients([torch.tensor([INF]), torch.tensor([2.0])])

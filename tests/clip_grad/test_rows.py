@@ -193,8 +193,10 @@ def test_examples_equal_the_numpy_twin(dtype: torch.dtype, layout: Callable[[Ten
         sums, clipped = torchclip.clip_per_example(grads, limit)
         expected, number = reference.clip_per_example([as_numpy(grad) for grad in grads], limit)
         assert clipped == number == above
+        assert clipped.dtype is torch.int64
         for ours, twin in zip(sums, expected, strict=True):
             assert ours.dtype is dtype
+            assert ours.is_contiguous()
             assert_same_up_to_rounding(ours, twin)
         assert [bits(grad) for grad in grads] == before
 
