@@ -186,10 +186,11 @@ class TestNorms:
     def test_copies_in_parts_make_no_difference(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = [randn(7, i + 1, dtype=F64, seed=i) for i in range(6)]
         batch = batch_of(*tensors)
-        total, norms = float(batch.norm(order)), batch.norms(order)
+        total, norms, finite = float(batch.norm(order)), batch.norms(order), batch.norms(order, True)
         monkeypatch.setattr(groups, "_COPIED", 20)
         assert float(batch.norm(order)) == pytest.approx(total, rel=1e-14)
         assert torch.equal(torch.as_tensor(batch.norms(order)), torch.as_tensor(norms))
+        assert torch.equal(torch.as_tensor(batch.norms(order, True)), torch.as_tensor(finite))
 
     def test_no_elements_have_no_norm(self) -> None:
         empty = torch.zeros(0, 3)

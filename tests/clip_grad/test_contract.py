@@ -373,6 +373,14 @@ class TestItem7Autograd:
             assert all(p._version == 0 for p in parameters)
 
     @changing
+    def test_a_change_bumps_the_version_of_a_sparse_gradient(self, name: str) -> None:
+        (p,) = with_gradients([torch.full((2, 2), 5.0)])
+        p.grad = p.grad.to_sparse(1)
+        before = p.grad._version
+        CLIPPERS[name].ours([p], 0.1, 2)
+        assert p.grad._version > before
+
+    @changing
     def test_a_graph_that_saved_the_gradient_notices(self, name: str) -> None:
         (p,) = with_gradients([torch.full((3,), 5.0)])
         factor = torch.ones(3, requires_grad=True)
