@@ -201,6 +201,11 @@ class TestNorms:
         finite = batch_of(empty, torch.tensor([3.0, NAN])).norms(2.0, True)
         assert torch.as_tensor(finite).tolist() == [ABSENT, 3.0]
 
+    def test_norms_of_no_elements_are_on_the_device(self) -> None:
+        with torch.device("meta"):
+            (parameter,) = with_gradients([torch.zeros(0)])
+        assert torchclip.clip_grad_norm_per_parameter_([parameter], 1.0).is_meta
+
     @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64, torch.complex64])
     @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
     def test_of_finite_elements(self, dtype: torch.dtype, order: float) -> None:
