@@ -70,6 +70,14 @@ class TestWhatTorchGetsWrong:
         assert results[0] is None or results[0].equal(results[1])
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(once, twice, strict=True))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_clip_value_beyond_the_range_of_the_dtype(self, dtype: torch.dtype) -> None:
+        # Torch raises.
+        (p,) = with_gradients([torch.tensor([3.0, -4.0], dtype=dtype)])
+        for clip_value in (1e6, 1e300):
+            torchclip.clip_grad_value_(p, clip_value)
+        assert p.grad.tolist() == [3, -4]
+
     def test_an_infinite_max_norm_only_measures(self) -> None:
         # Torch makes every gradient NaN.
         parameters = with_gradients([torch.tensor([INF]), torch.tensor([2.0])])
@@ -363,6 +371,14 @@ class TestItem7Autograd:
             CLIPPERS[name].ours(parameters, 0.1, 2)
             assert all(p.grad._version > 0 for p in parameters)
             assert all(p._version == 0 for p in parameters)
+
+    @changing
+    def test_a_change_bumps_the_version_of_a_sparse_gradient(self, name: str) -> None:
+        (p,) = with_gradients([torch.full((2, 2), 5.0)])
+        p.grad = p.grad.to_sparse(1)
+        before = p.grad._version
+        CLIPPERS[name].ours([p], 0.1, 2)
+        assert p.grad._version > before
 
     @changing
     def test_a_graph_that_saved_the_gradient_notices(self, name: str) -> None:

@@ -193,10 +193,22 @@ def test_examples_equal_the_numpy_twin(dtype: torch.dtype, layout: Callable[[Ten
         sums, clipped = torchclip.clip_per_example(grads, limit)
         expected, number = reference.clip_per_example([as_numpy(grad) for grad in grads], limit)
         assert clipped == number == above
+        assert clipped.dtype is torch.int64
         for ours, twin in zip(sums, expected, strict=True):
             assert ours.dtype is dtype
+            assert ours.is_contiguous()
             assert_same_up_to_rounding(ours, twin)
         assert [bits(grad) for grad in grads] == before
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_no_examples_and_no_elements() -> None:
+    sums, clipped = torchclip.clip_per_example([torch.ones(0, 3), torch.ones(0)], 1.0)
+    assert [each.tolist() for each in sums] == [[0.0] * 3, 0.0]
+    assert clipped == 0
+    sums, clipped = torchclip.clip_per_example([torch.ones(2, 0), torch.full((2,), 3.0)], 1.0)
+    assert sums[0].shape == (0,)
+    assert clipped == 2
 
 
 @pytest.mark.usefixtures("kernel_on_and_off")

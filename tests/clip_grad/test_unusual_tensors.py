@@ -237,13 +237,16 @@ OF_A_NUMBER: dict[str, Callable[[list[Tensor], float], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_A_NUMBER)
-def test_a_graph_holds_for_other_numbers(name: str) -> None:
+@pytest.mark.parametrize("kernel_on_and_off", ["torch operations"], indirect=True)  # as in compiled code
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [*((name, None) for name in OF_A_NUMBER), ("clip_grad_norm_", True)]
+)
+def test_a_graph_holds_for_other_numbers(name: str, dynamic: bool | None) -> None:
     def clip(weight: Tensor, number: float) -> Any:
         return OF_A_NUMBER[name]([weight], number)
 
     torch._dynamo.reset()
-    compiled = torch.compile(clip, backend="eager", fullgraph=True)
+    compiled = torch.compile(clip, backend="eager", fullgraph=True, dynamic=dynamic)
     for number in (0.5, 0.75, 1.5):
         ours, expected = with_gradients([torch.full((3, 4), 2.0)] * 2, [torch.ones(3, 4)] * 2)
         ours.grad = ours.grad.clone()
@@ -303,6 +306,14 @@ def test_a_parameter_group_may_hold_a_tuple(scope: Any) -> None:
     optimizer.step()
     assert clipper.last is not None
     assert clipper.last.clipped
+
+
+def test_finite_elements_beside_an_empty_gradient() -> None:
+    parameters = with_gradients([torch.zeros(0), torch.tensor([3.0, math.nan])])
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    Clipper(optimizer, 1.0, scope="parameter", nonfinite="zero")
+    optimizer.step()
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([1.0, 0.0]))
 
 
 @pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"])

@@ -123,7 +123,8 @@ tensors: Callable[[Iterable[Tensor]], Any] = getattr(extension, "tensors", _not_
 measured: Callable[[Iterable[Tensor], float, bool], Any] = getattr(extension, "measured", _not_taken)
 taken: Callable[[list[Tensor]], list[bool] | None] = getattr(extension, "taken", _not_taken)
 
-# The fast paths, which return None for calls that they do not handle; ``_kernel.pyi`` describes them.
+# Whole calls of the public functions in the kernel, which returns None for calls that it does not take;
+# ``_kernel.pyi`` describes them.
 clip_grad_norm: Callable[..., Tensor | None]
 clip_grad_value: Callable[..., bool | None]
 clip_grad_each: Callable[..., Tensor | None]
