@@ -310,8 +310,8 @@ class TestClipper:
             (fused, "global", (F16,), 16),
             (fused, "global", (BF16,), 16),
             (fused, "global", (F32, BF16), 16),
-            (one_group, "parameter", (F32,), 36),
-            (two_groups, "group", (F32,), 2 * 28),
+            (one_group, "parameter", (F32,), 32),
+            (two_groups, "group", (F32,), 2 * 24),
         ],
     )
     def test_a_step_takes_a_few_more_operations(

@@ -149,11 +149,16 @@ def _smallest(sets: Sequence[ClipSet], above: SkipAbove | None) -> tuple[Norm, N
 
 
 def _compared(clip_set: ClipSet) -> Norms:
-    """The thresholds with which the norms of a set are compared: none where there is nothing to measure."""
+    """The thresholds with which the norms of a set are compared: none where there is nothing to measure.
+
+    On a device, that is only possible where elements that are not finite do not count.
+    """
     norms, max_norms = clip_set.norms, clip_set.max_norms
     limits = [max_norms] if isinstance(max_norms, float) else max_norms
     if isinstance(norms, list):
         return [] if clip_set.is_absent() else limits
+    if not clip_set.is_zeroed:
+        return limits
     return torch.where(norms < 0, math.inf, scalars.on_device(limits, norms.device))
 
 
