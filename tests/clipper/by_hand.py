@@ -213,6 +213,8 @@ class ByHand:
         limit = self.learn("skip_above", limit, norm) if isinstance(limit, str) else limit
         if not math.isfinite(norm):
             return INF, 0.0 if norm > limit else 1.0
+        if abs(norm - limit) < 1e-5 * norm:  # such as of gradients that were clipped to the limit before
+            raise Tie
         self.count("skip_above", norm > limit and self.skips["skip_above"] < self.max_skips)
         if norm <= limit:
             return INF, 1.0
