@@ -143,7 +143,7 @@ class ByHand:
             return None
         counted = self.counted(groups)
         limit, of_limit = self.limit(skipped, counted)
-        if of_limit == 0:
+        if of_limit is None:
             return skipped
         max_norms, coefs = [limit] * (limit < INF), dict[int, float]()
         smallest, of_rule = 1.0, set[int]()
@@ -196,12 +196,12 @@ class ByHand:
         is_full = self.skips["nonfinite"] >= self.max_skips
         return self.nonfinite == "error" or (self.nonfinite == "skip" and is_full)
 
-    def limit(self, skipped: Result, counted: dict[int, Array]) -> tuple[float, float]:
-        """The limit of a step that is above it and yet taken, and its coefficient: 0 if it is skipped."""
+    def limit(self, skipped: Result, counted: dict[int, Array]) -> tuple[float, float | None]:
+        """The limit of a step that is above it and yet taken, and its coefficient; None if it is skipped."""
         if self.nonfinite == "skip":
             self.count("nonfinite", skipped.nonfinite)
             if skipped.nonfinite:
-                return INF, 0.0
+                return INF, None
         if self.skip_above is None:
             return INF, 1.0
         finite = any(np.isfinite(grad).any() for grad in counted.values())
@@ -212,13 +212,13 @@ class ByHand:
         limit = self.skip_above
         limit = self.learn("skip_above", limit, norm) if isinstance(limit, str) else limit
         if not math.isfinite(norm):
-            return INF, 0.0 if norm > limit else 1.0
+            return INF, None if norm > limit else 1.0
         if abs(norm - limit) < 1e-5 * norm:  # such as of gradients that were clipped to the limit before
             raise Tie
         self.count("skip_above", norm > limit and self.skips["skip_above"] < self.max_skips)
         if norm <= limit:
             return INF, 1.0
-        return (INF, 0.0) if self.then["skip_above"] else (limit, limit / norm)
+        return (INF, None) if self.then["skip_above"] else (limit, limit / norm)
 
     def count(self, argument: str, skipped: bool) -> None:
         self.then[argument] = self.skips[argument] + 1 if skipped else 0

@@ -93,7 +93,7 @@ def _should_skip(
         nonfinite.check_finite(gradients, settings)
     zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
     if settings.limits and skipped is not True:
-        norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
+        norm = gradients.joint_norm(gradients.counted, finite=True) if zeroes else gradients.total_norm
         skipped = _skipped_above(settings, nonfinite.deciding_norm(norm, optimizers), loss, skipped, number)
     return skipped
 

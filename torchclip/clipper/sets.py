@@ -66,7 +66,7 @@ class Gradients:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], settings: Settings, is_local: bool = False) -> None:
-        self.optimizers, self.is_local = optimizers, is_local
+        self.optimizers, self.is_local, self._overlaps = optimizers, is_local, False
         self._settings, self.each = settings, settings.each
         self.grad_scale = vars(optimizers[0]).get("grad_scale") if len(optimizers) == 1 else None
         try:
@@ -132,19 +132,23 @@ class Gradients:
             self.total_norm = self.whole_norm = joint_norms.join(self.sets[0].norms, norm_type)
             return
         counted, self._overlaps = self.counted, _overlap(self.sets)
+        self.total_norm = self.joint_norm(counted)
+        self.whole_norm = self.total_norm if len(counted) == len(self.sets) else self.joint_norm(self.sets)
+
+    def joint_norm(self, sets: Sequence[ClipSet], finite: bool = False) -> Norm:
+        """The joint norm of some sets when they were last measured.
+
+        Args:
+            sets: the sets.
+            finite: whether only finite elements were measured where there are others.
+        """
+        norm_type = self._settings.norm_type
         if self._overlaps and self._settings.groups is None:
             # A gradient that several sets share counts once.  With `group`, only some ranks may share a
             # gradient, and all of them would have to exchange another norm: there it counts in each set.
-            batch = gather.gradients(joined([each.parameters for each in counted]))
-            norms = scalars.in_one([batch.norm(norm_type)])
-            self.total_norm = unscaled(norms, self.grad_scale, norm_type)[0]
-        else:
-            self.total_norm = self.joint_norm(counted)
-        self.whole_norm = self.total_norm if len(counted) == len(self.sets) else self.joint_norm(self.sets)
-
-    def joint_norm(self, sets: Sequence[ClipSet]) -> Norm:
-        """The joint norm of some sets when they were last measured."""
-        return joint_norms.join(scalars.concatenate([each.norms for each in sets]), self._settings.norm_type)
+            batch = gather.gradients(joined([each.parameters for each in sets]))
+            return unscaled(scalars.in_one([batch.norm(norm_type, finite)]), self.grad_scale, norm_type)[0]
+        return joint_norms.join(scalars.concatenate([each.norms for each in sets]), norm_type)
 
     def observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
         """What thresholds learn from: the names of some sets, and their norms."""
