@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from clipper_helpers import NAN, each_scope, everything, fused_or_not, sgd
-from helpers import as_on_an_accelerator, last_of, randn, with_gradients
+from clipper_helpers import NAN, Net, each_scope, everything, fused_or_not, sgd, train
+from helpers import as_on_an_accelerator, bits, last_of, randn, with_gradients
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import torchclip
 from torchclip import AdaGC, Adaptive, BlockRMS, Clipper, Value, kernel
 from torchclip.clipper import Scope
+from torchclip.history import Record
 
 pytestmark = pytest.mark.usefixtures("kernel_on_and_off", "small_ones_too")
 
@@ -24,6 +25,30 @@ WAYS: dict[str, tuple[Any, Callable[[Sequence[Tensor]], object]]] = {
     "BlockRMS": (BlockRMS(0.3), lambda ps: torchclip.clip_grad_rms_(ps, 0.3)),
 }
 each_rule = pytest.mark.parametrize("name", WAYS)
+
+
+@fused_or_not
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+def test_an_adaptive_run_is_that_of_the_function_before_each_step(scope: Scope, fused: bool) -> None:
+    models = [Net(), Net()]
+    plain, clipped = (torch.optim.Adam(m.parameters(), lr=0.05, fused=fused) for m in models)
+    seen: list[Record] = []
+    clipper = Clipper(clipped, Adaptive(0.1), scope=scope, on_clip=seen.append)
+    norms: list[float] = []
+
+    def clip() -> None:
+        parameters = [*models[0].parameters()]
+        norms.append(float(torchclip.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+        torchclip.clip_grad_adaptive_(parameters, 0.1)
+        norms.append(float(torchclip.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+
+    train(models[0], plain, range(5), clip)
+    train(models[1], clipped, range(5))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert (bits(a), bits(a.grad)) == (bits(b), bits(b.grad))  # type: ignore[arg-type]
+    assert [r.total_norm for r in clipper.history] == pytest.approx(norms[::2])
+    assert [r.clipped_norm for r in clipper.history] == pytest.approx(norms[1::2])
+    assert seen == list(clipper.history)
 
 
 @fused_or_not

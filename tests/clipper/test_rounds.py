@@ -142,6 +142,19 @@ def stop(*_: Any) -> None:
     raise Interrupted
 
 
+def test_what_adagc_has_learned_in_a_round_that_is_open_is_not_in_the_state() -> None:
+    training = Training()
+    clipper = Clipper(training.optimizers, AdaGC(warmup=2))
+    fresh = repr(clipper.state_dict()["thresholds"])
+    for step in range(4):
+        training.backward(step)
+        before = repr(clipper.state_dict())
+        training.first.step()
+        assert repr(clipper.state_dict()) == before
+        training.second.step()
+    assert repr(clipper.state_dict()["thresholds"]) != fresh
+
+
 # The loss
 
 
