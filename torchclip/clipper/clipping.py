@@ -102,12 +102,12 @@ def _skipped_above(
     settings: Settings, norm: Norm, loss: Any, skipped: bool | Tensor, number: int
 ) -> bool | Tensor:
     """Whether a step is skipped, also because its norm or its loss is above a limit; both learn from it."""
-    if isinstance(skipped, Tensor):  # nothing is learned from such a step, as on the host
-        norm = scalars.replaced(scalars.on_device([norm], skipped.device), skipped, math.nan)[0]
-        if settings.skip_loss_above is not None:
-            loss = scalars.replaced(scalars.on_device([loss], skipped.device), skipped, math.nan)[0]
+    unlearned = skipped
     for limit, judged in ((settings.skip_above, norm), (settings.skip_loss_above, loss)):
         if limit is not None:
+            if isinstance(unlearned, Tensor):  # from such a step nothing is learned, as on the host
+                norms = scalars.on_device([judged], unlearned.device)
+                judged = scalars.replaced(norms, unlearned, math.nan)[0]
             is_above = limit.should_skip(judged, number)
             if skipped is not True:
                 skipped = is_above if is_above is True or skipped is False else skipped | is_above

@@ -191,11 +191,11 @@ class Rounds:
                 for each in settings.memories:
                     each.begin_step()
         opened.number = self.number
-        for step in self._steps:
-            step.stepped = False
-        self._open = opened
         if self._several:
+            for step in self._steps:
+                step.stepped = False
             opened.by_scaler = {index: is_skipped_by_scaler(self._steps[index].optimizer)}
+        self._open = opened
 
     def _goes_on(self, index: int) -> bool:
         """Whether an optimizer steps with gradients that were clipped in the open round.

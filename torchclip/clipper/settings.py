@@ -130,8 +130,9 @@ def checked(
 ) -> Settings:
     """The arguments of a Clipper, or an error that says what is wrong with one."""
     _check_choices(scope, nonfinite, on_clip)
-    _check_lbfgs(optimizers, nonfinite, {"skip_above": skip_above, "skip_loss_above": skip_loss_above})
-    most = _max_skips_of(max_skips, nonfinite == "skip" or (skip_above, skip_loss_above) != (None, None))
+    limits = {"skip_above": skip_above, "skip_loss_above": skip_loss_above}
+    _check_lbfgs(optimizers, nonfinite, limits)
+    most = _max_skips_of(max_skips, nonfinite, limits)
     bank, rule = _limit_of(max_norm)
     order = _norm_type_of(norm_type, nonfinite)
     names = Names(optimizers, model)
@@ -163,11 +164,13 @@ def _check_choices(scope: Any, nonfinite: Any, on_clip: Any) -> None:
         raise TypeError(f"`on_clip` must be callable, got {arguments.shown(on_clip)}")
 
 
-def _max_skips_of(max_skips: int | None, may_skip: bool) -> int | None:
+def _max_skips_of(
+    max_skips: int | None, nonfinite: Nonfinite, limits: Mapping[str, MaxNorm | None]
+) -> int | None:
     """How many steps in a row may be skipped, if any are."""
     if max_skips is None:
         return None
-    if not may_skip:
+    if nonfinite != "skip" and all(limit is None for limit in limits.values()):
         raise ValueError(
             "`max_skips` limits how many steps in a row are skipped; pass `skip_above`, `skip_loss_above` or "
             "`nonfinite='skip'`, too"
