@@ -110,6 +110,14 @@ def measured(
     None also if there is no loop for the order.
     """
 
+def fingerprint(parameters: Iterable[Tensor], /) -> bytes | None:
+    """Eight bytes for each gradient of the batch of ``gradients``: other ones if it was replaced or changed.
+
+    They depend on the address, the version counter, the number of elements, and the bits of one number in
+    it, neither 0 nor infinite nor NaN if there is one: new gradients often have the addresses
+    and versions of old ones, and ``GradScaler.unscale_`` changes no version.
+    """
+
 def taken(tensors: list[Tensor], /) -> list[bool] | None:
     """For each tensor whether the kernel takes it; None if all operations must be torch's."""
 
@@ -181,10 +189,3 @@ class Batch:
         """
     def zero_nonfinite_(self) -> None:
         """Set every element to 0 that is infinite or nan, in either part of a complex one."""
-    def fingerprint(self) -> bytes:
-        """Eight bytes for each tensor, in order, which show whether it is still the same, unchanged.
-
-        They depend on the address, the version counter, the number of elements, and the bits of one number in
-        it, neither 0 nor infinite nor NaN if there is one: new gradients often have the addresses
-        and versions of old ones, and ``GradScaler.unscale_`` changes no version.
-        """

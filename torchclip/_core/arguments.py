@@ -97,14 +97,14 @@ def flag(name: str, value: Any) -> bool:
 
 
 def option(name: str, value: Any, options: tuple[Any, ...]) -> Any:
-    """``value``, if it is one of some strings, or an error that lists them."""
+    """``value``, if it is one of the allowed strings, or an error that lists these."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {shown(value)}")
     return value
 
 
 def saved(name: str, value: Any, keys: Iterable[str], kind: str) -> None:
-    """Raise an error for a saved state, or a part of it, that is no dictionary or lacks one of some keys."""
+    """Raise an error for a saved state, or a part of it, that is not a dictionary or lacks a key."""
     remedy = f"pass what {kind}.state_dict() returned"
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` must be a dictionary, got {shown(value)}; {remedy}")

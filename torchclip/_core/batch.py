@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Sequence
 from typing import Final
 
@@ -131,15 +130,6 @@ class Batch(ABC):
     @abstractmethod
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0."""
-
-    def fingerprint(self) -> bytes:
-        """Eight bytes for each tensor of ``all``, in order, which show whether it is the same as before.
-
-        They depend on the address, the version counter, and, in host memory, on one element that is neither 0
-        nor infinite nor NaN if there is one: new gradients often have the addresses and versions of
-        old ones, and ``GradScaler.unscale_`` changes no version.
-        """
-        return array("q", [hash((id(each), *memory.signs_of_change(each))) for each in self.all]).tobytes()
 
 
 def to_result(total_norm: Norm, batch: Batch) -> Tensor:

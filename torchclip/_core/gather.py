@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 import types
 import warnings
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import Any, cast
@@ -118,6 +119,20 @@ def local_gradients(parameters: Iterable[Tensor]) -> Batch:
     """This rank's part of the parameters' gradients: its norms need no other rank."""
     found, shared = _found(arguments.tensor_list("parameters", parameters), "parameters")
     return _local(meshes.locals_of(found), shared)
+
+
+def fingerprint(parameters: Sequence[Tensor]) -> bytes:
+    """Eight bytes for each of the ``distinct_gradients``, others if it was replaced or changed since.
+
+    They depend on the address, the version counter, and, in host memory, on one element that is neither 0
+    nor infinite nor NaN if there is one: new gradients often have the addresses and versions of old ones, and
+    ``GradScaler.unscale_`` changes no version.  They are those of this rank's parts.
+    """
+    found = native.fingerprint(parameters)
+    if found is None:
+        held = meshes.locals_of(distinct_gradients(parameters))
+        found = array("q", [hash((id(each), *memory.signs_of_change(each))) for each in held]).tobytes()
+    return found
 
 
 def warn_if_used_up(parameters: Any) -> None:

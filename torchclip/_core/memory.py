@@ -44,13 +44,13 @@ def _sees_operations() -> bool:
 
 
 class Check(NamedTuple):
-    """A question whether operations are recorded or transformed; the kernel asks it at each call.
+    """A check of whether operations are recorded or transformed; the kernel makes it in each call.
 
     Attributes:
-        function: a function in C, as in a training step a frame in Python would take longer than all checks.
+        function: a function in C; in a training step one frame in Python would take longer than all checks.
         argument: its argument; None if it takes none.
         idle: its answer while nobody sees operations.
-        otherwise: called after another answer, says whether somebody really does; None if that is certain.
+        otherwise: called after another answer: whether somebody really sees them; None if that is certain.
     """
 
     function: Callable[..., object]

@@ -121,6 +121,7 @@ extension, _reason = _load()
 gradients: Callable[[Iterable[Tensor]], Any] = getattr(extension, "gradients", _not_taken)
 tensors: Callable[[Iterable[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
 measured: Callable[[Iterable[Tensor], float, bool], Any] = getattr(extension, "measured", _not_taken)
+fingerprint: Callable[[Iterable[Tensor]], bytes | None] = getattr(extension, "fingerprint", _not_taken)
 taken: Callable[[list[Tensor]], list[bool] | None] = getattr(extension, "taken", _not_taken)
 
 # Whole calls of the public functions in the kernel, which returns None for calls that it does not take;

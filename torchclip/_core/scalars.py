@@ -127,12 +127,12 @@ def divided(norms: Norms, divisors: Norms) -> Norms:
 
 
 def replaced(values: Norms, where: bool | Sequence[bool] | Tensor, value: float) -> Norms:
-    """Numbers with another one in the place of some.
+    """Numbers, some of which another number replaces.
 
     Args:
         values: the numbers.
-        where: whether to replace each of them, or all; a truth value on a device does not say it of numbers
-            of the host.
+        where: whether to replace each of them, or all.  A truth value on a device replaces no numbers on the
+            host.
         value: what to put there.
     """
     if where is False:

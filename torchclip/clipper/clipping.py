@@ -195,7 +195,13 @@ def change(
 
 
 def _clipped_norm(gradients: Gradients, settings: Settings) -> Norm:
-    """The joint norm after clipping."""
+    """The joint norm after clipping.
+
+    A gradient that several sets share has the lowest of their coefficients, so that all are measured again.
+    With `group` other ranks may share none, and would not exchange another norm.
+    """
+    if gradients.overlaps and settings.groups is None:
+        return scalars.present(Gradients(gradients.optimizers, settings, gradients.is_local).total_norm)
     norms = scalars.concatenate([_times(each.norms, each.clip_coefs) for each in gradients.counted])
     return scalars.present(joint_norms.join(norms, settings.norm_type))
 

@@ -48,11 +48,6 @@ class PendingLoss:
         self.value = self.value + added if adds else added  # type: ignore[operator]
         self._seen = next((_seen(i, p) for i, p in enumerate(parameters) if p.grad is not None), None)
 
-    def take(self) -> float | Tensor | None:
-        """The loss, which belongs to the step that begins."""
-        loss, self.value = self.value, None
-        return loss
-
     def _was_skipped(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the gradients from when the loss was assigned are gone, though no step has used it."""
         seen = self._seen
@@ -77,7 +72,7 @@ def _seen(place: int, parameter: Tensor) -> _Seen:
     grad = parameter.grad
     assert grad is not None
     version = -1 if grad.is_inference() else grad._version
-    return _Seen(place, id(parameter), id(grad), version, gather.local_gradients([parameter]).fingerprint())
+    return _Seen(place, id(parameter), id(grad), version, gather.fingerprint([parameter]))
 
 
 def _own(loss: float | Tensor) -> float | Tensor:

@@ -41,7 +41,7 @@ class OpenRound:
         moved: how far the optimizers have moved their weights.
         skipped: whether the round is skipped.
         stepped: whether any optimizer has stepped in it.
-        by_scaler: with several optimizers: whether a GradScaler skips the step of each that has begun one.
+        by_scaler: with several optimizers: those whose step a GradScaler skips, or may skip.
     """
 
     opener: int
@@ -58,14 +58,20 @@ class OpenRound:
 
     def rows_after(self, steps: Sequence[Step]) -> list[Row]:
         """What is recorded, given whether a GradScaler has skipped all steps that were taken."""
-        stepped = [i for i, step in enumerate(steps) if step.stepped and i in self.by_scaler]
-        skipped = reduce(and_, [self.by_scaler[i] for i in stepped]) if stepped else False
+        stepped = [i for i, step in enumerate(steps) if step.stepped]
+        skipped = reduce(and_, [self.by_scaler.get(i, False) for i in stepped]) if stepped else False
         *rows, (number, norm, max_norm, clip_coef, is_skipped, *rest) = self.rows
         if skipped is True:
             max_norm, clip_coef, is_skipped = math.inf, 1.0, True
         elif isinstance(skipped, Tensor):
             is_skipped = torch.as_tensor(is_skipped, device=skipped.device) | skipped
         return [*rows, (number, norm, max_norm, clip_coef, is_skipped, *rest)]
+
+    def note_scaler(self, index: int, step: Step) -> None:
+        """Take note of whether a GradScaler skips the step of one of several optimizers."""
+        skipped = is_skipped_by_scaler(step.optimizer)
+        if skipped is not False:
+            self.by_scaler = {**self.by_scaler, index: skipped}
 
     def copy_weights(self, index: int, step: Step) -> None:
         """Copy the weights that a step with layers will change, if its updates are recorded."""

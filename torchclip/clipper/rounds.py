@@ -17,7 +17,6 @@ from torchclip.clipper.backward import check_in_backward, graph_task
 from torchclip.clipper.clipping import change, decide
 from torchclip.clipper.closure import creates_state, with_closure
 from torchclip.clipper.loss import PendingLoss
-from torchclip.clipper.nonfinite import is_skipped_by_scaler
 from torchclip.clipper.open_round import OpenRound
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.clipper.sets import Gradients
@@ -194,7 +193,7 @@ class Rounds:
         if self._several:
             for step in self._steps:
                 step.stepped = False
-            opened.by_scaler = {index: is_skipped_by_scaler(self._steps[index].optimizer)}
+            opened.note_scaler(index, self._steps[index])
         self._open = opened
 
     def _goes_on(self, index: int) -> bool:
@@ -214,15 +213,15 @@ class Rounds:
             return False  # the step that opened it has failed, so that there is no round
         if any(other.stepped and has_new(other) for other in self._steps):
             return False
-        check_unscaled(step, self._name_of(index))
-        check_unchanged(step, self._name_of(index))
+        check_unscaled(step, index)
+        check_unchanged(step, index)
         return True
 
     def _join(self, index: int) -> None:
         """Let another optimizer step with the gradients that were clipped for all."""
         opened, step = self._open, self._steps[index]
         assert opened is not None
-        opened.by_scaler = {**opened.by_scaler, index: is_skipped_by_scaler(step.optimizer)}
+        opened.note_scaler(index, step)
         if opened.layers is not None:
             opened.copy_weights(index, step)
         opened.skip(step)
@@ -235,7 +234,7 @@ class Rounds:
 
     def _call_unchanged(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         loss = closure(*args, **kwargs)
-        check_after_closure(self._steps[index], self._name_of(index))
+        check_after_closure(self._steps[index], index)
         return loss
 
     # Clipping
@@ -246,7 +245,7 @@ class Rounds:
         assert opened is not None
         settings, number = opened.settings, opened.number
         if self._several:
-            check_unscaled(step, self._name_of(index))
+            check_unscaled(step, index)
         optimizers = self._optimizers if self._several else [optimizer]
         gradients = Gradients(optimizers, settings, opened.is_local)
         if settings.layers_every and number % settings.layers_every == 0:
@@ -280,10 +279,6 @@ class Rounds:
     @property
     def _optimizers(self) -> list[Optimizer]:
         return [step.optimizer for step in self._steps]
-
-    def _name_of(self, index: int) -> str:
-        """The name of one of several optimizers in an error."""
-        return f"optimizer {index} ({type(self._steps[index].optimizer).__name__})"
 
     def _norm_of(self, optimizer: Optimizer) -> Norm:
         return gather.gradients(parameters_of(optimizer), self.settings.groups).norm(self.settings.norm_type)

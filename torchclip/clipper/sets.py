@@ -63,10 +63,11 @@ class Gradients:
         total_norm: the norm of all gradients but those of exempt groups, or of all if all groups are exempt;
             ``scalars.ABSENT`` if there are none.
         whole_norm: the norm of all of them, which shows whether any gradient is not finite.
+        overlaps: whether several sets share a gradient.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], settings: Settings, is_local: bool = False) -> None:
-        self.optimizers, self.is_local, self._overlaps = optimizers, is_local, False
+        self.optimizers, self.is_local, self.overlaps = optimizers, is_local, False
         self._settings, self.each = settings, settings.each
         self.grad_scale = vars(optimizers[0]).get("grad_scale") if len(optimizers) == 1 else None
         try:
@@ -131,7 +132,7 @@ class Gradients:
         if len(self.sets) == 1:
             self.total_norm = self.whole_norm = joint_norms.join(self.sets[0].norms, norm_type)
             return
-        counted, self._overlaps = self.counted, _overlap(self.sets)
+        counted, self.overlaps = self.counted, _overlap(self.sets)
         self.total_norm = self.joint_norm(counted)
         self.whole_norm = self.total_norm if len(counted) == len(self.sets) else self.joint_norm(self.sets)
 
@@ -143,7 +144,7 @@ class Gradients:
             finite: whether only finite elements were measured where there are others.
         """
         norm_type = self._settings.norm_type
-        if self._overlaps and self._settings.groups is None:
+        if self.overlaps and self._settings.groups is None:
             # A gradient that several sets share counts once.  With `group`, only some ranks may share a
             # gradient, and all of them would have to exchange another norm: there it counts in each set.
             batch = gather.gradients(joined([each.parameters for each in sets]))
@@ -182,7 +183,7 @@ class Gradients:
         if not isinstance(skipped, bool):
             for clip_set in self.sets:
                 clip_set.clip_coefs = scalars.replaced(clip_set.clip_coefs, skipped, 1.0)
-        if len(self.sets) == 1 or not self._overlaps:
+        if len(self.sets) == 1 or not self.overlaps:
             for clip_set in self.sets:
                 if self.each:
                     clip_set.batch.scale_each_(clip_set.clip_coefs)

@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
 
 PLAIN = Layout(cast("DeviceMesh", None), is_first=True)
-"""That of a tensor that is no DTensor."""
+"""The layout of a tensor that is not a DTensor."""
 
 # Layouts by the identity of the spec of a DTensor, and by what is in it: the same object for those that lie
 # alike.  The specs are kept, so that no other object gets their id, or that of their mesh.

@@ -31,7 +31,7 @@ from torchclip._core.scalars import ABSENT, at, concatenate, in_one, may_change
 
 
 class Part(NamedTuple):
-    """Those tensors of a batch that have the same layout.
+    """The tensors of a batch that have the same layout.
 
     Attributes:
         batch: the number of the batch in the call.
@@ -100,12 +100,8 @@ class ShardedBatch(Batch):
         """The norm of each tensor, including its parts on other ranks."""
         return cast("Norms", norms_of([self], True, p, finite)[0])
 
-    def fingerprint(self) -> bytes:
-        """That of this rank's parts."""
-        return self.local.fingerprint()
-
     def parts(self, number: int) -> list[Part]:
-        """The tensors by their layouts; ``number`` is that of this batch in the call."""
+        """The tensors by their layouts; ``number`` is the number of this batch in the call."""
         return [Part(number, layout, places) for layout, places in self._places.items()]
 
     def lacking(self) -> list[str]:

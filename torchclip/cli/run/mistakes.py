@@ -110,7 +110,7 @@ def still_scaled(step: StepFacts) -> Iterator[Found]:
             yield Found("scaled", (call.site,), call.function)
 
 
-# What may be meant
+# What may be intended
 
 
 def a_part(step: StepFacts) -> Iterator[Found]:
@@ -228,7 +228,7 @@ class Remark(NamedTuple):
 
     Attributes:
         kind: what it is about.
-        is_mistake: whether it cannot be meant.
+        is_mistake: whether it cannot be intended.
         place: the lines that it is about.
         text: the sentence, with the remedy.
     """

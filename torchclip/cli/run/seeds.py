@@ -66,6 +66,6 @@ def _shifted(function: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 
 def _plus(seed: Any, number: int) -> Any:
-    """A seed with the number added; None, and what is no number, as they are."""
+    """A seed with the number added; None and other values that are not integers stay as they are."""
     is_number = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
     return int(seed) + number if is_number else seed

@@ -225,14 +225,6 @@ PyObject* batch_zero_nonfinite(PyObject* self, PyObject*) {
     return finish(Access(batch_of(self).tensors).write(&Loops::zero_nonfinite, &unused, false));
 }
 
-PyObject* batch_fingerprint(PyObject* self, PyObject*) {
-    Array<uint64_t, kUsual> found;
-    return finish(Access(batch_of(self).tensors).fingerprints(found), [&] {
-        const char* const bytes = reinterpret_cast<const char*>(found.begin());
-        return PyBytes_FromStringAndSize(bytes, Py_ssize_t(found.size() * sizeof(uint64_t)));
-    });
-}
-
 PyObject* batch_facts(PyObject* self, void*) { return PyLong_FromLong(batch_of(self).flags); }
 PyObject* batch_rest(PyObject*, void*) { return PyTuple_New(0); }
 
@@ -246,8 +238,6 @@ PyMethodDef batch_methods[] = {
     {"clamp_", function<batch_clamp>(), METH_O, "clamp_(limit): to [-limit, limit], in place"},
     {"zero_nonfinite_", function<batch_zero_nonfinite>(), METH_NOARGS,
      "zero_nonfinite_(): 0 for what is infinite or nan"},
-    {"fingerprint", function<batch_fingerprint>(), METH_NOARGS,
-     "fingerprint(): to see later whether they are the same"},
     {nullptr, nullptr, 0, nullptr},
 };
 

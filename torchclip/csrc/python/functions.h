@@ -96,6 +96,19 @@ PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+// fingerprint(parameters): eight bytes for each gradient
+PyObject* fingerprint(PyObject*, PyObject* parameters) {
+    Tensors tensors;
+    Access access(tensors);
+    Array<uint64_t, kUsual> found;
+    Outcome outcome = access.gather(parameters, true);
+    if (outcome == kDone) outcome = access.fingerprints(found);
+    return finish(outcome, [&] {
+        const char* const bytes = reinterpret_cast<const char*>(found.begin());
+        return PyBytes_FromStringAndSize(bytes, Py_ssize_t(found.size() * sizeof(uint64_t)));
+    });
+}
+
 // Whether torch can describe all of them quickly.
 bool are_dense_on_host(const References& all) {
     return std::all_of(all.begin(), all.end(),

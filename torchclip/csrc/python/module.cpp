@@ -117,6 +117,7 @@ PyMethodDef module_methods[] = {
     {"taken", function<taken>(), METH_O, "taken(tensors): for each of a list whether it is taken, or None"},
     {"disable", function<disable>(), METH_NOARGS, "disable(): off until the enable() that belongs to it"},
     {"enable", function<enable>(), METH_NOARGS, "enable(): on, once it was called as often as disable()"},
+    {"fingerprint", function<fingerprint>(), METH_O, "fingerprint(parameters): eight bytes for each gradient"},
     {"is_enabled", function<is_enabled>(), METH_NOARGS, "is_enabled(): whether it is on"},
     {"has_threads", function<get_has_threads>(), METH_NOARGS, "has_threads(): whether torch's threads can be used"},
     {"instruction_set", function<get_instruction_set>(), METH_NOARGS, "instruction_set(): the one in use"},
