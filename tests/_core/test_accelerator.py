@@ -6,7 +6,7 @@ in host memory, which the batch takes as well, here and in the contract's tests 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from torchclip._core import groups, memory, rows
 from torchclip._core.batch import Facts
 from torchclip._core.operations import TorchBatch
 from torchclip._core.scalars import ABSENT
+from torchclip.clipper import Nonfinite, Scope
+from torchclip.thresholds import MaxNorm
 
 INF, NAN = math.inf, math.nan
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -177,11 +179,6 @@ def batch_of(*tensors: Tensor) -> TorchBatch:
 
 
 class TestNorms:
-    def test_each_tensor_has_a_range_of_its_own(self) -> None:
-        norms = batch_of(*(torch.full((4,), scale, dtype=F64) for scale in (1e-200, 1e200))).norms(2.0)
-        assert isinstance(norms, Tensor)
-        assert norms.tolist() == pytest.approx([2e-200, 2e200], rel=1e-13)
-
     @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
     def test_copies_in_parts_make_no_difference(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = [randn(7, i + 1, dtype=F64, seed=i) for i in range(6)]
@@ -192,15 +189,6 @@ class TestNorms:
         assert torch.equal(torch.as_tensor(batch.norms(order)), torch.as_tensor(norms))
         assert torch.equal(torch.as_tensor(batch.norms(order, True)), torch.as_tensor(finite))
 
-    def test_no_elements_have_no_norm(self) -> None:
-        empty = torch.zeros(0, 3)
-        assert batch_of(empty).norm(2.0) == ABSENT
-        assert batch_of(empty, empty.half()).norms(2.0) == [ABSENT, ABSENT]
-        norms = batch_of(empty, torch.ones(4), empty.double()).norms(2.0)
-        assert torch.as_tensor(norms).tolist() == [ABSENT, 2.0, ABSENT]
-        finite = batch_of(empty, torch.tensor([3.0, NAN])).norms(2.0, True)
-        assert torch.as_tensor(finite).tolist() == [ABSENT, 3.0]
-
     def test_norms_of_no_elements_are_on_the_device(self) -> None:
         with torch.device("meta"):
             (parameter,) = with_gradients([torch.zeros(0)])
@@ -209,12 +197,13 @@ class TestNorms:
     @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64, torch.complex64])
     @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
     def test_of_finite_elements(self, dtype: torch.dtype, order: float) -> None:
-        tensors = [torch.tensor(v).to(dtype) for v in ([3.0, NAN, 4.0], [INF, NAN], [0.0, -INF], [5.0])]
+        values: list[list[float]] = [[3.0, NAN, 4.0], [INF, NAN], [0.0, -INF], [5.0], []]
+        tensors = [torch.tensor(v).to(dtype) for v in values]
         zeroed = [torch.where(t.isfinite(), t, 0) for t in tensors]
-        kept = [float(torch.linalg.vector_norm(t.to(torch.complex128), order)) for t in zeroed]
+        kept = [float(torch.linalg.vector_norm(t.to(torch.complex128), order)) for t in zeroed[:-1]]
         before = [bits(t) for t in tensors]
         batch = batch_of(*tensors)
-        expected = [kept[0], ABSENT, kept[2], kept[3]]
+        expected = [kept[0], ABSENT, kept[2], kept[3], ABSENT]
         assert torch.as_tensor(batch.norms(order, True)).tolist() == pytest.approx(expected, rel=1e-12)
         total = float(torch.linalg.vector_norm(torch.tensor(kept).double(), order))
         assert float(batch.norm(order, True)) == pytest.approx(total, rel=1e-6)
@@ -231,20 +220,18 @@ class TestNorms:
 
 
 class TestScaling:
-    @pytest.mark.parametrize("dtype", [F16, BF16])
-    @pytest.mark.parametrize("way", ["together", "one by one"])
-    def test_half_types_are_rounded_once(
-        self, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("unscaling", [frozenset({"cpu"}), frozenset()])
+    def test_float16_is_rounded_once(
+        self, unscaling: frozenset[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if way == "together":  # as on CUDA, for float16
-            monkeypatch.setattr(groups, "_UNSCALING", frozenset({"cpu"}))
+        monkeypatch.setattr(groups, "_UNSCALING", unscaling)  # as on CUDA, and as elsewhere
         tensors = [
-            randn(40, 3, dtype=dtype),
-            torch.tensor(1.7, dtype=dtype),
-            torch.tensor([INF, NAN, 1.0]).to(dtype),
+            randn(40, 3, dtype=F16),
+            torch.tensor(1.7, dtype=F16),
+            torch.tensor([INF, NAN, 1.0]).half(),
         ]
         clip_coef = torch.tensor(0.3337, dtype=F64)
-        expected = [(t.double() * clip_coef.float().double()).to(dtype) for t in tensors]
+        expected = [(t.double() * clip_coef.float().double()).half() for t in tensors]
         versions = [t._version for t in tensors]
         batch_of(*tensors).scale_(clip_coef)
         for tensor, value, version in zip(tensors, expected, versions, strict=True):
@@ -302,22 +289,26 @@ class TestClipper:
         assert list(norms.values()) == [5.0]
 
     @pytest.mark.parametrize(
-        ("optimizer_of", "scope", "dtypes", "most"),
+        ("optimizer_of", "scope", "nonfinite", "dtypes", "most"),
         [
-            (one_group, "global", (F32,), 20),
-            (one_group, "global", (BF16,), 20),
-            (fused, "global", (F32,), 16),
-            (fused, "global", (F16,), 16),
-            (fused, "global", (BF16,), 16),
-            (fused, "global", (F32, BF16), 16),
-            (one_group, "parameter", (F32,), 32),
-            (two_groups, "group", (F32,), 2 * 24),
+            (one_group, "global", "propagate", (F32,), 20),
+            (one_group, "global", "propagate", (BF16,), 20),
+            (fused, "global", "propagate", (F32,), 16),
+            (fused, "global", "propagate", (F16,), 16),
+            (fused, "global", "propagate", (BF16,), 16),
+            (fused, "global", "propagate", (F32, BF16), 16),
+            (one_group, "parameter", "propagate", (F32,), 32),
+            (two_groups, "group", "propagate", (F32,), 2 * 24),
+            *((one_group, scope, "zero", (F32,), 56) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F64,), 65) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F32, BF16), 89) for scope in ("global", "parameter")),
         ],
     )
     def test_a_step_takes_a_few_more_operations(
         self,
         optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        scope: Literal["global", "group", "parameter"],
+        scope: Scope,
+        nonfinite: Nonfinite,
         dtypes: tuple[torch.dtype, ...],
         most: int,
         monkeypatch: pytest.MonkeyPatch,
@@ -328,7 +319,7 @@ class TestClipper:
             optimizer = optimizer_of(on_meta(count, *dtypes))
             optimizer.step()
             alone = len(operations(optimizer.step))
-            torchclip.Clipper(optimizer, 1.0, scope=scope)
+            torchclip.Clipper(optimizer, 1.0, scope=scope, nonfinite=nonfinite)
             added.append(len(operations(optimizer.step)) - alone)
         assert added[0] == added[1] <= most
 
@@ -340,11 +331,10 @@ class TestClipper:
             torchclip.AdaGC(warmup=3),
             torchclip.RollingSigma(warmup=2, window=3),
             torchclip.Percentile(10, warmup=2, window=3),
+            lambda step: 1.0 + step,
         ],
     )
-    def test_thresholds_that_learn_read_no_value(
-        self, threshold: torchclip.Threshold, scope: Literal["global", "parameter"]
-    ) -> None:
+    def test_thresholds_that_change_read_no_value(self, threshold: MaxNorm, scope: Scope) -> None:
         added = []
         for parameters, steps in ((3, 8), (40, 2)):
             optimizer = one_group(on_meta(parameters, F32))
@@ -356,23 +346,3 @@ class TestClipper:
             assert counted == [counted[0]] * steps
             added.append(len(counted[0]) - alone)
         assert added[0] == added[1]
-
-    @pytest.mark.parametrize(("dtypes", "most"), [((F32,), 56), ((F64,), 65), ((F32, BF16), 89)])
-    @pytest.mark.parametrize("scope", ["global", "parameter"])
-    def test_zeroing_adds_operations_that_do_not_grow(
-        self, scope: Literal["global", "parameter"], dtypes: tuple[torch.dtype, ...], most: int
-    ) -> None:
-        added = []
-        for count in (40, 400):
-            optimizer = one_group(on_meta(count, *dtypes))
-            alone = len(operations(optimizer.step))
-            torchclip.Clipper(optimizer, 1.0, scope=scope, nonfinite="zero")
-            added.append(len(operations(optimizer.step)) - alone)
-        assert added[0] == added[1] <= most
-
-    def test_nor_do_thresholds_that_a_function_gives(self) -> None:
-        optimizer = one_group(on_meta(3, F32))
-        torchclip.Clipper(optimizer, lambda step: 1.0 + step, nonfinite="zero")
-        optimizer.step()
-        counted = [operations(optimizer.step) for _ in range(5)]
-        assert counted == [counted[0]] * 5

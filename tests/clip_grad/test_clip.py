@@ -150,22 +150,7 @@ def test_per_example_adds_up_in_float64() -> None:
     torch.testing.assert_close(total, expected.float(), rtol=1.2e-7, atol=0)
 
 
-def test_adaptive_clips_units_and_not_others() -> None:
-    weight = nn.Parameter(torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]]))
-    weight.grad = torch.tensor([[30.0, 40.0], [0.03, 0.04], [3.0, 4.0]])
-    torchclip.clip_grad_adaptive_(weight, clip_factor=0.1, eps=0.5)
-    torch.testing.assert_close(weight.grad, torch.tensor([[0.3, 0.4], [0.03, 0.04], [0.03, 0.04]]))
-
-
 # Which gradients
-
-
-@changing
-def test_parameters_without_gradient_are_passed_over(name: str) -> None:
-    parameters = with_gradients([torch.full((3,), 2.0), None, torch.full((2,), 2.0)])
-    CLIPPERS[name].ours(parameters, 0.5, 2)
-    assert parameters[1].grad is None
-    assert all(bool((p.grad < 2).all()) for p in (parameters[0], parameters[2]))
 
 
 def generator(parameters: list[Any]) -> Iterator[Any]:
@@ -192,9 +177,10 @@ class Items:
 @changing
 @pytest.mark.parametrize("wrap", [list, tuple, iter, generator, nn.ParameterList, set, dict_values, Items])
 def test_any_iterable_of_parameters(name: str, wrap: Callable[[Any], Any]) -> None:
-    parameters = with_gradients([torch.full((3,), 2.0), torch.full((2,), 2.0)])
-    CLIPPERS[name](wrap(parameters))
-    assert all(bool((p.grad < 2).all()) for p in parameters)
+    one, without, other = with_gradients([torch.full((3,), 2.0), None, torch.full((2,), 2.0)])
+    CLIPPERS[name](wrap([one, without, other]))
+    assert without.grad is None
+    assert all(bool((p.grad < 2).all()) for p in (one, other))
 
 
 @changing
@@ -240,10 +226,6 @@ def test_an_empty_generator_warns_where_it_was_passed(name: str) -> None:
         warnings.simplefilter("always")
         nn.utils.clip_grad_norm_((p for p in nothing), 1.0)
     assert {str(w.message) for w in torchs} <= {str(caught[0].message)}  # torch warns since 2.7
-
-
-def test_a_generator_of_parameters_without_gradient_does_not_warn() -> None:
-    torchclip.clip_grad_norm_((p for p in with_gradients([None])), 1.0)
 
 
 # Layouts
@@ -363,12 +345,6 @@ def test_a_gradient_that_cannot_be_scaled_changes_nothing(name: str, dtype: torc
     with pytest.raises(TypeError, match=message):
         CLIPPERS[name].ours([first, first, other], 0.1, 2)
     assert bool((first.grad == 5).all())
-
-
-def test_the_norm_of_expanded_and_overlapping_tensors_counts_every_element() -> None:
-    assert torchclip.get_total_norm([torch.full((1,), 3.0).expand(4)]) == 6
-    windows = torch.ones(5).unfold(0, 3, 1)
-    assert torchclip.get_total_norm([windows]) == 3
 
 
 def sparse_gradients() -> dict[str, Tensor]:
