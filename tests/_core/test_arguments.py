@@ -120,22 +120,27 @@ def test_what_a_number_can_be(function: Function, number: str) -> None:
         assert_same_as(function, number, text, float(text))
 
 
+NO_ORDERS: list[Any] = [None, "fro", "nan", "", [2], 1j, False, torch.ones(2), {}]
+NAN_ORDERS: list[Any] = [math.nan, np.float32("nan")]
+# What means the same order.
+ORDERS: list[tuple[float, list[Any]]] = [
+    (math.inf, ["inf"]),
+    (-math.inf, ["-inf"]),
+    (3.0, [np.float32(3), torch.tensor(3)]),
+    (2.0, ["2", AsFloat(), AsIndex()]),
+]
+
+
 @orders
 def test_orders(function: Function, parameters: list[Any]) -> None:
-    for order in (None, "fro", "nan", "", [2], 1j, False, torch.ones(2), {}):
+    for order in NO_ORDERS:
         with pytest.raises(TypeError, match=r"^`norm_type` must be a number or 'inf', got .*\)$"):
             function.of(parameters, norm_type=order)
-    for order in (math.nan, np.float32("nan")):
+    for order in NAN_ORDERS:
         with pytest.raises(ValueError, match=r"`norm_type` is nan; pass a number such as 2.0, or 'inf'"):
             function.of(parameters, norm_type=order)
-    alike: dict[float, list[Any]] = {
-        math.inf: ["inf"],
-        -math.inf: ["-inf"],
-        3.0: [np.float32(3), torch.tensor(3)],
-        2.0: ["2", AsFloat(), AsIndex()],
-    }
-    for same, orders in alike.items():
-        for order in orders:
+    for same, alike in ORDERS:
+        for order in alike:
             assert_same_as(function, "norm_type", order, same)
 
 

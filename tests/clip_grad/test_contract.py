@@ -344,9 +344,9 @@ class TestItem4NonFinite:
 def threads_and_instructions() -> Iterator[None]:
     """Has torch use some numbers of threads, and the kernel, where it is on, each set of instructions."""
     try:
-        for count, instructions in itertools.product((1, 2, 4), instruction_sets() or [None]):
+        for count, instructions in itertools.product((1, 2, 4), instruction_sets() or [""]):
             torch.set_num_threads(count)
-            if instructions is not None:
+            if instructions:
                 native.extension.select(instructions)
             yield
     finally:

@@ -52,7 +52,7 @@ def is_taken(name: str, given: Any, limit: Any = 1.0) -> bool:
 
 # Gradients beside a usual one that are usual, too.
 USUAL: dict[str, Callable[[], Tensor]] = {
-    **{str(dtype): lambda dtype=dtype: randn(3, 4, dtype=dtype) for dtype in DTYPES},
+    **{str(dtype): partial(randn, 3, 4, dtype=dtype) for dtype in DTYPES},
     "no axes": lambda: torch.tensor(3.0),
     "no elements": lambda: torch.empty(0, 3),
     "other strides": lambda: randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
