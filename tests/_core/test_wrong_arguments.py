@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import with_gradients
 from torch import nn
 
@@ -26,7 +27,7 @@ WRONG: dict[str, Any] = {
     "a string": "one",
     "bytes": b"1",
     "nan": math.nan,
-    "below 0": -1.0,
+    "below 0": dist.GroupMember.NON_GROUP_MEMBER,  # what stands for a group without this rank: -100
     "a list": [1.0],
     "an empty list": [],
     "a dictionary": {},

@@ -20,7 +20,6 @@ from helpers import (
     NORM_TYPES,
     as_numpy,
     assert_same_up_to_rounding,
-    grad_of,
     randn,
     random_gradients,
     with_gradients,
@@ -113,32 +112,6 @@ def test_equals_torch_where_torch_is_right(name: str) -> None:
             np.testing.assert_allclose(float(result), float(expected), rtol=rtol)
         joint = (in_a_row(p.grad for p in parameters) for parameters in (mine, theirs))
         torch.testing.assert_close(*joint, rtol=rtol, atol=rtol)
-
-
-def test_per_example_gives_what_single_examples_clipped_one_by_one_add_up_to() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-    inputs, targets = randn(6, 4), randn(6, 1, scale=0.5)
-    values = {name: p.detach() for name, p in model.named_parameters()}
-
-    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Any:
-        return (torch.func.functional_call(model, values, x) - y).square().sum()
-
-    per_example = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(values, inputs, targets)
-    sums, clipped = torchclip.clip_per_example(list(per_example.values()), max_norm=1.0)
-
-    expected = [torch.zeros_like(p) for p in model.parameters()]
-    above = 0
-    for x, y in zip(inputs, targets, strict=True):
-        model.zero_grad()
-        (model(x) - y).square().sum().backward()
-        above += int(torchclip.clip_grad_norm_(model.parameters(), 1.0) > 1)
-        for total, p in zip(expected, model.parameters(), strict=True):
-            total += grad_of(p)
-    assert 0 < above < 6
-    assert int(clipped) == above
-    for a, b in zip(sums, expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_per_example_adds_up_in_float64() -> None:

@@ -16,7 +16,6 @@ from functions import CHANGING, CLIPPERS, FUNCTIONS
 from helpers import (
     DTYPES,
     INF,
-    NORM_TYPES,
     as_numpy,
     bits,
     exact_norm,
@@ -44,27 +43,13 @@ def relative_error(actual: Tensor, expected: float) -> float:
 
 
 class TestWhatTorchGetsWrong:
-    """Each is a silent error, or a refusal, of torch.nn.utils in torch 2.13."""
+    """Each is a silent error, or a refusal, of torch.nn.utils; docs/contract.md shows all of them."""
 
-    def test_a_hundred_million_float32_gradients(self) -> None:
-        # Torch is off by a percent and more: it adds up in float32.
+    def test_twenty_million_float32_gradients(self) -> None:
+        # Torch is off by some tenths of a percent: it adds up in float32.
         million = randn(10**6)
-        expected = 10 * math.sqrt(math.fsum(million.double().square().tolist()))
-        assert relative_error(get_total_norm(million.repeat(100)), expected) < 1e-7
-
-    def test_four_gradients_of_1e20(self) -> None:
-        # Torch's norm is inf, and the gradients become zero.
-        parameters = with_gradients([torch.full((2,), 1e20), torch.full((2,), -1e20)])
-        assert relative_error(clip_grad_norm_(parameters, 1.0), 2e20) < 1e-7
-        assert torch.cat([p.grad for p in parameters]).tolist() == pytest.approx(
-            [0.5, 0.5, -0.5, -0.5], rel=1e-6
-        )
-
-    def test_float16_gradients_of_300(self) -> None:
-        # Torch's norm is inf, and the gradients become zero.
-        (p,) = with_gradients([torch.full((90_000,), 300.0, dtype=torch.float16)])
-        assert float(clip_grad_norm_(p, 900.0)) == 90_000
-        assert bool((p.grad == 3).all())
+        expected = math.sqrt(20 * math.fsum(million.double().square().tolist()))
+        assert relative_error(get_total_norm(million.repeat(20)), expected) < 1e-7
 
     def test_a_bfloat16_norm_has_more_than_three_digits_and_does_not_depend_on_the_split(self) -> None:
         gradient = randn(10_000, dtype=torch.bfloat16)
@@ -165,15 +150,6 @@ class TestItem1TheNorm:
         small = finite[finite.abs() < 1e-5]
         assert relative_error(get_total_norm(small), exact_norm(small.tolist())) < 1e-7
 
-    @pytest.mark.parametrize("order", NORM_TYPES)
-    def test_does_not_depend_on_split_or_order(self, order: float | str) -> None:
-        gradient = randn(70_000)
-        whole = float(get_total_norm(gradient, order))
-        for size in (1000, 30_000, 69_999):
-            parts = gradient.split(size)
-            assert float(get_total_norm(parts, order)) == pytest.approx(whole, rel=1.2e-7)
-            assert float(get_total_norm(parts[::-1], order)) == pytest.approx(whole, rel=1.2e-7)
-
     @pytest.mark.usefixtures("on_host")
     @pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, INF])
     def test_of_complex_numbers_of_few_digits(self, order: float) -> None:
@@ -253,11 +229,6 @@ class TestItem3TheCoefficient:
             after = float(get_total_norm([p.grad for p in parameters]))
             # Each number is rounded to its own dtype: half a unit of bfloat16, or of its smallest number.
             assert after <= min(before, ratio * before) * (1 + 2**-8) + 1e-5
-
-    def test_zero_gradients_stay_zero(self) -> None:
-        (p,) = with_gradients([torch.zeros(3)])
-        assert clip_grad_norm_(p, 0.0) == 0
-        assert p.grad.tolist() == [0, 0, 0]
 
 
 class TestItem4NonFinite:
@@ -377,11 +348,14 @@ class TestItem5TheSameAnswerEveryTime:
         assert len(seen) == 1
 
 
-def test_item_6_the_same_tensor_under_two_parameters_counts_once() -> None:
-    shared = torch.tensor([3.0, 4.0])
-    parameters = with_gradients([shared, shared])
-    assert clip_grad_norm_(parameters, 1.0) == 5
-    torch.testing.assert_close(shared, torch.tensor([0.6, 0.8]))
+class TestItem6Arguments:
+    """The refusals are in test_arguments.py."""
+
+    def test_the_same_tensor_under_two_parameters_counts_once(self) -> None:
+        shared = torch.tensor([3.0, 4.0])
+        parameters = with_gradients([shared, shared])
+        assert clip_grad_norm_(parameters, 1.0) == 5
+        torch.testing.assert_close(shared, torch.tensor([0.6, 0.8]))
 
 
 class TestItem7Autograd:
@@ -437,26 +411,12 @@ def test_item_7_compiles_without_a_break(name: str, everywhere: str) -> None:
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float32)
     gradients = [randn(4, i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    if backend == "eager" and name != "clip_grad_value_":
+        gradients.append(randn(4, 2, dtype=torch.complex64))
     mine, others = (with_gradients([each.clone() for each in gradients]) for _ in range(2))
     result, expected = compiled(mine), call(others)
     if expected is not None:
         torch.testing.assert_close(result, expected, check_dtype=True)
-    for a, b in zip(mine, others, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_adaptive_"])
-def test_item_7_compiles_with_complex_gradients(name: str) -> None:
-    torch.compiler.reset()
-    call = COMPILED[name]
-    compiled = torch.compile(call, fullgraph=True, backend="eager")
-    mine, others = (
-        with_gradients([randn(4, 2, dtype=torch.complex64), randn(3).bfloat16()]) for _ in range(2)
-    )
-    result, expected = compiled(mine), call(others)
-    assert (result is None) == (expected is None)
-    if expected is not None:
-        torch.testing.assert_close(result, expected)
     for a, b in zip(mine, others, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
