@@ -386,25 +386,6 @@ def test_adaptive_refuses_gradients_that_are_sparse_within_rows() -> None:
     assert bool((parameters[0].grad == 5).all())
 
 
-class Subclass(torch.Tensor):
-    pass
-
-
-@names
-def test_tensor_subclasses(name: str) -> None:
-    plain, wrapped = ([randn(4, 3), randn(5)] for _ in range(2))
-    mine = with_gradients([None, None])
-    for i, gradient in enumerate(wrapped):
-        mine[i] = nn.Parameter(torch.zeros(gradient.shape))
-        mine[i].grad = gradient.as_subclass(Subclass)
-    others = with_gradients(plain)
-    results = [CLIPPERS[name].ours(ps, 0.5, 2) for ps in (mine, others)]
-    if results[0] is not None:
-        torch.testing.assert_close(torch.Tensor(results[0]), results[1])
-    for a, b in zip(mine, others, strict=True):
-        torch.testing.assert_close(a.grad.as_subclass(torch.Tensor), b.grad)
-
-
 def test_more_small_gradients_than_are_copied_at_once() -> None:
     gradients = [randn(16_000) for _ in range(70)]
     norm = torchclip.get_total_norm(gradients)

@@ -116,7 +116,7 @@ class TestItem1TheNorm:
         else:
             assert total_norm == pytest.approx(expected, rel=1e-7, abs=1e-45 if dtype == torch.float32 else 0)
 
-    @pytest.mark.parametrize("number", [1e200, 1e-200, 1e307, 5e-324])
+    @pytest.mark.parametrize("number", [1e200, 1e-160, 1e-200, 1e307, 5e-324])
     @pytest.mark.parametrize("order", [0.5, 1, 2, 3, INF])
     def test_neither_overflows_nor_underflows_in_float64(self, number: float, order: float) -> None:
         expected = number * (8 ** (1 / order))
@@ -141,14 +141,6 @@ class TestItem1TheNorm:
     def test_an_order_near_0_overflows_to_inf(self) -> None:
         ones = [torch.ones(1, dtype=d) for d in (torch.float32, torch.float64, torch.float16)]
         assert get_total_norm(ones, 1e-3) == INF
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_of_low_precision(self, dtype: torch.dtype) -> None:
-        everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-        finite = everything[everything.isfinite() & (everything.abs() < 1e33)]
-        assert relative_error(get_total_norm(finite, 1), math.fsum(finite.abs().tolist())) < 1e-7
-        small = finite[finite.abs() < 1e-5]
-        assert relative_error(get_total_norm(small), exact_norm(small.tolist())) < 1e-7
 
     @pytest.mark.usefixtures("on_host")
     @pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, INF])

@@ -226,24 +226,18 @@ def test_forward_mode_differentiation(function: Function) -> None:
             torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)
 
 
-OF_A_NUMBER: dict[str, Callable[[list[Tensor], float], Any]] = {
-    "clip_grad_norm_": lambda ps, number: torchclip.clip_grad_norm_(ps, number),
-    "norm_type": lambda ps, number: torchclip.clip_grad_norm_(ps, 0.5, number + 1),
-    "clip_grads_with_norm_": lambda ps, number: torchclip.clip_grads_with_norm_(ps, number, 9 * number),
-    "clip_grad_value_": lambda ps, number: torchclip.clip_grad_value_(ps, number),
-    "clip_grad_norm_per_parameter_": lambda ps, number: torchclip.clip_grad_norm_per_parameter_(ps, number),
-    "clip_grad_rms_": lambda ps, number: torchclip.clip_grad_rms_(ps, number),
-    "clip_grad_adaptive_": lambda ps, number: torchclip.clip_grad_adaptive_(ps, number),
-}
-
-
 @pytest.mark.parametrize("kernel_on_and_off", ["torch operations"], indirect=True)  # as in compiled code
 @pytest.mark.parametrize(
-    ("name", "dynamic"), [*((name, None) for name in OF_A_NUMBER), ("clip_grad_norm_", True)]
+    ("function", "argument", "dynamic"),
+    [
+        *((function, number, None) for function in CHANGING.values() for number in function.numbers),
+        (CHANGING["clip_grad_norm_"], "norm_type", None),
+        (CHANGING["clip_grad_norm_"], "max_norm", True),
+    ],
 )
-def test_a_graph_holds_for_other_numbers(name: str, dynamic: bool | None) -> None:
+def test_a_graph_holds_for_other_numbers(function: Function, argument: str, dynamic: bool | None) -> None:
     def clip(weight: Tensor, number: float) -> Any:
-        return OF_A_NUMBER[name]([weight], number)
+        return function([weight], **{argument: number})
 
     torch._dynamo.reset()
     compiled = torch.compile(clip, backend="eager", fullgraph=True, dynamic=dynamic)
