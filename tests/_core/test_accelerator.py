@@ -29,6 +29,7 @@ from torchclip.thresholds import MaxNorm
 INF, NAN = math.inf, math.nan
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ORDERS = (1.0, 2.0, INF)
+OTHER_ORDERS = (0.0, 0.5, 3.0, -1.0, -INF)
 
 
 class Operations(TorchDispatchMode):
@@ -75,11 +76,7 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 # Each with the orders to call it with, and how many operations it may take.
 CALLS: dict[str, tuple[Callable[[list[nn.Parameter], float], object], tuple[float, ...], int]] = {
     "clip_grad_norm_": (lambda ps, order: torchclip.clip_grad_norm_(ps, 1.0, order), ORDERS, 19),
-    "of another order": (
-        lambda ps, p: torchclip.clip_grad_norm_(ps, 1.0, p),
-        (0.0, 0.5, 3.0, -1.0, -INF),
-        30,
-    ),
+    "of another order": (lambda ps, p: torchclip.clip_grad_norm_(ps, 1.0, p), OTHER_ORDERS, 30),
     "get_total_norm": (lambda ps, order: torchclip.get_total_norm(gradients(ps), order), ORDERS, 13),
     "clip_grads_with_norm_": (
         lambda ps, _: torchclip.clip_grads_with_norm_(ps, 1.0, torch.ones((), device="meta")),
