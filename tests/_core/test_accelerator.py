@@ -18,7 +18,6 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
-from torchclip import kernel
 from torchclip._core import groups, memory, rows
 from torchclip._core.batch import Facts
 from torchclip._core.operations import TorchBatch
@@ -273,16 +272,6 @@ def fused(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class TestClipper:
-    def test_a_default_device_elsewhere_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        as_on_an_accelerator(monkeypatch)
-        absent, weight = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-        weight.grad = torch.tensor([3.0, 4.0])
-        optimizer = one_group([absent, weight])
-        clipper = torchclip.Clipper(optimizer, 1.0)
-        with kernel.disabled(), torch.device("meta"):
-            norms = clipper.norms()
-        assert list(norms.values()) == [5.0]
-
     @pytest.mark.parametrize(
         ("optimizer_of", "scope", "nonfinite", "dtypes", "most"),
         [

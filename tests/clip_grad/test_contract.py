@@ -222,6 +222,12 @@ class TestItem3TheCoefficient:
             # Each number is rounded to its own dtype: half a unit of bfloat16, or of its smallest number.
             assert after <= min(before, ratio * before) * (1 + 2**-8) + 1e-5
 
+    @changing
+    def test_zero_gradients_stay_zero(self, name: str) -> None:
+        (p,) = with_gradients([torch.zeros(3)])
+        CLIPPERS[name].ours([p], 0.0, 2)
+        assert p.grad.tolist() == [0, 0, 0]
+
 
 class TestItem4NonFinite:
     @pytest.mark.parametrize("bad", [INF, -INF, math.nan])
@@ -393,13 +399,13 @@ COMPILED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("everywhere", ["torch operations"], indirect=True)  # as in compiled code
+# Both find every break; the second also needs operations without side effects.
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_item_7_compiles_without_a_break(name: str, everywhere: str) -> None:
+def test_item_7_compiles_without_a_break(name: str, backend: str) -> None:
     torch.compiler.reset()
     call = COMPILED[name]
-    # Both backends find every break; the second also needs operations without side effects, and takes longer.
-    # Compiled code does not use the kernel, so torch operations do the work.
-    backend = "eager" if everywhere == "kernel" else "aot_eager"
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float32)
     gradients = [randn(4, i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)]

@@ -50,27 +50,6 @@ def test_a_tensor_of_zeros_without_memory_is_measured_as_zeros(length: int) -> N
     assert torchclip.get_total_norm([zeros, torch.tensor([3.0, 4.0])]) == 5
 
 
-@changing
-@pytest.mark.parametrize(
-    "gone",
-    [
-        lambda: torch._efficientzerotensor((3,)),
-        lambda: without_memory(3),
-        lambda: without_memory(3, offset=10),
-        sparse_without_memory,
-    ],
-    ids=["zeros", "resized", "view of resized", "sparse"],
-)
-def test_a_gradient_without_memory_is_refused_before_any_is_changed(
-    function: Function, gone: Callable[[], Tensor]
-) -> None:
-    first, second = with_gradients([torch.full((3,), 4.0), None])
-    second.data, second.grad = torch.zeros(3), gone()
-    with pytest.raises(RuntimeError, match=r"item 1 of `parameters` has a gradient .* no memory"):
-        function([first, second])
-    assert first.grad.eq(4).all()
-
-
 def test_measured_tensors_without_memory_are_refused() -> None:
     for gone in (without_memory(3), without_memory(70_000, offset=5), sparse_without_memory()):
         with pytest.raises(RuntimeError, match=r"item 1 of `tensors`, .* no memory"):
@@ -87,11 +66,50 @@ def test_weights_without_memory_are_refused() -> None:
     assert weight.grad.eq(1).all()
 
 
-def test_no_elements_need_no_memory() -> None:
-    assert torchclip.get_total_norm([torch.ones(5)[5:], torch.ones(0), torch.ones(4)]) == 2
+# Gradients that cannot be changed, or only in some circumstances
 
 
-# Gradients that torch changes only in some circumstances
+def expanded_sparse() -> Tensor:
+    places, values = torch.tensor([[0, 1]]), torch.ones(1).expand(2)
+    return torch.sparse_coo_tensor(places, values, (4,), check_invariants=True, is_coalesced=True)
+
+
+OVERLAPS = r"more than one element .*item 2 of `parameters` has .*, which is expanded or overlaps itself"
+OVERLAPPING: dict[str, Callable[[], Tensor]] = {
+    "expanded": lambda: torch.ones(1).expand(4),
+    "windows": lambda: torch.ones(6).unfold(0, 3, 1),
+    "a stride of half a row": lambda: torch.ones(9).as_strided((4, 2), (2, 2)),
+    "axes that meet": lambda: torch.ones(20).as_strided((3, 4), (3, 2)),
+    "three axes": lambda: torch.ones(20).as_strided((2, 2, 3), (1, 5, 1)),
+    "complex": lambda: torch.ones(6, dtype=torch.complex64).as_strided((3, 2), (1, 1)),
+    "in float16": lambda: torch.ones(6, dtype=torch.float16).as_strided((3, 2), (1, 1)),
+}
+NOT_SCALED = r"^item 2 of `parameters` has a gradient of shape \(2,\) and dtype torch.\w+, which cannot be sc"
+NO_MEMORY = r"item 2 of `parameters` has a gradient .* no memory"
+REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
+    **{kind: (make, OVERLAPS) for kind, make in OVERLAPPING.items()},
+    "expanded sparse": (expanded_sparse, f"{OVERLAPS}|sparse within its rows"),
+    "int64": (lambda: torch.ones(2, dtype=torch.int64), NOT_SCALED),
+    "float8": (lambda: torch.ones(2).to(torch.float8_e5m2), NOT_SCALED),
+    "zeros": (lambda: torch._efficientzerotensor((3,)), NO_MEMORY),
+    "resized": (lambda: without_memory(3), NO_MEMORY),
+    "view of resized": (lambda: without_memory(3, offset=10), NO_MEMORY),
+    "sparse without memory": (sparse_without_memory, NO_MEMORY),
+}
+
+
+@changing
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_gradient_that_cannot_be_changed_is_refused_before_any_is(function: Function, kind: str) -> None:
+    make, message = REFUSED[kind]
+    gradient = make()
+    other = torch.zeros(gradient.shape, dtype=gradient.dtype)
+    other.grad = gradient
+    before, after = with_gradients([torch.full((3,), 5.0) for _ in range(2)])
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        function([nn.Parameter(torch.zeros(1)), before, other, after])
+    assert [grad._version for grad in (before.grad, gradient, after.grad)] == [0, 0, 0]
+    assert all(p.grad.eq(5).all() for p in (before, after))
 
 
 @changing

@@ -184,7 +184,6 @@ def within(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 # Whether a module, and the generator of its parameters, are walked without being run.
 WALKED: dict[str, Callable[[], nn.Module]] = {
     "nested": lambda: nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Tanh(), nn.Linear(2, 2)), nn.Tanh()),
-    "recurrent": lambda: nn.LSTM(3, 4, num_layers=2),
     "shared module": shared_module,
     "shared weights": shared_weights,
     "without some": with_none,
