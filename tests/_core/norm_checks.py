@@ -20,7 +20,7 @@ from dtensors import (
     whole,
     with_norm,
 )
-from helpers import DTYPES, NORM_TYPES, grad_of, randn
+from helpers import DTYPES, NORM_TYPES, bits, grad_of, randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -117,13 +117,17 @@ def check_pending_sums_and_averages() -> None:
         assert all(g.placements == way for g, way in zip(grads, ways, strict=True))
 
 
-def check_pending_sums_are_not_clamped() -> None:
-    mesh = init_device_mesh("cpu", (4,))
-    p = parameter(addends(randn(6, 5), mesh, Partial()))
-    before = p.grad.to_local().clone()
-    with pytest.raises(TypeError, match=r"gradient 0 of shape \(6, 5\).*pending.*redistribute"):
-        torchclip.clip_grad_value_([p], 0.1)
-    assert torch.equal(p.grad.to_local(), before)
+def check_pending_sums_are_neither_clamped_nor_zeroed() -> None:
+    full = randn(6, 5)
+    full[0, 0] = math.nan
+    p = parameter(addends(full, init_device_mesh("cpu", (4,)), Partial()))
+    before = bits(p.grad.to_local())
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    torchclip.Clipper(optimizer, 1.0, nonfinite="zero")
+    for call in (lambda: torchclip.clip_grad_value_([p], 0.1), optimizer.step):
+        with pytest.raises(TypeError, match=r"gradient 0 of shape \(6, 5\).*pending.*redistribute"):
+            call()
+    assert bits(p.grad.to_local()) == before
 
 
 def check_pending_products_are_not_scaled() -> None:
