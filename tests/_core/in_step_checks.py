@@ -292,7 +292,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
         # Reading a norm is enough.
         grad = split(full, DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu"), Shard(0))
         with pytest.raises(RuntimeError, match="ranks are out of step"):
-            torchclip.get_total_norm(grad, 1.0 + rank % 2, error_if_nonfinite=True)
+            torchclip.clip_grad_norm_([parameter(grad)], 1.0, 1.0 + rank % 2, error_if_nonfinite=True)
 
 
 def check_clippers_that_one_rank_refuses_or_is_not_in_step_with() -> None:

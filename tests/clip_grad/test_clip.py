@@ -214,7 +214,6 @@ LAYOUTS = {
     "channels last": lambda: randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "every second": lambda: randn(12, 10)[::2, ::2],
     "with gaps, large": lambda: randn(700, 400)[:, ::3],
-    "column": lambda: randn(9, 4)[:, 1],
     "view into a flat buffer": lambda: randn(100)[17:37].view(4, 5),
     "0-dim": lambda: randn(),
     "0-dim of a vector": lambda: randn(5)[2],

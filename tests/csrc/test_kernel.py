@@ -250,7 +250,7 @@ def test_gradients_in_order_once_and_only_where_there_are_some(count: int) -> No
     grads = list(torch.randn(count, 1))
     parameters = with_gradients([each for grad in grads for each in (grad, None)])
     parameters += with_gradients([grads[0]])  # one gradient for two parameters
-    for repeated in (parameters * 3, tuple(parameters * 3)):
+    for repeated in (parameters, parameters * 3, tuple(parameters * 3)):
         assert [id(g) for g in _kernel.gradients(repeated).all] == list(map(id, grads))
 
 
