@@ -214,18 +214,15 @@ class TestNorms:
 
 
 class TestScaling:
-    @pytest.mark.parametrize("unscaling", [frozenset({"cpu"}), frozenset()])
-    def test_float16_is_rounded_once(
-        self, unscaling: frozenset[str], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("dtype", [F16, BF16])
+    @pytest.mark.parametrize("unscaling", [["cpu"], []])  # as on CUDA, for float16, and as elsewhere
+    def test_half_types_are_rounded_once(
+        self, dtype: torch.dtype, unscaling: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(groups, "_UNSCALING", unscaling)  # as on CUDA, and as elsewhere
-        tensors = [
-            randn(40, 3, dtype=F16),
-            torch.tensor(1.7, dtype=F16),
-            torch.tensor([INF, NAN, 1.0]).half(),
-        ]
+        monkeypatch.setattr(groups, "_UNSCALING", frozenset(unscaling))
+        tensors = [randn(40, 3, dtype=dtype), *(torch.tensor(v).to(dtype) for v in (1.7, [INF, NAN, 1.0]))]
         clip_coef = torch.tensor(0.3337, dtype=F64)
-        expected = [(t.double() * clip_coef.float().double()).half() for t in tensors]
+        expected = [(t.double() * clip_coef.float().double()).to(dtype) for t in tensors]
         versions = [t._version for t in tensors]
         batch_of(*tensors).scale_(clip_coef)
         for tensor, value, version in zip(tensors, expected, versions, strict=True):

@@ -82,7 +82,9 @@ def norms_close(actual: Tensor, expected: float | list[float], dtype: torch.dtyp
 def test_equals_its_numpy_twin(name: str) -> None:
     clipper = CLIPPERS[name]
     for kind, dtype, order, limit in grid(name):
-        gradients, values = numbers(kind, dtype), numbers(kind, dtype, scale=0.5)
+        gradients = numbers(kind, dtype)
+        # Some weights have norms below the least one of adaptive clipping.
+        values = [v if i % 2 else v / 1000 for i, v in enumerate(numbers(kind, dtype, scale=0.5))]
         parameters = with_gradients([g.clone() for g in gradients], [v.clone() for v in values])
         twins = [as_numpy(g) for g in gradients]
         result = clipper.ours(parameters, limit, order)
