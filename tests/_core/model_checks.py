@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_helpers import since_2_7, world_of
-from dtensors import assert_agreed, collectives_of, parameter, split, whole
+from dtensors import assert_agreed, assert_same, collectives_of, parameter, split, whole
 from helpers import randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -174,3 +174,14 @@ def check_what_torch_asserts_of_a_mesh() -> None:
         backward(model, my_part(batch_of(4, torch.float64)), weight=0.0)
         assert torchclip.clip_grad_norm_(model.parameters(), 0.1, order, error_if_nonfinite=True) == 0
         assert all((p.grad.to_local() == 0).all() for p in parameters_of(model))
+
+
+@world_of(2)
+def check_compiled() -> None:
+    """A compiled step may break its graph at the exchange; the result is the same."""
+    mesh = init_device_mesh("cpu", (2,))
+    full = randn(6, 5)
+    p, oracle = parameter(split(full, mesh, Shard(0))), parameter(full.clone())
+    compiled = torch.compile(lambda q: torchclip.clip_grad_norm_([q], 0.5), backend="eager")
+    assert compiled(p) == torchclip.clip_grad_norm_([oracle], 0.5)
+    assert_same(p.grad, oracle.grad)
