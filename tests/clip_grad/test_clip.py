@@ -374,7 +374,7 @@ def tensors_in(result: Any) -> list[Tensor]:
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_context_makes_no_difference(function: Function, context: str) -> None:
-    orders = [{"norm_type": order} for order in NORM_TYPES] if function.takes_order else [{}]
+    orders = [{"norm_type": order} for order in (0, 1, 2, 3, INF)] if function.takes_order else [{}]
     for dtype, order in itertools.product((*LOW_PRECISION, torch.float32, torch.float64), orders):
         grads = [*numbers("large", dtype), *numbers("with empty ones", dtype)]
         mine, others = (with_gradients([grad.clone() for grad in grads]) for _ in range(2))

@@ -68,7 +68,7 @@ def parameters_of(dtype: torch.dtype, layout: Callable[[Tensor], Tensor], shapes
 @needs_kernel
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("order", [2.0, 1.0, math.inf, 3.0])
+@pytest.mark.parametrize("order", [2.0, 1.0, math.inf])
 def test_kernel_and_torch_operations_agree(
     dtype: torch.dtype, layout: Callable[[Tensor], Tensor], order: float
 ) -> None:
