@@ -15,7 +15,7 @@ from torchclip import kernel
 pytestmark = pytest.mark.slow  # each starts a process
 
 HIDE = "setattr(torch.Tensor, NAME, None)"
-NO_PACKAGE = "sys.modules['torch_c_dlpack_ext'] = None"
+HIDE_BOTH = f"{HIDE}; sys.modules['torch_c_dlpack_ext'] = None"
 OWN_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and "torch_c_dlpack_ext" not in sys.modules
 
 PROGRAM = """
@@ -66,11 +66,7 @@ def status(tmp_path: Path, *cases: tuple[str, str | None]) -> list[str]:
 LACKS = re.escape(f"off (torch {torch.__version__} has no DLPack exchange table")
 FAILED = f"not imported: {LACKS}, and torch-c-dlpack-ext could not add it"
 WITHOUT_TABLE: list[tuple[str, str | None, str]] = [
-    (
-        f"{HIDE}; {NO_PACKAGE}",
-        None,
-        rf"not imported: {LACKS}; .* pip install 'torchclip\[kernel\]' .* adds it\)",
-    ),
+    (HIDE_BOTH, None, rf"not imported: {LACKS}; .* pip install 'torchclip\[kernel\]' .* adds it\)"),
     (
         HIDE,
         "raise OSError('undefined symbol:\\n  _ZN3c10')",
