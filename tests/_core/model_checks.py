@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_helpers import since_2_7, world_of
-from dtensors import assert_agreed, assert_same, collectives_of, parameter, split, whole
+from dtensors import assert_agreed, assert_same, collectives_of, compare, global_norm, parameter, split, whole
 from helpers import randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -109,6 +109,16 @@ def backward(model: nn.Module, x: Tensor, weight: float = 100.0) -> None:
     (weight * model(x).square().mean()).backward()
 
 
+def compare_models(model: nn.Module, oracle: nn.Module) -> None:
+    """A spread model of float64, whose gradients are clipped as those of one that is not."""
+    expected = torchclip.clip_grad_norm_(oracle.parameters(), 0.1)
+    actual = torchclip.clip_grad_norm_(model.parameters(), 0.1)
+    assert_agreed(actual)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
+    for p, q in zip(parameters_of(model), parameters_of(oracle), strict=True):
+        torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-11, atol=1e-11)
+
+
 def my_part(x: Tensor, parts: int = 4, place: int | None = None) -> Tensor:
     return x.chunk(parts)[dist.get_rank() if place is None else place]
 
@@ -122,6 +132,36 @@ def sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
 
 def offloaded(model: nn.Sequential) -> nn.Sequential:
     return sharded(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+@since_2_7
+def check_fsdp2_in_mixed_precision() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(model_of(), mp_policy=policy)
+    backward(model, my_part(batch_of(4, torch.bfloat16)))
+    fulls = [whole(p.grad).clone() for p in parameters_of(model)]
+    compare(fulls, [p.grad for p in parameters_of(model)], global_norm(0.1))
+
+
+def check_tensor_parallel_sequence() -> None:
+    """SequenceParallel leaves gradients of which each rank has an addend."""
+    model, oracle = (model_of(1, torch.float64) for _ in range(2))
+    parallelize_module(model[0], init_device_mesh("cpu", (4,)), SEQUENCE_PARALLEL)
+    x = randn(4, 8, 6, dtype=torch.float64)
+    backward(oracle, x)
+    backward(model, x.chunk(4, dim=1)[dist.get_rank()], 100 / 4)
+    assert (Partial(),) in [p.grad.placements for p in parameters_of(model)]
+    compare_models(model, oracle)
+
+
+def check_ddp() -> None:
+    oracle, x = model_of(dtype=torch.float64), batch_of(4, torch.float64)
+    model = nn.parallel.DistributedDataParallel(model_of(dtype=torch.float64))
+    backward(model, my_part(x))
+    backward(oracle, x)
+    grads = [p.grad for p in parameters_of(model)]
+    assert collectives_of(lambda: torchclip.get_total_norm(grads)) == []
+    compare_models(model, oracle)
 
 
 @since_2_7
@@ -140,12 +180,7 @@ def check_fsdp2_with_tensor_parallel() -> None:
     assert "_StridedShard" in kinds
     grads = [p.grad for p in parameters_of(model)]
     assert len(collectives_of(lambda: torchclip.get_total_norm(grads))) == 1
-    expected = torchclip.clip_grad_norm_(oracle.parameters(), 0.1)
-    actual = torchclip.clip_grad_norm_(model.parameters(), 0.1)
-    assert_agreed(actual)
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
-    for p, q in zip(parameters_of(model), parameters_of(oracle), strict=True):
-        torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-11, atol=1e-11)
+    compare_models(model, oracle)
 
 
 @since_2_7

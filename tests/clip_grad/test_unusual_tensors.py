@@ -82,7 +82,6 @@ OVERLAPPING: dict[str, Callable[[], Tensor]] = {
     "axes that meet": lambda: torch.ones(20).as_strided((3, 4), (3, 2)),
     "three axes": lambda: torch.ones(20).as_strided((2, 2, 3), (1, 5, 1)),
     "complex": lambda: torch.ones(6, dtype=torch.complex64).as_strided((3, 2), (1, 1)),
-    "in float16": lambda: torch.ones(6, dtype=torch.float16).as_strided((3, 2), (1, 1)),
 }
 NOT_SCALED = r"^item 2 of `parameters` has a gradient of shape \(2,\) and dtype torch.\w+, which cannot be sc"
 NO_MEMORY = r"item 2 of `parameters` has a gradient .* no memory"
