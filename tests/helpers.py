@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import torchclip
-from torchclip._core import memory
+from torchclip._core import memory, native
 from torchclip.history import Record
 
 INF = math.inf
@@ -114,6 +114,17 @@ def bits(tensor: Tensor) -> bytes:
         .numpy()
         .tobytes()
     )
+
+
+def instruction_sets() -> list[str]:
+    """Those of this machine that the kernel can use; none where it is off."""
+    found = []
+    for name in ("avx512", "avx2", "baseline") if native.active() else ():
+        with suppress(ValueError):
+            native.extension.select(name)
+            found.append(name)
+            native.extension.select(None)
+    return found
 
 
 def exact_norm(values: Sequence[float]) -> float:

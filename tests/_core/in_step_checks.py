@@ -184,18 +184,6 @@ def check_a_refusal_on_meshes_of_some_ranks() -> None:
     assert errors_of(lambda: torchclip.clip_grad_norm_([parameter(grad)], 1e6)) == [""] * 4
 
 
-def check_a_refusal_in_the_first_call_with_groups_that_cross() -> None:
-    """The ranks first find out which ranks the groups connect: all get the error, and no rank waits."""
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    crossing = [grid.get_group("a"), grid.get_group("b")]
-    own = torch.full((2,), 1.0 + dist.get_rank())
-    order = math.nan if dist.get_rank() == 1 else 2.0
-    errors = errors_of(lambda: torchclip.clip_grad_norm_([parameter(own)], 1.0, order, group=crossing))
-    assert_refused_by(1, errors, "`norm_type`")
-    norm = torchclip.get_total_norm([own], group=crossing)
-    assert norm == torchclip.get_total_norm([torch.full((2,), 1.0 + rank) for rank in range(4)])
-
-
 def out_of_step(call: Callable[[], Any], again: Callable[[], Any], *say: str) -> None:
     """All ranks raise an error that says what they are at, also in later calls."""
     errors = errors_of(call)
@@ -243,21 +231,29 @@ def check_ranks_that_make_different_calls() -> None:
     )
 
 
-def check_refusals_on_an_accelerator() -> None:
-    """A rank that refuses sends as many norms as the others; the next call finds what groups connect."""
+def check_a_refusal_in_the_first_call_with_groups_that_cross() -> None:
+    """The ranks first find out which ranks the groups connect: all get the error, and no rank waits.
+
+    On an accelerator that is the next call's, and a rank that refuses sends as many norms as the others.
+    """
     rank = dist.get_rank()
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    unit = parameter(split(randn(8), grid["a"], Shard(0)))
-    own, limit = torch.full((2,), 1.0 + rank), -1.0 if rank == 3 else 1.0
     crossing = [grid.get_group("a"), grid.get_group("b")]
+    own, unit = torch.full((2,), 1.0 + rank), parameter(split(randn(8), grid["a"], Shard(0)))
+    expected = torchclip.get_total_norm([torch.full((2,), 1.0 + r) for r in range(4)])
     with pytest.MonkeyPatch.context() as patch:
         as_on_an_accelerator(patch)
+        limit = -1.0 if rank == 3 else 1.0
         errors = errors_of(lambda: torchclip.clip_grad_adaptive_([unit], limit))
         assert [bool(error) for error in errors] == [False, False, False, True]
         errors = errors_of(lambda: torchclip.get_total_norm([own], group=crossing))
         assert ["rank 3 refused" in error for error in errors] == [False, True, False, True]
-        norm = torchclip.get_total_norm([own], group=crossing)
-        assert norm == torchclip.get_total_norm([torch.full((2,), 1.0 + r) for r in range(4)])
+        assert torchclip.get_total_norm([own], group=crossing) == expected
+    order = math.nan if rank == 1 else 2.0
+    groups = crossing[::-1]  # which these ranks have not asked about
+    errors = errors_of(lambda: torchclip.clip_grad_norm_([parameter(own)], 1.0, order, group=groups))
+    assert_refused_by(1, errors, "`norm_type`")
+    assert torchclip.get_total_norm([own], group=groups) == expected
 
 
 def check_ranks_out_of_step_on_an_accelerator() -> None:
@@ -296,7 +292,7 @@ def check_ranks_out_of_step_on_an_accelerator() -> None:
         # Reading a norm is enough.
         grad = split(full, DeviceMesh.from_group(dist.new_group([0, 1, 2, 3]), "cpu"), Shard(0))
         with pytest.raises(RuntimeError, match="ranks are out of step"):
-            torchclip.get_total_norm(grad, 1.0 + rank % 2, error_if_nonfinite=True)
+            torchclip.clip_grad_norm_([parameter(grad)], 1.0, 1.0 + rank % 2, error_if_nonfinite=True)
 
 
 def check_clippers_that_one_rank_refuses_or_is_not_in_step_with() -> None:
@@ -331,5 +327,3 @@ def check_clippers_that_one_rank_refuses_or_is_not_in_step_with() -> None:
         clipper.norms if rank == 0 else optimizer.step, optimizer.step, "Clipper.norms", "a Clipper's step"
     )
     assert (p.to_local() == 0).all()
-    _, optimizer, clipper = made(3 if rank == 0 else 2, "group")
-    out_of_step(optimizer.step, optimizer.step, "2 norms", "3 norms")

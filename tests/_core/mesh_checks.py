@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from dtensors import assert_agreed, assert_same, compare, global_norm, parameter, split
@@ -172,10 +170,3 @@ def check_ranks_agree_on_the_dtype() -> None:
         norm = torchclip.clip_grad_norm_([parameter(None, like=wide), parameter(narrow)], 0.5)
         assert norm.dtype == torch.float32
         assert_agreed(norm)
-
-
-def check_groups_are_process_groups() -> None:
-    groups: list[Any] = ["world", [dist.group.WORLD, 1], dist.GroupMember.NON_GROUP_MEMBER]
-    for wrong in groups:
-        with pytest.raises(TypeError, match="`group` must be a process group"):
-            torchclip.get_total_norm([], group=wrong)

@@ -4,11 +4,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_helpers import TORCH, since_2_7, world_of
+from distributed_helpers import TORCH, since_2_7
 from dtensors import (
     addends,
     assert_agreed,
@@ -20,7 +21,7 @@ from dtensors import (
     whole,
     with_norm,
 )
-from helpers import DTYPES, NORM_TYPES, grad_of, randn
+from helpers import DTYPES, NORM_TYPES, bits, grad_of, randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -97,14 +98,6 @@ def check_dtypes() -> None:
     compare(mixed, [split(f, grid, Shard(0), Shard(1)) for f in mixed], global_norm(1.0))
 
 
-def check_range() -> None:
-    """Norms whose squares leave the range of float64."""
-    mesh = init_device_mesh("cpu", (4,))
-    for scale in (1e200, 1e-200):
-        full = randn(9, 4, dtype=torch.float64) * scale
-        compare([full], [split(full, mesh, Shard(0))], global_norm(scale))
-
-
 @since_2_7
 def check_pending_sums_and_averages() -> None:
     grid = init_device_mesh("cpu", (2, 2))
@@ -117,21 +110,23 @@ def check_pending_sums_and_averages() -> None:
     ]
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
         fulls = [randn(6, 5, dtype=dtype, seed=i) for i in range(len(ways))]
-        grads = [addends(f, grid, *way) for f, way in zip(fulls, ways, strict=True)]
-        compare(fulls, [g.clone() for g in grads], global_norm(1.0))
-        compare(
-            fulls, [g.clone() for g in grads], lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 1.0)
-        )
-        assert all(g.placements == way for g, way in zip(grads, ways, strict=True))
+        for clip in (global_norm(1.0), lambda ps: torchclip.clip_grad_norm_per_parameter_(ps, 1.0)):
+            grads = [addends(f, grid, *way) for f, way in zip(fulls, ways, strict=True)]
+            compare(fulls, grads, clip)  # not clones, which torch reduces
+            assert all(g.placements == way for g, way in zip(grads, ways, strict=True))
 
 
-def check_pending_sums_are_not_clamped() -> None:
-    mesh = init_device_mesh("cpu", (4,))
-    p = parameter(addends(randn(6, 5), mesh, Partial()))
-    before = p.grad.to_local().clone()
-    with pytest.raises(TypeError, match=r"gradient 0 of shape \(6, 5\).*pending.*redistribute"):
-        torchclip.clip_grad_value_([p], 0.1)
-    assert torch.equal(p.grad.to_local(), before)
+def check_pending_sums_are_neither_clamped_nor_zeroed() -> None:
+    full = randn(6, 5)
+    full[0, 0] = math.nan
+    p = parameter(addends(full, init_device_mesh("cpu", (4,)), Partial()))
+    before = bits(p.grad.to_local())
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    torchclip.Clipper(optimizer, 1.0, nonfinite="zero")
+    for call in (lambda: torchclip.clip_grad_value_([p], 0.1), optimizer.step):
+        with pytest.raises(TypeError, match=r"gradient 0 of shape \(6, 5\).*pending.*redistribute"):
+            call()
+    assert bits(p.grad.to_local()) == before
 
 
 def check_pending_products_are_not_scaled() -> None:
@@ -183,7 +178,7 @@ def check_adaptive() -> None:
         if len(shape) < 2 or not any(isinstance(place, Shard) and place.dim for place in way)
     ]
     for order in (1, 2, 3, INF, -1):
-        oracles, parameters = [], []
+        oracles, parameters = list[Any](), list[Any]()
         for shape, way in ways:
             full, weight = randn(*shape), randn(*shape, seed=7, scale=0.1)
             oracles.append(nn.Parameter(weight.clone()))
@@ -192,8 +187,10 @@ def check_adaptive() -> None:
             parameters[-1].grad = split(full, grid, *way)
         for each in (oracles, parameters):
             torchclip.clip_grad_adaptive_(each, 0.1, norm_type=order)
-        for p, oracle in zip(parameters, oracles, strict=True):
-            assert_same(grad_of(p), grad_of(oracle))
+        for (shape, way), p, oracle in zip(ways, parameters, oracles, strict=True):
+            assert_same(p.grad, oracle.grad)
+            before = split(randn(*shape), grid, *way).to_local()
+            assert torch.equal(p.grad.to_local(), before) or p.grad._version > 0
 
 
 def check_adaptive_with_pending_sums() -> None:
@@ -286,24 +283,4 @@ def check_gradients_still_being_reduced() -> None:
     grad = DTensor.from_local(pending, mesh, [Replicate()], run_check=False)
     p, oracle = parameter(grad), parameter(full.clone())
     assert torchclip.clip_grad_norm_([p], 0.5) == torchclip.clip_grad_norm_([oracle], 0.5)
-    assert_same(p.grad, oracle.grad)
-
-
-def check_gradients_that_require_grad() -> None:
-    mesh = init_device_mesh("cpu", (4,))
-    full = randn(6, 5)
-    p = parameter(split(full, mesh, Shard(0)).requires_grad_())
-    norm = torchclip.get_total_norm(p.grad)
-    assert not norm.requires_grad
-    assert norm == torchclip.get_total_norm(full)
-
-
-@world_of(2)
-def check_compiled() -> None:
-    """A compiled step may break its graph at the exchange; the result is the same."""
-    mesh = init_device_mesh("cpu", (2,))
-    full = randn(6, 5)
-    p, oracle = parameter(split(full, mesh, Shard(0))), parameter(full.clone())
-    compiled = torch.compile(lambda q: torchclip.clip_grad_norm_([q], 0.5), backend="eager")
-    assert compiled(p) == torchclip.clip_grad_norm_([oracle], 0.5)
     assert_same(p.grad, oracle.grad)

@@ -6,7 +6,7 @@ in host memory, which the batch takes as well, here and in the contract's tests 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -18,15 +18,17 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
-from torchclip import kernel
 from torchclip._core import groups, memory, rows
 from torchclip._core.batch import Facts
 from torchclip._core.operations import TorchBatch
 from torchclip._core.scalars import ABSENT
+from torchclip.clipper import Nonfinite, Scope
+from torchclip.thresholds import MaxNorm
 
 INF, NAN = math.inf, math.nan
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ORDERS = (1.0, 2.0, INF)
+OTHER_ORDERS = (0.0, 0.5, 3.0, -1.0, -INF)
 
 
 class Operations(TorchDispatchMode):
@@ -73,6 +75,7 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 # Each with the orders to call it with, and how many operations it may take.
 CALLS: dict[str, tuple[Callable[[list[nn.Parameter], float], object], tuple[float, ...], int]] = {
     "clip_grad_norm_": (lambda ps, order: torchclip.clip_grad_norm_(ps, 1.0, order), ORDERS, 19),
+    "of another order": (lambda ps, p: torchclip.clip_grad_norm_(ps, 1.0, p), OTHER_ORDERS, 30),
     "get_total_norm": (lambda ps, order: torchclip.get_total_norm(gradients(ps), order), ORDERS, 13),
     "clip_grads_with_norm_": (
         lambda ps, _: torchclip.clip_grads_with_norm_(ps, 1.0, torch.ones((), device="meta")),
@@ -101,9 +104,9 @@ class TestOperations:
     @pytest.mark.parametrize("name", CALLS_BY_ROWS)
     def test_a_few_for_each_tensor_where_there_are_none_on_lists(self, name: str, dtype: torch.dtype) -> None:
         call, most = CALLS_BY_ROWS[name]
-        few, many = (len(operations(call, on_meta(count, dtype))) for count in (40, 400))
-        assert many - few <= 360 * most
-        assert few <= 40 * most + 30
+        few, many = (len(operations(call, on_meta(count, dtype))) for count in (10, 100))
+        assert many - few <= 90 * most
+        assert few <= 10 * most + 30
 
     @pytest.mark.parametrize("dtypes", [(F32,), (F16,), (BF16,), (F64,), (F32, BF16)])
     @pytest.mark.parametrize("name", CALLS)
@@ -111,17 +114,10 @@ class TestOperations:
         self, name: str, dtypes: tuple[torch.dtype, ...]
     ) -> None:
         call, orders, most = CALLS[name]
-        few, many = on_meta(40, *dtypes), on_meta(400, *dtypes)
+        few, many = on_meta(10, *dtypes), on_meta(100, *dtypes)
         for order in orders:
             count = len(operations(call, few, order))
             assert count == len(operations(call, many, order)) <= most + 10 * (len(dtypes) - 1)
-
-    @pytest.mark.parametrize("order", [0.0, 0.5, 3.0, -1.0, -INF])
-    def test_nor_for_other_orders(self, order: float) -> None:
-        few, many = (
-            len(operations(torchclip.clip_grad_norm_, on_meta(n, F32), 1.0, order)) for n in (40, 400)
-        )
-        assert few == many <= 30
 
     @pytest.mark.parametrize("dtype", [F32, F16])
     def test_no_more_than_torchs(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +136,6 @@ class TestOperations:
         ours, others = on_meta(160, dtype), on_meta(160, dtype)
         assert launched(lambda: torchclip.clip_grad_norm_(ours, 1.0)) <= 16
         assert launched(lambda: torchs.clip_grad_norm_(others, 1.0)) > 160
-
-    def test_empty_ones_are_left_out(self) -> None:
-        parameters = on_meta(5, F32)
-        for parameter in parameters[::2]:
-            parameter.data = torch.zeros(0, device="meta")
-            parameter.grad = torch.zeros(0, device="meta")
-        assert torchclip.clip_grad_norm_per_parameter_(parameters, 1.0).shape == (5,)
-        assert len(operations(torchclip.get_total_norm, gradients(parameters), INF)) <= 12
 
 
 class TestTwoDevices:
@@ -177,11 +165,6 @@ def batch_of(*tensors: Tensor) -> TorchBatch:
 
 
 class TestNorms:
-    def test_each_tensor_has_a_range_of_its_own(self) -> None:
-        norms = batch_of(*(torch.full((4,), scale, dtype=F64) for scale in (1e-200, 1e200))).norms(2.0)
-        assert isinstance(norms, Tensor)
-        assert norms.tolist() == pytest.approx([2e-200, 2e200], rel=1e-13)
-
     @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
     def test_copies_in_parts_make_no_difference(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = [randn(7, i + 1, dtype=F64, seed=i) for i in range(6)]
@@ -192,15 +175,6 @@ class TestNorms:
         assert torch.equal(torch.as_tensor(batch.norms(order)), torch.as_tensor(norms))
         assert torch.equal(torch.as_tensor(batch.norms(order, True)), torch.as_tensor(finite))
 
-    def test_no_elements_have_no_norm(self) -> None:
-        empty = torch.zeros(0, 3)
-        assert batch_of(empty).norm(2.0) == ABSENT
-        assert batch_of(empty, empty.half()).norms(2.0) == [ABSENT, ABSENT]
-        norms = batch_of(empty, torch.ones(4), empty.double()).norms(2.0)
-        assert torch.as_tensor(norms).tolist() == [ABSENT, 2.0, ABSENT]
-        finite = batch_of(empty, torch.tensor([3.0, NAN])).norms(2.0, True)
-        assert torch.as_tensor(finite).tolist() == [ABSENT, 3.0]
-
     def test_norms_of_no_elements_are_on_the_device(self) -> None:
         with torch.device("meta"):
             (parameter,) = with_gradients([torch.zeros(0)])
@@ -209,12 +183,13 @@ class TestNorms:
     @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64, torch.complex64])
     @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
     def test_of_finite_elements(self, dtype: torch.dtype, order: float) -> None:
-        tensors = [torch.tensor(v).to(dtype) for v in ([3.0, NAN, 4.0], [INF, NAN], [0.0, -INF], [5.0])]
+        values: list[list[float]] = [[3.0, NAN, 4.0], [INF, NAN], [0.0, -INF], [5.0], []]
+        tensors = [torch.tensor(v).to(dtype) for v in values]
         zeroed = [torch.where(t.isfinite(), t, 0) for t in tensors]
-        kept = [float(torch.linalg.vector_norm(t.to(torch.complex128), order)) for t in zeroed]
+        kept = [float(torch.linalg.vector_norm(t.to(torch.complex128), order)) for t in zeroed[:-1]]
         before = [bits(t) for t in tensors]
         batch = batch_of(*tensors)
-        expected = [kept[0], ABSENT, kept[2], kept[3]]
+        expected = [kept[0], ABSENT, kept[2], kept[3], ABSENT]
         assert torch.as_tensor(batch.norms(order, True)).tolist() == pytest.approx(expected, rel=1e-12)
         total = float(torch.linalg.vector_norm(torch.tensor(kept).double(), order))
         assert float(batch.norm(order, True)) == pytest.approx(total, rel=1e-6)
@@ -232,17 +207,12 @@ class TestNorms:
 
 class TestScaling:
     @pytest.mark.parametrize("dtype", [F16, BF16])
-    @pytest.mark.parametrize("way", ["together", "one by one"])
+    @pytest.mark.parametrize("unscaling", [["cpu"], []])  # as on CUDA, for float16, and as elsewhere
     def test_half_types_are_rounded_once(
-        self, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+        self, dtype: torch.dtype, unscaling: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if way == "together":  # as on CUDA, for float16
-            monkeypatch.setattr(groups, "_UNSCALING", frozenset({"cpu"}))
-        tensors = [
-            randn(40, 3, dtype=dtype),
-            torch.tensor(1.7, dtype=dtype),
-            torch.tensor([INF, NAN, 1.0]).to(dtype),
-        ]
+        monkeypatch.setattr(groups, "_UNSCALING", frozenset(unscaling))
+        tensors = [randn(40, 3, dtype=dtype), *(torch.tensor(v).to(dtype) for v in (1.7, [INF, NAN, 1.0]))]
         clip_coef = torch.tensor(0.3337, dtype=F64)
         expected = [(t.double() * clip_coef.float().double()).to(dtype) for t in tensors]
         versions = [t._version for t in tensors]
@@ -291,44 +261,38 @@ def fused(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class TestClipper:
-    def test_a_default_device_elsewhere_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        as_on_an_accelerator(monkeypatch)
-        absent, weight = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-        weight.grad = torch.tensor([3.0, 4.0])
-        optimizer = one_group([absent, weight])
-        clipper = torchclip.Clipper(optimizer, 1.0)
-        with kernel.disabled(), torch.device("meta"):
-            norms = clipper.norms()
-        assert list(norms.values()) == [5.0]
-
     @pytest.mark.parametrize(
-        ("optimizer_of", "scope", "dtypes", "most"),
+        ("optimizer_of", "scope", "nonfinite", "dtypes", "most"),
         [
-            (one_group, "global", (F32,), 20),
-            (one_group, "global", (BF16,), 20),
-            (fused, "global", (F32,), 16),
-            (fused, "global", (F16,), 16),
-            (fused, "global", (BF16,), 16),
-            (fused, "global", (F32, BF16), 16),
-            (one_group, "parameter", (F32,), 32),
-            (two_groups, "group", (F32,), 2 * 24),
+            (one_group, "global", "propagate", (F32,), 20),
+            (one_group, "global", "propagate", (BF16,), 20),
+            (fused, "global", "propagate", (F32,), 16),
+            (fused, "global", "propagate", (F16,), 16),
+            (fused, "global", "propagate", (BF16,), 16),
+            (fused, "global", "propagate", (F32, BF16), 16),
+            (one_group, "parameter", "propagate", (F32,), 32),
+            (two_groups, "group", "propagate", (F32,), 2 * 24),
+            *((one_group, scope, "zero", (F32,), 56) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F64,), 65) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F32, BF16), 89) for scope in ("global", "parameter")),
         ],
     )
     def test_a_step_takes_a_few_more_operations(
         self,
         optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        scope: Literal["global", "group", "parameter"],
+        scope: Scope,
+        nonfinite: Nonfinite,
         dtypes: tuple[torch.dtype, ...],
         most: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         fused_on_meta(monkeypatch)
         added = []
-        for count in (40, 400):
+        for count in (10, 100):
             optimizer = optimizer_of(on_meta(count, *dtypes))
             optimizer.step()
             alone = len(operations(optimizer.step))
-            torchclip.Clipper(optimizer, 1.0, scope=scope)
+            torchclip.Clipper(optimizer, 1.0, scope=scope, nonfinite=nonfinite)
             added.append(len(operations(optimizer.step)) - alone)
         assert added[0] == added[1] <= most
 
@@ -340,11 +304,10 @@ class TestClipper:
             torchclip.AdaGC(warmup=3),
             torchclip.RollingSigma(warmup=2, window=3),
             torchclip.Percentile(10, warmup=2, window=3),
+            lambda step: 1.0 + step,
         ],
     )
-    def test_thresholds_that_learn_read_no_value(
-        self, threshold: torchclip.Threshold, scope: Literal["global", "parameter"]
-    ) -> None:
+    def test_thresholds_that_change_read_no_value(self, threshold: MaxNorm, scope: Scope) -> None:
         added = []
         for parameters, steps in ((3, 8), (40, 2)):
             optimizer = one_group(on_meta(parameters, F32))
@@ -356,23 +319,3 @@ class TestClipper:
             assert counted == [counted[0]] * steps
             added.append(len(counted[0]) - alone)
         assert added[0] == added[1]
-
-    @pytest.mark.parametrize(("dtypes", "most"), [((F32,), 56), ((F64,), 65), ((F32, BF16), 89)])
-    @pytest.mark.parametrize("scope", ["global", "parameter"])
-    def test_zeroing_adds_operations_that_do_not_grow(
-        self, scope: Literal["global", "parameter"], dtypes: tuple[torch.dtype, ...], most: int
-    ) -> None:
-        added = []
-        for count in (40, 400):
-            optimizer = one_group(on_meta(count, *dtypes))
-            alone = len(operations(optimizer.step))
-            torchclip.Clipper(optimizer, 1.0, scope=scope, nonfinite="zero")
-            added.append(len(operations(optimizer.step)) - alone)
-        assert added[0] == added[1] <= most
-
-    def test_nor_do_thresholds_that_a_function_gives(self) -> None:
-        optimizer = one_group(on_meta(3, F32))
-        torchclip.Clipper(optimizer, lambda step: 1.0 + step, nonfinite="zero")
-        optimizer.step()
-        counted = [operations(optimizer.step) for _ in range(5)]
-        assert counted == [counted[0]] * 5

@@ -76,15 +76,6 @@ def test_sums_over_very_many_ranks_stay_in_range(monkeypatch: pytest.MonkeyPatch
         assert torchclip.get_total_norm(grad) == pytest.approx(2 * largest * 131_072**0.5, rel=1e-15)
 
 
-def test_a_dtensor_may_be_a_parameter_without_a_gradient() -> None:
-    """Torch does not return its local part itself."""
-    with fake_ranks(2):
-        line = init_device_mesh("cpu", (2,))
-        lacking = parameter(line, Shard(0))
-        lacking.grad = None
-        assert torchclip.clip_grad_norm_([lacking, parameter(line, Shard(0))], 1.0) > 0
-
-
 def test_a_mesh_of_some_ranks_is_summed_over_dimension_by_dimension(sent: list[tuple[int, int]]) -> None:
     with fake_ranks(24):
         root = init_device_mesh("cpu", (2, 3, 4), mesh_dim_names=("pp", "dp", "tp"))

@@ -1,5 +1,6 @@
 """The kernel where torch has no DLPack exchange table of its own: the package that adds one, or none."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,87 +14,94 @@ from torchclip import kernel
 
 pytestmark = pytest.mark.slow  # each starts a process
 
-HIDDEN = "table = getattr(torch.Tensor, NAME, None); setattr(torch.Tensor, NAME, None)"
+HIDE = "setattr(torch.Tensor, NAME, None)"
+HIDE_BOTH = f"{HIDE}; sys.modules['torch_c_dlpack_ext'] = None"
 OWN_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and "torch_c_dlpack_ext" not in sys.modules
-LACKS = re.escape(f"off (torch {torch.__version__} has no DLPack exchange table")
 
-
-def status(tmp_path: Path, before: str, package: str | None = None) -> str:
-    """What ``torchclip info`` says in a process where a package of that name does this when imported."""
-    if package is not None:
-        (tmp_path / "torch_c_dlpack_ext.py").write_text(package)
-    source = f"""
-import builtins, sys, torch
+PROGRAM = """
+import builtins, importlib, json, sys, torch
 NAME = builtins.NAME = "__dlpack_c_exchange_api__"
-{before}
-import torchclip
-assert torchclip.get_total_norm([torch.tensor([3.0, 4.0])]) == 5
-print("imported" if sys.modules.get("torch_c_dlpack_ext") else "not imported")
-from torchclip.cli.info import facts
-print(facts()["CPU kernel"])
+torch.table = getattr(torch.Tensor, NAME, None)
+found = []
+for folder, before in json.loads(sys.argv[1]):
+    for name in [name for name in sys.modules if name.startswith(("torchclip", "torch_c_dlpack_ext"))]:
+        del sys.modules[name]
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    exec(before)
+    import torchclip
+    assert torchclip.get_total_norm([torch.tensor([3.0, 4.0])]) == 5
+    from torchclip.cli.info import facts
+    imported = "imported" if sys.modules.get("torch_c_dlpack_ext") else "not imported"
+    found.append(f"{imported}: {facts()['CPU kernel']}")
+print(json.dumps(found))
 """
-    path = os.pathsep.join(filter(None, [str(tmp_path), *sys.path, os.environ.get("PYTHONPATH")]))
+
+
+def status(tmp_path: Path, *cases: tuple[str, str | None]) -> list[str]:
+    """What ``torchclip info`` says in a new process, for one case after the other.
+
+    A case is code that runs before torchclip is imported, and code in the place of the package's, or None.
+    """
+    with_folders = []
+    for i, (before, package) in enumerate(cases):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        if package is not None:
+            (folder / "torch_c_dlpack_ext.py").write_text(package)
+        with_folders.append((str(folder), before))
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", source],
+        [sys.executable, "-W", "error", "-c", PROGRAM, json.dumps(with_folders)],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    found: list[str] = json.loads(done.stdout)
+    return found
 
 
-def test_without_the_package_the_reason_says_what_adds_the_table(tmp_path: Path) -> None:
-    found = status(tmp_path, f"{HIDDEN}; sys.modules['torch_c_dlpack_ext'] = None")
-    assert re.fullmatch(rf"not imported\n{LACKS}; .* pip install 'torchclip\[kernel\]' .* adds it\)\n", found)
+LACKS = re.escape(f"off (torch {torch.__version__} has no DLPack exchange table")
+FAILED = f"not imported: {LACKS}, and torch-c-dlpack-ext could not add it"
+WITHOUT_TABLE: list[tuple[str, str | None, str]] = [
+    (HIDE_BOTH, None, rf"not imported: {LACKS}; .* pip install 'torchclip\[kernel\]' .* adds it\)"),
+    (
+        HIDE,
+        "raise OSError('undefined symbol:\\n  _ZN3c10')",
+        rf"{FAILED}: OSError: undefined symbol: _ZN3c10\)",
+    ),
+    (HIDE, "import no_such_module", rf"{FAILED}: ModuleNotFoundError: No module named 'no_such_module'\)"),
+    (HIDE, "raise ImportError('No matching build')", rf"{FAILED}: ImportError: No matching build\)"),
+    (HIDE, "1 / 0", rf"{FAILED}: ZeroDivisionError: division by zero\)"),
+    (HIDE, "", rf"imported: {LACKS}, and torch-c-dlpack-ext did not add it\)"),
+]
 
 
-@pytest.mark.parametrize(
-    ("package", "reason"),
-    [
-        ("raise OSError('undefined symbol:\\n  _ZN3c10')", "OSError: undefined symbol: _ZN3c10"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("raise ImportError('No matching build')", "ImportError: No matching build"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-    ],
-)
-def test_whatever_goes_wrong_in_the_package_is_a_reason(tmp_path: Path, package: str, reason: str) -> None:
-    found = status(tmp_path, HIDDEN, package)
-    assert re.fullmatch(
-        rf"not imported\n{LACKS}, and torch-c-dlpack-ext could not add it: {re.escape(reason)}\)\n", found
-    )
+def test_the_reason_says_what_adds_the_table_or_why_the_package_did_not(tmp_path: Path) -> None:
+    found = status(tmp_path, *((before, package) for before, package, _ in WITHOUT_TABLE))
+    for (*_, expected), line in zip(WITHOUT_TABLE, found, strict=True):
+        assert re.fullmatch(expected, line), line
 
 
-def test_a_package_that_adds_nothing_is_a_reason(tmp_path: Path) -> None:
-    found = status(tmp_path, HIDDEN, "")
-    assert re.fullmatch(rf"imported\n{LACKS}, and torch-c-dlpack-ext did not add it\)\n", found)
-
-
-def test_a_table_that_does_not_fit_is_a_reason(tmp_path: Path) -> None:
-    found = status(tmp_path, HIDDEN, "import torch; setattr(torch.Tensor, NAME, 0)")
-    assert re.match(r"imported\noff \((torch .* does not fit|the extension was not built)", found)
+ADDS_IT = "import torch; setattr(torch.Tensor, NAME, torch.table)"
+has_own_table = pytest.mark.skipif(not OWN_TABLE, reason="needs torch's own table")
 
 
 @pytest.mark.skipif(not kernel.status().startswith("active"), reason="the kernel is off")
 @pytest.mark.parametrize(
-    ("before", "reason"),
+    ("before", "package", "expected"),
     [
-        ("del torch._C._increment_version", "torch .* does not fit: .+"),
-        ("sys.modules['torchclip._kernel'] = None", "the extension was not built.*"),
+        (HIDE, "import torch; setattr(torch.Tensor, NAME, 0)", r".*off \(torch .* does not fit"),
+        ("del torch._C._increment_version", None, r".*off \(torch .* does not fit: .+"),
+        ("sys.modules['torchclip._kernel'] = None", None, r".*off \(the extension was not built"),
+        pytest.param("pass", ADDS_IT, "not imported: active", marks=has_own_table),
+        pytest.param(HIDE, ADDS_IT, "imported: active", marks=has_own_table),
     ],
 )
-def test_what_does_not_fit_turns_the_kernel_off(tmp_path: Path, before: str, reason: str) -> None:
-    assert re.search(rf"\noff \({reason}\)\n$", status(tmp_path, before))
-
-
-@pytest.mark.skipif(
-    not OWN_TABLE or not kernel.status().startswith("active"), reason="needs torch's own table"
-)
-@pytest.mark.parametrize(("before", "expected"), [("", "not imported"), (HIDDEN, "imported")])
-def test_the_package_is_imported_only_where_torch_has_no_table(
-    tmp_path: Path, before: str, expected: str
+def test_a_table_is_looked_for_where_torch_has_none_and_must_fit(
+    tmp_path: Path, before: str, package: str | None, expected: str
 ) -> None:
-    package = "import torch; setattr(torch.Tensor, NAME, torch.table)"
-    found = status(tmp_path, f"{before or 'table = None'}; torch.table = table", package)
-    assert re.match(rf"{expected}\nactive", found)
+    (found,) = status(tmp_path, (before, package))
+    assert re.match(expected, found), found

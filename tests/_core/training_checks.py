@@ -83,9 +83,9 @@ def compare_training(
 
 @since_2_7
 def check_clipper_on_fsdp2() -> None:
-    thresholds: list[MaxNorm] = [0.1, INF, lambda step: 0.1 / (1 + step), torchclip.ZScore(warmup=2)]
-    thresholds.append(torchclip.Percentile(50.0))
-    for max_norm, scope in itertools.product(thresholds, SCOPES):
+    thresholds: list[MaxNorm] = [INF, lambda step: 0.1 / (1 + step), torchclip.Percentile(50.0)]
+    some: list[MaxNorm] = [0.1, torchclip.ZScore(warmup=2)]
+    for max_norm, scope in [*itertools.product(some, SCOPES), *((each, "global") for each in thresholds)]:
         compare_training(lambda o, m=max_norm, s=scope: torchclip.Clipper(o, m, scope=s))
     compare_training(lambda o: torchclip.Clipper(o, 0.1), fused=True)
     compare_training(lambda o: torchclip.Clipper(o, 0.1), foreach=True)

@@ -6,18 +6,29 @@ every time.  6: arguments (most of it in test_arguments.py).  7: autograd.  8: l
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from functions import CHANGING, CLIPPERS, FUNCTIONS
-from helpers import DTYPES, INF, NORM_TYPES, as_numpy, bits, exact_norm, grad_of, randn, with_gradients
+from helpers import (
+    DTYPES,
+    INF,
+    as_numpy,
+    bits,
+    exact_norm,
+    grad_of,
+    instruction_sets,
+    randn,
+    with_gradients,
+)
 from torch import Tensor, nn
 
 import torchclip
 from torchclip import clip_grad_norm_, get_total_norm, reference
+from torchclip._core import native
 
 pytestmark = [
     pytest.mark.usefixtures("everywhere"),
@@ -32,27 +43,13 @@ def relative_error(actual: Tensor, expected: float) -> float:
 
 
 class TestWhatTorchGetsWrong:
-    """Each is a silent error, or a refusal, of torch.nn.utils in torch 2.13."""
+    """Each is a silent error, or a refusal, of torch.nn.utils; docs/contract.md shows all of them."""
 
-    def test_a_hundred_million_float32_gradients(self) -> None:
-        # Torch is off by a percent and more: it adds up in float32.
+    def test_twenty_million_float32_gradients(self) -> None:
+        # Torch is off by some tenths of a percent: it adds up in float32.
         million = randn(10**6)
-        expected = 10 * math.sqrt(math.fsum(million.double().square().tolist()))
-        assert relative_error(get_total_norm(million.repeat(100)), expected) < 1e-7
-
-    def test_four_gradients_of_1e20(self) -> None:
-        # Torch's norm is inf, and the gradients become zero.
-        parameters = with_gradients([torch.full((2,), 1e20), torch.full((2,), -1e20)])
-        assert relative_error(clip_grad_norm_(parameters, 1.0), 2e20) < 1e-7
-        assert torch.cat([p.grad for p in parameters]).tolist() == pytest.approx(
-            [0.5, 0.5, -0.5, -0.5], rel=1e-6
-        )
-
-    def test_float16_gradients_of_300(self) -> None:
-        # Torch's norm is inf, and the gradients become zero.
-        (p,) = with_gradients([torch.full((90_000,), 300.0, dtype=torch.float16)])
-        assert float(clip_grad_norm_(p, 900.0)) == 90_000
-        assert bool((p.grad == 3).all())
+        expected = math.sqrt(20 * math.fsum(million.double().square().tolist()))
+        assert relative_error(get_total_norm(million.repeat(20)), expected) < 1e-7
 
     def test_a_bfloat16_norm_has_more_than_three_digits_and_does_not_depend_on_the_split(self) -> None:
         gradient = randn(10_000, dtype=torch.bfloat16)
@@ -70,13 +67,17 @@ class TestWhatTorchGetsWrong:
         assert results[0] is None or results[0].equal(results[1])
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(once, twice, strict=True))
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-    def test_clip_value_beyond_the_range_of_the_dtype(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "just_beyond"),
+        [(torch.float16, 65_510.0), (torch.bfloat16, 3.3961e38), (torch.float32, 3.40282354e38)],
+    )
+    def test_clip_value_beyond_the_range_of_the_dtype(self, dtype: torch.dtype, just_beyond: float) -> None:
         # Torch raises.
-        (p,) = with_gradients([torch.tensor([3.0, -4.0], dtype=dtype)])
-        for clip_value in (1e6, 1e300):
-            torchclip.clip_grad_value_(p, clip_value)
-        assert p.grad.tolist() == [3, -4]
+        gradient = torch.tensor([INF, 1.0, -INF, math.nan] * 10, dtype=dtype)
+        before = gradient.clone()
+        for clip_value in (just_beyond, 1e39, 1e300):
+            torchclip.clip_grad_value_(with_gradients([gradient]), clip_value)
+        torch.testing.assert_close(gradient, before, rtol=0, atol=0, equal_nan=True)
 
     def test_an_infinite_max_norm_only_measures(self) -> None:
         # Torch makes every gradient NaN.
@@ -115,18 +116,18 @@ class TestItem1TheNorm:
         else:
             assert total_norm == pytest.approx(expected, rel=1e-7, abs=1e-45 if dtype == torch.float32 else 0)
 
-    @pytest.mark.parametrize("number", [1e200, 1e-200, 1e307, 5e-324])
+    @pytest.mark.parametrize("number", [1e200, 1e-150, 1e-160, 1e-200, 1e307, 5e-324])
     @pytest.mark.parametrize("order", [0.5, 1, 2, 3, INF])
     def test_neither_overflows_nor_underflows_in_float64(self, number: float, order: float) -> None:
+        split = [torch.full((4,), number, dtype=torch.float64) for _ in range(2)]
+        split.append(torch.zeros(70_000, dtype=torch.float64))
+        torch.set_num_threads(2)  # which share the work on so many elements
         expected = number * (8 ** (1 / order))
-        assert float(get_total_norm([torch.full((8,), number, dtype=torch.float64)], order)) == pytest.approx(
-            expected, rel=1e-12, abs=5e-324
-        )
-        split = [torch.full((4,), each, dtype=torch.float64) for each in (number, number, 0.0)]
         assert float(get_total_norm(split, order)) == pytest.approx(expected, rel=1e-12, abs=5e-324)
+        split[1].fill_(1.0)  # each tensor has a range of its own
         norms = torchclip.clip_grad_norm_per_parameter_(with_gradients(split), INF, order).tolist()
-        half = number * (4 ** (1 / order))
-        assert norms == pytest.approx([half, half, 0.0], rel=1e-12, abs=5e-324)
+        half = 4 ** (1 / order)
+        assert norms == pytest.approx([number * half, half, 0.0], rel=1e-12, abs=5e-324)
 
     @pytest.mark.parametrize("order", [-2, -1, 0.5, 1, 3, 20, 100])
     @pytest.mark.parametrize("number", [1e-40, 1e-25, 1.0, 1e20, 3e38])
@@ -139,23 +140,6 @@ class TestItem1TheNorm:
     def test_an_order_near_0_overflows_to_inf(self) -> None:
         ones = [torch.ones(1, dtype=d) for d in (torch.float32, torch.float64, torch.float16)]
         assert get_total_norm(ones, 1e-3) == INF
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_of_low_precision(self, dtype: torch.dtype) -> None:
-        everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-        finite = everything[everything.isfinite() & (everything.abs() < 1e33)]
-        assert relative_error(get_total_norm(finite, 1), math.fsum(finite.abs().tolist())) < 1e-7
-        small = finite[finite.abs() < 1e-5]
-        assert relative_error(get_total_norm(small), exact_norm(small.tolist())) < 1e-7
-
-    @pytest.mark.parametrize("order", NORM_TYPES)
-    def test_does_not_depend_on_split_or_order(self, order: float | str) -> None:
-        gradient = randn(70_000)
-        whole = float(get_total_norm(gradient, order))
-        for size in (1000, 30_000, 69_999):
-            parts = gradient.split(size)
-            assert float(get_total_norm(parts, order)) == pytest.approx(whole, rel=1.2e-7)
-            assert float(get_total_norm(parts[::-1], order)) == pytest.approx(whole, rel=1.2e-7)
 
     @pytest.mark.usefixtures("on_host")
     @pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, INF])
@@ -237,9 +221,10 @@ class TestItem3TheCoefficient:
             # Each number is rounded to its own dtype: half a unit of bfloat16, or of its smallest number.
             assert after <= min(before, ratio * before) * (1 + 2**-8) + 1e-5
 
-    def test_zero_gradients_stay_zero(self) -> None:
+    @changing
+    def test_zero_gradients_stay_zero(self, name: str) -> None:
         (p,) = with_gradients([torch.zeros(3)])
-        assert clip_grad_norm_(p, 0.0) == 0
+        CLIPPERS[name].ours([p], 0.0, 2)
         assert p.grad.tolist() == [0, 0, 0]
 
 
@@ -324,27 +309,38 @@ class TestItem4NonFinite:
         assert len(str(error.value)) < 1000
 
 
+def threads_and_instructions() -> Iterator[None]:
+    """Has torch use some numbers of threads, and the kernel, where it is on, each set of instructions."""
+    try:
+        for count, instructions in itertools.product((1, 2, 4), instruction_sets() or [""]):
+            torch.set_num_threads(count)
+            if instructions:
+                native.extension.select(instructions)
+            yield
+    finally:
+        if native.active():
+            native.extension.select(None)
+
+
 class TestItem5TheSameAnswerEveryTime:
     @pytest.mark.usefixtures("on_host")
     @names
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_the_number_of_threads_does_not_matter(self, name: str, dtype: torch.dtype) -> None:
+    def test_neither_threads_nor_instructions_matter(self, name: str, dtype: torch.dtype) -> None:
         gradients = [randn(200_000, dtype=dtype), randn(900, 100, dtype=dtype), randn(7, dtype=dtype)]
-        gradients.append(randn(300, 400, dtype=dtype).t())
+        gradients += [randn(300, 400, dtype=dtype).t(), *(randn(200, 300, dtype=dtype) for _ in range(5))]
         for order in (1, 2, 3) if name != "clip_grad_value_" else (2,):
             seen = set()
-            for count in (1, 2, 4):
-                torch.set_num_threads(count)
+            for _ in threads_and_instructions():
                 parameters = with_gradients([g.clone() for g in gradients])
                 result = CLIPPERS[name].ours(parameters, 0.3, order)
                 seen.add((None if result is None else bits(result), *(bits(p.grad) for p in parameters)))
             assert len(seen) == 1
 
-    def test_the_number_of_threads_does_not_matter_per_example(self) -> None:
+    def test_neither_threads_nor_instructions_matter_per_example(self) -> None:
         gradients = [randn(1000, 300), randn(1000)]
         seen = set()
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
+        for _ in threads_and_instructions():
             seen.add(tuple(bits(total) for total in torchclip.clip_per_example(gradients, 0.5)[0]))
         assert len(seen) == 1
 
@@ -361,40 +357,17 @@ class TestItem6Arguments:
 
 class TestItem7Autograd:
     @changing
-    def test_changes_bump_the_version_as_torchs_do(self, name: str) -> None:
+    def test_a_graph_that_saved_the_gradient_notices(self, name: str) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.complex64):
             if name == "clip_grad_value_" and dtype.is_complex:
                 continue
-            parameters = with_gradients(
-                [torch.full((3,), 5, dtype=dtype), torch.full((2, 2), 5, dtype=dtype)]
-            )
+            parameters = with_gradients([torch.full(shape, 5, dtype=dtype) for shape in ((3,), (2, 2))])
+            products = [torch.ones_like(p.grad).requires_grad_() * p.grad for p in parameters]
             CLIPPERS[name].ours(parameters, 0.1, 2)
-            assert all(p.grad._version > 0 for p in parameters)
-            assert all(p._version == 0 for p in parameters)
-
-    @changing
-    def test_a_change_bumps_the_version_of_a_sparse_gradient(self, name: str) -> None:
-        (p,) = with_gradients([torch.full((2, 2), 5.0)])
-        p.grad = p.grad.to_sparse(1)
-        before = p.grad._version
-        CLIPPERS[name].ours([p], 0.1, 2)
-        assert p.grad._version > before
-
-    @changing
-    def test_a_graph_that_saved_the_gradient_notices(self, name: str) -> None:
-        (p,) = with_gradients([torch.full((3,), 5.0)])
-        factor = torch.ones(3, requires_grad=True)
-        product = factor * p.grad
-        CLIPPERS[name].ours([p], 0.1, 2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            product.sum().backward()
-
-    @changing
-    def test_no_graph_is_built(self, name: str) -> None:
-        (p,) = with_gradients([torch.full((3,), 5.0)])
-        result = CLIPPERS[name].ours([p], 0.1, 2)
-        assert p.grad.grad_fn is None
-        assert result is None or not result.requires_grad
+            for p, product in zip(parameters, products, strict=True):
+                assert p._version == 0
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    product.abs().sum().backward()
 
     @changing
     @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
@@ -409,6 +382,7 @@ class TestItem7Autograd:
         results = CLIPPERS[name].ours([mine], 0.5, 2), CLIPPERS[name].ours([plain], 0.5, 2)
         assert results[0] is None or (results[0].equal(results[1]) and not results[0].requires_grad)
         assert grad_of(mine).requires_grad
+        assert grad_of(plain).grad_fn is None
         assert torch.equal(grad_of(mine).detach(), grad_of(plain))
         mine.grad = None
 
@@ -424,36 +398,22 @@ COMPILED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("everywhere", ["torch operations"], indirect=True)  # as in compiled code
+# Both find every break; the second also needs operations without side effects.
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_item_7_compiles_without_a_break(name: str, everywhere: str) -> None:
+def test_item_7_compiles_without_a_break(name: str, backend: str) -> None:
     torch.compiler.reset()
     call = COMPILED[name]
-    # Both backends find every break; the second also needs operations without side effects, and takes longer.
-    # Compiled code does not use the kernel, so torch operations do the work.
-    backend = "eager" if everywhere == "kernel" else "aot_eager"
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float32)
     gradients = [randn(4, i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    if backend == "eager" and name != "clip_grad_value_":
+        gradients.append(randn(4, 2, dtype=torch.complex64))
     mine, others = (with_gradients([each.clone() for each in gradients]) for _ in range(2))
     result, expected = compiled(mine), call(others)
     if expected is not None:
         torch.testing.assert_close(result, expected, check_dtype=True)
-    for a, b in zip(mine, others, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_adaptive_"])
-def test_item_7_compiles_with_complex_gradients(name: str) -> None:
-    torch.compiler.reset()
-    call = COMPILED[name]
-    compiled = torch.compile(call, fullgraph=True, backend="eager")
-    mine, others = (
-        with_gradients([randn(4, 2, dtype=torch.complex64), randn(3).bfloat16()]) for _ in range(2)
-    )
-    result, expected = compiled(mine), call(others)
-    assert (result is None) == (expected is None)
-    if expected is not None:
-        torch.testing.assert_close(result, expected)
     for a, b in zip(mine, others, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -484,8 +444,9 @@ class TestItem8Layouts:
                 torch.full((3, 1), 2.0).to_sparse(),
                 torch.full((2, 3), 2.0).to_sparse_csr(),
                 torch.full((1,), 2.0).expand(5),
+                torch.full((5,), 2.0).unfold(0, 3, 1),
             ]
-        count = 6 + 1 + 5 + 4 + 4 + 2 + 3 + 6 + 5
+        count = 6 + 1 + 5 + 4 + 4 + 2 + 3 + 6 + 5 + 9
         assert float(get_total_norm(gradients)) == pytest.approx(2 * count**0.5, rel=1e-12)
         assert float(get_total_norm(gradients, 1)) == 2 * count
         assert float(get_total_norm(gradients, 0)) == count

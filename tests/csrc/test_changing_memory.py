@@ -115,22 +115,3 @@ def test_code_that_runs_in_the_middle_of_a_call(change: Callable[[Tensor], objec
     for method, argument in ((batch.scale_, number), (batch.scale_each_, [number]), (batch.clamp_, number)):
         method(argument)
         assert gradient.double().le(0.5).all()
-
-
-def test_only_references_are_kept() -> None:
-    gradient = torch.ones(LARGE)
-    batch = _kernel.tensors([gradient])
-    number = id(gradient)
-    del gradient
-    gc.collect()
-    assert [id(tensor) for tensor in batch.all] == [number]
-    assert batch.norm(math.inf) == 1.0
-
-
-def test_a_list_of_all_that_somebody_changed_harms_nobody() -> None:
-    batch = _kernel.tensors([torch.ones(3), torch.ones(1)])
-    batch.all.clear()
-    gc.collect()
-    assert batch.norm(2.0) == 2.0
-    batch.scale_(0.5)
-    assert batch.norm(2.0) == 1.0

@@ -50,7 +50,7 @@ def test_fused_steps_write_nothing_between_the_elements_of_a_gradient(name: str)
     assert float(torchclip.get_total_norm(parameter.grad)) == pytest.approx(1.0, rel=1e-6)
 
 
-@on_and_off
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("scope", ["global", "group", "parameter"])
 def test_an_empty_gradient_has_no_part_in_a_norm_of_negative_order(scope: Scope) -> None:
     groups = [

@@ -171,9 +171,6 @@ def _change_others_(
         found.append((place, memory.as_real(values) if as_real and memory.is_plain(values) else values))
     for group in grouped(found):
         change_(group)
-    for _, tensor in others:
-        if tensor.layout in memory.SPARSE:  # only its values know of the change
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _values(tensor: Tensor, p: float, finite: bool, on_host: bool) -> Tensor:

@@ -222,7 +222,7 @@ def scale_(units: Sequence[Units], clip_coefs: Sequence[Tensor]) -> None:
             parts = torch.split(together, [of_units.numel() for *_, of_units in chosen])
             for (owner, grad, _), of_units in zip(chosen, parts, strict=True):
                 rows.scale_rows_(grad, of_units)
-                if meshes.is_dtensor(owner) or owner.layout != torch.strided:
+                if meshes.is_dtensor(owner):
                     torch.autograd.graph.increment_version(owner)
 
 
