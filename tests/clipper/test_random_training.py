@@ -259,10 +259,10 @@ class Training:
             for p in self.parameters
         ]
         self.say(f"  user code: {[f'{way} {factor}' for way, factor, *_ in drawn if way]}")
-        # Torch unscales twice what two optimizers hold, and divides it twice in a fused step.
-        # Of thresholds for each parameter only one learns from it.
-        may_share = self.count == 1 and self.rule not in RULES and not (self.fused[0] and self.scaler)
-        may_share = may_share and not (self.rule in LEARNED and self.options["scope"] == "parameter")
+        # Torch unscales it twice.  Of thresholds for each parameter only one learns from it.
+        may_share = self.count == 1 and self.rule not in RULES and self.scaler is None
+        each = self.rule == "adagc" or (self.rule in LEARNED and self.options["scope"] == "parameter")
+        may_share = may_share and not each
 
         def act(parameters: list[nn.Parameter]) -> None:
             scale = self.divisor if self.is_ours(parameters) else 1.0
