@@ -92,12 +92,3 @@ def test_a_fused_step_without_any_gradient(norm_type: float) -> None:
     scaler.scale(torch.tensor(1.0))
     scaler.step(optimizer)
     assert last_of(clipper)[:9] == (0, 0.0, 1.0, 1.0, False, False, False, None, 0.0)
-
-
-@fused_or_not
-def test_a_group_without_gradients_has_no_part_in_the_record(fused: bool) -> None:
-    optimizer = sgd(fused)
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "max_norm": 3.0})
-    clipper = Clipper(optimizer, 100.0)
-    scaled_step(optimizer)
-    assert last_of(clipper)[1:4] == (pytest.approx(13.0), 100.0, 1.0)  # type: ignore[comparison-overlap]

@@ -5,15 +5,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from clipper_helpers import INF, NAN, Net, train
-from helpers import interrupted_sgd, with_gradients
+from clipper_helpers import NAN, Net
+from helpers import with_gradients
 from torch import nn
-from torch.amp import GradScaler
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import SGD
 
 from torchclip import Clipper
-from torchclip.clipper import Scope
 
 NAMES = ["embedding.weight", "inner.weight", "outer.weight"]
 
@@ -102,52 +100,3 @@ def test_parameters_that_are_added_later_and_such_as_no_model_has() -> None:
 
 
 # Layers over time
-
-
-@pytest.mark.usefixtures("each_way")
-@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
-def test_layers_at_every_third_step(scope: Scope) -> None:
-    model = Net()
-    optimizer = SGD(model.parameters(), lr=0.1, fused=scope == "global")
-    clipper = Clipper(optimizer, 0.5, scope=scope, model=model, layers_every=3)
-    norms: list[list[float]] = []
-    train(
-        model,
-        optimizer,
-        range(7),
-        lambda: norms.append([float(p.grad.norm()) for p in model.parameters() if p.grad is not None]),
-    )
-    layers = clipper.history.layers
-    assert (layers.names, layers.steps) == (NAMES, [0, 3, 6])
-    assert layers.norms == pytest.approx(torch.tensor(norms)[::3].numpy(), rel=1e-5)
-
-
-def test_layers_of_parameters_without_gradients_and_with_shared_ones() -> None:
-    first, second, third, fourth = with_gradients(
-        [torch.tensor([3.0, 4.0]), None, torch.tensor([INF]), torch.zeros(0)]
-    )
-    fourth.grad = None
-    optimizer = SGD([first, second, third, fourth], lr=1.0)
-    clipper = Clipper(optimizer, INF, layers_every=1)
-    optimizer.step()
-    second.grad, third.grad, first.grad = first.grad, torch.tensor([2.0]), None
-    fourth.grad = torch.zeros(0)
-    optimizer.step()
-    assert clipper.history.layers.norms.tolist() == [[5.0, 0.0, INF, 0.0], [0.0, 5.0, 2.0, 0.0]]
-
-
-def test_layers_are_of_steps_that_were_taken_and_of_unscaled_gradients() -> None:
-    (weight,) = with_gradients([torch.zeros(2)])
-    optimizer = SGD([weight], lr=1.0, fused=True)
-    clipper = Clipper(optimizer, 1.0, layers_every=2)
-
-    def step() -> None:
-        scaler = GradScaler("cpu", init_scale=1024.0)
-        weight.grad = torch.tensor([3.0, 4.0]) * scaler.scale(torch.tensor(1.0))
-        scaler.step(optimizer)
-
-    with interrupted_sgd():
-        step()
-    assert len(clipper.history.layers) == 0
-    step()
-    assert (clipper.history.layers.steps, clipper.history.layers.norms.tolist()) == ([0], [[5.0]])

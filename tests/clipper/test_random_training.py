@@ -35,6 +35,16 @@ from torchclip import Clipper
 from torchclip.history import Record
 
 
+class Looking(SGD):
+    """A subclass that looks at its gradients, and then calls its parent's step."""
+
+    look: Callable[[SGD], object] = staticmethod(lambda _: None)
+
+    def step(self, closure: Any = None) -> Any:
+        self.look(self)
+        return super().step(closure)
+
+
 class Training:
     """The same training with a Clipper and by hand.
 
@@ -53,7 +63,7 @@ class Training:
         if self.scaler is not None:
             self.scaler.scale(torch.ones(1))  # which makes its scale
         self.unscaled = False
-        self.told: list[Record] = []  # by on_clip
+        self.told: list[tuple[Record, list[float]]] = []  # by on_clip, and the norms at that moment
         self.ran = False  # user code in the middle of the last step
         self.shares = False  # whether sets may share gradients, whose joint norm after clipping is not known
         self.clipper: Clipper
@@ -78,7 +88,10 @@ class Training:
         options: list[dict[str, Any]] = [{"fused": True}, {"momentum": 0.5}, {}]
         options = options[:1] if self.chance(0.3) else options
         kinds = [self.rng.choice(options) for _ in held]
-        self.optimizers = [SGD(held[i], 0.1 * (i + 1), **kind) for i, kind in enumerate(kinds)]
+        self.optimizers = [
+            self.rng.choice([SGD, SGD, Looking])(held[i], 0.1 * (i + 1), **kind)
+            for i, kind in enumerate(kinds)
+        ]
         self.copies = [
             SGD([copies[id(p)] for p in held[i]], 0.1 * (i + 1), kind.get("momentum", 0.0))
             for i, kind in enumerate(kinds)
@@ -95,6 +108,7 @@ class Training:
             "nonfinite": self.rng.choice(["propagate", "error", "skip", "zero"]),
             "norm_type": 2.0 if usual else self.rng.choice([2.0, 2.0, 1.0, 3.0, INF]),
             "skip_above": None if usual else self.rng.choice([None, None, 3 * self.size, "rolling sigma"]),
+            "skip_loss_above": None if usual else self.rng.choice([None, None, None, 0.7, "rolling sigma"]),
         }
         self.layers_every = self.rng.choice([0, 0, 2])
         accelerator = is_as_on_an_accelerator()
@@ -106,12 +120,17 @@ class Training:
         # Where user code can run in the middle of a step.
         self.places = ["on_clip"] * self.listens + ["update"] * (self.rule == "twice the mean")
         self.places += ["max_norm"] * callable(self.rule)
-        if {*self.places} - {"on_clip"} and isinstance(self.options["skip_above"], str):
-            self.options["skip_above"] = None  # it learns before user code raises
-        self.options["max_skips"] = self.max_skips(accelerator)
-        may_skip = self.options["skip_above"] or self.options["nonfinite"] == "skip" or self.scaler
+        limits = ["skip_above", "skip_loss_above"]
+        if {*self.places} - {"on_clip"}:  # which raises before anything was learned
+            self.options |= {name: None for name in limits if isinstance(self.options[name], str)}
+        may_skip = self.options["nonfinite"] == "skip" or any(self.options[name] for name in limits)
+        self.options["max_skips"] = [None, 1, 2][self.seed % 3] if may_skip else None
+        if accelerator and self.options["nonfinite"] == "skip":
+            self.options["max_skips"] = (
+                None  # the error comes some steps later, when the host knows the number
+            )
         # There a step may be skipped although the host goes on with it; rules then clip all the same.
-        if accelerator and any(self.fused) and may_skip and self.rule in RULES:
+        if accelerator and any(self.fused) and (may_skip or self.scaler) and self.rule in RULES:
             self.rule = INF
         # A fused step clips what user code has left; the gradients of a skipped one may be hidden, or not.
         self.may_meddle = not any(self.fused)
@@ -121,12 +140,6 @@ class Training:
             for _ in range(self.rng.choice([0, 0, 1, 2])):
                 self.add_group(i)
         self.new_clipper()
-
-    def max_skips(self, accelerator: bool) -> int | None:
-        if self.options["nonfinite"] == "skip":
-            # On an accelerator the error comes when the host knows the number, which may be some steps later.
-            return None if accelerator else [None, 1, 2][self.seed % 3]
-        return [None, 1, 2][self.seed % 3] if self.options["skip_above"] else None
 
     def parameter(self) -> nn.Parameter:
         shape = self.rng.choice([(), (3,), (3,), (2, 4), (5, 1, 2), (0,)])
@@ -142,7 +155,7 @@ class Training:
                 self.during[1](self.parameters)
 
         def on_clip(record: Record) -> None:
-            self.told.append(record)
+            self.told.append((record, [*self.clipper.norms().values()]))
             user_code("on_clip")
 
         def max_norm(step: int) -> float:
@@ -152,8 +165,8 @@ class Training:
         rule = max_norm if callable(self.rule) else self.rule
         if isinstance(rule, str):
             rule = {**LEARNED, **RULES}[rule][0]()
-        limit = self.options["skip_above"]
-        limit = LEARNED[limit][0]() if isinstance(limit, str) else limit
+        limits = {name: self.options[name] for name in ("skip_above", "skip_loss_above")}
+        limits = {k: LEARNED[limit][0]() if isinstance(limit, str) else limit for k, limit in limits.items()}
         TwiceTheMean.asked = staticmethod(lambda: user_code("update"))
         given: Any = self.optimizers[0] if self.count == 1 and self.chance(0.5) else self.optimizers
         self.clipper = Clipper(
@@ -161,16 +174,19 @@ class Training:
             rule,
             layers_every=self.layers_every,
             on_clip=on_clip if self.listens else None,
-            **self.options | {"skip_above": limit},
+            **self.options | limits,
         )
         self.hand.loss = None
-        self.seen: list[list[Array | None]] = []  # by a hook behind the Clipper's
+        self.seen: list[list[Array | None]] = []  # by a hook behind the Clipper's, or a subclass
         self.hook = None
         # On an accelerator elements become 0 before the host knows that a GradScaler skips the step.
         zeroes = self.options["nonfinite"] == "zero" and self.scaler is not None and any(self.fused)
-        if self.chance(0.3) and not (zeroes and is_as_on_an_accelerator()):
+        if not (zeroes and is_as_on_an_accelerator()):
             first = self.optimizers[0]
-            self.hook = first.register_step_pre_hook(lambda *_: self.seen.append(self.gradients(first)))
+            look = lambda *_: self.seen.append(self.gradients(first))  # noqa: E731
+            self.hook = first.register_step_pre_hook(look) if self.chance(0.3) else None
+            if isinstance(first, Looking):
+                first.look = look
 
     def gradients(self, optimizer: SGD) -> list[Array | None]:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
@@ -222,7 +238,8 @@ class Training:
 
         def act(parameters: list[nn.Parameter]) -> None:
             for i in which:
-                (self.optimizers if self.is_ours(parameters) else self.copies)[i].zero_grad(set_to_none)
+                of_ours = self.is_ours(parameters)
+                self.optimizers[i].zero_grad(set_to_none) if of_ours else self.hand.zero_grad(i, set_to_none)
 
         return act
 
@@ -242,10 +259,10 @@ class Training:
             for p in self.parameters
         ]
         self.say(f"  user code: {[f'{way} {factor}' for way, factor, *_ in drawn if way]}")
-        # Torch unscales twice what two optimizers hold, and divides it twice in a fused step.
-        # Of thresholds for each parameter only one learns from it.
-        may_share = self.count == 1 and self.rule not in RULES and not (self.fused[0] and self.scaler)
-        may_share = may_share and not (self.rule in LEARNED and self.options["scope"] == "parameter")
+        # Torch unscales it twice.  Of thresholds for each parameter only one learns from it.
+        may_share = self.count == 1 and self.rule not in RULES and self.scaler is None
+        each = self.rule == "adagc" or (self.rule in LEARNED and self.options["scope"] == "parameter")
+        may_share = may_share and not each
 
         def act(parameters: list[nn.Parameter]) -> None:
             scale = self.divisor if self.is_ours(parameters) else 1.0
@@ -345,7 +362,8 @@ class Training:
         fresh = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in self.parameters}
         for i, old in enumerate(self.optimizers):
             groups = [{"params": [fresh[id(p)] for p in group["params"]]} for group in old.param_groups]
-            self.optimizers[i] = SGD(groups, **{k: old.defaults[k] for k in ("lr", "momentum", "fused")})
+            options = {name: old.defaults[name] for name in ("lr", "momentum", "fused")}
+            self.optimizers[i] = type(old)(groups, **options)
             self.optimizers[i].load_state_dict(copy.deepcopy(old.state_dict()))
 
     def save(self) -> None:
@@ -381,9 +399,7 @@ class Training:
         self.both(self.zero([*range(self.count)], set_to_none=True))
 
     def ask_norms(self) -> None:
-        held = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
-        expected = [self.hand.hand.norm([numpy(p.grad)]) for p in held if p.grad is not None]
-        np.testing.assert_allclose(np.sort([*self.clipper.norms().values()]), np.sort(expected), rtol=1e-6)
+        same_numbers([*self.clipper.norms().values()], self.hand.norms())
 
     # Steps
 
@@ -395,8 +411,8 @@ class Training:
         act = self.rng.choice([None, None, self.meddle() if self.may_meddle else None, raise_])
         act = act if act is None or where == "on_clip" else raise_
         self.during = None if act is None or not where else (where, act)
-        if self.clipper.loss is None and self.chance(0.5):
-            self.clipper.loss = self.hand.loss = self.rng.random()
+        if self.clipper.loss is None and self.chance(0.9 if self.options["skip_loss_above"] else 0.5):
+            self.clipper.loss = self.hand.loss = self.loss()
         raises = f", {where} {'raises' if act is raise_ else 'meddles'}" * (self.during is not None)
         self.say(f"step of {i}{', with a closure' * (closure is not None)}{', broken ' + breaks}{raises}")
         self.ran = False
@@ -423,6 +439,8 @@ class Training:
     def after_failure(self, i: int, broke: bool) -> None:
         if getattr(self.optimizers[i], "grad_scale", 1) is None:
             delattr(self.optimizers[i], "grad_scale")  # torch has left it there, and fails because of it
+        if not any(self.fused):  # which may have left the clipping to the step
+            self.ask_norms()
         if broke and self.hand.goes_on_after_a_failure and self.scaler is None:
             if self.chance(0.6):
                 self.step(i)  # taken again
@@ -432,10 +450,24 @@ class Training:
         if broke or self.count > 1 or self.scaler is not None or self.chance(0.7):
             self.zero_all()
 
+    def loss(self) -> float:
+        return self.rng.choice([self.rng.random()] * 8 + [-1.0, INF])
+
+    def assign_loss(self) -> Act:
+        loss = self.loss()
+
+        def act(parameters: list[nn.Parameter]) -> None:
+            of = self.clipper if self.is_ours(parameters) else self.hand
+            if of.loss is None:
+                of.loss = loss
+
+        return act
+
     def closure(self) -> Act:
         every = [*range(self.count)]
         acts: list[Act] = self.rng.choice([[], [self.zero(every, self.chance(0.6))], [raise_]])
         acts = [*acts, self.backward()] if acts != [raise_] and self.chance(0.8) else acts
+        acts = [*acts, self.assign_loss()] if self.chance(0.3) else acts
 
         def closure(parameters: list[nn.Parameter]) -> None:
             for act in acts:
@@ -446,10 +478,11 @@ class Training:
     def take_step(self, i: int, closure: Act | None) -> None:
         if self.scaler is not None:
             self.scaler.step(self.optimizers[i])
-        elif closure is None:
-            self.optimizers[i].step()
-        else:
-            self.optimizers[i].step(lambda: closure(self.parameters))
+            return
+        given = None if closure is None else lambda: closure(self.parameters)
+        ways = [((given,), {}), ((), {"closure": given}), *([] if closure else [((), {})] * 3)]
+        args, kwargs = self.rng.choice(ways)
+        self.optimizers[i].step(*args, **kwargs)
 
     def cycle(self) -> None:
         """With a GradScaler, as its documentation says."""
@@ -487,9 +520,11 @@ class Training:
     def check_told(self, i: int, steps: bool) -> None:
         """What ``on_clip`` was told, and what a later hook has seen."""
         if self.listens:
-            told = [(r.total_norm, r.clip_coef, r.skipped) for r in self.told]
-            wanted = [(r.total_norm, r.clip_coef, r.skipped) for r in self.hand.told]
+            told = [(r.total_norm, r.clip_coef, r.skipped) for r, _ in self.told]
+            wanted = [(r.total_norm, r.clip_coef, r.skipped) for r, _ in self.hand.told]
             np.testing.assert_allclose(np.array(told), np.array(wanted), rtol=1e-5)
+            for (_, found), (_, norms) in zip(self.told, self.hand.told, strict=True):
+                same_numbers(found, norms)
         if i == 0 and steps:
             held = [None if p.grad is None else numpy(p.grad) for p in self.hand.parameters_of(0)]
             for seen in self.seen:
@@ -504,7 +539,11 @@ class Training:
         ]
         assert [r.step for r in history] == [*range(len(records))]
         measured = [*range(0, len(records), self.layers_every)] if self.layers_every else []
-        assert self.clipper.history.layers.steps == measured
+        layers = self.clipper.history.layers
+        assert layers.steps == measured
+        if measured:
+            of_last = layers.norms[-1]
+            same_numbers(of_last[of_last != 0], [norm for norm in records[measured[-1]][0].layers if norm])
         if records:
             fields = ("total_norm", "clip_coef", "max_norm", *([] if self.shares else ["clipped_norm"]))
             found = np.array([[getattr(r, field) for field in fields] for r in history])
@@ -570,6 +609,11 @@ class Training:
             if not all(bool(p.isfinite().all()) for p in self.hand.parameters):
                 return
         self.renew()
+
+
+def same_numbers(found: Any, wanted: Any) -> None:
+    """In any order."""
+    np.testing.assert_allclose(np.sort(found), np.sort(wanted), rtol=1e-5)
 
 
 def momenta(optimizers: list[SGD]) -> list[Array | None]:

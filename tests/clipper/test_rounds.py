@@ -65,23 +65,6 @@ class Training:
         return [p.detach().clone() for p in self.model.parameters()]
 
 
-def test_adagc_of_two_optimizers_does_what_it_does_for_one_with_all_parameters() -> None:
-    training, alone = Training("one fused"), Training("one fused")
-    groups = [optimizer.param_groups[0]["params"] for optimizer in alone.optimizers]
-    single = SGD([{"params": params} for params in groups], lr=0.0)
-    clipper, of_one = (Clipper(each, AdaGC(warmup=2)) for each in (training.optimizers, single))
-    for step in range(5):
-        training.backward(step)
-        alone.backward(step)
-        single.step()
-        alone.step()
-        training.step()
-        torch.testing.assert_close(training.gradients(), alone.gradients(), rtol=1e-4, atol=1e-6)
-    for record, other in zip(clipper.history, of_one.history, strict=True):
-        assert record[:4] == pytest.approx(other[:4], rel=1e-5)
-        assert record[4:] == other[4:]
-
-
 def test_what_is_refused_when_it_is_made() -> None:
     free, taken = SGD([nn.Parameter(torch.ones(2))], lr=0.1), Training().second
     lbfgs = torch.optim.LBFGS([nn.Parameter(torch.ones(2))])
@@ -140,19 +123,6 @@ class Interrupted(Exception):
 
 def stop(*_: Any) -> None:
     raise Interrupted
-
-
-def test_what_adagc_has_learned_in_a_round_that_is_open_is_not_in_the_state() -> None:
-    training = Training()
-    clipper = Clipper(training.optimizers, AdaGC(warmup=2))
-    fresh = repr(clipper.state_dict()["thresholds"])
-    for step in range(4):
-        training.backward(step)
-        before = repr(clipper.state_dict())
-        training.first.step()
-        assert repr(clipper.state_dict()) == before
-        training.second.step()
-    assert repr(clipper.state_dict()["thresholds"]) != fresh
 
 
 # The loss
@@ -262,27 +232,6 @@ def two_weights(**second: Any) -> tuple[list[Any], list[SGD]]:
     for weight in weights:
         weight.grad = torch.ones(4)
     return weights, [SGD(weights[:1], lr=1.0), SGD(weights[1:], lr=1.0, **second)]
-
-
-def test_each_call_of_the_first_optimizers_closure_has_a_record() -> None:
-    class Twice(SGD):
-        def step(self, closure: Any = None) -> Any:
-            closure()
-            return super().step(closure)
-
-    weights, (_, second) = two_weights()
-    first, sizes = Twice(weights[:1], lr=1.0), iter([3.0, 2.0])
-    clipper = Clipper([first, second], 1.0)
-
-    def closure() -> None:
-        size = next(sizes)
-        for weight in weights:
-            weight.grad = torch.full((4,), size)
-
-    first.step(closure)
-    second.step()
-    assert [record.step for record in clipper.history] == [0, 0]
-    assert [record.total_norm for record in clipper.history] == pytest.approx([3 * 8**0.5, 2 * 8**0.5])
 
 
 def test_a_step_from_on_clip_has_its_own_record() -> None:
