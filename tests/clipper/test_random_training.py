@@ -65,7 +65,6 @@ class Training:
         self.unscaled = False
         self.told: list[tuple[Record, list[float]]] = []  # by on_clip, and the norms at that moment
         self.ran = False  # user code in the middle of the last step
-        self.shares = False  # whether sets may share gradients, whose joint norm after clipping is not known
         self.clipper: Clipper
         self.make_optimizers()
         self.draw_options()
@@ -82,7 +81,6 @@ class Training:
         held = [[self.parameter() for _ in range(self.rng.randint(1, 3))] for _ in range(self.count)]
         if self.count > 1 and self.scaler is None and self.chance(0.3):
             held[1].append(held[0][0])
-            self.shares = True
         copies = {id(p): nn.Parameter(p.detach().clone()) for of_one in held for p in of_one}
         # Torch's fused SGD with momentum cannot handle a parameter that is added later.
         options: list[dict[str, Any]] = [{"fused": True}, {"momentum": 0.5}, {}]
@@ -285,7 +283,6 @@ class Training:
                 elif way == "none":
                     p.grad = None
                 elif way == "share" and may_share:
-                    self.shares = True
                     p.grad = parameters[other].grad
                 elif way == "resize_" and p.grad.numel() and p.grad.untyped_storage().resizable():
                     p.grad.resize_(1000).resize_(p.shape).copy_(new)
@@ -545,7 +542,7 @@ class Training:
             of_last = layers.norms[-1]
             same_numbers(of_last[of_last != 0], [norm for norm in records[measured[-1]][0].layers if norm])
         if records:
-            fields = ("total_norm", "clip_coef", "max_norm", *([] if self.shares else ["clipped_norm"]))
+            fields = ("total_norm", "clip_coef", "max_norm", "clipped_norm")
             found = np.array([[getattr(r, field) for field in fields] for r in history])
             wanted = np.array([[getattr(r, field) for field in fields] for r, _ in records])
             found[np.isnan(wanted[:, 2]), 2] = math.nan  # nothing was compared with it
