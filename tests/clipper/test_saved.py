@@ -78,7 +78,7 @@ def test_states_of_any_length_survive_a_distributed_checkpoint(
     for step in range(3):
         _, _kept, its_clipper = run("growing", "parameter", **options)
         way(clipper, its_clipper, tmp_path / str(step))
-        assert its_clipper.state_dict() == clipper.state_dict()
+        assert str(its_clipper.state_dict()) == str(clipper.state_dict())  # as NaN differs from NaN
         train(model, optimizer, range(step, step + 1))
 
 

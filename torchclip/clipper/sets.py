@@ -231,8 +231,11 @@ def _sets_of(optimizers: Sequence[Optimizer], scope: str) -> list[ClipSet]:
             clip_set.parameters = values["params"]
             sets.append(clip_set)
             clip_set = ClipSet()
-    if together or not sets:  # an optimizer may have lost all its groups
+    if together:
         clip_set.parameters = together[0] if len(together) == 1 else joined(together)
+        sets.append(clip_set)
+    if not sets:  # an optimizer may have lost all its groups: then no threshold is asked
+        clip_set.parameters, clip_set.own = [], math.inf
         sets.append(clip_set)
     return sets
 
