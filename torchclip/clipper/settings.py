@@ -137,8 +137,6 @@ def checked(
     order = _norm_type_of(norm_type, nonfinite)
     names = Names(optimizers, model)
     groups = _process_groups_of(group, "AdaGC" if bank.per_parameter else scope)
-    if skip_loss_above is not None:
-        check_ranks_known(optimizers, groups, names)
     return Settings(
         bank=bank,
         rule=rule,
@@ -147,7 +145,7 @@ def checked(
         nonfinite=nonfinite,
         nonfinite_skips=InARow(most if nonfinite == "skip" else None),
         skip_above=None if skip_above is None else SkipAbove(skip_above, most, order),
-        skip_loss_above=None if skip_loss_above is None else SkipAbove(skip_loss_above, most, 1.0, "loss"),
+        skip_loss_above=_loss_limit_of(skip_loss_above, most, optimizers, groups, names),
         groups=groups,
         on_clip=on_clip,
         layers_every=_layers_every_of(layers_every, updates),
@@ -176,6 +174,20 @@ def _max_skips_of(
             "`nonfinite='skip'`, too"
         )
     return arguments.count("max_skips", max_skips, least=1)
+
+
+def _loss_limit_of(
+    skip_loss_above: MaxNorm | None,
+    most: int | None,
+    optimizers: Sequence[Optimizer],
+    groups: Sequence[ProcessGroup] | None,
+    names: Names,
+) -> SkipAbove | None:
+    """What skips steps by their loss, if anything does; it must be known which ranks decide together."""
+    if skip_loss_above is None:
+        return None
+    check_ranks_known(optimizers, groups, names)
+    return SkipAbove(skip_loss_above, most, 1.0, "loss")
 
 
 def _layers_every_of(layers_every: int, updates: bool) -> int:
