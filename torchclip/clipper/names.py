@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torchclip._core.ranks.exchange import Kind
 from torchclip.clipper.optimizers import Group, grad_scale_of, groups_of, parameters_of, unscaled
 
 # Parts that torch's wrappers add to names; users' modules do not have such names.
-_WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class _Known(NamedTuple):
@@ -180,7 +181,7 @@ def _by_id(models: Sequence[nn.Module]) -> dict[int, _Known]:
 
 def names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:
     """The parameters of some models with their names; ``model[1].weight`` if two have the same name."""
-    of_each = [[(p, name) for name, p in _named_parameters(model)] for model in models]
+    of_each = [[(p, name) for name, p in unwrapped_names(model)] for model in models]
     found: dict[int, tuple[Tensor, str]] = {}
     for i, of_model in enumerate(of_each):
         others = {name for j, each in enumerate(of_each) if j != i for _, name in each}
@@ -189,17 +190,15 @@ def names_in(models: Sequence[nn.Module]) -> list[tuple[Tensor, str]]:
     return list(found.values())
 
 
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def unwrapped_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's parameters by their names without torch's wrappers."""
     wrappers = [
-        f"{path}." if path else ""
+        f"{path}.module." if path else "module."
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (DataParallel, DistributedDataParallel))
     ]
     for name, parameter in model.named_parameters():
-        for path in reversed(wrappers):  # inner ones first, while their paths are valid
-            if name.startswith(f"{path}module."):
-                name = path + name[len(path) + len("module.") :]
-        for wrapped in _WRAPPED:
-            name = name.replace(wrapped, "")
-        yield name, parameter
+        for wrapper in reversed(wrappers):  # inner ones first, while their paths are valid
+            if name.startswith(wrapper):
+                name = wrapper.removesuffix("module.") + name.removeprefix(wrapper)
+        yield _WRAPPED.sub("", name), parameter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,11 +11,9 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-# Parts that torch's wrappers add to names; programs' modules do not have such names.
-_WRAPPED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+from torchclip.clipper.names import unwrapped_names
 
 
 class Modules:
@@ -85,7 +82,7 @@ def _names_in(modules: Iterable[nn.Module], missing: Sequence[int]) -> dict[int,
     """Names from as few modules as have the missing parameters; of several, each has its class in front."""
     known = []
     for module in {id(each): each for each in modules}.values():
-        of_module = dict(_named_parameters(module))
+        of_module = {id(parameter): name for name, parameter in unwrapped_names(module)}
         held = {key: of_module[key] for key in missing if key in of_module}
         if held:
             known.append((type(module).__name__, held))
@@ -106,20 +103,6 @@ def _names_in(modules: Iterable[nn.Module], missing: Sequence[int]) -> dict[int,
         prefix = f"{kind}{number}." if len(used) > 1 else ""
         names |= {key: prefix + name for key, name in found.items()}
     return names
-
-
-def _named_parameters(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """A model's parameters by their ``id``, with their names without torch's wrappers."""
-    wrappers = [
-        f"{path}.module." if path else "module."
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (DataParallel, DistributedDataParallel))
-    ]
-    for name, parameter in model.named_parameters():
-        for wrapper in reversed(wrappers):  # inner ones first, while their paths are valid
-            if name.startswith(wrapper):
-                name = wrapper.removesuffix("module.") + name.removeprefix(wrapper)
-        yield id(parameter), _WRAPPED.sub("", name)
 
 
 def labels(optimizers: Sequence[tuple[str, str | None, Iterable[str]]]) -> list[str]:
