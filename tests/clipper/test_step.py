@@ -61,7 +61,7 @@ def test_an_optimizer_that_calls_its_closure_twice(fused: bool, several: bool) -
     weight = nn.Parameter(torch.zeros(2))
     optimizer = Twice([weight], lr=1.0, fused=fused)
     others = [sgd([None])] * several
-    clipper = Clipper([optimizer, *others], 1.0, nonfinite="skip")
+    clipper = Clipper([optimizer, *others], 1.0, nonfinite="skip", layers_every=1)
     slopes = iter([NAN, 5.0, 4.0, 5.0, 5.0, NAN, 5.0])
 
     def closure() -> None:
@@ -83,6 +83,8 @@ def test_an_optimizer_that_calls_its_closure_twice(fused: bool, several: bool) -
         *[(2, False), (2, True)],
     ]
     assert [r.total_norm for r in clipper.history][1:5] == [5.0, 4.0, 5.0, 5.0]
+    of_steps = [max(norms) for norms in clipper.history.layers.norms]
+    assert of_steps == pytest.approx([5.0, 5.0, NAN], nan_ok=True)  # those of the last call
 
 
 class Asking(torch.optim.SGD):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import RLock, get_ident
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, Literal, TypeAlias, cast
 from weakref import ref
 
@@ -105,13 +105,15 @@ class Step:
     def is_around(self, inner: int) -> bool:
         """Whether more than a given number of ``step()`` calls of the optimizer are on the step's stack."""
         optimizer, frame = self._optimizer(), sys._current_frames().get(cast("int", self.thread))
-        while frame is not None:
-            if frame.f_code is _AROUND_STEP and frame.f_locals[_ARGS][0] is optimizer:
-                if inner == 0:
-                    return True
-                inner -= 1
-            frame = frame.f_back
-        return False
+        return sum(other is optimizer for other in stepping(frame)) > inner
+
+
+def stepping(frame: FrameType | None) -> Iterator[Optimizer]:
+    """The optimizers whose ``step()`` is on a stack, innermost first."""
+    while frame is not None:
+        if frame.f_code is _AROUND_STEP:
+            yield frame.f_locals[_ARGS][0]
+        frame = frame.f_back
 
 
 def is_fused(optimizer: Optimizer) -> bool:

@@ -14,7 +14,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from torchclip.cli.run.gradients import joint, smallest
+from torchclip._core import joint_norms, scalars
 from torchclip.cli.run.trial import Effect
 
 _MOST_CALLS = 4096  # that wait for a step
@@ -165,8 +165,8 @@ def joint_effect(calls: Sequence[Call]) -> Effect:
     effects = [*of_sets.values()]
     if len(effects) == 1:
         return effects[0]
-    norm = joint([each.total_norm for each in effects])
-    clip_coef = smallest([each.clip_coef for each in effects])
+    norm = joint_norms.join([each.total_norm for each in effects], 2.0)
+    clip_coef = scalars.smallest(scalars.in_one([each.clip_coef for each in effects]), 1.0)
     return Effect(norm, min(each.max_norm for each in effects), clip_coef)
 
 

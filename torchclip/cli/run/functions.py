@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import torchclip
 from torchclip import patch
+from torchclip._core import scalars
 from torchclip.cli.run.calls import Call, Calls, site_of_caller
-from torchclip.cli.run.gradients import as_number, coefficient, nonfinite_ids, norm_of
+from torchclip.cli.run.gradients import as_number, nonfinite_ids, norm_of
 from torchclip.cli.run.losses import LossRecorder
 from torchclip.cli.run.trial import Effect, Trial
 
@@ -128,7 +129,7 @@ class FunctionRecorder:
                 bad = nonfinite_ids(items)
             result = ours(*bound.args, **bound.kwargs)
         norm, max_norm = as_number(result if given is None else given), float(bound.arguments["max_norm"])
-        call.effect, call.nonfinite = Effect(norm, max_norm, coefficient(max_norm, norm)), bad
+        call.effect, call.nonfinite = Effect(norm, max_norm, scalars.clip_coef(max_norm, norm)), bad
         return result
 
 

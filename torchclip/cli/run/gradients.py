@@ -1,4 +1,4 @@
-"""The parameters and gradients of a program's optimizers, and their norms; nothing is changed."""
+"""The norms of a program's gradients; nothing is changed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clip_grad.per_parameter import clip_grad_norm_per_parameter_
 
 Number: TypeAlias = float | Tensor
 """A number; on an accelerator a tensor, so that nothing waits for it."""
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer, group by group."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def as_number(value: Any) -> Number:
@@ -47,31 +40,3 @@ def nonfinite_ids(parameters: Sequence[Tensor]) -> list[int]:
     """The ``id`` of each parameter whose gradient is not finite.  Waits for an accelerator."""
     found, norms = norms_of(parameters)
     return [id(p) for p, norm in zip(found, norms.tolist(), strict=True) if not math.isfinite(norm)]
-
-
-def joint(norms: Sequence[Number]) -> Number:
-    """The norm of several sets of gradients together."""
-    values = _in_one(norms)
-    return values.norm() if isinstance(values, Tensor) else math.hypot(*values)
-
-
-def smallest(values: Sequence[Number]) -> Number:
-    """The smallest of some numbers."""
-    found = _in_one(values)
-    return found.min() if isinstance(found, Tensor) else min(found)
-
-
-def _in_one(values: Sequence[Number]) -> Tensor | list[float]:
-    """Numbers as a list, or as a tensor if some are on an accelerator."""
-    device = next((each.device for each in values if isinstance(each, Tensor)), None)
-    if device is None:
-        return [float(each) for each in values]
-    return torch.stack([torch.as_tensor(each, device=device, dtype=torch.float32) for each in values])
-
-
-def coefficient(max_norm: float, norm: Number) -> Number:
-    """The number by which gradients of this norm are multiplied."""
-    if max_norm == math.inf:
-        return 1.0
-    coef = max_norm / (norm + 1e-6)
-    return coef.clamp(max=1.0) if isinstance(coef, Tensor) else min(coef, 1.0)

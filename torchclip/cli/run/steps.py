@@ -10,26 +10,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchclip.cli.run.calls import Call, Calls, Site, joint_effect, site_of_caller
-from torchclip.cli.run.gradients import Number, nonfinite_ids, norm_of, norms_of, parameters_of
+from torchclip.cli.run.gradients import Number, nonfinite_ids, norm_of, norms_of
 from torchclip.cli.run.losses import LossRecorder, in_backward
 from torchclip.cli.run.mistakes import Mistakes, StepFacts
 from torchclip.cli.run.names import Modules
 from torchclip.cli.run.optimizer import OptimizerRecord
 from torchclip.cli.run.trial import Effect, Trial
 from torchclip.clipper import registry
+from torchclip.clipper.closure import creates_state, with_closure
+from torchclip.clipper.optimizers import parameters_of
+from torchclip.clipper.step import stepping
 
 # How often parameters are measured one by one: in the first steps, and in later ones.
 _FIRST_STEPS, _EVERY_FIRST, _EVERY = 64, 4, 32
 _MOST_NONFINITE = 100  # the number of steps whose non-finite parameters are kept
-
-# The code of torch's wrapper around every optimizer's step(), which calls the hooks.
-_AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
-_ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
 
 
 class StepRecorder:
@@ -81,11 +79,13 @@ class StepRecorder:
     # One step
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        record = None if _is_inner(optimizer) else self._record_of(optimizer)
-        if record is None:
+        if _is_inner(optimizer) or (
+            id(optimizer) not in self._by_id and _creates_state(optimizer, args, kwargs)
+        ):
             return None
+        record = self._record_of(optimizer)
         record.is_measured = record.is_tried = False
-        replaced = _with_closure(args, kwargs, partial(self._call_closure, record, optimizer))
+        replaced = with_closure(args, kwargs, partial(self._call_closure, record, optimizer))
         if replaced is None:
             self._measure(record, optimizer)
         return replaced
@@ -211,7 +211,7 @@ class StepRecorder:
         if parameters and len(record.nonfinite) < _MOST_NONFINITE and step not in record.nonfinite:
             record.nonfinite[step] = [record.names[key] for key in parameters if key in record.names]
 
-    def _record_of(self, optimizer: Optimizer) -> OptimizerRecord | None:
+    def _record_of(self, optimizer: Optimizer) -> OptimizerRecord:
         """The record of an optimizer: new in its first step, with new names if it has a new group."""
         key = id(optimizer)
         record = self._by_id.get(key)
@@ -219,8 +219,6 @@ class StepRecorder:
             return record
         if record is not None:
             record.read_parameters(optimizer, self._modules)
-        elif _only_creates_state(optimizer):
-            return None
         else:
             # Another object may get the same id.
             record = OptimizerRecord(optimizer, self._modules, lambda _: self._by_id.pop(key, None))
@@ -252,34 +250,17 @@ def _is_inner(optimizer: Optimizer) -> bool:
     An exception may end a step at any time, so the stack is asked, and nothing is remembered.
     """
     own = {id(p) for p in parameters_of(optimizer)[:1]} | {id(optimizer)}
-    around = -1
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _AROUND_STEP:
-            outer = frame.f_locals[_ARGS][0]
-            around += not own.isdisjoint({id(outer), *map(id, parameters_of(outer)[:1])})
-        frame = frame.f_back
-    return around > 0
+    around = [
+        outer
+        for outer in stepping(sys._getframe(1))
+        if not own.isdisjoint({id(outer), *map(id, parameters_of(outer)[:1])})
+    ]
+    return len(around) > 1
 
 
-def _with_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], around: Callable[..., Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A step's arguments with another function around its closure; None without a closure."""
-    if callable(kwargs.get("closure")):
-        return args, {**kwargs, "closure": partial(around, kwargs["closure"])}
-    if len(args) > 1 and callable(args[1]) and not isinstance(args[1], nn.Module):
-        return (args[0], partial(around, args[1]), *args[2:]), kwargs
-    return None
-
-
-def _only_creates_state(optimizer: Optimizer) -> bool:
-    """Whether a step trains nothing: torch's checkpoints take one with a rate of 0 and gradients of 0."""
-    return (
-        not any(optimizer.state.values())
-        and all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
-        and bool(norm_of(parameters_of(optimizer)) == 0.0)
-    )
+def _creates_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a step trains nothing, but makes the optimizer create its state."""
+    return creates_state(optimizer, args, kwargs, lambda: norm_of(parameters_of(optimizer)))
 
 
 def _was_scaled(optimizer: Optimizer, unscaled: frozenset[int] | None, call: Call) -> bool:

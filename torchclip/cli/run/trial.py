@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchclip.cli.run.gradients import Number, coefficient, norms_of
+from torchclip._core import scalars
+from torchclip.cli.run.gradients import Number, norms_of
 from torchclip.cli.thresholds import max_norm_of
 from torchclip.clip_grad.norm import clip_grads_with_norm_
 from torchclip.thresholds.base import MaxNorm
@@ -78,7 +79,7 @@ class Trial:
             max_norm = self._threshold(place).update(float(norm))
         if max_norm < math.inf:
             clip_grads_with_norm_(parameters, max_norm, norm)
-        return Effect(norm, max_norm, coefficient(max_norm, norm))
+        return Effect(norm, max_norm, scalars.clip_coef(max_norm, norm))
 
     def _threshold(self, place: Hashable) -> Any:
         return self._learned.setdefault(place, self.new_max_norm())
@@ -92,7 +93,7 @@ class Trial:
         max_norms, coefs = [math.inf], [1.0]
         for parameter, own in zip(owners, norms.tolist(), strict=True):
             max_norms.append(self._threshold((place, id(parameter))).update(own, float(norm)))
-            coefs.append(float(coefficient(max_norms[-1], own)))
+            coefs.append(scalars.clip_coef(max_norms[-1], own))
             clip_grads_with_norm_(parameter, max_norms[-1], own)
         return Effect(norm, min(max_norms), min(coefs))
 
