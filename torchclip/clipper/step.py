@@ -104,8 +104,10 @@ class Step:
 
     def is_around(self, inner: int) -> bool:
         """Whether more than a given number of ``step()`` calls of the optimizer are on the step's stack."""
-        optimizer, frame = self._optimizer(), sys._current_frames().get(cast("int", self.thread))
-        return sum(other is optimizer for other in stepping(frame)) > inner
+        optimizer = self._optimizer()
+        # No name for the frame here: if it is this one, it would refer to itself, and stay with all in it.
+        around = stepping(sys._current_frames().get(cast("int", self.thread)))
+        return sum(other is optimizer for other in around) > inner
 
 
 def stepping(frame: FrameType | None) -> Iterator[Optimizer]:
