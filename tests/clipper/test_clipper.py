@@ -32,10 +32,7 @@ from torchclip.history import Record
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
-WAYS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "foreach": {"foreach": True},
-}  # test_fused.py has fused steps
+WAYS: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}}
 STEPS = 8  # RAdam begins to adapt in the sixth
 NO_MODELS: list[Any] = [1, "model", [nn.Linear(1, 1), None], nn.Linear, [[nn.Linear(1, 1)]]]
 
@@ -126,6 +123,21 @@ def test_the_record_of_a_step(fused: bool) -> None:
     assert (record.clipped_norm, norms) == (pytest.approx(1.0), pytest.approx([1.0]))  # type: ignore[comparison-overlap]
     assert clipper.last is clipper.history[-1]
     assert (last_of(clipper).step, last_of(clipper).total_norm) == (1, pytest.approx(1.0))
+
+
+@fused_or_not
+def test_gradients_stay_clipped_though_the_step_would_have_clipped_them(fused: bool) -> None:
+    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
+
+    def refuse(record: Record) -> None:
+        raise KeyError(record.step)
+
+    Clipper(optimizer, 1.0, on_clip=refuse)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="0"):
+            optimizer.step()
+        assert grad_norms(optimizer) == pytest.approx([1.0], rel=1e-5)
+        assert not hasattr(optimizer, "grad_scale")
 
 
 @pytest.mark.parametrize(
