@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import memory
 
@@ -70,9 +71,13 @@ def vector(norms: Sequence[float]) -> Tensor:
 
 def device_of(values: Collection[Norm | Norms]) -> torch.device | None:
     """The device of the first number that is on one; None if all are on the host."""
-    if _OF_HOST.issuperset(map(type, values)):  # many times faster than checking each
+    # Many times faster than checking each, but torch.compile of torch 2.6 can trace the loop only.
+    if not is_dynamo_compiling() and _OF_HOST.issuperset(map(type, values)):
         return None
-    return next((value.device for value in values if isinstance(value, Tensor)), None)
+    for value in values:
+        if isinstance(value, Tensor):
+            return value.device
+    return None
 
 
 def numbers(norms: Norms) -> list[float]:
