@@ -163,7 +163,7 @@ def _norms_of_whole(units: Sequence[Units], p: float, eps: float) -> list[tuple[
         of_weights, of_grads = rows.norms_of_rows(weights, p), rows.norms_of_rows(grads, p)
         found = [(w.clamp(min=eps), g) for w, g in zip(of_weights, of_grads, strict=True)]
         for i, both in enumerate(found):
-            is_double = not memory.DOUBLE.isdisjoint((weights[i].dtype, grads[i].dtype))
+            is_double = weights[i].dtype in memory.DOUBLE or grads[i].dtype in memory.DOUBLE
             if is_double and memory.on_host(both) and bool(torch.maximum(*both).isinf().any()):
                 of_weight, of_grad = rows.norms_of_rows([weights[i] * _SCALE, grads[i] * _SCALE], p)
                 is_beyond = torch.maximum(*both).isinf()
