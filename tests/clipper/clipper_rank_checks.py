@@ -340,6 +340,7 @@ def with_loss_of_its_own(
     optimizer.step()
 
 
+@since_2_7
 def check_ranks_skip_by_the_mean_of_their_losses() -> None:
     """Of replicas (DDP), of shards (FSDP2), and of ranks that `group` joins."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -379,6 +380,7 @@ def check_ranks_skip_by_the_mean_of_their_losses() -> None:
         clipper.detach()
 
 
+@since_2_7
 def check_a_rank_without_a_loss_stops_all_of_them() -> None:
     model, _ = model_of(nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -403,6 +405,7 @@ def check_a_loss_is_not_judged_where_it_is_not_known_which_ranks_decide() -> Non
     optimizer.step()  # it has no Clipper
 
 
+@since_2_7
 def check_updates_are_those_of_whole_parameters() -> None:
     """All ranks have the same norms of sharded weights and of what a step adds to them."""
     model, _ = model_of(nn.Linear(4, 2))

@@ -380,7 +380,7 @@ class Training:
         self.say(f"load by {how}")
         with tempfile.TemporaryDirectory() as folder:
             if how == "dcp":
-                dcp.save({"clipper": self.clipper}, checkpoint_id=folder, no_dist=True)
+                dcp.save({"clipper": self.clipper}, checkpoint_id=folder)
                 self.saved = None, self.hand.state()
             if how == "dcp" or self.chance(0.6):
                 self.end_clipper()
@@ -388,7 +388,7 @@ class Training:
                     self.new_optimizers()
                 self.new_clipper()
             if how == "dcp":
-                dcp.load({"clipper": self.clipper}, checkpoint_id=folder, no_dist=True)
+                dcp.load({"clipper": self.clipper}, checkpoint_id=folder)
                 self.saved = self.clipper.state_dict(), self.saved[1]
             else:
                 self.clipper.load_state_dict(self.saved[0])

@@ -44,15 +44,15 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 def through_dcp(clipper: Clipper, fresh: Clipper, path: Path) -> None:
-    dcp.save({"clipper": clipper}, checkpoint_id=path, no_dist=True)
-    dcp.load({"clipper": fresh}, checkpoint_id=path, no_dist=True)
+    dcp.save({"clipper": clipper}, checkpoint_id=path)
+    dcp.load({"clipper": fresh}, checkpoint_id=path)
 
 
 def through_a_tree(clipper: Clipper, fresh: Clipper, path: Path) -> None:
     state = {"application": {"step": 3, "parts": [{"clipper": clipper.state_dict()}]}}
-    dcp.save(state, checkpoint_id=path, no_dist=True)
+    dcp.save(state, checkpoint_id=path)
     loaded = {"application": {"step": 0, "parts": [{"clipper": fresh.state_dict()}]}}
-    dcp.load(loaded, checkpoint_id=path, no_dist=True)
+    dcp.load(loaded, checkpoint_id=path)
     assert loaded["application"]["step"] == 3
     fresh.load_state_dict(loaded["application"]["parts"][0]["clipper"])  # type: ignore[index]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed_helpers import TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -212,6 +213,8 @@ def test_nothing_waits_and_operations_do_not_grow(make: Callable[[], Any]) -> No
 @every_case
 def test_nothing_is_read_where_operations_are_intercepted(make: Callable[[], Any]) -> None:
     bank = ThresholdBank(make())
+    if isinstance(make(), Percentile) and TORCH < (2, 10):
+        pytest.skip("on the CPU, this torch reads a number for each quantile")
     with FakeTensorMode():
         for _ in range(3):
             bank.begin_step()

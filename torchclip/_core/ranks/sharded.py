@@ -245,14 +245,14 @@ def _placed(
     """
     grads: list[Any] = [item.grad for item in items] if take_grad else list(items)
     here = [grad for grad in grads if grad is not None]
-    different = dict(zip(map(id, here), here, strict=True))
+    different = {id(grad): grad for grad in here}
     place_of = {key: place for place, key in enumerate(different)}
     layouts = meshes.layouts_of(
         [item if grad is None else grad for item, grad in zip(items, grads, strict=True)]
     )
     positions = [*map(place_of.get, map(id, grads))]
     # By identity, as a layout's hash takes longer than all else here.
-    of_each = dict(zip(map(id, layouts), layouts, strict=True))
+    of_each = {id(layout): layout for layout in layouts}
     equal: dict[Layout, Layout] = {}
     of_each = {key: equal.setdefault(layout, layout) for key, layout in of_each.items()}
     if len(equal) < len(of_each):
