@@ -602,7 +602,7 @@ def backends() -> list[str]:
     found = ["torch operations"]
     if not kernel.status().startswith("active"):
         return found
-    from torchclip import _kernel
+    from torchclip._core.native import extension as _kernel
 
     for name in ("avx512", "avx2", "baseline"):
         with contextlib.suppress(ValueError):
@@ -619,7 +619,7 @@ def using(backend: str) -> Iterator[None]:
         with kernel.disabled():
             yield
         return
-    from torchclip import _kernel
+    from torchclip._core.native import extension as _kernel
 
     _kernel.select(backend)
     try:

@@ -1,11 +1,10 @@
 """The interface to the tensors of one call; every clipping rule is a composition of its methods.
 
-``gather`` decides which implementation takes which tensors:
+``gather`` decides which implementation takes the tensors:
 
     native        the compiled kernel, for plain tensors without gaps in host memory
     operations    torch operations, for all others
-    mixed         some of each in one call
-    sharded       any of those, with norms that ranks agree on
+    sharded       one of these, with norms that ranks agree on
 """
 
 from __future__ import annotations

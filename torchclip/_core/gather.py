@@ -1,21 +1,18 @@
 """From a call's argument to a batch: this file alone decides what handles which tensor.
 
-a tensor that is …                                          is handled by
-----------------------------------------------------------  ---------------------------
-plain, without gaps, in host memory, of the kernel's dtypes  native (if the kernel is on)
-anything else, and all that is traced or intercepted         operations
-some of each in one call                                     mixed
-a DTensor, or any in a call with ``group``                   sharded, over one of the above
+tensors that are …                                               are handled by
+---------------------------------------------------------------  ---------------------------
+all plain, without gaps, in host memory, of the kernel's dtypes  native (if the kernel is on)
+anything else, or traced or intercepted                          operations
+any of them a DTensor, or in a call with ``group``               sharded, over one of the above
 """
 
 from __future__ import annotations
 
-import operator
 import types
 import warnings
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import compress
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -23,7 +20,6 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import arguments, memory, native
 from torchclip._core.batch import Batch, Norm, Norms
-from torchclip._core.mixed import MixedBatch
 from torchclip._core.operations import TorchBatch
 from torchclip._core.ranks import meshes, sharded
 from torchclip._core.ranks.exchange import Kind
@@ -278,16 +274,9 @@ def _local(tensors: list[Tensor], shared: bool = False) -> Batch:
         tensors: the tensors.
         shared: whether any is known to be the gradient of several parameters.
     """
-    by_kernel = _by_kernel(tensors)
+    # The kernel's batch of tensors does not say that parameters share a gradient.
+    by_kernel = None if shared else _by_kernel(tensors)
     if by_kernel is not None:
-        return MixedBatch(tensors, [by_kernel], shared) if shared else cast("Batch", by_kernel)
-    taken = None if is_dynamo_compiling() else native.taken(tensors)
-    if taken is None or not any(taken):
-        return _by_torch(tensors, shared)
-    by_torch = _by_torch([*compress(tensors, map(operator.not_, taken))], shared)
-    return MixedBatch(tensors, [_by_kernel([*compress(tensors, taken)]), by_torch], shared)
-
-
-def _by_torch(tensors: list[Tensor], shared: bool) -> TorchBatch:
+        return cast("Batch", by_kernel)
     dtype = None if memory.intercepted() else memory.common_dtype(tensors)
     return TorchBatch(tensors, shared, dtype)

@@ -122,10 +122,8 @@ gradients: Callable[[Iterable[Tensor]], Any] = getattr(extension, "gradients", _
 tensors: Callable[[Iterable[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
 measured: Callable[[Iterable[Tensor], float, bool], Any] = getattr(extension, "measured", _not_taken)
 fingerprint: Callable[[Iterable[Tensor]], bytes | None] = getattr(extension, "fingerprint", _not_taken)
-taken: Callable[[list[Tensor]], list[bool] | None] = getattr(extension, "taken", _not_taken)
 
-# Whole calls of the public functions in the kernel, which returns None for calls that it does not take;
-# ``_kernel.pyi`` describes them.
+# Whole calls of the public functions in the kernel, which returns None for calls that it does not take.
 clip_grad_norm: Callable[..., Tensor | None]
 clip_grad_value: Callable[..., bool | None]
 clip_grad_each: Callable[..., Tensor | None]

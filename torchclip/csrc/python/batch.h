@@ -45,22 +45,6 @@ PyObject* gather(PyObject* given, bool take_grad) {
 PyObject* gradients(PyObject*, PyObject* parameters) { return gather(parameters, true); }
 PyObject* tensors(PyObject*, PyObject* list) { return gather(list, false); }
 
-// taken(tensors): for each of a list, whether the kernel takes it; None if all operations must be torch's.
-PyObject* taken(PyObject*, PyObject* list) {
-    const Outcome outcome = PyList_Check(list) ? begin() : fail(PyExc_TypeError, "expected a list, got %R", list);
-    if (outcome != kDone) return finish(outcome);
-    Ref answers(PyList_New(0));
-    for (Py_ssize_t i = 0; answers != nullptr && i < PyList_Size(list); ++i) {
-        const Ref tensor = Ref::to(PyList_GetItem(list, i));
-        DLTensor t;
-        Layout layout;
-        const bool is_taken = (!has_refused || (is_plain(tensor) && is_dense_on_host(tensor))) && describe(tensor, t) &&
-                              read_layout(t, layout);
-        if (PyList_Append(answers, is_taken ? Py_True : Py_False) < 0) return nullptr;
-    }
-    return answers.release();
-}
-
 void batch_dealloc(PyObject* self) {
     PyTypeObject* const type = Py_TYPE(self);
     batch_of(self).~Batch();

@@ -31,6 +31,10 @@ namespace {
 
 // connect(tensor, parameter, exchange_api, increment_version, get_num_threads, other_norms, checks,
 //         is_inference_mode_enabled, strided, library)
+//
+// `other_norms` takes tensors, an order other than 1, 2 and inf, whether only finite elements count, and whether to
+// return a list with the norm of each.  `checks` are _core/memory.py's; the kernel takes nothing while one fails.
+// `library` is the path of a library that was linked to torch's OpenMP.
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (expect_count(count, 10, 10) != kDone) return nullptr;
     auto* exchange = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
@@ -114,7 +118,6 @@ PyMethodDef module_methods[] = {
     {"measured", function<measured>(), METH_FASTCALL,
      "measured(parameters, norm_type, each): that Batch and its norm, or the norms of each, or None"},
     {"tensors", function<tensors>(), METH_O, "tensors(tensors): a Batch of the tensors themselves, or None"},
-    {"taken", function<taken>(), METH_O, "taken(tensors): for each of a list whether it is taken, or None"},
     {"disable", function<disable>(), METH_NOARGS, "disable(): off until the enable() that belongs to it"},
     {"enable", function<enable>(), METH_NOARGS, "enable(): on, once it was called as often as disable()"},
     {"fingerprint", function<fingerprint>(), METH_O, "fingerprint(parameters): eight bytes for each gradient"},
