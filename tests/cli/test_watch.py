@@ -260,6 +260,23 @@ def test_closures_are_measured_after_their_backward_pass() -> None:
         assert [r.total_norm for r in session.history] == [3.0]
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_gets_the_arguments_that_the_optimizer_passes(by_name: bool) -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(lambda: closure(backward=True) if by_name else closure(True))
+
+    w = weight(1.0)
+
+    def closure(backward: bool) -> Tensor:
+        w.grad = torch.full((1,), 3.0 if backward else 5.0)
+        return w.detach().sum()
+
+    with Session() as session:
+        Twice([w], lr=0.1).step(closure)
+    assert [r.total_norm for r in session.history] == [3.0]
+
+
 def test_a_step_within_a_step_is_one() -> None:
     class Child(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:

@@ -91,10 +91,16 @@ class StepRecorder:
         return replaced
 
     def _call_closure(
-        self, record: OptimizerRecord, optimizer: Optimizer, closure: Callable[..., Any], /, *args: Any
+        self,
+        record: OptimizerRecord,
+        optimizer: Optimizer,
+        closure: Callable[..., Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Record the first call of a step's closure, with its loss and gradients; a trial clips in each."""
-        result = closure(*args)
+        result = closure(*args, **kwargs)
         if not record.is_measured:
             self._measure(record, optimizer)
         elif record.is_tried:
