@@ -268,9 +268,9 @@ def check_backward_passes_that_add_to_sharded_gradients_are_noticed() -> None:
     clipper = Clipper(optimizers, 1.0)
     only_last = torch.zeros(4, 2)
     only_last[1::2, 1] = 1.0  # all other elements of the gradient stay as they are
-    torch.add(*(weight.sum() for weight in weights)).backward()  # type: ignore[no-untyped-call]
+    torch.add(weights[0].sum(), weights[1].sum()).backward()  # type: ignore[no-untyped-call]
     optimizers[0].step()
-    (weights[1] * lying(only_last, Shard(0))).sum().backward()
+    (weights[1] * lying(only_last, Shard(0))).sum().backward()  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match=r"optimizer 1 \(SGD\) have changed"):
         optimizers[1].step()
     clipper.detach()
