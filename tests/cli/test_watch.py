@@ -260,6 +260,23 @@ def test_closures_are_measured_after_their_backward_pass() -> None:
         assert [r.total_norm for r in session.history] == [3.0]
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_gets_the_arguments_that_the_optimizer_passes(by_name: bool) -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(lambda: closure(backward=True) if by_name else closure(True))
+
+    w = weight(1.0)
+
+    def closure(backward: bool) -> Tensor:
+        w.grad = torch.full((1,), 3.0 if backward else 5.0)
+        return w.detach().sum()
+
+    with Session() as session:
+        Twice([w], lr=0.1).step(closure)
+    assert [r.total_norm for r in session.history] == [3.0]
+
+
 def test_a_step_within_a_step_is_one() -> None:
     class Child(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
@@ -705,6 +722,43 @@ def test_a_step_of_an_optimizer_that_wraps_another_is_one() -> None:
         step(Wrapper(sgd(w)), [3.0, 4.0])
     assert [record.kind for record in session.steps.optimizers] == ["Wrapper"]
     torch.testing.assert_close(w.data, torch.tensor([-0.6, -0.8]))
+
+
+class Joint(torch.optim.Optimizer):
+    """Steps several optimizers."""
+
+    def __init__(self, *inner: torch.optim.Optimizer) -> None:
+        super().__init__([p for each in inner for group in each.param_groups for p in group["params"]], {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        for each in self.inner:
+            each.step()
+
+
+def test_steps_of_several_optimizers_within_another_one_are_one() -> None:
+    weights = [weight(0.0), weight(0.0)]
+    optimizer = Joint(*map(sgd, weights))
+    with Session(max_norm=1.0) as session:
+        for _ in range(2):
+            for w, value in zip(weights, (3.0, 4.0), strict=True):
+                w.grad = torch.tensor([value])
+            optimizer.step()
+    assert [r.total_norm for r in session.history] == [5.0, 5.0]
+    torch.testing.assert_close(weights[1].data, torch.tensor([-1.6]))
+
+
+def test_a_clipper_of_wrapped_optimizers_is_that_of_their_wrapper() -> None:
+    weights = [weight(0.0), weight(0.0)]
+    inner = [*map(sgd, weights)]
+    clipper, optimizer = torchclip.Clipper(inner, 1.0), Joint(*inner)
+    with Session() as session:
+        for _ in range(2):
+            for w, value in zip(weights, (3.0, 4.0), strict=True):
+                w.grad = torch.tensor([value])
+            optimizer.step()
+    assert session.history is clipper.history
+    assert session.optimizer.clipped_by == {"a Clipper": 2}
 
 
 @pytest.mark.parametrize("fused", [False, True])

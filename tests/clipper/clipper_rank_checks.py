@@ -262,6 +262,33 @@ def check_a_checkpoint_of_stages_of_a_pipeline() -> None:
         del other_stage, other_optimizer
 
 
+def check_backward_passes_that_add_to_sharded_gradients_are_noticed() -> None:
+    weights = [nn.Parameter(lying(randn(4, 2, seed=i), Shard(0))) for i in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.1) for weight in weights]
+    clipper = Clipper(optimizers, 1.0)
+    only_last = torch.zeros(4, 2)
+    only_last[1::2, 1] = 1.0  # all other elements of the gradient stay as they are
+    torch.add(weights[0].sum(), weights[1].sum()).backward()  # type: ignore[no-untyped-call]
+    optimizers[0].step()
+    (weights[1] * lying(only_last, Shard(0))).sum().backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match=r"optimizer 1 \(SGD\) have changed"):
+        optimizers[1].step()
+    clipper.detach()
+
+
+def check_losses_of_sharded_models_are_added() -> None:
+    model, _ = model_of(nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = Clipper(optimizer, 1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for loss in (1.0, 2.0, 4.0):
+            model(randn(3, 4, seed=1)).sum().backward()
+            clipper.loss = loss
+        optimizer.step()
+    assert [record.loss for record in clipper.history] == [7.0, 7.0]
+
+
 @since_2_7
 def check_rounds_of_sharded_models() -> None:
     """One norm for both optimizers, whichever steps first, as by hand."""

@@ -6,6 +6,7 @@ pass, and what stays alive.
 
 import gc
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -232,6 +233,41 @@ def two_weights(**second: Any) -> tuple[list[Any], list[SGD]]:
     for weight in weights:
         weight.grad = torch.ones(4)
     return weights, [SGD(weights[:1], lr=1.0), SGD(weights[1:], lr=1.0, **second)]
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_gradient_may_go_in_a_round_that_the_kernel_does_not_take(first: int, is_sparse: bool) -> None:
+    weights, optimizers = two_weights()
+    table = nn.Parameter(torch.zeros(4, 3))
+    ones = torch.ones(4, 6)[:, ::2]  # with gaps
+    table.grad = ones.to_sparse(1) if is_sparse else ones
+    optimizers[1].add_param_group({"params": [table]})
+    clipped: list[Record] = []
+    clipper = Clipper(optimizers, 1.0, on_clip=clipped.append)
+    optimizers[first].step()
+    table.grad = None
+    optimizers[1 - first].step()
+    assert clipped == list(clipper.history)
+    assert last_of(clipper).total_norm == pytest.approx(math.sqrt(20.0))
+    assert all(torch.equal(weight.data, weights[0].data) for weight in weights)
+
+
+def test_a_round_is_not_skipped_if_a_scaler_skips_only_a_step_that_fails() -> None:
+    weights, optimizers = two_weights(fused=True)
+    optimizers[0] = SGD(weights[:1], lr=1.0, fused=True)
+    clipper = Clipper(optimizers, 1.0)
+    for optimizer in optimizers:
+        vars(optimizer)["found_inf"] = torch.ones(())
+    optimizers[0].step()
+    failing = optimizers[1].register_step_pre_hook(stop)
+    with pytest.raises(Interrupted):
+        optimizers[1].step()
+    failing.remove()
+    vars(optimizers[1]).pop("found_inf", None)
+    optimizers[1].step()
+    assert not last_of(clipper).skipped
+    assert [bool(weight.any()) for weight in weights] == [False, True]
 
 
 def test_a_step_from_on_clip_has_its_own_record() -> None:

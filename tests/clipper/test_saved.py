@@ -109,8 +109,11 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         ({**good, "skip_above": {"all": {"kind": "other"}}}, "kind 'other'"),
         ({**good, "skip_above": {"other": limit}}, "'other', which this Clipper does not clip"),
         ({**good, "skip_above": 1.0}, r"`state\['skip_above'\]` must be a dictionary"),
-        ({**good, "skips": {"nonfinite": 0, "skip_above": -1}}, r"\['skip_above'\].* at least 0"),
+        ({**good, "skip_loss_above": 0}, r"`state\['skip_loss_above'\]` must be a dictionary"),
+        ({key: good[key] for key in good if key != "skip_loss_above"}, "`state` lacks 'skip_loss_above'"),
+        ({**good, "skips": {**good["skips"], "skip_above": -1}}, r"\['skip_above'\].* at least 0"),
         ({**good, "skips": {"nonfinite": 0}}, "lacks 'skip_above'"),
+        ({**good, "skips": {"nonfinite": 0, "skip_above": 0}}, "lacks 'skip_loss_above'"),
         ({**good, "history": None}, r"`state\['history'\]` must be a dictionary"),
         ({**good, "thresholds": {}, "history": {"records": {}}}, "History.state_dict"),
     ]

@@ -125,9 +125,19 @@ def fingerprint(parameters: Sequence[Tensor]) -> bytes:
     ``GradScaler.unscale_`` changes no version.  They are those of this rank's parts.
     """
     found = native.fingerprint(parameters)
+    if found is None:  # one by one, as those that the kernel takes must not depend on the others
+        owners = {id(p.grad): p for p in parameters if p.grad is not None}
+        found = b"".join(map(_fingerprint_of_one, owners.values()))
+    return found
+
+
+def _fingerprint_of_one(parameter: Tensor) -> bytes:
+    found = native.fingerprint([parameter])
     if found is None:
-        held = meshes.locals_of(distinct_gradients(parameters))
-        found = array("q", [hash((id(each), *memory.signs_of_change(each))) for each in held]).tobytes()
+        grads = distinct_gradients([parameter])
+        pairs = zip(grads, meshes.locals_of(grads), strict=True)
+        signs = [(id(held), meshes.version_of(grad), *memory.signs_of_change(held)) for grad, held in pairs]
+        found = array("q", map(hash, signs)).tobytes()
     return found
 
 

@@ -328,14 +328,13 @@ def _has_equal_offsets(axes: Sequence[tuple[int, int]], count: int) -> bool:
 
 
 def signs_of_change(tensor: Tensor) -> tuple[object, ...]:
-    """Numbers that show whether a tensor is still the same, unchanged, without waiting for a device."""
-    version = -1 if tensor.is_inference() else tensor._version
+    """What shows, beside its version, whether a tensor is still the same; does not wait for a device."""
     values = tensor._values() if tensor.layout is torch.sparse_coo else tensor
     if values.layout is not torch.strided or values.is_meta:
-        return (version,)
+        return ()
     if not on_host([values]) or not values.numel():
-        return version, values.data_ptr()
-    return version, values.data_ptr(), repr(_telling_element(values))
+        return (values.data_ptr(),)
+    return values.data_ptr(), repr(_telling_element(values))
 
 
 def _telling_element(values: Tensor) -> complex:

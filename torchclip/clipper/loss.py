@@ -71,8 +71,7 @@ class PendingLoss:
 def _seen(place: int, parameter: Tensor) -> _Seen:
     grad = parameter.grad
     assert grad is not None
-    version = -1 if grad.is_inference() else grad._version
-    return _Seen(place, id(parameter), id(grad), version, gather.fingerprint([parameter]))
+    return _Seen(place, id(parameter), id(grad), meshes.version_of(grad), gather.fingerprint([parameter]))
 
 
 def _own(loss: float | Tensor) -> float | Tensor:

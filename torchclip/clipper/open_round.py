@@ -70,7 +70,7 @@ class OpenRound:
     def note_scaler(self, index: int, step: Step) -> None:
         """Take note of whether a GradScaler skips the step of one of several optimizers."""
         skipped = is_skipped_by_scaler(step.optimizer)
-        if skipped is not False:
+        if skipped is not False or index in self.by_scaler:  # a step of it may have failed before
             self.by_scaler = {**self.by_scaler, index: skipped}
 
     def copy_weights(self, index: int, step: Step) -> None:

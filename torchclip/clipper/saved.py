@@ -93,18 +93,18 @@ def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets:
     own = _own_part(state, key)
     arguments.saved("state", own, ("steps",), "Clipper")
     arguments.saved("state", state, _Kind._fields, "Clipper")
-    arguments.saved("state", own, ("sets", "thresholds", "skip_above", "skips", "history"), "Clipper")
+    arguments.saved("state", own, ("sets", "thresholds", *_LIMITS, "skips", "history"), "Clipper")
     saved_kind = _checked_kind(state, settings)
     thresholds = _learned("state['thresholds']", own["thresholds"])
     names = arguments.items("state['sets']", own["sets"], arguments.string)
     of_sets = dict.fromkeys([*names, *thresholds])
     settings.bank.check(thresholds if settings.bank.learns else of_sets)
     _check_sets("state['thresholds']", of_sets, sets)
-    limits = {name: _checked_limit(name, own.get(name), settings) for name in _LIMITS}
+    limits = {name: _checked_limit(name, own[name], settings) for name in _LIMITS}
     _compare(saved_kind, _kind_of(settings), bool(of_sets or limits["skip_above"]))
-    arguments.saved("state['skips']", own["skips"], ("nonfinite", "skip_above"), "Clipper")
+    arguments.saved("state['skips']", own["skips"], ("nonfinite", *_LIMITS), "Clipper")
     skips = {
-        name: arguments.count(f"state['skips'][{name!r}]", own["skips"].get(name, 0), least=0)
+        name: arguments.count(f"state['skips'][{name!r}]", own["skips"][name], least=0)
         for name in ("nonfinite", *_LIMITS)
     }
     arguments.saved("state['history']", own["history"], (), "Clipper")
@@ -115,8 +115,8 @@ def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets:
 
 
 def _checked_limit(name: str, saved: Any, settings: Settings) -> dict[str, Any]:
-    """What a limit above which steps are skipped has learned; earlier states have none for losses."""
-    learned = _learned(f"state[{name!r}]", saved or {})
+    """What a limit above which steps are skipped has learned; None from a Clipper without one."""
+    learned = _learned(f"state[{name!r}]", {} if saved is None else saved)
     limit = next((limit for limit in settings.limits if limit.argument == name), None)
     if limit is not None:
         limit.bank.check(learned)

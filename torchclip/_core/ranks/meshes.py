@@ -143,6 +143,16 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [_part(tensor) if is_dtensor(tensor) else tensor for tensor in tensors]
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; -1 for one of inference mode, whose changes nobody counts.
+
+    A DTensor and this rank's part of it have a counter each.  FSDP2 adds gradients to the part.
+    """
+    if tensor.is_inference():
+        return -1
+    return tensor._version + version_of(_part(tensor)) if is_dtensor(tensor) else tensor._version
+
+
 def pending(tensor: Tensor) -> set[str]:
     """The reductions that a tensor is pending, such as "sum"; none for a plain one."""
     placements: Any = tensor.placements if is_dtensor(tensor) else ()

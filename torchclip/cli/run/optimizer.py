@@ -34,6 +34,7 @@ class OptimizerRecord:
         gradients: the ``id`` of each gradient of its last step.
         is_measured: whether the running step is recorded.
         is_tried: whether a trial clips in the running step, as the program does not.
+        wrapped: a weak reference to the optimizer with a Clipper that it wraps; None if there is none.
     """
 
     def __init__(
@@ -52,7 +53,13 @@ class OptimizerRecord:
         self.seen = 0, 0
         self.gradients = frozenset[int]()
         self.is_measured = self.is_tried = False
+        self.wrapped: ref[Optimizer] | None = None
         self.read_parameters(optimizer, modules)
+
+    def with_clipper(self, optimizer: Optimizer) -> Optimizer:
+        """The one whose Clipper clips, if there is one: an optimizer that this one wraps, or this one."""
+        wrapped = None if self.wrapped is None else self.wrapped()
+        return optimizer if wrapped is None else wrapped
 
     def read_parameters(self, optimizer: Optimizer, modules: Modules) -> None:
         """Look up the names of the parameters, perhaps with a new group."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch.optim import Optimizer
@@ -79,9 +80,11 @@ class StepRecorder:
     # One step
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_inner(optimizer) or (
-            id(optimizer) not in self._by_id and _creates_state(optimizer, args, kwargs)
-        ):
+        around = _around(optimizer)
+        if around:
+            self._note_wrapped(around[-1], optimizer)
+            return None
+        if id(optimizer) not in self._by_id and _creates_state(optimizer, args, kwargs):
             return None
         record = self._record_of(optimizer)
         record.is_measured = record.is_tried = False
@@ -91,10 +94,16 @@ class StepRecorder:
         return replaced
 
     def _call_closure(
-        self, record: OptimizerRecord, optimizer: Optimizer, closure: Callable[..., Any], /, *args: Any
+        self,
+        record: OptimizerRecord,
+        optimizer: Optimizer,
+        closure: Callable[..., Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Record the first call of a step's closure, with its loss and gradients; a trial clips in each."""
-        result = closure(*args)
+        result = closure(*args, **kwargs)
         if not record.is_measured:
             self._measure(record, optimizer)
         elif record.is_tried:
@@ -103,11 +112,11 @@ class StepRecorder:
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         record = self._by_id.get(id(optimizer))
-        if record is None or not record.is_measured or _is_inner(optimizer):
+        if record is None or not record.is_measured or _around(optimizer):
             return
         self._losses.take()  # of later calls of a closure
         record.seen = self._calls.number, self._losses.backwards
-        clipper = registry.clipper_of(optimizer)
+        clipper = registry.clipper_of(record.with_clipper(optimizer))
         with _problems_of(record):
             if clipper is not None:
                 self._read_clipper(record, optimizer, clipper)
@@ -120,7 +129,7 @@ class StepRecorder:
         record.is_measured = True
         if in_backward():
             record.rounds.append(self._losses.backwards)
-        loss, clipper = self._losses.take(), registry.clipper_of(optimizer)
+        loss, clipper = self._losses.take(), registry.clipper_of(record.with_clipper(optimizer))
         facts = self._facts(record, optimizer)
         self.mistakes.judge(facts)
         record.gradients = frozenset(facts.gradients.values())
@@ -145,7 +154,7 @@ class StepRecorder:
             own,
             [call for call in recent if not call.exists() or call.parameters.isdisjoint(self._known)],
             {id(p): id(p.grad) for p in parameters_of(optimizer) if p.grad is not None},
-            registry.clipper_of(optimizer) is not None,
+            registry.clipper_of(record.with_clipper(optimizer)) is not None,
             partial(_was_scaled, optimizer, self._losses.unscaled()),
         )
 
@@ -186,6 +195,12 @@ class StepRecorder:
                 record.problem = f"not clipped as asked: {error}"
         return Effect(norm, math.inf, 1.0)
 
+    def _note_wrapped(self, wrapper: Optimizer, optimizer: Optimizer) -> None:
+        """Take note of an optimizer that steps within another one's step, if it has a Clipper."""
+        record = self._by_id.get(id(wrapper))
+        if record is not None and registry.clipper_of(optimizer) is not None:
+            record.wrapped = ref(optimizer)
+
     def _measure_layers(self, record: OptimizerRecord, optimizer: Optimizer, clip_coef: Number) -> None:
         """Record the norm of each parameter before clipping."""
         if isinstance(clip_coef, float) and clip_coef == 0:
@@ -199,7 +214,7 @@ class StepRecorder:
     def _read_clipper(self, record: OptimizerRecord, optimizer: Optimizer, clipper: Any) -> None:
         """Read what a Clipper did in the last step."""
         record.history = clipper.history
-        site = self._clipper_sites.get(id(optimizer))
+        site = self._clipper_sites.get(id(record.with_clipper(optimizer)))
         record.clipped_by["a Clipper" if site is None else f"the Clipper at {site}"] += 1
         if self.trial.replaces:
             self.trial.replaced["Clipper"] += 1
@@ -244,18 +259,18 @@ def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _is_inner(optimizer: Optimizer) -> bool:
-    """Whether a step of the optimizer, or of one that wraps it, is around the step that calls a hook.
+def _around(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers around the step that calls a hook: the same one, or others that wrap it.
 
     An exception may end a step at any time, so the stack is asked, and nothing is remembered.
     """
-    own = {id(p) for p in parameters_of(optimizer)[:1]} | {id(optimizer)}
-    around = [
-        outer
-        for outer in stepping(sys._getframe(1))
-        if not own.isdisjoint({id(outer), *map(id, parameters_of(outer)[:1])})
+    first = {id(p) for p in parameters_of(optimizer)[:1]}
+    found = [
+        each
+        for each in stepping(sys._getframe(1))
+        if each is optimizer or not first.isdisjoint(map(id, parameters_of(each)))
     ]
-    return len(around) > 1
+    return found[1:]
 
 
 def _creates_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

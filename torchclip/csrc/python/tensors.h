@@ -127,7 +127,8 @@ class Access {
         if (outcome != kDone || !any) return outcome;
         Array<bool, kUsual> written;
         memory_.find_written(written);
-        return bump([&](size_t i) { return written[i] && (!each || loop != &Loops::scale || numbers[i] != 1.0); });
+        return tensors_.bump_versions(
+            [&](size_t i) { return written[i] && (!each || loop != &Loops::scale || numbers[i] != 1.0); });
     }
     Outcome scale(double clip_coef) { return clip_coef == 1.0 ? kDone : write(&Loops::scale, &clip_coef, false); }
 
@@ -135,13 +136,14 @@ class Access {
     Outcome clip_each(Read Loops::* loop, Numbers& limits, double eps, Numbers& norms) {
         norms.resize(limits.size());
         const Outcome outcome = run([&] { memory_.clip_each(loop, limits.begin(), eps, norms.begin()); });
-        return outcome == kDone ? bump([&](size_t i) { return limits[i] != 1.0; }) : outcome;
+        return outcome == kDone ? tensors_.bump_versions([&](size_t i) { return limits[i] != 1.0; }) : outcome;
     }
 
     // A number that shows whether they are still the same, unchanged.
     Outcome fingerprints(Array<uint64_t, kUsual>& found) {
         Array<int64_t, kUsual> versions;
         for (PyObject* tensor : tensors_.all()) versions.push_back(version_of(tensor));
+        is_fresh_ = false;  // where a tensor has no version, Python code may have run
         return run([&] { memory_.fingerprints(versions, found); });
     }
 
@@ -155,11 +157,6 @@ class Access {
         is_fresh_ = elements < kWorthReleasing;
         work();
         return kDone;
-    }
-
-    template <class Written> Outcome bump(Written written) {
-        is_fresh_ = false;
-        return tensors_.bump_versions(written);
     }
 };
 
