@@ -28,8 +28,8 @@ def connect(
         exchange_api: the capsule ``torch.Tensor.__dlpack_c_exchange_api__``.
         increment_version: called with the tensors that are about to be written.
         get_num_threads: ``torch.get_num_threads``; called where the tensors are large enough for several.
-        other_norms: called with tensors, an order other than 1, 2 and inf, whether only finite elements
-            count, and whether to return a list with the norm of each, or that of all as one vector.
+        other_norms: called with tensors, an order other than 1, 2 and inf, and whether to return a list with
+            the norm of each, or that of all as one vector.
         checks: ``torchclip._core.memory.CHECKS``; the kernel takes nothing while one fails.
         is_inference_mode_enabled: says whether tensors that are made now can only be used in that mode.
         strided: ``torch.strided``, the layout of dense tensors.
@@ -165,10 +165,10 @@ class Batch:
     @property
     def rest(self) -> tuple[()]:
         """Tensors that the kernel does not take: none."""
-    def norm(self, p: float, finite: bool = False, /) -> float:
-        """The norm of all tensors as one vector; -1 if there is no element (that is finite)."""
-    def norms(self, p: float, finite: bool = False, /) -> list[float]:
-        """The norm of each tensor of ``all``, or of its finite elements; -1 where there are none."""
+    def norm(self, p: float, /) -> float:
+        """The norm of all tensors as one vector; -1 if there is no element."""
+    def norms(self, p: float, /) -> list[float]:
+        """The norm of each tensor of ``all``; -1 where there is no element."""
     def scale_(self, clip_coef: float | Tensor, /) -> None:
         """Multiply the tensors in place; by 1 not at all.
 

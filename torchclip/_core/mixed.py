@@ -37,13 +37,13 @@ class MixedBatch(Batch):
             facts |= part.facts
         return facts & ~Facts.SMALL
 
-    def norm(self, p: float, finite: bool = False, /) -> Norm:
+    def norm(self, p: float, /) -> Norm:
         """The norm of all elements as one vector."""
-        return join([part.norm(p, finite) for part in self._parts], p)
+        return join([part.norm(p) for part in self._parts], p)
 
-    def norms(self, p: float, finite: bool = False, /) -> Norms:
+    def norms(self, p: float, /) -> Norms:
         """The norm of each tensor: a list if both parts return numbers, else a tensor."""
-        return at(concatenate([part.norms(p, finite) for part in self._parts]), self._positions)
+        return at(concatenate([part.norms(p) for part in self._parts]), self._positions)
 
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply every element in place."""

@@ -32,7 +32,7 @@ namespace {
 // connect(tensor, parameter, exchange_api, increment_version, get_num_threads, other_norms, checks,
 //         is_inference_mode_enabled, strided, library)
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 10, 10) != kDone) return nullptr;
+    if (expect_count(count, 10) != kDone) return nullptr;
     auto* exchange = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (exchange == nullptr) return nullptr;
     while (exchange != nullptr && exchange->major != 1) exchange = exchange->previous;
