@@ -254,9 +254,9 @@ class TestClipper:
             (fused, "global", "propagate", (F32, BF16), 16),
             (one_group, "parameter", "propagate", (F32,), 32),
             (two_groups, "group", "propagate", (F32,), 2 * 24),
-            *((one_group, scope, "zero", (F32,), 56) for scope in ("global", "parameter")),
-            *((one_group, scope, "zero", (F64,), 65) for scope in ("global", "parameter")),
-            *((one_group, scope, "zero", (F32, BF16), 89) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F32,), 50) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F64,), 59) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F32, BF16), 69) for scope in ("global", "parameter")),
         ],
     )
     def test_a_step_takes_a_few_more_operations(
