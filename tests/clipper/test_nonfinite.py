@@ -104,6 +104,15 @@ def test_gradients_of_which_only_zeros_are_left_are_no_observation(left: list[fl
         assert [each["seen"] for each in learners] == [learned, learned]
 
 
+def test_zeros_that_are_left_of_a_shared_gradient_are_no_observation() -> None:
+    first, second = with_gradients([torch.tensor([INF, 0.0]), torch.zeros(2)])
+    second.grad = first.grad
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
+    clipper = Clipper(optimizer, 1.0, scope="group", nonfinite="zero", skip_above=Percentile(50))
+    optimizer.step()
+    assert [each["seen"] for each in clipper.state_dict()["skip_above"].values()] == [0]
+
+
 @fused_or_not
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_gradients_that_a_hook_zeroes_after_a_skipped_step_stay_so(set_to_none: bool, fused: bool) -> None:
