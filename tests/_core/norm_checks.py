@@ -120,13 +120,26 @@ def check_pending_sums_are_neither_clamped_nor_zeroed() -> None:
     full = randn(6, 5)
     full[0, 0] = math.nan
     p = parameter(addends(full, init_device_mesh("cpu", (4,)), Partial()))
-    before = bits(p.grad.to_local())
-    optimizer = torch.optim.SGD([p], lr=1.0)
-    torchclip.Clipper(optimizer, 1.0, nonfinite="zero")
+    other = parameter(torch.tensor([math.nan, 1.0]))
+    before = bits(p.grad.to_local()), bits(other.grad)
+    optimizer = torch.optim.SGD([{"params": [other]}, {"params": [p]}], lr=1.0)
+    torchclip.Clipper(optimizer, 1.0, scope="group", nonfinite="zero")
     for call in (lambda: torchclip.clip_grad_value_([p], 0.1), optimizer.step):
         with pytest.raises(TypeError, match=r"gradient 0 of shape \(6, 5\).*pending.*redistribute"):
             call()
-    assert bits(p.grad.to_local()) == before
+    assert (bits(p.grad.to_local()), bits(other.grad)) == before
+
+
+def check_ranks_whose_gradients_could_be_zeroed_learn_that_others_could_not() -> None:
+    mesh = DeviceMesh("cpu", [0, 1])
+    full = torch.tensor([math.nan, 1.0, 2.0])
+    p = parameter(addends(full, mesh, Partial()) if dist.get_rank() < 2 else full)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    torchclip.Clipper(optimizer, 1.0, nonfinite="zero", group=dist.group.WORLD)
+    wrong = (TypeError, "pending") if dist.get_rank() < 2 else (RuntimeError, "refused")
+    with pytest.raises(wrong[0], match=wrong[1]):
+        optimizer.step()
+    assert torchclip.get_total_norm([torch.ones(1)], group=dist.group.WORLD) == 2
 
 
 def check_pending_products_are_not_scaled() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_on_an_accelerator, bits, randn, with_gradients
+from helpers import as_on_an_accelerator, randn, with_gradients
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad as torchs
@@ -21,7 +21,6 @@ import torchclip
 from torchclip._core import groups, memory, rows
 from torchclip._core.batch import Facts
 from torchclip._core.operations import TorchBatch
-from torchclip._core.scalars import ABSENT
 from torchclip.clipper import Nonfinite, Scope
 from torchclip.thresholds import MaxNorm
 
@@ -169,32 +168,15 @@ class TestNorms:
     def test_copies_in_parts_make_no_difference(self, order: float, monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = [randn(7, i + 1, dtype=F64, seed=i) for i in range(6)]
         batch = batch_of(*tensors)
-        total, norms, finite = float(batch.norm(order)), batch.norms(order), batch.norms(order, True)
+        total, norms = float(batch.norm(order)), batch.norms(order)
         monkeypatch.setattr(groups, "_COPIED", 20)
         assert float(batch.norm(order)) == pytest.approx(total, rel=1e-14)
         assert torch.equal(torch.as_tensor(batch.norms(order)), torch.as_tensor(norms))
-        assert torch.equal(torch.as_tensor(batch.norms(order, True)), torch.as_tensor(finite))
 
     def test_norms_of_no_elements_are_on_the_device(self) -> None:
         with torch.device("meta"):
             (parameter,) = with_gradients([torch.zeros(0)])
         assert torchclip.clip_grad_norm_per_parameter_([parameter], 1.0).is_meta
-
-    @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64, torch.complex64])
-    @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
-    def test_of_finite_elements(self, dtype: torch.dtype, order: float) -> None:
-        values: list[list[float]] = [[3.0, NAN, 4.0], [INF, NAN], [0.0, -INF], [5.0], []]
-        tensors = [torch.tensor(v).to(dtype) for v in values]
-        zeroed = [torch.where(t.isfinite(), t, 0) for t in tensors]
-        kept = [float(torch.linalg.vector_norm(t.to(torch.complex128), order)) for t in zeroed[:-1]]
-        before = [bits(t) for t in tensors]
-        batch = batch_of(*tensors)
-        expected = [kept[0], ABSENT, kept[2], kept[3], ABSENT]
-        assert torch.as_tensor(batch.norms(order, True)).tolist() == pytest.approx(expected, rel=1e-12)
-        total = float(torch.linalg.vector_norm(torch.tensor(kept).double(), order))
-        assert float(batch.norm(order, True)) == pytest.approx(total, rel=1e-6)
-        assert float(batch_of(tensors[1]).norm(order, True)) == ABSENT
-        assert [bits(t) for t in tensors] == before
 
     def test_without_float64_it_is_float32_and_still_in_range(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (groups, rows):  # as on mps
@@ -272,9 +254,9 @@ class TestClipper:
             (fused, "global", "propagate", (F32, BF16), 16),
             (one_group, "parameter", "propagate", (F32,), 32),
             (two_groups, "group", "propagate", (F32,), 2 * 24),
-            *((one_group, scope, "zero", (F32,), 56) for scope in ("global", "parameter")),
-            *((one_group, scope, "zero", (F64,), 65) for scope in ("global", "parameter")),
-            *((one_group, scope, "zero", (F32, BF16), 89) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F32,), 50) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F64,), 59) for scope in ("global", "parameter")),
+            *((one_group, scope, "zero", (F32, BF16), 69) for scope in ("global", "parameter")),
         ],
     )
     def test_a_step_takes_a_few_more_operations(

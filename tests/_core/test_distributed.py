@@ -10,7 +10,7 @@ from training_checks import check_clipper_over_groups
 MODULES = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("*_checks.py"))]
 # What ranks exchange does not depend on whether the kernel measures the gradients.
 WITHOUT_KERNEL = [module for module in MODULES if module.__name__.startswith(("norm", "replicas"))]
-# Of training, one check is enough: the norms of finite elements.
+# Of training, one check is enough: that of the policies for gradients that are not finite.
 OF_A_CLIPPER = pytest.param(check_clipper_over_groups, id="check_clipper_over_groups")
 
 

@@ -216,7 +216,7 @@ def _called(function: Function, tensors: tuple[Tensor, ...], **arguments: Any) -
 
 
 @every
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
 def test_a_jit_trace_computes_norms_anew(function: Function) -> None:
     example = (torch.ones(3, 4), torch.ones(5))
     traced = torch.jit.trace(lambda *tensors: _called(function, tensors), example, check_trace=False)

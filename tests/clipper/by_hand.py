@@ -165,7 +165,7 @@ class ByHand:
         if skipped.nonfinite and self.must_raise():
             return None
         counted = self.counted(groups)
-        limit, of_limit = self.limit(skipped, counted, loss)
+        limit, of_limit = self.limit(skipped, groups, loss)
         if of_limit is None:
             return skipped
         max_norms, coefs = [limit] * (limit < INF), dict[int, float]()
@@ -207,25 +207,25 @@ class ByHand:
 
     def counted(self, groups: list[Group]) -> dict[int, Array]:
         """The gradients that are clipped; all if none are."""
-        clipped = [group for group in groups if group.own is not None] or groups
-        return {held.key: held.grad for group in clipped for held in group.grads if held is not None}
+        return {
+            held.key: held.grad for group in not_exempt(groups) for held in group.grads if held is not None
+        }
 
     def must_raise(self) -> bool:
         """Whether gradients that are not finite are refused."""
         is_full = self.skips["nonfinite"] >= self.max_skips
         return self.nonfinite == "error" or (self.nonfinite == "skip" and is_full)
 
-    def limit(
-        self, skipped: Result, counted: dict[int, Array], loss: float | None
-    ) -> tuple[float, float | None]:
+    def limit(self, skipped: Result, groups: list[Group], loss: float | None) -> tuple[float, float | None]:
         """The limit of a step that is above it and yet taken, and its coefficient; None if it is skipped."""
         if self.nonfinite == "skip":
             self.count("nonfinite", skipped.nonfinite)
             if skipped.nonfinite:
                 return INF, None
-        measured = [grad for grad in counted.values() if self.nonfinite != "zero" or np.isfinite(grad).any()]
-        norm = self.norm(finite_parts(counted).values()) if self.nonfinite == "zero" else skipped.total_norm
-        norm = norm if any(grad.size for grad in measured) else -1.0
+        norm = skipped.total_norm
+        if self.nonfinite == "zero":
+            norm = self.norm(finite_parts(self.counted(groups)).values())
+        norm = norm if self.sets(not_exempt(groups)) else -1.0
         limit = self.judge("skip_above", self.skip_above, norm)
         of_loss = self.judge("skip_loss_above", self.skip_loss_above, loss)
         if limit is None or of_loss is None:
@@ -275,7 +275,7 @@ class ByHand:
         return {
             name: ClipSet(own, finite_parts(grads))
             for name, (own, grads) in found.items()
-            if any(np.isfinite(grad).any() for grad in grads.values())
+            if math.isfinite(self.norm(grads.values())) or any(g.any() for g in finite_parts(grads).values())
         }
 
     def thresholds(self, sets: dict[str, ClipSet], norms: dict[str, float], step: int) -> dict[str, float]:
@@ -314,6 +314,11 @@ def coefficient(max_norm: float, norm: float, learned: bool) -> float:
     if max_norm == INF or (learned and norm == 0):
         return 1.0
     return float(np.minimum(1.0, max_norm / (norm if learned else norm + 1e-6)))  # NaN if the norm is
+
+
+def not_exempt(groups: list[Group]) -> list[Group]:
+    """The parameter groups that are clipped; all if none is."""
+    return [group for group in groups if group.own is not None] or groups
 
 
 def finite_parts(grads: dict[int, Array]) -> dict[int, Array]:
@@ -465,13 +470,14 @@ class Rounds:
         loss, self.loss = self.loss, None
         if self.hand.skip_loss_above is not None and loss is None:
             return "clipper.loss = loss"
+        groups, layers = self.groups(), self.norms()
+        by_scaler = overflows and (len(self.optimizers) == 1 or self.hand.nonfinite == "error")
+        if self.hand.nonfinite == "zero" and not by_scaler:
+            for grad in (p.grad for p in self.parameters if p.grad is not None):
+                grad.nan_to_num_(0.0, 0.0, 0.0)
         if user is not None and where != "on_clip":
             raise Raised  # before anything was learned
-        groups, layers = self.groups(), self.norms()
-        if overflows and (len(self.optimizers) == 1 or self.hand.nonfinite == "error"):
-            result: Result | None = self.hand.skip(groups)
-        else:
-            result = self.hand.clip(groups, number, loss)
+        result = self.hand.skip(groups) if by_scaler else self.hand.clip(groups, number, loss)
         if result is None:
             return "non-finite"
         result = result._replace(layers=tuple(layers))

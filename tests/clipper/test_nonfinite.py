@@ -55,6 +55,64 @@ def test_lbfgs_with_the_policies_that_it_can_have(nonfinite: Nonfinite) -> None:
         assert clipper.history[0].nonfinite
 
 
+def failing(step: int) -> float:
+    raise ArithmeticError(step)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_above": 4.0}, {"skip_loss_above": 0.5}], ids=str)
+def test_elements_are_0_already_if_the_step_is_then_skipped_or_fails(options: dict[str, Any]) -> None:
+    (weight,) = with_gradients([torch.tensor([3.0, NAN, -4.0, INF])])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper = Clipper(optimizer, 1.0 if options else failing, nonfinite="zero", **options)
+    if options:
+        clipper.loss = 1.0
+        optimizer.step()
+        assert (last_of(clipper).skipped, last_of(clipper).nonfinite) == (True, True)
+    else:
+        with pytest.raises(ArithmeticError):
+            optimizer.step()
+    assert grad_of(weight).tolist() == [3.0, 0.0, -4.0, 0.0]
+    assert weight.tolist() == [0.0] * 4
+
+
+def test_what_is_refused_is_refused_before_elements_become_0() -> None:
+    (weight,) = with_gradients([torch.tensor([3.0, NAN])])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper = Clipper(optimizer, 1.0, nonfinite="zero", skip_loss_above=1.0)
+    with pytest.raises(RuntimeError, match=r"clipper\.loss = loss"):
+        optimizer.step()
+    assert grad_of(weight).isnan().any()
+    clipper.loss = 0.5
+    optimizer.param_groups[0]["max_norm"] = -1.0
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['max_norm'\]"):
+        optimizer.step()
+    assert grad_of(weight).isnan().any()
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
+@pytest.mark.parametrize("left", [[], [0.0]])
+def test_gradients_of_which_only_zeros_are_left_are_no_observation(left: list[float], scope: Scope) -> None:
+    (weight,) = with_gradients([torch.tensor([INF, *left, NAN])])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper = Clipper(optimizer, Percentile(50), scope=scope, nonfinite="zero", skip_above=Percentile(50))
+    for grad, learned in (([INF, *left, NAN], 0), ([0.0] * (2 + len(left)), 1)):
+        weight.grad = torch.tensor(grad)
+        optimizer.step()
+        record, state = last_of(clipper), clipper.state_dict()
+        assert (record.nonfinite, record.skipped, record.clipped_norm) == (not learned, False, 0.0)
+        learners = [*state["thresholds"].values(), *state["skip_above"].values()]
+        assert [each["seen"] for each in learners] == [learned, learned]
+
+
+def test_zeros_that_are_left_of_a_shared_gradient_are_no_observation() -> None:
+    first, second = with_gradients([torch.tensor([INF, 0.0]), torch.zeros(2)])
+    second.grad = first.grad
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
+    clipper = Clipper(optimizer, 1.0, scope="group", nonfinite="zero", skip_above=Percentile(50))
+    optimizer.step()
+    assert [each["seen"] for each in clipper.state_dict()["skip_above"].values()] == [0]
+
+
 @fused_or_not
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_gradients_that_a_hook_zeroes_after_a_skipped_step_stay_so(set_to_none: bool, fused: bool) -> None:

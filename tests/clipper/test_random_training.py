@@ -111,8 +111,7 @@ class Training:
         self.layers_every = self.rng.choice([0, 0, 2])
         accelerator = is_as_on_an_accelerator()
         if accelerator and self.options["nonfinite"] == "zero":
-            # Elements become 0 before the host knows of the skipped step.
-            self.options["skip_above"] = None
+            # Elements become 0 before the host knows of the step that a GradScaler skips.
             self.scaler = None if any(self.fused) else self.scaler
         self.listens = not usual and self.chance(0.6)
         # Where user code can run in the middle of a step.

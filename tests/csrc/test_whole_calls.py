@@ -407,7 +407,7 @@ def work():
         torchclip.clip_grad_adaptive_(model, 0.01)
     for batch in batches:
         numbers = [0.5] * len(batch.all)
-        batch.norms(2.0, True)
+        batch.norms(2.0)
         batch.scale_each_(numbers)
         batch.clip_each_(numbers, 2.0, 1e-6)
         batch.zero_nonfinite_()

@@ -550,11 +550,12 @@ def clipper(draw: Draw) -> None:
             model.check_untouched()
             continue
         # Non-finite norms are no observations, and neither is a step without gradients.
-        left = any(array.size if policy != "zero" else np.isfinite(array).any() for array in arrays)
+        left = any(array.size for array in arrays)
         for each, of_each in zip(sets, norms, strict=True):
             if policy == "zero" and not np.isfinite(of_each).all():
                 for array in each:
                     array[~np.isfinite(array)] = 0
+                left = any(array.any() for array in arrays)
         if learns and left:
             seen += _norms(arrays, order, scope)
             limit = float(reference.percentile_thresholds(seen, 50.0, max_norm=most)[-1])

@@ -83,15 +83,12 @@ class Batch(ABC):
         return facts
 
     @abstractmethod
-    def norm(self, p: float, finite: bool = False, /) -> Norm:
-        """The norm of order ``p`` of all elements as one vector; ``scalars.ABSENT`` (-1.0) for no elements.
-
-        With ``finite`` (for an order above 0) only finite elements count; ``ABSENT`` if there are none.
-        """
+    def norm(self, p: float, /) -> Norm:
+        """The norm of order ``p`` of all elements as one vector; ``ABSENT`` (-1.0) for no elements."""
 
     @abstractmethod
-    def norms(self, p: float, finite: bool = False, /) -> Norms:
-        """The norm of each tensor of ``all``, or of its finite elements; ``ABSENT`` where there are none."""
+    def norms(self, p: float, /) -> Norms:
+        """The norm of each tensor of ``all``; ``ABSENT`` where there are no elements."""
 
     @abstractmethod
     def scale_(self, clip_coef: Norm, /) -> None:

@@ -101,14 +101,36 @@ def _tensors_in(argument: Any, kind: str) -> list[Tensor]:
     return [item for item in items if isinstance(item, Tensor)]
 
 
-def norms_of(batches: Sequence[Batch], each: bool, p: float, finite: bool = False) -> list[Norm | Norms]:
+def norms_of(batches: Sequence[Batch], each: bool, p: float) -> list[Norm | Norms]:
     """The norm of each batch, or with ``each`` the norms of its tensors, in one exchange between ranks."""
     together = [batch for batch in batches if isinstance(batch, ShardedBatch)]
-    joint = iter(sharded.norms_of(together, each, p, finite) if together else ())
+    joint = iter(sharded.norms_of(together, each, p) if together else ())
     return [
-        next(joint) if isinstance(batch, ShardedBatch) else (batch.norms if each else batch.norm)(p, finite)
+        next(joint) if isinstance(batch, ShardedBatch) else (batch.norms if each else batch.norm)(p)
         for batch in batches
     ]
+
+
+def zero_nonfinite_(batches: Sequence[Batch], several: Sequence[Any], group: Any, kind: str) -> None:
+    """Set every infinite or NaN element of some batches to 0 in place, before ranks take their norms.
+
+    Raises before any batch is changed, and then tells the waiting ranks.
+
+    Args:
+        batches: the batches.
+        several: the parameters of each of them.
+        group: the argument of that name.
+        kind: of ``Kind``: that of the norms.
+    """
+    try:
+        for batch in batches:
+            if isinstance(batch, ShardedBatch):
+                batch.check_not_pending("zeroing non-finite elements")
+    except TypeError:
+        tell_ranks(several, group, kind)
+        raise
+    for batch in batches:
+        batch.zero_nonfinite_()
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> Batch:

@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 from torchclip._core import memory
 from torchclip._core.joint_norms import divisor_like, join_present, vector_norms
 from torchclip._core.rows import FLOAT32_TINY, NARROW_REAL, SERIAL, norm_on_host, powers_fit, wide_dtype
-from torchclip._core.scalars import ABSENT, Norm, Norms, norm_dtype, vector
+from torchclip._core.scalars import Norm, Norms, norm_dtype, vector
 
 # If a norm needs copies, the number of elements copied at a time: never a second set of all gradients.
 _COPIED = 1 << 24
@@ -74,16 +74,6 @@ class Group:
             ]
         )
 
-    def finite_norms(self, p: float) -> Tensor:
-        """The norm of the finite elements of each tensor; ``ABSENT`` if it has none."""
-        norms: list[Tensor] = []
-        found: list[Tensor] = []
-        for chunk in self._chunks():
-            zeroed, finite = chunk._zeroed_copies()
-            norms.append(zeroed.norms(p))
-            found += finite._plain_norms(math.inf)
-        return torch.where(torch.stack(found) > 0, norms[0] if len(norms) == 1 else torch.cat(norms), ABSENT)
-
     def _plain_norms(self, p: float) -> list[Tensor]:
         dtype = norm_dtype(self.device)
         if self.foreach:
@@ -111,14 +101,6 @@ class Group:
         if self.foreach:
             return self._like(torch._foreach_div(self.tensors, list(divisors)))
         return self._like(tensor / divisor for tensor, divisor in zip(self.tensors, divisors, strict=True))
-
-    def _zeroed_copies(self) -> tuple[Group, Group]:
-        """Copies with 0 for non-finite elements; and 1 for each finite element, 0 for the others."""
-        whole, copies = self._copies()
-        finite = whole.isfinite()
-        whole.masked_fill_(~finite, 0)
-        counts = torch.split(finite.to(self.dtype), [tensor.numel() for tensor in self.tensors])
-        return self._like(copies), self._like(counts)
 
     def _copies(self) -> tuple[Tensor, list[Tensor]]:
         """Copies in one vector, and the same copies one by one."""

@@ -43,10 +43,10 @@ def status() -> str:
     return f"active ({extension.instruction_set()}{'' if extension.has_threads() else ', one thread'})"
 
 
-def _other_norms(tensors: list[Tensor], p: float, finite: bool, each: bool) -> Norm | Norms:
+def _other_norms(tensors: list[Tensor], p: float, each: bool) -> Norm | Norms:
     """Norms of orders for which the kernel has no loops."""
     batch = TorchBatch(tensors)
-    return batch.norms(p, finite) if each else batch.norm(p, finite)
+    return batch.norms(p) if each else batch.norm(p)
 
 
 def _exchange_api() -> tuple[Any, str]:

@@ -7,7 +7,6 @@ a value: norms are tensors, and the number of operations does not depend on the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 
@@ -40,12 +39,10 @@ class TorchBatch(Batch):
         if dtype is not None:
             self.rest = ()
 
-    def norm(self, p: float, finite: bool = False, /) -> Norm:
-        """The norm of all elements, or of the finite ones, as one vector."""
-        if finite:
-            return join(self.norms(p, True), p)
+    def norm(self, p: float, /) -> Norm:
+        """The norm of all elements as one vector."""
         with torch.no_grad():
-            groups = self._measured(p, finite)
+            groups = self._measured(p)
             if self._on_host:
                 return join([norm_on_host(group.tensors, p) for group in groups], p)
             if not groups:
@@ -53,25 +50,24 @@ class TorchBatch(Batch):
             in_range = all(group.in_range(p) for group in groups)
             return joint(_together([group.norms(p) for group in groups]), p, in_range)
 
-    def norms(self, p: float, finite: bool = False, /) -> Norms:
-        """The norm of each tensor, or of its finite elements."""
+    def norms(self, p: float, /) -> Norms:
+        """The norm of each tensor."""
         with torch.no_grad():
-            groups = self._measured(p, finite)
+            groups = self._measured(p)
             if not groups:
                 return [ABSENT] * len(self.all)
-            of_groups = [group.finite_norms(p) if finite else group.norms(p) for group in groups]
             positions: list[int | None] = [None] * len(self.all)
             for position, place in enumerate(place for group in groups for place in group.places):
                 positions[place] = position
-            norms = at(_together(of_groups), positions)
+            norms = at(_together([group.norms(p) for group in groups]), positions)
             return numbers(norms) if self._on_host else norms
 
-    def _measured(self, p: float, finite: bool) -> list[Group]:
+    def _measured(self, p: float) -> list[Group]:
         """Strided tensors that have the norms of the batch's own."""
         groups, others = self._in_groups()
         if not others:
             return groups
-        values = [(place, _values(tensor, p, finite, self._on_host)) for place, tensor in others]
+        values = [(place, _values(tensor, p, self._on_host)) for place, tensor in others]
         return groups + grouped((place, tensor) for place, tensor in values if tensor.numel())
 
     def _in_groups(self) -> tuple[list[Group], list[tuple[int, Tensor]]]:
@@ -173,20 +169,18 @@ def _change_others_(
         change_(group)
 
 
-def _values(tensor: Tensor, p: float, finite: bool, on_host: bool) -> Tensor:
+def _values(tensor: Tensor, p: float, on_host: bool) -> Tensor:
     """Strided numbers that have the norm of a tensor of any layout and dtype.
 
-    In host memory they are the tensor's own; elsewhere, and if they are zeroed later, real ones that torch's
-    operations on lists can measure.
+    In host memory they are the tensor's own; elsewhere, real ones that torch's operations on lists
+    can measure.
     """
     # Complex numbers need a view, and a sparse tensor's values have one only when they are detached.
     parts = [part.detach() for part in memory.stored(tensor, p)]
     values = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
     if values.is_complex() and p == 2 and not memory.values_hidden():
-        if finite:  # a number counts only if both of its parts are finite; its magnitude may be too large
-            values = values.masked_fill(~values.isfinite(), complex(math.nan, math.nan))
         values = torch.view_as_real(values.resolve_conj())
-    if on_host and not finite:
+    if on_host:
         return values
     if values.is_complex():
         values = values.to(wide_dtype(values)).abs()

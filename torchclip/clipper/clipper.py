@@ -68,9 +68,10 @@ class Clipper:
         max_norm: the threshold: a number (``float("inf")`` only measures), a callable that takes the number
             of the step, from 0, or a threshold object such as ``Percentile``.  The object does not change;
             the copies that learn are in ``thresholds``.  They learn nothing from a step without finite
-            gradients, and leave a norm up to the threshold as it is; at a number, the 1e-6 of
-            ``clip_grad_norm_`` applies.  Or another rule: ``Value``, ``Adaptive``, ``BlockRMS``; the
-            ``clip_coef`` of a record is then the norm after clipping divided by the norm before.
+            gradients, or of which ``nonfinite="zero"`` has left only zeros.  They leave a norm up to the
+            threshold as it is; at a number, the 1e-6 of ``clip_grad_norm_`` applies.  Or another rule:
+            ``Value``, ``Adaptive``, ``BlockRMS``; the ``clip_coef`` of a record is then the norm after
+            clipping divided by the norm before.
         norm_type: the order of the norm, any number or ``"inf"``.
         scope: which gradients are clipped together: ``"global"``, all; ``"group"``, those of each parameter
             group; ``"parameter"``, each by itself.  Each of these sets gets its own copy of a threshold
@@ -80,7 +81,8 @@ class Clipper:
             did earlier in the same step).  ``"skip"``: the step changes neither parameters nor optimizer
             state; the gradients are hidden from it, and restored afterwards.  On an accelerator this waits
             for the norm, except with a fused optimizer, which uses its ``found_inf``.  ``"zero"``: set the
-            non-finite elements to 0, and clip the other elements.
+            non-finite elements to 0, and then clip as usual.  They stay 0 if the step is then skipped, or if
+            a threshold of your own raises an error.
         group: a process group, or several, whose other ranks have further gradients, as for
             ``clip_grad_norm_``.  All ranks must have the same number of parameter groups.  DTensors need
             none.

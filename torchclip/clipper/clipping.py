@@ -37,7 +37,7 @@ def decide(
     number: int,
     loss: float | Tensor | None,
 ) -> Decision:
-    """Decide what to do, without changing anything.
+    """Decide what to do; only ``nonfinite="zero"`` changes gradients here, whose norms then decide.
 
     Args:
         gradients: the gradients, which were measured.
@@ -91,9 +91,9 @@ def _should_skip(
     elif policy == "error":
         skipped = False  # which the host knows now; another optimizer may be unable to skip itself
         nonfinite.check_finite(gradients, settings)
-    zeroes = policy == "zero" and nonfinite.measure_finite(gradients)
+    zeroes = policy == "zero" and gradients.zero_nonfinite_()
     if settings.limits and skipped is not True:
-        norm = gradients.joint_norm(gradients.counted, finite=True) if zeroes else gradients.total_norm
+        norm = gradients.joint_norm(gradients.counted) if zeroes else gradients.total_norm
         skipped = _skipped_above(settings, nonfinite.deciding_norm(norm, optimizers), loss, skipped, number)
     return skipped
 
@@ -178,8 +178,6 @@ def change(
         The coefficient, and the norm after clipping, or None if it is the norm before times the coefficient.
     """
     skipped, _, clip_coef = decision
-    if settings.nonfinite == "zero":
-        gradients.zero_nonfinite_()
     if scalars.may_change(clip_coef):
         divisor = fused.divisor(hook, gradients, clip_coef) if settings.rule is None else None
         if divisor is not None:

@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: skipped, or taken with non-finite elements set to 0."""
+"""Steps whose gradients are not finite: skipped, or refused."""
 
 from __future__ import annotations
 
@@ -94,22 +94,6 @@ def _where_it_broke(gradients: Gradients, settings: Settings) -> str:
             if p.grad is not None
         ]
     ).rstrip(".")
-
-
-def measure_finite(gradients: Gradients) -> bool:
-    """Decide on the sets whose non-finite elements become 0, and measure them as if these were 0.
-
-    On an accelerator this does not wait to find out which these are.
-
-    Returns:
-        Whether there are any.
-    """
-    for each in gradients.sets:
-        each.is_zeroed = not (isinstance(each.norms, list) and all(map(math.isfinite, each.norms)))
-    zeroes = any(each.is_zeroed for each in gradients.sets)
-    if zeroes:
-        gradients.measure_finite()
-    return zeroes
 
 
 class _Hidden:

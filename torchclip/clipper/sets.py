@@ -31,7 +31,7 @@ class ClipSet:
         norms: their norms, or the one norm, without a GradScaler's scale.
         max_norms: a threshold for each norm, or one for all of them.
         clip_coefs: the clip coefficient for each norm.
-        is_zeroed: whether their non-finite elements become 0.
+        is_zeroed: whether their non-finite elements were set to 0.
     """
 
     parameters: Sequence[Tensor]
@@ -46,6 +46,10 @@ class ClipSet:
     def is_absent(self) -> bool:
         """Whether there is certainly nothing to measure, on any rank."""
         return isinstance(self.norms, list) and all(norm < 0 for norm in self.norms)  # divided by any scale
+
+    def is_finite(self) -> bool:
+        """Whether all norms are known to be finite."""
+        return isinstance(self.norms, list) and all(map(math.isfinite, self.norms))
 
 
 class Gradients:
@@ -74,7 +78,7 @@ class Gradients:
             self.sets = sets = _sets_of(optimizers, settings.scope)
         except (TypeError, ValueError):
             held = [group["params"] for each in optimizers for group in each.param_groups]
-            gather.tell_ranks(held, settings.groups, Kind.CLIP_EACH if self.each else Kind.CLIP)
+            gather.tell_ranks(held, settings.groups, self._kind)
             raise
         lists = []
         for clip_set in sets:
@@ -101,6 +105,10 @@ class Gradients:
         return unscaled(norms, self.grad_scale, self._settings.norm_type)
 
     @property
+    def _kind(self) -> str:
+        return Kind.CLIP_EACH if self.each else Kind.CLIP
+
+    @property
     def all(self) -> list[Tensor]:
         """The gradients, set by set."""
         return [grad for each in self.sets for grad in each.batch.all]
@@ -118,13 +126,24 @@ class Gradients:
             facts |= each.batch.facts
         return facts
 
-    def measure_finite(self) -> None:
-        """Measure only the finite elements of the sets whose other elements become 0."""
-        sets = [clip_set for clip_set in self.sets if clip_set.is_zeroed]
-        batches = [clip_set.batch for clip_set in sets]
-        norms = gather.norms_of(batches, self.each, self._settings.norm_type, finite=True)
+    def zero_nonfinite_(self) -> bool:
+        """Set non-finite elements to 0 in place, and measure the sets again that had any.
+
+        On an accelerator this does not wait to find out which these are.
+
+        Returns:
+            Whether there may be any.
+        """
+        sets = [each for each in self.sets if not each.is_finite()]
+        if not sets:
+            return False
+        batches = [each.batch for each in sets]
+        gather.zero_nonfinite_(batches, [each.parameters for each in sets], self._settings.groups, self._kind)
+        norms = gather.norms_of(batches, self.each, self._settings.norm_type)
         for clip_set, of_set in zip(sets, norms, strict=True):
-            clip_set.norms = self._unscaled(of_set)
+            clip_set.is_zeroed = True
+            clip_set.norms = _of_what_is_left(clip_set.norms, self._unscaled(of_set))
+        return True
 
     def _join_sets(self) -> None:
         """Find the norm of all gradients from those of several sets."""
@@ -136,20 +155,17 @@ class Gradients:
         self.total_norm = self.joint_norm(counted)
         self.whole_norm = self.total_norm if len(counted) == len(self.sets) else self.joint_norm(self.sets)
 
-    def joint_norm(self, sets: Sequence[ClipSet], finite: bool = False) -> Norm:
-        """The joint norm of some sets when they were last measured.
-
-        Args:
-            sets: the sets.
-            finite: whether only finite elements were measured where there are others.
-        """
+    def joint_norm(self, sets: Sequence[ClipSet]) -> Norm:
+        """The joint norm of some sets when they were last measured."""
         norm_type = self._settings.norm_type
+        joint = joint_norms.join(scalars.concatenate([each.norms for each in sets]), norm_type)
         if self.overlaps and self._settings.groups is None:
             # A gradient that several sets share counts once.  With `group`, only some ranks may share a
             # gradient, and all of them would have to exchange another norm: there it counts in each set.
-            batch = gather.gradients(joined([each.parameters for each in sets]))
-            return unscaled(scalars.in_one([batch.norm(norm_type, finite)]), self.grad_scale, norm_type)[0]
-        return joint_norms.join(scalars.concatenate([each.norms for each in sets]), norm_type)
+            norm = gather.gradients(joined([each.parameters for each in sets])).norm(norm_type)
+            norms = unscaled(scalars.in_one([norm]), self.grad_scale, norm_type)
+            return scalars.replaced(norms, joint < 0, scalars.ABSENT)[0]
+        return joint
 
     def observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
         """What thresholds learn from: the names of some sets, and their norms."""
@@ -199,12 +215,6 @@ class Gradients:
         clip_coefs = [joint_norms.join(of_grad[id(grad)], -math.inf) for grad in batch.all]
         batch.scale_each_(scalars.in_one(clip_coefs))
 
-    def zero_nonfinite_(self) -> None:
-        """Set non-finite elements to 0 in place, where that was decided."""
-        for clip_set in self.sets:
-            if clip_set.is_zeroed:
-                clip_set.batch.zero_nonfinite_()
-
 
 def own_max_norm(group: Group) -> float | None:
     """A parameter group's own threshold; None if it has none."""
@@ -238,6 +248,22 @@ def _sets_of(optimizers: Sequence[Optimizer], scope: str) -> list[ClipSet]:
         clip_set.parameters, clip_set.own = [], math.inf
         sets.append(clip_set)
     return sets
+
+
+def _of_what_is_left(norms: Norms, zeroed: Norms) -> Norms:
+    """The norms of gradients whose non-finite elements were set to 0; ``ABSENT`` where nothing else is left.
+
+    Args:
+        norms: the norms before.
+        zeroed: the norms afterwards.
+    """
+    is_empty: list[bool] | Tensor
+    if isinstance(norms, list):
+        both = zip(norms, scalars.numbers(zeroed), strict=True)
+        is_empty = [after == 0 and not math.isfinite(before) for before, after in both]
+    else:
+        is_empty = (scalars.on_device(zeroed, norms.device) == 0) & ~norms.isfinite()
+    return scalars.replaced(zeroed, is_empty, scalars.ABSENT)
 
 
 def _overlap(sets: Sequence[ClipSet]) -> bool:

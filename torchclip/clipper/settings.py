@@ -75,7 +75,7 @@ class Settings:
 
     @cached_property
     def always_changes(self) -> bool:
-        """Whether gradients may change though no coefficient is below 1."""
+        """Whether the norm may change though no coefficient is below 1."""
         return self.rule is not None or self.nonfinite == "zero"
 
     @cached_property

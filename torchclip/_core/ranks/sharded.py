@@ -80,7 +80,7 @@ class ShardedBatch(Batch):
         self._is_pending = any(layout.is_pending for layout in self._places)
         self.joint_facts: int | None = None
         if self.is_changed:
-            self._check_not_pending("scaling", {"product"})
+            self.check_not_pending("scaling", {"product"})
 
     @property
     def facts(self) -> int:
@@ -92,13 +92,13 @@ class ShardedBatch(Batch):
         """``Facts`` of the tensors on this rank."""
         return self.local.facts | self._shared
 
-    def norm(self, p: float, finite: bool = False, /) -> Norm:
+    def norm(self, p: float, /) -> Norm:
         """The norm of all the tensors on all ranks."""
-        return cast("Norm", norms_of([self], False, p, finite)[0])
+        return cast("Norm", norms_of([self], False, p)[0])
 
-    def norms(self, p: float, finite: bool = False, /) -> Norms:
+    def norms(self, p: float, /) -> Norms:
         """The norm of each tensor, including its parts on other ranks."""
-        return cast("Norms", norms_of([self], True, p, finite)[0])
+        return cast("Norms", norms_of([self], True, p)[0])
 
     def parts(self, number: int) -> list[Part]:
         """The tensors by their layouts; ``number`` is the number of this batch in the call."""
@@ -121,10 +121,8 @@ class ShardedBatch(Batch):
         if self._is_pending:
             self._measured = meshes.reduced_locals_of(self.all)
 
-    def measured(self, each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
+    def measured(self, each: bool, p: float) -> list[Norm] | list[Norms]:
         """For each layout the norm of this rank's part, or with ``each`` the norms of the tensors."""
-        if finite:
-            self._check_not_pending("zeroing non-finite elements")
         for i, tensor in enumerate(self._measured if self.rest else []):
             if tensor.is_meta:
                 raise TypeError(
@@ -133,12 +131,12 @@ class ShardedBatch(Batch):
                 )
         whole = self._gather(self._measured) if self._is_pending else self.local
         if each:
-            of_each = whole.norms(p, finite)
+            of_each = whole.norms(p)
             return [at(of_each, places) for places in self._places.values()]
         if len(self._places) == 1:
-            return [whole.norm(p, finite)]
+            return [whole.norm(p)]
         chosen = [dict.fromkeys(i for i in places if i is not None) for places in self._places.values()]
-        return [self._gather([self._measured[i] for i in places]).norm(p, finite) for places in chosen]
+        return [self._gather([self._measured[i] for i in places]).norm(p) for places in chosen]
 
     def scale_(self, clip_coef: Norm, /) -> None:
         """Multiply this rank's part of every tensor in place."""
@@ -151,7 +149,7 @@ class ShardedBatch(Batch):
 
     def clamp_(self, limit: float, /) -> None:
         """Limit every element on this rank in place to ``[-limit, limit]``."""
-        self._check_not_pending("clipping by value")
+        self.check_not_pending("clipping by value")
         self._written().clamp_(limit)
 
     def zero_nonfinite_(self) -> None:
@@ -165,7 +163,7 @@ class ShardedBatch(Batch):
         torch.autograd.graph.increment_version(written)
         return self.local
 
-    def _check_not_pending(self, what: str, ops: set[str] | None = None) -> None:
+    def check_not_pending(self, what: str, ops: set[str] | None = None) -> None:
         """Raise an error for tensors that are pending a reduction, or one of some reductions."""
         for i, tensor in enumerate(self.all if self._is_pending else []):
             pending = meshes.pending(tensor)
@@ -177,7 +175,7 @@ class ShardedBatch(Batch):
                 )
 
 
-def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool) -> list[Norm] | list[Norms]:
+def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float) -> list[Norm] | list[Norms]:
     """The norm of each of several batches, or with ``each`` the norms of its tensors, in one exchange.
 
     If this rank fails to measure its parts, all ranks raise an error.
@@ -188,7 +186,7 @@ def norms_of(batches: Sequence[ShardedBatch], each: bool, p: float, finite: bool
     for batch in batches:
         batch.reduce_pending()
     try:
-        norms: list[Any] = [norm for batch in batches for norm in batch.measured(each, p, finite)]
+        norms: list[Any] = [norm for batch in batches for norm in batch.measured(each, p)]
         call.facts = reduce(operator.or_, (batch.own_facts for batch in batches))
         call.lacking = ", ".join(name for batch in batches for name in batch.lacking())
     except Exception:

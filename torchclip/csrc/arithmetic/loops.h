@@ -202,7 +202,7 @@ template <size_t parts, class T> INLINE bool zero_nonfinite(T* x, size_t n) {
 using Read = double (*)(const void* x, size_t n, double unit);
 using Write = bool (*)(void* x, size_t n, double number);  // false if there was nothing to write
 struct Loops {
-    Read sum_squares, sum_scaled_squares, sum_magnitudes, largest, count_finite;
+    Read sum_squares, sum_scaled_squares, sum_magnitudes, largest;
     Write scale, clamp, zero_nonfinite;
     void (*sum_squares_of_rows)(double* sums, const char* x, size_t rows, size_t n, int64_t step);
     void (*scale_rows)(char* x, size_t rows, size_t n, int64_t step, const double* clip_coefs);
@@ -211,32 +211,31 @@ struct Loops {
 };
 
 // `table<Dtype>()` gives the loops over a dtype.
-#define DEFINE_LOOPS(NAME, TARGET, FUSED, BY_BITS)                                                                  \
-    template <class T, size_t parts> struct NAME {                                                                  \
-        using In = const void*;                                                                                     \
-        using Out = void*;                                                                                          \
-        TARGET static double squares(In x, size_t n, double) { return sum_squares<FUSED>((const T*)x, n); }         \
-        TARGET static double scaled(In x, size_t n, double u) { return sum_scaled_squares((const T*)x, n, u); }     \
-        TARGET static double magnitudes(In x, size_t n, double) { return sum_magnitudes((const T*)x, n); }          \
-        TARGET static double top(In x, size_t n, double) { return largest((const T*)x, n); }                        \
-        TARGET static double finite(In x, size_t n, double) { return double(count_finite<parts>((const T*)x, n)); } \
-        TARGET static bool scaling(Out x, size_t n, double clip_coef) { return scale((T*)x, n, clip_coef), true; }  \
-        TARGET static bool clamping(Out x, size_t n, double limit) { return clamp<BY_BITS>((T*)x, n, limit); }      \
-        TARGET static bool zeroing(Out x, size_t n, double) { return zero_nonfinite<parts>((T*)x, n); }             \
-        TARGET static void rows(double* sums, const char* x, size_t rows, size_t n, int64_t step) {                 \
-            sum_squares_of_rows<FUSED, T>(sums, x, rows, n, step);                                                  \
-        }                                                                                                           \
-        TARGET static void scaling_rows(char* x, size_t rows, size_t n, int64_t step, const double* clip_coefs) {   \
-            scale_rows<T>(x, rows, n, step, clip_coefs);                                                            \
-        }                                                                                                           \
-        TARGET static void adding(double* sums, const In* x, const double* clip_coefs, size_t rows, size_t n) {     \
-            add_rows<T>(sums, x, clip_coefs, rows, n);                                                              \
-        }                                                                                                           \
-        TARGET static void rounding(Out result, const double* sums, size_t n) { round_sums<T>(result, sums, n); }   \
-        static Loops table() {                                                                                      \
-            return {squares,  scaled,  magnitudes, top,          finite, scaling,                                   \
-                    clamping, zeroing, rows,       scaling_rows, adding, rounding};                                 \
-        }                                                                                                           \
+#define DEFINE_LOOPS(NAME, TARGET, FUSED, BY_BITS)                                                                 \
+    template <class T, size_t parts> struct NAME {                                                                 \
+        using In = const void*;                                                                                    \
+        using Out = void*;                                                                                         \
+        TARGET static double squares(In x, size_t n, double) { return sum_squares<FUSED>((const T*)x, n); }        \
+        TARGET static double scaled(In x, size_t n, double u) { return sum_scaled_squares((const T*)x, n, u); }    \
+        TARGET static double magnitudes(In x, size_t n, double) { return sum_magnitudes((const T*)x, n); }         \
+        TARGET static double top(In x, size_t n, double) { return largest((const T*)x, n); }                       \
+        TARGET static bool scaling(Out x, size_t n, double clip_coef) { return scale((T*)x, n, clip_coef), true; } \
+        TARGET static bool clamping(Out x, size_t n, double limit) { return clamp<BY_BITS>((T*)x, n, limit); }     \
+        TARGET static bool zeroing(Out x, size_t n, double) { return zero_nonfinite<parts>((T*)x, n); }            \
+        TARGET static void rows(double* sums, const char* x, size_t rows, size_t n, int64_t step) {                \
+            sum_squares_of_rows<FUSED, T>(sums, x, rows, n, step);                                                 \
+        }                                                                                                          \
+        TARGET static void scaling_rows(char* x, size_t rows, size_t n, int64_t step, const double* clip_coefs) {  \
+            scale_rows<T>(x, rows, n, step, clip_coefs);                                                           \
+        }                                                                                                          \
+        TARGET static void adding(double* sums, const In* x, const double* clip_coefs, size_t rows, size_t n) {    \
+            add_rows<T>(sums, x, clip_coefs, rows, n);                                                             \
+        }                                                                                                          \
+        TARGET static void rounding(Out result, const double* sums, size_t n) { round_sums<T>(result, sums, n); }  \
+        static Loops table() {                                                                                     \
+            return Loops{squares, scaled, magnitudes,   top,    scaling, clamping,                                 \
+                         zeroing, rows,   scaling_rows, adding, rounding};                                         \
+        }                                                                                                          \
     };
 
 // The last two: whether there are fused multiply-adds, and whether to compare floats as integers, as on 512 bits (see

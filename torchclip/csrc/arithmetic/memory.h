@@ -19,7 +19,6 @@ constexpr int kDouble = 1, kAnyComplex = 2, kSmall = 4, kShared = 16;
 constexpr size_t kSmallElements = size_t(1) << 19;  // of Facts.SMALL
 constexpr double kAbsent = -1.0;                    // the norm of no elements at all
 constexpr size_t kChunk = 16 * 1024;                // elements; sums are added chunk by chunk, in order
-constexpr size_t kBuffer = 2048;                    // bytes on the stack, for copies of elements
 constexpr size_t kChunkCost = 256;                  // what starting a chunk costs, in elements
 
 // Joins the results of two chunks; kAbsent changes nothing.
@@ -90,20 +89,20 @@ class Memory {
     // How many threads share the work from now on.
     void use_threads(int threads) { threads_ = threads; }
 
-    // The norm of all tensors as one vector; on request, of their finite elements only.
-    double norm(Read Loops::* loop, bool finite) {
+    // The norm of all tensors as one vector.
+    double norm(Read Loops::* loop) {
         prepare();
-        return norm_from(reduce(first(), last(), loop, finite, 1.0), first(), last(), loop, finite);
+        return norm_from(reduce(first(), last(), loop, 1.0), first(), last(), loop);
     }
 
     // The norm of each, in order, into `norms`.
-    void norms(Read Loops::* loop, bool finite, double* norms) {
+    void norms(Read Loops::* loop, double* norms) {
         prepare();
-        reduce(first(), last(), loop, finite, 1.0);
+        reduce(first(), last(), loop, 1.0);
         Place from = first();
         for (size_t i = 0; i < parts_.size(); ++i) {
             const Place to = {i + 1, 0, from.chunk + chunks_of(parts_[i])};
-            norms[i] = norm_from(fold(from, to, loop == &Loops::largest), from, to, loop, finite);
+            norms[i] = norm_from(fold(from, to, loop == &Loops::largest), from, to, loop);
             from = to;
         }
     }
@@ -163,7 +162,7 @@ class Memory {
     void clip_each(Read Loops::* loop, double* limits, double eps, double* norms) {
         prepare();
         const auto measure = [&](size_t i, Place from, Place to) {
-            norms[i] = norm_from(fold(from, to, loop == &Loops::largest), from, to, loop, false);
+            norms[i] = norm_from(fold(from, to, loop == &Loops::largest), from, to, loop);
             limits[i] = clip_coef_of(limits[i], norms[i], eps);
         };
         size_t most = 0;
@@ -171,14 +170,14 @@ class Memory {
         const bool is_apart = !overlaps();
         if (is_apart && most <= std::max(elements_, size_t(1)) / size_t(threads_)) {
             const auto clip = [&](size_t i, Place from, Place to) {
-                reduce(from, to, loop, false, 1.0);
+                reduce(from, to, loop, 1.0);
                 measure(i, from, to);
                 scale_backwards(i, limits[i]);
             };
             const auto work = [&](size_t share, size_t shares) { for_each_tensor(share, shares, clip); };
             return threads_ == 1 ? work(0, 1) : in_parallel(threads_, work);
         }
-        reduce(first(), last(), loop, false, 1.0);
+        reduce(first(), last(), loop, 1.0);
         for_each_tensor(0, 1, measure);
         if (!is_apart) threads_ = 1;
         run(first(), last(),
@@ -281,33 +280,13 @@ class Memory {
     }
 
     // Reduces the chunks between two places one by one, then joins them in order.
-    double reduce(Place from, Place to, Read Loops::* loop, bool finite, double unit) {
-        const bool take_largest = loop == &Loops::largest;
+    double reduce(Place from, Place to, Read Loops::* loop, double unit) {
         run(from, to, [&](Place place, size_t n) {
             const Layout& layout = parts_[place.part];
-            const Loops& loops = loops_[layout.dtype];
-            char* const x = number_at(layout, place.start);
-            const size_t numbers = n * kDtypes[layout.dtype].parts;
-            results_[place.chunk] =
-                finite ? reduce_finite(x, numbers, layout.dtype, loop, unit) : (loops.*loop)(x, numbers, unit);
+            const Read inner = loops_[layout.dtype].*loop;
+            results_[place.chunk] = inner(number_at(layout, place.start), n * kDtypes[layout.dtype].parts, unit);
         });
-        return fold(from, to, take_largest);
-    }
-
-    // Reduces the finite elements among n numbers, in copies with 0 for the others; kAbsent if there are none.
-    double reduce_finite(const char* x, size_t n, size_t dtype, Read Loops::* loop, double unit) const {
-        const Loops& loops = loops_[dtype];
-        const size_t size = kDtypes[dtype].alignment, room = kBuffer / size;
-        alignas(64) char buffer[kBuffer];
-        double result = kAbsent;
-        for (size_t start = 0; start < n; start += room) {
-            const size_t length = std::min(room, n - start);
-            std::memcpy(buffer, x + start * size, length * size);
-            if (loops.count_finite(buffer, length, 0) == 0) continue;
-            loops.zero_nonfinite(buffer, length, 0);
-            result = join(result, (loops.*loop)(buffer, length, unit), loop == &Loops::largest);
-        }
-        return result;
+        return fold(from, to, loop == &Loops::largest);
     }
 
     double fold(Place from, Place to, bool take_largest) const {
@@ -317,9 +296,9 @@ class Memory {
     }
 
     // The norm of the elements between two places, given the result of `reduce`.
-    double norm_from(double reduced, Place from, Place to, Read Loops::* loop, bool finite) {
+    double norm_from(double reduced, Place from, Place to, Read Loops::* loop) {
         if (loop != &Loops::sum_squares || reduced < 0) return reduced;
-        return root(reduced, [&](Read Loops::* other, double unit) { return reduce(from, to, other, finite, unit); });
+        return root(reduced, [&](Read Loops::* other, double unit) { return reduce(from, to, other, unit); });
     }
 
     // True if two threads might write to the same memory.

@@ -78,19 +78,6 @@ Outcome read_limits(PyObject* given, size_t wanted, Numbers& limits) {
     return kDone;
 }
 
-// The arguments of `norm` and `norms`: the order, and whether only finite elements count.
-struct Measure {
-    double norm_type;
-    bool finite = false;
-
-    Outcome read(PyObject* const* args, Py_ssize_t count) {
-        if (expect_count(count, 1, 2) != kDone || read_number(args[0], norm_type) != kDone) return kFailed;
-        const int truth = count == 2 ? PyObject_IsTrue(args[1]) : 0;
-        finite = truth > 0;
-        return truth >= 0 ? kDone : kFailed;
-    }
-};
-
 // ---------------------------------------------------------------------------------------------------------------
 // Methods
 // ---------------------------------------------------------------------------------------------------------------
@@ -117,36 +104,36 @@ PyObject* new_list(const Numbers& numbers) {
 }
 
 // The norm of all tensors, or with `each` a list with the norm of each; null with an error set.
-PyObject* measure(Access& access, Read Loops::* loop, bool finite, bool each) {
+PyObject* measure(Access& access, Read Loops::* loop, bool each) {
     double norm = 0;
     Numbers norms;
-    const Outcome outcome = each ? access.norms(loop, finite, norms) : access.norm(loop, finite, norm);
+    const Outcome outcome = each ? access.norms(loop, norms) : access.norm(loop, norm);
     return finish(outcome, [&] { return each ? new_list(norms) : PyFloat_FromDouble(norm); });
 }
 
 // The same where the kernel has no loop for the order.
-Ref ask_for_norms(PyObject* self, const Measure& wanted, bool each) {
+Ref ask_for_norms(PyObject* self, double norm_type, bool each) {
     const Ref all(batch_all(self, nullptr));
     if (all == nullptr) return Ref();
-    return Ref(PyObject_CallFunction(torch().other_norms, "OdOO", static_cast<PyObject*>(all), wanted.norm_type,
-                                     wanted.finite ? Py_True : Py_False, each ? Py_True : Py_False));
+    return Ref(PyObject_CallFunction(torch().other_norms, "OdO", static_cast<PyObject*>(all), norm_type,
+                                     each ? Py_True : Py_False));
 }
 
-template <bool each> PyObject* batch_norms(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+template <bool each> PyObject* batch_norms(PyObject* self, PyObject* argument) {
     Batch& batch = batch_of(self);
-    Measure wanted;
-    if (wanted.read(args, count) != kDone) return nullptr;
-    Read Loops::* const loop = loop_of(wanted.norm_type, batch.flags & kAnyComplex);
-    if (loop == nullptr) return ask_for_norms(self, wanted, each).release();
+    double norm_type;
+    if (read_number(argument, norm_type) != kDone) return nullptr;
+    Read Loops::* const loop = loop_of(norm_type, batch.flags & kAnyComplex);
+    if (loop == nullptr) return ask_for_norms(self, norm_type, each).release();
     Access access(batch.tensors);
-    return measure(access, loop, wanted.finite, each);
+    return measure(access, loop, each);
 }
 
 // measured(parameters, norm_type, each): a batch of their gradients with its norm, or the list of theirs.  Their memory
 // is looked up once for both.  None where there is no batch, or no loop for the order.
 PyObject* measured(PyObject*, PyObject* const* args, Py_ssize_t count) {
     double norm_type;
-    if (expect_count(count, 3, 3) != kDone || read_number(args[1], norm_type) != kDone) return nullptr;
+    if (expect_count(count, 3) != kDone || read_number(args[1], norm_type) != kDone) return nullptr;
     const int each = PyObject_IsTrue(args[2]);
     if (each < 0) return nullptr;
     Ref norms;
@@ -155,7 +142,7 @@ PyObject* measured(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (outcome != kDone) return outcome;
         Read Loops::* const loop = loop_of(norm_type, batch.flags & kAnyComplex);
         if (loop == nullptr) return kUnusual;
-        norms.reset(Ref(measure(access, loop, false, each)));
+        norms.reset(Ref(measure(access, loop, each)));
         return norms == nullptr ? kFailed : kDone;
     }));
     if (norms == nullptr) return batch.release();
@@ -179,16 +166,15 @@ PyObject* batch_scale_each(PyObject* self, PyObject* argument) {
 PyObject* batch_clip_each(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Batch& batch = batch_of(self);
     const size_t size = batch.tensors.size();
-    double eps;
-    Measure wanted;
+    double norm_type, eps;
     Numbers limits, norms;
-    if (expect_count(count, 3, 3) != kDone || wanted.read(args + 1, 1) != kDone || read_number(args[2], eps) != kDone ||
-        read_limits(args[0], size, limits) != kDone)
+    if (expect_count(count, 3) != kDone || read_number(args[1], norm_type) != kDone ||
+        read_number(args[2], eps) != kDone || read_limits(args[0], size, limits) != kDone)
         return nullptr;
-    Read Loops::* const loop = loop_of(wanted.norm_type, batch.flags & kAnyComplex);
+    Read Loops::* const loop = loop_of(norm_type, batch.flags & kAnyComplex);
     if (loop != nullptr)
         return finish(Access(batch.tensors).clip_each(loop, limits, eps, norms), [&] { return new_list(norms); });
-    Ref answer = ask_for_norms(self, wanted, true);
+    Ref answer = ask_for_norms(self, norm_type, true);
     if (answer == nullptr || read_numbers(answer, size, norms) != kDone) return nullptr;
     for (size_t i = 0; i < size; ++i) limits[i] = clip_coef_of(limits[i], norms[i], eps);
     const Outcome outcome = Access(batch.tensors).write(&Loops::scale, limits.begin(), true);
@@ -213,8 +199,8 @@ PyObject* batch_facts(PyObject* self, void*) { return PyLong_FromLong(batch_of(s
 PyObject* batch_rest(PyObject*, void*) { return PyTuple_New(0); }
 
 PyMethodDef batch_methods[] = {
-    {"norm", function<batch_norms<false>>(), METH_FASTCALL, "norm(p, finite=False): of all elements as one vector"},
-    {"norms", function<batch_norms<true>>(), METH_FASTCALL, "norms(p, finite=False): of each tensor"},
+    {"norm", function<batch_norms<false>>(), METH_O, "norm(p): of all elements as one vector"},
+    {"norms", function<batch_norms<true>>(), METH_O, "norms(p): of each tensor"},
     {"scale_", function<batch_scale>(), METH_O, "scale_(clip_coef): multiply in place"},
     {"scale_each_", function<batch_scale_each>(), METH_O, "scale_each_(clip_coefs): multiply each by its own number"},
     {"clip_each_", function<batch_clip_each>(), METH_FASTCALL,

@@ -29,9 +29,8 @@ template <class... Args> Outcome fail(PyObject* type, const char* format, Args..
     return kFailed;
 }
 
-Outcome expect_count(Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
-    if (given >= least && given <= most) return kDone;
-    const Py_ssize_t wanted = given < least ? least : most;
+Outcome expect_count(Py_ssize_t given, Py_ssize_t wanted) {
+    if (given == wanted) return kDone;
     return fail(PyExc_TypeError, "expected %zd argument%s, got %zd", wanted, wanted == 1 ? "" : "s", given);
 }
 

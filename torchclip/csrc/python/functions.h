@@ -34,14 +34,14 @@ struct Gradients {
 
 // clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, group)
 PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 5, 5) != kDone) return nullptr;
+    if (expect_count(count, 5) != kDone) return nullptr;
     const double max_norm = read_threshold(args[1]), norm_type = read_threshold(args[2]);
     const bool is_flag = args[3] == Py_False || args[3] == Py_True;  // a norm that is not finite is unusual
     if (!(max_norm >= 0) || norm_type != 2 || !is_flag || args[4] != Py_None) return finish(kUnusual);
     Gradients gradients;
     double norm = 0;
     Outcome outcome = gradients.take(args[0]);
-    if (outcome == kDone) outcome = gradients.access.norm(&Loops::sum_squares, false, norm);
+    if (outcome == kDone) outcome = gradients.access.norm(&Loops::sum_squares, norm);
     if (outcome == kDone && !(norm >= 0 && std::isfinite(norm))) outcome = kUnusual;
     if (outcome == kDone) outcome = gradients.access.scale(clip_coef_of(max_norm, norm, kEps));
     return finish(outcome, [&] {
@@ -52,7 +52,7 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // clip_grad_value(parameters, clip_value)
 PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 2, 2) != kDone) return nullptr;
+    if (expect_count(count, 2) != kDone) return nullptr;
     const double clip_value = read_threshold(args[1]);
     if (!(clip_value >= 0)) return finish(kUnusual);
     Gradients gradients;
@@ -67,7 +67,7 @@ PyObject* clip_grad_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // clip_grad_each(parameters, limit, norm_type, is_rms): limits each norm, or each root mean square
 PyObject* clip_grad_each(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 4, 4) != kDone) return nullptr;
+    if (expect_count(count, 4) != kDone) return nullptr;
     const double limit = read_threshold(args[1]);
     const double norm_type = read_threshold(args[2]);
     const bool is_rms = args[3] == Py_True;
@@ -150,7 +150,7 @@ struct WithWeights {
 
 // clip_grad_adaptive(parameters, clip_factor, eps, norm_type, grad_scale)
 PyObject* clip_grad_adaptive(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 5, 5) != kDone) return nullptr;
+    if (expect_count(count, 5) != kDone) return nullptr;
     const double clip_factor = read_threshold(args[1]), eps = read_threshold(args[2]);
     const double grad_scale = read_threshold(args[4]);
     const auto loop = loop_of(read_threshold(args[3]), false);
@@ -187,7 +187,7 @@ bool stand_for_their_memory(const References& tensors) {
 
 // clip_per_example(grads, max_norm)
 PyObject* clip_per_example(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 2, 2) != kDone) return nullptr;
+    if (expect_count(count, 2) != kDone) return nullptr;
     const double max_norm = read_threshold(args[1]);
     if (!(max_norm >= 0) || !PyList_CheckExact(args[0])) return finish(kUnusual);
     const Outcome outcome = begin();

@@ -32,11 +32,11 @@ namespace {
 // connect(tensor, parameter, exchange_api, increment_version, get_num_threads, other_norms, checks,
 //         is_inference_mode_enabled, strided, library)
 //
-// `other_norms` takes tensors, an order other than 1, 2 and inf, whether only finite elements count, and whether to
-// return a list with the norm of each.  `checks` are _core/memory.py's; the kernel takes nothing while one fails.
+// `other_norms` takes tensors, an order other than 1, 2 and inf, and whether to return a list with the norm of each.
+// `checks` are _core/memory.py's; the kernel takes nothing while one fails.
 // `library` is the path of a library that was linked to torch's OpenMP.
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 10, 10) != kDone) return nullptr;
+    if (expect_count(count, 10) != kDone) return nullptr;
     auto* exchange = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
     if (exchange == nullptr) return nullptr;
     while (exchange != nullptr && exchange->major != 1) exchange = exchange->previous;

@@ -241,7 +241,7 @@ template <class Take> Outcome collect_plain(PyObject* given, Take take) {
 
 // connect_modules(module, parameter_list, generator, names)
 PyObject* connect_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (expect_count(count, 4, 4) != kDone) return nullptr;
+    if (expect_count(count, 4) != kDone) return nullptr;
     for (Py_ssize_t i = 0; i < 3; ++i)
         if (!PyType_Check(args[i])) return PyErr_Format(PyExc_TypeError, "argument %zd must be a type", i);
     auto made = std::make_unique<Modules>();

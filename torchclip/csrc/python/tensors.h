@@ -107,16 +107,16 @@ class Access {
         return was_fresh ? kDone : tensors_.read_again(memory_);
     }
 
-    // The norm of all as one vector; on request, of their finite elements only.
-    Outcome norm(Read Loops::* loop, bool finite, double& norm) {
-        return run([&] { norm = memory_.norm(loop, finite); });
+    // The norm of all as one vector.
+    Outcome norm(Read Loops::* loop, double& norm) {
+        return run([&] { norm = memory_.norm(loop); });
     }
 
     // The norm of each.
-    Outcome norms(Read Loops::* loop, bool finite, Numbers& norms) {
+    Outcome norms(Read Loops::* loop, Numbers& norms) {
         return run([&] {
             norms.resize(memory_.size());
-            memory_.norms(loop, finite, norms.begin());
+            memory_.norms(loop, norms.begin());
         });
     }
 
