@@ -42,7 +42,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "many": [(5,)] * 40,
     "mixed": [(2, 3, 4), (), (7, 1), (1, 1, 1, 1)],
     "with empty ones": [(0,), (5,), (3, 0), (0, 3)],
-    "large": [(66_000,), (90, 200), (3,)],
+    "large": [(66_000,), (90, 200), (3, 20_000), (3,)],
 }
 LIMITS = [0, 0.01, 3, INF]
 names = pytest.mark.parametrize("name", CLIPPERS)
@@ -206,6 +206,7 @@ LAYOUTS = {
     "transposed": lambda: permuted(randn(6, 4, 5)),
     "channels last": lambda: randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "every second": lambda: randn(12, 10)[::2, ::2],
+    "every second row": lambda: randn(12, 10)[::2],
     "with gaps, large": lambda: randn(700, 400)[:, ::3],
     "view into a flat buffer": lambda: randn(100)[17:37].view(4, 5),
     "0-dim": lambda: randn(),

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
-from torchclip import Clipper
 from torchclip._core import memory
 
 pytestmark = [pytest.mark.usefixtures("kernel_on_and_off"), pytest.mark.filterwarnings("ignore:Sparse ")]
@@ -291,26 +290,6 @@ def test_a_meta_gradient_among_others_is_refused(clip: Callable[..., Tensor], pl
     ):
         clip(parameters, 0.5)
     assert torch.equal(grad_of(parameters[1 - place]), torch.ones(2, 3))
-
-
-@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
-def test_a_parameter_group_may_hold_a_tuple(scope: Any) -> None:
-    first, second = with_gradients([torch.full((2,), 3.0), torch.full((2,), 4.0)])
-    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=0.1)
-    for group in optimizer.param_groups:
-        group["params"] = tuple(group["params"])
-    clipper = Clipper(optimizer, 1.0, scope=scope)
-    optimizer.step()
-    assert clipper.last is not None
-    assert clipper.last.clipped
-
-
-def test_finite_elements_beside_an_empty_gradient() -> None:
-    parameters = with_gradients([torch.zeros(0), torch.tensor([3.0, math.nan])])
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    Clipper(optimizer, 1.0, scope="parameter", nonfinite="zero")
-    optimizer.step()
-    torch.testing.assert_close(parameters[1].grad, torch.tensor([1.0, 0.0]))
 
 
 @pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"])
