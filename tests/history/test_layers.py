@@ -203,16 +203,15 @@ def test_a_few_parameters_have_their_names_and_a_log_scale(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("blocks", [23, 200])
-def test_hundreds_of_parameters_have_the_names_of_their_blocks(blocks: int, tmp_path: Path) -> None:
+def test_of_hundreds_of_parameters_some_have_their_names(blocks: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     names = ["embed.weight", *(f"body.layers.{i}.{part}" for i in range(blocks) for part in "abcd")]
     rng = np.random.default_rng(0)
     figure = picture(names, rng.lognormal(size=(30, len(names))), tmp_path / "layers.png")
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert labels[:2] == ["embed", "body.layers.0" if blocks < 45 else labels[1]]
-    assert len(labels) == len(set(labels)) <= 45
+    assert labels == names[:: 3 if blocks == 23 else 18]
     heights = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
-    overlaps = [a.overlaps(b) for a, b in itertools.pairwise(heights[1:])]
+    overlaps = [a.overlaps(b) for a, b in itertools.pairwise(heights)]
     assert not any(overlaps), "labels can be read"
 
 

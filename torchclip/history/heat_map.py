@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -87,19 +86,9 @@ def _draw(axes: Axes, steps: Sequence[int], values: Array, label: str) -> None:
 
 
 def _label_parameters(axes: Axes, names: Sequence[str]) -> None:
-    """Label the rows, or blocks of rows at their middles if there are many, and draw lines between blocks."""
-    blocks = [_block(name) for name in names]
-    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
-    for start in starts[1:]:
-        axes.axhline(start - 0.5, color="white", linewidth=0.6)
-    if len(names) <= _MOST_LABELS:
-        at, labels = [*range(len(names))], names
-    else:
-        ends = [*starts[1:], len(names)]
-        chosen = slice(None, None, -(-len(starts) // _MOST_LABELS))
-        at = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)][chosen]
-        labels = [blocks[start] for start in starts][chosen]
-    axes.set_yticks(at, [_shortened(label) for label in labels])
+    """Label the rows; of many, only every few, so that the labels can be read."""
+    at = range(0, len(names), -(-len(names) // _MOST_LABELS))
+    axes.set_yticks([*at], [_shortened(names[i]) for i in at])
     axes.tick_params(axis="y", labelsize=8, length=2)
 
 
@@ -109,14 +98,3 @@ def _shortened(name: str) -> str:
     if len(name) <= _MOST_LETTERS:
         return name
     return f"{name[:start].rstrip('.')}…{name[start + 1 - _MOST_LETTERS :].lstrip('.')}"
-
-
-def _block(name: str) -> str:
-    """The block of layers that a parameter is in: ``body.layers.3.linear.weight`` → ``body.layers.3``."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: i + 1])
-    if len(parts) > 1:
-        return ".".join(parts[:-1])
-    return re.sub(r"(\['params'\])?\[\d+\]$", "", name) or name

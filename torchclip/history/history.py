@@ -1,4 +1,8 @@
-"""What clipping did, step by step, in numbers, words and pictures."""
+"""What clipping did, step by step, in numbers, words and pictures.
+
+On an accelerator, the norm of a step is a tensor whose value is not known yet when the step is recorded.
+Such tensors are kept, and all values are fetched in one transfer when the records are read.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,17 @@ import copy
 import csv
 import os
 from collections import deque
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from threading import RLock
+from typing import TYPE_CHECKING, Any, overload
+
+from torch import Tensor
 
 from torchclip._core import arguments
 from torchclip._core.extras import check_installed
 from torchclip.history.advice import Advice, advise
 from torchclip.history.layers import Layers
-from torchclip.history.recorded import Recorded
-from torchclip.history.records import Record, saved_records
+from torchclip.history.records import Record, as_records, saved_records
 from torchclip.history.stalls import ClippedSizes
 from torchclip.history.summary import Counts, Summary, summary_of
 
@@ -23,8 +29,11 @@ if TYPE_CHECKING:
 
     from torchclip.history.page import Shown
 
+# How many steps may wait for their values; with more, the values are fetched without a read.
+_MOST_PENDING = 1024
 
-class History(Recorded):
+
+class History(Sequence[Record]):
     """The last ``maxlen`` records in full, and counts over all steps.
 
     A sequence of ``Record``, oldest first: ``history[-1]`` is the latest, ``len(history)`` is the number of
@@ -51,7 +60,12 @@ class History(Recorded):
     """The norms of single parameters, from every ``layers_every``-th step of a ``Clipper``."""
 
     def __init__(self, maxlen: int = 10_000) -> None:
-        super().__init__(maxlen)
+        self._pending: list[tuple[Any, ...]] = []
+        self._kept: deque[Record] = deque(maxlen=arguments.count("maxlen", maxlen, least=1))
+        self._counts = Counts()
+        # Held while anything but `_pending` is changed or read.  It is an RLock, as a signal handler may read
+        # in the middle of a read.
+        self._lock = RLock()
         self.layers = Layers()
         # What a Clipper measures for the advice: the size of clipped gradients beside the optimizer's `eps`.
         self._clipped_sizes = ClippedSizes()
@@ -59,6 +73,97 @@ class History(Recorded):
 
     def __repr__(self) -> str:
         return f"<History of {len(self):,} steps, at most {self._kept.maxlen:,}>"
+
+    def append(
+        self,
+        step: int,
+        total_norm: float | Tensor,
+        max_norm: float | Tensor,
+        clip_coef: float | Tensor,
+        skipped: bool | Tensor = False,
+        loss: float | Tensor | None = None,
+        clipped_norm: float | Tensor | None = None,
+        nonfinite: bool | Tensor | None = None,
+    ) -> None:
+        """Record a step, without waiting for any value.
+
+        Tensors must be 0-dim, may be on any device, and must not be modified afterwards: the history keeps
+        them until their values are read, or until there are a thousand such steps.
+
+        Args:
+            step: the step's number; consecutive records with the same number count as one step.
+            total_norm: the norm of all gradients before clipping; may be ``inf`` or ``nan``.
+            max_norm: the threshold of this step.
+            clip_coef: the number by which the gradients are multiplied, at most 1.
+            skipped: whether the step is skipped.
+            loss: the loss of the step; None if it is not known.
+            clipped_norm: the norm of all gradients after clipping; by default ``total_norm`` times
+                ``clip_coef``, which is exact if ``clip_coef`` multiplies all gradients.
+            nonfinite: whether any gradient is not finite; by default whether ``total_norm`` is not.
+        """
+        self._extend([(step, total_norm, max_norm, clip_coef, skipped, loss, clipped_norm, nonfinite)])
+
+    def _extend(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Record a step that has several records: the arguments of ``append`` for each."""
+        # No lock is needed, as adding to a list is atomic.
+        self._pending.extend(rows)
+        if len(self._pending) >= _MOST_PENDING:
+            with self._lock:
+                self._resolve()
+
+    def _ends_with(self, step: int) -> bool:
+        """Whether a step is the latest one, without reading its values."""
+        try:
+            return bool(self._pending[-1][0] == step)
+        except IndexError:  # another thread may read them at this moment
+            return bool(self._kept) and self._kept[-1].step == step
+
+    def _resolve(self) -> None:
+        """Turn pending rows into records.  The caller holds the lock."""
+        rows = self._pending[:]  # another thread may append more at the same time
+        if not rows:
+            return
+        records = as_records(rows)
+        counts = self._counts.after(records)
+        # A signal handler that has read in between has already done all this.
+        if self._pending and self._pending[0] is rows[0]:
+            self._kept.extend(records)
+            self._counts = counts
+            del self._pending[: len(rows)]
+
+    def _snapshot(self) -> list[Record]:
+        """The records at this moment."""
+        with self._lock:
+            self._resolve()
+            return list(self._kept)
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._resolve()
+            return len(self._kept)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._snapshot())
+
+    def __reversed__(self) -> Iterator[Record]:
+        return reversed(self._snapshot())
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return self._snapshot()[index]
+        with self._lock:
+            self._resolve()
+            try:
+                return self._kept[index]
+            except IndexError:
+                kept = len(self._kept)
+        if not kept:
+            raise IndexError("the history is empty: no step has been recorded yet")
+        raise IndexError(f"the history has no record {index}: it keeps {kept:,}, from 0 to {kept - 1:,}")
 
     def summary(self) -> Summary:
         """Counts over all steps, and quantiles of the norm over the kept steps."""
@@ -196,8 +301,15 @@ class History(Recorded):
             self._kept, self._counts = kept, counts
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies have no Clipper.
-        return super().__getstate__() | {"layers": copy.copy(self.layers), "_is_followed": False}
+        with self._lock:
+            self._resolve()
+            state = vars(self) | {"_kept": self._kept.copy(), "layers": copy.copy(self.layers)}
+        # Copies have their own lock and pending steps, and no Clipper.
+        return state | {"_pending": [], "_lock": None, "_is_followed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = RLock()
 
 
 def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

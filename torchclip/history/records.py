@@ -50,18 +50,13 @@ class Record(NamedTuple):
         In the records that ``on_clip`` gets of every ``layers_every``-th step; elsewhere None, as a history
         keeps these norms in ``history.layers``.
         """
-        return None
+        return getattr(self, "_by_name", None)
 
 
 class SampledRecord(Record):
     """A record of a step in which the norms of single parameters were measured; equal to one without."""
 
     _by_name: Mapping[str, float]
-
-    @property
-    def layers(self) -> Mapping[str, float]:
-        """The norm of each parameter's gradient before clipping, by its name; 0 without a gradient."""
-        return self._by_name
 
 
 _PLAIN = {int, float, bool, type(None)}
@@ -152,13 +147,7 @@ def _record(
 
 
 def with_layers(record: Record, names: Sequence[str], norms: Sequence[float] | Tensor) -> SampledRecord:
-    """The record with the norms of single parameters; reads their values.
-
-    Args:
-        record: the record.
-        names: the names, as for ``Layers.append``.
-        norms: the norms, as for ``Layers.append``.
-    """
+    """The record with the norms of single parameters, as for ``Layers.append``; reads their values."""
     values: Sequence[float] = norms.tolist() if isinstance(norms, Tensor) else norms
     found = SampledRecord(*record)
     # Without a gradient the norm is negative; NaN stays NaN.
