@@ -29,15 +29,11 @@ def adagc_thresholds(
 
     A norm that is 0 or not finite does not change ``γ_i``, and does not count in the warm-up of its
     parameter.  A norm that is not finite does not count in the joint norm either.  Twin of
-    ``torchclip.AdaGC``.
+    ``torchclip.AdaGC``, which describes the other arguments.
 
     Args:
         norms: the norm of each parameter's gradient at each step, of shape ``(steps, parameters)``; negative
             where there is no gradient.
-        relative: the largest allowed norm, as a multiple of ``γ_i``.
-        beta: the weight of the old ``γ_i`` in each step.
-        warmup: the number of norms in the warm-up of each parameter.
-        max_norm: the threshold for all gradients together in the warm-up.
         norm_type: the order of the norms.
 
     Returns:

@@ -28,14 +28,11 @@ def clip_grad_adaptive(
         if ‖G_i‖ > limit_i:   G_i ← (limit_i / ‖G_i‖) G_i
 
     The units of an array with two or more axes are its slices along the first axis.  A vector or a scalar is
-    one unit.  Twin of ``torchclip.clip_grad_adaptive_``.
+    one unit.  Twin of ``torchclip.clip_grad_adaptive_``, which describes the other arguments.
 
     Args:
         weights: the parameters' values; not modified.
         grads: their gradients, of the same shapes; modified in place.
-        clip_factor: the largest ratio of the two norms (λ in the paper), at least 0.
-        eps: a lower bound for the norm of the weights, so that weights that start at zero can move.
-        norm_type: the order of the norm.
 
     References:
         Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,

@@ -25,18 +25,8 @@ def global_norm(grads: Sequence[Array], norm_type: float | str = 2.0) -> float:
     multiplied by the largest one again.  This gives the same number, but cannot overflow or underflow in
     between.
 
-    Twin of ``torchclip.get_total_norm``.
-
-    Args:
-        grads: floating or complex arrays of any shape; may be empty.
-        norm_type: the order ``p`` of the norm, any number or ``"inf"``.
-
-    Returns:
-        The norm as a Python float; ``0.0`` without elements; ``inf`` or ``nan`` if a gradient has one.
-
-    Raises:
-        TypeError: if a gradient is not a floating or complex array.
-        ValueError: if ``norm_type`` is NaN or an unknown string.
+    Twin of ``torchclip.get_total_norm``.  It takes floating or complex arrays of any shape, and returns a
+    float: ``0.0`` without elements, ``inf`` or ``nan`` if a gradient has one.
 
     Examples:
         >>> import numpy as np
@@ -60,20 +50,9 @@ def clip_grads(grads: Sequence[Array], max_norm: float, norm_type: float | str =
     The 1e-6 avoids a division by zero.  All gradients share one ``rate``, so the direction of the step stays
     the same and only its length changes.
 
-    Twin of ``torchclip.clip_grad_norm_``.  One thing goes beyond the book, as in torch: if the norm is NaN,
-    the rate is NaN, so a NaN in one gradient spreads to all gradients.
-
-    Args:
-        grads: floating or complex arrays of any shape, modified in place.
-        max_norm: the threshold, at least 0. ``inf`` only measures.
-        norm_type: the order of the norm, any number or ``"inf"``.
-
-    Returns:
-        The norm before clipping. (The book's function returns nothing.)
-
-    Raises:
-        TypeError: if a gradient is not a floating or complex array, or ``max_norm`` is not a number.
-        ValueError: if ``max_norm`` is negative or NaN, or a gradient is not writeable.
+    Twin of ``torchclip.clip_grad_norm_``.  It modifies floating or complex arrays of any shape in place, and
+    returns the norm before clipping, where the book's function returns nothing.  One more thing goes beyond
+    the book, as in torch: if the norm is NaN, the rate is NaN, so a NaN in one gradient spreads to all.
 
     Examples:
         >>> import numpy as np
@@ -111,14 +90,9 @@ def clip_coefficient(max_norm: float, total_norm: float) -> float:
 
 
 def clip_grads_with_norm(grads: Sequence[Array], max_norm: float, total_norm: float) -> None:
-    """Scale all gradients as ``clip_grads`` does, with a norm that you computed earlier.
+    """Scale all gradients in place as ``clip_grads`` does, with a norm that you computed earlier.
 
     Twin of ``torchclip.clip_grads_with_norm_``.
-
-    Args:
-        grads: floating or complex arrays, modified in place.
-        max_norm: the threshold, at least 0.
-        total_norm: the norm to compare with it.
     """
     max_norm = checks.threshold("max_norm", max_norm)
     total_norm = checks.number("total_norm", total_norm)

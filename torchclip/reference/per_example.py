@@ -24,7 +24,7 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
 
     Args:
         grads: one array per parameter, of shape ``(examples, *parameter.shape)``; not modified.
-        max_norm: the threshold for each example's norm, at least 0.
+        max_norm: the threshold for each example's norm.
 
     Returns:
         The sums of the clipped gradients, of the parameters' shapes, and the number of examples clipped.

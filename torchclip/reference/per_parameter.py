@@ -14,17 +14,10 @@ __all__ = ["clip_grad_norm_per_parameter"]
 def clip_grad_norm_per_parameter(
     grads: Sequence[Array], max_norm: float, norm_type: float | str = 2.0
 ) -> list[float]:
-    """Clip each gradient to ``max_norm`` by itself.
+    """Clip each gradient to ``max_norm`` by itself, in place.
 
-    Twin of ``torchclip.clip_grad_norm_per_parameter_``.
-
-    Args:
-        grads: floating or complex arrays, modified in place.
-        max_norm: the threshold for each gradient's norm, at least 0.
-        norm_type: the order of the norm.
-
-    Returns:
-        The norms before clipping, in the order of the distinct gradients.
+    Twin of ``torchclip.clip_grad_norm_per_parameter_``.  Returns the norms before clipping, in the order of
+    the distinct gradients.
 
     Examples:
         >>> import numpy as np

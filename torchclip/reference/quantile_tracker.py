@@ -20,16 +20,8 @@ def quantile_tracker_thresholds(
 
         max_norm ← max_norm exp(-lr (share - quantile))
 
-    Twin of ``torchclip.QuantileTracker``.
-
-    Args:
-        shares: the share of examples that were not clipped, for each batch.
-        quantile: the share of examples that should not be clipped.
-        lr: how fast the threshold moves.
-        max_norm: the first threshold.
-
-    Returns:
-        The thresholds, of shape ``(len(shares),)``, float64.
+    Twin of ``torchclip.QuantileTracker``, which describes the other arguments.  Returns the thresholds as
+    float64, of shape ``(len(shares),)``.
 
     References:
         Andrew, Thakkar, McMahan and Ramaswamy, *Differentially Private Learning with Adaptive Clipping*,

@@ -12,18 +12,12 @@ __all__ = ["clip_grad_rms"]
 
 
 def clip_grad_rms(grads: Sequence[Array], max_rms: float) -> list[float]:
-    r"""Clip each gradient by itself, to a root mean square of at most ``max_rms``.
+    r"""Clip each gradient by itself, in place, to a root mean square of at most ``max_rms``.
 
         rms(g) = sqrt( Σ_elements g² / n )        g ← min(1, max_rms / rms(g)) g
 
-    Twin of ``torchclip.clip_grad_rms_``.
-
-    Args:
-        grads: floating or complex arrays, modified in place.
-        max_rms: the threshold for each gradient's root mean square, at least 0.
-
-    Returns:
-        The root mean squares before clipping, in the order of the distinct gradients.
+    Twin of ``torchclip.clip_grad_rms_``.  Returns the root mean squares before clipping, in the order of the
+    distinct gradients.
 
     Examples:
         >>> import numpy as np

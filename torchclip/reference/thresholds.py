@@ -26,17 +26,8 @@ def percentile_thresholds(
 
         threshold_t = min(percentile of H_t, max_norm)
 
-    Twin of ``torchclip.Percentile``.
-
-    Args:
-        norms: the gradient norm of each step.
-        percentile: between 0 and 100.
-        window: how many of the latest finite norms count; ``None`` for all.
-        warmup: the number of finite norms before which the threshold is ``max_norm``.
-        max_norm: the largest threshold.
-
-    Returns:
-        The thresholds, of shape ``(len(norms),)``, float64.
+    The threshold is ``max_norm`` until there are ``warmup`` finite norms.  Twin of ``torchclip.Percentile``,
+    which describes the arguments.  Returns the thresholds as float64, of shape ``(len(norms),)``.
 
     References:
         Seetharaman, Wichern, Pardo and Le Roux, *AutoClip: Adaptive Gradient Clipping for Source Separation
@@ -84,19 +75,8 @@ def zscore_thresholds(
         σ² ← alpha σ² + (1 - alpha) (g - μ)²
 
     The step's threshold is the new ``g`` for a spike and ``μ + threshold σ`` otherwise, ``max_norm`` in the
-    warm-up, and never more than ``max_norm``.  Twin of ``torchclip.ZScore``.
-
-    Args:
-        norms: the gradient norm of each step.
-        alpha: the weight of the old mean and variance in each step.
-        threshold: the z-score above which a norm is a spike.
-        warmup: the number of finite norms from which mean and variance start.
-        clip_option: the norm to which a spike is clipped.
-        skip_update_on_spike: whether a spike leaves mean and variance unchanged.
-        max_norm: the largest threshold.
-
-    Returns:
-        The thresholds, of shape ``(len(norms),)``, float64.
+    warm-up, and never more than ``max_norm``.  Twin of ``torchclip.ZScore``, which describes the arguments.
+    Returns the thresholds as float64, of shape ``(len(norms),)``.
 
     References:
         Kumar, Owen, Chowdhury and Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
@@ -150,16 +130,8 @@ def rolling_sigma_thresholds(
 
         threshold = mean(W) + sigma std(W)        std(W)² = Σ (g - mean(W))² / (|W| - 1)
 
-    The threshold is ``inf`` until there are ``warmup`` of these norms.  Twin of ``torchclip.RollingSigma``.
-
-    Args:
-        norms: the gradient norm of each step.
-        sigma: how many standard deviations above the mean.
-        window: how many of the latest norms count.
-        warmup: the number of norms before which nothing is clipped.
-
-    Returns:
-        The thresholds, of shape ``(len(norms),)``, float64.
+    The threshold is ``inf`` until there are ``warmup`` of these norms.  Twin of ``torchclip.RollingSigma``,
+    which describes the arguments.  Returns the thresholds as float64, of shape ``(len(norms),)``.
 
     Examples:
         >>> rolling_sigma_thresholds([1.0, 2.0, 3.0, 100.0, 2.0], sigma=2.0, warmup=3)

@@ -14,13 +14,9 @@ __all__ = ["clip_grad_value"]
 
 
 def clip_grad_value(grads: Sequence[Array], clip_value: float) -> None:
-    """Limit every element to ``[-clip_value, clip_value]``.
+    """Limit every element of real floating arrays to ``[-clip_value, clip_value]``, in place.
 
-    Twin of ``torchclip.clip_grad_value_``.  Unlike clipping by norm, this changes the direction of the step.
-
-    Args:
-        grads: real floating arrays, modified in place. NaN stays NaN.
-        clip_value: the largest magnitude allowed, at least 0.
+    Twin of ``torchclip.clip_grad_value_``.  NaN stays NaN.
 
     Examples:
         >>> grad = np.array([-3.0, 0.5])
