@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,6 @@ from torchclip._core.extras import installing
 from torchclip.clipper.clipper import Clipper
 from torchclip.history.records import Record
 from torchclip.integrations.loggers import Scalars
-from torchclip.integrations.options import check_options
 from torchclip.thresholds.base import MaxNorm, Rule
 
 try:
@@ -57,12 +57,12 @@ class ClipperCallback(Callback):
 
     def __init__(self, max_norm: MaxNorm | Rule, *, log: bool = True, **options: Any) -> None:
         super().__init__()
-        check_options(options)
+        # Raises an error for options that a Clipper does not have, before any training begins.
+        inspect.signature(Clipper).bind(None, max_norm, on_clip=None, model=None, **options)
         self._max_norm, self._options = max_norm, options
         self._log = log
         self._to_log: dict[str, float] = {}
         self._states: list[dict[str, Any]] = []
-        self._scalars: list[Scalars] = []
         self._module: weakref.ref[LightningModule] | None = None
         self._fitting = False
         self.clippers: list[Clipper] = []
@@ -94,12 +94,15 @@ class ClipperCallback(Callback):
         if not self._states and self._goes_on(pl_module, len(optimizers)):
             self._states = [clipper.state_dict() for clipper in self.clippers]
         self._module = weakref.ref(pl_module)
-        self._scalars = [Scalars(f"clip_{i}" if several else "clip") for i in range(len(optimizers))]
         self.clippers = [
             Clipper(
-                optimizer, self._max_norm, on_clip=self._note(scalars), model=trainer.model, **self._options
+                optimizer,
+                self._max_norm,
+                on_clip=self._note(Scalars(f"clip_{i}" if several else "clip")),
+                model=trainer.model,
+                **self._options,
             )
-            for optimizer, scalars in zip(optimizers, self._scalars, strict=True)
+            for i, optimizer in enumerate(optimizers)
         ]
         self._fitting = True
         self._restore()
@@ -153,9 +156,8 @@ class ClipperCallback(Callback):
                 f"the checkpoint holds the state of {len(states)} clippers, "
                 f"but there are {len(self.clippers)} optimizers"
             )
-        for clipper, scalars, state in zip(self.clippers, self._scalars, states, strict=True):
+        for clipper, state in zip(self.clippers, states, strict=True):
             clipper.load_state_dict(state)
-            scalars.resume(clipper.history)
 
     def _detach(self) -> None:
         self._fitting = False

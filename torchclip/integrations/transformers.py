@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +16,7 @@ from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clipper.clipper import Clipper
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.history.records import Record
-from torchclip.integrations.loggers import DictLogger, Scalars
-from torchclip.integrations.options import check_options
-from torchclip.integrations.tensorboard import ScalarLogger
+from torchclip.integrations.loggers import Scalars
 from torchclip.thresholds.base import MaxNorm, Rule
 
 try:
@@ -70,7 +69,8 @@ class ClipperCallback(TrainerCallback, ExportableState):
         on_clip: Callable[[Record], object] | None = None,
         **options: Any,
     ) -> None:
-        check_options(options)
+        # Raises an error for options that a Clipper does not have, before any training begins.
+        inspect.signature(Clipper).bind(None, max_norm, on_clip=None, model=None, **options)
         self._max_norm, self._options = max_norm, options
         self._on_clip = on_clip
         self._scalars = Scalars()
@@ -117,9 +117,6 @@ class ClipperCallback(TrainerCallback, ExportableState):
         self._scalars, self._latest = Scalars(), {}
         if state.global_step > 0 and saved is not None:
             self.clipper.load_state_dict(saved)
-            self._scalars.resume(self.clipper.history)
-            if isinstance(self._on_clip, (DictLogger, ScalarLogger)):
-                self._on_clip.resume(self.clipper.history)
         if trainer is not None:
             self._measure_for(trainer)
 
