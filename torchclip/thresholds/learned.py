@@ -113,18 +113,14 @@ def has_own_update(threshold: Learned) -> bool:
 class Objects:
     """Thresholds of a few sets, or of a user's own kind: an object for each.
 
-    Args:
-        thresholds: the objects, by the names of their sets.
-
     Attributes:
         thresholds: the objects, by the names of their sets.
     """
 
     device = None
 
-    def __init__(self, thresholds: Mapping[str, Any]) -> None:
-        self.thresholds = dict(thresholds)
-        self._are_ours = all(isinstance(each, Learned) for each in self.thresholds.values())
+    def __init__(self, thresholds: dict[str, Any]) -> None:
+        self.thresholds = thresholds
 
     @property
     def names(self) -> Collection[str]:
@@ -133,20 +129,15 @@ class Objects:
 
     def copied(self) -> Objects:
         """Copies for a saved state."""
-        copies = object.__new__(Objects)
-        copies._are_ours = self._are_ours
-        if not self._are_ours:
-            copies.thresholds = copy.deepcopy(self.thresholds)
-            return copies
-        copies.thresholds = {}
+        copies = {}
         for name, threshold in self.thresholds.items():
-            copies.thresholds[name] = threshold._copied()
-        return copies
+            is_ours = isinstance(threshold, Learned)
+            copies[name] = threshold._copied() if is_ours else copy.deepcopy(threshold)
+        return Objects(copies)
 
     def add(self, thresholds: Mapping[str, Any]) -> None:
         """Add sets after the existing ones."""
         self.thresholds.update(thresholds)
-        self._are_ours = all(isinstance(each, Learned) for each in self.thresholds.values())
 
     def update(self, names: Sequence[str], norms: Norms, order: float) -> list[float]:
         """Learn from the norms of some sets, negative without a gradient, and return their thresholds."""
