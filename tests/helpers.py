@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
 from torchclip._core import memory, native
@@ -65,6 +66,19 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 def is_as_on_an_accelerator() -> bool:
     """Whether ``as_on_an_accelerator`` is in effect."""
     return not memory.on_host([])
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that reach the dispatcher, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

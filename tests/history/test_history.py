@@ -14,26 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import Operations
 from runs import readers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchclip.history import History, Record
 from torchclip.history.records import with_layers
 
 NAN, INF = math.nan, math.inf
 RECORDED = ("step", "total_norm", "max_norm", "clip_coef", "clipped", "nonfinite", "skipped")
-
-
-class Operations(TorchDispatchMode):
-    """Names of the torch operations that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def history_of(norms: Sequence[float], max_norm: float = 1.0, **options: Any) -> History:
