@@ -159,11 +159,14 @@ def test_a_parameter_without_a_gradient_is_gray_in_any_scheme(tmp_path: Path) ->
     assert written(history, tmp_path / "page.html").count("#d9d9d9") == 1
 
 
-@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [("plot", "matplotlib"), ("plot_layers", "matplotlib"), ("to_html", "matplotlib"), ("to_html", "jinja2")],
+)
 def test_without_what_it_needs_it_says_what_to_install(
-    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    method: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"to_html\(\) needs {package}.*torchclip\[demo\]"):
-        History().to_html(tmp_path / "page.html")
+    with pytest.raises(ModuleNotFoundError, match=rf"{method}\(\) needs {package}.*torchclip\[demo\]"):
+        getattr(History(), method)(tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

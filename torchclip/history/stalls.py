@@ -120,13 +120,11 @@ class ClippedSizes:
             return Stall()
         worst = int(np.argmax(below.sum(axis=0)))
         name, size = names[1 + worst], float(np.median(found[below[:, worst], worst]))
-        also = int((below.mean(axis=0) >= _WORTH_A_WORD).sum()) - 1
         return Stall(
             float(below.any(axis=1).mean()),
             size,
             self._eps[name],
             name if len(self._eps) > 1 else "",
-            max(also, 0),
             name in self._matrices,
         )
 
@@ -139,8 +137,7 @@ class Stall:
         share: the share of steps in which clipped gradients are below ``eps``.
         size: their median root mean square; for Muon the median norm of a matrix.
         eps: the ``eps``.
-        name: whose gradients these are, if not everyone's.
-        also: the number of other parameter groups or matrices that stall.
+        name: whose gradients these are, if not everyone's; those of most steps if there are several.
         is_matrix: whether they are those of a matrix that Muon trains.
     """
 
@@ -148,7 +145,6 @@ class Stall:
     size: float = 0.0
     eps: float = 0.0
     name: str = ""
-    also: int = 0
     is_matrix: bool = False
 
     @property
@@ -158,9 +154,8 @@ class Stall:
 
     def __str__(self) -> str:
         of = f" of {self.name}" if self.name else ""
-        also = f" (and of {self.also:,} more)" if self.also else ""
         what = "norm" if self.is_matrix else "root mean square"
         return (
-            f"in {self.share:.0%} of the steps the clipped gradients{of}{also} have a {what} of about "
+            f"in {self.share:.0%} of the steps the clipped gradients{of} have a {what} of about "
             f"{self.size:.2g}, below the optimizer's eps={self.eps:g}, so these steps change hardly anything"
         )
