@@ -127,26 +127,28 @@ def test_a_checkpoint_from_before_the_transformers_callback(tmp_path: Path) -> N
     assert len(history_of(callback)) == 3
 
 
-def test_training_again_after_an_interruption(tmp_path: Path) -> None:
-    class Interrupt(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 2:
-                raise KeyboardInterrupt
+class Interrupt(transformers.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
 
-    callback, interrupt = for_transformers.ClipperCallback(MAX_NORM), Interrupt()
+
+def interrupted(tmp_path: Path, callback: transformers.TrainerCallback) -> transformers.Trainer:
+    """A trainer that was interrupted after two steps."""
+    interrupt = Interrupt()
     trainer = trainer_of(tmp_path, callback, interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.remove_callback(interrupt)
-    trainer.train()
-    assert [record.step for record in history_of(callback)] == list(range(6))
+    return trainer
 
 
-def test_training_again_starts_anew(tmp_path: Path) -> None:
+def test_training_again_starts_anew_also_after_an_interruption(tmp_path: Path) -> None:
     callback = for_transformers.ClipperCallback(MAX_NORM)
-    trainer = train(tmp_path, callback)
-    trainer.train()
-    assert [record.step for record in history_of(callback)] == list(range(6))
+    trainer = interrupted(tmp_path, callback)
+    for _ in range(2):
+        trainer.train()
+        assert [record.step for record in history_of(callback)] == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -245,15 +247,8 @@ def test_the_logged_norm_is_of_the_whole_model_whatever_the_clipper_measures(tmp
 
 
 def test_a_trainer_measures_itself_again_without_the_callback(tmp_path: Path) -> None:
-    class Interrupt(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            raise KeyboardInterrupt
-
-    callback, interrupt = for_transformers.ClipperCallback(MAX_NORM), Interrupt()
-    trainer = trainer_of(tmp_path, callback, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    callback = for_transformers.ClipperCallback(MAX_NORM)
+    trainer = interrupted(tmp_path, callback)
     trainer.remove_callback(callback)
-    trainer.remove_callback(interrupt)
     trainer.train()
     assert all(map(math.isfinite, grad_norms(trainer)))

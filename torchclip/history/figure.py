@@ -72,12 +72,7 @@ def losses_of(columns: Mapping[str, Sequence[float | None]]) -> Array:
 
 
 def _draw_loss(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
-    """Draw the loss over the steps; losses that are not finite leave gaps.
-
-    Args:
-        axes: where.
-        columns: what ``torchclip.history.History.as_dict`` returns, with known losses.
-    """
+    """Draw the known losses of a history's columns over the steps; those that are not finite leave gaps."""
     losses = losses_of(columns)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
@@ -90,12 +85,7 @@ def _draw_loss(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
 
 
 def _draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
-    """Draw what ``history_figure`` shows, with labels for a legend.
-
-    Args:
-        axes: where.
-        columns: what ``torchclip.history.History.as_dict`` returns; may have no rows.
-    """
+    """Draw the norms and marks of ``history_figure``, with labels for a legend."""
     step = np.asarray(columns["step"])
     norm, threshold = on_log_scale(columns["total_norm"]), on_log_scale(columns["max_norm"])
     clipped, nonfinite, skipped = (
@@ -121,12 +111,9 @@ def _draw_norms(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
 
 
 def histogram_figure(norms: Sequence[float], max_norms: Sequence[float], suggested: float | None) -> Figure:
-    """A histogram of the norms on a log scale, with the threshold.
+    """A histogram of the norms on a log scale, with the median threshold, and a suggested one.
 
-    Args:
-        norms: the norms before clipping; those that are not finite or 0 are not shown.
-        max_norms: the threshold of each step, of which the median is drawn.
-        suggested: another threshold to draw, or None.
+    Norms that are not finite or 0 are not shown.
     """
     figure = _figure(3.5)
     axes = figure.add_subplot(xlabel="gradient norm before clipping", ylabel="steps")

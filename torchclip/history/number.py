@@ -90,9 +90,7 @@ def _before_departure(usual: Array) -> tuple[float, str]:
 def table(run: Run, max_norm: float) -> dict[float, float]:
     """Share of clipped steps → the threshold that clips them: what is distinct and true of this run.
 
-    Args:
-        run: the run.
-        max_norm: the threshold to use; much lower ones are left out.
+    Thresholds much lower than ``max_norm``, the one to use, are left out.
     """
     distinct: dict[str, tuple[float, float]] = {}
     for share in SHARES if len(run.found) >= LEAST_USABLE else ():

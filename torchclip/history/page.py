@@ -52,14 +52,6 @@ class _Picture(NamedTuple):
     caption: str = ""
 
 
-class _Run(NamedTuple):
-    name: str
-    numbers: list[tuple[str, str]]
-    about: Sequence[str]
-    advice: Advice | None
-    pictures: list[_Picture]
-
-
 def page(
     title: str,
     shown: Mapping[str, Shown],
@@ -83,9 +75,17 @@ def page(
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     said = about or {}
-    runs = [_run(name, each, said.get(name, ()) if name else ()) for name, each in shown.items()]
-    if len(runs) == 1 and overview is None:
-        runs[0] = runs[0]._replace(name="")
+    has_names = len(shown) > 1 or overview is not None
+    runs = [
+        {
+            "name": name if has_names else "",
+            "numbers": _numbers(each.summary),
+            "about": said.get(name, ()) if name else (),
+            "advice": each.advice,
+            "pictures": _pictures(name, each),
+        }
+        for name, each in shown.items()
+    ]
     return environment.from_string(template).render(
         title=title,
         runs=runs,
@@ -97,8 +97,8 @@ def page(
     )
 
 
-def _run(name: str, shown: Shown, about: Sequence[str]) -> _Run:
-    columns, summary, advice, layers = shown
+def _pictures(name: str, shown: Shown) -> list[_Picture]:
+    columns, _, advice, layers = shown
     pictures = []
     if columns["step"]:
         has_loss = any(loss is not None for loss in columns["loss"])
@@ -113,7 +113,7 @@ def _run(name: str, shown: Shown, about: Sequence[str]) -> _Run:
     if layers[1]:
         svg = _svg(heat_maps(*layers), f"layers of {name}")
         pictures.append(_Picture("Layers", svg, "Gray: no gradient, or a norm of 0. Red: not finite."))
-    return _Run(name, _numbers(summary), about, advice, pictures)
+    return pictures
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str]]:

@@ -54,8 +54,7 @@ def _eps_sets(optimizers: Iterable[Any]) -> Iterator[_EpsSet]:
 
 
 class ClippedSizes:
-    """The size of the clipped gradients, compared with each ``eps`` of some optimizers, in a few of the
-    steps.
+    """The size of clipped gradients, compared with each ``eps`` of some optimizers, in a few of the steps.
 
     Attributes:
         next_step: the number of the step to measure next.
@@ -68,12 +67,7 @@ class ClippedSizes:
         self._matrices: set[str] = set()
 
     def measure(self, step: int, optimizers: Iterable[Any]) -> None:
-        """Measure the gradients after clipping, without waiting for an accelerator or for other ranks.
-
-        Args:
-            step: the step's number.
-            optimizers: the optimizers with the gradients.
-        """
+        """Measure the gradients of optimizers after clipping, without waiting for a device or other ranks."""
         optimizers = list(optimizers)
         sets = list(_eps_sets(optimizers))
         self.next_step = step + min(step + 1, _MOST_APART) if sets else _NEVER

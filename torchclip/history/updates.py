@@ -27,12 +27,7 @@ class Update(NamedTuple):
 
 
 def updates_note(updates: Mapping[str, Sequence[Update]], first: int) -> Iterator[str]:
-    """Which parameters move too far for good, or hardly at all.
-
-    Args:
-        updates: the updates of each parameter.
-        first: the number of the first step after the warm-up.
-    """
+    """Which parameters move too far for good, or hardly at all, from step number ``first`` on."""
     for is_wrong, words, remedy in (
         (lambda ratio: ratio > _MOST, "more than a tenth of its norm", "lower its learning rate"),
         (

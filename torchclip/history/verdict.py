@@ -49,12 +49,7 @@ class Used(NamedTuple):
 
 
 def used(run: Run, max_norm: float | None) -> Used | None:
-    """The threshold of the records, or another one on their norms; None without any.
-
-    Args:
-        run: the run.
-        max_norm: the threshold to judge; None for that of the records.
-    """
+    """The threshold of the records, or another one, ``max_norm``, on their norms; None without any."""
     if max_norm is not None:
         clipped = run.usable & (run.norms > max_norm)
         to = float(np.median(max_norm / run.norms[clipped])) if clipped.any() else 1.0
@@ -76,12 +71,7 @@ def used(run: Run, max_norm: float | None) -> Used | None:
 def judge(run: Run, threshold: Used, advised: float, reason: str, stall: Stall) -> tuple[Verdict, float, str]:
     """The verdict on a threshold, the number to use, and the reason.
 
-    Args:
-        run: the run.
-        threshold: the threshold that was used.
-        advised: the number that the norms of the run suggest.
-        reason: the reason for this number.
-        stall: how many steps stalled after clipping.
+    ``advised`` is the number that the norms of the run suggest, for a ``reason``.
     """
     share = float(threshold.clipped.sum() / max(run.usable.sum(), 1))
     # What the threshold is compared with: one number, and the norm of all gradients.

@@ -91,7 +91,8 @@ class ClipperCallback(Callback):
                 f"`skip_loss_above` judges the loss of one optimizer, but this module has {len(optimizers)}; "
                 "do not pass it, or make a Clipper yourself and assign its `loss`"
             )
-        if not self._states and self._goes_on(pl_module, len(optimizers)):
+        is_again = self._module is not None and self._module() is pl_module
+        if is_again and not self._states and len(self.clippers) == len(optimizers):
             self._states = [clipper.state_dict() for clipper in self.clippers]
         self._module = weakref.ref(pl_module)
         self.clippers = [
@@ -139,10 +140,6 @@ class ClipperCallback(Callback):
             self._restore()
         else:
             self._module = None  # discards what the clippers have learned
-
-    def _goes_on(self, module: LightningModule, optimizers: int) -> bool:
-        """Whether the clippers of the last ``fit`` belong to the same module, which is trained further."""
-        return self._module is not None and self._module() is module and len(self.clippers) == optimizers
 
     def _note(self, scalars: Scalars) -> Callable[[Record], None] | None:
         return (lambda record: self._to_log.update(scalars(record))) if self._log else None

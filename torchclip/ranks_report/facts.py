@@ -46,12 +46,7 @@ class Facts(NamedTuple):
 
 
 def gathered(held: dict[str, Held], groups: Sequence[dist.ProcessGroup]) -> list[Facts]:
-    """What each rank has.
-
-    Args:
-        held: this rank's part of each parameter.
-        groups: the process groups that this rank passes to the call.
-    """
+    """What each rank has, from this rank's parts and the process groups that it passes to the call."""
     if not meshes.has_ranks():
         return [Facts(held, [], [])]
     existing = [(str(group.group_desc), _ranks(group)) for group in _process_groups()]

@@ -46,14 +46,7 @@ class Advice(NamedTuple):
 def advice(
     parameters: dict[str, Parameter], of_ranks: Sequence[Facts], code: InCode, used: Connected
 ) -> Advice:
-    """What to do.
-
-    Args:
-        parameters: those that have gradients.
-        of_ranks: what all ranks have.
-        code: how code names what was checked.
-        used: what the call connects now.
-    """
+    """What to do with the parameters that have gradients, if the call connects what is in ``used``."""
     first = [_AVERAGE] if any(each.different for each in parameters.values()) else []
     patterns = dict.fromkeys(each.pattern for each in parameters.values())
     if all(is_right(used, pattern) for pattern in patterns):

@@ -166,9 +166,7 @@ def _of_optimizers(
 ) -> tuple[dict[str, Tensor], InCode]:
     """Their parameters, by name if they were made from ``named_parameters()``.
 
-    Args:
-        optimizers: the optimizers.
-        leave_out_exempt: whether groups with ``max_norm=None`` are left out, unless all groups have it.
+    With ``leave_out_exempt``, groups with ``max_norm=None`` are left out, unless all groups have it.
     """
     of_all = [group for optimizer in optimizers for group in optimizer.param_groups]
     clipped = [group for group in of_all if group.get("max_norm", 1.0) is not None]

@@ -17,15 +17,7 @@ _WIDTH = 100
 def report(
     parameters: dict[str, Parameter], norm: float, norms: Sequence[float], todo: Advice, has_group: bool
 ) -> str:
-    """The report, except for the time that it took.
-
-    Args:
-        parameters: all parameters, by name.
-        norm: the norm of all gradients, each counted once.
-        norms: what the call returns on each rank.
-        todo: what to do.
-        has_group: whether the call gets a `group`.
-    """
+    """The report, except for the time that it took; ``norms`` are what the call returns on each rank."""
     if len(norms) == 1:
         return f"one process: nothing to compare.  The norm is {norm:.6g}."
     of_sentences: dict[str, list[str]] = {}
