@@ -228,7 +228,7 @@ class Own:
     def update(self, norm: float) -> float:
         assert type(norm) is float
         self.seen.append(norm)
-        return 2 * norm
+        return 2 * norm if math.isfinite(norm) else INF
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen}
@@ -282,11 +282,11 @@ def test_the_object_that_was_passed_stays_as_it_is_and_is_what_copies_start_from
     assert rule.thresholds["group 0, parameter 3"].state_dict()["mean"] == 4.0
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("threshold", [Percentile(30.0), Percentile(30.0, 3), Own()])
 @pytest.mark.parametrize("count", [1, 20], ids=["objects", "rows"])
-def test_a_bank_knows_what_a_percentile_had_learned_before_a_step(window: int | None, count: int) -> None:
+def test_a_bank_knows_what_was_learned_before_a_step(threshold: Threshold, count: int) -> None:
     names, numbers = [f"set {i}" for i in range(count)], random.Random(0)
-    bank = ThresholdBank(Percentile(30.0, window))
+    bank = ThresholdBank(threshold)
     bank.add(names)
     for step in range(12):
         before = repr(bank.state_dict())

@@ -170,18 +170,18 @@ def test_copies_and_pickles_go_on_alone(threshold: Threshold, duplicate: Callabl
     assert stream(other, norms[20:]) == stream(threshold, norms[20:])
 
 
-WRONG_ENTRIES: list[tuple[Any, str, Any]] = [
-    (Percentile(), "seen", -1),
-    (Percentile(), "norms", [1.0, "2"]),
-    (Percentile(), "norms", [INF]),
-    (Percentile(window=5), "norms", [1.0] * 6),
-    (ZScore(), "mean", -1.0),
-    (ZScore(), "std", INF),
-    (ZScore(), "seen", 0.5),
-    (AdaGC(), "gamma", "1"),
-    (AdaGC(), "seen", 0.5),
-    (RollingSigma(), "norms", [1.0]),
-    (QuantileTracker(), "max_norm", 0.0),
+WRONG_ENTRIES: list[tuple[Any, dict[str, Any], str]] = [
+    (Percentile(), {"seen": -1}, r"`state\['seen'\]` must be at least 0"),
+    (Percentile(), {"seen": 1, "norms": ["2"]}, r"`state\['norms'\]` must be a number"),
+    (Percentile(), {"seen": 1, "norms": [INF]}, r"`state\['norms'\]` must be finite"),
+    (Percentile(window=5), {"norms": [1.0] * 6}, r"`state\['norms'\]` must be the last"),
+    (ZScore(), {"mean": -1.0}, r"`state\['mean'\]` must be at least 0"),
+    (ZScore(), {"std": INF}, r"`state\['std'\]` must be finite"),
+    (ZScore(), {"seen": 0.5}, r"`state\['seen'\]` must be an integer"),
+    (AdaGC(), {"gamma": "1"}, r"`state\['gamma'\]` must be a number"),
+    (AdaGC(), {"seen": 0.5}, r"`state\['seen'\]` must be an integer"),
+    (RollingSigma(), {"norms": [1.0]}, r"`state\['norms'\]` must be the last"),
+    (QuantileTracker(), {"max_norm": 0.0}, r"`state\['max_norm'\]` must be above 0"),
 ]
 
 
@@ -198,8 +198,8 @@ WRONG_ENTRIES: list[tuple[Any, str, Any]] = [
         (Percentile(), {"kind": "Percentile", "window": None}, "lacks 'seen', 'norms'"),
         (ZScore(), {"kind": "ZScore", "mean": 1.0, "std": 1.0}, "lacks 'seen'"),
         *(
-            (threshold, {**threshold.state_dict(), key: value}, rf"`state\['{key}'\]` must be ")
-            for threshold, key, value in WRONG_ENTRIES
+            (threshold, {**threshold.state_dict(), **changes}, message)
+            for threshold, changes, message in WRONG_ENTRIES
         ),
     ],
 )
