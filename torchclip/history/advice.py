@@ -84,17 +84,13 @@ def advise(
     records: Sequence[Record],
     earlier: int,
     clipped_sizes: ClippedSizes,
-    max_norm: float | None = None,
-    layers: Layers | None = None,
+    max_norm: float | None,
+    layers: Layers,
 ) -> Advice:
-    """The advice for a run.
+    """The advice for a run, of which the last records are kept, oldest first.
 
-    Args:
-        records: the kept records, oldest first.
-        earlier: the number of steps before them.
-        clipped_sizes: the size of clipped gradients, compared with the optimizer's ``eps``.
-        max_norm: the threshold to judge; None for that of the records.
-        layers: the norms and updates of single parameters; None if they are not known.
+    ``earlier`` is the number of steps before them, and ``max_norm`` the threshold to judge, None for that of
+    the records.
     """
     firsts = [record for i, record in enumerate(records) if i == 0 or record.step != records[i - 1].step]
     run = Run(firsts, earlier)
@@ -125,10 +121,8 @@ def advise(
     return Advice(max_norm, judged, reason, (*first, reason, *rest), **facts)
 
 
-def _notes_on_layers(run: Run, layers: Layers | None) -> Iterator[str]:
+def _notes_on_layers(run: Run, layers: Layers) -> Iterator[str]:
     """What single parameters show."""
-    if layers is None:
-        return
     yield from breaks_note(*layers.read(), layers._in_model_order)
     if len(run.numbers):
         yield from updates_note(layers.updates, int(run.numbers[min(run.warmup, len(run.numbers) - 1)]))
