@@ -78,7 +78,7 @@ class Batch(ABC):
         if any(dtype.is_complex for dtype in dtypes):
             facts |= Facts.COMPLEX
         for tensor in self.all:
-            if tensor.layout is torch.strided and not memory.fills_its_memory(tensor):
+            if tensor.layout is torch.strided and not tensor.is_contiguous() and memory.flat(tensor) is None:
                 return facts | Facts.GAPS
         return facts
 

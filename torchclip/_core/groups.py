@@ -53,7 +53,7 @@ class Group:
             return self._norms_on_host(p)
         if self.in_range(p):
             return torch.stack(self._plain_norms(p))
-        divisors = divisor_like(torch.stack(self._plain_norms(_leading_type(p))))
+        divisors = divisor_like(torch.stack(self._plain_norms(math.copysign(math.inf, p))))
         with_axis = torch.split(divisors, 1)
         quotients: list[Tensor] = []
         for chunk in self._chunks():
@@ -222,10 +222,6 @@ def joint(norms: Tensor, p: float, in_range: bool) -> Tensor:
     if not in_range or p == 0:
         return join_present(norms, p)
     return vector_norms(norms, p)
-
-
-def _leading_type(p: float) -> float:
-    return math.copysign(math.inf, p)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
