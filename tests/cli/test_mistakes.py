@@ -15,8 +15,9 @@ from torch.nn import utils
 import torchclip
 from torchclip.cli.run import functions, gradients, losses
 from torchclip.cli.run.mistakes import Remark
-from torchclip.cli.run.recording import Recording
+from torchclip.cli.run.recording import recording
 from torchclip.cli.run.report import report
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 
 # Scripts are run in this process, where warnings are errors.
@@ -40,19 +41,15 @@ def loss_of(*models: nn.Module) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def recorded(script: Callable[[], object], trial: Trial | None = None) -> Recording:
-    recording = Recording(trial or Trial())
-    recording.attach()
-    try:
+def recorded(script: Callable[[], object], trial: Trial | None = None) -> StepRecorder:
+    with recording(trial or Trial()) as found:
         script()
-    finally:
-        recording.detach()
-        torchclip.uninstall()
-    return recording
+    torchclip.uninstall()
+    return found
 
 
 def remarks_on(script: Callable[[], object], trial: Trial | None = None) -> list[Remark]:
-    return recorded(script, trial).steps.mistakes.remarks()
+    return recorded(script, trial).mistakes.remarks()
 
 
 # Scripts with a mistake, and what is said about them
@@ -589,9 +586,9 @@ def test_of_trainers_only_their_threshold_is_judged(
     monkeypatch.chdir(tmp_path)
     if installs:
         torchclip.install()
-    recording = recorded(trainer)
-    assert recording.steps.mistakes.remarks() == []
-    text = " ".join(report(recording, 1.0).split())
+    found = recorded(trainer)
+    assert found.mistakes.remarks() == []
+    text = " ".join(report(found, "1 s").split())
     assert re.search(rf"advice on clip_grad\w+ at \S+\.py:\d+ {verdict}", text), text
     assert "left their usual range" not in text
 
@@ -606,12 +603,12 @@ def test_a_threshold_that_is_in_the_way_is_told_with_its_line() -> None:
             utils.clip_grad_norm_(model.parameters(), 1e-3)
             optimizer.step()
 
-    text = " ".join(report(recorded(script), 1.0).split())
+    text = " ".join(report(recorded(script), "1 s").split())
     assert re.search(rf"advice on clip_grad_norm_ at {HERE} max_norm=0.001 is in the way: ", text)
 
 
 def test_each_optimizer_of_a_gan_is_judged_by_itself() -> None:
-    lines = report(recorded(a_gan_with_two_calls), 1.0).splitlines()
+    lines = report(recorded(a_gan_with_two_calls), "1 s").splitlines()
     found = [line for line in lines if line.startswith("advice on clip_grad_norm_ at ")]
     assert [line[-5:] for line in found] == ["SGD 1", "SGD 2"]
     assert found[0].partition(":")[2] != found[1].partition(":")[2]

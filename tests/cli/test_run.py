@@ -20,7 +20,8 @@ import torch
 
 import torchclip
 from torchclip.cli.main import main
-from torchclip.cli.run.recording import Recording
+from torchclip.cli.run.recording import recording
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 
 SCRIPT = """
@@ -201,11 +202,9 @@ def test_of_many_ranks_the_first_reports(run_here: in_process.Run, monkeypatch: 
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recording]:
-    found = Recording(Trial())
-    found.attach()
-    yield found
-    found.detach()
+def recorder() -> Iterator[StepRecorder]:
+    with recording(Trial()) as found:
+        yield found
     torchclip.uninstall()
     assert torch.nn.utils.clip_grad_norm_.__module__.startswith("torch.")
 
@@ -227,7 +226,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_recording_changes_no_number(recorder: Recording, call: Callable[..., Any]) -> None:
+def test_recording_changes_no_number(recorder: StepRecorder, call: Callable[..., Any]) -> None:
     for i in range(100):
         recorded, expected = weights(i), weights(i)
         result, expected_result = call(torch.nn.utils, recorded, i), call(torchclip, expected, i)
@@ -235,7 +234,7 @@ def test_recording_changes_no_number(recorder: Recording, call: Callable[..., An
         assert all(torch.equal(r.grad, e.grad) for r, e in zip(recorded, expected, strict=True))
 
 
-def test_gradients_that_are_not_finite_stay_as_they_are(recorder: Recording) -> None:
+def test_gradients_that_are_not_finite_stay_as_they_are(recorder: StepRecorder) -> None:
     for _ in range(50):
         weight = torch.zeros(3, requires_grad=True)
         weight.grad = torch.tensor([torch.inf, torch.nan, -0.0])
@@ -243,14 +242,14 @@ def test_gradients_that_are_not_finite_stay_as_they_are(recorder: Recording) -> 
         torch.testing.assert_close(weight.grad, torch.tensor([torch.inf, torch.nan, -0.0]), equal_nan=True)
 
 
-def test_parameters_that_can_be_walked_once_are_clipped_in_every_call(recorder: Recording) -> None:
+def test_parameters_that_can_be_walked_once_are_clipped_in_every_call(recorder: StepRecorder) -> None:
     for _ in range(50):
         found = weights()
         torch.nn.utils.clip_grad_norm_(itertools.chain(found), 0.5)
         assert torchclip.get_total_norm([w.grad for w in found]) == pytest.approx(0.5, rel=1e-5)
 
 
-def test_bad_arguments_are_refused_as_without_the_recorder(recorder: Recording) -> None:
+def test_bad_arguments_are_refused_as_without_the_recorder(recorder: StepRecorder) -> None:
     weight = weights()
     optimizer: Any = torch.optim.SGD(weight, lr=0.1)
     for _ in range(20):
@@ -261,7 +260,7 @@ def test_bad_arguments_are_refused_as_without_the_recorder(recorder: Recording) 
     assert recorder.calls.number == 0
 
 
-def test_the_programs_random_numbers_are_its_own(recorder: Recording) -> None:
+def test_the_programs_random_numbers_are_its_own(recorder: StepRecorder) -> None:
     torch.manual_seed(0)
     random.seed(0)
     expected = [torch.rand(()), random.random()]
@@ -272,7 +271,7 @@ def test_the_programs_random_numbers_are_its_own(recorder: Recording) -> None:
     assert [torch.rand(()), random.random()] == expected
 
 
-def test_compiled_code_stays_whole(recorder: Recording) -> None:
+def test_compiled_code_stays_whole(recorder: StepRecorder) -> None:
     def clip(weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_([weight], 1.0)
 
@@ -289,11 +288,7 @@ def test_compiled_code_that_a_trial_replaces_only_measures() -> None:
 
     weight = torch.zeros(2, requires_grad=True)
     weight.grad = torch.tensor([3.0, 4.0])
-    recorder = Recording(Trial(max_norm=2.0))
-    recorder.attach()
-    try:
+    with recording(Trial(max_norm=2.0)):
         assert torch.compile(clip, backend="aot_eager", fullgraph=True)(weight) == 5
-    finally:
-        recorder.detach()
-        torchclip.uninstall()
+    torchclip.uninstall()
     assert weight.grad.tolist() == [3.0, 4.0]

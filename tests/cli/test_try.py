@@ -396,7 +396,6 @@ CSV = "step,total_norm,max_norm,clip_coef,skipped,loss,clipped_norm,optimizer\n"
         (0, CSV, "score none", "score (.*)", "the metric is not finite"),
         (0, CSV, "", "score (.*)", "no line matched --metric"),
         (3, CSV, "", None, "failed, exit status 3"),
-        (130, CSV, "", None, "interrupted"),
         (-signal.SIGTERM, CSV, "", None, "ended by SIGTERM"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -41,35 +41,27 @@ class StepRecorder:
         trial: the clipping to try.
         optimizers: the record of each, in the order of their first steps.
         mistakes: what the program may do wrong.
+        calls: the latest calls of clipping functions.
     """
 
     def __init__(self, trial: Trial, calls: Calls, losses: LossRecorder) -> None:
         self.trial = trial
         self.optimizers: list[OptimizerRecord] = []
         self.mistakes = Mistakes()
-        self._calls, self._losses = calls, losses
+        self.calls, self._losses = calls, losses
         self._modules = Modules()
         self._by_id: dict[int, OptimizerRecord] = {}
         self._clipper_sites: dict[int, Site] = {}  # by the id of the optimizer
         self._known: set[int] = set()  # the id of each parameter of an optimizer that has stepped
-        self._detach: list[Callable[[], None]] = []
 
-    def attach(self) -> None:
-        """Record from now on."""
+    def attach(self, stack: ExitStack) -> None:
+        """Record until the stack is closed."""
         # This code must not be compiled together with the program's step.
         before, after = (_not_compiled(hook) for hook in (self._before_step, self._after_step))
-        self._modules.attach()
-        self._detach += [
-            self._modules.detach,
-            register_optimizer_step_pre_hook(before).remove,
-            register_optimizer_step_post_hook(after).remove,
-        ]
-        self._detach.append(registry.set_adjustment(self._adjusted))
-
-    def detach(self) -> None:
-        """Stop recording."""
-        while self._detach:
-            self._detach.pop()()
+        self._modules.attach(stack)
+        stack.callback(register_optimizer_step_pre_hook(before).remove)
+        stack.callback(register_optimizer_step_post_hook(after).remove)
+        stack.callback(registry.set_adjustment(self._adjusted))
 
     def _adjusted(self, optimizer: Any, max_norm: Any) -> Any:
         """The ``max_norm`` of a Clipper that the program makes; where it does so is recorded."""
@@ -115,7 +107,7 @@ class StepRecorder:
         if record is None or not record.is_measured or _around(optimizer):
             return
         self._losses.take()  # of later calls of a closure
-        record.seen = self._calls.number, self._losses.backwards
+        record.seen = self.calls.number, self._losses.backwards
         clipper = registry.clipper_of(record.with_clipper(optimizer))
         with _problems_of(record):
             if clipper is not None:
@@ -145,7 +137,7 @@ class StepRecorder:
 
     def _facts(self, record: OptimizerRecord, optimizer: Optimizer) -> StepFacts:
         names = record.names.keys()
-        recent = self._calls.since(record.seen[0])
+        recent = self.calls.since(record.seen[0])
         own = [call for call in recent if call.exists() and not call.parameters.isdisjoint(names)]
         return StepFacts(
             record,
