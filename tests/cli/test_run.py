@@ -192,12 +192,6 @@ def _without_torchs(path: list[str]) -> list[str]:
     return [entry for entry in path if Path(entry).parent != Path(tempfile.gettempdir())]
 
 
-def test_of_many_ranks_the_first_reports(run_here: in_process.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    done = run_here(SCRIPT)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 # The recorder
 
 
@@ -271,24 +265,17 @@ def test_the_programs_random_numbers_are_its_own(recorder: StepRecorder) -> None
     assert [torch.rand(()), random.random()] == expected
 
 
-def test_compiled_code_stays_whole(recorder: StepRecorder) -> None:
+@pytest.mark.parametrize(
+    ("trial", "left"), [(Trial(), [0.6, 0.8]), (Trial(max_norm=2.0), [3.0, 4.0])], ids=str
+)
+def test_compiled_code_stays_whole_and_in_a_trial_only_measures(trial: Trial, left: list[float]) -> None:
     def clip(weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_([weight], 1.0)
 
     weight = torch.zeros(2, requires_grad=True)
     weight.grad = torch.tensor([3.0, 4.0])
-    assert torch.compile(clip, backend="aot_eager", fullgraph=True)(weight) == 5
-    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
-    assert recorder.calls.number == 0
-
-
-def test_compiled_code_that_a_trial_replaces_only_measures() -> None:
-    def clip(weight: torch.Tensor) -> torch.Tensor:
-        return torch.nn.utils.clip_grad_norm_([weight], 1.0)
-
-    weight = torch.zeros(2, requires_grad=True)
-    weight.grad = torch.tensor([3.0, 4.0])
-    with recording(Trial(max_norm=2.0)):
+    with recording(trial) as recorder:
         assert torch.compile(clip, backend="aot_eager", fullgraph=True)(weight) == 5
     torchclip.uninstall()
-    assert weight.grad.tolist() == [3.0, 4.0]
+    torch.testing.assert_close(weight.grad, torch.tensor(left))
+    assert recorder.calls.number == 0
