@@ -306,6 +306,21 @@ RIGHT = {
         """,
         "models = new_model(), new_model(); optimizers = [*map(sgd, models)]",
     ),
+    "clipped before another model's backward pass": Program(
+        """
+        for each in (model, critic):
+            each.zero_grad()
+            loss_of(each).backward()
+            clip(each.parameters(), 1.0)
+        optimizer.step()
+        second.step()
+        """,
+        "critic = new_model(); second = sgd(critic)",
+    ),
+    "a call for a model that is not trained yet": Program(
+        "backward(); clip(model.parameters(), 1.0); clip(later.parameters(), 1.0); optimizer.step()",
+        "later = new_model()",
+    ),
     "measured, and then clipped": Program(
         """
         backward()
@@ -367,6 +382,18 @@ def test_nor_where_no_norm_is_read_as_on_an_accelerator(
     for module in (functions, gradients, losses):
         monkeypatch.setattr(module, "as_number", lambda value: torch.as_tensor(value).detach().clone())
     monkeypatch.setattr(functions, "_can_be_read", lambda _: False)
+    assert remarks_on(program) == []
+
+
+def test_steps_that_a_script_leaves_out_by_itself_are_no_micro_batches() -> None:
+    program = Program(
+        """
+        optimizer.zero_grad()
+        (loss_of(model) * (float("inf") if i % 5 == 2 else 1.0)).backward()
+        if clip(model.parameters(), 1.0).isfinite():
+            optimizer.step()
+        """
+    )
     assert remarks_on(program) == []
 
 

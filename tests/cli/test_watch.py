@@ -381,7 +381,9 @@ def test_of_closures_a_clipper_gets_the_first_loss() -> None:
 def own_scaler() -> torch.amp.GradScaler:
     class Scaler(torch.amp.GradScaler):
         def scale(self, outputs: Any) -> Any:
-            return outputs * super().scale(torch.ones(())) * 2
+            if self._scale is None:
+                self._lazy_init_scale_growth_tracker(outputs.device)
+            return outputs * self._scale * 2
 
         def unscale_(self, optimizer: Any) -> None:
             super().unscale_(optimizer)
