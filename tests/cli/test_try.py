@@ -181,14 +181,8 @@ def test_options_that_cannot_be_used_are_refused(
 
 @pytest.fixture
 def plus_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    classes = (
-        (torch, "Generator"),
-        (np.random, "RandomState"),
-        (np.random, "SeedSequence"),
-        (random, "Random"),
-    )
-    functions = [(owner, name) for owner, names in seeds._SEEDING for name in names]
-    for owner, name in (*functions, *classes):
+    functions = [(owner, name) for owner, names in seeds._FUNCTIONS for name in names]
+    for owner, name in (*functions, *(each[:2] for each in seeds._CLASSES)):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # which puts it back at the end
     seeds.add_to_seeds(2)
 

@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from torchclip._core.extras import check_installed
-
-__all__ = ["count", "file_to_write", "max_norm", "need", "picture_file", "refusal"]
+__all__ = ["count", "file_to_write", "max_norm", "picture_file", "refusal"]
 
 Number = TypeVar("Number", int, float)
 
@@ -22,18 +20,6 @@ Number = TypeVar("Number", int, float)
 def refusal(message: str) -> argparse.ArgumentError:
     """The error for options that a command cannot use; the message says which, and why."""
     return argparse.ArgumentError(None, message)
-
-
-def need(option: str, *packages: str) -> None:
-    """Refuse an option if packages that it needs are not installed.
-
-    Raises:
-        argparse.ArgumentError: with how to install them.
-    """
-    try:
-        check_installed(option, *packages)
-    except ModuleNotFoundError as error:
-        raise refusal(str(error)) from None
 
 
 # Numbers

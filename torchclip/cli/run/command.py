@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from torchclip.cli.options import count, file_to_write, max_norm, need, picture_file, refusal
+from torchclip._core.extras import check_installed
+from torchclip.cli.options import count, file_to_write, max_norm, picture_file, refusal
 from torchclip.cli.run import seeds as seeding
 from torchclip.cli.run.files import now, write_files
 from torchclip.cli.run.mistakes import Remark
@@ -165,10 +166,13 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal("--max-norm has no meaning with --threshold rolling-sigma")
     if options.none:
         _refuse(options, "--none and {} do not go together", "max_norm", "threshold")
-    if options.plot:
-        need("argument --plot:", "matplotlib")
-    if options.html:
-        need("argument --html:", "jinja2", "matplotlib")
+    try:
+        if options.plot:
+            check_installed("argument --plot:", "matplotlib")
+        if options.html:
+            check_installed("argument --html:", "jinja2", "matplotlib")
+    except ModuleNotFoundError as error:
+        raise refusal(str(error)) from None
     files = [path.resolve() for path in (options.plot, options.csv, options.html) if path]
     if len(set(files)) < len(files):
         raise refusal("--plot, --csv and --html must name different files")

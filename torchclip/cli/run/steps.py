@@ -76,7 +76,9 @@ class StepRecorder:
         if around:
             self._note_wrapped(around[-1], optimizer)
             return None
-        if id(optimizer) not in self._by_id and _creates_state(optimizer, args, kwargs):
+        if id(optimizer) not in self._by_id and creates_state(
+            optimizer, args, kwargs, lambda: norm_of(parameters_of(optimizer))
+        ):
             return None
         record = self._record_of(optimizer)
         record.is_measured = record.is_tried = False
@@ -263,11 +265,6 @@ def _around(optimizer: Optimizer) -> list[Optimizer]:
         if each is optimizer or not first.isdisjoint(map(id, parameters_of(each)))
     ]
     return found[1:]
-
-
-def _creates_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a step trains nothing, but makes the optimizer create its state."""
-    return creates_state(optimizer, args, kwargs, lambda: norm_of(parameters_of(optimizer)))
 
 
 def _was_scaled(optimizer: Optimizer, unscaled: frozenset[int] | None, call: Call) -> bool:

@@ -99,11 +99,6 @@ class Trial:
         return Effect(norm, min(max_norms), min(coefs))
 
     def __str__(self) -> str:
-        if self.none:
-            return "--none"
-        options = {"max-norm": self.max_norm, "threshold": self.threshold}
-        return " ".join(
-            f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
-            for name, value in options.items()
-            if value is not None
-        )
+        max_norm = "" if self.max_norm is None else f"--max-norm {self.max_norm:g}"
+        threshold = "" if self.threshold is None else f"--threshold {self.threshold}"
+        return "--none" if self.none else f"{max_norm} {threshold}".strip()
