@@ -21,6 +21,8 @@ from torchclip.cli.run.report import report
 from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 
+run_here = in_process.run_here
+
 # Scripts are run in this process, where warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the tensors in `parameters`")
 
@@ -497,13 +499,6 @@ def test_each_optimizer_of_a_gan_is_judged_by_itself() -> None:
 
 
 # The command
-
-
-@pytest.fixture
-def run_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> in_process.Run:
-    return in_process.runner(tmp_path, monkeypatch, capfd)
 
 
 SCRIPT = """

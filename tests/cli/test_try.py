@@ -24,6 +24,8 @@ from torchclip.cli.run.tries import AS_IT_IS, Command, Run, Tries, Try
 from torchclip.cli.run.verdict import compared, judged, verdict
 from torchclip.history.history import History
 
+run_here = in_process.run_here
+
 # A quadratic whose loss at the end depends on the length of its clipped steps.
 SCRIPT = """
 import os, signal, sys, torch
@@ -40,13 +42,6 @@ if abs(weight.data[0].item()) > 4.9:
 if abs(weight.data[0].item()) > 4.0:
     os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-@pytest.fixture
-def run_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> in_process.Run:
-    return in_process.runner(tmp_path, monkeypatch, capfd)
 
 
 def rows_of(output: str) -> dict[str, list[str]]:
