@@ -215,6 +215,9 @@ class Tries:
             env={"PYTHONUNBUFFERED": "1", **os.environ},
             start_new_session=True,
         )
+        # Shells let background processes, and their children, ignore Ctrl-C.
+        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        request = signal.SIGTERM if is_ignored else signal.SIGINT
         deadline = math.inf
 
         def end(number: int, _: object) -> None:
@@ -222,16 +225,13 @@ class Tries:
             deadline = 0.0 if self.signal else time.monotonic() + _SECONDS_TO_END
             self.signal = number
             if os.name != "nt":  # there the console has told it
-                # Shells let background processes, and their children, ignore Ctrl-C.
-                process.send_signal(signal.SIGINT if signal.SIGINT in before else signal.SIGTERM)
+                process.send_signal(request)
 
-        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-        found = {
-            number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))
+        before = {
+            number: signal.signal(number, end)
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN
         }
-        before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, end)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         if process.poll() is None:
