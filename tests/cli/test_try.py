@@ -89,7 +89,7 @@ def test_the_script_as_it_is_and_each_threshold_are_rows_below_a_verdict(
 @pytest.mark.slow
 def test_a_signal_ends_all_runs_and_keeps_what_is_there(run_here: in_process.Run, tmp_path: Path) -> None:
     script = """
-        import os, time, torch
+        import os, subprocess, sys, time, torch
         weight = torch.nn.Parameter(torch.ones(2))
         optimizer = torch.optim.SGD([weight], lr=0.1)
         for step in range(10):
@@ -99,7 +99,8 @@ def test_a_signal_ends_all_runs_and_keeps_what_is_there(run_here: in_process.Run
         if os.path.exists('first'):
             with open('begun', 'w') as file:
                 file.write(str(os.getpid()))
-            os.rename('begun', 'second')
+            code = "import os, time; alive = open('alive', 'w'); os.rename('begun', 'second'); time.sleep(60)"
+            subprocess.Popen([sys.executable, '-c', f"{code}; alive.write('still')"])
             time.sleep(100)
         open('first', 'w').close()
     """
@@ -109,12 +110,17 @@ def test_a_signal_ends_all_runs_and_keeps_what_is_there(run_here: in_process.Run
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)  # as Ctrl-C does
 
+    os.mkfifo(tmp_path / "alive")
+    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
     thread = threading.Thread(target=end, daemon=True)
     thread.start()
     done = run_here(script, options=["--try", "0.5,7", "--metric", "score (.*)"])
     assert done.returncode == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "second").read_text()), 0)
+    os.set_blocking(alive, True)
+    assert os.read(alive, 9) == b""  # the end of the file: no process holds it
+    os.close(alive)
     rows = rows_of(done.stdout)
     assert list(rows) == ["as it is", "0.5"]
     assert "interrupted" in rows["0.5"]

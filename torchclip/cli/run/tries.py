@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -234,8 +235,11 @@ class Tries:
         }
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        if process.poll() is None:
-            process.kill() if os.name == "nt" else os.killpg(process.pid, signal.SIGKILL)
+        if self.signal and os.name == "nt":
+            process.kill()
+        elif self.signal:
+            with contextlib.suppress(ProcessLookupError):  # also what the run has started, if it still exists
+                os.killpg(process.pid, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
         return process.wait()
