@@ -29,7 +29,8 @@ REPORT = "torchclip: what clipping did"
 class Section(NamedTuple):
     """Optimizers that are reported as one, and their steps, with the norms of the parameters."""
 
-    optimizers: Sequence[OptimizerRecord]
+    optimizer: OptimizerRecord
+    """The only one, or the first of several."""
     history: History
 
 
@@ -82,10 +83,10 @@ def sections(run: StepRecorder) -> dict[str, Section]:
     if len(found.get(0, ([], []))[0]) > 1:
         names, records = found[0]
         names[:] = [f"{len(names)} optimizers that step in backward passes"]
-    joint = {" and ".join(names): Section(records, _joined(records)) for names, records in found.values()}
+    joint = {" and ".join(names): Section(records[0], _joined(records)) for names, records in found.values()}
     for section in joint.values():
         if not len(section.history.layers):
-            section.history.layers = section.optimizers[0].layers
+            section.history.layers = section.optimizer.layers
     return joint
 
 
@@ -127,7 +128,7 @@ def about(run: StepRecorder, title: str) -> dict[str, list[str]]:
 
 def _about(section: Section, trial: Trial) -> Iterator[str]:
     """What has clipped, problems, parameters with non-finite gradients, and the largest layers."""
-    optimizer = section.optimizers[0]
+    optimizer = section.optimizer
     yield _clipped_by(section, trial)
     if optimizer.problem:
         yield optimizer.problem
@@ -145,13 +146,13 @@ def _about(section: Section, trial: Trial) -> Iterator[str]:
 
 def _advice_on(label: str, section: Section, trial: Trial) -> str:
     """The heading of the advice, with what is judged."""
-    ways = [str(trial)] if trial.replaces else section.optimizers[0].clipped_by
+    ways = [str(trial)] if trial.replaces else section.optimizer.clipped_by
     on = f" on {' or '.join(ways)}" if ways else ""
     return f"advice{on}{label and ' for '}{label}"
 
 
 def _clipped_by(section: Section, trial: Trial) -> str:
-    optimizer = section.optimizers[0]
+    optimizer = section.optimizer
     if trial.replaces and (trial.none or not optimizer.problem):
         to = "" if trial.threshold is None else _to(section.history)
         if trial.threshold == "adagc":  # a record has only the smallest threshold, which is not informative

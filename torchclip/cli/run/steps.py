@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -82,7 +82,7 @@ class StepRecorder:
             return None
         record = self._record_of(optimizer)
         record.is_measured = record.is_tried = False
-        replaced = with_closure(args, kwargs, partial(self._call_closure, record, optimizer))
+        replaced = with_closure(args, kwargs, functools.partial(self._call_closure, record, optimizer))
         if replaced is None:
             self._measure(record, optimizer)
         return replaced
@@ -149,7 +149,7 @@ class StepRecorder:
             [call for call in recent if not call.exists() or call.parameters.isdisjoint(self._known)],
             {id(p): id(p.grad) for p in parameters_of(optimizer) if p.grad is not None},
             registry.clipper_of(record.with_clipper(optimizer)) is not None,
-            partial(_was_scaled, optimizer, self._losses.unscaled()),
+            functools.partial(_was_scaled, optimizer, self._losses.unscaled()),
         )
 
     def _record(
@@ -243,14 +243,8 @@ class StepRecorder:
 
 def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compiler.disable``, whose import takes long, when it is first needed."""
-    disabled: list[Callable[..., Any]] = []
-
-    def call(*args: Any) -> Any:
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-        return disabled[0](*args)
-
-    return call
+    disabled = functools.cache(lambda: torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    return lambda *args: disabled()(*args)
 
 
 def _around(optimizer: Optimizer) -> list[Optimizer]:
