@@ -1,7 +1,8 @@
 """``torchclip bench``: it measures what it says, and gives no ratio that is not certain."""
 
+import json
 import math
-import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +11,29 @@ from torchclip.cli import bench
 from torchclip.cli.main import main
 
 
-def test_a_table_has_a_row_for_each_way_of_clipping(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_table_and_the_same_numbers_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(bench.MODELS, "mlp", bench.MODELS["mlp"]._replace(rounds=3))
-    assert main(["bench", "--only", "mlp"]) == 0
+    assert main(["bench", "--only", "mlp", "--json", str(tmp_path / "bench.json")]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     output = capsys.readouterr().out
-    assert f"torch              {torch.__version__}\n" in output
-    time, ratio = r"\s+-?[\d,.]+", r" \((\?|-?[\d.]+×)\)"
-    call, step = time + time + ratio, time + time + ratio + time + ratio
-    rows = {"one call, within the limit": call, "one call, clipping": call, "added to a step, clipping": step}
-    for what, cells in rows.items():
-        assert re.search(rf"^MLP 17-64-64-6, {what}{cells}$", output, re.MULTILINE), output
+    assert found["machine"]["torch"] == torch.__version__
+    assert [row["what"] for row in found["rows"]] == [
+        "one call, within the limit",
+        "one call, clipping",
+        "added to a step, clipping",
+    ]
+    for row in found["rows"]:
+        assert (
+            {"torch", "torchclip"}
+            <= row["seconds"].keys()
+            == row["times_less"].keys()
+            == row["certain"].keys()
+        )
+        assert row["times_less"]["torch"] == 1.0
+        assert f"MLP 17-64-64-6, {row['what']}" in output
+    assert "Clipper" in found["rows"][-1]["seconds"]
     assert "measure again" in output
 
 
@@ -56,12 +68,13 @@ def test_ratios_are_of_medians_above_the_floor_and_uncertain_ones_are_not_shown(
         return iter(seconds).__next__
 
     steady = {"torch": turns(5.0, 5.0, 90.0, 5.0), "torchclip": turns(3.0, 3.0, 3.0, 3.0)}
-    found = bench.compared(steady, 4, floor=turns(1.0, 1.0, 1.0, 1.0))
-    assert {name: each[:2] for name, each in found.items()} == {"torch": (4.0, 1.0), "torchclip": (2.0, 2.0)}
+    row = bench.compared(steady, 4, floor=turns(1.0, 1.0, 1.0, 1.0))
+    assert row["seconds"] == {"torch": 4.0, "torchclip": 2.0}
+    assert row["times_less"]["torchclip"] == 2.0
 
     busy = {"torch": turns(5.0, 5.0, 5.0, 5.0), "torchclip": turns(1.0, 3.0, 1.0, 3.0)}
-    found = bench.compared(busy, 4)
-    assert [each.is_certain for each in found.values()] == [True, False]
+    row = bench.compared(busy, 4)
+    assert row["certain"] == {"torch": True, "torchclip": False}
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense"])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.utils.benchmark import Timer
 
 import torchclip
 from torchclip.cli import info
+from torchclip.cli.options import file_to_write
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", metavar="MODEL", action="append", choices=MODELS, help=f"may be repeated: {names}")
     where = "where the models are, such as cuda or cuda:1 (default: %(default)s)"
     add("--device", metavar="DEVICE", type=_device, default="cpu", help=where)
+    add("--json", metavar="FILE", type=file_to_write, help="write the results as JSON")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -47,18 +50,22 @@ def run(options: argparse.Namespace) -> None:
     facts = info.facts() | {"models on": _name_of(options.device)}
     print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), end="\n\n")
     print(_columns("medians in µs", NAMES))
-    measures: dict[str, Callable[[Setup], dict[str, Result]]] = {
+    measures: dict[str, Callable[[Setup], dict[str, Any]]] = {
         "one call, within the limit": partial(calls, clips=False),
         "one call, clipping": partial(calls, clips=True),
         "added to a step, clipping": steps,
     }
+    rows: list[dict[str, Any]] = []
     for name in options.only or MODELS:
         setup = Setup(name, options.device)
         for what, measure in measures.items():
-            found = measure(setup)
-            cells = [_cell(each, found[each]) if each in found else "" for each in NAMES]
-            print(_columns(f"{MODELS[name].title}, {what}", cells), flush=True)
+            row = {"model": MODELS[name].title, "what": what, **measure(setup)}
+            print(_columns(f"{row['model']}, {what}", [_cell(row, each) for each in NAMES]), flush=True)
+            rows.append(row)
     print(EXPLANATION)
+    if options.json:
+        text = json.dumps({"machine": facts, "rows": rows}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 # The models
@@ -131,15 +138,7 @@ class Setup:
 # Measuring
 
 
-class Result(NamedTuple):
-    """How long a contender takes, how many times less than torch's that is, and if this is certain."""
-
-    seconds: float
-    times_less: float
-    is_certain: bool
-
-
-def calls(setup: Setup, clips: bool) -> dict[str, Result]:
+def calls(setup: Setup, clips: bool) -> dict[str, Any]:
     """A call by itself, warm, on all threads: gradients are within the limit, or clipped by every call."""
     kept = [None if p.grad is None else p.grad.clone() for p in setup.parameters]
     factor = 0.99 if clips else 1.0  # below what the call before has clipped to, so that each call clips
@@ -163,7 +162,7 @@ def calls(setup: Setup, clips: bool) -> dict[str, Result]:
     return compared({name: turn(function) for name, function in functions.items()}, setup.rounds)
 
 
-def steps(setup: Setup) -> dict[str, Result]:
+def steps(setup: Setup) -> dict[str, Any]:
     """What clipping adds to a step of SGD right after a backward pass, on one thread."""
     optimizer, clipped = (torch.optim.SGD(setup.parameters, lr=1e-9) for _ in range(2))
     limit = setup.norm / 2
@@ -185,8 +184,8 @@ def steps(setup: Setup) -> dict[str, Result]:
     return found
 
 
-def compared(turns: Mapping[str, Turn], rounds: int, floor: Turn | None = None) -> dict[str, Result]:
-    """The result of each contender, from medians.
+def compared(turns: Mapping[str, Turn], rounds: int, floor: Turn | None = None) -> dict[str, Any]:
+    """The median seconds of each contender, how many times less than torch's that is, and if this is certain.
 
     Args:
         turns: what each contender's turn takes, by name.
@@ -208,10 +207,9 @@ def compared(turns: Mapping[str, Turn], rounds: int, floor: Turn | None = None) 
         return {name: median(times[name][part]) - median(times["floor"][part]) for name in turns}
 
     ratio, first, second = (ratios(slice(start, None, step)) for start, step in ((0, 1), (0, 2), (1, 2)))
-    return {
-        name: Result(own, ratio[name], abs(first[name] - second[name]) <= MOST_DOUBT * ratio[name])
-        for name, own in medians(slice(None)).items()
-    }
+    doubt = {name: abs(first[name] - second[name]) for name in turns}
+    certain = {name: doubt[name] <= MOST_DOUBT * ratio[name] for name in turns}
+    return {"seconds": medians(slice(None)), "times_less": ratio, "certain": certain}
 
 
 # Showing
@@ -221,11 +219,13 @@ def _columns(title: str, cells: Sequence[str]) -> str:
     return f"{title:<46}{cells[0]:>10}{cells[1]:>18}{cells[2]:>18}".rstrip()
 
 
-def _cell(name: str, result: Result) -> str:
-    time = f"{1e6 * result.seconds:,.1f}"
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    if name not in row["seconds"]:
+        return ""
+    time = f"{1e6 * row['seconds'][name]:,.1f}"
     if name == "torch":
         return time
-    return f"{time} ({result.times_less:.1f}×)" if result.is_certain else f"{time} (?)"
+    return f"{time} ({row['times_less'][name]:.1f}×)" if row["certain"][name] else f"{time} (?)"
 
 
 def _name_of(device: torch.device) -> str:
