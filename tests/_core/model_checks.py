@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import torchclip
-from torchclip.cli.run.recording import Recording
+from torchclip.cli.run.recording import recording
 from torchclip.cli.run.trial import Trial
 
 INF = math.inf
@@ -60,14 +60,12 @@ def check_norms_under_install_are_what_code_for_torch_expects() -> None:
 @world_of(2)
 def check_norms_of_dtensors_are_recorded_by_the_run_command() -> None:
     mesh = init_device_mesh("cpu", (2,))
-    run = Recording(Trial())
-    run.attach()
     optimizer = torch.optim.SGD([parameter(split(torch.ones(4), mesh, Shard(0)))], lr=1.0)
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    run.detach()
+    with recording(Trial()) as run:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
     torchclip.uninstall()
-    (record,) = run.steps.optimizers[0].history
+    (record,) = run.optimizers[0].history
     assert (record.total_norm, record.clipped) == (2.0, True)
 
 

@@ -17,19 +17,20 @@ from torchclip.cli.main import main
 Run = Callable[..., CompletedProcess[str]]
 
 
-def runner(directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """A function that writes a script into a directory and runs it there."""
-    monkeypatch.chdir(directory)
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """A function that writes a script into the test's directory and runs it there."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["torchclip"])
     monkeypatch.setattr(sys, "path", ["where torchclip is", *sys.path])
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed leaves one of its own
-    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
     def run(source: str, *arguments: str, options: Sequence[str] = ()) -> CompletedProcess[str]:
-        (directory / "script.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        (tmp_path / "script.py").write_text(textwrap.dedent(source), encoding="utf-8")
         command = ["run", *options, "script" if "-m" in options else "script.py", *arguments]
         capfd.readouterr()
         gc.collect()  # a new process has no optimizers that earlier tests have left behind

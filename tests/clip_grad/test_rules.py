@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import as_numpy, grad_of, random_gradients, with_gradients
@@ -69,6 +70,23 @@ def test_ratios_of_norms_that_exceed_float64(clip_factor: float) -> None:
     expected = [min(clip_factor, 1.0) * LARGE, clip_factor, 1e-300]
     assert parameter.grad[:, 0].tolist() == pytest.approx(expected, rel=1e-13)
     assert twin[:, 0].tolist() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex128])
+def test_an_infinite_gradient_becomes_nan_and_the_rest_of_its_unit_zero(dtype: torch.dtype) -> None:
+    gradients = torch.ones(2, 3, dtype=dtype)
+    infinite: Any = complex(1, math.inf) if dtype.is_complex else math.inf
+    gradients[0, 1] = infinite
+    (parameter,) = with_gradients([gradients.clone()], [torch.ones_like(gradients)])
+    twin = as_numpy(gradients)
+    torchclip.clip_grad_adaptive_(parameter, 2.0)
+    reference.clip_grad_adaptive([np.ones_like(twin)], [twin], 2.0)
+    undefined: Any = complex(0, math.nan) if dtype.is_complex else math.nan
+    parts = gradients.clone()
+    parts[0] = 0
+    parts[0, 1] = undefined
+    torch.testing.assert_close(parameter.grad, parts, rtol=0, atol=0, equal_nan=True)
+    np.testing.assert_array_equal(twin, as_numpy(parts))
 
 
 # --- rules for a Clipper ------------------------------------------------------------------------------------

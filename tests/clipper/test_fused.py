@@ -107,6 +107,15 @@ def applies_it(
     return seen[0] is not None
 
 
+class OwnParameter(nn.Parameter):
+    """The kernel does not take it, but would take its gradient."""
+
+
+def with_own_parameters(optimizer: Any) -> None:
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.__class__ = OwnParameter
+
+
 USUAL, SHARED = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
 
 
@@ -121,7 +130,9 @@ USUAL, SHARED = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
         (SGD, [USUAL], {"then": lambda o: o.add_param_group({"params": [], "max_norm": 1.0})}, False),
         (SGD, [USUAL], {"scope": "parameter"}, False),
         (SGD, [USUAL.double()], {}, False),
+        (SGD, [USUAL], {"then": with_own_parameters}, True),
         (SGD, [SHARED, SHARED], {}, False),  # it would be divided twice
+        (SGD, [SHARED, SHARED], {"then": with_own_parameters}, False),
         (SGD, [torch.ones(4, 4)[:, ::2]], {}, False),  # torch writes into the gaps
         (
             SGD,

@@ -409,7 +409,6 @@ def work():
         numbers = [0.5] * len(batch.all)
         batch.norms(2.0)
         batch.scale_each_(numbers)
-        batch.clip_each_(numbers, 2.0, 1e-6)
         batch.zero_nonfinite_()
     torchclip.clip_per_example([torch.ones(4, 8)], 1.0)
     done.append(True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchclip._core import memory
 from torchclip._core.scalars import Norm, Norms, clip_coefs, on_device, vector
 
-__all__ = ["Batch", "Facts", "Norm", "Norms", "to_result", "to_results"]
+__all__ = ["Batch", "Facts", "Norm", "Norms", "clip_each_", "to_result", "to_results"]
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ class Batch(ABC):
         if any(dtype.is_complex for dtype in dtypes):
             facts |= Facts.COMPLEX
         for tensor in self.all:
-            if tensor.layout is torch.strided and not memory.fills_its_memory(tensor):
+            if tensor.layout is torch.strided and not tensor.is_contiguous() and memory.flat(tensor) is None:
                 return facts | Facts.GAPS
         return facts
 
@@ -101,21 +101,6 @@ class Batch(ABC):
     def scale_each_(self, clip_coefs: Norms, /) -> None:
         """Multiply each tensor of ``all`` in place by its own number."""
 
-    def clip_each_(self, limits: float | Norms, p: float, eps: float, /) -> Norms:
-        """Multiply each tensor in place so that its norm is at most its limit.
-
-        Args:
-            limits: one for all, or one for each tensor of ``all``.
-            p: the order of the norms.
-            eps: as for ``scalars.clip_coef``.
-
-        Returns:
-            The norms before the change.
-        """
-        norms = self.norms(p)
-        self.scale_each_(clip_coefs(limits, norms, eps))
-        return norms
-
     @abstractmethod
     def clamp_(self, limit: float, /) -> None:
         """Limit every element in place to ``[-limit, limit]``; NaN stays NaN.
@@ -126,6 +111,23 @@ class Batch(ABC):
     @abstractmethod
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0."""
+
+
+def clip_each_(batch: Batch, limits: float | Norms, p: float, eps: float) -> Norms:
+    """Multiply each tensor of a batch in place so that its norm is at most its limit.
+
+    Args:
+        batch: the tensors.
+        limits: one for all, or one for each tensor of ``batch.all``.
+        p: the order of the norms.
+        eps: as for ``scalars.clip_coef``.
+
+    Returns:
+        The norms before the change.
+    """
+    norms = batch.norms(p)
+    batch.scale_each_(clip_coefs(limits, norms, eps))
+    return norms
 
 
 def to_result(total_norm: Norm, batch: Batch) -> Tensor:

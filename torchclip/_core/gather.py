@@ -149,18 +149,14 @@ def fingerprint(parameters: Sequence[Tensor]) -> bytes:
     found = native.fingerprint(parameters)
     if found is None:  # one by one, as those that the kernel takes must not depend on the others
         owners = {id(p.grad): p for p in parameters if p.grad is not None}
-        found = b"".join(map(_fingerprint_of_one, owners.values()))
+        found = b"".join(native.fingerprint([p]) or _fingerprint_of(p.grad) for p in owners.values())
     return found
 
 
-def _fingerprint_of_one(parameter: Tensor) -> bytes:
-    found = native.fingerprint([parameter])
-    if found is None:
-        grads = distinct_gradients([parameter])
-        pairs = zip(grads, meshes.locals_of(grads), strict=True)
-        signs = [(id(held), meshes.version_of(grad), *memory.signs_of_change(held)) for grad, held in pairs]
-        found = array("q", map(hash, signs)).tobytes()
-    return found
+def _fingerprint_of(grad: Any) -> bytes:
+    (held,) = meshes.locals_of([grad])
+    signs = id(held), meshes.version_of(grad), *memory.signs_of_change(held)
+    return array("q", [hash(signs)]).tobytes()
 
 
 def warn_if_used_up(parameters: Any) -> None:

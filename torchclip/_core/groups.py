@@ -53,7 +53,7 @@ class Group:
             return self._norms_on_host(p)
         if self.in_range(p):
             return torch.stack(self._plain_norms(p))
-        divisors = divisor_like(torch.stack(self._plain_norms(_leading_type(p))))
+        divisors = divisor_like(torch.stack(self._plain_norms(math.copysign(math.inf, p))))
         with_axis = torch.split(divisors, 1)
         quotients: list[Tensor] = []
         for chunk in self._chunks():
@@ -101,14 +101,6 @@ class Group:
         if self.foreach:
             return self._like(torch._foreach_div(self.tensors, list(divisors)))
         return self._like(tensor / divisor for tensor, divisor in zip(self.tensors, divisors, strict=True))
-
-    def _copies(self) -> tuple[Tensor, list[Tensor]]:
-        """Copies in one vector, and the same copies one by one."""
-        sizes = [tensor.numel() for tensor in self.tensors]
-        whole = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
-        copies = [part.view(t.shape) for part, t in zip(torch.split(whole, sizes), self.tensors, strict=True)]
-        _copy_(copies, self.tensors, self.foreach)
-        return whole, copies
 
     # Changes in place
 
@@ -163,13 +155,18 @@ class Group:
     def zero_nonfinite_(self) -> None:
         """Set every infinite or NaN element to 0; no operation on lists does so in place."""
         for chunk in self._chunks():
-            if len(chunk.tensors) == 1 or not chunk.foreach or self.on_host:
-                for tensor in chunk.tensors:
+            tensors = chunk.tensors
+            if len(tensors) == 1 or self.on_host:
+                for tensor in tensors:
                     _zero_nonfinite_(tensor)
                 continue
-            whole, copies = chunk._copies()
+            sizes = [tensor.numel() for tensor in tensors]
+            whole = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+            parts = zip(torch.split(whole, sizes), tensors, strict=True)
+            copies = [part.view(tensor.shape) for part, tensor in parts]
+            torch._foreach_copy_(copies, tensors)
             _zero_nonfinite_(whole)
-            _copy_(chunk.tensors, copies, chunk.foreach)
+            torch._foreach_copy_(tensors, copies)
 
     def _scale_each_(self, numbers: list[Tensor], with_axis: list[Tensor]) -> None:
         if self.dtype == numbers[0].dtype or self.dtype.is_complex:
@@ -200,14 +197,6 @@ def _zero_nonfinite_(tensor: Tensor) -> None:
         tensor.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _copy_(to: list[Tensor], tensors: list[Tensor], foreach: bool) -> None:
-    if foreach:
-        torch._foreach_copy_(to, tensors)
-        return
-    for place, tensor in zip(to, tensors, strict=True):
-        place.copy_(tensor)
-
-
 def grouped(tensors: Iterable[tuple[int, Tensor]], are_plain: bool = False) -> list[Group]:
     """Tensors and positions by device and dtype; one by one if operations on lists do not accept them.
 
@@ -233,10 +222,6 @@ def joint(norms: Tensor, p: float, in_range: bool) -> Tensor:
     if not in_range or p == 0:
         return join_present(norms, p)
     return vector_norms(norms, p)
-
-
-def _leading_type(p: float) -> float:
-    return math.copysign(math.inf, p)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -198,11 +198,6 @@ def by_rows(tensor: Tensor) -> Sequence[Tensor]:
     return torch.split(tensor, max(1, PIECE * len(tensor) // tensor.numel()))
 
 
-def fills_its_memory(tensor: Tensor) -> bool:
-    """Whether a strided tensor has no gaps between its elements, in whatever order its axes lie."""
-    return tensor.is_contiguous() or flat(tensor) is not None
-
-
 def flat(tensor: Tensor) -> Tensor | None:
     """A one-dimensional view of a tensor without gaps, in any order of its axes; else None."""
     if tensor.is_contiguous():

@@ -117,7 +117,7 @@ extension: Any
 """The module ``torchclip._kernel``, or None if it cannot be used."""
 extension, _reason = _load()
 
-# Batches of gradients and of tensors; None if torch's operations must do a part of the work, or all of it.
+# Batches of gradients and of tensors; None if torch's operations must do the work.
 gradients: Callable[[Iterable[Tensor]], Any] = getattr(extension, "gradients", _not_taken)
 tensors: Callable[[Iterable[Tensor]], Any] = getattr(extension, "tensors", _not_taken)
 measured: Callable[[Iterable[Tensor], float, bool], Any] = getattr(extension, "measured", _not_taken)

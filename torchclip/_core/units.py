@@ -165,11 +165,17 @@ def _norms_of_whole(units: Sequence[Units], p: float, eps: float) -> list[tuple[
         for i, both in enumerate(found):
             is_double = weights[i].dtype in memory.DOUBLE or grads[i].dtype in memory.DOUBLE
             if is_double and memory.on_host(both) and bool(torch.maximum(*both).isinf().any()):
-                of_weight, of_grad = rows.norms_of_rows([weights[i] * _SCALE, grads[i] * _SCALE], p)
+                of_weight, of_grad = rows.norms_of_rows([_small(weights[i]), _small(grads[i])], p)
                 is_beyond = torch.maximum(*both).isinf()
                 scaled = of_weight.clamp(min=eps * _SCALE), of_grad
                 found[i] = tuple(map(torch.where, (is_beyond,) * 2, scaled, both))  # type: ignore[assignment]
     return found
+
+
+def _small(tensor: Tensor) -> Tensor:
+    copy = tensor.clone()
+    memory.as_real(copy).mul_(_SCALE)  # torch's product of a complex infinity and a real number is NaN
+    return copy
 
 
 def _split_axes(tensor: Tensor) -> set[int]:

@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +23,7 @@ from torch.utils.benchmark import Timer
 
 import torchclip
 from torchclip.cli import info
-from torchclip.cli.options import file_to_write, writing
+from torchclip.cli.options import file_to_write
 
 __all__ = ["add_arguments", "run"]
 
@@ -43,12 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", metavar="MODEL", action="append", choices=MODELS, help=f"may be repeated: {names}")
     where = "where the models are, such as cuda or cuda:1 (default: %(default)s)"
     add("--device", metavar="DEVICE", type=_device, default="cpu", help=where)
-    add("--json", dest="results", metavar="FILE", type=file_to_write, help="write the results as JSON")
+    add("--json", metavar="FILE", type=file_to_write, help="write the results as JSON")
 
 
-def run(only: Sequence[str] | None, device: torch.device, results: Path | None) -> None:
+def run(options: argparse.Namespace) -> None:
     """Measure each model, and print its rows of the table."""
-    facts = info.facts() | {"models on": _name_of(device)}
+    facts = info.facts() | {"models on": _name_of(options.device)}
     print("\n".join(f"{name:<18} {value}" for name, value in facts.items()), end="\n\n")
     print(_columns("medians in µs", NAMES))
     measures: dict[str, Callable[[Setup], dict[str, Any]]] = {
@@ -57,17 +56,16 @@ def run(only: Sequence[str] | None, device: torch.device, results: Path | None) 
         "added to a step, clipping": steps,
     }
     rows: list[dict[str, Any]] = []
-    for name in only or MODELS:
-        setup = Setup(name, device)
+    for name in options.only or MODELS:
+        setup = Setup(name, options.device)
         for what, measure in measures.items():
             row = {"model": MODELS[name].title, "what": what, **measure(setup)}
             print(_columns(f"{row['model']}, {what}", [_cell(row, each) for each in NAMES]), flush=True)
             rows.append(row)
     print(EXPLANATION)
-    if results:
-        with writing(results):
-            text = json.dumps({"machine": facts, "rows": rows}, indent=1)
-            results.write_text(text + "\n", encoding="utf-8")
+    if options.json:
+        text = json.dumps({"machine": facts, "rows": rows}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 # The models

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command has no options."""
 
 
-def run() -> None:
+def run(_: argparse.Namespace) -> None:
     """Print one fact per line, and what to do if the kernel was not built."""
     for name, value in facts().items():
         print(f"{name:<18} {value}")

@@ -4,12 +4,11 @@ A command is a line in ``COMMANDS`` and a module with two functions, ``torchclip
 ``torchclip.cli.NAME.command``:
 
     def add_arguments(parser: argparse.ArgumentParser) -> None    # declares its options
-    def run(**options) -> int | None                              # gets them by name, returns the exit status
+    def run(options: argparse.Namespace) -> int | None            # gets them, returns the exit status
 
 If ``run`` cannot use its options, because they exclude each other or a file cannot be read, it raises
 ``options.refusal(message)`` or an ``OSError``.  The user then sees one line on stderr, as for an option that
-argparse refuses, and the exit status is 2.  The line names the option of the file, if there is one.  After
-Ctrl-C the status is 130.
+argparse refuses, and the exit status is 2.  After Ctrl-C the status is 130.
 
 Only the module of the called command is imported, so that ``torchclip info`` needs no extra.
 """
@@ -21,9 +20,8 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 import torchclip
 
@@ -38,20 +36,7 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage.
-
-    Attributes:
-        arguments: the arguments that were added.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.arguments: list[argparse.Action] = []
-        super().__init__(*args, **kwargs)
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        """Add an argument, and remember it."""
-        self.arguments.append(super().add_argument(*args, **kwargs))
-        return self.arguments[-1]
+    """An argument parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -95,19 +80,15 @@ def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
         module = f"{name}.command" if name == "run" else name
         command = importlib.import_module(f"torchclip.cli.{module}")
         command.add_arguments(parser)
-        options = vars(parser.parse_args(arguments))
-        _check_files_differ(parser, options)
-        status = command.run(**options) or 0
+        status: int = command.run(parser.parse_args(arguments)) or 0
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
-    except argparse.ArgumentError as error:
-        parser.error(str(error))
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        parser.error(_with_its_option(error, parser, options))
+    except (argparse.ArgumentError, OSError) as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         if _prints():
             print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -117,35 +98,3 @@ def _run(name: str, parser: Parser, arguments: Sequence[str]) -> int:
 def _prints() -> bool:
     """Whether this process prints: of those that ``torchrun`` starts on a machine, the first."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _files(parser: Parser, options: Mapping[str, Any]) -> Iterator[tuple[argparse.Action, Path]]:
-    """The options that name a file or a directory, with its path."""
-    for argument in parser.arguments:
-        value = options.get(argument.dest)
-        if isinstance(value, Path):
-            yield argument, value
-
-
-def _check_files_differ(parser: Parser, options: Mapping[str, Any]) -> None:
-    """Raise an error for two options that name the same file."""
-    seen: dict[Path, argparse.Action] = {}
-    for argument, path in _files(parser, options):
-        other = seen.setdefault(path.resolve(), argument)
-        if other is not argument:
-            raise argparse.ArgumentError(argument, f"is the same file as {_name(other)}: {path}")
-
-
-def _with_its_option(error: OSError, parser: Parser, options: Mapping[str, Any]) -> str:
-    """The message of an error about a file, with the option that named the file."""
-    if error.filename is None:
-        return str(error)
-    path = Path(os.fsdecode(error.filename))
-    for argument, named in _files(parser, options):
-        if named == path or named in path.parents or path in named.parents:
-            return str(argparse.ArgumentError(argument, f"{error.strerror}: {path}"))
-    return str(error)
-
-
-def _name(argument: argparse.Action) -> str:
-    return argument.option_strings[0] if argument.option_strings else str(argument.metavar)

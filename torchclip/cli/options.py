@@ -8,22 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from torchclip._core.extras import check_installed
-
-__all__ = [
-    "count",
-    "file_to_write",
-    "max_norm",
-    "need",
-    "picture_file",
-    "refusal",
-    "writing",
-]
+__all__ = ["count", "file_to_write", "max_norm", "picture_file", "refusal"]
 
 Number = TypeVar("Number", int, float)
 
@@ -31,18 +20,6 @@ Number = TypeVar("Number", int, float)
 def refusal(message: str) -> argparse.ArgumentError:
     """The error for options that a command cannot use; the message says which, and why."""
     return argparse.ArgumentError(None, message)
-
-
-def need(option: str, *packages: str) -> None:
-    """Refuse an option if packages that it needs are not installed.
-
-    Raises:
-        argparse.ArgumentError: with how to install them.
-    """
-    try:
-        check_installed(option, *packages)
-    except ModuleNotFoundError as error:
-        raise refusal(str(error)) from None
 
 
 # Numbers
@@ -70,31 +47,16 @@ count = _number(int, lambda value: value > 0, "a whole number above 0")
 # Files; they are checked before the work begins
 
 
-def _path(problem: Callable[[Path], str]) -> Callable[[str], Path]:
-    """An option's type for paths, from a function that says what is wrong with a path, or ""."""
-
-    def path(text: str) -> Path:
-        path = Path(text)
-        try:
-            message = problem(path)
-        except OSError as error:  # a path that the system cannot look up, such as one with too long a name
-            message = f"{error.strerror}: {path}"
-        if message:
-            raise argparse.ArgumentTypeError(message)
-        return path
-
-    return path
-
-
-@_path
-def file_to_write(path: Path) -> str:
+def file_to_write(text: str) -> Path:
     """A file to write."""
-    if path.is_dir():
-        return f"{path} is a directory"
-    if not path.parent.is_dir():
-        return f"there is no directory {path.parent}"
-    there = path if path.exists() else path.parent
-    return "" if os.access(there, os.W_OK) else f"{path} cannot be written to"
+    path = Path(text)
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is a directory")
+    if not os.path.isdir(path.parent):
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written to")
+    return path
 
 
 def picture_file(text: str) -> Path:
@@ -102,14 +64,3 @@ def picture_file(text: str) -> Path:
     if Path(text).suffix.lower() not in {".png", ".svg", ".pdf"}:
         raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
     return file_to_write(text)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Add the file's name to errors of writing it; the error for a full disk has none."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise

@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, native
 from torchclip._core.arguments import norm_type_of, threshold
-from torchclip._core.batch import to_results
+from torchclip._core.batch import clip_each_, to_results
 from torchclip._core.ranks.exchange import Kind
 from torchclip._core.scalars import EPS
 
@@ -56,4 +56,4 @@ def clip_grad_norm_per_parameter_(
         gather.tell_ranks([parameters], None, Kind.CLIP_EACH)
         raise
     batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
-    return to_results(batch.clip_each_(max_norm, p, EPS), batch)
+    return to_results(clip_each_(batch, max_norm, p, EPS), batch)

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchclip._core import gather, memory, native
 from torchclip._core.arguments import threshold
-from torchclip._core.batch import Batch, Facts, Norms, to_results
+from torchclip._core.batch import Batch, Facts, Norms, clip_each_, to_results
 from torchclip._core.ranks.exchange import Kind
 from torchclip._core.scalars import clip_coefs, divided, numbers, on_device
 
@@ -77,7 +77,7 @@ def _clip(batch: Batch, max_rms: float) -> Norms:
     roots = _roots(batch)
     if not batch.facts & (Facts.DOUBLE | Facts.SHARDED):
         # With limits for the norms, a gradient that is exactly at the limit does not change.
-        return divided(batch.clip_each_([max_rms * root for root in roots], 2.0, 0.0), roots)
+        return divided(clip_each_(batch, [max_rms * root for root in roots], 2.0, 0.0), roots)
     rms = _of_double(batch, roots)
     batch.scale_each_(clip_coefs(max_rms, rms, 0.0))
     return rms
@@ -125,11 +125,11 @@ class BlockRMS:
 
     def clip_(self, parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> None:
         """Clip the gradients of the parameters in place."""
-        batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
-        if grad_scale is None:
-            _clip(batch, self.max_rms)
-        elif memory.on_host([grad_scale]):
-            _clip(batch, self.max_rms * float(grad_scale))
-        else:
+        if grad_scale is not None and not memory.on_host([grad_scale]):
+            batch = gather.gradients(parameters, kind=Kind.CLIP_EACH)
             limits = on_device(_roots(batch), grad_scale.device) * (self.max_rms * grad_scale)
-            batch.clip_each_(limits, 2.0, 0.0)
+            clip_each_(batch, limits, 2.0, 0.0)
+            return
+        max_rms = self.max_rms * (1.0 if grad_scale is None else float(grad_scale))
+        if is_dynamo_compiling() or native.clip_grad_each(parameters, max_rms, 2.0, True) is None:
+            _clip(gather.gradients(parameters, kind=Kind.CLIP_EACH), max_rms)

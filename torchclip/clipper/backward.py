@@ -47,7 +47,7 @@ def check_in_backward(optimizers: Sequence[Optimizer], settings: Settings) -> bo
             "`max_norm=inf`, with nonfinite='propagate' and no `layers_every`; or call optimizer.step() "
             "after backward()"
         )
-    if any(map(meshes.is_partial, gather.distinct_gradients(parameters))):
+    if any(map(meshes.pending, gather.distinct_gradients(parameters))):
         raise RuntimeError(
             "the gradients of a step that is taken during the backward pass are pending a reduction over "
             "ranks. Call optimizer.step() after backward()"

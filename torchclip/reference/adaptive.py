@@ -12,6 +12,8 @@ from torchclip.reference.arrays import Array, check_arrays, norm_of, scale
 
 __all__ = ["clip_grad_adaptive"]
 
+_SMALL = 2.0**-64
+
 
 def clip_grad_adaptive(
     weights: Sequence[Array],
@@ -62,10 +64,16 @@ def clip_grad_adaptive(
         for unit in units:
             limit = clip_factor * max(norm_of([weight[unit]], p), eps)
             norm = norm_of([grad[unit]], p)
-            if math.isinf(norm):  # the norm has overflowed, but perhaps no element is infinite
-                small = 2.0**-64
-                limit = clip_factor * max(norm_of([weight[unit] * small], p), eps * small)
-                norm = norm_of([grad[unit] * small], p)
+            if math.isinf(max(norm, limit)):  # a norm has overflowed, but perhaps no element is infinite
+                limit = clip_factor * max(norm_of([_small(weight[unit])], p), eps * _SMALL)
+                norm = norm_of([_small(grad[unit])], p)
             if not norm <= limit:
                 # A norm of 0 gets here only if the limit is NaN.
                 scale([grad[(*unit, ...)]], limit / norm if norm else limit)
+
+
+def _small(unit: Array) -> Array:
+    """A copy in float64, multiplied by a power of two: only the ratio of two norms counts."""
+    copy = np.array(unit, dtype=np.complex128 if np.iscomplexobj(unit) else np.float64)
+    scale([copy], _SMALL)
+    return copy

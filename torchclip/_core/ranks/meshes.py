@@ -159,11 +159,6 @@ def pending(tensor: Tensor) -> set[str]:
     return {placement.reduce_op for placement in placements if placement.is_partial()}
 
 
-def is_partial(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor that is pending a reduction."""
-    return bool(pending(tensor))
-
-
 def reduced_locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor; reduced copies of those that are pending a reduction.
 

@@ -14,20 +14,20 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from torchclip.cli.options import count, file_to_write, max_norm, need, picture_file, refusal
+from torchclip._core.extras import check_installed
+from torchclip.cli.options import count, file_to_write, max_norm, picture_file, refusal
 from torchclip.cli.run import seeds as seeding
-from torchclip.cli.run.files import Files
+from torchclip.cli.run.files import now, write_files
 from torchclip.cli.run.mistakes import Remark
-from torchclip.cli.run.recording import Recording
-from torchclip.cli.run.report import about, histories, report
+from torchclip.cli.run.recording import recording
+from torchclip.cli.run.report import about, report, sections
 from torchclip.cli.run.script import prepare, traceback_of_script
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
-from torchclip.cli.thresholds import DESCRIBED, LEARNED, check_ceiling
-from torchclip.history.history import History
+from torchclip.cli.thresholds import CLASSES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,8 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--threshold",
-        choices=list(LEARNED),
-        help=f"clip to a threshold that learns, with --max-norm as a ceiling: {DESCRIBED}",
+        choices=list(CLASSES),
+        help="clip to a threshold that learns, with --max-norm as a ceiling: percentile: the 10th percentile "
+        "of the norms so far (AutoClip); zscore: above the usual norm, so that only spikes are clipped "
+        "(ZClip); adagc: the usual norm of each parameter (AdaGC); rolling-sigma: mean plus six standard "
+        "deviations of the last norms",
     )
     add("--none", action="store_true", help="remove the script's own clipping")
     add(
@@ -111,11 +114,11 @@ def thresholds_to_try(text: str) -> list[str]:
         if each == "auto" and len(found) > 1:
             raise argparse.ArgumentTypeError("auto searches by itself; give either auto or thresholds")
         value: float | str = math.inf if each == "none" else each
-        if each not in ("auto", "none", *LEARNED):
+        if each not in ("auto", "none", *CLASSES):
             try:
                 value = _above_0(each)
             except argparse.ArgumentTypeError as error:
-                names = ", ".join(LEARNED)
+                names = ", ".join(CLASSES)
                 raise argparse.ArgumentTypeError(f"{error}; or none, auto, {names}") from None
         if value in seen:
             same = "twice" if seen[value] == each else f"and {seen[value]!r}, which are the same"
@@ -131,34 +134,10 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
 
 
-def run(
-    script: str,
-    args: list[str],
-    module: bool = False,
-    max_norm: float | None = None,
-    threshold: str | None = None,
-    none: bool = False,
-    tries: list[str] | None = None,
-    metric: re.Pattern[str] | None = None,
-    maximize: bool = False,
-    seeds: int | None = None,
-    add_to_seeds: int = 0,
-    strict: bool = False,
-    plot: Path | None = None,
-    csv: Path | None = None,
-    html: Path | None = None,
-) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run a script, or a module, as Python would; then report.
 
     The script becomes this process's ``__main__``, and remains so.
-
-    Args:
-        script: the script's path, or the module's name.
-        args: the script's arguments.
-        module: whether ``script`` names a module.
-        tries: run the script once for each of these thresholds, in separate processes.
-
-    The others are the options of the same names.
 
     Returns:
         The exit status.
@@ -167,63 +146,70 @@ def run(
         argparse.ArgumentError: if there is no such script, or options do not go together.
         SystemExit: the script's.
     """
-    check_ceiling(threshold, max_norm)
-    thresholds = {"--max-norm": max_norm, "--threshold": threshold}
-    if none:
-        _refuse("--none and {} do not go together", thresholds)
-    if plot is not None:
-        need("argument --plot:", "matplotlib")
-    if html is not None:
-        need("argument --html:", "jinja2", "matplotlib")
-    wanted = Files(plot, csv, html)
-    if tries is not None:
-        with_try = "--try and {} do not go together; --try takes all thresholds, and none"
-        _refuse(with_try, thresholds | {"--none": none or None, "--strict": strict or None})
-        if maximize and metric is None:
-            raise refusal("--maximize goes with --metric only")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise refusal("--try starts processes of its own; do not start it with torchrun")
-        if not module and not os.path.exists(script):
-            raise refusal(f"argument SCRIPT: {os.strerror(errno.ENOENT)}: {script}")
+    _check(options)
+    if options.tries:
         from torchclip.cli.run.comparison import compare
-        from torchclip.cli.run.tries import Command
 
-        return compare(
-            Command(["-m"] * module + [script, *args], metric, maximize, seeds or 1), tries, wanted
-        )
-    with_try_only = {"--metric": metric, "--maximize": maximize or None, "--seeds": seeds}
-    _refuse("{} goes with --try only", with_try_only)
-    seeding.add_to_seeds(add_to_seeds)
+        return compare(options)
+    seeding.add_to_seeds(options.add_to_seeds)
     try:
-        main = prepare(script, args, module)
+        main = prepare(options.script, options.args, options.module)
     except (SyntaxError, ValueError) as error:  # the latter for null bytes, until Python 3.11
         sys.excepthook(type(error), error.with_traceback(None), None)
         return 1
-    return _recorded(main, Trial(max_norm, threshold, none), wanted, " ".join([script, *args]), strict)
+    return _recorded(main, options)
 
 
-def _refuse(message: str, options: Mapping[str, object]) -> None:
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together, or that need packages that are not installed."""
+    if options.threshold == "rolling-sigma" and options.max_norm:
+        raise refusal("--max-norm has no meaning with --threshold rolling-sigma")
+    if options.none:
+        _refuse(options, "--none and {} do not go together", "max_norm", "threshold")
+    try:
+        if options.plot:
+            check_installed("argument --plot:", "matplotlib")
+        if options.html:
+            check_installed("argument --html:", "jinja2", "matplotlib")
+    except ModuleNotFoundError as error:
+        raise refusal(str(error)) from None
+    files = [path.resolve() for path in (options.plot, options.csv, options.html) if path]
+    if len(set(files)) < len(files):
+        raise refusal("--plot, --csv and --html must name different files")
+    if not options.tries:
+        _refuse(options, "{} goes with --try only", "metric", "maximize", "seeds")
+        return
+    with_try = "--try and {} do not go together; --try takes all thresholds, and none"
+    _refuse(options, with_try, "max_norm", "threshold", "none", "strict")
+    if options.maximize and not options.metric:
+        raise refusal("--maximize goes with --metric only")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise refusal("--try starts processes of its own; do not start it with torchrun")
+    if not options.module and not os.path.exists(options.script):
+        raise refusal(f"argument SCRIPT: {os.strerror(errno.ENOENT)}: {options.script}")
+
+
+def _refuse(options: argparse.Namespace, message: str, *names: str) -> None:
     """Refuse options that are given."""
-    for name, value in options.items():
-        if value is not None:
-            raise refusal(message.format(name))
+    for name in names:
+        if getattr(options, name):
+            raise refusal(message.format(f"--{name.replace('_', '-')}"))
 
 
-def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: str, strict: bool) -> int:
+def _recorded(main: Callable[[], object], options: argparse.Namespace) -> int:
     """Run the script, report its errors as Python would, and show what was recorded.
 
     Returns:
         The exit status.
     """
-    process, recording = os.getpid(), Recording(trial)
-    recording.attach()
-    start = time.perf_counter()
-    error = _error_of(main)
-    seconds = time.perf_counter() - start
-    recording.detach()
-    status, end, began = 0, "", True
+    process = os.getpid()
+    with recording(Trial(options.max_norm, options.threshold, options.none)) as recorded:
+        start = time.perf_counter()
+        error = _error_of(main)
+        took = f"{time.perf_counter() - start:.3g} s"
+    status, began = 0, True
     if isinstance(error, SystemExit):
-        end = f"until sys.exit({error.code!r})" if error.code not in (None, 0) else ""
+        took += f", until sys.exit({error.code!r})" if error.code not in (None, 0) else ""
     elif error is not None:
         error.__traceback__ = traceback_of_script(error.__traceback__)
         began = error.__traceback__ is not None
@@ -231,13 +217,14 @@ def _recorded(main: Callable[[], object], trial: Trial, wanted: Files, command: 
             raise refusal(f"argument SCRIPT: {error}") from None
         sys.excepthook(type(error), error, error.__traceback__)
         interrupted = isinstance(error, KeyboardInterrupt)
-        status, end = (130, "until Ctrl-C") if interrupted else (1, f"until {type(error).__name__}")
+        status, end = (130, "Ctrl-C") if interrupted else (1, type(error).__name__)
+        took += f", until {end}"
     # A forked child that gets here has nothing to report, and one of many ranks is enough.
     if began and os.getpid() == process:
-        remarks = recording.steps.mistakes.remarks()
+        remarks = recorded.mistakes.remarks()
         is_first = os.environ.get("RANK", "0") == "0"
-        failed = _show(recording, seconds, end, wanted, command, remarks) if is_first else 0
-        is_wrong = strict and any(remark.is_mistake for remark in remarks)
+        failed = _show(recorded, took, remarks, options) if is_first else 0
+        is_wrong = options.strict and any(remark.is_mistake for remark in remarks)
         status = status or failed or int(is_wrong)
     if isinstance(error, SystemExit) and (error.code or not status):
         raise error
@@ -257,30 +244,24 @@ def _error_of(main: Callable[[], object]) -> BaseException | None:
     return None
 
 
-def _show(
-    recording: Recording, seconds: float, end: str, wanted: Files, command: str, remarks: Sequence[Remark]
-) -> int:
+def _show(recorded: StepRecorder, took: str, remarks: Sequence[Remark], options: argparse.Namespace) -> int:
     """Print the report and write the files; returns the exit status if a file cannot be written."""
     if sys.stdout is not None:
         sys.stdout.flush()
-    print(report(recording, seconds, end, remarks), file=sys.stderr)
-    found = histories(recording)
+    print(report(recorded, took, remarks), file=sys.stderr)
+    histories = {label: section.history for label, section in sections(recorded).items()}
+
+    def figure() -> Figure:
+        from torchclip.history.figure import history_figure
+
+        return history_figure({label: history.as_dict() for label, history in histories.items()})
 
     def html() -> str:
         from torchclip.history.page import page
 
-        title = f"Gradient norms of {next(iter(found))}" if len(found) == 1 else "Gradient norms"
-        return page(
-            title,
-            {name: each._shown() for name, each in found.items()},
-            about(recording, seconds, command, end),
-            remarks=list(map(str, remarks)),
-        )
+        title = f"Gradient norms of {next(iter(histories))}" if len(histories) == 1 else "Gradient norms"
+        what_ran = f"{' '.join([options.script, *options.args])}, {now()}, {took}"
+        shown = {name: each._shown() for name, each in histories.items()}
+        return page(title, shown, about(recorded, what_ran), remarks=list(map(str, remarks)))
 
-    return wanted.write(found, lambda: _figure(found), html)
-
-
-def _figure(histories: Mapping[str, History]) -> Figure:
-    from torchclip.history.figure import history_figure
-
-    return history_figure({label: history.as_dict() for label, history in histories.items()})
+    return write_files(options, histories, figure, html)

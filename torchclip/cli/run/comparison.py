@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 import numpy as np
 
-from torchclip.cli.run.files import Files, now
+from torchclip.cli.run.files import now, write_files
 from torchclip.cli.run.report import filled
 from torchclip.cli.run.tries import AS_IT_IS, Command, Tries, Try
 from torchclip.cli.run.verdict import compared, judged, verdict
@@ -15,12 +16,14 @@ from torchclip.history.history import History
 from torchclip.history.signs import final_loss
 
 
-def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
+def compare(options: argparse.Namespace) -> int:
     """Run as it is and with each threshold, or search for one, and show the results; returns the status."""
+    script = ["-m"] * options.module + [options.script, *options.args]
+    command = Command(script, options.metric, options.maximize, options.seeds or 1)
     tries = Tries(command)
     tries.all_of([AS_IT_IS])
-    if list(thresholds) != ["auto"]:
-        tries.all_of(thresholds)
+    if options.tries != ["auto"]:
+        tries.all_of(options.tries)
     elif not tries.signal:
         tries.auto()
     found, said = [each for each in tries.done if each.runs], verdict(tries, command)
@@ -35,12 +38,12 @@ def compare(command: Command, thresholds: Sequence[str], wanted: Files) -> int:
     def html() -> str:
         from torchclip.history.page import Overview, page
 
-        about = [*about_thresholds, f"{' '.join(command.script)}, {now()}"]
+        about = [*about_thresholds, f"{' '.join(script)}, {now()}"]
         overview = Overview(rows, "Loss of each run", losses_figure(_curves(found)))
         shown = {name: history._shown(has_advice=False) for name, history in histories.items()}
         return page("Thresholds tried", shown, {"": about}, overview, said)
 
-    status = wanted.write(histories, lambda: losses_figure(_curves(found)), html)
+    status = write_files(options, histories, lambda: losses_figure(_curves(found)), html)
     return tries.status if tries.signal else status or tries.status
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torchclip.history.history import History
 from torchclip.history.records import Record
@@ -16,40 +17,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Files(NamedTuple):
-    """The paths of the files, or None."""
+def write_files(
+    options: argparse.Namespace,
+    histories: Mapping[str, History],
+    figure: Callable[[], Figure],
+    page: Callable[[], str],
+) -> int:
+    """Write those that are asked for; returns 0, or 2 if one could not be written, with a message on stderr.
 
-    plot: Path | None
-    csv: Path | None
-    html: Path | None
-
-    def write(
-        self, histories: Mapping[str, History], figure: Callable[[], Figure], page: Callable[[], str]
-    ) -> int:
-        """Write all of them; returns 0, or 2 if one could not be written, with a message on stderr.
-
-        Args:
-            histories: the steps, by optimizer.
-            figure: makes the picture.
-            page: makes the page.
-        """
-        writers: dict[str, tuple[Path | None, Callable[[Path], object]]] = {
-            "plot": (self.plot, lambda path: figure().savefig(path)),
-            "csv": (self.csv, lambda path: _write_csv(path, histories)),
-            "html": (self.html, lambda path: path.write_text(page(), encoding="utf-8")),
-        }
-        status = 0
-        for name, (path, write) in writers.items():
-            if path is None:
-                continue
-            try:
-                write(path)
-            except OSError as error:
-                print(f"torchclip run: error: argument --{name}: {error.strerror}: {path}", file=sys.stderr)
-                status = 2
-            else:
-                print(f"{name}: {path}", file=sys.stderr)
-        return status
+    Args:
+        options: with the paths, or None, as ``plot``, ``csv`` and ``html``.
+        histories: the steps, by optimizer.
+        figure: makes the picture.
+        page: makes the page.
+    """
+    writers: dict[str, Callable[[Path], object]] = {
+        "plot": lambda path: figure().savefig(path),
+        "csv": lambda path: _write_csv(path, histories),
+        "html": lambda path: path.write_text(page(), encoding="utf-8"),
+    }
+    status = 0
+    for name, write in writers.items():
+        path = getattr(options, name)
+        if path is None:
+            continue
+        try:
+            write(path)
+        except OSError as error:
+            print(f"torchclip run: error: argument --{name}: {error.strerror}: {path}", file=sys.stderr)
+            status = 2
+        else:
+            print(f"{name}: {path}", file=sys.stderr)
+    return status
 
 
 def _write_csv(path: Path, histories: Mapping[str, History]) -> None:

@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -40,19 +41,14 @@ class FunctionRecorder:
             name: inspect.signature(getattr(torchclip, name)) for name in (*_BY_NORM, *_OTHERS)
         }
 
-    def attach(self) -> None:
-        """Record from now on."""
-        self._detach = patch.observe(self._called)
-        self._originals = {name: getattr(torchclip, name) for name in self._signatures}
-        for name, ours in self._originals.items():
+    def attach(self, stack: ExitStack) -> None:
+        """Record until the stack is closed."""
+        stack.callback(patch.observe(self._called))
+        for name in self._signatures:
+            ours = getattr(torchclip, name)
             vars(own)[name] = _function(self._called, ours)
             setattr(torchclip, name, vars(own)[name])
-
-    def detach(self) -> None:
-        """Stop recording."""
-        self._detach()
-        for name, ours in self._originals.items():
-            setattr(torchclip, name, ours)
+            stack.callback(setattr, torchclip, name, ours)
 
     def _called(self, ours: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = ours.__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,9 +13,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from torchclip.cli.run.gradients import Number, as_number
-
-_SCALE = "torchclip: scale"
-_MOST_NODES = 64  # of a loss's graph that are searched
 
 
 def in_backward() -> bool:
@@ -25,8 +23,9 @@ def in_backward() -> bool:
 class LossRecorder:
     """Records each scalar on which a program calls ``backward()``, without a GradScaler's scale.
 
-    Several scalars in a step are added, as in gradient accumulation.  ``autograd.grad`` and
-    ``backward(gradient=...)`` are not recorded.
+    Several scalars in a step are added, as in gradient accumulation.  Between a GradScaler's ``scale()`` and
+    its ``update()`` all of them count as scaled.  ``autograd.grad`` and ``backward(gradient=...)`` are not
+    recorded.
 
     Attributes:
         backwards: the number of backward passes so far.
@@ -36,12 +35,13 @@ class LossRecorder:
     def __init__(self) -> None:
         self.backwards = self.updates = 0
         self._pending: Number | None = None
-        self._has_scaled = False
-        self._is_scaling, self._unscaled = False, frozenset[int]()  # since the last update of a GradScaler
-        self._detach: list[Callable[[], None]] = []
+        # Since the last update: the GradScaler that has scaled, and the optimizers that it has unscaled.
+        self._scaler: GradScaler | None = None
+        self._unscaled = frozenset[int]()
 
-    def attach(self) -> None:
-        """Record from now on."""
+    def attach(self, stack: ExitStack) -> None:
+        """Record until the stack is closed."""
+        self._stack = stack
         # Tensor.backward() calls it, too.
         self._replace(torch.autograd, "backward", self._backward)
         self._replace_in_scaler(GradScaler)
@@ -52,7 +52,7 @@ class LossRecorder:
 
         # The program may import others at any time, such as torch.distributed's scaler.
         setattr(GradScaler, "__init_subclass__", classmethod(see_new_class))  # noqa: B010
-        self._detach.append(lambda: delattr(GradScaler, "__init_subclass__"))
+        stack.callback(delattr, GradScaler, "__init_subclass__")
 
     def _replace_in_scaler(self, scaler: type[GradScaler]) -> None:
         """Replace methods of a class of GradScalers and of its subclasses."""
@@ -63,11 +63,6 @@ class LossRecorder:
         for derived in scaler.__subclasses__():
             self._replace_in_scaler(derived)
 
-    def detach(self) -> None:
-        """Stop recording."""
-        while self._detach:
-            self._detach.pop()()
-
     def take(self) -> Number | None:
         """The loss of the step that begins now; None if there is none."""
         pending, self._pending = self._pending, None
@@ -75,7 +70,7 @@ class LossRecorder:
 
     def unscaled(self) -> frozenset[int] | None:
         """The ``id`` of each optimizer that a GradScaler has unscaled; None if there is no scale."""
-        return self._unscaled if self._is_scaling else None
+        return None if self._scaler is None else self._unscaled
 
     def _replace(self, owner: Any, name: str, stand_in: Callable[..., Any]) -> None:
         original = vars(owner)[name]
@@ -87,7 +82,7 @@ class LossRecorder:
             return stand_in(original, *args, **kwargs)
 
         setattr(owner, name, replaced)
-        self._detach.append(lambda: setattr(owner, name, original))
+        self._stack.callback(setattr, owner, name, original)
 
     def _backward(
         self, original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any
@@ -101,17 +96,14 @@ class LossRecorder:
 
     def _add(self, tensor: Tensor) -> None:
         value = as_number(tensor)
-        scale = _scale_of(tensor) if self._has_scaled else None
-        if scale is not None:
-            value = value / as_number(scale(torch.ones((), device=tensor.device)))
+        if self._scaler is not None:
+            value = value / as_number(self._scaler.scale(torch.ones((), device=tensor.device)))
         self._pending = value if self._pending is None else self._pending + value
 
     def _scale(self, original: Callable[..., Any], scaler: GradScaler, outputs: Any) -> Any:
-        scaled = original(scaler, outputs)
-        if not scaler.is_enabled():
-            return scaled
-        self._has_scaled = self._is_scaling = True
-        return _marked(scaled, functools.partial(original, scaler))
+        if scaler.is_enabled():
+            self._scaler = scaler
+        return original(scaler, outputs)
 
     def _unscale(self, original: Callable[..., Any], scaler: GradScaler, optimizer: Optimizer) -> None:
         original(scaler, optimizer)
@@ -119,34 +111,6 @@ class LossRecorder:
 
     def _update(self, original: Callable[..., Any], scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
         self.updates += 1
-        self._is_scaling = False
-        self._unscaled = frozenset()
+        self._scaler, self._unscaled = None, frozenset()
         self.take()  # what is left belongs to a step that the scaler has skipped
         return original(scaler, *args, **kwargs)
-
-
-def _marked(scaled: Any, scale: Callable[[Tensor], Any]) -> Any:
-    """Scaled losses, perhaps in lists or an iterator, each with the function that scaled it in its graph."""
-    if isinstance(scaled, Tensor):
-        node: Any = scaled.grad_fn
-        if node is not None:
-            node.metadata[_SCALE] = scale
-    elif isinstance(scaled, (list, tuple)):
-        for each in scaled:
-            _marked(each, scale)
-    else:
-        return (_marked(each, scale) for each in scaled)
-    return scaled
-
-
-def _scale_of(tensor: Tensor) -> Callable[[Tensor], Any] | None:
-    """What scaled a loss, or a loss from which it was computed; None for other losses."""
-    nodes: list[Any] = [tensor.grad_fn]
-    for node in nodes:  # which grows
-        if node is not None:
-            if _SCALE in node.metadata:
-                scale: Callable[[Tensor], Any] = node.metadata[_SCALE]
-                return scale
-            if len(nodes) < _MOST_NODES:
-                nodes += [before for before, _ in node.next_functions]
-    return None

@@ -61,9 +61,9 @@ class StepFacts:
             call.is_used = True
         self.stale = [call for call in clips if not call.is_used and not call.is_skipped]
 
-    def missed(self) -> list[str]:
-        """The names of the parameters whose gradients no call got."""
-        got = frozenset[int]().union(*(call.parameters for call in self.used))
+    def missed(self, calls: Sequence[Call]) -> list[str]:
+        """The names of the parameters whose gradients none of these calls got, nor a Clipper."""
+        got = frozenset[int]().union(*(call.parameters for call in calls))
         names = self.record.names
         return [] if self.has_clipper else [names[key] for key in self.gradients if key not in got]
 
@@ -94,7 +94,7 @@ def no_parameters(step: StepFacts) -> Iterator[Found]:
     idle = [call for call in step.others if not call.has_gradients]
     # Those of the previous step, too, as the call may come after it.
     gradients = step.record.gradients.union(step.gradients.values())
-    misses = bool(idle and step.missed())
+    misses = bool(idle and step.missed(step.calls))
     for call in idle:
         if not gradients.isdisjoint(call.parameters):
             yield Found("gradients", (call.site,), call.function)
@@ -115,7 +115,7 @@ def still_scaled(step: StepFacts) -> Iterator[Found]:
 
 def a_part(step: StepFacts) -> Iterator[Found]:
     """The optimizer steps with gradients that the calls did not get."""
-    missed = step.missed() if step.used else []
+    missed = step.missed(step.used) if step.used else []
     if missed:
         sites = tuple(dict.fromkeys(call.site for call in step.used))
         yield Found("part", sites[:1], step.used[0].function, missed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any
 from weakref import WeakSet
@@ -26,19 +27,11 @@ class Modules:
     def __init__(self) -> None:
         self._made: WeakSet[nn.Module] = WeakSet()
         self._parts: WeakSet[nn.Module] = WeakSet()
-        self._hooks: list[Any] = []
 
-    def attach(self) -> None:
-        """Look on from now on."""
-        self._hooks = [
-            hooks.register_module_module_registration_hook(self._has_part),
-            hooks.register_module_parameter_registration_hook(self._has_parameter),
-        ]
-
-    def detach(self) -> None:
-        """Stop."""
-        for hook in self._hooks:
-            hook.remove()
+    def attach(self, stack: ExitStack) -> None:
+        """Look on until the stack is closed."""
+        stack.callback(hooks.register_module_module_registration_hook(self._has_part).remove)
+        stack.callback(hooks.register_module_parameter_registration_hook(self._has_parameter).remove)
 
     def _has_part(self, module: nn.Module, _: str, part: nn.Module | None) -> None:
         self._made.add(module)

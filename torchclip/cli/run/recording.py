@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 from torchclip import patch
 from torchclip.cli.run.calls import Calls
 from torchclip.cli.run.functions import FunctionRecorder
@@ -10,29 +13,18 @@ from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 
 
-class Recording:
-    """Installs torchclip, and records the program's calls, losses and steps until it is detached.
+@contextmanager
+def recording(trial: Trial) -> Iterator[StepRecorder]:
+    """Install torchclip, which stays, and record the program's calls, losses and steps in a block.
 
     Args:
         trial: the clipping to try.
     """
-
-    def __init__(self, trial: Trial) -> None:
-        self.trial = trial
-        self.calls = Calls()
-        self.losses = LossRecorder()
-        self.functions = FunctionRecorder(self.calls, self.losses, trial)
-        self.steps = StepRecorder(trial, self.calls, self.losses)
-
-    def attach(self) -> None:
-        """Record from now on."""
-        patch.install()
-        self.functions.attach()
-        self.losses.attach()
-        self.steps.attach()
-
-    def detach(self) -> None:
-        """Stop recording; torchclip's functions stay."""
-        self.steps.detach()
-        self.losses.detach()
-        self.functions.detach()
+    calls, losses = Calls(), LossRecorder()
+    steps = StepRecorder(trial, calls, losses)
+    patch.install()
+    with ExitStack() as stack:
+        FunctionRecorder(calls, losses, trial).attach(stack)
+        losses.attach(stack)
+        steps.attach(stack)
+        yield steps

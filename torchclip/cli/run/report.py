@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchclip.cli.run.files import now
 from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.names import labels
 from torchclip.cli.run.optimizer import OptimizerRecord
-from torchclip.cli.run.recording import Recording
+from torchclip.cli.run.steps import StepRecorder
 from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
@@ -28,24 +27,24 @@ REPORT = "torchclip: what clipping did"
 
 
 class Section(NamedTuple):
-    """Optimizers that are reported as one, and their steps."""
+    """Optimizers that are reported as one, and their steps, with the norms of the parameters."""
 
-    optimizers: Sequence[OptimizerRecord]
+    optimizer: OptimizerRecord
+    """The only one, or the first of several."""
     history: History
 
 
-def report(run: Recording, seconds: float, end: str = "", remarks: Sequence[Remark] = ()) -> str:
+def report(run: StepRecorder, took: str, remarks: Sequence[Remark] = ()) -> str:
     """What clipping did in a run, in a few lines.
 
     Args:
         run: what was recorded.
-        seconds: how long the run took.
-        end: how it ended, if not normally.
+        took: how long the run took, and how it ended.
         remarks: what is worth a look.
     """
     found = sections(run)
     shown = dict(list(found.items())[:_MOST_OPTIMIZERS])
-    lines = [f"{REPORT} in {_took(seconds, end)}"]
+    lines = [f"{REPORT} in {took}"]
     if remarks:
         lines += ["", "worth a look", *_indented(map(str, remarks))]
     for label, section in shown.items():
@@ -72,12 +71,11 @@ def filled(line: str) -> str:
     return textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
 
 
-def sections(run: Recording) -> dict[str, Section]:
+def sections(run: StepRecorder) -> dict[str, Section]:
     """The optimizers by their labels; those with one Clipper are one, also those in backward passes."""
-    optimizers = run.steps.optimizers
-    of_each = labels([(each.kind, each.variable, each.names.values()) for each in optimizers])
+    of_each = labels([(each.kind, each.variable, each.names.values()) for each in run.optimizers])
     found: dict[int, tuple[list[str], list[OptimizerRecord]]] = {}
-    for label, optimizer in zip(of_each, optimizers, strict=True):
+    for label, optimizer in zip(of_each, run.optimizers, strict=True):
         key = 0 if optimizer.rounds else id(optimizer.history)
         names, records = found.setdefault(key, ([], []))
         names.append(label)
@@ -85,7 +83,11 @@ def sections(run: Recording) -> dict[str, Section]:
     if len(found.get(0, ([], []))[0]) > 1:
         names, records = found[0]
         names[:] = [f"{len(names)} optimizers that step in backward passes"]
-    return {" and ".join(names): Section(records, _joined(records)) for names, records in found.values()}
+    joint = {" and ".join(names): Section(records[0], _joined(records)) for names, records in found.values()}
+    for section in joint.values():
+        if not len(section.history.layers):
+            section.history.layers = section.optimizer.layers
+    return joint
 
 
 def _joined(optimizers: Sequence[OptimizerRecord]) -> History:
@@ -110,29 +112,15 @@ def _joined(optimizers: Sequence[OptimizerRecord]) -> History:
     return joint
 
 
-def histories(run: Recording) -> dict[str, History]:
-    """The steps of each section, with their parameters' norms."""
-    found = {}
-    for label, (optimizers, history) in sections(run).items():
-        found[label] = history
-        if not len(history.layers):
-            history.layers = optimizers[0].layers
-    return found
-
-
-def about(run: Recording, seconds: float, command: str, end: str = "") -> dict[str, list[str]]:
+def about(run: StepRecorder, title: str) -> dict[str, list[str]]:
     """Further lines on the page, by an optimizer's label: how it was clipped, the largest layers.
 
-    Under the empty label: the script, the date, and the time it took.
+    Under the empty label: the title, with the date.
     """
-    found = {"": [f"{command}, {now()}, {_took(seconds, end)}"]}
+    found = {"": [title]}
     for label, section in sections(run).items():
         found[label] = [line[:1].upper() + line[1:] for line in _about(section, run.trial)]
     return found
-
-
-def _took(seconds: float, end: str) -> str:
-    return f"{seconds:.3g} s{end and ', '}{end}"
 
 
 # What clipping did
@@ -140,7 +128,7 @@ def _took(seconds: float, end: str) -> str:
 
 def _about(section: Section, trial: Trial) -> Iterator[str]:
     """What has clipped, problems, parameters with non-finite gradients, and the largest layers."""
-    optimizer = section.optimizers[0]
+    optimizer = section.optimizer
     yield _clipped_by(section, trial)
     if optimizer.problem:
         yield optimizer.problem
@@ -158,13 +146,13 @@ def _about(section: Section, trial: Trial) -> Iterator[str]:
 
 def _advice_on(label: str, section: Section, trial: Trial) -> str:
     """The heading of the advice, with what is judged."""
-    ways = [str(trial)] if trial.replaces else section.optimizers[0].clipped_by
+    ways = [str(trial)] if trial.replaces else section.optimizer.clipped_by
     on = f" on {' or '.join(ways)}" if ways else ""
     return f"advice{on}{label and ' for '}{label}"
 
 
 def _clipped_by(section: Section, trial: Trial) -> str:
-    optimizer = section.optimizers[0]
+    optimizer = section.optimizer
     if trial.replaces and (trial.none or not optimizer.problem):
         to = "" if trial.threshold is None else _to(section.history)
         if trial.threshold == "adagc":  # a record has only the smallest threshold, which is not informative

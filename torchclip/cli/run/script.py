@@ -39,19 +39,6 @@ def prepare(script: str, args: list[str], module: bool) -> Callable[[], object]:
     except OSError as error:
         raise refusal(f"argument SCRIPT: {error.strerror}: {script}") from None
     _import_from(os.path.dirname(os.path.realpath(script)))
-    return _source(path, source)
-
-
-def _import_from(directory: str) -> None:
-    """Let the script import modules from there, instead of from where ``torchclip`` was started.
-
-    In safe mode (``python -P``, ``PYTHONSAFEPATH``) Python adds neither.
-    """
-    if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # in 3.10 only as part of -I
-        sys.path[0] = directory
-
-
-def _source(path: str, source: bytes) -> Callable[[], object]:
     code = compile(source, path, "exec", dont_inherit=True)
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=__builtins__)
@@ -62,6 +49,15 @@ def _source(path: str, source: bytes) -> Callable[[], object]:
         exec(code, main.__dict__)
 
     return execute
+
+
+def _import_from(directory: str) -> None:
+    """Let the script import modules from there, instead of from where ``torchclip`` was started.
+
+    In safe mode (``python -P``, ``PYTHONSAFEPATH``) Python adds neither.
+    """
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # in 3.10 only as part of -I
+        sys.path[0] = directory
 
 
 def traceback_of_script(traceback: types.TracebackType | None) -> types.TracebackType | None:

@@ -10,14 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-# Functions and classes that take a seed first, by the object that programs find them in.
-_SEEDING: list[tuple[Any, tuple[str, ...]]] = [
+# Functions that take a seed first, by the object that programs find them in.
+_FUNCTIONS: list[tuple[Any, tuple[str, ...]]] = [
     (torch, ("manual_seed",)),
     (torch.random, ("manual_seed",)),
     (torch.cuda, ("manual_seed", "manual_seed_all")),
     (np.random, ("seed", "default_rng")),
     (random, ("seed",)),
 ]
+# Classes, with the method that takes a seed.
+_CLASSES: list[tuple[Any, str, str]] = [
+    (torch, "Generator", "manual_seed"),
+    (np.random, "RandomState", "__init__"),
+    (np.random, "SeedSequence", "__init__"),
+    (random, "Random", "seed"),
+]
+_NAMES = ("seed", "entropy", "a")  # of the argument
 
 
 def add_to_seeds(number: int) -> None:
@@ -25,42 +33,24 @@ def add_to_seeds(number: int) -> None:
     if not number:
         return
     torch.manual_seed(torch.initial_seed() + number)
-    for owner, names in _SEEDING:
+    for owner, names in _FUNCTIONS:
         for name in names:
-            setattr(owner, name, _shifted(getattr(owner, name), number))
-
-    class Generator(torch.Generator):
-        def manual_seed(self, seed: int) -> Any:
-            return super().manual_seed(_plus(seed, number))
-
-    class RandomState(np.random.RandomState):
-        def __init__(self, seed: Any = None) -> None:
-            super().__init__(_plus(seed, number))
-
-    class SeedSequence(np.random.SeedSequence):
-        def __init__(self, entropy: Any = None, **options: Any) -> None:
-            super().__init__(_plus(entropy, number), **options)
-
-    class Random(random.Random):
-        def seed(self, a: Any = None, version: int = 2) -> None:
-            super().seed(_plus(a, number), version)
-
-    for owner, stand_in in (
-        (torch, Generator),
-        (np.random, RandomState),
-        (np.random, SeedSequence),
-        (random, Random),
-    ):
-        setattr(owner, stand_in.__name__, stand_in)
+            setattr(owner, name, _shifted(getattr(owner, name), number, 0))
+    for owner, name, method in _CLASSES:
+        base = getattr(owner, name)
+        shifted = _shifted(getattr(base, method), number, 1)  # after self
+        # The module in which pickle finds it.
+        setattr(owner, name, type(name, (base,), {method: shifted, "__module__": owner.__name__}))
 
 
-def _shifted(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+def _shifted(function: Callable[..., Any], number: int, position: int) -> Callable[..., Any]:
+    """A function that adds the number to the seed that it gets, by position or by name."""
+
     @functools.wraps(function)
     def shifted(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            return function(_plus(args[0], number), *args[1:], **kwargs)
-        name = next((name for name in ("seed", "a") if name in kwargs), None)
-        return function(**(kwargs if name is None else {**kwargs, name: _plus(kwargs[name], number)}))
+        given = [_plus(value, number) if i == position else value for i, value in enumerate(args)]
+        named = {name: _plus(value, number) if name in _NAMES else value for name, value in kwargs.items()}
+        return function(*given, **named)
 
     return shifted
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import ref
 
@@ -41,35 +41,27 @@ class StepRecorder:
         trial: the clipping to try.
         optimizers: the record of each, in the order of their first steps.
         mistakes: what the program may do wrong.
+        calls: the latest calls of clipping functions.
     """
 
     def __init__(self, trial: Trial, calls: Calls, losses: LossRecorder) -> None:
         self.trial = trial
         self.optimizers: list[OptimizerRecord] = []
         self.mistakes = Mistakes()
-        self._calls, self._losses = calls, losses
+        self.calls, self._losses = calls, losses
         self._modules = Modules()
         self._by_id: dict[int, OptimizerRecord] = {}
         self._clipper_sites: dict[int, Site] = {}  # by the id of the optimizer
         self._known: set[int] = set()  # the id of each parameter of an optimizer that has stepped
-        self._detach: list[Callable[[], None]] = []
 
-    def attach(self) -> None:
-        """Record from now on."""
+    def attach(self, stack: ExitStack) -> None:
+        """Record until the stack is closed."""
         # This code must not be compiled together with the program's step.
         before, after = (_not_compiled(hook) for hook in (self._before_step, self._after_step))
-        self._modules.attach()
-        self._detach += [
-            self._modules.detach,
-            register_optimizer_step_pre_hook(before).remove,
-            register_optimizer_step_post_hook(after).remove,
-        ]
-        self._detach.append(registry.set_adjustment(self._adjusted))
-
-    def detach(self) -> None:
-        """Stop recording."""
-        while self._detach:
-            self._detach.pop()()
+        self._modules.attach(stack)
+        stack.callback(register_optimizer_step_pre_hook(before).remove)
+        stack.callback(register_optimizer_step_post_hook(after).remove)
+        stack.callback(registry.set_adjustment(self._adjusted))
 
     def _adjusted(self, optimizer: Any, max_norm: Any) -> Any:
         """The ``max_norm`` of a Clipper that the program makes; where it does so is recorded."""
@@ -84,11 +76,13 @@ class StepRecorder:
         if around:
             self._note_wrapped(around[-1], optimizer)
             return None
-        if id(optimizer) not in self._by_id and _creates_state(optimizer, args, kwargs):
+        if id(optimizer) not in self._by_id and creates_state(
+            optimizer, args, kwargs, lambda: norm_of(parameters_of(optimizer))
+        ):
             return None
         record = self._record_of(optimizer)
         record.is_measured = record.is_tried = False
-        replaced = with_closure(args, kwargs, partial(self._call_closure, record, optimizer))
+        replaced = with_closure(args, kwargs, functools.partial(self._call_closure, record, optimizer))
         if replaced is None:
             self._measure(record, optimizer)
         return replaced
@@ -115,7 +109,7 @@ class StepRecorder:
         if record is None or not record.is_measured or _around(optimizer):
             return
         self._losses.take()  # of later calls of a closure
-        record.seen = self._calls.number, self._losses.backwards
+        record.seen = self.calls.number, self._losses.backwards
         clipper = registry.clipper_of(record.with_clipper(optimizer))
         with _problems_of(record):
             if clipper is not None:
@@ -145,7 +139,7 @@ class StepRecorder:
 
     def _facts(self, record: OptimizerRecord, optimizer: Optimizer) -> StepFacts:
         names = record.names.keys()
-        recent = self._calls.since(record.seen[0])
+        recent = self.calls.since(record.seen[0])
         own = [call for call in recent if call.exists() and not call.parameters.isdisjoint(names)]
         return StepFacts(
             record,
@@ -155,7 +149,7 @@ class StepRecorder:
             [call for call in recent if not call.exists() or call.parameters.isdisjoint(self._known)],
             {id(p): id(p.grad) for p in parameters_of(optimizer) if p.grad is not None},
             registry.clipper_of(record.with_clipper(optimizer)) is not None,
-            partial(_was_scaled, optimizer, self._losses.unscaled()),
+            functools.partial(_was_scaled, optimizer, self._losses.unscaled()),
         )
 
     def _record(
@@ -249,14 +243,8 @@ class StepRecorder:
 
 def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compiler.disable``, whose import takes long, when it is first needed."""
-    disabled: list[Callable[..., Any]] = []
-
-    def call(*args: Any) -> Any:
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-        return disabled[0](*args)
-
-    return call
+    disabled = functools.cache(lambda: torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    return lambda *args: disabled()(*args)
 
 
 def _around(optimizer: Optimizer) -> list[Optimizer]:
@@ -271,11 +259,6 @@ def _around(optimizer: Optimizer) -> list[Optimizer]:
         if each is optimizer or not first.isdisjoint(map(id, parameters_of(each)))
     ]
     return found[1:]
-
-
-def _creates_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a step trains nothing, but makes the optimizer create its state."""
-    return creates_state(optimizer, args, kwargs, lambda: norm_of(parameters_of(optimizer)))
 
 
 def _was_scaled(optimizer: Optimizer, unscaled: frozenset[int] | None, call: Call) -> bool:

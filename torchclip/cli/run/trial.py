@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchclip._core import scalars
 from torchclip.cli.run.gradients import Number, norms_of
-from torchclip.cli.thresholds import max_norm_of
+from torchclip.cli.thresholds import CLASSES
 from torchclip.clip_grad.norm import clip_grads_with_norm_
 from torchclip.thresholds.base import MaxNorm
 
@@ -52,8 +52,9 @@ class Trial:
 
     def new_max_norm(self) -> MaxNorm:
         """The ``max_norm`` for a Clipper that the program makes."""
-        ceiling = math.inf if self.none or self.max_norm is None else self.max_norm
-        return max_norm_of(self.threshold or "fixed", ceiling)
+        if self.threshold is None:
+            return math.inf if self.max_norm is None else self.max_norm
+        return CLASSES[self.threshold](**({} if self.max_norm is None else {"max_norm": self.max_norm}))
 
     def clip(
         self,
@@ -98,11 +99,6 @@ class Trial:
         return Effect(norm, min(max_norms), min(coefs))
 
     def __str__(self) -> str:
-        if self.none:
-            return "--none"
-        options = {"max-norm": self.max_norm, "threshold": self.threshold}
-        return " ".join(
-            f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
-            for name, value in options.items()
-            if value is not None
-        )
+        max_norm = "" if self.max_norm is None else f"--max-norm {self.max_norm:g}"
+        threshold = "" if self.threshold is None else f"--threshold {self.threshold}"
+        return "--none" if self.none else f"{max_norm} {threshold}".strip()

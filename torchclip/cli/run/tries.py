@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -21,7 +21,7 @@ import numpy as np
 from torchclip.cli.run.files import read_csv
 from torchclip.cli.run.report import REPORT, losses_of
 from torchclip.cli.run.search import Outcome, search
-from torchclip.cli.thresholds import LEARNED
+from torchclip.cli.thresholds import CLASSES
 from torchclip.history.history import History
 
 AS_IT_IS = "as it is"
@@ -31,7 +31,7 @@ INTERRUPTED = "interrupted"
 """The problem of a run that Ctrl-C has ended; it shows nothing about its threshold."""
 
 _SECONDS_TO_END = 20  # seconds that a run has after Ctrl-C to write its results
-_KILL = getattr(signal, "SIGKILL", 9)
+_SECONDS_BETWEEN_LOOKS = 0.02
 _LAST_LINES = 10  # of a run that failed
 _BLOCKS = 5  # of a run's tail, whose means show how much it varies
 
@@ -59,7 +59,7 @@ class Command:
 
     def arguments(self, threshold: str, seed: int, csv: Path) -> list[str]:
         """The command line that runs the script with a threshold."""
-        options = ["--threshold", threshold] if threshold in LEARNED else ["--max-norm", threshold]
+        options = ["--threshold", threshold] if threshold in CLASSES else ["--max-norm", threshold]
         if threshold in ("none", AS_IT_IS):
             options = ["--none"] if threshold == "none" else []
         options += ["--add-to-seeds", str(seed)] if seed else []
@@ -110,16 +110,14 @@ class Run:
     def read(self, status: int, csv: Path, log: str, metric: re.Pattern[str] | None) -> None:
         """Read what the run has written, after it has ended with this status."""
         output = log.partition(REPORT)[0]
-        was_killed = status == -_KILL  # perhaps while it was writing
+        was_killed = status < 0  # perhaps while it was writing
         self.histories = read_csv(csv) if csv.exists() and not was_killed else {}
         if metric is None:
             losses = next(iter(self.losses.values()), [])
             self.tail = losses[-max(len(losses) // 10, 1) :]
         else:
             self.tail = [_number(match.group(match.lastindex or 0)) for match in metric.finditer(output)][-1:]
-        if status in (130, -signal.SIGINT):
-            self.problem = INTERRUPTED
-        elif status < 0:
+        if status < 0:
             self.problem = f"ended by {signal.Signals(-status).name}"
         elif status:
             self.problem = f"failed, exit status {status}"
@@ -203,6 +201,8 @@ class Tries:
                 status = self._wait(self._command.arguments(threshold, seed, csv), output)
             run.seconds = time.perf_counter() - start
             run.read(status, csv, log.read_text(encoding="utf-8", errors="replace"), self._command.metric)
+        if self.signal and status:
+            run.problem, run.error = INTERRUPTED, ""
         return run
 
     def _wait(self, arguments: Sequence[str], output: IO[bytes]) -> int:
@@ -216,20 +216,32 @@ class Tries:
             env={"PYTHONUNBUFFERED": "1", **os.environ},
             start_new_session=True,
         )
-        try:
-            with _raised():
-                return process.wait()
-        except _Signal as error:
-            self.signal = error.number
+        # Shells let background processes, and their children, ignore Ctrl-C.
+        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        request = signal.SIGTERM if is_ignored else signal.SIGINT
+        deadline = math.inf
+
+        def end(number: int, _: object) -> None:
+            nonlocal deadline
+            deadline = 0.0 if self.signal else time.monotonic() + _SECONDS_TO_END
+            self.signal = number
             if os.name != "nt":  # there the console has told it
-                # Shells let background processes, and their children, ignore Ctrl-C.
-                is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-                process.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
-            with contextlib.suppress(_Signal, subprocess.TimeoutExpired), _raised():
-                process.wait(_SECONDS_TO_END)
-        finally:
-            if process.poll() is None:
-                process.kill() if os.name == "nt" else os.killpg(process.pid, _KILL)
+                process.send_signal(request)
+
+        before = {
+            number: signal.signal(number, end)
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN
+        }
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if self.signal and os.name == "nt":
+            process.kill()
+        elif self.signal:
+            with contextlib.suppress(ProcessLookupError):  # also what the run has started, if it still exists
+                os.killpg(process.pid, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return process.wait()
 
     def auto(self) -> None:
@@ -265,32 +277,6 @@ def _same(first: Run, second: Run) -> bool:
             for label, history in first.histories.items()
         )
     )
-
-
-class _Signal(BaseException):
-    """A signal that asks this process to end."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextlib.contextmanager
-def _raised() -> Iterator[None]:
-    """Raise the signals that ask a process to end, which a run in its own session does not get."""
-
-    def raise_it(number: int, _: object) -> None:
-        raise _Signal(number)
-
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
-    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    for number in heeded:
-        signal.signal(number, raise_it)
-    try:
-        yield
-    finally:
-        for number in heeded:
-            signal.signal(number, before[number])
 
 
 def _number(text: str) -> float:

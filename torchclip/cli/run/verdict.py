@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from torchclip.cli.run.tries import AS_IT_IS, INTERRUPTED, Command, Tries, Try
-from torchclip.cli.thresholds import LEARNED
+from torchclip.cli.thresholds import CLASSES
 
 Comparison = Literal["better", "worse", "no difference", "unknown"]
 
@@ -150,7 +150,7 @@ def _named(tried: Try) -> str:
     name = tried.threshold
     if name in ("none", AS_IT_IS):
         return "no clipping" if name == "none" else "the script as it is"
-    return f"--threshold {name}" if name in LEARNED else f"max_norm={name}"
+    return f"--threshold {name}" if name in CLASSES else f"max_norm={name}"
 
 
 def _extreme(maximize: bool) -> str:

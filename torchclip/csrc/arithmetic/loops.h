@@ -176,24 +176,19 @@ template <bool kByBits, class T> INLINE bool clamp(T* x, size_t n, double limit)
 
 INLINE double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
 
-// The number of real numbers that belong to a finite element of `parts` numbers.
-template <size_t parts, class T> INLINE size_t count_finite(const T* x, size_t n) {
-    size_t count = 0;
-    for (size_t i = 0; i < n; i += parts) count += parts * size_t(is_finite(x[i]) && is_finite(x[i + parts - 1]));
-    return count;
-}
-
 // Sets each element that is not finite to 0.
 template <size_t parts, class T> INLINE bool zero_nonfinite(T* x, size_t n) {
+    const auto is_element_finite = [](const T* element) {
+        return is_finite(element[0]) && is_finite(element[parts - 1]);
+    };
     bool written = false;
     for (size_t i = 0; i < n; i += kBlock) {
-        T* const block = x + i;
-        const size_t length = std::min(kBlock, n - i);
-        if (count_finite<parts>(block, length) == length) continue;
-        written = true;
-        for (size_t j = 0; j < length; j += parts)
-            if (!(is_finite(block[j]) && is_finite(block[j + parts - 1])))
-                std::memset(static_cast<void*>(block + j), 0, parts * sizeof(T));
+        T *const block = x + i, *const end = block + std::min(kBlock, n - i);
+        size_t beyond = 0;
+        for (const T* element = block; element < end; element += parts) beyond += !is_element_finite(element);
+        written |= beyond > 0;
+        for (T* element = block; beyond > 0 && element < end; element += parts)
+            if (!is_element_finite(element)) std::memset(static_cast<void*>(element), 0, parts * sizeof(T));
     }
     return written;
 }

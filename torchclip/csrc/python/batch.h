@@ -52,36 +52,6 @@ void batch_dealloc(PyObject* self) {
     Py_DECREF(type);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Arguments
-// ---------------------------------------------------------------------------------------------------------------
-
-// An iterable with a number for each tensor.
-Outcome read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
-    const Ref list(PyList_CheckExact(iterable) ? new_reference(iterable) : PySequence_List(iterable));
-    if (list == nullptr) return kFailed;
-    const Outcome outcome = collect_list(list, [&](const Ref& item) {
-        double number;
-        if (read_number(item, number) != kDone) return kFailed;
-        numbers.push_back(number);
-        return kDone;
-    });
-    if (outcome != kDone || numbers.size() == wanted) return outcome;
-    return fail(PyExc_ValueError, "expected one number for each of %zu tensors, got %zu", wanted, numbers.size());
-}
-
-// The same, or a float for all tensors.
-Outcome read_limits(PyObject* given, size_t wanted, Numbers& limits) {
-    if (!PyFloat_Check(given)) return read_numbers(given, wanted, limits);
-    limits.resize(wanted);
-    std::fill(limits.begin(), limits.end(), PyFloat_AsDouble(given));
-    return kDone;
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// Methods
-// ---------------------------------------------------------------------------------------------------------------
-
 PyObject* batch_all(PyObject* self, void*) {
     Batch& batch = batch_of(self);
     if (batch.all == nullptr) {
@@ -111,22 +81,17 @@ PyObject* measure(Access& access, Read Loops::* loop, bool each) {
     return finish(outcome, [&] { return each ? new_list(norms) : PyFloat_FromDouble(norm); });
 }
 
-// The same where the kernel has no loop for the order.
-Ref ask_for_norms(PyObject* self, double norm_type, bool each) {
-    const Ref all(batch_all(self, nullptr));
-    if (all == nullptr) return Ref();
-    return Ref(PyObject_CallFunction(torch().other_norms, "OdO", static_cast<PyObject*>(all), norm_type,
-                                     each ? Py_True : Py_False));
-}
-
 template <bool each> PyObject* batch_norms(PyObject* self, PyObject* argument) {
     Batch& batch = batch_of(self);
     double norm_type;
     if (read_number(argument, norm_type) != kDone) return nullptr;
     Read Loops::* const loop = loop_of(norm_type, batch.flags & kAnyComplex);
-    if (loop == nullptr) return ask_for_norms(self, norm_type, each).release();
     Access access(batch.tensors);
-    return measure(access, loop, each);
+    if (loop != nullptr) return measure(access, loop, each);
+    const Ref all(batch_all(self, nullptr));
+    if (all == nullptr) return nullptr;
+    return PyObject_CallFunction(torch().other_norms, "OdO", static_cast<PyObject*>(all), norm_type,
+                                 each ? Py_True : Py_False);
 }
 
 // measured(parameters, norm_type, each): a batch of their gradients with its norm, or the list of theirs.  Their memory
@@ -155,30 +120,25 @@ PyObject* batch_scale(PyObject* self, PyObject* argument) {
     return finish(Access(batch_of(self).tensors).scale(clip_coef));
 }
 
+// An iterable with a number for each tensor.
+Outcome read_numbers(PyObject* iterable, size_t wanted, Numbers& numbers) {
+    const Ref list(PyList_CheckExact(iterable) ? new_reference(iterable) : PySequence_List(iterable));
+    if (list == nullptr) return kFailed;
+    const Outcome outcome = collect_list(list, [&](const Ref& item) {
+        double number;
+        if (read_number(item, number) != kDone) return kFailed;
+        numbers.push_back(number);
+        return kDone;
+    });
+    if (outcome != kDone || numbers.size() == wanted) return outcome;
+    return fail(PyExc_ValueError, "expected one number for each of %zu tensors, got %zu", wanted, numbers.size());
+}
+
 PyObject* batch_scale_each(PyObject* self, PyObject* argument) {
     Tensors& tensors = batch_of(self).tensors;
     Numbers clip_coefs;
     if (read_numbers(argument, tensors.size(), clip_coefs) != kDone) return nullptr;
     return finish(Access(tensors).write(&Loops::scale, clip_coefs.begin(), true));
-}
-
-// clip_each_(limits, p, eps)
-PyObject* batch_clip_each(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    Batch& batch = batch_of(self);
-    const size_t size = batch.tensors.size();
-    double norm_type, eps;
-    Numbers limits, norms;
-    if (expect_count(count, 3) != kDone || read_number(args[1], norm_type) != kDone ||
-        read_number(args[2], eps) != kDone || read_limits(args[0], size, limits) != kDone)
-        return nullptr;
-    Read Loops::* const loop = loop_of(norm_type, batch.flags & kAnyComplex);
-    if (loop != nullptr)
-        return finish(Access(batch.tensors).clip_each(loop, limits, eps, norms), [&] { return new_list(norms); });
-    Ref answer = ask_for_norms(self, norm_type, true);
-    if (answer == nullptr || read_numbers(answer, size, norms) != kDone) return nullptr;
-    for (size_t i = 0; i < size; ++i) limits[i] = clip_coef_of(limits[i], norms[i], eps);
-    const Outcome outcome = Access(batch.tensors).write(&Loops::scale, limits.begin(), true);
-    return finish(outcome, [&] { return answer.release(); });
 }
 
 PyObject* batch_clamp(PyObject* self, PyObject* argument) {
@@ -203,8 +163,6 @@ PyMethodDef batch_methods[] = {
     {"norms", function<batch_norms<true>>(), METH_O, "norms(p): of each tensor"},
     {"scale_", function<batch_scale>(), METH_O, "scale_(clip_coef): multiply in place"},
     {"scale_each_", function<batch_scale_each>(), METH_O, "scale_each_(clip_coefs): multiply each by its own number"},
-    {"clip_each_", function<batch_clip_each>(), METH_FASTCALL,
-     "clip_each_(limits, p, eps): scale each to its own limit, a number for all or one for each; the norms before"},
     {"clamp_", function<batch_clamp>(), METH_O, "clamp_(limit): to [-limit, limit], in place"},
     {"zero_nonfinite_", function<batch_zero_nonfinite>(), METH_NOARGS,
      "zero_nonfinite_(): 0 for what is infinite or nan"},
