@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_on_an_accelerator, randn, with_gradients
+from helpers import Operations, as_on_an_accelerator, randn, with_gradients
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad as torchs
 from torch.optim import optimizer as optimizers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchclip
 from torchclip._core import groups, memory, rows
@@ -28,19 +27,6 @@ INF, NAN = math.inf, math.nan
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ORDERS = (1.0, 2.0, INF)
 OTHER_ORDERS = (0.0, 0.5, 3.0, -1.0, -INF)
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations that reach the dispatcher, views aside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def operations(call: Callable[..., object], *args: Any) -> list[str]:
