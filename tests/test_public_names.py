@@ -112,8 +112,8 @@ PUBLIC = {
     "verdict warmup words",
     Layers: f"append {STATE} names norms read steps to_csv updates",
     RanksReport: "call different local missing norm norms ok seconds",
-    ScalarLogger: "",
-    DictLogger: "",
+    ScalarLogger: "resume",
+    DictLogger: "resume",
 }
 """The attributes and methods for users.  A new one is added here on purpose, or gets an underscore."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,15 +207,25 @@ def test_lightnings_checkpoints_carry_the_clipper(tmp_path: Path) -> None:
     assert list(found.clippers[0].history) == list(expected.clippers[0].history)
 
 
+def switched_off(step: int) -> float:
+    """Clips in six steps, and never again."""
+    return 1e-6 if step < 6 else math.inf
+
+
 def test_another_fit_goes_on_with_the_clippers(tmp_path: Path) -> None:
-    module, callback = Module(), for_lightning.ClipperCallback(torchclip.Percentile(30.0, warmup=2))
-    trainer = fit(module, tmp_path, callback)
-    before = list(callback.clippers[0].history)
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, data())
-    (clipper,) = callback.clippers
-    assert [record.step for record in clipper.history] == list(range(12))
-    assert clipper.history[:6] == before
+    module = Module()
+    for max_norm in (torchclip.Percentile(30.0, warmup=2), switched_off):
+        callback = for_lightning.ClipperCallback(max_norm)
+        trainer = fit(module, tmp_path, callback)
+        before = list(callback.clippers[0].history)
+        assert trainer.logged_metrics["clip/clipped_share"] > 0
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, data())
+        (clipper,) = callback.clippers
+        assert [record.step for record in clipper.history] == list(range(12))
+        assert clipper.history[:6] == before
+        shares = sum(record.clipped for record in clipper.history) / 12
+        assert trainer.logged_metrics["clip/clipped_share"] == pytest.approx(shares)
 
 
 def test_a_fit_of_another_module_starts_anew(tmp_path: Path) -> None:

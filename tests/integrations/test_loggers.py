@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import torchclip
-from torchclip.history import Record
+from torchclip.history import History, Record
 from torchclip.integrations.loggers import DictLogger
 from torchclip.integrations.tensorboard import ScalarLogger
 
@@ -49,6 +49,24 @@ def test_a_logger_that_cannot_be_called_is_refused() -> None:
         DictLogger(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`writer` must be a SummaryWriter, got 3 \(int\)"):
         ScalarLogger(3)  # type: ignore[arg-type]
+
+
+def test_loggers_go_on_from_a_history(tmp_path: Path) -> None:
+    history = History()
+    for step, coefficient in enumerate([0.5, 0.5, 1.0]):
+        history.append(step, 4.0, 2.0, coefficient)
+    logged: list[dict[str, float]] = []
+    by_function = DictLogger(logged.append)
+    by_function.resume(history)
+    clip_three_steps(by_function)
+    shares = [2 / 4, 3 / 5, 4 / 6]
+    assert [entry["clip/clipped_share"] for entry in logged] == shares
+    with SummaryWriter(tmp_path) as writer:
+        to_tensorboard = ScalarLogger(writer)
+        to_tensorboard.resume(history)
+        clip_three_steps(to_tensorboard)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("clip/clipped_share")
+    assert [event.value for event in events] == pytest.approx(shares)
 
 
 def test_scalars_for_any_logger() -> None:

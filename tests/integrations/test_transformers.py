@@ -14,6 +14,7 @@ from torch import Tensor
 import torchclip
 from torchclip.history import History, Record
 from torchclip.integrations import transformers as for_transformers
+from torchclip.integrations.loggers import DictLogger
 
 # The frameworks' warnings depend on their versions and on the machine.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -252,3 +253,21 @@ def test_a_trainer_measures_itself_again_without_the_callback(tmp_path: Path) ->
     trainer.remove_callback(callback)
     trainer.train()
     assert all(map(math.isfinite, grad_norms(trainer)))
+
+
+def test_the_clipped_share_goes_on_when_training_is_resumed(tmp_path: Path) -> None:
+    """It clips before the checkpoint and not after it, so the share falls step by step."""
+
+    def threshold(step: int) -> float:
+        return 1e-6 if step < 3 else math.inf
+
+    def shares(log: list[dict[str, float]]) -> list[float]:
+        return [entry["clip/clipped_share"] for entry in log if "clip/clipped_share" in entry]
+
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, for_transformers.ClipperCallback(threshold), **options)
+    logged: list[dict[str, float]] = []
+    callback = for_transformers.ClipperCallback(threshold, on_clip=DictLogger(logged.append))
+    resumed = train(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert shares(resumed.state.log_history) == [1.0, 1.0, 1.0, 3 / 4, 3 / 5, 3 / 6]
+    assert shares(logged) == [3 / 4, 3 / 5, 3 / 6]

@@ -63,6 +63,7 @@ class ClipperCallback(Callback):
         self._log = log
         self._to_log: dict[str, float] = {}
         self._states: list[dict[str, Any]] = []
+        self._scalars: list[Scalars] = []
         self._module: weakref.ref[LightningModule] | None = None
         self._fitting = False
         self.clippers: list[Clipper] = []
@@ -95,15 +96,12 @@ class ClipperCallback(Callback):
         if is_again and not self._states and len(self.clippers) == len(optimizers):
             self._states = [clipper.state_dict() for clipper in self.clippers]
         self._module = weakref.ref(pl_module)
+        self._scalars = [Scalars(f"clip_{i}" if several else "clip") for i in range(len(optimizers))]
         self.clippers = [
             Clipper(
-                optimizer,
-                self._max_norm,
-                on_clip=self._note(Scalars(f"clip_{i}" if several else "clip")),
-                model=trainer.model,
-                **self._options,
+                optimizer, self._max_norm, on_clip=self._note(scalars), model=trainer.model, **self._options
             )
-            for i, optimizer in enumerate(optimizers)
+            for optimizer, scalars in zip(optimizers, self._scalars, strict=True)
         ]
         self._fitting = True
         self._restore()
@@ -153,8 +151,9 @@ class ClipperCallback(Callback):
                 f"the checkpoint holds the state of {len(states)} clippers, "
                 f"but there are {len(self.clippers)} optimizers"
             )
-        for clipper, state in zip(self.clippers, states, strict=True):
+        for clipper, scalars, state in zip(self.clippers, self._scalars, states, strict=True):
             clipper.load_state_dict(state)
+            scalars.resume(clipper.history)
 
     def _detach(self) -> None:
         self._fitting = False

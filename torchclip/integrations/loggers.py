@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torchclip._core import arguments
 from torchclip.history.records import Record
@@ -11,7 +11,7 @@ from torchclip.history.records import Record
 __all__ = ["DictLogger", "Scalars"]
 
 
-_WINDOW = 100  # the latest steps since the start or a restart, of which ``clipped_share`` is a share
+_WINDOW = 100  # the latest steps, of which ``clipped_share`` is a share
 
 
 class Scalars:
@@ -32,6 +32,11 @@ class Scalars:
     def __init__(self, prefix: str = "clip") -> None:
         self._prefix = prefix
         self._clipped: deque[bool] = deque(maxlen=_WINDOW)
+
+    def resume(self, history: Iterable[Record]) -> None:
+        """Continue from a loaded history, so that the share of clipped steps does not start again."""
+        self._clipped.clear()
+        self._clipped.extend(record.clipped for record in history)
 
     def __call__(self, record: Record) -> dict[str, float]:
         """The numbers after a step; call it once for every step."""
@@ -73,6 +78,10 @@ class DictLogger:
             raise TypeError(f"`log` must be callable, got {arguments.shown(log)}")
         self._log = log
         self._scalars = Scalars(prefix)
+
+    def resume(self, history: Iterable[Record]) -> None:
+        """Continue from a loaded history: ``on_clip.resume(clipper.history)``."""
+        self._scalars.resume(history)
 
     def __call__(self, record: Record) -> None:
         """Log one step."""

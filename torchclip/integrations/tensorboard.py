@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from torchclip._core import arguments
@@ -38,6 +39,10 @@ class ScalarLogger:
             raise TypeError(f"`writer` must be a SummaryWriter, got {arguments.shown(writer)}")
         self._writer = writer
         self._scalars = Scalars(prefix)
+
+    def resume(self, history: Iterable[Record]) -> None:
+        """Continue from a loaded history: ``on_clip.resume(clipper.history)``."""
+        self._scalars.resume(history)
 
     def __call__(self, record: Record) -> None:
         """Write one step."""

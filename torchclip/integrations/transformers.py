@@ -16,7 +16,8 @@ from torchclip.clip_grad.norm import get_total_norm
 from torchclip.clipper.clipper import Clipper
 from torchclip.clipper.optimizers import parameters_of
 from torchclip.history.records import Record
-from torchclip.integrations.loggers import Scalars
+from torchclip.integrations.loggers import DictLogger, Scalars
+from torchclip.integrations.tensorboard import ScalarLogger
 from torchclip.thresholds.base import MaxNorm, Rule
 
 try:
@@ -117,6 +118,9 @@ class ClipperCallback(TrainerCallback, ExportableState):
         self._scalars, self._latest = Scalars(), {}
         if state.global_step > 0 and saved is not None:
             self.clipper.load_state_dict(saved)
+            self._scalars.resume(self.clipper.history)
+            if isinstance(self._on_clip, (DictLogger, ScalarLogger)):
+                self._on_clip.resume(self.clipper.history)
         if trainer is not None:
             self._measure_for(trainer)
 
