@@ -268,13 +268,6 @@ def test_lbfgs_cannot_skip(name: str, value: Any) -> None:
         Clipper(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]), 1.0, **{name: value})
 
 
-class _Wrapper:
-    """Like wrappers of optimizers that are not optimizers themselves."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner = inner
-
-
 class _WithPlainHooks(torch.optim.Optimizer):
     """Like wrappers that never call ``Optimizer.__init__`` and keep hooks in plain dictionaries."""
 
@@ -285,17 +278,23 @@ class _WithPlainHooks(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize(
-    ("wrapped", "message"),
+    ("wrong", "message"),
     [
-        (lambda _: None, r"`optimizer` must be a torch\.optim\.Optimizer"),
-        (_Wrapper, "pass the optimizer that it wraps"),
-        (_WithPlainHooks, "pass the optimizer that it wraps"),
+        (lambda o, model: None, r"`optimizer` must be a torch\.optim\.Optimizer"),
+        (lambda o, model: SimpleNamespace(inner=o), "pass the optimizer that it wraps"),
+        (lambda o, model: _WithPlainHooks(o), "pass the optimizer that it wraps"),
+        (lambda o, model: model, "neither a model nor parameters"),
+        (lambda o, model: model.parameters(), "neither a model nor parameters"),
+        (lambda o, model: [*model.parameters()], r"item 0 .* neither a model nor parameters"),
+        (lambda o, model: o.param_groups, "nor param_groups"),
+        (lambda o, model: {"body": o}, r"list\(optimizers\.values\(\)\)"),
     ],
 )
-def test_only_optimizers_have_clippers(wrapped: Any, message: str) -> None:
-    optimizer = sgd([torch.ones(2)])
+def test_only_optimizers_have_clippers(wrong: Any, message: str) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=message):
-        Clipper(wrapped(optimizer), 1.0)
+        Clipper(wrong(optimizer, model), 1.0)
     Clipper(optimizer, 1.0)
 
 

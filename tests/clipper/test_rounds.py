@@ -381,9 +381,7 @@ def test_an_optimizer_that_is_gone_stops_the_others_of_its_clipper() -> None:
     del optimizers[1], optimizer
     gc.collect()
     before = weights[0].tolist()
-    with pytest.raises(
-        RuntimeError, match=r"keep a reference .* or detach\(\) the Clipper"
-    ):
+    with pytest.raises(RuntimeError, match=r"keep a reference .* or detach\(\) the Clipper"):
         optimizers[0].step()
     assert (weights[0].tolist(), len(clipper.history)) == (before, 1)
     clipper.detach()

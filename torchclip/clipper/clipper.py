@@ -329,9 +329,7 @@ class Clipper:
             raise RuntimeError("load_state_dict() was called during a step; call it after optimizer.step()")
         with self._lock:
             self._know_sets()
-            settings = self._rounds.settings
-            loaded = saved.checked(state, settings, self._owner, [*self._sets])
-            saved.load(loaded, settings, self._rounds)
+            saved.load(state, self._rounds.settings, self._rounds, self._owner, [*self._sets])
             self._know_sets()
 
     def _know_sets(self) -> None:
