@@ -173,10 +173,6 @@ class Clipper:
             layers_every=layers_every,
             updates=updates,
         )
-        self._attach(optimizers, settings)
-
-    def _attach(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
-        """Hook into the steps of the optimizers."""
         self._optimizers = tuple(ref(each) for each in optimizers)
         # Held while a round is opened, recorded or saved.  A signal handler may save in the middle of these.
         self._lock = RLock()
@@ -210,9 +206,7 @@ class Clipper:
         A new one applies from the next step on, and is checked as in the constructor.  A threshold object
         starts to learn then.
         """
-        settings = self._rounds.settings
-        given: MaxNorm | Rule = settings.bank.given if settings.rule is None else settings.rule
-        return given
+        return self._rounds.settings.max_norm
 
     @max_norm.setter
     def max_norm(self, max_norm: MaxNorm | Rule) -> None:

@@ -152,8 +152,8 @@ def _check_limits(own: Mapping[str, Any], settings: Settings) -> None:
 
 
 def _kind_of(settings: Settings) -> dict[str, Any]:
-    given = settings.rule or settings.bank.given
-    max_norm = "a number" if settings.bank.number is not None and not settings.rule else type(given).__name__
+    is_number = isinstance(settings.max_norm, float)
+    max_norm = "a number" if is_number else type(settings.max_norm).__name__
     values = settings.norm_type, settings.scope, settings.names.count, max_norm
     return dict(zip(_KIND, values, strict=True))
 

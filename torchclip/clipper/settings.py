@@ -35,6 +35,7 @@ class Settings:
         optimizers: the optimizers; all other arguments are those of the Clipper.
 
     Attributes:
+        max_norm: the threshold or rule as it was passed; a number is a float.
         bank: the thresholds.
         rule: the rule for gradients that are not clipped to a norm; None if all are.
         scope: which gradients are clipped together; thresholds of single parameters say it themselves.
@@ -104,6 +105,7 @@ class Settings:
         is_rule = isinstance(max_norm, Rule) and not isinstance(max_norm, (type, Tensor))
         self.rule = cast("Rule", max_norm) if is_rule else None
         self.bank = ThresholdBank(math.inf if is_rule else cast("MaxNorm", max_norm))
+        self.max_norm: MaxNorm | Rule = max_norm if is_rule else self.bank.given
         self.scope: Scope = "parameter" if self.bank.per_parameter else self._own_scope
         self.each = self.scope == "parameter"
         if self.groups and self.each:
