@@ -303,26 +303,6 @@ def test_max_norm_is_read_and_set() -> None:
     assert len(clipper.history) == 5
 
 
-@pytest.mark.parametrize(
-    ("passed", "message"),
-    [
-        (lambda o, model: model, r"is a module \(Linear\); pass the optimizer"),
-        (lambda o, model: model.parameters(), "is made of parameters; pass the optimizer"),
-        (lambda o, model: [*model.parameters()], "is made of parameters; pass the optimizer"),
-        (lambda o, model: dict(model.named_parameters()), "is made of parameters; pass the optimizer"),
-        (lambda o, model: model.named_parameters(), "is made of parameters; pass the optimizer"),
-        (lambda o, model: o.param_groups, "is param_groups; pass the optimizer"),
-        (lambda o, model: {"body": o}, r"list\(optimizers\.values\(\)\)"),
-    ],
-)
-def test_the_error_says_what_to_pass_in_place_of(passed: Any, message: str) -> None:
-    model = nn.Linear(2, 2)
-    optimizer = SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=message):
-        Clipper(passed(optimizer, model), 1.0)
-    Clipper(optimizer, 1.0)
-
-
 @pytest.mark.parametrize("change", ["backward", "backward of all", "unscale_"])
 def test_a_change_between_the_steps_of_two_optimizers_is_always_noticed(change: str) -> None:
     """Addresses and versions are not enough: new gradients may have those of the old ones."""

@@ -77,12 +77,3 @@ def test_adagc_has_a_threshold_for_each_parameter_whatever_the_scope() -> None:
     clipper = Clipper(optimizer, AdaGC())
     optimizer.step()
     assert [*clipper.thresholds] == ["group 0, parameter 0", "group 2, parameter 0", "group 2, parameter 1"]
-
-
-def test_adagc_counts_a_parameter_of_two_optimizers_once_in_its_warm_up() -> None:
-    shared, other = with_gradients([torch.tensor([3.0, 4.0]), torch.tensor([12.0])])
-    optimizers = [torch.optim.SGD([shared], lr=1.0), torch.optim.SGD([shared, other], lr=1.0)]
-    Clipper(optimizers, AdaGC(warmup=2, max_norm=6.5))
-    optimizers[0].step()
-    assert shared.grad.tolist() == pytest.approx([1.5, 2.0])  # the joint norm is 13
-    assert other.grad.tolist() == pytest.approx([6.0])

@@ -97,6 +97,3 @@ def test_parameters_that_are_added_later_and_such_as_no_model_has() -> None:
     model.append(linear(3))
     optimizer.add_param_group({"params": [*model[1].parameters(), *with_gradients([torch.ones(2)])]})
     assert names_in(clipper) == ["0.weight", "1.weight", "param_groups[1]['params'][1]"]
-
-
-# Layers over time

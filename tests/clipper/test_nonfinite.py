@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from clipper_helpers import INF, NAN, Net, backward, everything, fused_or_not, gradients, train
+from clipper_helpers import INF, NAN, Net, backward, everything, gradients, train
 from helpers import bits, grad_of, interrupted_sgd, last_of, with_gradients
 from torch import Tensor, nn
 
@@ -111,22 +111,6 @@ def test_zeros_that_are_left_of_a_shared_gradient_are_no_observation() -> None:
     clipper = Clipper(optimizer, 1.0, scope="group", nonfinite="zero", skip_above=Percentile(50))
     optimizer.step()
     assert [each["seen"] for each in clipper.state_dict()["skip_above"].values()] == [0]
-
-
-@fused_or_not
-@pytest.mark.parametrize("set_to_none", [False, True])
-def test_gradients_that_a_hook_zeroes_after_a_skipped_step_stay_so(set_to_none: bool, fused: bool) -> None:
-    weight = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
-    optimizer.register_step_post_hook(lambda o, *_: o.zero_grad(set_to_none))
-    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
-    for value in (3.0, INF, 3.0):
-        (weight * torch.tensor([value, 4.0])).sum().backward()
-        optimizer.step()
-        assert (weight.grad is None) if set_to_none else (grad_of(weight) == 0).all()
-    assert [record.skipped for record in clipper.history] == [False, True, False]
-    assert weight.tolist() == pytest.approx([-1.2, -1.6])
-    assert "zero_grad" not in vars(optimizer)
 
 
 @pytest.mark.parametrize(

@@ -640,7 +640,7 @@ def broken(optimizer: SGD, what: str) -> Iterator[None]:
 @pytest.mark.usefixtures("each_way_everywhere")
 # Faults that were put into the Clipper on purpose show with these seeds.
 @pytest.mark.parametrize(
-    "seeds", [*(range(i, i + 18) for i in range(20, 110, 18)), [138, 172, 311, 353]], ids=str
+    "seeds", [*(range(i, i + 18) for i in range(20, 110, 18)), [138, 172, 311, 353, 2005, 2222]], ids=str
 )
 def test_a_random_training_is_as_clipped_by_hand(seeds: Sequence[int]) -> None:
     for seed in seeds:

@@ -48,13 +48,6 @@ def test_steps_above_the_limit_are_skipped(limit: Any, argument: str, fused: boo
 
 @fused_or_not
 @by_norm_or_loss
-def test_max_skips_never_takes_a_step_that_is_not_finite(argument: str, fused: bool) -> None:
-    values = [9.0, 9.0, INF, INF, 1.0]
-    assert moves_with(values, argument, fused, 5.0, max_skips=2) == [0, 0, 0, 0, 1]
-
-
-@fused_or_not
-@by_norm_or_loss
 def test_after_max_skips_the_next_one_is_taken_with_one_warning(
     argument: str, fused: bool, everywhere: str
 ) -> None:

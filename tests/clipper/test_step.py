@@ -127,13 +127,6 @@ class OtherName(torch.optim.SGD):
         return super().step(evaluate or loss_closure)
 
 
-class Evaluating(torch.optim.SGD):
-    """Takes a closure under a name that does not say so."""
-
-    def step(self, evaluate: Any) -> Any:  # type: ignore[override]
-        return super().step(evaluate)
-
-
 @pytest.mark.parametrize(
     ("kind", "call"),
     [
@@ -145,7 +138,6 @@ class Evaluating(torch.optim.SGD):
         (Anything, lambda step, closure: step(closure)),
         (Anything, lambda step, closure: step(closure=closure)),
         (OtherName, lambda step, closure: step(loss_closure=closure)),
-        (Evaluating, lambda step, closure: step(closure)),
     ],
 )
 def test_the_closure_is_found_where_the_signature_has_it(kind: Any, call: Callable[..., Any]) -> None:

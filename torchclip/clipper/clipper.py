@@ -17,7 +17,7 @@ from torchclip.clipper import registry, saved
 from torchclip.clipper.optimizers import optimizers_of, parameters_of
 from torchclip.clipper.rounds import Rounds
 from torchclip.clipper.sets import set_names
-from torchclip.clipper.settings import Nonfinite, Scope, Settings, check_history, checked
+from torchclip.clipper.settings import Nonfinite, Scope, Settings, check_history
 from torchclip.clipper.step import Step
 from torchclip.history.history import History
 from torchclip.history.records import Record
@@ -158,7 +158,7 @@ class Clipper:
     ) -> None:
         max_norm = registry.adjusted(optimizer, max_norm)
         optimizers = optimizers_of(optimizer, registry.clippers)
-        settings = checked(
+        settings = Settings(
             optimizers,
             max_norm,
             norm_type=norm_type,
@@ -173,16 +173,11 @@ class Clipper:
             layers_every=layers_every,
             updates=updates,
         )
-        self._attach(optimizers, settings)
-
-    def _attach(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
-        """Hook into the steps of the optimizers."""
-        self._classes = [type(each).__name__ for each in optimizers]
         self._optimizers = tuple(ref(each) for each in optimizers)
         # Held while a round is opened, recorded or saved.  A signal handler may save in the middle of these.
         self._lock = RLock()
-        steps = [Step(each, self._lock) for each in self._optimizers]
-        self._rounds = Rounds(steps, settings, self._lock)
+        self._steps = [Step(each, self._lock) for each in self._optimizers]
+        self._rounds = Rounds(self._steps, settings, self._lock)
         self._rounds.history._is_followed = True
         self._know_sets()
         self._hooks: list[RemovableHandle] = []
@@ -202,13 +197,7 @@ class Clipper:
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         """All of them, in the order in which they were passed."""
-        found = [optimizer() for optimizer in self._optimizers]
-        if None in found:
-            raise RuntimeError(
-                f"the optimizer ({self._classes[found.index(None)]}) is gone, as a Clipper does not keep it "
-                "alive; keep a reference to it"
-            )
-        return tuple(optimizer for optimizer in found if optimizer is not None)
+        return tuple(step.optimizer for step in self._steps)
 
     @property
     def max_norm(self) -> MaxNorm | Rule:
@@ -217,9 +206,7 @@ class Clipper:
         A new one applies from the next step on, and is checked as in the constructor.  A threshold object
         starts to learn then.
         """
-        settings = self._rounds.settings
-        given: MaxNorm | Rule = settings.bank.given if settings.rule is None else settings.rule
-        return given
+        return self._rounds.settings.max_norm
 
     @max_norm.setter
     def max_norm(self, max_norm: MaxNorm | Rule) -> None:
@@ -253,8 +240,7 @@ class Clipper:
 
     @loss.setter
     def loss(self, loss: float | Tensor | None) -> None:
-        optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
-        self._rounds.loss.assign(loss, parameters_of(*optimizers))
+        self._rounds.loss.assign(loss, parameters_of(*self.optimizers))
 
     @property
     def last(self) -> Record | None:
@@ -297,9 +283,9 @@ class Clipper:
         with self._lock:
             self._rounds.close()
         self.history._is_followed = False
-        for optimizer in filter(None, (each() for each in self._optimizers)):
-            if self._hooks:
-                registry.clippers.pop(optimizer, None)
+        for optimizer, clipper in [*registry.clippers.items()]:
+            if clipper() is self:
+                del registry.clippers[optimizer]
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -337,16 +323,14 @@ class Clipper:
             raise RuntimeError("load_state_dict() was called during a step; call it after optimizer.step()")
         with self._lock:
             self._know_sets()
-            settings = self._rounds.settings
-            loaded = saved.checked(state, settings, self._owner, [*self._sets])
-            saved.load(loaded, settings, self._rounds)
+            saved.load(state, self._rounds.settings, self._rounds, self._owner, [*self._sets])
             self._know_sets()
 
     def _know_sets(self) -> None:
         """Find all sets, as parameter groups may have been added; a state includes all of them."""
         settings = self._rounds.settings
         optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
-        if len(optimizers) == len(self._optimizers):
+        if len(optimizers) == len(self._optimizers):  # else they have no more sets than before
             self._sets = set_names(optimizers, settings)
             settings.bank.add(self._sets)  # also of groups with their own threshold, which may be removed
             self._owner = saved.owner(optimizers, settings.names)
@@ -360,9 +344,9 @@ class Clipper:
         )
 
     def __repr__(self) -> str:
-        classes, settings = ", ".join(self._classes), self._rounds.settings
+        kinds, settings = ", ".join(step.kind for step in self._steps), self._rounds.settings
         return (
-            f"Clipper({classes if len(self._classes) == 1 else f'[{classes}]'}, "
+            f"Clipper({kinds if len(self._steps) == 1 else f'[{kinds}]'}, "
             f"max_norm={self.max_norm!r}, norm_type={settings.norm_type}, "
             f"scope={settings.scope!r}, nonfinite={settings.nonfinite!r})"
         )

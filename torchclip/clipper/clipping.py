@@ -15,12 +15,13 @@ from torchclip._core import joint_norms, scalars
 from torchclip._core.batch import Norm, Norms
 from torchclip.clipper import fused, nonfinite
 from torchclip.clipper.mean_loss import mean_loss
-from torchclip.clipper.rules import clip_by, ratio
+from torchclip.clipper.optimizers import joined
 from torchclip.clipper.sets import ClipSet, Gradients
 from torchclip.clipper.settings import Settings
 from torchclip.clipper.skip_above import SkipAbove
 from torchclip.clipper.step import Step
 from torchclip.thresholds.bank import ThresholdBank
+from torchclip.thresholds.base import Rule
 
 Decision: TypeAlias = tuple[bool | Tensor, Norm, Norm]
 """Whether the step is skipped, the smallest threshold, and the smallest clip coefficient.
@@ -156,10 +157,10 @@ def _compared(clip_set: ClipSet) -> Norms:
     norms, max_norms = clip_set.norms, clip_set.max_norms
     limits = [max_norms] if isinstance(max_norms, float) else max_norms
     if isinstance(norms, list):
-        return [] if clip_set.is_absent() else limits
-    if not clip_set.is_zeroed:
-        return limits
-    return torch.where(norms < 0, math.inf, scalars.on_device(limits, norms.device))
+        return [] if all(norm < 0 for norm in norms) else limits
+    if clip_set.is_zeroed:
+        return torch.where(norms < 0, math.inf, scalars.on_device(limits, norms.device))
+    return limits
 
 
 def change(
@@ -179,14 +180,17 @@ def change(
     """
     skipped, _, clip_coef = decision
     if scalars.may_change(clip_coef):
-        divisor = fused.divisor(hook, gradients, clip_coef) if settings.rule is None else None
+        by = clip_coef
+        if isinstance(skipped, Tensor):  # a step that the device skips divides nothing, as `norms()` shows
+            by = scalars.replaced(scalars.in_one([clip_coef]), skipped, 1.0)[0]
+        divisor = fused.divisor(hook, gradients, by) if settings.rule is None else None
         if divisor is not None:
             fused.override(step).set(divisor)
         else:
             gradients.scale_(skipped)
     if settings.rule is not None:
-        after = clip_by(settings.rule, gradients, settings)
-        return ratio(after, gradients.total_norm), scalars.present(after)
+        after = _clip_by(settings.rule, gradients, settings)
+        return _ratio(after, gradients.total_norm), scalars.present(after)
     if len(gradients.sets) == 1 and not settings.each and not gradients.sets[0].is_zeroed:
         return clip_coef, None
     return clip_coef, _clipped_norm(gradients, settings)
@@ -211,3 +215,25 @@ def _times(norms: Norms, clip_coefs: Norms) -> Norms:
     device = scalars.device_of([norms, clip_coefs])
     assert device is not None
     return scalars.on_device(norms, device) * scalars.on_device(clip_coefs, device)
+
+
+def _clip_by(rule: Rule, gradients: Gradients, settings: Settings) -> Norm:
+    """Clip the gradients of all groups without a threshold of their own; returns the norm after that.
+
+    Args:
+        rule: the rule.
+        gradients: the gradients, which were measured.
+        settings: the Clipper's.
+    """
+    lists = [clip_set.parameters for clip_set in gradients.sets if clip_set.own is None]
+    if lists:
+        rule.clip_(joined(lists), gradients.grad_scale)
+    return Gradients(gradients.optimizers, settings, gradients.is_local).total_norm
+
+
+def _ratio(after: Norm, before: Norm) -> Norm:
+    """The factor by which a norm changed, at most 1; 1 for no change, also of 0 or infinity."""
+    is_same = (after == before) | (before == 0.0)
+    quotient = after / scalars.where(is_same, 1.0, before)
+    found: Norm = scalars.where(is_same | (quotient > 1.0), 1.0, quotient)
+    return found

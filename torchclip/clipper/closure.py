@@ -42,33 +42,20 @@ def with_closure(
         kwargs: its keyword arguments.
         around: is called in place of the closure, with the closure as its first argument.
     """
-    where = _closure_argument(type(args[0]).step, args, kwargs)
-    if isinstance(where, str):
-        return args, {**kwargs, where: partial(around, kwargs[where])}
-    if where is not None:
-        return (*args[:where], partial(around, args[where]), *args[where + 1 :]), kwargs
+    # The signature shows it by a name such as ``closure``.  Without such a name it can only be the first
+    # argument, if that can be called without arguments.
+    names = [*inspect.signature(type(args[0]).step).parameters]
+    name = next((name for name in names if name.endswith("closure")), None)
+    keyword, place = name or "closure", names.index(name) if name else 1
+    if callable(kwargs.get(keyword)):
+        return args, {**kwargs, keyword: partial(around, kwargs[keyword])}
+    if len(args) > place and (callable(args[place]) if name else _is_closure(args[place])):
+        return (*args[:place], partial(around, args[place]), *args[place + 1 :]), kwargs
     return None
 
 
-def _closure_argument(
-    step: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> int | str | None:
-    """The position or the name of the closure among the arguments; None if there is none.
-
-    The signature shows it by a name such as ``closure``.  Without such a name it can only be the first
-    argument, if that can be called without arguments; a Module, which is callable too, is not a closure.
-    """
-    names = [*inspect.signature(step).parameters]
-    name = next((name for name in names if name.endswith("closure")), "closure")
-    if callable(kwargs.get(name)):
-        return name
-    if name in names:
-        place = names.index(name)
-        return place if len(args) > place and callable(args[place]) else None
-    return 1 if len(args) > 1 and _is_closure(args[1]) else None
-
-
 def _is_closure(value: object) -> bool:
+    """Whether a value can be called without arguments; a Module is never called as a closure."""
     if isinstance(value, nn.Module) or not callable(value):
         return False
     try:

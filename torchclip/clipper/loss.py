@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from torchclip._core import arguments, gather
 from torchclip._core.ranks import meshes
-
-
-class _Seen(NamedTuple):
-    """The first gradient when a loss was assigned; nothing here refers to it."""
-
-    place: int
-    parameter: int
-    grad: int
-    version: int
-    fingerprint: bytes
 
 
 class PendingLoss:
@@ -34,7 +24,7 @@ class PendingLoss:
 
     def __init__(self) -> None:
         self.value: float | Tensor | None = None
-        self._seen: _Seen | None = None
+        self._seen: tuple[Any, ...] | None = None  # of the first gradient when a loss was assigned
 
     def assign(self, loss: float | Tensor | None, parameters: Sequence[Tensor]) -> None:
         """Set the loss, or add it to the loss of the same step.
@@ -46,32 +36,30 @@ class PendingLoss:
         added = None if loss is None else _own(loss)
         adds = added is not None and self.value is not None and not self._was_skipped(parameters)
         self.value = self.value + added if adds else added  # type: ignore[operator]
-        self._seen = next((_seen(i, p) for i, p in enumerate(parameters) if p.grad is not None), None)
+        self._seen = next((_seen(p) for p in parameters if p.grad is not None), None)
 
     def _was_skipped(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the gradients from when the loss was assigned are gone, though no step has used it."""
-        seen = self._seen
-        if seen is None:
+        if self._seen is None:
             # FSDP2 may store the gradients elsewhere until the last backward pass of a step.
             return all(p.grad is None for p in parameters) and not meshes.any_dtensor(parameters)
-        if seen.place >= len(parameters) or id(parameters[seen.place]) != seen.parameter:
-            return True
-        parameter = parameters[seen.place]
-        if parameter.grad is None:
+        of, grad, version, fingerprint = self._seen
+        parameter = next((p for p in parameters if id(p) == of), None)
+        if parameter is None or parameter.grad is None:
             return True
         # A backward pass with `create_graph=True` replaces a gradient to add to it.
         if parameter.grad.requires_grad:
             return False
-        now = _seen(seen.place, parameter)
         # A backward pass that adds to the gradient raises its version; another one begins with a low version.
-        is_same = now.grad == seen.grad and now.version > seen.version
-        return not (is_same or now.fingerprint == seen.fingerprint)
+        _, grad_now, version_now, fingerprint_now = _seen(parameter)
+        is_same = grad_now == grad and version_now > version
+        return not (is_same or fingerprint_now == fingerprint)
 
 
-def _seen(place: int, parameter: Tensor) -> _Seen:
-    grad = parameter.grad
-    assert grad is not None
-    return _Seen(place, id(parameter), id(grad), meshes.version_of(grad), gather.fingerprint([parameter]))
+def _seen(parameter: Tensor) -> tuple[Any, ...]:
+    """What shows later whether a gradient is still the same; nothing in it refers to a tensor."""
+    grad: Any = parameter.grad
+    return id(parameter), id(grad), meshes.version_of(grad), gather.fingerprint([parameter])
 
 
 def _own(loss: float | Tensor) -> float | Tensor:

@@ -22,19 +22,6 @@ _MISSING = (
 )
 
 
-def check_ranks_known(
-    optimizers: Sequence[Optimizer], groups: Sequence[dist.ProcessGroup] | None, names: Names
-) -> None:
-    """Raise an error if there are other ranks, and nothing says which of them take the same decision."""
-    if meshes.has_ranks() and dist.get_world_size() > 1 and not _groups_of(optimizers, groups, names):
-        raise ValueError(
-            "`skip_loss_above` decides by the mean loss of the ranks that train together, and nothing shows "
-            "which ranks these are: pass the DistributedDataParallel model as `model`, or shard the model "
-            "(fully_shard) before its optimizer is made, or pass the `group` whose ranks have further "
-            "gradients"
-        )
-
-
 def mean_loss(
     loss: float | Tensor | None,
     optimizers: Sequence[Optimizer],
@@ -56,8 +43,7 @@ def mean_loss(
     Raises:
         RuntimeError: if there is no loss; other ranks are told.
     """
-    check_ranks_known(optimizers, groups, names)
-    found = _groups_of(optimizers, groups, names)
+    found = groups_deciding(optimizers, groups, names)
     if not found:
         if loss is None:
             raise RuntimeError(_MISSING)
@@ -81,16 +67,27 @@ def _mean_of_ranks(loss: float | Tensor | None, groups: Sequence[dist.ProcessGro
     return mean
 
 
-def _groups_of(
+def groups_deciding(
     optimizers: Sequence[Optimizer], groups: Sequence[dist.ProcessGroup] | None, names: Names
 ) -> list[dist.ProcessGroup]:
-    """Process groups that together connect all ranks with the same parameters; none if they are not known."""
+    """Process groups that together connect all ranks which take the same decision; none without ranks.
+
+    Raises:
+        ValueError: if there are other ranks, and nothing says which of them these are.
+    """
     if not meshes.has_ranks() or dist.get_world_size() == 1:
         return []
     parameters = parameters_of(*optimizers)
     of_meshes = {id(p.device_mesh): p.device_mesh for p in parameters if meshes.is_dtensor(p)}
     found = [*(groups or ()), *names.replicas]
     found += [group for mesh in of_meshes.values() for group in meshes.groups_over(mesh)]
+    if not found:
+        raise ValueError(
+            "`skip_loss_above` decides by the mean loss of the ranks that train together, and nothing shows "
+            "which ranks these are: pass the DistributedDataParallel model as `model`, or shard the model "
+            "(fully_shard) before its optimizer is made, or pass the `group` whose ranks have further "
+            "gradients"
+        )
     # Of ranks that others include, the sum is in theirs.
     ranks = {meshes.ranks_of(group): group for group in found}
     return [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from torchclip._core import arguments, scalars
@@ -78,7 +78,6 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
         given: an optimizer, or a list or tuple of them.
         taken: the optimizers that already have a Clipper.
     """
-    _check_kind(given)
     optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
     if not optimizers:
         raise ValueError("`optimizer` is an empty list; pass an optimizer, or those that step together")
@@ -87,7 +86,8 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"{name} must be a torch.optim.Optimizer, or a list of those that step together, got "
-                f"{arguments.shown(optimizer)}; for a wrapper, pass the optimizer that it wraps"
+                f"{arguments.shown(optimizer)}; pass neither a model nor parameters nor param_groups. For a "
+                "wrapper, pass the optimizer that it wraps; for a dictionary, list(optimizers.values())"
             )
         if not takes_hooks(optimizer) or not isinstance(optimizer.state, MutableMapping):
             raise TypeError(
@@ -99,37 +99,6 @@ def optimizers_of(given: Any, taken: Container[Optimizer]) -> list[Optimizer]:
         if any(optimizer is other for other in optimizers[:i]):
             raise ValueError(f"{name} is in the list twice; pass each optimizer once")
     return optimizers
-
-
-def _check_kind(given: Any) -> None:
-    """Raise an error for what others take in place of an optimizer, such as a model or its parameters."""
-    if isinstance(given, Mapping) and any(isinstance(each, Optimizer) for each in given.values()):
-        raise TypeError(
-            "`optimizer` is a dictionary of optimizers; pass a list of those that step together: "
-            "list(optimizers.values())"
-        )
-    if isinstance(given, nn.Module):
-        what = f"is a module ({type(given).__name__})"
-    else:
-        values = given.values() if isinstance(given, Mapping) else given
-        first = None
-        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Tensor)):
-            first = next(iter(values), None)
-        if isinstance(first, Mapping) and "params" in first:
-            what = "is param_groups"
-        elif isinstance(given, Tensor) or any(isinstance(each, Tensor) for each in (first, *_pair(first))):
-            what = "is made of parameters"
-        else:
-            return
-    raise TypeError(
-        f"`optimizer` {what}; pass the optimizer that steps with the gradients: "
-        "torchclip.Clipper(optimizer, max_norm)"
-    )
-
-
-def _pair(value: Any) -> tuple[Any, ...]:
-    """The parts of a pair, such as a name and a parameter."""
-    return value if isinstance(value, tuple) else ()
 
 
 def takes_hooks(optimizer: Optimizer) -> bool:

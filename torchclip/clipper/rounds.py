@@ -100,7 +100,7 @@ class Rounds:
         with self._lock:
             if opened is not None and step.counts:
                 step.stepped = opened.stepped = True
-                ends = not self._several or all(each.stepped or each.is_gone() for each in self._steps)
+                ends = not self._several or all(each.stepped for each in self._steps)
                 if ends:
                     self._record(opened)
                 else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,30 +21,29 @@ from torchclip._core.ranks import meshes
 from torchclip.clipper.names import Names
 from torchclip.clipper.optimizers import groups_of, parameters_of
 from torchclip.clipper.rounds import Rounds
-from torchclip.clipper.settings import Scope, Settings
+from torchclip.clipper.settings import Settings
 from torchclip.thresholds.bank import ThresholdBank
 
 _LIMITS = ("skip_above", "skip_loss_above")
 _OF_PARAMETERS, _OF_RANK = "of parameters ", "of rank "
 
 
-class _Kind(NamedTuple):
-    """What a Clipper and the state that it loads have in common; the same on all ranks."""
-
-    norm_type: float
-    scope: Scope
-    optimizers: int
-    max_norm: str
-
-
-class Loaded(NamedTuple):
-    """The parts of a state that may be loaded."""
-
-    steps: int
-    thresholds: dict[str, Any]
-    limits: Mapping[str, dict[str, Any]]
-    skips: Mapping[str, int]
-    history: Mapping[str, Any]
+# What a Clipper and the state that it loads have in common; the same on all ranks.
+_KIND: dict[str, tuple[type, ...]] = {
+    "norm_type": (float, int),
+    "scope": (str,),
+    "optimizers": (int,),
+    "max_norm": (str,),
+}
+_OWN: dict[str, tuple[type, ...]] = {
+    "steps": (int,),
+    "sets": (list, tuple),
+    "thresholds": (Mapping,),
+    **dict.fromkeys(_LIMITS, (Mapping, type(None))),
+    "skips": (Mapping,),
+    "history": (Mapping,),
+}
+_SKIPS: dict[str, tuple[type, ...]] = dict.fromkeys(("nonfinite", *_LIMITS), (int,))
 
 
 def state_of(settings: Settings, rounds: Rounds, key: str | None) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def state_of(settings: Settings, rounds: Rounds, key: str | None) -> dict[str, A
         rounds: its rounds.
         key: the key for what differs between ranks; None if nothing does.
     """
-    kind = _kind_of(settings)._asdict()
+    kind = _kind_of(settings)
     ended = not rounds.is_within()
     thresholds = _of_bank(settings.bank, ended)
     history = rounds.history.state_dict()
@@ -80,100 +79,97 @@ def state_of(settings: Settings, rounds: Rounds, key: str | None) -> dict[str, A
     return {**kind, **own, key: {"layers": history.pop("layers")}}
 
 
-def checked(state: Mapping[str, Any], settings: Settings, key: str | None, sets: Sequence[str]) -> Loaded:
-    """The parts of a state, or an error that says why a Clipper cannot load it; nothing changes.
+def load(
+    state: Mapping[str, Any], settings: Settings, rounds: Rounds, key: str | None, sets: Sequence[str]
+) -> None:
+    """Continue from a state, or raise an error before anything changes.  The caller holds the lock.
 
     Args:
         state: the saved state.
         settings: those of the Clipper.
-        key: the Clipper's key for what may differ between ranks.
+        rounds: its rounds.
+        key: its key for what may differ between ranks.
         sets: the names of all its sets.
     """
+    own, history = _checked(state, settings, key, sets)
+    rounds.history.load_state_dict(history)  # also refuses a wrong history before anything changes
+    rounds.forget()
+    rounds.number = own["steps"]
+    settings.bank.load_state_dict(_learned(own["thresholds"]))
+    settings.nonfinite_skips.load(own["skips"]["nonfinite"])
+    for limit in settings.limits:
+        limit.bank.load_state_dict(_learned(own[limit.argument]))
+        limit.skips.load(own["skips"][limit.argument])
+
+
+def _checked(
+    state: Mapping[str, Any], settings: Settings, key: str | None, sets: Sequence[str]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The part of a state that a Clipper loads, and the history, or an error that says why it cannot."""
     arguments.saved("state", state, (), "Clipper")
     own = _own_part(state, key)
-    arguments.saved("state", own, ("steps",), "Clipper")
-    arguments.saved("state", state, _Kind._fields, "Clipper")
-    arguments.saved("state", own, ("sets", "thresholds", *_LIMITS, "skips", "history"), "Clipper")
-    saved_kind = _checked_kind(state, settings)
-    thresholds = _learned("state['thresholds']", own["thresholds"])
-    names = arguments.items("state['sets']", own["sets"], arguments.string)
-    of_sets = dict.fromkeys([*names, *thresholds])
-    settings.bank.check(thresholds if settings.bank.learns else of_sets)
-    _check_sets("state['thresholds']", of_sets, sets)
-    limits = {name: _checked_limit(name, own[name], settings) for name in _LIMITS}
-    _compare(saved_kind, _kind_of(settings), bool(of_sets or limits["skip_above"]))
-    arguments.saved("state['skips']", own["skips"], ("nonfinite", *_LIMITS), "Clipper")
-    skips = {
-        name: arguments.count(f"state['skips'][{name!r}]", own["skips"][name], least=0)
-        for name in ("nonfinite", *_LIMITS)
-    }
-    arguments.saved("state['history']", own["history"], (), "Clipper")
+    _check_fields("state", own, _OWN)
+    _check_fields("state", state, _KIND)
+    _check_fields("state['skips']", own["skips"], _SKIPS)
+    if state["optimizers"] != settings.names.count:
+        raise ValueError(
+            f"`state` is that of a Clipper of {state['optimizers']} optimizer(s), this one has "
+            f"{settings.names.count}; make it for as many, in the same order"
+        )
+    thresholds = _learned(own["thresholds"])
+    names = [*own["sets"], *thresholds]
+    _check_sets("state['thresholds']", names, sets)
+    settings.bank.check(thresholds if settings.bank.learns else dict.fromkeys(names))
+    _check_limits(own, settings)
+    _compare(state, _kind_of(settings), bool(names or own["skip_above"]))
     layers = state.get(str(key), {}).get("layers") if own is state else None
-    history = own["history"] if layers is None else {**own["history"], "layers": layers}
-    steps = arguments.count("state['steps']", own["steps"], least=0)
-    return Loaded(steps, thresholds, limits, skips, history)
+    return own, own["history"] if layers is None else {**own["history"], "layers": layers}
 
 
-def _checked_limit(name: str, saved: Any, settings: Settings) -> dict[str, Any]:
-    """What a limit above which steps are skipped has learned; None from a Clipper without one."""
-    learned = _learned(f"state[{name!r}]", {} if saved is None else saved)
-    limit = next((limit for limit in settings.limits if limit.argument == name), None)
-    if limit is not None:
-        limit.bank.check(learned)
-        _check_sets(f"state[{name!r}]", learned, ["all"])
-    elif learned:
-        raise ValueError(
-            f"`state` holds what a `{name}` has learned, but this clipper has none; make it with the same one"
-        )
-    return learned
+def _check_fields(name: str, part: Any, fields: Mapping[str, tuple[type, ...]]) -> None:
+    """Raise an error if a part of a state lacks a field, or has one of another type."""
+    arguments.saved(name, part, fields, "Clipper")
+    for key, types in fields.items():
+        if not isinstance(part[key], types):
+            raise TypeError(
+                f"`{name}[{key!r}]` must be of type {types[0].__name__}, got {arguments.shown(part[key])}; "
+                "pass what Clipper.state_dict() returned"
+            )
 
 
-def load(loaded: Loaded, settings: Settings, rounds: Rounds) -> None:
-    """Continue from the parts of a state.  The caller holds the lock."""
-    rounds.history.load_state_dict(loaded.history)  # refuses a wrong state before anything changes
-    rounds.forget()
-    rounds.number = loaded.steps
-    settings.bank.load_state_dict(loaded.thresholds)
-    settings.nonfinite_skips.load(loaded.skips["nonfinite"])
-    for limit in settings.limits:
-        limit.bank.load_state_dict(loaded.limits[limit.argument])
-        limit.skips.load(loaded.skips[limit.argument])
+def _check_limits(own: Mapping[str, Any], settings: Settings) -> None:
+    """Raise an error unless the limits of a Clipper can load what those of a state have learned."""
+    limits = {limit.argument: limit for limit in settings.limits}
+    for name in _LIMITS:
+        learned = _learned(own[name])
+        if name in limits:
+            _check_sets(f"state[{name!r}]", learned, ["all"])
+            limits[name].bank.check(learned)
+        elif learned:
+            raise ValueError(
+                f"`state` holds what a `{name}` has learned, but this clipper has none; make it with one"
+            )
 
 
-def _kind_of(settings: Settings) -> _Kind:
-    given = settings.rule or settings.bank.given
-    max_norm = "a number" if settings.bank.number is not None and not settings.rule else type(given).__name__
-    return _Kind(settings.norm_type, settings.scope, settings.names.count, max_norm)
+def _kind_of(settings: Settings) -> dict[str, Any]:
+    is_number = isinstance(settings.max_norm, float)
+    max_norm = "a number" if is_number else type(settings.max_norm).__name__
+    values = settings.norm_type, settings.scope, settings.names.count, max_norm
+    return dict(zip(_KIND, values, strict=True))
 
 
-def _checked_kind(state: Mapping[str, Any], settings: Settings) -> _Kind:
-    """The kind of a state, which must have as many optimizers as the Clipper."""
-    norm_type = arguments.number("state['norm_type']", state["norm_type"])
-    scope = arguments.option("state['scope']", state["scope"], get_args(Scope))
-    optimizers = arguments.count("state['optimizers']", state["optimizers"], least=1)
-    max_norm = arguments.string("state['max_norm']", state["max_norm"])
-    if optimizers != settings.names.count:
-        raise ValueError(
-            f"`state` is that of a Clipper of {optimizers} optimizer{'s' * (optimizers > 1)}, this one "
-            f"has {settings.names.count}; make it for as many, in the same order"
-        )
-    return _Kind(norm_type, scope, optimizers, max_norm)
-
-
-def _compare(saved: _Kind, own: _Kind, has_learned: bool) -> None:
+def _compare(state: Mapping[str, Any], own: Mapping[str, Any], has_learned: bool) -> None:
     """Compare how two Clippers clip: what was learned must fit; else a warning names the differences."""
     differences = [
-        f"`{name}` was {before!r} and is {now!r}"
-        for name, before, now in zip(_Kind._fields, saved, own, strict=True)
-        if before != now
+        f"`{name}` was {state[name]!r} and is {now!r}" for name, now in own.items() if state[name] != now
     ]
     if not differences:
         return
-    norms = (saved.scope, saved.norm_type), (own.scope, own.norm_type)
-    if has_learned and norms[0] != norms[1]:
+    before, now = ((kind["scope"], kind["norm_type"]) for kind in (state, own))
+    if has_learned and before != now:
         raise ValueError(
-            f"the thresholds in `state` have learned from norms of (scope, norm_type) = {norms[0]}, but this "
-            f"clipper's are {norms[1]}; make it with the same ones"
+            f"the thresholds in `state` have learned from norms of (scope, norm_type) = {before}, but this "
+            f"clipper's are {now}; make it with the same ones"
         )
     warnings.warn(
         f"`state` is that of a Clipper which clips otherwise: {', '.join(differences)}. It was loaded; what "
@@ -231,10 +227,7 @@ def _own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
         )
     else:
         chosen = parts[0]
-    part = state[chosen]
-    if not isinstance(part, Mapping):
-        raise TypeError(f"`state[{chosen!r}]` must be a dictionary, got {arguments.shown(part)}")
-    return part
+    return cast("Mapping[str, Any]", state[chosen])
 
 
 def _of_bank(bank: ThresholdBank, ended: bool) -> dict[str, Any]:
@@ -243,18 +236,17 @@ def _of_bank(bank: ThresholdBank, ended: bool) -> dict[str, Any]:
     return states if bank.is_ours else {name: (state,) for name, state in states.items()}
 
 
-def _learned(name: str, saved: Any) -> dict[str, Any]:
-    """The result of ``_of_bank``, for the ``load_state_dict`` of a bank; ``name`` is for errors."""
-    arguments.saved(name, saved, (), "Clipper")
+def _learned(saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The result of ``_of_bank``, for the ``load_state_dict`` of a bank; a limit may have saved none."""
     return {
         key: state[0] if isinstance(state, (tuple, list)) and len(state) == 1 else state
-        for key, state in saved.items()
+        for key, state in (saved or {}).items()
     }
 
 
-def _check_sets(argument: str, names: Iterable[str], own: Sequence[str]) -> None:
+def _check_sets(argument: str, names: Iterable[Any], own: Sequence[str]) -> None:
     """Raise an error for what was learned for sets that this Clipper does not have."""
-    foreign = [name for name in names if name not in set(own)]
+    foreign = [name for name in names if name not in own]
     if foreign:
         raise ValueError(
             f"`{argument}` has {', '.join(map(repr, foreign))}, which this Clipper does not clip; it clips "

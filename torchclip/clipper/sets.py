@@ -43,10 +43,6 @@ class ClipSet:
     clip_coefs: Norms
     is_zeroed = False
 
-    def is_absent(self) -> bool:
-        """Whether there is certainly nothing to measure, on any rank."""
-        return isinstance(self.norms, list) and all(norm < 0 for norm in self.norms)  # divided by any scale
-
     def is_finite(self) -> bool:
         """Whether all norms are known to be finite."""
         return isinstance(self.norms, list) and all(map(math.isfinite, self.norms))

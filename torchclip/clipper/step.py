@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from threading import RLock, get_ident
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any, Literal, TypeAlias, cast
 from weakref import ref
 
@@ -17,9 +17,6 @@ Outcome: TypeAlias = Literal["finished", "failed", "again"]
 # The code of torch's wrapper around every optimizer's step(), which calls the hooks.
 _AROUND_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _ARGS = _AROUND_STEP.co_varnames[_AROUND_STEP.co_argcount + _AROUND_STEP.co_kwonlyargcount]
-
-# In place of an optimizer that is gone: it has no parameters.
-_GONE = cast("Optimizer", SimpleNamespace(param_groups=[]))
 
 
 class Step:
@@ -39,6 +36,7 @@ class Step:
         lock: held while a step ends, so that other threads see it before or after.
 
     Attributes:
+        kind: the name of the optimizer's class.
         thread: the thread of the running step; None if there is none.
         is_nested: whether another step has begun within it.
         undos: what is called when it is over.
@@ -49,7 +47,7 @@ class Step:
     """
 
     def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:
-        self._optimizer, self._lock = optimizer, lock
+        self._optimizer, self.kind, self._lock = optimizer, type(optimizer()).__name__, lock
         self.thread: int | None = None
         self.is_nested = False
         self.undos: list[Callable[[Outcome], None]] = []
@@ -58,12 +56,14 @@ class Step:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer; one without parameters if it is gone, which the others of its round may outlive."""
-        return self._optimizer() or _GONE
-
-    def is_gone(self) -> bool:
-        """Whether the optimizer no longer exists."""
-        return self._optimizer() is None
+        """The optimizer, or an error if it no longer exists."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError(
+                f"an optimizer ({self.kind}) of this Clipper no longer exists; keep a reference to it, as a "
+                "Clipper does not, or detach() the Clipper, and make one for the optimizers that are left"
+            )
+        return optimizer
 
     def begins_anew(self) -> bool:
         """Whether a step begins, though another one has begun before: not if it is part of that."""

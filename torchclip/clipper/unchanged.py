@@ -63,4 +63,4 @@ def check_unscaled(step: Step, index: int) -> None:
 
 def _name(step: Step, index: int) -> str:
     """The name of one of several optimizers in an error."""
-    return f"optimizer {index} ({type(step.optimizer).__name__})"
+    return f"optimizer {index} ({step.kind})"
