@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +21,7 @@ from torchclip._core.ranks import meshes
 from torchclip.clipper.names import Names
 from torchclip.clipper.optimizers import groups_of, parameters_of
 from torchclip.clipper.rounds import Rounds
-from torchclip.clipper.settings import Settings
+from torchclip.clipper.settings import Scope, Settings
 from torchclip.thresholds.bank import ThresholdBank
 
 _LIMITS = ("skip_above", "skip_loss_above")
@@ -110,6 +110,7 @@ def _checked(
     own = _own_part(state, key)
     _check_fields("state", own, _OWN)
     _check_fields("state", state, _KIND)
+    arguments.option("state['scope']", state["scope"], get_args(Scope))
     _check_fields("state['skips']", own["skips"], _SKIPS)
     if state["optimizers"] != settings.names.count:
         raise ValueError(
@@ -135,6 +136,8 @@ def _check_fields(name: str, part: Any, fields: Mapping[str, tuple[type, ...]]) 
                 f"`{name}[{key!r}]` must be of type {types[0].__name__}, got {arguments.shown(part[key])}; "
                 "pass what Clipper.state_dict() returned"
             )
+        if types == (int,):
+            arguments.count(f"{name}[{key!r}]", part[key], least=0)
 
 
 def _check_limits(own: Mapping[str, Any], settings: Settings) -> None:
@@ -227,7 +230,9 @@ def _own_part(state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
         )
     else:
         chosen = parts[0]
-    return cast("Mapping[str, Any]", state[chosen])
+    part: Mapping[str, Any] = state[chosen]
+    arguments.saved(f"state[{chosen!r}]", part, (), "Clipper")
+    return part
 
 
 def _of_bank(bank: ThresholdBank, ended: bool) -> dict[str, Any]:
