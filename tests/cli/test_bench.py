@@ -37,6 +37,21 @@ def test_a_table_and_the_same_numbers_as_json(
     assert "measure again" in output
 
 
+def test_a_full_disk_is_said_with_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write_text(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")  # without the file's name
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(bench, "MODELS", {})
+    file = tmp_path / "bench.json"
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--json", str(file)])
+    error = f"torchclip bench: error: argument --json: No space left on device: {file}\n"
+    assert capsys.readouterr().err == error
+
+
 @pytest.mark.parametrize("name", bench.MODELS)
 def test_every_model_has_gradients(name: str) -> None:
     if name == "gpt2":

@@ -23,7 +23,7 @@ from torch.utils.benchmark import Timer
 
 import torchclip
 from torchclip.cli import info
-from torchclip.cli.options import file_to_write
+from torchclip.cli.options import file_to_write, refusal
 
 __all__ = ["add_arguments", "run"]
 
@@ -65,7 +65,10 @@ def run(options: argparse.Namespace) -> None:
     print(EXPLANATION)
     if options.json:
         text = json.dumps({"machine": facts, "rows": rows}, indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        try:
+            options.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise refusal(f"argument --json: {error.strerror}: {options.json}") from None
 
 
 # The models

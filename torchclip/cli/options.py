@@ -54,7 +54,11 @@ def file_to_write(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{path} is a directory")
     if not os.path.isdir(path.parent):
         raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
-    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+    try:
+        there = path if path.exists() else path.parent
+    except OSError as error:  # a path that the system cannot look up, such as one with too long a name
+        raise argparse.ArgumentTypeError(f"{error.strerror}: {path}") from None
+    if not os.access(there, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written to")
     return path
 
