@@ -283,9 +283,10 @@ class Clipper:
         with self._lock:
             self._rounds.close()
         self.history._is_followed = False
-        for optimizer, clipper in [*registry.clippers.items()]:
-            if clipper() is self:
-                del registry.clippers[optimizer]
+        for reference in self._optimizers if self._hooks else ():  # later they may have another Clipper
+            optimizer = reference()
+            if optimizer is not None:
+                registry.clippers.pop(optimizer, None)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
