@@ -262,6 +262,7 @@ def check_backward_passes_that_add_to_sharded_gradients_are_noticed() -> None:
     clipper.detach()
 
 
+@since_2_7
 def check_losses_of_sharded_models_are_added() -> None:
     model, _ = model_of(nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
