@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchclip.reference import checks
-from torchclip.reference.arrays import Array, check_arrays, norm_of, scale
+from torchclip.reference.arrays import Array, check_arrays, norm_of, scale, wide
 
 __all__ = ["clip_grad_adaptive"]
 
@@ -65,8 +65,8 @@ def clip_grad_adaptive(
             limit = clip_factor * max(norm_of([weight[unit]], p), eps)
             norm = norm_of([grad[unit]], p)
             if math.isinf(max(norm, limit)):  # a norm has overflowed, but perhaps no element is infinite
-                limit = clip_factor * max(norm_of([_small(weight[unit])], p), eps * _SMALL)
-                norm = norm_of([_small(grad[unit])], p)
+                limit = clip_factor * max(norm_of([_small(weight[(*unit, ...)])], p), eps * _SMALL)
+                norm = norm_of([_small(grad[(*unit, ...)])], p)
             if not norm <= limit:
                 # A norm of 0 gets here only if the limit is NaN.
                 scale([grad[(*unit, ...)]], limit / norm if norm else limit)
@@ -74,6 +74,6 @@ def clip_grad_adaptive(
 
 def _small(unit: Array) -> Array:
     """A copy in float64, multiplied by a power of two: only the ratio of two norms counts."""
-    copy = np.array(unit, dtype=np.complex128 if np.iscomplexobj(unit) else np.float64)
+    copy = wide(unit)
     scale([copy], _SMALL)
     return copy

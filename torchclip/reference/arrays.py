@@ -23,7 +23,7 @@ def norm_of(arrays: Sequence[Array], p: float) -> float:
     m = np.concatenate([_magnitudes(a).ravel() for a in arrays]) if arrays else np.zeros(0)
     if p != 0 and 0 < m.max(initial=0.0) < _SMALL:
         # Otherwise magnitudes of complex numbers would be rounded to few digits.
-        return norm_of([a * _LARGE for a in map(_wide, arrays)], p) / _LARGE
+        return norm_of([a * _LARGE for a in map(wide, arrays)], p) / _LARGE
     if m.size == 0:
         return 0.0
     if p == 0:
@@ -35,14 +35,14 @@ def norm_of(arrays: Sequence[Array], p: float) -> float:
         return float(leading * np.sum((m / leading) ** p) ** (1 / p))
 
 
-def _wide(grad: Array) -> Array:
+def wide(grad: Array) -> Array:
     """The numbers in float64."""
     return grad.astype(np.complex128 if np.iscomplexobj(grad) else np.float64)
 
 
 def _magnitudes(grad: Array) -> Array:
     """``|g|`` in float64."""
-    return np.abs(_wide(grad))
+    return np.abs(wide(grad))
 
 
 def scale(grads: Sequence[Array], rate: float) -> None:
