@@ -180,10 +180,7 @@ def change(
     """
     skipped, _, clip_coef = decision
     if scalars.may_change(clip_coef):
-        by = clip_coef
-        if isinstance(skipped, Tensor):  # a step that the device skips divides nothing, as `norms()` shows
-            by = scalars.replaced(scalars.in_one([clip_coef]), skipped, 1.0)[0]
-        divisor = fused.divisor(hook, gradients, by) if settings.rule is None else None
+        divisor = fused.divisor(hook, gradients, clip_coef, skipped) if settings.rule is None else None
         if divisor is not None:
             fused.override(step).set(divisor)
         else:

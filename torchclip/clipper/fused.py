@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torchclip._core import scalars
 from torchclip._core.batch import Facts, Norm
 from torchclip.clipper.sets import Gradients
 from torchclip.clipper.step import Outcome, Step, is_fused
@@ -25,7 +26,9 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def divisor(hook: RemovableHandle, gradients: Gradients, clip_coef: Norm) -> Tensor | None:
+def divisor(
+    hook: RemovableHandle, gradients: Gradients, clip_coef: Norm, skipped: bool | Tensor
+) -> Tensor | None:
     """The number by which a fused step must divide the gradients; None if they must be scaled before it.
 
     Decisions about the gradients use facts that all ranks know, so that all of them decide alike.
@@ -34,6 +37,7 @@ def divisor(hook: RemovableHandle, gradients: Gradients, clip_coef: Norm) -> Ten
         hook: the handle of the pre hook that clips.
         gradients: the gradients.
         clip_coef: what they are to be multiplied by.
+        skipped: whether the step is skipped; one that the device skips divides nothing, as `norms()` shows.
     """
     if len(gradients.optimizers) > 1 or not is_fused(gradients.optimizers[0]) or not _is_last(hook):
         return None
@@ -43,6 +47,8 @@ def divisor(hook: RemovableHandle, gradients: Gradients, clip_coef: Norm) -> Ten
     unfit = Facts.SHARED_GRADIENT | Facts.DOUBLE | Facts.GAPS | _TOO_SMALL
     if len(gradients.sets) != 1 or gradients.each or gradients.facts & unfit:
         return None
+    if isinstance(skipped, Tensor):
+        clip_coef = scalars.replaced(scalars.in_one([clip_coef]), skipped, 1.0)[0]
     scale = 1.0 if gradients.grad_scale is None else gradients.grad_scale
     if not isinstance(clip_coef, float):
         return (scale / clip_coef).to(torch.float32)
