@@ -55,9 +55,6 @@ class Training:
             optimizer.zero_grad()
         (loss_of(self.model, step) * 3).backward()
 
-    def gradients(self) -> list[Tensor | None]:
-        return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
-
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
@@ -76,6 +73,9 @@ def test_what_is_refused_when_it_is_made() -> None:
         ([], {}, ValueError, "empty list"),
         ([free, nn.Linear(1, 1)], {}, TypeError, r"`optimizer` \(item 1 of the list\) must be"),
         ([free, lbfgs], {}, ValueError, "`optimizer` includes LBFGS"),
+        (lbfgs, {"nonfinite": "skip"}, ValueError, "`nonfinite.* does not work with LBFGS"),
+        (lbfgs, {"skip_above": 5.0}, ValueError, "`skip_above.* does not work with LBFGS"),
+        (lbfgs, {"skip_loss_above": 5.0}, ValueError, "`skip_loss_above.* does not work with LBFGS"),
         (free, {"model": nn.Linear(1, 1)}, ValueError, "`model` has none of the parameters"),
     ]
     for optimizers, options, error, message in cases:
