@@ -27,7 +27,6 @@ import torchclip
 from torchclip import AdaGC, Adaptive, Clipper, Percentile, Value
 from torchclip._core import gather
 from torchclip.clipper import Scope
-from torchclip.history import Record
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
@@ -82,22 +81,6 @@ def test_a_default_device_elsewhere_does_not_matter(fused: bool) -> None:
         optimizer.step()
     assert last_of(clipper).total_norm == 5.0
     assert gradients(optimizer)[0].tolist() == pytest.approx([0.6, 0.8])
-
-
-@fused_or_not
-def test_the_record_of_a_step(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
-    seen: list[tuple[Record, list[float]]] = []
-    clipper = Clipper(optimizer, 1.0, on_clip=lambda r: seen.append((r, [*clipper.norms().values()])))
-    assert clipper.last is None
-    optimizer.step()
-    optimizer.step()
-    assert [record for record, _ in seen] == list(clipper.history)
-    record, norms = seen[0]
-    assert record[:8] == (0, 5.0, 1.0, pytest.approx(0.2), True, False, False, None)  # type: ignore[comparison-overlap]
-    assert (record.clipped_norm, norms) == (pytest.approx(1.0), pytest.approx([1.0]))  # type: ignore[comparison-overlap]
-    assert clipper.last is clipper.history[-1]
-    assert (last_of(clipper).step, last_of(clipper).total_norm) == (1, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize(

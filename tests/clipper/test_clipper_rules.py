@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from clipper_helpers import NAN, everything, sgd, two_groups
+from clipper_helpers import NAN, sgd, two_groups
 from helpers import last_of, with_gradients
 from torch import Tensor, nn
 
@@ -38,15 +38,6 @@ def test_a_users_own_rule() -> None:
     optimizer.step()
     assert optimizer.param_groups[0]["params"][0].tolist() == [-1.0, 1.0]
     assert last_of(clipper).clip_coef == pytest.approx(2**0.5 / 5)
-
-
-def test_complex_gradients_have_no_order_to_clip_by_value() -> None:
-    optimizer = sgd([torch.tensor([3.0 + 4j])])
-    Clipper(optimizer, Value(1.0))
-    before = everything(optimizer)
-    with pytest.raises(TypeError, match="complex"):
-        optimizer.step()
-    assert everything(optimizer) == before
 
 
 @pytest.mark.parametrize(
