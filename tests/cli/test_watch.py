@@ -834,9 +834,6 @@ def test_the_report_fits_the_terminal(columns: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_file_that_cannot_be_written_at_the_end_is_said(run_here: in_process.Run, tmp_path: Path) -> None:
-    done = run_here(SCRIPT, options=["--csv", "a/a.csv"])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "argument --csv: there is no directory a" in done.stderr
     (tmp_path / "a").mkdir()
     done = run_here(SCRIPT, "import shutil; shutil.rmtree('a')", options=["--csv", "a/a.csv"])
     assert (done.returncode, done.stdout) == (2, "done\n")
