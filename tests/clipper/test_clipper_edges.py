@@ -330,22 +330,6 @@ def test_a_change_between_the_steps_of_two_optimizers_is_always_noticed(change: 
             second.step()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_series_of_skipped_steps_ends_with_an_error_that_names_the_parameters(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], lr=0.0, fused=fused)
-    (weight,) = optimizer.param_groups[0]["params"]
-    clipper = Clipper(optimizer, 100.0, nonfinite="skip", max_skips=2)
-    for values in ([INF, 1.0], [1.0, 1.0], [INF, 1.0], [INF, 1.0]):
-        weight.grad = torch.tensor(values)
-        optimizer.step()
-    with pytest.raises(RuntimeError, match=r"(?s)2 steps in a row .*param_groups\[0\]\['params'\]\[0\]"):
-        optimizer.step()
-    assert [r.skipped for r in clipper.history] == [True, False, True, True]
-    weight.grad = torch.tensor([3.0, 4.0])
-    optimizer.step()
-    assert not last_of(clipper).skipped
-
-
 def test_a_skipped_step_counts_though_its_end_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = sgd([torch.tensor([INF])])
     clipper = Clipper(optimizer, 1.0, nonfinite="skip", max_skips=2)
@@ -356,6 +340,6 @@ def test_a_skipped_step_counts_though_its_end_was_interrupted(monkeypatch: pytes
             optimizer.step()
     optimizer.step()
     assert clipper.state_dict()["skips"]["nonfinite"] == 2
-    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+    with pytest.raises(RuntimeError, match=r"(?s)2 steps in a row .*param_groups\[0\]\['params'\]\[0\]"):
         optimizer.step()
     assert len(clipper.history) == 2

@@ -29,8 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -667,16 +665,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = 60.0 if options.seconds is None and options.cases is None else options.seconds
     print(f"torch {torch.__version__}, kernel {kernel.status()}, backends: {', '.join(backends())}")
     started, counts, case = time.monotonic(), dict.fromkeys(CALLS, 0), options.first
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with warnings.catch_warnings(), mesh_of_one() as mesh, bar:
+    with warnings.catch_warnings(), mesh_of_one() as mesh:
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-        task = bar.add_task("cases" if seconds is None else "seconds", total=seconds or options.cases)
         try:
             for case in numbers_of(options.first, options.cases, seconds):
                 counts[run_case(options.seed, case, mesh).split(",")[0]] += 1
-                done = case - options.first + 1 if seconds is None else time.monotonic() - started
-                bar.update(task, completed=done)
         except KeyboardInterrupt:
             pass
         except Exception as error:
