@@ -59,13 +59,15 @@ def test_elements_stay_0_if_the_threshold_then_raises_an_error() -> None:
     def failing(step: int) -> float:
         raise ArithmeticError(step)
 
-    (weight,) = with_gradients([torch.tensor([3.0, NAN, -4.0, INF])])
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    values = torch.tensor([3.0, NAN, -4.0, INF])
+    weights = with_gradients([values, values.to_sparse()])
+    optimizer = torch.optim.SGD(weights, lr=1.0)
     Clipper(optimizer, failing, nonfinite="zero")
     with pytest.raises(ArithmeticError):
         optimizer.step()
-    assert grad_of(weight).tolist() == [3.0, 0.0, -4.0, 0.0]
-    assert weight.tolist() == [0.0] * 4
+    for weight in weights:
+        assert weight.grad.to_dense().tolist() == [3.0, 0.0, -4.0, 0.0]
+        assert weight.tolist() == [0.0] * 4
 
 
 def test_what_is_refused_is_refused_before_elements_become_0() -> None:
