@@ -37,6 +37,23 @@ def test_private_names_of_torch_are_listed_and_few() -> None:
     assert len(listed) <= MOST
 
 
+def test_private_names_are_found() -> None:
+    code = """
+import torch
+from torch._compile import _disable_dynamo
+from torch.utils import _pytree
+class Own:
+    def _method(self): self._method()
+torch._C._functorch.level()
+tensor._version
+getattr(optimizer, "_steps")
+"""
+    tree = ast.parse(code)
+    found = set(_used(tree, set(_defined(tree))))
+    expected = {"_compile._disable_dynamo", "_pytree", "_C._functorch.level", "_version", "_steps"}
+    assert found == expected
+
+
 def _from_private(parts: list[str], own: Container[str]) -> str:
     """The dotted name from its first private part on; empty if it has none, or is the class's own."""
     is_foreign = [part.startswith("_") and not part.startswith("__") and part not in own for part in parts]
