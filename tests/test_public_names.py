@@ -89,7 +89,8 @@ def test_it_is_in_the_namespace(name: str) -> None:
 
 @pytest.mark.parametrize("name", torchclip.__all__)
 def test_the_page_of_the_api_has_all_public_names(name: str) -> None:
-    assert f"::: torchclip.{name}" in (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert re.search(rf"::: torchclip\.{name}[.\n]", page)
 
 
 STATE = "load_state_dict state_dict"
@@ -151,9 +152,8 @@ def test_a_threshold_is_exported_by_its_folder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(("page", "entry"), [("docs/api.md", "::: torchclip.{}\n"), ("CHANGELOG.md", "`{}")])
-def test_it_is_in_the_documentation(name: str, page: str, entry: str) -> None:
-    assert entry.format(name) in (ROOT / page).read_text(encoding="utf-8")
+def test_it_is_in_the_changelog(name: str) -> None:
+    assert f"`{name}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)

@@ -58,24 +58,6 @@ def check_experts_on_meshes_that_only_some_ranks_have() -> None:
             assert norm == torchclip.get_total_norm(fulls, order)
 
 
-def check_experts_that_some_ranks_lack() -> None:
-    rank = dist.get_rank()
-    everyone = init_device_mesh("cpu", (4,))
-    group = dist.new_group([0, 1])
-    fulls = [randn(8, 5), randn(6, 3, seed=1)]
-    grads = [split(fulls[0], everyone, Shard(0))]
-    if rank < 2:
-        grads.append(split(fulls[1], DeviceMesh.from_group(group, "cpu"), Shard(0)))
-        assert torchclip.get_total_norm(grads[1]) == torchclip.get_total_norm(fulls[1])
-    expected = [torchclip.get_total_norm(f) for f in fulls[: len(grads)]]
-    assert torchclip.get_total_norm(grads) == torchclip.get_total_norm(fulls[: len(grads)])
-    norm = torchclip.get_total_norm(grads, group=dist.group.WORLD)
-    assert_agreed(norm)
-    assert norm == torchclip.get_total_norm(fulls)
-    each = torchclip.clip_grad_norm_per_parameter_([parameter(g) for g in grads], INF)
-    assert each.tolist() == [norm.item() for norm in expected]
-
-
 def check_expert_parallel_over_submeshes() -> None:
     """Dense parameters over all ranks; experts split over ``ep`` and, within it, over ``shard``."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "ep"))
@@ -103,25 +85,6 @@ def check_asymmetric_submeshes() -> None:
     grads.append(split(fulls[1], grid, Shard(0), Shard(1)))
     norms = torchclip.clip_grad_norm_per_parameter_([parameter(g) for g in grads], INF)
     assert norms[-1] == torchclip.get_total_norm(fulls[1])
-
-
-def check_pipeline() -> None:
-    """Stages with different parameters, each sharded by itself, and experts on a mesh of their own."""
-    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
-    experts = DeviceMesh.from_group(root["dp"].get_group(), "cpu", mesh_dim_names=("ep",))
-    shapes = [(7, 5), (4,), (4, 6), (3, 4), (2,), (5, 3)]
-    fulls = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
-    stage = root.get_local_rank("pp")
-    ways = [(root["dp"], Shard(0)), (root["dp"], Replicate()), (experts, Shard(0))]
-    mine = slice(3 * stage, 3 * stage + 3)
-    for order, group in itertools.product(NORM_TYPES, (root.get_group("pp"), dist.group.WORLD)):
-        p = [parameter(split(full, *way)) for full, way in zip(fulls[mine], ways, strict=True)]
-        oracle = [parameter(f.clone()) for f in fulls]
-        norm = torchclip.clip_grad_norm_(p, 0.5, order, group=group)
-        assert_agreed(norm)
-        assert norm == torchclip.clip_grad_norm_(oracle, 0.5, order)
-        for each, expected in zip(p, oracle[mine], strict=True):
-            assert_same(each.grad, expected.grad)
 
 
 def check_parts_made_by_hand() -> None:

@@ -13,7 +13,7 @@ from helpers import randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -141,27 +141,6 @@ def check_fsdp2_in_mixed_precision() -> None:
     compare(fulls, [p.grad for p in parameters_of(model)], global_norm(0.1))
 
 
-def check_tensor_parallel_sequence() -> None:
-    """SequenceParallel leaves gradients of which each rank has an addend."""
-    model, oracle = (model_of(1, torch.float64) for _ in range(2))
-    parallelize_module(model[0], init_device_mesh("cpu", (4,)), SEQUENCE_PARALLEL)
-    x = randn(4, 8, 6, dtype=torch.float64)
-    backward(oracle, x)
-    backward(model, x.chunk(4, dim=1)[dist.get_rank()], 100 / 4)
-    assert (Partial(),) in [p.grad.placements for p in parameters_of(model)]
-    compare_models(model, oracle)
-
-
-def check_ddp() -> None:
-    oracle, x = model_of(dtype=torch.float64), batch_of(4, torch.float64)
-    model = nn.parallel.DistributedDataParallel(model_of(dtype=torch.float64))
-    backward(model, my_part(x))
-    backward(oracle, x)
-    grads = [p.grad for p in parameters_of(model)]
-    assert collectives_of(lambda: torchclip.get_total_norm(grads)) == []
-    compare_models(model, oracle)
-
-
 @since_2_7
 def check_fsdp2_with_tensor_parallel() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -179,34 +158,6 @@ def check_fsdp2_with_tensor_parallel() -> None:
     grads = [p.grad for p in parameters_of(model)]
     assert len(collectives_of(lambda: torchclip.get_total_norm(grads))) == 1
     compare_models(model, oracle)
-
-
-@since_2_7
-def check_what_torch_asserts_of_a_mesh() -> None:
-    """Over some steps: the norm of the unsharded model, no part above the limit, and 0 for zeros."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    for order, options in itertools.product((1, 2, INF), ({}, {"mesh": mesh})):
-        model, oracle = sharded(model_of(dtype=torch.float64), **options), model_of(dtype=torch.float64)
-        optimizers = [torch.optim.Adam(each.parameters(), lr=1e-2) for each in (model, oracle)]
-        for step in range(3):
-            x = randn(16, 3, 6, dtype=torch.float64, seed=step)
-            backward(model, my_part(x))
-            backward(oracle, x)
-            limit = 0.1 * float(torchclip.get_total_norm([p.grad for p in parameters_of(oracle)], order))
-            assert any(p.grad.norm(order) > limit for p in parameters_of(oracle))
-            foreach = (None, False, True)[step]
-            norm = torchclip.clip_grad_norm_(model.parameters(), limit, order, foreach=foreach)
-            expected = torchclip.clip_grad_norm_(oracle.parameters(), limit, order)
-            torch.testing.assert_close(norm, expected, rtol=1e-10, atol=0)
-            for p, q in zip(parameters_of(model), parameters_of(oracle), strict=True):
-                assert torchclip.get_total_norm(p.grad.to_local(), order) <= limit * (1 + 1e-6)
-                torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-9, atol=1e-12)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        backward(model, my_part(batch_of(4, torch.float64)), weight=0.0)
-        assert torchclip.clip_grad_norm_(model.parameters(), 0.1, order, error_if_nonfinite=True) == 0
-        assert all((p.grad.to_local() == 0).all() for p in parameters_of(model))
 
 
 @world_of(2)

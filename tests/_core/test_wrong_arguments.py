@@ -17,7 +17,7 @@ from helpers import with_gradients
 from torch import nn
 
 import torchclip
-from torchclip import Clipper, Percentile, ZScore, reference
+from torchclip import AdaGC, Clipper, Percentile, RollingSigma, ZScore, reference
 from torchclip.history import History
 from torchclip.reference import Array
 
@@ -86,6 +86,8 @@ ARGUMENTS: list[tuple[Callable[..., object], str, set[str]]] = [
     (Percentile().load_state_dict, "state", set()),
     (ZScore, "skip_update_on_spike", {"a truth value"}),
     (ZScore().update, "norm", {*NUMBERS, "nan"}),
+    (AdaGC().update, "norm", {*NUMBERS, "nan"}),
+    (RollingSigma().update, "norm", {*NUMBERS, "nan"}),
     (ZScore().load_state_dict, "state", set()),
     (partial(Clipper, max_norm=1.0), "optimizer", set()),
     (clipper, "max_norm", {*NUMBERS, "a module"}),  # which is callable

@@ -66,12 +66,14 @@ STEPS = """
     for parameter in parameters:
         parameter.grad = torch.ones(16, 16)
     examples = [torch.ones(4, 8)]
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    clipper = torchclip.Clipper(optimizer, 1.0)
+    optimizer = torch.optim.SGD(parameters, lr=0.0, fused=True)
+    clipper = torchclip.Clipper(optimizer, 1.0, nonfinite="skip")
     clipper.history = torchclip.history.History(maxlen=10)
     def steps(count):
         for step in range(count):
+            parameters[0].grad.fill_(float("nan") if step % 7 == 0 else 1.0)
             optimizer.step()
+            parameters[0].grad.fill_(1.0)
             torchclip.clip_grad_norm_(parameters, 1.0)
             torchclip.clip_grad_value_(parameters, 1.0)
             torchclip.clip_grads_with_norm_(parameters, 1.0, torchclip.get_total_norm(parameters))

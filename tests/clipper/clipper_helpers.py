@@ -92,17 +92,11 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
     return all(bits(a) == bits(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def state_bits(optimizer: torch.optim.Optimizer) -> list[tuple[str, Any]]:
-    return [
-        (key, bits(value) if isinstance(value, torch.Tensor) else value)
-        for state in optimizer.state.values()
-        for key, value in state.items()
-    ]
-
-
 def everything(optimizer: torch.optim.Optimizer) -> tuple[list[bytes], list[tuple[str, Any]]]:
     """Everything that a step may change, except the gradients."""
-    return [bits(p) for group in optimizer.param_groups for p in group["params"]], state_bits(optimizer)
+    weights = [bits(p) for group in optimizer.param_groups for p in group["params"]]
+    states = [item for state in optimizer.state.values() for item in state.items()]
+    return weights, [(key, bits(value) if isinstance(value, Tensor) else value) for key, value in states]
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -38,12 +38,6 @@ def agreed(value: Any) -> None:
     assert len(set(everyones)) == 1, everyones
 
 
-def with_optimizer(full: Tensor) -> tuple[Any, torch.optim.SGD]:
-    """A sharded parameter with a sharded gradient, and an optimizer."""
-    p = parameter(lying(full, Shard(0)), lying(full, Shard(0)))
-    return p, torch.optim.SGD([p], lr=1.0)
-
-
 def model_of(*layers: nn.Module, wrap: Any = fully_shard) -> tuple[nn.Module, Any]:
     """A model of these layers, and the wrapped one."""
     model = nn.Sequential(*layers)
@@ -82,7 +76,8 @@ def check_user_code_on_one_rank_only() -> None:
     for scope, listener, (values, policy) in itertools.product(
         SCOPES, (0, 3), ((full, "propagate"), (spoilt, "zero"))
     ):
-        p, optimizer = with_optimizer(values)
+        p = parameter(lying(values, Shard(0)), lying(values, Shard(0)))
+        optimizer = torch.optim.SGD([p], lr=1.0)
         seen: list[float] = []
         on_clip = (lambda r, seen=seen: seen.append(r.total_norm)) if dist.get_rank() == listener else None
         clipper = Clipper(optimizer, 0.5, scope=scope, nonfinite=policy, on_clip=on_clip)  # type: ignore[arg-type]

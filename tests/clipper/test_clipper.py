@@ -27,7 +27,6 @@ import torchclip
 from torchclip import AdaGC, Adaptive, Clipper, Percentile, Value
 from torchclip._core import gather
 from torchclip.clipper import Scope
-from torchclip.history import Record
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
@@ -82,37 +81,6 @@ def test_a_default_device_elsewhere_does_not_matter(fused: bool) -> None:
         optimizer.step()
     assert last_of(clipper).total_norm == 5.0
     assert gradients(optimizer)[0].tolist() == pytest.approx([0.6, 0.8])
-
-
-@fused_or_not
-def test_the_record_of_a_step(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
-    seen: list[tuple[Record, list[float]]] = []
-    clipper = Clipper(optimizer, 1.0, on_clip=lambda r: seen.append((r, [*clipper.norms().values()])))
-    assert clipper.last is None
-    optimizer.step()
-    optimizer.step()
-    assert [record for record, _ in seen] == list(clipper.history)
-    record, norms = seen[0]
-    assert record[:8] == (0, 5.0, 1.0, pytest.approx(0.2), True, False, False, None)  # type: ignore[comparison-overlap]
-    assert (record.clipped_norm, norms) == (pytest.approx(1.0), pytest.approx([1.0]))  # type: ignore[comparison-overlap]
-    assert clipper.last is clipper.history[-1]
-    assert (last_of(clipper).step, last_of(clipper).total_norm) == (1, pytest.approx(1.0))
-
-
-@fused_or_not
-def test_gradients_stay_clipped_though_the_step_would_have_clipped_them(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
-
-    def refuse(record: Record) -> None:
-        raise KeyError(record.step)
-
-    Clipper(optimizer, 1.0, on_clip=refuse)
-    for _ in range(2):
-        with pytest.raises(KeyError, match="0"):
-            optimizer.step()
-        assert grad_norms(optimizer) == pytest.approx([1.0], rel=1e-5)
-        assert not hasattr(optimizer, "grad_scale")
 
 
 @pytest.mark.parametrize(
@@ -172,16 +140,6 @@ def test_detach_and_with() -> None:
     assert grad_norms(optimizer) == pytest.approx([2.0])
 
 
-@fused_or_not
-def test_detach_during_a_step_is_refused(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], fused=fused)
-    clipper = Clipper(optimizer, 1.0, on_clip=lambda record: clipper.detach())
-    with pytest.raises(RuntimeError, match=r"after optimizer\.step"):
-        optimizer.step()
-    clipper.detach()
-    assert grad_norms(optimizer) == pytest.approx([1.0])
-
-
 def test_a_clipper_that_nobody_holds_goes_on_clipping() -> None:
     optimizer = sgd([torch.tensor([3.0, 4.0])])
     Clipper(optimizer, 1.0)
@@ -235,14 +193,6 @@ def test_misuse_is_refused_and_leaves_the_optimizer_as_it_was(
     Clipper(optimizer, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("nonfinite", "skip"), ("skip_above", 5.0), ("skip_loss_above", 5.0)]
-)
-def test_lbfgs_cannot_skip(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"`{name}.* does not work with LBFGS"):
-        Clipper(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]), 1.0, **{name: value})
-
-
 class _WithPlainHooks(torch.optim.Optimizer):
     """Like wrappers that never call ``Optimizer.__init__`` and keep hooks in plain dictionaries."""
 
@@ -279,26 +229,6 @@ def test_repr() -> None:
     assert repr(clipper) == (
         f"Clipper(SGD, max_norm={threshold}, norm_type=2.0, scope='group', nonfinite='propagate')"
     )
-
-
-@pytest.mark.slow
-def test_thousands_of_steps_leave_nothing_behind_but_the_history() -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], lr=0.0, fused=True)
-    clipper = Clipper(optimizer, 1.0, nonfinite="skip")
-    parameter = optimizer.param_groups[0]["params"][0]
-    clipper.history = torchclip.history.History(maxlen=100)
-
-    def tracked_after(steps: int) -> int:
-        for step in range(steps):
-            parameter.grad.fill_(NAN if step % 7 == 0 else 5.0)
-            optimizer.step()
-        len(clipper.history)
-        gc.collect()
-        return len(gc.get_objects())
-
-    before = tracked_after(1_100)  # more than are kept before they are recorded
-    assert tracked_after(1_900) <= before + 50
-    assert (len(clipper.history), clipper.history.summary().steps) == (100, 3_000)
 
 
 def test_norms_leave_out_a_gradient_that_is_replaced_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

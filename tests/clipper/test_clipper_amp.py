@@ -1,12 +1,9 @@
 """Clipper with a GradScaler: norms and thresholds are those of the unscaled gradients, whatever is fused."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from clipper_helpers import NAN, fused_or_not
 from helpers import last_of, with_gradients
-from torch import Tensor
 from torch.amp import GradScaler
 
 import torchclip
@@ -14,42 +11,17 @@ from torchclip import Clipper
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
-SCALE = 1024.0
-
-
-GRADS = [torch.tensor([3.0, 4.0]), torch.tensor([12.0])]
-
 
 def sgd(fused: bool) -> torch.optim.SGD:
     return torch.optim.SGD(with_gradients([torch.zeros(2), torch.zeros(1)]), lr=1.0, fused=fused)
 
 
-def scaled_step(
-    optimizer: torch.optim.Optimizer,
-    grads: Sequence[Tensor] = GRADS,
-    scale: float = SCALE,
-    unscales: bool = False,
-) -> None:
+def scaled_step(optimizer: torch.optim.Optimizer) -> None:
     """Takes a step with the gradients that a scaled backward pass would have made."""
-    scaler = GradScaler("cpu", init_scale=scale)
-    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
-        parameter.grad = grad * scaler.scale(torch.tensor(1.0))
-    if unscales:
-        scaler.unscale_(optimizer)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], ([3.0, 4.0], [12.0]), strict=True):
+        parameter.grad = torch.tensor(grad) * scaler.scale(torch.tensor(1.0))
     scaler.step(optimizer)
-
-
-@fused_or_not
-@pytest.mark.parametrize("max_norm", [0.0, 1e-30, 1e-32])
-@pytest.mark.parametrize("scale", [1.0, 2.0**20])
-def test_coefficients_beyond_float32(scale: float, max_norm: float, fused: bool) -> None:
-    optimizer = sgd(fused)
-    clipper = Clipper(optimizer, max_norm)
-    scaled_step(optimizer, [1e8 * g for g in GRADS] if scale == 1.0 else GRADS, scale)
-    norm = last_of(clipper).total_norm
-    assert last_of(clipper).clip_coef == pytest.approx(max_norm / norm)
-    for parameter, grad in zip(optimizer.param_groups[0]["params"], GRADS, strict=True):
-        torch.testing.assert_close(parameter.grad, grad * (max_norm / 13), rtol=1e-4, atol=0)
 
 
 @fused_or_not

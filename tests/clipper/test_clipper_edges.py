@@ -303,49 +303,6 @@ def test_max_norm_is_read_and_set() -> None:
     assert len(clipper.history) == 5
 
 
-@pytest.mark.parametrize("change", ["backward", "backward of all", "unscale_"])
-def test_a_change_between_the_steps_of_two_optimizers_is_always_noticed(change: str) -> None:
-    """Addresses and versions are not enough: new gradients may have those of the old ones."""
-    for seed in range(200):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-        first, second = optimizers = [SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[2])]
-        clipper = Clipper(optimizers, 0.1)
-        scaler = GradScaler("cpu", init_scale=2.0)
-        scaler.scale(model(torch.randn(3, 4)).square().sum()).backward()
-        for optimizer in optimizers[: 1 if change == "unscale_" else 2]:
-            scaler.unscale_(optimizer)
-        first.step()
-        if change == "unscale_":
-            scaler.unscale_(second)
-        else:
-            (model if change == "backward of all" else second).zero_grad()
-            model[0].requires_grad_(change == "backward of all")
-            model(torch.randn(3, 4)).square().sum().backward()
-        if change == "backward of all":  # of the next round
-            second.step()
-            assert [record.step for record in clipper.history] == [0], seed
-            continue
-        with pytest.raises(RuntimeError, match="have changed since they were clipped"):
-            second.step()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_series_of_skipped_steps_ends_with_an_error_that_names_the_parameters(fused: bool) -> None:
-    optimizer = sgd([torch.tensor([3.0, 4.0])], lr=0.0, fused=fused)
-    (weight,) = optimizer.param_groups[0]["params"]
-    clipper = Clipper(optimizer, 100.0, nonfinite="skip", max_skips=2)
-    for values in ([INF, 1.0], [1.0, 1.0], [INF, 1.0], [INF, 1.0]):
-        weight.grad = torch.tensor(values)
-        optimizer.step()
-    with pytest.raises(RuntimeError, match=r"(?s)2 steps in a row .*param_groups\[0\]\['params'\]\[0\]"):
-        optimizer.step()
-    assert [r.skipped for r in clipper.history] == [True, False, True, True]
-    weight.grad = torch.tensor([3.0, 4.0])
-    optimizer.step()
-    assert not last_of(clipper).skipped
-
-
 def test_a_skipped_step_counts_though_its_end_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = sgd([torch.tensor([INF])])
     clipper = Clipper(optimizer, 1.0, nonfinite="skip", max_skips=2)
@@ -356,6 +313,6 @@ def test_a_skipped_step_counts_though_its_end_was_interrupted(monkeypatch: pytes
             optimizer.step()
     optimizer.step()
     assert clipper.state_dict()["skips"]["nonfinite"] == 2
-    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+    with pytest.raises(RuntimeError, match=r"(?s)2 steps in a row .*param_groups\[0\]\['params'\]\[0\]"):
         optimizer.step()
     assert len(clipper.history) == 2

@@ -8,13 +8,14 @@ import gc
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from clipper_helpers import Net, loss_of
-from helpers import last_of
+from helpers import interrupted_sgd, last_of
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
@@ -55,9 +56,6 @@ class Training:
             optimizer.zero_grad()
         (loss_of(self.model, step) * 3).backward()
 
-    def gradients(self) -> list[Tensor | None]:
-        return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
-
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
@@ -76,6 +74,9 @@ def test_what_is_refused_when_it_is_made() -> None:
         ([], {}, ValueError, "empty list"),
         ([free, nn.Linear(1, 1)], {}, TypeError, r"`optimizer` \(item 1 of the list\) must be"),
         ([free, lbfgs], {}, ValueError, "`optimizer` includes LBFGS"),
+        (lbfgs, {"nonfinite": "skip"}, ValueError, "`nonfinite.* does not work with LBFGS"),
+        (lbfgs, {"skip_above": 5.0}, ValueError, "`skip_above.* does not work with LBFGS"),
+        (lbfgs, {"skip_loss_above": 5.0}, ValueError, "`skip_loss_above.* does not work with LBFGS"),
         (free, {"model": nn.Linear(1, 1)}, ValueError, "`model` has none of the parameters"),
     ]
     for optimizers, options, error, message in cases:
@@ -116,14 +117,6 @@ def test_what_tells_the_optimizers_apart() -> None:
     for optimizer in (training.second, training.first):
         with pytest.raises(RuntimeError, match=r"outer\.weight"):
             optimizer.step()
-
-
-class Interrupted(Exception):
-    """A step that fails."""
-
-
-def stop(*_: Any) -> None:
-    raise Interrupted
 
 
 # The loss
@@ -179,19 +172,11 @@ def test_losses_are_added_where_a_backward_pass_replaces_gradients() -> None:
 # In the backward pass
 
 
-def step_in_backward(optimizers: Iterable[Optimizer]) -> None:
-    """Has each optimizer of one parameter step as soon as the gradient exists."""
-    for optimizer in optimizers:
-        # A reference from a parameter to its optimizer would be a cycle made by the test.
-        held = weakref.ref(optimizer)
-
-        def step_and_zero(_: Tensor, held: "weakref.ref[Optimizer]" = held) -> None:
-            stepping = held()
-            assert stepping is not None
-            stepping.step()
-            stepping.zero_grad()
-
-        optimizer.param_groups[0]["params"][0].register_post_accumulate_grad_hook(step_and_zero)
+def step_and_zero(held: "weakref.ref[Optimizer]", _: Tensor) -> None:
+    optimizer = held()
+    assert optimizer is not None
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 class InBackward(Training):
@@ -200,7 +185,10 @@ class InBackward(Training):
     def __init__(self) -> None:
         super().__init__()
         self.optimizers = [SGD([p], lr=0.05) for p in self.model.parameters()]
-        step_in_backward(self.optimizers)
+        for parameter, optimizer in zip(self.model.parameters(), self.optimizers, strict=True):
+            # A reference from a parameter to its optimizer would be a cycle made by the test.
+            hook = partial(step_and_zero, weakref.ref(optimizer))
+            parameter.register_post_accumulate_grad_hook(hook)
 
 
 @pytest.mark.parametrize("make", [lambda: 0.1, lambda: Percentile(50), lambda: Value(0.01)])
@@ -260,10 +248,8 @@ def test_a_round_is_not_skipped_if_a_scaler_skips_only_a_step_that_fails() -> No
     for optimizer in optimizers:
         vars(optimizer)["found_inf"] = torch.ones(())
     optimizers[0].step()
-    failing = optimizers[1].register_step_pre_hook(stop)
-    with pytest.raises(Interrupted):
+    with interrupted_sgd():
         optimizers[1].step()
-    failing.remove()
     vars(optimizers[1]).pop("found_inf", None)
     optimizers[1].step()
     assert not last_of(clipper).skipped
@@ -336,16 +322,14 @@ def test_nothing_is_kept_alive(several: bool) -> None:
             clipper.loss = 1.0
             training.step()
         training.backward(2)
-        handle = training.first.register_step_pre_hook(stop)
-        with pytest.raises(Interrupted):
+        with interrupted_sgd():
             training.first.step()
-        handle.remove()
         assert len(clipper.history) == 2
         clipper.norms(), clipper.state_dict()
         if detached:
             clipper.detach()
         held = [weakref.ref(each) for each in (training.model, *training.optimizers, clipper)]
-        del training, clipper, handle
+        del training, clipper
         assert [each() for each in held] == [None] * 4, (options, detached, max_norm)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from clipper_helpers import (
-    INF,
     NAN,
     Answering,
     each_scope,
@@ -14,24 +13,11 @@ from clipper_helpers import (
     sgd,
     two_groups,
 )
-from helpers import last_of, with_gradients
 
-from torchclip import Clipper, Percentile, Value
+from torchclip import Clipper, Percentile
 from torchclip.clipper import Scope
 
 pytestmark = pytest.mark.usefixtures("each_way")
-
-
-@pytest.mark.parametrize(
-    ("max_norm", "scope", "recorded"),
-    [(1.0, "global", 1.0), (1.0, "group", 1.0), (1.0, "parameter", INF), (Value(1.0), "global", INF)],
-)
-def test_a_step_without_any_gradient(max_norm: Any, scope: Scope, recorded: float) -> None:
-    optimizer = torch.optim.Adam(with_gradients([None, None]))
-    clipper = Clipper(optimizer, max_norm, scope=scope)
-    optimizer.step()
-    assert last_of(clipper)[1:9] == (0.0, recorded, 1.0, False, False, False, None, 0.0)
-    assert clipper.norms() == {}
 
 
 @each_scope

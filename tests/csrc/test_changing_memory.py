@@ -1,6 +1,6 @@
 """The kernel looks at its tensors' memory anew in each call, whatever happened to them in between.
 
-Also run under the sanitizers, as test_kernel.py says: there, reading freed memory is an error.
+Also run under the sanitizers, as CONTRIBUTING.md says: there, reading freed memory is an error.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
 """The compiled extension itself: what cannot be seen through the public functions.
 
-Under the sanitizers, on Linux with GCC::
-
-    TORCHCLIP_SANITIZE=1 python setup.py build_ext --inplace --force
-    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \\
-        ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 python -m pytest -s tests/csrc
+CONTRIBUTING.md says how to run these tests under the sanitizers.
 """
 
 from __future__ import annotations

@@ -22,102 +22,68 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
 
 
 @pytest.mark.parametrize(
-    ("norms", "max_norm", "verdict", "use", "reason"),
+    ("case", "reason"),
     [
         (
-            calm(),
-            1.6,
-            "keep",
-            1.6,
+            (calm(), 1.6, "keep", 1.6),
             "Keep max_norm=1.6: it clips 48 of 1,000 steps, and protects against a bad batch.",
         ),
         (
-            calm(),
-            1.1,
-            "keep",
-            1.1,
+            (calm(), 1.1, "keep", 1.1),
             "Keep max_norm=1.1: it clips 355 of 1,000 steps, and lies within half to twice of what the norms "
             "suggest, 1.4.",
         ),
         (
-            calm(spread=1.2),
-            1.2,
-            "keep",
-            1.2,
+            (calm(spread=1.2), 1.2, "keep", 1.2),
             "Keep max_norm=1.2: it clips 413 of 1,000 steps, and nothing in this run speaks against it.",
         ),
         (
-            calm(),
-            4.0,
-            "keep",
-            4.0,
+            (calm(), 4.0, "keep", 4.0),
             "Keep max_norm=4: it clips no step of this run, and protects against a bad batch.",
         ),
         (
-            calm(),
-            lambda step: 1.9 + 0.1 * (step % 2),
-            "keep",
-            1.4,
+            (calm(), lambda step: 1.9 + 0.1 * (step % 2), "keep", 1.4),
             "Keep the threshold (1.9 to 2): it clips 9 of 1,000 steps, and protects against a bad batch.",
         ),
         (
-            calm(),
-            100.0,
-            "never_clips",
-            1.4,
+            (calm(), 100.0, "never_clips", 1.4),
             "max_norm=100 never clips: the largest norm of 1,000 steps is 2.51. Use max_norm=1.4. It would "
             "have clipped 11% of the steps and protects against a bad batch. Any number from half to twice "
             "that should work as well.",
         ),
         (
-            calm(),
-            0.05,
-            "clips_every_step",
-            0.05,
+            (calm(), 0.05, "clips_every_step", 0.05),
             f"max_norm=0.05 clips every step, the median one to 0.051 times its norm. {ALIKE} If that is "
             "meant, as in PPO, keep it. To clip unusual batches alone, it takes about max_norm=1.4. Large "
             "gradients then count more.",
         ),
         (
-            calm(),
-            lambda step: 0.9 + 0.1 * (step % 2),
-            "clips_every_step",
-            1.4,
+            (calm(), lambda step: 0.9 + 0.1 * (step % 2), "clips_every_step", 1.4),
             "The threshold (0.9 to 1) clips 55% of the steps, the median one to 0.81 times its norm. So it "
             "shortens most steps, not only those of unusual batches. To clip unusual batches alone, it takes "
             "about max_norm=1.4.",
         ),
         (
-            exploding(),
-            0.1,
-            "clips_every_step",
-            0.1,
+            (exploding(), 0.1, "clips_every_step", 0.1),
             f"max_norm=0.1 clips every step, the median one to 0.0013 times its norm. {ALIKE} If that is "
             "meant, as in PPO, keep it. If the run failed when the norms left their range, lower the "
             "learning rate.",
         ),
         (
-            exploding(),
-            10.0,
-            "too_high",
-            0.99,
+            (exploding(), 10.0, "too_high", 0.99),
             "max_norm=10 did not keep the norms in their range. Use max_norm=0.99, the median of the 360 "
             "steps before. If the norms leave that range again, lower the learning rate.",
         ),
         (
-            exploding(),
-            0.97,
-            "unknown",
-            0.99,
+            (exploding(), 0.97, "unknown", 0.99),
             "max_norm=0.97 did not keep the norms in their range, and the steps before suggest no lower one "
             "(0.99): lower the learning rate.",
         ),
-        (calm(20), 1.0, "unknown", None, f"Whether max_norm=1 is right cannot be told. {AT_LEAST_FIFTY}"),
+        ((calm(20), 1.0, "unknown", None), f"Whether max_norm=1 is right cannot be told. {AT_LEAST_FIFTY}"),
     ],
 )
-def test_the_verdict_comes_first(
-    norms: Array, max_norm: Threshold, verdict: str, use: float | None, reason: str
-) -> None:
+def test_the_verdict_comes_first(case: tuple[Array, Threshold, str, float | None], reason: str) -> None:
+    norms, max_norm, verdict, use = case
     advice = run_of(norms, max_norm).suggest()
     assert (advice.verdict, advice.max_norm, advice.reason) == (verdict, use, reason)
     assert words(advice).startswith(reason)

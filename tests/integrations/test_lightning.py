@@ -168,29 +168,6 @@ def test_the_lightning_callback_logs(tmp_path: Path) -> None:
     assert not fit(Module(), tmp_path, for_lightning.ClipperCallback(MAX_NORM, log=False)).logged_metrics
 
 
-class NamesSeen(pl.Callback):
-    """The clippers' names for the parameters that have a gradient."""
-
-    def __init__(self, clipping: for_lightning.ClipperCallback) -> None:
-        self.clipping = clipping
-        self.seen: list[set[str]] = []
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        self.seen.append({name for clipper in self.clipping.clippers for name in clipper.norms()})
-
-
-@pytest.mark.parametrize("module", [Module, TwoByHand])
-def test_parameters_are_called_by_the_modules_names(
-    tmp_path: Path, module: Callable[[], pl.LightningModule]
-) -> None:
-    clipping = for_lightning.ClipperCallback(MAX_NORM)
-    names = NamesSeen(clipping)
-    trained = module()
-    fit(trained, tmp_path, clipping, names, max_steps=2)
-    assert names.seen
-    assert all(seen == {name for name, _ in trained.named_parameters()} for seen in names.seen)
-
-
 def test_lightnings_checkpoints_carry_the_clipper(tmp_path: Path) -> None:
     """A run that is resumed ends where an uninterrupted one does."""
 

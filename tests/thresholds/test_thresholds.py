@@ -122,12 +122,6 @@ def test_rolling_sigma_does_not_clip_constant_norms(norm: float) -> None:
     assert answer == pytest.approx(norm)
 
 
-def test_percentile_defaults_are_the_papers() -> None:
-    norms = np.random.default_rng(0).lognormal(size=300)
-    expected = [np.percentile(norms[: t + 1], 10) for t in range(300)]
-    np.testing.assert_array_equal(stream(Percentile(), norms.tolist()), expected)
-
-
 # --- resuming --------------------------------------------------------------------------------------
 
 
@@ -321,12 +315,3 @@ def test_repr_is_the_call() -> None:
 def test_numbers_may_be_strings_as_configuration_files_have_them(make: Any) -> None:
     texts = {each.name: str(each.default) for each in fields(make) if isinstance(each.default, float)}
     assert repr(make(**texts)) == repr(make())
-
-
-def test_norms_are_numbers() -> None:
-    text: Any = "1.0"
-    for threshold in (Percentile(), ZScore(), AdaGC(), RollingSigma()):
-        with pytest.raises(TypeError, match="`norm` must be a number"):
-            threshold.update(text)
-        with pytest.raises(ValueError, match="`norm` must be at least 0"):
-            threshold.update(-1.0)
