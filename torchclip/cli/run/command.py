@@ -261,7 +261,6 @@ def _show(recorded: StepRecorder, took: str, remarks: Sequence[Remark], options:
 
         title = f"Gradient norms of {next(iter(histories))}" if len(histories) == 1 else "Gradient norms"
         what_ran = f"{' '.join([options.script, *options.args])}, {now()}, {took}"
-        shown = {name: each._shown() for name, each in histories.items()}
-        return page(title, shown, about(recorded, what_ran), remarks=list(map(str, remarks)))
+        return page(title, histories, about(recorded, what_ran), remarks=list(map(str, remarks)))
 
     return write_files(options, histories, figure, html)
