@@ -26,8 +26,7 @@ from torchclip.cli.run.recording import recording
 from torchclip.cli.run.report import about, report, sections
 from torchclip.cli.run.script import prepare, traceback_of_script
 from torchclip.cli.run.steps import StepRecorder
-from torchclip.cli.run.trial import Trial
-from torchclip.cli.thresholds import CLASSES
+from torchclip.cli.run.trial import CLASSES, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

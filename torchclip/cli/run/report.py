@@ -18,6 +18,7 @@ from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record
+from torchclip.history.run import counted
 from torchclip.history.signs import final_loss
 
 _WIDTH = 80
@@ -51,7 +52,7 @@ def report(run: StepRecorder, took: str, remarks: Sequence[Remark] = ()) -> str:
         clipped_by, *more = _about(section, run.trial)
         lines += ["", f"{label}: {clipped_by}", *_indented([*_numbers(section.history), *more])]
     if len(found) > len(shown):
-        lines += ["", f"and {_count(len(found) - len(shown), 'optimizer')} more"]
+        lines += ["", f"and {counted(len(found) - len(shown), 'optimizer')} more"]
     if len(lines) == 1:
         lines += ["  No optimizer of torch's took a step."]
     for label, section in shown.items():
@@ -138,7 +139,7 @@ def _about(section: Section, trial: Trial) -> Iterator[str]:
         yield f"not finite at step {step:,}: {where}{more}"
     more_steps = section.history.summary().nonfinite - _MOST_NONFINITE
     if len(optimizer.nonfinite) > _MOST_NONFINITE and more_steps > 0:  # a new Clipper's history begins anew
-        yield f"and at {_count(more_steps, 'step')} more"
+        yield f"and at {counted(more_steps, 'step')} more"
     largest = _largest(optimizer.layers)
     if largest:
         yield f"largest layers, by their share of the squared norm: {largest}"
@@ -196,7 +197,3 @@ def _largest(layers: Layers) -> str:
     shares = (squares / squares.sum(axis=1, keepdims=True)).mean(axis=0)
     order = np.argsort(-shares, kind="stable")[:_MOST_LAYERS]
     return ", ".join(f"{names[i]} {shares[i]:.0%}" for i in order)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
