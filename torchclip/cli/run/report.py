@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from torchclip._core import arguments
 from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.names import labels
 from torchclip.cli.run.optimizer import OptimizerRecord
@@ -134,9 +135,7 @@ def _about(section: Section, trial: Trial) -> Iterator[str]:
     if optimizer.problem:
         yield optimizer.problem
     for step, names in list(optimizer.nonfinite.items())[:_MOST_NONFINITE]:
-        where = ", ".join(names[:_MOST_NAMES]) or "unknown"
-        more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-        yield f"not finite at step {step:,}: {where}{more}"
+        yield f"not finite at step {step:,}: {arguments.some(names, _MOST_NAMES) or 'unknown'}"
     more_steps = section.history.summary().nonfinite - _MOST_NONFINITE
     if len(optimizer.nonfinite) > _MOST_NONFINITE and more_steps > 0:  # a new Clipper's history begins anew
         yield f"and at {counted(more_steps, 'step')} more"
