@@ -51,9 +51,9 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
 
     @functools.wraps(ours)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        if takes_group and (_blocks or _installed):
+        if takes_group and (_installed or (_blocks and any(_blocks))):
             groups = next(filter(None, reversed(_blocks)), _installed)
-            kwargs = {"group": groups or None, **kwargs}
+            kwargs = {"group": groups, **kwargs}
         function = with_ranks if meshes.has_ranks() else ours
         return _observer[0](function, *args, **kwargs) if _observer else function(*args, **kwargs)
 
