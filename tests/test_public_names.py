@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import torchclip
 from torchclip import history, reference
-from torchclip.cli import thresholds as options
+from torchclip.cli.run.trial import CLASSES
 from torchclip.history.layers import Layers
 from torchclip.integrations.loggers import DictLogger
 from torchclip.integrations.tensorboard import ScalarLogger
@@ -187,7 +187,7 @@ def twin_of(name: str) -> Any:
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_a_threshold_is_an_option_of_the_commands(name: str) -> None:
     threshold = THRESHOLDS[name]
-    assert taken_by_a_clipper(threshold) == (threshold in options.CLASSES.values())
+    assert taken_by_a_clipper(threshold) == (threshold in CLASSES.values())
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if not inspect.isclass(RULES[name])])

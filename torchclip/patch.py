@@ -51,8 +51,9 @@ def _stand_in(ours: _Function, takes_gradients: bool = False) -> _Function:
 
     @functools.wraps(ours)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        if takes_group and (_groups_of_blocks or _groups):
-            kwargs = {"group": (_groups_of_blocks or [_groups])[-1], **kwargs}
+        if takes_group and (_installed or (_blocks and any(_blocks))):
+            groups = next(filter(None, reversed(_blocks)), _installed)
+            kwargs = {"group": groups, **kwargs}
         function = with_ranks if meshes.has_ranks() else ours
         return _observer[0](function, *args, **kwargs) if _observer else function(*args, **kwargs)
 
@@ -87,11 +88,10 @@ _own_places = {each: (each.__module__, each.__qualname__) for each in vars(origi
 _lock = threading.RLock()
 _replaced: dict[tuple[types.ModuleType, str], Any] = {}
 _observer: list[Callable[..., Any]] = []
-_stays = False
-_blocks = 0
-# The process groups for calls that pass no ``group``: those of ``install``, and those of each open block.
-_groups: list[ProcessGroup] = []
-_groups_of_blocks: list[list[ProcessGroup]] = []
+# The process groups for calls that pass no ``group``: those of ``install``, None without it, and those of
+# each open block.
+_installed: list[ProcessGroup] | None = None
+_blocks: list[list[ProcessGroup]] = []
 
 
 def install(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> list[str]:
@@ -129,21 +129,19 @@ def install(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> list[
         ValueError: `max_norm` must be at least 0, got -1.0 (float)
         >>> uninstall()
     """
-    global _stays
+    global _installed
     groups = meshes.as_groups(group)
     with _lock:
-        _stays = True
-        _groups[:] = groups
+        _installed = groups
         _put()
         return _holders()
 
 
 def uninstall() -> None:
     """Restore the functions that ``install`` or ``installed`` replaced, also within an open block."""
-    global _stays
+    global _installed
     with _lock:
-        _stays = False
-        _groups.clear()
+        _installed = None
         _put_back()
 
 
@@ -163,20 +161,16 @@ def installed(group: ProcessGroup | Sequence[ProcessGroup] | None = None) -> Ite
         >>> norm
         tensor(2.0000e+20)
     """
-    global _blocks
     groups = meshes.as_groups(group)
     with _lock:
-        _blocks += 1
-        if groups:
-            _groups_of_blocks.append(groups)
+        _blocks.append(groups)
         _put()
     try:
         yield
     finally:
         with _lock:
-            _blocks -= 1
-            _groups_of_blocks[:] = [each for each in _groups_of_blocks if each is not groups]
-            if not (_blocks or _stays):
+            _blocks[:] = [each for each in _blocks if each is not groups]
+            if not _blocks and _installed is None:
                 _put_back()
 
 

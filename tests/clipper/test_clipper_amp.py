@@ -64,3 +64,22 @@ def test_a_fused_step_without_any_gradient(norm_type: float) -> None:
     scaler.scale(torch.tensor(1.0))
     scaler.step(optimizer)
     assert last_of(clipper)[:9] == (0, 0.0, 1.0, 1.0, False, False, False, None, 0.0)
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+def test_after_a_fused_step_that_failed_the_next_one_is_not_scaled_twice(unscales: bool) -> None:
+    optimizer = sgd(fused=True)
+    clipper = Clipper(optimizer, 1.0)
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError
+
+    hook = optimizer.register_step_pre_hook(fail)  # after the one that clips
+    with pytest.raises(ArithmeticError):
+        scaled_step(optimizer)
+    hook.remove()
+    scaled_step(optimizer, unscales=unscales)
+    assert last_of(clipper).total_norm == pytest.approx(13)
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], GRADS, strict=True):
+        torch.testing.assert_close(parameter.data, -grad / 13)
+    assert not vars(optimizer).keys() & {"grad_scale", "found_inf"}

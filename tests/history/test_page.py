@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from torchclip.history import History
+from torchclip.history.figure import losses_figure
 from torchclip.history.page import page
 
 pytest.importorskip("matplotlib")
@@ -105,13 +106,14 @@ def test_pictures_have_the_width_of_the_page(tmp_path: Path) -> None:
 
 def test_no_two_elements_have_the_same_id() -> None:
     histories = {"actor": history_of(100, layers=5), "critic": history_of(100, layers=5)}
-    tags = Tags(page("two", {name: each._shown() for name, each in histories.items()}))
+    tags = Tags(page("two", histories))
     ids = [value for _, name, value in tags.attributes if name == "id"]
     assert len(ids) == len(set(ids))
 
 
 def test_a_run_without_advice_of_its_own_has_numbers_and_pictures() -> None:
-    shown = page("tried", {"one": history_of(100)._shown(has_advice=False)})
+    compared = [["threshold", "loss"], ["one", "0.5"]], losses_figure({"one": [1.0, 0.5]})
+    shown = page("tried", {"one": history_of(100)}, compared=compared)
     assert "Advice" not in shown
     assert "suggested" not in shown
     assert "median norm" in shown

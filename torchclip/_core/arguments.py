@@ -6,7 +6,7 @@ import math
 import operator
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -170,6 +170,12 @@ def check_tensor(name: str, index: int, item: Any) -> None:
 def shown(value: Any) -> str:
     """A value in an error message: its ``repr``, shortened, and its type."""
     return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def some(texts: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first of several texts, and how many more there are."""
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more
 
 
 def level_of_caller() -> int:

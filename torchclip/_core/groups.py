@@ -88,13 +88,10 @@ class Group:
         start, size = 0, 0
         for i, tensor in enumerate(self.tensors):
             if i > start and size + tensor.numel() > _COPIED:
-                yield self._slice(start, i)
+                yield self._like(self.tensors[start:i])
                 start, size = i, 0
             size += tensor.numel()
-        yield self._slice(start, len(self.tensors))
-
-    def _slice(self, start: int, stop: int) -> Group:
-        return Group(self.foreach, self.tensors[start:stop], self.places[start:stop])
+        yield self._like(self.tensors[start:])
 
     def _divided_each(self, divisors: Sequence[Tensor]) -> Group:
         """Each tensor divided by its own number, in the dtype of the numbers, which have one axis."""

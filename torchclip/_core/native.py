@@ -8,7 +8,7 @@ import os
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -124,13 +124,9 @@ measured: Callable[[Iterable[Tensor], float, bool], Any] = getattr(extension, "m
 fingerprint: Callable[[Iterable[Tensor]], bytes | None] = getattr(extension, "fingerprint", _not_taken)
 
 # Whole calls of the public functions in the kernel, which returns None for calls that it does not take.
-clip_grad_norm: Callable[..., Tensor | None]
-clip_grad_value: Callable[..., bool | None]
-clip_grad_each: Callable[..., Tensor | None]
-clip_grad_adaptive: Callable[..., bool | None]
-clip_per_example: Callable[..., tuple[list[Tensor], Tensor] | None]
-clip_grad_norm = getattr(extension, "clip_grad_norm", _not_taken)
-clip_grad_value = getattr(extension, "clip_grad_value", _not_taken)
-clip_grad_each = getattr(extension, "clip_grad_each", _not_taken)
-clip_grad_adaptive = getattr(extension, "clip_grad_adaptive", _not_taken)
-clip_per_example = getattr(extension, "clip_per_example", _not_taken)
+PerExample: TypeAlias = tuple[list[Tensor], Tensor]
+clip_grad_norm: Callable[..., Tensor | None] = getattr(extension, "clip_grad_norm", _not_taken)
+clip_grad_value: Callable[..., bool | None] = getattr(extension, "clip_grad_value", _not_taken)
+clip_grad_each: Callable[..., Tensor | None] = getattr(extension, "clip_grad_each", _not_taken)
+clip_grad_adaptive: Callable[..., bool | None] = getattr(extension, "clip_grad_adaptive", _not_taken)
+clip_per_example: Callable[..., PerExample | None] = getattr(extension, "clip_per_example", _not_taken)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from torchclip._core import memory
+from torchclip._core import arguments, memory
 
 Norm: TypeAlias = float | Tensor
 """A number known on the host, or a 0-dim float64 tensor for which the host should not wait."""
@@ -277,13 +277,12 @@ def check_finite(
         if inf or nan:
             name = names.get(id(tensor)) if names else None
             found.append(f"{name or f'gradient {i}'} of shape {tuple(tensor.shape)} ({inf} inf, {nan} nan)")
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     elsewhere = (
         "none of this rank's"
         if dist.is_available() and dist.is_initialized()
         else "none, the norm exceeds float64"
     )
-    which = ", ".join(found[:_SHOWN]) + more if found else elsewhere
+    which = arguments.some(found, _SHOWN) if found else elsewhere
     raise RuntimeError(
         f"The total norm of order {norm_type} for gradients from `{argument}` is non-finite, so it cannot be "
         f"clipped. {remedy}. No gradient was changed. Non-finite: {which}."

@@ -11,7 +11,6 @@ from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from torchclip.clipper import registry, saved
 from torchclip.clipper.optimizers import optimizers_of, parameters_of
@@ -173,20 +172,16 @@ class Clipper:
             layers_every=layers_every,
             updates=updates,
         )
-        self._optimizers = tuple(ref(each) for each in optimizers)
         # Held while a round is opened, recorded or saved.  A signal handler may save in the middle of these.
         self._lock = RLock()
-        self._steps = [Step(each, self._lock) for each in self._optimizers]
+        self._steps = [Step(i, each, self._lock) for i, each in enumerate(optimizers)]
         self._rounds = Rounds(self._steps, settings, self._lock)
         self._rounds.history._is_followed = True
         self._know_sets()
-        self._hooks: list[RemovableHandle] = []
-        for i, each in enumerate(optimizers):
-            before = each.register_step_pre_hook(partial(self._rounds.before_step, i))
-            self._rounds.hooks.append(before)
-            after: Any = partial(self._rounds.after_step, i)
-            after.clipper = self  # through which an optimizer keeps the Clipper alive
-            self._hooks += [before, each.register_step_post_hook(after)]
+        for step, each in zip(self._steps, optimizers, strict=True):
+            before, after = partial(self._rounds.before_step, step), partial(self._rounds.after_step, step)
+            vars(after)["clipper"] = self  # through which an optimizer keeps the Clipper alive
+            step.hooks += [each.register_step_pre_hook(before), each.register_step_post_hook(after)]
             registry.clippers[each] = ref(self)
 
     @property
@@ -225,7 +220,7 @@ class Clipper:
             return
         check_history(history)
         self._rounds.history = history
-        before._is_followed, history._is_followed = False, bool(self._hooks)
+        before._is_followed, history._is_followed = False, before._is_followed
 
     @property
     def loss(self) -> float | Tensor | None:
@@ -283,13 +278,13 @@ class Clipper:
         with self._lock:
             self._rounds.close()
         self.history._is_followed = False
-        for reference in self._optimizers if self._hooks else ():  # later they may have another Clipper
-            optimizer = reference()
-            if optimizer is not None:
+        for step in self._steps:
+            optimizer = step.reference()
+            if optimizer is not None and step.hooks:  # without them it may have another Clipper
                 registry.clippers.pop(optimizer, None)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+            for hook in step.hooks:
+                hook.remove()
+            step.hooks = []
 
     def __enter__(self) -> Clipper:
         return self
@@ -330,8 +325,8 @@ class Clipper:
     def _know_sets(self) -> None:
         """Find all sets, as parameter groups may have been added; a state includes all of them."""
         settings = self._rounds.settings
-        optimizers = [optimizer for each in self._optimizers if (optimizer := each()) is not None]
-        if len(optimizers) == len(self._optimizers):  # else they have no more sets than before
+        optimizers = [optimizer for step in self._steps if (optimizer := step.reference()) is not None]
+        if len(optimizers) == len(self._steps):  # else they have no more sets than before
             self._sets = set_names(optimizers, settings)
             settings.bank.add(self._sets)  # also of groups with their own threshold, which may be removed
             self._owner = saved.owner(optimizers, settings.names)

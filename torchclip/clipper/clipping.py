@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import joint_norms, scalars
 from torchclip._core.batch import Norm, Norms
@@ -164,7 +163,7 @@ def _compared(clip_set: ClipSet) -> Norms:
 
 
 def change(
-    gradients: Gradients, settings: Settings, decision: Decision, step: Step, hook: RemovableHandle
+    gradients: Gradients, settings: Settings, decision: Decision, step: Step
 ) -> tuple[Norm, Norm | None]:
     """Change the gradients as was decided, or leave that to a fused step.
 
@@ -173,14 +172,13 @@ def change(
         settings: the Clipper's.
         decision: what was decided.
         step: that of the optimizer which is about to step.
-        hook: the handle of the pre hook that clips.
 
     Returns:
         The coefficient, and the norm after clipping, or None if it is the norm before times the coefficient.
     """
     skipped, _, clip_coef = decision
     if scalars.may_change(clip_coef):
-        divisor = fused.divisor(hook, gradients, clip_coef, skipped) if settings.rule is None else None
+        divisor = fused.divisor(step, gradients, clip_coef, skipped) if settings.rule is None else None
         if divisor is not None:
             fused.override(step).set(divisor)
         else:

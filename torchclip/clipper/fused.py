@@ -13,7 +13,6 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import scalars
 from torchclip._core.batch import Facts, Norm
@@ -26,20 +25,18 @@ _TOO_SMALL = Facts.SMALL
 _MOST = 2.0**100
 
 
-def divisor(
-    hook: RemovableHandle, gradients: Gradients, clip_coef: Norm, skipped: bool | Tensor
-) -> Tensor | None:
+def divisor(step: Step, gradients: Gradients, clip_coef: Norm, skipped: bool | Tensor) -> Tensor | None:
     """The number by which a fused step must divide the gradients; None if they must be scaled before it.
 
     Decisions about the gradients use facts that all ranks know, so that all of them decide alike.
 
     Args:
-        hook: the handle of the pre hook that clips.
+        step: the step that would divide them.
         gradients: the gradients.
         clip_coef: what they are to be multiplied by.
         skipped: whether the step is skipped; one that the device skips divides nothing, as `norms()` shows.
     """
-    if len(gradients.optimizers) > 1 or not is_fused(gradients.optimizers[0]) or not _is_last(hook):
+    if len(gradients.optimizers) > 1 or not is_fused(gradients.optimizers[0]) or not _is_last_hook(step):
         return None
     # There may be several coefficients, but there is one grad_scale.  A gradient of several parameters would
     # be divided several times.  A grad_scale is a float32 number, too coarse for float64 gradients.  Torch's
@@ -57,8 +54,9 @@ def divisor(
     return torch.full((), value, dtype=torch.float32, device=_CPU) if value <= _MOST else None
 
 
-def _is_last(hook: RemovableHandle) -> bool:
-    """Whether no later hook may look at the gradients."""
+def _is_last_hook(step: Step) -> bool:
+    """Whether no hook after the one that clips may look at the gradients."""
+    hook = step.hooks[0]
     return next(reversed(hook.hooks_dict_ref() or {}), None) == hook.id
 
 

@@ -31,35 +31,35 @@ class OpenRound:
     It has no ``__init__``, as a step of a training has no time for one.
 
     Attributes:
-        opener: the optimizer that opened it.
+        opener: the step that opened it.
         number: its number.
         settings: the Clipper's.
         is_local: whether it must be clipped without other ranks.
         rows: a row for each clipping: for each call of a closure.
         layers: names and norms of single parameters.
-        before: by the index of an optimizer that is stepping: its weights before that, if they are recorded.
+        before: the weights before each step, if its updates are recorded.
         moved: how far the optimizers have moved their weights.
         skipped: whether the round is skipped.
         stepped: whether any optimizer has stepped in it.
-        by_scaler: with several optimizers: those whose step a GradScaler skips, or may skip.
+        by_scaler: of several optimizers, those steps that a GradScaler skips, or may skip.
     """
 
-    opener: int
+    opener: Step
     number: int
     settings: Settings
     is_local = False
     rows: list[Row]
     layers: tuple[list[str], Norms] | None = None
-    before: dict[int, WeightsBefore] | None = None
-    moved: list[Moved]
+    before: Mapping[Step, WeightsBefore] = MappingProxyType({})
+    moved: Sequence[Moved] = ()
     skipped: bool | Tensor = False
     stepped = False
-    by_scaler: Mapping[int, bool | Tensor] = MappingProxyType({})
+    by_scaler: Mapping[Step, bool | Tensor] = MappingProxyType({})
 
     def rows_after(self, steps: Sequence[Step]) -> list[Row]:
         """What is recorded, given whether a GradScaler has skipped all steps that were taken."""
-        stepped = [i for i, step in enumerate(steps) if step.stepped]
-        skipped = reduce(and_, [self.by_scaler.get(i, False) for i in stepped]) if stepped else False
+        found = [self.by_scaler.get(step, False) for step in steps if step.stepped]
+        skipped = reduce(and_, found) if found else False
         *rows, (number, norm, max_norm, clip_coef, is_skipped, *rest) = self.rows
         if skipped is True:
             max_norm, clip_coef, is_skipped = math.inf, 1.0, True
@@ -67,20 +67,17 @@ class OpenRound:
             is_skipped = torch.as_tensor(is_skipped, device=skipped.device) | skipped
         return [*rows, (number, norm, max_norm, clip_coef, is_skipped, *rest)]
 
-    def note_scaler(self, index: int, step: Step) -> None:
+    def note_scaler(self, step: Step) -> None:
         """Take note of whether a GradScaler skips the step of one of several optimizers."""
         skipped = is_skipped_by_scaler(step.optimizer)
-        if skipped is not False or index in self.by_scaler:  # a step of it may have failed before
-            self.by_scaler = {**self.by_scaler, index: skipped}
+        if skipped is not False or step in self.by_scaler:  # a step of it may have failed before
+            self.by_scaler = {**self.by_scaler, step: skipped}
 
-    def copy_weights(self, index: int, step: Step) -> None:
+    def copy_weights(self, step: Step) -> None:
         """Copy the weights that a step with layers will change, if its updates are recorded."""
-        if not self.settings.updates or self.skipped is True:
-            return
-        if self.before is None:
-            self.before, self.moved = {}, []
-        if index not in self.before:  # else the closure was called again
-            self.before[index] = WeightsBefore(step)
+        is_recorded = self.settings.updates and self.skipped is not True
+        if is_recorded and step not in self.before:  # else the closure was called again
+            self.before = {**self.before, step: WeightsBefore(step)}
 
     def tell(self, on_clip: Callable[[Record], object], row: Row, step: Step, gradients: Gradients) -> None:
         """Tell the user's function of a clipping; if it raises, the gradients are clipped all the same."""

@@ -8,7 +8,6 @@ from threading import RLock, get_ident
 from typing import Any, TypeAlias
 
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from torchclip._core import gather, scalars
 from torchclip._core.batch import Norm
@@ -49,21 +48,18 @@ class Rounds:
         history: what is recorded.
         loss: the loss of the next round.
         number: the number of the next round, or of the open one.
-        hooks: the handle of the pre hook of each optimizer.
     """
 
     def __init__(self, steps: Sequence[Step], settings: Settings, lock: RLock) -> None:
         self.settings, self.history, self.loss = settings, History(), PendingLoss()
         self.number = 0
-        self.hooks: list[RemovableHandle] = []
         self._steps, self._lock, self._several = steps, lock, len(steps) > 1
         self._open: OpenRound | None = None
 
     def before_step(
-        self, index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, step: Step, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
         """Clip the gradients now or after a closure; returns other arguments for the step, or None."""
-        step = self._steps[index]
         if step.thread is not None and not step.begins_anew():
             return None
         step.thread, step.is_nested, step.counts = get_ident(), False, True
@@ -74,29 +70,29 @@ class Rounds:
             if has_more and creates_state(optimizer, args, kwargs, partial(self._norm_of, optimizer)):
                 step.counts = False
                 return None
-            if self._several and self._goes_on(index):
-                self._join(index)
-                return with_closure(args, kwargs, partial(self._call_unchanged, index)) if has_more else None
-            self._open_round(index)
+            if self._several and self._goes_on(step):
+                self._join(step)
+                return with_closure(args, kwargs, partial(self._call_unchanged, step)) if has_more else None
+            self._open_round(step)
             if has_more:
-                replaced = with_closure(args, kwargs, partial(self._call_and_clip, index))
+                replaced = with_closure(args, kwargs, partial(self._call_and_clip, step))
                 if replaced is not None:
                     return replaced
-            self._clip(index, optimizer)
+            self._clip(step, optimizer)
             return None
         except BaseException:
             self.loss.value = None
             step.fail()
             raise
 
-    def after_step(self, index: int, *_: Any) -> None:
+    def after_step(self, step: Step, *_: Any) -> None:
         """End a step; a round is in the history, and uses its number, only if a step was taken in it."""
-        step, opened, ends = self._steps[index], self._open, False
+        opened, ends = self._open, False
         if step.thread is None or (step.is_nested and step.is_around(1)):
             return
-        if opened is not None and opened.before is not None and index in opened.before:
-            moved = opened.before.pop(index).moved(step, opened.settings.names, self._optimizers)
-            opened.moved += [] if moved is None else [moved]
+        if opened is not None and step in opened.before:
+            moved = opened.before[step].moved(step, opened.settings.names, self._optimizers)
+            opened.moved = opened.moved if moved is None else [*opened.moved, moved]
         with self._lock:
             if opened is not None and step.counts:
                 step.stepped = opened.stepped = True
@@ -136,9 +132,8 @@ class Rounds:
         if opened.rows:
             self.history._extend(opened.rows_after(self._steps) if opened.by_scaler else opened.rows)
             if opened.layers is not None:
-                moved = opened.moved if opened.before is not None else ()
                 self.history.layers._in_model_order = opened.settings.names.has_model
-                self.history.layers.append(opened.number, *opened.layers, moved)
+                self.history.layers.append(opened.number, *opened.layers, opened.moved)
             for count in opened.settings.counts:
                 count.end()
             self.number = opened.number + 1
@@ -177,75 +172,74 @@ class Rounds:
 
     # Opening a round, or going on with the open one
 
-    def _open_round(self, index: int) -> None:
+    def _open_round(self, step: Step) -> None:
         """Begin a round, and end the one before, whose other optimizers did not step."""
         settings, opened = self.settings, OpenRound()
-        opened.opener, opened.settings, opened.rows = index, settings, []
+        opened.opener, opened.settings, opened.rows = step, settings, []
         if graph_task() != -1:
             opened.is_local = check_in_backward(self._optimizers, settings)
         if self._open is not None or settings.memories:
             with self._lock:
                 if self._open is not None:
                     self.close()
-                for each in settings.memories:
-                    each.begin_step()
+                for memory in settings.memories:
+                    memory.begin_step()
         opened.number = self.number
         if self._several:
-            for step in self._steps:
-                step.stepped = False
-            opened.note_scaler(index, self._steps[index])
+            for each in self._steps:
+                each.stepped = False
+            opened.note_scaler(step)
         self._open = opened
 
-    def _goes_on(self, index: int) -> bool:
+    def _goes_on(self, step: Step) -> bool:
         """Whether an optimizer steps with gradients that were clipped in the open round.
 
         Raises:
             RuntimeError: if its gradients have changed since then.
         """
-        opened, step = self._open, self._steps[index]
+        opened = self._open
         for other in self._steps:
             if other is not step:
                 other.is_running()  # which finds those that have failed
         if opened is None or step.stepped:
             return False
-        opener = self._steps[opened.opener]
-        if not opener.stepped and (opener is step or not opener.is_running()):
+        if not opened.opener.stepped and (opened.opener is step or not opened.opener.is_running()):
             return False  # the step that opened it has failed, so that there is no round
         if any(other.stepped and has_new(other) for other in self._steps):
             return False
-        check_unscaled(step, index)
-        check_unchanged(step, index)
+        check_unscaled(step)
+        check_unchanged(step)
         return True
 
-    def _join(self, index: int) -> None:
+    def _join(self, step: Step) -> None:
         """Let another optimizer step with the gradients that were clipped for all."""
-        opened, step = self._open, self._steps[index]
+        opened = self._open
         assert opened is not None
-        opened.note_scaler(index, step)
+        opened.note_scaler(step)
         if opened.layers is not None:
-            opened.copy_weights(index, step)
+            opened.copy_weights(step)
         opened.skip(step)
 
-    def _call_and_clip(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        self._steps[index].undo("again")
+    def _call_and_clip(self, step: Step, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        step.undo("again")
         loss = closure(*args, **kwargs)
-        self._clip(index, self._steps[index].optimizer)
+        self._clip(step, step.optimizer)
         return loss
 
-    def _call_unchanged(self, index: int, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _call_unchanged(self, step: Step, closure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         loss = closure(*args, **kwargs)
-        check_after_closure(self._steps[index], index)
+        check_after_closure(step)
         return loss
 
     # Clipping
 
-    def _clip(self, index: int, optimizer: Optimizer) -> None:
+    def _clip(self, step: Step, optimizer: Optimizer) -> None:
         """Measure, decide, change, record and tell."""
-        opened, step = self._open, self._steps[index]
+        opened = self._open
         assert opened is not None
         settings, number = opened.settings, opened.number
         if self._several:
-            check_unscaled(step, index)
+            check_unscaled(step)
         optimizers = self._optimizers if self._several else [optimizer]
         gradients = Gradients(optimizers, settings, opened.is_local)
         if settings.layers_every and number % settings.layers_every == 0:
@@ -256,8 +250,7 @@ class Rounds:
         opened.skipped, clipped_norm, nonfinite = skipped, None, None
         is_one = clip_coef.__class__ is float and clip_coef == 1.0
         if skipped is not True and (settings.always_changes or not is_one):
-            hook = self.hooks[index]
-            clip_coef, clipped_norm = change(gradients, settings, (skipped, max_norm, clip_coef), step, hook)
+            clip_coef, clipped_norm = change(gradients, settings, (skipped, max_norm, clip_coef), step)
         norm = gradients.total_norm
         if gradients.whole_norm is not norm:
             nonfinite = scalars.is_nonfinite(gradients.whole_norm)
@@ -272,7 +265,7 @@ class Rounds:
                 if other is not step:
                     mark(other)
         if opened.layers is not None:
-            opened.copy_weights(index, step)
+            opened.copy_weights(step)
         if skipped is not False and (self._several or settings.may_skip):
             opened.skip(step)  # now that they are marked, as another optimizer may share them
 

@@ -164,10 +164,12 @@ class Gradients:
         return joint
 
     def observed(self, sets: Sequence[ClipSet]) -> tuple[list[str], Norms]:
-        """What thresholds learn from: the names of some sets, and their norms."""
+        """What thresholds learn from: the names and norms of sets, those without a threshold of their own."""
         if self._settings.scope == "global":
             return _ALL, sets[0].norms
-        of_sets = self._names_of(sets)
+        of_groups = self._settings.names.of_sets(groups_of(self.optimizers), self.each)
+        named = zip(self.sets, of_groups, strict=True)  # in such a scope each group is a set
+        of_sets = [_present(each, names) if self.each else names for each, names in named if each.own is None]
         names = of_sets[0] if len(of_sets) == 1 else [name for of_set in of_sets for name in of_set]
         norms = scalars.concatenate([each.norms for each in sets])
         if self.each and len(self.optimizers) > 1:
@@ -175,14 +177,6 @@ class Gradients:
             repeats = _repeated(sets)
             norms = scalars.replaced(norms, repeats, scalars.ABSENT) if any(repeats) else norms
         return names, norms
-
-    def _names_of(self, sets: Sequence[ClipSet]) -> list[list[str]]:
-        """For each set the name of its norm, or of each of its norms."""
-        groups, each = groups_of(self.optimizers), self.each
-        of_groups = self._settings.names.of_sets(groups, each)
-        place_of = {id(clip_set): place for place, clip_set in enumerate(self.sets)}
-        found = [of_groups[place_of[id(clip_set)]] for clip_set in sets]
-        return [_present(one, names) for one, names in zip(sets, found, strict=True)] if each else found
 
     # Changing
 

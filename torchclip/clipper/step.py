@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, cast
 from weakref import ref
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 Outcome: TypeAlias = Literal["finished", "failed", "again"]
 """Why changes are undone: the step is over, it ended in an exception, or its closure is called again."""
@@ -32,11 +33,15 @@ class Step:
     It does not keep the optimizer alive.
 
     Args:
+        index: the optimizer's place among those of its Clipper.
         optimizer: the optimizer.
         lock: held while a step ends, so that other threads see it before or after.
 
     Attributes:
+        reference: a weak reference to the optimizer.
         kind: the name of the optimizer's class.
+        name: what to call the optimizer in an error about one of several.
+        hooks: the handles of the hooks before and after it; none once the Clipper is detached.
         thread: the thread of the running step; None if there is none.
         is_nested: whether another step has begun within it.
         undos: what is called when it is over.
@@ -46,8 +51,10 @@ class Step:
         override: what replaces the optimizer's ``grad_scale`` during the step; None if nothing does.
     """
 
-    def __init__(self, optimizer: ref[Optimizer], lock: RLock) -> None:
-        self._optimizer, self.kind, self._lock = optimizer, type(optimizer()).__name__, lock
+    def __init__(self, index: int, optimizer: Optimizer, lock: RLock) -> None:
+        self.reference, self.kind, self._lock = ref(optimizer), type(optimizer).__name__, lock
+        self.name = f"optimizer {index} ({self.kind})"
+        self.hooks: list[RemovableHandle] = []
         self.thread: int | None = None
         self.is_nested = False
         self.undos: list[Callable[[Outcome], None]] = []
@@ -57,7 +64,7 @@ class Step:
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer, or an error if it no longer exists."""
-        optimizer = self._optimizer()
+        optimizer = self.reference()
         if optimizer is None:
             raise RuntimeError(
                 f"an optimizer ({self.kind}) of this Clipper no longer exists; keep a reference to it, as a "
@@ -104,7 +111,7 @@ class Step:
 
     def is_around(self, inner: int) -> bool:
         """Whether more than a given number of ``step()`` calls of the optimizer are on the step's stack."""
-        optimizer = self._optimizer()
+        optimizer = self.reference()
         # No name for the frame here: if it is this one, it would refer to itself, and stay with all in it.
         around = stepping(sys._current_frames().get(cast("int", self.thread)))
         return sum(other is optimizer for other in around) > inner

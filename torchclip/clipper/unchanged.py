@@ -31,36 +31,31 @@ def has_new(step: Step) -> bool:
     return bool(changed) and not float(gather.tensors(changed).norm(math.inf)) <= 0
 
 
-def check_unchanged(step: Step, index: int) -> None:
+def check_unchanged(step: Step) -> None:
     """Raise an error if an optimizer steps with gradients that have changed since they were clipped."""
     if has_new(step):
         raise RuntimeError(
-            f"the gradients of {_name(step, index)} have changed since they were clipped, before its step; "
+            f"the gradients of {step.name} have changed since they were clipped, before its step; "
             "with a GradScaler call `scaler.unscale_(optimizer)` for each optimizer of the Clipper before "
             "the first one steps; optimizers that step after backward passes of their own, as in a GAN, need "
             "a Clipper each. This step was called off"
         )
 
 
-def check_after_closure(step: Step, index: int) -> None:
+def check_after_closure(step: Step) -> None:
     """Raise an error if the closure of a later optimizer has computed new gradients."""
     if has_new(step):
         raise RuntimeError(
-            f"the closure of {_name(step, index)} computed new gradients, but those of this round were "
+            f"the closure of {step.name} computed new gradients, but those of this round were "
             "clipped when another optimizer of the Clipper stepped; only the first one to step may take a "
             "closure"
         )
 
 
-def check_unscaled(step: Step, index: int) -> None:
+def check_unscaled(step: Step) -> None:
     """Raise an error if a GradScaler's scale still multiplies the gradients of one of several optimizers."""
     if vars(step.optimizer).get("grad_scale") is not None:
         raise RuntimeError(
-            f"{_name(step, index)} steps with gradients that a GradScaler's scale still multiplies; call "
+            f"{step.name} steps with gradients that a GradScaler's scale still multiplies; call "
             "`scaler.unscale_(optimizer)` for each optimizer of the Clipper before the first one steps"
         )
-
-
-def _name(step: Step, index: int) -> str:
-    """The name of one of several optimizers in an error."""
-    return f"optimizer {index} ({step.kind})"

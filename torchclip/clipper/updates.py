@@ -34,7 +34,7 @@ class WeightsBefore:
     """
 
     def __init__(self, step: Step) -> None:
-        parameters = _distinct(step.optimizer)
+        parameters = gather.distinct(parameters_of(step.optimizer))
         self._ids = list(map(id, parameters))
         self._copies: list[Tensor] = []
         step.undo_at_end(self._drop_if_failed)
@@ -51,7 +51,7 @@ class WeightsBefore:
         All ranks that have parts of the parameters must call this.
         """
         copies, self._copies = self._copies, []
-        parameters = _distinct(step.optimizer)
+        parameters = gather.distinct(parameters_of(step.optimizer))
         is_same = [*map(id, parameters)] == self._ids and len(copies) == len(parameters)
         if not is_same or any(p.shape != copy.shape for p, copy in zip(parameters, copies, strict=True)):
             return None
@@ -66,7 +66,3 @@ class WeightsBefore:
 def _norms(tensors: list[Tensor]) -> Norms:
     """The norm of each tensor, of all its parts on other ranks, too."""
     return gather.tensors(tensors).norms(2.0)
-
-
-def _distinct(optimizer: Optimizer) -> list[Tensor]:
-    return list({id(p): p for p in parameters_of(optimizer)}.values())

@@ -27,8 +27,6 @@ from torchclip.history.summary import Counts, Summary, summary_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchclip.history.page import Shown
-
 # How many steps may wait for their values; with more, the values are fetched without a read.
 _MOST_PENDING = 1024
 
@@ -263,16 +261,9 @@ class History(Sequence[Record]):
         check_installed("to_html()", "jinja2", "matplotlib")
         from torchclip.history.page import page
 
-        html = page("Gradient norms" if title is None else title, {"": self._shown()})
+        html = page("Gradient norms" if title is None else title, {"": self})
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
-
-    def _shown(self, has_advice: bool = True) -> Shown:
-        """What a page shows of this run, with or without advice."""
-        from torchclip.history.page import Shown
-
-        advice = self.suggest() if has_advice else None
-        return Shown(self.as_dict(), self.summary(), advice, self.layers._pictured())
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and counts as plain data."""

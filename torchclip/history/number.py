@@ -30,20 +30,20 @@ def best(run: Run) -> tuple[float, str]:
     hardly_varies = high < _HARDLY_VARY * np.median(usual) < _HARDLY_VARY**2 * low
     if len(bad):
         above = min(2 * usual.max(), math.sqrt(usual.max() * bad.min())) if hardly_varies else high
-        max_norm = _two_digits(_for_drift(run, usual, 0.99, above))
+        max_norm = two_digits(_for_drift(run, usual, 0.99, above))
         spike = "the spike" if len(bad) == 1 else f"the {len(bad):,} spikes"
         others = counted(int((usual > max_norm).sum()), "other step")
         return max_norm, (
             f"Use max_norm={max_norm:g}. It would have clipped {spike} and {others} of {len(run.found):,}."
         )
     if hardly_varies and not run.drifts:
-        max_norm = _two_digits(2 * usual.max())
+        max_norm = two_digits(2 * usual.max())
         return max_norm, (
             f"Clipping is not needed: the norms hardly vary ({usual.min():.3g} to {usual.max():.3g}), and a "
             f"lower threshold only shortens steps. As a safeguard use max_norm={max_norm:g}, twice the "
             "largest."
         )
-    max_norm = _two_digits(_for_drift(run, usual, 0.9, float(np.quantile(usual, 0.9))))
+    max_norm = two_digits(_for_drift(run, usual, 0.9, float(np.quantile(usual, 0.9))))
     if run.drifts:
         clipped = np.mean(run.norms[run.finite] > max_norm)
         return max_norm, (
@@ -78,7 +78,7 @@ def _before_departure(usual: Array) -> tuple[float, str]:
     few = len(usual) < LEAST_STEPS
     # If there are few steps, the last one may belong to what follows.
     norm = float(np.quantile(usual, 0.25, method="lower") if few else np.median(usual))
-    max_norm = _two_digits(norm * _PART_OF_FEW if few else norm)
+    max_norm = two_digits(norm * _PART_OF_FEW if few else norm)
     which = "a third of the lower quartile" if few else "the median"
     of = "a third of the norm of the step" if len(usual) == 1 else f"{which} of the {len(usual):,} steps"
     return max_norm, (
@@ -103,5 +103,6 @@ def table(run: Run, max_norm: float) -> dict[float, float]:
     return dict(distinct.values())
 
 
-def _two_digits(value: float) -> float:
+def two_digits(value: float) -> float:
+    """A number rounded to two digits."""
     return float(f"{value:.2g}")

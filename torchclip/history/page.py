@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,32 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from torchclip.history.advice import Advice
-    from torchclip.history.layers import Array
+    from torchclip.history.history import History
     from torchclip.history.summary import Summary
 
 # With more points than this, markers are drawn as pixels, as each would take much space.
 _MANY_POINTS = 1000
 _WIDTH = 9.5  # inches, with which text in pictures has the size of the page's text
-
-
-class Shown(NamedTuple):
-    """What a page shows of a run."""
-
-    columns: Mapping[str, Sequence[Any]]
-    """The columns of a history."""
-    summary: Summary
-    advice: Advice | None
-    """None for a run without advice of its own."""
-    layers: tuple[list[str], list[int], Array, Array | None]
-    """What ``heat_maps`` draws."""
-
-
-class Overview(NamedTuple):
-    """The top of a page about several runs: a table, whose first row is its heading, and a picture."""
-
-    rows: Sequence[Sequence[str]]
-    title: str
-    figure: Figure
 
 
 class _Picture(NamedTuple):
@@ -54,9 +34,9 @@ class _Picture(NamedTuple):
 
 def page(
     title: str,
-    shown: Mapping[str, Shown],
+    histories: Mapping[str, History],
     about: Mapping[str, Sequence[str]] | None = None,
-    overview: Overview | None = None,
+    compared: tuple[Sequence[Sequence[str]], Figure] | None = None,
     verdict: str = "",
     remarks: Sequence[str] = (),
 ) -> str:
@@ -64,9 +44,10 @@ def page(
 
     Args:
         title: the heading.
-        shown: the runs, by name; the name of a single run is not shown.
+        histories: the runs, by name; the name of a single run is not shown.
         about: further lines, by the name of the run; under the empty name, about all of them.
-        overview: shown above the runs.
+        compared: what compares the runs, which then have no advice of their own: a table, whose first row is
+            its heading, and a picture of their losses.
         verdict: a sentence that comes before all of it.
         remarks: what is worth a look before anything else.
     """
@@ -75,30 +56,33 @@ def page(
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     said = about or {}
-    has_names = len(shown) > 1 or overview is not None
-    runs = [
-        {
-            "name": name if has_names else "",
-            "numbers": _numbers(each.summary),
-            "about": said.get(name, ()) if name else (),
-            "advice": each.advice,
-            "pictures": _pictures(name, each),
-        }
-        for name, each in shown.items()
-    ]
+    rows, losses = compared or ((), None)
+    has_names = len(histories) > 1 or compared is not None
+    runs = []
+    for name, history in histories.items():
+        advice = None if compared is not None else history.suggest()
+        runs.append(
+            {
+                "name": name if has_names else "",
+                "numbers": _numbers(history.summary()),
+                "about": said.get(name, ()) if name else (),
+                "advice": advice,
+                "pictures": _pictures(name, history, advice),
+            }
+        )
     return environment.from_string(template).render(
         title=title,
         runs=runs,
         about=said.get("", ()),
-        rows=overview and overview.rows,
-        picture=overview and _Picture(overview.title, _svg(overview.figure, "overview")),
+        rows=rows,
+        picture=losses and _Picture("Loss of each run", _svg(losses, "overview")),
         verdict=verdict,
         remarks=remarks,
     )
 
 
-def _pictures(name: str, shown: Shown) -> list[_Picture]:
-    columns, _, advice, layers = shown
+def _pictures(name: str, history: History, advice: Advice | None) -> list[_Picture]:
+    columns, layers = history.as_dict(), history.layers._pictured()
     pictures = []
     if columns["step"]:
         has_loss = any(loss is not None for loss in columns["loss"])

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from torchclip._core import arguments
+
 _MOST, _LEAST = 1e-1, 1e-6
 """Updates beyond these shares of the weights are too large, or too small."""
 _SAMPLES = 5
@@ -44,6 +46,5 @@ def updates_note(updates: Mapping[str, Sequence[Update]], first: int) -> Iterato
             if len(ratio) >= _SAMPLES and all(map(is_wrong, lately)):
                 found[name] = float(np.median(lately))
         if found:
-            shown = ", ".join(f"{name} ({ratio:.2g})" for name, ratio in [*found.items()][:_SHOWN])
-            more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-            yield f"Updates: each step moves {shown}{more} by {words}: {remedy}."
+            shown = arguments.some([f"{name} ({ratio:.2g})" for name, ratio in found.items()], _SHOWN)
+            yield f"Updates: each step moves {shown} by {words}: {remedy}."

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from torchclip._core.arguments import some
 from torchclip.ranks_report.fingerprints import TOLERANCE
 from torchclip.ranks_report.judgment import Parameter
 from torchclip.ranks_report.recommendation import NOTHING, Advice
@@ -23,7 +24,7 @@ def report(
     of_sentences: dict[str, list[str]] = {}
     for name, each in parameters.items():
         of_sentences.setdefault(_about(each), []).append(name)
-    about = [f"{_some(names)}:\n{_wrapped(said, '    ')}" for said, names in of_sentences.items()]
+    about = [f"{some(names, _MOST)}:\n{_wrapped(said, '    ')}" for said, names in of_sentences.items()]
     return "\n".join([*_about_norms(norm, norms, has_group), "", *about, "", *_what_to_do(todo)])
 
 
@@ -38,7 +39,7 @@ def _about_norms(norm: float, norms: Sequence[float], has_group: bool) -> list[s
     if len(alike) == 1:
         first = f"{call} {norms[0]:.6g} on all {len(norms)} ranks: they agree."
     else:
-        first = f"{call} {_some(of_each, '; ')}: the ranks do not agree, and clip by different factors."
+        first = f"{call} {some(of_each, _MOST, '; ')}: the ranks do not agree, and clip by different factors."
     there = f"The norm of all gradients, each counted once, is {norm:.6g}"
     is_right = all(_is_close(own, norm) for own in norms)
     return [_wrapped(first), f"{there}: this is right." if is_right else f"{there}."]
@@ -95,7 +96,7 @@ def _what_to_do(todo: Advice) -> list[str]:
             "no process group that exists has each of these once on every rank.  Make one with "
             "torch.distributed.new_group, of the ranks across which they differ, and check again."
         )
-        lines.append(_wrapped(f"{_some(todo.unsolved)}: {remedy}"))
+        lines.append(_wrapped(f"{some(todo.unsolved, _MOST)}: {remedy}"))
     return lines
 
 
@@ -103,14 +104,9 @@ def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
-def _some(texts: Sequence[str], between: str = ", ") -> str:
-    more = f" and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
-    return between.join(texts[:_MOST]) + more
-
-
 def _sets(sets: Iterable[Iterable[int]]) -> str:
     """Sets of ranks, such as "ranks 0-1 | ranks 2-3"."""
-    return _some([_ranks(ranks) for ranks in sorted(map(sorted, sets))], " | ")
+    return some([_ranks(ranks) for ranks in sorted(map(sorted, sets))], _MOST, " | ")
 
 
 def _ranks(ranks: Iterable[int]) -> str:
@@ -122,4 +118,4 @@ def _ranks(ranks: Iterable[int]) -> str:
         else:
             runs.append([rank])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"{'rank' if sum(map(len, runs)) == 1 else 'ranks'} {_some(texts)}"
+    return f"{'rank' if sum(map(len, runs)) == 1 else 'ranks'} {some(texts, _MOST)}"

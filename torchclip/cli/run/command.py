@@ -26,8 +26,7 @@ from torchclip.cli.run.recording import recording
 from torchclip.cli.run.report import about, report, sections
 from torchclip.cli.run.script import prepare, traceback_of_script
 from torchclip.cli.run.steps import StepRecorder
-from torchclip.cli.run.trial import Trial
-from torchclip.cli.thresholds import CLASSES
+from torchclip.cli.run.trial import CLASSES, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -261,7 +260,6 @@ def _show(recorded: StepRecorder, took: str, remarks: Sequence[Remark], options:
 
         title = f"Gradient norms of {next(iter(histories))}" if len(histories) == 1 else "Gradient norms"
         what_ran = f"{' '.join([options.script, *options.args])}, {now()}, {took}"
-        shown = {name: each._shown() for name, each in histories.items()}
-        return page(title, shown, about(recorded, what_ran), remarks=list(map(str, remarks)))
+        return page(title, histories, about(recorded, what_ran), remarks=list(map(str, remarks)))
 
     return write_files(options, histories, figure, html)

@@ -36,12 +36,11 @@ def compare(options: argparse.Namespace) -> int:
     histories = _histories(found)
 
     def html() -> str:
-        from torchclip.history.page import Overview, page
+        from torchclip.history.page import page
 
         about = [*about_thresholds, f"{' '.join(script)}, {now()}"]
-        overview = Overview(rows, "Loss of each run", losses_figure(_curves(found)))
-        shown = {name: history._shown(has_advice=False) for name, history in histories.items()}
-        return page("Thresholds tried", shown, {"": about}, overview, said)
+        losses = losses_figure(_curves(found))
+        return page("Thresholds tried", histories, {"": about}, (rows, losses), said)
 
     status = write_files(options, histories, lambda: losses_figure(_curves(found)), html)
     return tries.status if tries.signal else status or tries.status

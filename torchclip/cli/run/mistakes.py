@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torchclip._core import arguments
 from torchclip.cli.run.calls import Call, Site
 from torchclip.cli.run.optimizer import OptimizerRecord
 
@@ -277,11 +278,7 @@ class Mistakes:
         is_mistake, text, remedy = _KINDS[note.found.kind]
         if count < min(2, total) or (is_mistake and count < _LEAST_SHARE * total):
             return None
-        names = [*note.names]
-        shown = ", ".join(names[:_MOST_NAMES])
-        more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-        what = text.format(
-            what=note.found.what, steps=f"in {count:,} of {total:,} steps", names=f"{shown}{more}"
-        )
+        names = arguments.some([*note.names], _MOST_NAMES)
+        what = text.format(what=note.found.what, steps=f"in {count:,} of {total:,} steps", names=names)
         place = " and ".join(dict.fromkeys(map(str, note.found.sites)))
         return Remark(note.found.kind, is_mistake, place, f"{what}. {remedy}")

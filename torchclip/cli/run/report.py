@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from torchclip._core import arguments
 from torchclip.cli.run.mistakes import Remark
 from torchclip.cli.run.names import labels
 from torchclip.cli.run.optimizer import OptimizerRecord
@@ -18,6 +19,7 @@ from torchclip.cli.run.trial import Trial
 from torchclip.history.history import History
 from torchclip.history.layers import Layers
 from torchclip.history.records import Record
+from torchclip.history.run import counted
 from torchclip.history.signs import final_loss
 
 _WIDTH = 80
@@ -51,7 +53,7 @@ def report(run: StepRecorder, took: str, remarks: Sequence[Remark] = ()) -> str:
         clipped_by, *more = _about(section, run.trial)
         lines += ["", f"{label}: {clipped_by}", *_indented([*_numbers(section.history), *more])]
     if len(found) > len(shown):
-        lines += ["", f"and {_count(len(found) - len(shown), 'optimizer')} more"]
+        lines += ["", f"and {counted(len(found) - len(shown), 'optimizer')} more"]
     if len(lines) == 1:
         lines += ["  No optimizer of torch's took a step."]
     for label, section in shown.items():
@@ -133,12 +135,10 @@ def _about(section: Section, trial: Trial) -> Iterator[str]:
     if optimizer.problem:
         yield optimizer.problem
     for step, names in list(optimizer.nonfinite.items())[:_MOST_NONFINITE]:
-        where = ", ".join(names[:_MOST_NAMES]) or "unknown"
-        more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-        yield f"not finite at step {step:,}: {where}{more}"
+        yield f"not finite at step {step:,}: {arguments.some(names, _MOST_NAMES) or 'unknown'}"
     more_steps = section.history.summary().nonfinite - _MOST_NONFINITE
     if len(optimizer.nonfinite) > _MOST_NONFINITE and more_steps > 0:  # a new Clipper's history begins anew
-        yield f"and at {_count(more_steps, 'step')} more"
+        yield f"and at {counted(more_steps, 'step')} more"
     largest = _largest(optimizer.layers)
     if largest:
         yield f"largest layers, by their share of the squared norm: {largest}"
@@ -196,7 +196,3 @@ def _largest(layers: Layers) -> str:
     shares = (squares / squares.sum(axis=1, keepdims=True)).mean(axis=0)
     order = np.argsort(-shares, kind="stable")[:_MOST_LAYERS]
     return ", ".join(f"{names[i]} {shares[i]:.0%}" for i in order)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torchclip.history.history import History
+from torchclip.history.number import two_digits
 
 _FACTOR = 3
 _MOST_RUNS = 8
@@ -40,8 +41,8 @@ def search(run: Callable[[Sequence[float]], Sequence[Outcome]]) -> list[Outcome]
             break
         clipped = sorted(outcomes[1:])
         best = min(clipped, key=lambda outcome: outcome.loss)
-        thresholds = [_two_digits(best.threshold / _FACTOR)] if best is clipped[0] else []
-        thresholds += [_two_digits(best.threshold * _FACTOR)] if best is clipped[-1] else []
+        thresholds = [two_digits(best.threshold / _FACTOR)] if best is clipped[0] else []
+        thresholds += [two_digits(best.threshold * _FACTOR)] if best is clipped[-1] else []
     return outcomes
 
 
@@ -49,12 +50,8 @@ def _start(history: History) -> float:
     """The advice from the run without clipping; else its median norm; else 1."""
     advised = history.suggest().max_norm
     middle = history.summary().quantiles.get(0.5, 0.0)
-    return advised or _two_digits(middle) or 1.0
+    return advised or two_digits(middle) or 1.0
 
 
 def _around(threshold: float) -> list[float]:
-    return [threshold, _two_digits(threshold / _FACTOR), _two_digits(threshold * _FACTOR)]
-
-
-def _two_digits(value: float) -> float:
-    return float(f"{value:.2g}")
+    return [threshold, two_digits(threshold / _FACTOR), two_digits(threshold * _FACTOR)]

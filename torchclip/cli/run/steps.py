@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import ref
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from torchclip._core.memory import not_compiled
 from torchclip.cli.run.calls import Call, Calls, Site, joint_effect, site_of_caller
 from torchclip.cli.run.gradients import Number, nonfinite_ids, norm_of, norms_of
 from torchclip.cli.run.losses import LossRecorder, in_backward
@@ -57,7 +57,7 @@ class StepRecorder:
     def attach(self, stack: ExitStack) -> None:
         """Record until the stack is closed."""
         # This code must not be compiled together with the program's step.
-        before, after = (_not_compiled(hook) for hook in (self._before_step, self._after_step))
+        before, after = (not_compiled(hook) for hook in (self._before_step, self._after_step))
         self._modules.attach(stack)
         stack.callback(register_optimizer_step_pre_hook(before).remove)
         stack.callback(register_optimizer_step_post_hook(after).remove)
@@ -239,12 +239,6 @@ class StepRecorder:
                 if group.get("max_norm") is not None:
                     del group["max_norm"]
         return record
-
-
-def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compiler.disable``, whose import takes long, when it is first needed."""
-    disabled = functools.cache(lambda: torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-    return lambda *args: disabled()(*args)
 
 
 def _around(optimizer: Optimizer) -> list[Optimizer]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+import torchclip
 from torchclip._core import scalars
 from torchclip.cli.run.gradients import Number, norms_of
-from torchclip.cli.thresholds import CLASSES
 from torchclip.clip_grad.norm import clip_grads_with_norm_
-from torchclip.thresholds.base import MaxNorm
+from torchclip.thresholds.base import MaxNorm, Threshold
+
+CLASSES: dict[str, Callable[..., Threshold]] = {
+    "percentile": torchclip.Percentile,
+    "zscore": torchclip.ZScore,
+    "adagc": torchclip.AdaGC,
+    "rolling-sigma": torchclip.RollingSigma,
+}
+"""The thresholds that options offer, which learn from the norms."""
 
 
 class Effect(NamedTuple):

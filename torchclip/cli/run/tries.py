@@ -21,7 +21,7 @@ import numpy as np
 from torchclip.cli.run.files import read_csv
 from torchclip.cli.run.report import REPORT, losses_of
 from torchclip.cli.run.search import Outcome, search
-from torchclip.cli.thresholds import CLASSES
+from torchclip.cli.run.trial import CLASSES
 from torchclip.history.history import History
 
 AS_IT_IS = "as it is"

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from torchclip.cli.run.trial import CLASSES
 from torchclip.cli.run.tries import AS_IT_IS, INTERRUPTED, Command, Tries, Try
-from torchclip.cli.thresholds import CLASSES
 
 Comparison = Literal["better", "worse", "no difference", "unknown"]
 
