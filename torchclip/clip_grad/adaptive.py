@@ -121,6 +121,10 @@ class Adaptive:
         TypeError: if an argument is not a number.
         ValueError: if an argument is negative or NaN.
 
+    References:
+        Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
+        2021, section 4, https://arxiv.org/abs/2102.06171
+
     Examples:
         >>> Adaptive()
         Adaptive(clip_factor=0.01, eps=0.001)

@@ -9,8 +9,8 @@ vector is scaled down to the threshold:
 ``clip_grads`` is the book's function, and the twin of ``torchclip.clip_grad_norm_``.  ``global_norm`` is the
 twin of ``torchclip.get_total_norm``.  The other functions that clip are the twins of torchclip's functions
 with the same name and a trailing underscore.  The thresholds are the twins of ``torchclip.Percentile``,
-``torchclip.ZScore`` and so on; these name the papers.  The tests and the documentation use this package; code
-that computes with torch does not.  It is slow and plain on purpose.
+``torchclip.ZScore`` and so on.  The tests and the documentation use this package; code that computes with
+torch does not.  It is slow and plain on purpose.
 
 Gradients are NumPy arrays of floating or complex dtype.  An array that is listed twice counts once.
 Functions that clip modify the arrays in place.  They refuse wrong arguments (integer arrays, read-only

@@ -39,6 +39,10 @@ def adagc_thresholds(
     Returns:
         The thresholds, of the shape of ``norms``, float64; NaN where there is no gradient.
 
+    References:
+        Wang et al., *AdaGC: Improving Training Stability for Large Language Model Pretraining*, 2025,
+        https://arxiv.org/abs/2502.11034
+
     Examples:
         >>> import numpy as np
         >>> adagc_thresholds(np.array([[2.0], [8.0], [100.0]]), 1.5, 0.5, warmup=2, max_norm=4.0)

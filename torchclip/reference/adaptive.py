@@ -36,6 +36,10 @@ def clip_grad_adaptive(
         weights: the parameters' values; not modified.
         grads: their gradients, of the same shapes; modified in place.
 
+    References:
+        Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
+        2021, section 4, https://arxiv.org/abs/2102.06171
+
     Examples:
         >>> grad = np.array([[3.0, 4.0], [0.3, 0.4]])
         >>> clip_grad_adaptive([np.array([[6.0, 8.0], [6.0, 8.0]])], [grad], clip_factor=0.1)

@@ -29,6 +29,10 @@ def clip_per_example(grads: Sequence[Array], max_norm: float) -> tuple[list[Arra
     Returns:
         The sums of the clipped gradients, of the parameters' shapes, and the number of examples clipped.
 
+    References:
+        Abadi et al., *Deep Learning with Differential Privacy*, 2016, algorithm 1,
+        https://arxiv.org/abs/1607.00133
+
     Examples:
         >>> sums, clipped = clip_per_example([np.array([[3.0, 4.0], [0.03, 0.04]])], max_norm=0.5)
         >>> np.round(sums[0], 4), clipped

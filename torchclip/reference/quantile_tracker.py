@@ -23,6 +23,10 @@ def quantile_tracker_thresholds(
     Twin of ``torchclip.QuantileTracker``, which describes the other arguments.  Returns the thresholds as
     float64, of shape ``(len(shares),)``.
 
+    References:
+        Andrew, Thakkar, McMahan and Ramaswamy, *Differentially Private Learning with Adaptive Clipping*,
+        2021, https://arxiv.org/abs/1905.03871
+
     Examples:
         >>> quantile_tracker_thresholds([0.5, 1.0, 0.5, 0.0]).round(4)
         array([0.1   , 0.0905, 0.0905, 0.1   ])

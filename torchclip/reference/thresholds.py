@@ -29,6 +29,10 @@ def percentile_thresholds(
     The threshold is ``max_norm`` until there are ``warmup`` finite norms.  Twin of ``torchclip.Percentile``,
     which describes the arguments.  Returns the thresholds as float64, of shape ``(len(norms),)``.
 
+    References:
+        Seetharaman, Wichern, Pardo and Le Roux, *AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks*, 2020, https://arxiv.org/abs/2007.14469
+
     Examples:
         >>> percentile_thresholds([1.0, 3.0, 100.0, math.nan], percentile=50.0)
         array([1., 2., 3., 3.])
@@ -73,6 +77,10 @@ def zscore_thresholds(
     The step's threshold is the new ``g`` for a spike and ``μ + threshold σ`` otherwise, ``max_norm`` in the
     warm-up, and never more than ``max_norm``.  Twin of ``torchclip.ZScore``, which describes the arguments.
     Returns the thresholds as float64, of shape ``(len(norms),)``.
+
+    References:
+        Kumar, Owen, Chowdhury and Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
+        https://arxiv.org/abs/2504.02507
 
     Examples:
         >>> zscore_thresholds([1.0, 3.0, 10.0], threshold=2.0, warmup=2)

@@ -181,3 +181,6 @@ class ThresholdBank:
         for name, threshold in objects.items():
             threshold.load_state_dict(state[name])
         return objects
+
+    def __repr__(self) -> str:
+        return repr(self.given)
