@@ -59,7 +59,7 @@ def test_the_report_tells_what_clipping_did(tmp_path: Path) -> None:
     assert done.returncode == 0
     norms = np.array([line.split() for line in done.stdout.splitlines()], dtype=float)
     np.testing.assert_allclose(norms, [[1.0, 1.0], [2.0, 2.0], [3.0, 2.5], [4.0, 2.5], [4.0, 2.5]], rtol=1e-6)
-    assert re.match(r"torchclip: what clipping did in \S+ \S?s\n", done.stderr)
+    assert re.match(r"torchclip: report on a run of \S+ \S?s\n", done.stderr)
     assert "\noptimizer (SGD): clipped to 2.5 by clip_grad_norm_ at script.py:" in done.stderr
     assert "  5 steps: 3 clipped (60.0%), 0 non-finite, 0 skipped\n" in done.stderr
 
@@ -83,10 +83,10 @@ def test_the_script_finds_what_it_finds_under_python(tmp_path: Path, options: tu
     under_torchclip = run(tmp_path, ENVIRONMENT, *arguments, options=options)
     assert under_python.returncode == 0
     assert under_torchclip.stdout == under_python.stdout
-    assert "No optimizer of torch's took a step" in under_torchclip.stderr
+    assert "No torch.optim.Optimizer took a step" in under_torchclip.stderr
 
 
-REPORT = "torchclip: what clipping did in .*\n  No optimizer of torch's took a step.\n"
+REPORT = "torchclip: report on a run of .*\n  No torch.optim.Optimizer took a step.\n"
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_traceback_is_as_under_python(run_here: in_process.Run, tmp_path: Path
     under_python, under_torchclip = run(tmp_path, source, launcher=()), run_here(source)
     assert under_torchclip.returncode == under_python.returncode == 1
     assert under_torchclip.stdout == under_python.stdout
-    found = re.sub(r"torchclip: what clipping did(.|\n)*", "", under_torchclip.stderr)
+    found = re.sub(r"torchclip: report on a run of(.|\n)*", "", under_torchclip.stderr)
     assert found == under_python.stderr
 
 
@@ -151,7 +151,7 @@ def test_a_missing_module_that_the_script_imports_is_the_scripts_error(run_here:
     done = run_here("import nowhere", options=("-m",))
     assert done.returncode == 1
     assert "ModuleNotFoundError: No module named 'nowhere'" in done.stderr
-    assert "torchclip: what clipping did" in done.stderr
+    assert "torchclip: report on a run of" in done.stderr
 
 
 @pytest.mark.slow

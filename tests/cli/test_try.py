@@ -260,7 +260,7 @@ def tried(threshold: str, *scores: float | str, spread: float = 0.01) -> Try:
         # Runs without a result.
         ([2.0], ["failed"], "better"),
         (["failed"], [2.0], "worse"),
-        (["failed"], ["failed"], "no difference"),
+        (["failed"], ["failed"], "unknown"),
         ([2.0, 2.0, 2.0], ["failed", 2.1, 2.1], "unknown"),
     ],
 )
@@ -290,6 +290,11 @@ VERDICTS: list[tuple[list[Try], str]] = [
         [tried(AS_IT_IS, 2.147), tried("8", 2.144), tried("none", 2.15)],
         "Leave the script as it is: no difference was found. max_norm=8 has the lowest loss at the end, "
         "2.144 in place of 2.147, but chance alone makes runs differ as much.",
+    ),
+    (
+        [tried(AS_IT_IS, 2.0), tried("8", 1.99999999)],
+        "Leave the script as it is: nothing has a better loss at the end than its 2. No difference was "
+        "found.",
     ),
     (
         [tried(AS_IT_IS, 2.0), tried("8", 3.0), tried("none", "failed, exit status 1"), tried("1", 2.001)],

@@ -81,7 +81,7 @@ def test_a_script_that_does_not_clip_is_measured() -> None:
     assert [r.total_norm for r in session.history] == pytest.approx([5.0, 1.0])
     assert {r.max_norm for r in session.history} == {float("inf")}
     torch.testing.assert_close(w.data, torch.tensor([-3.6, -4.8]))
-    assert "SGD: clipped by nothing" in session.report()
+    assert "SGD: not clipped" in session.report()
     assert "2 steps: 0 clipped (0.0%)" in session.report()
 
 
@@ -520,7 +520,7 @@ def test_optimizers_have_the_names_of_the_scripts_variables(run_here: in_process
         """
     )
     for label in ("opt_d (SGD)", "others[0] (SGD)", "others[1] (SGD)"):
-        assert f"\n{label}: clipped by nothing\n" in done.stderr
+        assert f"\n{label}: not clipped\n" in done.stderr
 
 
 def test_optimizers_do_not_live_longer_for_being_recorded() -> None:
@@ -786,7 +786,7 @@ def test_the_report_is_of_what_ran(
 ) -> None:
     done = run_here(SCRIPT, end, options=["--csv", "steps.csv"])
     assert (done.returncode, done.stdout) == (status, "")
-    first, *_ = done.stderr[done.stderr.index("torchclip: what clipping did") :].splitlines()
+    first, *_ = done.stderr[done.stderr.index("torchclip: report on a run of") :].splitlines()
     assert first.endswith(said)
     assert "10 steps: 0 clipped" in done.stderr
     assert len((tmp_path / "steps.csv").read_text().splitlines()) == 11

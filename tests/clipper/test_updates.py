@@ -173,8 +173,14 @@ def test_the_advice_names_parameters_that_move_too_far_or_hardly_at_all() -> Non
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ("ab", "b is the last parameter whose gradient is not finite, and c the next"),
-        ("b", "b is the last parameter whose gradient is not finite, and c the next"),
+        (
+            "ab",
+            "b is the last parameter with a non-finite gradient, and that of the next one, c, is finite",
+        ),
+        (
+            "b",
+            "b is the last parameter with a non-finite gradient, and that of the next one, c, is finite",
+        ),
         ("abc", "No gradient is finite: look at the loss"),
         ("c", "c, the last parameter of the model, is not finite"),
     ],

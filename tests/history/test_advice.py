@@ -221,11 +221,11 @@ def spiky() -> Array:
     [
         (
             np.where(np.arange(400) < 45, calm(400), 0),
-            "Too early for advice: 45 steps had a norm above 0, and it ",
+            "Too early for advice: 45 steps had a norm above 0, and advice ",
         ),
         (
             np.where(np.arange(1000) < 102, calm(), 0),
-            "No advice: only 2 steps after the first tenth had a norm above 0; it takes 8.",
+            "No advice: only 2 steps after the first tenth had a norm above 0; advice needs 8.",
         ),
         (
             np.where(np.arange(400) < 1, 1, 1e6 * calm(400)),

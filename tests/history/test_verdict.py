@@ -17,7 +17,7 @@ def exploding() -> Array:
     return np.where(np.arange(1000) < 400, 1.0, 100.0) * calm()
 
 
-AT_LEAST_FIFTY = "Too early for advice: 20 steps had a finite norm, and it takes 50."
+AT_LEAST_FIFTY = "Too early for advice: 20 steps had a finite norm, and advice needs 50."
 ALIKE = "So all batches count alike, and the learning rate alone sets how far a step goes."
 
 
@@ -30,7 +30,7 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
         ),
         (
             (calm(), 1.1, "keep", 1.1),
-            "Keep max_norm=1.1: it clips 355 of 1,000 steps, and lies within half to twice of what the norms "
+            "Keep max_norm=1.1: it clips 355 of 1,000 steps, and is between half and twice what the norms "
             "suggest, 1.4.",
         ),
         (
@@ -54,13 +54,13 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
         (
             (calm(), 0.05, "clips_every_step", 0.05),
             f"max_norm=0.05 clips every step, the median one to 0.051 times its norm. {ALIKE} If that is "
-            "meant, as in PPO, keep it. To clip unusual batches alone, it takes about max_norm=1.4. Large "
+            "meant, as in PPO, keep it. To clip unusual batches alone, use about max_norm=1.4. Large "
             "gradients then count more.",
         ),
         (
             (calm(), lambda step: 0.9 + 0.1 * (step % 2), "clips_every_step", 1.4),
             "The threshold (0.9 to 1) clips 55% of the steps, the median one to 0.81 times its norm. So it "
-            "shortens most steps, not only those of unusual batches. To clip unusual batches alone, it takes "
+            "shortens most steps, not only those of unusual batches. To clip unusual batches alone, use "
             "about max_norm=1.4.",
         ),
         (

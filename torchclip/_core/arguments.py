@@ -168,8 +168,8 @@ def check_tensor(name: str, index: int, item: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: its ``repr``, shortened, and its type."""
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+    """A value in an error message: its ``repr``, shortened and on one line, and its type."""
+    return f"{' '.join(reprlib.repr(value).split())} ({type(value).__name__})"
 
 
 def some(texts: Sequence[str], most: int, between: str = ", ") -> str:

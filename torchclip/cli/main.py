@@ -29,7 +29,7 @@ __all__ = ["COMMANDS", "main"]
 
 
 COMMANDS = {
-    "run": "Run a training script with torchclip installed, then say what clipping did.",
+    "run": "Run a training script, then report how many steps were clipped, and which threshold to use.",
     "bench": "Measure how long clipping takes on this machine, with torch and with torchclip.",
     "info": "Show versions, threads, and what is available on this machine.",
 }
@@ -40,6 +40,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
+        if message.startswith("unrecognized arguments"):
+            message += f"; see {self.prog} --help"
         self.exit(2, f"{self.prog}: error: {message}\n" if _prints() else None)
 
 
@@ -57,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         arguments = sys.argv[1:]
-    parser = Parser(
-        prog="torchclip", description="Gradient clipping for PyTorch: the commands. Each has --help."
-    )
+    parser = Parser(prog="torchclip", description="Gradient clipping for PyTorch. Each command has --help.")
     parser.add_argument("--version", action="version", version=f"torchclip {torchclip.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():

@@ -175,8 +175,8 @@ def _compare(state: Mapping[str, Any], own: Mapping[str, Any], has_learned: bool
             f"clipper's are {now}; make it with the same ones"
         )
     warnings.warn(
-        f"`state` is that of a Clipper which clips otherwise: {', '.join(differences)}. It was loaded; what "
-        "this Clipper learns starts anew, unless `state` has it",
+        f"`state` was saved by a Clipper with other settings: {', '.join(differences)}. It was loaded, but "
+        "thresholds that `state` lacks start without what they would have learned",
         stacklevel=arguments.level_of_caller(),
     )
 

@@ -31,7 +31,7 @@ class Advice:
     verdict: Verdict | None
     """The verdict on the threshold of the run; None if it had none.
 
-    ``"keep"``: it clips few steps, or lies within half to twice of the number that suits the norms.
+    ``"keep"``: it clips few steps, or is between half and twice the number that suits the norms.
     ``"clips_every_step"``, or most of them: the learning rate alone sets how far a step goes, which may be
     meant.  ``"never_clips"``: it is far above all norms.  ``"in_the_way"``: it makes gradients so small that
     the optimizer's steps are lost.  ``"too_high"``: the norms left their range in spite of it.
@@ -141,8 +141,10 @@ def _refusal(run: Run) -> str:
         return "No advice: nearly all norms are 0."
     if usable < LEAST_STEPS:
         what = "a norm above 0" if run.zeros else "a finite norm"
-        return f"Too early for advice: {counted(usable, 'step')} had {what}, and it takes {LEAST_STEPS}."
+        return f"Too early for advice: {counted(usable, 'step')} had {what}, and advice needs {LEAST_STEPS}."
     if len(run.counted) < LEAST_USABLE:
         steps = counted(len(run.counted), "step")
-        return f"No advice: only {steps} after the first tenth had a norm above 0; it takes {LEAST_USABLE}."
+        return (
+            f"No advice: only {steps} after the first tenth had a norm above 0; advice needs {LEAST_USABLE}."
+        )
     return ""

@@ -27,8 +27,8 @@ def where_it_broke(finite: Sequence[tuple[str, bool]]) -> str:
             f"{last}, the last parameter of the model, is not finite: look at what follows it, and the loss."
         )
     return (
-        f"In the order of the model, {last} is the last parameter whose gradient is not finite, and "
-        f"{finite[bad[-1] + 1][0]} the next, whose gradient is: going backwards, it broke between them."
+        f"In the order of the model, {last} is the last parameter with a non-finite gradient, and that "
+        f"of the next one, {finite[bad[-1] + 1][0]}, is finite: look at what the model computes between them."
     )
 
 

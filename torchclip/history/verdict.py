@@ -106,7 +106,7 @@ def _clips_most(run: Run, threshold: Used, share: float, advised: float) -> str:
     """What it means that most steps are clipped, and what would change."""
     which = "every step" if share == 1 else f"{share:.0%} of the steps"
     clips = f"clips {which}, the median one to {threshold.to:.2g} times its norm."
-    unusual = f"To clip unusual batches alone, it takes about max_norm={advised:g}."
+    unusual = f"To clip unusual batches alone, use about max_norm={advised:g}."
     if share < _EVERY:
         return f"{clips} So it shortens most steps, not only those of unusual batches. {unusual}"
     clips += (
@@ -125,5 +125,5 @@ def _why_keep(run: Run, threshold: Used, share: float, is_near: bool, advised: f
     if share <= _FEW:
         return f"{clips}, and protects against a bad batch"
     if is_near:
-        return f"{clips}, and lies within half to twice of what the norms suggest, {advised:g}"
+        return f"{clips}, and is between half and twice what the norms suggest, {advised:g}"
     return f"{clips}, and nothing in this run speaks against it"

@@ -1,4 +1,4 @@
-"""The command ``torchclip run``: runs any training script unchanged, and reports what clipping did.
+"""The command ``torchclip run``: runs any training script unchanged, and reports how it clips.
 
 It sees every step of every torch optimizer, whether the script clips with torch's functions, with a Clipper,
 through a framework, or not at all.  Options replace the script's own clipping for this run.
@@ -64,16 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric",
         type=_pattern,
         metavar="REGEX",
-        help="with --try: compare by the last number that this finds in a run's output, the lower the "
-        "better, in place of the loss over the last tenth of the steps",
+        help="with --try: compare the last number that REGEX finds in the output of each run, in place "
+        "of the loss over the last tenth of the steps; lower is better",
     )
-    add("--maximize", action="store_true", help="with --metric: the higher the better")
+    add("--maximize", action="store_true", help="with --metric: higher is better")
     add(
         "--seeds",
         type=count,
         metavar="N",
-        help="with --try: N runs with each threshold, as by chance alone runs differ; in run i every seed "
-        "that the script sets gets + i (default: 1)",
+        help="with --try: run N times with each threshold, because runs also differ by chance; run i adds i "
+        "to every seed that the script sets (default: 1)",
     )
     add(
         "--add-to-seeds",
@@ -85,13 +85,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--strict",
         action="store_true",
-        help="exit with status 1 if the script clips in a way that cannot be meant",
+        help="exit with status 1 if the report names a mistake",
     )
     add("--plot", type=picture_file, metavar="FILE", help="draw the norms over the steps (PNG, SVG or PDF)")
     add("--csv", type=file_to_write, metavar="FILE", help="write a line for each step")
     add("--html", type=file_to_write, metavar="FILE", help="write a page with all of it, for a browser")
     add("script", metavar="SCRIPT", help="the training script, or with -m the module")
-    rest = add("args", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="an argument of the script's own")
+    rest = add(
+        "args",
+        metavar="ARGUMENT",
+        nargs=argparse.REMAINDER,
+        help="an argument of the script, such as --lr 0.1",
+    )
     rest.required = False  # otherwise, until Python 3.12, the error for a missing SCRIPT mentions it, too
 
 

@@ -24,7 +24,7 @@ from torchclip.history.signs import final_loss
 
 _WIDTH = 80
 _MOST_OPTIMIZERS, _MOST_LAYERS, _MOST_NONFINITE, _MOST_NAMES = 8, 3, 3, 4
-REPORT = "torchclip: what clipping did"
+REPORT = "torchclip: report on a run of"
 """The beginning of a report."""
 
 
@@ -46,7 +46,7 @@ def report(run: StepRecorder, took: str, remarks: Sequence[Remark] = ()) -> str:
     """
     found = sections(run)
     shown = dict(list(found.items())[:_MOST_OPTIMIZERS])
-    lines = [f"{REPORT} in {took}"]
+    lines = [f"{REPORT} {took}"]
     if remarks:
         lines += ["", "worth a look", *_indented(map(str, remarks))]
     for label, section in shown.items():
@@ -55,7 +55,7 @@ def report(run: StepRecorder, took: str, remarks: Sequence[Remark] = ()) -> str:
     if len(found) > len(shown):
         lines += ["", f"and {counted(len(found) - len(shown), 'optimizer')} more"]
     if len(lines) == 1:
-        lines += ["  No optimizer of torch's took a step."]
+        lines += ["  No torch.optim.Optimizer took a step."]
     for label, section in shown.items():
         lines += ["", _advice_on(label if len(shown) > 1 else "", section, run.trial)]
         lines += _indented(section.history.suggest().lines)
@@ -162,7 +162,7 @@ def _clipped_by(section: Section, trial: Trial) -> str:
         what = f"nothing was clipped ({trial})" if trial.none else f"clipped by {trial}"
         return f"{what}{to}{in_place}"
     if not optimizer.clipped_by:
-        return "clipped by nothing"
+        return "not clipped"
     return f"clipped{_to(section.history)} by {' or '.join(optimizer.clipped_by)}"
 
 

@@ -34,7 +34,7 @@ def compared(tried: Try, reference: Try, maximize: bool = False) -> Comparison:
     if any(failed):
         if len(pairs) in failed and failed[0] != failed[1] and 0 in failed:
             return "worse" if failed[0] else "better"
-        return "no difference" if failed == (len(pairs),) * 2 else "unknown"
+        return "unknown"
     sign = -1.0 if maximize else 1.0
     differences = np.array([sign * (run.score - other.score) for run, other in pairs])
     if len(pairs) == 1:
@@ -95,7 +95,7 @@ def _verdict(tries: Sequence[Try], command: Command) -> str:
             "but these runs do not show how much it varies by chance. "
             f"Use --seeds {max(3, command.seeds + 2)}."
         )
-    if best is reference:
+    if best is reference or f"{best.score:.4g}" == f"{reference.score:.4g}":
         worse = [_named(each) for each in tries if found.get(each.threshold) == "worse"]
         return (
             f"Leave the script as it is: nothing has a better {what} at the end than its "
