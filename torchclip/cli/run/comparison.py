@@ -52,7 +52,7 @@ def _rows(tries: Sequence[Try], command: Command) -> list[list[str]]:
     if command.metric is not None or len(labels) < 2:
         labels = [""]
     numbers = [f"{command.what} at the end" + (f" of {label}" if label else "") for label in labels]
-    found = [["threshold", *numbers, "difference", "largest norm", "clipped", "time"]]
+    found = [["threshold", *numbers, "vs. as it is", "largest norm", "clipped", "time"]]
     for each in tries:
         summaries = [history.summary() for run in each.runs for history in run.histories.values()]
         norms = [summary.largest_norm for summary in summaries if summary.largest_step is not None]
