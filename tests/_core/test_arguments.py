@@ -151,11 +151,15 @@ NOT_TENSORS: dict[str, tuple[Any, str]] = {
         torch.optim.SGD(MODEL.parameters(), lr=0.1),
         r"is an optimizer \(SGD\); pass the model's",
     ),
-    "a dictionary": ({"weight": MODEL.weight}, r"must be a tensor or an iterable of tensors, got \{'weight'"),
+    "a dictionary": (
+        {"weight": MODEL.weight},
+        r"must be .* iterable of tensors, got \{'weight'.*; pass its values",
+    ),
+    "a parameter group": ({"params": [MODEL.weight]}, r"must be .* got \{'params'.*; pass its `params`"),
     "None": (None, r"must be a tensor or an iterable of tensors, got None"),
     "a number": (1.0, r"must be a tensor or an iterable of tensors, got 1\.0 \(float\)"),
     "a string": ("weight", r"must be a tensor or an iterable of tensors, got 'weight'"),
-    "a bound method": (MODEL.parameters, r"must be a tensor or an iterable of tensors, got <bound method"),
+    "a bound method": (MODEL.parameters, r"must be .* iterable of tensors, got <bound method.*; call it"),
     "an array": (np.ones(3), r"must be a tensor or an iterable of tensors, got array"),
     "a 0-dim array": (np.array(1.0), r"must be a tensor or an iterable of tensors, got array"),
     "a ParameterDict": (nn.ParameterDict({"a": MODEL.weight}), r"is a module \(ParameterDict\)"),
@@ -173,12 +177,26 @@ def test_what_is_no_collection_of_tensors(function: Function, kind: str) -> None
 
 
 @functions
-@pytest.mark.parametrize("item", [None, 1.0, "weight", np.ones(2), [torch.ones(2)], MODEL], ids=repr)
-def test_items_that_are_no_tensors(function: Function, item: Any, parameters: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("item", "remedy"),
+    [
+        (None, ""),
+        (1.0, ""),
+        ("weight", ""),
+        (np.ones(2), ""),
+        ([torch.ones(2)], "; pass all tensors in one list"),
+        (MODEL.parameters(), "; pass all tensors in one list"),
+        ({"params": [torch.ones(2)]}, "; pass its `params`"),
+        (MODEL, r"; pass its `\.parameters\(\)`"),
+    ],
+    ids=repr,
+)
+def test_items_that_are_no_tensors(function: Function, item: Any, remedy: str, parameters: list[Any]) -> None:
     tensors = parameters if function.changes else [torch.ones(2), torch.ones(2), torch.ones(2)]
-    with pytest.raises(TypeError, match=f"^`{function.takes}` must hold tensors only, item 3 is "):
+    said = rf"^`{function.takes}` must hold tensors only, item 3 is .*\){remedy}$"
+    with pytest.raises(TypeError, match=said):
         function([*tensors, item])
-    with pytest.raises(TypeError, match=f"^`{function.takes}` must hold tensors only, item 3 is "):
+    with pytest.raises(TypeError, match=said):
         function(t for t in [*tensors, item])
 
 

@@ -136,6 +136,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     [
         (["--csv", "{}/missing/a.csv"], "argument --csv: there is no directory"),
         (["--csv", "{}"], "argument --csv: {} is a directory"),
+        (["--html", "{}/train.py"], "argument --html: must not be a Python file, got '{}/train.py'"),
         (["--csv", "{}/" + "a" * 300], "argument --csv: File name too long: {}"),
         (["--html", "{}/file/a.html"], "argument --html: there is no directory"),
         (["--plot", "{}/a.jpg"], "argument --plot: must end in .png, .svg or .pdf"),

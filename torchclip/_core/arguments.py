@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -148,7 +149,8 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     # An object with numbered items is iterable too, even if it does not say so.
     iterable = isinstance(tensors, Iterable) or hasattr(type(tensors), "__getitem__")
     if isinstance(tensors, (Mapping, str, bytes, np.ndarray)) or not iterable:
-        raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}")
+        remedy = _remedy(tensors)
+        raise TypeError(f"`{name}` must be a tensor or an iterable of tensors, got {shown(tensors)}{remedy}")
     return list(tensors)
 
 
@@ -163,8 +165,20 @@ def check_tensor(name: str, index: int, item: Any) -> None:
     """Raise an error for an item that is not a tensor."""
     if isinstance(item, Tensor):
         return
-    hint = "; pass `.parameters()`, not `.named_parameters()`" if isinstance(item, tuple) else ""
-    raise TypeError(f"`{name}` must hold tensors only, item {index} is {shown(item)}{hint}")
+    raise TypeError(f"`{name}` must hold tensors only, item {index} is {shown(item)}{_remedy(item)}")
+
+
+def _remedy(given: Any) -> str:
+    """What to pass in place of what is no tensor, if that is clear."""
+    if isinstance(given, Mapping):
+        return f"; pass its {'`params`' if 'params' in given else 'values'}"
+    if isinstance(given, tuple):
+        return "; pass `.parameters()`, not `.named_parameters()`"
+    if isinstance(given, (list, Iterator)):
+        return "; pass all tensors in one list"
+    if isinstance(given, nn.Module):
+        return "; pass its `.parameters()`"
+    return "; call it" if inspect.ismethod(given) else ""
 
 
 def shown(value: Any) -> str:

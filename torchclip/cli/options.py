@@ -50,6 +50,8 @@ count = _number(int, lambda value: value > 0, "a whole number above 0")
 def file_to_write(text: str) -> Path:
     """A file to write."""
     path = Path(text)
+    if path.suffix == ".py":  # a script, before which FILE was forgotten
+        raise argparse.ArgumentTypeError(f"must not be a Python file, got {text!r}")
     if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{path} is a directory")
     if not os.path.isdir(path.parent):

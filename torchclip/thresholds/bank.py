@@ -57,8 +57,6 @@ class ThresholdBank:
         if isinstance(max_norm, type):
             name = max_norm.__name__
             raise TypeError(f"`{argument}` is the class {name}; pass an object of it, such as {name}()")
-        if isinstance(max_norm, torch.nn.Module):
-            raise TypeError(f"`{argument}` is a module ({type(max_norm).__name__}); pass it as `model=`")
         if isinstance(max_norm, QuantileTracker):
             raise TypeError(
                 f"`{argument}` is a QuantileTracker, which learns from shares of examples, not from norms; "
