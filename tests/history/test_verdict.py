@@ -48,8 +48,8 @@ ALIKE = "So all batches count alike, and the learning rate alone sets how far a 
         (
             (calm(), 100.0, "never_clips", 1.4),
             "max_norm=100 never clips: the largest norm of 1,000 steps is 2.51. Use max_norm=1.4. It would "
-            "have clipped 11% of the steps and protects against a bad batch. Any number from half to twice "
-            "that should work as well.",
+            "have clipped 11% of the steps and protects against a bad batch. Any number between half and "
+            "twice that should work as well.",
         ),
         (
             (calm(), 0.05, "clips_every_step", 0.05),
@@ -133,7 +133,7 @@ def test_learned_thresholds_are_judged_by_what_they_did() -> None:
 def test_a_threshold_for_each_parameter_is_not_compared_with_a_number_for_all() -> None:
     advice = trained(0.3, calm(400), scope="parameter")
     assert advice.verdict == "clips_every_step"
-    assert "half to twice" not in advice.reason
+    assert "half and twice" not in advice.reason
 
 
 @pytest.mark.parametrize(("max_norm", "verdict"), [(0.5, "in_the_way"), (1.6, "keep")])

@@ -50,7 +50,7 @@ def best(run: Run) -> tuple[float, str]:
             f"Use max_norm={max_norm:g}. It would have clipped {clipped:.1%} of the steps of the whole run."
         )
     lower, upper = np.quantile(usual, [0.25, 0.75])
-    nearby = " Any number from half to twice that should work as well." if upper < 4 * lower else ""
+    nearby = " Any number between half and twice that should work as well." if upper < 4 * lower else ""
     return max_norm, (
         f"Use max_norm={max_norm:g}. It would have clipped {np.mean(usual > max_norm):.0%} of the steps "
         f"and protects against a bad batch.{nearby}"
