@@ -189,7 +189,7 @@ def test_what_is_no_collection_of_tensors(function: Function, kind: str) -> None
         ({"params": [torch.ones(2)]}, "; pass its `params`"),
         (MODEL, r"; pass its `\.parameters\(\)`"),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_items_that_are_no_tensors(function: Function, item: Any, remedy: str, parameters: list[Any]) -> None:
     tensors = parameters if function.changes else [torch.ones(2), torch.ones(2), torch.ones(2)]
